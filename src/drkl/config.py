@@ -1,0 +1,285 @@
+"""One typed config per run: a yaml file plus dotted overrides; an unknown key is an error."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from drkl.data.config import DataConfig
+from drkl.errors import DrklError, did_you_mean
+from drkl.evaluation.config import EvaluationConfig
+from drkl.losses.config import LossConfig
+from drkl.models.config import StudentConfig
+from drkl.objectives.config import ObjectiveConfig
+from drkl.runs import RunFolder, read_yaml
+from drkl.teachers.config import TeacherConfig
+from drkl.training.config import NAME_PATTERN, RunConfig, TrainingConfig
+from drkl.training.run import RunSpec
+
+_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
+class StageConfig(BaseModel):
+    """A run before the last one: what it changes; whatever it leaves out is as in the sections above."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="the stage's name; its run is stages/NN-name/", pattern=NAME_PATTERN)
+    data: dict[str, Any] = Field(default_factory=dict, description="fields of data that differ in this stage")
+    objective: dict[str, Any] = Field(default_factory=dict, description="the stage's objective")
+    loss: dict[str, Any] = Field(default_factory=dict, description="fields of loss that differ in this stage")
+    training: dict[str, Any] = Field(default_factory=dict, description="fields of training that differ in this stage")
+
+
+class Config(BaseModel):
+    """A whole run. The sections describe the last stage; ``stages`` come before it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    teacher: TeacherConfig | None = Field(default_factory=TeacherConfig)
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    data: DataConfig
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    stages: list[StageConfig] = Field(default_factory=list, description="runs before this one, first to last")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        needs = self.loss.kd_weight > 0 and self.objective.make().needs_teacher
+        if self.teacher is None and needs:
+            raise ValueError(f"objective {self.objective.name!r} compares with a teacher, but teacher is null")
+        if self.teacher is None and self.student.model is None:
+            raise ValueError(
+                f"student.init is {self.student.init!r} and teacher is null; name a model in student.model"
+            )
+        if self.student.init == "pretrained" and self.student.model is None:
+            raise ValueError("student.init is 'pretrained', but student.model names no model")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages have the same name: {', '.join(names)}")
+        return self
+
+    def specs(self) -> list[RunSpec]:
+        """The runs, first to last; the last one's folder is ``run.dir/run.name``."""
+        root = Path(self.run.dir) / self.run.name
+        resolved = resolve(self)
+        specs, student = [], self.student
+        for number, stage in enumerate(self.stages, start=1):
+            folder = RunFolder(root / "stages" / f"{number:02d}-{stage.name}")
+            merged = self._stage(stage, student, folder, number - 1)
+            specs.append(_spec(merged, folder, resolve(merged)))
+            student = StudentConfig(init="pretrained", model=str(folder.student_path), dtype=self.student.dtype)
+        last = self.model_copy(update={"student": student})
+        specs.append(_spec(last, RunFolder(root), resolved))
+        return specs
+
+    def _stage(self, stage: StageConfig, student: StudentConfig, folder: RunFolder, index: int) -> Config:
+        values = self.model_dump()
+        # Its own seed: the stages should not all see the rows in the same order.
+        seed = (self.run.seed + 1 + index) % 2**32
+        values["run"] |= {"name": folder.name, "dir": str(folder.root.parent), "seed": seed}
+        values["student"] = student.model_dump()
+        values["stages"] = []
+        for section in ("data", "loss", "training"):
+            values[section] = _merge(values[section], getattr(stage, section))
+        other = stage.objective.get("name", self.objective.name) != self.objective.name
+        values["objective"] = stage.objective if other else values["objective"] | stage.objective
+        return _validate(values, prefix=f"stages.{index}.")
+
+
+def _spec(config: Config, folder: RunFolder, resolved: dict[str, Any]) -> RunSpec:
+    parts = (config.run, config.teacher, config.student, config.data, config.objective, config.loss, config.training)
+    return RunSpec(folder, *parts, resolved)
+
+
+def resolve(config: Config) -> dict[str, Any]:
+    """The config with every default written out, ``auto`` replaced by what it means on this machine."""
+    from drkl.models.precision import pick_device, resolve_dtype
+
+    values = config.model_dump(mode="json")
+    device = pick_device(config.run.device)
+    values["run"]["device"] = device.type
+    if config.teacher is not None:
+        values["teacher"]["dtype"] = resolve_dtype(config.teacher.dtype, device)
+    values["training"]["precision"] = resolve_dtype(config.training.precision, device)
+    objective: Any = config.objective.make()
+    values["objective"] = {"name": config.objective.name} | dataclasses.asdict(objective)
+    return values
+
+
+def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """Read a config and apply dotted overrides.
+
+    Args:
+        source: a yaml file, or the mapping itself.
+        overrides: ``section.key=value`` with a yaml value; a stage's by its number or name:
+            ``stages.warmup.training.max_steps=20``.
+
+    Returns:
+        The config, and what has to be said about the overrides.
+
+    Raises:
+        DrklError: a missing or broken file, an unknown key, a value out of range.
+    """
+    values = _numbers(copy.deepcopy(source) if isinstance(source, dict) else read_yaml(source))
+    notes: list[str] = []
+    parsed = [_parse_override(text) for text in overrides]
+    _drop_other_objective(values, parsed, notes)
+    for keys, value in parsed:
+        _set(values, keys, value)
+    return _validate(values), notes
+
+
+def _parse_override(text: str) -> tuple[list[str], Any]:
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip(" ."):
+        raise DrklError(f"{text!r} is no override; expected section.key=value, e.g. training.max_steps=50.")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise DrklError(
+            f"The value of the override {text!r} is not valid yaml: {' '.join(str(error).split())}"
+        ) from error
+    return key.strip().split("."), _numbers(value)
+
+
+def _numbers(value: Any) -> Any:
+    """yaml 1.1 reads 1e-3 as text; a person means a number."""
+    if isinstance(value, dict):
+        return {key: _numbers(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+def _drop_other_objective(values: dict[str, Any], parsed: list[tuple[list[str], Any]], notes: list[str]) -> None:
+    """Another objective's name leaves the recipe's fields of the old one without meaning."""
+    for keys, value in parsed:
+        if len(keys) < 2 or keys[-2:] != ["objective", "name"]:
+            continue
+        section = _find(values, keys[:-1])
+        if not isinstance(section, dict) or section.get("name", "drkl") == value:
+            continue
+        dropped = {k: v for k, v in section.items() if k != "name"}
+        for key in dropped:
+            del section[key]
+        if dropped:
+            fields = ", ".join(f"{k}={v}" for k, v in dropped.items())
+            notes.append(
+                f"{'.'.join(keys)}={value}: the recipe's {fields} belonged to another objective and is dropped."
+            )
+
+
+def _find(values: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        if isinstance(values, list):
+            values = values[_stage_index(values, key)]
+        elif isinstance(values, dict) and key in values:
+            values = values[key]
+        else:
+            return None
+    return values
+
+
+def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    place: Any = values
+    for key in keys[:-1]:
+        if isinstance(place, list):
+            place = place[_stage_index(place, key)]
+            continue
+        if not isinstance(place.get(key), (dict, list)):
+            place[key] = {}
+        place = place[key]
+    if isinstance(place, list):
+        place[_stage_index(place, keys[-1])] = value
+    else:
+        place[keys[-1]] = value
+
+
+def _stage_index(stages: list[Any], key: str) -> int:
+    names = [stage.get("name") if isinstance(stage, dict) else None for stage in stages]
+    if key in names:
+        return names.index(key)
+    if key.isdigit() and int(key) < len(stages):
+        return int(key)
+    known = ", ".join(f"{i} ({name})" for i, name in enumerate(names)) or "none"
+    raise DrklError(f"There is no stage {key!r}; the config's stages: {known}.")
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _validate(values: dict[str, Any], prefix: str = "") -> Config:
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise DrklError(_explain(error, prefix)) from error
+    if not prefix:
+        config.specs()  # every stage has to be valid too
+    return config
+
+
+def _explain(error: ValidationError, prefix: str) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        where = prefix + ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            known = _keys_beside(problem["loc"])
+            message = f"unknown key.{did_you_mean(str(problem['loc'][-1]), known)} Known here: {', '.join(known)}."
+        elif problem["type"] == "missing":
+            message = "is missing"
+        elif problem["type"] != "value_error":
+            message = f"{message[0].lower()}{message[1:]}, got {problem['input']!r}"
+        lines.append(f"{where or 'config'}: {message}")
+    return "\n".join(lines)
+
+
+def _keys_beside(loc: Sequence[int | str]) -> list[str]:
+    model: Any = Config
+    for part in loc[:-1]:
+        if isinstance(part, str) and model is not None and part in model.model_fields:
+            model = _section_of(model.model_fields[part].annotation)
+    return list(model.model_fields) if model is not None else []
+
+
+def _section_of(annotation: Any) -> Any:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def describe_keys() -> Iterator[tuple[str, str, str]]:
+    """Every key of a config: (dotted name, default, one-line meaning)."""
+    yield from _describe(Config, "")
+
+
+def _describe(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+    for name, info in model.model_fields.items():
+        section = _section_of(info.annotation)
+        if section is not None:
+            if name == "stages":
+                yield f"{prefix}{name}", "[]", info.description or ""
+            yield from _describe(section, f"{prefix}{name}{'[]' if name == 'stages' else ''}.")
+            continue
+        default = info.get_default(call_default_factory=True)
+        shown = "required" if info.is_required() else "null" if default is None else _yaml(default)
+        yield f"{prefix}{name}", shown, info.description or ""
+
+
+def _yaml(value: Any) -> str:
+    return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("\n...\n").strip()

@@ -1,0 +1,75 @@
+"""Which rows go into which optimiser step: steps of about equal cost, rows of about equal length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from drkl.errors import DrklError
+
+# Rows are sorted within windows of this many steps' worth, and never within more than this share of an epoch: large
+# enough for little padding, small enough that a row meets other rows in every epoch, in small data sets too.
+_WINDOW_STEPS = 32
+_WINDOW_SHARE = 0.5
+
+
+def plan_steps(lengths: Sequence[int], *, tokens_per_step: int, num_steps: int, seed: int) -> list[list[int]]:
+    """Return the row indices of every optimiser step.
+
+    Each epoch sees every row once, in another shuffle. A step's rows, padded to its longest, have at most
+    ``tokens_per_step`` positions; a row longer than that is a step of its own. No step spans two epochs. The plan
+    depends on the arguments alone, and fewer steps are the beginning of more.
+
+    Args:
+        lengths: positions each row feeds (``Row.length``).
+        tokens_per_step: padded positions, at most, in one optimiser step.
+        num_steps: how many steps to plan, over as many epochs as that takes.
+        seed: of the shuffles.
+
+    Raises:
+        DrklError: no rows, or ``tokens_per_step`` below 1.
+    """
+    if not lengths:
+        raise DrklError("There are no rows to plan steps for.")
+    if tokens_per_step < 1:
+        raise DrklError(f"tokens_per_step must be at least 1, got {tokens_per_step}.")
+    steps: list[list[int]] = []
+    epoch = 0
+    while len(steps) < num_steps:
+        generator = np.random.default_rng([seed, epoch])
+        steps += _plan_epoch(lengths, tokens_per_step, generator)
+        epoch += 1
+    return steps[:num_steps]
+
+
+def split_rows(rows_of_step: Sequence[int], parts: int) -> list[list[int]]:
+    """Cut a step into ``parts`` contiguous micro-batches of near-equal size; some are empty if rows are fewer.
+
+    >>> split_rows([7, 8, 9], 2)
+    [[7, 8], [9]]
+    """
+    if parts < 1:
+        raise DrklError(f"A step is split into at least 1 part, got {parts}.")
+    size, larger = divmod(len(rows_of_step), parts)
+    ends = np.cumsum([size + (index < larger) for index in range(parts)]).tolist()
+    return [list(rows_of_step[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _plan_epoch(lengths: Sequence[int], tokens_per_step: int, generator: np.random.Generator) -> list[list[int]]:
+    order = generator.permutation(len(lengths)).tolist()
+    mean_length = max(1.0, sum(lengths) / len(lengths))
+    window = max(1, round(min(_WINDOW_STEPS * tokens_per_step / mean_length, _WINDOW_SHARE * len(lengths))))
+    steps: list[list[int]] = []
+    longest = 0
+    for start in range(0, len(order), window):
+        # Every other window runs downwards: where two meet, rows have similar lengths and can share a step.
+        rows = sorted(order[start : start + window], key=lambda i: lengths[i], reverse=start // window % 2 == 1)
+        for row in rows:
+            longest = max(longest, lengths[row])
+            if steps and longest * (len(steps[-1]) + 1) <= tokens_per_step:
+                steps[-1].append(row)
+            else:
+                steps.append([row])
+                longest = lengths[row]
+    return [steps[i] for i in generator.permutation(len(steps)).tolist()]

@@ -1,0 +1,69 @@
+"""The only place that pads, masks and shifts: past it ``labels[b, t]`` is the token that ``logits[b, t]`` predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drkl.data.tokenize import Row
+
+IGNORE_INDEX = -100
+
+
+def collate(rows: Sequence[Row], *, pad_id: int) -> dict[str, Any]:
+    """Return a right-padded batch with aligned labels.
+
+    ``input_ids``, ``attention_mask``, ``position_ids`` and ``labels`` are int64 ``[batch, time]``; ``time`` is the
+    longest ``row.length``. Fed is ``(prompt + response)[:-1]``; the last prompt position predicts the first response
+    token, and every other position that predicts no response token has the label ``IGNORE_INDEX``. Which positions
+    count follows from where the response stands, never from token ids, so eos is learnt even where it is the padding
+    token. ``row_ids`` is a list of the rows' ids.
+
+    No rows give a batch of one ignored position: every process and micro-step needs a forward pass.
+
+    >>> row = Row("a", (5, 6), (7, 2), example=None)
+    >>> batch = collate([row], pad_id=0)
+    >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+    ([[5, 6, 7]], [[-100, 7, 2]])
+    """
+    shape = (max(1, len(rows)), max((row.length for row in rows), default=1))
+    input_ids = torch.full(shape, pad_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX)
+    for index, row in enumerate(rows):
+        assert row.prompt_ids and row.response_ids, "a row has a prompt and a response"
+        input_ids[index, : row.length] = torch.tensor((*row.prompt_ids, *row.response_ids[:-1]))
+        attention_mask[index, : row.length] = 1
+        labels[index, len(row.prompt_ids) - 1 : row.length] = torch.tensor(row.response_ids)
+    if not rows:
+        attention_mask[0, 0] = 1
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        # Counted on through the padding: positions that start again at 0 read as packed sequences to some kernels.
+        "position_ids": torch.arange(shape[1]).expand(shape).contiguous(),
+        "labels": labels,
+        "row_ids": [row.id for row in rows],
+    }
+
+
+def collate_prompts(prompts: Sequence[Sequence[int]], *, pad_id: int) -> dict[str, Tensor]:
+    """Return left-padded ``input_ids``, ``attention_mask`` and ``position_ids``, int64 ``[batch, time]``.
+
+    Positions start at 0 with the first real token of each prompt.
+
+    >>> collate_prompts([[5], [6, 7]], pad_id=0)["position_ids"].tolist()
+    [[0, 0], [0, 1]]
+    """
+    assert prompts and all(prompts), "at least one prompt, none empty"
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), pad_id)
+    attention_mask = torch.zeros((len(prompts), width), dtype=torch.int64)
+    for index, prompt in enumerate(prompts):
+        input_ids[index, width - len(prompt) :] = torch.tensor(list(prompt))
+        attention_mask[index, width - len(prompt) :] = 1
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}

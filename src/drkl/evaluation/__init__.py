@@ -1,0 +1,1 @@
+"""How faithful, how diverse and how confident a student is, next to its teacher."""

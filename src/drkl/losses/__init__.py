@@ -1,0 +1,16 @@
+"""How an objective becomes a loss: mask, vocabulary, temperature, dtype, reduction, memory; once, for all."""
+
+from drkl.losses.common import IGNORE_INDEX
+from drkl.losses.dense import distillation_loss
+from drkl.losses.fused import fused_distillation_loss
+from drkl.losses.head import LMHead
+from drkl.losses.statistics import TokenStatistics, token_statistics
+
+__all__ = [
+    "IGNORE_INDEX",
+    "LMHead",
+    "TokenStatistics",
+    "distillation_loss",
+    "fused_distillation_loss",
+    "token_statistics",
+]

@@ -1,0 +1,134 @@
+"""What the dense and the fused loss share: which positions count, what is checked, how a sum becomes a loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from drkl.errors import DrklError
+from drkl.objectives import Objective, make_objective
+
+IGNORE_INDEX = -100
+Reduction = Literal["mean", "sum", "none"]
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Everything about a loss that is not a tensor."""
+
+    objective: Objective
+    temperature: float
+    kd_weight: float
+    t2_scaling: bool
+    reduction: str
+
+    @property
+    def kd_factor(self) -> float:
+        return self.kd_weight * (self.temperature**2 if self.t2_scaling else 1.0)
+
+    @property
+    def uses_objective(self) -> bool:
+        return self.kd_weight > 0
+
+    @property
+    def uses_cross_entropy(self) -> bool:
+        return self.kd_weight < 1
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.uses_objective and self.objective.needs_teacher
+
+    @property
+    def uses_labels(self) -> bool:
+        return self.uses_cross_entropy or self.objective.needs_labels
+
+
+def make_settings(
+    objective: str | Objective, temperature: float, kd_weight: float, t2_scaling: bool, reduction: str
+) -> LossSettings:
+    """Check the numbers and names; raises DrklError."""
+    if not (temperature > 0 and temperature < float("inf")):
+        raise DrklError(f"temperature is {temperature}; expected a finite number above 0.")
+    if not 0 <= kd_weight <= 1:
+        raise DrklError(f"kd_weight is {kd_weight}; expected a number in [0, 1].")
+    if reduction not in ("mean", "sum", "none"):
+        raise DrklError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'.")
+    return LossSettings(make_objective(objective), temperature, kd_weight, t2_scaling, reduction)
+
+
+def check_vocabularies(student: int, teacher: int) -> None:
+    """Raise DrklError unless both models score the same number of tokens."""
+    if student != teacher:
+        raise DrklError(
+            f"The teacher scores {teacher} tokens and the student {student}. Every objective compares the two over one "
+            "vocabulary; distil between models that share a tokenizer, or cut both heads to the ids they share."
+        )
+
+
+def valid_positions(
+    shape: torch.Size, labels: Tensor | None, token_mask: Tensor | None, settings: LossSettings, vocab_size: int
+) -> Tensor | None:
+    """The flat boolean mask of the positions that count, or None where all do.
+
+    A position counts iff its label is not -100 and its mask is true.
+    """
+    for name, tensor in (("labels", labels), ("token_mask", token_mask)):
+        if tensor is not None and tensor.shape != shape:
+            raise DrklError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}, one per position.")
+    if labels is None and settings.uses_labels:
+        why = "kd_weight < 1 adds a cross-entropy" if settings.uses_cross_entropy else "its target is the label"
+        raise DrklError(f"Objective {settings.objective.name!r} needs labels here ({why}), but labels is None.")
+    keep = None if labels is None else (labels != IGNORE_INDEX).reshape(-1)
+    if token_mask is not None:
+        mask = token_mask.reshape(-1).bool()
+        keep = mask if keep is None else keep & mask
+    if labels is not None and keep is not None:
+        kept = labels.reshape(-1)[keep]
+        if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= vocab_size):
+            raise DrklError(
+                f"labels run from {int(kept.min())} to {int(kept.max())}; expected ids in [0, {vocab_size}) or "
+                f"{IGNORE_INDEX} for positions that do not count."
+            )
+    return keep
+
+
+def select(tensor: Tensor, keep: Tensor | None) -> Tensor:
+    """Flatten `[..., k]` to `[positions, k]`, the valid positions only."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if keep is None else flat[keep]
+
+
+def select_labels(labels: Tensor | None, keep: Tensor | None) -> Tensor | None:
+    """Flatten `[...]` to `[positions]`, the valid positions only."""
+    if labels is None:
+        return None
+    flat = labels.reshape(-1)
+    return flat if keep is None else flat[keep]
+
+
+def denominator(num_tokens: int | float | Tensor | None, count: int) -> float | Tensor:
+    """What the sum is divided by: ``num_tokens``, or this call's own count (1 where nothing counts)."""
+    if num_tokens is None:
+        return float(max(count, 1))
+    if isinstance(num_tokens, Tensor):
+        return num_tokens.clamp(min=1)
+    if num_tokens < 0:
+        raise DrklError(f"num_tokens is {num_tokens}; expected the number of valid tokens of the optimiser step.")
+    return float(max(num_tokens, 1))
+
+
+def spread(values: Tensor, keep: Tensor | None, shape: torch.Size) -> Tensor:
+    """Put per-position values back where they came from; 0 at the positions that do not count."""
+    if keep is None:
+        return values.reshape(shape)
+    out = values.new_zeros(keep.shape)
+    return out.masked_scatter(keep, values).reshape(shape)
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """fp32 (or wider) log-probabilities of ``logits / temperature``."""
+    wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
+    return torch.log_softmax(wide if temperature == 1.0 else wide / temperature, -1)

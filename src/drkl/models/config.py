@@ -1,0 +1,40 @@
+"""The `student` section of a config."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class StudentConfig(BaseModel):
+    """Where the student comes from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    init: Literal["prune", "pretrained", "random"] = Field(
+        "prune", description="prune (layers of a larger model), pretrained (a model as it is) or random (a config)"
+    )
+    model: str | None = Field(
+        None, description="Hugging Face id or folder; for prune and random the teacher's where left out"
+    )
+    layers: int | list[int] | None = Field(
+        None, description="prune, random: how many layers (prune: first, last, evenly between), or which; default half"
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="random: fields of the model's config to replace, e.g. hidden_size"
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the student's own weights, which the optimiser moves"
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, layers: int | list[int] | None) -> int | list[int] | None:
+        if isinstance(layers, int) and layers < 1:
+            raise ValueError("expected at least 1 layer")
+        if isinstance(layers, list) and (not layers or layers != sorted(set(layers)) or layers[0] < 0):
+            raise ValueError("expected layer numbers from 0, ascending, each once")
+        return layers

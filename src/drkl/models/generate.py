@@ -1,0 +1,281 @@
+"""Seeded sampling whose samples depend on the prompt and the seed, and not on how they were batched."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor
+
+from drkl.data.collate import collate_prompts
+from drkl.data.template import stop_token_ids
+from drkl.errors import DrklError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Progress = Callable[[int], None]
+
+DEPTH = 24
+"""Random numbers per token: enough for 2**24 tokens, and the same for every vocabulary."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generated answer."""
+
+    text: str
+    """Decoded, without special tokens."""
+    token_ids: tuple[int, ...]
+    """What was generated, the stop token included, nothing after it."""
+    finished: bool
+    """Whether a stop token came before ``max_new_tokens``."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were generated, the stop token included."""
+        return len(self.token_ids)
+
+
+@torch.no_grad()  # Not inference_mode: what it leaves in a model's buffers could not be trained through afterwards.
+def sample_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    samples_per_prompt: int = 1,
+    sampling_temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    batch_size: int = 96,
+    greedy: bool = False,
+    keys: Sequence[str] | None = None,
+    stop_ids: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> list[list[Generation]]:
+    """Sample answers from a decoder-only model, per prompt and per sample.
+
+    The random numbers of a sample come from (seed, key of the prompt, number of the sample) alone, and are used so that
+    rounding hardly matters. So neither batch size nor the order of prompts changes a sample, but where rounding inside
+    the model (about 1e-5 of a logit) tips the scale; two models answer a prompt with the same random numbers; samples
+    are prefixes of those with a larger ``max_new_tokens``. The model's own ``generation_config`` plays no part, and
+    the model is left as it was.
+
+    Args:
+        model: on its device; switched to eval mode for the call.
+        tokenizer: decodes the answers, and says where they end.
+        prompts: token ids, none empty.
+        samples_per_prompt: k >= 1.
+        sampling_temperature: > 0; softmax(logits / sampling_temperature) over the whole vocabulary.
+        max_new_tokens: >= 1, the stop token included.
+        seed: >= 0.
+        batch_size: sequences decoded at once; prompts of like length go together.
+        greedy: take the most probable token instead; the samples of a prompt are then all the same.
+        keys: a name per prompt (a row's id); by default the prompt's token ids.
+        stop_ids: default ``stop_token_ids(tokenizer)``.
+        progress: called after each decoding step with the token slots done since the last call; they add up to
+            ``len(prompts) * samples_per_prompt * max_new_tokens``.
+
+    Raises:
+        DrklError: a number out of range, an empty prompt, or one that leaves no room in the model's context.
+    """
+    _check(samples_per_prompt, sampling_temperature, max_new_tokens, seed, batch_size)
+    names = [",".join(map(str, prompt)) for prompt in prompts] if keys is None else list(keys)
+    assert len(names) == len(prompts), "one key per prompt"
+    _check_prompts(model, prompts, names, max_new_tokens)
+    stops = list(stop_token_ids(tokenizer) if stop_ids is None else stop_ids)
+    answers: list[list[Generation]] = [[] for _ in prompts]
+    with _plain_decoding(model):
+        for group, samples in _batches([len(prompt) for prompt in prompts], samples_per_prompt, batch_size):
+            batch = collate_prompts([prompts[i] for i in group], pad_id=_pad_id(tokenizer, stops))
+            steps = _Progress(len(group) * len(samples), max_new_tokens, progress)
+            processors: list[LogitsProcessor] = [steps]
+            if not greedy:
+                draws = [_uniforms(seed, names[i], s, max_new_tokens) for i in group for s in samples]
+                processors.append(_Descent(np.stack(draws), sampling_temperature))
+            new = _generate(model, batch, len(samples), stops, max_new_tokens, processors).tolist()
+            for row, ids in enumerate(new):
+                answers[group[row // len(samples)]].append(_finish(tokenizer, ids, stops))
+            steps.finish()
+    return answers
+
+
+class _Descent(LogitsProcessor):
+    """Leaves one token possible: the one at the end of a way down the binary tree over the ids.
+
+    At each node a fresh uniform number is held against the left half's share of the probability. One number against
+    the cumulative sum would be simpler, but its 50,000 boundaries lie so close that rounding inside the model, which
+    does depend on the batch, moved one token in a thousand.
+    """
+
+    def __init__(self, uniforms: np.ndarray, temperature: float) -> None:
+        """``uniforms``: `[rows, steps, DEPTH]` in [0, 1)."""
+        self.uniforms = torch.from_numpy(uniforms)
+        self.temperature = temperature
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # float64, so that sums over the vocabulary add nothing to the model's own rounding; mps has none.
+        wide = torch.float32 if scores.device.type == "mps" else torch.float64
+        logits = scores.to(wide)
+        levels = [((logits - logits.amax(-1, keepdim=True)) / self.temperature).exp_()]
+        while levels[-1].shape[-1] > 1:
+            if levels[-1].shape[-1] % 2:
+                levels[-1] = torch.nn.functional.pad(levels[-1], (0, 1))
+            levels.append(levels[-1].unflatten(-1, (-1, 2)).sum(-1))
+        draws = self.uniforms[:, self.step].to(logits)
+        node = torch.zeros(len(scores), 1, dtype=torch.long, device=scores.device)
+        for depth, level in enumerate(reversed(levels[:-1])):
+            left, right = level.gather(-1, 2 * node), level.gather(-1, 2 * node + 1)
+            # right > 0: a draw rounded up to 1 must not lead where there is nothing.
+            node = 2 * node + ((draws[:, depth, None] * (left + right) >= left) & (right > 0))
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(-1, node, 0.0)
+
+
+class _Progress(LogitsProcessor):
+    """Reports the slots of a batch step by step; the rest when every row has stopped early."""
+
+    def __init__(self, num_rows: int, num_steps: int, report: Progress | None) -> None:
+        self.num_rows, self.left, self.report = num_rows, num_rows * num_steps, report
+        self.started = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # Called before each token: the step that is done is the one before.
+        if self.started:
+            self._done(self.num_rows)
+        self.started = True
+        return scores
+
+    def finish(self) -> None:
+        self._done(self.left)
+
+    def _done(self, slots: int) -> None:
+        self.left -= slots
+        if self.report is not None and slots:
+            self.report(slots)
+
+
+def _generate(
+    model: Any,  # transformers types a PreTrainedModel without the generation mixin
+    batch: dict[str, Tensor],
+    num_samples: int,
+    stops: list[int],
+    max_new_tokens: int,
+    processors: list[LogitsProcessor],
+) -> Tensor:
+    """Return the new tokens `[prompts * num_samples, steps]`, the samples of a prompt in a row."""
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    cache = _shared_prefix(model, batch, num_samples)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=stops,
+        pad_token_id=stops[0],
+    )
+    extra = {} if cache is None else {"past_key_values": cache}
+    out = model.generate(
+        input_ids=batch["input_ids"].repeat_interleave(num_samples, 0),
+        attention_mask=batch["attention_mask"].repeat_interleave(num_samples, 0),
+        generation_config=config,
+        logits_processor=processors,
+        **extra,
+    )
+    return out[:, batch["input_ids"].shape[1] :]
+
+
+def _shared_prefix(model: Any, batch: dict[str, Tensor], num_samples: int) -> DynamicCache | None:
+    """Read each prompt once for all its samples; None where that saves nothing or the model keeps another cache.
+
+    The last token is left to the decoding loop, which takes its logits.
+    """
+    if num_samples == 1 or batch["input_ids"].shape[1] == 1 or not model._supports_default_dynamic_cache():
+        return None
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    before_last = {name: tensor[:, :-1] for name, tensor in batch.items()}
+    model.base_model(**before_last, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(num_samples)
+    return cache
+
+
+def _batches(lengths: list[int], num_samples: int, batch_size: int) -> Iterator[tuple[list[int], range]]:
+    """Prompts of like length and the samples to draw of each, at most ``batch_size`` sequences at a time."""
+    together = min(num_samples, batch_size)
+    width = batch_size // together
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(order), width):
+        for first in range(0, num_samples, together):
+            yield order[start : start + width], range(first, min(first + together, num_samples))
+
+
+def _uniforms(seed: int, key: str, sample: int, count: int) -> np.ndarray:
+    words = np.frombuffer(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest(), dtype="<u4")
+    return np.random.default_rng([seed, sample, *words.tolist()]).random((count, DEPTH))
+
+
+def _finish(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> Generation:
+    end = next((i for i, token in enumerate(ids) if token in stops), None)
+    answer = ids if end is None else ids[:end]
+    text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return Generation(text, tuple(ids if end is None else ids[: end + 1]), end is not None)
+
+
+@contextmanager
+def _plain_decoding(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, and no generation defaults of the model's own, until the block ends.
+
+    ``generate`` fills whatever the config it is given leaves out from ``model.generation_config``: top-k or a
+    repetition penalty would come in that way.
+    """
+    own, was_training = model.generation_config, model.training
+    model.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        if was_training:
+            model.train()
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
+    return stops[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def _check(samples_per_prompt: int, temperature: float, max_new_tokens: int, seed: int, batch_size: int) -> None:
+    if not 0 < temperature < float("inf"):
+        raise DrklError(
+            f"sampling_temperature is {temperature}; expected a finite number above 0. For the most probable answer "
+            "decode greedily instead."
+        )
+    for name, value, least in (
+        ("samples_per_prompt", samples_per_prompt, 1),
+        ("max_new_tokens", max_new_tokens, 1),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise DrklError(f"{name} is {value}; expected a whole number, at least {least}.")
+
+
+def _check_prompts(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], names: list[str], max_new_tokens: int
+) -> None:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for name, prompt in zip(names, prompts, strict=True):
+        if not prompt:
+            raise DrklError(f"Prompt {name!r} has no tokens; expected at least one.")
+        if limit is not None and len(prompt) + max_new_tokens > limit:
+            raise DrklError(
+                f"A prompt of {len(prompt)} tokens and max_new_tokens ({max_new_tokens}) pass the model's "
+                f"{limit} positions. Shorten the prompt, or lower max_new_tokens."
+            )

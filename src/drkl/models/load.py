@@ -1,0 +1,126 @@
+"""Models, configs and tokenizers by a folder or a Hugging Face id; safetensors only, no code from the model's side."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import logging as transformers_logging
+
+from drkl.errors import DrklError
+from drkl.models import smollm2
+from drkl.models.precision import DTYPES
+
+_log = logging.getLogger(__name__)
+
+
+def quiet_transformers() -> None:
+    """Leave the terminal to drkl's own progress; warnings of real errors still show."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def resolve_model(name: str) -> str:
+    """The embedded teacher's name becomes its folder (converted on first use); anything else stays."""
+    return str(smollm2.ensure_converted()) if name == smollm2.NAME else name
+
+
+def model_note(name: str) -> str | None:
+    """What a reader of results has to know of a model, or None."""
+    if name == smollm2.NAME or (Path(name).is_dir() and Path(name).resolve() == smollm2.converted_path().resolve()):
+        return smollm2.NOTE
+    return None
+
+
+def load_model(name: str, dtype: str) -> PreTrainedModel:
+    """Load a causal language model, in eval mode, on the CPU.
+
+    Args:
+        name: ``smollm2-135m-instruct``, a local folder, or a Hugging Face id.
+        dtype: ``fp32``, ``bf16`` or ``fp16``.
+
+    Raises:
+        DrklError: nowhere to be found, not a causal language model, or without safetensors.
+    """
+    source = resolve_model(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_found(name, "model", error) from error
+    model.eval()
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def load_config(name: str) -> Any:
+    """Load a model's config alone; the embedded teacher's is read without converting it."""
+    if name == smollm2.NAME and not smollm2.is_converted():
+        config = AutoConfig.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
+        return smollm2.clean_config(config)
+    try:
+        return AutoConfig.from_pretrained(resolve_model(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_found(name, "config", error) from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load a tokenizer; one without a padding token pads with its end of sequence (masks never look at ids)."""
+    try:
+        if name == smollm2.NAME and not smollm2.is_converted():
+            tokenizer = AutoTokenizer.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_found(name, "tokenizer", error) from error
+    if tokenizer.eos_token_id is None:
+        raise DrklError(
+            f"The tokenizer of {name!r} has no end-of-sequence token, so a student could not learn to stop."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def count_parameters(config: Any) -> int:
+    """Parameters of a causal language model of this config, tied weights once; no memory is used."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+def check_same_tokens(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
+    """Raise DrklError unless two tokenizers give every token the same id."""
+    theirs, ours = teacher.get_vocab(), student.get_vocab()
+    if theirs == ours:
+        return
+    by_id = {i: token for token, i in theirs.items()}
+    differ = sorted((i, token) for token, i in ours.items() if by_id.get(i) != token)
+    missing = sorted((i, token) for token, i in theirs.items() if token not in ours)
+    first = ", ".join(f"{i}: student {token!r}, teacher {by_id.get(i)!r}" for i, token in differ[:3]) or ", ".join(
+        f"{i}: only the teacher's {token!r}" for i, token in missing[:3]
+    )
+    raise DrklError(
+        f"The vocabularies differ: the student {student_name!r} has {len(ours)} tokens, the teacher {teacher_name!r} "
+        f"{len(theirs)} (first ids that differ: {first}). Every objective compares the two models token by token; "
+        "choose a student of the teacher's family."
+    )
+
+
+def _not_found(name: str, what: str, error: Exception) -> DrklError:
+    folder = Path(name)
+    reason = " ".join(str(error).split())
+    if folder.is_dir():
+        where = f"The folder {name!r} is there, but no usable {what} was found in it"
+        if "safetensors" in reason and any(folder.glob("*.bin")):
+            where += " (it has .bin weights; those are pickle files, convert them to safetensors first)"
+    elif name.startswith((".", "/", "~")):
+        where = f"There is no folder {name!r}"
+    else:
+        where = (
+            f"There is no {what} {name!r}: looked for a folder of that name here, in the Hugging Face cache, and on "
+            f"the hub. The embedded teacher is called {smollm2.NAME!r}"
+        )
+    return DrklError(f"{where}. ({reason[:300]})")

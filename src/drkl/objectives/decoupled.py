@@ -1,0 +1,215 @@
+"""The decoupling operator, and DRKL made with it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from drkl.errors import DrklError
+from drkl.objectives.base import Objective, check_choice, check_number
+from drkl.objectives.divergences import ForwardKL, JensenShannon, ReverseKL, softmax_
+from drkl.objectives.logspace import Split, mixture, split
+
+PARTS: dict[str, Objective] = {"rkl": ReverseKL(), "fkl": ForwardKL(), "gjs": JensenShannon()}
+TARGETS = ("teacher", "label")
+WEIGHTS = ("constant", "student", "teacher", "floor")
+
+
+def _check_common(owner: str, gamma: object, target: object, weight: object) -> None:
+    check_number(owner, "gamma", gamma, "greater than 0", isinstance(gamma, (int, float)) and gamma > 0)
+    check_choice(owner, "target", target, TARGETS)
+    check_choice(owner, "weight", weight, WEIGHTS)
+
+
+def target_class(target: str, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
+    """The target class at each position `[n]`: the teacher's top token (lowest index on ties), or the label."""
+    if target == "teacher":
+        return teacher_logits.argmax(-1)
+    assert labels is not None
+    return labels
+
+
+def tail_weight(weight: str, gamma: float, student_log_odds: Tensor, teacher_log_odds: Tensor) -> Tensor:
+    """The tail's weight `[n]`, detached: gamma, 1 - q_t, 1 - p_t, or max(gamma, 1 - q_t)."""
+    if weight == "constant":
+        return torch.full_like(student_log_odds.detach(), gamma)
+    if weight == "teacher":
+        return torch.sigmoid(-teacher_log_odds.detach())
+    outside = torch.sigmoid(-student_log_odds.detach())
+    return outside if weight == "student" else outside.clamp(min=gamma)
+
+
+def _add_tail(on_target: Tensor, weight: Tensor, on_tail: Tensor) -> Tensor:
+    # 0 * inf: a tail without weight adds nothing.
+    return on_target + torch.where(weight == 0, 0.0, weight * on_tail.masked_fill(weight == 0, 0.0))
+
+
+def _mask_empty_student_tail(value: Tensor, student: Split) -> Tensor:
+    # No student mass beside the target: there is no tail distribution to compare.
+    return value.masked_fill(student.log_odds == math.inf, 0.0)
+
+
+@dataclass(frozen=True)
+class Decoupled:
+    """a F(b_q, b_p) + w G(q^, p^): one divergence on target-against-rest, another on the renormalised rest.
+
+    b = (probability of the target, probability of the rest); q^, p^ = the tails, renormalised. With F = G = RKL, a = 1
+    and a constant w = gamma it is DRKL; with w = 1 - q_t *not* detached it would be RKL again.
+    """
+
+    name: ClassVar[str] = "decoupled"
+    formula: ClassVar[str] = "a F(b_q, b_p) + w G(q^, p^)"
+    source: ClassVar[str] = "the operator behind DKD (arXiv 2203.08679) and DRKL (arXiv 2604.00223)"
+    needs_teacher: ClassVar[bool] = True
+    has_closed_form: ClassVar[bool] = False
+
+    on_target: Objective = PARTS["rkl"]
+    on_tail: Objective = PARTS["rkl"]
+    gamma: float = 0.5
+    target_weight: float = 1.0
+    target: str = "teacher"
+    weight: str = "constant"
+
+    def __post_init__(self) -> None:
+        _check_common("decoupled", self.gamma, self.target, self.weight)
+        inside = isinstance(self.target_weight, (int, float)) and self.target_weight >= 0
+        check_number("decoupled", "target_weight", self.target_weight, "at least 0", inside)
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.target == "label"
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        assert teacher_logp is not None
+        target = target_class(self.target, teacher_logp, labels)
+        student, teacher = split(student_logp, target), split(teacher_logp, target)
+        on_target = self.target_weight * self.on_target(student.log_two, teacher.log_two)
+        on_tail = _mask_empty_student_tail(self.on_tail(student.log_tail, teacher.log_tail), student)
+        weight = tail_weight(self.weight, self.gamma, student.log_odds, teacher.log_odds)
+        return _add_tail(on_target, weight, on_tail)
+
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+        raise NotImplementedError("has_closed_form is False")
+
+
+def decoupled(
+    on_target: str | Objective = "rkl",
+    on_tail: str | Objective = "rkl",
+    gamma: float = 0.5,
+    target_weight: float = 1.0,
+    target: str = "teacher",
+    weight: str = "constant",
+) -> Decoupled:
+    """Compose a decoupled objective: ``target_weight * F(b_q, b_p) + w * G(q^, p^)``.
+
+    Args:
+        on_target: the divergence F on (target, rest): ``rkl``, ``fkl``, ``gjs``, or an objective.
+        on_tail: the divergence G on the renormalised tails, likewise.
+        gamma: the tail's weight, > 0.
+        target_weight: the factor a, >= 0.
+        target: ``teacher`` (its top token) or ``label`` (the observed token).
+        weight: ``constant`` (w = gamma), ``student`` (1 - q_t, detached), ``teacher`` (1 - p_t) or ``floor``
+            (max(gamma, 1 - q_t), detached).
+
+    Raises:
+        DrklError: an unknown part, or a value outside its domain.
+
+    >>> decoupled("rkl", "gjs", gamma=0.25).on_tail.name
+    'gjs'
+    """
+    parts = []
+    for place, part in (("on_target", on_target), ("on_tail", on_tail)):
+        if isinstance(part, str):
+            check_choice("decoupled", place, part, PARTS)
+            part = PARTS[part]
+        if part.needs_labels or not part.needs_teacher:
+            raise DrklError(f"decoupled.{place} is {part.name!r}; expected a divergence between student and teacher.")
+        parts.append(part)
+    return Decoupled(parts[0], parts[1], gamma, target_weight, target, weight)
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True)
+class DecoupledReverseKL:
+    """B + gamma K: reverse KL without the push on an already matched target, and with a supervised tail.
+
+    B = KL(b_q || b_p) on (target, rest), K = KL(q^ || p^) on the renormalised rest; RKL is B + (1 - q_t) K. The paper
+    has a constant gamma, the teacher's top token as target and the reverse tail; the other weights and tails are ours.
+    With ``skew`` = s > 0, p is replaced by the mixture (1 - s) p + s q, gradient included.
+    """
+
+    name: ClassVar[str] = "drkl"
+    formula: ClassVar[str] = "KL(b_q || b_p) + gamma KL(q^ || p^)"
+    source: ClassVar[str] = "DRKL, arXiv 2604.00223, Eq. 9"
+    needs_teacher: ClassVar[bool] = True
+
+    gamma: float = field(default=0.5, metadata=_help("weight of the tail, > 0"))
+    target: str = field(default="teacher", metadata=_help("teacher (its top token) or label (the observed token)"))
+    weight: str = field(
+        default="constant",
+        metadata=_help("constant (gamma), student (1-q_t, detached), teacher (1-p_t) or floor (max(gamma, 1-q_t))"),
+    )
+    skew: float = field(default=0.0, metadata=_help("share of the student in the mixture compared with, in [0, 1)"))
+    tail: str = field(default="rkl", metadata=_help("divergence on the tail: rkl (the paper), fkl or gjs (ours)"))
+
+    def __post_init__(self) -> None:
+        _check_common("drkl", self.gamma, self.target, self.weight)
+        check_choice("drkl", "tail", self.tail, PARTS)
+        check_number("drkl", "skew", self.skew, "in [0, 1)", isinstance(self.skew, (int, float)) and 0 <= self.skew < 1)
+        if self.skew > 0 and self.tail != "rkl":
+            raise DrklError(f"drkl.skew is {self.skew} with tail {self.tail!r}; a skewed DRKL needs tail 'rkl'.")
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.target == "label"
+
+    @property
+    def has_closed_form(self) -> bool:
+        return self.skew == 0 and self.tail in ("rkl", "fkl")
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        assert teacher_logp is not None
+        if self.skew == 0:
+            operator = Decoupled(PARTS["rkl"], PARTS[self.tail], self.gamma, 1.0, self.target, self.weight)
+            return operator(student_logp, teacher_logp, labels)
+        target = target_class(self.target, teacher_logp, labels)
+        student, teacher = split(student_logp, target), split(teacher_logp, target)
+        compared = split(mixture(teacher_logp, student_logp, 1.0 - self.skew), target)
+        on_target = PARTS["rkl"](student.log_two, compared.log_two)
+        on_tail = _mask_empty_student_tail(PARTS["rkl"](student.log_tail, compared.log_tail), student)
+        return _add_tail(on_target, tail_weight(self.weight, self.gamma, student.log_odds, teacher.log_odds), on_tail)
+
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+        # d/dz_t = q_t (1 - q_t) D; reverse tail: d/dz_j = q^_j [w (d_j - K) - q_t (1 - q_t) D], d_j = log q^_j / p^_j.
+        assert teacher_logits is not None
+        at_target = target_class(self.target, teacher_logits, labels).unsqueeze(-1)
+        z_t, y_t = student_logits.gather(-1, at_target), teacher_logits.gather(-1, at_target)
+        difference = (student_logits - teacher_logits).scatter_(-1, at_target, 0.0)
+        log_rest_q = softmax_(student_logits.scatter_(-1, at_target, -math.inf))
+        log_rest_p = softmax_(teacher_logits.scatter_(-1, at_target, -math.inf))
+        s, u = z_t - log_rest_q, y_t - log_rest_p
+        shift = log_rest_p - log_rest_q
+        weight = tail_weight(self.weight, self.gamma, s, u)
+        push = torch.sigmoid(s) * torch.sigmoid(-s) * (s - u)
+        if self.tail == "rkl":
+            on_tail = torch.linalg.vecdot(student_logits, difference).unsqueeze(-1) + shift
+            student_logits.mul_(difference.add_(shift - on_tail).mul_(weight).sub_(push))
+        else:
+            on_tail = -torch.linalg.vecdot(teacher_logits, difference).unsqueeze(-1) - shift
+            student_logits.mul_(weight - push).sub_(teacher_logits.mul_(weight))
+        student_logits.scatter_(-1, at_target, push)
+        return (_two_class_reverse_kl(s, u) + weight * on_tail).squeeze(-1)
+
+
+def _two_class_reverse_kl(s: Tensor, u: Tensor) -> Tensor:
+    """B from the log-odds of the target under the student (s) and the teacher (u); exact at any confidence."""
+    inside = torch.sigmoid(s) * (F.logsigmoid(s) - F.logsigmoid(u))
+    return inside + torch.sigmoid(-s) * (F.logsigmoid(-s) - F.logsigmoid(-u))

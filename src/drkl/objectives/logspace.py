@@ -1,0 +1,69 @@
+"""The safe building blocks, all in log space.
+
+A class that both distributions exclude (-inf on both sides) contributes 0 to every value and every gradient. Masks are
+applied *before* a product, since 0 * inf is NaN in the backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def kl(log_a: Float[Tensor, "n k"], log_b: Float[Tensor, "n k"]) -> Float[Tensor, "n"]:
+    """KL(a || b) = sum_i a_i (log a_i - log b_i), in nats; +inf where b excludes a class that a does not."""
+    outside = log_a == -math.inf
+    log_a = log_a.masked_fill(outside, 0.0)
+    log_b = log_b.masked_fill(outside, 0.0)
+    infinite = log_b == -math.inf
+    terms = log_a.exp() * (log_a - log_b.masked_fill(infinite, 0.0))
+    # A class with log a > -inf has positive mass even where exp(log a) underflows: the definition is +inf there.
+    return terms.masked_fill(outside, 0.0).masked_fill(infinite, math.inf).sum(-1)
+
+
+def mixture(log_a: Float[Tensor, "n k"], log_b: Float[Tensor, "n k"], weight_a: float) -> Float[Tensor, "n k"]:
+    """log(w a + (1 - w) b), with w = ``weight_a`` in [0, 1]."""
+    if weight_a == 0.0:
+        return log_b
+    if weight_a == 1.0:
+        return log_a
+    neither = (log_a == -math.inf) & (log_b == -math.inf)
+    log_a = log_a.masked_fill(neither, 0.0) + math.log(weight_a)
+    log_b = log_b.masked_fill(neither, 0.0) + math.log1p(-weight_a)
+    return torch.logaddexp(log_a, log_b).masked_fill(neither, -math.inf)
+
+
+class Split(NamedTuple):
+    """One distribution seen from a target class: two classes, and the rest renormalised."""
+
+    log_two: Float[Tensor, "n 2"]
+    """log of (probability of the target, probability of all the rest)."""
+    log_tail: Float[Tensor, "n vocab"]
+    """log of the renormalised rest; -inf at the target, and everywhere where nothing is left."""
+    log_odds: Float[Tensor, "n"]
+    """logit of the target's probability, from log-sum-exps: exact at any confidence."""
+
+
+def split(logp: Float[Tensor, "n vocab"], target: Int[Tensor, "n"]) -> Split:
+    """Split a distribution into the target and the tail (`objectives`, section 1 of the docs)."""
+    at_target = target.unsqueeze(-1)
+    rest = logp.scatter(-1, at_target, -math.inf)
+    empty = (rest == -math.inf).all(-1, keepdim=True)
+    log_rest = torch.logsumexp(rest.masked_fill(empty, 0.0), -1, keepdim=True)
+    log_tail = (rest - log_rest).masked_fill(empty, -math.inf)
+    log_odds = (logp.gather(-1, at_target) - log_rest).masked_fill(empty, math.inf).squeeze(-1)
+    return Split(_two_classes(log_odds), log_tail, log_odds)
+
+
+def _two_classes(log_odds: Float[Tensor, "n"]) -> Float[Tensor, "n 2"]:
+    certain = torch.isinf(log_odds)
+    finite = log_odds.masked_fill(certain, 0.0)
+    log_two = torch.stack((F.logsigmoid(finite), F.logsigmoid(-finite)), -1)
+    # At +-inf: (0, -inf) and (-inf, 0), without a gradient.
+    edge = torch.stack((log_odds.detach(), -log_odds.detach()), -1).clamp(max=0.0)
+    return torch.where(certain.unsqueeze(-1), edge, log_two)

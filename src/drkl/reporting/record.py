@@ -1,0 +1,173 @@
+"""One run folder read into memory: configuration, log of all stages, evaluation, samples."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from drkl.errors import DrklError
+from drkl.reporting.metrics import MODELS
+from drkl.reporting.text import as_number, short
+from drkl.runs import RunFolder, read_json, read_jsonl, read_text
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values over optimiser steps, counted from the first step of the first stage."""
+
+    steps: list[float]
+    values: list[float]
+
+    def __bool__(self) -> bool:
+        return bool(self.steps)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's log, and where it stands on the axis that joins the stages.
+
+    ``model`` is the model that the stage makes: "warmup" for every stage but the last, "after" for that.
+    """
+
+    title: str
+    objective: str
+    model: str
+    start: int
+    end: int
+    seconds: float | None
+    train: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+
+    def curve(self, key: str, *, heldout: bool = False) -> Curve:
+        """The logged values of ``key`` (of ``eval_key`` on held-out rows)."""
+        steps, values = [], []
+        name = f"eval_{key}" if heldout else key
+        for row in self.heldout if heldout else self.train:
+            value = as_number(row.get(name))
+            if value is not None:
+                steps.append(self.start + row["step"])
+                values.append(value)
+        return Curve(steps, values)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a report says about one run."""
+
+    run: RunFolder
+    config: dict[str, Any]
+    env: dict[str, Any]
+    stages: list[Stage]
+    evaluation: dict[str, Any] | None
+    samples: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return short(str(self.section("run").get("name") or self.run.name), 60)
+
+    @property
+    def objective(self) -> str:
+        return short(str(self.section("objective").get("name", "?")), 24)
+
+    @property
+    def has_teacher(self) -> bool:
+        return bool(self.config.get("teacher"))
+
+    @property
+    def teacher(self) -> str | None:
+        return short(str(self.section("teacher").get("model", "teacher")), 60) if self.has_teacher else None
+
+    @property
+    def subtitles(self) -> dict[str, str]:
+        """What each model is, in a word or two."""
+        starts = {"prune": "pruned, untrained", "random": "random weights", "pretrained": "as loaded"}
+        return {
+            "teacher": self.teacher or "",
+            "before": starts.get(str(self.section("student").get("init")), ""),
+            "warmup": ", ".join(dict.fromkeys(stage.objective for stage in self.stages[:-1])),
+            "after": self.objective,
+        }
+
+    @property
+    def num_steps(self) -> int:
+        return self.stages[-1].end if self.stages else 0
+
+    @cached_property
+    def config_text(self) -> str:
+        return read_text(self.run.config_path)
+
+    @property
+    def models(self) -> list[str]:
+        """The models that were evaluated, in the order in which they are shown."""
+        return [model for model in MODELS if isinstance((self.evaluation or {}).get(model), Mapping)]
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the configuration; empty where it is null or not a mapping."""
+        return _mapping(self.config.get(name))
+
+
+def read_run(run: RunFolder) -> RunRecord:
+    """Read all that a report shows of one run.
+
+    Raises:
+        DrklError: a file of the run is broken; a missing ``eval.json`` or ``samples.jsonl`` is not an error.
+    """
+    evaluation = read_json(run.eval_path) if run.eval_path.is_file() else None
+    if evaluation is not None and not isinstance(evaluation, dict):
+        raise DrklError(
+            f"{run.eval_path} holds a {type(evaluation).__name__}; expected an object with a key per model. "
+            f"`drkl evaluate {run.root}` writes it anew."
+        )
+    samples = read_jsonl(run.samples_path) if run.samples_path.is_file() else []
+    return RunRecord(
+        run=run,
+        config=run.read_config(),
+        env=_mapping(run.read_env()),
+        stages=_read_stages(run),
+        evaluation=evaluation,
+        samples=[row for row in samples if isinstance(row, dict)],
+    )
+
+
+def _read_stages(run: RunFolder) -> list[Stage]:
+    stages: list[Stage] = []
+    folders = [*run.stages(), run]
+    for position, folder in enumerate(folders):
+        start = stages[-1].end if stages else 0
+        objective = _mapping(folder.read_config().get("objective")).get("name", "?")
+        last = position == len(folders) - 1
+        train, heldout = _split_log(folder.read_train_log())
+        steps = [row["step"] for row in (*train, *heldout)]
+        stages.append(
+            Stage(
+                title=short(str(objective) if last else re.sub(r"^\d+-", "", folder.name), 24),
+                objective=short(str(objective), 24),
+                model="after" if last else "warmup",
+                start=start,
+                end=start + max(steps, default=0),
+                seconds=as_number(_mapping(folder.read_env()).get("seconds")),
+                train=train,
+                heldout=heldout,
+            )
+        )
+    return stages
+
+
+def _split_log(rows: Sequence[Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    # A resumed run repeats the steps between its last checkpoint and its end: the later line is the true one.
+    train: dict[int, dict[str, Any]] = {}
+    heldout: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        step = as_number(row.get("step")) if isinstance(row, dict) else None
+        if step is None:
+            continue
+        kind = heldout if any(key.startswith("eval_") for key in row) else train
+        kind[int(step)] = {**row, "step": int(step)}
+    return tuple([kind[step] for step in sorted(kind)] for kind in (train, heldout))  # type: ignore[return-value]
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

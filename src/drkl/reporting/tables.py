@@ -1,0 +1,143 @@
+"""The report's tables: every metric of one run, and the trained students of several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from drkl.reporting.answer import run_labels
+from drkl.reporting.metrics import DIRECTIONS, GROUPS, METRICS, MODEL_TITLES, Metric, best_student, value_of
+from drkl.reporting.record import RunRecord
+from drkl.reporting.text import ABSENT, short
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number; ``best`` marks the student nearest to ideal."""
+
+    model: str
+    title: str
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric over the models; ``change`` compares the last student with the one before it."""
+
+    metric: Metric
+    arrow: str
+    direction: str
+    cells: list[Cell]
+    change: str = ""
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows under one heading."""
+
+    title: str
+    note: str
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """Several runs side by side; ``differences`` are the configuration keys on which they differ."""
+
+    labels: list[str]
+    rows: list[Row]
+    differences: list[tuple[str, list[str]]]
+    warning: str
+
+
+def metric_groups(record: RunRecord) -> list[Group]:
+    """Every metric that at least one model has, in groups."""
+    groups = []
+    for title, note, metrics in GROUPS:
+        rows = [_row(record, metric) for metric in metrics]
+        rows = [row for row in rows if any(cell.text != ABSENT for cell in row.cells)]
+        if rows:
+            groups.append(Group(title, note, rows))
+    return groups
+
+
+def change_from(record: RunRecord) -> str | None:
+    """The student with which ``after`` is compared: the warm-up's, or the one before training."""
+    return next((model for model in ("warmup", "before") if model in record.models and "after" in record.models), None)
+
+
+def _row(record: RunRecord, metric: Metric) -> Row:
+    evaluation = record.evaluation or {}
+    best = best_student(metric, evaluation)
+    cells = [
+        Cell(model, MODEL_TITLES[model], metric.show(value_of(evaluation, model, metric.key)), model == best)
+        for model in record.models
+    ]
+    # Without a teacher's value there is no better and worse for what should be like the teacher's.
+    aimless = metric.better == "teacher" and value_of(evaluation, "teacher", metric.key) is None
+    arrow, direction = DIRECTIONS["none" if aimless else metric.better]
+    change, verdict, base = "", "", change_from(record)
+    if base and metric.better != "none":
+        old, new = (value_of(evaluation, model, metric.key) for model in (base, "after"))
+        if old is not None and new is not None:
+            change = metric.show(new - old, signed=True)
+            verdict = metric.verdict(old, new, value_of(evaluation, "teacher", metric.key)) or ""
+    return Row(metric, arrow, direction, cells, change, verdict)
+
+
+def run_table(records: Sequence[RunRecord]) -> RunTable:
+    """The ``after`` of several runs side by side."""
+    labels, rows = run_labels(records), []
+    for metric in METRICS.values():
+        values = [value_of(record.evaluation, "after", metric.key) for record in records]
+        away = [
+            None if value is None else metric.distance(value, value_of(record.evaluation, "teacher", metric.key))
+            for value, record in zip(values, records, strict=True)
+        ]
+        rounded = [None if one is None else round(one * metric.scale, metric.digits) for one in away]
+        known = [one for one in rounded if one is not None]
+        alone = len(known) > 1 and known.count(min(known)) == 1
+        teacher = metric.show(value_of(records[0].evaluation, "teacher", metric.key))
+        cells = [Cell("teacher", "Teacher", teacher)]
+        cells += [
+            Cell("after", label, metric.show(value), alone and one == min(known))
+            for label, value, one in zip(labels, values, rounded, strict=True)
+        ]
+        if any(value is not None for value in values):
+            arrow, direction = DIRECTIONS[metric.better]
+            rows.append(Row(metric, arrow, direction, cells))
+    return RunTable(labels, rows, _differences(records), _warning(records))
+
+
+def _differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    flat = [_flatten(record.config) for record in records]
+    keys = dict.fromkeys(key for one in flat for key in one if key not in ("run.name", "run.dir"))
+    rows = [(key, [one.get(key, ABSENT) for one in flat]) for key in keys]
+    return [(key, [short(value, 60) for value in values]) for key, values in rows if len(set(values)) > 1]
+
+
+def _warning(records: Sequence[RunRecord]) -> str:
+    """What makes numbers of different runs incomparable."""
+    flat = [_flatten(record.config) for record in records]
+    different = [
+        section
+        for section in ("teacher", "data", "evaluation")
+        if len({repr({k: v for k, v in one.items() if k.split(".")[0] == section}) for one in flat}) > 1
+    ]
+    if any(record.evaluation is None for record in records):
+        return "Not every run has been evaluated; `drkl evaluate RUN` does that."
+    if different:
+        return f"These runs differ in {' and '.join(different)}: their numbers are not measured on the same thing."
+    return ""
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, Mapping) and value:
+        flat: dict[str, str] = {}
+        for key, one in value.items():
+            flat |= _flatten(one, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: "null" if value is None else str(value)}

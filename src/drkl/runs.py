@@ -1,0 +1,185 @@
+"""The run folder: the one interface between distilling, evaluating and reporting."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from drkl.errors import DrklError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and readers of one run; nothing is loaded until it is asked for."""
+
+    root: Path
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Return the run at ``path``.
+
+        Raises:
+            DrklError: the folder is not there, or holds no ``config.yaml``.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise DrklError(f"There is no run folder {str(root)!r}. `drkl distill CONFIG` makes one under its run.dir.")
+        run = cls(root)
+        if not run.config_path.is_file():
+            raise DrklError(
+                f"{str(root)!r} is not a run folder: it has no config.yaml. `drkl distill CONFIG` makes one."
+            )
+        return run
+
+    @property
+    def config_path(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def env_path(self) -> Path:
+        return self.root / "env.json"
+
+    @property
+    def train_log_path(self) -> Path:
+        return self.root / "train.jsonl"
+
+    @property
+    def student_path(self) -> Path:
+        return self.root / "student"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def eval_path(self) -> Path:
+        return self.root / "eval.json"
+
+    @property
+    def samples_path(self) -> Path:
+        return self.root / "samples.jsonl"
+
+    @property
+    def report_path(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def name(self) -> str:
+        return self.root.resolve().name
+
+    def stages(self) -> list[RunFolder]:
+        """The runs that came before this one, first to last (``stages/NN-name/``)."""
+        folder = self.root / "stages"
+        if not folder.is_dir():
+            return []
+        return [RunFolder(p) for p in sorted(folder.iterdir()) if (p / "config.yaml").is_file()]
+
+    def is_finished(self) -> bool:
+        """Whether training ended and its student was written (``env.json`` says so last of all)."""
+        return self.env_path.is_file() and read_json(self.env_path).get("finished") is not None
+
+    def read_config(self) -> dict[str, Any]:
+        return read_yaml(self.config_path)
+
+    def read_env(self) -> dict[str, Any]:
+        return read_json(self.env_path) if self.env_path.is_file() else {}
+
+    def read_train_log(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.train_log_path) if self.train_log_path.is_file() else []
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a yaml mapping (safe loader).
+
+    Raises:
+        DrklError: the file is missing, unreadable, broken, or not a mapping.
+    """
+    text = read_text(path)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DrklError(f"{path} is not valid yaml: {' '.join(str(error).split())}") from error
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise DrklError(f"{path} holds a {type(value).__name__}; expected `key: value` lines.")
+    return value
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 file, with errors that name it."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DrklError(f"There is no file {str(path)!r}.") from error
+    except UnicodeDecodeError as error:
+        raise DrklError(f"{str(path)!r} is not UTF-8 text (byte {error.start}).") from error
+    except OSError as error:
+        raise DrklError(f"Cannot read {str(path)!r}: {error.strerror}.") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a json file, with errors that name it."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DrklError(f"{path} is not valid json: {error}.") from error
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Read a json-lines file; a last line that was cut off in writing is left out."""
+    lines = read_text(path).split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise DrklError(f"{path}:{number}: not valid json: {error}.") from error
+    return rows
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all: a temporary file beside it, then a rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write json whole or not at all; NaN and infinities are refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write json lines whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=True, allow_nan=False) + "\n" for row in rows))
+
+
+def write_yaml(path: str | Path, value: dict[str, Any]) -> None:
+    """Write yaml whole or not at all, keys in the order given."""
+    write_text(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

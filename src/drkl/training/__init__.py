@@ -1,0 +1,1 @@
+"""Training: a thin `transformers.Trainer` subclass, and the runs made with it."""

@@ -1,0 +1,64 @@
+"""What happens beside the training loop: the log file, the last evaluation, progress."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from drkl.runs import RunFolder, write_jsonl
+
+OnProgress = Callable[[int, int, dict[str, float]], None]
+"""Called with (steps done, steps in all, the newest logged numbers)."""
+
+
+class TrainLog(TrainerCallback):
+    """Appends every logged line to ``train.jsonl`` and reports progress."""
+
+    def __init__(self, run: RunFolder, from_step: int, on_progress: OnProgress | None) -> None:
+        self._path = run.train_log_path
+        kept = [row for row in run.read_train_log() if row["step"] <= from_step]
+        write_jsonl(self._path, kept)  # lines after the checkpoint will come again
+        self._start = time.monotonic() - max((row.get("seconds", 0.0) for row in kept), default=0.0)
+        self._newest: dict[str, float] = {}
+        self._on_progress = on_progress
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one line; the summary that ends training is left out."""
+        if not logs or not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys():
+            return
+        line: dict[str, Any] = {"step": state.global_step}
+        line |= {key: value for key, value in logs.items() if isinstance(value, (int, float)) and key != "epoch"}
+        line["seconds"] = round(time.monotonic() - self._start, 3)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._newest |= line
+        self._report(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Report progress after every step."""
+        self._report(state)
+
+    def _report(self, state: TrainerState) -> None:
+        if self._on_progress is not None and state.is_world_process_zero:
+            self._on_progress(state.global_step, state.max_steps, dict(self._newest))
+
+
+class LastStep(TrainerCallback):
+    """Evaluates after the last step, so that the last weights take part in the choice of the best."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for an evaluation and a log line when training is about to end."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate = args.eval_strategy != "no"

@@ -1,0 +1,59 @@
+"""The model card that lies in ``student/``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from drkl._version import __version__
+
+_BODY = """# {name}
+
+A language model distilled with [drkl](https://pypi.org/project/drkl/) {version}.
+
+| | |
+|---|---|
+| Teacher | {teacher} |
+| Start | {start} |
+| Objective | `{objective}` |
+| Steps | {steps} of at most {tokens} tokens |
+| Data | {data} |
+| Held-out loss of these weights | {loss} |
+
+{note}It is an ordinary Hugging Face model:
+
+```python
+from transformers import pipeline
+
+pipe = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
+print(pipe([{{"role": "user", "content": "Give me three tips."}}], max_new_tokens=64)[0]["generated_text"][-1])
+```
+
+The licences of the teacher and of the data apply to it. It inherits their faults and adds some of its own: a small
+model that imitates a larger one states falsehoods fluently. The configuration is in `config.yaml` of the run.
+"""
+
+
+def model_card(name: str, resolved: dict[str, Any], heldout_loss: float | None, note: str | None) -> str:
+    """Return the card's markdown, metadata first."""
+    teacher, student, training = resolved["teacher"], resolved["student"], resolved["training"]
+    objective = dict(resolved["objective"])
+    params = ", ".join(f"{k}={v}" for k, v in objective.items() if k != "name")
+    meta = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["drkl", "distillation"]}
+    if teacher is None:
+        meta["tags"] = ["drkl"]
+    start = f"{student['init']} of {student['model'] or (teacher or {}).get('model', '?')}"
+    body = _BODY.format(
+        name=name,
+        version=__version__,
+        teacher="none (fine-tuning)" if teacher is None else f"`{teacher['model']}`",
+        start=start + (f", layers {student['layers']}" if student["layers"] else ""),
+        objective=objective["name"] + (f"({params})" if params else ""),
+        steps=training["max_steps"],
+        tokens=training["tokens_per_step"],
+        data=f"`{resolved['data']['path'] or resolved['data']['dataset']}`",
+        loss="not measured" if heldout_loss is None else f"{heldout_loss:.4f} nats per token",
+        note=f"{note}\n\n" if note else "",
+    )
+    return f"---\n{yaml.safe_dump(meta, sort_keys=False)}---\n{body}"

@@ -1,0 +1,101 @@
+"""Computing the loss inside the student's own forward.
+
+The model stays the `PreTrainedModel` it is (a wrapper around it would break the saving of tied heads), and DDP or FSDP
+see one ordinary forward call, with all of its hooks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from drkl.losses import IGNORE_INDEX, LMHead, fused_distillation_loss, token_statistics
+from drkl.losses.config import LossConfig
+from drkl.models.forward import hidden_states, lm_head
+from drkl.objectives import Objective
+
+STATISTICS_POSITIONS = 256
+"""Positions of a micro-batch, evenly spread, from which the logged entropies and KLs are taken."""
+KEY = "distillation"
+
+
+class Distillation(NamedTuple):
+    """What the student's forward needs besides its inputs to return a loss."""
+
+    labels: Tensor
+    teacher_hidden: Tensor | None
+    teacher_head: LMHead | None
+    num_tokens: Tensor | float
+    with_statistics: bool
+
+
+def attach_loss(model: PreTrainedModel, objective: Objective, loss: LossConfig) -> None:
+    """Let ``model(..., distillation=Distillation(...))`` return ``(loss, statistics, hidden)``."""
+    original: Callable[..., Any] = model.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.pop(KEY, None)
+        if wanted is None:
+            return original(*args, **kwargs)
+        return _distil(model, kwargs, Distillation(*wanted), objective, loss)
+
+    model.forward = forward
+
+
+def detach_loss(model: PreTrainedModel) -> None:
+    """Undo `attach_loss` (and whatever else was laid over the class's forward)."""
+    model.__dict__.pop("forward", None)
+
+
+def _distil(
+    model: PreTrainedModel, inputs: dict[str, Any], wanted: Distillation, objective: Objective, loss: LossConfig
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    hidden, head = hidden_states(model, inputs), lm_head(model)
+    value = fused_distillation_loss(
+        hidden,
+        head,
+        wanted.teacher_hidden,
+        wanted.teacher_head,
+        wanted.labels,
+        objective=objective,
+        temperature=loss.temperature,
+        kd_weight=loss.kd_weight,
+        t2_scaling=loss.t2_scaling,
+        num_tokens=wanted.num_tokens,
+    )
+    statistics = _statistics(hidden, head, wanted) if wanted.with_statistics else {}
+    return value, statistics, hidden.detach()
+
+
+@torch.no_grad()
+def _statistics(hidden: Tensor, head: LMHead, wanted: Distillation) -> dict[str, Tensor]:
+    keep = (wanted.labels != IGNORE_INDEX).reshape(-1).nonzero().squeeze(-1)
+    keep = keep[:: max(1, -(-keep.numel() // STATISTICS_POSITIONS))]
+    if keep.numel() == 0:
+        return {}
+    student = head.logits(hidden.reshape(-1, hidden.shape[-1])[keep])
+    teacher = None
+    if wanted.teacher_hidden is not None and wanted.teacher_head is not None:
+        states = wanted.teacher_hidden
+        teacher = wanted.teacher_head.logits(states.reshape(-1, states.shape[-1])[keep])
+    values = token_statistics(student, teacher, wanted.labels.reshape(-1)[keep])
+    return {name: value.sum() for name, value in summed(values).items()} | {"positions": torch.tensor(keep.numel())}
+
+
+def summed(values: Any) -> dict[str, Tensor]:
+    """The statistics that training logs, by the names it logs them under."""
+    names = {
+        "nll": values.nll,
+        "student_entropy": values.entropy,
+        "fkl": values.fkl,
+        "rkl": values.rkl,
+        "agreement": values.agreement,
+        "teacher_entropy": values.teacher_entropy,
+    }
+    return {name: value for name, value in names.items() if value is not None}

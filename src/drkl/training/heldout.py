@@ -1,0 +1,89 @@
+"""The loss on held-out rows while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from drkl.data.collate import collate
+from drkl.data.tokenize import Row
+from drkl.losses import IGNORE_INDEX, fused_distillation_loss, token_statistics
+from drkl.losses.config import LossConfig
+from drkl.models.forward import hidden_states, lm_head
+from drkl.objectives import Objective
+from drkl.teachers.live import LiveTeacher
+from drkl.training.forward import summed
+
+CHUNK = 256
+
+
+class HeldOut:
+    """Held-out rows in batches, with the teacher's hidden states at the response positions kept from the first use."""
+
+    def __init__(self, rows: Sequence[Row], pad_id: int, teacher: LiveTeacher | None, tokens_per_batch: int) -> None:
+        self._teacher = teacher
+        self._batches = [collate(group, pad_id=pad_id) for group in _groups(rows, tokens_per_batch)]
+        self._teacher_hidden: list[Tensor | None] = [None] * len(self._batches)
+
+    @torch.no_grad()
+    def evaluate(self, model: PreTrainedModel, objective: Objective, loss: LossConfig) -> dict[str, float]:
+        """Means over the response tokens of all rows: loss, nll, entropies and, with a teacher, KLs and agreement."""
+        device = next(model.parameters()).device
+        head = lm_head(model)
+        sums: dict[str, float] = {}
+        count = 0
+        for index, batch in enumerate(self._batches):
+            batch = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+            keep = batch["labels"] != IGNORE_INDEX
+            labels, hidden = batch["labels"][keep], hidden_states(model, batch)[keep]
+            teacher_hidden = self._teacher_states(index, batch, keep)
+            for start in range(0, labels.numel(), CHUNK):
+                part = slice(start, start + CHUNK)
+                states = None if teacher_hidden is None else teacher_hidden[part]
+                for name, value in self._chunk(hidden[part], head, states, labels[part], objective, loss).items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+            count += labels.numel()
+        return {name: value / max(count, 1) for name, value in sums.items()}
+
+    def _chunk(
+        self, hidden: Tensor, head: Any, teacher_hidden: Tensor | None, labels: Tensor, objective: Any, loss: LossConfig
+    ) -> dict[str, Tensor]:
+        teacher_head = self._teacher.head if self._teacher is not None and teacher_hidden is not None else None
+        teacher = None if teacher_head is None or teacher_hidden is None else teacher_head.logits(teacher_hidden)
+        out = {k: v.sum() for k, v in summed(token_statistics(head.logits(hidden), teacher, labels)).items()}
+        out["loss"] = fused_distillation_loss(
+            hidden,
+            head,
+            teacher_hidden,
+            teacher_head,
+            labels,
+            objective=objective,
+            temperature=loss.temperature,
+            kd_weight=loss.kd_weight,
+            t2_scaling=loss.t2_scaling,
+            reduction="none",
+        ).sum()
+        return out
+
+    def _teacher_states(self, index: int, batch: dict[str, Tensor], keep: Tensor) -> Tensor | None:
+        if self._teacher is None:
+            return None
+        states = self._teacher_hidden[index]
+        if states is None:
+            states = self._teacher.hidden(batch)[keep]
+            self._teacher_hidden[index] = states
+        return states
+
+
+def _groups(rows: Sequence[Row], tokens_per_batch: int) -> list[list[Row]]:
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda r: r.length):
+        if groups and row.length * (len(groups[-1]) + 1) <= tokens_per_batch:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups

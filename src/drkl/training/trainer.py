@@ -1,0 +1,240 @@
+"""The trainer: `transformers.Trainer` with the distillation loss, its token count and its checkpoint marker."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from drkl.data.batching import plan_steps, split_rows
+from drkl.data.collate import collate
+from drkl.data.tokenize import Row
+from drkl.errors import DrklError
+from drkl.losses import IGNORE_INDEX
+from drkl.losses.config import LossConfig
+from drkl.objectives import Objective
+from drkl.runs import read_json, write_json
+from drkl.teachers.live import LiveTeacher
+from drkl.training.forward import KEY, Distillation, attach_loss
+from drkl.training.heldout import HeldOut
+
+MARKER = "complete.json"
+"""Written into a checkpoint last of all; a folder without it was cut off in writing and does not count."""
+
+
+class MicroBatches(Dataset[list[Row]]):
+    """Every micro-batch of a run, in order: item ``(step * accumulation + i) * processes + rank``."""
+
+    def __init__(self, rows: Sequence[Row], *, tokens_per_step: int, num_steps: int, parts: int, seed: int) -> None:
+        self._rows = rows
+        lengths = [row.length for row in rows]
+        steps = plan_steps(lengths, tokens_per_step=tokens_per_step, num_steps=num_steps, seed=seed)
+        # Whole steps are planned, then cut: however many parts, the optimiser sees the same rows in the same step.
+        self._batches = [part for step in steps for part in split_rows(step, parts)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> list[Row]:
+        return [self._rows[i] for i in self._batches[index]]
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student on an objective; the loop, checkpoints and parallelism are transformers' and accelerate's.
+
+    Args:
+        model: the student, a `PreTrainedModel`.
+        args: its ``max_steps`` and ``gradient_accumulation_steps`` decide how the rows are cut.
+        rows: tokenised training rows.
+        heldout: what is evaluated during training, or None.
+        teacher: None where the objective needs none.
+        objective: what is minimised.
+        loss: temperature and weights.
+        tokens_per_step: the token budget of an optimiser step over all processes.
+        pad_id: the padding token.
+        callbacks: as in `Trainer`.
+    """
+
+    loss_is_scaled_for_ga = True  # divided by the tokens of the whole optimiser step already
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        rows: Sequence[Row],
+        heldout: HeldOut | None,
+        teacher: LiveTeacher | None,
+        objective: Objective,
+        loss: LossConfig,
+        tokens_per_step: int,
+        pad_id: int,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self._objective, self._loss, self._teacher, self._heldout = objective, loss, teacher, heldout
+        attach_loss(model, objective, loss)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=MicroBatches(
+                rows,
+                tokens_per_step=tokens_per_step,
+                num_steps=args.max_steps,
+                parts=args.gradient_accumulation_steps * args.world_size,
+                seed=args.seed,
+            ),
+            eval_dataset=[0] if heldout is not None else None,  # never read: `evaluate` has its own rows
+            data_collator=lambda items: collate(items[0], pad_id=pad_id),
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self._sums: dict[str, float] = {}
+        self._since = time.monotonic()
+        self._input_tokens = 0
+        self.num_tokens_seen = 0
+
+    @property
+    def student(self) -> nn.Module:
+        """The model being trained, whatever is wrapped around it."""
+        unwrapped: nn.Module = self.accelerator.unwrap_model(self.model)
+        return unwrapped
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The summed loss of a micro-batch over the valid tokens of the whole optimiser step, all ranks together."""
+        row_ids, labels = inputs.pop("row_ids"), inputs.pop("labels")
+        valid = int((labels != IGNORE_INDEX).sum())
+        count = valid if num_items_in_batch is None else num_items_in_batch
+        teacher_hidden = teacher_head = None
+        if self._teacher is not None:
+            teacher_hidden, teacher_head = self._teacher.hidden(inputs), self._teacher.head
+        at_log = (self.state.global_step + 1) % max(1, int(self.args.logging_steps)) == 0
+        wanted = Distillation(
+            labels, teacher_hidden, teacher_head, torch.as_tensor(count, device=labels.device), at_log
+        )
+        # A plain tuple: data-parallel wrappers move tensors through containers they know.
+        loss, statistics, hidden = model(**inputs, **{KEY: tuple(wanted)})
+        if not torch.isfinite(loss):
+            self._stop_non_finite(loss, row_ids, hidden, teacher_hidden)
+        for name, value in statistics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        self._input_tokens += int(inputs["attention_mask"].sum())
+        self.num_tokens_seen += valid
+        # Ranks' gradients are averaged; the sum over ranks is what was divided by the global count.
+        return loss * self.accelerator.num_processes
+
+    def _stop_non_finite(self, loss: Tensor, row_ids: list[str], hidden: Tensor, teacher_hidden: Tensor | None) -> None:
+        suspects: dict[str, Tensor | None] = {
+            name: parameter
+            for name, parameter in self.student.named_parameters()
+            if not torch.isfinite(parameter).all()
+        }
+        suspects = {f"student weight {k!r}": v for k, v in suspects.items()}
+        suspects |= {"student hidden states": hidden, "teacher hidden states": teacher_hidden}
+        for name, tensor in suspects.items():
+            if tensor is not None and not torch.isfinite(tensor).all():
+                fault = f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} numbers in the {name}"
+                break
+        else:
+            fault = (
+                f"the loss itself (objective {self._objective.name!r} on finite hidden states; a token that one model "
+                "excludes and the other does not makes a KL infinite)"
+            )
+        raise DrklError(
+            f"The loss became {float(loss)} at step {self.state.global_step + 1}, rows {', '.join(row_ids)}. "
+            f"Not finite first: {fault}. Training stopped; the last good checkpoint is kept. A lower learning rate, a "
+            "warm-up, or training.precision=fp32 often help."
+        )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # fp16 skips such steps by itself; anywhere else the step would spoil the weights.
+        if norm is not None and self.args.fp16 is False and not math.isfinite(float(norm)):
+            bad = [
+                n for n, p in self.student.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()
+            ]
+            raise DrklError(
+                f"The gradient is not finite at step {self.state.global_step + 1} (first in "
+                f"{bad[0] if bad else 'its norm'!r}), though the loss is. Training stopped before the step was taken; "
+                "the last good checkpoint is kept."
+            )
+        return norm
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        # Labels are aligned here: every one that is not ignored counts, the first column too.
+        if not batch_samples:
+            return None
+        count = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Evaluate on the held-out rows; every mean is over all of their response tokens."""
+        assert self._heldout is not None
+        model: Any = self.student
+        training = model.training
+        model.eval()
+        values = self._heldout.evaluate(model, self._objective, self._loss)
+        model.train(training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
+            raise DrklError(
+                f"The held-out loss is {metrics[f'{metric_key_prefix}_loss']} after step {self.state.global_step}. "
+                "Training stopped; the last good checkpoint is kept."
+            )
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what `compute_loss` gathered since the last training line."""
+        if "loss" in logs:
+            positions = self._sums.pop("positions", 0.0)
+            logs |= {name: value / positions for name, value in self._sums.items()} if positions else {}
+            now = time.monotonic()
+            logs["tokens_per_second"] = self._input_tokens / max(now - self._since, 1e-9)
+            logs["num_tokens"] = self.num_tokens_seen
+            self._sums, self._input_tokens, self._since = {}, 0, now
+        super().log(logs, start_time)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # Only a step that is also saved can be the best that is kept.
+        return self.control.should_save and super()._determine_best_metric(metrics, trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise DrklError(
+                f"Could not write the checkpoint of step {self.state.global_step} to {str(folder)!r}: "
+                f"{error.strerror or error}. The last good checkpoint is kept; make room, then `drkl distill --resume`."
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle nobody needs
+            write_json(folder / MARKER, {"step": self.state.global_step, "num_tokens": self.num_tokens_seen})
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; half-written ones are removed."""
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / MARKER).is_file():
+            whole.append((int(read_json(path / MARKER)["step"]), path))
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return max(whole)[1] if whole else None

@@ -1,0 +1,64 @@
+"""What every test stands on: no network, few threads, the same random choices each time."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+# Before anything imports a library that reads them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(2)
+
+settings.register_profile("drkl", deadline=None, derandomize=True, database=None)
+settings.load_profile("drkl")
+
+LOCAL_HOSTS = {"", "localhost", "127.0.0.1", "::1", "0.0.0.0", socket.gethostname()}
+
+
+class NetworkInTests(RuntimeError):
+    """Code under test tried to leave this machine."""
+
+
+def _is_local(host: Any) -> bool:
+    name = host.decode() if isinstance(host, bytes) else str(host or "")
+    return name in LOCAL_HOSTS or name.startswith("127.")
+
+
+def _refuse_remote(connect: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(self: socket.socket, address: Any, *args: Any) -> Any:
+        # AF_UNIX addresses are strings: files of this machine.
+        if isinstance(address, tuple) and not _is_local(address[0]):
+            raise NetworkInTests(f"A test tried to connect to {address[0]}:{address[1]}.")
+        return connect(self, address, *args)
+
+    return guarded
+
+
+def _refuse_lookup(lookup: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_local(host):
+            raise NetworkInTests(f"A test tried to look up the host {host!r}.")
+        return lookup(host, *args, **kwargs)
+
+    return guarded
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Close the network for the whole run, collection included."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(socket.socket, "connect", _refuse_remote(socket.socket.connect))
+    patch.setattr(socket.socket, "connect_ex", _refuse_remote(socket.socket.connect_ex))
+    patch.setattr(socket, "getaddrinfo", _refuse_lookup(socket.getaddrinfo))
+    config.add_cleanup(patch.undo)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drkl.data.batching import plan_steps, split_rows
+from drkl.errors import DrklError
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
+
+
+@given(LENGTHS, st.integers(1, 200), st.integers(0, 60), st.integers(0, 5))
+def test_budgets_hold_and_epochs_are_whole(lengths: list[int], budget: int, num_steps: int, seed: int) -> None:
+    steps = plan_steps(lengths, tokens_per_step=budget, num_steps=num_steps, seed=seed)
+    assert len(steps) == num_steps
+    epoch: list[int] = []
+    for step in steps:
+        padded = max(lengths[i] for i in step) * len(step)
+        assert padded <= budget or len(step) == 1
+        epoch += step
+        assert len(epoch) == len(set(epoch)) and len(epoch) <= len(lengths)
+        if len(epoch) == len(lengths):
+            epoch = []
+
+
+@given(LENGTHS, st.integers(1, 200), st.integers(0, 5))
+def test_a_plan_is_repeatable_and_fewer_steps_are_its_beginning(lengths: list[int], budget: int, seed: int) -> None:
+    long = plan_steps(lengths, tokens_per_step=budget, num_steps=40, seed=seed)
+    assert long == plan_steps(lengths, tokens_per_step=budget, num_steps=40, seed=seed)
+    assert long[:7] == plan_steps(lengths, tokens_per_step=budget, num_steps=7, seed=seed)
+
+
+def skewed(count: int) -> list[int]:
+    return np.random.default_rng(0).lognormal(4.4, 0.5, count).astype(int).clip(8, 400).tolist()
+
+
+def epochs(lengths: list[int], budget: int, seed: int) -> list[list[list[int]]]:
+    """The first two epochs of a plan."""
+    steps = plan_steps(lengths, tokens_per_step=budget, num_steps=2 * len(lengths), seed=seed)
+    ends = np.cumsum([len(step) for step in steps]).tolist()
+    first, second = ends.index(len(lengths)) + 1, ends.index(2 * len(lengths)) + 1
+    return [steps[:first], steps[first:second]]
+
+
+@pytest.mark.parametrize("budget", [512, 1024, 4096])
+def test_little_padding_and_even_steps(budget: int) -> None:
+    lengths = skewed(2000)
+    for steps in epochs(lengths, budget, seed=3):
+        padded = [max(lengths[i] for i in step) * len(step) for step in steps]
+        assert 1 - sum(lengths) / sum(padded) < 0.06
+        assert np.mean(padded) > 0.85 * budget
+
+
+def test_epochs_and_seeds_shuffle_differently() -> None:
+    lengths = skewed(300)
+    one, two = epochs(lengths, 1024, seed=0)
+    other, _ = epochs(lengths, 1024, seed=1)
+    as_sets = [{frozenset(step) for step in plan} for plan in (one, two, other)]
+    assert len(as_sets[0] & as_sets[1]) < len(one) / 10
+    assert len(as_sets[0] & as_sets[2]) < len(one) / 10
+
+
+def test_steps_do_not_come_in_order_of_length() -> None:
+    lengths = skewed(2000)
+    (steps, _) = epochs(lengths, 1024, seed=0)
+    longest = [max(lengths[i] for i in step) for step in steps]
+    assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.2
+
+
+def test_a_row_over_the_budget_is_its_own_step() -> None:
+    steps = plan_steps([5, 100, 5], tokens_per_step=20, num_steps=2, seed=0)
+    assert sorted(sorted(step) for step in steps) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "message"),
+    [([], 10, "no rows to plan"), ([3], 0, "tokens_per_step must be at least 1, got 0")],
+)
+def test_bad_plans(lengths: list[int], budget: int, message: str) -> None:
+    with pytest.raises(DrklError, match=message):
+        plan_steps(lengths, tokens_per_step=budget, num_steps=1, seed=0)
+
+
+@given(st.lists(st.integers(), max_size=30), st.integers(1, 12))
+def test_split_rows(rows: list[int], parts: int) -> None:
+    split = split_rows(rows, parts)
+    assert list(chain(*split)) == rows
+    sizes = [len(part) for part in split]
+    assert len(split) == parts and max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+
+
+def test_split_rows_needs_a_part() -> None:
+    with pytest.raises(DrklError, match="at least 1 part, got 0"):
+        split_rows([1], 0)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drkl.data import Example
+from drkl.data.collate import IGNORE_INDEX, collate, collate_prompts
+from drkl.data.tokenize import Row, tokenize_examples
+from tests.data.tiny_tokenizers import build
+
+EXAMPLE = Example("a", ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "a b"}))
+N = IGNORE_INDEX
+
+
+def row(row_id: str, prompt: list[int], response: list[int]) -> Row:
+    return Row(row_id, tuple(prompt), tuple(response), EXAMPLE)
+
+
+def test_labels_are_what_the_logits_predict() -> None:
+    batch = collate([row("x", [11, 12, 13], [21, 22, 2]), row("y", [14], [23, 2])], pad_id=0)
+    assert batch["input_ids"].tolist() == [[11, 12, 13, 21, 22], [14, 23, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[N, N, 21, 22, 2], [23, 2, N, N, N]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    assert batch["row_ids"] == ["x", "y"]
+    assert all(batch[name].dtype == torch.int64 for name in batch if name != "row_ids")
+
+
+def test_eos_is_learnt_where_it_is_the_padding_token() -> None:
+    batch = collate([row("x", [11], [21, 2]), row("y", [11, 2, 12], [2])], pad_id=2)
+    assert batch["labels"].tolist() == [[21, 2, N], [N, N, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_eos_is_learnt_from_text_to_labels() -> None:
+    tokenizer = build(pad="<|im_end|>")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    rows, _ = tokenize_examples([EXAMPLE], tokenizer, max_prompt_tokens=50, max_tokens=90)
+    labels = collate(rows, pad_id=tokenizer.pad_token_id)["labels"]
+    assert tokenizer.convert_ids_to_tokens(labels[labels != N].tolist()) == ["a", " ", "b", "<|im_end|>"]
+
+
+def test_no_rows_give_one_ignored_position() -> None:
+    batch = collate([], pad_id=7)
+    values = {name: batch[name].tolist() for name in ("input_ids", "attention_mask", "position_ids", "labels")}
+    assert values == {"input_ids": [[7]], "attention_mask": [[1]], "position_ids": [[0]], "labels": [[N]]}
+    assert batch["row_ids"] == []
+
+
+IDS = st.lists(st.integers(0, 30), min_size=1, max_size=9)
+
+
+@given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=5), st.integers(0, 30))
+def test_every_label_is_the_next_token_of_its_response(pairs: list[tuple[list[int], list[int]]], pad_id: int) -> None:
+    batch = collate([row(str(i), *pair) for i, pair in enumerate(pairs)], pad_id=pad_id)
+    assert batch["input_ids"].shape == batch["labels"].shape
+    for b, (prompt, response) in enumerate(pairs):
+        sequence = prompt + response
+        for t, label in enumerate(batch["labels"][b].tolist()):
+            is_response = len(prompt) <= t + 1 < len(sequence)
+            assert label == (sequence[t + 1] if is_response else N)
+        fed = int(batch["attention_mask"][b].sum())
+        assert batch["input_ids"][b, :fed].tolist() == sequence[:-1]
+        assert (batch["input_ids"][b, fed:] == pad_id).all()
+
+
+def test_prompts_are_padded_on_the_left() -> None:
+    batch = collate_prompts([[5, 6, 7], [8], (9, 1)], pad_id=1)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [1, 1, 8], [1, 9, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("prompts", [[], [[1], []]])
+def test_prompts_must_have_tokens(prompts: list[list[int]]) -> None:
+    with pytest.raises(AssertionError, match="none empty"):
+        collate_prompts(prompts, pad_id=0)

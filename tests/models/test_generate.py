@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from drkl.errors import DrklError
+from drkl.models.generate import _Descent, sample_texts
+from tests.evaluation import tiny
+
+PROMPTS = [[7, 9, 11], [5], [8, 8, 20, 31, 40, 12, 6], [13, 14], [50, 3, 22, 21, 9]]
+RARE = [63]  # a stop token that few of the samples below reach
+FAMILIES = [tiny.llama, tiny.gpt2, tiny.mistral]
+
+
+def sample(model: PreTrainedModel, prompts: Sequence[Sequence[int]] = PROMPTS, **changes: object) -> list[list[tuple]]:
+    arguments = {"samples_per_prompt": 3, "max_new_tokens": 8, "seed": 5, "stop_ids": RARE, **changes}
+    answers = sample_texts(model, tiny.tokenizer(), prompts, **arguments)  # type: ignore[arg-type]
+    return [[answer.token_ids for answer in pool] for pool in answers]
+
+
+def uniforms(prompt: Sequence[int], sample: int, count: int, seed: int = 5) -> np.ndarray:
+    digest = hashlib.sha256(",".join(map(str, prompt)).encode()).digest()
+    words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, 32, 4)]
+    return np.random.default_rng([seed, sample, *words]).random((count, 24))
+
+
+def reference(model: PreTrainedModel, prompt: Sequence[int], draws: np.ndarray, temperature: float) -> tuple[int, ...]:
+    """One prompt: no cache, no padding, no batch; in each half-open range of ids, left where u < the left half's share."""
+    ids = list(prompt)
+    for row in draws:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1].double().numpy() / temperature
+        probs = np.exp(logits - logits.max())
+        low, high = 0, len(probs)
+        for u in row[: int(np.log2(len(probs)))]:
+            middle = (low + high) // 2
+            left, both = probs[low:middle].sum(), probs[low:high].sum()
+            low, high = (low, middle) if u < left / both else (middle, high)
+        ids.append(low)
+        if ids[-1] in RARE:
+            break
+    return tuple(ids[len(prompt) :])
+
+
+@pytest.mark.parametrize(("family", "temperature"), [*((f, 1.0) for f in FAMILIES), (tiny.llama, 0.6)])
+def test_samples_are_those_of_a_plain_loop(family: Callable[[], PreTrainedModel], temperature: float) -> None:
+    model, prompts = family(), PROMPTS[:3]
+    expected = [[reference(model, prompt, uniforms(prompt, s, 6), temperature) for s in range(2)] for prompt in prompts]
+    assert sample(model, prompts, sampling_temperature=temperature, samples_per_prompt=2, max_new_tokens=6) == expected
+    assert len({ids for pool in expected for ids in pool}) == 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_size_changes_no_sample(family: Callable[[], PreTrainedModel]) -> None:
+    model = family()
+    expected = sample(model, max_new_tokens=6)
+    for batch_size in (1, 2, 7):
+        assert sample(model, batch_size=batch_size, max_new_tokens=6) == expected
+
+
+def test_order_of_prompts_changes_no_sample() -> None:
+    model = tiny.llama()
+    order = [3, 0, 4, 2, 1]
+    shuffled = sample(model, [PROMPTS[i] for i in order])
+    assert shuffled == [sample(model)[i] for i in order]
+
+
+def test_samples_are_prefixes_of_longer_ones_and_lead_a_larger_pool() -> None:
+    model = tiny.llama()
+    longer = sample(model, max_new_tokens=12, samples_per_prompt=5)
+    assert sample(model) == [[ids[:8] for ids in pool[:3]] for pool in longer]
+
+
+def test_seeds_and_keys_choose_the_samples() -> None:
+    model = tiny.llama()
+    twice = [PROMPTS[0], PROMPTS[0]]
+    first, second = sample(model, twice)
+    assert first == second
+    first, second = sample(model, twice, keys=["a", "b"])
+    assert first != second
+    assert sample(model, [PROMPTS[0]], keys=["b"])[0] == second
+    assert sample(model, [PROMPTS[0]], seed=6)[0] != sample(model, [PROMPTS[0]])[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_that_of_transformers(family: Callable[[], PreTrainedModel]) -> None:
+    model = family()
+    for prompt, (first, second) in zip(PROMPTS, sample(model, greedy=True, samples_per_prompt=2), strict=True):
+        config = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=RARE)
+        ids = torch.tensor([prompt])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        assert first == second == tuple(expected[0, len(prompt) :].tolist())
+
+
+def test_a_stop_token_ends_the_answer_and_stays_out_of_the_text() -> None:
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    whole = sample_texts(model, tokenizer, PROMPTS, samples_per_prompt=3, max_new_tokens=8, seed=5, stop_ids=RARE)
+    assert [answer.finished for pool in whole for answer in pool].count(True) < 15
+    stop = next(answer.token_ids[3] for answer in whole[1] if not answer.finished)
+    answers = sample_texts(
+        model, tokenizer, PROMPTS, samples_per_prompt=3, max_new_tokens=8, seed=5, stop_ids=[*RARE, stop]
+    )
+    for before, after in zip(sum(whole, []), sum(answers, []), strict=True):
+        if stop in before.token_ids:
+            end = before.token_ids.index(stop) + 1
+            assert after.token_ids == before.token_ids[:end]
+            assert (after.finished, after.num_tokens) == (True, end)
+            assert after.text == tokenizer.decode(before.token_ids[: end - 1], skip_special_tokens=True)
+        else:
+            assert after == before
+    assert answers != whole
+
+
+def test_stop_tokens_come_from_the_tokenizer_by_default() -> None:
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    head = model.get_output_embeddings()
+    head.weight.data[tokenizer.eos_token_id] = 0.0  # a logit of 0 among wide ones: reached now and then
+    pool = sample_texts(model, tokenizer, [[7, 9]], samples_per_prompt=40, max_new_tokens=20)[0]
+    ended = [answer for answer in pool if answer.finished]
+    assert ended and all(answer.token_ids.index(tokenizer.eos_token_id) == answer.num_tokens - 1 for answer in ended)
+    assert all(tokenizer.eos_token_id not in answer.token_ids for answer in pool if not answer.finished)
+
+
+def test_the_models_own_generation_config_plays_no_part_and_is_left_alone() -> None:
+    model = tiny.llama()
+    expected = sample(model), sample(model, greedy=True)
+    own = GenerationConfig(
+        do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=9.0, no_repeat_ngram_size=1, min_length=99,
+        max_length=3, bad_words_ids=[[5]], suppress_tokens=[6], forced_eos_token_id=4, eos_token_id=list(range(30)),
+    )  # fmt: skip
+    model.generation_config = own
+    described = own.to_dict()
+    model.train()
+    assert (sample(model), sample(model, greedy=True)) == expected
+    assert model.generation_config is own and own.to_dict() == described
+    assert model.training
+
+
+def test_the_model_can_be_trained_afterwards() -> None:
+    model = tiny.llama()
+    sample(model)
+    model.train()
+    model(torch.tensor([PROMPTS[0]])).logits.sum().backward()
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    sample(tiny.llama())
+    sample(tiny.gpt2(), greedy=True)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("batch_size", [2, 96])
+@pytest.mark.parametrize("stop_ids", [RARE, list(range(64))])
+def test_progress_adds_up(batch_size: int, stop_ids: list[int]) -> None:
+    seen: list[int] = []
+    sample(tiny.llama(), batch_size=batch_size, stop_ids=stop_ids, progress=seen.append)
+    assert sum(seen) == 5 * 3 * 8 and min(seen) > 0
+
+
+def test_no_prompts_no_answers() -> None:
+    assert sample(tiny.llama(), []) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling_temperature": 0.0}, r"sampling_temperature is 0\.0; expected a finite number above 0\..*greedily"),
+        ({"sampling_temperature": float("nan")}, r"sampling_temperature is nan; expected a finite"),
+        ({"samples_per_prompt": 0}, r"samples_per_prompt is 0; expected a whole number, at least 1\."),
+        ({"max_new_tokens": 0}, r"max_new_tokens is 0; expected a whole number, at least 1\."),
+        ({"batch_size": 0}, r"batch_size is 0; expected a whole number, at least 1\."),
+        ({"seed": -1}, r"seed is -1; expected a whole number, at least 0\."),
+        ({"prompts": [[5], []], "keys": ["a", "b"]}, r"Prompt 'b' has no tokens; expected at least one\."),
+        ({"max_new_tokens": 90}, r"A prompt of 7 tokens and max_new_tokens \(90\) pass the model's 96 positions\."),
+    ],
+)
+def test_bad_input(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(DrklError, match=message):
+        sample(tiny.llama(), **changes)
+
+
+def pick(logits: Sequence[float], draws: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    scores = torch.tensor([logits]).repeat(len(draws), 1)
+    out = _Descent(draws[:, None], temperature)(torch.zeros(len(draws), 1), scores)
+    assert (out == 0).sum(-1).eq(1).all() and torch.isinf(out).sum() == out.numel() - len(draws)
+    return out.argmax(-1).numpy()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 8, 13])
+def test_shares_of_the_picks_are_the_probabilities(size: int, temperature: float) -> None:
+    rng = np.random.default_rng(size)
+    logits = np.float32(rng.normal(size=size)).astype(float)
+    logits[size // 2] = -np.inf if size > 2 else 0.0
+    probs = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    counts = np.bincount(pick(logits.tolist(), rng.random((20_000, 24)), temperature), minlength=size)
+    possible = probs > 0
+    assert counts[~possible].sum() == 0
+    if size > 1:
+        assert scipy.stats.chisquare(counts[possible], 20_000 * probs[possible]).pvalue > 1e-3
+
+
+def test_a_token_without_probability_is_never_picked() -> None:
+    edges = np.array([[0.0] * 24, [np.nextafter(1.0, 0.0)] * 24, [1.0] * 24])
+    assert pick([-np.inf, 1.0, -np.inf, 2.0, -np.inf], edges).tolist() == [1, 3, 3]
+    assert pick([-1e4, 1e4, -1e4], edges).tolist() == [1, 1, 1]
+    assert pick([-np.inf, 3.0], edges).tolist() == [1, 1, 1]
+
+
+def test_rounding_of_the_logits_hardly_moves_a_pick() -> None:
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.normal(size=50_000)
+    draws = rng.random((500, 24))
+    picks = [pick((logits + 3e-5 * rng.normal(size=50_000)).tolist(), draws) for _ in range(2)]
+    assert (picks[0] != picks[1]).sum() <= 1
