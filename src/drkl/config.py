@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from drkl.objectives.config import ObjectiveConfig
 from drkl.runs import RunFolder, read_yaml
 from drkl.teachers.config import TeacherConfig
 from drkl.training.config import NAME_PATTERN, RunConfig, TrainingConfig
-from drkl.training.run import RunSpec
+from drkl.training.spec import RunSpec
 
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -168,9 +169,10 @@ def _drop_other_objective(values: dict[str, Any], parsed: list[tuple[list[str], 
         if len(keys) < 2 or keys[-2:] != ["objective", "name"]:
             continue
         section = _find(values, keys[:-1])
+        kept = {other[-1] for other, _ in parsed if other[:-1] == keys[:-1]}
         if not isinstance(section, dict) or section.get("name", "drkl") == value:
             continue
-        dropped = {k: v for k, v in section.items() if k != "name"}
+        dropped = {k: v for k, v in section.items() if k not in kept}
         for key in dropped:
             del section[key]
         if dropped:
@@ -197,9 +199,13 @@ def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
         if isinstance(place, list):
             place = place[_stage_index(place, key)]
             continue
+        if not isinstance(place, dict):
+            break
         if not isinstance(place.get(key), (dict, list)):
             place[key] = {}
         place = place[key]
+    if not isinstance(place, (dict, list)):
+        raise DrklError(f"{'.'.join(keys)}: there is no section to set this in, only {place!r}.")
     if isinstance(place, list):
         place[_stage_index(place, keys[-1])] = value
     else:
@@ -245,7 +251,7 @@ def _explain(error: ValidationError, prefix: str) -> str:
         elif problem["type"] == "missing":
             message = "is missing"
         elif problem["type"] != "value_error":
-            message = f"{message[0].lower()}{message[1:]}, got {problem['input']!r}"
+            message = f"{message[0].lower()}{message[1:]}, got {reprlib.repr(problem['input'])}"
         lines.append(f"{where or 'config'}: {message}")
     return "\n".join(lines)
 

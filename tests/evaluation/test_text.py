@@ -139,7 +139,9 @@ def test_tokens_are_those_of_sacrebleus_13a() -> None:
     assert text.tokens("Hi, there.") == ["Hi", ",", "there", "."]
 
 
-@pytest.mark.parametrize("odd", ["\x00", "\u202e abc", "<script>", "😀" * 30, "a" * 10_000, "\ufffd", "| % {", "\u2028"])
+@pytest.mark.parametrize(
+    "odd", ["\x00", "\u202e abc", "<script>", "😀" * 30, "a" * 10_000, "\ufffd", "| % {", "\u2028"]
+)
 def test_odd_text_gives_finite_numbers(odd: str) -> None:
     pools = [[odd, "plain words here", odd]]
     values = [text.rouge_l(pools, ["plain words"]), text.distinct_n(pools, 1), text.self_bleu(pools)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,17 @@ from drkl.data.tokenize import Row, tokenize_examples
 from tests.data.tiny_tokenizers import build
 
 VOCAB = 64
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """These models are too small for two threads: waiting for each other takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def tokenizer() -> PreTrainedTokenizerBase:

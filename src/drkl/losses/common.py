@@ -105,7 +105,7 @@ def select_labels(labels: Tensor | None, keep: Tensor | None) -> Tensor | None:
     """Flatten `[...]` to `[positions]`, the valid positions only."""
     if labels is None:
         return None
-    flat = labels.reshape(-1)
+    flat = labels.reshape(-1).long()
     return flat if keep is None else flat[keep]
 
 
@@ -114,10 +114,10 @@ def denominator(num_tokens: int | float | Tensor | None, count: int) -> float | 
     if num_tokens is None:
         return float(max(count, 1))
     if isinstance(num_tokens, Tensor):
-        return num_tokens.clamp(min=1)
+        return torch.where(num_tokens > 0, num_tokens, 1)
     if num_tokens < 0:
         raise DrklError(f"num_tokens is {num_tokens}; expected the number of valid tokens of the optimiser step.")
-    return float(max(num_tokens, 1))
+    return float(num_tokens) or 1.0
 
 
 def spread(values: Tensor, keep: Tensor | None, shape: torch.Size) -> Tensor:

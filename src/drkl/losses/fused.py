@@ -77,19 +77,26 @@ def fused_distillation_loss(
     teacher = _detached_teacher(teacher_hidden, teacher_head, settings, head.vocab_size, shape)
     keep = valid_positions(shape, labels, token_mask, settings, head.vocab_size)
     hidden = select(student_hidden, keep)
+    dtype = _compute_dtype(hidden, head.weight)
     inputs = _Inputs(
         labels=select_labels(labels, keep),
         teacher_hidden=None if teacher is None else select(teacher[0], keep),
         teacher_head=None if teacher is None else teacher[1],
         settings=settings,
         head=LMHead(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.softcap),
-        compute_dtype=_compute_dtype(hidden, head.weight),
+        compute_dtype=dtype,
+        teacher_dtype=dtype if teacher is None else _teacher_dtype(teacher[0], teacher[1].weight, dtype),
     )
-    if reduction == "none":
-        with torch.no_grad():
+    # The autograd function cannot see that grad mode is off: it would make gradients that nobody takes.
+    total: Tensor
+    if reduction == "none" or not torch.is_grad_enabled():
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             values, *_ = _run(hidden.detach(), inputs, needs=(False, False, False))
-        return spread(values, keep, shape)
-    total: Tensor = _FusedSum.apply(hidden, head.weight, head.bias, inputs)
+        if reduction == "none":
+            return spread(values, keep, shape)
+        total = values.sum()
+    else:
+        total = _FusedSum.apply(hidden, head.weight, head.bias, inputs)
     return total if reduction == "sum" else total / denominator(num_tokens, hidden.shape[0])
 
 
@@ -102,6 +109,7 @@ class _Inputs(NamedTuple):
     settings: LossSettings
     head: LMHead
     compute_dtype: torch.dtype
+    teacher_dtype: torch.dtype
 
 
 def _check_hidden(whose: str, hidden: Tensor, head: LMHead) -> None:
@@ -136,6 +144,11 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def _teacher_dtype(hidden: Tensor, weight: Tensor, student: torch.dtype) -> torch.dtype:
+    """The same for the teacher; a student in low precision does not take the teacher's own precision from it."""
+    return torch.promote_types(_compute_dtype(hidden, weight), student)
 
 
 class _FusedSum(torch.autograd.Function):
@@ -177,7 +190,7 @@ def _run(
     grad_bias = torch.zeros_like(head.bias, dtype=wide) if needs[2] and head.bias is not None else None
     weight = head.weight.to(dtype)
     teacher = inputs.teacher_head
-    teacher_weight = None if teacher is None else teacher.weight.to(dtype)
+    teacher_weight = None if teacher is None else teacher.weight.to(inputs.teacher_dtype)
     size = max(1, CHUNK_BYTES // (head.vocab_size * wide.itemsize))
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
@@ -185,7 +198,8 @@ def _run(
         student_logits = _logits(chunk, weight, head, wide)
         teacher_logits = None
         if teacher is not None and teacher_weight is not None and inputs.teacher_hidden is not None:
-            teacher_logits = _logits(inputs.teacher_hidden[rows].to(dtype), teacher_weight, teacher, wide)
+            states = inputs.teacher_hidden[rows].to(inputs.teacher_dtype)
+            teacher_logits = _logits(states, teacher_weight, teacher, wide)
         labels = None if inputs.labels is None else inputs.labels[rows]
         capped = student_logits.clone() if head.softcap is not None and any(needs) else None
         values[rows] = _values_and_grads_(student_logits, teacher_logits, labels, inputs.settings)

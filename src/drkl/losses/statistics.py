@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from drkl.objectives.logspace import kl
@@ -43,7 +44,9 @@ class TokenStatistics(NamedTuple):
 
 
 @torch.no_grad()
-def token_statistics(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> TokenStatistics:
+def token_statistics(
+    student_logits: Float[Tensor, "n vocab"], teacher_logits: Float[Tensor, "n vocab"] | None, labels: Int[Tensor, "n"]
+) -> TokenStatistics:
     """Compare two models at `[n]` positions, at temperature 1.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -29,6 +29,14 @@ class StudentConfig(BaseModel):
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the student's own weights, which the optimiser moves"
     )
+
+    @model_validator(mode="after")
+    def _check_used(self) -> StudentConfig:
+        if self.layers is not None and self.init == "pretrained":
+            raise ValueError("layers is set, but init is 'pretrained', which keeps all of them; prune drops some")
+        if self.config and self.init != "random":
+            raise ValueError(f"config is set, but init is {self.init!r}; only random makes a model from a config")
+        return self
 
     @field_validator("layers")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 
 import torch
@@ -24,8 +25,11 @@ def hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
     Returns:
         `[batch, tokens, hidden]`.
     """
-    inputs = {key: batch[key] for key in INPUTS if key in batch}
-    out = model.base_model(**inputs, use_cache=False)
+    body = model.base_model
+    # Families without learnt or rotary positions (ALiBi) take none; right padding leaves theirs right.
+    accepted = inspect.signature(body.forward).parameters
+    inputs = {key: batch[key] for key in INPUTS if key in batch and key in accepted}
+    out = body(**inputs, use_cache=False)
     states: Tensor = out.last_hidden_state
     return states
 

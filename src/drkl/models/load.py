@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
@@ -14,7 +15,11 @@ from drkl.errors import DrklError
 from drkl.models import smollm2
 from drkl.models.precision import DTYPES
 
-_log = logging.getLogger(__name__)
+# What loading raises: files that are missing or broken, a config without its class, a tokenizer without its library,
+# weights of another shape.
+_FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+# Said, not left to the default: that asks on the terminal and waits.
+_NO_CODE = {"trust_remote_code": False}
 
 
 def quiet_transformers() -> None:
@@ -45,14 +50,14 @@ def load_model(name: str, dtype: str) -> PreTrainedModel:
     Raises:
         DrklError: nowhere to be found, not a causal language model, or without safetensors.
     """
-    source = resolve_model(name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_found(name, "model", error) from error
-    model.eval()
-    loaded: PreTrainedModel = model
-    return loaded
+    loaded: PreTrainedModel = _load(
+        name,
+        "model",
+        lambda source: AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], use_safetensors=True, **_NO_CODE
+        ),
+    )
+    return loaded.eval()
 
 
 def load_config(name: str) -> Any:
@@ -60,21 +65,15 @@ def load_config(name: str) -> Any:
     if name == smollm2.NAME and not smollm2.is_converted():
         config = AutoConfig.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
         return smollm2.clean_config(config)
-    try:
-        return AutoConfig.from_pretrained(resolve_model(name))
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_found(name, "config", error) from error
+    return _load(name, "config", lambda source: AutoConfig.from_pretrained(source, **_NO_CODE))
 
 
 def load_tokenizer(name: str) -> Any:
     """Load a tokenizer; one without a padding token pads with its end of sequence (masks never look at ids)."""
-    try:
-        if name == smollm2.NAME and not smollm2.is_converted():
-            tokenizer = AutoTokenizer.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_found(name, "tokenizer", error) from error
+    if name == smollm2.NAME and not smollm2.is_converted():
+        tokenizer = AutoTokenizer.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
+    else:
+        tokenizer = _load(name, "tokenizer", lambda source: AutoTokenizer.from_pretrained(source, **_NO_CODE))
     if tokenizer.eos_token_id is None:
         raise DrklError(
             f"The tokenizer of {name!r} has no end-of-sequence token, so a student could not learn to stop."
@@ -107,6 +106,14 @@ def check_same_tokens(student: Any, teacher: Any, student_name: str, teacher_nam
         f"{len(theirs)} (first ids that differ: {first}). Every objective compares the two models token by token; "
         "choose a student of the teacher's family."
     )
+
+
+def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
+    source = resolve_model(name)
+    try:
+        return load(source)
+    except _FAILURES as error:
+        raise _not_found(name, what, error) from error
 
 
 def _not_found(name: str, what: str, error: Exception) -> DrklError:

@@ -18,6 +18,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def has_device(name: str) -> bool:
+    """Whether this machine, and this build of torch, has the device."""
+    if name == "cuda":
+        return torch.cuda.is_available()
+    return name != "mps" or torch.backends.mps.is_available()
+
+
 def cpu_capabilities() -> dict[str, Any]:
     """What the processor can do, as far as torch tells."""
     return dict(getattr(torch.cpu, "get_capabilities", dict)())

@@ -60,6 +60,8 @@ def student_config(config: StudentConfig, teacher_name: str | None) -> Any:
     if config.init == "prune":
         return shortened(base, layers)
     for key, value in config.config.items():
+        if key in ("num_hidden_layers", base.attribute_map.get("num_hidden_layers")):
+            raise DrklError(f"student.config has {key!r}; the number of layers stands in student.layers.")
         if not hasattr(base, key):
             raise DrklError(f"student.config has {key!r}, which {type(base).__name__} does not.")
         setattr(base, key, value)
@@ -89,8 +91,9 @@ def shortened(config: Any, layers: list[int]) -> Any:
     available = text.num_hidden_layers
     for key, value in list(vars(text).items()):
         # Per-layer settings (layer_types and its kin) are lists as long as the model is deep.
-        if isinstance(value, list) and len(value) == available and key != "architectures" and max(layers) < available:
-            setattr(text, key, [value[i] for i in layers])
+        # A deeper student goes through them again.
+        if isinstance(value, list) and len(value) == available and not key.endswith(("_token_id", "architectures")):
+            setattr(text, key, [value[i % available] for i in layers])
     text.num_hidden_layers = len(layers)
     return config
 

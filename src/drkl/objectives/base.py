@@ -77,6 +77,8 @@ def make_objective(name: str | Objective, **params: Any) -> Objective:
     if not isinstance(name, str):
         if params:
             raise DrklError(f"Parameters {sorted(params)} were given beside an objective that is already made.")
+        if isinstance(name, type) or not isinstance(name, Objective):
+            raise DrklError(f"objective is {name!r}; expected a name in drkl.OBJECTIVES, or an objective made of one.")
         return name
     if name not in OBJECTIVES:
         known = ", ".join(OBJECTIVES)

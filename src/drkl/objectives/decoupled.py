@@ -8,12 +8,13 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from drkl.errors import DrklError
 from drkl.objectives.base import Objective, check_choice, check_number
 from drkl.objectives.divergences import ForwardKL, JensenShannon, ReverseKL, softmax_
-from drkl.objectives.logspace import Split, mixture, split
+from drkl.objectives.logspace import Split, kl, mixture, split
 
 PARTS: dict[str, Objective] = {"rkl": ReverseKL(), "fkl": ForwardKL(), "gjs": JensenShannon()}
 TARGETS = ("teacher", "label")
@@ -26,7 +27,9 @@ def _check_common(owner: str, gamma: object, target: object, weight: object) -> 
     check_choice(owner, "weight", weight, WEIGHTS)
 
 
-def target_class(target: str, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
+def target_class(
+    target: str, teacher_logits: Float[Tensor, "n vocab"], labels: Int[Tensor, "n"] | None
+) -> Int[Tensor, "n"]:
     """The target class at each position `[n]`: the teacher's top token (lowest index on ties), or the label."""
     if target == "teacher":
         return teacher_logits.argmax(-1)
@@ -44,9 +47,9 @@ def tail_weight(weight: str, gamma: float, student_log_odds: Tensor, teacher_log
     return outside if weight == "student" else outside.clamp(min=gamma)
 
 
-def _add_tail(on_target: Tensor, weight: Tensor, on_tail: Tensor) -> Tensor:
-    # 0 * inf: a tail without weight adds nothing.
-    return on_target + torch.where(weight == 0, 0.0, weight * on_tail.masked_fill(weight == 0, 0.0))
+def _weighted(weight: Tensor | float, value: Tensor) -> Tensor:
+    # 0 * inf: a part without weight adds nothing.
+    return weight * value.masked_fill(torch.as_tensor(weight == 0, device=value.device), 0.0)
 
 
 def _mask_empty_student_tail(value: Tensor, student: Split) -> Tensor:
@@ -87,11 +90,11 @@ class Decoupled:
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
         assert teacher_logp is not None
         target = target_class(self.target, teacher_logp, labels)
-        student, teacher = split(student_logp, target), split(teacher_logp, target)
-        on_target = self.target_weight * self.on_target(student.log_two, teacher.log_two)
+        student, teacher = split(student_logp, target), split(teacher_logp.detach(), target)
+        on_target = self.on_target(student.log_two, teacher.log_two)
         on_tail = _mask_empty_student_tail(self.on_tail(student.log_tail, teacher.log_tail), student)
         weight = tail_weight(self.weight, self.gamma, student.log_odds, teacher.log_odds)
-        return _add_tail(on_target, weight, on_tail)
+        return _weighted(self.target_weight, on_target) + _weighted(weight, on_tail)
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
         raise NotImplementedError("has_closed_form is False")
@@ -180,16 +183,18 @@ class DecoupledReverseKL:
         if self.skew == 0:
             operator = Decoupled(PARTS["rkl"], PARTS[self.tail], self.gamma, 1.0, self.target, self.weight)
             return operator(student_logp, teacher_logp, labels)
+        teacher_logp = teacher_logp.detach()
         target = target_class(self.target, teacher_logp, labels)
         student, teacher = split(student_logp, target), split(teacher_logp, target)
         compared = split(mixture(teacher_logp, student_logp, 1.0 - self.skew), target)
-        on_target = PARTS["rkl"](student.log_two, compared.log_two)
-        on_tail = _mask_empty_student_tail(PARTS["rkl"](student.log_tail, compared.log_tail), student)
-        return _add_tail(on_target, tail_weight(self.weight, self.gamma, student.log_odds, teacher.log_odds), on_tail)
+        on_target = kl(student.log_two, compared.log_two)
+        on_tail = _mask_empty_student_tail(kl(student.log_tail, compared.log_tail), student)
+        weight = tail_weight(self.weight, self.gamma, student.log_odds, teacher.log_odds)
+        return on_target + _weighted(weight, on_tail)
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
         # d/dz_t = q_t (1 - q_t) D; reverse tail: d/dz_j = q^_j [w (d_j - K) - q_t (1 - q_t) D], d_j = log q^_j / p^_j.
-        assert teacher_logits is not None
+        assert teacher_logits is not None and self.has_closed_form
         at_target = target_class(self.target, teacher_logits, labels).unsqueeze(-1)
         z_t, y_t = student_logits.gather(-1, at_target), teacher_logits.gather(-1, at_target)
         difference = (student_logits - teacher_logits).scatter_(-1, at_target, 0.0)

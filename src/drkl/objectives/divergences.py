@@ -48,7 +48,7 @@ class ForwardKL:
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
         assert teacher_logp is not None
-        return kl(teacher_logp, student_logp)
+        return kl(teacher_logp.detach(), student_logp)
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
         assert teacher_logits is not None
@@ -72,7 +72,7 @@ class ReverseKL:
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
         assert teacher_logp is not None
-        return kl(student_logp, teacher_logp)
+        return kl(student_logp, teacher_logp.detach())
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
         assert teacher_logits is not None
@@ -96,6 +96,7 @@ class JensenShannon:
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
         assert teacher_logp is not None
+        teacher_logp = teacher_logp.detach()
         middle = mixture(student_logp, teacher_logp, 0.5)
         return 0.5 * (kl(teacher_logp, middle) + kl(student_logp, middle))
 

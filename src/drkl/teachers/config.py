@@ -12,5 +12,8 @@ class TeacherConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field("smollm2-135m-instruct", description="Hugging Face id, folder, or the embedded teacher's name")
+    model: str = Field(
+        "smollm2-135m-instruct",
+        description="Hugging Face id, folder, or the embedded teacher's name; `teacher: null` for none",
+    )
     dtype: Dtype = Field("auto", description="of the teacher's weights; auto: bf16 where the device has it, else fp32")

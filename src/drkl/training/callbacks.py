@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,6 +28,11 @@ class TrainLog(TrainerCallback):
         self._newest: dict[str, float] = {}
         self._on_progress = on_progress
 
+    @property
+    def seconds(self) -> float:
+        """Since the run began, the parts before a resume included."""
+        return time.monotonic() - self._start
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -38,8 +45,8 @@ class TrainLog(TrainerCallback):
         if not logs or not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys():
             return
         line: dict[str, Any] = {"step": state.global_step}
-        line |= {key: value for key, value in logs.items() if isinstance(value, (int, float)) and key != "epoch"}
-        line["seconds"] = round(time.monotonic() - self._start, 3)
+        line |= {key: value for key, value in logs.items() if _is_number(value) and key != "epoch"}
+        line["seconds"] = round(self.seconds, 3)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._newest |= line
@@ -62,3 +69,43 @@ class LastStep(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_evaluate = args.eval_strategy != "no"
+
+
+class EarlyStop(TrainerCallback):
+    """Stops after ``patience`` held-out losses without a new best.
+
+    Counted anew from the log each time, so that a resumed run stops where an uninterrupted one does.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+
+    def _is_over(self, state: TrainerState) -> bool:
+        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self._patience
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A run that was cut off after it had stopped stops again (after one step, which the best weights undo)."""
+        control.should_training_stop |= self._is_over(state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count."""
+        control.should_training_stop |= self._is_over(state)
+
+
+class BestCheckpoint(TrainerCallback):
+    """Finds the best checkpoint again in a run folder that was moved; the trainer's state has its path of that time."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Replace the path."""
+        path = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
+        state.best_model_checkpoint = str(path) if path.is_dir() else None
+
+
+def _is_number(value: Any) -> bool:
+    # fp16 logs an infinite gradient norm where it skips a step; json has no infinity.
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -10,7 +10,7 @@ from drkl._version import __version__
 
 _BODY = """# {name}
 
-A language model distilled with [drkl](https://pypi.org/project/drkl/) {version}.
+A language model distilled with drkl {version}.
 
 | | |
 |---|---|

@@ -16,7 +16,9 @@ from drkl.losses.fused import CHUNK_BYTES
 from drkl.models.load import count_parameters, load_config, load_tokenizer, model_note
 from drkl.models.precision import DTYPES, pick_device, resolve_dtype
 from drkl.models.student import source_model, student_config
-from drkl.training.run import RunSpec, training_arguments
+from drkl.training.arguments import training_arguments
+from drkl.training.checks import check_device, check_rows, check_tokenizers
+from drkl.training.spec import RunSpec
 
 ACTIVATIONS_PER_TOKEN = 34
 """Numbers kept for the backward pass per layer, token and hidden unit, in bytes of fp16 (Korthikanti et al. 2022)."""
@@ -29,8 +31,10 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
         DrklError: whatever `distill` would refuse before training.
     """
     first, last = specs[0], specs[-1]
+    check_device(last.run.device)
     device = pick_device(last.run.device)
     teacher_name = first.teacher.model if first.teacher else None
+    check_tokenizers(first.student, teacher_name)
     tokenizer = load_tokenizer(teacher_name or source_model(first.student, None))
     student = student_config(first.student, teacher_name)
     teacher = load_config(teacher_name) if teacher_name else None
@@ -64,6 +68,9 @@ def _stage(
     rows, _ = load_examples(spec.data)
     limits = {"max_prompt_tokens": spec.data.max_prompt_tokens, "max_tokens": spec.data.max_tokens}
     tokenised, report = tokenize_examples(rows, tokenizer, **limits)
+    check_rows(tokenised, student, "student")
+    if teacher is not None:
+        check_rows(tokenised, teacher, "teacher")
     inputs, trained = _tokens_per_step(tokenised, spec)
     flops = _flops(inputs, trained, student, teacher if spec.uses_teacher else None, sizes)
     precision = resolve_dtype(spec.training.precision, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,14 @@ from drkl.losses.config import LossConfig
 from drkl.models.forward import hidden_states, lm_head
 from drkl.objectives import Objective
 from drkl.teachers.live import LiveTeacher
+from drkl.training.faults import find_fault, list_rows
 from drkl.training.forward import summed
 
 CHUNK = 256
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A held-out loss is not a finite number; the message says which rows and which tensor."""
 
 
 class HeldOut:
@@ -46,6 +52,10 @@ class HeldOut:
                 states = None if teacher_hidden is None else teacher_hidden[part]
                 for name, value in self._chunk(hidden[part], head, states, labels[part], objective, loss).items():
                     sums[name] = sums.get(name, 0.0) + float(value)
+            if not math.isfinite(sums.get("loss", 0.0)):
+                rows = list_rows(self._batches[index]["row_ids"])
+                fault = find_fault(model, hidden, self._teacher, teacher_hidden, objective)
+                raise NonFiniteLoss(f"the held-out loss is not finite, rows {rows}. Not finite first: {fault}.")
             count += labels.numel()
         return {name: value / max(count, 1) for name, value in sums.items()}
 

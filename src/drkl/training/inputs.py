@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from drkl.data.examples import load_examples
 from drkl.data.tokenize import Row, tokenize_examples
 from drkl.models.load import load_model, load_tokenizer
-from drkl.models.precision import pick_device, resolve_dtype
+from drkl.models.precision import has_device, pick_device, resolve_dtype
 from drkl.models.student import make_student
-from drkl.training.run import RunSpec
+from drkl.training.spec import RunSpec
 
 Loader = Callable[[], PreTrainedModel]
 
@@ -37,7 +37,9 @@ def evaluation_models(
     last, where there is one; ``after`` the run's student.
     """
     first, last = specs[0], specs[-1]
-    device = pick_device(last.run.device)
+    # A run may have been made on another machine.
+    wanted = last.run.device
+    device = pick_device(wanted if has_device(wanted) else "auto")
     loaders: dict[str, Loader] = {}
     if last.teacher is not None:
         teacher = last.teacher

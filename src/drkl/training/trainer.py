@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -21,13 +22,13 @@ from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
 from drkl.losses.config import LossConfig
 from drkl.objectives import Objective
-from drkl.runs import read_json, write_json
 from drkl.teachers.live import LiveTeacher
+from drkl.training.checkpoints import mark_complete, rotate
+from drkl.training.faults import find_fault, list_rows
 from drkl.training.forward import KEY, Distillation, attach_loss
-from drkl.training.heldout import HeldOut
+from drkl.training.heldout import HeldOut, NonFiniteLoss
 
-MARKER = "complete.json"
-"""Written into a checkpoint last of all; a folder without it was cut off in writing and does not count."""
+REMEDY = "A lower learning rate, a warm-up, or training.precision=fp32 often help."
 
 
 class MicroBatches(Dataset[list[Row]]):
@@ -80,6 +81,8 @@ class DistillationTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self._objective, self._loss, self._teacher, self._heldout = objective, loss, teacher, heldout
+        # Done here: transformers removes old checkpoints before the new one is marked whole.
+        self._keep_checkpoints, args.save_total_limit = args.save_total_limit, None
         attach_loss(model, objective, loss)
         super().__init__(
             model=model,
@@ -100,6 +103,7 @@ class DistillationTrainer(Trainer):
         self._since = time.monotonic()
         self._input_tokens = 0
         self.num_tokens_seen = 0
+        self._row_ids: list[str] = []
 
     @property
     def student(self) -> nn.Module:
@@ -116,12 +120,12 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The summed loss of a micro-batch over the valid tokens of the whole optimiser step, all ranks together."""
         row_ids, labels = inputs.pop("row_ids"), inputs.pop("labels")
-        valid = int((labels != IGNORE_INDEX).sum())
-        count = valid if num_items_in_batch is None else num_items_in_batch
+        count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         teacher_hidden = teacher_head = None
         if self._teacher is not None:
             teacher_hidden, teacher_head = self._teacher.hidden(inputs), self._teacher.head
-        at_log = (self.state.global_step + 1) % max(1, int(self.args.logging_steps)) == 0
+        step = self.state.global_step + 1
+        at_log = step % max(1, int(self.state.logging_steps)) == 0 or step >= self.state.max_steps
         wanted = Distillation(
             labels, teacher_hidden, teacher_head, torch.as_tensor(count, device=labels.device), at_log
         )
@@ -132,44 +136,28 @@ class DistillationTrainer(Trainer):
         for name, value in statistics.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
         self._input_tokens += int(inputs["attention_mask"].sum())
-        self.num_tokens_seen += valid
         # Ranks' gradients are averaged; the sum over ranks is what was divided by the global count.
         return loss * self.accelerator.num_processes
 
     def _stop_non_finite(self, loss: Tensor, row_ids: list[str], hidden: Tensor, teacher_hidden: Tensor | None) -> None:
-        suspects: dict[str, Tensor | None] = {
-            name: parameter
-            for name, parameter in self.student.named_parameters()
-            if not torch.isfinite(parameter).all()
-        }
-        suspects = {f"student weight {k!r}": v for k, v in suspects.items()}
-        suspects |= {"student hidden states": hidden, "teacher hidden states": teacher_hidden}
-        for name, tensor in suspects.items():
-            if tensor is not None and not torch.isfinite(tensor).all():
-                fault = f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} numbers in the {name}"
-                break
-        else:
-            fault = (
-                f"the loss itself (objective {self._objective.name!r} on finite hidden states; a token that one model "
-                "excludes and the other does not makes a KL infinite)"
-            )
+        fault = find_fault(self.student, hidden, self._teacher, teacher_hidden, self._objective)
         raise DrklError(
-            f"The loss became {float(loss)} at step {self.state.global_step + 1}, rows {', '.join(row_ids)}. "
-            f"Not finite first: {fault}. Training stopped; the last good checkpoint is kept. A lower learning rate, a "
-            "warm-up, or training.precision=fp32 often help."
+            f"The loss became {float(loss.detach())} at step {self.state.global_step + 1}, rows {list_rows(row_ids)}. "
+            f"Not finite first: {fault}. Training stopped; the last good checkpoint is kept. {REMEDY}"
         )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # fp16 skips such steps by itself; anywhere else the step would spoil the weights.
         if norm is not None and self.args.fp16 is False and not math.isfinite(float(norm)):
-            bad = [
-                n for n, p in self.student.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()
-            ]
+            gradients = {n: p.grad for n, p in self.student.named_parameters() if p.grad is not None}
+            bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+            # Clipping by a norm that is NaN makes every gradient NaN; then none can be named.
+            where = "" if len(bad) == len(gradients) else f" (first in {next(iter(bad), 'its norm')!r})"
             raise DrklError(
-                f"The gradient is not finite at step {self.state.global_step + 1} (first in "
-                f"{bad[0] if bad else 'its norm'!r}), though the loss is. Training stopped before the step was taken; "
-                "the last good checkpoint is kept."
+                f"The gradient is not finite at step {self.state.global_step + 1}, rows {list_rows(self._row_ids)}"
+                f"{where}, though the loss is. Training stopped before the step was taken; the last good checkpoint is "
+                f"kept. {REMEDY}"
             )
         return norm
 
@@ -178,7 +166,10 @@ class DistillationTrainer(Trainer):
         if not batch_samples:
             return None
         count = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batch_samples]).sum().to(device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        total: Tensor = self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        self.num_tokens_seen += int(total)
+        self._row_ids = [row_id for batch in batch_samples for row_id in batch["row_ids"]]
+        return total
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Evaluate on the held-out rows; every mean is over all of their response tokens."""
@@ -186,14 +177,15 @@ class DistillationTrainer(Trainer):
         model: Any = self.student
         training = model.training
         model.eval()
-        values = self._heldout.evaluate(model, self._objective, self._loss)
+        try:
+            values = self._heldout.evaluate(model, self._objective, self._loss)
+        except NonFiniteLoss as error:
+            raise DrklError(
+                f"After step {self.state.global_step} {error} Training stopped; the last good checkpoint is kept. "
+                f"{REMEDY}"
+            ) from error
         model.train(training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
-            raise DrklError(
-                f"The held-out loss is {metrics[f'{metric_key_prefix}_loss']} after step {self.state.global_step}. "
-                "Training stopped; the last good checkpoint is kept."
-            )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -204,7 +196,8 @@ class DistillationTrainer(Trainer):
             positions = self._sums.pop("positions", 0.0)
             logs |= {name: value / positions for name, value in self._sums.items()} if positions else {}
             now = time.monotonic()
-            logs["tokens_per_second"] = self._input_tokens / max(now - self._since, 1e-9)
+            tokens = self._input_tokens * self.accelerator.num_processes  # steps are cut evenly between the processes
+            logs["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
             logs["num_tokens"] = self.num_tokens_seen
             self._sums, self._input_tokens, self._since = {}, 0, now
         super().log(logs, start_time)
@@ -217,24 +210,18 @@ class DistillationTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-        except OSError as error:
+        # A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
+        except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise DrklError(
                 f"Could not write the checkpoint of step {self.state.global_step} to {str(folder)!r}: "
-                f"{error.strerror or error}. The last good checkpoint is kept; make room, then `drkl distill --resume`."
+                f"{' '.join(str(error).split())[:200]}. The last good checkpoint is kept; make room, then "
+                "`drkl distill --resume`."
             ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle nobody needs
-            write_json(folder / MARKER, {"step": self.state.global_step, "num_tokens": self.num_tokens_seen})
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; half-written ones are removed."""
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / MARKER).is_file():
-            whole.append((int(read_json(path / MARKER)["step"]), path))
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-    return max(whole)[1] if whole else None
+            mark_complete(folder, self.state.global_step, self.num_tokens_seen)
+            if self._keep_checkpoints:
+                best = self.state.best_model_checkpoint
+                rotate(folder.parent, self._keep_checkpoints, Path(best) if best else None)

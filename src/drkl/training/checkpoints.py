@@ -1,0 +1,49 @@
+"""Which checkpoints are whole, which is the newest, and how one is thrown away."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from drkl.runs import read_json, write_json
+
+MARKER = "complete.json"
+"""Written into a checkpoint last of all; a folder without it was cut off in writing and does not count."""
+
+
+def mark_complete(checkpoint: Path, step: int, num_tokens: int) -> None:
+    """Make a checkpoint count; ``num_tokens`` are those trained on so far."""
+    write_json(checkpoint / MARKER, {"step": step, "num_tokens": num_tokens})
+
+
+def tokens_seen(checkpoint: Path) -> int:
+    """How many tokens had been trained on."""
+    return int(read_json(checkpoint / MARKER)["num_tokens"])
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; half-written ones are removed."""
+    for path in folder.glob("checkpoint-*"):
+        if not (path / MARKER).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+    return max(folder.glob("checkpoint-*"), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was written."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint so that it counts as whole or not at all, wherever the removal is cut off."""
+    (checkpoint / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def rotate(folder: Path, keep: int, best: Path | None) -> None:
+    """Remove the oldest checkpoints but ``keep``; the best and the newest stay."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=step_of)
+    names = {checkpoints[-1].name} | ({best.name} if best is not None else set())
+    spare = [path for path in checkpoints if path.name not in names]
+    for path in spare[: max(0, len(checkpoints) - keep)]:
+        discard(path)

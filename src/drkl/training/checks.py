@@ -1,0 +1,89 @@
+"""What is checked before a run writes anything."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from drkl.data.tokenize import Row
+from drkl.errors import DrklError
+from drkl.models.config import StudentConfig
+from drkl.models.load import check_same_tokens, load_tokenizer
+from drkl.models.precision import has_device
+from drkl.models.student import source_model
+from drkl.runs import RunFolder
+
+
+def check_folder(run: RunFolder, mode: str) -> None:
+    """Raise DrklError where a run of this mode (new, overwrite, resume) must not touch the folder."""
+    if mode == "resume":
+        if run.is_finished():
+            raise DrklError(f"The run {str(run.root)!r} is finished; there is nothing to resume.")
+        return
+    if not (run.root.exists() or run.root.is_symlink()):
+        return
+    if mode == "new":
+        raise DrklError(
+            f"The run folder {str(run.root)!r} exists. `--overwrite` replaces it, `--resume {run.root}` continues it, "
+            "run.name=OTHER makes another."
+        )
+    if run.root.is_symlink() or not run.root.is_dir():
+        raise DrklError(f"{str(run.root)!r} is no folder, so it is not replaced.")
+    if any(run.root.iterdir()) and not run.config_path.is_file():
+        raise DrklError(
+            f"{str(run.root)!r} exists and is no run folder (it has no config.yaml), so it is not replaced."
+        )
+
+
+def check_device(name: str) -> None:
+    """Raise DrklError where this machine has no such device."""
+    if not has_device(name):
+        raise DrklError(f"run.device is {name!r}, which this machine (or this torch) does not have; try auto or cpu.")
+
+
+def check_tokenizers(student: StudentConfig, teacher_name: str | None) -> None:
+    """Raise DrklError where the student brings weights learnt on other tokens than the teacher's."""
+    if teacher_name is None or student.init == "random":
+        return
+    source = source_model(student, teacher_name)
+    if source != teacher_name:
+        check_same_tokens(load_tokenizer(source), load_tokenizer(teacher_name), source, teacher_name)
+
+
+def check_rows(rows: Sequence[Row], model_config: Any, whose: str) -> None:
+    """Raise DrklError where a model has no embedding for a row's tokens, or no room for them."""
+    text = model_config.get_text_config()
+    longest = max(rows, key=lambda row: row.length)
+    context = getattr(text, "max_position_embeddings", None)
+    if isinstance(context, int) and longest.length > context:
+        raise DrklError(
+            f"Row {longest.id!r} has {longest.length} tokens and the {whose}'s context {context}. Set data.max_tokens "
+            f"to at most {context}."
+        )
+    top = max((max(*row.prompt_ids, *row.response_ids), row.id) for row in rows)
+    if top[0] >= text.vocab_size:
+        raise DrklError(
+            f"Row {top[1]!r} has the token id {top[0]}, but the {whose} has embeddings for ids 0 to "
+            f"{text.vocab_size - 1} only: its tokenizer belongs to another model."
+        )
+
+
+def check_disk(run: RunFolder, student: PreTrainedModel) -> None:
+    """Raise DrklError without room for three checkpoints (best, newest, the one being written) and the student.
+
+    A checkpoint is weights and two Adam moments; those that are there already take no new room.
+    """
+    weights = sum(p.numel() * p.element_size() for p in student.parameters())
+    needed = weights * (3 * 3 + 1)
+    there = next(p for p in (run.root, *run.root.absolute().parents) if p.exists())
+    held = sum(p.stat().st_size for p in Path(run.checkpoints_path).rglob("*") if p.is_file())
+    free = shutil.disk_usage(there).free + held
+    if free < needed:
+        raise DrklError(
+            f"Checkpoints of this student need about {needed / 1e9:.1f} GB where {str(run.root)!r} lies; "
+            f"{free / 1e9:.1f} GB are free. Make room, or put the run elsewhere with run.dir=FOLDER."
+        )

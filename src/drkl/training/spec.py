@@ -1,0 +1,34 @@
+"""One run, fully described."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from drkl.data.config import DataConfig
+from drkl.losses.config import LossConfig
+from drkl.models.config import StudentConfig
+from drkl.objectives.config import ObjectiveConfig
+from drkl.runs import RunFolder
+from drkl.teachers.config import TeacherConfig
+from drkl.training.config import RunConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything one run needs; its ``resolved`` mapping is what ``config.yaml`` holds."""
+
+    folder: RunFolder
+    run: RunConfig
+    teacher: TeacherConfig | None
+    student: StudentConfig
+    data: DataConfig
+    objective: ObjectiveConfig
+    loss: LossConfig
+    training: TrainingConfig
+    resolved: dict[str, Any]
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the loss reads the teacher; its KLs are reported on held-out rows wherever there is one."""
+        return self.loss.kd_weight > 0 and self.objective.make().needs_teacher

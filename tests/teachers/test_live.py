@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from drkl.data.collate import collate
+from drkl.data.tokenize import Row
+from drkl.errors import DrklError
+from drkl.teachers.config import TeacherConfig
+from drkl.teachers.live import LiveTeacher
+from tests.models import tiny
+from tests.models.test_forward import Shifted
+
+ROWS = [Row("a", (5, 6, 7), (8, 9, 4), None), Row("b", (10,), (11, 4), None)]  # type: ignore[arg-type]
+
+
+def test_its_head_of_its_hidden_states_is_its_logits(tmp_path: Path) -> None:
+    tiny.save(tiny.llama(), tmp_path)
+    teacher = LiveTeacher.load(TeacherConfig(model=str(tmp_path), dtype="fp32"), torch.device("cpu"))
+    batch = collate(ROWS, pad_id=0)
+    hidden = teacher.hidden(batch)
+    theirs = tiny.llama()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    keep = batch["labels"] != -100
+    torch.testing.assert_close(teacher.head.logits(hidden)[keep], theirs[keep])
+
+
+def test_nothing_of_it_is_trained() -> None:
+    teacher = LiveTeacher(tiny.gpt2().train())
+    hidden = teacher.hidden(collate(ROWS, pad_id=0))
+    assert not hidden.requires_grad
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    # Without dropout, though GPT-2 has it.
+    assert torch.equal(hidden, teacher.hidden(collate(ROWS, pad_id=0)))
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_its_precision_is_its_own(dtype: str, expected: torch.dtype, tmp_path: Path) -> None:
+    tiny.save(tiny.llama(), tmp_path)
+    teacher = LiveTeacher.load(TeacherConfig(model=str(tmp_path), dtype=dtype), torch.device("cpu"))
+    assert teacher.hidden(collate(ROWS, pad_id=0)).dtype == expected
+
+
+def test_a_model_with_other_logits_is_refused() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(DrklError, match=r"Use a model of another family"):
+        LiveTeacher(Shifted(tiny.llama().config))

@@ -1,0 +1,327 @@
+"""A run that was cut off, anywhere, and resumed gives bit for bit the student of one that was not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+from drkl.errors import DrklError
+from drkl.runs import RunFolder
+from drkl.training import run as run_module
+from drkl.training.checkpoints import MARKER
+from drkl.training.run import Listener
+from tests.models import tiny
+from tests.training import tiny_runs
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where the process has to live on; no handler in the code catches it."""
+
+
+def kill_at_step(stage: str, step: int) -> Listener:
+    current = []
+
+    def on_progress(now: int, of: int, newest: dict[str, float]) -> None:
+        if current[-1] == stage and now == step:
+            raise Killed
+
+    return Listener(on_stage=lambda spec, number, of: current.append(spec.folder.name), on_progress=on_progress)
+
+
+def kill_between_stages(spec: Any, number: int, of: int) -> None:
+    if number == 2:
+        raise Killed
+
+
+def reference(root: Path, **sections: Any) -> tuple[dict[str, Any], RunFolder]:
+    """The uninterrupted run, and the config of one beside it that is to be cut off."""
+    values = tiny_runs.config(root, **sections)
+    whole = tiny_runs.train({**values, "run": {**values["run"], "name": "whole"}})
+    return values, whole
+
+
+def cut_off(values: dict[str, Any], listener: Listener) -> RunFolder:
+    with pytest.raises(Killed):
+        tiny_runs.train(values, listener=listener)
+    return RunFolder(Path(values["run"]["dir"]) / values["run"]["name"])
+
+
+def comparable(run: RunFolder) -> list[dict[str, Any]]:
+    """The log without the clock."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in run.read_train_log()]
+
+
+def assert_equal(resumed: RunFolder, whole: RunFolder) -> None:
+    assert resumed.is_finished()
+    for ours, theirs in zip([*resumed.stages(), resumed], [*whole.stages(), whole], strict=True):
+        assert tiny_runs.weights(ours) == tiny_runs.weights(theirs)
+        assert comparable(ours) == comparable(theirs)
+        env, expected = ours.read_env(), theirs.read_env()
+        for key in ("steps", "best_step", "best_heldout_loss", "data", "parameters"):
+            assert env[key] == expected[key], key
+        names = [{path.name for path in run.checkpoints_path.iterdir()} for run in (ours, theirs)]
+        assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_cut_off_in_mid_training(tmp_path: Path, step: int) -> None:
+    values, whole = reference(tmp_path)
+    cut_off(values, kill_at_step("r", step))
+    assert_equal(tiny_runs.train(values, "resume"), whole)
+
+
+def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
+    tiny_runs.config(tmp_path)
+    shutil.rmtree(tmp_path / "teacher")
+    tiny.save(tiny.gpt2(), tmp_path / "teacher")
+    values, whole = reference(tmp_path, training={"arguments": {"logging_steps": 1, "gradient_accumulation_steps": 3}})
+    cut_off(values, kill_at_step("r", 5))
+    assert_equal(tiny_runs.train(values, "resume"), whole)
+
+
+@pytest.mark.parametrize(("stage", "step"), [("01-warmup", 3), ("r", 1), ("r", 5)])
+def test_cut_off_in_either_of_two_stages(tmp_path: Path, stage: str, step: int) -> None:
+    values, whole = reference(tmp_path, stages=tiny_runs.STAGES)
+    cut_off(values, kill_at_step(stage, step))
+    assert_equal(tiny_runs.train(values, "resume"), whole)
+
+
+def test_cut_off_between_stages(tmp_path: Path) -> None:
+    values, whole = reference(tmp_path, stages=tiny_runs.STAGES)
+    run = cut_off(values, Listener(on_stage=kill_between_stages))
+    first = tiny_runs.tree(run.root / "stages")
+    assert_equal(tiny_runs.train(values, "resume"), whole)
+    assert tiny_runs.tree(run.root / "stages") == first
+
+
+def test_cut_off_twice(tmp_path: Path) -> None:
+    values, whole = reference(tmp_path)
+    run = cut_off(values, kill_at_step("r", 3))
+    with pytest.raises(Killed):
+        tiny_runs.train(values, "resume", kill_at_step("r", 5))
+    assert run.read_env()["command"]
+    assert_equal(tiny_runs.train(values, "resume"), whole)
+
+
+def test_a_half_written_newer_checkpoint_does_not_count(tmp_path: Path) -> None:
+    values, whole = reference(tmp_path)
+    run = cut_off(values, kill_at_step("r", 5))
+    half = run.checkpoints_path / "checkpoint-6"
+    shutil.copytree(run.checkpoints_path / "checkpoint-4", half)
+    (half / MARKER).unlink()
+    weights = half / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    messages: list[str] = []
+    run = tiny_runs.train(values, "resume", Listener(on_message=messages.append))
+    assert_equal(run, whole)
+    assert "Going on from checkpoint-4." in messages
+
+
+@pytest.mark.parametrize("part", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_cut_off_in_writing_a_checkpoint(tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, whole = reference(tmp_path)
+    write = getattr(Trainer, part)
+
+    def killed(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        write(self, *args, **kwargs)
+        if self.state.global_step == 4:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, part, killed)
+        run = cut_off(values, Listener())
+    assert (run.checkpoints_path / "checkpoint-4").is_dir()
+    assert_equal(tiny_runs.train(values, "resume"), whole)
+
+
+def test_cut_off_in_removing_an_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, whole = reference(tmp_path)
+
+    def killed(path: Path, *args: Any, **kwargs: Any) -> None:
+        (Path(path) / "optimizer.pt").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("drkl.training.checkpoints.shutil.rmtree", killed)
+        run = cut_off(values, Listener())
+    left = {path.name for path in run.checkpoints_path.iterdir()}
+    assert len(left) == 3 and not all((run.checkpoints_path / name / MARKER).is_file() for name in left)
+    assert_equal(tiny_runs.train(values, "resume"), whole)
+
+
+@pytest.mark.parametrize("moment", ["model_card", "now", "write_text"])
+def test_cut_off_in_writing_the_student(tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, whole = reference(tmp_path)
+
+    def killed(*args: Any) -> Any:
+        if moment == "now" and not (tmp_path / "runs" / "r" / "student").exists():
+            return original(*args)
+        raise Killed
+
+    original: Callable[..., Any] = getattr(run_module, moment)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, moment, killed)
+        run = cut_off(values, Listener())
+    assert not run.is_finished()
+    assert_equal(tiny_runs.train(values, "resume"), whole)
+
+
+@pytest.mark.parametrize("patience", [2, 3])
+def test_early_stop_counts_on(tmp_path: Path, patience: int) -> None:
+    training = tiny_runs.RISING | {"max_steps": 30, "early_stop_patience": patience}
+    values, whole = reference(tmp_path, training=training)
+    assert whole.read_env()["steps"] == 2 + 2 * patience
+    cut_off(values, kill_at_step("r", 2 + 2 * patience - 1))
+    assert_equal(tiny_runs.train(values, "resume"), whole)
+
+
+def test_early_stop_that_had_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, whole = reference(tmp_path, training=tiny_runs.RISING | {"max_steps": 30, "early_stop_patience": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_finish", lambda *a: (_ for _ in ()).throw(Killed))
+        cut_off(values, Listener())
+    run = tiny_runs.train(values, "resume")
+    assert tiny_runs.weights(run) == tiny_runs.weights(whole)
+    assert run.read_env()["best_step"] == 2
+
+
+def test_a_run_folder_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, whole = reference(tmp_path, training=tiny_runs.RISING, stages=tiny_runs.STAGES)
+    assert whole.read_env()["best_step"] == 2  # the best one is not the newest: it has to be found again
+    run = cut_off(values, kill_at_step("r", 5))
+    run.root.rename(tmp_path / "moved")
+    values["run"] |= {"dir": str(tmp_path), "name": "moved"}
+    moved = tiny_runs.train(values, "resume")
+    assert_equal(moved, whole)
+    assert moved.read_config()["run"]["name"] == "moved"
+    assert not run.root.exists()
+
+
+def test_resumed_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, whole = reference(tmp_path, training=tiny_runs.RISING)
+    monkeypatch.chdir(tmp_path)
+    values["run"]["dir"] = "runs"
+    cut_off(values, kill_at_step("r", 5))
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    values["run"]["dir"] = "../runs"
+    assert_equal(tiny_runs.train(values, "resume"), whole)
+
+
+def test_the_record_tells_of_both_parts(tmp_path: Path) -> None:
+    values = tiny_runs.config(tmp_path, stages=tiny_runs.STAGES)
+    run = cut_off(values, kill_at_step("01-warmup", 3))
+    recorded = run.read_env()
+    assert recorded["finished"] is None
+    recorded["command"] = ["drkl", "distill", "my.yaml"]
+    (run.env_path).write_text(json.dumps(recorded))
+    stage = run.stages()[0]
+    log = stage.train_log_path
+    log.write_text(log.read_text().replace('"seconds": 0', '"seconds": 1000'))
+    tiny_runs.train(values, "resume")
+    assert run.read_env()["command"] == stage.read_env()["command"] == ["drkl", "distill", "my.yaml"]
+    assert stage.read_env()["seconds"] >= 1000
+    seconds = [row["seconds"] for row in stage.read_train_log()]
+    assert seconds == sorted(seconds)
+
+
+def test_a_finished_run_says_so(tmp_path: Path) -> None:
+    values = tiny_runs.config(tmp_path, training={"max_steps": 2})
+    tiny_runs.train(values)
+    before = tiny_runs.tree(tmp_path)
+    with pytest.raises(DrklError, match=r"is finished; there is nothing to resume"):
+        tiny_runs.train(values, "resume")
+    assert tiny_runs.tree(tmp_path) == before
+
+
+def wait_for(condition: Callable[[], bool], process: Any) -> None:
+    deadline = time.monotonic() + 80
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def killed_by_signal(values: dict[str, Any], path: Path, moment: Callable[[], bool]) -> None:
+    process = tiny_runs.start("distill", tiny_runs.write_config(values, path))
+    wait_for(moment, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+LONG: dict[str, Any] = {"max_steps": 200, "eval_every": 50, "save_every": 50}
+
+
+def test_sigkill_and_resume(tmp_path: Path) -> None:
+    values, whole = reference(tmp_path, training=LONG)
+    run = RunFolder(tmp_path / "runs" / "r")
+    marker = run.checkpoints_path / "checkpoint-100" / MARKER
+
+    def some_steps_after_a_checkpoint() -> bool:
+        return marker.exists() and '"step": 110' in run.train_log_path.read_text()
+
+    killed_by_signal(values, tmp_path / "c.yaml", some_steps_after_a_checkpoint)
+    assert not run.is_finished() and not run.student_path.exists()
+    newest = max(run.checkpoints_path.iterdir(), key=lambda p: int(p.name.split("-")[1]))
+    half = run.checkpoints_path / "checkpoint-999"
+    shutil.copytree(newest, half)
+    (half / MARKER).unlink()
+    (half / "optimizer.pt").write_bytes(b"half of it")
+    done = tiny_runs.call("distill", "--resume", run.root)
+    assert done.returncode == 0, done.stderr
+    assert "Going on from checkpoint-" in done.stdout
+    assert_equal(run, whole)
+    assert tiny_runs.steps(run) == list(range(1, 201))
+    assert run.read_env()["command"] == ["drkl", "distill", str(tmp_path / "c.yaml")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["first stage", "between", "last stage", "while a checkpoint is written", "moved"])
+def test_sigkill_anywhere(tmp_path: Path, when: str) -> None:
+    stages = [{"name": "warmup", "objective": {"name": "fkl"}, "training": {"max_steps": 150}}]
+    values, whole = reference(tmp_path, training=LONG, stages=stages)
+    run = RunFolder(tmp_path / "runs" / "r")
+    first = RunFolder(run.root / "stages" / "01-warmup")
+
+    def logged(folder: RunFolder, step: int) -> bool:
+        log = folder.train_log_path
+        return log.is_file() and f'"step": {step},' in log.read_text()
+
+    moments: dict[str, Callable[[], bool]] = {
+        "first stage": lambda: logged(first, 120),
+        "between": lambda: first.is_finished() if first.env_path.is_file() else False,
+        "last stage": lambda: logged(run, 120),
+        "moved": lambda: logged(run, 120),
+        "while a checkpoint is written": lambda: (run.checkpoints_path / "checkpoint-100").is_dir(),
+    }
+    killed_by_signal(values, tmp_path / "c.yaml", moments[when])
+    if when == "moved":
+        run = RunFolder(run.root.rename(tmp_path / "moved"))
+    done = tiny_runs.call("distill", "--resume", run.root)
+    assert done.returncode == 0, done.stderr
+    assert_equal(run, whole)
+
+
+def test_the_trainers_own_files_are_read_as_data_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = tiny_runs.config(tmp_path)
+    cut_off(values, kill_at_step("r", 5))
+    load = torch.load
+    read: dict[str, Any] = {}
+
+    def watched(path: Any, *args: Any, **kwargs: Any) -> Any:
+        read[Path(path).name] = kwargs.get("weights_only", True)
+        return load(path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", watched)
+    tiny_runs.train(values, "resume")
+    assert read == {"optimizer.pt": True, "scheduler.pt": True, "rng_state.pth": True}
