@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -69,6 +71,15 @@ def mistral(seed: int = 0) -> PreTrainedModel:
         eos_token_id=None,
     )  # fmt: skip
     return MistralForCausalLM(config).double().eval()
+
+
+def bloom(seed: int = 0) -> PreTrainedModel:
+    """ALiBi: it takes no positions. In float32: with transformers 5.23 its padding is NaN in float64."""
+    torch.manual_seed(seed)
+    config = BloomConfig(
+        vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.4, eos_token_id=None
+    )
+    return BloomForCausalLM(config).eval()
 
 
 def rows(count: int = 6) -> list[Row]:

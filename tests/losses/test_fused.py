@@ -101,6 +101,7 @@ def test_equals_dense_with_temperature_and_cross_entropy(
 HEADS: list[dict[str, Any]] = [
     {"bias": True},
     {"scale": 0.25},
+    {"scale": 2.0},
     {"softcap": 2.0},
     {"bias": True, "scale": 3.0, "softcap": 1.5},
 ]
@@ -168,21 +169,22 @@ def test_without_labels_every_position_counts() -> None:
 
 
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, ...]]:
-    """Which gradients `_run` is asked for."""
-    asked: list[tuple[bool, ...]] = []
+    """Which gradients `_run` makes: hidden states, weight, bias."""
+    made: list[tuple[bool, ...]] = []
     original = fused._run
 
-    def recorded(hidden: Tensor, inputs: Any, needs: tuple[bool, bool, bool]) -> Any:
-        asked.append(needs)
-        return original(hidden, inputs, needs)
+    def recorded(*args: Any, **words: Any) -> Any:
+        values, *grads = original(*args, **words)
+        made.append(tuple(grad is not None for grad in grads))
+        return values, *grads
 
     monkeypatch.setattr(fused, "_run", recorded)
-    return asked
+    return made
 
 
 @registered
 def test_only_gradients_that_are_wanted_are_made(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, pair = spy(monkeypatch), Pair(bias=True)
+    made, pair = spy(monkeypatch), Pair(bias=True)
     assert pair.bias is not None
     expected = Pair(bias=True).run("dense", labels=labels(), objective=objective)
     for wanted in ((True, False, False), (False, True, False), (False, False, True), (True, False, True)):
@@ -194,22 +196,22 @@ def test_only_gradients_that_are_wanted_are_made(objective: str, monkeypatch: py
             leaves[0], head, pair.teacher_hidden, pair.teacher, labels(), objective=objective
         )
         loss.backward()
-        assert asked.pop() == wanted
+        assert made.pop() == wanted
         assert_equal([x.grad for x in leaves], [g if w else None for g, w in zip(expected[1:], wanted, strict=True)])
 
 
 def test_a_frozen_student_makes_no_gradient_and_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, pair = spy(monkeypatch), Pair()
+    made, pair = spy(monkeypatch), Pair()
     loss = drkl.fused_distillation_loss(pair.hidden, pair.weight, pair.teacher_hidden, pair.teacher)
-    assert not loss.requires_grad and asked == [(False, False, False)]
+    assert not loss.requires_grad and made == [(False, False, False)]
 
 
 def test_without_grad_mode_no_gradient_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, pair = spy(monkeypatch), Pair()
+    made, pair = spy(monkeypatch), Pair()
     hidden, weight = pair.hidden.requires_grad_(), pair.weight.requires_grad_()
     with torch.no_grad():
         loss = drkl.fused_distillation_loss(hidden, weight, pair.teacher_hidden, pair.teacher, labels())
-    assert asked == [(False, False, False)] and not loss.requires_grad
+    assert made == [(False, False, False)] and not loss.requires_grad
     assert_equal([loss], [Pair().run("dense", labels=labels())[0]])
 
 
@@ -347,6 +349,21 @@ def test_values_without_a_graph_are_those_of_the_loss_under_autocast() -> None:
     assert float(total.detach()) == pytest.approx(float(values.sum()), rel=1e-6)
 
 
+@registered
+def test_autocast_makes_the_products_of_the_naive_lines(objective: str) -> None:
+    inputs, words = realistic(torch.float32), {"labels": torch.arange(ROWS), "objective": objective}
+    plain = measure("fused", inputs, words)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        naive, fast = (measure(which, inputs, words)[0] for which in ("dense", "fused"))
+    assert float(fast) == pytest.approx(float(naive), rel=1e-6)
+    assert abs(float(fast - plain)) > 1e-5
+
+
+@pytest.mark.usefixtures("autocast")
+def test_autocast_leaves_float64_alone() -> None:
+    assert_equal(Pair().run("fused", labels=labels()), Pair().run("dense", labels=labels()))
+
+
 @pytest.mark.parametrize("teacher_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_teacher_keeps_its_own_precision(teacher_dtype: torch.dtype) -> None:
     inputs = realistic(torch.float32)
@@ -415,8 +432,9 @@ def test_no_teacher_where_none_is_read() -> None:
     assert_equal([alone], [Pair().run("dense", labels=labels(), objective="ce")[0]])
 
 
-def test_no_tensor_of_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "CHUNK_BYTES", 4 * VOCAB * 8)
+@pytest.mark.parametrize(("chunk_bytes", "rows"), [(4 * VOCAB * 8, 4), (1, 1)])
+def test_no_tensor_of_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, rows: int) -> None:
+    monkeypatch.setattr(fused, "CHUNK_BYTES", chunk_bytes)
     largest = 0
     original = fused._logits
 
@@ -428,4 +446,4 @@ def test_no_tensor_of_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(fused, "_logits", measured)
     Pair().run("fused")
-    assert largest == 4 * VOCAB
+    assert largest == rows * VOCAB

@@ -18,8 +18,8 @@ def test_logits_are_capped_after_the_scale_and_scaled_after_the_bias() -> None:
     plain = LMHead(tensor(weight))
     np.testing.assert_allclose(plain.logits(tensor(hidden)), product, rtol=1e-13)
     assert plain.vocab_size == 7
-    full = LMHead(tensor(weight), tensor(bias), scale=0.5, softcap=1.5)
-    wanted = 1.5 * np.tanh(0.5 * (product + bias) / 1.5)
+    full = LMHead(tensor(weight), tensor(bias), scale=2.0, softcap=0.8)
+    wanted = 0.8 * np.tanh(2.0 * (product + bias) / 0.8)
     np.testing.assert_allclose(full.logits(tensor(hidden)), wanted, rtol=1e-13)
 
 

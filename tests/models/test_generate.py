@@ -16,7 +16,7 @@ from tests.evaluation import tiny
 
 PROMPTS = [[7, 9, 11], [5], [8, 8, 20, 31, 40, 12, 6], [13, 14], [50, 3, 22, 21, 9]]
 RARE = [63]  # a stop token that few of the samples below reach
-FAMILIES = [tiny.llama, tiny.gpt2, tiny.mistral]
+FAMILIES = [tiny.llama, tiny.gpt2, tiny.mistral, tiny.bloom]
 
 
 @pytest.fixture(autouse=True)
@@ -192,6 +192,16 @@ def test_no_prompts_no_answers() -> None:
 def test_bad_input(changes: dict[str, object], message: str) -> None:
     with pytest.raises(DrklError, match=message):
         sample(tiny.llama(), **changes)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_refused(greedy: bool, value: float) -> None:
+    model = tiny.llama()
+    model.model.norm.weight.data[0] = value
+    with pytest.raises(DrklError, match="logits are not finite numbers: its weights are broken, or overflow"):
+        sample(model, greedy=greedy)
+    assert isinstance(model.generation_config, GenerationConfig)
 
 
 def pick(logits: Sequence[float], draws: np.ndarray, temperature: float = 1.0) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def sample_texts(
             ``len(prompts) * samples_per_prompt * max_new_tokens``.
 
     Raises:
-        DrklError: a number out of range, an empty prompt, or one that leaves no room in the model's context.
+        DrklError: a number out of range, an empty prompt, one that leaves no room in the model's context, or logits
+            that are not finite.
     """
     _check(samples_per_prompt, sampling_temperature, max_new_tokens, seed, batch_size)
     names = [",".join(map(str, prompt)) for prompt in prompts] if keys is None else list(keys)
@@ -94,15 +96,15 @@ def sample_texts(
     with _plain_decoding(model):
         for group, samples in _batches([len(prompt) for prompt in prompts], samples_per_prompt, batch_size):
             batch = collate_prompts([prompts[i] for i in group], pad_id=_pad_id(tokenizer, stops))
-            steps = _Progress(len(group) * len(samples), max_new_tokens, progress)
-            processors: list[LogitsProcessor] = [steps]
+            watch = _Watch(len(group) * len(samples), max_new_tokens, progress)
+            processors: list[LogitsProcessor] = [watch]
             if not greedy:
                 draws = [_uniforms(seed, names[i], s, max_new_tokens) for i in group for s in samples]
                 processors.append(_Descent(np.stack(draws), sampling_temperature))
             new = _generate(model, batch, len(samples), stops, max_new_tokens, processors).tolist()
             for row, ids in enumerate(new):
                 answers[group[row // len(samples)]].append(_finish(tokenizer, ids, stops))
-            steps.finish()
+            watch.finish()
     return answers
 
 
@@ -139,14 +141,22 @@ class _Descent(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, node, 0.0)
 
 
-class _Progress(LogitsProcessor):
-    """Reports the slots of a batch step by step; the rest when every row has stopped early."""
+class _Watch(LogitsProcessor):
+    """Refuses logits that are no numbers, and reports the slots of a batch step by step.
+
+    What is left when every row has stopped early is reported at the end.
+    """
 
     def __init__(self, num_rows: int, num_steps: int, report: Progress | None) -> None:
         self.num_rows, self.left, self.report = num_rows, num_rows * num_steps, report
         self.started = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # NaN would go unnoticed: every comparison with it is false, and the answer a row of token 0.
+        if not torch.isfinite(scores.amax(-1)).all():
+            raise DrklError(
+                "The model's logits are not finite numbers: its weights are broken, or overflow their dtype."
+            )
         # Called before each token: the step that is done is the one before.
         if self.started:
             self._done(self.num_rows)
@@ -200,7 +210,9 @@ def _shared_prefix(model: Any, batch: dict[str, Tensor], num_samples: int) -> Dy
     if num_samples == 1 or batch["input_ids"].shape[1] == 1 or not model._supports_default_dynamic_cache():
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    before_last = {name: tensor[:, :-1] for name, tensor in batch.items()}
+    # Families with ALiBi take no positions; they count from the attention mask.
+    accepted = inspect.signature(model.base_model.forward).parameters
+    before_last = {name: tensor[:, :-1] for name, tensor in batch.items() if name in accepted}
     model.base_model(**before_last, past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(num_samples)
     return cache

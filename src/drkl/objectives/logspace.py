@@ -23,7 +23,7 @@ def kl(log_a: Float[Tensor, "n k"], log_b: Float[Tensor, "n k"]) -> Float[Tensor
     infinite = log_b == -math.inf
     terms = log_a.exp() * (log_a - log_b.masked_fill(infinite, 0.0))
     # A class with log a > -inf has positive mass even where exp(log a) underflows: the definition is +inf there.
-    return terms.masked_fill(outside, 0.0).masked_fill(infinite, math.inf).sum(-1)
+    return terms.masked_fill(infinite, math.inf).sum(-1)
 
 
 def mixture(log_a: Float[Tensor, "n k"], log_b: Float[Tensor, "n k"], weight_a: float) -> Float[Tensor, "n k"]:
@@ -55,9 +55,8 @@ def split(logp: Float[Tensor, "n vocab"], target: Int[Tensor, "n"]) -> Split:
     rest = logp.scatter(-1, at_target, -math.inf)
     empty = (rest == -math.inf).all(-1, keepdim=True)
     log_rest = torch.logsumexp(rest.masked_fill(empty, 0.0), -1, keepdim=True)
-    log_tail = (rest - log_rest).masked_fill(empty, -math.inf)
     log_odds = (logp.gather(-1, at_target) - log_rest).masked_fill(empty, math.inf).squeeze(-1)
-    return Split(_two_classes(log_odds), log_tail, log_odds)
+    return Split(_two_classes(log_odds), rest - log_rest, log_odds)
 
 
 def _two_classes(log_odds: Float[Tensor, "n"]) -> Float[Tensor, "n 2"]:
