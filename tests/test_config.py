@@ -64,7 +64,7 @@ def test_quickstart_gives_drkl_at_least_half_of_the_steps() -> None:
         ("training.learning_rate=.5", lambda c: c.training.learning_rate == 0.5),
         ("student.layers=[0, 3, 5]", lambda c: c.student.layers == [0, 3, 5]),
         ("student.layers=4", lambda c: c.student.layers == 4),
-        ("objective.gamma=1", lambda c: c.objective.make().gamma == 1.0),
+        ("objective.gamma=0.75", lambda c: c.objective.make().gamma == 0.75),
         ("loss.t2_scaling=true", lambda c: c.loss.t2_scaling is True),
         ("data.eval_path=null", lambda c: c.data.eval_path is None),
         ("data.eval_path=a=b.jsonl", lambda c: c.data.eval_path == "a=b.jsonl"),
@@ -197,7 +197,7 @@ def test_an_unknown_key_at_every_level(key: str, meant: str, place: str) -> None
         ("objective.gama=1", "Objective 'drkl' has no parameter 'gama'"),
         ("objective.gama=1", "Did you mean 'gamma'?"),
         ("stages.warmup.objective.name=fk", "stages.0.objective: There is no objective 'fk'. Did you mean 'fkl'?"),
-        ("objective.gamma=lots", "expected a number"),
+        ("objective.gamma=0.0", "drkl.gamma is 0.0; expected greater than 0"),
         ("objective.tail=drkl", "objective"),
         ("objective.name=null", "objective.name: input should be a valid string, got None"),
     ],
@@ -233,15 +233,13 @@ def test_an_unknown_objective_or_field(override: str, message: str) -> None:
         "teacher.dtype=int8",
     ],
 )
-@pytest.mark.parametrize("in_stage", [False, True])
-def test_values_out_of_range(override: str, in_stage: bool) -> None:
-    section = override.split(".")[0]
-    if in_stage and section not in ("training", "loss", "data"):
-        pytest.skip("not in a stage")
-    key = override.split("=")[0]
-    message = refusal(f"stages.warmup.{override}" if in_stage else override)
-    assert message.startswith(f"stages.0.{key}: " if in_stage else f"{key}: ")
-    assert "got " in message and "pydantic" not in message
+def test_values_out_of_range(override: str) -> None:
+    section, key = override.split(".")[0], override.split("=")[0]
+    places = {"": ""} | ({"stages.warmup.": "stages.0."} if section in ("training", "loss", "data") else {})
+    for where, place in places.items():
+        message = refusal(where + override)
+        assert message.startswith(f"{place}{key}: ")
+        assert "got " in message and "pydantic" not in message
 
 
 def test_save_every_is_a_multiple_of_eval_every() -> None:
@@ -359,7 +357,3 @@ def test_every_key_is_described() -> None:
     assert described["data.path"][0] == "null" and described["stages[].name"][0] == "required"
     assert {key.split(".")[0] for key in described} == {*Config.model_fields, "stages[]"}
     assert all(meaning and "\n" not in meaning for _, meaning in described.values())
-    for key in described:
-        if key not in ("stages", "stages[].name") and not key.startswith("stages[]"):
-            section, name = key.split(".")
-            assert load(f"{section}.{name}={described[key][0]}") is not None or True

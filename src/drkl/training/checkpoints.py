@@ -47,3 +47,10 @@ def rotate(folder: Path, keep: int, best: Path | None) -> None:
     spare = [path for path in checkpoints if path.name not in names]
     for path in spare[: max(0, len(checkpoints) - keep)]:
         discard(path)
+
+
+def keep_only(folder: Path, best_step: int | None) -> None:
+    """Remove all but the best of a finished run; that one may still be asked for, the others cannot."""
+    for path in folder.glob("checkpoint-*"):
+        if step_of(path) != best_step:
+            discard(path)

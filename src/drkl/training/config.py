@@ -33,6 +33,7 @@ OWNED = {
     "auto_find_batch_size": "training.tokens_per_step",
     "remove_unused_columns": "the batches themselves",
     "label_smoothing_factor": "the objective",
+    "resume_from_checkpoint": "--resume",
     "save_only_model": "--resume, which needs the optimiser's state",
 }
 

@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,7 +27,7 @@ from drkl.teachers.live import LiveTeacher
 from drkl.training.arguments import training_arguments
 from drkl.training.callbacks import BestCheckpoint, EarlyStop, LastStep, OnProgress, TrainLog
 from drkl.training.card import model_card
-from drkl.training.checkpoints import discard, newest_checkpoint, step_of, tokens_seen
+from drkl.training.checkpoints import keep_only, newest_checkpoint, step_of, tokens_seen
 from drkl.training.checks import check_device, check_disk, check_folder, check_rows, check_tokenizers
 from drkl.training.environment import describe_environment, now
 from drkl.training.forward import detach_loss
@@ -121,6 +120,7 @@ def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener 
     command = command or ["drkl", *sys.argv[1:]]
     for number, spec in enumerate(specs, start=1):
         if mode == "resume" and spec.folder.is_finished():
+            keep_only(spec.folder.checkpoints_path, spec.folder.read_env().get("best_step"))
             continue
         listener.on_stage(spec, number, len(specs))
         prepared = _prepare(spec, resources, _tokenizer_name(specs[0]))
@@ -254,7 +254,4 @@ def _finish(prepared: Prepared, trainer: DistillationTrainer, environment: dict[
         "best_heldout_loss": trainer.state.best_metric,
     }
     write_json(run.env_path, environment | outcome)
-    best = trainer.state.best_model_checkpoint
-    for path in run.checkpoints_path.glob("checkpoint-*"):
-        if best is None or path.name != Path(best).name:
-            discard(path)
+    keep_only(run.checkpoints_path, trainer.state.best_global_step)
