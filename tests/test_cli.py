@@ -10,9 +10,10 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 
 from drkl import OBJECTIVES, __version__
@@ -42,6 +43,7 @@ Cli = Callable[..., Done]
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     monkeypatch.setenv("COLUMNS", "200")
+    torch.set_num_threads(1)
 
     def call(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["drkl", *map(str, arguments)])
@@ -154,7 +156,7 @@ def test_distill_evaluate_report_generate(cli: Cli, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert "teacher" in done.out and "student" in done.out
     assert cli("generate", root, "--prompt", "w1 w2", "--max-new-tokens", 5, "--samples", 2) == done
-    assert cli("generate", root, "--prompt", "w1", "--greedy").code == 0
+    assert cli("generate", root, "--prompt", "w1", "--greedy", "--max-new-tokens", 5).code == 0
 
     # A stage is an ordinary run; so is a folder that was moved.
     moved = root.rename(tmp_path / "moved")
@@ -180,7 +182,7 @@ def test_without_a_teacher(cli: Cli, tmp_path: Path) -> None:
     assert "teacher" not in evaluation and list(evaluation["after"]) == EVAL_KEYS
     assert evaluation["after"]["fkl"] is None and evaluation["after"]["nll"] > 0
     assert cli("report", root).code == 0
-    done = cli("generate", root, "--prompt", "w1")
+    done = cli("generate", root, "--prompt", "w1", "--max-new-tokens", 5)
     assert done.code == 0 and "teacher" not in done.out
 
 
@@ -270,7 +272,7 @@ def test_resume_is_said_where_there_is_nothing_to_do(cli: Cli, recipe: Path, tmp
         (["training.arguments.seed=1"], "seed is set by run.seed"),
         (["training.arguments.optim=adammm"], "adammm"),
         (["training.max_steps=[1"], "is not valid yaml"),
-        (["stages.nope.name=x"], "unknown key"),
+        (["stages.nope.name=x"], "There is no stage 'nope'; the config's stages: none."),
         (["data.path=nowhere.jsonl"], "There is no file 'nowhere.jsonl'"),
         (["data.path=/"], "Cannot read '/'"),
         (["data.path=bundled:doly"], "Did you mean 'bundled:dolly'?"),

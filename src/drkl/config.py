@@ -79,16 +79,19 @@ class Config(BaseModel):
             folder = RunFolder(root / "stages" / f"{number:02d}-{stage.name}")
             merged = self._stage(stage, student, folder, number - 1)
             specs.append(_spec(merged, folder, resolve(merged)))
-            student = StudentConfig(init="pretrained", model=str(folder.student_path), dtype=self.student.dtype)
+            student = StudentConfig(
+                init="pretrained",
+                model=str(folder.student_path),
+                dtype=self.student.dtype,
+                freeze_embeddings=self.student.freeze_embeddings,
+            )
         last = self.model_copy(update={"student": student})
         specs.append(_spec(last, RunFolder(root), resolved))
         return specs
 
     def _stage(self, stage: StageConfig, student: StudentConfig, folder: RunFolder, index: int) -> Config:
         values = self.model_dump()
-        # Its own seed: the stages should not all see the rows in the same order.
-        seed = (self.run.seed + 1 + index) % 2**32
-        values["run"] |= {"name": folder.name, "dir": str(folder.root.parent), "seed": seed}
+        values["run"] |= {"name": folder.name, "dir": str(folder.root.parent)}
         values["student"] = student.model_dump()
         values["stages"] = []
         for section in ("data", "loss", "training"):
@@ -202,7 +205,7 @@ def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
         if not isinstance(place, dict):
             break
         if not isinstance(place.get(key), (dict, list)):
-            place[key] = {}
+            place[key] = [] if key == "stages" else {}
         place = place[key]
     if not isinstance(place, (dict, list)):
         raise DrklError(f"{'.'.join(keys)}: there is no section to set this in, only {place!r}.")

@@ -286,6 +286,7 @@ def test_sigkill_and_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("when", ["first stage", "between", "last stage", "while a checkpoint is written", "moved"])
 def test_sigkill_anywhere(tmp_path: Path, when: str) -> None:
     stages = [{"name": "warmup", "objective": {"name": "fkl"}, "training": {"max_steps": 150}}]

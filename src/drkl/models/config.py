@@ -26,6 +26,9 @@ class StudentConfig(BaseModel):
     config: dict[str, Any] = Field(
         default_factory=dict, description="random: fields of the model's config to replace, e.g. hidden_size"
     )
+    freeze_embeddings: bool = Field(
+        False, description="keep the token embeddings (and a head tied to them) as they are; for prune, the teacher's"
+    )
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the student's own weights, which the optimiser moves"
     )

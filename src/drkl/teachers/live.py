@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -18,15 +19,17 @@ from drkl.teachers.config import TeacherConfig
 class LiveTeacher:
     """The teacher's hidden states and head, computed on demand and without gradients."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, remember_mb: int = 0) -> None:
         self.model = model.eval().requires_grad_(False)
         check_head(self.model)
+        self._memory: dict[bytes, Tensor] = {}
+        self._room = remember_mb * 2**20
 
     @classmethod
     def load(cls, config: TeacherConfig, device: torch.device) -> LiveTeacher:
         """Load the teacher of a config onto a device."""
         model = load_model(config.model, resolve_dtype(config.dtype, device))
-        return cls(model.to(device))  # type: ignore[arg-type]
+        return cls(model.to(device), config.remember_mb)  # type: ignore[arg-type]
 
     @property
     def head(self) -> LMHead:
@@ -36,3 +39,29 @@ class LiveTeacher:
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The last hidden states `[batch, tokens, hidden]`."""
         return hidden_states(self.model, batch)
+
+    def hidden_at(self, batch: Mapping[str, Tensor], keep: Tensor) -> Tensor:
+        """The last hidden states `[n, hidden]` at the positions where ``keep`` `[batch, tokens]` is true.
+
+        Those of a batch are remembered as long as there is room: the same batch gives the same bits again, so that
+        remembering changes no result.
+        """
+        if not self._room and not self._memory:
+            return self.hidden(batch)[keep]
+        key = _digest(batch["input_ids"], batch["attention_mask"], keep)
+        if (states := self._memory.get(key)) is not None:
+            return states.to(keep.device)
+        states = self.hidden(batch)[keep]
+        size = states.numel() * states.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._memory[key] = states.cpu()
+        return states
+
+
+def _digest(*tensors: Tensor) -> bytes:
+    """What tells two batches apart."""
+    digest = hashlib.blake2b(str([list(tensor.shape) for tensor in tensors]).encode())
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.digest()

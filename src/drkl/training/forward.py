@@ -28,7 +28,9 @@ class Distillation(NamedTuple):
     """What the student's forward needs besides its inputs to return a loss."""
 
     labels: Tensor
+    """`[batch, tokens]`, aligned, -100 where a position does not count."""
     teacher_hidden: Tensor | None
+    """`[positions that count, hidden]`."""
     teacher_head: LMHead | None
     num_tokens: Tensor | float
     with_statistics: bool
@@ -56,36 +58,35 @@ def detach_loss(model: PreTrainedModel) -> None:
 def _distil(
     model: PreTrainedModel, inputs: dict[str, Any], wanted: Distillation, objective: Objective, loss: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    hidden, head = hidden_states(model, inputs), lm_head(model)
+    keep = wanted.labels != IGNORE_INDEX
+    hidden, labels, head = hidden_states(model, inputs)[keep], wanted.labels[keep], lm_head(model)
     value = fused_distillation_loss(
         hidden,
         head,
         wanted.teacher_hidden,
         wanted.teacher_head,
-        wanted.labels,
+        labels,
         objective=objective,
         temperature=loss.temperature,
         kd_weight=loss.kd_weight,
         t2_scaling=loss.t2_scaling,
         num_tokens=wanted.num_tokens,
     )
-    statistics = _statistics(hidden, head, wanted) if wanted.with_statistics else {}
+    statistics = _statistics(hidden, head, labels, wanted) if wanted.with_statistics else {}
     return value, statistics, hidden.detach()
 
 
 @torch.no_grad()
-def _statistics(hidden: Tensor, head: LMHead, wanted: Distillation) -> dict[str, Tensor]:
-    keep = (wanted.labels != IGNORE_INDEX).reshape(-1).nonzero().squeeze(-1)
-    keep = keep[:: max(1, -(-keep.numel() // STATISTICS_POSITIONS))]
-    if keep.numel() == 0:
+def _statistics(hidden: Tensor, head: LMHead, labels: Tensor, wanted: Distillation) -> dict[str, Tensor]:
+    if labels.numel() == 0:
         return {}
-    student = head.logits(hidden.reshape(-1, hidden.shape[-1])[keep])
+    few = slice(None, None, -(-labels.numel() // STATISTICS_POSITIONS))
     teacher = None
     if wanted.teacher_hidden is not None and wanted.teacher_head is not None:
-        states = wanted.teacher_hidden
-        teacher = wanted.teacher_head.logits(states.reshape(-1, states.shape[-1])[keep])
-    values = token_statistics(student, teacher, wanted.labels.reshape(-1)[keep])
-    return {name: value.sum() for name, value in summed(values).items()} | {"positions": torch.tensor(keep.numel())}
+        teacher = wanted.teacher_head.logits(wanted.teacher_hidden[few])
+    values = token_statistics(head.logits(hidden[few]), teacher, labels[few])
+    count = torch.tensor(labels[few].numel())
+    return {name: value.sum() for name, value in summed(values).items()} | {"positions": count}
 
 
 def summed(values: Any) -> dict[str, Tensor]:

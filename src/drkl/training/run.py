@@ -162,6 +162,8 @@ def _prepare(spec: RunSpec, resources: Resources, tokenizer_name: str) -> Prepar
     if teacher is not None:
         check_rows(rows, teacher.model.config, "teacher")
     check_head(student)
+    if spec.student.freeze_embeddings:
+        student.get_input_embeddings().requires_grad_(False)
     check_disk(spec.folder, student)
     return Prepared(
         spec, resources.device, teacher, resources.tokenizer(tokenizer_name), loaded, student, resources.listener

@@ -123,7 +123,8 @@ class DistillationTrainer(Trainer):
         count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         teacher_hidden = teacher_head = None
         if self._teacher is not None:
-            teacher_hidden, teacher_head = self._teacher.hidden(inputs), self._teacher.head
+            teacher_hidden = self._teacher.hidden_at(inputs, labels != IGNORE_INDEX)
+            teacher_head = self._teacher.head
         step = self.state.global_step + 1
         at_log = step % max(1, int(self.state.logging_steps)) == 0 or step >= self.state.max_steps
         wanted = Distillation(

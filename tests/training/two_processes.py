@@ -1,0 +1,28 @@
+"""Started by test_distributed in every process: trains one step and writes rank 0's gradients."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.training.test_trainer import Gradients, make_trainer, rows
+
+
+def main(folder: Path, count: int, accumulation: int) -> None:
+    kept = Gradients()
+    trainer = make_trainer(
+        folder, rows(count), callbacks=[kept], gradient_accumulation_steps=accumulation, ddp_backend="gloo",
+        ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    trainer.train()
+    if trainer.is_world_process_zero():
+        gradients = {name.removeprefix("module."): gradient for name, gradient in kept.first.items()}
+        facts = {"tokens": trainer.num_tokens_seen, "loss": trainer.state.log_history[0]["loss"]}
+        torch.save({"gradients": gradients, "world": trainer.args.world_size, **facts}, folder / "out.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
