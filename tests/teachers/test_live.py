@@ -46,3 +46,41 @@ def test_a_model_with_other_logits_is_refused() -> None:
     torch.manual_seed(0)
     with pytest.raises(DrklError, match=r"Use a model of another family"):
         LiveTeacher(Shifted(tiny.llama().config))
+
+
+def test_states_at_the_positions_that_count() -> None:
+    teacher, batch = LiveTeacher(tiny.llama()), collate(ROWS, pad_id=0)
+    keep = batch["labels"] != -100
+    assert torch.equal(teacher.hidden_at(batch, keep), teacher.hidden(batch)[keep])
+    nothing = collate([], pad_id=0)
+    assert teacher.hidden_at(nothing, nothing["labels"] != -100).shape == (0, 16)
+
+
+def test_remembered_states_are_the_same_bits_and_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = LiveTeacher(tiny.llama(), remember_mb=1)
+    batches = [collate(rows, pad_id=0) for rows in (ROWS, ROWS[:1], ROWS[1:])]
+    first = [teacher.hidden_at(batch, batch["labels"] != -100) for batch in batches]
+    monkeypatch.setattr(LiveTeacher, "hidden", lambda *a: pytest.fail("ran the teacher again"))
+    again = [teacher.hidden_at(batch, batch["labels"] != -100) for batch in batches]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_what_differs_in_one_token_or_position_is_another_batch() -> None:
+    teacher, batch = LiveTeacher(tiny.llama(), remember_mb=1), collate(ROWS, pad_id=0)
+    keep = batch["labels"] != -100
+    plain = teacher.hidden_at(batch, keep)
+    other = batch | {"input_ids": batch["input_ids"].clone()}
+    other["input_ids"][0, 0] = 20
+    assert not torch.equal(teacher.hidden_at(other, keep), plain)
+    fewer = keep.clone()
+    fewer[0] = False
+    assert teacher.hidden_at(batch, fewer).shape[0] < plain.shape[0]
+
+
+def test_memory_that_is_full_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = LiveTeacher(tiny.llama(), remember_mb=1)
+    teacher._room = 5 * 16 * 4  # the five states of ROWS in fp32
+    batches = [collate(rows, pad_id=0) for rows in (ROWS, ROWS[:1])]
+    states = [teacher.hidden_at(batch, batch["labels"] != -100) for batch in batches]
+    assert len(teacher._memory) == 1
+    assert torch.equal(teacher.hidden_at(batches[1], batches[1]["labels"] != -100), states[1])

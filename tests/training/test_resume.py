@@ -95,6 +95,14 @@ def test_cut_off_in_either_of_two_stages(tmp_path: Path, stage: str, step: int) 
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
 
+def test_a_teacher_that_remembers_is_resumed_too(tmp_path: Path) -> None:
+    values = tiny_runs.config(tmp_path)
+    teacher, student = {"model": values["teacher"]["model"], "remember_mb": 8}, {"freeze_embeddings": True}
+    values, whole = reference(tmp_path, stages=tiny_runs.STAGES, teacher=teacher, student=student)
+    cut_off(values, kill_at_step("r", 3))
+    assert_equal(tiny_runs.train(values, "resume"), whole)
+
+
 def test_cut_off_between_stages(tmp_path: Path) -> None:
     values, whole = reference(tmp_path, stages=tiny_runs.STAGES)
     run = cut_off(values, Listener(on_stage=kill_between_stages))

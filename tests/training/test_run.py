@@ -172,6 +172,25 @@ def test_bf16_beside_a_teacher_in_fp32(tmp_path: Path) -> None:
     assert b'"F32"' in header and b"BF16" not in header
 
 
+def test_a_teacher_that_remembers_changes_nothing(tmp_path: Path) -> None:
+    values = tiny_runs.config(tmp_path, stages=tiny_runs.STAGES)
+    plain = tiny_runs.train(values)
+    remembering = {**values, "run": {**values["run"], "name": "s"}, "teacher": {**values["teacher"], "remember_mb": 8}}
+    run = tiny_runs.train(remembering)
+    assert tiny_runs.weights(run) == tiny_runs.weights(plain)
+
+
+def test_frozen_embeddings_stay_the_teachers_through_every_stage(tmp_path: Path) -> None:
+    values = tiny_runs.config(tmp_path, student={"freeze_embeddings": True}, stages=tiny_runs.STAGES)
+    run = tiny_runs.train(values)
+    for folder in (*run.stages(), run):
+        student = load_model(str(folder.student_path), "fp32")
+        assert torch.equal(student.get_input_embeddings().weight, tiny.llama().get_input_embeddings().weight)
+        assert not torch.equal(
+            student.base_model.layers[0].mlp.up_proj.weight, tiny.llama().model.layers[0].mlp.up_proj.weight
+        )
+
+
 def refused(tmp_path: Path, values: dict[str, Any], mode: Any = "new") -> str:
     before = tiny_runs.tree(tmp_path)
     with pytest.raises(DrklError) as error:

@@ -100,7 +100,7 @@ def shortened(config: Any, layers: list[int]) -> Any:
 
 def prune(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
     """A new model with these of the model's layers; embeddings, norm and head as they are, tied where they were."""
-    prefix = _layers_prefix(model)
+    prefix = layers_prefix(model)
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     place = {old: new for new, old in enumerate(layers)}
     state = {}
@@ -117,7 +117,7 @@ def prune(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
     return small.eval()
 
 
-def _layers_prefix(model: PreTrainedModel) -> str:
+def layers_prefix(model: PreTrainedModel) -> str:
     depth = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
