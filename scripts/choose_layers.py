@@ -35,7 +35,7 @@ class Distance:
         self._model, self._batch, self._keep = model, batch, batch["labels"] != IGNORE_INDEX
         parent, _, self._name = layers_prefix(model).rpartition(".")
         self._parent = model.get_submodule(parent)
-        self._all = list(model.get_submodule(layers_prefix(model)))
+        self._all = list(model.get_submodule(layers_prefix(model)).children())
         self._teacher = self._logits(list(range(len(self._all))))
 
     def __call__(self, layers: list[int]) -> float:
