@@ -33,7 +33,7 @@ def test_counts_and_fields() -> None:
     assert (len(TRAIN), len(HELD_OUT)) == (2000, 100)
     for row in TRAIN + HELD_OUT:
         assert list(row) == ["prompt", "response", "id", "category"]
-        assert len(row["prompt"].split()) <= 60 and 5 <= len(row["response"].split()) <= 90
+        assert len(row["prompt"].split()) <= 60 and 15 <= len(row["response"].split()) <= 120
     for rows in (TRAIN, HELD_OUT):
         assert len(Counter(row["category"] for row in rows)) == 8
 

@@ -72,8 +72,8 @@ def token_statistics(
         accuracy=accuracy,
         entropy=entropy,
         confidence=confidence,
-        fkl=kl(logp, logq),
-        rkl=kl(logq, logp),
+        fkl=_kl(p, logp, logq),
+        rkl=_kl(q, logq, logp),
         tvd=0.5 * (p - q).abs_().sum(-1),
         agreement=(best == target).squeeze(-1).to(logq.dtype),
         overconfidence=confidence - p.gather(-1, best).squeeze(-1),
@@ -87,5 +87,14 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits.to(torch.promote_types(torch.float32, logits.dtype)), -1)
 
 
+def _kl(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """`kl`, without its masks (half of the time) where no class is excluded."""
+    value = torch.linalg.vecdot(a, log_a - log_b)
+    return value if bool(torch.isfinite(value).all()) else kl(log_a, log_b)
+
+
 def _entropy(probs: Tensor, logp: Tensor) -> Tensor:
-    return -(probs * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+    value = torch.linalg.vecdot(probs, logp)
+    if not bool(torch.isfinite(value).all()):
+        value = (probs * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+    return -value
