@@ -34,6 +34,21 @@ def test_a_plan_is_repeatable_and_fewer_steps_are_its_beginning(lengths: list[in
     assert long[:7] == plan_steps(lengths, tokens_per_step=budget, num_steps=7, seed=seed)
 
 
+@given(LENGTHS, st.integers(1, 200), st.integers(0, 5))
+def test_the_same_batches_every_epoch(lengths: list[int], budget: int, seed: int) -> None:
+    words = {"tokens_per_step": budget, "seed": seed}
+    first = plan_steps(lengths, num_steps=len(lengths), **words)
+    count = int(np.cumsum([len(step) for step in first]).tolist().index(len(lengths))) + 1
+    plan = plan_steps(lengths, num_steps=3 * count, same_batches=True, **words)
+    assert plan[:count] == first[:count]
+    for epoch in (plan[count : 2 * count], plan[2 * count :]):
+        assert sorted(epoch) == sorted(first[:count])
+    if count > 6:
+        assert plan[:count] != plan[count : 2 * count] != plan[2 * count :]
+    shorter = plan_steps(lengths, num_steps=count + 1, same_batches=True, **words)
+    assert shorter == plan[: count + 1]
+
+
 def skewed(count: int) -> list[int]:
     return np.random.default_rng(0).lognormal(4.4, 0.5, count).astype(int).clip(8, 400).tolist()
 

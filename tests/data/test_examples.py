@@ -155,6 +155,17 @@ def test_the_held_out_rows_do_not_depend_on_the_order_of_the_file() -> None:
     assert {e.id for e in hold_out(rows)[1]} == {e.id for e in hold_out(rows[::-1])[1]}
 
 
+def test_max_rows_takes_the_first_and_leaves_the_held_out_ones(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"id": "r{i}", "prompt": "p{i}", "response": "x"}}\n' for i in range(60)))
+    whole, held_out = load_examples(DataConfig(path=str(path)))
+    few, same = load_examples(DataConfig(path=str(path), max_rows=7))
+    assert few == whole[:7] and same == held_out
+    few, same = load_examples(DataConfig(path=str(path), eval_path=str(path), max_rows=7))
+    assert [example.id for example in few] == [f"r{i}" for i in range(7)] and len(same) == 60
+    assert len(load_examples(DataConfig(path=str(path), max_rows=1000))[0]) == len(whole)
+
+
 def test_rows_of_one_prompt_stay_on_one_side() -> None:
     rows = [example(f"id{i}", f"p{i % 50}") for i in range(200)]
     train, held_out = hold_out(rows)

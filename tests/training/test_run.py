@@ -17,6 +17,7 @@ from drkl.errors import DrklError
 from drkl.models.load import load_model
 from drkl.models.student import make_student
 from drkl.runs import RunFolder
+from drkl.teachers.live import LiveTeacher
 from drkl.training import checks
 from drkl.training.estimate import estimate
 from drkl.training.run import Listener
@@ -170,6 +171,25 @@ def test_bf16_beside_a_teacher_in_fp32(tmp_path: Path) -> None:
     assert load_model(str(run.student_path), "fp32").dtype == torch.float32
     header = tiny_runs.weights(run)[8:400]
     assert b'"F32"' in header and b"BF16" not in header
+
+
+def test_the_same_batches_spare_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    hidden = LiveTeacher.hidden
+
+    def counted(self: LiveTeacher, batch: Any) -> Any:
+        seen.append(batch["input_ids"].shape)
+        return hidden(self, batch)
+
+    monkeypatch.setattr(LiveTeacher, "hidden", counted)
+    calls = {}
+    for name, changes in {"other": {}, "same": {"same_batches": True}}.items():
+        values = tiny_runs.config(tmp_path, training={"max_steps": 24, "eval_every": 24, "save_every": 24} | changes)
+        values["run"]["name"], values["teacher"]["remember_mb"], values["data"]["max_rows"] = name, 8, 20
+        seen.clear()
+        tiny_runs.train(values)
+        calls[name] = len(seen)
+    assert calls["same"] < calls["other"] / 2
 
 
 def test_a_teacher_that_remembers_changes_nothing(tmp_path: Path) -> None:

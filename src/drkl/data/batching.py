@@ -14,7 +14,9 @@ _WINDOW_STEPS = 32
 _WINDOW_SHARE = 0.5
 
 
-def plan_steps(lengths: Sequence[int], *, tokens_per_step: int, num_steps: int, seed: int) -> list[list[int]]:
+def plan_steps(
+    lengths: Sequence[int], *, tokens_per_step: int, num_steps: int, seed: int, same_batches: bool = False
+) -> list[list[int]]:
     """Return the row indices of every optimiser step.
 
     Each epoch sees every row once, in another shuffle. A step's rows, padded to its longest, have at most
@@ -26,6 +28,7 @@ def plan_steps(lengths: Sequence[int], *, tokens_per_step: int, num_steps: int, 
         tokens_per_step: padded positions, at most, in one optimiser step.
         num_steps: how many steps to plan, over as many epochs as that takes.
         seed: of the shuffles.
+        same_batches: every epoch has the first one's steps, in another order.
 
     Raises:
         DrklError: no rows, or ``tokens_per_step`` below 1.
@@ -38,7 +41,11 @@ def plan_steps(lengths: Sequence[int], *, tokens_per_step: int, num_steps: int, 
     epoch = 0
     while len(steps) < num_steps:
         generator = np.random.default_rng([seed, epoch])
-        steps += _plan_epoch(lengths, tokens_per_step, generator)
+        if same_batches and epoch:
+            first = steps[: len(steps) // epoch]
+            steps += [first[i] for i in generator.permutation(len(first)).tolist()]
+        else:
+            steps += _plan_epoch(lengths, tokens_per_step, generator)
         epoch += 1
     return steps[:num_steps]
 

@@ -25,6 +25,9 @@ class DataConfig(BaseModel):
         description="Held-out rows: a jsonl file, or bundled:dolly-eval; null holds out 5 % of the training rows (at "
         "least 1, at most 100), picked by a hash of their ids.",
     )
+    max_rows: int | None = Field(
+        default=None, gt=0, description="Use the first so many training rows; all where left out."
+    )
     format: Literal["auto", "prompt_response", "messages"] = Field(
         default="auto",
         description="Fields of a row: prompt and response, or messages; auto takes messages where a row has them.",

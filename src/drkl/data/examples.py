@@ -56,8 +56,9 @@ def load_examples(config: DataConfig) -> tuple[list[Example], list[Example]]:
         assert config.dataset is not None
         train = _read_dataset(config.dataset, config.format)
     if config.eval_path is not None:
-        return train, read_examples(config.eval_path, config.format)
-    return hold_out(train)
+        return train[: config.max_rows], read_examples(config.eval_path, config.format)
+    train, held_out = hold_out(train)
+    return train[: config.max_rows], held_out
 
 
 def read_examples(path: str, row_format: str = "auto") -> list[Example]:

@@ -58,6 +58,11 @@ class TrainingConfig(BaseModel):
     tokens_per_step: int = Field(
         1024, ge=1, description="input positions, padding included, in one optimiser step over all processes"
     )
+    same_batches: bool = Field(
+        False,
+        description="every epoch has the first one's batches, in another order; with teacher.remember_mb the teacher "
+        "runs in the first epoch only",
+    )
     learning_rate: float = Field(5e-4, gt=0, allow_inf_nan=False, description="peak; AdamW, cosine to 0")
     precision: Dtype = Field("auto", description="of the student's matrix products; auto: bf16 where it is fast")
     eval_every: int = Field(50, ge=1, description="steps between losses on held-out rows (and after the last)")

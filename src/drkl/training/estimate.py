@@ -101,6 +101,7 @@ def _tokens_per_step(rows: Sequence[Row], spec: RunSpec) -> tuple[float, float]:
         tokens_per_step=training.tokens_per_step,
         num_steps=training.max_steps,
         seed=spec.run.seed,
+        same_batches=training.same_batches,
     )
     inputs = sum(len(step) * max(rows[i].length for i in step) for step in steps)
     trained = sum(len(rows[i].response_ids) for step in steps for i in step)

@@ -224,6 +224,7 @@ def _make_trainer(prepared: Prepared, log: TrainLog) -> DistillationTrainer:
         objective=spec.objective.make(),
         loss=spec.loss,
         tokens_per_step=training.tokens_per_step,
+        same_batches=training.same_batches,
         pad_id=pad_id,
         callbacks=callbacks,
     )

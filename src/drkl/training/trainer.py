@@ -34,10 +34,21 @@ REMEDY = "A lower learning rate, a warm-up, or training.precision=fp32 often hel
 class MicroBatches(Dataset[list[Row]]):
     """Every micro-batch of a run, in order: item ``(step * accumulation + i) * processes + rank``."""
 
-    def __init__(self, rows: Sequence[Row], *, tokens_per_step: int, num_steps: int, parts: int, seed: int) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        tokens_per_step: int,
+        num_steps: int,
+        parts: int,
+        seed: int,
+        same_batches: bool = False,
+    ) -> None:
         self._rows = rows
         lengths = [row.length for row in rows]
-        steps = plan_steps(lengths, tokens_per_step=tokens_per_step, num_steps=num_steps, seed=seed)
+        steps = plan_steps(
+            lengths, tokens_per_step=tokens_per_step, num_steps=num_steps, seed=seed, same_batches=same_batches
+        )
         # Whole steps are planned, then cut: however many parts, the optimiser sees the same rows in the same step.
         self._batches = [part for step in steps for part in split_rows(step, parts)]
 
@@ -60,6 +71,7 @@ class DistillationTrainer(Trainer):
         objective: what is minimised.
         loss: temperature and weights.
         tokens_per_step: the token budget of an optimiser step over all processes.
+        same_batches: every epoch has the same batches.
         pad_id: the padding token.
         callbacks: as in `Trainer`.
     """
@@ -77,6 +89,7 @@ class DistillationTrainer(Trainer):
         objective: Objective,
         loss: LossConfig,
         tokens_per_step: int,
+        same_batches: bool = False,
         pad_id: int,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -93,6 +106,7 @@ class DistillationTrainer(Trainer):
                 num_steps=args.max_steps,
                 parts=args.gradient_accumulation_steps * args.world_size,
                 seed=args.seed,
+                same_batches=same_batches,
             ),
             eval_dataset=[0] if heldout is not None else None,  # never read: `evaluate` has its own rows
             data_collator=lambda items: collate(items[0], pad_id=pad_id),
