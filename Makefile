@@ -12,7 +12,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-browser test-all check bench docs clean
+.PHONY: help setup demo compare test test-browser test-all check bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +39,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## distil the embedded teacher, evaluate the student, write the report
 	$(BIN)/drkl distill --overwrite $(RECIPE)
 	$(BIN)/drkl evaluate $(RUN)
-	$(BIN)/drkl report $(RUN)
+	$(BIN)/drkl report $(RUN) --picture $(RUN)/picture.svg
 	@echo "The report: $(CURDIR)/$(RUN)/report.html"
+
+compare: setup ## after `make demo`: reverse and forward KL in DRKL's place, from the same warm-up, side by side
+	@test -d $(RUN)/stages/01-warmup/student || { echo "There is no $(RUN) yet; run: make demo" >&2; exit 1; }
+	for name in rkl fkl; do \
+	  $(BIN)/drkl distill --overwrite $(RECIPE) run.name=quickstart-$$name objective.name=$$name stages=[] \
+	    student.init=pretrained student.layers=null student.model=$(RUN)/stages/01-warmup/student && \
+	  $(BIN)/drkl evaluate runs/quickstart-$$name || exit; done
+	$(BIN)/drkl report $(RUN) runs/quickstart-rkl runs/quickstart-fkl --output runs/comparison.html
+	@echo "The report: $(CURDIR)/runs/comparison.html"
 
 test: setup ## the default tests
 	$(OFFLINE) $(BIN)/python -m pytest

@@ -148,9 +148,14 @@ def test_distill_evaluate_report_generate(cli: Cli, tmp_path: Path) -> None:
     assert len(samples) == 4 * 2 * 2
     assert "self_bleu" in done.out
 
-    done = cli("report", root)
+    done = cli("report", root, "--picture", tmp_path / "p" / "r.svg")
     assert done.code == 0, done.err
     assert "<html" in (root / "report.html").read_text()
+    assert "<svg" in (tmp_path / "p" / "r.svg").read_text()
+    (root / "report.html").unlink()
+    done = cli("report", root, "--picture", tmp_path / "r.pdf")
+    assert done.code == 2 and ".svg or .png" in done.err
+    assert not (root / "report.html").exists()
 
     done = cli("generate", root, "--prompt", "w1 w2", "--max-new-tokens", 5, "--samples", 2)
     assert done.code == 0, done.err

@@ -245,13 +245,22 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="Where to write the page; default RUN/report.html.", show_default=False)
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Also draw the first run's numbers and curves to this .svg or .png.", show_default=False),
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about a run."""
     from drkl.reporting.html import write_report
+    from drkl.reporting.picture import write_picture
     from drkl.runs import RunFolder
 
     folders = [RunFolder.open(run) for run in runs]
+    # The picture first: it has more ways to be refused, and then nothing is written.
+    drawn = None if picture is None else write_picture(folders[0], picture)
     print(f"The report is {write_report(folders, output)}")
+    if drawn is not None:
+        print(f"The picture is {drawn}")
 
 
 @app.command()

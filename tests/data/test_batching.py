@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drkl.data.batching import plan_steps, split_rows
+from drkl.data.batching import bucket_by_length, plan_steps, split_rows
 from drkl.errors import DrklError
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
@@ -25,6 +25,18 @@ def test_budgets_hold_and_epochs_are_whole(lengths: list[int], budget: int, num_
         assert len(epoch) == len(set(epoch)) and len(epoch) <= len(lengths)
         if len(epoch) == len(lengths):
             epoch = []
+
+
+@given(LENGTHS, st.integers(1, 200))
+def test_buckets_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    buckets = bucket_by_length(lengths, budget)
+    assert sorted(chain.from_iterable(buckets)) == list(range(len(lengths)))
+    assert [lengths[i] for i in chain.from_iterable(buckets)] == sorted(lengths)
+    for bucket in buckets:
+        assert len(bucket) == 1 or max(lengths[i] for i in bucket) * len(bucket) <= budget
+    # Greedy: no row would have fitted into the batch before its own.
+    for before, after in pairwise(buckets):
+        assert lengths[after[0]] * (len(before) + 1) > budget
 
 
 @given(LENGTHS, st.integers(1, 200), st.integers(0, 5))

@@ -19,7 +19,9 @@ def test_the_answer_has_the_numbers(make_run: MakeRun) -> None:
     assert "A trade" in _point(said, "last stage, drkl")
     assert "one training seed" in _point(said, "trust")
     assert "6,821 held-out tokens" in _point(said, "trust")
-    assert "`objective.name=rkl`" in _point(said, "Is it the objective")
+    text = _point(said, "Is it the objective")
+    assert "/config.yaml objective.name=rkl run.name=quickstart-rkl`" in text
+    assert "`drkl report " in text and "/quickstart-rkl`." in text
 
 
 @pytest.mark.parametrize(

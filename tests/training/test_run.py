@@ -362,6 +362,19 @@ def test_an_estimate_says_what_would_run_and_writes_nothing(tmp_path: Path) -> N
     assert run.read_env()["parameters"] == plan["parameters"]
 
 
+def test_an_estimate_of_a_teacher_that_remembers(tmp_path: Path) -> None:
+    training = {"tokens_per_step": 120, "same_batches": True}
+    values = tiny_runs.config(tmp_path, stages=tiny_runs.STAGES, training=training)
+    live = estimate(tiny_runs.specs(values))["stages"]
+    values["teacher"]["remember_mb"] = 500
+    kept = estimate(tiny_runs.specs(values))["stages"]
+    assert [stage["tokens_per_step"]["input"] for stage in kept] == [s["tokens_per_step"]["input"] for s in live]
+    assert live[1]["tokens_per_step"]["through_the_teacher"] == live[1]["tokens_per_step"]["input"]
+    # The warm-up's 4 steps are the first of the 6 that follow.
+    assert 0 < kept[1]["tokens_per_step"]["through_the_teacher"] < 0.5 * live[1]["tokens_per_step"]["input"]
+    assert kept[0]["estimated_memory_gb"] - live[0]["estimated_memory_gb"] == pytest.approx(0.524, abs=0.011)
+
+
 @pytest.mark.parametrize(
     ("student", "message"),
     [

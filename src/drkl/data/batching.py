@@ -50,6 +50,24 @@ def plan_steps(
     return steps[:num_steps]
 
 
+def bucket_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Return row indices in batches of near-equal length, shortest first, for passes whose order does not matter.
+
+    A batch, padded to its longest row, has at most ``tokens_per_batch`` positions; a longer row is alone.
+
+    >>> bucket_by_length([9, 3, 4], tokens_per_batch=8)
+    [[1, 2], [0]]
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        # Sorted upwards, so this row would be the longest of the batch it joins.
+        if batches and lengths[index] * (len(batches[-1]) + 1) <= tokens_per_batch:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
 def split_rows(rows_of_step: Sequence[int], parts: int) -> list[list[int]]:
     """Cut a step into ``parts`` contiguous micro-batches of near-equal size; some are empty if rows are fewer.
 

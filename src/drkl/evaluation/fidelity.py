@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from drkl.data.batching import bucket_by_length
 from drkl.data.collate import IGNORE_INDEX, collate
 from drkl.data.tokenize import Row
 from drkl.losses import LMHead, token_statistics
@@ -112,7 +113,7 @@ def held_out_states(
     assert rows, "at least one held-out row"
     assert not model.training, "dropout would make every number a random one"
     kept: list[Tensor | None] = [None] * len(rows)
-    for group in _batches([row.length for row in rows], tokens_per_batch):
+    for group in bucket_by_length([row.length for row in rows], tokens_per_batch):
         batch = collate([rows[i] for i in group], pad_id=pad_id)
         inputs = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
         hidden = forward.hidden_states(model, inputs)
@@ -160,17 +161,6 @@ def compare(
 
 def _logits(states: HeldOutStates, part: slice) -> Tensor:
     return states.head.logits(states.hidden[part].to(states.head.weight.device))
-
-
-def _batches(lengths: list[int], tokens_per_batch: int) -> list[list[int]]:
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        # Sorted upwards, so this row would be the longest of the batch it joins.
-        if batches and lengths[index] * (len(batches[-1]) + 1) <= tokens_per_batch:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
 
 
 def _tops(vocab_size: int) -> dict[str, float]:

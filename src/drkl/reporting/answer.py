@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -227,10 +228,14 @@ def _comparison(records: Sequence[RunRecord]) -> Point:
 
 def _no_comparison(record: RunRecord) -> Point:
     other = "rkl" if record.objective != "rkl" else "drkl"
+    root = record.run.root
+    beside = root.with_name(f"{root.name}-{other}")
+    config, name, own, new = (shlex.quote(str(x)) for x in (record.run.config_path, beside.name, root, beside))
     return Point(
         "Is it the objective?",
-        f"One run cannot say. Train the last stage again with `objective.name={other}`, everything else the same, "
-        "and give both folders to `drkl report`: it sets the students side by side.",
+        f"One run cannot say. Train the same with {other} in the last stage and look at the two side by side: "
+        f"`drkl distill {config} objective.name={other} run.name={name}`, `drkl evaluate {new}`, "
+        f"`drkl report {own} {new}`.",
     )
 
 

@@ -29,7 +29,7 @@ def write_picture(run: RunFolder, path: str | Path) -> Path:
         The path written.
 
     Raises:
-        DrklError: another file type, or a run without a teacher or without ``eval.json``.
+        DrklError: another file type, a run without a teacher or without ``eval.json``, or a path nobody can write to.
     """
     target = Path(path)
     if target.suffix not in (".svg", ".png"):
@@ -41,13 +41,16 @@ def write_picture(run: RunFolder, path: str | Path) -> Path:
         raise DrklError(f"{str(run.root)!r} has no distance to a teacher to draw: it was made without one.")
     with plot_style(text_as_paths=True):
         figure = _draw(record)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix == ".png":
-            figure.savefig(target, format="png", dpi=144, metadata={"Software": None})
-        else:
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-            write_text(target, re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.M))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.suffix == ".png":
+                figure.savefig(target, format="png", dpi=144, metadata={"Software": None})
+            else:
+                buffer = io.StringIO()
+                figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+                write_text(target, re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.M))
+        except OSError as error:
+            raise DrklError(f"Cannot write the picture to {str(target)!r}: {error.strerror}.") from error
     return target
 
 

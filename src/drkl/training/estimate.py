@@ -45,7 +45,8 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
         )
     sizes = {"student": count_parameters(student), "teacher": count_parameters(teacher) if teacher else None}
     rates: dict[str, float] = {}
-    stages = [_stage(spec, tokenizer, student, teacher, sizes, device, rates) for spec in specs]
+    seen: set[tuple[int, ...]] = set()
+    stages = [_stage(spec, tokenizer, student, teacher, sizes, device, rates, seen) for spec in specs]
     return {
         "config": last.resolved,
         "teacher_note": model_note(teacher_name) if teacher_name else None,
@@ -63,6 +64,7 @@ def _stage(
     sizes: dict[str, Any],
     device: torch.device,
     rates: dict[str, float],
+    seen: set[tuple[int, ...]],
 ) -> dict[str, Any]:
     arguments = training_arguments(spec, device)
     rows, _ = load_examples(spec.data)
@@ -71,8 +73,11 @@ def _stage(
     check_rows(tokenised, student, "student")
     if teacher is not None:
         check_rows(tokenised, teacher, "teacher")
-    inputs, trained = _tokens_per_step(tokenised, spec)
-    flops = _flops(inputs, trained, student, teacher if spec.uses_teacher else None, sizes)
+    inputs, trained, new = _tokens_per_step(tokenised, spec, seen)
+    frozen = spec.student.freeze_embeddings and student.get_text_config().tie_word_embeddings
+    flops = _flops(inputs, trained, student, sizes, frozen=frozen)
+    if teacher is not None and spec.uses_teacher:
+        flops += _teacher_flops(new, trained, teacher, sizes)
     precision = resolve_dtype(spec.training.precision, device)
     if precision not in rates:
         rates[precision] = _flops_per_second(DTYPES[precision], device)
@@ -87,6 +92,7 @@ def _stage(
             "budget": spec.training.tokens_per_step,
             "input": round(inputs, 1),
             "trained": round(trained, 1),
+            "through_the_teacher": round(new, 1) if spec.uses_teacher else 0,
             "micro_batches": arguments.gradient_accumulation_steps * arguments.world_size,
         },
         "estimated_memory_gb": round(_memory(spec, student, sizes, arguments.gradient_accumulation_steps) / 1e9, 2),
@@ -94,7 +100,10 @@ def _stage(
     }
 
 
-def _tokens_per_step(rows: Sequence[Row], spec: RunSpec) -> tuple[float, float]:
+def _tokens_per_step(
+    rows: Sequence[Row], spec: RunSpec, seen: set[tuple[int, ...]]
+) -> tuple[float, float, float]:
+    """Input and trained positions, and those that the teacher has not remembered from an earlier step (or stage)."""
     training = spec.training
     steps = plan_steps(
         [row.length for row in rows],
@@ -103,17 +112,26 @@ def _tokens_per_step(rows: Sequence[Row], spec: RunSpec) -> tuple[float, float]:
         seed=spec.run.seed,
         same_batches=training.same_batches,
     )
-    inputs = sum(len(step) * max(rows[i].length for i in step) for step in steps)
-    trained = sum(len(rows[i].response_ids) for step in steps for i in step)
-    return inputs / len(steps), trained / len(steps)
+    inputs = new = trained = 0
+    remembers = spec.teacher is not None and spec.teacher.remember_mb > 0
+    for step in steps:
+        positions = len(step) * max(rows[i].length for i in step)
+        inputs += positions
+        trained += sum(len(rows[i].response_ids) for i in step)
+        if not remembers or tuple(step) not in seen:
+            new += positions
+        seen.add(tuple(step))
+    return inputs / len(steps), trained / len(steps), new / len(steps)
 
 
-def _flops(inputs: float, trained: float, student: Any, teacher: Any, sizes: dict[str, Any]) -> float:
+def _flops(inputs: float, trained: float, student: Any, sizes: dict[str, Any], *, frozen: bool) -> float:
     head = _head_size(student)
-    total = 6 * (sizes["student"] - head) * inputs + 6 * head * trained
-    if teacher is not None:
-        total += 2 * (sizes["teacher"] - _head_size(teacher)) * inputs + 2 * _head_size(teacher) * trained
-    return total
+    return 6 * (sizes["student"] - head) * inputs + (4 if frozen else 6) * head * trained
+
+
+def _teacher_flops(inputs: float, trained: float, teacher: Any, sizes: dict[str, Any]) -> float:
+    head = _head_size(teacher)
+    return 2 * (sizes["teacher"] - head) * inputs + 2 * head * trained
 
 
 def _head_size(config: Any) -> int:
@@ -128,6 +146,7 @@ def _memory(spec: RunSpec, student: Any, sizes: dict[str, Any], accumulation: in
     total = 4.0 * weight * sizes["student"] + 4.0 * _head_size(student) + 2.0 * CHUNK_BYTES
     if sizes["teacher"]:
         total += sizes["teacher"] * (4 if spec.resolved["teacher"]["dtype"] == "fp32" else 2)
+        total += spec.teacher.remember_mb * 2**20 if spec.teacher is not None else 0
     micro = spec.training.tokens_per_step / accumulation
     return total + 2.0 * ACTIVATIONS_PER_TOKEN * text.num_hidden_layers * text.hidden_size * micro
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from drkl.data.batching import bucket_by_length
 from drkl.data.collate import collate
 from drkl.data.tokenize import Row
 from drkl.losses import IGNORE_INDEX, fused_distillation_loss, token_statistics
@@ -32,7 +33,8 @@ class HeldOut:
 
     def __init__(self, rows: Sequence[Row], pad_id: int, teacher: LiveTeacher | None, tokens_per_batch: int) -> None:
         self._teacher = teacher
-        self._batches = [collate(group, pad_id=pad_id) for group in _groups(rows, tokens_per_batch)]
+        groups = bucket_by_length([row.length for row in rows], tokens_per_batch)
+        self._batches = [collate([rows[i] for i in group], pad_id=pad_id) for group in groups]
         self._teacher_hidden: list[Tensor | None] = [None] * len(self._batches)
 
     @torch.no_grad()
@@ -84,16 +86,6 @@ class HeldOut:
             return None
         states = self._teacher_hidden[index]
         if states is None:
-            states = self._teacher.hidden(batch)[keep]
+            states = self._teacher.hidden_at(batch, keep)  # a teacher that remembers has them from the stage before
             self._teacher_hidden[index] = states
         return states
-
-
-def _groups(rows: Sequence[Row], tokens_per_batch: int) -> list[list[Row]]:
-    groups: list[list[Row]] = []
-    for row in sorted(rows, key=lambda r: r.length):
-        if groups and row.length * (len(groups[-1]) + 1) <= tokens_per_batch:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups

@@ -1,0 +1,183 @@
+"""Time and memory of the fused loss beside the dense one: `python -m benchmarks.fused_loss [--help]`.
+
+Forward and backward, to the hidden states and the head. The floor is the four matrix products alone (both logits, the
+gradients on hidden states and head); `eager` is the usual line of autograd code. Times are medians over rounds, each
+round running every variant once, in one process; the extra peak memory of a variant is measured in a process of its
+own. Rows go to ``benchmarks/results/fused_loss.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import drkl
+
+RESULTS = Path(__file__).parent / "results" / "fused_loss.csv"
+OBJECTIVES = ("ce", "fkl", "rkl", "drkl")
+Variant = Callable[["Case"], None]
+
+
+class Case:
+    """One layer's worth of inputs: hidden states with gradients, heads, labels."""
+
+    def __init__(self, positions: int, vocab: int, hidden: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(rows: int, scale: float) -> Tensor:
+            return (torch.randn(rows, hidden, generator=generator) * scale).to(dtype)
+
+        self.student_hidden = normal(positions, 1.0).requires_grad_()
+        self.student_head = normal(vocab, 3 / hidden**0.5).requires_grad_()
+        self.teacher_hidden = normal(positions, 1.0)
+        self.teacher_head = normal(vocab, 3 / hidden**0.5)
+        self.labels = torch.randint(0, vocab, (positions,), generator=generator)
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        self.student_hidden.grad = self.student_head.grad = None
+
+
+def floor(case: Case) -> None:
+    """The four matrix products, in the chunks that keep memory flat."""
+    hidden, head = case.student_hidden.detach(), case.student_head.detach()
+    grad_head = torch.zeros_like(head)
+    for rows in torch.arange(hidden.shape[0]).split(256):
+        logits = hidden[rows] @ head.T
+        case.teacher_hidden[rows] @ case.teacher_head.T
+        logits @ head
+        grad_head.addmm_(logits.T, hidden[rows])
+
+
+def eager_rkl(case: Case) -> None:
+    """Reverse KL as it is usually written."""
+    student = (case.student_hidden @ case.student_head.T).float().log_softmax(-1)
+    with torch.no_grad():
+        teacher = (case.teacher_hidden @ case.teacher_head.T).float().log_softmax(-1)
+    torch.nn.functional.kl_div(teacher, student, log_target=True, reduction="batchmean").backward()
+
+
+def dense(name: str) -> Variant:
+    """`drkl.distillation_loss` on whole logits."""
+
+    def run(case: Case) -> None:
+        student, teacher = case.student_hidden @ case.student_head.T, case.teacher_hidden @ case.teacher_head.T
+        drkl.distillation_loss(student, teacher, case.labels, objective=name).backward()
+
+    return run
+
+
+def fused(name: str) -> Variant:
+    """`drkl.fused_distillation_loss`."""
+
+    def run(case: Case) -> None:
+        drkl.fused_distillation_loss(
+            case.student_hidden, case.student_head, case.teacher_hidden, case.teacher_head, case.labels, objective=name
+        ).backward()
+
+    return run
+
+
+VARIANTS: dict[str, Variant] = {
+    "floor": floor,
+    "eager rkl": eager_rkl,
+    **{f"dense {name}": dense(name) for name in OBJECTIVES},
+    **{f"fused {name}": fused(name) for name in OBJECTIVES},
+}
+
+
+def seconds(variant: Variant, case: Case) -> float:
+    """Wall seconds of one forward and backward."""
+    case.clear()
+    started = time.perf_counter()
+    variant(case)
+    return time.perf_counter() - started
+
+
+def extra_peak_mb(name: str, arguments: argparse.Namespace) -> float:
+    """MiB by which the peak memory of a process of its own grows while it runs the variant, gradients included."""
+    command = [sys.executable, "-m", "benchmarks.fused_loss", "--memory-of", name]
+    for option in ("positions", "vocab", "hidden", "dtype", "threads"):
+        command += [f"--{option}", str(getattr(arguments, option))]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def print_own_extra_peak(name: str, case: Case) -> None:
+    """Run a variant once, after a small one that loads the libraries, and print how far the peak rose, in MiB."""
+    VARIANTS[name](Case(8, 64, 16, case.student_head.dtype))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    VARIANTS[name](case)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def processor() -> str:
+    """The processor's own name, or the architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str:
+    """The commit the sources are at, or an empty text outside of a checkout."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def main() -> None:
+    """Measure, print, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--positions", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--memory-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    case = Case(arguments.positions, arguments.vocab, arguments.hidden, getattr(torch, arguments.dtype))
+    if arguments.memory_of:
+        print_own_extra_peak(arguments.memory_of, case)
+        return
+    taken: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for round_number in range(arguments.rounds + 1):
+        for name, variant in VARIANTS.items():
+            value = seconds(variant, case)
+            if round_number:  # the first one warms up
+                taken[name].append(value)
+        print(f"round {round_number} of {arguments.rounds}", file=sys.stderr)
+    settings = {key: getattr(arguments, key) for key in ("positions", "vocab", "hidden", "dtype", "threads", "rounds")}
+    about = {"processor": processor(), "torch": torch.__version__, "drkl": drkl.__version__, "commit": commit()}
+    rows = []
+    base = statistics.median(taken["floor"])
+    print(f"{'variant':<12} {'median s':>9} {'x floor':>8} {'spread s':>9} {'extra MiB':>10}")
+    for name, values in taken.items():
+        median, spread, peak = statistics.median(values), max(values) - min(values), extra_peak_mb(name, arguments)
+        print(f"{name:<12} {median:>9.3f} {median / base:>8.2f} {spread:>9.3f} {peak:>10.0f}")
+        measured = {"median_s": f"{median:.4f}", "spread_s": f"{spread:.4f}", "extra_peak_mib": f"{peak:.0f}"}
+        rows.append({"variant": name} | measured | settings | about)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"The rows are in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
