@@ -100,9 +100,7 @@ def _stage(
     }
 
 
-def _tokens_per_step(
-    rows: Sequence[Row], spec: RunSpec, seen: set[tuple[int, ...]]
-) -> tuple[float, float, float]:
+def _tokens_per_step(rows: Sequence[Row], spec: RunSpec, seen: set[tuple[int, ...]]) -> tuple[float, float, float]:
     """Input and trained positions, and those that the teacher has not remembered from an earlier step (or stage)."""
     training = spec.training
     steps = plan_steps(
