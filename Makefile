@@ -45,10 +45,10 @@ demo: setup ## distil the embedded teacher, evaluate the student, write the repo
 compare: setup ## after `make demo`: reverse and forward KL in DRKL's place, from the same warm-up, side by side
 	@test -d $(RUN)/stages/01-warmup/student || { echo "There is no $(RUN) yet; run: make demo" >&2; exit 1; }
 	for name in rkl fkl; do \
-	  $(BIN)/drkl distill --overwrite $(RECIPE) run.name=quickstart-$$name objective.name=$$name stages=[] \
+	  $(BIN)/drkl distill --overwrite $(RECIPE) run.name=$(notdir $(RUN))-$$name objective.name=$$name stages=[] \
 	    student.init=pretrained student.layers=null student.model=$(RUN)/stages/01-warmup/student && \
-	  $(BIN)/drkl evaluate runs/quickstart-$$name || exit; done
-	$(BIN)/drkl report $(RUN) runs/quickstart-rkl runs/quickstart-fkl --output runs/comparison.html
+	  $(BIN)/drkl evaluate $(RUN)-$$name || exit; done
+	$(BIN)/drkl report $(RUN) $(RUN)-rkl $(RUN)-fkl --output runs/comparison.html
 	@echo "The report: $(CURDIR)/runs/comparison.html"
 
 test: setup ## the default tests

@@ -45,7 +45,7 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
         )
     sizes = {"student": count_parameters(student), "teacher": count_parameters(teacher) if teacher else None}
     rates: dict[str, float] = {}
-    seen: set[tuple[int, ...]] = set()
+    seen: set[tuple[str, ...]] = set()
     stages = [_stage(spec, tokenizer, student, teacher, sizes, device, rates, seen) for spec in specs]
     return {
         "config": last.resolved,
@@ -64,7 +64,7 @@ def _stage(
     sizes: dict[str, Any],
     device: torch.device,
     rates: dict[str, float],
-    seen: set[tuple[int, ...]],
+    seen: set[tuple[str, ...]],
 ) -> dict[str, Any]:
     arguments = training_arguments(spec, device)
     rows, _ = load_examples(spec.data)
@@ -100,7 +100,7 @@ def _stage(
     }
 
 
-def _tokens_per_step(rows: Sequence[Row], spec: RunSpec, seen: set[tuple[int, ...]]) -> tuple[float, float, float]:
+def _tokens_per_step(rows: Sequence[Row], spec: RunSpec, seen: set[tuple[str, ...]]) -> tuple[float, float, float]:
     """Input and trained positions, and those that the teacher has not remembered from an earlier step (or stage)."""
     training = spec.training
     steps = plan_steps(
@@ -116,9 +116,10 @@ def _tokens_per_step(rows: Sequence[Row], spec: RunSpec, seen: set[tuple[int, ..
         positions = len(step) * max(rows[i].length for i in step)
         inputs += positions
         trained += sum(len(rows[i].response_ids) for i in step)
-        if not remembers or tuple(step) not in seen:
+        ids = tuple(rows[i].id for i in step)  # not the indices: stages may differ in their data
+        if not remembers or ids not in seen:
             new += positions
-        seen.add(tuple(step))
+        seen.add(ids)
     return inputs / len(steps), trained / len(steps), new / len(steps)
 
 
@@ -142,9 +143,9 @@ def _memory(spec: RunSpec, student: Any, sizes: dict[str, Any], accumulation: in
     weight = 2 if spec.student.dtype == "bf16" else 4
     text = student.get_text_config()
     total = 4.0 * weight * sizes["student"] + 4.0 * _head_size(student) + 2.0 * CHUNK_BYTES
-    if sizes["teacher"]:
+    if spec.teacher is not None:
         total += sizes["teacher"] * (4 if spec.resolved["teacher"]["dtype"] == "fp32" else 2)
-        total += spec.teacher.remember_mb * 2**20 if spec.teacher is not None else 0
+        total += spec.teacher.remember_mb * 2**20
     micro = spec.training.tokens_per_step / accumulation
     return total + 2.0 * ACTIVATIONS_PER_TOKEN * text.num_hidden_layers * text.hidden_size * micro
 
