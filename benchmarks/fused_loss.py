@@ -3,7 +3,7 @@
 Forward and backward, to the hidden states and the head. The floor is the four matrix products alone (both logits, the
 gradients on hidden states and head); `eager` is the usual line of autograd code. Times are medians over rounds, each
 round running every variant once, in one process; the extra peak memory of a variant is measured in a process of its
-own. Rows go to ``benchmarks/results/fused_loss.csv``.
+own (on Linux). Rows go to ``benchmarks/results/fused_loss.csv``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import csv
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -114,12 +113,18 @@ def extra_peak_mb(name: str, arguments: argparse.Namespace) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+def own_peak_kib() -> int:
+    """Peak resident memory of this process. Not getrusage's: that one starts at the parent's peak."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
 def print_own_extra_peak(name: str, case: Case) -> None:
     """Run a variant once, after a small one that loads the libraries, and print how far the peak rose, in MiB."""
     VARIANTS[name](Case(8, 64, 16, case.student_head.dtype))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = own_peak_kib()
     VARIANTS[name](case)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((own_peak_kib() - before) / 1024)
 
 
 def processor() -> str:
