@@ -79,12 +79,12 @@ def ensure_converted() -> Path:
         ) from error
     try:
         _convert(source, temporary)
-        if target.exists():
+        if target.exists() and not is_converted():
             shutil.rmtree(target)
         try:
             os.replace(temporary, target)
         except OSError:
-            if not is_converted():  # another process may have finished first
+            if not is_converted():  # another process finished first, and others may be reading what it made
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
