@@ -208,7 +208,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kd_weight": math.nan}, "kd_weight is nan; expected a number in [0, 1]."),
     ({"reduction": "batchmean"}, "reduction is 'batchmean'; expected 'mean', 'sum' or 'none'."),
     ({"num_tokens": -1}, "num_tokens is -1; expected the number of valid tokens of the optimiser step."),
-    ({"objective": "rlk"}, "There is no objective 'rlk'. Did you mean 'rkl'? Known: ce, fkl, rkl, drkl."),
+    (
+        {"objective": "rlk"},
+        "There is no objective 'rlk'. Did you mean 'rkl'? Known: ce, fkl, rkl, symmetric_kl, gjs, sfkl, srkl, tvd, dkd, akl, ab, todi, drkl.",
+    ),
     ({"labels": LABELS[0]}, "labels has shape [3]; expected [2, 3], one per position."),
     ({"token_mask": LABELS.T}, "token_mask has shape [3, 2]; expected [2, 3], one per position."),
     ({"labels": LABELS + 5}, "labels run from 5 to 5; expected ids in [0, 5) or -100 for positions that do not count."),

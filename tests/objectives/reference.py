@@ -40,17 +40,92 @@ def rkl(q: Distribution, p: Distribution) -> Any:
     return kl(q, p)
 
 
-def gjs(q: Distribution, p: Distribution) -> Any:
-    m = mix(p, q, 0.5)
-    return (kl(p, m) + kl(q, m)) / 2
-
-
-PARTS: dict[str, Divergence] = {"fkl": fkl, "rkl": rkl, "gjs": gjs}
-
-
 def mix(p: Distribution, q: Distribution, skew: float) -> Distribution:
     """(1 - skew) p + skew q."""
     return [(1 - mpf(skew)) * x + mpf(skew) * y for x, y in zip(p, q, strict=True)]
+
+
+def _weigh(weight: Any, value: Any) -> Any:
+    return weight * value if weight else mpf(0)
+
+
+def symmetric_kl(q: Distribution, p: Distribution, forward_weight: float = 0.5) -> Any:
+    w = mpf(forward_weight)
+    return _weigh(w, kl(p, q)) + _weigh(1 - w, kl(q, p))
+
+
+def gjs(q: Distribution, p: Distribution, beta: float = 0.5) -> Any:
+    m = mix(q, p, beta)
+    return mpf(beta) * kl(p, m) + (1 - mpf(beta)) * kl(q, m)
+
+
+def sfkl(q: Distribution, p: Distribution, skew: float = 0.1) -> Any:
+    return kl(p, mix(q, p, skew))
+
+
+def srkl(q: Distribution, p: Distribution, skew: float = 0.1) -> Any:
+    return kl(q, mix(p, q, skew))
+
+
+def tvd(q: Distribution, p: Distribution) -> Any:
+    return mp.fsum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2
+
+
+def akl(q: Distribution, p: Distribution, mu: float = 0.5) -> Any:
+    order = sorted((i for i in range(len(p)) if p[i] > 0), key=lambda i: -p[i])
+    head, mass = [], mpf(0)
+    for i in order:
+        if mu < 1 and mass >= mpf(mu):  # no digits are enough to see that all but a class of 1e-8000 is less than 1
+            break
+        head.append(i)
+        mass += p[i]
+    gaps = [abs(x - y) for x, y in zip(p, q, strict=True)]
+    g_head, g_all = mp.fsum(gaps[i] for i in head), mp.fsum(gaps)
+    w = g_head / g_all if g_all > 0 else mpf("0.5")
+    return _weigh(w, kl(p, q)) + _weigh(1 - w, kl(q, p))
+
+
+def todi(q: Distribution, p: Distribution) -> Any:
+    """sigma(log p/q) = p / (p + q)."""
+    if kl(p, q) == INF or kl(q, p) == INF:
+        return INF
+    pairs = [(x, y) for x, y in zip(p, q, strict=True) if x > 0]
+    return mp.fsum((x / (x + y)) * x * mp.log(x / y) + (y / (x + y)) * y * mp.log(y / x) for x, y in pairs)
+
+
+def ab(q: Distribution, p: Distribution, alpha: float = 0.2, beta: float = 0.7) -> Any:
+    """As published, limits included; a class without mass on either side adds nothing."""
+    a, b = mpf(alpha), mpf(beta)
+    return mp.fsum(_ab_term(x, y, a, b) for x, y in zip(p, q, strict=True) if x > 0 or y > 0)
+
+
+def _ab_term(p: Any, q: Any, a: Any, b: Any) -> Any:
+    needs_both = a + b == 0
+    if (p == 0 and (a == 0 or needs_both)) or (q == 0 and (b == 0 or needs_both)):
+        return INF
+    if a == 0 and b == 0:
+        return (mp.log(p) - mp.log(q)) ** 2 / 2
+    if a + b == 0:
+        return (mp.log(q**a / p**a) + (p / q) ** a - 1) / a**2
+    if a == 0:
+        return ((q**b * mp.log(q**b / p**b) if q > 0 else 0) - q**b + p**b) / b**2
+    if b == 0:
+        return ((p**a * mp.log(p**a / q**a) if p > 0 else 0) - p**a + q**a) / a**2
+    return -(p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)) / (a * b)
+
+
+PARTS: dict[str, Divergence] = {
+    "fkl": fkl,
+    "rkl": rkl,
+    "symmetric_kl": symmetric_kl,
+    "gjs": gjs,
+    "sfkl": sfkl,
+    "srkl": srkl,
+    "tvd": tvd,
+    "akl": akl,
+    "ab": ab,
+    "todi": todi,
+}
 
 
 def split(p: Distribution, t: int) -> tuple[Distribution, Distribution]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -50,21 +51,31 @@ def by_hand(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, temper
     return np.array([float(case.expected(z, y, label, temperature)) for z, y, label in rows])
 
 
+DETACHED = [
+    ("drkl.objectives.decoupled", "tail_weight"),
+    ("drkl.objectives.adaptive", "head_share"),
+    ("drkl.objectives.adaptive", "token_weights"),
+]
+"""Every function whose result is a weight without a gradient."""
+
+
 def hold_weights(monkeypatch: Any, objective: Objective, student: Tensor, teacher: Tensor, labels: Tensor) -> None:
-    """Fix the (detached) tail weights at what they are for these inputs, so that differences can check the gradient."""
-    held: list[Tensor] = []
-    module = importlib.import_module("drkl.objectives.decoupled")  # the name in the package is the function
-    original: Callable[..., Tensor] = module.tail_weight
+    """Fix the detached weights at what they are for these inputs, so that differences can check the gradient."""
+    for module_name, name in DETACHED:
+        module = importlib.import_module(module_name)  # for a name that the package has too, as a function
+        held: list[Tensor] = []
+        original: Callable[..., Tensor] = getattr(module, name)
 
-    def record(*args: Any) -> Tensor:
-        held.append(original(*args))
-        return held[-1]
+        def record(*args: Any, original: Callable[..., Tensor] = original, held: list[Tensor] = held) -> Tensor:
+            held.append(original(*args))
+            return held[-1]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "tail_weight", record)
-        value(objective, student, teacher, labels)
-    if held:
-        monkeypatch.setattr(module, "tail_weight", lambda *args: held[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, record)
+            value(objective, student, teacher, labels)
+        if held:
+            again = itertools.cycle(held)  # one evaluation calls it as often, in the same order
+            monkeypatch.setattr(module, name, lambda *args, again=again: next(again))
 
 
 def confident(log_odds: float, vocab: int = 6, seed: int = 3) -> np.ndarray:

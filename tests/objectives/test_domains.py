@@ -12,6 +12,9 @@ import drkl
 from drkl.errors import DrklError
 from drkl.objectives import CrossEntropy, ReverseKL
 
+PARTS = "fkl, rkl, symmetric_kl, gjs, sfkl, srkl, tvd, akl, ab, todi"
+KNOWN = "ce, fkl, rkl, symmetric_kl, gjs, sfkl, srkl, tvd, dkd, akl, ab, todi, drkl"
+
 
 @pytest.mark.parametrize(
     ("params", "message"),
@@ -59,8 +62,8 @@ def test_drkl_refuses(params: dict[str, Any], message: str) -> None:
         ({"target_weight": "1"}, "decoupled.target_weight is '1'; expected a number at least 0."),
         ({"target": "top"}, "decoupled.target is 'top'; expected one of teacher, label."),
         ({"weight": ""}, "decoupled.weight is ''; expected one of constant, student, teacher, floor."),
-        ({"on_target": "rlk"}, "decoupled.on_target is 'rlk'; expected one of rkl, fkl, gjs. Did you mean 'rkl'?"),
-        ({"on_tail": "ce"}, "decoupled.on_tail is 'ce'; expected one of rkl, fkl, gjs."),
+        ({"on_target": "rlk"}, f"decoupled.on_target is 'rlk'; expected one of {PARTS}. Did you mean 'rkl'?"),
+        ({"on_tail": "ce"}, f"decoupled.on_tail is 'ce'; expected one of {PARTS}."),
         (
             {"on_tail": CrossEntropy()},
             "decoupled.on_tail is 'ce'; expected a divergence between student and teacher.",
@@ -79,12 +82,51 @@ def test_decoupled_refuses(params: dict[str, Any], message: str) -> None:
     assert str(caught.value) == message
 
 
+GJS = "in (0, 1): at 0 and 1 it is 0 everywhere; what is meant there are 'fkl' and 'rkl'."
+
+
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("drlk", {}, "There is no objective 'drlk'. Did you mean 'drkl'? Known: ce, fkl, rkl, drkl."),
-        ("quadratic", {}, "There is no objective 'quadratic'. Known: ce, fkl, rkl, drkl."),
-        ("", {}, "There is no objective ''. Known: ce, fkl, rkl, drkl."),
+        ("symmetric_kl", {"forward_weight": 1.5}, "symmetric_kl.forward_weight is 1.5; expected in [0, 1]."),
+        ("symmetric_kl", {"forward_weight": -0.1}, "symmetric_kl.forward_weight is -0.1; expected in [0, 1]."),
+        ("gjs", {"beta": 0.0}, f"gjs.beta is 0.0; expected {GJS}"),
+        ("gjs", {"beta": 1}, f"gjs.beta is 1; expected {GJS}"),
+        ("gjs", {"beta": math.nan}, f"gjs.beta is nan; expected {GJS}"),
+        ("sfkl", {"skew": 1.0}, "sfkl.skew is 1.0; expected in [0, 1)."),
+        ("srkl", {"skew": -0.1}, "srkl.skew is -0.1; expected in [0, 1)."),
+        ("akl", {"mu": 0.0}, "akl.mu is 0.0; expected in (0, 1]."),
+        ("akl", {"mu": 1.01}, "akl.mu is 1.01; expected in (0, 1]."),
+        ("akl", {"mu": "half"}, "akl.mu is 'half'; expected a number in (0, 1]."),
+        ("dkd", {"alpha": -1.0}, "dkd.alpha is -1.0; expected at least 0."),
+        ("dkd", {"beta": math.inf}, "dkd.beta is inf; expected at least 0."),
+        ("dkd", {"alpha": 0, "beta": 0}, "dkd.alpha and dkd.beta are both 0; expected one of them above 0."),
+        ("dkd", {"target": "top"}, "dkd.target is 'top'; expected one of teacher, label."),
+        (
+            "ab",
+            {"alpha": -0.5},
+            "ab.alpha is -0.5 and ab.beta is 0.7; expected both at least 0, or alpha = -beta.",
+        ),
+        ("ab", {"beta": math.nan}, "ab.beta is nan; expected at least 0, or the negative of the other."),
+        ("ab", {"aplha": 1.0}, "Objective 'ab' has no parameter 'aplha'; it has alpha, beta. Did you mean 'alpha'?"),
+        ("tvd", {"beta": 1.0}, "Objective 'tvd' has no parameter 'beta'; it has none."),
+        ("todi", {"beta": 1.0}, "Objective 'todi' has no parameter 'beta'; it has none."),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("unchecked")
+def test_the_others_refuse(name: str, params: dict[str, Any], message: str) -> None:
+    with pytest.raises(DrklError) as caught:
+        drkl.make_objective(name, **params)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("drlk", {}, f"There is no objective 'drlk'. Did you mean 'drkl'? Known: {KNOWN}."),
+        ("quadratic", {}, f"There is no objective 'quadratic'. Known: {KNOWN}."),
+        ("", {}, f"There is no objective ''. Known: {KNOWN}."),
         ("rkl", {"gamma": 0.1}, "Objective 'rkl' has no parameter 'gamma'; it has none."),
         (
             ReverseKL(),
@@ -133,7 +175,24 @@ def test_an_objective_is_taken_as_it_is() -> None:
     assert drkl.decoupled(made, "gjs").on_target is made
 
 
-@pytest.mark.parametrize("name", ["ce", "fkl", "rkl", "drkl"])
+DEFAULTS = {
+    "symmetric_kl": {"forward_weight": 0.5},
+    "gjs": {"beta": 0.5},
+    "sfkl": {"skew": 0.1},
+    "srkl": {"skew": 0.1},
+    "dkd": {"alpha": 1.0, "beta": 0.5, "target": "teacher"},
+    "akl": {"mu": 0.5},
+    "ab": {"alpha": 0.2, "beta": 0.7},
+}
+
+
+@pytest.mark.parametrize("name", KNOWN.split(", "))
+def test_defaults_are_those_of_their_sources(name: str) -> None:
+    made: Any = drkl.make_objective(name)
+    assert name == "drkl" or dataclasses.asdict(made) == DEFAULTS.get(name, {})
+
+
+@pytest.mark.parametrize("name", KNOWN.split(", "))
 def test_the_registry_describes_each_objective(name: str) -> None:
     cls: Any = drkl.OBJECTIVES[name]
     made = drkl.make_objective(name)
@@ -147,7 +206,9 @@ def test_the_registry_describes_each_objective(name: str) -> None:
 
 def test_what_an_objective_reads() -> None:
     reads = {name: (made.needs_teacher, made.needs_labels) for name, made in map(_made, drkl.OBJECTIVES)}
-    assert reads == {"ce": (False, True), "fkl": (True, False), "rkl": (True, False), "drkl": (True, False)}
+    assert reads.pop("ce") == (False, True)
+    assert set(reads.values()) == {(True, False)}
+    assert drkl.make_objective("dkd", target="label").needs_labels
     assert drkl.make_objective("drkl", target="label").needs_labels
     assert drkl.decoupled(target="label").needs_labels and not drkl.decoupled().needs_labels
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -101,10 +101,16 @@ def check_choice(owner: str, field: str, value: object, choices: Iterable[str] |
         raise DrklError(f"{owner}.{field} is {value!r}; expected one of {', '.join(known)}.{hint}")
 
 
-def check_number(owner: str, field: str, value: object, domain: str, inside: bool | None = None) -> float:
-    """Return ``value`` as a float; raise DrklError where it is no finite number, or ``inside`` is False."""
+def check_number(
+    owner: str, field: str, value: object, domain: str, inside: Callable[[float], bool] | None = None
+) -> None:
+    """Raise DrklError unless ``value`` is a finite number for which ``inside`` is true; ``domain`` says so in words."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DrklError(f"{owner}.{field} is {value!r}; expected a number {domain}.")
-    if value != value or abs(value) == float("inf") or inside is False:
+    if value != value or abs(value) == float("inf") or (inside is not None and not inside(value)):
         raise DrklError(f"{owner}.{field} is {value}; expected {domain}.")
-    return float(value)
+
+
+def help_text(text: str) -> dict[str, str]:
+    """The metadata of an objective's field, which `drkl objectives` prints."""
+    return {"help": text}

@@ -12,17 +12,46 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from drkl.errors import DrklError
-from drkl.objectives.base import Objective, check_choice, check_number
-from drkl.objectives.divergences import ForwardKL, JensenShannon, ReverseKL, softmax_
-from drkl.objectives.logspace import Split, kl, mixture, split
+from drkl.objectives.adaptive import AdaptiveKL, TokenWiseKL
+from drkl.objectives.alpha_beta import AlphaBeta
+from drkl.objectives.base import Objective, check_choice, check_number, help_text
+from drkl.objectives.divergences import (
+    ForwardKL,
+    GeneralizedJensenShannon,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    SymmetricKL,
+    TotalVariation,
+    softmax_,
+)
+from drkl.objectives.logspace import Split, kl, mixture, split, two_classes, weighted
 
-PARTS: dict[str, Objective] = {"rkl": ReverseKL(), "fkl": ForwardKL(), "gjs": JensenShannon()}
+_DIVERGENCES: tuple[type[Objective], ...] = (
+    ForwardKL,
+    ReverseKL,
+    SymmetricKL,
+    GeneralizedJensenShannon,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+    AdaptiveKL,
+    AlphaBeta,
+    TokenWiseKL,
+)
+PARTS: dict[str, Objective] = {cls.name: cls() for cls in _DIVERGENCES}
+"""The divergences that a decoupled objective takes by name, each with its defaults."""
+TAILS = ("rkl", "fkl", "gjs")
 TARGETS = ("teacher", "label")
 WEIGHTS = ("constant", "student", "teacher", "floor")
 
 
+EXCLUDED = -1e30
+"""A logit that is finite, and whose probability is exactly 0."""
+
+
 def _check_common(owner: str, gamma: object, target: object, weight: object) -> None:
-    check_number(owner, "gamma", gamma, "greater than 0", isinstance(gamma, (int, float)) and gamma > 0)
+    check_number(owner, "gamma", gamma, "greater than 0", lambda value: value > 0)
     check_choice(owner, "target", target, TARGETS)
     check_choice(owner, "weight", weight, WEIGHTS)
 
@@ -47,11 +76,6 @@ def tail_weight(weight: str, gamma: float, student_log_odds: Tensor, teacher_log
     return outside if weight == "student" else outside.clamp(min=gamma)
 
 
-def _weighted(weight: Tensor | float, value: Tensor) -> Tensor:
-    # 0 * inf: a part without weight adds nothing.
-    return weight * value.masked_fill(torch.as_tensor(weight == 0, device=value.device), 0.0)
-
-
 def _mask_empty_student_tail(value: Tensor, student: Split) -> Tensor:
     # No student mass beside the target: there is no tail distribution to compare.
     return value.masked_fill(student.log_odds == math.inf, 0.0)
@@ -69,7 +93,6 @@ class Decoupled:
     formula: ClassVar[str] = "a F(b_q, b_p) + w G(q^, p^)"
     source: ClassVar[str] = "the operator behind DKD (arXiv 2203.08679) and DRKL (arXiv 2604.00223)"
     needs_teacher: ClassVar[bool] = True
-    has_closed_form: ClassVar[bool] = False
 
     on_target: Objective = PARTS["rkl"]
     on_tail: Objective = PARTS["rkl"]
@@ -80,12 +103,15 @@ class Decoupled:
 
     def __post_init__(self) -> None:
         _check_common("decoupled", self.gamma, self.target, self.weight)
-        inside = isinstance(self.target_weight, (int, float)) and self.target_weight >= 0
-        check_number("decoupled", "target_weight", self.target_weight, "at least 0", inside)
+        check_number("decoupled", "target_weight", self.target_weight, "at least 0", lambda value: value >= 0)
 
     @property
     def needs_labels(self) -> bool:
         return self.target == "label"
+
+    @property
+    def has_closed_form(self) -> bool:
+        return self.on_tail.has_closed_form
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
         assert teacher_logp is not None
@@ -94,10 +120,32 @@ class Decoupled:
         on_target = self.on_target(student.log_two, teacher.log_two)
         on_tail = _mask_empty_student_tail(self.on_tail(student.log_tail, teacher.log_tail), student)
         weight = tail_weight(self.weight, self.gamma, student.log_odds, teacher.log_odds)
-        return _weighted(self.target_weight, on_target) + _weighted(weight, on_tail)
+        return weighted(self.target_weight, on_target) + weighted(weight, on_tail)
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
-        raise NotImplementedError("has_closed_form is False")
+        # With s the target's log-odds, d s / dz_t = 1 and d s / dz_j = -q^_j: the two classes' gradient is one number.
+        assert teacher_logits is not None and self.has_closed_form
+        at_target = target_class(self.target, teacher_logits, labels).unsqueeze(-1)
+        z_t, y_t = student_logits.gather(-1, at_target), teacher_logits.gather(-1, at_target)
+        tail_q = student_logits.scatter_(-1, at_target, EXCLUDED).clone()
+        s = z_t - softmax_(tail_q)
+        u = y_t - teacher_logits.scatter_(-1, at_target, EXCLUDED).logsumexp(-1, keepdim=True)
+        on_tail = self.on_tail.value_and_grad_(student_logits, teacher_logits, None)
+        with torch.enable_grad():
+            log_odds = s.squeeze(-1).detach().requires_grad_()
+            on_target = self.on_target(two_classes(log_odds), two_classes(u.squeeze(-1)))
+            (push,) = torch.autograd.grad(on_target.sum(), log_odds)
+        push = self.target_weight * push.unsqueeze(-1)
+        weight = tail_weight(self.weight, self.gamma, s, u)
+        student_logits.mul_(weight).sub_(tail_q.mul_(push)).scatter_(-1, at_target, push)
+        return self.target_weight * on_target.detach() + weight.squeeze(-1) * on_tail
+
+
+class _Weighted(Decoupled):
+    """The operator without its own checks: DKD's tail may weigh nothing."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 def decoupled(
@@ -111,7 +159,7 @@ def decoupled(
     """Compose a decoupled objective: ``target_weight * F(b_q, b_p) + w * G(q^, p^)``.
 
     Args:
-        on_target: the divergence F on (target, rest): ``rkl``, ``fkl``, ``gjs``, or an objective.
+        on_target: the divergence F on (target, rest): the name of one without a target of its own, or an objective.
         on_tail: the divergence G on the renormalised tails, likewise.
         gamma: the tail's weight, > 0.
         target_weight: the factor a, >= 0.
@@ -136,10 +184,6 @@ def decoupled(
     return Decoupled(parts[0], parts[1], gamma, target_weight, target, weight)
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
-
-
 @dataclass(frozen=True)
 class DecoupledReverseKL:
     """B + gamma K: reverse KL without the push on an already matched target, and with a supervised tail.
@@ -154,19 +198,19 @@ class DecoupledReverseKL:
     source: ClassVar[str] = "DRKL, arXiv 2604.00223, Eq. 9"
     needs_teacher: ClassVar[bool] = True
 
-    gamma: float = field(default=0.5, metadata=_help("weight of the tail, > 0"))
-    target: str = field(default="teacher", metadata=_help("teacher (its top token) or label (the observed token)"))
+    gamma: float = field(default=0.5, metadata=help_text("weight of the tail, > 0"))
+    target: str = field(default="teacher", metadata=help_text("teacher (its top token) or label (the observed token)"))
     weight: str = field(
         default="constant",
-        metadata=_help("constant (gamma), student (1-q_t, detached), teacher (1-p_t) or floor (max(gamma, 1-q_t))"),
+        metadata=help_text("constant (gamma), student (1-q_t, detached), teacher (1-p_t) or floor (max(gamma, 1-q_t))"),
     )
-    skew: float = field(default=0.0, metadata=_help("share of the student in the mixture compared with, in [0, 1)"))
-    tail: str = field(default="rkl", metadata=_help("divergence on the tail: rkl (the paper), fkl or gjs (ours)"))
+    skew: float = field(default=0.0, metadata=help_text("share of the student in the mixture compared with, in [0, 1)"))
+    tail: str = field(default="rkl", metadata=help_text("divergence on the tail: rkl (the paper), fkl or gjs (ours)"))
 
     def __post_init__(self) -> None:
         _check_common("drkl", self.gamma, self.target, self.weight)
-        check_choice("drkl", "tail", self.tail, PARTS)
-        check_number("drkl", "skew", self.skew, "in [0, 1)", isinstance(self.skew, (int, float)) and 0 <= self.skew < 1)
+        check_choice("drkl", "tail", self.tail, TAILS)
+        check_number("drkl", "skew", self.skew, "in [0, 1)", lambda value: 0 <= value < 1)
         if self.skew > 0 and self.tail != "rkl":
             raise DrklError(f"drkl.skew is {self.skew} with tail {self.tail!r}; a skewed DRKL needs tail 'rkl'.")
 
@@ -176,23 +220,28 @@ class DecoupledReverseKL:
 
     @property
     def has_closed_form(self) -> bool:
-        return self.skew == 0 and self.tail in ("rkl", "fkl")
+        return self.skew == 0
+
+    @property
+    def _operator(self) -> Decoupled:
+        return Decoupled(PARTS["rkl"], PARTS[self.tail], self.gamma, 1.0, self.target, self.weight)
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
         assert teacher_logp is not None
         if self.skew == 0:
-            operator = Decoupled(PARTS["rkl"], PARTS[self.tail], self.gamma, 1.0, self.target, self.weight)
-            return operator(student_logp, teacher_logp, labels)
+            return self._operator(student_logp, teacher_logp, labels)
         teacher_logp = teacher_logp.detach()
         target = target_class(self.target, teacher_logp, labels)
         student, teacher = split(student_logp, target), split(teacher_logp, target)
-        compared = split(mixture(teacher_logp, student_logp, 1.0 - self.skew), target)
+        compared = split(mixture(student_logp, teacher_logp, self.skew), target)
         on_target = kl(student.log_two, compared.log_two)
         on_tail = _mask_empty_student_tail(kl(student.log_tail, compared.log_tail), student)
         weight = tail_weight(self.weight, self.gamma, student.log_odds, teacher.log_odds)
-        return on_target + _weighted(weight, on_tail)
+        return on_target + weighted(weight, on_tail)
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+        if self.tail == "gjs":
+            return self._operator.value_and_grad_(student_logits, teacher_logits, labels)
         # d/dz_t = q_t (1 - q_t) D; reverse tail: d/dz_j = q^_j [w (d_j - K) - q_t (1 - q_t) D], d_j = log q^_j / p^_j.
         assert teacher_logits is not None and self.has_closed_form
         at_target = target_class(self.target, teacher_logits, labels).unsqueeze(-1)
@@ -218,3 +267,42 @@ def _two_class_reverse_kl(s: Tensor, u: Tensor) -> Tensor:
     """B from the log-odds of the target under the student (s) and the teacher (u); exact at any confidence."""
     inside = torch.sigmoid(s) * (F.logsigmoid(s) - F.logsigmoid(u))
     return inside + torch.sigmoid(-s) * (F.logsigmoid(-s) - F.logsigmoid(-u))
+
+
+@dataclass(frozen=True)
+class DecoupledKnowledgeDistillation:
+    """alpha KL(b_p || b_q) + beta KL(p^ || q^): the forward twin of DRKL.
+
+    Zhao et al. take the label as the target; here, as for `drkl`, the teacher's top token is the default.
+    """
+
+    name: ClassVar[str] = "dkd"
+    formula: ClassVar[str] = "alpha KL(b_p || b_q) + beta KL(p^ || q^)"
+    source: ClassVar[str] = "DKD, Zhao et al. 2022, arXiv 2203.08679"
+    needs_teacher: ClassVar[bool] = True
+    has_closed_form: ClassVar[bool] = True
+
+    alpha: float = field(default=1.0, metadata=help_text("weight of the target against the rest, at least 0"))
+    beta: float = field(default=0.5, metadata=help_text("weight of the tail, at least 0; not both 0"))
+    target: str = field(default="teacher", metadata=help_text("teacher (its top token) or label (the observed token)"))
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            check_number(self.name, name, getattr(self, name), "at least 0", lambda value: value >= 0)
+        check_choice(self.name, "target", self.target, TARGETS)
+        if self.alpha == 0 and self.beta == 0:
+            raise DrklError("dkd.alpha and dkd.beta are both 0; expected one of them above 0.")
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.target == "label"
+
+    @property
+    def _operator(self) -> Decoupled:
+        return _Weighted(PARTS["fkl"], PARTS["fkl"], self.beta, self.alpha, self.target)
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        return self._operator(student_logp, teacher_logp, labels)
+
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+        return self._operator.value_and_grad_(student_logits, teacher_logits, labels)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from drkl.objectives.logspace import kl, mixture
+from drkl.objectives.base import check_number, help_text
+from drkl.objectives.logspace import kl, mixture, weighted
 
 
 @dataclass(frozen=True)
@@ -84,24 +87,165 @@ class ReverseKL:
 
 
 @dataclass(frozen=True)
-class JensenShannon:
-    """1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2. A part for the tail of a decoupled objective."""
+class SymmetricKL:
+    """w KL(p || q) + (1 - w) KL(q || p); Jeffreys' divergence at w = 1/2, up to a factor 2.
+
+    Published code calls unequal weights such as 0.1 and 0.9 "symmetric" too; only w = 1/2 is.
+    """
+
+    name: ClassVar[str] = "symmetric_kl"
+    formula: ClassVar[str] = "w KL(p || q) + (1 - w) KL(q || p)"
+    source: ClassVar[str] = "Jeffreys 1946"
+    needs_teacher: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    has_closed_form: ClassVar[bool] = True
+
+    forward_weight: float = field(default=0.5, metadata=help_text("w, the weight of KL(p || q), in [0, 1]"))
+
+    def __post_init__(self) -> None:
+        check_number(self.name, "forward_weight", self.forward_weight, "in [0, 1]", lambda w: 0 <= w <= 1)
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        assert teacher_logp is not None
+        teacher_logp, w = teacher_logp.detach(), self.forward_weight
+        return weighted(w, kl(teacher_logp, student_logp)) + weighted(1.0 - w, kl(student_logp, teacher_logp))
+
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+        assert teacher_logits is not None
+        log_ratio = log_ratio_(student_logits, teacher_logits)
+        return two_kls_(student_logits, teacher_logits, log_ratio, self.forward_weight)
+
+
+@dataclass(frozen=True)
+class GeneralizedJensenShannon:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; the Jensen-Shannon divergence at 1/2.
+
+    It tends to 0, not to a KL, as beta goes to 0 or 1.
+    """
 
     name: ClassVar[str] = "gjs"
-    formula: ClassVar[str] = "1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q)/2"
+    formula: ClassVar[str] = "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q"
     source: ClassVar[str] = "GKD, Agarwal et al. 2024, arXiv 2306.13649"
     needs_teacher: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
-    has_closed_form: ClassVar[bool] = False
+    has_closed_form: ClassVar[bool] = True
+
+    beta: float = field(default=0.5, metadata=help_text("share of the teacher in the mixture, in (0, 1)"))
+
+    def __post_init__(self) -> None:
+        domain = "in (0, 1): at 0 and 1 it is 0 everywhere; what is meant there are 'fkl' and 'rkl'"
+        check_number(self.name, "beta", self.beta, domain, lambda beta: 0 < beta < 1)
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
         assert teacher_logp is not None
         teacher_logp = teacher_logp.detach()
-        middle = mixture(student_logp, teacher_logp, 0.5)
-        return 0.5 * (kl(teacher_logp, middle) + kl(student_logp, middle))
+        middle = mixture(teacher_logp, student_logp, self.beta)
+        return self.beta * kl(teacher_logp, middle) + (1.0 - self.beta) * kl(student_logp, middle)
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
-        raise NotImplementedError("has_closed_form is False")
+        # d/dz = (1 - beta) q (log q/m - sum q log q/m)
+        assert teacher_logits is not None
+        log_ratio = log_ratio_(student_logits, teacher_logits)
+        log_q_m = log_share(log_ratio, 1.0 - self.beta, self.beta)
+        on_student = torch.linalg.vecdot(student_logits, log_q_m).unsqueeze(-1)
+        on_teacher = torch.linalg.vecdot(teacher_logits, log_ratio.neg_().add_(log_q_m)).unsqueeze(-1)
+        student_logits.mul_(log_q_m.sub_(on_student)).mul_(1.0 - self.beta)
+        return (self.beta * on_teacher + (1.0 - self.beta) * on_student).squeeze(-1)
+
+
+def _check_skew(owner: str, skew: object) -> None:
+    check_number(owner, "skew", skew, "in [0, 1)", lambda value: 0 <= value < 1)
+
+
+@dataclass(frozen=True)
+class SkewForwardKL:
+    """KL(p || m), m = s p + (1 - s) q: forward KL that stays finite where the student excludes a token."""
+
+    name: ClassVar[str] = "sfkl"
+    formula: ClassVar[str] = "KL(p || s p + (1 - s) q)"
+    source: ClassVar[str] = "DistiLLM, Ko et al. 2024, arXiv 2402.03898"
+    needs_teacher: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    has_closed_form: ClassVar[bool] = True
+
+    skew: float = field(default=0.1, metadata=help_text("s, share of the teacher in the mixture, in [0, 1)"))
+
+    def __post_init__(self) -> None:
+        _check_skew(self.name, self.skew)
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        assert teacher_logp is not None
+        teacher_logp = teacher_logp.detach()
+        return kl(teacher_logp, mixture(teacher_logp, student_logp, self.skew))
+
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+        # h = d value / d log q = -(1 - s) p q/m
+        assert teacher_logits is not None
+        log_ratio = log_ratio_(student_logits, teacher_logits)
+        log_q_m = log_share(log_ratio, 1.0 - self.skew, self.skew)
+        value = torch.linalg.vecdot(teacher_logits, log_ratio.neg_().add_(log_q_m))
+        slope = log_q_m.exp_().mul_(teacher_logits).mul_(self.skew - 1.0)
+        through_softmax_(student_logits, slope)
+        return value
+
+
+@dataclass(frozen=True)
+class SkewReverseKL:
+    """KL(q || m), m = (1 - s) p + s q: reverse KL that stays finite where the teacher excludes a token.
+
+    The gradient goes through the mixture too.
+    """
+
+    name: ClassVar[str] = "srkl"
+    formula: ClassVar[str] = "KL(q || (1 - s) p + s q)"
+    source: ClassVar[str] = "DistiLLM, Ko et al. 2024, arXiv 2402.03898"
+    needs_teacher: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    has_closed_form: ClassVar[bool] = True
+
+    skew: float = field(default=0.1, metadata=help_text("s, share of the student in the mixture, in [0, 1)"))
+
+    def __post_init__(self) -> None:
+        _check_skew(self.name, self.skew)
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        assert teacher_logp is not None
+        return kl(student_logp, mixture(student_logp, teacher_logp.detach(), self.skew))
+
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+        # d/dz = q (g - sum q g), g = log q/m - s q/m
+        assert teacher_logits is not None
+        log_q_m = log_share(log_ratio_(student_logits, teacher_logits), self.skew, 1.0 - self.skew)
+        value = torch.linalg.vecdot(student_logits, log_q_m)
+        slope = log_q_m if self.skew == 0.0 else log_q_m.sub_(log_q_m.exp(), alpha=self.skew)
+        student_logits.mul_(slope.sub_(torch.linalg.vecdot(student_logits, slope).unsqueeze(-1)))
+        return value
+
+
+@dataclass(frozen=True)
+class TotalVariation:
+    """1/2 sum |p - q|, the total variation distance; its subgradient is 0 where p = q."""
+
+    name: ClassVar[str] = "tvd"
+    formula: ClassVar[str] = "1/2 sum |p - q|"
+    source: ClassVar[str] = "f-distill, Wen et al. 2023, arXiv 2307.15190"
+    needs_teacher: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    has_closed_form: ClassVar[bool] = True
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        assert teacher_logp is not None
+        return 0.5 * (teacher_logp.detach().exp() - student_logp.exp()).abs().sum(-1)
+
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+        assert teacher_logits is not None
+        softmax_(student_logits)
+        softmax_(teacher_logits)
+        difference = torch.sub(student_logits, teacher_logits, out=teacher_logits)
+        value = 0.5 * difference.abs().sum(-1)
+        sign = difference.sign_().mul_(0.5)
+        student_logits.mul_(sign.sub_(torch.linalg.vecdot(student_logits, sign).unsqueeze(-1)))
+        return value
 
 
 def softmax_(logits: Tensor) -> Tensor:
@@ -111,3 +255,40 @@ def softmax_(logits: Tensor) -> Tensor:
     total = logits.sum(-1, keepdim=True)
     logits.div_(total)
     return highest + total.log()
+
+
+def log_ratio_(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Overwrite both finite logits `[n, k]` with their softmax q and p; return log(q / p) `[n, k]`."""
+    difference = student_logits - teacher_logits
+    shift = softmax_(teacher_logits) - softmax_(student_logits)
+    return difference.add_(shift)
+
+
+def log_share(log_ratio: Tensor, weight_q: float, weight_p: float) -> Tensor:
+    """log(q / m) `[n, k]` for m = ``weight_q`` q + ``weight_p`` p, from ``log_ratio`` = log(q / p).
+
+    Both weights, which add up to 1, since 1 - weight forgets a small one.
+    """
+    if weight_q == 0.0:
+        return log_ratio.clone()
+    if weight_p == 0.0:
+        return torch.zeros_like(log_ratio)
+    # m/q = w_q (1 + w_p/w_q p/q). Beyond the threshold softplus(x) is x to the last bit of float64.
+    odds = math.log(weight_p) - math.log(weight_q)
+    return F.softplus(odds - log_ratio, threshold=40.0).add_(math.log(weight_q)).neg_()
+
+
+def through_softmax_(student_probs: Tensor, slope: Tensor) -> None:
+    """Overwrite q `[n, k]` with the gradient on the logits, from ``slope`` = d value / d log q (as if free)."""
+    student_probs.mul_(slope.sum(-1, keepdim=True)).sub_(slope).neg_()
+
+
+def two_kls_(student_probs: Tensor, teacher_probs: Tensor, log_ratio: Tensor, forward_weight: Tensor | float) -> Tensor:
+    """Overwrite q with the gradient of w KL(p || q) + (1 - w) KL(q || p) for a fixed w; return the values `[n]`."""
+    reverse = torch.linalg.vecdot(student_probs, log_ratio).unsqueeze(-1)
+    forward = -torch.linalg.vecdot(teacher_probs, log_ratio).unsqueeze(-1)
+    reverse_weight = 1.0 - forward_weight
+    # w (q - p) + (1 - w) q (log q/p - RKL)
+    factor = log_ratio.sub_(reverse).mul_(reverse_weight).add_(forward_weight)
+    student_probs.mul_(factor).sub_(teacher_probs.mul_(forward_weight))
+    return (forward_weight * forward + reverse_weight * reverse).squeeze(-1)

@@ -15,15 +15,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def kl(log_a: Float[Tensor, "n k"], log_b: Float[Tensor, "n k"]) -> Float[Tensor, "n"]:
-    """KL(a || b) = sum_i a_i (log a_i - log b_i), in nats; +inf where b excludes a class that a does not."""
+def kl_terms(log_a: Float[Tensor, "n k"], log_b: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """a_i (log a_i - log b_i) class by class, in nats; +inf where b excludes a class that a does not."""
     outside = log_a == -math.inf
     log_a = log_a.masked_fill(outside, 0.0)
     log_b = log_b.masked_fill(outside, 0.0)
     infinite = log_b == -math.inf
     terms = log_a.exp() * (log_a - log_b.masked_fill(infinite, 0.0))
     # A class with log a > -inf has positive mass even where exp(log a) underflows: the definition is +inf there.
-    return terms.masked_fill(infinite, math.inf).sum(-1)
+    return terms.masked_fill(infinite, math.inf)
+
+
+def kl(log_a: Float[Tensor, "n k"], log_b: Float[Tensor, "n k"]) -> Float[Tensor, "n"]:
+    """KL(a || b) = sum_i a_i (log a_i - log b_i), in nats; +inf where b excludes a class that a does not."""
+    return kl_terms(log_a, log_b).sum(-1)
 
 
 def mixture(log_a: Float[Tensor, "n k"], log_b: Float[Tensor, "n k"], weight_a: float) -> Float[Tensor, "n k"]:
@@ -36,6 +41,11 @@ def mixture(log_a: Float[Tensor, "n k"], log_b: Float[Tensor, "n k"], weight_a: 
     log_a = log_a.masked_fill(neither, 0.0) + math.log(weight_a)
     log_b = log_b.masked_fill(neither, 0.0) + math.log1p(-weight_a)
     return torch.logaddexp(log_a, log_b).masked_fill(neither, -math.inf)
+
+
+def weighted(weight: Tensor | float, value: Tensor) -> Tensor:
+    """``weight * value``, and 0 where the weight is 0 even if the value is infinite."""
+    return weight * value.masked_fill(torch.as_tensor(weight == 0, device=value.device), 0.0)
 
 
 class Split(NamedTuple):
@@ -56,10 +66,11 @@ def split(logp: Float[Tensor, "n vocab"], target: Int[Tensor, "n"]) -> Split:
     empty = (rest == -math.inf).all(-1, keepdim=True)
     log_rest = torch.logsumexp(rest.masked_fill(empty, 0.0), -1, keepdim=True)
     log_odds = (logp.gather(-1, at_target) - log_rest).masked_fill(empty, math.inf).squeeze(-1)
-    return Split(_two_classes(log_odds), rest - log_rest, log_odds)
+    return Split(two_classes(log_odds), rest - log_rest, log_odds)
 
 
-def _two_classes(log_odds: Float[Tensor, "n"]) -> Float[Tensor, "n 2"]:
+def two_classes(log_odds: Float[Tensor, "n"]) -> Float[Tensor, "n 2"]:
+    """The logs of (sigmoid(log_odds), 1 - sigmoid(log_odds)), exact at any confidence."""
     certain = torch.isinf(log_odds)
     finite = log_odds.masked_fill(certain, 0.0)
     log_two = torch.stack((F.logsigmoid(finite), F.logsigmoid(-finite)), -1)

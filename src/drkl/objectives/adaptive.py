@@ -1,0 +1,124 @@
+"""Forward and reverse KL with weights that the two distributions set themselves; the weights get no gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from drkl.objectives.base import check_number, help_text
+from drkl.objectives.divergences import log_ratio_, through_softmax_, two_kls_
+from drkl.objectives.logspace import kl, kl_terms, weighted
+
+FIRST_TOKENS = 64
+"""Of the teacher's best tokens, so many are looked at first; the head seldom needs more."""
+
+
+@dataclass(frozen=True)
+class AdaptiveKL:
+    """g_h/(g_h + g_t) KL(p || q) + g_t/(g_h + g_t) KL(q || p): the KL of the part of the vocabulary that is worse off.
+
+    The head is the shortest list of the teacher's most probable tokens (the lower index first on ties) with a mass of
+    at least mu, the tail the rest; g = sum |p - q| over each. Both weights are 1/2 where the two agree everywhere.
+    """
+
+    name: ClassVar[str] = "akl"
+    formula: ClassVar[str] = "(g_h KL(p || q) + g_t KL(q || p)) / (g_h + g_t), g = sg[sum |p - q|] over head / tail"
+    source: ClassVar[str] = "AKL, Wu et al. 2024, arXiv 2404.02657"
+    needs_teacher: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    has_closed_form: ClassVar[bool] = True
+
+    mu: float = field(default=0.5, metadata=help_text("the teacher's mass in the head, in (0, 1]"))
+
+    def __post_init__(self) -> None:
+        check_number(self.name, "mu", self.mu, "in (0, 1]", lambda mu: 0 < mu <= 1)
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        assert teacher_logp is not None
+        teacher_logp = teacher_logp.detach()
+        gap = (teacher_logp.exp() - student_logp.detach().exp()).abs()
+        share = head_share(gap, head_mask(teacher_logp, self.mu)).squeeze(-1)
+        forward, reverse = kl(teacher_logp, student_logp), kl(student_logp, teacher_logp)
+        return weighted(share, forward) + weighted(1.0 - share, reverse)
+
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+        assert teacher_logits is not None
+        # Not the logits minus their log-sum-exp: at 1e4 that rounds a class across mu.
+        head = head_mask(torch.log_softmax(teacher_logits, -1), self.mu)
+        log_ratio = log_ratio_(student_logits, teacher_logits)
+        share = head_share((teacher_logits - student_logits).abs_(), head)
+        return two_kls_(student_logits, teacher_logits, log_ratio, share)
+
+
+@torch.no_grad()
+def head_mask(logp: Float[Tensor, "n vocab"], mu: float) -> Bool[Tensor, "n vocab"]:
+    """The shortest list of most probable classes with a mass of at least ``mu``, the lower index first on ties."""
+    vocab_size = logp.shape[-1]
+    if mu >= 1 or logp.shape[0] == 0:
+        return logp > -math.inf
+    mu -= 16 * torch.finfo(logp.dtype).eps  # two classes of exactly 1/2 each: the first alone reaches a mu of 1/2
+    count = min(FIRST_TOKENS, vocab_size)
+    while True:
+        best = logp.topk(count, -1).values
+        mass = best.exp().cumsum(-1)
+        if count == vocab_size or bool((mass[:, -1] >= mu).all()):
+            break
+        count = min(8 * count, vocab_size)
+    last = (mass < mu).sum(-1, keepdim=True).clamp(max=count - 1)
+    threshold = best.gather(-1, last)
+    above, ties = logp > threshold, logp == threshold
+    missing = last + 1 - above.sum(-1, keepdim=True)
+    if bool((ties.sum(-1, keepdim=True) > missing).any()):
+        ties &= ties.cumsum(-1) <= missing
+    return (above | ties) & (logp > -math.inf)
+
+
+def head_share(gap: Float[Tensor, "n vocab"], head: Bool[Tensor, "n vocab"]) -> Float[Tensor, "n 1"]:
+    """g_h / (g_h + g_t), and 1/2 where both are 0; overwrites ``gap`` = |p - q|."""
+    whole = gap.sum(-1, keepdim=True)
+    in_head = gap.mul_(head).sum(-1, keepdim=True)
+    return torch.where(whole > 0, in_head / whole.clamp(min=torch.finfo(gap.dtype).tiny), 0.5).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class TokenWiseKL:
+    """sum_v sg[sigma(log p/q)] p log p/q + sg[sigma(log q/p)] q log q/p: forward KL where the student is too low.
+
+    sg stops the gradient. The value is KL(p || q) + KL(q || p); only the gradient differs from theirs.
+    """
+
+    name: ClassVar[str] = "todi"
+    formula: ClassVar[str] = "sum sg[sigma(log p/q)] p log(p/q) + sg[sigma(log q/p)] q log(q/p)"
+    source: ClassVar[str] = "ToDi, Jung et al. 2025, arXiv 2505.16297"
+    needs_teacher: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    has_closed_form: ClassVar[bool] = True
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        assert teacher_logp is not None
+        teacher_logp = teacher_logp.detach()
+        forward_weight = token_weights(student_logp, teacher_logp)
+        forward = weighted(forward_weight, kl_terms(teacher_logp, student_logp))
+        return (forward + weighted(1.0 - forward_weight, kl_terms(student_logp, teacher_logp))).sum(-1)
+
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+        # h = d value / d log q = -sigma(log p/q) p + sigma(log q/p) q (log q/p + 1)
+        assert teacher_logits is not None
+        log_ratio = log_ratio_(student_logits, teacher_logits)
+        value = torch.linalg.vecdot(student_logits - teacher_logits, log_ratio)
+        forward_weight = torch.sigmoid(-log_ratio)
+        reverse = log_ratio.add_(1.0).mul_(student_logits).mul_(1.0 - forward_weight)
+        through_softmax_(student_logits, reverse.sub_(teacher_logits.mul_(forward_weight)))
+        return value
+
+
+def token_weights(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+    """sigma(log p - log q) class by class, detached; 1/2 where both exclude the class."""
+    student_logp = student_logp.detach()
+    neither = (student_logp == -math.inf) & (teacher_logp == -math.inf)
+    return torch.sigmoid((teacher_logp - student_logp).masked_fill(neither, 0.0))

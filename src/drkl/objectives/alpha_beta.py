@@ -1,0 +1,136 @@
+"""The alpha-beta divergence: one family that holds both KLs, the Hellinger and the Euclidean distance.
+
+With s = alpha + beta, P = p^s, Q = q^s, M = p^alpha q^beta, each class adds
+
+    [(P - M) / beta - (M - Q) / alpha] / s
+
+which is the published form with its terms regrouped, so that neither 1/alpha nor 1/beta stands alone: as alpha goes to
+0, (M - Q) / alpha goes to Q log(p/q), as beta goes to 0, (P - M) / beta to P log(p/q), and these are the published
+limits. Only s = 0 is left to be treated apart. The slope is d / d log q = -(M - Q) / alpha.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from drkl.errors import DrklError
+from drkl.objectives.base import check_number, help_text
+from drkl.objectives.divergences import through_softmax_
+
+SMALL_SUM = 0.2
+"""Below this s the two differences nearly cancel in the sum: small s |log p/q| take a series instead."""
+SERIES_REACH, TERMS = 0.5, range(14)
+
+
+@dataclass(frozen=True)
+class AlphaBeta:
+    """-1/(ab) sum p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b), and its limits; a = alpha, b = beta.
+
+    (1, 0) is forward KL, (0, 1) reverse KL, (1/2, 1/2) is 2 sum (sqrt p - sqrt q)^2, (1, 1) is 1/2 sum (p - q)^2 and
+    (0, 0) is 1/2 sum (log p - log q)^2. With beta = -alpha, (p/q)^alpha leaves the range of the number format where
+    the two differ by hundreds of nats; so does nothing else.
+    """
+
+    name: ClassVar[str] = "ab"
+    formula: ClassVar[str] = "-1/(ab) sum p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b), with its limits"
+    source: ClassVar[str] = "ABKD, Wang et al. 2025, arXiv 2505.04560; Cichocki et al. 2011"
+    needs_teacher: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+
+    alpha: float = field(default=0.2, metadata=help_text("a, at least 0 (or -beta): larger, more forward"))
+    beta: float = field(default=0.7, metadata=help_text("b, at least 0 (or -alpha): larger, more reverse"))
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            check_number(self.name, name, getattr(self, name), "at least 0, or the negative of the other")
+        if min(self.alpha, self.beta) < 0 and self.alpha != -self.beta:
+            raise DrklError(
+                f"ab.alpha is {self.alpha} and ab.beta is {self.beta}; expected both at least 0, or alpha = -beta."
+            )
+
+    @property
+    def has_closed_form(self) -> bool:
+        # At s = 0 a class counts even where it has no mass, which the tail of a decoupled objective cannot express.
+        return self.alpha + self.beta > 0
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        assert teacher_logp is not None
+        teacher_logp = teacher_logp.detach()
+        no_student, no_teacher = student_logp == -math.inf, teacher_logp == -math.inf
+        outside = no_student | no_teacher
+        log_q, log_p = student_logp.masked_fill(outside, 0.0), teacher_logp.masked_fill(outside, 0.0)
+        terms = class_terms(log_q, log_p, self.alpha, self.beta)
+        if bool(outside.any()):
+            student_alone = self._alone(student_logp.masked_fill(no_student, 0.0), self.alpha)
+            teacher_alone = self._alone(teacher_logp.masked_fill(no_teacher, 0.0), self.beta)
+            terms = torch.where(no_teacher, student_alone, torch.where(no_student, teacher_alone, terms))
+            terms = terms.masked_fill(no_student & no_teacher, 0.0)
+        return terms.sum(-1)
+
+    def _alone(self, logp: Tensor, exponent: float) -> Tensor:
+        """What a class adds that the other one excludes; ``exponent`` is the other one's."""
+        s = self.alpha + self.beta
+        if s <= 0 or exponent <= 0:
+            return torch.full_like(logp, math.inf)
+        return (s * logp).exp() / (exponent * s)
+
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+        assert teacher_logits is not None and self.has_closed_form
+        log_q, log_p = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
+        values = class_terms(log_q, log_p, self.alpha, self.beta).sum(-1)
+        slope = rise(log_p, log_q, self.alpha, self.beta).neg_()
+        torch.exp(log_q, out=student_logits)
+        through_softmax_(student_logits, slope)
+        return values
+
+
+def power(log_p: Tensor, alpha: float, log_q: Tensor, beta: float) -> Tensor:
+    """p^alpha q^beta from logs."""
+    return torch.add(alpha * log_p, log_q, alpha=beta).exp()
+
+
+def rise(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
+    """(p^alpha - q^alpha) q^beta / alpha, and q^beta log(p/q) at alpha = 0; its exponents never overflow."""
+    difference = log_p - log_q
+    if alpha == 0.0:
+        return (beta * log_q).exp() * difference
+    if alpha + beta == 0.0:
+        return torch.expm1(alpha * difference) / alpha
+    # Of p^alpha q^beta and q^(alpha + beta) the larger, times 1 - (smaller / larger).
+    up = power(log_p, alpha, log_q, beta) * torch.expm1(-alpha * difference.clamp(min=0.0)) / -alpha
+    down = ((alpha + beta) * log_q).exp() * torch.expm1(alpha * difference.clamp(max=0.0)) / alpha
+    return torch.where(difference >= 0, up, down)
+
+
+def class_terms(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -> Tensor:
+    """What each class adds to the divergence; finite logs."""
+    difference, s = log_p - log_q, alpha + beta
+    if s == 0.0:
+        if alpha == 0.0:
+            return 0.5 * difference**2
+        x = alpha * difference
+        near = x.abs() < SERIES_REACH
+        small = difference**2 * _polynomial(x.masked_fill(~near, 0.0), [1 / math.factorial(k + 2) for k in TERMS])
+        return torch.where(near, small, (torch.expm1(x) / alpha - difference) / alpha)
+    # (P - M) / beta is the same rise with the two exchanged, seen from above.
+    terms = (-rise(log_q, log_p, beta, alpha) - rise(log_p, log_q, alpha, beta)) / s
+    if s >= SMALL_SUM:
+        return terms
+    # The term over q^s log(p/q)^2 as a series in w = s log(p/q).
+    w = s * difference
+    near = w.abs() < SERIES_REACH
+    shares = [sum((alpha / s) ** j for j in range(k + 1)) / (math.factorial(k + 1) * (k + 2)) for k in TERMS]
+    small = (s * log_q).exp() * difference**2 * _polynomial(w.masked_fill(~near, 0.0), shares)
+    return torch.where(near, small, terms)
+
+
+def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
+    total = torch.zeros_like(x)
+    for coefficient in reversed(coefficients):
+        total = total * x + coefficient
+    return total
