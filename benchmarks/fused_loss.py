@@ -32,17 +32,17 @@ Variant = Callable[["Case"], None]
 class Case:
     """One layer's worth of inputs: hidden states with gradients, heads, labels."""
 
-    def __init__(self, positions: int, vocab: int, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(self, positions: int, vocab: int, hidden: int, dtype: torch.dtype, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(0)
 
         def normal(rows: int, scale: float) -> Tensor:
-            return (torch.randn(rows, hidden, generator=generator) * scale).to(dtype)
+            return (torch.randn(rows, hidden, generator=generator) * scale).to(device, dtype)
 
         self.student_hidden = normal(positions, 1.0).requires_grad_()
         self.student_head = normal(vocab, 3 / hidden**0.5).requires_grad_()
         self.teacher_hidden = normal(positions, 1.0)
         self.teacher_head = normal(vocab, 3 / hidden**0.5)
-        self.labels = torch.randint(0, vocab, (positions,), generator=generator)
+        self.labels = torch.randint(0, vocab, (positions,), generator=generator).to(device)
 
     def clear(self) -> None:
         """Drop the gradients."""

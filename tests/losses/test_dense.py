@@ -210,7 +210,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_tokens": -1}, "num_tokens is -1; expected the number of valid tokens of the optimiser step."),
     (
         {"objective": "rlk"},
-        "There is no objective 'rlk'. Did you mean 'rkl'? Known: ce, fkl, rkl, symmetric_kl, gjs, sfkl, srkl, tvd, dkd, akl, ab, todi, drkl.",
+        "There is no objective 'rlk'. Did you mean 'rkl'? Known: " + ", ".join(drkl.OBJECTIVES) + ".",
     ),
     ({"labels": LABELS[0]}, "labels has shape [3]; expected [2, 3], one per position."),
     ({"token_mask": LABELS.T}, "token_mask has shape [3, 2]; expected [2, 3], one per position."),
@@ -252,8 +252,9 @@ def test_refuses(change: dict[str, Any], message: str) -> None:
         (None, "Objective 'drkl' compares with a teacher, but teacher_logits is None."),
         (
             torch.zeros(2, 3, 7),
-            "The teacher scores 7 tokens and the student 5. Every objective compares the two over one vocabulary; "
-            "distil between models that share a tokenizer, or cut both heads to the ids they share.",
+            "The teacher scores 7 tokens and the student 5. Every objective compares the two over one vocabulary. "
+            "If the tokenizers agree up to padding, vocab_size (at most 5, the ids they share) cuts both before the "
+            "softmax; if they differ, the two cannot be compared.",
         ),
         (
             torch.zeros(2, 4, 5),

@@ -404,8 +404,9 @@ def test_sums_over_chunks_are_kept_in_fp32(monkeypatch: pytest.MonkeyPatch) -> N
         ),
         (
             {"teacher_head": torch.zeros(9, 6)},
-            "The teacher scores 9 tokens and the student 7. Every objective compares the two over one vocabulary; "
-            "distil between models that share a tokenizer, or cut both heads to the ids they share.",
+            "The teacher scores 9 tokens and the student 7. Every objective compares the two over one vocabulary. "
+            "If the tokenizers agree up to padding, vocab_size (at most 7, the ids they share) cuts both before the "
+            "softmax; if they differ, the two cannot be compared.",
         ),
         ({"student_head": torch.zeros(7)}, "A head's weight is [vocab, hidden]; got shape [7]."),
     ],

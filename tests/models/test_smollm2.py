@@ -104,6 +104,20 @@ def test_another_process_may_be_first(wheel: Path, monkeypatch: pytest.MonkeyPat
     assert json.loads((folder / "drkl.json").read_text()) == {"by": "the other"}
 
 
+def test_a_folder_that_another_process_made_is_not_replaced(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is reading it would find its files gone."""
+
+    def convert_while_another_finishes(source: Path, target: Path) -> None:
+        smollm2.converted_path().mkdir(parents=True)
+        (smollm2.converted_path() / "drkl.json").write_text("first")
+        (target / "drkl.json").write_text("second")
+
+    monkeypatch.setattr(smollm2, "_convert", convert_while_another_finishes)
+    folder = smollm2.ensure_converted()
+    assert (folder / "drkl.json").read_text() == "first"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 def test_a_cache_that_cannot_be_written(wheel: Path, cache: Path) -> None:
     cache.write_text("a file")
     with pytest.raises(DrklError, match=r"Cannot write to the cache folder .*Set DRKL_CACHE to another"):

@@ -3,13 +3,17 @@
 from drkl.losses.common import IGNORE_INDEX
 from drkl.losses.dense import distillation_loss
 from drkl.losses.fused import fused_distillation_loss
+from drkl.losses.gkd import as_gkd_loss
 from drkl.losses.head import LMHead
+from drkl.losses.position import PositionStatistics
 from drkl.losses.statistics import TokenStatistics, token_statistics
 
 __all__ = [
     "IGNORE_INDEX",
     "LMHead",
+    "PositionStatistics",
     "TokenStatistics",
+    "as_gkd_loss",
     "distillation_loss",
     "fused_distillation_loss",
     "token_statistics",

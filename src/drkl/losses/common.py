@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,6 +13,20 @@ from drkl.objectives import Objective, make_objective
 
 IGNORE_INDEX = -100
 Reduction = Literal["mean", "sum", "none"]
+
+
+class LossArguments(TypedDict, total=False):
+    """What both losses take by name, for their types' sake."""
+
+    objective: str | Objective
+    temperature: float
+    kd_weight: float
+    t2_scaling: bool
+    token_mask: Tensor | None
+    token_weights: Tensor | None
+    num_tokens: int | float | Tensor | None
+    reduction: Reduction
+    vocab_size: int | None
 
 
 @dataclass(frozen=True)
@@ -68,14 +82,41 @@ def check_vocabularies(student: int, teacher: int) -> None:
         )
 
 
+def shared_vocabulary(student: int, teacher: int | None, vocab_size: int | None) -> int:
+    """How many token ids, from 0, both models are compared on; raises DrklError where that is not clear.
+
+    ``teacher`` is None where none is used.
+    """
+    if vocab_size is None:
+        if teacher is not None and student != teacher:
+            raise DrklError(
+                f"The teacher scores {teacher} tokens and the student {student}. Every objective compares the two over "
+                "one vocabulary. If the tokenizers agree up to padding, vocab_size (at most "
+                f"{min(student, teacher)}, the ids they share) cuts both before the softmax; if they differ, the two "
+                "cannot be compared."
+            )
+        return student
+    smallest = student if teacher is None else min(student, teacher)
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= smallest:
+        raise DrklError(
+            f"vocab_size is {vocab_size!r}; expected a whole number in [1, {smallest}], what both models have."
+        )
+    return vocab_size
+
+
 def valid_positions(
-    shape: torch.Size, labels: Tensor | None, token_mask: Tensor | None, settings: LossSettings, vocab_size: int
+    shape: torch.Size,
+    labels: Tensor | None,
+    token_mask: Tensor | None,
+    token_weights: Tensor | None,
+    settings: LossSettings,
+    vocab_size: int,
 ) -> Tensor | None:
     """The flat boolean mask of the positions that count, or None where all do.
 
     A position counts iff its label is not -100 and its mask is true.
     """
-    for name, tensor in (("labels", labels), ("token_mask", token_mask)):
+    for name, tensor in (("labels", labels), ("token_mask", token_mask), ("token_weights", token_weights)):
         if tensor is not None and tensor.shape != shape:
             raise DrklError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}, one per position.")
     if labels is None and settings.uses_labels:
@@ -101,12 +142,22 @@ def select(tensor: Tensor, keep: Tensor | None) -> Tensor:
     return flat if keep is None else flat[keep]
 
 
-def select_labels(labels: Tensor | None, keep: Tensor | None) -> Tensor | None:
+def select_flat(tensor: Tensor | None, keep: Tensor | None) -> Tensor | None:
     """Flatten `[...]` to `[positions]`, the valid positions only."""
-    if labels is None:
+    if tensor is None:
         return None
-    flat = labels.reshape(-1).long()
+    flat = tensor.reshape(-1)
     return flat if keep is None else flat[keep]
+
+
+def select_labels(labels: Tensor | None, keep: Tensor | None) -> Tensor | None:
+    """The same for labels, as int64."""
+    return None if labels is None else select_flat(labels.long(), keep)
+
+
+def select_weights(weights: Tensor | None, keep: Tensor | None, wide: torch.dtype) -> Tensor | None:
+    """The same for weights, detached, in the dtype of the values."""
+    return None if weights is None else select_flat(weights.detach().to(wide), keep)
 
 
 def denominator(num_tokens: int | float | Tensor | None, count: int) -> float | Tensor:

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Literal, Unpack, overload
+
 import torch
 from torch import Tensor
 
 from drkl.errors import DrklError
 from drkl.losses.common import (
+    LossArguments,
     LossSettings,
     Reduction,
-    check_vocabularies,
     denominator,
     log_softmax,
     make_settings,
     select,
     select_labels,
+    select_weights,
+    shared_vocabulary,
     spread,
     valid_positions,
 )
+from drkl.losses.position import PositionStatistics, empty_statistics, position_statistics, spread_statistics
 from drkl.objectives import Objective
+from drkl.objectives.logspace import weighted
+
+
+@overload
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **settings: Unpack[LossArguments],
+) -> Tensor: ...
+@overload
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **settings: Unpack[LossArguments],
+) -> tuple[Tensor, PositionStatistics]: ...
 
 
 def distillation_loss(
@@ -31,9 +57,12 @@ def distillation_loss(
     kd_weight: float = 1.0,
     t2_scaling: bool = False,
     token_mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
     num_tokens: int | float | Tensor | None = None,
     reduction: Reduction = "mean",
-) -> Tensor:
+    vocab_size: int | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, PositionStatistics]:
     """The distillation loss of a batch of positions, from logits.
 
     ``kd_weight * objective(log_softmax(student / T), log_softmax(teacher / T)) * (T**2 if t2_scaling else 1)
@@ -42,19 +71,23 @@ def distillation_loss(
 
     Args:
         student_logits: `[..., vocab]`, any float dtype; the maths runs in fp32 or wider.
-        teacher_logits: `[..., vocab]`, of the same shape; gets no gradient. None where the objective needs none.
+        teacher_logits: `[..., vocab]`, for the same positions; gets no gradient. None where the objective needs none.
         labels: `[...]`, already aligned: ``labels[..., t]`` is what ``logits[..., t]`` predict; -100 = ignore.
         objective: a name in `drkl.OBJECTIVES`, or an objective.
         temperature: T > 0, divides both models' logits.
         kd_weight: in [0, 1].
         t2_scaling: multiply the objective by T squared.
         token_mask: `[...]`, true where a position counts.
+        token_weights: `[...]`, factors on the positions' values; they do not change ``num_tokens``. No gradient.
         num_tokens: the divisor of ``mean``: the valid tokens of the whole optimiser step (all micro-batches, all
             ranks). Default: those of this call.
         reduction: ``mean``, ``sum``, or ``none`` (`[...]`, 0 at the positions that do not count).
+        vocab_size: compare on the token ids below this only; both logits are cut before the softmax. For models whose
+            vocabularies are one up to padding (Qwen2.5's 151,936 and 152,064).
+        return_stats: also return a `PositionStatistics` of detached values `[...]`.
 
     Returns:
-        A scalar in nats per token. With no valid position it is 0 and has a graph.
+        A scalar in nats per token. With no valid position it is 0 and has a graph. With ``return_stats``, a pair.
 
     Raises:
         DrklError: shapes or vocabularies that differ, labels missing or out of range, a value outside its domain.
@@ -64,27 +97,32 @@ def distillation_loss(
     0.0
     """
     settings = make_settings(objective, temperature, kd_weight, t2_scaling, reduction)
-    vocab_size = student_logits.shape[-1]
-    if settings.uses_teacher:
-        if teacher_logits is None:
-            raise DrklError(
-                f"Objective {settings.objective.name!r} compares with a teacher, but teacher_logits is None."
-            )
-        check_vocabularies(vocab_size, teacher_logits.shape[-1])
-        if teacher_logits.shape != student_logits.shape:
-            raise DrklError(
-                f"teacher_logits has shape {list(teacher_logits.shape)} and student_logits "
-                f"{list(student_logits.shape)}; expected the same positions."
-            )
     shape = student_logits.shape[:-1]
-    keep = valid_positions(shape, labels, token_mask, settings, vocab_size)
-    student = select(student_logits, keep)
-    teacher = select(teacher_logits.detach(), keep) if settings.uses_teacher and teacher_logits is not None else None
-    values = position_values(student, teacher, select_labels(labels, keep), settings)
+    if settings.uses_teacher and teacher_logits is None:
+        raise DrklError(f"Objective {settings.objective.name!r} compares with a teacher, but teacher_logits is None.")
+    compared = teacher_logits if settings.uses_teacher else None
+    size = shared_vocabulary(student_logits.shape[-1], None if compared is None else compared.shape[-1], vocab_size)
+    if compared is not None and compared.shape[:-1] != shape:
+        raise DrklError(
+            f"teacher_logits has shape {list(compared.shape)} and student_logits {list(student_logits.shape)}; "
+            "expected the same positions."
+        )
+    keep = valid_positions(shape, labels, token_mask, token_weights, settings, size)
+    student = select(student_logits[..., :size], keep)
+    teacher = None if compared is None else select(compared.detach()[..., :size], keep)
+    kept_labels = select_labels(labels, keep)
+    values = position_values(student, teacher, kept_labels, settings)
+    weights = select_weights(token_weights, keep, values.dtype)
+    result = values if weights is None else weighted(weights, values)
     if reduction == "none":
-        return spread(values, keep, shape)
-    total = values.sum()
-    return total if reduction == "sum" else total / denominator(num_tokens, values.numel())
+        result = spread(result, keep, shape)
+    else:
+        result = result.sum() if reduction == "sum" else result.sum() / denominator(num_tokens, values.numel())
+    if not return_stats:
+        return result
+    statistics = empty_statistics(values.detach(), teacher is not None, settings)
+    position_statistics(statistics, slice(None), student.detach(), teacher, kept_labels, settings)
+    return result, spread_statistics(statistics, keep, shape)
 
 
 def position_values(

@@ -6,7 +6,9 @@ logits, and carried on to the hidden states and the head at once, so that memory
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import importlib.util
+import sys
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -14,26 +16,54 @@ from torch.autograd.function import once_differentiable
 
 from drkl.errors import DrklError
 from drkl.losses.common import (
+    LossArguments,
     LossSettings,
     Reduction,
-    check_vocabularies,
     denominator,
     make_settings,
     select,
     select_labels,
+    select_weights,
+    shared_vocabulary,
     spread,
     valid_positions,
 )
 from drkl.losses.dense import position_values
 from drkl.losses.head import LMHead, as_head
+from drkl.losses.position import PositionStatistics, empty_statistics, position_statistics, spread_statistics
 from drkl.objectives import CrossEntropy, Objective
+from drkl.objectives.logspace import weighted
 
 CHUNK_BYTES = 64 * 2**20
 """Logits of one model held at a time."""
 BLOCK_BYTES = 2**20
 """Rows whose gradient is made at a time: small enough to stay in the processor's cache between passes."""
+CUDA_CHUNK_BYTES, CUDA_BLOCK_BYTES = 512 * 2**20, 128 * 2**20
+"""The same on a GPU, which wants more rows in a matrix product, and more work in a call, than a processor."""
 
 
+@overload
+def fused_distillation_loss(
+    student_hidden: Tensor,
+    student_head: Tensor | LMHead,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | LMHead | None,
+    labels: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **settings: Unpack[LossArguments],
+) -> Tensor: ...
+@overload
+def fused_distillation_loss(
+    student_hidden: Tensor,
+    student_head: Tensor | LMHead,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | LMHead | None,
+    labels: Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **settings: Unpack[LossArguments],
+) -> tuple[Tensor, PositionStatistics]: ...
 def fused_distillation_loss(
     student_hidden: Tensor,
     student_head: Tensor | LMHead,
@@ -46,9 +76,12 @@ def fused_distillation_loss(
     kd_weight: float = 1.0,
     t2_scaling: bool = False,
     token_mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
     num_tokens: int | float | Tensor | None = None,
     reduction: Reduction = "mean",
-) -> Tensor:
+    vocab_size: int | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, PositionStatistics]:
     """`distillation_loss` of ``head.logits(hidden)``, in memory that does not grow with [tokens, vocab].
 
     The same values and gradients as the two naive lines it equals::
@@ -58,58 +91,107 @@ def fused_distillation_loss(
 
     Args:
         student_hidden: `[..., student_hidden]`, the last hidden states (after the final norm).
-        student_head: `[vocab, student_hidden]`, or an `LMHead` with bias, scale or soft-cap.
+        student_head: `[vocab, student_hidden]`, or an `LMHead` with bias, scale or soft-cap. A head that needs no
+            gradient costs none; one sharded over processes (DTensor) is gathered once.
         teacher_hidden: `[..., teacher_hidden]`; gets no gradient. None where the objective needs none.
         teacher_head: `[vocab, teacher_hidden]` or an `LMHead`; gets no gradient.
-        labels, objective, temperature, kd_weight, t2_scaling, token_mask, num_tokens: as in `distillation_loss`.
+        labels, objective, temperature, kd_weight, t2_scaling, token_mask, token_weights, num_tokens, vocab_size: as in
+            `distillation_loss`.
         reduction: ``mean``, ``sum``, or ``none`` (`[...]`, detached: values without a graph).
+        return_stats: also return a `PositionStatistics` of detached values `[...]`, made from the same logits while
+            they are there: no further matrix product.
 
     Returns:
-        A scalar in nats per token. With no valid position it is 0 and has a graph.
+        A scalar in nats per token. With no valid position it is 0 and has a graph. With ``return_stats``, a pair.
 
     Raises:
         DrklError: as `distillation_loss`.
     """
     settings = make_settings(objective, temperature, kd_weight, t2_scaling, reduction)
-    head = as_head(student_head)
-    _check_hidden("student", student_hidden, head)
+    positions = _Positions(labels, token_mask, token_weights, num_tokens)
+    run = _fused_loss
+    if "torch._dynamo" in sys.modules:  # one break in a compiled graph, instead of a graph for every loop below
+        run = torch.compiler.disable(_fused_loss)
+    return run(
+        (student_hidden, student_head), (teacher_hidden, teacher_head), positions, settings, vocab_size, return_stats
+    )
+
+
+class _Positions(NamedTuple):
+    """What a caller says about the positions."""
+
+    labels: Tensor | None
+    token_mask: Tensor | None
+    token_weights: Tensor | None
+    num_tokens: int | float | Tensor | None
+
+
+def _fused_loss(
+    student: tuple[Tensor, Tensor | LMHead],
+    teacher_inputs: tuple[Tensor | None, Tensor | LMHead | None],
+    positions: _Positions,
+    settings: LossSettings,
+    vocab_size: int | None,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, PositionStatistics]:
+    (student_hidden, student_head), (labels, token_mask, token_weights, num_tokens) = student, positions
+    reduction = settings.reduction
     shape = student_hidden.shape[:-1]
-    teacher = _detached_teacher(teacher_hidden, teacher_head, settings, head.vocab_size, shape)
-    keep = valid_positions(shape, labels, token_mask, settings, head.vocab_size)
+    head = as_head(student_head).gathered()
+    _check_hidden("student", student_hidden, head)
+    teacher = _teacher(*teacher_inputs, settings, shape)
+    size = shared_vocabulary(head.vocab_size, None if teacher is None else teacher[1].vocab_size, vocab_size)
+    head = head.trimmed(size)
+    keep = valid_positions(shape, labels, token_mask, token_weights, settings, size)
     hidden = select(student_hidden, keep)
     dtype = _compute_dtype(hidden, head.weight)
+    wide = torch.promote_types(torch.float32, dtype)
     inputs = _Inputs(
         labels=select_labels(labels, keep),
+        token_weights=select_weights(token_weights, keep, wide),
         teacher_hidden=None if teacher is None else select(teacher[0], keep),
-        teacher_head=None if teacher is None else teacher[1],
+        teacher_head=None if teacher is None else teacher[1].trimmed(size),
         settings=settings,
-        head=LMHead(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.softcap),
+        head=head.detached(),
         compute_dtype=dtype,
         teacher_dtype=dtype if teacher is None else _teacher_dtype(teacher[0], teacher[1].weight, dtype),
+        statistics=_room(hidden, wide, teacher is not None, settings) if return_stats else None,
     )
     # The autograd function cannot see that grad mode is off: it would make gradients that nobody takes.
-    total: Tensor
+    result: Tensor
     if reduction == "none" or not torch.is_grad_enabled():
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             values, *_ = _run(hidden.detach(), inputs, needs=(False, False, False))
-        if reduction == "none":
-            return spread(values, keep, shape)
-        total = values.sum()
+        result = spread(values, keep, shape) if reduction == "none" else values.sum()
     else:
-        total = _FusedSum.apply(hidden, head.weight, head.bias, inputs)
-    return total if reduction == "sum" else total / denominator(num_tokens, hidden.shape[0])
+        result = _FusedSum.apply(hidden, head.weight, head.bias, inputs)
+    if reduction == "mean":
+        result = result / denominator(num_tokens, hidden.shape[0])
+    if inputs.statistics is None:
+        return result
+    return result, spread_statistics(inputs.statistics, keep, shape)
+
+
+def _room(hidden: Tensor, wide: torch.dtype, with_teacher: bool, settings: LossSettings) -> PositionStatistics:
+    return empty_statistics(torch.empty(hidden.shape[0], dtype=wide, device=hidden.device), with_teacher, settings)
+
+
+KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
+"""Where the Triton kernel is used."""
 
 
 class _Inputs(NamedTuple):
     """What the autograd function takes besides the tensors that get gradients."""
 
     labels: Tensor | None
+    token_weights: Tensor | None
     teacher_hidden: Tensor | None
     teacher_head: LMHead | None
     settings: LossSettings
     head: LMHead
     compute_dtype: torch.dtype
     teacher_dtype: torch.dtype
+    statistics: PositionStatistics | None
 
 
 def _check_hidden(whose: str, hidden: Tensor, head: LMHead) -> None:
@@ -119,23 +201,22 @@ def _check_hidden(whose: str, hidden: Tensor, head: LMHead) -> None:
         )
 
 
-def _detached_teacher(
-    hidden: Tensor | None, head: Tensor | LMHead | None, settings: LossSettings, vocab_size: int, shape: torch.Size
+def _teacher(
+    hidden: Tensor | None, head: Tensor | LMHead | None, settings: LossSettings, shape: torch.Size
 ) -> tuple[Tensor, LMHead] | None:
+    """The teacher's hidden states and head, detached; None where the loss does not use them."""
     if not settings.uses_teacher:
         return None
     if hidden is None or head is None:
         name = settings.objective.name
         raise DrklError(f"Objective {name!r} compares with a teacher, but teacher_hidden or teacher_head is None.")
-    head = as_head(head)
+    head = as_head(head).detached().gathered()
     _check_hidden("teacher", hidden, head)
-    check_vocabularies(vocab_size, head.vocab_size)
     if hidden.shape[:-1] != shape:
         raise DrklError(
             f"The teacher's hidden states cover positions {list(hidden.shape[:-1])} and the student's {list(shape)}."
         )
-    bias = None if head.bias is None else head.bias.detach()
-    return hidden.detach(), LMHead(head.weight.detach(), bias, head.scale, head.softcap)
+    return hidden.detach(), head
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -189,26 +270,85 @@ def _run(
     grad_weight = torch.zeros_like(head.weight, dtype=wide) if needs[1] else None
     grad_bias = torch.zeros_like(head.bias, dtype=wide) if needs[2] and head.bias is not None else None
     weight = head.weight.to(dtype)
-    teacher = inputs.teacher_head
-    teacher_weight = None if teacher is None else teacher.weight.to(inputs.teacher_dtype)
-    size = max(1, CHUNK_BYTES // (head.vocab_size * wide.itemsize))
+    teacher_weight = None if inputs.teacher_head is None else inputs.teacher_head.weight.to(inputs.teacher_dtype)
+    kernel = _row_kernel(hidden.device, inputs)
+    chunk_bytes = CUDA_CHUNK_BYTES if hidden.device.type == "cuda" else CHUNK_BYTES
+    size = max(1, chunk_bytes // (head.vocab_size * (dtype if kernel else wide).itemsize))
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         chunk = hidden[rows].to(dtype)
-        student_logits = _logits(chunk, weight, head, wide)
-        teacher_logits = None
-        if teacher is not None and teacher_weight is not None and inputs.teacher_hidden is not None:
-            states = inputs.teacher_hidden[rows].to(inputs.teacher_dtype)
-            teacher_logits = _logits(states, teacher_weight, teacher, wide)
-        labels = None if inputs.labels is None else inputs.labels[rows]
-        capped = student_logits.clone() if head.softcap is not None and any(needs) else None
-        values[rows] = _values_and_grads_(student_logits, teacher_logits, labels, inputs.settings)
+        capped: Tensor | None = None
+        student_logits, done = None, None
+        if kernel is not None:
+            student_logits, done = _kernel_step(kernel, chunk, weight, teacher_weight, inputs, rows)
+        if student_logits is None or done is None:
+            student_logits = _logits(chunk, weight, head, wide)
+            capped = student_logits.clone() if head.softcap is not None and any(needs) else None
+            teacher_logits = _teacher_logits(teacher_weight, inputs, rows, wide)
+            labels = None if inputs.labels is None else inputs.labels[rows]
+            done = _values_and_grads_(student_logits, teacher_logits, labels, inputs, start)
+        values[rows] = done
         if any(needs):
             grad = _through_head_(student_logits, capped, head)
+            share = None if inputs.token_weights is None else inputs.token_weights[rows]
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            _accumulate(grad.to(dtype), chunk, weight, rows, grad_hidden, grad_weight)
+                grad_bias += grad.sum(0) if share is None else share @ grad
+            _accumulate(grad.to(dtype), chunk, weight, rows, grad_hidden, grad_weight, share)
+    if inputs.statistics is not None:
+        inputs.statistics.value.copy_(values)
+    if inputs.token_weights is not None:
+        values = weighted(inputs.token_weights, values)
     return values, grad_hidden, grad_weight, grad_bias
+
+
+def _row_kernel(device: torch.device, inputs: _Inputs) -> Any:
+    """The module with the Triton kernel, where there is one for this loss on this device; else None."""
+    plain = [inputs.head] if inputs.teacher_head is None else [inputs.head, inputs.teacher_head]
+    if device.type not in KERNEL_DEVICES or torch.float64 in (inputs.compute_dtype, inputs.teacher_dtype):
+        return None
+    if any(h.bias is not None or h.scale != 1.0 or h.softcap is not None or h.vocab_size < 2 for h in plain):
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from drkl.losses import row_kernel
+
+    return row_kernel if row_kernel.supports(inputs.settings) else None
+
+
+def _kernel_step(
+    kernel: Any, chunk: Tensor, weight: Tensor, teacher_weight: Tensor | None, inputs: _Inputs, rows: slice
+) -> tuple[Tensor | None, Tensor | None]:
+    """A chunk's gradient on the logits and its values, by the kernel; (None, None) where a value is not finite."""
+    assert teacher_weight is not None and inputs.teacher_hidden is not None
+    student_logits = chunk @ weight.T
+    teacher_logits = inputs.teacher_hidden[rows].to(inputs.teacher_dtype) @ teacher_weight.T
+    labels = None if inputs.labels is None else inputs.labels[rows]
+    if inputs.statistics is not None:
+        _fill_statistics(student_logits, teacher_logits, labels, inputs, rows.start)
+    values = kernel.row_step_(student_logits, teacher_logits, labels, inputs.settings)
+    return (student_logits, values) if bool(values.isfinite().all()) else (None, None)
+
+
+def _fill_statistics(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, inputs: _Inputs, offset: int
+) -> None:
+    assert inputs.statistics is not None
+    count, vocab_size = student_logits.shape
+    size = max(1, CUDA_BLOCK_BYTES // (vocab_size * 4))
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
+        place = slice(offset + rows.start, offset + rows.stop)
+        block_labels = None if labels is None else labels[rows]
+        position_statistics(
+            inputs.statistics, place, student_logits[rows], teacher_logits[rows], block_labels, inputs.settings
+        )
+
+
+def _teacher_logits(weight: Tensor | None, inputs: _Inputs, rows: slice, wide: torch.dtype) -> Tensor | None:
+    if weight is None or inputs.teacher_hidden is None or inputs.teacher_head is None:
+        return None
+    states = inputs.teacher_hidden[rows].to(inputs.teacher_dtype)
+    return _logits(states, weight, inputs.teacher_head, wide)
 
 
 def _logits(hidden: Tensor, weight: Tensor, head: LMHead, wide: torch.dtype) -> Tensor:
@@ -228,29 +368,46 @@ def _through_head_(grad: Tensor, capped: Tensor | None, head: LMHead) -> Tensor:
 
 
 def _accumulate(
-    grad: Tensor, chunk: Tensor, weight: Tensor, rows: slice, grad_hidden: Tensor | None, grad_weight: Tensor | None
+    grad: Tensor,
+    chunk: Tensor,
+    weight: Tensor,
+    rows: slice,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    share: Tensor | None,
 ) -> None:
+    """Carry a chunk's gradient on; the positions' weights act on [rows, hidden], not on [rows, vocab]."""
     if grad_hidden is not None:
-        grad_hidden[rows] = grad @ weight
+        product = grad @ weight
+        grad_hidden[rows] = product if share is None else product * share.unsqueeze(-1)
     if grad_weight is not None:
+        states = chunk if share is None else (chunk * share.unsqueeze(-1)).to(grad.dtype)
         if grad.dtype == grad_weight.dtype:
-            grad_weight.addmm_(grad.T, chunk)
+            grad_weight.addmm_(grad.T, states)
         else:
-            grad_weight += grad.T @ chunk
+            grad_weight += grad.T @ states
 
 
 def _values_and_grads_(
-    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, settings: LossSettings
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, inputs: _Inputs, offset: int
 ) -> Tensor:
-    """Values `[n]`; ``student_logits`` `[n, vocab]` is overwritten with their gradient, block of rows by block."""
+    """Values `[n]`; ``student_logits`` `[n, vocab]` is overwritten with their gradient, block of rows by block.
+
+    ``offset`` is where these rows lie among all, for the statistics.
+    """
+    settings = inputs.settings
     count, vocab_size = student_logits.shape
-    size = max(1, BLOCK_BYTES // (vocab_size * student_logits.element_size()))
+    block_bytes = CUDA_BLOCK_BYTES if student_logits.is_cuda else BLOCK_BYTES
+    size = max(1, block_bytes // (vocab_size * student_logits.element_size()))
     values = torch.empty(count, dtype=student_logits.dtype, device=student_logits.device)
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         student = student_logits[rows]
         teacher = None if teacher_logits is None else teacher_logits[rows]
         block_labels = None if labels is None else labels[rows]
+        if inputs.statistics is not None:
+            place = slice(offset + rows.start, offset + rows.stop)
+            position_statistics(inputs.statistics, place, student, teacher, block_labels, settings)
         closed = settings.objective.has_closed_form or not settings.uses_objective
         if closed and _all_finite(student) and (teacher is None or _all_finite(teacher)):
             values[rows] = _closed_form_(student, teacher, block_labels, settings)

@@ -46,6 +46,37 @@ class LMHead:
             out = out * self.scale
         return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
 
+    def trimmed(self, vocab_size: int) -> LMHead:
+        """The head of the first ``vocab_size`` tokens; the gradient goes to the whole."""
+        if vocab_size == self.vocab_size:
+            return self
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return LMHead(self.weight[:vocab_size], bias, self.scale, self.softcap)
+
+    def detached(self) -> LMHead:
+        """The head without its history."""
+        bias = None if self.bias is None else self.bias.detach()
+        return LMHead(self.weight.detach(), bias, self.scale, self.softcap)
+
+    def gathered(self) -> LMHead:
+        """The head as ordinary tensors: parameters that are sharded over processes (DTensor) are gathered once.
+
+        The gradient goes back to the shards, summed over the processes.
+        """
+        bias = None if self.bias is None else gather(self.bias)
+        return LMHead(gather(self.weight), bias, self.scale, self.softcap)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """A DTensor as the whole ordinary tensor; any other tensor as it is."""
+    if not hasattr(tensor, "full_tensor"):  # what it takes to import torch.distributed is not paid for a plain tensor
+        return tensor
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(tensor, DTensor)
+    whole: Tensor = tensor.full_tensor(grad_placements=[Partial("sum")] * tensor.device_mesh.ndim)
+    return whole
+
 
 def as_head(head: Tensor | LMHead) -> LMHead:
     """Take a weight `[vocab, hidden]` for a head without bias, scale or soft-cap."""

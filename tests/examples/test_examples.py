@@ -1,0 +1,33 @@
+"""The examples run as they are printed."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models import tiny
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def test_the_own_loop_learns() -> None:
+    losses = runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"]()
+    assert losses[-1] < 0.9 * losses[0]
+    source = (EXAMPLES / "own_loop.py").read_text()
+    assert [int(number) for number in re.findall(r"  # (\d+)", source)] == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_trls_trainer_with_another_loss(tmp_path: Any) -> None:
+    pytest.importorskip("trl.experimental.gkd")
+    example = runpy.run_path(str(EXAMPLES / "gkd_trainer.py"))
+    tiny.save(tiny.llama(), tmp_path / "teacher")
+    tiny.save(tiny.llama(seed=1), tmp_path / "student")
+    done = example["train"](
+        str(tmp_path / "teacher"), str(tmp_path / "student"), output_dir=str(tmp_path / "gkd"), use_cpu=True
+    )
+    assert done.global_step == 3

@@ -1,0 +1,196 @@
+"""The Triton kernel against the definition: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import drkl
+from drkl.losses import fused
+from drkl.losses.common import LossSettings, make_settings
+from tests.objectives import reference, tensors
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+pytest.importorskip("triton", reason="no Triton for this system")
+from drkl.losses import row_kernel  # noqa: E402
+
+OBJECTIVES: list[tuple[str, dict[str, Any]]] = [
+    ("fkl", {}),
+    ("rkl", {}),
+    ("srkl", {}),
+    ("srkl", {"skew": 0.0}),
+    ("srkl", {"skew": 0.8}),
+    ("drkl", {}),
+    ("drkl", {"target": "label", "gamma": 2.0}),
+    ("drkl", {"weight": "student"}),
+    ("drkl", {"weight": "teacher", "target": "label"}),
+    ("drkl", {"weight": "floor", "gamma": 0.3}),
+]
+every = pytest.mark.parametrize(("name", "params"), OBJECTIVES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_kernel, "BLOCK", 16)
+
+
+def loss_settings(
+    name: str, params: dict[str, Any], temperature: float = 1.0, t2_scaling: bool = False
+) -> LossSettings:
+    return make_settings(drkl.make_objective(name, **params), temperature, 1.0, t2_scaling, "mean")
+
+
+def by_kernel(settings: LossSettings, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    grad = student.clone().to(DEVICE)
+    values = row_kernel.row_step_(grad, teacher.to(DEVICE), labels.to(DEVICE), settings)
+    return values.cpu().double(), grad.cpu().double()
+
+
+def by_definition(
+    settings: LossSettings, student: Tensor, teacher: Tensor, labels: Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    leaf = student.to(dtype, copy=True).requires_grad_()
+    values = drkl.distillation_loss(
+        leaf,
+        teacher.to(dtype),
+        labels,
+        objective=settings.objective,
+        temperature=settings.temperature,
+        t2_scaling=settings.t2_scaling,
+        reduction="none",
+    )
+    (grad,) = torch.autograd.grad(values.sum(), leaf)
+    return values.detach(), grad
+
+
+@every
+@pytest.mark.parametrize("vocab", [2, 3, 16, 53])
+@pytest.mark.parametrize(("temperature", "t2_scaling"), [(1.0, False), (2.0, True), (0.5, False)])
+def test_value_and_gradient(
+    name: str, params: dict[str, Any], vocab: int, temperature: float, t2_scaling: bool
+) -> None:
+    settings = loss_settings(name, params, temperature, t2_scaling)
+    student, teacher, labels = tensors.logits(rows=5, vocab=vocab, seed=vocab)
+    student, teacher = student.float(), teacher.float()
+    gold = by_definition(settings, student, teacher, labels)
+    naive = by_definition(settings, student, teacher, labels, torch.float32)
+    # A difference of logits is rounded to the last bit of the larger one; the kernel forms it before it normalises.
+    rounding = 4 * torch.finfo(torch.float32).eps * float(student.abs().max() + teacher.abs().max()) / temperature
+    for found, plain, exact in zip(by_kernel(settings, student, teacher, labels), naive, gold, strict=True):
+        naive_error = float((plain.detach().double() - exact).abs().max())
+        assert float((found - exact).abs().max()) <= 2 * naive_error + rounding * settings.kd_factor
+
+
+@every
+def test_logits_in_bf16(name: str, params: dict[str, Any]) -> None:
+    settings = loss_settings(name, params)
+    student, teacher, labels = tensors.logits(rows=5, vocab=40, seed=21)
+    student, teacher = student.bfloat16(), teacher.bfloat16()
+    values, grad = by_kernel(settings, student, teacher, labels)
+    expected, expected_grad = by_definition(settings, student, teacher, labels)
+    torch.testing.assert_close(values, expected, rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close(grad, expected_grad, rtol=2**-7, atol=3e-6)  # the interpreter cuts, it does not round
+
+
+@pytest.mark.parametrize(("log_odds_q", "log_odds_p"), [(15.0, 15.0), (22.0, 22.0), (3.0, 22.0), (60.0, 80.0)])
+def test_the_tail_of_a_confident_position(log_odds_q: float, log_odds_p: float) -> None:
+    pair = [tensors.confident(x, vocab=40, seed=i)[None] for i, x in ((2, log_odds_q), (1, log_odds_p))]
+    student, teacher = (torch.from_numpy(x).float() for x in pair)
+    settings = loss_settings("drkl", {"gamma": 1.0})
+    values, _ = by_kernel(settings, student, teacher, torch.zeros(1, dtype=torch.long))
+    b, k, _ = reference.parts(reference.softmax(student[0].tolist()), reference.softmax(teacher[0].tolist()), 0)
+    assert float(values) == pytest.approx(float(b + k), rel=2e-5)
+
+
+def test_huge_logits() -> None:
+    high, low = 1e4, -1e4
+    student = torch.tensor([[high, low, 0, 1], [high, high, low, low], [0, 1, 2, low]])
+    teacher = torch.tensor([[low, high, 0, 1], [high, low, low, high], [0, 2, high, 3]])
+    labels = torch.tensor([0, 1, 2])
+    for name, params in OBJECTIVES:
+        settings = loss_settings(name, params)
+        values, grad = by_kernel(settings, student, teacher, labels)
+        expected, expected_grad = by_definition(settings, student, teacher, labels)
+        np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-3, err_msg=f"{name} {params}")
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-3, atol=1e-3, err_msg=f"{name} {params}")
+
+
+def test_the_lowest_index_is_the_target_on_ties() -> None:
+    student, teacher, _ = tensors.logits(rows=3, vocab=60, seed=22)
+    student, teacher = student.float(), teacher.float()
+    teacher[:, [7, 23, 39, 58]] = 20.0
+    first = by_kernel(loss_settings("drkl", {}), student, teacher, torch.full((3,), 7))
+    label = by_kernel(loss_settings("drkl", {"target": "label"}), student, teacher, torch.full((3,), 7))
+    assert torch.equal(first[1], label[1])
+
+
+@every
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of what is infinite on purpose
+def test_an_infinite_logit_never_gives_a_finite_value_that_is_wrong(name: str, params: dict[str, Any]) -> None:
+    student, teacher, labels = tensors.logits(rows=4, vocab=20, seed=23)
+    student, teacher = student.float(), teacher.float()
+    student[0, 3] = teacher[1, 4] = student[2, 5] = teacher[2, 5] = -torch.inf
+    settings = loss_settings(name, params)
+    values, _ = by_kernel(settings, student, teacher, labels)
+    expected, _ = by_definition(settings, student, teacher, labels)
+    finite = values.isfinite()
+    torch.testing.assert_close(values[finite], expected[finite], rtol=3e-6, atol=3e-6)
+    assert finite[3]
+
+
+@every
+def test_the_fused_loss_takes_it(name: str, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "KERNEL_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(fused, "CHUNK_BYTES", 5 * 30 * 4)
+    monkeypatch.setattr(fused, "CUDA_CHUNK_BYTES", 5 * 30 * 4)
+    calls: list[int] = []
+    step = row_kernel.row_step_
+
+    def watch(*args: Any) -> Tensor:
+        calls.append(len(args[0]))
+        return step(*args)
+
+    monkeypatch.setattr(row_kernel, "row_step_", watch)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(13, 6, generator=generator), torch.randn(30, 6, generator=generator)
+    teacher_hidden, teacher_weight = torch.randn(13, 8, generator=generator), torch.randn(30, 8, generator=generator)
+    labels = torch.randint(0, 30, (13,), generator=generator)
+    labels[[2, 5]] = -100
+    weights = torch.rand(13, generator=generator)
+
+    def run(dtype: torch.dtype, device: str) -> list[Tensor]:
+        leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in (hidden, weight)]
+        given = [x.to(device, dtype) for x in (teacher_hidden, teacher_weight)]
+        loss, statistics = drkl.fused_distillation_loss(
+            leaves[0],
+            leaves[1],
+            given[0],
+            given[1],
+            labels.to(device),
+            objective=drkl.make_objective(name, **params),
+            token_weights=weights.to(device),
+            return_stats=True,
+        )
+        (3 * loss).backward()
+        grads = [x.grad for x in leaves if x.grad is not None]
+        return [x.detach().cpu().double() for x in (loss, statistics.value, statistics.student_entropy, *grads)]
+
+    found = run(torch.float32, DEVICE)
+    assert calls == [5, 5, 1]
+    monkeypatch.setattr(fused, "KERNEL_DEVICES", ())
+    for a, b in zip(found, run(torch.float64, "cpu"), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5)
+
+
+def test_what_the_kernel_does_not_know() -> None:
+    assert not row_kernel.supports(loss_settings("gjs", {}))
+    assert not row_kernel.supports(loss_settings("drkl", {"tail": "gjs"}))
+    assert not row_kernel.supports(loss_settings("drkl", {"skew": 0.1}))
+    assert not row_kernel.supports(make_settings("rkl", 1.0, 0.5, False, "mean"))
