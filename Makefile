@@ -68,7 +68,7 @@ check: setup ## lint, format check, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup ## time and memory of the fused loss next to the dense one
+bench: setup ## time and memory of the fused loss, next to its floor, plain autograd and the peers that are installed
 	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss
 
 docs: setup ## write docs/reference.md from the program itself

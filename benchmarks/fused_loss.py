@@ -1,9 +1,11 @@
 """Time and memory of the fused loss beside the dense one: `python -m benchmarks.fused_loss [--help]`.
 
 Forward and backward, to the hidden states and the head. The floor is the four matrix products alone (both logits, the
-gradients on hidden states and head); `eager` is the usual line of autograd code. Times are medians over rounds, each
-round running every variant once, in one process; the extra peak memory of a variant is measured in a process of its
-own (on Linux). Rows go to ``benchmarks/results/fused_loss.csv``.
+gradients on hidden states and head); `eager rkl` is the usual line of autograd code, `eager drkl` the definition on
+whole logits. Peers (TRL's chunked divergence and Liger-Kernel's chunked loss, each at its reverse KL) are timed where
+they are installed (`benchmarks/requirements.txt`). Times are medians over rounds, each round running every variant
+once, in one process; the extra peak memory of a variant is measured in a process of its own (on Linux). Rows go to
+``benchmarks/results/fused_loss.csv``.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from torch import Tensor
 import drkl
 
 RESULTS = Path(__file__).parent / "results" / "fused_loss.csv"
-OBJECTIVES = ("ce", "fkl", "rkl", "drkl")
 Variant = Callable[["Case"], None]
 
 
@@ -89,12 +90,52 @@ def fused(name: str) -> Variant:
     return run
 
 
+def with_statistics(case: Case) -> None:
+    """The same, and the statistics of every position."""
+    loss, _ = drkl.fused_distillation_loss(
+        case.student_hidden, case.student_head, case.teacher_hidden, case.teacher_head, case.labels, return_stats=True
+    )
+    loss.backward()
+
+
+def trl_rkl(case: Case) -> None:
+    """TRL's chunked divergence at beta = 1, which is its reverse KL."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    heads = (case.student_head, None, case.teacher_hidden, case.teacher_head, None)
+    values, _ = ChunkedDivergenceFunction.apply(case.student_hidden, *heads, 1.0)
+    values.mean().backward()
+
+
+def liger_rkl(case: Case) -> None:
+    """Liger-Kernel's fused linear JSD at beta = 1, which is its reverse KL, without torch.compile."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False)
+    loss(case.student_hidden, case.student_head, case.teacher_hidden, case.teacher_head, case.labels).backward()
+
+
 VARIANTS: dict[str, Variant] = {
     "floor": floor,
     "eager rkl": eager_rkl,
-    **{f"dense {name}": dense(name) for name in OBJECTIVES},
-    **{f"fused {name}": fused(name) for name in OBJECTIVES},
+    "eager drkl": dense("drkl"),
+    **{f"fused {name}": fused(name) for name in drkl.OBJECTIVES},
+    "fused drkl, stats": with_statistics,
+    "trl rkl": trl_rkl,
+    "liger rkl": liger_rkl,
 }
+
+
+def runs_here(name: str) -> bool:
+    """Whether the variant runs; a peer may not be installed, or not fit the other versions here."""
+    try:
+        VARIANTS[name](Case(8, 64, 16, torch.float32))
+    except Exception as error:
+        if name.startswith(("fused", "floor", "eager")):
+            raise
+        print(f"{name}: left out ({type(error).__name__}: {error})", file=sys.stderr)
+        return False
+    return True
 
 
 def seconds(variant: Variant, case: Case) -> float:
@@ -159,10 +200,10 @@ def main() -> None:
     if arguments.memory_of:
         print_own_extra_peak(arguments.memory_of, case)
         return
-    taken: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    taken: dict[str, list[float]] = {name: [] for name in VARIANTS if runs_here(name)}
     for round_number in range(arguments.rounds + 1):
-        for name, variant in VARIANTS.items():
-            value = seconds(variant, case)
+        for name in taken:
+            value = seconds(VARIANTS[name], case)
             if round_number:  # the first one warms up
                 taken[name].append(value)
         print(f"round {round_number} of {arguments.rounds}", file=sys.stderr)
@@ -170,11 +211,13 @@ def main() -> None:
     about = {"processor": processor(), "torch": torch.__version__, "drkl": drkl.__version__, "commit": commit()}
     rows = []
     base = statistics.median(taken["floor"])
-    print(f"{'variant':<12} {'median s':>9} {'x floor':>8} {'spread s':>9} {'extra MiB':>10}")
+    print(f"{'variant':<18} {'median s':>9} {'p20':>8} {'p80':>8} {'x floor':>8} {'extra MiB':>10}")
     for name, values in taken.items():
-        median, spread, peak = statistics.median(values), max(values) - min(values), extra_peak_mb(name, arguments)
-        print(f"{name:<12} {median:>9.3f} {median / base:>8.2f} {spread:>9.3f} {peak:>10.0f}")
-        measured = {"median_s": f"{median:.4f}", "spread_s": f"{spread:.4f}", "extra_peak_mib": f"{peak:.0f}"}
+        low, *_, high = statistics.quantiles(values, n=5)
+        median, peak = statistics.median(values), extra_peak_mb(name, arguments)
+        print(f"{name:<18} {median:>9.3f} {low:>8.3f} {high:>8.3f} {median / base:>8.2f} {peak:>10.0f}")
+        measured = {"median_s": f"{median:.4f}", "p20_s": f"{low:.4f}", "p80_s": f"{high:.4f}"}
+        measured["extra_peak_mib"] = f"{peak:.0f}"
         rows.append({"variant": name} | measured | settings | about)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with arguments.output.open("w", newline="") as file:
