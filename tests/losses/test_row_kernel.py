@@ -189,6 +189,21 @@ def test_the_fused_loss_takes_it(name: str, params: dict[str, Any], monkeypatch:
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5)
 
 
+def test_without_a_compiler_the_loss_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "KERNEL_DEVICES", ("cuda", "cpu"))
+
+    def broken(*args: Any) -> Tensor:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(row_kernel, "row_step_", broken)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((5, 6), (30, 6), (5, 8), (30, 8))]
+    with pytest.warns(UserWarning, match="goes on without it, slower. Failed to find C compiler"):
+        loss = drkl.fused_distillation_loss(*inputs)
+    assert fused.KERNEL_DEVICES == ()
+    torch.testing.assert_close(loss, drkl.fused_distillation_loss(*inputs))
+
+
 def test_what_the_kernel_does_not_know() -> None:
     assert not row_kernel.supports(loss_settings("gjs", {}))
     assert not row_kernel.supports(loss_settings("drkl", {"tail": "gjs"}))

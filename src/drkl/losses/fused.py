@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
@@ -325,7 +326,18 @@ def _kernel_step(
     labels = None if inputs.labels is None else inputs.labels[rows]
     if inputs.statistics is not None:
         _fill_statistics(student_logits, teacher_logits, labels, inputs, rows.start)
-    values = kernel.row_step_(student_logits, teacher_logits, labels, inputs.settings)
+    try:
+        values = kernel.row_step_(student_logits, teacher_logits, labels, inputs.settings)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton builds at the first call; without a C compiler, say, it cannot
+        global KERNEL_DEVICES
+        KERNEL_DEVICES = ()
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"The Triton kernel does not run here; the loss goes on without it, slower. {reason}", stacklevel=2
+        )
+        return None, None
     return (student_logits, values) if bool(values.isfinite().all()) else (None, None)
 
 
