@@ -81,8 +81,10 @@ def test_equals_dense(case: Case, sizes: tuple[int, int]) -> None:
 
 
 @every
-@pytest.mark.parametrize("kd_weight", [1.0, 0.3, 0.0])
-@pytest.mark.parametrize(("temperature", "t2_scaling"), [(1.0, False), (2.0, False), (2.0, True), (0.5, True)])
+@pytest.mark.parametrize(
+    ("temperature", "t2_scaling", "kd_weight"),
+    [(2.0, False, 1.0), (1.0, False, 0.3), (2.0, True, 0.3), (0.5, True, 0.3), (2.0, True, 0.0)],
+)
 def test_equals_dense_with_temperature_and_cross_entropy(
     case: Case, temperature: float, t2_scaling: bool, kd_weight: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

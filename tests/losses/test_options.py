@@ -62,6 +62,14 @@ def test_a_position_without_weight_may_be_infinite() -> None:
     loss = drkl.distillation_loss(leaf, teacher, objective="rkl", token_weights=torch.tensor([0.0, 1.0]))
     loss.backward()
     assert loss.isfinite() and leaf.grad is not None and leaf.grad.isfinite().all() and (leaf.grad[0] == 0).all()
+    hidden, head = torch.ones(2, 1, requires_grad=True), torch.zeros(3, 1, requires_grad=True)
+    excludes = LMHead(torch.zeros(3, 1), bias=torch.tensor([0.0, 1.0, -math.inf]))
+    nothing = drkl.fused_distillation_loss(
+        hidden, head, torch.ones(2, 1), excludes, objective="rkl", token_weights=torch.zeros(2)
+    )
+    nothing.backward()
+    assert nothing.item() == 0.0 and hidden.grad is not None and head.grad is not None
+    assert (hidden.grad == 0).all() and (head.grad == 0).all()
 
 
 @pytest.mark.parametrize("which", ["fused", "dense"])

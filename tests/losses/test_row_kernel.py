@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,6 @@ from drkl.losses.common import LossSettings, make_settings
 from tests.objectives import reference, tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton", reason="no Triton for this system")
 from drkl.losses import row_kernel  # noqa: E402
 
@@ -71,8 +68,8 @@ def by_definition(
 
 
 @every
-@pytest.mark.parametrize("vocab", [2, 3, 16, 53])
-@pytest.mark.parametrize(("temperature", "t2_scaling"), [(1.0, False), (2.0, True), (0.5, False)])
+@pytest.mark.parametrize("vocab", [2, 53])
+@pytest.mark.parametrize(("temperature", "t2_scaling"), [(1.0, False), (2.0, True)])
 def test_value_and_gradient(
     name: str, params: dict[str, Any], vocab: int, temperature: float, t2_scaling: bool
 ) -> None:

@@ -41,6 +41,8 @@ BLOCK_BYTES = 2**20
 """Rows whose gradient is made at a time: small enough to stay in the processor's cache between passes."""
 CUDA_CHUNK_BYTES, CUDA_BLOCK_BYTES = 512 * 2**20, 128 * 2**20
 """The same on a GPU, which wants more rows in a matrix product, and more work in a call, than a processor."""
+KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
+"""Where the Triton kernel is used."""
 
 
 @overload
@@ -177,10 +179,6 @@ def _room(hidden: Tensor, wide: torch.dtype, with_teacher: bool, settings: LossS
     return empty_statistics(torch.empty(hidden.shape[0], dtype=wide, device=hidden.device), with_teacher, settings)
 
 
-KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
-"""Where the Triton kernel is used."""
-
-
 class _Inputs(NamedTuple):
     """What the autograd function takes besides the tensors that get gradients."""
 
@@ -292,6 +290,8 @@ def _run(
         if any(needs):
             grad = _through_head_(student_logits, capped, head)
             share = None if inputs.token_weights is None else inputs.token_weights[rows]
+            if share is not None:
+                grad[share == 0] = 0  # 0 * inf: what has no weight may be infinite
             if grad_bias is not None:
                 grad_bias += grad.sum(0) if share is None else share @ grad
             _accumulate(grad.to(dtype), chunk, weight, rows, grad_hidden, grad_weight, share)
