@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from drkl.losses.common import LossSettings, spread
+from drkl.losses.common import LossSettings, log_softmax, spread
 from drkl.objectives.decoupled import target_class
 from drkl.objectives.logspace import kl, split
 
@@ -65,12 +65,12 @@ def position_statistics(
     settings: LossSettings,
 ) -> None:
     """Fill ``into[rows]`` from logits `[rows, vocab]`, before the temperature; the logits are left as they are."""
-    student_logp = _log_softmax(student_logits, settings.temperature)
+    student_logp = log_softmax(student_logits, settings.temperature)
     into.student_entropy[rows] = _entropy(student_logp)
     into.max_q[rows] = student_logp.amax(-1).exp()
     if into.teacher_entropy is None or teacher_logits is None:
         return
-    teacher_logp = _log_softmax(teacher_logits, settings.temperature)
+    teacher_logp = log_softmax(teacher_logits, settings.temperature)
     assert into.max_p is not None and into.q_t is not None and into.p_t is not None
     into.teacher_entropy[rows] = _entropy(teacher_logp)
     into.max_p[rows] = teacher_logp.amax(-1).exp()
@@ -89,11 +89,6 @@ def spread_statistics(statistics: PositionStatistics, keep: Tensor | None, shape
     """Put every column back where its positions came from."""
     columns: list[Any] = [None if column is None else spread(column, keep, shape) for column in statistics]
     return PositionStatistics(*columns)
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
-    return torch.log_softmax(wide if temperature == 1.0 else wide / temperature, -1)
 
 
 def _entropy(logp: Tensor) -> Tensor:

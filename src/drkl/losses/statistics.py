@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from drkl.losses.common import log_softmax
 from drkl.objectives.logspace import kl
 
 
@@ -54,7 +55,7 @@ def token_statistics(
         teacher_logits: `[n, vocab]`, or None.
         labels: `[n]`, the observed next token's id.
     """
-    logq = _log_softmax(student_logits)
+    logq = log_softmax(student_logits, 1.0)
     best = logq.argmax(-1, keepdim=True)
     nll = -logq.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     accuracy = (best.squeeze(-1) == labels).to(logq.dtype)
@@ -63,7 +64,7 @@ def token_statistics(
     entropy = _entropy(q, logq)
     if teacher_logits is None:
         return TokenStatistics(nll, accuracy, entropy, confidence)
-    logp = _log_softmax(teacher_logits)
+    logp = log_softmax(teacher_logits, 1.0)
     target = logp.argmax(-1, keepdim=True)
     p = logp.exp()
     q_target, p_target = q.gather(-1, target).squeeze(-1), p.gather(-1, target).squeeze(-1)
@@ -81,10 +82,6 @@ def token_statistics(
         teacher_entropy=_entropy(p, logp),
         teacher_confidence=p_target,
     )
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits.to(torch.promote_types(torch.float32, logits.dtype)), -1)
 
 
 def _kl(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
