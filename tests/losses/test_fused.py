@@ -13,11 +13,11 @@ from torch import Tensor
 import drkl
 from drkl import DrklError, LMHead
 from drkl.losses import fused
-from tests.objectives.cases import CASES, Case, name
+from tests.objectives.cases import FEW, Case, name
 
 IGNORE = -100
 POSITIONS, VOCAB, STUDENT, TEACHER = 13, 17, 6, 9
-every = pytest.mark.parametrize("case", CASES, ids=name)
+every = pytest.mark.parametrize("case", FEW, ids=name)
 registered = pytest.mark.parametrize("objective", list(drkl.OBJECTIVES))
 
 

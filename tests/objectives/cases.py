@@ -110,6 +110,10 @@ CASES = [
 # At alpha = -beta every class counts, however little mass it has: the hazards that follow from mass do not hold.
 LIMITS = [_plain("ab", alpha=0.0, beta=0.0), _plain("ab", alpha=0.3, beta=-0.3), _plain("ab", alpha=-0.3, beta=0.3)]
 DIVERGENCES = [case for case in CASES if case.is_divergence]
+# One of each class, and all of the two whose paths differ with their parameters: enough where the objective is not what
+# is tested.
+FEW = [case for case in CASES if case.objective.name in ("drkl", "decoupled")]
+FEW += {case.objective.name: case for case in reversed(CASES) if case not in FEW}.values()
 CLOSED_FORMS = [case for case in CASES if case.objective.has_closed_form]
 
 
