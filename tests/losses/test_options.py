@@ -180,6 +180,65 @@ def test_statistics_do_not_change_the_gradient() -> None:
     assert torch.equal(again, loss.detach()) and torch.equal(same.value, statistics.value)
 
 
+@pytest.mark.parametrize("objective", list(drkl.OBJECTIVES))
+def test_statistics_come_out_of_the_row_step(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_further_pass(*_: Any) -> None:
+        raise AssertionError("The rows were looked at twice.")
+
+    monkeypatch.setattr("drkl.losses.fused.position_statistics", no_further_pass)
+    pair = Pair()
+    words: dict[str, Any] = {"objective": objective, "return_stats": True, "kd_weight": 0.7}
+    drkl.fused_distillation_loss(pair.hidden, pair.weight, pair.teacher_hidden, pair.teacher, labels(), **words)
+
+
+@pytest.mark.parametrize("objective", list(drkl.OBJECTIVES))
+def test_statistics_where_two_tokens_are_the_teachers_best(objective: str) -> None:
+    pair = Pair()
+    pair.teacher.weight[[3, 9]] = 20 * pair.teacher_hidden.sum(0)
+    student, teacher = pair.hidden @ pair.weight.T, pair.teacher.logits(pair.teacher_hidden)
+    words: dict[str, Any] = {"objective": objective, "return_stats": True}
+    _, dense = drkl.distillation_loss(student, teacher, labels(), **words)
+    _, fused = drkl.fused_distillation_loss(
+        pair.hidden, pair.weight, pair.teacher_hidden, pair.teacher, labels(), **words
+    )
+    for a, b in zip(fused, dense, strict=True):
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_statistics_of_an_objective_that_does_not_fill_them() -> None:
+    class Plain(type(drkl.make_objective("fkl"))):  # type: ignore[misc]
+        def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+            return super().value_and_grad_(student_logits, teacher_logits, labels)  # type: ignore[no-any-return]
+
+    pair = Pair()
+    heads = (pair.hidden, pair.weight, pair.teacher_hidden, pair.teacher, labels())
+    found, expected = (
+        drkl.fused_distillation_loss(*heads, objective=o, return_stats=True)[1] for o in (Plain(), "fkl")
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("objective", list(drkl.OBJECTIVES))
+def test_statistics_in_fp32_of_confident_positions(objective: str) -> None:
+    student, teacher = tensor(6, 40, seed=1, scale=3.0), tensor(6, 40, seed=2, scale=3.0)
+    student[:, 5] += torch.linspace(-20, 40, 6)
+    teacher[:, 5] += torch.linspace(40, 0, 6)
+    eye = torch.eye(40, dtype=torch.float64)
+    observed = torch.tensor([5, 1, 5, 3, 5, 5])
+    words: dict[str, Any] = {"objective": objective, "return_stats": True}
+    _, gold = drkl.distillation_loss(student.float().double(), teacher.float().double(), observed, **words)
+    _, found = drkl.fused_distillation_loss(
+        student.float(), eye.float(), teacher.float(), eye.float(), observed, **words
+    )
+    for a, b in zip(found, gold, strict=True):
+        if a is not None and b is not None:
+            torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-6)
+
+
 def test_a_frozen_head_gets_no_gradient_and_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair(bias=True)
     leaf = pair.hidden.clone().requires_grad_()

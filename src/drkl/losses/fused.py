@@ -7,6 +7,7 @@ logits, and carried on to the hidden states and the head at once, so that memory
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 import warnings
 from typing import Any, Literal, NamedTuple, Unpack, overload
@@ -31,8 +32,15 @@ from drkl.losses.common import (
 )
 from drkl.losses.dense import position_values
 from drkl.losses.head import LMHead, as_head
-from drkl.losses.position import PositionStatistics, empty_statistics, position_statistics, spread_statistics
+from drkl.losses.position import (
+    PositionStatistics,
+    empty_statistics,
+    keep_moments,
+    position_statistics,
+    spread_statistics,
+)
 from drkl.objectives import CrossEntropy, Objective
+from drkl.objectives.closed_form import Moments
 from drkl.objectives.logspace import weighted
 
 CHUNK_BYTES = 64 * 2**20
@@ -324,10 +332,9 @@ def _kernel_step(
     student_logits = chunk @ weight.T
     teacher_logits = inputs.teacher_hidden[rows].to(inputs.teacher_dtype) @ teacher_weight.T
     labels = None if inputs.labels is None else inputs.labels[rows]
-    if inputs.statistics is not None:
-        _fill_statistics(student_logits, teacher_logits, labels, inputs, rows.start)
+    seen = None if inputs.statistics is None else Moments()
     try:
-        values = kernel.row_step_(student_logits, teacher_logits, labels, inputs.settings)
+        values = kernel.row_step_(student_logits, teacher_logits, labels, inputs.settings, seen)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton builds at the first call; without a C compiler, say, it cannot
@@ -338,22 +345,11 @@ def _kernel_step(
             f"The Triton kernel does not run here; the loss goes on without it, slower. {reason}", stacklevel=2
         )
         return None, None
-    return (student_logits, values) if bool(values.isfinite().all()) else (None, None)
-
-
-def _fill_statistics(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, inputs: _Inputs, offset: int
-) -> None:
-    assert inputs.statistics is not None
-    count, vocab_size = student_logits.shape
-    size = max(1, CUDA_BLOCK_BYTES // (vocab_size * 4))
-    for start in range(0, count, size):
-        rows = slice(start, min(start + size, count))
-        place = slice(offset + rows.start, offset + rows.stop)
-        block_labels = None if labels is None else labels[rows]
-        position_statistics(
-            inputs.statistics, place, student_logits[rows], teacher_logits[rows], block_labels, inputs.settings
-        )
+    if not bool(values.isfinite().all()):
+        return None, None
+    if inputs.statistics is not None and seen is not None:
+        keep_moments(inputs.statistics, rows, seen)
+    return student_logits, values
 
 
 def _teacher_logits(weight: Tensor | None, inputs: _Inputs, rows: slice, wide: torch.dtype) -> Tensor | None:
@@ -412,19 +408,24 @@ def _values_and_grads_(
     block_bytes = CUDA_BLOCK_BYTES if student_logits.is_cuda else BLOCK_BYTES
     size = max(1, block_bytes // (vocab_size * student_logits.element_size()))
     values = torch.empty(count, dtype=student_logits.dtype, device=student_logits.device)
+    notices = settings.uses_objective and "seen" in inspect.signature(settings.objective.value_and_grad_).parameters
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         student = student_logits[rows]
         teacher = None if teacher_logits is None else teacher_logits[rows]
         block_labels = None if labels is None else labels[rows]
-        if inputs.statistics is not None:
-            place = slice(offset + rows.start, offset + rows.stop)
-            position_statistics(inputs.statistics, place, student, teacher, block_labels, settings)
         closed = settings.objective.has_closed_form or not settings.uses_objective
-        if closed and _all_finite(student) and (teacher is None or _all_finite(teacher)):
-            values[rows] = _closed_form_(student, teacher, block_labels, settings)
+        closed = closed and _all_finite(student) and (teacher is None or _all_finite(teacher))
+        seen = Moments() if inputs.statistics is not None and closed and notices else None
+        place = slice(offset + rows.start, offset + rows.stop)
+        if inputs.statistics is not None and seen is None:
+            position_statistics(inputs.statistics, place, student, teacher, block_labels, settings)
+        if closed:
+            values[rows] = _closed_form_(student, teacher, block_labels, settings, seen)
         else:
             values[rows] = _autograd_(student, teacher, block_labels, settings)
+        if inputs.statistics is not None and seen is not None:
+            keep_moments(inputs.statistics, place, seen)
     return values
 
 
@@ -433,7 +434,9 @@ def _all_finite(block: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _closed_form_(student: Tensor, teacher: Tensor | None, labels: Tensor | None, settings: LossSettings) -> Tensor:
+def _closed_form_(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, settings: LossSettings, seen: Moments | None
+) -> Tensor:
     """The objective's own gradient, in place of the logits; cross-entropy beside it where it is asked for."""
     plain = student.clone() if settings.uses_cross_entropy and settings.uses_objective else student
     values: Tensor | None = None
@@ -443,7 +446,10 @@ def _closed_form_(student: Tensor, teacher: Tensor | None, labels: Tensor | None
             student /= temperature
             if teacher is not None:
                 teacher /= temperature
-        values = settings.objective.value_and_grad_(student, teacher, labels)
+        if seen is None:
+            values = settings.objective.value_and_grad_(student, teacher, labels)
+        else:
+            values = settings.objective.value_and_grad_(student, teacher, labels, seen)
         if settings.kd_factor != 1.0:
             values = values * settings.kd_factor
         if settings.kd_factor != temperature:

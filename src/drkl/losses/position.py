@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from drkl.losses.common import LossSettings, log_softmax, spread
+from drkl.objectives.closed_form import Moments
 from drkl.objectives.decoupled import target_class
 from drkl.objectives.logspace import kl, split
 
@@ -83,6 +84,13 @@ def position_statistics(
         into.B[rows] = kl(student.log_two, teacher.log_two)
         empty = student.log_odds == torch.inf
         into.K[rows] = kl(student.log_tail, teacher.log_tail).masked_fill(empty, 0.0)
+
+
+def keep_moments(into: PositionStatistics, rows: slice, moments: Moments) -> None:
+    """Fill ``into[rows]`` with what a closed form has noticed."""
+    for name, column in into._asdict().items():
+        if name != "value" and column is not None:
+            column[rows] = getattr(moments, name).squeeze(-1)
 
 
 def spread_statistics(statistics: PositionStatistics, keep: Tensor | None, shape: torch.Size) -> PositionStatistics:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from drkl.objectives.base import check_number, help_text
-from drkl.objectives.divergences import log_ratio_, through_softmax_, two_kls_
+from drkl.objectives.closed_form import Moments, log_ratio_, through_softmax_, two_kls_
 from drkl.objectives.logspace import kl, kl_terms, weighted
 
 FIRST_TOKENS = 64
@@ -46,11 +46,17 @@ class AdaptiveKL:
         forward, reverse = kl(teacher_logp, student_logp), kl(student_logp, teacher_logp)
         return weighted(share, forward) + weighted(1.0 - share, reverse)
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
         assert teacher_logits is not None
         # Not the logits minus their log-sum-exp: at 1e4 that rounds a class across mu.
         head = head_mask(torch.log_softmax(teacher_logits, -1), self.mu)
-        log_ratio = log_ratio_(student_logits, teacher_logits)
+        log_ratio = log_ratio_(student_logits, teacher_logits, seen)
         share = head_share((teacher_logits - student_logits).abs_(), head)
         return two_kls_(student_logits, teacher_logits, log_ratio, share)
 
@@ -106,10 +112,16 @@ class TokenWiseKL:
         forward = weighted(forward_weight, kl_terms(teacher_logp, student_logp))
         return (forward + weighted(1.0 - forward_weight, kl_terms(student_logp, teacher_logp))).sum(-1)
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
         # h = d value / d log q = -sigma(log p/q) p + sigma(log q/p) q (log q/p + 1)
         assert teacher_logits is not None
-        log_ratio = log_ratio_(student_logits, teacher_logits)
+        log_ratio = log_ratio_(student_logits, teacher_logits, seen)
         value = torch.linalg.vecdot(student_logits - teacher_logits, log_ratio)
         forward_weight = torch.sigmoid(-log_ratio)
         reverse = log_ratio.add_(1.0).mul_(student_logits).mul_(1.0 - forward_weight)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from drkl.errors import DrklError
 from drkl.objectives.base import check_number, help_text
-from drkl.objectives.divergences import through_softmax_
+from drkl.objectives.closed_form import Moments, see_distributions, through_softmax_
 
 SMALL_SUM = 0.2
 """Below this s the two differences nearly cancel in the sum: small s |log p/q| take a series instead."""
@@ -79,14 +79,47 @@ class AlphaBeta:
             return torch.full_like(logp, math.inf)
         return (s * logp).exp() / (exponent * s)
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
         assert teacher_logits is not None and self.has_closed_form
         log_q, log_p = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
-        values = class_terms(log_q, log_p, self.alpha, self.beta).sum(-1)
-        slope = rise(log_p, log_q, self.alpha, self.beta).neg_()
+        terms, slope = terms_and_slope(log_q, log_p, self.alpha, self.beta)
+        if self.alpha + self.beta < SMALL_SUM:
+            terms = class_terms(log_q, log_p, self.alpha, self.beta)
         torch.exp(log_q, out=student_logits)
+        if seen is not None:
+            torch.exp(log_p, out=teacher_logits)
+            see_distributions(seen, student_logits, log_q, teacher_logits, log_p)
+        values = terms.sum(-1)
         through_softmax_(student_logits, slope)
         return values
+
+
+def terms_and_slope(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+    """What each class adds, and d / d log q of it (as if free), for s > 0: `class_terms` with half of the exponentials.
+
+    Of two neighbours in P, M, Q the larger is one exponential, and 1 - smaller / larger an expm1.
+    """
+    s = alpha + beta
+    difference = log_p - log_q
+    above = difference.clamp(min=0.0)
+    larger = torch.mul(log_q, s).add_(above, alpha=alpha).exp_()  # of M and Q
+    slope = larger.mul_(_one_minus_ratio(difference, alpha)).neg_()
+    larger = above.sub_(difference).mul_(beta).add_(log_p, alpha=s).exp_()  # of P and M
+    terms = larger.mul_(_one_minus_ratio(difference, beta)).add_(slope).div_(s)
+    return terms, slope
+
+
+def _one_minus_ratio(difference: Tensor, exponent: float) -> Tensor:
+    """(1 - e^(-a |d|)) sign(d) / a, and d at a = 0."""
+    if exponent == 0.0:
+        return difference
+    return torch.mul(difference.abs(), -exponent).expm1_().copysign_(difference).div_(exponent)
 
 
 def power(log_p: Tensor, alpha: float, log_q: Tensor, beta: float) -> Tensor:

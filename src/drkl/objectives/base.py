@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from drkl.errors import DrklError, did_you_mean
+from drkl.objectives.closed_form import Moments
 
 
 @runtime_checkable
@@ -50,11 +51,18 @@ class Objective(Protocol):
         """
         ...
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
         """Return the values `[n]` and overwrite ``student_logits`` with d value / d student_logits.
 
         The same numbers as ``__call__`` on the log-softmax of both, without a graph. Both logits `[n, vocab]` must be
-        finite, fp32 or wider; ``teacher_logits`` is left with arbitrary contents.
+        finite, fp32 or wider; ``teacher_logits`` is left with arbitrary contents. ``seen``, where given, is filled on
+        the way; an objective may do without this argument, and the loss then looks at the rows itself.
         """
         ...
 

@@ -15,6 +15,7 @@ from drkl.errors import DrklError
 from drkl.objectives.adaptive import AdaptiveKL, TokenWiseKL
 from drkl.objectives.alpha_beta import AlphaBeta
 from drkl.objectives.base import Objective, check_choice, check_number, help_text
+from drkl.objectives.closed_form import EXCLUDED, Moments, Softmax, observed_softmax_, see_split, softmax_
 from drkl.objectives.divergences import (
     ForwardKL,
     GeneralizedJensenShannon,
@@ -23,7 +24,6 @@ from drkl.objectives.divergences import (
     SkewReverseKL,
     SymmetricKL,
     TotalVariation,
-    softmax_,
 )
 from drkl.objectives.logspace import Split, kl, mixture, split, two_classes, weighted
 
@@ -44,10 +44,6 @@ PARTS: dict[str, Objective] = {cls.name: cls() for cls in _DIVERGENCES}
 TAILS = ("rkl", "fkl", "gjs")
 TARGETS = ("teacher", "label")
 WEIGHTS = ("constant", "student", "teacher", "floor")
-
-
-EXCLUDED = -1e30
-"""A logit that is finite, and whose probability is exactly 0."""
 
 
 def _check_common(owner: str, gamma: object, target: object, weight: object) -> None:
@@ -122,14 +118,27 @@ class Decoupled:
         weight = tail_weight(self.weight, self.gamma, student.log_odds, teacher.log_odds)
         return weighted(self.target_weight, on_target) + weighted(weight, on_tail)
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
         # With s the target's log-odds, d s / dz_t = 1 and d s / dz_j = -q^_j: the two classes' gradient is one number.
         assert teacher_logits is not None and self.has_closed_form
         at_target = target_class(self.target, teacher_logits, labels).unsqueeze(-1)
         z_t, y_t = student_logits.gather(-1, at_target), teacher_logits.gather(-1, at_target)
         tail_q = student_logits.scatter_(-1, at_target, EXCLUDED).clone()
-        s = z_t - softmax_(tail_q)
-        u = y_t - teacher_logits.scatter_(-1, at_target, EXCLUDED).logsumexp(-1, keepdim=True)
+        teacher_logits.scatter_(-1, at_target, EXCLUDED)
+        if seen is None:
+            s, u = z_t - softmax_(tail_q), y_t - teacher_logits.logsumexp(-1, keepdim=True)
+        else:
+            difference, tail_p = student_logits - teacher_logits, teacher_logits.clone()
+            q, p = observed_softmax_(tail_q), observed_softmax_(tail_p)
+            s, u = z_t - q.log_norm, y_t - p.log_norm
+            reverse = torch.linalg.vecdot(tail_q, difference).unsqueeze(-1) + (p.log_norm - q.log_norm)
+            see_split(seen, (q, p), (s, u), _two_class_reverse_kl(s, u), reverse)
         on_tail = self.on_tail.value_and_grad_(student_logits, teacher_logits, None)
         with torch.enable_grad():
             log_odds = s.squeeze(-1).detach().requires_grad_()
@@ -239,28 +248,46 @@ class DecoupledReverseKL:
         weight = tail_weight(self.weight, self.gamma, student.log_odds, teacher.log_odds)
         return on_target + weighted(weight, on_tail)
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
         if self.tail == "gjs":
-            return self._operator.value_and_grad_(student_logits, teacher_logits, labels)
+            return self._operator.value_and_grad_(student_logits, teacher_logits, labels, seen)
         # d/dz_t = q_t (1 - q_t) D; reverse tail: d/dz_j = q^_j [w (d_j - K) - q_t (1 - q_t) D], d_j = log q^_j / p^_j.
         assert teacher_logits is not None and self.has_closed_form
         at_target = target_class(self.target, teacher_logits, labels).unsqueeze(-1)
         z_t, y_t = student_logits.gather(-1, at_target), teacher_logits.gather(-1, at_target)
         difference = (student_logits - teacher_logits).scatter_(-1, at_target, 0.0)
-        log_rest_q = softmax_(student_logits.scatter_(-1, at_target, -math.inf))
-        log_rest_p = softmax_(teacher_logits.scatter_(-1, at_target, -math.inf))
+        student_logits.scatter_(-1, at_target, EXCLUDED)
+        teacher_logits.scatter_(-1, at_target, EXCLUDED)
+        tails: tuple[Softmax, Softmax] | None = None
+        if seen is None:
+            log_rest_q, log_rest_p = softmax_(student_logits), softmax_(teacher_logits)
+        else:
+            tails = observed_softmax_(student_logits), observed_softmax_(teacher_logits)
+            log_rest_q, log_rest_p = tails[0].log_norm, tails[1].log_norm
         s, u = z_t - log_rest_q, y_t - log_rest_p
         shift = log_rest_p - log_rest_q
         weight = tail_weight(self.weight, self.gamma, s, u)
         push = torch.sigmoid(s) * torch.sigmoid(-s) * (s - u)
-        if self.tail == "rkl":
-            on_tail = torch.linalg.vecdot(student_logits, difference).unsqueeze(-1) + shift
-            student_logits.mul_(difference.add_(shift - on_tail).mul_(weight).sub_(push))
+        on_target = _two_class_reverse_kl(s, u)
+        reverse: Tensor | None = None
+        if self.tail == "rkl" or seen is not None:
+            reverse = torch.linalg.vecdot(student_logits, difference).unsqueeze(-1) + shift
+        if seen is not None and tails is not None and reverse is not None:
+            see_split(seen, tails, (s, u), on_target, reverse)
+        if self.tail == "rkl" and reverse is not None:
+            on_tail = reverse
+            student_logits.mul_(difference.add_(shift - reverse).mul_(weight).sub_(push))
         else:
             on_tail = -torch.linalg.vecdot(teacher_logits, difference).unsqueeze(-1) - shift
             student_logits.mul_(weight - push).sub_(teacher_logits.mul_(weight))
         student_logits.scatter_(-1, at_target, push)
-        return (_two_class_reverse_kl(s, u) + weight * on_tail).squeeze(-1)
+        return (on_target + weight * on_tail).squeeze(-1)
 
 
 def _two_class_reverse_kl(s: Tensor, u: Tensor) -> Tensor:
@@ -304,5 +331,11 @@ class DecoupledKnowledgeDistillation:
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
         return self._operator(student_logp, teacher_logp, labels)
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
-        return self._operator.value_and_grad_(student_logits, teacher_logits, labels)
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
+        return self._operator.value_and_grad_(student_logits, teacher_logits, labels, seen)

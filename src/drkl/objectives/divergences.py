@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from drkl.objectives.base import check_number, help_text
+from drkl.objectives.closed_form import (
+    Moments,
+    log_ratio_,
+    log_share,
+    observed_softmax_,
+    softmax_,
+    softmaxes_,
+    through_softmax_,
+    two_kls_,
+)
 from drkl.objectives.logspace import kl, mixture, weighted
 
 
@@ -29,11 +37,20 @@ class CrossEntropy:
         assert labels is not None
         return -student_logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
         assert labels is not None
         observed = labels.unsqueeze(-1)
         at_label = student_logits.gather(-1, observed)
-        log_norm = softmax_(student_logits)
+        if seen is None:
+            log_norm = softmax_(student_logits)
+        else:
+            log_norm, seen.max_q, seen.student_entropy, _ = observed_softmax_(student_logits)
         student_logits.scatter_add_(-1, observed, torch.full_like(at_label, -1.0))
         return (log_norm - at_label).squeeze(-1)
 
@@ -53,10 +70,17 @@ class ForwardKL:
         assert teacher_logp is not None
         return kl(teacher_logp.detach(), student_logp)
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
         assert teacher_logits is not None
         difference = teacher_logits - student_logits
-        shift = softmax_(student_logits) - softmax_(teacher_logits)
+        log_norm_q, log_norm_p = softmaxes_(student_logits, teacher_logits, seen)
+        shift = log_norm_q - log_norm_p
         value = torch.linalg.vecdot(teacher_logits, difference).unsqueeze(-1) + shift
         student_logits.sub_(teacher_logits)
         return value.squeeze(-1)
@@ -77,10 +101,17 @@ class ReverseKL:
         assert teacher_logp is not None
         return kl(student_logp, teacher_logp.detach())
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
         assert teacher_logits is not None
         difference = student_logits - teacher_logits
-        shift = softmax_(teacher_logits) - softmax_(student_logits)
+        log_norm_q, log_norm_p = softmaxes_(student_logits, teacher_logits, seen)
+        shift = log_norm_p - log_norm_q
         value = torch.linalg.vecdot(student_logits, difference).unsqueeze(-1) + shift
         student_logits.mul_(difference.add_(shift - value))
         return value.squeeze(-1)
@@ -110,9 +141,15 @@ class SymmetricKL:
         teacher_logp, w = teacher_logp.detach(), self.forward_weight
         return weighted(w, kl(teacher_logp, student_logp)) + weighted(1.0 - w, kl(student_logp, teacher_logp))
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
         assert teacher_logits is not None
-        log_ratio = log_ratio_(student_logits, teacher_logits)
+        log_ratio = log_ratio_(student_logits, teacher_logits, seen)
         return two_kls_(student_logits, teacher_logits, log_ratio, self.forward_weight)
 
 
@@ -142,10 +179,16 @@ class GeneralizedJensenShannon:
         middle = mixture(teacher_logp, student_logp, self.beta)
         return self.beta * kl(teacher_logp, middle) + (1.0 - self.beta) * kl(student_logp, middle)
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
         # d/dz = (1 - beta) q (log q/m - sum q log q/m)
         assert teacher_logits is not None
-        log_ratio = log_ratio_(student_logits, teacher_logits)
+        log_ratio = log_ratio_(student_logits, teacher_logits, seen)
         log_q_m = log_share(log_ratio, 1.0 - self.beta, self.beta)
         on_student = torch.linalg.vecdot(student_logits, log_q_m).unsqueeze(-1)
         on_teacher = torch.linalg.vecdot(teacher_logits, log_ratio.neg_().add_(log_q_m)).unsqueeze(-1)
@@ -178,10 +221,16 @@ class SkewForwardKL:
         teacher_logp = teacher_logp.detach()
         return kl(teacher_logp, mixture(teacher_logp, student_logp, self.skew))
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
         # h = d value / d log q = -(1 - s) p q/m
         assert teacher_logits is not None
-        log_ratio = log_ratio_(student_logits, teacher_logits)
+        log_ratio = log_ratio_(student_logits, teacher_logits, seen)
         log_q_m = log_share(log_ratio, 1.0 - self.skew, self.skew)
         value = torch.linalg.vecdot(teacher_logits, log_ratio.neg_().add_(log_q_m))
         slope = log_q_m.exp_().mul_(teacher_logits).mul_(self.skew - 1.0)
@@ -212,10 +261,16 @@ class SkewReverseKL:
         assert teacher_logp is not None
         return kl(student_logp, mixture(student_logp, teacher_logp.detach(), self.skew))
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
         # d/dz = q (g - sum q g), g = log q/m - s q/m
         assert teacher_logits is not None
-        log_q_m = log_share(log_ratio_(student_logits, teacher_logits), self.skew, 1.0 - self.skew)
+        log_q_m = log_share(log_ratio_(student_logits, teacher_logits, seen), self.skew, 1.0 - self.skew)
         value = torch.linalg.vecdot(student_logits, log_q_m)
         slope = log_q_m if self.skew == 0.0 else log_q_m.sub_(log_q_m.exp(), alpha=self.skew)
         student_logits.mul_(slope.sub_(torch.linalg.vecdot(student_logits, slope).unsqueeze(-1)))
@@ -237,58 +292,17 @@ class TotalVariation:
         assert teacher_logp is not None
         return 0.5 * (teacher_logp.detach().exp() - student_logp.exp()).abs().sum(-1)
 
-    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def value_and_grad_(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        seen: Moments | None = None,
+    ) -> Tensor:
         assert teacher_logits is not None
-        softmax_(student_logits)
-        softmax_(teacher_logits)
+        softmaxes_(student_logits, teacher_logits, seen)
         difference = torch.sub(student_logits, teacher_logits, out=teacher_logits)
         value = 0.5 * difference.abs().sum(-1)
         sign = difference.sign_().mul_(0.5)
         student_logits.mul_(sign.sub_(torch.linalg.vecdot(student_logits, sign).unsqueeze(-1)))
         return value
-
-
-def softmax_(logits: Tensor) -> Tensor:
-    """Overwrite finite ``logits`` `[n, k]` with their softmax; return the log-sum-exp `[n, 1]`."""
-    highest = logits.amax(-1, keepdim=True)
-    logits.sub_(highest).exp_()
-    total = logits.sum(-1, keepdim=True)
-    logits.div_(total)
-    return highest + total.log()
-
-
-def log_ratio_(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Overwrite both finite logits `[n, k]` with their softmax q and p; return log(q / p) `[n, k]`."""
-    difference = student_logits - teacher_logits
-    shift = softmax_(teacher_logits) - softmax_(student_logits)
-    return difference.add_(shift)
-
-
-def log_share(log_ratio: Tensor, weight_q: float, weight_p: float) -> Tensor:
-    """log(q / m) `[n, k]` for m = ``weight_q`` q + ``weight_p`` p, from ``log_ratio`` = log(q / p).
-
-    Both weights, which add up to 1, since 1 - weight forgets a small one.
-    """
-    if weight_q == 0.0:
-        return log_ratio.clone()
-    if weight_p == 0.0:
-        return torch.zeros_like(log_ratio)
-    # m/q = w_q (1 + w_p/w_q p/q). Beyond the threshold softplus(x) is x to the last bit of float64.
-    odds = math.log(weight_p) - math.log(weight_q)
-    return F.softplus(odds - log_ratio, threshold=40.0).add_(math.log(weight_q)).neg_()
-
-
-def through_softmax_(student_probs: Tensor, slope: Tensor) -> None:
-    """Overwrite q `[n, k]` with the gradient on the logits, from ``slope`` = d value / d log q (as if free)."""
-    student_probs.mul_(slope.sum(-1, keepdim=True)).sub_(slope).neg_()
-
-
-def two_kls_(student_probs: Tensor, teacher_probs: Tensor, log_ratio: Tensor, forward_weight: Tensor | float) -> Tensor:
-    """Overwrite q with the gradient of w KL(p || q) + (1 - w) KL(q || p) for a fixed w; return the values `[n]`."""
-    reverse = torch.linalg.vecdot(student_probs, log_ratio).unsqueeze(-1)
-    forward = -torch.linalg.vecdot(teacher_probs, log_ratio).unsqueeze(-1)
-    reverse_weight = 1.0 - forward_weight
-    # w (q - p) + (1 - w) q (log q/p - RKL)
-    factor = log_ratio.sub_(reverse).mul_(reverse_weight).add_(forward_weight)
-    student_probs.mul_(factor).sub_(teacher_probs.mul_(forward_weight))
-    return (forward_weight * forward + reverse_weight * reverse).squeeze(-1)
