@@ -11,6 +11,7 @@ import scipy.special
 import torch
 from torch import Tensor
 
+from drkl.objectives import logspace
 from drkl.objectives.logspace import kl, mixture, split
 
 INF = math.inf
@@ -85,3 +86,14 @@ def test_shapes_are_checked_under_pytest() -> None:
         split(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long))
     with pytest.raises(jaxtyping.TypeCheckError):
         split(torch.zeros(2, 3), torch.zeros(2))
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 1023, 1024, 1025, 1300, 2048, 3000])
+def test_argmax_is_the_first_of_equals(vocab: int) -> None:
+    generator = np.random.default_rng(vocab)
+    coarse = generator.integers(0, 4, size=(50, vocab)).astype(float)
+    fine = generator.normal(size=(50, vocab))
+    peaked = np.zeros((vocab, vocab)) if vocab < 1100 else np.zeros((50, vocab))
+    peaked[np.arange(len(peaked)), -1 - np.arange(len(peaked))] = 1.0
+    for values in (coarse, fine, peaked, np.full((2, vocab), -np.inf)):
+        assert logspace.argmax(torch.from_numpy(values)).tolist() == values.argmax(-1).tolist()

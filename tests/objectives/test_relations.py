@@ -159,6 +159,17 @@ def test_the_head_may_be_long(mu: float) -> None:
         assert set(np.flatnonzero(head)) == set(order[:count])
 
 
+@pytest.mark.parametrize("mu", [0.05, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+def test_the_heads_short_list_is_the_whole_sort(mu: float, tied: bool, scale: float) -> None:
+    student, teacher, labels = tensors.logits(rows=40, vocab=700, scale=scale, seed=21)
+    teacher = (2 * teacher).round() / 2 if tied else teacher
+    akl = drkl.make_objective("akl", mu=mu)
+    rows = student, teacher, labels
+    assert_same(tensors.closed_form(akl, *rows), tensors.value_and_grad(akl, *rows))
+
+
 def test_dkd_is_the_operator_forward() -> None:
     rows = tensors.logits(rows=20, seed=19)
     operator = drkl.decoupled("fkl", "fkl", gamma=0.7, target_weight=2.0, target="label")

@@ -14,7 +14,7 @@ from drkl.objectives.base import check_number, help_text
 from drkl.objectives.closed_form import Moments, log_ratio_, through_softmax_, two_kls_
 from drkl.objectives.logspace import kl, kl_terms, weighted
 
-FIRST_TOKENS = 64
+FIRST_TOKENS = 256
 """Of the teacher's best tokens, so many are looked at first; the head seldom needs more."""
 
 
@@ -54,10 +54,15 @@ class AdaptiveKL:
         seen: Moments | None = None,
     ) -> Tensor:
         assert teacher_logits is not None
-        # Not the logits minus their log-sum-exp: at 1e4 that rounds a class across mu.
-        head = head_mask(torch.log_softmax(teacher_logits, -1), self.mu)
+        best, places = teacher_logits.topk(min(FIRST_TOKENS, teacher_logits.shape[-1]), -1)
+        kept = teacher_logits.clone()
         log_ratio = log_ratio_(student_logits, teacher_logits, seen)
-        share = head_share((teacher_logits - student_logits).abs_(), head)
+        gap = (teacher_logits - student_logits).abs_()
+        listed = first_tokens(best, teacher_logits.gather(-1, places), self.mu)
+        if listed is None:
+            share = head_share(gap, head_mask(torch.log_softmax(kept, -1), self.mu))
+        else:
+            share = _share(gap.gather(-1, places).mul_(listed).sum(-1, keepdim=True), gap.sum(-1, keepdim=True))
         return two_kls_(student_logits, teacher_logits, log_ratio, share)
 
 
@@ -67,7 +72,7 @@ def head_mask(logp: Float[Tensor, "n vocab"], mu: float) -> Bool[Tensor, "n voca
     vocab_size = logp.shape[-1]
     if mu >= 1 or logp.shape[0] == 0:
         return logp > -math.inf
-    mu -= 16 * torch.finfo(logp.dtype).eps  # two classes of exactly 1/2 each: the first alone reaches a mu of 1/2
+    mu = _reached(mu, logp.dtype)
     count = min(FIRST_TOKENS, vocab_size)
     while True:
         best = logp.topk(count, -1).values
@@ -84,11 +89,34 @@ def head_mask(logp: Float[Tensor, "n vocab"], mu: float) -> Bool[Tensor, "n voca
     return (above | ties) & (logp > -math.inf)
 
 
+def _reached(mu: float, dtype: torch.dtype) -> float:
+    # Two classes of exactly 1/2 each: the first alone reaches a mu of 1/2.
+    return mu - 16 * torch.finfo(dtype).eps
+
+
+def first_tokens(best: Float[Tensor, "n k"], probs: Float[Tensor, "n k"], mu: float) -> Bool[Tensor, "n k"] | None:
+    """Which of the teacher's k best tokens, in descending order, are its head; None where these do not tell.
+
+    They do not where the head may reach beyond them, or where a token outside of it ties with its last.
+    """
+    mass = probs.cumsum(-1)
+    last = (mass < _reached(mu, probs.dtype)).sum(-1, keepdim=True)
+    k = best.shape[-1]
+    if mu >= 1 or k < 2 or bool((last >= k - 1).any()):
+        return None
+    if bool((best.gather(-1, last) == best.gather(-1, last + 1)).any()):
+        return None
+    return torch.arange(k, device=best.device) <= last
+
+
 def head_share(gap: Float[Tensor, "n vocab"], head: Bool[Tensor, "n vocab"]) -> Float[Tensor, "n 1"]:
     """g_h / (g_h + g_t), and 1/2 where both are 0; overwrites ``gap`` = |p - q|."""
     whole = gap.sum(-1, keepdim=True)
-    in_head = gap.mul_(head).sum(-1, keepdim=True)
-    return torch.where(whole > 0, in_head / whole.clamp(min=torch.finfo(gap.dtype).tiny), 0.5).clamp(max=1.0)
+    return _share(gap.mul_(head).sum(-1, keepdim=True), whole)
+
+
+def _share(in_head: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, in_head / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0.5).clamp(max=1.0)
 
 
 @dataclass(frozen=True)

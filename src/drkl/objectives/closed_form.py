@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drkl.objectives.logspace import argmax
+
 EXCLUDED = -1e30
 """A logit that is finite, and whose probability is exactly 0."""
 
@@ -43,7 +45,7 @@ class Moments:
 
 
 class Softmax(NamedTuple):
-    """One row's softmax in four numbers, each `[n, 1]`."""
+    """One row's softmax in three numbers, each `[n, 1]`."""
 
     log_norm: Tensor
     """log sum exp of the logits."""
@@ -51,8 +53,6 @@ class Softmax(NamedTuple):
     """The highest probability."""
     entropy: Tensor
     """-sum q log q."""
-    place: Tensor
-    """Where the highest is, the first of equals."""
 
 
 def softmax_(logits: Tensor) -> Tensor:
@@ -66,21 +66,22 @@ def softmax_(logits: Tensor) -> Tensor:
 
 def observed_softmax_(logits: Tensor) -> Softmax:
     """`softmax_`, and the entropy from the same exponentials: one dot product more."""
-    highest, place = logits.max(-1, keepdim=True)
+    highest = logits.amax(-1, keepdim=True)
     exps = logits.sub_(highest).exp()
     total = exps.sum(-1, keepdim=True)
     log_total = total.log()
     entropy = log_total - torch.linalg.vecdot(exps, logits).unsqueeze(-1) / total
     torch.div(exps, total, out=logits)
-    return Softmax(highest + log_total, total.reciprocal(), entropy, place)
+    return Softmax(highest + log_total, total.reciprocal(), entropy)
 
 
 def softmaxes_(student_logits: Tensor, teacher_logits: Tensor, seen: Moments | None) -> tuple[Tensor, Tensor]:
     """`softmax_` of both; return both log-sum-exps, and fill ``seen`` as for an objective without a target."""
     if seen is None:
         return softmax_(student_logits), softmax_(teacher_logits)
+    target = argmax(teacher_logits).unsqueeze(-1)
     q, p = observed_softmax_(student_logits), observed_softmax_(teacher_logits)
-    seen.student_entropy, seen.max_q, seen.q_t = q.entropy, q.top, student_logits.gather(-1, p.place)
+    seen.student_entropy, seen.max_q, seen.q_t = q.entropy, q.top, student_logits.gather(-1, target)
     seen.teacher_entropy, seen.max_p, seen.p_t = p.entropy, p.top, p.top
     return q.log_norm, p.log_norm
 
@@ -88,8 +89,8 @@ def softmaxes_(student_logits: Tensor, teacher_logits: Tensor, seen: Moments | N
 def see_distributions(seen: Moments, q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor) -> None:
     """Fill ``seen`` as for an objective without a target, from both distributions and their logs `[n, k]`."""
     seen.max_q = q.amax(-1, keepdim=True)
-    seen.max_p, place = p.max(-1, keepdim=True)
-    seen.q_t, seen.p_t = q.gather(-1, place), seen.max_p
+    seen.max_p = seen.p_t = p.amax(-1, keepdim=True)
+    seen.q_t = q.gather(-1, argmax(log_p).unsqueeze(-1))
     seen.student_entropy = -torch.linalg.vecdot(q, log_q).unsqueeze(-1)
     seen.teacher_entropy = -torch.linalg.vecdot(p, log_p).unsqueeze(-1)
 

@@ -25,7 +25,7 @@ from drkl.objectives.divergences import (
     SymmetricKL,
     TotalVariation,
 )
-from drkl.objectives.logspace import Split, kl, mixture, split, two_classes, weighted
+from drkl.objectives.logspace import Split, argmax, kl, mixture, split, two_classes, weighted
 
 _DIVERGENCES: tuple[type[Objective], ...] = (
     ForwardKL,
@@ -57,7 +57,7 @@ def target_class(
 ) -> Int[Tensor, "n"]:
     """The target class at each position `[n]`: the teacher's top token (lowest index on ties), or the label."""
     if target == "teacher":
-        return teacher_logits.argmax(-1)
+        return argmax(teacher_logits)
     assert labels is not None
     return labels
 

@@ -50,7 +50,7 @@ class CrossEntropy:
         if seen is None:
             log_norm = softmax_(student_logits)
         else:
-            log_norm, seen.max_q, seen.student_entropy, _ = observed_softmax_(student_logits)
+            log_norm, seen.max_q, seen.student_entropy = observed_softmax_(student_logits)
         student_logits.scatter_add_(-1, observed, torch.full_like(at_label, -1.0))
         return (log_norm - at_label).squeeze(-1)
 
