@@ -43,7 +43,7 @@ from drkl.objectives import CrossEntropy, Objective
 from drkl.objectives.closed_form import Moments
 from drkl.objectives.logspace import weighted
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 48 * 2**20
 """Logits of one model held at a time."""
 BLOCK_BYTES = 2**20
 """Rows whose gradient is made at a time: small enough to stay in the processor's cache between passes."""
@@ -280,7 +280,8 @@ def _run(
     teacher_weight = None if inputs.teacher_head is None else inputs.teacher_head.weight.to(inputs.teacher_dtype)
     kernel = _row_kernel(hidden.device, inputs)
     chunk_bytes = CUDA_CHUNK_BYTES if hidden.device.type == "cuda" else CHUNK_BYTES
-    size = max(1, chunk_bytes // (head.vocab_size * (dtype if kernel else wide).itemsize))
+    size = _even(count, max(1, chunk_bytes // (head.vocab_size * (dtype if kernel else wide).itemsize)))
+    rooms = None if kernel else _make_rooms(size, inputs, wide)
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         chunk = hidden[rows].to(dtype)
@@ -289,9 +290,9 @@ def _run(
         if kernel is not None:
             student_logits, done = _kernel_step(kernel, chunk, weight, teacher_weight, inputs, rows)
         if student_logits is None or done is None:
-            student_logits = _logits(chunk, weight, head, wide)
+            student_logits = _logits(chunk, weight, head, wide, rooms)
             capped = student_logits.clone() if head.softcap is not None and any(needs) else None
-            teacher_logits = _teacher_logits(teacher_weight, inputs, rows, wide)
+            teacher_logits = _teacher_logits(teacher_weight, inputs, rows, wide, rooms)
             labels = None if inputs.labels is None else inputs.labels[rows]
             done = _values_and_grads_(student_logits, teacher_logits, labels, inputs, start)
         values[rows] = done
@@ -302,6 +303,8 @@ def _run(
                 grad[share == 0] = 0  # 0 * inf: what has no weight may be infinite
             if grad_bias is not None:
                 grad_bias += grad.sum(0) if share is None else share @ grad
+            if rooms is not None and rooms.low is not None:
+                grad = rooms.low[: grad.shape[0]].copy_(grad)
             _accumulate(grad.to(dtype), chunk, weight, rows, grad_hidden, grad_weight, share)
     if inputs.statistics is not None:
         inputs.statistics.value.copy_(values)
@@ -352,15 +355,48 @@ def _kernel_step(
     return student_logits, values
 
 
-def _teacher_logits(weight: Tensor | None, inputs: _Inputs, rows: slice, wide: torch.dtype) -> Tensor | None:
+class _Rooms(NamedTuple):
+    """Memory for a chunk's logits, made once: fresh memory costs a processor a twentieth of the whole."""
+
+    student: Tensor | None
+    teacher: Tensor | None
+    low: Tensor | None
+    """For a product in low precision, on its way to or from fp32."""
+
+
+def _make_rooms(size: int, inputs: _Inputs, wide: torch.dtype) -> _Rooms:
+    weight = inputs.head.weight
+
+    def room(dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
+        return weight.new_empty(size, weight.shape[0], dtype=dtype) if wanted else None
+
+    dtype = inputs.compute_dtype
+    return _Rooms(room(wide), room(wide, inputs.teacher_head is not None), room(dtype, dtype != wide))
+
+
+def _even(count: int, most: int) -> int:
+    """The size of equal chunks of at most ``most`` rows: a last one of few rows would read both heads for nothing."""
+    return max(1, -(-count // max(1, -(-count // most))))
+
+
+def _teacher_logits(
+    weight: Tensor | None, inputs: _Inputs, rows: slice, wide: torch.dtype, rooms: _Rooms | None
+) -> Tensor | None:
     if weight is None or inputs.teacher_hidden is None or inputs.teacher_head is None:
         return None
     states = inputs.teacher_hidden[rows].to(inputs.teacher_dtype)
-    return _logits(states, weight, inputs.teacher_head, wide)
+    return _logits(states, weight, inputs.teacher_head, wide, rooms and rooms._replace(student=rooms.teacher))
 
 
-def _logits(hidden: Tensor, weight: Tensor, head: LMHead, wide: torch.dtype) -> Tensor:
-    out = (hidden @ weight.T).to(wide)
+def _logits(hidden: Tensor, weight: Tensor, head: LMHead, wide: torch.dtype, rooms: _Rooms | None) -> Tensor:
+    """A chunk's logits in ``wide``, in the student's room where there are rooms."""
+    if rooms is None or rooms.student is None:
+        out = (hidden @ weight.T).to(wide)
+    elif hidden.dtype == wide:
+        out = torch.mm(hidden, weight.T, out=rooms.student[: hidden.shape[0]])
+    else:
+        low = None if rooms.low is None else rooms.low[: hidden.shape[0]]
+        out = rooms.student[: hidden.shape[0]].copy_(torch.mm(hidden, weight.T, out=low))
     if head.bias is not None:
         out += head.bias
     if head.scale != 1.0:
