@@ -6,6 +6,8 @@ STAMP := $(VENV)/.drkl-setup
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 RECIPE := recipes/quickstart.yaml
 RUN := runs/quickstart
+# What `make bench` times at 16,384 positions, for the memory.
+LONG := floor "fused rkl" "fused drkl" "fused drkl, stats"
 
 # The tests and checks never ask a hub for anything.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
@@ -70,6 +72,8 @@ check: setup ## lint, format check, types
 
 bench: setup ## time and memory of the fused loss, next to its floor, plain autograd and the peers that are installed
 	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss
+	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss --vocab 151936 --hidden 896 --rounds 3
+	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss --positions 16384 --rounds 2 --only $(LONG)
 
 docs: setup ## write docs/reference.md from the program itself
 	@mkdir -p docs

@@ -11,9 +11,7 @@ once, in one process; the extra peak memory of a variant is measured in a proces
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,8 +23,10 @@ import torch
 from torch import Tensor
 
 import drkl
+from benchmarks.rows import Row, commit, processor, spread, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "fused_loss.csv"
+SETTINGS = ("positions", "vocab", "hidden", "dtype", "threads")
 Variant = Callable[["Case"], None]
 
 
@@ -149,7 +149,7 @@ def seconds(variant: Variant, case: Case) -> float:
 def extra_peak_mb(name: str, arguments: argparse.Namespace) -> float:
     """MiB by which the peak memory of a process of its own grows while it runs the variant, gradients included."""
     command = [sys.executable, "-m", "benchmarks.fused_loss", "--memory-of", name]
-    for option in ("positions", "vocab", "hidden", "dtype", "threads"):
+    for option in SETTINGS:
         command += [f"--{option}", str(getattr(arguments, option))]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -168,21 +168,6 @@ def print_own_extra_peak(name: str, case: Case) -> None:
     print((own_peak_kib() - before) / 1024)
 
 
-def processor() -> str:
-    """The processor's own name, or the architecture where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def commit() -> str:
-    """The commit the sources are at, or an empty text outside of a checkout."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return done.stdout.strip()
-
-
 def main() -> None:
     """Measure, print, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -192,7 +177,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="rows at the same settings are replaced in it")
     parser.add_argument("--memory-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -200,31 +186,28 @@ def main() -> None:
     if arguments.memory_of:
         print_own_extra_peak(arguments.memory_of, case)
         return
-    taken: dict[str, list[float]] = {name: [] for name in VARIANTS if runs_here(name)}
+    about = {"processor": processor(), "torch": torch.__version__, "drkl": drkl.__version__, "commit": commit()}
+    taken: dict[str, list[float]] = {name: [] for name in VARIANTS if name in arguments.only and runs_here(name)}
     for round_number in range(arguments.rounds + 1):
         for name in taken:
             value = seconds(VARIANTS[name], case)
             if round_number:  # the first one warms up
                 taken[name].append(value)
         print(f"round {round_number} of {arguments.rounds}", file=sys.stderr)
-    settings = {key: getattr(arguments, key) for key in ("positions", "vocab", "hidden", "dtype", "threads", "rounds")}
-    about = {"processor": processor(), "torch": torch.__version__, "drkl": drkl.__version__, "commit": commit()}
-    rows = []
-    base = statistics.median(taken["floor"])
+    del case
+    settings = {key: str(getattr(arguments, key)) for key in SETTINGS}
+    rows: list[Row] = []
+    base = statistics.median(taken["floor"]) if "floor" in taken else float("nan")
     print(f"{'variant':<18} {'median s':>9} {'p20':>8} {'p80':>8} {'x floor':>8} {'extra MiB':>10}")
     for name, values in taken.items():
-        low, *_, high = statistics.quantiles(values, n=5)
-        median, peak = statistics.median(values), extra_peak_mb(name, arguments)
-        print(f"{name:<18} {median:>9.3f} {low:>8.3f} {high:>8.3f} {median / base:>8.2f} {peak:>10.0f}")
-        measured = {"median_s": f"{median:.4f}", "p20_s": f"{low:.4f}", "p80_s": f"{high:.4f}"}
-        measured["extra_peak_mib"] = f"{peak:.0f}"
-        rows.append({"variant": name} | measured | settings | about)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"The rows are in {arguments.output}")
+        row = {"variant": name, **spread(values, "s"), "extra_peak_mib": f"{extra_peak_mb(name, arguments):.0f}"}
+        ratio = statistics.median(values) / base
+        print(
+            f"{name:<18} {float(row['median_s']):>9.3f} {float(row['p20_s']):>8.3f} {float(row['p80_s']):>8.3f} "
+            f"{ratio:>8.2f} {row['extra_peak_mib']:>10}"
+        )
+        rows.append(row | settings | {"rounds": str(arguments.rounds)} | about)
+    write_rows(arguments.output, rows, ("variant", *SETTINGS))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ go to ``benchmarks/results/fused_loss_gpu.csv``.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,10 +19,12 @@ import torch
 from torch import Tensor
 
 import drkl
-from benchmarks.fused_loss import Case, commit
+from benchmarks.fused_loss import Case
+from benchmarks.rows import Row, commit, spread, write_rows
 from drkl.losses import fused as fused_module
 
 RESULTS = Path(__file__).parent / "results" / "fused_loss_gpu.csv"
+SETTINGS = ("positions", "vocab", "hidden")
 Variant = Callable[[Case], None]
 
 
@@ -163,29 +164,23 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, variant in made.items():
             taken[name].append(milliseconds(variant, case))
-    settings = {key: getattr(arguments, key) for key in ("positions", "vocab", "hidden", "rounds")}
+    settings = {key: str(getattr(arguments, key)) for key in SETTINGS}
     about = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "cuda": torch.version.cuda,
+        "cuda": str(torch.version.cuda),
         "drkl": drkl.__version__,
         "commit": commit(),
     }
-    rows = []
+    rows: list[Row] = []
     base = statistics.median(taken["floor"])
     print(f"{'variant':<22} {'median ms':>9} {'p20':>8} {'p80':>8} {'x floor':>8} {'extra MiB':>10}")
     for name, values in taken.items():
-        low, *_, high = statistics.quantiles(values, n=5)
-        median = statistics.median(values)
+        row = {"variant": name, **spread(values, "ms"), "extra_peak_mib": f"{peaks[name]:.0f}"}
+        median, low, high = (float(row[f"{key}_ms"]) for key in ("median", "p20", "p80"))
         print(f"{name:<22} {median:>9.2f} {low:>8.2f} {high:>8.2f} {median / base:>8.2f} {peaks[name]:>10.0f}")
-        measured = {"median_ms": f"{median:.3f}", "p20_ms": f"{low:.3f}", "p80_ms": f"{high:.3f}"}
-        rows.append({"variant": name} | measured | {"extra_peak_mib": f"{peaks[name]:.0f}"} | settings | about)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"The rows are in {arguments.output}")
+        rows.append(row | settings | {"rounds": str(arguments.rounds)} | about)
+    write_rows(arguments.output, rows, ("variant", *SETTINGS, "gpu"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""What both benchmarks share: where a row comes from, its spread, and the csv file that keeps it."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+Row = dict[str, str]
+
+
+def processor() -> str:
+    """The processor's own name, or the architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str:
+    """The commit the sources are at, or an empty text outside of a checkout."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def spread(values: Sequence[float], unit: str) -> Row:
+    """Median, 20th and 80th percentile, as columns."""
+    low, *_, high = statistics.quantiles(values, n=5)
+    named = {"median": statistics.median(values), "p20": low, "p80": high}
+    return {f"{name}_{unit}": f"{value:.4f}" for name, value in named.items()}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, none where it is not there."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[Row], same: Sequence[str]) -> None:
+    """Write ``rows`` in the place of those that agree with one of them in the columns ``same``; the others stay."""
+    taken = {tuple(str(row[key]) for key in same) for row in rows}
+    kept = [row for row in read_rows(path) if tuple(row.get(key, "") for key in same) not in taken]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n", extrasaction="ignore", restval="")
+        writer.writeheader()
+        writer.writerows(kept + rows)
+    print(f"The rows are in {path}")
