@@ -75,14 +75,9 @@ bench: setup ## time and memory of the fused loss, next to its floor, plain auto
 	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss --vocab 151936 --hidden 896 --rounds 3
 	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss --positions 16384 --rounds 2 --only $(LONG)
 
-docs: setup ## write docs/reference.md from the program itself
-	@mkdir -p docs
-	@{ printf '# Reference\n\nWritten by `make docs`.\n\n## Objectives\n\n```text\n'; \
-	   NO_COLOR=1 TERM=dumb COLUMNS=110 $(BIN)/drkl objectives; \
-	   printf '```\n\n## Configuration\n\n```text\n'; \
-	   NO_COLOR=1 TERM=dumb COLUMNS=110 $(BIN)/drkl config; \
-	   printf '```\n'; } | sed 's/[[:space:]]*$$//' > docs/reference.md
-	@echo "docs/reference.md"
+docs: setup ## write what the docs take from the program and from measured rows, and draw their figures
+	$(OFFLINE) $(BIN)/python -m scripts.write_docs
+	$(BIN)/python scripts/draw_objectives.py
 
 clean: ## remove caches and build output (runs/ and .venv stay)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import doctest
+import re
 from pathlib import Path
 
 import drkl
+from scripts import write_docs
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -21,3 +23,19 @@ def test_every_objective_has_a_page() -> None:
         assert any(f"`{name}`" in text.splitlines()[0] for text in pages.values()), name
     for name in pages:
         assert name == "README.md" or f"({name})" in pages["README.md"]
+
+
+def test_what_is_written_from_the_program_and_the_rows_is_current() -> None:
+    for path, text in write_docs.pages().items():
+        assert path.read_text() == text, f"{path.name} is not what `make docs` writes."
+
+
+def test_every_figure_of_the_docs_is_there() -> None:
+    for path in (DOCS / "objectives").glob("*.md"):
+        for name in re.findall(r"\]\(([^)]+\.svg)\)", path.read_text()):
+            assert (path.parent / name).is_file(), name
+
+
+def test_a_mark_is_replaced_and_nothing_else() -> None:
+    text = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n"
+    assert write_docs.put_between(text, "x", "new\n") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb\n"

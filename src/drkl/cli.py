@@ -323,18 +323,15 @@ def _printable(text: str) -> str:
 
 
 @app.command()
-def objectives() -> None:
+def objectives(
+    output_format: Annotated[str, typer.Option("--format", help="text, or md (the table of the docs)")] = "text",
+) -> None:
     """List the objectives: name, formula, parameters with defaults, source."""
-    import dataclasses
+    from drkl.objectives import describe
 
-    from drkl.objectives import OBJECTIVES
-
-    for name, cls in OBJECTIVES.items():
-        print(f"{name}\n  {cls.formula}\n  source: {cls.source}")
-        fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
-        for field in fields:
-            print(f"  {field.name}={field.default}  {field.metadata.get('help', '')}")
-        print()
+    if output_format not in ("text", "md"):
+        raise DrklError(f"--format is {output_format!r}; expected text or md.")
+    print(describe.as_markdown() if output_format == "md" else describe.as_text())
 
 
 @app.command(name="config")

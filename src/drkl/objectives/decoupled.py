@@ -27,7 +27,7 @@ from drkl.objectives.divergences import (
 )
 from drkl.objectives.logspace import Split, argmax, kl, mixture, split, two_classes, weighted
 
-_DIVERGENCES: tuple[type[Objective], ...] = (
+DIVERGENCES: tuple[type[Objective], ...] = (
     ForwardKL,
     ReverseKL,
     SymmetricKL,
@@ -39,7 +39,7 @@ _DIVERGENCES: tuple[type[Objective], ...] = (
     AlphaBeta,
     TokenWiseKL,
 )
-PARTS: dict[str, Objective] = {cls.name: cls() for cls in _DIVERGENCES}
+PARTS: dict[str, Objective] = {cls.name: cls() for cls in DIVERGENCES}
 """The divergences that a decoupled objective takes by name, each with its defaults."""
 TAILS = ("rkl", "fkl", "gjs")
 TARGETS = ("teacher", "label")

@@ -1,0 +1,55 @@
+"""README's tables, from the benchmarks' rows: `python -m benchmarks.table` prints them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.rows import Row, read_rows
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def cpu_table(rows: list[Row]) -> str:
+    """Seconds, times the floor and extra memory of each variant, for every vocabulary at 1,024 positions in fp32."""
+    rows = [row for row in rows if row["positions"] == "1024" and row["dtype"] == "float32"]
+    settings = sorted({(int(row["vocab"]), int(row["hidden"])) for row in rows})
+    found = {(int(row["vocab"]), row["variant"]): row for row in rows}
+    head = " | ".join(f"V = {vocab:,}, hidden {hidden}: s | x floor | MiB" for vocab, hidden in settings)
+    lines = [f"| 1,024 positions | {head} |", "|---" * (1 + 3 * len(settings)) + "|"]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        cells = []
+        for vocab, _ in settings:
+            row, floor = found.get((vocab, name)), found[vocab, "floor"]
+            if row is None:
+                cells += ["", "", ""]
+                continue
+            seconds = float(row["median_s"])
+            cells += [f"{seconds:.2f}", f"{seconds / float(floor['median_s']):.2f}", f"{int(row['extra_peak_mib']):,}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def gpu_table(rows: list[Row]) -> str:
+    """Milliseconds, times the floor and extra memory of each variant."""
+    floor = next(float(row["median_ms"]) for row in rows if row["variant"] == "floor")
+    first = rows[0]
+    size = f"{int(first['positions']):,} positions, V = {int(first['vocab']):,}, hidden {first['hidden']}, bf16"
+    lines = [f"| {size} | ms | x floor | MiB |", "|---|---|---|---|"]
+    for row in rows:
+        milliseconds = float(row["median_ms"])
+        ratio, peak = f"{milliseconds / floor:.2f}", f"{int(row['extra_peak_mib']):,}"
+        lines.append(f"| {row['variant']} | {milliseconds:.1f} | {ratio} | {peak} |")
+    return "\n".join(lines) + "\n"
+
+
+def tables() -> dict[str, str]:
+    """The tables by the marks between which README has them."""
+    return {
+        "fused-cpu": cpu_table(read_rows(RESULTS / "fused_loss.csv")),
+        "fused-gpu": gpu_table(read_rows(RESULTS / "fused_loss_gpu.csv")),
+    }
+
+
+if __name__ == "__main__":
+    for text in tables().values():
+        print(text)

@@ -1,0 +1,65 @@
+"""Write what the docs take from the program itself and from measured rows: `make docs`.
+
+The table of objectives in docs/objectives/README.md, docs/reference.md, and the benchmarks' tables in README.md.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import table
+from drkl.objectives import describe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def put_between(text: str, name: str, body: str) -> str:
+    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->``."""
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, rest = text.split(start)
+    after = rest.split(end)[1]
+    return f"{before}{start}{body.strip()}\n{end}{after}"
+
+
+def printed(*arguments: str) -> str:
+    """What `drkl ARGUMENTS` prints, 110 columns wide and without colours."""
+    plain = os.environ | {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "110"}
+    done = subprocess.run(
+        [sys.executable, "-m", "drkl.cli", *arguments], capture_output=True, text=True, check=True, env=plain
+    )
+    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+
+
+def reference() -> str:
+    """docs/reference.md."""
+    parts = [("Objectives", printed("objectives")), ("Configuration", printed("config"))]
+    blocks = [f"## {title}\n\n```text\n{text}\n```\n" for title, text in parts]
+    return "# Reference\n\nWritten by `make docs`.\n\n" + "\n".join(blocks)
+
+
+def pages() -> dict[Path, str]:
+    """Every page that is written or in part written, and its text as it should be."""
+    objectives, readme = ROOT / "docs" / "objectives" / "README.md", ROOT / "README.md"
+    text = readme.read_text()
+    for name, body in table.tables().items():
+        text = put_between(text, name, body)
+    return {
+        objectives: put_between(objectives.read_text(), "objectives", describe.as_markdown()),
+        readme: text,
+        ROOT / "docs" / "reference.md": reference(),
+    }
+
+
+def main() -> None:
+    """Write the pages that changed."""
+    for path, text in pages().items():
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""What every objective says about itself: for `drkl objectives`, and for the table in the docs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from drkl.objectives.registry import OBJECTIVES
+
+
+def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
+    made: Any = cls
+    return dataclasses.fields(made)
+
+
+def as_text() -> str:
+    """Name, formula, source, and each parameter with its default and meaning."""
+    blocks = []
+    for name, cls in OBJECTIVES.items():
+        lines = [name, f"  {cls.formula}", f"  source: {cls.source}"]
+        lines += [f"  {field.name}={field.default}  {field.metadata.get('help', '')}" for field in _fields(cls)]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def as_markdown() -> str:
+    """The same as a table."""
+    lines = ["| name | value at one position | parameters | source |", "|---|---|---|---|"]
+    for name, cls in OBJECTIVES.items():
+        parameters = "<br>".join(
+            f"`{field.name}={field.default}` {_cell(field.metadata.get('help', ''))}" for field in _fields(cls)
+        )
+        lines.append(f"| `{name}` | `{_cell(cls.formula)}` | {parameters} | {_cell(cls.source)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
