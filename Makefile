@@ -6,7 +6,9 @@ STAMP := $(VENV)/.drkl-setup
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 RECIPE := recipes/quickstart.yaml
 RUN := runs/quickstart
-# What `make bench` times at 16,384 positions, for the memory.
+# What `make bench` times at a vocabulary of 151,936, and at 16,384 positions for the memory.
+WIDE := floor "eager rkl" "fused fkl" "fused rkl" "fused gjs" "fused akl" "fused ab" "fused drkl" "fused drkl, stats" \
+	"trl rkl" "liger rkl"
 LONG := floor "fused rkl" "fused drkl" "fused drkl, stats"
 
 # The tests and checks never ask a hub for anything.
@@ -72,7 +74,7 @@ check: setup ## lint, format check, types
 
 bench: setup ## time and memory of the fused loss, next to its floor, plain autograd and the peers that are installed
 	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss
-	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss --vocab 151936 --hidden 896 --rounds 3
+	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss --vocab 151936 --hidden 896 --rounds 3 --only $(WIDE)
 	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss --positions 16384 --rounds 2 --only $(LONG)
 
 docs: setup ## write what the docs take from the program and from measured rows, and draw their figures

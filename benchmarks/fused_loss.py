@@ -11,6 +11,7 @@ once, in one process; the extra peak memory of a variant is measured in a proces
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import subprocess
@@ -154,18 +155,23 @@ def extra_peak_mb(name: str, arguments: argparse.Namespace) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def own_peak_kib() -> int:
-    """Peak resident memory of this process. Not getrusage's: that one starts at the parent's peak."""
+def own_memory_kib(field: str) -> int:
+    """A field of this process's status, in KiB: VmRSS is now, VmHWM the peak. (getrusage's starts at the parent's.)"""
     status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
 def print_own_extra_peak(name: str, case: Case) -> None:
-    """Run a variant once, after a small one that loads the libraries, and print how far the peak rose, in MiB."""
+    """Run a variant once, after a small one that loads the libraries, and print how far the peak rose, in MiB.
+
+    Above what is in use before the run: the peak so far, of making the inputs, would hide some of it.
+    """
     VARIANTS[name](Case(8, 64, 16, case.student_head.dtype))
-    before = own_peak_kib()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = own_memory_kib("VmRSS")
     VARIANTS[name](case)
-    print((own_peak_kib() - before) / 1024)
+    print((own_memory_kib("VmHWM") - before) / 1024)
 
 
 def main() -> None:
