@@ -279,8 +279,7 @@ def _run(
     weight = head.weight.to(dtype)
     teacher_weight = None if inputs.teacher_head is None else inputs.teacher_head.weight.to(inputs.teacher_dtype)
     kernel = _row_kernel(hidden.device, inputs)
-    chunk_bytes = CUDA_CHUNK_BYTES if hidden.device.type == "cuda" else CHUNK_BYTES
-    size = _even(count, max(1, chunk_bytes // (head.vocab_size * (dtype if kernel else wide).itemsize)))
+    size = _even(count, chunk_rows(head.weight, (dtype if kernel else wide).itemsize))
     rooms = None if kernel else _make_rooms(size, inputs, wide)
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
@@ -372,6 +371,18 @@ def _make_rooms(size: int, inputs: _Inputs, wide: torch.dtype) -> _Rooms:
 
     dtype = inputs.compute_dtype
     return _Rooms(room(wide), room(wide, inputs.teacher_head is not None), room(dtype, dtype != wide))
+
+
+def chunk_rows(weight: Tensor, itemsize: int) -> int:
+    """How many positions go through the head `[vocab, hidden]` at a time; a logit has ``itemsize`` bytes.
+
+    Every chunk reads both heads and writes the head's gradient once more, so with a large vocabulary it takes more than
+    CHUNK_BYTES: as many as make a quarter of the head's own size, and no more than 256 for that.
+    """
+    vocab_size, hidden_size = weight.shape
+    if weight.device.type == "cuda":
+        return max(1, CUDA_CHUNK_BYTES // (vocab_size * itemsize))
+    return max(1, CHUNK_BYTES // (vocab_size * itemsize), min(256, hidden_size // 4))
 
 
 def _even(count: int, most: int) -> int:

@@ -15,7 +15,15 @@ from drkl.errors import DrklError
 from drkl.objectives.adaptive import AdaptiveKL, TokenWiseKL
 from drkl.objectives.alpha_beta import AlphaBeta
 from drkl.objectives.base import Objective, check_choice, check_number, help_text
-from drkl.objectives.closed_form import EXCLUDED, Moments, Softmax, observed_softmax_, see_split, softmax_
+from drkl.objectives.closed_form import (
+    EXCLUDED,
+    Moments,
+    Softmax,
+    log_share,
+    observed_softmax_,
+    see_split,
+    softmax_,
+)
 from drkl.objectives.divergences import (
     ForwardKL,
     GeneralizedJensenShannon,
@@ -227,9 +235,7 @@ class DecoupledReverseKL:
     def needs_labels(self) -> bool:
         return self.target == "label"
 
-    @property
-    def has_closed_form(self) -> bool:
-        return self.skew == 0
+    has_closed_form: ClassVar[bool] = True
 
     @property
     def _operator(self) -> Decoupled:
@@ -258,7 +264,7 @@ class DecoupledReverseKL:
         if self.tail == "gjs":
             return self._operator.value_and_grad_(student_logits, teacher_logits, labels, seen)
         # d/dz_t = q_t (1 - q_t) D; reverse tail: d/dz_j = q^_j [w (d_j - K) - q_t (1 - q_t) D], d_j = log q^_j / p^_j.
-        assert teacher_logits is not None and self.has_closed_form
+        assert teacher_logits is not None
         at_target = target_class(self.target, teacher_logits, labels).unsqueeze(-1)
         z_t, y_t = student_logits.gather(-1, at_target), teacher_logits.gather(-1, at_target)
         difference = (student_logits - teacher_logits).scatter_(-1, at_target, 0.0)
@@ -280,6 +286,8 @@ class DecoupledReverseKL:
             reverse = torch.linalg.vecdot(student_logits, difference).unsqueeze(-1) + shift
         if seen is not None and tails is not None and reverse is not None:
             see_split(seen, tails, (s, u), on_target, reverse)
+        if self.skew > 0:
+            return self._skewed_(student_logits, difference.add_(shift), at_target, s, u)
         if self.tail == "rkl" and reverse is not None:
             on_tail = reverse
             student_logits.mul_(difference.add_(shift - reverse).mul_(weight).sub_(push))
@@ -288,6 +296,26 @@ class DecoupledReverseKL:
             student_logits.mul_(weight - push).sub_(teacher_logits.mul_(weight))
         student_logits.scatter_(-1, at_target, push)
         return (on_target + weight * on_tail).squeeze(-1)
+
+    def _skewed_(self, tail_q: Tensor, log_ratio: Tensor, at_target: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        """Values `[n]`, and the gradient in place of the student's tail; ``log_ratio`` is log q^/p^, 0 at the target.
+
+        With g = log q/m class by class, l_t and l_r that of the target and of the whole rest, and a = skew:
+        d K / d log q_j = q^_j (g_j - l_r - K - a e^g_j + a e^l_r), as if free; B's is one number, as without skew.
+        """
+        a = self.skew
+        inside, outside = torch.sigmoid(s), torch.sigmoid(-s)
+        log_rest = F.logsigmoid(-s) - F.logsigmoid(-u)
+        l_t, l_r = log_share(F.logsigmoid(s) - F.logsigmoid(u), a, 1.0 - a), log_share(log_rest, a, 1.0 - a)
+        slope = log_share(log_ratio.add_(log_rest), a, 1.0 - a)
+        on_tail = torch.linalg.vecdot(tail_q, slope).unsqueeze(-1) - l_r
+        slope.sub_(slope.exp(), alpha=a).add_(a * l_r.exp() - l_r - on_tail)
+        through = torch.linalg.vecdot(tail_q, slope).unsqueeze(-1)
+        weight = tail_weight(self.weight, self.gamma, s, u)
+        push = inside * outside * (l_t - l_r - a * (l_t.exp() - l_r.exp()))
+        tail_q.mul_(slope.sub_(outside * through).mul_(weight).sub_(push))
+        tail_q.scatter_(-1, at_target, push - weight * inside * through)
+        return (inside * l_t + outside * l_r + weight * on_tail).squeeze(-1)
 
 
 def _two_class_reverse_kl(s: Tensor, u: Tensor) -> Tensor:

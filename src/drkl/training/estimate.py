@@ -12,7 +12,7 @@ from drkl.data.batching import plan_steps
 from drkl.data.examples import load_examples
 from drkl.data.tokenize import Row, tokenize_examples
 from drkl.errors import DrklError
-from drkl.losses.fused import CHUNK_BYTES
+from drkl.losses.fused import chunk_rows
 from drkl.models.load import count_parameters, load_config, load_tokenizer, model_note
 from drkl.models.precision import DTYPES, pick_device, resolve_dtype
 from drkl.models.student import source_model, student_config
@@ -142,7 +142,8 @@ def _memory(spec: RunSpec, student: Any, sizes: dict[str, Any], accumulation: in
     """Bytes: weights, gradients and two moments; the teacher; activations of a micro-batch; the loss's chunks."""
     weight = 2 if spec.student.dtype == "bf16" else 4
     text = student.get_text_config()
-    total = 4.0 * weight * sizes["student"] + 4.0 * _head_size(student) + 2.0 * CHUNK_BYTES
+    total = 4.0 * weight * sizes["student"] + 4.0 * _head_size(student)
+    total += 2.0 * 4.0 * text.vocab_size * chunk_rows(torch.empty(text.vocab_size, text.hidden_size, device="meta"), 4)
     if spec.teacher is not None:
         total += sizes["teacher"] * (4 if spec.resolved["teacher"]["dtype"] == "fp32" else 2)
         total += spec.teacher.remember_mb * 2**20
