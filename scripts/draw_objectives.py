@@ -28,6 +28,12 @@ def gradient(objective: Objective, student_logits: Tensor, teacher_logits: Tenso
     return grad
 
 
+def plain_numbers(*axes: Any) -> None:
+    """Write 0.001, not a formula, at the ticks of logarithmic axes."""
+    for axis in axes:
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
 def comparing() -> dict[str, Objective]:
     """Every registered objective that compares with a teacher, at its defaults."""
     made = {name: drkl.make_objective(name) for name in drkl.OBJECTIVES}
@@ -72,7 +78,7 @@ def draw_fits() -> Any:
         ax.plot(fitted(objective, teacher), color=COLORS[0], linewidth=1.8, label="student")
         ax.set_title(name, color=INK, fontsize=11, loc="left", pad=3)
         ax.set_xticks([])
-        ax.set_ylim(0, 0.16)
+        ax.set_ylim(0, 0.13)
         ax.set_yticks([0, 0.1])
     axes[0, 0].legend(frameon=False, fontsize=9, labelcolor=MUTED, loc="upper right")
     return figure
@@ -93,6 +99,7 @@ def draw_forces() -> Any:
     ax.axhline(0, color=MUTED, linewidth=0.8)
     ax.set_xscale("log")
     ax.set_yscale("symlog", linthresh=1e-3, linscale=0.6)
+    plain_numbers(ax.xaxis, ax.yaxis)
     ax.set_xlabel("student's probability of the token (teacher's: 0.01)")
     ax.set_ylabel("force on its logit, up is positive", color=MUTED)
     ax.legend(frameon=False, fontsize=10, labelcolor=INK, loc="lower left")
@@ -146,6 +153,7 @@ def draw_tail() -> Any:
         force = gradient(drkl.make_objective("drkl", **params), student, teacher)[:, 1:].norm(dim=-1)
         ax.plot(inside, force / tail, color=color, linestyle=dash, linewidth=1.8, label=label)
     ax.set_yscale("log")
+    plain_numbers(ax.yaxis)
     ax.set_xlabel("q_t = p_t, the target's probability in both models")
     ax.set_ylabel("force on the tail, times reverse KL's", color=MUTED)
     ax.legend(frameon=False, fontsize=10, labelcolor=INK)

@@ -13,7 +13,7 @@ from drkl.errors import DrklError
 from drkl.objectives import CrossEntropy, ReverseKL
 
 PARTS = "fkl, rkl, symmetric_kl, gjs, sfkl, srkl, tvd, akl, ab, todi"
-KNOWN = "ce, fkl, rkl, symmetric_kl, gjs, sfkl, srkl, tvd, dkd, akl, ab, todi, drkl"
+KNOWN = "ce, fkl, rkl, symmetric_kl, gjs, sfkl, srkl, tvd, akl, ab, todi, dkd, drkl"
 
 
 @pytest.mark.parametrize(
