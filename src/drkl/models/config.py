@@ -23,6 +23,9 @@ class StudentConfig(BaseModel):
     layers: int | list[int] | None = Field(
         None, description="prune, random: how many layers (prune: first, last, evenly between), or which; default half"
     )
+    encoder_layers: int | list[int] | None = Field(
+        None, description="the same for the encoder of an encoder-decoder, whose decoder `layers` is; default as layers"
+    )
     config: dict[str, Any] = Field(
         default_factory=dict, description="random: fields of the model's config to replace, e.g. hidden_size"
     )
@@ -35,13 +38,14 @@ class StudentConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_used(self) -> StudentConfig:
-        if self.layers is not None and self.init == "pretrained":
-            raise ValueError("layers is set, but init is 'pretrained', which keeps all of them; prune drops some")
+        for name in ("layers", "encoder_layers"):
+            if getattr(self, name) is not None and self.init == "pretrained":
+                raise ValueError(f"{name} is set, but init is 'pretrained', which keeps all of them; prune drops some")
         if self.config and self.init != "random":
             raise ValueError(f"config is set, but init is {self.init!r}; only random makes a model from a config")
         return self
 
-    @field_validator("layers")
+    @field_validator("layers", "encoder_layers")
     @classmethod
     def _check_layers(cls, layers: int | list[int] | None) -> int | list[int] | None:
         if isinstance(layers, int) and layers < 1:

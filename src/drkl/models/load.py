@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from drkl.errors import DrklError
 from drkl.models import smollm2
+from drkl.models.forward import is_encoder_decoder
 from drkl.models.precision import DTYPES
 
 # What loading raises: files that are missing or broken, a config without its class, a tokenizer without its library,
@@ -41,23 +42,27 @@ def model_note(name: str) -> str | None:
 
 
 def load_model(name: str, dtype: str) -> PreTrainedModel:
-    """Load a causal language model, in eval mode, on the CPU.
+    """Load a language model, decoder-only or encoder-decoder as its config says, in eval mode, on the CPU.
 
     Args:
         name: ``smollm2-135m-instruct``, a local folder, or a Hugging Face id.
         dtype: ``fp32``, ``bf16`` or ``fp16``.
 
     Raises:
-        DrklError: nowhere to be found, not a causal language model, or without safetensors.
+        DrklError: nowhere to be found, not a language model, or without safetensors.
     """
-    loaded: PreTrainedModel = _load(
-        name,
-        "model",
-        lambda source: AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], use_safetensors=True, **_NO_CODE
-        ),
-    )
+
+    def load(source: str) -> Any:
+        family = model_class(AutoConfig.from_pretrained(source, **_NO_CODE))
+        return family.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True, **_NO_CODE)
+
+    loaded: PreTrainedModel = _load(name, "model", load)
     return loaded.eval()
+
+
+def model_class(config: Any) -> Any:
+    """The Auto class of language models of this config's kind."""
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
 def load_config(name: str) -> Any:
@@ -84,9 +89,9 @@ def load_tokenizer(name: str) -> Any:
 
 
 def count_parameters(config: Any) -> int:
-    """Parameters of a causal language model of this config, tied weights once; no memory is used."""
+    """Parameters of a language model of this config, tied weights once; no memory is used."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = model_class(config).from_config(config)
     return sum(p.numel() for p in model.parameters())
 
 
