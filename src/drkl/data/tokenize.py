@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -87,11 +87,7 @@ def tokenize_examples(
         reason = _empty(example)
         if reason is None:
             try:
-                prompt_ids = (
-                    encode_source(tokenizer, example.prompt_messages)
-                    if encoder_decoder
-                    else encode_prompt(tokenizer, example.prompt_messages)
-                )
+                prompt_ids = encode_for(tokenizer, example.prompt_messages, encoder_decoder=encoder_decoder)
                 shortest = len(prompt_ids) if shortest is None else min(shortest, len(prompt_ids))
                 if len(prompt_ids) > max_prompt_tokens:
                     reason = "prompt_too_long"
@@ -111,6 +107,14 @@ def tokenize_examples(
     if not rows:
         raise DrklError(_nothing_left(report, max_prompt_tokens, shortest))
     return rows, report
+
+
+def encode_for(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, encoder_decoder: bool
+) -> list[int]:
+    """Return the ids after which a model of this kind answers ``messages``."""
+    encode = encode_source if encoder_decoder else encode_prompt
+    return encode(tokenizer, messages)
 
 
 def _empty(example: Example) -> str | None:

@@ -95,17 +95,21 @@ def count_parameters(config: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def check_same_tokens(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
-    """Raise DrklError unless two tokenizers give every token the same id."""
-    theirs, ours = teacher.get_vocab(), student.get_vocab()
+def shared_tokens(student: Any, teacher: Any, student_name: str, teacher_name: str) -> tuple[int, bool]:
+    """How many ids, from 0, mean the same token in two tokenizers, and whether one goes on where the other ends.
+
+    Raises:
+        DrklError: an id that means one token here and another there, or two tokenizers of which one is no beginning
+            of the other.
+    """
+    theirs, ours = ({i: token for token, i in one.get_vocab().items()} for one in (teacher, student))
     if theirs == ours:
-        return
-    by_id = {i: token for token, i in theirs.items()}
-    differ = sorted((i, token) for token, i in ours.items() if by_id.get(i) != token)
-    missing = sorted((i, token) for token, i in theirs.items() if token not in ours)
-    first = ", ".join(f"{i}: student {token!r}, teacher {by_id.get(i)!r}" for i, token in differ[:3]) or ", ".join(
-        f"{i}: only the teacher's {token!r}" for i, token in missing[:3]
-    )
+        return max(ours) + 1, False
+    differ = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+    # The ids that differ are all one tokenizer's, and come after all of the other's: tokens added at the end.
+    if differ[0] and (differ[0] > max(ours) or differ[0] > max(theirs)):
+        return differ[0], True
+    first = ", ".join(f"{i}: student {ours.get(i)!r}, teacher {theirs.get(i)!r}" for i in differ[:3])
     raise DrklError(
         f"The vocabularies differ: the student {student_name!r} has {len(ours)} tokens, the teacher {teacher_name!r} "
         f"{len(theirs)} (first ids that differ: {first}). Every objective compares the two models token by token; "

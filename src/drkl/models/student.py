@@ -100,6 +100,13 @@ def _depth_fields(config: Any) -> tuple[str, str] | tuple[()]:
     )
 
 
+def depth(config: Any) -> int:
+    """How many layers a token goes through; of an encoder-decoder the layers of both stacks, halved."""
+    if fields := _depth_fields(config):
+        return max(1, sum(getattr(config, name) for name in fields) // 2)
+    return int(config.get_text_config().num_hidden_layers)
+
+
 def kept_layers(config: StudentConfig, available: int, *, encoder: bool = False) -> list[int]:
     """Which layers stay: those listed, or so many, the first and the last among them and the others evenly between."""
     own = encoder and config.encoder_layers is not None
@@ -126,7 +133,7 @@ def shortened(config: Any, layers: list[int], encoder_layers: list[int] | None =
         assert encoder_layers is not None, "an encoder-decoder has two stacks"
         for name, kept in zip(fields, (encoder_layers, layers), strict=True):
             setattr(config, name, len(kept))
-        if isinstance(getattr(config, "num_hidden_layers", None), int):
+        if "num_hidden_layers" in vars(config):  # a field beside the two, which some families keep for the encoder
             config.num_hidden_layers = len(encoder_layers)
         return config
     text = config.get_text_config()
