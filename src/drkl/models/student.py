@@ -161,6 +161,8 @@ def prune(model: PreTrainedModel, layers: list[int], encoder_layers: list[int] |
         # T5 v1.1 comes with a head of its own under a config that says it is tied.
         head = small.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())
+        name = next(name for name, module in small.named_modules() if module is head)
+        small.all_tied_weights_keys.pop(f"{name}.weight", None)
     small.load_state_dict(_kept_state(model, small, _stacks(model, layers, encoder_layers)))
     small.generation_config = copy.deepcopy(model.generation_config)
     return small.eval()
