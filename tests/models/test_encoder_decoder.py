@@ -108,10 +108,8 @@ def test_padding_and_company_change_nothing(family: Callable[..., PreTrainedMode
 
 def test_the_teacher_remembers_by_what_its_decoder_read() -> None:
     teacher = LiveTeacher(tiny.t5(), remember_mb=1)
-    rows = [
-        Row(r, (5, 4), response, None, encoder_decoder=True) for r, response in (("a", (8, 9, 4)), ("b", (7, 9, 4)))
-    ]  # type: ignore[arg-type]
-    for row in rows:
+    for response in ((8, 9, 4), (7, 9, 4)):
+        row = Row("a", (5, 4), response, None, encoder_decoder=True)  # type: ignore[arg-type]
         batch = collate([row], pad_id=0, decoder_start=0)
         keep = batch["labels"] != -100
         assert torch.equal(teacher.hidden_at(batch, keep), teacher.hidden(batch)[keep])
@@ -230,10 +228,8 @@ def test_a_sample_depends_on_prompt_and_seed_alone(family: Callable[..., PreTrai
     assert together == [sample(model, [prompt])[0] for prompt in PROMPTS]
     assert together == sample(model, PROMPTS[::-1])[::-1]
     assert together != sample(model, seed=6)
-    longer = sample(model, max_new_tokens=9)
-    assert all(
-        b[: len(a)] == a for pool, more in zip(together, longer, strict=True) for a, b in zip(pool, more, strict=True)
-    )
+    for pool, longer in zip(together, sample(model, max_new_tokens=9), strict=True):
+        assert [answer[: len(first)] for answer, first in zip(longer, pool, strict=True)] == pool
 
 
 @pytest.mark.parametrize("family", FAMILIES)
