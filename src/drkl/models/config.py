@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from drkl.errors import did_you_mean
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -53,3 +56,32 @@ class StudentConfig(BaseModel):
         if isinstance(layers, list) and (not layers or layers != sorted(set(layers)) or layers[0] < 0):
             raise ValueError("expected layer numbers from 0, ascending, each once")
         return layers
+
+
+class PeftConfig(BaseModel):
+    """The `peft` section: fields of peft's own LoraConfig, and what is written at the end."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    export: Literal["adapter", "merged"] = Field(
+        "merged", description="merged: an ordinary model; adapter: a peft folder beside the model it belongs to"
+    )
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> PeftConfig:
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise ValueError(
+                f"the package peft is needed for this section and cannot be imported ({error}); pip install 'drkl[peft]'"
+            ) from error
+        known = [field.name for field in dataclasses.fields(LoraConfig)]
+        for name in self.lora:
+            if name not in known:
+                raise ValueError(f"peft.LoraConfig has no field {name!r}.{did_you_mean(name, known)}")
+        return self
+
+    @property
+    def lora(self) -> dict[str, Any]:
+        """The fields of peft's LoraConfig."""
+        return dict(self.model_extra or {})

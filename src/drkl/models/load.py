@@ -13,6 +13,7 @@ from transformers import logging as transformers_logging
 
 from drkl.errors import DrklError
 from drkl.models import smollm2
+from drkl.models.adapter import adapter_base, read_adapter
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.precision import DTYPES
 
@@ -44,6 +45,8 @@ def model_note(name: str) -> str | None:
 def load_model(name: str, dtype: str) -> PreTrainedModel:
     """Load a language model, decoder-only or encoder-decoder as its config says, in eval mode, on the CPU.
 
+    A folder with a LoRA adapter gives the model it belongs to with the adapter merged.
+
     Args:
         name: ``smollm2-135m-instruct``, a local folder, or a Hugging Face id.
         dtype: ``fp32``, ``bf16`` or ``fp16``.
@@ -51,6 +54,9 @@ def load_model(name: str, dtype: str) -> PreTrainedModel:
     Raises:
         DrklError: nowhere to be found, not a language model, or without safetensors.
     """
+
+    if (base := adapter_base(name)) is not None:
+        return read_adapter(load_model(base, dtype), name).eval()
 
     def load(source: str) -> Any:
         family = model_class(AutoConfig.from_pretrained(source, **_NO_CODE))

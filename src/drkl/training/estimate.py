@@ -166,7 +166,8 @@ def _memory(spec: RunSpec, student: Any, sizes: dict[str, Any], accumulation: in
     """Bytes: weights, gradients and two moments; the teacher; activations of a micro-batch; the loss's chunks."""
     weight = 2 if spec.student.dtype == "bf16" else 4
     text = student.get_text_config()
-    total = 4.0 * weight * sizes["student"] + 4.0 * _head_size(student) + 2.0 * CHUNK_BYTES
+    kept = 1.0 if spec.peft is not None else 4.0  # an adapter's gradients and moments are next to nothing
+    total = kept * weight * sizes["student"] + 4.0 * _head_size(student) + 2.0 * CHUNK_BYTES
     if spec.teacher is not None:
         total += sizes["teacher"] * (4 if spec.resolved["teacher"]["dtype"] == "fp32" else 2)
         total += spec.teacher.remember_mb * 2**20

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from drkl.data.config import DataConfig
 from drkl.data.examples import load_examples
 from drkl.data.tokenize import DropReport, Row, tokenize_examples
 from drkl.errors import DrklError
+from drkl.models.adapter import add_adapter, merge_adapter, save_adapter
 from drkl.models.forward import check_head, decoder_start, is_encoder_decoder, lm_head
 from drkl.models.load import load_config, load_tokenizer, model_note
 from drkl.models.precision import pick_device
@@ -159,6 +161,8 @@ class Prepared:
     loaded: Loaded
     student: PreTrainedModel
     listener: Listener
+    adapter: Any
+    """peft's handle on the student, or None."""
     vocabulary: dict[str, int] | None
     """Where the two heads are compared on fewer ids than they have: how many, of how many."""
 
@@ -188,6 +192,7 @@ def _prepare(spec: RunSpec, resources: Resources, tokenizer_name: str, tokens: S
             )
     if spec.student.freeze_embeddings:
         student.get_input_embeddings().requires_grad_(False)
+    adapter = None if spec.peft is None else add_adapter(student, spec.peft, spec.run.seed)
     check_disk(spec.folder, student)
     return Prepared(
         spec,
@@ -197,6 +202,7 @@ def _prepare(spec: RunSpec, resources: Resources, tokenizer_name: str, tokens: S
         loaded,
         student,
         resources.listener,
+        adapter,
         vocabulary,
     )
 
@@ -211,6 +217,7 @@ def _train(prepared: Prepared, command: list[str], *, resume: bool) -> None:
         "vocabulary": prepared.vocabulary,
         "parameters": {
             "student": sum(p.numel() for p in prepared.student.parameters()),
+            "trained": sum(p.numel() for p in prepared.student.parameters() if p.requires_grad),
             "teacher": sum(p.numel() for p in prepared.teacher.model.parameters()) if prepared.teacher else None,
         },
         "started": run.read_env().get("started", now()) if resume else now(),
@@ -270,6 +277,15 @@ def _make_trainer(prepared: Prepared, log: TrainLog) -> DistillationTrainer:
     )
 
 
+def _save_student(prepared: Prepared, folder: Path) -> None:
+    if prepared.spec.peft is None:
+        prepared.student.save_pretrained(folder)
+    elif prepared.spec.peft.export == "adapter":
+        save_adapter(prepared.adapter, folder)
+    else:
+        merge_adapter(prepared.adapter).save_pretrained(folder)
+
+
 def _finish(prepared: Prepared, trainer: DistillationTrainer, environment: dict[str, Any]) -> None:
     spec, run = prepared.spec, prepared.spec.folder
     student = prepared.student
@@ -278,7 +294,7 @@ def _finish(prepared: Prepared, trainer: DistillationTrainer, environment: dict[
     staging = run.root / ".student"
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        student.save_pretrained(staging)
+        _save_student(prepared, staging)
         prepared.tokenizer.save_pretrained(staging)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -287,6 +303,9 @@ def _finish(prepared: Prepared, trainer: DistillationTrainer, environment: dict[
             f"Could not write the student to {str(run.root)!r}: {reason}. Make room, then `drkl distill --resume`."
         ) from error
     note = environment["teacher_note"]
+    if spec.peft is not None and spec.peft.export == "adapter":
+        adapter_note = f"It is a LoRA adapter for `{spec.student.model}`; to load it, install `peft` too."
+        note = f"{note}\n\n{adapter_note}" if note else adapter_note
     card = model_card(
         run.name, spec.resolved, trainer.state.best_metric, note, encoder_decoder=is_encoder_decoder(student)
     )
