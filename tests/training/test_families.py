@@ -255,6 +255,15 @@ def test_the_trimmed_loss_is_that_of_the_shared_ids() -> None:
     assert values["loss"] == values["fkl"] == pytest.approx(total / 10, rel=1e-5)
 
 
+def test_a_random_student_with_more_ids_than_the_teacher(tmp_path: Path) -> None:
+    values = tiny_runs.config(tmp_path)
+    values["student"] = {"init": "random", "config": {"vocab_size": 80}}
+    values["training"] |= {"max_steps": 2}
+    known = len(tiny.tokenizer().get_vocab())
+    assert estimate(tiny_runs.specs(values))["stages"]
+    assert tiny_runs.train(values).read_env()["vocabulary"] == {"shared": known, "student": 80, "teacher": 64}
+
+
 def test_a_tokenizer_with_tokens_added_at_its_end(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path)
     words = [f"w{i}" for i in range(36)]

@@ -14,6 +14,7 @@ from drkl.models.config import PeftConfig
 from drkl.models.forward import is_encoder_decoder
 
 CONFIG = "adapter_config.json"
+INSTALL = "pip install 'drkl[peft]'"
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> Any:
@@ -42,14 +43,14 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> Any:
             adapter = get_peft_model(model, LoraConfig(**{"task_type": task} | config.lora))
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise DrklError(f"peft: {' '.join(str(error).split())[:400]}") from error
-    for module, what in (
-        (head, "the output head"),
-        (embeddings, "the token embeddings, which are the output head too"),
-    ):
-        if (module is head or tied) and model.get_submodule(names[id(module)]) is not module:
+    what = {id(head): "the output head"}
+    if tied:
+        what[id(embeddings)] = "the token embeddings, which are the output head too"
+    for key, role in what.items():
+        if id(model.get_submodule(names[key])) != key:
             raise DrklError(
-                f"peft puts an adapter on {names[id(module)]!r}, {what}. The loss reads the head's weight itself, chunk "
-                "by chunk, and would miss it. Leave it out of peft.target_modules and peft.modules_to_save."
+                f"peft puts an adapter on {names[key]!r}, {role}. The loss reads the head's weight itself, chunk by "
+                "chunk, and would miss it. Leave it out of peft.target_modules and peft.modules_to_save."
             )
     return adapter
 
@@ -83,7 +84,5 @@ def read_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise DrklError(
-            f"{folder!r} holds a LoRA adapter, which takes the package peft: pip install 'drkl[peft]'."
-        ) from (error)
+        raise DrklError(f"{folder!r} holds a LoRA adapter, which takes the package peft: {INSTALL}.") from error
     return merge_adapter(PeftModel.from_pretrained(model, folder))

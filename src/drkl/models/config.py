@@ -72,9 +72,7 @@ class PeftConfig(BaseModel):
         try:
             from peft import LoraConfig
         except ImportError as error:
-            raise ValueError(
-                f"the package peft is needed for this section and cannot be imported ({error}); pip install 'drkl[peft]'"
-            ) from error
+            raise ValueError(f"this section takes the package peft ({error}); pip install 'drkl[peft]'") from error
         known = [field.name for field in dataclasses.fields(LoraConfig)]
         for name in self.lora:
             if name not in known:

@@ -215,11 +215,7 @@ def _train(prepared: Prepared, command: list[str], *, resume: bool) -> None:
         "teacher_note": model_note(spec.teacher.model) if spec.teacher else None,
         "data": _describe_data(prepared.loaded),
         "vocabulary": prepared.vocabulary,
-        "parameters": {
-            "student": sum(p.numel() for p in prepared.student.parameters()),
-            "trained": sum(p.numel() for p in prepared.student.parameters() if p.requires_grad),
-            "teacher": sum(p.numel() for p in prepared.teacher.model.parameters()) if prepared.teacher else None,
-        },
+        "parameters": _count_parameters(prepared),
         "started": run.read_env().get("started", now()) if resume else now(),
         "finished": None,
     }
@@ -235,6 +231,16 @@ def _train(prepared: Prepared, command: list[str], *, resume: bool) -> None:
     if trainer.is_world_process_zero():
         _finish(prepared, trainer, environment | {"seconds": round(log.seconds, 1)})
     trainer.accelerator.wait_for_everyone()
+
+
+def _count_parameters(prepared: Prepared) -> dict[str, int | None]:
+    student = list(prepared.student.parameters())
+    adapter = sum(p.numel() for p in student if p.requires_grad) if prepared.adapter is not None else 0
+    counts: dict[str, int | None] = {"student": sum(p.numel() for p in student) - adapter}
+    if prepared.adapter is not None:
+        counts["adapter"] = adapter
+    counts["teacher"] = sum(p.numel() for p in prepared.teacher.model.parameters()) if prepared.teacher else None
+    return counts
 
 
 def _describe_data(loaded: Loaded) -> dict[str, Any]:
