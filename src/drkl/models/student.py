@@ -102,7 +102,11 @@ def _depth_fields(config: Any) -> tuple[str, str] | tuple[()]:
 
 def depth(config: Any) -> int:
     """How many layers a token goes through; of an encoder-decoder the layers of both stacks, halved."""
-    if fields := _depth_fields(config):
+    try:
+        fields = _depth_fields(config)
+    except DrklError:  # a pretrained model of another family: good enough for an estimate
+        fields = ()
+    if fields:
         return max(1, sum(getattr(config, name) for name in fields) // 2)
     return int(config.get_text_config().num_hidden_layers)
 
