@@ -219,6 +219,7 @@ def _evaluate(folder: Any, config: Any) -> tuple[dict[str, Any], list[dict[str, 
             pad_id=inputs.tokenizer.pad_token_id,
             device=inputs.device,
             data=inputs.data,
+            vocab_size=inputs.vocab_size,
             on_progress=on_progress,
         )
 
@@ -275,7 +276,8 @@ def generate(
 ) -> None:
     """Let the teacher and the student answer a prompt, side by side."""
     from drkl.config import load_config
-    from drkl.data.template import encode_prompt
+    from drkl.data.tokenize import encode_for
+    from drkl.models.forward import is_encoder_decoder
     from drkl.models.generate import sample_texts
     from drkl.models.load import quiet_transformers
     from drkl.runs import RunFolder
@@ -288,10 +290,10 @@ def generate(
     _check_finished(folder)
     quiet_transformers()
     models, tokenizer, device = evaluation_models(_relocated(config, folder.root).specs(), ("teacher", "after"))
-    ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
     answers = {}
     for name, load in models.items():
         model: Any = load()
+        ids = encode_for(tokenizer, [{"role": "user", "content": prompt}], encoder_decoder=is_encoder_decoder(model))
         found = sample_texts(
             model.to(device).eval(),
             tokenizer,

@@ -17,7 +17,7 @@ from drkl.data.config import DataConfig
 from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.config import EvaluationConfig
 from drkl.losses.config import LossConfig
-from drkl.models.config import StudentConfig
+from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
 from drkl.runs import RunFolder, read_yaml
 from drkl.teachers.config import TeacherConfig
@@ -47,6 +47,7 @@ class Config(BaseModel):
     run: RunConfig = Field(default_factory=RunConfig)
     teacher: TeacherConfig | None = Field(default_factory=TeacherConfig)
     student: StudentConfig = Field(default_factory=StudentConfig)
+    peft: PeftConfig | None = Field(None, description="a LoRA student: fields of peft.LoraConfig; null for none")
     data: DataConfig
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
@@ -65,6 +66,11 @@ class Config(BaseModel):
             )
         if self.student.init == "pretrained" and self.student.model is None:
             raise ValueError("student.init is 'pretrained', but student.model names no model")
+        if self.peft is not None and self.peft.export == "adapter" and self.student.init != "pretrained":
+            raise ValueError(
+                f"peft.export is 'adapter', but student.init is {self.student.init!r}: the weights that the adapter "
+                "belongs to would lie nowhere. Use export: merged, or start from a pretrained student"
+            )
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages have the same name: {', '.join(names)}")
@@ -94,6 +100,8 @@ class Config(BaseModel):
         values["run"] |= {"name": folder.name, "dir": str(folder.root.parent)}
         values["student"] = student.model_dump()
         values["stages"] = []
+        if self.peft is not None:
+            values["peft"]["export"] = "merged"  # the next stage starts from an ordinary model
         for section in ("data", "loss", "training"):
             values[section] = _merge(values[section], getattr(stage, section))
         other = stage.objective.get("name", self.objective.name) != self.objective.name
@@ -103,7 +111,7 @@ class Config(BaseModel):
 
 def _spec(config: Config, folder: RunFolder, resolved: dict[str, Any]) -> RunSpec:
     parts = (config.run, config.teacher, config.student, config.data, config.objective, config.loss, config.training)
-    return RunSpec(folder, *parts, resolved)
+    return RunSpec(folder, *parts, resolved, config.peft)
 
 
 def resolve(config: Config) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, ViTConfig, ViTModel
 
 from drkl.errors import DrklError
-from drkl.models.load import check_same_tokens, count_parameters, load_config, load_model, load_tokenizer, model_note
+from drkl.models.load import count_parameters, load_config, load_model, load_tokenizer, model_note, shared_tokens
 from tests.data.tiny_tokenizers import build
 from tests.models import tiny
 
@@ -68,9 +68,9 @@ def test_weights_of_another_shape(folder: Path) -> None:
         load_model(str(folder), "fp32")
 
 
-def test_an_encoder_decoder_is_no_causal_model(tmp_path: Path) -> None:
-    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+def test_an_encoder_alone_is_no_language_model(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTModel(ViTConfig(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(DrklError, match=r"no usable model was found"):
         load_model(str(tmp_path), "fp32")
 
@@ -111,21 +111,28 @@ def test_parameters_are_counted_without_making_them(tied: bool) -> None:
 
 
 def test_the_same_tokens_pass() -> None:
-    check_same_tokens(tiny.tokenizer(), tiny.tokenizer(), "a", "b")
+    tokens = tiny.tokenizer()
+    assert shared_tokens(tokens, tiny.tokenizer(), "a", "b") == (max(tokens.get_vocab().values()) + 1, False)
 
 
 def test_tokens_that_differ_are_named() -> None:
     student, teacher = build(extra=["x", "y"]), build(extra=["y", "x"])
     with pytest.raises(DrklError) as error:
-        check_same_tokens(student, teacher, "small", "large")
+        shared_tokens(student, teacher, "small", "large")
     where = student.get_vocab()["x"]
     assert f"{where}: student 'x', teacher 'y'" in str(error.value)
     assert "'small'" in str(error.value) and "'large'" in str(error.value)
 
 
-def test_missing_tokens_are_named() -> None:
-    with pytest.raises(DrklError, match=r"only the teacher's 'y'"):
-        check_same_tokens(build(extra=["x"]), build(extra=["x", "y"]), "a", "b")
+def test_a_tokenizer_that_goes_on_where_the_other_ends_shares_its_beginning() -> None:
+    short, long = build(extra=["x"]), build(extra=["x", "y", "z"])
+    count = max(short.get_vocab().values()) + 1
+    assert shared_tokens(short, long, "a", "b") == shared_tokens(long, short, "a", "b") == (count, True)
+
+
+def test_tokenizers_that_both_go_on_differ() -> None:
+    with pytest.raises(DrklError, match=r"student 'y', teacher 'z'"):
+        shared_tokens(build(extra=["x", "y", "w"]), build(extra=["x", "z"]), "a", "b")
 
 
 def test_only_the_embedded_teacher_has_a_note(folder: Path) -> None:

@@ -219,12 +219,6 @@ def refused(tmp_path: Path, values: dict[str, Any], mode: Any = "new") -> str:
     return str(error.value)
 
 
-def test_vocabularies_of_other_sizes(tmp_path: Path) -> None:
-    values = tiny_runs.config(tmp_path)
-    values["student"] = {"init": "random", "config": {"vocab_size": 80}}
-    assert "The teacher scores 64 tokens and the student 80" in refused(tmp_path, values)
-
-
 @pytest.mark.parametrize("init", ["pretrained", "prune"])
 def test_tokenizers_that_differ(tmp_path: Path, init: str) -> None:
     words = [f"w{i}" for i in range(34)]
@@ -378,7 +372,6 @@ def test_an_estimate_of_a_teacher_that_remembers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        ({"init": "random", "config": {"vocab_size": 80}}, "vocabulary has 80 ids"),
         ({"layers": 9}, "student.layers is 9; the model has 4"),
         ({"init": "pretrained", "model": "/nowhere"}, "There is no folder '/nowhere'"),
     ],

@@ -13,8 +13,14 @@ from drkl.data.tokenize import Row
 IGNORE_INDEX = -100
 
 
-def collate(rows: Sequence[Row], *, pad_id: int) -> dict[str, Any]:
+def collate(rows: Sequence[Row], *, pad_id: int, decoder_start: int | None = None) -> dict[str, Any]:
     """Return a right-padded batch with aligned labels.
+
+    Args:
+        rows: for an encoder-decoder, tokenised for it.
+        pad_id: fills the batch; its value changes nothing.
+        decoder_start: None for a decoder-only model; for an encoder-decoder what its decoder is fed first
+            (see `_collate_apart`).
 
     ``input_ids``, ``attention_mask``, ``position_ids`` and ``labels`` are int64 ``[batch, time]``; ``time`` is the
     longest ``row.length``. Fed is ``(prompt + response)[:-1]``; the last prompt position predicts the first response
@@ -29,6 +35,9 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> dict[str, Any]:
     >>> batch["input_ids"].tolist(), batch["labels"].tolist()
     ([[5, 6, 7]], [[-100, 7, 2]])
     """
+    assert all(row.encoder_decoder == (decoder_start is not None) for row in rows), "rows of the other kind of model"
+    if decoder_start is not None:
+        return _collate_apart(rows, pad_id, decoder_start)
     shape = (max(1, len(rows)), max((row.length for row in rows), default=1))
     input_ids = torch.full(shape, pad_id)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -48,6 +57,50 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> dict[str, Any]:
         "labels": labels,
         "row_ids": [row.id for row in rows],
     }
+
+
+def _collate_apart(rows: Sequence[Row], pad_id: int, decoder_start: int) -> dict[str, Any]:
+    """A batch for an encoder-decoder: the encoder reads the prompt, the decoder ``[start] + response[:-1]``.
+
+    ``input_ids`` and ``attention_mask`` are ``[batch, prompt time]``, ``decoder_input_ids``,
+    ``decoder_attention_mask`` and ``labels`` ``[batch, response time]``.
+    """
+    input_ids, attention_mask = _pad_right([row.prompt_ids for row in rows], pad_id)
+    decoder_input_ids, decoder_mask = _pad_right([(decoder_start, *row.response_ids[:-1]) for row in rows], pad_id)
+    labels, _ = _pad_right([row.response_ids for row in rows], IGNORE_INDEX)
+    if not rows:
+        attention_mask[0, 0] = decoder_mask[0, 0] = 1
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "decoder_input_ids": decoder_input_ids,
+        "decoder_attention_mask": decoder_mask,
+        "labels": labels,
+        "row_ids": [row.id for row in rows],
+    }
+
+
+def _pad_right(sequences: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    shape = (max(1, len(sequences)), max((len(ids) for ids in sequences), default=1))
+    ids, mask = torch.full(shape, fill), torch.zeros(shape, dtype=torch.int64)
+    for index, sequence in enumerate(sequences):
+        assert len(sequence), "a row has a prompt and a response"
+        ids[index, : len(sequence)] = torch.tensor(list(sequence))
+        mask[index, : len(sequence)] = 1
+    return ids, mask
+
+
+def collate_sources(prompts: Sequence[Sequence[int]], *, pad_id: int) -> dict[str, Tensor]:
+    """Return right-padded ``input_ids`` and ``attention_mask``, int64 ``[batch, time]``, for an encoder.
+
+    An encoder with learnt positions counts them from the left edge: padding there would shift them.
+
+    >>> collate_sources([[5], [6, 7]], pad_id=0)["attention_mask"].tolist()
+    [[1, 0], [1, 1]]
+    """
+    assert prompts and all(prompts), "at least one prompt, none empty"
+    input_ids, attention_mask = _pad_right(prompts, pad_id)
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def collate_prompts(prompts: Sequence[Sequence[int]], *, pad_id: int) -> dict[str, Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from drkl.data.apart import encode_source, encode_target
 from drkl.data.examples import Example
 from drkl.data.template import encode_prompt, encode_response
 from drkl.errors import DrklError
@@ -28,10 +29,17 @@ class Row:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     example: Example
+    encoder_decoder: bool = False
+    """Whether an encoder reads the prompt and a decoder writes the response."""
 
     @property
     def length(self) -> int:
-        """How many positions the model is fed: the last response token is only predicted."""
+        """How many positions the model is fed: the last response token is only predicted.
+
+        Of an encoder-decoder the longer of the two sides.
+        """
+        if self.encoder_decoder:
+            return max(len(self.prompt_ids), len(self.response_ids))
         return len(self.prompt_ids) + len(self.response_ids) - 1
 
 
@@ -59,11 +67,13 @@ def tokenize_examples(
     *,
     max_prompt_tokens: int,
     max_tokens: int,
+    encoder_decoder: bool = False,
 ) -> tuple[list[Row], DropReport]:
     """Return the usable rows, in order, and the account of the others.
 
     A prompt longer than ``max_prompt_tokens`` drops its row. Where prompt and response together pass ``max_tokens``
-    the response is cut at its end, and the end of turn with it.
+    the response is cut at its end, and the end of turn with it. ``encoder_decoder`` rows have the plain prompt and the
+    response as the tokenizer encodes texts by itself, without a chat template.
 
     Raises:
         DrklError: no row is left, or a row that the chat template refuses (with its id).
@@ -77,10 +87,12 @@ def tokenize_examples(
         reason = _empty(example)
         if reason is None:
             try:
-                prompt_ids = encode_prompt(tokenizer, example.prompt_messages)
+                prompt_ids = encode_for(tokenizer, example.prompt_messages, encoder_decoder=encoder_decoder)
                 shortest = len(prompt_ids) if shortest is None else min(shortest, len(prompt_ids))
                 if len(prompt_ids) > max_prompt_tokens:
                     reason = "prompt_too_long"
+                elif encoder_decoder:
+                    response_ids = encode_target(tokenizer, example.response)
                 else:
                     response_ids = encode_response(tokenizer, example.messages)
             except DrklError as error:
@@ -90,11 +102,19 @@ def tokenize_examples(
             continue
         room = max_tokens - len(prompt_ids)
         report.responses_cut += len(response_ids) > room
-        rows.append(Row(example.id, tuple(prompt_ids), tuple(response_ids[:room]), example))
+        rows.append(Row(example.id, tuple(prompt_ids), tuple(response_ids[:room]), example, encoder_decoder))
     report.kept = len(rows)
     if not rows:
         raise DrklError(_nothing_left(report, max_prompt_tokens, shortest))
     return rows, report
+
+
+def encode_for(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, encoder_decoder: bool
+) -> list[int]:
+    """Return the ids after which a model of this kind answers ``messages``."""
+    encode = encode_source if encoder_decoder else encode_prompt
+    return encode(tokenizer, messages)
 
 
 def _empty(example: Example) -> str | None:

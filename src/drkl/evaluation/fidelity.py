@@ -99,6 +99,7 @@ def held_out_states(
     *,
     pad_id: int,
     tokens_per_batch: int = 2048,
+    vocab_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> HeldOutStates:
     """Run a model over the rows once and keep the hidden states of the response positions, in the order of the rows.
@@ -108,13 +109,15 @@ def held_out_states(
         rows: at least one.
         pad_id: fills batches; its value changes nothing.
         tokens_per_batch: rows of like length go together, up to this many tokens with padding.
+        vocab_size: keep the head of the first so many ids only, those that the compared models share.
         progress: called after each batch with the number of rows in it.
     """
     assert rows, "at least one held-out row"
     assert not model.training, "dropout would make every number a random one"
     kept: list[Tensor | None] = [None] * len(rows)
+    start, head = forward.decoder_start(model), forward.lm_head(model)
     for group in bucket_by_length([row.length for row in rows], tokens_per_batch):
-        batch = collate([rows[i] for i in group], pad_id=pad_id)
+        batch = collate([rows[i] for i in group], pad_id=pad_id, decoder_start=start)
         inputs = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
         hidden = forward.hidden_states(model, inputs)
         for position, index in enumerate(group):
@@ -124,7 +127,8 @@ def held_out_states(
         if progress is not None:
             progress(len(group))
     labels = torch.tensor([token for row in rows for token in row.response_ids])
-    return HeldOutStates(torch.cat([states for states in kept if states is not None]), labels, forward.lm_head(model))
+    head = head if vocab_size is None else head.trimmed(vocab_size)
+    return HeldOutStates(torch.cat([states for states in kept if states is not None]), labels, head)
 
 
 @torch.no_grad()

@@ -54,6 +54,7 @@ def evaluate(
     pad_id: int,
     device: str | torch.device = "cpu",
     data: Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return what ``eval.json`` holds and the rows of ``samples.jsonl``.
@@ -68,6 +69,7 @@ def evaluate(
         pad_id: fills batches.
         device: each model is moved there.
         data: where the rows come from, for the record.
+        vocab_size: how many ids, from 0, the models are compared on where their padding differs; None for all.
         on_progress: called with ("teacher: sampling", done, total); the unit is that of the total.
 
     Raises:
@@ -83,7 +85,7 @@ def evaluate(
         with _timed(result.seconds[name], "load"):
             model: Any = models[name]()
             model.to(device).eval()
-        metrics = _read(name, model, rows, pad_id, result, report)
+        metrics = _read(name, model, rows, pad_id, vocab_size, result, report)
         with _timed(result.seconds[name], "samples"):
             answers = _sample(model, tokenizer, prompts, settings, report)
         # Two students at once may not fit.
@@ -134,12 +136,15 @@ def _read(
     model: PreTrainedModel,
     rows: Sequence[Row],
     pad_id: int,
+    vocab_size: int | None,
     result: Evaluation,
     report: Callable[[str, int], Callable[[int], None] | None],
 ) -> dict[str, float | None]:
     """The teacher-forced metrics of one model; the teacher's states stay for those that follow."""
     with _timed(result.seconds[name], "teacher_forced"):
-        states = held_out_states(model, rows, pad_id=pad_id, progress=report("reading", len(rows)))
+        states = held_out_states(
+            model, rows, pad_id=pad_id, vocab_size=vocab_size, progress=report("reading", len(rows))
+        )
         if name == "teacher":
             result.teacher = states
         metrics = compare(states, result.teacher, progress=report("comparing", len(states.labels)))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from drkl.errors import did_you_mean
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -23,6 +26,9 @@ class StudentConfig(BaseModel):
     layers: int | list[int] | None = Field(
         None, description="prune, random: how many layers (prune: first, last, evenly between), or which; default half"
     )
+    encoder_layers: int | list[int] | None = Field(
+        None, description="the same for the encoder of an encoder-decoder, whose decoder `layers` is; default as layers"
+    )
     config: dict[str, Any] = Field(
         default_factory=dict, description="random: fields of the model's config to replace, e.g. hidden_size"
     )
@@ -35,13 +41,14 @@ class StudentConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_used(self) -> StudentConfig:
-        if self.layers is not None and self.init == "pretrained":
-            raise ValueError("layers is set, but init is 'pretrained', which keeps all of them; prune drops some")
+        for name in ("layers", "encoder_layers"):
+            if getattr(self, name) is not None and self.init == "pretrained":
+                raise ValueError(f"{name} is set, but init is 'pretrained', which keeps all of them; prune drops some")
         if self.config and self.init != "random":
             raise ValueError(f"config is set, but init is {self.init!r}; only random makes a model from a config")
         return self
 
-    @field_validator("layers")
+    @field_validator("layers", "encoder_layers")
     @classmethod
     def _check_layers(cls, layers: int | list[int] | None) -> int | list[int] | None:
         if isinstance(layers, int) and layers < 1:
@@ -49,3 +56,30 @@ class StudentConfig(BaseModel):
         if isinstance(layers, list) and (not layers or layers != sorted(set(layers)) or layers[0] < 0):
             raise ValueError("expected layer numbers from 0, ascending, each once")
         return layers
+
+
+class PeftConfig(BaseModel):
+    """The `peft` section: fields of peft's own LoraConfig, and what is written at the end."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    export: Literal["adapter", "merged"] = Field(
+        "merged", description="merged: an ordinary model; adapter: a peft folder beside the model it belongs to"
+    )
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> PeftConfig:
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise ValueError(f"this section takes the package peft ({error}); pip install 'drkl[peft]'") from error
+        known = [field.name for field in dataclasses.fields(LoraConfig)]
+        for name in self.lora:
+            if name not in known:
+                raise ValueError(f"peft.LoraConfig has no field {name!r}.{did_you_mean(name, known)}")
+        return self
+
+    @property
+    def lora(self) -> dict[str, Any]:
+        """The fields of peft's LoraConfig."""
+        return dict(self.model_extra or {})

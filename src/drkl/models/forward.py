@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,25 +13,66 @@ from transformers import PreTrainedModel
 from drkl.errors import DrklError
 from drkl.losses import LMHead
 
-INPUTS = ("input_ids", "attention_mask", "position_ids")
+INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids", "decoder_attention_mask")
+
+
+def is_encoder_decoder(model_or_config: Any) -> bool:
+    """Whether an encoder reads the prompt and a decoder writes the response (T5, BART and their kin)."""
+    return bool(getattr(getattr(model_or_config, "config", model_or_config), "is_encoder_decoder", False))
+
+
+def decoder_start(model_or_config: Any) -> int | None:
+    """The token that a decoder is fed before the response; None for a decoder-only model.
+
+    Raises:
+        DrklError: an encoder-decoder model whose config names none.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    if not is_encoder_decoder(config):
+        return None
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None and config.model_type in _STARTS_WITH_PAD:
+        start = config.pad_token_id
+    if start is None:
+        raise DrklError(
+            f"The {type(config).__name__} has no decoder_start_token_id, so what the decoder reads before the response "
+            "is unknown. Set it in the model's config.json (T5 starts with the padding token, BART with eos)."
+        )
+    return int(start)
+
+
+_STARTS_WITH_PAD = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 
 
 def hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """The last hidden states, after the final norm, as the head takes them.
+    """The last hidden states, after the final norm, as the head takes them; of an encoder-decoder the decoder's.
 
     Args:
-        model: a decoder-only language model.
-        batch: `input_ids`, `attention_mask`, `position_ids`, each `[batch, tokens]`; other keys are left alone.
+        model: a language model.
+        batch: `input_ids`, `attention_mask`, `position_ids`, each `[batch, tokens]`; for an encoder-decoder also
+            `decoder_input_ids` and `decoder_attention_mask`, `[batch, decoder tokens]`. Other keys are left alone.
 
     Returns:
-        `[batch, tokens, hidden]`.
+        `[batch, tokens, hidden]`, or `[batch, decoder tokens, hidden]`.
     """
+    states: Tensor
+    if is_encoder_decoder(model):
+        mask = batch["attention_mask"]
+        # Not base_model: T5's is the model itself, head and all.
+        memory = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+        states = model.get_decoder()(
+            input_ids=batch["decoder_input_ids"],
+            attention_mask=batch["decoder_attention_mask"],
+            encoder_hidden_states=memory,
+            encoder_attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state
+        return states
     body = model.base_model
     # Families without learnt or rotary positions (ALiBi) take none; right padding leaves theirs right.
     accepted = inspect.signature(body.forward).parameters
     inputs = {key: batch[key] for key in INPUTS if key in batch and key in accepted}
-    out = body(**inputs, use_cache=False)
-    states: Tensor = out.last_hidden_state
+    states = body(**inputs, use_cache=False).last_hidden_state
     return states
 
 
@@ -38,15 +80,26 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     """The model's head with the scale and the soft-cap that its own forward applies."""
     module = model.get_output_embeddings()
     if module is None or not isinstance(getattr(module, "weight", None), Tensor):
-        raise DrklError(f"{type(model).__name__} has no output head; a causal language model is needed here.")
+        raise DrklError(f"{type(model).__name__} has no output head; a language model is needed here.")
     config = model.config.get_text_config()
-    scale = 1.0
+    scale = _decoder_scale(config)
     if isinstance(factor := getattr(config, "logit_scale", None), (int, float)):
         scale *= float(factor)
     if isinstance(divisor := getattr(config, "logits_scaling", None), (int, float)):
         scale /= float(divisor)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return LMHead(module.weight, getattr(module, "bias", None), scale, softcap)
+    bias = getattr(module, "bias", None)
+    if bias is None and isinstance(added := getattr(model, "final_logits_bias", None), Tensor):
+        bias = added.flatten()  # BART and its kin: a buffer [1, vocab]
+    return LMHead(module.weight, bias, scale, softcap)
+
+
+def _decoder_scale(config: Any) -> float:
+    """What the T5 family multiplies the decoder's states with before the head."""
+    scales = getattr(config, "scale_decoder_outputs", None)
+    if scales is None:
+        scales = config.model_type in ("umt5", "switch_transformers") and config.tie_word_embeddings
+    return float(config.hidden_size**-0.5) if scales else 1.0
 
 
 @torch.no_grad()
@@ -59,6 +112,8 @@ def check_head(model: PreTrainedModel) -> None:
     device = next(model.parameters()).device
     ids = torch.arange(1, 5, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if is_encoder_decoder(model):
+        batch |= {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
     training = model.training
     model.eval()
     try:

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor
+from transformers.modeling_outputs import BaseModelOutput
 
-from drkl.data.collate import collate_prompts
+from drkl.data.collate import collate_prompts, collate_sources
 from drkl.data.template import stop_token_ids
 from drkl.errors import DrklError
+from drkl.models.forward import decoder_start, is_encoder_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,7 +62,7 @@ def sample_texts(
     stop_ids: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> list[list[Generation]]:
-    """Sample answers from a decoder-only model, per prompt and per sample.
+    """Sample answers from a language model, per prompt and per sample.
 
     The random numbers of a sample come from (seed, key of the prompt, number of the sample) alone, and are used so that
     rounding hardly matters. So neither batch size nor the order of prompts changes a sample, but where rounding inside
@@ -71,7 +73,7 @@ def sample_texts(
     Args:
         model: on its device; switched to eval mode for the call.
         tokenizer: decodes the answers, and says where they end.
-        prompts: token ids, none empty.
+        prompts: token ids, none empty; of an encoder-decoder what its encoder reads.
         samples_per_prompt: k >= 1.
         sampling_temperature: > 0; softmax(logits / sampling_temperature) over the whole vocabulary.
         max_new_tokens: >= 1, the stop token included.
@@ -79,7 +81,7 @@ def sample_texts(
         batch_size: sequences decoded at once; prompts of like length go together.
         greedy: take the most probable token instead; the samples of a prompt are then all the same.
         keys: a name per prompt (a row's id); by default the prompt's token ids.
-        stop_ids: default ``stop_token_ids(tokenizer)``.
+        stop_ids: default ``stop_token_ids(tokenizer)``, and eos alone for an encoder-decoder.
         progress: called after each decoding step with the token slots done since the last call; they add up to
             ``len(prompts) * samples_per_prompt * max_new_tokens``.
 
@@ -91,11 +93,12 @@ def sample_texts(
     names = [",".join(map(str, prompt)) for prompt in prompts] if keys is None else list(keys)
     assert len(names) == len(prompts), "one key per prompt"
     _check_prompts(model, prompts, names, max_new_tokens)
-    stops = list(stop_token_ids(tokenizer) if stop_ids is None else stop_ids)
+    stops = _default_stops(model, tokenizer) if stop_ids is None else list(stop_ids)
+    pad = collate_sources if is_encoder_decoder(model) else collate_prompts
     answers: list[list[Generation]] = [[] for _ in prompts]
     with _plain_decoding(model):
         for group, samples in _batches([len(prompt) for prompt in prompts], samples_per_prompt, batch_size):
-            batch = collate_prompts([prompts[i] for i in group], pad_id=_pad_id(tokenizer, stops))
+            batch = pad([prompts[i] for i in group], pad_id=_pad_id(tokenizer, stops))
             watch = _Watch(len(group) * len(samples), max_new_tokens, progress)
             processors: list[LogitsProcessor] = [watch]
             if not greedy:
@@ -182,7 +185,8 @@ def _generate(
 ) -> Tensor:
     """Return the new tokens `[prompts * num_samples, steps]`, the samples of a prompt in a row."""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    cache = _shared_prefix(model, batch, num_samples)
+    apart = is_encoder_decoder(model)
+    extra = _shared_encoding(model, batch, num_samples) if apart else _shared_prefix(model, batch, num_samples)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -190,32 +194,39 @@ def _generate(
         use_cache=True,
         eos_token_id=stops,
         pad_token_id=stops[0],
+        decoder_start_token_id=decoder_start(model),
     )
-    extra = {} if cache is None else {"past_key_values": cache}
+    if not apart:
+        extra["input_ids"] = batch["input_ids"].repeat_interleave(num_samples, 0)
     out = model.generate(
-        input_ids=batch["input_ids"].repeat_interleave(num_samples, 0),
         attention_mask=batch["attention_mask"].repeat_interleave(num_samples, 0),
         generation_config=config,
         logits_processor=processors,
         **extra,
     )
-    return out[:, batch["input_ids"].shape[1] :]
+    return out[:, 1 if apart else batch["input_ids"].shape[1] :]
 
 
-def _shared_prefix(model: Any, batch: dict[str, Tensor], num_samples: int) -> DynamicCache | None:
-    """Read each prompt once for all its samples; None where that saves nothing or the model keeps another cache.
+def _shared_encoding(model: Any, batch: dict[str, Tensor], num_samples: int) -> dict[str, Any]:
+    """Encode each prompt once for all its samples."""
+    states = model.get_encoder()(**batch).last_hidden_state
+    return {"encoder_outputs": BaseModelOutput(last_hidden_state=states.repeat_interleave(num_samples, 0))}
+
+
+def _shared_prefix(model: Any, batch: dict[str, Tensor], num_samples: int) -> dict[str, Any]:
+    """Read each prompt once for all its samples; nothing where that saves nothing or the model keeps another cache.
 
     The last token is left to the decoding loop, which takes its logits.
     """
     if num_samples == 1 or batch["input_ids"].shape[1] == 1 or not model._supports_default_dynamic_cache():
-        return None
+        return {}
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     # Families with ALiBi take no positions; they count from the attention mask.
     accepted = inspect.signature(model.base_model.forward).parameters
     before_last = {name: tensor[:, :-1] for name, tensor in batch.items() if name in accepted}
     model.base_model(**before_last, past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(num_samples)
-    return cache
+    return {"past_key_values": cache}
 
 
 def _batches(lengths: list[int], num_samples: int, batch_size: int) -> Iterator[tuple[list[int], range]]:
@@ -259,6 +270,11 @@ def _plain_decoding(model: PreTrainedModel) -> Iterator[None]:
             model.train()
 
 
+def _default_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # An encoder-decoder is trained on plain targets: whatever ends a turn in a chat template is not among them.
+    return [int(tokenizer.eos_token_id)] if is_encoder_decoder(model) else list(stop_token_ids(tokenizer))
+
+
 def _pad_id(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
     return stops[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
@@ -283,10 +299,16 @@ def _check_prompts(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], names: list[str], max_new_tokens: int
 ) -> None:
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    apart = is_encoder_decoder(model)
     for name, prompt in zip(names, prompts, strict=True):
         if not prompt:
             raise DrklError(f"Prompt {name!r} has no tokens; expected at least one.")
-        if limit is not None and len(prompt) + max_new_tokens > limit:
+        if limit is not None and apart and max(len(prompt), max_new_tokens) > limit:
+            raise DrklError(
+                f"A prompt of {len(prompt)} tokens or max_new_tokens ({max_new_tokens}) passes the {limit} positions "
+                "that the model's encoder and decoder have each. Shorten the prompt, or lower max_new_tokens."
+            )
+        if limit is not None and not apart and len(prompt) + max_new_tokens > limit:
             raise DrklError(
                 f"A prompt of {len(prompt)} tokens and max_new_tokens ({max_new_tokens}) pass the model's "
                 f"{limit} positions. Shorten the prompt, or lower max_new_tokens."

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from drkl.errors import DrklError
 from drkl.models import smollm2
+from drkl.models.adapter import adapter_base, read_adapter
+from drkl.models.forward import is_encoder_decoder
 from drkl.models.precision import DTYPES
 
 # What loading raises: files that are missing or broken, a config without its class, a tokenizer without its library,
@@ -41,23 +43,32 @@ def model_note(name: str) -> str | None:
 
 
 def load_model(name: str, dtype: str) -> PreTrainedModel:
-    """Load a causal language model, in eval mode, on the CPU.
+    """Load a language model, decoder-only or encoder-decoder as its config says, in eval mode, on the CPU.
+
+    A folder with a LoRA adapter gives the model it belongs to with the adapter merged.
 
     Args:
         name: ``smollm2-135m-instruct``, a local folder, or a Hugging Face id.
         dtype: ``fp32``, ``bf16`` or ``fp16``.
 
     Raises:
-        DrklError: nowhere to be found, not a causal language model, or without safetensors.
+        DrklError: nowhere to be found, not a language model, or without safetensors.
     """
-    loaded: PreTrainedModel = _load(
-        name,
-        "model",
-        lambda source: AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], use_safetensors=True, **_NO_CODE
-        ),
-    )
+
+    if (base := adapter_base(name)) is not None:
+        return read_adapter(load_model(base, dtype), name).eval()
+
+    def load(source: str) -> Any:
+        family = model_class(AutoConfig.from_pretrained(source, **_NO_CODE))
+        return family.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True, **_NO_CODE)
+
+    loaded: PreTrainedModel = _load(name, "model", load)
     return loaded.eval()
+
+
+def model_class(config: Any) -> Any:
+    """The Auto class of language models of this config's kind."""
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
 def load_config(name: str) -> Any:
@@ -84,23 +95,27 @@ def load_tokenizer(name: str) -> Any:
 
 
 def count_parameters(config: Any) -> int:
-    """Parameters of a causal language model of this config, tied weights once; no memory is used."""
+    """Parameters of a language model of this config, tied weights once; no memory is used."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = model_class(config).from_config(config)
     return sum(p.numel() for p in model.parameters())
 
 
-def check_same_tokens(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
-    """Raise DrklError unless two tokenizers give every token the same id."""
-    theirs, ours = teacher.get_vocab(), student.get_vocab()
+def shared_tokens(student: Any, teacher: Any, student_name: str, teacher_name: str) -> tuple[int, bool]:
+    """How many ids, from 0, mean the same token in two tokenizers, and whether one goes on where the other ends.
+
+    Raises:
+        DrklError: an id that means one token here and another there, or two tokenizers of which one is no beginning
+            of the other.
+    """
+    theirs, ours = ({i: token for token, i in one.get_vocab().items()} for one in (teacher, student))
     if theirs == ours:
-        return
-    by_id = {i: token for token, i in theirs.items()}
-    differ = sorted((i, token) for token, i in ours.items() if by_id.get(i) != token)
-    missing = sorted((i, token) for token, i in theirs.items() if token not in ours)
-    first = ", ".join(f"{i}: student {token!r}, teacher {by_id.get(i)!r}" for i, token in differ[:3]) or ", ".join(
-        f"{i}: only the teacher's {token!r}" for i, token in missing[:3]
-    )
+        return max(ours) + 1, False
+    differ = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+    # The ids that differ are all one tokenizer's, and come after all of the other's: tokens added at the end.
+    if differ[0] and (differ[0] > max(ours) or differ[0] > max(theirs)):
+        return differ[0], True
+    first = ", ".join(f"{i}: student {ours.get(i)!r}, teacher {theirs.get(i)!r}" for i in differ[:3])
     raise DrklError(
         f"The vocabularies differ: the student {student_name!r} has {len(ours)} tokens, the teacher {teacher_name!r} "
         f"{len(theirs)} (first ids that differ: {first}). Every objective compares the two models token by token; "

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
 from drkl.models.config import StudentConfig
-from drkl.models.load import load_config, load_model
+from drkl.models.forward import is_encoder_decoder
+from drkl.models.load import load_config, load_model, model_class
 from drkl.models.precision import DTYPES
 
 
@@ -33,12 +35,11 @@ def make_student(config: StudentConfig, teacher_name: str | None, seed: int) -> 
     if config.init == "random":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            made: PreTrainedModel = AutoModelForCausalLM.from_config(
-                student_config(config, teacher_name), dtype=DTYPES[config.dtype]
-            )
+            fresh = student_config(config, teacher_name)
+            made: PreTrainedModel = model_class(fresh).from_config(fresh, dtype=DTYPES[config.dtype])
         return made.eval()
     larger = load_model(source, config.dtype)
-    return prune(larger, kept_layers(config, larger.config.get_text_config().num_hidden_layers))
+    return prune(larger, *_kept(config, larger.config))
 
 
 def source_model(config: StudentConfig, teacher_name: str | None) -> str:
@@ -56,37 +57,89 @@ def student_config(config: StudentConfig, teacher_name: str | None) -> Any:
     base = load_config(source_model(config, teacher_name))
     if config.init == "pretrained":
         return base
-    layers = kept_layers(config, base.get_text_config().num_hidden_layers)
+    layers, encoder_layers = _kept(config, base)
     if config.init == "prune":
-        return shortened(base, layers)
+        return shortened(base, layers, encoder_layers)
     for key, value in config.config.items():
-        if key in ("num_hidden_layers", base.attribute_map.get("num_hidden_layers")):
+        if key in ("num_hidden_layers", base.attribute_map.get("num_hidden_layers"), *_depth_fields(base)):
             raise DrklError(f"student.config has {key!r}; the number of layers stands in student.layers.")
         if not hasattr(base, key):
             raise DrklError(f"student.config has {key!r}, which {type(base).__name__} does not.")
         setattr(base, key, value)
-    return shortened(base, layers)
+    return shortened(base, layers, encoder_layers)
 
 
-def kept_layers(config: StudentConfig, available: int) -> list[int]:
+def _kept(config: StudentConfig, base: Any) -> tuple[list[int], list[int] | None]:
+    """The layers of the decoder that stay, and those of the encoder where there is one."""
+    fields = _depth_fields(base)
+    if not fields:
+        if config.encoder_layers is not None:
+            raise DrklError(
+                f"student.encoder_layers is set, but {type(base).__name__} is a decoder-only model; student.layers "
+                "says which layers stay."
+            )
+        return kept_layers(config, base.get_text_config().num_hidden_layers), None
+    encoder, decoder = (getattr(base, name) for name in fields)
+    return kept_layers(config, decoder), kept_layers(config, encoder, encoder=True)
+
+
+def _depth_fields(config: Any) -> tuple[str, str] | tuple[()]:
+    """The config's fields with the depth of its encoder and of its decoder; none of a decoder-only model."""
+    if not is_encoder_decoder(config):
+        return ()
+    for fields in (
+        ("encoder_layers", "decoder_layers"),
+        ("num_encoder_layers", "num_decoder_layers"),
+        ("num_layers", "num_decoder_layers"),
+    ):
+        if all(isinstance(getattr(config, name, None), int) for name in fields):
+            return fields
+    raise DrklError(
+        f"{type(config).__name__} does not say how many layers its encoder and decoder have in a way known here, so "
+        "layers can be neither dropped nor added. Use student.init=pretrained, or a model of another family."
+    )
+
+
+def depth(config: Any) -> int:
+    """How many layers a token goes through; of an encoder-decoder the layers of both stacks, halved."""
+    try:
+        fields = _depth_fields(config)
+    except DrklError:  # a pretrained model of another family: good enough for an estimate
+        fields = ()
+    if fields:
+        return max(1, sum(getattr(config, name) for name in fields) // 2)
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def kept_layers(config: StudentConfig, available: int, *, encoder: bool = False) -> list[int]:
     """Which layers stay: those listed, or so many, the first and the last among them and the others evenly between."""
-    if isinstance(config.layers, list):
-        if config.layers[-1] >= available:
-            raise DrklError(f"student.layers has layer {config.layers[-1]}; the model has layers 0 to {available - 1}.")
-        return config.layers
-    count = max(1, available // 2) if config.layers is None else config.layers
+    own = encoder and config.encoder_layers is not None
+    wanted, name = (config.encoder_layers, "encoder_layers") if own else (config.layers, "layers")
+    whose = "encoder" if encoder else "model"
+    if isinstance(wanted, list):
+        if wanted[-1] >= available:
+            raise DrklError(f"student.{name} has layer {wanted[-1]}; the {whose} has layers 0 to {available - 1}.")
+        return wanted
+    count = max(1, available // 2) if wanted is None else wanted
     if count > available:
         if config.init == "random":
             return list(range(count))
-        raise DrklError(f"student.layers is {count}; the model has {available} layers.")
+        raise DrklError(f"student.{name} is {count}; the {whose} has {available} layers.")
     if count == 1:
         return [0]
     return [round(i * (available - 1) / (count - 1)) for i in range(count)]
 
 
-def shortened(config: Any, layers: list[int]) -> Any:
-    """A copy of a model config with these layers alone."""
+def shortened(config: Any, layers: list[int], encoder_layers: list[int] | None = None) -> Any:
+    """A copy of a model config with these layers alone; ``layers`` are the decoder's where there is an encoder."""
     config = copy.deepcopy(config)
+    if fields := _depth_fields(config):
+        assert encoder_layers is not None, "an encoder-decoder has two stacks"
+        for name, kept in zip(fields, (encoder_layers, layers), strict=True):
+            setattr(config, name, len(kept))
+        if "num_hidden_layers" in vars(config):  # a field beside the two, which some families keep for the encoder
+            config.num_hidden_layers = len(encoder_layers)
+        return config
     text = config.get_text_config()
     available = text.num_hidden_layers
     for key, value in list(vars(text).items()):
@@ -98,28 +151,66 @@ def shortened(config: Any, layers: list[int]) -> Any:
     return config
 
 
-def prune(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
-    """A new model with these of the model's layers; embeddings, norm and head as they are, tied where they were."""
-    prefix = layers_prefix(model)
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    place = {old: new for new, old in enumerate(layers)}
-    state = {}
-    for key, tensor in model.state_dict().items():
-        match = pattern.match(key)
-        if match is None:
-            state[key] = tensor
-        elif int(match[1]) in place:
-            state[f"{prefix}.{place[int(match[1])]}.{key[match.end() :]}"] = tensor
-    small: PreTrainedModel = AutoModelForCausalLM.from_config(shortened(model.config, layers), dtype=model.dtype)
-    small.load_state_dict(state)
-    small.tie_weights()
+def prune(model: PreTrainedModel, layers: list[int], encoder_layers: list[int] | None = None) -> PreTrainedModel:
+    """A new model with these of the model's layers; embeddings, norm and head as they are, tied where they were.
+
+    Args:
+        model: left as it is.
+        layers: ascending; the decoder's where there is an encoder.
+        encoder_layers: of an encoder-decoder, the encoder's.
+    """
+    config = shortened(model.config, layers, encoder_layers)
+    small: PreTrainedModel = model_class(config).from_config(config, dtype=model.dtype)
+    if not _head_is_tied(model) and _head_is_tied(small):
+        # T5 v1.1 comes with a head of its own under a config that says it is tied.
+        head = small.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        name = next(name for name, module in small.named_modules() if module is head)
+        small.all_tied_weights_keys.pop(f"{name}.weight", None)
+    small.load_state_dict(_kept_state(model, small, _stacks(model, layers, encoder_layers)))
     small.generation_config = copy.deepcopy(model.generation_config)
     return small.eval()
 
 
-def layers_prefix(model: PreTrainedModel) -> str:
-    depth = model.config.get_text_config().num_hidden_layers
+def _head_is_tied(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def _kept_state(model: PreTrainedModel, small: PreTrainedModel, stacks: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """The state of the smaller model: of each stack the layers that stay, and all that is no layer."""
+    state = model.state_dict()
+    kept = {key: tensor for key, tensor in state.items() if not key.startswith(tuple(f"{p}." for p in stacks))}
+    expected = small.state_dict().keys()
+    for prefix, layers in stacks.items():
+        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.(.+)")
+        place = {old: new for new, old in enumerate(layers)}
+        for key, tensor in state.items():
+            if (match := pattern.fullmatch(key)) is None:
+                continue
+            if int(match[1]) in place:
+                kept[f"{prefix}.{place[int(match[1])]}.{match[2]}"] = tensor
+            elif int(match[1]) == 0 and f"{prefix}.{layers[0]}.{match[2]}" not in state:
+                # What layer 0 keeps for all layers, as T5's position bias, goes to the layer that is now the first.
+                kept[f"{prefix}.0.{match[2]}"] = tensor
+    return {key: tensor for key, tensor in kept.items() if key in expected}
+
+
+def _stacks(model: PreTrainedModel, layers: list[int], encoder_layers: list[int] | None) -> dict[str, list[int]]:
+    """The prefix of each list of layers in the model's state, with the layers that stay."""
+    if encoder_layers is None:
+        return {layers_prefix(model): layers}
+    encoder, decoder = (getattr(model.config, name) for name in _depth_fields(model.config))
+    return {
+        layers_prefix(model, model.get_encoder(), encoder): encoder_layers,
+        layers_prefix(model, model.get_decoder(), decoder): layers,
+    }
+
+
+def layers_prefix(model: PreTrainedModel, stack: nn.Module | None = None, depth: int | None = None) -> str:
+    """The name of the list of layers in a model, or in one of its two stacks."""
+    depth = model.config.get_text_config().num_hidden_layers if depth is None else depth
+    inside = set((stack or model).modules())
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module in inside:
             return name
     raise DrklError(f"Found no list of {depth} layers in {type(model).__name__}, so it cannot be pruned.")

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from drkl.losses import LMHead
-from drkl.models.forward import check_head, hidden_states, lm_head
+from drkl.models.forward import INPUTS, check_head, hidden_states, lm_head
 from drkl.models.load import load_model
 from drkl.models.precision import resolve_dtype
 from drkl.teachers.config import TeacherConfig
@@ -48,7 +48,7 @@ class LiveTeacher:
         """
         if not self._room and not self._memory:
             return self.hidden(batch)[keep]
-        key = _digest(batch["input_ids"], batch["attention_mask"], keep)
+        key = _digest(*(batch[name] for name in INPUTS if name in batch), keep)
         if (states := self._memory.get(key)) is not None:
             return states.to(keep.device)
         states = self.hidden(batch)[keep]

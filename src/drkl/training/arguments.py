@@ -34,6 +34,8 @@ def training_arguments(spec: RunSpec, device: torch.device) -> TrainingArguments
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": device.type == "cuda",
         "ddp_find_unused_parameters": False,
+        # The older kind asks that the first layer's input needs a gradient, which frozen embeddings do not give.
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
     } | training.arguments
     try:
         made = TrainingArguments(
@@ -54,6 +56,7 @@ def training_arguments(spec: RunSpec, device: torch.device) -> TrainingArguments
             per_device_train_batch_size=1,
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
+            gradient_checkpointing=training.gradient_checkpointing,
             **arguments,
         )
     except (TypeError, ValueError, ImportError) as error:

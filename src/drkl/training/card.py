@@ -24,10 +24,7 @@ A language model distilled with drkl {version}.
 {note}It is an ordinary Hugging Face model:
 
 ```python
-from transformers import pipeline
-
-pipe = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
-print(pipe([{{"role": "user", "content": "Give me three tips."}}], max_new_tokens=64)[0]["generated_text"][-1])
+{usage}
 ```
 
 The licences of the teacher and of the data apply to it. It inherits their faults and adds some of its own: a small
@@ -35,12 +32,27 @@ model that imitates a larger one states falsehoods fluently. The configuration i
 """
 
 
-def model_card(name: str, resolved: dict[str, Any], heldout_loss: float | None, note: str | None) -> str:
+_USAGE = """from transformers import pipeline
+
+pipe = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
+print(pipe([{"role": "user", "content": "Give me three tips."}], max_new_tokens=64)[0]["generated_text"][-1])"""
+_USAGE_ENCODER_DECODER = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")
+model = AutoModelForSeq2SeqLM.from_pretrained("PATH/TO/THIS/FOLDER")
+inputs = tokenizer("Give me three tips.", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))"""
+
+
+def model_card(
+    name: str, resolved: dict[str, Any], heldout_loss: float | None, note: str | None, *, encoder_decoder: bool = False
+) -> str:
     """Return the card's markdown, metadata first."""
     teacher, student, training = resolved["teacher"], resolved["student"], resolved["training"]
     objective = dict(resolved["objective"])
     params = ", ".join(f"{k}={v}" for k, v in objective.items() if k != "name")
-    meta = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["drkl", "distillation"]}
+    task = "text2text-generation" if encoder_decoder else "text-generation"
+    meta = {"library_name": "transformers", "pipeline_tag": task, "tags": ["drkl", "distillation"]}
     if teacher is None:
         meta["tags"] = ["drkl"]
     start = f"{student['init']} of {student['model'] or (teacher or {}).get('model', '?')}"
@@ -54,6 +66,7 @@ def model_card(name: str, resolved: dict[str, Any], heldout_loss: float | None, 
         tokens=training["tokens_per_step"],
         data=f"`{resolved['data']['path'] or resolved['data']['dataset']}`",
         loss="not measured" if heldout_loss is None else f"{heldout_loss:.4f} nats per token",
+        usage=_USAGE_ENCODER_DECODER if encoder_decoder else _USAGE,
         note=f"{note}\n\n" if note else "",
     )
     return f"---\n{yaml.safe_dump(meta, sort_keys=False)}---\n{body}"

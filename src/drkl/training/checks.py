@@ -5,16 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.models.config import StudentConfig
-from drkl.models.load import check_same_tokens, load_tokenizer
+from drkl.models.forward import decoder_start, is_encoder_decoder
+from drkl.models.load import load_config, load_tokenizer, shared_tokens
 from drkl.models.precision import has_device
-from drkl.models.student import source_model
+from drkl.models.student import source_model, student_config
 from drkl.runs import RunFolder
 
 
@@ -45,13 +46,74 @@ def check_device(name: str) -> None:
         raise DrklError(f"run.device is {name!r}, which this machine (or this torch) does not have; try auto or cpu.")
 
 
-def check_tokenizers(student: StudentConfig, teacher_name: str | None) -> None:
-    """Raise DrklError where the student brings weights learnt on other tokens than the teacher's."""
-    if teacher_name is None or student.init == "random":
+def check_families(student: StudentConfig, teacher_name: str | None) -> None:
+    """Raise DrklError where an encoder-decoder and a decoder-only model are to be compared."""
+    if teacher_name is None:
         return
+    ours, theirs = student_config(student, teacher_name), load_config(teacher_name)
+    if is_encoder_decoder(ours) != is_encoder_decoder(theirs):
+        kinds = {True: "an encoder-decoder", False: "a decoder-only model"}
+        raise DrklError(
+            f"The student {source_model(student, teacher_name)!r} is {kinds[is_encoder_decoder(ours)]} and the teacher "
+            f"{teacher_name!r} {kinds[is_encoder_decoder(theirs)]}: they read a row in different ways, so their "
+            "positions cannot be compared. Choose both of one kind."
+        )
+    if decoder_start(ours) != decoder_start(theirs):
+        raise DrklError(
+            f"The student's decoder starts with the token {decoder_start(ours)} and the teacher's with "
+            f"{decoder_start(theirs)}; one batch feeds both. Set decoder_start_token_id to the same in both configs."
+        )
+
+
+class SharedTokens(NamedTuple):
+    """How many ids, from 0, mean the same in both tokenizers, and whether one of the two has more."""
+
+    count: int
+    one_has_more: bool
+
+
+def check_tokenizers(student: StudentConfig, teacher_name: str | None) -> SharedTokens | None:
+    """Compare the tokenizers of weights that were learnt apart; None where there is one tokenizer only.
+
+    Raises:
+        DrklError: an id that means one token to the student and another to the teacher.
+    """
+    if teacher_name is None or student.init == "random":
+        return None
     source = source_model(student, teacher_name)
-    if source != teacher_name:
-        check_same_tokens(load_tokenizer(source), load_tokenizer(teacher_name), source, teacher_name)
+    if source == teacher_name:
+        return None
+    ours, theirs = load_tokenizer(source), load_tokenizer(teacher_name)
+    return SharedTokens(*shared_tokens(ours, theirs, source, teacher_name))
+
+
+def shared_vocabulary(
+    student: int, teacher: int, tokens: SharedTokens | None, tokenizer: Any, rows: Sequence[Row]
+) -> dict[str, int] | None:
+    """The ids that two heads of these sizes are compared on; None for all of them.
+
+    Args:
+        student: the ids that the student scores.
+        teacher: the ids that the teacher scores.
+        tokens: what their tokenizers share.
+        tokenizer: the one that made the rows.
+        rows: all of them.
+
+    Raises:
+        DrklError: a row with a token that only one of the tokenizers has, or that one of the heads does not score.
+    """
+    if student == teacher and not (tokens and tokens.one_has_more):
+        return None
+    known = tokens.count if tokens is not None else 1 + max(tokenizer.get_vocab().values())
+    shared = min(known, student, teacher)
+    for row in rows:
+        if (top := max(*row.prompt_ids, *row.response_ids)) >= shared:
+            raise DrklError(
+                f"Row {row.id!r} has the token {tokenizer.convert_ids_to_tokens(top)!r} (id {top}), but the student "
+                f"and the teacher share the ids 0 to {shared - 1} only. Take such rows out, or choose a student with "
+                "the teacher's tokenizer."
+            )
+    return {"shared": shared, "student": student, "teacher": teacher}
 
 
 def check_rows(rows: Sequence[Row], model_config: Any, whose: str) -> None:

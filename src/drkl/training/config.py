@@ -31,6 +31,7 @@ OWNED = {
     "per_device_eval_batch_size": "training.tokens_per_step",
     "train_sampling_strategy": "training.tokens_per_step",
     "auto_find_batch_size": "training.tokens_per_step",
+    "gradient_checkpointing": "training.gradient_checkpointing",
     "remove_unused_columns": "the batches themselves",
     "label_smoothing_factor": "the objective",
     "resume_from_checkpoint": "--resume",
@@ -68,6 +69,9 @@ class TrainingConfig(BaseModel):
     eval_every: int = Field(50, ge=1, description="steps between losses on held-out rows (and after the last)")
     eval_rows: int = Field(48, ge=1, description="held-out rows for that, at most")
     save_every: int = Field(100, ge=1, description="steps between checkpoints; a multiple of eval_every")
+    gradient_checkpointing: bool = Field(
+        False, description="keep each layer's input alone and compute the rest again in the backward pass: less memory"
+    )
     early_stop_patience: int | None = Field(
         None, ge=1, description="stop after so many held-out losses without a new best; off where left out"
     )

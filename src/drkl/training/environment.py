@@ -14,7 +14,7 @@ import torch
 from drkl._version import __version__
 from drkl.models.precision import cpu_capabilities
 
-PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "safetensors", "numpy", "peft")
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

@@ -11,13 +11,21 @@ import torch
 from drkl.data.batching import plan_steps
 from drkl.data.examples import load_examples
 from drkl.data.tokenize import Row, tokenize_examples
-from drkl.errors import DrklError
 from drkl.losses.fused import chunk_rows
+from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import count_parameters, load_config, load_tokenizer, model_note
 from drkl.models.precision import DTYPES, pick_device, resolve_dtype
-from drkl.models.student import source_model, student_config
+from drkl.models.student import depth, student_config
 from drkl.training.arguments import training_arguments
-from drkl.training.checks import check_device, check_rows, check_tokenizers
+from drkl.training.checks import (
+    SharedTokens,
+    check_device,
+    check_families,
+    check_rows,
+    check_tokenizers,
+    shared_vocabulary,
+)
+from drkl.training.inputs import tokenizer_name
 from drkl.training.spec import RunSpec
 
 ACTIVATIONS_PER_TOKEN = 34
@@ -34,19 +42,15 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     check_device(last.run.device)
     device = pick_device(last.run.device)
     teacher_name = first.teacher.model if first.teacher else None
-    check_tokenizers(first.student, teacher_name)
-    tokenizer = load_tokenizer(teacher_name or source_model(first.student, None))
+    check_families(first.student, teacher_name)
+    tokens = check_tokenizers(first.student, teacher_name)
+    tokenizer = load_tokenizer(tokenizer_name(first))
     student = student_config(first.student, teacher_name)
     teacher = load_config(teacher_name) if teacher_name else None
-    if teacher is not None and student.get_text_config().vocab_size != teacher.get_text_config().vocab_size:
-        raise DrklError(
-            f"The student's vocabulary has {student.get_text_config().vocab_size} ids and the teacher's "
-            f"{teacher.get_text_config().vocab_size}; every objective compares them token by token."
-        )
     sizes = {"student": count_parameters(student), "teacher": count_parameters(teacher) if teacher else None}
     rates: dict[str, float] = {}
     seen: set[tuple[str, ...]] = set()
-    stages = [_stage(spec, tokenizer, student, teacher, sizes, device, rates, seen) for spec in specs]
+    stages = [_stage(spec, tokenizer, tokens, student, teacher, sizes, device, rates, seen) for spec in specs]
     return {
         "config": last.resolved,
         "teacher_note": model_note(teacher_name) if teacher_name else None,
@@ -59,6 +63,7 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
 def _stage(
     spec: RunSpec,
     tokenizer: Any,
+    tokens: SharedTokens | None,
     student: Any,
     teacher: Any,
     sizes: dict[str, Any],
@@ -68,11 +73,17 @@ def _stage(
 ) -> dict[str, Any]:
     arguments = training_arguments(spec, device)
     rows, _ = load_examples(spec.data)
-    limits = {"max_prompt_tokens": spec.data.max_prompt_tokens, "max_tokens": spec.data.max_tokens}
-    tokenised, report = tokenize_examples(rows, tokenizer, **limits)
+    tokenised, report = tokenize_examples(
+        rows,
+        tokenizer,
+        max_prompt_tokens=spec.data.max_prompt_tokens,
+        max_tokens=spec.data.max_tokens,
+        encoder_decoder=is_encoder_decoder(student),
+    )
     check_rows(tokenised, student, "student")
     if teacher is not None:
         check_rows(tokenised, teacher, "teacher")
+        shared_vocabulary(_vocab_size(student), _vocab_size(teacher), tokens, tokenizer, tokenised)
     inputs, trained, new = _tokens_per_step(tokenised, spec, seen)
     frozen = spec.student.freeze_embeddings and student.get_text_config().tie_word_embeddings
     flops = _flops(inputs, trained, student, sizes, frozen=frozen)
@@ -110,10 +121,11 @@ def _tokens_per_step(rows: Sequence[Row], spec: RunSpec, seen: set[tuple[str, ..
         seed=spec.run.seed,
         same_batches=training.same_batches,
     )
-    inputs = new = trained = 0
+    inputs = new = 0.0
+    trained = 0
     remembers = spec.teacher is not None and spec.teacher.remember_mb > 0
     for step in steps:
-        positions = len(step) * max(rows[i].length for i in step)
+        positions = _positions([rows[i] for i in step])
         inputs += positions
         trained += sum(len(rows[i].response_ids) for i in step)
         ids = tuple(rows[i].id for i in step)  # not the indices: stages may differ in their data
@@ -121,6 +133,18 @@ def _tokens_per_step(rows: Sequence[Row], spec: RunSpec, seen: set[tuple[str, ..
             new += positions
         seen.add(ids)
     return inputs / len(steps), trained / len(steps), new / len(steps)
+
+
+def _positions(rows: Sequence[Row]) -> float:
+    """Padded positions of a batch; of an encoder-decoder the mean of its two sides, each of about half the weights."""
+    longest = max(row.length for row in rows)
+    if rows[0].encoder_decoder:
+        longest = (max(len(row.prompt_ids) for row in rows) + max(len(row.response_ids) for row in rows)) / 2
+    return len(rows) * longest
+
+
+def _vocab_size(config: Any) -> int:
+    return int(config.get_text_config().vocab_size)
 
 
 def _flops(inputs: float, trained: float, student: Any, sizes: dict[str, Any], *, frozen: bool) -> float:
@@ -142,13 +166,14 @@ def _memory(spec: RunSpec, student: Any, sizes: dict[str, Any], accumulation: in
     """Bytes: weights, gradients and two moments; the teacher; activations of a micro-batch; the loss's chunks."""
     weight = 2 if spec.student.dtype == "bf16" else 4
     text = student.get_text_config()
-    total = 4.0 * weight * sizes["student"] + 4.0 * _head_size(student)
+    kept = 1.0 if spec.peft is not None else 4.0  # an adapter's gradients and moments are next to nothing
+    total = kept * weight * sizes["student"] + 4.0 * _head_size(student)
     total += 2.0 * 4.0 * text.vocab_size * chunk_rows(torch.empty(text.vocab_size, text.hidden_size, device="meta"), 4)
     if spec.teacher is not None:
         total += sizes["teacher"] * (4 if spec.resolved["teacher"]["dtype"] == "fp32" else 2)
         total += spec.teacher.remember_mb * 2**20
     micro = spec.training.tokens_per_step / accumulation
-    return total + 2.0 * ACTIVATIONS_PER_TOKEN * text.num_hidden_layers * text.hidden_size * micro
+    return total + 2.0 * ACTIVATIONS_PER_TOKEN * depth(student) * text.hidden_size * micro
 
 
 def _flops_per_second(dtype: torch.dtype, device: torch.device) -> float:

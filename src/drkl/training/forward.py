@@ -36,8 +36,11 @@ class Distillation(NamedTuple):
     with_statistics: bool
 
 
-def attach_loss(model: PreTrainedModel, objective: Objective, loss: LossConfig) -> None:
-    """Let ``model(..., distillation=Distillation(...))`` return ``(loss, statistics, hidden)``."""
+def attach_loss(model: PreTrainedModel, objective: Objective, loss: LossConfig, vocab_size: int | None = None) -> None:
+    """Let ``model(..., distillation=Distillation(...))`` return ``(loss, statistics, hidden)``.
+
+    ``vocab_size`` is the number of ids, from 0, on which the two models are compared; None for all.
+    """
     original: Callable[..., Any] = model.forward
 
     @functools.wraps(original)
@@ -45,7 +48,7 @@ def attach_loss(model: PreTrainedModel, objective: Objective, loss: LossConfig) 
         wanted = kwargs.pop(KEY, None)
         if wanted is None:
             return original(*args, **kwargs)
-        return _distil(model, kwargs, Distillation(*wanted), objective, loss)
+        return _distil(model, kwargs, Distillation(*wanted), objective, loss, vocab_size)
 
     model.forward = forward
 
@@ -56,7 +59,12 @@ def detach_loss(model: PreTrainedModel) -> None:
 
 
 def _distil(
-    model: PreTrainedModel, inputs: dict[str, Any], wanted: Distillation, objective: Objective, loss: LossConfig
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    wanted: Distillation,
+    objective: Objective,
+    loss: LossConfig,
+    vocab_size: int | None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     keep = wanted.labels != IGNORE_INDEX
     hidden, labels, head = hidden_states(model, inputs)[keep], wanted.labels[keep], lm_head(model)
@@ -71,22 +79,29 @@ def _distil(
         kd_weight=loss.kd_weight,
         t2_scaling=loss.t2_scaling,
         num_tokens=wanted.num_tokens,
+        vocab_size=vocab_size,
     )
-    statistics = _statistics(hidden, head, labels, wanted) if wanted.with_statistics else {}
+    statistics = _statistics(hidden, head, labels, wanted, vocab_size) if wanted.with_statistics else {}
     return value, statistics, hidden.detach()
 
 
 @torch.no_grad()
-def _statistics(hidden: Tensor, head: LMHead, labels: Tensor, wanted: Distillation) -> dict[str, Tensor]:
+def _statistics(
+    hidden: Tensor, head: LMHead, labels: Tensor, wanted: Distillation, vocab_size: int | None
+) -> dict[str, Tensor]:
     if labels.numel() == 0:
         return {}
     few = slice(None, None, -(-labels.numel() // STATISTICS_POSITIONS))
     teacher = None
     if wanted.teacher_hidden is not None and wanted.teacher_head is not None:
-        teacher = wanted.teacher_head.logits(wanted.teacher_hidden[few])
-    values = token_statistics(head.logits(hidden[few]), teacher, labels[few])
+        teacher = _trimmed(wanted.teacher_head, vocab_size).logits(wanted.teacher_hidden[few])
+    values = token_statistics(_trimmed(head, vocab_size).logits(hidden[few]), teacher, labels[few])
     count = torch.tensor(labels[few].numel())
     return {name: value.sum() for name, value in summed(values).items()} | {"positions": count}
+
+
+def _trimmed(head: LMHead, vocab_size: int | None) -> LMHead:
+    return head if vocab_size is None else head.trimmed(vocab_size)
 
 
 def summed(values: Any) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from drkl.data.batching import bucket_by_length
 from drkl.data.collate import collate
 from drkl.data.tokenize import Row
-from drkl.losses import IGNORE_INDEX, fused_distillation_loss, token_statistics
+from drkl.losses import IGNORE_INDEX, LMHead, fused_distillation_loss, token_statistics
 from drkl.losses.config import LossConfig
 from drkl.models.forward import hidden_states, lm_head
 from drkl.objectives import Objective
@@ -31,17 +31,28 @@ class NonFiniteLoss(ArithmeticError):
 class HeldOut:
     """Held-out rows in batches, with the teacher's hidden states at the response positions kept from the first use."""
 
-    def __init__(self, rows: Sequence[Row], pad_id: int, teacher: LiveTeacher | None, tokens_per_batch: int) -> None:
-        self._teacher = teacher
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        pad_id: int,
+        teacher: LiveTeacher | None,
+        tokens_per_batch: int,
+        *,
+        decoder_start: int | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        self._teacher, self._vocab_size = teacher, vocab_size
         groups = bucket_by_length([row.length for row in rows], tokens_per_batch)
-        self._batches = [collate([rows[i] for i in group], pad_id=pad_id) for group in groups]
+        self._batches = [
+            collate([rows[i] for i in group], pad_id=pad_id, decoder_start=decoder_start) for group in groups
+        ]
         self._teacher_hidden: list[Tensor | None] = [None] * len(self._batches)
 
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel, objective: Objective, loss: LossConfig) -> dict[str, float]:
         """Means over the response tokens of all rows: loss, nll, entropies and, with a teacher, KLs and agreement."""
         device = next(model.parameters()).device
-        head = lm_head(model)
+        head = self._trimmed(lm_head(model))
         sums: dict[str, float] = {}
         count = 0
         for index, batch in enumerate(self._batches):
@@ -61,10 +72,15 @@ class HeldOut:
             count += labels.numel()
         return {name: value / max(count, 1) for name, value in sums.items()}
 
+    def _trimmed(self, head: LMHead) -> LMHead:
+        return head if self._vocab_size is None else head.trimmed(self._vocab_size)
+
     def _chunk(
         self, hidden: Tensor, head: Any, teacher_hidden: Tensor | None, labels: Tensor, objective: Any, loss: LossConfig
     ) -> dict[str, Tensor]:
-        teacher_head = self._teacher.head if self._teacher is not None and teacher_hidden is not None else None
+        teacher_head = None
+        if self._teacher is not None and teacher_hidden is not None:
+            teacher_head = self._trimmed(self._teacher.head)
         teacher = None if teacher_head is None or teacher_hidden is None else teacher_head.logits(teacher_hidden)
         out = {k: v.sum() for k, v in summed(token_statistics(head.logits(hidden), teacher, labels)).items()}
         out["loss"] = fused_distillation_loss(

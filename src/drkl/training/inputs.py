@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from drkl.data.examples import load_examples
 from drkl.data.tokenize import Row, tokenize_examples
-from drkl.models.load import load_model, load_tokenizer
+from drkl.models.forward import is_encoder_decoder
+from drkl.models.load import load_config, load_model, load_tokenizer
 from drkl.models.precision import has_device, pick_device, resolve_dtype
-from drkl.models.student import make_student
+from drkl.models.student import make_student, source_model
 from drkl.training.spec import RunSpec
 
 Loader = Callable[[], PreTrainedModel]
@@ -26,6 +27,13 @@ class EvaluationInputs(NamedTuple):
     rows: list[Row]
     device: torch.device
     data: dict[str, Any]
+    vocab_size: int | None
+    """How many ids the models were compared on in training, where that is not all."""
+
+
+def tokenizer_name(first: RunSpec) -> str:
+    """Whose tokenizer a run uses, the student's and the teacher's being the same: the teacher's where there is one."""
+    return first.teacher.model if first.teacher is not None else source_model(first.student, None)
 
 
 def evaluation_models(
@@ -56,10 +64,15 @@ def evaluation_models(
 def evaluation_inputs(specs: Sequence[RunSpec]) -> EvaluationInputs:
     """Models, tokenizer and held-out rows of a finished run."""
     models, tokenizer, device = evaluation_models(specs)
-    data = specs[-1].data
+    last = specs[-1]
+    data = last.data
     _, heldout = load_examples(data)
     rows, report = tokenize_examples(
-        heldout, tokenizer, max_prompt_tokens=data.max_prompt_tokens, max_tokens=data.max_tokens
+        heldout,
+        tokenizer,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_tokens=data.max_tokens,
+        encoder_decoder=is_encoder_decoder(load_config(tokenizer_name(specs[0]))),
     )
     described = {
         "path": data.path,
@@ -68,4 +81,5 @@ def evaluation_inputs(specs: Sequence[RunSpec]) -> EvaluationInputs:
         "dropped": dict(report.dropped),
         "responses_cut": report.responses_cut,
     }
-    return EvaluationInputs(models, tokenizer, rows, device, described)
+    shared = (last.folder.read_env().get("vocabulary") or {}).get("shared")
+    return EvaluationInputs(models, tokenizer, rows, device, described, shared)

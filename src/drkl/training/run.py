@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,11 +17,11 @@ from drkl.data.config import DataConfig
 from drkl.data.examples import load_examples
 from drkl.data.tokenize import DropReport, Row, tokenize_examples
 from drkl.errors import DrklError
-from drkl.losses.common import check_vocabularies
-from drkl.models.forward import check_head
-from drkl.models.load import load_tokenizer, model_note
+from drkl.models.adapter import add_adapter, merge_adapter, save_adapter
+from drkl.models.forward import check_head, decoder_start, is_encoder_decoder, lm_head
+from drkl.models.load import load_config, load_tokenizer, model_note
 from drkl.models.precision import pick_device
-from drkl.models.student import make_student, source_model
+from drkl.models.student import make_student
 from drkl.runs import RunFolder, write_json, write_text, write_yaml
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
@@ -28,10 +29,20 @@ from drkl.training.arguments import training_arguments
 from drkl.training.callbacks import BestCheckpoint, EarlyStop, LastStep, OnProgress, TrainLog
 from drkl.training.card import model_card
 from drkl.training.checkpoints import keep_only, newest_checkpoint, step_of, tokens_seen
-from drkl.training.checks import check_device, check_disk, check_folder, check_rows, check_tokenizers
+from drkl.training.checks import (
+    SharedTokens,
+    check_device,
+    check_disk,
+    check_families,
+    check_folder,
+    check_rows,
+    check_tokenizers,
+    shared_vocabulary,
+)
 from drkl.training.environment import describe_environment, now
 from drkl.training.forward import detach_loss
 from drkl.training.heldout import HeldOut
+from drkl.training.inputs import tokenizer_name
 from drkl.training.spec import RunSpec
 from drkl.training.trainer import DistillationTrainer
 
@@ -86,7 +97,11 @@ class Resources:
         if key not in self._rows:
             tokenizer = self.tokenizer(tokenizer_name)
             train, heldout = load_examples(config)
-            limits = {"max_prompt_tokens": config.max_prompt_tokens, "max_tokens": config.max_tokens}
+            limits: dict[str, Any] = {
+                "max_prompt_tokens": config.max_prompt_tokens,
+                "max_tokens": config.max_tokens,
+                "encoder_decoder": is_encoder_decoder(load_config(tokenizer_name)),
+            }
             train_rows, report = tokenize_examples(train, tokenizer, **limits)
             heldout_rows, heldout_report = tokenize_examples(heldout, tokenizer, **limits)
             self.listener.on_message(f"Training data: {report.summary()} Held out: {heldout_report.summary()}")
@@ -111,10 +126,12 @@ def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener 
     check_folder(last, mode)
     check_device(specs[-1].run.device)
     resources = Resources(pick_device(specs[-1].run.device), listener)
-    check_tokenizers(specs[0].student, specs[0].teacher.model if specs[0].teacher else None)
+    teacher_name = specs[0].teacher.model if specs[0].teacher else None
+    check_families(specs[0].student, teacher_name)
+    tokens = check_tokenizers(specs[0].student, teacher_name)
     for spec in specs:
         training_arguments(spec, resources.device)
-        resources.rows(spec.data, _tokenizer_name(specs[0]))
+        resources.rows(spec.data, tokenizer_name(specs[0]))
     # The line that made the run is what repeats it, also where another one finished it.
     command = last.read_env().get("command") if mode == "resume" else None
     command = command or ["drkl", *sys.argv[1:]]
@@ -123,7 +140,7 @@ def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener 
             keep_only(spec.folder.checkpoints_path, spec.folder.read_env().get("best_step"))
             continue
         listener.on_stage(spec, number, len(specs))
-        prepared = _prepare(spec, resources, _tokenizer_name(specs[0]))
+        prepared = _prepare(spec, resources, tokenizer_name(specs[0]), tokens)
         if number == 1 and mode == "overwrite" and last.root.exists():
             shutil.rmtree(last.root)
         if number == 1:
@@ -131,10 +148,6 @@ def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener 
             write_json(last.env_path, {"command": command, "finished": None})
         _train(prepared, command, resume=mode == "resume")
     return last
-
-
-def _tokenizer_name(first: RunSpec) -> str:
-    return first.teacher.model if first.teacher is not None else source_model(first.student, None)
 
 
 @dataclass
@@ -148,25 +161,49 @@ class Prepared:
     loaded: Loaded
     student: PreTrainedModel
     listener: Listener
+    adapter: Any
+    """peft's handle on the student, or None."""
+    vocabulary: dict[str, int] | None
+    """Where the two heads are compared on fewer ids than they have: how many, of how many."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        return None if self.vocabulary is None else self.vocabulary["shared"]
 
 
-def _prepare(spec: RunSpec, resources: Resources, tokenizer_name: str) -> Prepared:
+def _prepare(spec: RunSpec, resources: Resources, tokenizer_name: str, tokens: SharedTokens | None) -> Prepared:
     teacher_name = spec.teacher.model if spec.teacher else None
     loaded = resources.rows(spec.data, tokenizer_name)
     teacher = resources.teacher(spec.teacher)
     student = make_student(spec.student, teacher_name, spec.run.seed)
-    if teacher is not None:
-        check_vocabularies(student.get_output_embeddings().weight.shape[0], teacher.head.vocab_size)
     rows = [*loaded.train, *loaded.heldout]
     check_rows(rows, student.config, "student")
     if teacher is not None:
         check_rows(rows, teacher.model.config, "teacher")
     check_head(student)
+    vocabulary = None
+    if teacher is not None:
+        tokenizer = resources.tokenizer(tokenizer_name)
+        vocabulary = shared_vocabulary(lm_head(student).vocab_size, teacher.head.vocab_size, tokens, tokenizer, rows)
+        if vocabulary is not None:
+            resources.listener.on_message(
+                f"The student scores {vocabulary['student']} ids and the teacher {vocabulary['teacher']}; their "
+                f"tokenizers share the first {vocabulary['shared']}, and the two are compared on those."
+            )
     if spec.student.freeze_embeddings:
         student.get_input_embeddings().requires_grad_(False)
+    adapter = None if spec.peft is None else add_adapter(student, spec.peft, spec.run.seed)
     check_disk(spec.folder, student)
     return Prepared(
-        spec, resources.device, teacher, resources.tokenizer(tokenizer_name), loaded, student, resources.listener
+        spec,
+        resources.device,
+        teacher,
+        resources.tokenizer(tokenizer_name),
+        loaded,
+        student,
+        resources.listener,
+        adapter,
+        vocabulary,
     )
 
 
@@ -177,10 +214,8 @@ def _train(prepared: Prepared, command: list[str], *, resume: bool) -> None:
         "command": command,
         "teacher_note": model_note(spec.teacher.model) if spec.teacher else None,
         "data": _describe_data(prepared.loaded),
-        "parameters": {
-            "student": sum(p.numel() for p in prepared.student.parameters()),
-            "teacher": sum(p.numel() for p in prepared.teacher.model.parameters()) if prepared.teacher else None,
-        },
+        "vocabulary": prepared.vocabulary,
+        "parameters": _count_parameters(prepared),
         "started": run.read_env().get("started", now()) if resume else now(),
         "finished": None,
     }
@@ -198,6 +233,16 @@ def _train(prepared: Prepared, command: list[str], *, resume: bool) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def _count_parameters(prepared: Prepared) -> dict[str, int | None]:
+    student = list(prepared.student.parameters())
+    adapter = sum(p.numel() for p in student if p.requires_grad) if prepared.adapter is not None else 0
+    counts: dict[str, int | None] = {"student": sum(p.numel() for p in student) - adapter}
+    if prepared.adapter is not None:
+        counts["adapter"] = adapter
+    counts["teacher"] = sum(p.numel() for p in prepared.teacher.model.parameters()) if prepared.teacher else None
+    return counts
+
+
 def _describe_data(loaded: Loaded) -> dict[str, Any]:
     return {
         "train_rows": len(loaded.train),
@@ -210,7 +255,14 @@ def _describe_data(loaded: Loaded) -> dict[str, Any]:
 def _make_trainer(prepared: Prepared, log: TrainLog) -> DistillationTrainer:
     spec, pad_id = prepared.spec, prepared.tokenizer.pad_token_id
     training = spec.training
-    heldout = HeldOut(prepared.loaded.heldout[: training.eval_rows], pad_id, prepared.teacher, 4096)
+    heldout = HeldOut(
+        prepared.loaded.heldout[: training.eval_rows],
+        pad_id,
+        prepared.teacher,
+        4096,
+        decoder_start=decoder_start(prepared.student),
+        vocab_size=prepared.vocab_size,
+    )
     callbacks: list[TrainerCallback] = [log, LastStep(), BestCheckpoint()]
     if training.early_stop_patience:
         callbacks.append(EarlyStop(training.early_stop_patience))
@@ -225,9 +277,19 @@ def _make_trainer(prepared: Prepared, log: TrainLog) -> DistillationTrainer:
         loss=spec.loss,
         tokens_per_step=training.tokens_per_step,
         same_batches=training.same_batches,
+        vocab_size=prepared.vocab_size,
         pad_id=pad_id,
         callbacks=callbacks,
     )
+
+
+def _save_student(prepared: Prepared, folder: Path) -> None:
+    if prepared.spec.peft is None:
+        prepared.student.save_pretrained(folder)
+    elif prepared.spec.peft.export == "adapter":
+        save_adapter(prepared.adapter, folder)
+    else:
+        merge_adapter(prepared.adapter).save_pretrained(folder)
 
 
 def _finish(prepared: Prepared, trainer: DistillationTrainer, environment: dict[str, Any]) -> None:
@@ -238,7 +300,7 @@ def _finish(prepared: Prepared, trainer: DistillationTrainer, environment: dict[
     staging = run.root / ".student"
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        student.save_pretrained(staging)
+        _save_student(prepared, staging)
         prepared.tokenizer.save_pretrained(staging)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -247,7 +309,13 @@ def _finish(prepared: Prepared, trainer: DistillationTrainer, environment: dict[
             f"Could not write the student to {str(run.root)!r}: {reason}. Make room, then `drkl distill --resume`."
         ) from error
     note = environment["teacher_note"]
-    write_text(staging / "README.md", model_card(run.name, spec.resolved, trainer.state.best_metric, note))
+    if spec.peft is not None and spec.peft.export == "adapter":
+        adapter_note = f"It is a LoRA adapter for `{spec.student.model}`; to load it, install `peft` too."
+        note = f"{note}\n\n{adapter_note}" if note else adapter_note
+    card = model_card(
+        run.name, spec.resolved, trainer.state.best_metric, note, encoder_decoder=is_encoder_decoder(student)
+    )
+    write_text(staging / "README.md", card)
     shutil.rmtree(run.student_path, ignore_errors=True)
     staging.rename(run.student_path)
     outcome = {

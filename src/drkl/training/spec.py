@@ -7,7 +7,7 @@ from typing import Any
 
 from drkl.data.config import DataConfig
 from drkl.losses.config import LossConfig
-from drkl.models.config import StudentConfig
+from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
 from drkl.runs import RunFolder
 from drkl.teachers.config import TeacherConfig
@@ -27,6 +27,7 @@ class RunSpec:
     loss: LossConfig
     training: TrainingConfig
     resolved: dict[str, Any]
+    peft: PeftConfig | None = None
 
     @property
     def uses_teacher(self) -> bool:

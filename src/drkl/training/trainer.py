@@ -21,6 +21,7 @@ from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
 from drkl.losses.config import LossConfig
+from drkl.models.forward import decoder_start
 from drkl.objectives import Objective
 from drkl.teachers.live import LiveTeacher
 from drkl.training.checkpoints import mark_complete, rotate
@@ -28,6 +29,7 @@ from drkl.training.faults import find_fault, list_rows
 from drkl.training.forward import KEY, Distillation, attach_loss
 from drkl.training.heldout import HeldOut, NonFiniteLoss
 
+MASKS = ("attention_mask", "decoder_attention_mask")
 REMEDY = "A lower learning rate, a warm-up, or training.precision=fp32 often help."
 
 
@@ -72,6 +74,7 @@ class DistillationTrainer(Trainer):
         loss: temperature and weights.
         tokens_per_step: the token budget of an optimiser step over all processes.
         same_batches: every epoch has the same batches.
+        vocab_size: how many ids, from 0, the two models are compared on; None for all.
         pad_id: the padding token.
         callbacks: as in `Trainer`.
     """
@@ -90,13 +93,15 @@ class DistillationTrainer(Trainer):
         loss: LossConfig,
         tokens_per_step: int,
         same_batches: bool = False,
+        vocab_size: int | None = None,
         pad_id: int,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self._objective, self._loss, self._teacher, self._heldout = objective, loss, teacher, heldout
         # Done here: transformers removes old checkpoints before the new one is marked whole.
         self._keep_checkpoints, args.save_total_limit = args.save_total_limit, None
-        attach_loss(model, objective, loss)
+        attach_loss(model, objective, loss, vocab_size)
+        start = decoder_start(model)
         super().__init__(
             model=model,
             args=args,
@@ -109,7 +114,7 @@ class DistillationTrainer(Trainer):
                 same_batches=same_batches,
             ),
             eval_dataset=[0] if heldout is not None else None,  # never read: `evaluate` has its own rows
-            data_collator=lambda items: collate(items[0], pad_id=pad_id),
+            data_collator=lambda items: collate(items[0], pad_id=pad_id, decoder_start=start),
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
@@ -150,7 +155,7 @@ class DistillationTrainer(Trainer):
             self._stop_non_finite(loss, row_ids, hidden, teacher_hidden)
         for name, value in statistics.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
-        self._input_tokens += int(inputs["attention_mask"].sum())
+        self._input_tokens += sum(int(inputs[name].sum()) for name in MASKS if name in inputs)
         # Ranks' gradients are averaged; the sum over ranks is what was divided by the global count.
         return loss * self.accelerator.num_processes
 

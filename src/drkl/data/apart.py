@@ -1,0 +1,39 @@
+"""Texts as token ids for an encoder-decoder, which reads the prompt and writes the response apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from drkl.errors import DrklError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_source(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Return what the encoder reads: the user's text with the tokenizer's own special tokens (T5's eos at the end).
+
+    Of a longer conversation all turns, each after ``User:`` or ``Assistant:`` (a system message stands first, bare).
+    """
+    if len(messages) == 1:
+        text = messages[0]["content"]
+    else:
+        names = {"user": "User: ", "assistant": "Assistant: "}
+        text = "\n\n".join(names.get(m["role"], "") + m["content"] for m in messages)
+    # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def encode_target(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return what the decoder writes: the text as the tokenizer encodes targets by itself, ended by eos.
+
+    Raises:
+        DrklError: the tokenizer has no eos token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DrklError(
+            "The tokenizer has no eos token, so the student could never learn to stop. Set the tokenizer's eos_token."
+        )
+    ids = list(tokenizer(text_target=text, verbose=False)["input_ids"])
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, int(tokenizer.eos_token_id)]

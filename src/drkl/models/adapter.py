@@ -1,0 +1,88 @@
+"""LoRA students: adapters put into a model, taken out again merged or alone, and read back; all of it peft's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from drkl.errors import DrklError
+from drkl.models.config import PeftConfig
+from drkl.models.forward import is_encoder_decoder
+
+CONFIG = "adapter_config.json"
+INSTALL = "pip install 'drkl[peft]'"
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> Any:
+    """Put LoRA layers into a model, in place, and leave them alone to be trained.
+
+    Args:
+        model: stays the `PreTrainedModel` it is, with other layers inside.
+        config: the `peft` section.
+        seed: of the adapter's first weights; the model's function is unchanged by them.
+
+    Returns:
+        peft's handle on the model, for `save_adapter` and `merge_adapter`.
+
+    Raises:
+        DrklError: fields that peft refuses, modules that the model does not have, or an adapter on the output head.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    tied = head.weight is embeddings.weight
+    task = "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            adapter = get_peft_model(model, LoraConfig(**{"task_type": task} | config.lora))
+    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        raise DrklError(f"peft: {' '.join(str(error).split())[:400]}") from error
+    what = {id(head): "the output head"}
+    if tied:
+        what[id(embeddings)] = "the token embeddings, which are the output head too"
+    for key, role in what.items():
+        if id(model.get_submodule(names[key])) != key:
+            raise DrklError(
+                f"peft puts an adapter on {names[key]!r}, {role}. The loss reads the head's weight itself, chunk by "
+                "chunk, and would miss it. Leave it out of peft.target_modules and peft.modules_to_save."
+            )
+    return adapter
+
+
+def save_adapter(adapter: Any, folder: Path) -> None:
+    """Write the adapter alone, with the config of the model it belongs to."""
+    # Embeddings are never trained here; with "auto" peft would look for the base model's on the hub.
+    adapter.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    adapter.get_base_model().config.save_pretrained(folder)
+
+
+def merge_adapter(adapter: Any) -> PreTrainedModel:
+    """The model with the adapter added to its weights, and no trace of peft in it."""
+    merged: PreTrainedModel = adapter.merge_and_unload()
+    return merged
+
+
+def adapter_base(name: str) -> str | None:
+    """The model that the adapter in a folder belongs to; None where there is no adapter."""
+    path = Path(name) / CONFIG
+    if not path.is_file():
+        return None
+    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise DrklError(f"The adapter in {name!r} does not say which model it belongs to (base_model_name_or_path).")
+    return str(base)
+
+
+def read_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """The model with the adapter of a folder merged into it."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise DrklError(f"{folder!r} holds a LoRA adapter, which takes the package peft: {INSTALL}.") from error
+    return merge_adapter(PeftModel.from_pretrained(model, folder))

@@ -1,0 +1,93 @@
+"""Rows and batches of an encoder-decoder, against lists written by hand."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from drkl.data import Example
+from drkl.data.apart import encode_source, encode_target
+from drkl.data.collate import IGNORE_INDEX, collate, collate_sources
+from drkl.data.tokenize import Row, encode_for, tokenize_examples
+from drkl.errors import DrklError
+from tests.data.tiny_tokenizers import build
+
+EXAMPLE = Example("a", ({"role": "user", "content": "hi there"}, {"role": "assistant", "content": "a b"}))
+N = IGNORE_INDEX
+
+
+def like_t5():
+    """eos after every text, as T5's tokenizer has it."""
+    tokenizer = build(eos="</s>")
+    eos = ("</s>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[eos])
+    return tokenizer
+
+
+def row(row_id: str, prompt: tuple[int, ...], response: tuple[int, ...]) -> Row:
+    return Row(row_id, prompt, response, EXAMPLE, encoder_decoder=True)
+
+
+def test_the_decoder_is_fed_what_it_has_written_so_far() -> None:
+    batch = collate([row("x", (11, 12, 4), (21, 4)), row("y", (14,), (23, 24, 4))], pad_id=0, decoder_start=1)
+    assert batch["input_ids"].tolist() == [[11, 12, 4], [14, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["decoder_input_ids"].tolist() == [[1, 21, 0], [1, 23, 24]]
+    assert batch["decoder_attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch["labels"].tolist() == [[21, 4, N], [23, 24, 4]]
+    assert batch["row_ids"] == ["x", "y"] and "position_ids" not in batch
+
+
+def test_eos_is_learnt_where_it_is_the_padding_and_the_start() -> None:
+    batch = collate([row("x", (11,), (21, 4)), row("y", (11,), (4,))], pad_id=4, decoder_start=4)
+    assert batch["labels"].tolist() == [[21, 4], [4, N]]
+    assert batch["decoder_attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+def test_no_rows_give_one_ignored_position() -> None:
+    batch = collate([], pad_id=7, decoder_start=1)
+    assert batch["labels"].tolist() == [[N]]
+    assert batch["attention_mask"].tolist() == batch["decoder_attention_mask"].tolist() == [[1]]
+
+
+def test_rows_of_the_other_kind_are_our_own_bug() -> None:
+    with pytest.raises(AssertionError, match="rows of the other kind"):
+        collate([row("x", (1,), (2,))], pad_id=0)
+
+
+def test_sources_are_padded_at_the_right() -> None:
+    batch = collate_sources([[5], [6, 7]], pad_id=0)
+    assert batch["input_ids"].tolist() == [[5, 0], [6, 7]]
+
+
+@pytest.mark.parametrize("make", [like_t5, build])
+def test_texts_are_encoded_as_the_tokenizer_does_by_itself(make) -> None:
+    tokenizer = make()
+    (made,), report = tokenize_examples([EXAMPLE], tokenizer, max_prompt_tokens=8, max_tokens=20, encoder_decoder=True)
+    own_end = ["</s>"] if make is like_t5 else []
+    assert tokenizer.convert_ids_to_tokens(list(made.prompt_ids)) == ["hi", " ", "there", *own_end]
+    assert tokenizer.convert_ids_to_tokens(list(made.response_ids)) == ["a", " ", "b", tokenizer.eos_token]
+    assert made.encoder_decoder and made.length == 4 and report.kept == 1
+    assert encode_for(tokenizer, EXAMPLE.prompt_messages, encoder_decoder=True) == list(made.prompt_ids)
+
+
+def test_a_longer_conversation_is_read_turn_by_turn() -> None:
+    tokenizer = build()
+    messages = [
+        {"role": "system", "content": "a"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    text = "a\n\nUser: hi\n\nAssistant: b\n\nUser: c"
+    assert encode_source(tokenizer, messages) == tokenizer(text)["input_ids"]
+
+
+def test_a_cut_response_loses_its_end() -> None:
+    (made,), report = tokenize_examples([EXAMPLE], like_t5(), max_prompt_tokens=4, max_tokens=6, encoder_decoder=True)
+    assert len(made.response_ids) == 2 and report.responses_cut == 1
+
+
+def test_a_tokenizer_without_eos() -> None:
+    with pytest.raises(DrklError, match="no eos token"):
+        encode_target(build(eos=None), "a")
