@@ -288,7 +288,7 @@ def generate(
     _check_finished(folder)
     quiet_transformers()
     models, tokenizer, device = evaluation_models(_relocated(config, folder.root).specs(), ("teacher", "after"))
-    ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+    ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}], config.data.prompt_template)
     answers = {}
     for name, load in models.items():
         model: Any = load()

@@ -39,6 +39,8 @@ def model_card(name: str, resolved: dict[str, Any], heldout_loss: float | None, 
     """Return the card's markdown, metadata first."""
     teacher, student, training = resolved["teacher"], resolved["student"], resolved["training"]
     objective = dict(resolved["objective"])
+    data = resolved["data"]
+    places = data.get("sources") or [data]
     params = ", ".join(f"{k}={v}" for k, v in objective.items() if k != "name")
     meta = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["drkl", "distillation"]}
     if teacher is None:
@@ -52,7 +54,7 @@ def model_card(name: str, resolved: dict[str, Any], heldout_loss: float | None, 
         objective=objective["name"] + (f"({params})" if params else ""),
         steps=training["max_steps"],
         tokens=training["tokens_per_step"],
-        data=f"`{resolved['data']['path'] or resolved['data']['dataset']}`",
+        data=", ".join(f"`{place['path'] or place['dataset']}`" for place in places),
         loss="not measured" if heldout_loss is None else f"{heldout_loss:.4f} nats per token",
         note=f"{note}\n\n" if note else "",
     )

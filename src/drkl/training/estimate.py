@@ -68,8 +68,7 @@ def _stage(
 ) -> dict[str, Any]:
     arguments = training_arguments(spec, device)
     rows, _ = load_examples(spec.data)
-    limits = {"max_prompt_tokens": spec.data.max_prompt_tokens, "max_tokens": spec.data.max_tokens}
-    tokenised, report = tokenize_examples(rows, tokenizer, **limits)
+    tokenised, report = tokenize_examples(rows, tokenizer, **spec.data.row_settings)
     check_rows(tokenised, student, "student")
     if teacher is not None:
         check_rows(tokenised, teacher, "teacher")
@@ -115,7 +114,7 @@ def _tokens_per_step(rows: Sequence[Row], spec: RunSpec, seen: set[tuple[str, ..
     for step in steps:
         positions = len(step) * max(rows[i].length for i in step)
         inputs += positions
-        trained += sum(len(rows[i].response_ids) for i in step)
+        trained += sum(rows[i].num_trained for i in step)
         ids = tuple(rows[i].id for i in step)  # not the indices: stages may differ in their data
         if not remembers or ids not in seen:
             new += positions

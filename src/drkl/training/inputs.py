@@ -58,12 +58,11 @@ def evaluation_inputs(specs: Sequence[RunSpec]) -> EvaluationInputs:
     models, tokenizer, device = evaluation_models(specs)
     data = specs[-1].data
     _, heldout = load_examples(data)
-    rows, report = tokenize_examples(
-        heldout, tokenizer, max_prompt_tokens=data.max_prompt_tokens, max_tokens=data.max_tokens
-    )
+    rows, report = tokenize_examples(heldout, tokenizer, **data.row_settings)
     described = {
         "path": data.path,
         "dataset": data.dataset,
+        "sources": [source.name for source in data.sources],
         "eval_path": data.eval_path,
         "dropped": dict(report.dropped),
         "responses_cut": report.responses_cut,

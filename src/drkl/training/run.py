@@ -86,9 +86,8 @@ class Resources:
         if key not in self._rows:
             tokenizer = self.tokenizer(tokenizer_name)
             train, heldout = load_examples(config)
-            limits = {"max_prompt_tokens": config.max_prompt_tokens, "max_tokens": config.max_tokens}
-            train_rows, report = tokenize_examples(train, tokenizer, **limits)
-            heldout_rows, heldout_report = tokenize_examples(heldout, tokenizer, **limits)
+            train_rows, report = tokenize_examples(train, tokenizer, **config.row_settings)
+            heldout_rows, heldout_report = tokenize_examples(heldout, tokenizer, **config.row_settings)
             self.listener.on_message(f"Training data: {report.summary()} Held out: {heldout_report.summary()}")
             self._rows[key] = Loaded(train_rows, heldout_rows, report)
         return self._rows[key]
