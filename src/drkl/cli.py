@@ -323,6 +323,32 @@ def _printable(text: str) -> str:
 
 
 @app.command()
+def data(
+    config: Annotated[Path, typer.Argument(help="A yaml file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, e.g. data.turns=all", show_default=False)
+    ] = None,
+) -> None:
+    """Show what CONFIG makes of its data: counts, drops, lengths, a row of each source; write nothing."""
+    from rich.console import Console
+
+    from drkl.config import load_config
+    from drkl.data.survey import print_surveys, survey
+    from drkl.models.load import quiet_transformers
+    from drkl.training.tokens import run_tokenizer
+
+    loaded, notes = load_config(config, overrides or [])
+    for note in notes:
+        print(note)
+    quiet_transformers()
+    specs = loaded.specs()
+    tokenizer = run_tokenizer(specs)
+    console = Console(highlight=False)
+    for section in dict.fromkeys(spec.data for spec in specs):
+        print_surveys(survey(section, tokenizer), tokenizer, console, _printable)
+
+
+@app.command()
 def objectives(
     output_format: Annotated[str, typer.Option("--format", help="text, or md (the table of the docs)")] = "text",
 ) -> None:

@@ -45,7 +45,8 @@ def model_card(name: str, resolved: dict[str, Any], heldout_loss: float | None, 
     meta = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["drkl", "distillation"]}
     if teacher is None:
         meta["tags"] = ["drkl"]
-    start = f"{student['init']} of {student['model'] or (teacher or {}).get('model', '?')}"
+    kind = student["config"].get("model_type")
+    start = f"{student['init']} of {student['model'] or kind or (teacher or {}).get('model', '?')}"
     body = _BODY.format(
         name=name,
         version=__version__,

@@ -13,12 +13,13 @@ from drkl.data.examples import load_examples
 from drkl.data.tokenize import Row, tokenize_examples
 from drkl.errors import DrklError
 from drkl.losses.fused import CHUNK_BYTES
-from drkl.models.load import count_parameters, load_config, load_tokenizer, model_note
+from drkl.models.load import count_parameters, load_config, model_note
 from drkl.models.precision import DTYPES, pick_device, resolve_dtype
-from drkl.models.student import source_model, student_config
+from drkl.models.student import student_config
 from drkl.training.arguments import training_arguments
 from drkl.training.checks import check_device, check_rows, check_tokenizers
 from drkl.training.spec import RunSpec
+from drkl.training.tokens import run_tokenizer
 
 ACTIVATIONS_PER_TOKEN = 34
 """Numbers kept for the backward pass per layer, token and hidden unit, in bytes of fp16 (Korthikanti et al. 2022)."""
@@ -35,8 +36,8 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     device = pick_device(last.run.device)
     teacher_name = first.teacher.model if first.teacher else None
     check_tokenizers(first.student, teacher_name)
-    tokenizer = load_tokenizer(teacher_name or source_model(first.student, None))
-    student = student_config(first.student, teacher_name)
+    tokenizer = run_tokenizer(specs)
+    student = student_config(first.student, teacher_name, tokenizer)
     teacher = load_config(teacher_name) if teacher_name else None
     if teacher is not None and student.get_text_config().vocab_size != teacher.get_text_config().vocab_size:
         raise DrklError(

@@ -40,16 +40,16 @@ def evaluation_models(
     # A run may have been made on another machine.
     wanted = last.run.device
     device = pick_device(wanted if has_device(wanted) else "auto")
+    tokenizer = load_tokenizer(str(last.folder.student_path))
     loaders: dict[str, Loader] = {}
     if last.teacher is not None:
         teacher = last.teacher
         loaders["teacher"] = lambda: load_model(teacher.model, resolve_dtype(teacher.dtype, device))
     teacher_name = first.teacher.model if first.teacher else None
-    loaders["before"] = lambda: make_student(first.student, teacher_name, first.run.seed)
+    loaders["before"] = lambda: make_student(first.student, teacher_name, first.run.seed, tokenizer)
     if len(specs) > 1:
         loaders["warmup"] = lambda: load_model(str(specs[-2].folder.student_path), last.student.dtype)
     loaders["after"] = lambda: load_model(str(last.folder.student_path), last.student.dtype)
-    tokenizer = load_tokenizer(str(last.folder.student_path))
     return {name: loaders[name] for name in names if name in loaders}, tokenizer, device
 
 

@@ -20,7 +20,7 @@ from drkl.losses.common import check_vocabularies
 from drkl.models.forward import check_head
 from drkl.models.load import load_tokenizer, model_note
 from drkl.models.precision import pick_device
-from drkl.models.student import make_student, source_model
+from drkl.models.student import make_student
 from drkl.runs import RunFolder, write_json, write_text, write_yaml
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
@@ -33,6 +33,7 @@ from drkl.training.environment import describe_environment, now
 from drkl.training.forward import detach_loss
 from drkl.training.heldout import HeldOut
 from drkl.training.spec import RunSpec
+from drkl.training.tokens import LEARNT, run_tokenizer, tokenizer_name
 from drkl.training.trainer import DistillationTrainer
 
 Mode = Literal["new", "overwrite", "resume"]
@@ -81,6 +82,11 @@ class Resources:
             self._tokenizers[name] = load_tokenizer(name)
         return self._tokenizers[name]
 
+    def learn_tokenizer(self, specs: Sequence[RunSpec]) -> None:
+        learnt = run_tokenizer(specs)
+        self.listener.on_message(f"Learnt a tokenizer of {len(learnt)} tokens from the training text.")
+        self._tokenizers[LEARNT] = learnt
+
     def rows(self, config: DataConfig, tokenizer_name: str) -> Loaded:
         key = (config, tokenizer_name)
         if key not in self._rows:
@@ -111,9 +117,11 @@ def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener 
     check_device(specs[-1].run.device)
     resources = Resources(pick_device(specs[-1].run.device), listener)
     check_tokenizers(specs[0].student, specs[0].teacher.model if specs[0].teacher else None)
+    if specs[0].tokenizer is not None:
+        resources.learn_tokenizer(specs)
     for spec in specs:
         training_arguments(spec, resources.device)
-        resources.rows(spec.data, _tokenizer_name(specs[0]))
+        resources.rows(spec.data, tokenizer_name(specs[0]))
     # The line that made the run is what repeats it, also where another one finished it.
     command = last.read_env().get("command") if mode == "resume" else None
     command = command or ["drkl", *sys.argv[1:]]
@@ -122,7 +130,7 @@ def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener 
             keep_only(spec.folder.checkpoints_path, spec.folder.read_env().get("best_step"))
             continue
         listener.on_stage(spec, number, len(specs))
-        prepared = _prepare(spec, resources, _tokenizer_name(specs[0]))
+        prepared = _prepare(spec, resources, tokenizer_name(specs[0]))
         if number == 1 and mode == "overwrite" and last.root.exists():
             shutil.rmtree(last.root)
         if number == 1:
@@ -130,10 +138,6 @@ def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener 
             write_json(last.env_path, {"command": command, "finished": None})
         _train(prepared, command, resume=mode == "resume")
     return last
-
-
-def _tokenizer_name(first: RunSpec) -> str:
-    return first.teacher.model if first.teacher is not None else source_model(first.student, None)
 
 
 @dataclass
@@ -149,11 +153,11 @@ class Prepared:
     listener: Listener
 
 
-def _prepare(spec: RunSpec, resources: Resources, tokenizer_name: str) -> Prepared:
+def _prepare(spec: RunSpec, resources: Resources, tokenizer: str) -> Prepared:
     teacher_name = spec.teacher.model if spec.teacher else None
-    loaded = resources.rows(spec.data, tokenizer_name)
+    loaded = resources.rows(spec.data, tokenizer)
     teacher = resources.teacher(spec.teacher)
-    student = make_student(spec.student, teacher_name, spec.run.seed)
+    student = make_student(spec.student, teacher_name, spec.run.seed, resources.tokenizer(tokenizer))
     if teacher is not None:
         check_vocabularies(student.get_output_embeddings().weight.shape[0], teacher.head.vocab_size)
     rows = [*loaded.train, *loaded.heldout]
@@ -165,7 +169,7 @@ def _prepare(spec: RunSpec, resources: Resources, tokenizer_name: str) -> Prepar
         student.get_input_embeddings().requires_grad_(False)
     check_disk(spec.folder, student)
     return Prepared(
-        spec, resources.device, teacher, resources.tokenizer(tokenizer_name), loaded, student, resources.listener
+        spec, resources.device, teacher, resources.tokenizer(tokenizer), loaded, student, resources.listener
     )
 
 
