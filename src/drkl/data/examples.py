@@ -154,7 +154,8 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
 
 
 def _hold_out_ends(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    train, held_out = [], []
+    train: list[Example] = []
+    held_out: list[Example] = []
     for example in examples:
         text = example.response
         place = int(len(text) * (1 - HELD_OUT_SHARE))

@@ -12,7 +12,11 @@ from typing import Any
 from drkl.errors import DrklError, did_you_mean
 from drkl.runs import read_text
 
-BUNDLED = {"bundled:dolly": "dolly_train.jsonl", "bundled:dolly-eval": "dolly_eval.jsonl"}
+BUNDLED = {
+    f"bundled:{name}{end}": f"{name}_{part}.jsonl"
+    for name in ("dolly", "sgd", "scitldr", "banking77")
+    for end, part in (("", "train"), ("-eval", "eval"))
+}
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 Rows = Iterator[tuple[str, Any]]
