@@ -271,7 +271,7 @@ def test_training_arguments_that_are_not_free(argument: str, message: str) -> No
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"data": {}}, "data: Expected exactly one of path (jsonl) and dataset"),
+        ({"data": {}}, "data: Expected exactly one of path (a file) and dataset"),
         ({"data": {"path": "a", "dataset": "b"}}, "got both"),
         ({"data": {"path": "a", "max_tokens": 100}}, "max_tokens (100) must be larger than max_prompt_tokens (256)"),
         ({"data": None}, "data: input should be a valid dictionary"),

@@ -293,7 +293,12 @@ def generate(
     answers = {}
     for name, load in models.items():
         model: Any = load()
-        ids = encode_for(tokenizer, [{"role": "user", "content": prompt}], encoder_decoder=is_encoder_decoder(model))
+        ids = encode_for(
+            tokenizer,
+            [{"role": "user", "content": prompt}],
+            config.data.prompt_template,
+            encoder_decoder=is_encoder_decoder(model),
+        )
         found = sample_texts(
             model.to(device).eval(),
             tokenizer,
@@ -322,6 +327,33 @@ def _print_side_by_side(answers: dict[str, list[str]]) -> None:
 def _printable(text: str) -> str:
     """Model output without control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+@app.command()
+def data(
+    config: Annotated[Path, typer.Argument(help="A yaml file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, e.g. data.turns=all", show_default=False)
+    ] = None,
+) -> None:
+    """Show what CONFIG makes of its data: counts, drops, lengths, a row of each source; write nothing."""
+    from rich.console import Console
+
+    from drkl.config import load_config
+    from drkl.data.survey import print_surveys, survey
+    from drkl.models.load import quiet_transformers
+    from drkl.training.tokens import has_encoder, run_tokenizer
+
+    loaded, notes = load_config(config, overrides or [])
+    for note in notes:
+        print(note)
+    quiet_transformers()
+    specs = loaded.specs()
+    tokenizer = run_tokenizer(specs)
+    apart = has_encoder(specs[0], tokenizer)
+    console = Console(highlight=False)
+    for section in dict.fromkeys(spec.data for spec in specs):
+        print_surveys(survey(section, tokenizer, encoder_decoder=apart), tokenizer, console, _printable)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from drkl.data.config import DataConfig
+from drkl.data.config import DataConfig, TokenizerConfig
 from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.config import EvaluationConfig
 from drkl.losses.config import LossConfig
@@ -48,6 +48,7 @@ class Config(BaseModel):
     teacher: TeacherConfig | None = Field(default_factory=TeacherConfig)
     student: StudentConfig = Field(default_factory=StudentConfig)
     peft: PeftConfig | None = Field(None, description="a LoRA student: fields of peft.LoraConfig; null for none")
+    tokenizer: TokenizerConfig | None = None
     data: DataConfig
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
@@ -60,9 +61,21 @@ class Config(BaseModel):
         needs = self.loss.kd_weight > 0 and self.objective.make().needs_teacher
         if self.teacher is None and needs:
             raise ValueError(f"objective {self.objective.name!r} compares with a teacher, but teacher is null")
-        if self.teacher is None and self.student.model is None:
+        scratch = self.student.model_type is not None
+        if self.teacher is None and self.student.model is None and not scratch:
             raise ValueError(
-                f"student.init is {self.student.init!r} and teacher is null; name a model in student.model"
+                f"student.init is {self.student.init!r} and teacher is null; name a model in student.model, or an "
+                "architecture with init: random and config: {model_type: gpt2, ...}"
+            )
+        if self.tokenizer is not None and (self.teacher is not None or not scratch):
+            raise ValueError(
+                "tokenizer learns a new one, which fits no model that is there: it goes with teacher: null and "
+                "student.config: {model_type: gpt2, ...} only. Drop the tokenizer section otherwise"
+            )
+        if scratch and self.teacher is None and self.tokenizer is None:
+            raise ValueError(
+                "student.config names an architecture, but nothing brings a tokenizer; set tokenizer: {train: bpe, "
+                "vocab_size: 8192}, or a teacher"
             )
         if self.student.init == "pretrained" and self.student.model is None:
             raise ValueError("student.init is 'pretrained', but student.model names no model")
@@ -91,7 +104,8 @@ class Config(BaseModel):
                 dtype=self.student.dtype,
                 freeze_embeddings=self.student.freeze_embeddings,
             )
-        last = self.model_copy(update={"student": student})
+        # A later stage has the tokenizer of the first.
+        last = self.model_copy(update={"student": student, "tokenizer": None if specs else self.tokenizer})
         specs.append(_spec(last, RunFolder(root), resolved))
         return specs
 
@@ -102,6 +116,8 @@ class Config(BaseModel):
         values["stages"] = []
         if self.peft is not None:
             values["peft"]["export"] = "merged"  # the next stage starts from an ordinary model
+        if index:
+            values["tokenizer"] = None
         for section in ("data", "loss", "training"):
             values[section] = _merge(values[section], getattr(stage, section))
         other = stage.objective.get("name", self.objective.name) != self.objective.name
@@ -111,7 +127,7 @@ class Config(BaseModel):
 
 def _spec(config: Config, folder: RunFolder, resolved: dict[str, Any]) -> RunSpec:
     parts = (config.run, config.teacher, config.student, config.data, config.objective, config.loss, config.training)
-    return RunSpec(folder, *parts, resolved, config.peft)
+    return RunSpec(folder, *parts, resolved, peft=config.peft, tokenizer=config.tokenizer)
 
 
 def resolve(config: Config) -> dict[str, Any]:
@@ -289,9 +305,10 @@ def _describe(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, s
     for name, info in model.model_fields.items():
         section = _section_of(info.annotation)
         if section is not None:
-            if name == "stages":
+            many = name in ("stages", "sources")
+            if many:
                 yield f"{prefix}{name}", "[]", info.description or ""
-            yield from _describe(section, f"{prefix}{name}{'[]' if name == 'stages' else ''}.")
+            yield from _describe(section, f"{prefix}{name}{'[]' if many else ''}.")
             continue
         default = info.get_default(call_default_factory=True)
         shown = "required" if info.is_required() else "null" if default is None else _yaml(default)

@@ -91,3 +91,22 @@ def test_a_cut_response_loses_its_end() -> None:
 def test_a_tokenizer_without_eos() -> None:
     with pytest.raises(DrklError, match="no eos token"):
         encode_target(build(eos=None), "a")
+
+
+def test_of_a_conversation_the_last_reply_alone_is_learnt() -> None:
+    messages = tuple(
+        {"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)
+    )
+    limits = {"max_prompt_tokens": 30, "max_tokens": 40}
+    rows = [
+        tokenize_examples([Example("x", messages)], like_t5(), **limits, **more, encoder_decoder=True)[0][0]
+        for more in ({}, {"turns": "all", "template": "alpaca"})
+    ]
+    assert rows[0] == rows[1] and rows[0].trained is None and rows[0].num_trained == len(rows[0].response_ids)
+    assert rows[0].sampling_ids == rows[0].prompt_ids == tuple(encode_source(like_t5(), messages[:3]))
+
+
+def test_a_plain_text_is_refused() -> None:
+    text = Example("x", ({"role": "assistant", "content": "a b"},))
+    with pytest.raises(DrklError, match="Row 'x' is a plain text, which has no prompt for an encoder"):
+        tokenize_examples([text], like_t5(), max_prompt_tokens=8, max_tokens=20, encoder_decoder=True)

@@ -52,7 +52,20 @@ def test_no_prompt_of_the_evaluation_split() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["Databricks, Inc.", "CC BY-SA 3.0", "creativecommons.org/licenses/by-sa/3.0/", "Wikipedia"]
+    "words",
+    [
+        "Databricks, Inc.",
+        "CC BY-SA 3.0",
+        "creativecommons.org/licenses/by-sa/3.0/",
+        "Wikipedia",
+        "Schema-Guided",
+        "CC BY-SA 4.0",
+        "SciTLDR",
+        "Apache License 2.0",
+        "banking77",
+        "CC BY 4.0",
+        "PolyAI",
+    ],
 )
 def test_attribution(words: str) -> None:
     text = BUNDLED.joinpath("ATTRIBUTION.md").read_text(encoding="utf-8")
@@ -63,3 +76,24 @@ def test_they_load_by_name() -> None:
     train, held_out = load_examples(DataConfig(path="bundled:dolly", eval_path="bundled:dolly-eval"))
     assert [e.id for e in train] == [row["id"] for row in TRAIN]
     assert [e.response for e in held_out] == [row["response"] for row in HELD_OUT]
+
+
+@pytest.mark.parametrize(
+    ("name", "row_format", "counts"),
+    [
+        ("sgd", "messages", (100, 20)),
+        ("scitldr", "prompt_response", (100, 20)),
+        ("banking77", "text_label", (924, 308)),
+    ],
+)
+def test_slices_of_other_tasks(name: str, row_format: str, counts: tuple[int, int]) -> None:
+    config = DataConfig(path=f"bundled:{name}", eval_path=f"bundled:{name}-eval", format=row_format)
+    train, held_out = load_examples(config)
+    assert (len(train), len(held_out)) == counts
+    files = [BUNDLED.joinpath(f"{name}_{part}.jsonl") for part in ("train", "eval")]
+    assert sum(len(file.read_bytes()) for file in files) <= 200_000
+    assert {key(json.dumps(e.messages)) for e in train}.isdisjoint(key(json.dumps(e.messages)) for e in held_out)
+    if name == "banking77":
+        assert {e.label for e in train} == {e.label for e in held_out} and len({e.label for e in train}) == 77
+    if name == "scitldr":
+        assert all(e.prompt_text[: e.context_start or 0].startswith("Summarize the following") for e in train)

@@ -69,7 +69,7 @@ GOOD = '{"prompt": "p", "response": "r"}\n'
         ("3", ":2: expected an object .*; found a number"),
         (
             '{"prompt": "p", "answer": "r"}',
-            ":2: expected the fields prompt and response, or messages; found prompt, answer",
+            ":2: expected the fields prompt and response, or messages, or text .*; found prompt, answer",
         ),
         ("{}", ":2: expected the fields .*; found no fields"),
         ('{"prompt": "p", "response": null}', ":2: response must be text; found null"),
@@ -225,4 +225,4 @@ def test_a_data_set_that_is_nowhere() -> None:
 
 def test_a_data_set_row_is_named() -> None:
     with pytest.raises(DrklError, match="id, row 2: expected the fields"):
-        parse_rows([("id, row 1", {"prompt": "p", "response": "r"}), ("id, row 2", {"text": "t"})], "id")
+        parse_rows([("id, row 1", {"prompt": "p", "response": "r"}), ("id, row 2", {"prompt": "p", "text": "t"})], "id")

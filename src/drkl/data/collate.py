@@ -24,9 +24,9 @@ def collate(rows: Sequence[Row], *, pad_id: int, decoder_start: int | None = Non
 
     ``input_ids``, ``attention_mask``, ``position_ids`` and ``labels`` are int64 ``[batch, time]``; ``time`` is the
     longest ``row.length``. Fed is ``(prompt + response)[:-1]``; the last prompt position predicts the first response
-    token, and every other position that predicts no response token has the label ``IGNORE_INDEX``. Which positions
-    count follows from where the response stands, never from token ids, so eos is learnt even where it is the padding
-    token. ``row_ids`` is a list of the rows' ids.
+    token, and every other position that predicts no response token has the label ``IGNORE_INDEX``, and so has one that
+    predicts a token which ``row.trained`` leaves out. Which positions count follows from where the response stands,
+    never from token ids, so eos is learnt even where it is the padding token. ``row_ids`` is a list of the rows' ids.
 
     No rows give a batch of one ignored position: every process and micro-step needs a forward pass.
 
@@ -46,7 +46,10 @@ def collate(rows: Sequence[Row], *, pad_id: int, decoder_start: int | None = Non
         assert row.prompt_ids and row.response_ids, "a row has a prompt and a response"
         input_ids[index, : row.length] = torch.tensor((*row.prompt_ids, *row.response_ids[:-1]))
         attention_mask[index, : row.length] = 1
-        labels[index, len(row.prompt_ids) - 1 : row.length] = torch.tensor(row.response_ids)
+        response = torch.tensor(row.response_ids)
+        if row.trained is not None:
+            response[~torch.tensor(row.trained)] = IGNORE_INDEX
+        labels[index, len(row.prompt_ids) - 1 : row.length] = response
     if not rows:
         attention_mask[0, 0] = 1
     return {

@@ -1,30 +1,42 @@
-"""Rows of a jsonl file or of a ``datasets`` data set, checked, as conversations."""
+"""Rows of files or of ``datasets`` data sets, checked, as conversations or as plain texts."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from drkl.data.config import DataConfig
-from drkl.errors import DrklError, did_you_mean
-from drkl.runs import read_text
+from drkl.data.config import DataConfig, SourceConfig
+from drkl.data.files import dataset_rows, file_rows
+from drkl.errors import DrklError
 
-BUNDLED = {"bundled:dolly": "dolly_train.jsonl", "bundled:dolly-eval": "dolly_eval.jsonl"}
 MAX_HELD_OUT = 100
 HELD_OUT_SHARE = 0.05
+# Texts are held out whole where there are as many as this, else the end of each is.
+MANY_TEXTS = 20
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation; its last message is the assistant's and is what is learnt."""
+    """One conversation; its last message is the assistant's and is what is learnt.
+
+    A plain text is a lone message of the assistant's. ``label`` is that of a text with a label (its response too),
+    ``context_start`` where in the prompt the input begins that its instruction is about, ``weight`` how often an epoch
+    takes the example.
+    """
 
     id: str
     messages: tuple[dict[str, str], ...]
+    label: str | None = None
+    context_start: int | None = None
+    weight: float = 1.0
+
+    @property
+    def is_text(self) -> bool:
+        """Whether this is a plain text, of which every token is learnt."""
+        return len(self.messages) == 1
 
     @property
     def prompt_messages(self) -> tuple[dict[str, str], ...]:
@@ -39,7 +51,7 @@ class Example:
     @property
     def prompt_text(self) -> str:
         """The last user message's text, for display and for text metrics."""
-        return self.messages[-2]["content"]
+        return "" if self.is_text else self.messages[-2]["content"]
 
 
 def load_examples(config: DataConfig) -> tuple[list[Example], list[Example]]:
@@ -50,32 +62,42 @@ def load_examples(config: DataConfig) -> tuple[list[Example], list[Example]]:
     Raises:
         DrklError: a file or data set that is missing or unreadable, a bad row (with file:line), no rows at all.
     """
-    if config.path is not None:
-        train = read_examples(config.path, config.format)
-    else:
-        assert config.dataset is not None
-        train = _read_dataset(config.dataset, config.format)
+    sources = config.all_sources()
+    train: list[Example] = []
+    held_out: list[Example] = []
+    for number, source in enumerate(sources, start=1):
+        rows = read_source(source)
+        if len(sources) > 1:  # rows of two files may have the same ids
+            rows = [replace(row, id=f"{number}:{row.id}") for row in rows]
+        if config.eval_path is None:
+            rows, held = hold_out(rows)
+            held_out += held
+        train += [replace(row, weight=source.weight) for row in rows[: source.max_rows]]
     if config.eval_path is not None:
-        return train[: config.max_rows], read_examples(config.eval_path, config.format)
-    train, held_out = hold_out(train)
-    return train[: config.max_rows], held_out
+        held_out = read_examples(config.eval_path, config.format)
+    return train, held_out
 
 
-def read_examples(path: str, row_format: str = "auto") -> list[Example]:
-    """Read one jsonl file, or a bundled one by its name.
+def read_source(source: SourceConfig) -> list[Example]:
+    """Read all rows of a source.
 
     Raises:
         DrklError: see ``load_examples``.
     """
-    if path.startswith("bundled:"):
-        if path not in BUNDLED:
-            raise DrklError(
-                f"There is no bundled data {path!r}; there is {', '.join(BUNDLED)}.{did_you_mean(path, BUNDLED)}"
-            )
-        text = resources.files("drkl.data").joinpath("bundled", BUNDLED[path]).read_text(encoding="utf-8")
-    else:
-        text = read_text(Path(path).expanduser())
-    return parse_rows(_json_lines(text, path), path, row_format)
+    row_format = source.format or "auto"
+    if source.path is not None:
+        return read_examples(source.path, row_format)
+    assert source.dataset is not None
+    return parse_rows(dataset_rows(source.dataset), source.dataset, row_format)
+
+
+def read_examples(path: str, row_format: str = "auto") -> list[Example]:
+    """Read one file (jsonl, json, csv, parquet, txt), or a bundled one by its name.
+
+    Raises:
+        DrklError: see ``load_examples``.
+    """
+    return parse_rows(file_rows(path, row_format), path, row_format)
 
 
 def parse_rows(rows: Iterable[tuple[str, Any]], source: str, row_format: str = "auto") -> list[Example]:
@@ -89,12 +111,11 @@ def parse_rows(rows: Iterable[tuple[str, Any]], source: str, row_format: str = "
     for number, (place, row) in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise DrklError(f"{place}: expected an object with prompt and response, or messages; found {_kind(row)}.")
-        messages = _messages(place, row, row_format)
         row_id = _row_id(place, row, number)
         if row_id in seen:
             raise DrklError(f"{place}: the id {row_id!r} was seen before, at {seen[row_id]}; ids must be unique.")
         seen[row_id] = place
-        examples.append(Example(row_id, messages))
+        examples.append(_example(place, row_id, row, row_format))
     if not examples:
         raise DrklError(
             f"{source} has no rows; expected one json object per line, with prompt and response or messages."
@@ -105,15 +126,18 @@ def parse_rows(rows: Iterable[tuple[str, Any]], source: str, row_format: str = "
 def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     """Split off 5 % of the rows (1 to 100), picked by a hash of their ids; order is kept on both sides.
 
-    Rows that share a prompt stay on one side, so that no held-out prompt was trained on.
+    Rows that share a prompt stay on one side, so that no held-out prompt was trained on. Of plain texts, where there
+    are fewer than 20, the last 5 % of each are held out instead.
 
     Raises:
         DrklError: nothing would be left to train on.
     """
+    if len(examples) < MANY_TEXTS and all(example.is_text for example in examples):
+        return _hold_out_ends(examples)
     wanted = max(1, min(MAX_HELD_OUT, round(HELD_OUT_SHARE * len(examples))))
     groups: dict[str, list[str]] = {}
     for example in sorted(examples, key=lambda e: hashlib.sha256(e.id.encode()).digest()):
-        groups.setdefault(json.dumps(example.prompt_messages), []).append(example.id)
+        groups.setdefault(json.dumps(example.prompt_messages or example.messages), []).append(example.id)
     if len(groups) < 2:
         raise DrklError(
             f"{len(examples)} row(s) with {len(groups)} different prompt(s) cannot be split into training and held-out "
@@ -129,32 +153,85 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     return [e for e in examples if e.id not in held], [e for e in examples if e.id in held]
 
 
-def _json_lines(text: str, name: str) -> Iterator[tuple[str, Any]]:
-    # split("\n"), not splitlines(): json strings may hold U+2028, U+0085 and the like unescaped.
-    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{name}:{number}"
-        try:
-            yield place, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DrklError(f"{place}: not valid JSON: {error.msg} (column {error.colno}).") from error
-        except RecursionError as error:
-            raise DrklError(f"{place}: not valid JSON: nested too deeply.") from error
+def _hold_out_ends(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    train: list[Example] = []
+    held_out: list[Example] = []
+    for example in examples:
+        text = example.response
+        place = int(len(text) * (1 - HELD_OUT_SHARE))
+        # Between paragraphs, lines or words, in this order.
+        cut = next((found for mark in ("\n\n", "\n", " ") if (found := text.rfind(mark, place // 2, place)) > 0), place)
+        parts = [text[:cut], text[cut:].lstrip()]
+        if not all(part.strip() for part in parts):
+            raise DrklError(f"The text {example.id!r} is too short to hold out its end. Set data.eval_path.")
+        for rows, row_id, part in ((train, example.id, parts[0]), (held_out, f"{example.id}-end", parts[1])):
+            rows.append(replace(example, id=row_id, messages=({"role": "assistant", "content": part},)))
+    return train, held_out
 
 
-def _messages(place: str, row: Mapping[str, Any], row_format: str) -> tuple[dict[str, str], ...]:
-    if row_format == "messages" or (row_format == "auto" and "messages" in row):
-        if "messages" not in row:
-            raise DrklError(f"{place}: expected the field messages; found {_fields(row)}.")
-        return _conversation(place, row["messages"])
-    missing = [name for name in ("prompt", "response") if name not in row]
+def _example(place: str, row_id: str, row: Mapping[str, Any], row_format: str) -> Example:
+    if row_format == "auto":
+        row_format = next((name for name, fields in _FIELDS.items() if fields <= row.keys()), "auto")
+        if row_format == "text" and {"prompt", "response"} & row.keys():
+            row_format = "auto"  # half of a pair is a mistake, whatever stands beside it
+    missing = [name for name in sorted(_FIELDS.get(row_format, {"prompt", "response"})) if name not in row]
     if missing:
-        other = ", or messages" if row_format == "auto" else ""
-        raise DrklError(f"{place}: expected the fields prompt and response{other}; found {_fields(row)}.")
-    prompt = _text(place, "prompt", row["prompt"])
-    response = _text(place, "response", row["response"])
+        raise DrklError(f"{place}: expected {_EXPECTED[row_format]}; found {_fields(row)}.")
+    if row_format == "messages":
+        return Example(row_id, _conversation(place, row["messages"]))
+    if row_format == "text":
+        return Example(row_id, ({"role": "assistant", "content": _text(place, "text", row["text"])},))
+    if row_format == "text_label":
+        label = _label(place, row["label"])
+        return Example(row_id, _pair(_text(place, "text", row["text"]), label), label=label)
+    prompt, response = (_text(place, name, row[name]) for name in ("prompt", "response"))
+    context_start = _context_start(place, row, prompt)
+    if row.get("input"):
+        context_start = len(prompt) + 2
+        prompt += f"\n\n{_text(place, 'input', row['input'])}"
+    return Example(row_id, _pair(prompt, response), context_start=context_start)
+
+
+_FIELDS = {
+    "messages": {"messages"},
+    "prompt_response": {"prompt", "response"},
+    "text_label": {"text", "label"},
+    "text": {"text"},
+}
+"""What a row of each format has; auto takes the first that fits."""
+_EXPECTED = {
+    "auto": "the fields prompt and response, or messages, or text (with label or without)",
+    "messages": "the field messages",
+    "prompt_response": "the fields prompt and response",
+    "text_label": "the fields text and label",
+    "text": "the field text",
+}
+
+
+def _pair(prompt: str, response: str) -> tuple[dict[str, str], ...]:
     return {"role": "user", "content": prompt}, {"role": "assistant", "content": response}
+
+
+def _label(place: str, value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _text(place, "label", value)
+
+
+def _context_start(place: str, row: Mapping[str, Any], prompt: str) -> int | None:
+    value = row.get("context_start")
+    if value is None or value == "":
+        return None
+    try:
+        start = int(value)  # csv has text only
+    except (TypeError, ValueError):
+        start = -1
+    if isinstance(value, bool) or not 0 < start < len(prompt):
+        raise DrklError(
+            f"{place}: context_start must be where in the prompt (of {len(prompt)} characters) its input begins; found "
+            f"{value!r}."
+        )
+    return start
 
 
 def _conversation(place: str, value: Any) -> tuple[dict[str, str], ...]:
@@ -216,34 +293,3 @@ def _kind(value: Any) -> str:
     if isinstance(value, list) and not value:
         return "an empty list"
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
-def _read_dataset(name: str, row_format: str) -> list[Example]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DrklError(
-            "data.dataset needs the package datasets (pip install datasets); data.path does not."
-        ) from error
-    local = Path(name).expanduser()
-    where, config_name = (str(local), None) if local.exists() else _split_config(name)
-    try:
-        if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
-            loaded = datasets.load_from_disk(str(local))
-            rows = loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            rows = datasets.load_dataset(where, config_name, split="train")
-    # `datasets` raises what its readers raise: OSError, KeyError, ValueError, its own, the network's.
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        looked = "found the local folder" if local.exists() else f"no local folder {str(local)!r}, then the hub"
-        raise DrklError(
-            f"Cannot load the data set {where!r} (config {config_name or 'default'}, split 'train'); looked at: "
-            f"{looked}. {type(error).__name__}: {reason} A jsonl file in data.path needs no hub."
-        ) from error
-    return parse_rows(((f"{name}, row {i}", row) for i, row in enumerate(rows, start=1)), name, row_format)
-
-
-def _split_config(name: str) -> tuple[str, str | None]:
-    where, _, config_name = name.partition(":")
-    return where, config_name or None

@@ -1,11 +1,12 @@
-"""Conversations as token ids: the tokenizer's chat template, or the Alpaca template where it has none."""
+"""Conversations as token ids: the tokenizer's chat template, or one of the templates of ``data.template``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drkl.errors import DrklError
+from drkl.errors import DrklError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,23 +18,74 @@ ALPACA = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
+MINILLM_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+FOLLOW_UP = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+NAMES = ("auto", "chat", "alpaca", "minillm", "plain")
 _PROBE = "drkl0content0probe"
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """Return the ids after which the model answers ``messages`` (which end with the user's).
+class Turns(NamedTuple):
+    """A conversation's ids, and where in them each assistant turn stands (its end of turn included)."""
 
-    With a chat template: that template and its generation prompt. Without one: the Alpaca template; its instruction
-    is the user's text, and of a longer conversation all turns, each after ``User:`` or ``Assistant:`` (a system
-    message stands first, bare).
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
+def check_template(template: str) -> None:
+    """Refuse what is neither a name of ``NAMES`` nor a jinja template.
 
     Raises:
-        DrklError: the chat template refuses the conversation.
+        DrklError: an unknown name, or jinja that does not parse (with its line).
     """
-    return _encode_from_start(tokenizer, _prompt_text(tokenizer, messages))
+    if template in NAMES:
+        return
+    if "{{" not in template and "{%" not in template:
+        raise DrklError(
+            f"there is no template {template!r}; expected {', '.join(NAMES)}, or jinja text with {{{{ prompt }}}} or "
+            f"messages in it.{did_you_mean(template, NAMES)}"
+        )
+    _compiled(template)
 
 
-def encode_response(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    template: str = "auto",
+    *,
+    context_start: int | None = None,
+) -> list[int]:
+    """Return the ids after which the model answers ``messages`` (which end with the user's).
+
+    ``chat`` is the tokenizer's chat template with its generation prompt, ``alpaca`` and ``minillm`` the instruction
+    template of that name, ``plain`` the user's text as it is; ``auto`` is chat where the tokenizer has a chat
+    template, else alpaca. Outside chat and jinja, the instruction of a longer conversation is all of its turns, each
+    after ``User:`` or ``Assistant:`` (a system message stands first, bare). Jinja text is rendered in a sandbox with
+    ``messages``, ``prompt`` (the instruction), ``instruction`` and ``input``, ``bos_token`` and ``eos_token``.
+
+    Args:
+        tokenizer: its bos stands first where it adds one itself, except in chat, minillm and in jinja text that
+            writes ``bos_token``.
+        messages: ``{"role", "content"}``, first to last.
+        template: a name of ``NAMES``, or jinja text.
+        context_start: where in a lone user message its input begins, which minillm sets apart from the instruction.
+
+    Raises:
+        DrklError: the template refuses the conversation, or there is none of that name.
+    """
+    return _encode_from_start(tokenizer, _prompt_text(tokenizer, messages, template, context_start), template)
+
+
+def encode_response(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    template: str = "auto",
+    *,
+    context_start: int | None = None,
+) -> list[int]:
     """Return the ids of the last message, the assistant's, ended by the token that ends its turn.
 
     ``encode_prompt(tokenizer, messages[:-1]) + encode_response(tokenizer, messages)`` is what the template gives for
@@ -48,12 +100,73 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> l
         DrklError: the chat template refuses the conversation, does not begin it with its own generation prompt, or
             leaves the response out; the tokenizer has no eos token and the template ends no turn.
     """
-    prompt = _prompt_text(tokenizer, messages[:-1])
-    text, ended = _response_text(tokenizer, prompt, messages)
-    prompt_ids = _encode_from_start(tokenizer, prompt)
-    ids = _encode_from_start(tokenizer, prompt + text)
-    ids = ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else _encode(tokenizer, text)
+    prompt = _prompt_text(tokenizer, messages[:-1], template, context_start)
+    text, ended = _response_text(tokenizer, prompt, messages, template)
+    ids = _encode_pieces(tokenizer, [prompt, text], template, begins=True)[1]
     return ids if ended else [*ids, _eos(tokenizer)]
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    template: str = "auto",
+    *,
+    context_start: int | None = None,
+) -> Turns:
+    """Return the ids of a whole conversation, which ends with the assistant's message, and the assistant's turns.
+
+    Each turn's ids are those that ``encode_response`` gives for the conversation up to there. Where a template ends no
+    turn, eos is put after each of the assistant's. In alpaca and minillm a later user message comes as a further
+    ``### Instruction:``.
+
+    Raises:
+        DrklError: as ``encode_response``; a template that writes an earlier turn differently once others follow it.
+    """
+    runs: list[list[str]] = [[]]  # pieces of text, broken where an eos that is no text comes between
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    text = ""
+    ended = True
+    for index, message in enumerate(messages[: last + 1]):
+        if message["role"] != "assistant":
+            continue
+        prompt = _prompt_before(tokenizer, messages[:index], template, context_start, text)
+        between = prompt[len(text) :]
+        if not ended and tokenizer.eos_token and between.startswith(tokenizer.eos_token):
+            runs[-1][-1] += tokenizer.eos_token
+            between, ended = between.removeprefix(tokenizer.eos_token), True
+        if not ended:
+            runs.append([])
+        reply, ended = _response_text(tokenizer, prompt, messages[: index + 1], template)
+        runs[-1] += [between, reply]
+        text = prompt + reply
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for number, run in enumerate(runs):
+        for place, piece in enumerate(_encode_pieces(tokenizer, run, template, begins=number == 0)):
+            if place % 2:
+                spans.append((len(ids), len(ids) + len(piece)))
+            ids += piece
+        if number < len(runs) - 1 or not ended:
+            ids.append(_eos(tokenizer))
+            spans[-1] = (spans[-1][0], len(ids))
+    return Turns(ids, spans)
+
+
+def _prompt_before(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str, context_start: int | None, text: str
+) -> str:
+    """The prompt of a turn, which goes on from the ``text`` of the turns before it."""
+    kind = _kind(tokenizer, template)
+    if text and kind in ("alpaca", "minillm"):
+        return text + FOLLOW_UP.format(instruction=messages[-1]["content"])
+    prompt = _prompt_text(tokenizer, messages, template, context_start)
+    if not prompt.startswith(text):
+        what = "chat template" if kind == "chat" else f"template {template!r}"
+        raise DrklError(
+            f"The {what} writes the assistant's earlier turns differently once others follow, so a conversation cannot "
+            "be learnt in one piece: set data.turns: last, or choose another data.template."
+        )
+    return prompt
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -68,10 +181,37 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [last] if eos is None or eos == last else [eos, last]
 
 
-def _prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
-    if tokenizer.chat_template:
+def _kind(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    if template == "auto":
+        return "chat" if tokenizer.chat_template else "alpaca"
+    if template == "chat" and not tokenizer.chat_template:
+        raise DrklError(
+            "data.template is 'chat', but the tokenizer has no chat template; use alpaca, minillm, plain or jinja text."
+        )
+    check_template(template)
+    return template if template in NAMES else "jinja"
+
+
+def _prompt_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str, context_start: int | None
+) -> str:
+    kind = _kind(tokenizer, template)
+    if kind == "chat":
         return _render(tokenizer, messages, add_generation_prompt=True)
-    return ALPACA.format(instruction=_instruction(messages))
+    instruction, context = _instruction(messages), ""
+    if kind in ("minillm", "jinja") and context_start is not None and len(messages) == 1:
+        context = instruction[context_start:]
+        instruction = instruction[:context_start].removesuffix("\n\n")
+    if kind == "jinja":
+        words = {"prompt": _instruction(messages), "instruction": instruction, "input": context}
+        return _render_jinja(tokenizer, template, messages, words)
+    if kind == "plain":
+        return instruction
+    return (
+        MINILLM_INPUT.format(instruction=instruction, input=context)
+        if context
+        else ALPACA.format(instruction=instruction)
+    )
 
 
 def _instruction(messages: Messages) -> str:
@@ -81,9 +221,11 @@ def _instruction(messages: Messages) -> str:
     return "\n\n".join(names.get(m["role"], "") + m["content"] for m in messages)
 
 
-def _response_text(tokenizer: PreTrainedTokenizerBase, prompt: str, messages: Messages) -> tuple[str, bool]:
+def _response_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, messages: Messages, template: str
+) -> tuple[str, bool]:
     """Return the text from the prompt's end to the end of turn, and whether it holds the end of turn."""
-    if not tokenizer.chat_template:
+    if _kind(tokenizer, template) != "chat":
         return messages[-1]["content"], False
     full = _render(tokenizer, messages, add_generation_prompt=False)
     if not full.startswith(prompt):
@@ -130,19 +272,72 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_gener
     return text
 
 
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise DrklError(f"data.template is not valid jinja (line {error.lineno}): {error.message}") from error
+
+
+def _render_jinja(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages, words: Mapping[str, str]
+) -> str:
+    compiled = _compiled(template)
+    tokens = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+    try:
+        text = compiled.render(messages=[dict(m) for m in messages], **words, **tokens)
+    # A template is the user's code: it may fail in any way.
+    except Exception as error:
+        raise DrklError(
+            f"data.template failed: {type(error).__name__}: {error}. It is given messages, prompt, instruction, input, "
+            "bos_token and eos_token."
+        ) from error
+    return str(text)
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return list(ids)
 
 
-def _encode_from_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Encode text that begins a sequence: chat templates write their own bos, the Alpaca template does not."""
+def _encode_from_start(tokenizer: PreTrainedTokenizerBase, text: str, template: str) -> list[int]:
+    """Encode text that begins a sequence; some templates write their own bos, or want none."""
     ids = _encode(tokenizer, text)
-    if tokenizer.chat_template or tokenizer.bos_token_id is None:
+    if tokenizer.bos_token_id is None or _kind(tokenizer, template) in ("chat", "minillm") or "bos_token" in template:
         return ids
     adds_bos = tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
     return [tokenizer.bos_token_id, *ids] if adds_bos else ids
+
+
+def _encode_pieces(
+    tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], template: str, *, begins: bool
+) -> list[list[int]]:
+    """Encode pieces of one text as they stand in it, each with its own ids.
+
+    Where the tokenizer would merge a piece's beginning into the piece before, it is encoded apart.
+    """
+
+    def encode(text: str) -> list[int]:
+        return _encode_from_start(tokenizer, text, template) if begins else _encode(tokenizer, text)
+
+    apart = [encode(pieces[0]), *(_encode(tokenizer, piece) for piece in pieces[1:])]
+    if [token for ids in apart for token in ids] == encode("".join(pieces)):
+        return apart
+    found: list[list[int]] = []
+    before: list[int] = []
+    text = ""
+    for piece, alone in zip(pieces, apart, strict=True):
+        text += piece
+        ids = encode(text)
+        found.append(ids[len(before) :] if ids[: len(before)] == before else alone)
+        before = ids
+    return found
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:

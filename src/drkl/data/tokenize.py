@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from drkl.data.apart import encode_source, encode_target
 from drkl.data.examples import Example
-from drkl.data.template import encode_prompt, encode_response
+from drkl.data.template import Turns, encode_prompt, encode_response, encode_turns
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -18,17 +19,25 @@ _REASONS = {
     "prompt_too_long": "prompt longer than max_prompt_tokens",
     "empty_prompt": "empty prompt",
     "empty_response": "empty response",
+    "empty_text": "empty text",
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example as token ids; ``response_ids`` end with the end of turn unless they were cut."""
+    """One example as token ids; ``response_ids`` end with the end of turn unless they were cut.
+
+    With ``turns: all`` they hold the whole conversation from the first reply on, and ``trained`` says which of them
+    are the assistant's; None is all of them. ``sampling_context`` are the ids after which a model is asked for the
+    ``example``'s response, None where those are ``prompt_ids``.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     example: Example
+    trained: tuple[bool, ...] | None = None
+    sampling_context: tuple[int, ...] | None = None
     encoder_decoder: bool = False
     """Whether an encoder reads the prompt and a decoder writes the response."""
 
@@ -42,22 +51,49 @@ class Row:
             return max(len(self.prompt_ids), len(self.response_ids))
         return len(self.prompt_ids) + len(self.response_ids) - 1
 
+    @property
+    def trained_ids(self) -> tuple[int, ...]:
+        """The tokens that the loss is about, in order."""
+        if self.trained is None:
+            return self.response_ids
+        return tuple(token for token, counts in zip(self.response_ids, self.trained, strict=True) if counts)
+
+    @property
+    def num_trained(self) -> int:
+        """How many tokens the loss is about."""
+        return len(self.response_ids) if self.trained is None else sum(self.trained)
+
+    @property
+    def sampling_ids(self) -> tuple[int, ...]:
+        """The ids after which a model is asked for the example's response."""
+        return self.prompt_ids if self.sampling_context is None else self.sampling_context
+
 
 @dataclass
 class DropReport:
-    """How many rows were kept, how many were dropped for which reason, how many responses were cut."""
+    """How many rows were kept, how many were dropped for which reason, how many responses were cut.
+
+    Of plain text a row is a block; ``documents`` says how many texts were cut into blocks. ``per_epoch`` is what the
+    weights of the sources make of the rows, None where all weigh 1.
+    """
 
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     responses_cut: int = 0
+    documents: int = 0
+    per_epoch: int | None = None
 
     def summary(self) -> str:
         """Return one sentence for people."""
         total = self.kept + sum(self.dropped.values())
         parts = [f"{self.kept} of {total} rows kept"]
+        if self.documents:
+            parts.append(f"blocks of {self.documents} text(s) among them")
         parts += [f"{count} dropped ({_REASONS[reason]})" for reason, count in self.dropped.items()]
         if self.responses_cut:
             parts.append(f"{self.responses_cut} responses cut at max_tokens")
+        if self.per_epoch is not None:
+            parts.append(f"{self.per_epoch} an epoch by their weights")
         return ", ".join(parts) + "."
 
 
@@ -67,60 +103,175 @@ def tokenize_examples(
     *,
     max_prompt_tokens: int,
     max_tokens: int,
+    turns: str = "last",
+    template: str = "auto",
     encoder_decoder: bool = False,
 ) -> tuple[list[Row], DropReport]:
     """Return the usable rows, in order, and the account of the others.
 
     A prompt longer than ``max_prompt_tokens`` drops its row. Where prompt and response together pass ``max_tokens``
-    the response is cut at its end, and the end of turn with it. ``encoder_decoder`` rows have the plain prompt and the
-    response as the tokenizer encodes texts by itself, without a chat template.
+    the response is cut at its end, and the end of turn with it. With ``turns="all"`` the prompt ends before the first
+    reply, and the rest of the conversation is the response, of which the assistant's tokens are trained.
+
+    Plain texts are joined to one stream, eos after each, and cut into rows of ``max_tokens``, after all the others. A
+    row's one-token prompt is the token before it (of the first, bos or eos): every token is trained once.
+
+    ``encoder_decoder`` rows have the plain prompt and the last reply as the tokenizer encodes texts by itself, whatever
+    ``turns`` and ``template`` say.
 
     Raises:
         DrklError: no row is left, or a row that the chat template refuses (with its id).
     """
     if max_tokens <= max_prompt_tokens:
         raise DrklError(f"max_tokens ({max_tokens}) must be larger than max_prompt_tokens ({max_prompt_tokens}).")
+    turns = "last" if encoder_decoder else turns
     rows: list[Row] = []
+    texts: dict[float, list[Example]] = {}
     report = DropReport()
     shortest: int | None = None
     for example in examples:
-        reason = _empty(example)
+        reason = _empty(example, turns)
+        if reason is None and example.is_text:
+            if encoder_decoder:
+                raise DrklError(
+                    f"Row {example.id!r} is a plain text, which has no prompt for an encoder to read. "
+                    "Use rows with a prompt and a response, or a decoder-only model."
+                )
+            texts.setdefault(example.weight, []).append(example)
+            continue
         if reason is None:
             try:
-                prompt_ids = encode_for(tokenizer, example.prompt_messages, encoder_decoder=encoder_decoder)
-                shortest = len(prompt_ids) if shortest is None else min(shortest, len(prompt_ids))
-                if len(prompt_ids) > max_prompt_tokens:
-                    reason = "prompt_too_long"
-                elif encoder_decoder:
-                    response_ids = encode_target(tokenizer, example.response)
-                else:
-                    response_ids = encode_response(tokenizer, example.messages)
+                ids, spans = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder)
             except DrklError as error:
                 raise DrklError(f"Row {example.id!r}: {error}") from error
-        if reason is not None:
-            report.dropped[reason] = report.dropped.get(reason, 0) + 1
-            continue
-        room = max_tokens - len(prompt_ids)
-        report.responses_cut += len(response_ids) > room
-        rows.append(Row(example.id, tuple(prompt_ids), tuple(response_ids[:room]), example, encoder_decoder))
+            length = spans[0][0]
+            shortest = length if shortest is None else min(shortest, length)
+            if length <= max_prompt_tokens:
+                report.responses_cut += len(ids) > max_tokens
+                row = _row(example, ids, spans, max_tokens)
+                rows.append(replace(row, encoder_decoder=True) if encoder_decoder else row)
+                continue
+            reason = "prompt_too_long"
+        report.dropped[reason] = report.dropped.get(reason, 0) + 1
+    for documents in texts.values():
+        rows += _text_rows(documents, tokenizer, max_tokens, max_prompt_tokens, len(rows))
+        report.documents += len(documents)
     report.kept = len(rows)
     if not rows:
         raise DrklError(_nothing_left(report, max_prompt_tokens, shortest))
+    if any(row.example.weight != 1 for row in rows):
+        rows = weigh(rows)
+        report.per_epoch = len(rows)
+        if not rows:
+            raise DrklError("The weights of data.sources leave no row; raise one of them.")
     return rows, report
 
 
 def encode_for(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, encoder_decoder: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    template: str = "auto",
+    *,
+    encoder_decoder: bool,
 ) -> list[int]:
-    """Return the ids after which a model of this kind answers ``messages``."""
-    encode = encode_source if encoder_decoder else encode_prompt
-    return encode(tokenizer, messages)
+    """Return the ids after which a model of this kind answers ``messages``; an encoder-decoder has no ``template``."""
+    return encode_source(tokenizer, messages) if encoder_decoder else encode_prompt(tokenizer, messages, template)
 
 
-def _empty(example: Example) -> str | None:
+def weigh(rows: Sequence[Row]) -> list[Row]:
+    """Return every row as often as its example's weight says; ``#2`` and so on marks the ids of repeated rows.
+
+    Of a weight's fraction that share of the rows is taken, picked by a hash of their ids.
+
+    >>> rows = [Row(name, (1,), (2,), Example(name, (), weight=1.5)) for name in "abcd"]
+    >>> [row.id for row in weigh(rows)]
+    ['a', 'b', 'c', 'd', 'b#2', 'd#2']
+    """
+    share: dict[str, int] = {}
+    for weight in dict.fromkeys(row.example.weight for row in rows):
+        group = [row.id for row in rows if row.example.weight == weight]
+        more = round((weight - int(weight)) * len(group))
+        ranked = sorted(group, key=lambda row_id: hashlib.sha256(row_id.encode("utf-8", "surrogatepass")).digest())
+        share |= dict.fromkeys(group, int(weight)) | dict.fromkeys(ranked[:more], int(weight) + 1)
+    found = []
+    for copy in range(max(share.values(), default=0)):
+        chosen = [row for row in rows if share[row.id] > copy]
+        found += chosen if not copy else [replace(row, id=f"{row.id}#{copy + 1}") for row in chosen]
+    return found
+
+
+def _encode(
+    example: Example, tokenizer: PreTrainedTokenizerBase, turns: str, template: str, *, encoder_decoder: bool
+) -> Turns:
+    """The ids of the whole conversation, and the turns of it that are learnt."""
+    if encoder_decoder:
+        source, target = encode_source(tokenizer, example.prompt_messages), encode_target(tokenizer, example.response)
+        return Turns(source + target, [(len(source), len(source) + len(target))])
+    start = example.context_start
+    if turns == "all":
+        return encode_turns(tokenizer, example.messages, template, context_start=start)
+    prompt = encode_prompt(tokenizer, example.prompt_messages, template, context_start=start)
+    response = encode_response(tokenizer, example.messages, template, context_start=start)
+    return Turns(prompt + response, [(len(prompt), len(prompt) + len(response))])
+
+
+def _row(example: Example, ids: list[int], spans: list[tuple[int, int]], max_tokens: int) -> Row:
+    # What is left of a user's turn at the end would be fed for nothing.
+    end = max(min(end, max_tokens) for start, end in spans if start < max_tokens)
+    prompt_ids, response_ids = tuple(ids[: spans[0][0]]), tuple(ids[spans[0][0] : end])
+    if len(spans) == 1:
+        return Row(example.id, prompt_ids, response_ids, example)
+    trained = [False] * len(ids)
+    for start, stop in spans:
+        trained[start:stop] = [True] * (stop - start)
+    # Sampling answers the last turn that is here whole; an earlier one than the last has a shorter conversation.
+    whole = max(1, sum(stop <= end for _, stop in spans))
+    if whole < len(spans):
+        replies = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        example = replace(example, messages=example.messages[: replies[whole - 1] + 1])
+    context = tuple(ids[: spans[whole - 1][0]])
+    return Row(example.id, prompt_ids, response_ids, example, tuple(trained[len(prompt_ids) : end]), context)
+
+
+def _text_rows(
+    documents: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    max_prompt_tokens: int,
+    first: int,
+) -> list[Row]:
+    """Blocks of one stream, each with the last token of the one before."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DrklError("Plain text is joined with the tokenizer's eos token, and it has none. Set its eos_token.")
+    stream = [eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    owners = [0]
+    for number, document in enumerate(documents):
+        ids = [*tokenizer(document.response, add_special_tokens=False, verbose=False)["input_ids"], eos]
+        stream += ids
+        owners += [number] * len(ids)
+    rows = []
+    for number, start in enumerate(range(0, len(stream) - 1, max_tokens - 1), start=first):
+        ids = stream[start : start + max_tokens]
+        document = documents[owners[start + 1]]
+        row_id = f"{document.id}/{number}"
+        # What is asked for in sampling: to go on from the block's beginning.
+        shown = max(1, min(len(ids) // 4, max_prompt_tokens))
+        texts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:shown], ids[shown:])]
+        messages = ({"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]})
+        block = Example(row_id, messages, weight=document.weight)
+        rows.append(Row(row_id, tuple(ids[:1]), tuple(ids[1:]), block, sampling_context=tuple(ids[:shown])))
+    return rows
+
+
+def _empty(example: Example, turns: str) -> str | None:
+    if example.is_text:
+        return None if example.response.strip() else "empty_text"
     if not example.prompt_text.strip():
         return "empty_prompt"
-    return None if example.response.strip() else "empty_response"
+    replies = [m["content"] for m in example.messages if m["role"] == "assistant"]
+    checked = replies if turns == "all" else replies[-1:]
+    return None if all(reply.strip() for reply in checked) else "empty_response"
 
 
 def _nothing_left(report: DropReport, max_prompt_tokens: int, shortest: int | None) -> str:

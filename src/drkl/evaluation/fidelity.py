@@ -126,7 +126,7 @@ def held_out_states(
             kept[index] = hidden[position][keep].cpu()
         if progress is not None:
             progress(len(group))
-    labels = torch.tensor([token for row in rows for token in row.response_ids])
+    labels = torch.tensor([token for row in rows for token in row.trained_ids])
     head = head if vocab_size is None else head.trimmed(vocab_size)
     return HeldOutStates(torch.cat([states for states in kept if states is not None]), labels, head)
 

@@ -165,7 +165,7 @@ def _sample(
     return sample_texts(
         model,
         tokenizer,
-        [row.prompt_ids for row in prompts],
+        [row.sampling_ids for row in prompts],
         samples_per_prompt=settings.samples_per_prompt,
         sampling_temperature=settings.sampling_temperature,
         max_new_tokens=settings.max_new_tokens,

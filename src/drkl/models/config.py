@@ -30,7 +30,9 @@ class StudentConfig(BaseModel):
         None, description="the same for the encoder of an encoder-decoder, whose decoder `layers` is; default as layers"
     )
     config: dict[str, Any] = Field(
-        default_factory=dict, description="random: fields of the model's config to replace, e.g. hidden_size"
+        default_factory=dict,
+        description="random: fields of the model's config to replace, e.g. hidden_size; with model_type (and no model) "
+        "a config of its own, e.g. {model_type: gpt2, n_embd: 128}",
     )
     freeze_embeddings: bool = Field(
         False, description="keep the token embeddings (and a head tied to them) as they are; for prune, the teacher's"
@@ -46,7 +48,18 @@ class StudentConfig(BaseModel):
                 raise ValueError(f"{name} is set, but init is 'pretrained', which keeps all of them; prune drops some")
         if self.config and self.init != "random":
             raise ValueError(f"config is set, but init is {self.init!r}; only random makes a model from a config")
+        for name in ("model", "layers", "encoder_layers"):
+            if self.model_type is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"config has a model_type, which makes a model of its own; {name} has no place beside it"
+                )
         return self
+
+    @property
+    def model_type(self) -> str | None:
+        """The architecture of a student that is made from nothing but its config."""
+        kind = self.config.get("model_type")
+        return None if kind is None else str(kind)
 
     @field_validator("layers", "encoder_layers")
     @classmethod

@@ -9,36 +9,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 
-from drkl.errors import DrklError
+from drkl.errors import DrklError, did_you_mean
 from drkl.models.config import StudentConfig
-from drkl.models.forward import is_encoder_decoder
+from drkl.models.forward import decoder_start, is_encoder_decoder
 from drkl.models.load import load_config, load_model, model_class
 from drkl.models.precision import DTYPES
 
 
-def make_student(config: StudentConfig, teacher_name: str | None, seed: int) -> PreTrainedModel:
+def make_student(config: StudentConfig, teacher_name: str | None, seed: int, tokenizer: Any = None) -> PreTrainedModel:
     """Make the student of a config; the same config and seed give the same weights.
 
     Args:
         config: the ``student`` section.
         teacher_name: the model to prune, or to scale, where ``config.model`` is left out.
         seed: of a random init.
+        tokenizer: the run's; a student that is made from nothing but its config has that vocabulary.
 
     Raises:
         DrklError: no model to start from, or layers that it does not have.
     """
-    source = source_model(config, teacher_name)
     if config.init == "pretrained":
-        return load_model(source, config.dtype)
+        return load_model(source_model(config, teacher_name), config.dtype)
     if config.init == "random":
+        model_config = student_config(config, teacher_name, tokenizer)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            fresh = student_config(config, teacher_name)
-            made: PreTrainedModel = model_class(fresh).from_config(fresh, dtype=DTYPES[config.dtype])
+            made: PreTrainedModel = model_class(model_config).from_config(model_config, dtype=DTYPES[config.dtype])
         return made.eval()
-    larger = load_model(source, config.dtype)
+    larger = load_model(source_model(config, teacher_name), config.dtype)
     return prune(larger, *_kept(config, larger.config))
 
 
@@ -52,8 +52,10 @@ def source_model(config: StudentConfig, teacher_name: str | None) -> str:
     return source
 
 
-def student_config(config: StudentConfig, teacher_name: str | None) -> Any:
+def student_config(config: StudentConfig, teacher_name: str | None, tokenizer: Any = None) -> Any:
     """The model config of the student, without loading any weights."""
+    if config.model_type is not None:
+        return _own_config(config, config.model_type, teacher_name, tokenizer)
     base = load_config(source_model(config, teacher_name))
     if config.init == "pretrained":
         return base
@@ -67,6 +69,39 @@ def student_config(config: StudentConfig, teacher_name: str | None) -> Any:
             raise DrklError(f"student.config has {key!r}, which {type(base).__name__} does not.")
         setattr(base, key, value)
     return shortened(base, layers, encoder_layers)
+
+
+def _own_config(config: StudentConfig, model_type: str, teacher_name: str | None, tokenizer: Any) -> Any:
+    """A config from its fields alone; the vocabulary is the teacher's, or else the tokenizer's."""
+    assert tokenizer is not None, "a student of its own has the run's tokenizer"
+    if model_type not in CONFIG_MAPPING:
+        raise DrklError(
+            f"student.config has model_type {model_type!r}, which transformers does not know; for instance gpt2, "
+            f"llama, t5.{did_you_mean(model_type, CONFIG_MAPPING)}"
+        )
+    base = AutoConfig.for_model(model_type)
+    fields = {key: value for key, value in config.config.items() if key != "model_type"}
+    for key in fields:
+        if key == "vocab_size":
+            raise DrklError("student.config has vocab_size, which is the tokenizer's: set tokenizer.vocab_size.")
+        if not hasattr(base, key):
+            raise DrklError(
+                f"student.config has {key!r}, which {type(base).__name__} does not.{did_you_mean(key, vars(base))}"
+            )
+    teacher = None if teacher_name is None else load_config(teacher_name)
+    size = len(tokenizer) if teacher is None else teacher.get_text_config().vocab_size
+    fields |= {"vocab_size": size, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    fields["pad_token_id"] = tokenizer.pad_token_id
+    if base.is_encoder_decoder:
+        start = tokenizer.pad_token_id if teacher is None else decoder_start(teacher)
+        fields.setdefault("decoder_start_token_id", tokenizer.pad_token_id if start is None else start)
+    try:
+        made = AutoConfig.for_model(model_type, **fields)
+        with torch.device("meta"):
+            AutoModel.from_config(made)  # sizes that do not go together are refused by the model alone
+        return made
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError, AttributeError) as error:
+        raise DrklError(f"student.config makes no {model_type}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _kept(config: StudentConfig, base: Any) -> tuple[list[int], list[int] | None]:

@@ -186,8 +186,12 @@ def _data(record: RunRecord) -> list[tuple[str, str]]:
         rows.append(("Rows dropped", reasons or "none"))
     if as_number(data.get("responses_cut")) is not None:
         rows.append(("Answers cut at the end", f"{data['responses_cut']:,}"))
-    source = record.section("data").get("path") or record.section("data").get("dataset")
-    return [("Source", short(str(source), 80)), *rows] if source else rows
+    section = record.section("data")
+    sources = section.get("sources")
+    places = [place for place in sources if isinstance(place, dict)] if isinstance(sources, list) else []
+    names = [place.get("path") or place.get("dataset") for place in places or [section]]
+    source = ", ".join(str(name) for name in names if name)
+    return [("Source", short(source, 80)), *rows] if source else rows
 
 
 def _settings(record: RunRecord) -> str:

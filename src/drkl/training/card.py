@@ -50,12 +50,15 @@ def model_card(
     """Return the card's markdown, metadata first."""
     teacher, student, training = resolved["teacher"], resolved["student"], resolved["training"]
     objective = dict(resolved["objective"])
+    data = resolved["data"]
+    places = data.get("sources") or [data]
     params = ", ".join(f"{k}={v}" for k, v in objective.items() if k != "name")
     task = "text2text-generation" if encoder_decoder else "text-generation"
     meta = {"library_name": "transformers", "pipeline_tag": task, "tags": ["drkl", "distillation"]}
     if teacher is None:
         meta["tags"] = ["drkl"]
-    start = f"{student['init']} of {student['model'] or (teacher or {}).get('model', '?')}"
+    kind = student["config"].get("model_type")
+    start = f"{student['init']} of {student['model'] or kind or (teacher or {}).get('model', '?')}"
     body = _BODY.format(
         name=name,
         version=__version__,
@@ -64,7 +67,7 @@ def model_card(
         objective=objective["name"] + (f"({params})" if params else ""),
         steps=training["max_steps"],
         tokens=training["tokens_per_step"],
-        data=f"`{resolved['data']['path'] or resolved['data']['dataset']}`",
+        data=", ".join(f"`{place['path'] or place['dataset']}`" for place in places),
         loss="not measured" if heldout_loss is None else f"{heldout_loss:.4f} nats per token",
         usage=_USAGE_ENCODER_DECODER if encoder_decoder else _USAGE,
         note=f"{note}\n\n" if note else "",

@@ -46,15 +46,16 @@ def check_device(name: str) -> None:
         raise DrklError(f"run.device is {name!r}, which this machine (or this torch) does not have; try auto or cpu.")
 
 
-def check_families(student: StudentConfig, teacher_name: str | None) -> None:
+def check_families(student: StudentConfig, teacher_name: str | None, tokenizer: Any = None) -> None:
     """Raise DrklError where an encoder-decoder and a decoder-only model are to be compared."""
     if teacher_name is None:
         return
-    ours, theirs = student_config(student, teacher_name), load_config(teacher_name)
+    ours, theirs = student_config(student, teacher_name, tokenizer), load_config(teacher_name)
     if is_encoder_decoder(ours) != is_encoder_decoder(theirs):
         kinds = {True: "an encoder-decoder", False: "a decoder-only model"}
+        name = student.model_type or source_model(student, teacher_name)
         raise DrklError(
-            f"The student {source_model(student, teacher_name)!r} is {kinds[is_encoder_decoder(ours)]} and the teacher "
+            f"The student {name!r} is {kinds[is_encoder_decoder(ours)]} and the teacher "
             f"{teacher_name!r} {kinds[is_encoder_decoder(theirs)]}: they read a row in different ways, so their "
             "positions cannot be compared. Choose both of one kind."
         )
@@ -68,7 +69,7 @@ def check_families(student: StudentConfig, teacher_name: str | None) -> None:
 class SharedTokens(NamedTuple):
     """How many ids, from 0, mean the same in both tokenizers, and whether one of the two has more."""
 
-    count: int
+    num_ids: int
     one_has_more: bool
 
 
@@ -104,7 +105,7 @@ def shared_vocabulary(
     """
     if student == teacher and not (tokens and tokens.one_has_more):
         return None
-    known = tokens.count if tokens is not None else 1 + max(tokenizer.get_vocab().values())
+    known = tokens.num_ids if tokens is not None else 1 + max(tokenizer.get_vocab().values())
     shared = min(known, student, teacher)
     for row in rows:
         if (top := max(*row.prompt_ids, *row.response_ids)) >= shared:

@@ -13,7 +13,7 @@ from drkl.data.examples import load_examples
 from drkl.data.tokenize import Row, tokenize_examples
 from drkl.losses.fused import chunk_rows
 from drkl.models.forward import is_encoder_decoder
-from drkl.models.load import count_parameters, load_config, load_tokenizer, model_note
+from drkl.models.load import count_parameters, load_config, model_note
 from drkl.models.precision import DTYPES, pick_device, resolve_dtype
 from drkl.models.student import depth, student_config
 from drkl.training.arguments import training_arguments
@@ -25,8 +25,8 @@ from drkl.training.checks import (
     check_tokenizers,
     shared_vocabulary,
 )
-from drkl.training.inputs import tokenizer_name
 from drkl.training.spec import RunSpec
+from drkl.training.tokens import run_tokenizer
 
 ACTIVATIONS_PER_TOKEN = 34
 """Numbers kept for the backward pass per layer, token and hidden unit, in bytes of fp16 (Korthikanti et al. 2022)."""
@@ -42,10 +42,10 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     check_device(last.run.device)
     device = pick_device(last.run.device)
     teacher_name = first.teacher.model if first.teacher else None
-    check_families(first.student, teacher_name)
+    tokenizer = run_tokenizer(specs)
+    check_families(first.student, teacher_name, tokenizer)
     tokens = check_tokenizers(first.student, teacher_name)
-    tokenizer = load_tokenizer(tokenizer_name(first))
-    student = student_config(first.student, teacher_name)
+    student = student_config(first.student, teacher_name, tokenizer)
     teacher = load_config(teacher_name) if teacher_name else None
     sizes = {"student": count_parameters(student), "teacher": count_parameters(teacher) if teacher else None}
     rates: dict[str, float] = {}
@@ -73,13 +73,8 @@ def _stage(
 ) -> dict[str, Any]:
     arguments = training_arguments(spec, device)
     rows, _ = load_examples(spec.data)
-    tokenised, report = tokenize_examples(
-        rows,
-        tokenizer,
-        max_prompt_tokens=spec.data.max_prompt_tokens,
-        max_tokens=spec.data.max_tokens,
-        encoder_decoder=is_encoder_decoder(student),
-    )
+    settings = spec.data.row_settings | {"encoder_decoder": is_encoder_decoder(student)}
+    tokenised, report = tokenize_examples(rows, tokenizer, **settings)
     check_rows(tokenised, student, "student")
     if teacher is not None:
         check_rows(tokenised, teacher, "teacher")
@@ -127,7 +122,7 @@ def _tokens_per_step(rows: Sequence[Row], spec: RunSpec, seen: set[tuple[str, ..
     for step in steps:
         positions = _positions([rows[i] for i in step])
         inputs += positions
-        trained += sum(len(rows[i].response_ids) for i in step)
+        trained += sum(rows[i].num_trained for i in step)
         ids = tuple(rows[i].id for i in step)  # not the indices: stages may differ in their data
         if not remembers or ids not in seen:
             new += positions
@@ -137,7 +132,7 @@ def _tokens_per_step(rows: Sequence[Row], spec: RunSpec, seen: set[tuple[str, ..
 
 def _positions(rows: Sequence[Row]) -> float:
     """Padded positions of a batch; of an encoder-decoder the mean of its two sides, each of about half the weights."""
-    longest = max(row.length for row in rows)
+    longest: float = max(row.length for row in rows)
     if rows[0].encoder_decoder:
         longest = (max(len(row.prompt_ids) for row in rows) + max(len(row.response_ids) for row in rows)) / 2
     return len(rows) * longest

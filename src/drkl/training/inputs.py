@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from drkl.data.examples import load_examples
 from drkl.data.tokenize import Row, tokenize_examples
-from drkl.models.forward import is_encoder_decoder
-from drkl.models.load import load_config, load_model, load_tokenizer
+from drkl.models.load import load_model, load_tokenizer
 from drkl.models.precision import has_device, pick_device, resolve_dtype
-from drkl.models.student import make_student, source_model
+from drkl.models.student import make_student
 from drkl.training.spec import RunSpec
+from drkl.training.tokens import has_encoder
 
 Loader = Callable[[], PreTrainedModel]
 
@@ -31,11 +31,6 @@ class EvaluationInputs(NamedTuple):
     """How many ids the models were compared on in training, where that is not all."""
 
 
-def tokenizer_name(first: RunSpec) -> str:
-    """Whose tokenizer a run uses, the student's and the teacher's being the same: the teacher's where there is one."""
-    return first.teacher.model if first.teacher is not None else source_model(first.student, None)
-
-
 def evaluation_models(
     specs: Sequence[RunSpec], names: Sequence[str] = ("teacher", "before", "warmup", "after")
 ) -> tuple[dict[str, Loader], Any, torch.device]:
@@ -48,16 +43,16 @@ def evaluation_models(
     # A run may have been made on another machine.
     wanted = last.run.device
     device = pick_device(wanted if has_device(wanted) else "auto")
+    tokenizer = load_tokenizer(str(last.folder.student_path))
     loaders: dict[str, Loader] = {}
     if last.teacher is not None:
         teacher = last.teacher
         loaders["teacher"] = lambda: load_model(teacher.model, resolve_dtype(teacher.dtype, device))
     teacher_name = first.teacher.model if first.teacher else None
-    loaders["before"] = lambda: make_student(first.student, teacher_name, first.run.seed)
+    loaders["before"] = lambda: make_student(first.student, teacher_name, first.run.seed, tokenizer)
     if len(specs) > 1:
         loaders["warmup"] = lambda: load_model(str(specs[-2].folder.student_path), last.student.dtype)
     loaders["after"] = lambda: load_model(str(last.folder.student_path), last.student.dtype)
-    tokenizer = load_tokenizer(str(last.folder.student_path))
     return {name: loaders[name] for name in names if name in loaders}, tokenizer, device
 
 
@@ -67,16 +62,12 @@ def evaluation_inputs(specs: Sequence[RunSpec]) -> EvaluationInputs:
     last = specs[-1]
     data = last.data
     _, heldout = load_examples(data)
-    rows, report = tokenize_examples(
-        heldout,
-        tokenizer,
-        max_prompt_tokens=data.max_prompt_tokens,
-        max_tokens=data.max_tokens,
-        encoder_decoder=is_encoder_decoder(load_config(tokenizer_name(specs[0]))),
-    )
+    settings = data.row_settings | {"encoder_decoder": has_encoder(specs[0], tokenizer)}
+    rows, report = tokenize_examples(heldout, tokenizer, **settings)
     described = {
         "path": data.path,
         "dataset": data.dataset,
+        "sources": [source.name for source in data.sources],
         "eval_path": data.eval_path,
         "dropped": dict(report.dropped),
         "responses_cut": report.responses_cut,

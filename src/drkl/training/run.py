@@ -19,7 +19,7 @@ from drkl.data.tokenize import DropReport, Row, tokenize_examples
 from drkl.errors import DrklError
 from drkl.models.adapter import add_adapter, merge_adapter, save_adapter
 from drkl.models.forward import check_head, decoder_start, is_encoder_decoder, lm_head
-from drkl.models.load import load_config, load_tokenizer, model_note
+from drkl.models.load import load_tokenizer, model_note
 from drkl.models.precision import pick_device
 from drkl.models.student import make_student
 from drkl.runs import RunFolder, write_json, write_text, write_yaml
@@ -42,8 +42,8 @@ from drkl.training.checks import (
 from drkl.training.environment import describe_environment, now
 from drkl.training.forward import detach_loss
 from drkl.training.heldout import HeldOut
-from drkl.training.inputs import tokenizer_name
 from drkl.training.spec import RunSpec
+from drkl.training.tokens import LEARNT, has_encoder, run_tokenizer, tokenizer_name
 from drkl.training.trainer import DistillationTrainer
 
 Mode = Literal["new", "overwrite", "resume"]
@@ -75,7 +75,7 @@ class Resources:
     listener: Listener
     _teachers: dict[TeacherConfig, LiveTeacher] = field(default_factory=dict)
     _tokenizers: dict[str, Any] = field(default_factory=dict)
-    _rows: dict[tuple[DataConfig, str], Loaded] = field(default_factory=dict)
+    _rows: dict[tuple[DataConfig, str, bool], Loaded] = field(default_factory=dict)
 
     def teacher(self, config: TeacherConfig | None) -> LiveTeacher | None:
         if config is None:
@@ -92,18 +92,19 @@ class Resources:
             self._tokenizers[name] = load_tokenizer(name)
         return self._tokenizers[name]
 
-    def rows(self, config: DataConfig, tokenizer_name: str) -> Loaded:
-        key = (config, tokenizer_name)
+    def learn_tokenizer(self, specs: Sequence[RunSpec]) -> None:
+        learnt = run_tokenizer(specs)
+        self.listener.on_message(f"Learnt a tokenizer of {len(learnt)} tokens from the training text.")
+        self._tokenizers[LEARNT] = learnt
+
+    def rows(self, config: DataConfig, tokenizer_name: str, *, encoder_decoder: bool) -> Loaded:
+        key = (config, tokenizer_name, encoder_decoder)
         if key not in self._rows:
             tokenizer = self.tokenizer(tokenizer_name)
             train, heldout = load_examples(config)
-            limits: dict[str, Any] = {
-                "max_prompt_tokens": config.max_prompt_tokens,
-                "max_tokens": config.max_tokens,
-                "encoder_decoder": is_encoder_decoder(load_config(tokenizer_name)),
-            }
-            train_rows, report = tokenize_examples(train, tokenizer, **limits)
-            heldout_rows, heldout_report = tokenize_examples(heldout, tokenizer, **limits)
+            settings = config.row_settings | {"encoder_decoder": encoder_decoder}
+            train_rows, report = tokenize_examples(train, tokenizer, **settings)
+            heldout_rows, heldout_report = tokenize_examples(heldout, tokenizer, **settings)
             self.listener.on_message(f"Training data: {report.summary()} Held out: {heldout_report.summary()}")
             self._rows[key] = Loaded(train_rows, heldout_rows, report)
         return self._rows[key]
@@ -126,12 +127,16 @@ def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener 
     check_folder(last, mode)
     check_device(specs[-1].run.device)
     resources = Resources(pick_device(specs[-1].run.device), listener)
-    teacher_name = specs[0].teacher.model if specs[0].teacher else None
-    check_families(specs[0].student, teacher_name)
-    tokens = check_tokenizers(specs[0].student, teacher_name)
+    first, name = specs[0], tokenizer_name(specs[0])
+    teacher_name = first.teacher.model if first.teacher else None
+    if first.tokenizer is not None:
+        resources.learn_tokenizer(specs)
+    check_families(first.student, teacher_name, resources.tokenizer(name))
+    tokens = check_tokenizers(first.student, teacher_name)
+    apart = has_encoder(first, resources.tokenizer(name))
     for spec in specs:
         training_arguments(spec, resources.device)
-        resources.rows(spec.data, tokenizer_name(specs[0]))
+        resources.rows(spec.data, name, encoder_decoder=apart)
     # The line that made the run is what repeats it, also where another one finished it.
     command = last.read_env().get("command") if mode == "resume" else None
     command = command or ["drkl", *sys.argv[1:]]
@@ -140,7 +145,7 @@ def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener 
             keep_only(spec.folder.checkpoints_path, spec.folder.read_env().get("best_step"))
             continue
         listener.on_stage(spec, number, len(specs))
-        prepared = _prepare(spec, resources, tokenizer_name(specs[0]), tokens)
+        prepared = _prepare(spec, resources, name, tokens)
         if number == 1 and mode == "overwrite" and last.root.exists():
             shutil.rmtree(last.root)
         if number == 1:
@@ -173,9 +178,10 @@ class Prepared:
 
 def _prepare(spec: RunSpec, resources: Resources, tokenizer_name: str, tokens: SharedTokens | None) -> Prepared:
     teacher_name = spec.teacher.model if spec.teacher else None
-    loaded = resources.rows(spec.data, tokenizer_name)
     teacher = resources.teacher(spec.teacher)
-    student = make_student(spec.student, teacher_name, spec.run.seed)
+    tokenizer = resources.tokenizer(tokenizer_name)
+    student = make_student(spec.student, teacher_name, spec.run.seed, tokenizer)
+    loaded = resources.rows(spec.data, tokenizer_name, encoder_decoder=is_encoder_decoder(student))
     rows = [*loaded.train, *loaded.heldout]
     check_rows(rows, student.config, "student")
     if teacher is not None:
@@ -183,7 +189,6 @@ def _prepare(spec: RunSpec, resources: Resources, tokenizer_name: str, tokens: S
     check_head(student)
     vocabulary = None
     if teacher is not None:
-        tokenizer = resources.tokenizer(tokenizer_name)
         vocabulary = shared_vocabulary(lm_head(student).vocab_size, teacher.head.vocab_size, tokens, tokenizer, rows)
         if vocabulary is not None:
             resources.listener.on_message(
@@ -198,7 +203,7 @@ def _prepare(spec: RunSpec, resources: Resources, tokenizer_name: str, tokens: S
         spec,
         resources.device,
         teacher,
-        resources.tokenizer(tokenizer_name),
+        tokenizer,
         loaded,
         student,
         resources.listener,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from drkl.data.config import DataConfig
+from drkl.data.config import DataConfig, TokenizerConfig
 from drkl.losses.config import LossConfig
 from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
@@ -28,6 +28,8 @@ class RunSpec:
     training: TrainingConfig
     resolved: dict[str, Any]
     peft: PeftConfig | None = None
+    tokenizer: TokenizerConfig | None = None
+    """How to make the tokenizer, in the first of several stages; None where a model brings one."""
 
     @property
     def uses_teacher(self) -> bool:
