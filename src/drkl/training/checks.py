@@ -68,7 +68,7 @@ def check_families(student: StudentConfig, teacher_name: str | None) -> None:
 class SharedTokens(NamedTuple):
     """How many ids, from 0, mean the same in both tokenizers, and whether one of the two has more."""
 
-    count: int
+    num_ids: int
     one_has_more: bool
 
 
@@ -104,7 +104,7 @@ def shared_vocabulary(
     """
     if student == teacher and not (tokens and tokens.one_has_more):
         return None
-    known = tokens.count if tokens is not None else 1 + max(tokenizer.get_vocab().values())
+    known = tokens.num_ids if tokens is not None else 1 + max(tokenizer.get_vocab().values())
     shared = min(known, student, teacher)
     for row in rows:
         if (top := max(*row.prompt_ids, *row.response_ids)) >= shared:

@@ -137,7 +137,7 @@ def _tokens_per_step(rows: Sequence[Row], spec: RunSpec, seen: set[tuple[str, ..
 
 def _positions(rows: Sequence[Row]) -> float:
     """Padded positions of a batch; of an encoder-decoder the mean of its two sides, each of about half the weights."""
-    longest = max(row.length for row in rows)
+    longest: float = max(row.length for row in rows)
     if rows[0].encoder_decoder:
         longest = (max(len(row.prompt_ids) for row in rows) + max(len(row.response_ids) for row in rows)) / 2
     return len(rows) * longest
