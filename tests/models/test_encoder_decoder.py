@@ -220,7 +220,7 @@ def sample(model: PreTrainedModel, prompts: list[list[int]] = PROMPTS, **changes
     return [[answer.token_ids for answer in pool] for pool in answers]
 
 
-@pytest.mark.parametrize("family", [tiny.t5, tiny.bart])
+@pytest.mark.parametrize("family", [pytest.param(tiny.t5, marks=pytest.mark.slow), tiny.bart])
 def test_a_sample_depends_on_prompt_and_seed_alone(family: Callable[..., PreTrainedModel]) -> None:
     model = family(layers=2).double()
     together = sample(model)
