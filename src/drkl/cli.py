@@ -190,7 +190,7 @@ def evaluate(run: RunArgument) -> None:
 
 
 def _check_finished(folder: Any) -> None:
-    if not (folder.student_path / "config.json").is_file():
+    if not any((folder.student_path / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise DrklError(
             f"The run {str(folder.root)!r} has no student yet; `drkl distill --resume {folder.root}` goes on with it."
         )

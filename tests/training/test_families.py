@@ -20,6 +20,7 @@ from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.models.forward import decoder_start
 from drkl.teachers.live import LiveTeacher
+from drkl.training.arguments import checkpointing_field
 from drkl.training.estimate import estimate
 from drkl.training.forward import KEY, Distillation, attach_loss
 from drkl.training.heldout import HeldOut
@@ -106,8 +107,8 @@ def test_the_loss_is_that_of_a_loop_written_out(name: str, objective: str) -> No
     expected = by_hand(student, teacher, objective)
     theirs = gradients(student, expected)
     loss = fused(student, teacher, batch_of(student, rows(student)), objective, sum(map(len, RESPONSES)))
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-    assert float(expected) > 0.01
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert float(expected.detach()) > 0.01
     ours = gradients(student, loss)
     assert ours.keys() == theirs.keys()
     for key in ours:
@@ -118,11 +119,13 @@ def test_the_loss_is_that_of_a_loop_written_out(name: str, objective: str) -> No
 def test_batch_and_padding_leave_the_loss_unchanged(name: str) -> None:
     student, teacher = pair(name)
     data, count = rows(student), sum(map(len, RESPONSES))
-    together = fused(student, teacher, batch_of(student, data), "rkl", count)
-    other_fill = fused(student, teacher, batch_of(student, data[::-1], pad_id=7), "rkl", count)
-    apart = sum(float(fused(student, teacher, batch_of(student, [row]), "rkl", count)) for row in data)
-    assert float(together) == pytest.approx(float(other_fill), rel=1e-6)
-    assert float(together) == pytest.approx(apart, rel=1e-6)
+
+    @torch.no_grad()
+    def value(some: list[Row], pad_id: int = 0) -> float:
+        return float(fused(student, teacher, batch_of(student, some, pad_id), "rkl", count))
+
+    assert value(data) == pytest.approx(value(data[::-1], pad_id=7), rel=1e-6)
+    assert value(data) == pytest.approx(sum(value([row]) for row in data), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "bart"])
@@ -148,7 +151,7 @@ def test_a_position_that_does_not_count_gets_no_gradient(name: str) -> None:
 def test_an_empty_part_of_a_step_costs_nothing() -> None:
     student, teacher = pair("t5")
     loss = fused(student, teacher, batch_of(student, []), "rkl", 5)
-    assert float(loss) == 0.0
+    assert float(loss.detach()) == 0.0
     loss.backward()
 
 
@@ -156,7 +159,7 @@ def test_held_out_loss_is_the_same_number() -> None:
     student, teacher = pair("t5")
     heldout = HeldOut(rows(student), 0, LiveTeacher(teacher), 8, decoder_start=0)
     values = heldout.evaluate(student, make_objective("rkl"), LossConfig())
-    assert values["loss"] == pytest.approx(float(by_hand(student, teacher, "rkl")), rel=1e-5)
+    assert values["loss"] == pytest.approx(float(by_hand(student, teacher, "rkl").detach()), rel=1e-5)
     assert values["rkl"] == pytest.approx(values["loss"], rel=1e-5)
 
 
@@ -168,15 +171,18 @@ def test_checkpointing_gives_the_same_gradients(name: str) -> None:
     teacher = pair(name)[1]
     batch = batch_of(student, rows(student))
     plain = gradients(student, fused(student, teacher, batch, "rkl", 10))
-    student.gradient_checkpointing_enable({"use_reentrant": False})
-    assert student.is_gradient_checkpointing
+    newer = checkpointing_field() == "activation_checkpointing"
+    enable = student.activation_checkpointing_enable if newer else student.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     runs: list[int] = []
     layer = student.get_decoder().block[1] if name == "t5" else student.base_model.h[1]
-    layer.register_forward_hook(lambda *_: runs.append(1))
+    inside = layer.layer[0] if name == "t5" else layer.attn
+    inside.register_forward_hook(lambda *_: runs.append(1))
     again = gradients(student, fused(student, teacher, batch, "rkl", 10))
     assert plain.keys() == again.keys()
     for key in plain:
         torch.testing.assert_close(again[key], plain[key], rtol=1e-9, atol=1e-12)
+    assert len(runs) == 2  # and again in the backward pass
 
 
 def t5_config(tmp_path: Path, **sections: Any) -> dict[str, Any]:
@@ -186,7 +192,7 @@ def t5_config(tmp_path: Path, **sections: Any) -> dict[str, Any]:
 
 
 def test_a_t5_pair_from_training_to_the_page(tmp_path: Path) -> None:
-    values = t5_config(tmp_path, student={"init": "prune", "layers": 2, "encoder_layers": 1}, stages=tiny_runs.STAGES)
+    values = t5_config(tmp_path, student={"init": "prune", "layers": 2, "encoder_layers": 1})
     plan = estimate(tiny_runs.specs(values))
     assert plan["parameters"]["student"] < plan["parameters"]["teacher"]
     run = tiny_runs.train(values)
@@ -252,7 +258,8 @@ def test_the_trimmed_loss_is_that_of_the_shared_ids() -> None:
             ]
         logq, logp = (logits.log_softmax(-1) for logits in both)
         total += float((logp.exp() * (logp - logq)).sum())
-    assert values["loss"] == values["fkl"] == pytest.approx(total / 10, rel=1e-5)
+    assert values["loss"] == pytest.approx(total / 10, rel=1e-5)
+    assert values["fkl"] == pytest.approx(total / 10, rel=1e-5)
 
 
 def test_a_random_student_with_more_ids_than_the_teacher(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def test_cut_off_in_mid_training(tmp_path: Path, step: int) -> None:
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
 
+@pytest.mark.slow
 def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
     tiny_runs.config(tmp_path)
     shutil.rmtree(tmp_path / "teacher")
@@ -88,6 +89,7 @@ def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "step"), [("01-warmup", 3), ("r", 1), ("r", 5)])
 def test_cut_off_in_either_of_two_stages(tmp_path: Path, stage: str, step: int) -> None:
     values, whole = reference(tmp_path, stages=tiny_runs.STAGES)
@@ -111,6 +113,7 @@ def test_cut_off_between_stages(tmp_path: Path) -> None:
     assert tiny_runs.tree(run.root / "stages") == first
 
 
+@pytest.mark.slow
 def test_cut_off_twice(tmp_path: Path) -> None:
     values, whole = reference(tmp_path)
     run = cut_off(values, kill_at_step("r", 3))
@@ -120,6 +123,7 @@ def test_cut_off_twice(tmp_path: Path) -> None:
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
 
+@pytest.mark.slow
 def test_a_half_written_newer_checkpoint_does_not_count(tmp_path: Path) -> None:
     values, whole = reference(tmp_path)
     run = cut_off(values, kill_at_step("r", 5))
@@ -134,6 +138,7 @@ def test_a_half_written_newer_checkpoint_does_not_count(tmp_path: Path) -> None:
     assert "Going on from checkpoint-4." in messages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
 def test_cut_off_in_writing_a_checkpoint(tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values, whole = reference(tmp_path)
@@ -170,9 +175,9 @@ def test_cut_off_in_removing_an_old_checkpoint(tmp_path: Path, monkeypatch: pyte
 def test_cut_off_in_writing_the_student(tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values, whole = reference(tmp_path)
 
-    def killed(*args: Any) -> Any:
+    def killed(*args: Any, **words: Any) -> Any:
         if moment == "now" and not (tmp_path / "runs" / "r" / "student").exists():
-            return original(*args)
+            return original(*args, **words)
         raise Killed
 
     original: Callable[..., Any] = getattr(run_module, moment)

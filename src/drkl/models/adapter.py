@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> Any:
     tied = head.weight is embeddings.weight
     task = "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _quiet_peft():
             torch.manual_seed(seed)
             adapter = get_peft_model(model, LoraConfig(**{"task_type": task} | config.lora))
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
@@ -56,10 +59,9 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> Any:
 
 
 def save_adapter(adapter: Any, folder: Path) -> None:
-    """Write the adapter alone, with the config of the model it belongs to."""
+    """Write the adapter alone: with a config.json beside it transformers would look for a whole model's weights."""
     # Embeddings are never trained here; with "auto" peft would look for the base model's on the hub.
     adapter.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    adapter.get_base_model().config.save_pretrained(folder)
 
 
 def merge_adapter(adapter: Any) -> PreTrainedModel:
@@ -85,4 +87,15 @@ def read_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
         from peft import PeftModel
     except ImportError as error:
         raise DrklError(f"{folder!r} holds a LoRA adapter, which takes the package peft: {INSTALL}.") from error
-    return merge_adapter(PeftModel.from_pretrained(model, folder))
+    with _quiet_peft():
+        return merge_adapter(PeftModel.from_pretrained(model, folder))
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Without what a user can do nothing about: peft reads a property that newer transformers deprecate."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated", FutureWarning)
+        # Tied layers with an adapter: refused below, by name.
+        warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter", UserWarning)
+        yield

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
 from drkl.data.collate import collate_prompts, collate_sources
@@ -210,7 +210,11 @@ def _generate(
 def _shared_encoding(model: Any, batch: dict[str, Tensor], num_samples: int) -> dict[str, Any]:
     """Encode each prompt once for all its samples."""
     states = model.get_encoder()(**batch).last_hidden_state
-    return {"encoder_outputs": BaseModelOutput(last_hidden_state=states.repeat_interleave(num_samples, 0))}
+    return {
+        "encoder_outputs": BaseModelOutput(last_hidden_state=states.repeat_interleave(num_samples, 0)),
+        # The one that generate would make is as deep as the encoder, which breaks under a deeper decoder.
+        "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache()),
+    }
 
 
 def _shared_prefix(model: Any, batch: dict[str, Tensor], num_samples: int) -> dict[str, Any]:

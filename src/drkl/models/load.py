@@ -72,7 +72,9 @@ def model_class(config: Any) -> Any:
 
 
 def load_config(name: str) -> Any:
-    """Load a model's config alone; the embedded teacher's is read without converting it."""
+    """Load a model's config alone, an adapter's model's too; the embedded teacher's is read without converting it."""
+    if (base := adapter_base(name)) is not None:
+        return load_config(base)
     if name == smollm2.NAME and not smollm2.is_converted():
         config = AutoConfig.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
         return smollm2.clean_config(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,6 +11,12 @@ from transformers import TrainingArguments
 from drkl.errors import DrklError
 from drkl.models.precision import resolve_dtype
 from drkl.training.spec import RunSpec
+
+
+def checkpointing_field() -> str:
+    """What this transformers calls it; the older name is deprecated where there is a newer one."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
 def training_arguments(spec: RunSpec, device: torch.device) -> TrainingArguments:
@@ -34,9 +41,11 @@ def training_arguments(spec: RunSpec, device: torch.device) -> TrainingArguments
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": device.type == "cuda",
         "ddp_find_unused_parameters": False,
-        # The older kind asks that the first layer's input needs a gradient, which frozen embeddings do not give.
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
     } | training.arguments
+    if training.gradient_checkpointing:
+        name = checkpointing_field()
+        # The reentrant kind asks that the first layer's input needs a gradient, which frozen embeddings do not give.
+        arguments = {f"{name}_kwargs": {"use_reentrant": False}} | arguments | {name: True}
     try:
         made = TrainingArguments(
             output_dir=str(spec.folder.checkpoints_path),
@@ -56,7 +65,6 @@ def training_arguments(spec: RunSpec, device: torch.device) -> TrainingArguments
             per_device_train_batch_size=1,
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
-            gradient_checkpointing=training.gradient_checkpointing,
             **arguments,
         )
     except (TypeError, ValueError, ImportError) as error:

@@ -31,6 +31,7 @@ OWNED = {
     "per_device_eval_batch_size": "training.tokens_per_step",
     "train_sampling_strategy": "training.tokens_per_step",
     "auto_find_batch_size": "training.tokens_per_step",
+    "activation_checkpointing": "training.gradient_checkpointing",
     "gradient_checkpointing": "training.gradient_checkpointing",
     "remove_unused_columns": "the batches themselves",
     "label_smoothing_factor": "the objective",
