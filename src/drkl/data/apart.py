@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from drkl.data.template import instruction_text
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -16,13 +17,8 @@ def encode_source(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
 
     Of a longer conversation all turns, each after ``User:`` or ``Assistant:`` (a system message stands first, bare).
     """
-    if len(messages) == 1:
-        text = messages[0]["content"]
-    else:
-        names = {"user": "User: ", "assistant": "Assistant: "}
-        text = "\n\n".join(names.get(m["role"], "") + m["content"] for m in messages)
     # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
-    return list(tokenizer(text, verbose=False)["input_ids"])
+    return list(tokenizer(instruction_text(messages), verbose=False)["input_ids"])
 
 
 def encode_target(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

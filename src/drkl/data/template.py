@@ -198,12 +198,12 @@ def _prompt_text(
     kind = _kind(tokenizer, template)
     if kind == "chat":
         return _render(tokenizer, messages, add_generation_prompt=True)
-    instruction, context = _instruction(messages), ""
+    instruction, context = instruction_text(messages), ""
     if kind in ("minillm", "jinja") and context_start is not None and len(messages) == 1:
         context = instruction[context_start:]
         instruction = instruction[:context_start].removesuffix("\n\n")
     if kind == "jinja":
-        words = {"prompt": _instruction(messages), "instruction": instruction, "input": context}
+        words = {"prompt": instruction_text(messages), "instruction": instruction, "input": context}
         return _render_jinja(tokenizer, template, messages, words)
     if kind == "plain":
         return instruction
@@ -214,7 +214,8 @@ def _prompt_text(
     )
 
 
-def _instruction(messages: Messages) -> str:
+def instruction_text(messages: Messages) -> str:
+    """The user's text; of a longer conversation all turns, each after ``User:`` or ``Assistant:`` (a system's bare)."""
     if len(messages) == 1:
         return messages[0]["content"]
     names = {"user": "User: ", "assistant": "Assistant: "}
