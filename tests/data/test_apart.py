@@ -106,7 +106,19 @@ def test_of_a_conversation_the_last_reply_alone_is_learnt() -> None:
     assert rows[0].sampling_ids == rows[0].prompt_ids == tuple(encode_source(like_t5(), messages[:3]))
 
 
-def test_a_plain_text_is_refused() -> None:
-    text = Example("x", ({"role": "assistant", "content": "a b"},))
-    with pytest.raises(DrklError, match="Row 'x' is a plain text, which has no prompt for an encoder"):
-        tokenize_examples([text], like_t5(), max_prompt_tokens=8, max_tokens=20, encoder_decoder=True)
+def test_of_plain_text_the_encoder_reads_the_first_half_of_a_block() -> None:
+    tokenizer = like_t5()
+    texts = [Example(name, ({"role": "assistant", "content": text},)) for name, text in (("x", "a b c d"), ("y", "hi"))]
+
+    def rows(max_tokens: int) -> list[tuple[list[str], list[str]]]:
+        found, report = tokenize_examples(
+            texts, tokenizer, max_prompt_tokens=3, max_tokens=max_tokens, encoder_decoder=True
+        )
+        assert report.documents == 2 and report.kept == len(found) and all(row.encoder_decoder for row in found)
+        assert [row.id[1:] for row in found] == [f"/{i}" for i in range(len(found))]
+        tokens = tokenizer.convert_ids_to_tokens
+        return [(tokens(list(row.prompt_ids)), tokens(list(row.response_ids))) for row in found]
+
+    # The stream is a _ b _ c _ d </s> hi </s>; an end is learnt only where a text ends.
+    assert rows(6) == [(["a", " ", "</s>"], ["b", " ", "c"]), ([" ", "d", "</s>"], ["</s>", "hi", "</s>"])]
+    assert rows(5) == [(["a", " ", "</s>"], ["b", " "]), (["c", " ", "</s>"], ["d", "</s>"]), (["hi", "</s>"], ["</s>"])]

@@ -166,6 +166,22 @@ def test_max_rows_takes_the_first_and_leaves_the_held_out_ones(tmp_path: Path) -
     assert len(load_examples(DataConfig(path=str(path), max_rows=1000))[0]) == len(whole)
 
 
+def test_of_an_eval_path_some_rows_can_be_enough(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"id": f"r{i}", "prompt": f"p{i}", "response": "r"} for i in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    backwards = tmp_path / "backwards.jsonl"
+    backwards.write_text("\n".join(map(json.dumps, reversed(rows))))
+
+    def ids(file: Path, count: int) -> list[str]:
+        config = DataConfig(path=str(path), eval_path=str(file), eval_max_rows=count)
+        return [example.id for example in load_examples(config)[1]]
+
+    few = ids(path, 6)
+    assert len(few) == 6 and few == sorted(few, key=lambda name: int(name[1:])) and few != [f"r{i}" for i in range(6)]
+    assert ids(backwards, 6) == few[::-1] and set(few) < set(ids(path, 12)) and len(ids(path, 99)) == 40
+
+
 def test_rows_of_one_prompt_stay_on_one_side() -> None:
     rows = [example(f"id{i}", f"p{i % 50}") for i in range(200)]
     train, held_out = hold_out(rows)

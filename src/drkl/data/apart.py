@@ -33,3 +33,11 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         )
     ids = list(tokenizer(text_target=text, verbose=False)["input_ids"])
     return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, int(tokenizer.eos_token_id)]
+
+
+def tokens_around(tokenizer: PreTrainedTokenizerBase, *, target: bool = False) -> tuple[list[int], list[int]]:
+    """Return the special tokens that the tokenizer puts before a text, and those after it."""
+    text = {"text_target" if target else "text": "a"}
+    whole = tokenizer(**text, return_special_tokens_mask=True, verbose=False)
+    ids, special = list(whole["input_ids"]), list(whole["special_tokens_mask"])
+    return ids[: special.index(0)], ids[len(special) - special[::-1].index(0) :]

@@ -71,6 +71,11 @@ class DataConfig(BaseModel):
         description="Held-out rows: a file, or bundled:dolly-eval and the like; null holds out 5 % of each source's "
         "training rows (at least 1, at most 100), picked by a hash of their ids; of few plain texts, their ends.",
     )
+    eval_max_rows: int | None = Field(
+        default=None,
+        gt=0,
+        description="Of eval_path, use so many rows, picked by a hash of their ids; all where left out.",
+    )
     max_rows: int | None = Field(
         default=None, gt=0, description="Use the first so many training rows (texts, for text); all where left out."
     )
@@ -114,6 +119,8 @@ class DataConfig(BaseModel):
             )
         if self.sources and self.max_rows is not None:
             raise ValueError("max_rows is set beside sources; each source has a max_rows of its own.")
+        if self.eval_max_rows is not None and self.eval_path is None:
+            raise ValueError("eval_max_rows is set, but eval_path, whose rows it counts, is not.")
         if self.max_tokens <= self.max_prompt_tokens:
             raise ValueError(
                 f"max_tokens ({self.max_tokens}) must be larger than max_prompt_tokens ({self.max_prompt_tokens}): "

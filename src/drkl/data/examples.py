@@ -75,6 +75,8 @@ def load_examples(config: DataConfig) -> tuple[list[Example], list[Example]]:
         train += [replace(row, weight=source.weight) for row in rows[: source.max_rows]]
     if config.eval_path is not None:
         held_out = read_examples(config.eval_path, config.format)
+        chosen = {e.id for e in sorted(held_out, key=_hash_of_id)[: config.eval_max_rows]}
+        held_out = [example for example in held_out if example.id in chosen]
     return train, held_out
 
 
@@ -136,7 +138,7 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
         return _hold_out_ends(examples)
     wanted = max(1, min(MAX_HELD_OUT, round(HELD_OUT_SHARE * len(examples))))
     groups: dict[str, list[str]] = {}
-    for example in sorted(examples, key=lambda e: hashlib.sha256(e.id.encode()).digest()):
+    for example in sorted(examples, key=_hash_of_id):
         groups.setdefault(json.dumps(example.prompt_messages or example.messages), []).append(example.id)
     if len(groups) < 2:
         raise DrklError(
@@ -151,6 +153,10 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
         smallest: list[str] = min(groups.values(), key=len)
         held.update(smallest)
     return [e for e in examples if e.id not in held], [e for e in examples if e.id in held]
+
+
+def _hash_of_id(example: Example) -> bytes:
+    return hashlib.sha256(example.id.encode()).digest()
 
 
 def _hold_out_ends(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:

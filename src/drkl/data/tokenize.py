@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from drkl.data.apart import encode_source, encode_target
+from drkl.data.apart import encode_source, encode_target, tokens_around
 from drkl.data.examples import Example
 from drkl.data.template import Turns, encode_prompt, encode_response, encode_turns
 from drkl.errors import DrklError
@@ -117,7 +117,8 @@ def tokenize_examples(
     row's one-token prompt is the token before it (of the first, bos or eos): every token is trained once.
 
     ``encoder_decoder`` rows have the plain prompt and the last reply as the tokenizer encodes texts by itself, whatever
-    ``turns`` and ``template`` say.
+    ``turns`` and ``template`` say. Of a block of plain text the encoder reads the first half and the decoder writes the
+    second (prefix language modelling: Raffel et al. 2020, section 3.3.1).
 
     Raises:
         DrklError: no row is left, or a row that the chat template refuses (with its id).
@@ -132,11 +133,6 @@ def tokenize_examples(
     for example in examples:
         reason = _empty(example, turns)
         if reason is None and example.is_text:
-            if encoder_decoder:
-                raise DrklError(
-                    f"Row {example.id!r} is a plain text, which has no prompt for an encoder to read. "
-                    "Use rows with a prompt and a response, or a decoder-only model."
-                )
             texts.setdefault(example.weight, []).append(example)
             continue
         if reason is None:
@@ -154,7 +150,11 @@ def tokenize_examples(
             reason = "prompt_too_long"
         report.dropped[reason] = report.dropped.get(reason, 0) + 1
     for documents in texts.values():
-        rows += _text_rows(documents, tokenizer, max_tokens, max_prompt_tokens, len(rows))
+        blocks = _blocks(documents, tokenizer, max_tokens)
+        if encoder_decoder:
+            rows += _halves(blocks, tokenizer, max_prompt_tokens, len(rows))
+        else:
+            rows += _continuations(blocks, tokenizer, max_prompt_tokens, len(rows))
         report.documents += len(documents)
     report.kept = len(rows)
     if not rows:
@@ -233,14 +233,10 @@ def _row(example: Example, ids: list[int], spans: list[tuple[int, int]], max_tok
     return Row(example.id, prompt_ids, response_ids, example, tuple(trained[len(prompt_ids) : end]), context)
 
 
-def _text_rows(
-    documents: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-    max_prompt_tokens: int,
-    first: int,
-) -> list[Row]:
-    """Blocks of one stream, each with the last token of the one before."""
+def _blocks(
+    documents: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[tuple[Example, list[int]]]:
+    """Blocks of one stream, each with the last token of the one before, and the text that each begins in."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DrklError("Plain text is joined with the tokenizer's eos token, and it has none. Set its eos_token.")
@@ -250,18 +246,54 @@ def _text_rows(
         ids = [*tokenizer(document.response, add_special_tokens=False, verbose=False)["input_ids"], eos]
         stream += ids
         owners += [number] * len(ids)
+    starts = range(0, len(stream) - 1, max_tokens - 1)
+    return [(documents[owners[start + 1]], stream[start : start + max_tokens]) for start in starts]
+
+
+def _continuations(
+    blocks: Sequence[tuple[Example, list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    first: int,
+) -> list[Row]:
+    """Rows of a decoder-only model, which learns every token of a block after its first."""
     rows = []
-    for number, start in enumerate(range(0, len(stream) - 1, max_tokens - 1), start=first):
-        ids = stream[start : start + max_tokens]
-        document = documents[owners[start + 1]]
-        row_id = f"{document.id}/{number}"
+    for number, (document, ids) in enumerate(blocks, start=first):
         # What is asked for in sampling: to go on from the block's beginning.
         shown = max(1, min(len(ids) // 4, max_prompt_tokens))
-        texts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:shown], ids[shown:])]
-        messages = ({"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]})
-        block = Example(row_id, messages, weight=document.weight)
-        rows.append(Row(row_id, tuple(ids[:1]), tuple(ids[1:]), block, sampling_context=tuple(ids[:shown])))
+        block = _text_example(document, number, tokenizer, ids[:shown], ids[shown:])
+        rows.append(Row(block.id, tuple(ids[:1]), tuple(ids[1:]), block, sampling_context=tuple(ids[:shown])))
     return rows
+
+
+def _halves(
+    blocks: Sequence[tuple[Example, list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    first: int,
+) -> list[Row]:
+    """Rows of an encoder-decoder: it reads a block's first half and learns its second."""
+    before, after = tokens_around(tokenizer)
+    begin, _ = tokens_around(tokenizer, target=True)  # the stream has an end where a text ends, and only there
+    rows = []
+    for number, (document, block_ids) in enumerate(blocks, start=first):
+        ids = block_ids[1:]
+        half = min(len(ids) // 2, max_prompt_tokens - len(before) - len(after))
+        if half < 1:
+            continue
+        block = _text_example(document, number, tokenizer, ids[:half], ids[half:])
+        source, target = (*before, *ids[:half], *after), (*begin, *ids[half:])
+        rows.append(Row(block.id, source, target, block, encoder_decoder=True))
+    return rows
+
+
+def _text_example(
+    document: Example, number: int, tokenizer: PreTrainedTokenizerBase, shown: list[int], rest: list[int]
+) -> Example:
+    """A block as a conversation, for whoever shows it or samples from it."""
+    texts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in (shown, rest)]
+    messages = ({"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]})
+    return Example(f"{document.id}/{number}", messages, weight=document.weight)
 
 
 def _empty(example: Example, turns: str) -> str | None:
