@@ -1,0 +1,77 @@
+"""Every recipe that ships, with tiny models and bundled rows in the place of those that it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+
+from drkl.config import load_config
+from drkl.runs import RunFolder
+from drkl.training.inputs import evaluation_inputs
+from drkl.training.run import distill
+from tests.models import tiny
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+ALL = sorted(RECIPES.rglob("*.yaml"))
+SMALL = ["run.device=cpu", "training.precision=fp32", "training.tokens_per_step=300", "training.eval_rows=2"]
+
+
+def opt(seed: int = 0, **changes: Any) -> PreTrainedModel:
+    settings = {"vocab_size": tiny.VOCAB, "hidden_size": 16, "ffn_dim": 32, "num_attention_heads": 2}
+    settings |= {"num_hidden_layers": 2, "max_position_embeddings": 600, "word_embed_proj_dim": 16, "pad_token_id": 0}
+    return OPTForCausalLM(OPTConfig(**(settings | changes))).eval()
+
+
+def steps(recipe: Path, count: int = 2) -> list[str]:
+    """Overrides that make every stage of a recipe so short."""
+    values = yaml.safe_load(recipe.read_text())
+    prefixes = ["training", *(f"stages.{stage['name']}.training" for stage in values.get("stages", ()))]
+    return [f"{p}.{key}={count}" for p in prefixes for key in ("max_steps", "eval_every", "save_every")]
+
+
+def run(recipe: Path, root: Path, *overrides: str) -> RunFolder:
+    config, _ = load_config(recipe, [*SMALL, *steps(recipe), f"run.dir={root}", *overrides])
+    return distill(config.specs())
+
+
+def rows(name: str, count: int = 12) -> list[str]:
+    return [f"data.path=bundled:{name}", f"data.eval_path=bundled:{name}-eval", f"data.max_rows={count}"]
+
+
+@pytest.mark.parametrize("recipe", ALL, ids=lambda path: path.stem)
+def test_a_recipe_is_a_config_and_says_how_to_run_it(recipe: Path) -> None:
+    config, notes = load_config(recipe)
+    assert config.specs() and not notes
+    relative = recipe.relative_to(RECIPES.parent)
+    assert f"drkl distill {relative}" in recipe.read_text()
+    assert config.run.name == recipe.stem
+    if recipe.parent.name == "paper":
+        assert "Not run at full size by us." in recipe.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "kind"),
+    [
+        ("gpt2-xl-to-gpt2", lambda seed, width: tiny.gpt2(seed, n_embd=width, n_positions=600), AutoModelForCausalLM),
+        ("opt-6.7b-to-1.3b", lambda seed, width: opt(seed, hidden_size=width), AutoModelForCausalLM),
+        ("t5-xl-to-t5-base", lambda seed, width: tiny.t5(seed, d_model=width), AutoModelForSeq2SeqLM),
+    ],
+)
+def test_the_articles_pairs_with_stand_ins(
+    tmp_path: Path, name: str, make: Callable[[int, int], PreTrainedModel], kind: Any
+) -> None:
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    tiny.save(make(0, 32), teacher)
+    tiny.save(make(1, 16), student)
+    models = (f"teacher.model={teacher}", f"student.model={student}", "evaluation.max_new_tokens=4")
+    made = run(RECIPES / "paper" / f"{name}.yaml", tmp_path / "runs", *models, *rows("dolly"))
+    assert [path.name for path in (made.root / "stages").iterdir()] == ["01-sft"]
+    log = [row["loss"] for row in made.read_train_log() if "loss" in row]
+    assert log and all(loss > 0 for loss in log)
+    kind.from_pretrained(made.student_path)
