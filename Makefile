@@ -13,6 +13,8 @@ LONG := floor "fused rkl" "fused drkl" "fused drkl, stats"
 
 # The tests and checks never ask a hub for anything.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+# The tests are many and small: a process per core, each with one thread.
+PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -59,13 +61,13 @@ compare: setup ## after `make demo`: reverse and forward KL in DRKL's place, fro
 	@echo "The report: $(CURDIR)/runs/comparison.html"
 
 test: setup ## the default tests
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(PYTEST)
 
 test-browser: setup ## the tests that drive a headless Chromium
 	$(OFFLINE) $(BIN)/python -m pytest -m browser
 
 test-all: setup ## every test, the slow and the browser ones too
-	$(OFFLINE) $(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 check: setup ## lint, format check, types
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, OPTConfig,
 
 from drkl.config import load_config
 from drkl.runs import RunFolder
-from drkl.training.inputs import evaluation_inputs
 from drkl.training.run import distill
 from tests.models import tiny
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ALL = sorted(RECIPES.rglob("*.yaml"))
 SMALL = ["run.device=cpu", "training.precision=fp32", "training.tokens_per_step=300", "training.eval_rows=2"]
+
+LONG = ["data.max_prompt_tokens=900", "data.max_tokens=1000"]
+"""A tiny tokenizer needs more tokens."""
 
 
 def opt(seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -75,3 +76,35 @@ def test_the_articles_pairs_with_stand_ins(
     log = [row["loss"] for row in made.read_train_log() if "loss" in row]
     assert log and all(loss > 0 for loss in log)
     kind.from_pretrained(made.student_path)
+
+
+@pytest.mark.parametrize(("name", "data"), [("dialogue", "sgd"), ("summarise-smollm2", "scitldr")])
+def test_a_pruned_student_on_the_slice_that_ships(tmp_path: Path, name: str, data: str) -> None:
+    teacher = tmp_path / "teacher"
+    tiny.save(tiny.llama(max_position_embeddings=1000), teacher)
+    models = (f"teacher.model={teacher}", "student.layers=2", *LONG)
+    made = run(RECIPES / f"{name}.yaml", tmp_path / "runs", *models, *rows(data))
+    AutoModelForCausalLM.from_pretrained(made.student_path)
+    described = yaml.safe_load(made.config_path.read_text())
+    assert described["data"]["turns"] == ("all" if name == "dialogue" else "last")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "config"),
+    [
+        ("gpt-scratch", AutoModelForCausalLM, {"n_embd": 16, "n_head": 2}),
+        ("summarise-t5", AutoModelForSeq2SeqLM, {"d_model": 16, "d_kv": 8, "d_ff": 16}),
+    ],
+)
+def test_a_teacher_from_scratch_and_its_student(tmp_path: Path, name: str, kind: Any, config: dict[str, int]) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("\n\n".join(f"Alice saw {i} rabbits, and {i} rabbits saw Alice run away." for i in range(200)))
+    text, data = [f"data.path={book}", f"data.eval_path={book}"], []
+    if name == "summarise-t5":
+        data, text = [*rows("scitldr"), *LONG], [f"stages.text.{override}" for override in text]
+    small = ["tokenizer.vocab_size=400", *(f"student.config.{key}={value}" for key, value in config.items())]
+    teacher = run(RECIPES / f"{name}-teacher.yaml", tmp_path / "runs", *small, *text, *data)
+    path = f"teacher.model={teacher.student_path}"
+    student = run(RECIPES / f"{name}.yaml", tmp_path / "runs", path, *(data or text))
+    sizes = [kind.from_pretrained(made.student_path).num_parameters() for made in (teacher, student)]
+    assert sizes[1] < sizes[0]

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import sys
 import warnings
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
@@ -443,6 +444,13 @@ def _accumulate(
             grad_weight += grad.T @ states
 
 
+@lru_cache
+def _takes_seen(objective: type) -> bool:
+    """Whether an objective's closed form also notes the statistics."""
+    closed_form: Any = getattr(objective, "value_and_grad_", None)
+    return closed_form is not None and "seen" in inspect.signature(closed_form).parameters
+
+
 def _values_and_grads_(
     student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, inputs: _Inputs, offset: int
 ) -> Tensor:
@@ -455,7 +463,7 @@ def _values_and_grads_(
     block_bytes = CUDA_BLOCK_BYTES if student_logits.is_cuda else BLOCK_BYTES
     size = max(1, block_bytes // (vocab_size * student_logits.element_size()))
     values = torch.empty(count, dtype=student_logits.dtype, device=student_logits.device)
-    notices = settings.uses_objective and "seen" in inspect.signature(settings.objective.value_and_grad_).parameters
+    notices = settings.uses_objective and _takes_seen(type(settings.objective))
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         student = student_logits[rows]
