@@ -128,12 +128,10 @@ def power(log_p: Tensor, alpha: float, log_q: Tensor, beta: float) -> Tensor:
 
 
 def rise(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
-    """(p^alpha - q^alpha) q^beta / alpha, and q^beta log(p/q) at alpha = 0; its exponents never overflow."""
+    """(p^alpha - q^alpha) q^beta / alpha, and q^beta log(p/q) at alpha = 0; alpha + beta > 0, and no exponent overflows."""
     difference = log_p - log_q
     if alpha == 0.0:
         return (beta * log_q).exp() * difference
-    if alpha + beta == 0.0:
-        return torch.expm1(alpha * difference) / alpha
     # Of p^alpha q^beta and q^(alpha + beta) the larger, times 1 - (smaller / larger).
     up = power(log_p, alpha, log_q, beta) * torch.expm1(-alpha * difference.clamp(min=0.0)) / -alpha
     down = ((alpha + beta) * log_q).exp() * torch.expm1(alpha * difference.clamp(max=0.0)) / alpha
