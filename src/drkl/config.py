@@ -8,7 +8,7 @@ import re
 import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -45,6 +45,9 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: RunConfig = Field(default_factory=RunConfig)
+    task: Literal["generation", "classification"] = Field(
+        "generation", description="classification: give a text with a label its class, with a sequence classifier"
+    )
     teacher: TeacherConfig | None = Field(default_factory=TeacherConfig)
     student: StudentConfig = Field(default_factory=StudentConfig)
     peft: PeftConfig | None = Field(None, description="a LoRA student: fields of peft.LoraConfig; null for none")
@@ -84,10 +87,28 @@ class Config(BaseModel):
                 f"peft.export is 'adapter', but student.init is {self.student.init!r}: the weights that the adapter "
                 "belongs to would lie nowhere. Use export: merged, or start from a pretrained student"
             )
+        self._check_classification()
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages have the same name: {', '.join(names)}")
         return self
+
+    def _check_classification(self) -> None:
+        """What does not go with ``task: classification``."""
+        if self.task != "classification":
+            return
+        formats = {source.format for source in self.data.all_sources()}
+        checks = [
+            (self.peft is not None, "peft is set: LoRA leaves the head as it is, and a classifier's is new"),
+            (not formats <= {"auto", "text_label"}, "data.format takes text_label only: rows with text and label"),
+            (self.data.turns != "last", "data.turns is about conversations"),
+            (self.data.template != "auto", "data.template is about prompts; a classifier reads the text as it is"),
+            (self.student.encoder_layers is not None, "student.encoder_layers is about language models"),
+            (any(s.weight != 1 for s in self.data.sources), "data.sources[].weight repeats rows of language models"),
+        ]
+        for wrong, why in checks:
+            if wrong:
+                raise ValueError(f"task is 'classification', and {why}; leave it out")
 
     def specs(self) -> list[RunSpec]:
         """The runs, first to last; the last one's folder is ``run.dir/run.name``."""
@@ -127,7 +148,7 @@ class Config(BaseModel):
 
 def _spec(config: Config, folder: RunFolder, resolved: dict[str, Any]) -> RunSpec:
     parts = (config.run, config.teacher, config.student, config.data, config.objective, config.loss, config.training)
-    return RunSpec(folder, *parts, resolved, peft=config.peft, tokenizer=config.tokenizer)
+    return RunSpec(folder, *parts, resolved, peft=config.peft, task=config.task, tokenizer=config.tokenizer)
 
 
 def resolve(config: Config) -> dict[str, Any]:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from drkl.data.labelled import LabelledRow
 from drkl.data.tokenize import Row
 
 IGNORE_INDEX = -100
 
 
-def collate(rows: Sequence[Row], *, pad_id: int, decoder_start: int | None = None) -> dict[str, Any]:
+def collate(rows: Sequence[Row | LabelledRow], *, pad_id: int, decoder_start: int | None = None) -> dict[str, Any]:
     """Return a right-padded batch with aligned labels.
 
     Args:
-        rows: for an encoder-decoder, tokenised for it.
+        rows: for an encoder-decoder, tokenised for it; for a classifier, labelled ones (see `_collate_labelled`).
         pad_id: fills the batch; its value changes nothing.
         decoder_start: None for a decoder-only model; for an encoder-decoder what its decoder is fed first
             (see `_collate_apart`).
@@ -35,6 +36,27 @@ def collate(rows: Sequence[Row], *, pad_id: int, decoder_start: int | None = Non
     >>> batch["input_ids"].tolist(), batch["labels"].tolist()
     ([[5, 6, 7]], [[-100, 7, 2]])
     """
+    if rows and isinstance(rows[0], LabelledRow):
+        return _collate_labelled(cast("Sequence[LabelledRow]", rows), pad_id)
+    return _collate_causal(cast("Sequence[Row]", rows), pad_id, decoder_start)
+
+
+def _collate_labelled(rows: Sequence[LabelledRow], pad_id: int) -> dict[str, Any]:
+    """A batch for a classifier: ``input_ids`` and ``attention_mask`` ``[batch, time]``, ``labels`` ``[batch, 1]``.
+
+    A text is one position: its class is what the class logits ``[batch, 1, classes]`` predict.
+    """
+    input_ids, attention_mask = _pad_right([row.ids for row in rows], pad_id)
+    labels = torch.tensor([[row.label] for row in rows])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "row_ids": [row.id for row in rows],
+    }
+
+
+def _collate_causal(rows: Sequence[Row], pad_id: int, decoder_start: int | None) -> dict[str, Any]:
     assert all(row.encoder_decoder == (decoder_start is not None) for row in rows), "rows of the other kind of model"
     if decoder_start is not None:
         return _collate_apart(rows, pad_id, decoder_start)

@@ -19,7 +19,7 @@ class TokenizerConfig(BaseModel):
     train: Literal["bpe"] = Field(
         "bpe", description="bpe: byte-level BPE learnt on the training text; for runs without a teacher"
     )
-    vocab_size: int = Field(8192, ge=257, description="tokens at most; 256 bytes and <|endoftext|> are always in")
+    vocab_size: int = Field(8192, ge=257, description="tokens at most; 256 bytes and the special tokens are always in")
 
 
 class SourceConfig(BaseModel):
@@ -96,11 +96,26 @@ class DataConfig(BaseModel):
         "encoder-decoder reads the prompt as it is.",
     )
     max_prompt_tokens: int = Field(
-        default=256, gt=0, description="Rows whose prompt has more tokens than this are dropped (counted, never cut)."
+        default=256,
+        gt=0,
+        description="Rows whose prompt has more tokens than this are dropped (counted, never cut); of a max_tokens of "
+        "256 or less the default is half.",
     )
     max_tokens: int = Field(
-        default=512, gt=1, description="Prompt and response together; a longer response is cut at its end (counted)."
+        default=512,
+        gt=1,
+        description="Prompt and response together; a longer response is cut at its end (counted). In classification "
+        "the text, which is cut likewise.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_prompts(cls, values: Any) -> Any:
+        """A small ``max_tokens`` alone is no contradiction to the other's default."""
+        longest = values.get("max_tokens") if isinstance(values, dict) else None
+        if isinstance(longest, int) and 1 < longest <= 256 and "max_prompt_tokens" not in values:
+            return {"max_prompt_tokens": longest // 2, **values}
+        return values
 
     @field_validator("template")
     @classmethod

@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from drkl.data.config import DataConfig
 from drkl.data.examples import Example, load_examples, parse_rows, read_examples
 from drkl.data.files import dataset_rows
-from drkl.errors import DrklError
+from drkl.data.tokenize import DropReport
+from drkl.errors import DrklError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Labelled = tuple[str, str, str]
 """id, text, label"""
+
+
+@dataclass(frozen=True)
+class LabelledRow:
+    """One text as token ids, with the id of its class."""
+
+    id: str
+    ids: tuple[int, ...]
+    label: int
+    text: str
+
+    @property
+    def all_ids(self) -> tuple[int, ...]:
+        """Every token of the row."""
+        return self.ids
+
+    @property
+    def num_trained(self) -> int:
+        """The loss is about one position: the text's class."""
+        return 1
+
+    @property
+    def length(self) -> int:
+        """How many positions the model is fed."""
+        return len(self.ids)
 
 
 def read_labelled(path: str | None = None, dataset: str | None = None) -> list[Labelled]:
@@ -37,3 +70,63 @@ def load_labelled(config: DataConfig) -> tuple[list[Labelled], list[Labelled]]:
 
 def _labelled(examples: list[Example]) -> list[Labelled]:
     return [(example.id, example.prompt_text, example.label or "") for example in examples]
+
+
+def label_set(labelled: Iterable[Labelled]) -> tuple[str, ...]:
+    """The labels of rows as class names: sorted, so that the order of the rows does not matter.
+
+    Raises:
+        DrklError: fewer than two, which leave nothing to tell apart.
+    """
+    labels = tuple(sorted({label for _, text, label in labelled if text.strip() and label.strip()}))
+    if len(labels) < 2:
+        only = f"only {labels[0]!r}" if labels else "none"
+        raise DrklError(f"Classification needs at least two labels; the training rows have {only}.")
+    return labels
+
+
+def tokenize_labelled(
+    labelled: Iterable[Labelled],
+    tokenizer: PreTrainedTokenizerBase,
+    classes: Sequence[str],
+    *,
+    max_tokens: int,
+) -> tuple[list[LabelledRow], DropReport]:
+    """Return the usable rows, in order, and the account of the others.
+
+    A text is encoded as the tokenizer does it by itself, with its special tokens; one longer than ``max_tokens`` (or
+    than the tokenizer's own limit) is cut at its end and counted. Rows with an empty text or label are dropped.
+
+    Raises:
+        DrklError: a label that is no class, or no row left.
+    """
+    ids_of = {name: number for number, name in enumerate(classes)}
+    limit = min(max_tokens, tokenizer.model_max_length)
+    rows: list[LabelledRow] = []
+    report = DropReport(what_is_cut="texts")
+    for row_id, text, label in labelled:
+        reason = None if text.strip() else "empty_text"
+        reason = reason or (None if label.strip() else "empty_label")
+        if reason is not None:
+            report.dropped[reason] = report.dropped.get(reason, 0) + 1
+            continue
+        if label not in ids_of:
+            raise _unknown_label(row_id, label, classes)
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) > limit:
+            ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+            report.responses_cut += 1
+        rows.append(LabelledRow(row_id, tuple(ids), ids_of[label], text))
+    report.kept = len(rows)
+    if not rows:
+        raise DrklError(f"None of the {sum(report.dropped.values())} rows has both a text and a label.")
+    return rows, report
+
+
+def _unknown_label(row_id: str, label: str, classes: Sequence[str]) -> DrklError:
+    shown = ", ".join(classes[:12]) + (f" and {len(classes) - 12} more" if len(classes) > 12 else "")
+    return DrklError(
+        f"Row {row_id!r} has the label {label!r}, which is none of the {len(classes)} classes: {shown}."
+        f"{did_you_mean(label, classes)} A teacher brings the classes (id2label of its config.json); without one they "
+        "are the labels of the training rows. Rename the label, or take such rows out."
+    )

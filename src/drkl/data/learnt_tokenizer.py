@@ -13,17 +13,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+PAD, BEGIN, END = "[PAD]", "[CLS]", "[SEP]"
+"""Of a classifier's tokenizer, ids 0, 1 and 2."""
 
 
-def learn_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def learn_tokenizer(
+    config: TokenizerConfig, texts: Iterable[str], *, classifier: bool = False
+) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE on texts; the same texts give the same tokenizer.
 
-    Every byte is a token, so that no text is unknown; ``<|endoftext|>`` (id 0) begins, ends and pads.
+    Every byte is a token, so that no text is unknown; ``<|endoftext|>`` (id 0) begins, ends and pads. A classifier's
+    puts ``[CLS]`` and ``[SEP]`` around every text, for the model to pool, and pads with ``[PAD]``, which no text has.
 
     Raises:
         DrklError: texts without a character.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     seen = 0
@@ -39,7 +44,7 @@ def learn_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> PreTrained
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[PAD, BEGIN, END] if classifier else [END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -47,6 +52,10 @@ def learn_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> PreTrained
     if not seen:
         raise DrklError("The training rows have no text to learn a tokenizer from.")
     special = {name: END_OF_TEXT for name in ("bos_token", "eos_token", "pad_token")}
+    if classifier:
+        special = {"bos_token": BEGIN, "cls_token": BEGIN, "eos_token": END, "sep_token": END, "pad_token": PAD}
+        ids = [(token, tokenizer.token_to_id(token)) for token in (BEGIN, END)]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{BEGIN} $A {END}", special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
 

@@ -20,6 +20,7 @@ _REASONS = {
     "empty_prompt": "empty prompt",
     "empty_response": "empty response",
     "empty_text": "empty text",
+    "empty_label": "empty label",
 }
 
 
@@ -40,6 +41,11 @@ class Row:
     sampling_context: tuple[int, ...] | None = None
     encoder_decoder: bool = False
     """Whether an encoder reads the prompt and a decoder writes the response."""
+
+    @property
+    def all_ids(self) -> tuple[int, ...]:
+        """Every token of the row."""
+        return self.prompt_ids + self.response_ids
 
     @property
     def length(self) -> int:
@@ -81,6 +87,7 @@ class DropReport:
     dropped: dict[str, int] = field(default_factory=dict)
     responses_cut: int = 0
     documents: int = 0
+    what_is_cut: str = "responses"
     per_epoch: int | None = None
 
     def summary(self) -> str:
@@ -91,7 +98,7 @@ class DropReport:
             parts.append(f"blocks of {self.documents} text(s) among them")
         parts += [f"{count} dropped ({_REASONS[reason]})" for reason, count in self.dropped.items()]
         if self.responses_cut:
-            parts.append(f"{self.responses_cut} responses cut at max_tokens")
+            parts.append(f"{self.responses_cut} {self.what_is_cut} cut at max_tokens")
         if self.per_epoch is not None:
             parts.append(f"{self.per_epoch} an epoch by their weights")
         return ", ".join(parts) + "."

@@ -1,4 +1,4 @@
-"""The only place that knows how a language model gets from tokens to hidden states, and from those to logits."""
+"""The only place that knows how a model gets from tokens to hidden states, and from those to logits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
 from drkl.losses import LMHead
+from drkl.models.classes import is_classifier
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids", "decoder_attention_mask")
 
@@ -28,8 +29,8 @@ def decoder_start(model_or_config: Any) -> int | None:
         DrklError: an encoder-decoder model whose config names none.
     """
     config = getattr(model_or_config, "config", model_or_config)
-    if not is_encoder_decoder(config):
-        return None
+    if not is_encoder_decoder(config) or is_classifier(model_or_config):
+        return None  # BART's classifier makes its decoder's input itself
     start = getattr(config, "decoder_start_token_id", None)
     if start is None and config.model_type in _STARTS_WITH_PAD:
         start = config.pad_token_id
@@ -53,9 +54,14 @@ def hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
             `decoder_input_ids` and `decoder_attention_mask`, `[batch, decoder tokens]`. Other keys are left alone.
 
     Returns:
-        `[batch, tokens, hidden]`, or `[batch, decoder tokens, hidden]`.
+        `[batch, tokens, hidden]`, or `[batch, decoder tokens, hidden]`; of a classifier its class logits
+        `[batch, 1, classes]`, which need no head.
     """
     states: Tensor
+    if is_classifier(model):
+        # Not called as a module: the student's own forward is where this runs, and its hooks must run once.
+        states = model.forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return states.unsqueeze(1)
     if is_encoder_decoder(model):
         mask = batch["attention_mask"]
         # Not base_model: T5's is the model itself, head and all.
@@ -74,6 +80,11 @@ def hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
     inputs = {key: batch[key] for key in INPUTS if key in batch and key in accepted}
     states = body(**inputs, use_cache=False).last_hidden_state
     return states
+
+
+def output_head(model: PreTrainedModel) -> LMHead | None:
+    """The head that makes logits of `hidden_states`; None of a classifier, whose states are its class logits."""
+    return None if is_classifier(model) else lm_head(model)
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:

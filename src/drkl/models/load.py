@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers import logging as transformers_logging
 
 from drkl.errors import DrklError
 from drkl.models import smollm2
 from drkl.models.adapter import adapter_base, read_adapter
+from drkl.models.classes import check_classes, class_names, is_classifier, label_fields
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.precision import DTYPES
 
@@ -66,8 +74,39 @@ def load_model(name: str, dtype: str) -> PreTrainedModel:
     return loaded.eval()
 
 
-def model_class(config: Any) -> Any:
-    """The Auto class of language models of this config's kind."""
+def load_classifier(name: str, dtype: str, classes: Sequence[str] | None = None) -> PreTrainedModel:
+    """Load a text classifier in eval mode, on the CPU.
+
+    Args:
+        name: a local folder or a Hugging Face id.
+        dtype: ``fp32``, ``bf16`` or ``fp16``.
+        classes: the names it has to have, by number; None for its own. A model without a head for classes gets a new
+            one for these, at random.
+
+    Raises:
+        DrklError: nowhere to be found, no classifier where ``classes`` is None, or one of other classes.
+    """
+    if adapter_base(name) is not None:
+        raise DrklError(f"{name!r} is a LoRA adapter; a classifier has to be a whole model. Merge it first.")
+    config = load_config(name)
+    if classes is None or is_classifier(config):
+        check_classes(config, class_names(config, name) if classes is None else classes, name)
+        fields = {}
+    else:
+        fields = label_fields(classes)
+
+    def load(source: str) -> Any:
+        wanted = {"dtype": DTYPES[dtype], "use_safetensors": True} | fields | _NO_CODE
+        return AutoModelForSequenceClassification.from_pretrained(source, **wanted)
+
+    loaded: PreTrainedModel = _load(name, "classifier", load)
+    return loaded.eval()
+
+
+def model_class(config: Any, *, classifier: bool = False) -> Any:
+    """The Auto class of classifiers, or of language models of this config's kind."""
+    if classifier:
+        return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
@@ -81,25 +120,30 @@ def load_config(name: str) -> Any:
     return _load(name, "config", lambda source: AutoConfig.from_pretrained(source, **_NO_CODE))
 
 
-def load_tokenizer(name: str) -> Any:
-    """Load a tokenizer; one without a padding token pads with its end of sequence (masks never look at ids)."""
+def load_tokenizer(name: str, *, classifier: bool = False) -> Any:
+    """Load a tokenizer; one without a padding token pads with its end of sequence (masks never look at ids).
+
+    A classifier writes nothing, so its tokenizer needs no end of sequence.
+    """
     if name == smollm2.NAME and not smollm2.is_converted():
         tokenizer = AutoTokenizer.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
     else:
         tokenizer = _load(name, "tokenizer", lambda source: AutoTokenizer.from_pretrained(source, **_NO_CODE))
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and not classifier:
         raise DrklError(
             f"The tokenizer of {name!r} has no end-of-sequence token, so a student could not learn to stop."
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token
+    if tokenizer.pad_token_id is None:
+        raise DrklError(f"The tokenizer of {name!r} has no padding token, and none of its own to pad with.")
     return tokenizer
 
 
-def count_parameters(config: Any) -> int:
-    """Parameters of a language model of this config, tied weights once; no memory is used."""
+def count_parameters(config: Any, *, classifier: bool = False) -> int:
+    """Parameters of a model of this config, tied weights once; no memory is used."""
     with torch.device("meta"):
-        model = model_class(config).from_config(config)
+        model = model_class(config, classifier=classifier).from_config(config)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -120,8 +164,8 @@ def shared_tokens(student: Any, teacher: Any, student_name: str, teacher_name: s
     first = ", ".join(f"{i}: student {ours.get(i)!r}, teacher {theirs.get(i)!r}" for i in differ[:3])
     raise DrklError(
         f"The vocabularies differ: the student {student_name!r} has {len(ours)} tokens, the teacher {teacher_name!r} "
-        f"{len(theirs)} (first ids that differ: {first}). Every objective compares the two models token by token; "
-        "choose a student of the teacher's family."
+        f"{len(theirs)} (first ids that differ: {first}). One batch feeds both models, so an id has to be one "
+        "token to both; choose a student of the teacher's family."
     )
 
 

@@ -4,42 +4,59 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from drkl.errors import DrklError, did_you_mean
+from drkl.models.classes import is_classifier, label_fields
 from drkl.models.config import StudentConfig
 from drkl.models.forward import decoder_start, is_encoder_decoder
-from drkl.models.load import load_config, load_model, model_class
+from drkl.models.load import load_classifier, load_config, load_model, model_class
 from drkl.models.precision import DTYPES
 
 
-def make_student(config: StudentConfig, teacher_name: str | None, seed: int, tokenizer: Any = None) -> PreTrainedModel:
+def make_student(
+    config: StudentConfig,
+    teacher_name: str | None,
+    seed: int,
+    tokenizer: Any = None,
+    classes: Sequence[str] | None = None,
+) -> PreTrainedModel:
     """Make the student of a config; the same config and seed give the same weights.
 
     Args:
         config: the ``student`` section.
         teacher_name: the model to prune, or to scale, where ``config.model`` is left out.
-        seed: of a random init.
+        seed: of a random init, and of the new head of a model that was no classifier.
         tokenizer: the run's; a student that is made from nothing but its config has that vocabulary.
+        classes: the names of a classifier's classes, by number; None for a language model.
 
     Raises:
-        DrklError: no model to start from, or layers that it does not have.
+        DrklError: no model to start from, layers that it does not have, or other classes.
     """
-    if config.init == "pretrained":
-        return load_model(source_model(config, teacher_name), config.dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = _make(config, teacher_name, tokenizer, classes)
+    if classes is not None and tokenizer is not None:
+        made.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # decoders find a text's end by it
+    return made.eval()
+
+
+def _make(
+    config: StudentConfig, teacher_name: str | None, tokenizer: Any, classes: Sequence[str] | None
+) -> PreTrainedModel:
     if config.init == "random":
-        model_config = student_config(config, teacher_name, tokenizer)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            made: PreTrainedModel = model_class(model_config).from_config(model_config, dtype=DTYPES[config.dtype])
-        return made.eval()
-    larger = load_model(source_model(config, teacher_name), config.dtype)
-    return prune(larger, *_kept(config, larger.config))
+        model_config = student_config(config, teacher_name, tokenizer, classes)
+        family = model_class(model_config, classifier=classes is not None)
+        made: PreTrainedModel = family.from_config(model_config, dtype=DTYPES[config.dtype])
+        return made
+    source = source_model(config, teacher_name)
+    base = load_model(source, config.dtype) if classes is None else load_classifier(source, config.dtype, classes)
+    return base if config.init == "pretrained" else prune(base, *_kept(config, base.config))
 
 
 def source_model(config: StudentConfig, teacher_name: str | None) -> str:
@@ -52,11 +69,19 @@ def source_model(config: StudentConfig, teacher_name: str | None) -> str:
     return source
 
 
-def student_config(config: StudentConfig, teacher_name: str | None, tokenizer: Any = None) -> Any:
+def student_config(
+    config: StudentConfig,
+    teacher_name: str | None,
+    tokenizer: Any = None,
+    classes: Sequence[str] | None = None,
+) -> Any:
     """The model config of the student, without loading any weights."""
     if config.model_type is not None:
-        return _own_config(config, config.model_type, teacher_name, tokenizer)
+        return _own_config(config, config.model_type, teacher_name, tokenizer, classes)
     base = load_config(source_model(config, teacher_name))
+    for key, value in label_fields(classes or ()).items():
+        if classes is not None:
+            setattr(base, key, value)
     if config.init == "pretrained":
         return base
     layers, encoder_layers = _kept(config, base)
@@ -71,7 +96,9 @@ def student_config(config: StudentConfig, teacher_name: str | None, tokenizer: A
     return shortened(base, layers, encoder_layers)
 
 
-def _own_config(config: StudentConfig, model_type: str, teacher_name: str | None, tokenizer: Any) -> Any:
+def _own_config(
+    config: StudentConfig, model_type: str, teacher_name: str | None, tokenizer: Any, classes: Sequence[str] | None
+) -> Any:
     """A config from its fields alone; the vocabulary is the teacher's, or else the tokenizer's."""
     assert tokenizer is not None, "a student of its own has the run's tokenizer"
     if model_type not in CONFIG_MAPPING:
@@ -92,13 +119,15 @@ def _own_config(config: StudentConfig, model_type: str, teacher_name: str | None
     size = len(tokenizer) if teacher is None else teacher.get_text_config().vocab_size
     fields |= {"vocab_size": size, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     fields["pad_token_id"] = tokenizer.pad_token_id
+    fields |= {} if classes is None else label_fields(classes)
     if base.is_encoder_decoder:
         start = tokenizer.pad_token_id if teacher is None else decoder_start(teacher)
         fields.setdefault("decoder_start_token_id", tokenizer.pad_token_id if start is None else start)
     try:
         made = AutoConfig.for_model(model_type, **fields)
         with torch.device("meta"):
-            AutoModel.from_config(made)  # sizes that do not go together are refused by the model alone
+            # Sizes that do not go together are refused by the model alone.
+            model_class(made, classifier=classes is not None).from_config(made)
         return made
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError, AttributeError) as error:
         raise DrklError(f"student.config makes no {model_type}: {' '.join(str(error).split())[:300]}") from error
@@ -195,7 +224,7 @@ def prune(model: PreTrainedModel, layers: list[int], encoder_layers: list[int] |
         encoder_layers: of an encoder-decoder, the encoder's.
     """
     config = shortened(model.config, layers, encoder_layers)
-    small: PreTrainedModel = model_class(config).from_config(config, dtype=model.dtype)
+    small: PreTrainedModel = type(model)._from_config(config, dtype=model.dtype)
     if not _head_is_tied(model) and _head_is_tied(small):
         # T5 v1.1 comes with a head of its own under a config that says it is tied.
         head = small.get_output_embeddings()
@@ -203,12 +232,14 @@ def prune(model: PreTrainedModel, layers: list[int], encoder_layers: list[int] |
         name = next(name for name, module in small.named_modules() if module is head)
         small.all_tied_weights_keys.pop(f"{name}.weight", None)
     small.load_state_dict(_kept_state(model, small, _stacks(model, layers, encoder_layers)))
-    small.generation_config = copy.deepcopy(model.generation_config)
+    if not is_classifier(model):
+        small.generation_config = copy.deepcopy(model.generation_config)
     return small.eval()
 
 
 def _head_is_tied(model: PreTrainedModel) -> bool:
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    head = model.get_output_embeddings()  # a classifier has none
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _kept_state(model: PreTrainedModel, small: PreTrainedModel, stacks: Mapping[str, list[int]]) -> dict[str, Tensor]:

@@ -10,30 +10,33 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from drkl.losses import LMHead
-from drkl.models.forward import INPUTS, check_head, hidden_states, lm_head
-from drkl.models.load import load_model
+from drkl.models.classes import is_classifier
+from drkl.models.forward import INPUTS, check_head, hidden_states, output_head
+from drkl.models.load import load_classifier, load_model
 from drkl.models.precision import resolve_dtype
 from drkl.teachers.config import TeacherConfig
 
 
 class LiveTeacher:
-    """The teacher's hidden states and head, computed on demand and without gradients."""
+    """The teacher's hidden states and head (of a classifier the class logits), on demand and without gradients."""
 
     def __init__(self, model: PreTrainedModel, remember_mb: int = 0) -> None:
         self.model = model.eval().requires_grad_(False)
-        check_head(self.model)
+        if not is_classifier(model):
+            check_head(self.model)
         self._memory: dict[bytes, Tensor] = {}
         self._room = remember_mb * 2**20
 
     @classmethod
-    def load(cls, config: TeacherConfig, device: torch.device) -> LiveTeacher:
+    def load(cls, config: TeacherConfig, device: torch.device, *, classifier: bool = False) -> LiveTeacher:
         """Load the teacher of a config onto a device."""
-        model = load_model(config.model, resolve_dtype(config.dtype, device))
+        load = load_classifier if classifier else load_model
+        model = load(config.model, resolve_dtype(config.dtype, device))
         return cls(model.to(device), config.remember_mb)  # type: ignore[arg-type]
 
     @property
-    def head(self) -> LMHead:
-        return lm_head(self.model)
+    def head(self) -> LMHead | None:
+        return output_head(self.model)
 
     @torch.no_grad()
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:

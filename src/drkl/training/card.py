@@ -10,7 +10,7 @@ from drkl._version import __version__
 
 _BODY = """# {name}
 
-A language model distilled with drkl {version}.
+A {what} distilled with drkl {version}.
 
 | | |
 |---|---|
@@ -28,7 +28,7 @@ A language model distilled with drkl {version}.
 ```
 
 The licences of the teacher and of the data apply to it. It inherits their faults and adds some of its own: a small
-model that imitates a larger one states falsehoods fluently. The configuration is in `config.yaml` of the run.
+model that imitates a larger one {fault}. The configuration is in `config.yaml` of the run.
 """
 
 
@@ -43,9 +43,19 @@ model = AutoModelForSeq2SeqLM.from_pretrained("PATH/TO/THIS/FOLDER")
 inputs = tokenizer("Give me three tips.", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))"""
 
+_USAGE_CLASSIFIER = """from transformers import pipeline
+
+pipe = pipeline("text-classification", model="PATH/TO/THIS/FOLDER")
+print(pipe("Where is my card?"))"""
+_KINDS = {
+    "decoder": ("text-generation", _USAGE),
+    "encoder_decoder": ("text2text-generation", _USAGE_ENCODER_DECODER),
+    "classifier": ("text-classification", _USAGE_CLASSIFIER),
+}
+
 
 def model_card(
-    name: str, resolved: dict[str, Any], heldout_loss: float | None, note: str | None, *, encoder_decoder: bool = False
+    name: str, resolved: dict[str, Any], heldout_loss: float | None, note: str | None, *, kind: str = "decoder"
 ) -> str:
     """Return the card's markdown, metadata first."""
     teacher, student, training = resolved["teacher"], resolved["student"], resolved["training"]
@@ -53,12 +63,14 @@ def model_card(
     data = resolved["data"]
     places = data.get("sources") or [data]
     params = ", ".join(f"{k}={v}" for k, v in objective.items() if k != "name")
-    task = "text2text-generation" if encoder_decoder else "text-generation"
+    task, usage = _KINDS[kind]
+    classifies = kind == "classifier"
+    unit = "text" if classifies else "token"
     meta = {"library_name": "transformers", "pipeline_tag": task, "tags": ["drkl", "distillation"]}
     if teacher is None:
         meta["tags"] = ["drkl"]
-    kind = student["config"].get("model_type")
-    start = f"{student['init']} of {student['model'] or kind or (teacher or {}).get('model', '?')}"
+    made_of = student["config"].get("model_type")
+    start = f"{student['init']} of {student['model'] or made_of or (teacher or {}).get('model', '?')}"
     body = _BODY.format(
         name=name,
         version=__version__,
@@ -68,8 +80,10 @@ def model_card(
         steps=training["max_steps"],
         tokens=training["tokens_per_step"],
         data=", ".join(f"`{place['path'] or place['dataset']}`" for place in places),
-        loss="not measured" if heldout_loss is None else f"{heldout_loss:.4f} nats per token",
-        usage=_USAGE_ENCODER_DECODER if encoder_decoder else _USAGE,
+        loss="not measured" if heldout_loss is None else f"{heldout_loss:.4f} nats per {unit}",
+        usage=usage,
+        what="text classifier" if classifies else "language model",
+        fault="is sure of wrong classes too" if classifies else "states falsehoods fluently",
         note=f"{note}\n\n" if note else "",
     )
     return f"---\n{yaml.safe_dump(meta, sort_keys=False)}---\n{body}"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
+from drkl.data.labelled import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.models.config import StudentConfig
@@ -73,7 +74,9 @@ class SharedTokens(NamedTuple):
     one_has_more: bool
 
 
-def check_tokenizers(student: StudentConfig, teacher_name: str | None) -> SharedTokens | None:
+def check_tokenizers(
+    student: StudentConfig, teacher_name: str | None, *, classifier: bool = False
+) -> SharedTokens | None:
     """Compare the tokenizers of weights that were learnt apart; None where there is one tokenizer only.
 
     Raises:
@@ -84,7 +87,7 @@ def check_tokenizers(student: StudentConfig, teacher_name: str | None) -> Shared
     source = source_model(student, teacher_name)
     if source == teacher_name:
         return None
-    ours, theirs = load_tokenizer(source), load_tokenizer(teacher_name)
+    ours, theirs = (load_tokenizer(name, classifier=classifier) for name in (source, teacher_name))
     return SharedTokens(*shared_tokens(ours, theirs, source, teacher_name))
 
 
@@ -117,7 +120,7 @@ def shared_vocabulary(
     return {"shared": shared, "student": student, "teacher": teacher}
 
 
-def check_rows(rows: Sequence[Row], model_config: Any, whose: str) -> None:
+def check_rows(rows: Sequence[Row | LabelledRow], model_config: Any, whose: str) -> None:
     """Raise DrklError where a model has no embedding for a row's tokens, or no room for them."""
     text = model_config.get_text_config()
     longest = max(rows, key=lambda row: row.length)
@@ -127,7 +130,7 @@ def check_rows(rows: Sequence[Row], model_config: Any, whose: str) -> None:
             f"Row {longest.id!r} has {longest.length} tokens and the {whose}'s context {context}. Set data.max_tokens "
             f"to at most {context}."
         )
-    top = max((max(*row.prompt_ids, *row.response_ids), row.id) for row in rows)
+    top = max((max(row.all_ids), row.id) for row in rows)
     if top[0] >= text.vocab_size:
         raise DrklError(
             f"Row {top[1]!r} has the token id {top[0]}, but the {whose} has embeddings for ids 0 to "

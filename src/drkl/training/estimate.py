@@ -10,7 +10,8 @@ import torch
 
 from drkl.data.batching import plan_steps
 from drkl.data.examples import load_examples
-from drkl.data.tokenize import Row, tokenize_examples
+from drkl.data.labelled import LabelledRow, load_labelled, tokenize_labelled
+from drkl.data.tokenize import DropReport, Row, tokenize_examples
 from drkl.losses.fused import chunk_rows
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import count_parameters, load_config, model_note
@@ -18,13 +19,13 @@ from drkl.models.precision import DTYPES, pick_device, resolve_dtype
 from drkl.models.student import depth, student_config
 from drkl.training.arguments import training_arguments
 from drkl.training.checks import (
-    SharedTokens,
     check_device,
     check_families,
     check_rows,
     check_tokenizers,
     shared_vocabulary,
 )
+from drkl.training.classes import run_classes
 from drkl.training.spec import RunSpec
 from drkl.training.tokens import run_tokenizer
 
@@ -43,14 +44,27 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     device = pick_device(last.run.device)
     teacher_name = first.teacher.model if first.teacher else None
     tokenizer = run_tokenizer(specs)
-    check_families(first.student, teacher_name, tokenizer)
-    tokens = check_tokenizers(first.student, teacher_name)
-    student = student_config(first.student, teacher_name, tokenizer)
+    classes = run_classes(specs)
+    if classes is None:
+        check_families(first.student, teacher_name, tokenizer)
+    tokens = check_tokenizers(first.student, teacher_name, classifier=first.classifies)
+    student = student_config(first.student, teacher_name, tokenizer, classes)
     teacher = load_config(teacher_name) if teacher_name else None
-    sizes = {"student": count_parameters(student), "teacher": count_parameters(teacher) if teacher else None}
+    sizes = {
+        "student": count_parameters(student, classifier=first.classifies),
+        "teacher": count_parameters(teacher, classifier=first.classifies) if teacher else None,
+    }
     rates: dict[str, float] = {}
     seen: set[tuple[str, ...]] = set()
-    stages = [_stage(spec, tokenizer, tokens, student, teacher, sizes, device, rates, seen) for spec in specs]
+    stages = []
+    for spec in specs:
+        rows, report = _rows(spec, tokenizer, student, classes)
+        check_rows(rows, student, "student")
+        if teacher is not None:
+            check_rows(rows, teacher, "teacher")
+            if classes is None:
+                shared_vocabulary(_vocab_size(student), _vocab_size(teacher), tokens, tokenizer, rows)
+        stages.append(_stage(spec, rows, report, student, teacher, sizes, device, rates, seen))
     return {
         "config": last.resolved,
         "teacher_note": model_note(teacher_name) if teacher_name else None,
@@ -60,10 +74,17 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     }
 
 
+def _rows(spec: RunSpec, tokenizer: Any, student: Any, classes: Sequence[str] | None) -> tuple[Any, DropReport]:
+    if classes is not None:
+        return tokenize_labelled(load_labelled(spec.data)[0], tokenizer, classes, max_tokens=spec.data.max_tokens)
+    settings = spec.data.row_settings | {"encoder_decoder": is_encoder_decoder(student)}
+    return tokenize_examples(load_examples(spec.data)[0], tokenizer, **settings)
+
+
 def _stage(
     spec: RunSpec,
-    tokenizer: Any,
-    tokens: SharedTokens | None,
+    rows: Any,
+    report: DropReport,
     student: Any,
     teacher: Any,
     sizes: dict[str, Any],
@@ -72,15 +93,8 @@ def _stage(
     seen: set[tuple[str, ...]],
 ) -> dict[str, Any]:
     arguments = training_arguments(spec, device)
-    rows, _ = load_examples(spec.data)
-    settings = spec.data.row_settings | {"encoder_decoder": is_encoder_decoder(student)}
-    tokenised, report = tokenize_examples(rows, tokenizer, **settings)
-    check_rows(tokenised, student, "student")
-    if teacher is not None:
-        check_rows(tokenised, teacher, "teacher")
-        shared_vocabulary(_vocab_size(student), _vocab_size(teacher), tokens, tokenizer, tokenised)
-    inputs, trained, new = _tokens_per_step(tokenised, spec, seen)
-    frozen = spec.student.freeze_embeddings and student.get_text_config().tie_word_embeddings
+    inputs, trained, new = _tokens_per_step(rows, spec, seen)
+    frozen = spec.student.freeze_embeddings and getattr(student.get_text_config(), "tie_word_embeddings", False)
     flops = _flops(inputs, trained, student, sizes, frozen=frozen)
     if teacher is not None and spec.uses_teacher:
         flops += _teacher_flops(new, trained, teacher, sizes)
@@ -106,7 +120,7 @@ def _stage(
     }
 
 
-def _tokens_per_step(rows: Sequence[Row], spec: RunSpec, seen: set[tuple[str, ...]]) -> tuple[float, float, float]:
+def _tokens_per_step(rows: Any, spec: RunSpec, seen: set[tuple[str, ...]]) -> tuple[float, float, float]:
     """Input and trained positions, and those that the teacher has not remembered from an earlier step (or stage)."""
     training = spec.training
     steps = plan_steps(
@@ -130,11 +144,12 @@ def _tokens_per_step(rows: Sequence[Row], spec: RunSpec, seen: set[tuple[str, ..
     return inputs / len(steps), trained / len(steps), new / len(steps)
 
 
-def _positions(rows: Sequence[Row]) -> float:
+def _positions(rows: Sequence[Row | LabelledRow]) -> float:
     """Padded positions of a batch; of an encoder-decoder the mean of its two sides, each of about half the weights."""
     longest: float = max(row.length for row in rows)
-    if rows[0].encoder_decoder:
-        longest = (max(len(row.prompt_ids) for row in rows) + max(len(row.response_ids) for row in rows)) / 2
+    if isinstance(rows[0], Row) and rows[0].encoder_decoder:
+        sides = [(len(row.prompt_ids), len(row.response_ids)) for row in rows if isinstance(row, Row)]
+        longest = sum(map(max, zip(*sides, strict=True))) / 2
     return len(rows) * longest
 
 

@@ -1,5 +1,8 @@
 """Computing the loss inside the student's own forward.
 
+A classifier goes the same way as a language model: a text is one position, its "hidden states" are its class logits,
+and it has no head.
+
 The model stays the `PreTrainedModel` it is (a wrapper around it would break the saving of tied heads), and DDP or FSDP
 see one ordinary forward call, with all of its hooks.
 """
@@ -8,15 +11,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from drkl.losses import IGNORE_INDEX, LMHead, fused_distillation_loss, token_statistics
+from drkl.losses import IGNORE_INDEX, LMHead, distillation_loss, fused_distillation_loss, token_statistics
+from drkl.losses.common import LossArguments
 from drkl.losses.config import LossConfig
-from drkl.models.forward import hidden_states, lm_head
+from drkl.models.forward import hidden_states, output_head
 from drkl.objectives import Objective
 
 STATISTICS_POSITIONS = 256
@@ -30,7 +34,7 @@ class Distillation(NamedTuple):
     labels: Tensor
     """`[batch, tokens]`, aligned, -100 where a position does not count."""
     teacher_hidden: Tensor | None
-    """`[positions that count, hidden]`."""
+    """`[positions that count, hidden]`; of a classifier `[texts, classes]`."""
     teacher_head: LMHead | None
     num_tokens: Tensor | float
     with_statistics: bool
@@ -67,17 +71,15 @@ def _distil(
     vocab_size: int | None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     keep = wanted.labels != IGNORE_INDEX
-    hidden, labels, head = hidden_states(model, inputs)[keep], wanted.labels[keep], lm_head(model)
-    value = fused_distillation_loss(
+    hidden, labels, head = hidden_states(model, inputs)[keep], wanted.labels[keep], output_head(model)
+    value = loss_of(
         hidden,
         head,
         wanted.teacher_hidden,
         wanted.teacher_head,
         labels,
+        loss,
         objective=objective,
-        temperature=loss.temperature,
-        kd_weight=loss.kd_weight,
-        t2_scaling=loss.t2_scaling,
         num_tokens=wanted.num_tokens,
         vocab_size=vocab_size,
     )
@@ -85,23 +87,42 @@ def _distil(
     return value, statistics, hidden.detach()
 
 
+def loss_of(
+    hidden: Tensor,
+    head: LMHead | None,
+    teacher_hidden: Tensor | None,
+    teacher_head: LMHead | None,
+    labels: Tensor,
+    loss: LossConfig,
+    **settings: Unpack[LossArguments],
+) -> Tensor:
+    """The fused loss of hidden states and heads; where there is no head, the dense one of class logits."""
+    settings |= {"temperature": loss.temperature, "kd_weight": loss.kd_weight, "t2_scaling": loss.t2_scaling}
+    if head is None:
+        return distillation_loss(hidden, teacher_hidden, labels, **settings)
+    return fused_distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, **settings)
+
+
+def logits_of(hidden: Tensor, head: LMHead | None, vocab_size: int | None = None) -> Tensor:
+    """The logits `[n, ids]` of states `[n, hidden]`; states without a head are logits already."""
+    if head is None:
+        return hidden
+    return (head if vocab_size is None else head.trimmed(vocab_size)).logits(hidden)
+
+
 @torch.no_grad()
 def _statistics(
-    hidden: Tensor, head: LMHead, labels: Tensor, wanted: Distillation, vocab_size: int | None
+    hidden: Tensor, head: LMHead | None, labels: Tensor, wanted: Distillation, vocab_size: int | None
 ) -> dict[str, Tensor]:
     if labels.numel() == 0:
         return {}
     few = slice(None, None, -(-labels.numel() // STATISTICS_POSITIONS))
     teacher = None
-    if wanted.teacher_hidden is not None and wanted.teacher_head is not None:
-        teacher = _trimmed(wanted.teacher_head, vocab_size).logits(wanted.teacher_hidden[few])
-    values = token_statistics(_trimmed(head, vocab_size).logits(hidden[few]), teacher, labels[few])
+    if wanted.teacher_hidden is not None:
+        teacher = logits_of(wanted.teacher_hidden[few], wanted.teacher_head, vocab_size)
+    values = token_statistics(logits_of(hidden[few], head, vocab_size), teacher, labels[few])
     count = torch.tensor(labels[few].numel())
     return {name: value.sum() for name, value in summed(values).items()} | {"positions": count}
-
-
-def _trimmed(head: LMHead, vocab_size: int | None) -> LMHead:
-    return head if vocab_size is None else head.trimmed(vocab_size)
 
 
 def summed(values: Any) -> dict[str, Tensor]:

@@ -12,14 +12,15 @@ from transformers import PreTrainedModel
 
 from drkl.data.batching import bucket_by_length
 from drkl.data.collate import collate
+from drkl.data.labelled import LabelledRow
 from drkl.data.tokenize import Row
-from drkl.losses import IGNORE_INDEX, LMHead, fused_distillation_loss, token_statistics
+from drkl.losses import IGNORE_INDEX, token_statistics
 from drkl.losses.config import LossConfig
-from drkl.models.forward import hidden_states, lm_head
+from drkl.models.forward import hidden_states, output_head
 from drkl.objectives import Objective
 from drkl.teachers.live import LiveTeacher
 from drkl.training.faults import find_fault, list_rows
-from drkl.training.forward import summed
+from drkl.training.forward import logits_of, loss_of, summed
 
 CHUNK = 256
 
@@ -33,7 +34,7 @@ class HeldOut:
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Row | LabelledRow],
         pad_id: int,
         teacher: LiveTeacher | None,
         tokens_per_batch: int,
@@ -52,7 +53,7 @@ class HeldOut:
     def evaluate(self, model: PreTrainedModel, objective: Objective, loss: LossConfig) -> dict[str, float]:
         """Means over the response tokens of all rows: loss, nll, entropies and, with a teacher, KLs and agreement."""
         device = next(model.parameters()).device
-        head = self._trimmed(lm_head(model))
+        head = output_head(model)
         sums: dict[str, float] = {}
         count = 0
         for index, batch in enumerate(self._batches):
@@ -72,29 +73,25 @@ class HeldOut:
             count += labels.numel()
         return {name: value / max(count, 1) for name, value in sums.items()}
 
-    def _trimmed(self, head: LMHead) -> LMHead:
-        return head if self._vocab_size is None else head.trimmed(self._vocab_size)
-
     def _chunk(
         self, hidden: Tensor, head: Any, teacher_hidden: Tensor | None, labels: Tensor, objective: Any, loss: LossConfig
     ) -> dict[str, Tensor]:
-        teacher_head = None
-        if self._teacher is not None and teacher_hidden is not None:
-            teacher_head = self._trimmed(self._teacher.head)
-        teacher = None if teacher_head is None or teacher_hidden is None else teacher_head.logits(teacher_hidden)
-        out = {k: v.sum() for k, v in summed(token_statistics(head.logits(hidden), teacher, labels)).items()}
-        out["loss"] = fused_distillation_loss(
+        teacher_head = None if self._teacher is None else self._teacher.head
+        size = self._vocab_size
+        teacher = None if teacher_hidden is None else logits_of(teacher_hidden, teacher_head, size)
+        out = {k: v.sum() for k, v in summed(token_statistics(logits_of(hidden, head, size), teacher, labels)).items()}
+        values = loss_of(
             hidden,
             head,
             teacher_hidden,
             teacher_head,
             labels,
+            loss,
             objective=objective,
-            temperature=loss.temperature,
-            kd_weight=loss.kd_weight,
-            t2_scaling=loss.t2_scaling,
+            vocab_size=size,
             reduction="none",
-        ).sum()
+        )
+        out["loss"] = values.sum()
         return out
 
     def _teacher_states(self, index: int, batch: dict[str, Tensor], keep: Tensor) -> Tensor | None:

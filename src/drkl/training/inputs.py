@@ -9,8 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from drkl.data.examples import load_examples
-from drkl.data.tokenize import Row, tokenize_examples
-from drkl.models.load import load_model, load_tokenizer
+from drkl.data.labelled import LabelledRow, load_labelled, tokenize_labelled
+from drkl.data.tokenize import DropReport, Row, tokenize_examples
+from drkl.models.classes import class_names
+from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from drkl.models.precision import has_device, pick_device, resolve_dtype
 from drkl.models.student import make_student
 from drkl.training.spec import RunSpec
@@ -24,11 +26,13 @@ class EvaluationInputs(NamedTuple):
 
     models: dict[str, Loader]
     tokenizer: Any
-    rows: list[Row]
+    rows: list[Row] | list[LabelledRow]
     device: torch.device
     data: dict[str, Any]
     vocab_size: int | None
     """How many ids the models were compared on in training, where that is not all."""
+    classes: tuple[str, ...] | None
+    """Of a classification run, by number."""
 
 
 def evaluation_models(
@@ -43,17 +47,27 @@ def evaluation_models(
     # A run may have been made on another machine.
     wanted = last.run.device
     device = pick_device(wanted if has_device(wanted) else "auto")
-    tokenizer = load_tokenizer(str(last.folder.student_path))
+    tokenizer = load_tokenizer(str(last.folder.student_path), classifier=last.classifies)
+    classes = trained_classes(last)
+    load = load_model if classes is None else load_classifier
     loaders: dict[str, Loader] = {}
     if last.teacher is not None:
         teacher = last.teacher
-        loaders["teacher"] = lambda: load_model(teacher.model, resolve_dtype(teacher.dtype, device))
+        loaders["teacher"] = lambda: load(teacher.model, resolve_dtype(teacher.dtype, device))
     teacher_name = first.teacher.model if first.teacher else None
-    loaders["before"] = lambda: make_student(first.student, teacher_name, first.run.seed, tokenizer)
+    loaders["before"] = lambda: make_student(first.student, teacher_name, first.run.seed, tokenizer, classes)
     if len(specs) > 1:
-        loaders["warmup"] = lambda: load_model(str(specs[-2].folder.student_path), last.student.dtype)
-    loaders["after"] = lambda: load_model(str(last.folder.student_path), last.student.dtype)
+        loaders["warmup"] = lambda: load(str(specs[-2].folder.student_path), last.student.dtype)
+    loaders["after"] = lambda: load(str(last.folder.student_path), last.student.dtype)
     return {name: loaders[name] for name in names if name in loaders}, tokenizer, device
+
+
+def trained_classes(last: RunSpec) -> tuple[str, ...] | None:
+    """The classes of a finished run's student; None of a language model."""
+    if not last.classifies:
+        return None
+    folder = str(last.folder.student_path)
+    return class_names(load_config(folder), folder)
 
 
 def evaluation_inputs(specs: Sequence[RunSpec]) -> EvaluationInputs:
@@ -61,9 +75,14 @@ def evaluation_inputs(specs: Sequence[RunSpec]) -> EvaluationInputs:
     models, tokenizer, device = evaluation_models(specs)
     last = specs[-1]
     data = last.data
-    _, heldout = load_examples(data)
-    settings = data.row_settings | {"encoder_decoder": has_encoder(specs[0], tokenizer)}
-    rows, report = tokenize_examples(heldout, tokenizer, **settings)
+    classes = trained_classes(last)
+    rows: list[Row] | list[LabelledRow]
+    report: DropReport
+    if classes is not None:
+        rows, report = tokenize_labelled(load_labelled(data)[1], tokenizer, classes, max_tokens=data.max_tokens)
+    else:
+        settings = data.row_settings | {"encoder_decoder": has_encoder(specs[0], tokenizer)}
+        rows, report = tokenize_examples(load_examples(data)[1], tokenizer, **settings)
     described = {
         "path": data.path,
         "dataset": data.dataset,
@@ -73,4 +92,4 @@ def evaluation_inputs(specs: Sequence[RunSpec]) -> EvaluationInputs:
         "responses_cut": report.responses_cut,
     }
     shared = (last.folder.read_env().get("vocabulary") or {}).get("shared")
-    return EvaluationInputs(models, tokenizer, rows, device, described, shared)
+    return EvaluationInputs(models, tokenizer, rows, device, described, shared, classes)

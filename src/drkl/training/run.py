@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from drkl.data.config import DataConfig
 from drkl.data.examples import load_examples
+from drkl.data.labelled import LabelledRow, load_labelled, tokenize_labelled
 from drkl.data.tokenize import DropReport, Row, tokenize_examples
 from drkl.errors import DrklError
 from drkl.models.adapter import add_adapter, merge_adapter, save_adapter
@@ -39,6 +40,7 @@ from drkl.training.checks import (
     check_tokenizers,
     shared_vocabulary,
 )
+from drkl.training.classes import TWO_CLASSES, is_two_class, run_classes
 from drkl.training.environment import describe_environment, now
 from drkl.training.forward import detach_loss
 from drkl.training.heldout import HeldOut
@@ -62,8 +64,8 @@ class Listener:
 class Loaded:
     """Rows of one data section under one tokenizer."""
 
-    train: list[Row]
-    heldout: list[Row]
+    train: list[Row] | list[LabelledRow]
+    heldout: list[Row] | list[LabelledRow]
     report: DropReport
 
 
@@ -73,6 +75,8 @@ class Resources:
 
     device: torch.device
     listener: Listener
+    classes: tuple[str, ...] | None = None
+    """Of a classification run, by number."""
     _teachers: dict[TeacherConfig, LiveTeacher] = field(default_factory=dict)
     _tokenizers: dict[str, Any] = field(default_factory=dict)
     _rows: dict[tuple[DataConfig, str, bool], Loaded] = field(default_factory=dict)
@@ -82,14 +86,14 @@ class Resources:
             return None
         if config not in self._teachers:
             self.listener.on_message(f"Loading the teacher {config.model}.")
-            self._teachers[config] = LiveTeacher.load(config, self.device)
+            self._teachers[config] = LiveTeacher.load(config, self.device, classifier=self.classes is not None)
             if note := model_note(config.model):
                 self.listener.on_message(note)
         return self._teachers[config]
 
     def tokenizer(self, name: str) -> Any:
         if name not in self._tokenizers:
-            self._tokenizers[name] = load_tokenizer(name)
+            self._tokenizers[name] = load_tokenizer(name, classifier=self.classes is not None)
         return self._tokenizers[name]
 
     def learn_tokenizer(self, specs: Sequence[RunSpec]) -> None:
@@ -100,14 +104,24 @@ class Resources:
     def rows(self, config: DataConfig, tokenizer_name: str, *, encoder_decoder: bool) -> Loaded:
         key = (config, tokenizer_name, encoder_decoder)
         if key not in self._rows:
-            tokenizer = self.tokenizer(tokenizer_name)
-            train, heldout = load_examples(config)
-            settings = config.row_settings | {"encoder_decoder": encoder_decoder}
-            train_rows, report = tokenize_examples(train, tokenizer, **settings)
-            heldout_rows, heldout_report = tokenize_examples(heldout, tokenizer, **settings)
-            self.listener.on_message(f"Training data: {report.summary()} Held out: {heldout_report.summary()}")
-            self._rows[key] = Loaded(train_rows, heldout_rows, report)
+            loaded, heldout_report = self._load(config, self.tokenizer(tokenizer_name), encoder_decoder)
+            self.listener.on_message(f"Training data: {loaded.report.summary()} Held out: {heldout_report.summary()}")
+            self._rows[key] = loaded
         return self._rows[key]
+
+    def _load(self, config: DataConfig, tokenizer: Any, encoder_decoder: bool) -> tuple[Loaded, DropReport]:
+        if self.classes is not None:
+            labelled, heldout_labelled = load_labelled(config)
+            texts, report = tokenize_labelled(labelled, tokenizer, self.classes, max_tokens=config.max_tokens)
+            heldout_texts, heldout_report = tokenize_labelled(
+                heldout_labelled, tokenizer, self.classes, max_tokens=config.max_tokens
+            )
+            return Loaded(texts, heldout_texts, report), heldout_report
+        train, heldout = load_examples(config)
+        settings = config.row_settings | {"encoder_decoder": encoder_decoder}
+        rows, report = tokenize_examples(train, tokenizer, **settings)
+        heldout_rows, heldout_report = tokenize_examples(heldout, tokenizer, **settings)
+        return Loaded(rows, heldout_rows, report), heldout_report
 
 
 def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener | None = None) -> RunFolder:
@@ -126,14 +140,17 @@ def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener 
     last = specs[-1].folder
     check_folder(last, mode)
     check_device(specs[-1].run.device)
-    resources = Resources(pick_device(specs[-1].run.device), listener)
+    resources = Resources(pick_device(specs[-1].run.device), listener, run_classes(specs))
+    if is_two_class(specs, resources.classes):
+        listener.on_message(TWO_CLASSES)
     first, name = specs[0], tokenizer_name(specs[0])
     teacher_name = first.teacher.model if first.teacher else None
     if first.tokenizer is not None:
         resources.learn_tokenizer(specs)
-    check_families(first.student, teacher_name, resources.tokenizer(name))
-    tokens = check_tokenizers(first.student, teacher_name)
-    apart = has_encoder(first, resources.tokenizer(name))
+    if resources.classes is None:
+        check_families(first.student, teacher_name, resources.tokenizer(name))
+    tokens = check_tokenizers(first.student, teacher_name, classifier=first.classifies)
+    apart = resources.classes is None and has_encoder(first, resources.tokenizer(name))
     for spec in specs:
         training_arguments(spec, resources.device)
         resources.rows(spec.data, name, encoder_decoder=apart)
@@ -180,21 +197,19 @@ def _prepare(spec: RunSpec, resources: Resources, tokenizer_name: str, tokens: S
     teacher_name = spec.teacher.model if spec.teacher else None
     teacher = resources.teacher(spec.teacher)
     tokenizer = resources.tokenizer(tokenizer_name)
-    student = make_student(spec.student, teacher_name, spec.run.seed, tokenizer)
-    loaded = resources.rows(spec.data, tokenizer_name, encoder_decoder=is_encoder_decoder(student))
+    student = make_student(spec.student, teacher_name, spec.run.seed, tokenizer, resources.classes)
+    apart = resources.classes is None and is_encoder_decoder(student)
+    loaded = resources.rows(spec.data, tokenizer_name, encoder_decoder=apart)
     rows = [*loaded.train, *loaded.heldout]
     check_rows(rows, student.config, "student")
     if teacher is not None:
         check_rows(rows, teacher.model.config, "teacher")
-    check_head(student)
     vocabulary = None
-    if teacher is not None:
-        vocabulary = shared_vocabulary(lm_head(student).vocab_size, teacher.head.vocab_size, tokens, tokenizer, rows)
-        if vocabulary is not None:
-            resources.listener.on_message(
-                f"The student scores {vocabulary['student']} ids and the teacher {vocabulary['teacher']}; their "
-                f"tokenizers share the first {vocabulary['shared']}, and the two are compared on those."
-            )
+    if resources.classes is None:
+        check_head(student)
+        vocabulary = _compare_vocabularies(student, teacher, tokens, tokenizer, rows, resources.listener)
+    elif teacher is not None:
+        teacher.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # what the batches are padded with
     if spec.student.freeze_embeddings:
         student.get_input_embeddings().requires_grad_(False)
     adapter = None if spec.peft is None else add_adapter(student, spec.peft, spec.run.seed)
@@ -210,6 +225,26 @@ def _prepare(spec: RunSpec, resources: Resources, tokenizer_name: str, tokens: S
         adapter,
         vocabulary,
     )
+
+
+def _compare_vocabularies(
+    student: PreTrainedModel,
+    teacher: LiveTeacher | None,
+    tokens: SharedTokens | None,
+    tokenizer: Any,
+    rows: Sequence[Any],
+    listener: Listener,
+) -> dict[str, int] | None:
+    if teacher is None:
+        return None
+    sizes = lm_head(student).vocab_size, lm_head(teacher.model).vocab_size
+    vocabulary = shared_vocabulary(*sizes, tokens, tokenizer, rows)
+    if vocabulary is not None:
+        listener.on_message(
+            f"The student scores {vocabulary['student']} ids and the teacher {vocabulary['teacher']}; their "
+            f"tokenizers share the first {vocabulary['shared']}, and the two are compared on those."
+        )
+    return vocabulary
 
 
 def _train(prepared: Prepared, command: list[str], *, resume: bool) -> None:
@@ -317,9 +352,8 @@ def _finish(prepared: Prepared, trainer: DistillationTrainer, environment: dict[
     if spec.peft is not None and spec.peft.export == "adapter":
         adapter_note = f"It is a LoRA adapter for `{spec.student.model}`; to load it, install `peft` too."
         note = f"{note}\n\n{adapter_note}" if note else adapter_note
-    card = model_card(
-        run.name, spec.resolved, trainer.state.best_metric, note, encoder_decoder=is_encoder_decoder(student)
-    )
+    kind = "classifier" if spec.classifies else "encoder_decoder" if is_encoder_decoder(student) else "decoder"
+    card = model_card(run.name, spec.resolved, trainer.state.best_metric, note, kind=kind)
     write_text(staging / "README.md", card)
     shutil.rmtree(run.student_path, ignore_errors=True)
     staging.rename(run.student_path)

@@ -28,8 +28,14 @@ class RunSpec:
     training: TrainingConfig
     resolved: dict[str, Any]
     peft: PeftConfig | None = None
+    task: str = "generation"
     tokenizer: TokenizerConfig | None = None
     """How to make the tokenizer, in the first of several stages; None where a model brings one."""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the models give texts a class."""
+        return self.task == "classification"
 
     @property
     def uses_teacher(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from drkl.data.examples import load_examples
+from drkl.data.labelled import load_labelled
 from drkl.data.learnt_tokenizer import learn_tokenizer, texts_of
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import load_config, load_tokenizer
@@ -28,10 +29,13 @@ def run_tokenizer(specs: Sequence[RunSpec]) -> Any:
     Raises:
         DrklError: there is none, or no rows.
     """
-    config = specs[0].tokenizer
+    config, classifier = specs[0].tokenizer, specs[0].classifies
     if config is None:
-        return load_tokenizer(tokenizer_name(specs[0]))
+        return load_tokenizer(tokenizer_name(specs[0]), classifier=classifier)
     sections = dict.fromkeys(spec.data for spec in specs)
+    if classifier:
+        texts = (text for data in sections for _, text, _ in load_labelled(data)[0])
+        return learn_tokenizer(config, texts, classifier=True)
     return learn_tokenizer(config, (text for data in sections for text in texts_of(load_examples(data)[0])))
 
 

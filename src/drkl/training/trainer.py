@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from drkl.data.batching import plan_steps, split_rows
 from drkl.data.collate import collate
+from drkl.data.labelled import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
@@ -33,12 +34,12 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 REMEDY = "A lower learning rate, a warm-up, or training.precision=fp32 often help."
 
 
-class MicroBatches(Dataset[list[Row]]):
+class MicroBatches(Dataset[list[Any]]):
     """Every micro-batch of a run, in order: item ``(step * accumulation + i) * processes + rank``."""
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Row | LabelledRow],
         *,
         tokens_per_step: int,
         num_steps: int,
@@ -57,7 +58,7 @@ class MicroBatches(Dataset[list[Row]]):
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, index: int) -> list[Row]:
+    def __getitem__(self, index: int) -> list[Any]:
         return [self._rows[i] for i in self._batches[index]]
 
 
@@ -67,7 +68,7 @@ class DistillationTrainer(Trainer):
     Args:
         model: the student, a `PreTrainedModel`.
         args: its ``max_steps`` and ``gradient_accumulation_steps`` decide how the rows are cut.
-        rows: tokenised training rows.
+        rows: tokenised training rows; labelled ones for a classifier.
         heldout: what is evaluated during training, or None.
         teacher: None where the objective needs none.
         objective: what is minimised.
@@ -86,7 +87,7 @@ class DistillationTrainer(Trainer):
         model: PreTrainedModel,
         args: TrainingArguments,
         *,
-        rows: Sequence[Row],
+        rows: Sequence[Row | LabelledRow],
         heldout: HeldOut | None,
         teacher: LiveTeacher | None,
         objective: Objective,

@@ -1,0 +1,76 @@
+"""Models that give a text one of several classes: the names of the classes, and what a pair has to have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from drkl.errors import DrklError
+
+_SUFFIX = "ForSequenceClassification"
+
+
+def is_classifier(model_or_config: Any) -> bool:
+    """Whether a model, or the model that a config was saved with, gives a text a class."""
+    config = getattr(model_or_config, "config", None)
+    names = getattr(model_or_config, "architectures", None) if config is None else [type(model_or_config).__name__]
+    return any(str(name).endswith(_SUFFIX) for name in names or ())
+
+
+def class_names(config: Any, name: str) -> tuple[str, ...]:
+    """The classes of a classifier's config in the order of their ids.
+
+    Args:
+        config: its config.
+        name: what an error calls the model.
+
+    Raises:
+        DrklError: no classifier, a regression, several labels for one text, or two classes of one name.
+    """
+    if not is_classifier(config):
+        raise DrklError(
+            f"{name!r} is no classifier (its config.json says {getattr(config, 'architectures', None)}), so it has no "
+            "class logits. Use a model that was trained for sequence classification."
+        )
+    kind = getattr(config, "problem_type", None)
+    if config.num_labels < 2 or kind in ("regression", "multi_label_classification"):
+        raise DrklError(
+            f"{name!r} has {config.num_labels} output(s) and the problem_type {kind!r}; a text must have exactly one "
+            "of two or more classes here."
+        )
+    classes = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
+    if len(set(classes)) < len(classes):
+        twice = next(one for one in classes if classes.count(one) > 1)
+        raise DrklError(f"{name!r} calls two of its classes {twice!r}; rename one in id2label of its config.json.")
+    return classes
+
+
+def check_classes(config: Any, classes: Sequence[str], name: str) -> None:
+    """Raise DrklError unless a classifier has these classes in this order.
+
+    Every objective compares class number i of the student with class number i of the teacher.
+    """
+    ours = class_names(config, name)
+    if ours == tuple(classes):
+        return
+    if sorted(ours) == sorted(classes):
+        first = next(i for i, pair in enumerate(zip(ours, classes, strict=True)) if pair[0] != pair[1])
+        what = f"the same classes in another order (class {first}: {ours[first]!r}, expected {classes[first]!r})"
+    elif len(ours) != len(classes):
+        what = f"{len(ours)} classes, expected {len(classes)}"
+    else:
+        strange = next(one for one in ours if one not in classes)
+        what = f"other classes (for instance {strange!r}; expected {classes[0]!r} and so on)"
+    raise DrklError(
+        f"{name!r} has {what}. Student and teacher are compared class by class, by number: choose models of one set of "
+        "labels, or a student without a head (a bare encoder, init: random), which takes the teacher's."
+    )
+
+
+def label_fields(classes: Sequence[str]) -> dict[str, Any]:
+    """The fields of a config that name its classes."""
+    return {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: number for number, name in enumerate(classes)},
+        "problem_type": "single_label_classification",
+    }
