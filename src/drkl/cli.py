@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -175,7 +176,7 @@ def _print_estimate(plan: dict[str, Any]) -> None:
 def evaluate(run: RunArgument) -> None:
     """Measure fidelity, diversity and confidence before, between and after: RUN/eval.json."""
     from drkl.config import load_config
-    from drkl.evaluation.suite import write_evaluation
+    from drkl.evaluation import classification, suite
     from drkl.models.load import quiet_transformers
     from drkl.runs import RunFolder
 
@@ -183,9 +184,10 @@ def evaluate(run: RunArgument) -> None:
     config, _ = load_config(folder.read_config())
     _check_finished(folder)
     quiet_transformers()
-    evaluation, samples = _evaluate(folder, _relocated(config, folder.root))
-    write_evaluation(folder, evaluation, samples)
-    _print_table(evaluation)
+    evaluation, lines = _evaluate(_relocated(config, folder.root))
+    classifies = config.task == "classification"
+    (classification.write_classification if classifies else suite.write_evaluation)(folder, evaluation, lines)
+    _print_table(evaluation, classification.KEYS if classifies else suite.KEYS)
     print(f"Written: {folder.eval_path}. Next: drkl report {folder.root}")
 
 
@@ -196,9 +198,10 @@ def _check_finished(folder: Any) -> None:
         )
 
 
-def _evaluate(folder: Any, config: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _evaluate(config: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from drkl.evaluation.classification import evaluate_classes
     from drkl.evaluation.suite import evaluate as measure
     from drkl.training.inputs import evaluation_inputs
 
@@ -211,28 +214,27 @@ def _evaluate(folder: Any, config: Any) -> tuple[dict[str, Any], list[dict[str, 
             progress.update(tasks[what], completed=done)
 
         inputs = evaluation_inputs(config.specs())
-        return measure(
-            inputs.models,
-            inputs.tokenizer,
-            inputs.rows,
-            config.evaluation,
-            pad_id=inputs.tokenizer.pad_token_id,
-            device=inputs.device,
-            data=inputs.data,
-            vocab_size=inputs.vocab_size,
-            on_progress=on_progress,
-        )
+        shared: dict[str, Any] = {
+            "pad_id": inputs.tokenizer.pad_token_id,
+            "device": inputs.device,
+            "data": inputs.data,
+            "on_progress": on_progress,
+        }
+        rows: Any = inputs.rows  # of the kind that the task takes
+        if inputs.classes is not None:
+            return evaluate_classes(inputs.models, rows, inputs.classes, config.evaluation, **shared)
+        return measure(inputs.models, inputs.tokenizer, rows, config.evaluation, vocab_size=inputs.vocab_size, **shared)
 
 
-def _print_table(evaluation: dict[str, Any]) -> None:
+def _print_table(evaluation: dict[str, Any], keys: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from drkl.evaluation.suite import KEYS, MODELS
+    from drkl.evaluation.suite import MODELS
 
     models = [name for name in MODELS if name in evaluation]
     table = Table("metric", *models)
-    for key in KEYS:
+    for key in keys:
         cells = ["-" if evaluation[m][key] is None else f"{evaluation[m][key]:.4g}" for m in models]
         table.add_row(key, *cells)
     Console().print(table)
@@ -274,7 +276,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same answers.")] = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="The most probable token every time.")] = False,
 ) -> None:
-    """Let the teacher and the student answer a prompt, side by side."""
+    """Let the teacher and the student answer a prompt, or name a text's class, side by side."""
     from drkl.config import load_config
     from drkl.data.tokenize import encode_for
     from drkl.models.forward import is_encoder_decoder
@@ -290,6 +292,9 @@ def generate(
     _check_finished(folder)
     quiet_transformers()
     models, tokenizer, device = evaluation_models(_relocated(config, folder.root).specs(), ("teacher", "after"))
+    if config.task == "classification":
+        _print_side_by_side(_classify(prompt, models, tokenizer, device, config.data.max_tokens))
+        return
     answers = {}
     for name, load in models.items():
         model: Any = load()
@@ -311,6 +316,24 @@ def generate(
         )
         answers["student" if name == "after" else name] = [answer.text for answer in found[0]]
     _print_side_by_side(answers)
+
+
+def _classify(prompt: str, models: Any, tokenizer: Any, device: Any, max_tokens: int) -> dict[str, list[str]]:
+    """The five most probable classes of a text by each model."""
+    from drkl.data.labelled import LabelledRow
+    from drkl.evaluation.classification import class_logits
+    from drkl.models.classes import class_names
+
+    ids = tokenizer(prompt, truncation=True, max_length=min(max_tokens, tokenizer.model_max_length))["input_ids"]
+    answers = {}
+    for name, load in models.items():
+        model: Any = load().to(device).eval()
+        logits = class_logits(model, [LabelledRow("prompt", tuple(ids), 0, prompt)], pad_id=tokenizer.pad_token_id)
+        best = logits[0].softmax(-1).topk(min(5, logits.shape[-1]))
+        names = class_names(model.config, name)
+        lines = [f"{p:.3f}  {names[i]}" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        answers["student" if name == "after" else name] = ["\n".join(lines)]
+    return answers
 
 
 def _print_side_by_side(answers: dict[str, list[str]]) -> None:

@@ -67,6 +67,10 @@ class RunFolder:
         return self.root / "samples.jsonl"
 
     @property
+    def predictions_path(self) -> Path:
+        return self.root / "predictions.jsonl"
+
+    @property
     def report_path(self) -> Path:
         return self.root / "report.html"
 

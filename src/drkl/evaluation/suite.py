@@ -81,19 +81,19 @@ def evaluate(
     result = Evaluation()
     for name in (model for model in MODELS if model in models):
         result.seconds[name] = {}
-        report = _reporter(name, on_progress)
-        with _timed(result.seconds[name], "load"):
+        report = reporter(name, on_progress)
+        with timed(result.seconds[name], "load"):
             model: Any = models[name]()
             model.to(device).eval()
         metrics = _read(name, model, rows, pad_id, vocab_size, result, report)
-        with _timed(result.seconds[name], "samples"):
+        with timed(result.seconds[name], "samples"):
             answers = _sample(model, tokenizer, prompts, settings, report)
         # Two students at once may not fit.
         del model
-        _free(device)
-        with _timed(result.seconds[name], "text"):
+        free_memory(device)
+        with timed(result.seconds[name], "text"):
             table = {**metrics, **text_metrics(prompts, answers)}
-        result.tables[name] = {key: _finite(table[key]) for key in KEYS}
+        result.tables[name] = {key: finite(table[key]) for key in KEYS}
         result.samples += _sample_rows(name, prompts, answers, settings.sampling_temperature)
     seconds = {name: {part: round(value, 2) for part, value in parts.items()} for name, parts in result.seconds.items()}
     evaluation = {
@@ -141,7 +141,7 @@ def _read(
     report: Callable[[str, int], Callable[[int], None] | None],
 ) -> dict[str, float | None]:
     """The teacher-forced metrics of one model; the teacher's states stay for those that follow."""
-    with _timed(result.seconds[name], "teacher_forced"):
+    with timed(result.seconds[name], "teacher_forced"):
         states = held_out_states(
             model, rows, pad_id=pad_id, vocab_size=vocab_size, progress=report("reading", len(rows))
         )
@@ -216,7 +216,9 @@ def _describe(
     }
 
 
-def _reporter(name: str, on_progress: Progress | None) -> Callable[[str, int], Callable[[int], None] | None]:
+def reporter(name: str, on_progress: Progress | None) -> Callable[[str, int], Callable[[int], None] | None]:
+    """Of (part, total) make what a loop calls with the number of things it has done."""
+
     def part(what: str, total: int) -> Callable[[int], None] | None:
         if on_progress is None:
             return None
@@ -234,18 +236,21 @@ def _reporter(name: str, on_progress: Progress | None) -> Callable[[str, int], C
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Note how long the block takes."""
     started = time.perf_counter()
     yield
     seconds[part] = time.perf_counter() - started
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
+    """The value, or None for what is not finite."""
     # Json has no infinity; a distance is infinite where one model excludes a token that the other does not.
     return value if value is None or math.isfinite(value) else None
 
 
-def _free(device: str | torch.device) -> None:
+def free_memory(device: str | torch.device) -> None:
+    """Give back what a dropped model held."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()

@@ -1,0 +1,256 @@
+"""What a classifier makes of the held-out texts: ``eval.json`` and ``predictions.jsonl``. q = model, p = teacher."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drkl._version import __version__
+from drkl.data.batching import bucket_by_length
+from drkl.data.collate import collate
+from drkl.data.labelled import LabelledRow
+from drkl.evaluation.config import EvaluationConfig
+from drkl.evaluation.suite import MODELS, finite, free_memory, reporter, timed
+from drkl.losses import token_statistics
+from drkl.losses.common import log_softmax
+from drkl.models.forward import hidden_states
+from drkl.runs import RunFolder, write_json, write_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from drkl.evaluation.suite import Progress
+
+BINS = 15
+RESAMPLES = 1000
+_MEANS = ("accuracy", "nll", "confidence", "entropy")
+_TEACHER_MEANS = ("agreement", "fkl", "rkl")
+DEFINITIONS = {
+    "accuracy": "share of texts whose most probable class is the label",
+    "macro_f1": "mean F1 over the classes that occur among the labels or the predictions; of one never right 0",
+    "nll": "-log q of the label, nats, mean over texts; temperature 1, as everything here",
+    "ece": f"expected calibration error: {BINS} bins of equal width [a, b) of max q (the last with 1), mean over "
+    "texts of |mean max q - accuracy| of a text's bin",
+    "calibration_gap": "mean max q - accuracy; above 0 the model is surer than right",
+    "confidence": "max q, mean over texts",
+    "entropy": "-sum q log q, nats, mean over texts",
+    "agreement": "share of texts where argmax q = argmax p",
+    "fkl": "KL(p || q), nats, mean over texts",
+    "rkl": "KL(q || p), nats, mean over texts",
+    "confidence_gap": "mean max q - mean max p",
+    "num_rows": "held-out texts",
+}
+KEYS = tuple(DEFINITIONS)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-text numbers of one model, float64 ``[n]``: everything that a metric is made of."""
+
+    columns: dict[str, np.ndarray]
+    predicted: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+
+    def metrics(self, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Every metric, for each of ``weights`` `[m, n]` (how often a text counts); `[m]` by name. Default: once each.
+
+        All of them are sums over texts, so a resample is a row of weights.
+        """
+        size = len(self.labels)
+        weights = np.ones((1, size)) if weights is None else weights
+        out = {name: weights @ values / size for name, values in self.columns.items()}
+        out["macro_f1"] = self._macro_f1(weights)
+        bins = _one_hot(_bin_of(self.columns["confidence"]), BINS)
+        gaps = (self.columns["confidence"] - self.columns["accuracy"])[:, None] * bins
+        out["ece"] = np.abs(weights @ gaps).sum(-1) / size
+        out["calibration_gap"] = out["confidence"] - out["accuracy"]
+        if "teacher_confidence" in out:
+            out["confidence_gap"] = out["confidence"] - out.pop("teacher_confidence")
+        return out
+
+    def _macro_f1(self, weights: np.ndarray) -> np.ndarray:
+        said, true = (_one_hot(ids, self.num_classes) for ids in (self.predicted, self.labels))
+        hits, either = weights @ (said * true), weights @ said + weights @ true
+        present = either > 0
+        f1 = np.divide(2 * hits, either, out=np.zeros_like(hits), where=present)
+        mean: np.ndarray = f1.sum(-1) / present.sum(-1)
+        return mean
+
+
+def score(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Scores:
+    """Per-text numbers of class logits `[n, classes]` (the teacher's likewise, or None) and labels `[n]`."""
+    values = token_statistics(logits.double(), None if teacher_logits is None else teacher_logits.double(), labels)
+    names = _MEANS if teacher_logits is None else (*_MEANS, *_TEACHER_MEANS, "teacher_confidence")
+    columns = {name: getattr(values, name).double().numpy() for name in names}
+    return Scores(columns, logits.argmax(-1).numpy(), labels.numpy(), logits.shape[-1])
+
+
+def intervals(scores: Scores, seed: int, resamples: int = RESAMPLES) -> dict[str, list[float]]:
+    """95 % bootstrap intervals (percentiles) of every metric over texts drawn with replacement."""
+    generator, size = np.random.default_rng(seed), len(scores.labels)
+    found: dict[str, list[np.ndarray]] = {}
+    step = max(1, min(resamples, 2_000_000 // size))  # a few megabytes of weights at a time
+    for start in range(0, resamples, step):
+        many = min(step, resamples - start)
+        weights = generator.multinomial(size, np.full(size, 1 / size), size=many).astype(np.float64)
+        for name, values in scores.metrics(weights).items():
+            found.setdefault(name, []).append(values)
+    ends = {name: np.percentile(np.concatenate(parts), [2.5, 97.5]) for name, parts in found.items()}
+    return {name: [float(low), float(high)] for name, (low, high) in ends.items() if np.isfinite([low, high]).all()}
+
+
+def reliability(scores: Scores) -> dict[str, list[Any]]:
+    """Per bin of confidence: how many texts, their mean confidence and their accuracy (None in an empty bin)."""
+    bins = _one_hot(_bin_of(scores.columns["confidence"]), BINS)
+    counts = bins.sum(0)
+    table: dict[str, list[Any]] = {"rows": counts.astype(int).tolist()}
+    for name in ("confidence", "accuracy"):
+        sums = scores.columns[name] @ bins
+        table[name] = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
+    return table
+
+
+@torch.no_grad()
+def class_logits(
+    model: PreTrainedModel,
+    rows: Sequence[LabelledRow],
+    *,
+    pad_id: int,
+    tokens_per_batch: int = 4096,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """The class logits `[n, classes]` of the rows, fp32, on the CPU, in the order of the rows."""
+    assert not model.training, "dropout would make every number a random one"
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    device = next(model.parameters()).device
+    for group in bucket_by_length([row.length for row in rows], tokens_per_batch):
+        batch = collate([rows[i] for i in group], pad_id=pad_id)
+        states = hidden_states(model, {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)})
+        for place, logits in zip(group, states.squeeze(1).float().cpu(), strict=True):
+            found[place] = logits
+        if progress is not None:
+            progress(len(group))
+    return torch.stack(found)
+
+
+def evaluate_classes(
+    models: Mapping[str, Callable[[], PreTrainedModel]],
+    rows: Sequence[LabelledRow],
+    classes: Sequence[str],
+    settings: EvaluationConfig,
+    *,
+    pad_id: int,
+    device: str | torch.device = "cpu",
+    data: Mapping[str, Any] | None = None,
+    on_progress: Progress | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what ``eval.json`` holds and the rows of ``predictions.jsonl``.
+
+    Args:
+        models: loaders by name, of ``suite.MODELS``; each is called once, the teacher's first.
+        rows: the held-out rows.
+        classes: the names of the classes, by number.
+        settings: of the ``evaluation`` section the seed counts, for the resampling.
+        pad_id: fills batches.
+        device: each model is moved there.
+        data: where the rows come from, for the record.
+        on_progress: called with ("teacher: reading", done, total) in texts.
+    """
+    assert models and set(models) <= set(MODELS), f"models are named {MODELS}"
+    started = time.perf_counter()
+    labels = torch.tensor([row.label for row in rows])
+    logits: dict[str, Tensor] = {}
+    found: dict[str, Scores] = {}
+    seconds: dict[str, float] = {}
+    for name in (model for model in MODELS if model in models):
+        with timed(seconds, name):
+            model: Any = models[name]()
+            model.to(device).eval()
+            model.config.get_text_config().pad_token_id = pad_id
+            report = reporter(name, on_progress)("reading", len(rows))
+            logits[name] = class_logits(model, rows, pad_id=pad_id, progress=report)
+            del model
+            free_memory(device)
+        found[name] = score(logits[name], labels, logits.get("teacher"))
+    evaluation = {
+        "task": "classification",
+        "settings": _describe(settings, rows, device, data),
+        "classes": list(classes),
+        **{name: _table(scores, len(rows)) for name, scores in found.items()},
+        "intervals": {name: intervals(scores, settings.seed) for name, scores in found.items()},
+        "reliability": {
+            "edges": [i / BINS for i in range(BINS + 1)],
+            **{name: reliability(scores) for name, scores in found.items()},
+        },
+        "timing": {**{k: round(v, 2) for k, v in seconds.items()}, "total": round(time.perf_counter() - started, 2)},
+    }
+    return evaluation, list(predictions(rows, classes, logits["after"], logits.get("teacher")))
+
+
+def predictions(
+    rows: Sequence[LabelledRow], classes: Sequence[str], student: Tensor, teacher: Tensor | None
+) -> Iterator[dict[str, Any]]:
+    """A line per text: what student and teacher say and how sure they are; ``nll`` is the student's of the label."""
+    ours = log_softmax(student, 1.0)
+    theirs = None if teacher is None else log_softmax(teacher, 1.0)
+    for number, row in enumerate(rows):
+        line: dict[str, Any] = {"id": row.id, "text": row.text, "label": classes[row.label]}
+        line |= _said("student", ours[number], classes)
+        if theirs is not None:
+            line |= _said("teacher", theirs[number], classes)
+        line["nll"] = finite(round(-float(ours[number, row.label]), 4))
+        yield line
+
+
+def write_classification(run: RunFolder, evaluation: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``predictions.jsonl`` and then ``eval.json``, each whole or not at all."""
+    write_jsonl(run.predictions_path, [dict(line) for line in lines])
+    write_json(run.eval_path, dict(evaluation))
+
+
+def _said(who: str, logp: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    best = int(logp.argmax())
+    return {who: classes[best], f"{who}_confidence": round(float(logp[best].exp()), 4)}
+
+
+def _table(scores: Scores, num_rows: int) -> dict[str, float | None]:
+    values: dict[str, Any] = {name: float(value[0]) for name, value in scores.metrics().items()}
+    values["num_rows"] = num_rows
+    return {key: finite(values.get(key)) for key in KEYS}
+
+
+def _describe(
+    settings: EvaluationConfig, rows: Sequence[LabelledRow], device: str | torch.device, data: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "seed": settings.seed,
+        "data": {**(data or {}), "heldout_rows": len(rows)},
+        "intervals": f"95 %, percentiles of {RESAMPLES} bootstrap resamples of the held-out texts; not of seeds",
+        "device": str(device),
+        "versions": {
+            "drkl": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+        },
+        "definitions": DEFINITIONS,
+    }
+
+
+def _bin_of(confidence: np.ndarray) -> np.ndarray:
+    bins: np.ndarray = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    return bins
+
+
+def _one_hot(ids: np.ndarray, size: int) -> np.ndarray:
+    out = np.zeros((len(ids), size))
+    out[np.arange(len(ids)), ids] = 1.0
+    return out
