@@ -363,8 +363,9 @@ def data(
     from rich.console import Console
 
     from drkl.config import load_config
-    from drkl.data.survey import print_surveys, survey
+    from drkl.data.survey import print_labelled, print_surveys, survey
     from drkl.models.load import quiet_transformers
+    from drkl.training.classes import run_classes
     from drkl.training.tokens import has_encoder, run_tokenizer
 
     loaded, notes = load_config(config, overrides or [])
@@ -372,10 +373,13 @@ def data(
         print(note)
     quiet_transformers()
     specs = loaded.specs()
-    tokenizer = run_tokenizer(specs)
-    apart = has_encoder(specs[0], tokenizer)
+    tokenizer, classes = run_tokenizer(specs), run_classes(specs)
+    apart = classes is None and has_encoder(specs[0], tokenizer)
     console = Console(highlight=False)
     for section in dict.fromkeys(spec.data for spec in specs):
+        if classes is not None:
+            print_labelled(section, tokenizer, classes, console, _printable)
+            continue
         print_surveys(survey(section, tokenizer, encoder_decoder=apart), tokenizer, console, _printable)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from drkl.data.config import DataConfig
 from drkl.data.examples import load_examples
+from drkl.data.labelled import load_labelled, tokenize_labelled
 from drkl.data.tokenize import DropReport, Row, tokenize_examples
 from drkl.errors import DrklError
 
@@ -157,3 +159,39 @@ def _example(row: Row, tokenizer: PreTrainedTokenizerBase, console: Console, cle
 
 def _is_utf(console: Console) -> bool:
     return console.encoding.lower().startswith("utf")
+
+
+def print_labelled(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    classes: Sequence[str],
+    console: Console,
+    clean: Callable[[str], str],
+) -> None:
+    """Print what a data section gives a classifier: counts, lengths, rows of each class, and a row.
+
+    Raises:
+        DrklError: what a run would refuse too.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    names = (config.name, config.eval_path or config.name)
+    for name, share, labelled in zip(names, ("training", "held out"), load_labelled(config), strict=True):
+        rows, report = tokenize_labelled(labelled, tokenizer, classes, max_tokens=config.max_tokens)
+        counts = Counter(row.label for row in rows)
+        facts = [("rows kept", f"{report.kept:,} of {report.kept + sum(report.dropped.values()):,}")]
+        facts += [(f"dropped: {reason.replace('_', ' ')}", f"{count:,}") for reason, count in report.dropped.items()]
+        facts += [("texts cut", f"{report.responses_cut:,}"), ("classes", f"{len(counts)} of {len(classes)}")]
+        facts += [
+            (f"{word} rows: {clean(classes[label])}", f"{count:,}")
+            for word, (label, count) in zip(("most", "fewest"), (counts.most_common()[i] for i in (0, -1)), strict=True)
+        ]
+        console.print(Text(f"\n{clean(name)} ({share})", style="bold"))
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for fact, value in facts:
+            table.add_row(Text(fact), Text(value, justify="right"))
+        console.print(table)
+        console.print(_bars("text", [row.length for row in rows], console))
+        shown = clean(str(tokenizer.decode(list(rows[0].ids), clean_up_tokenization_spaces=False)))
+        console.print(Text(f"row {clean(rows[0].id)}: {shown} -> {clean(classes[rows[0].label])}"), soft_wrap=True)
