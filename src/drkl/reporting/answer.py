@@ -42,7 +42,7 @@ class Answer:
 def answer(record: RunRecord, others: Sequence[RunRecord] = ()) -> Answer:
     """What this run shows, in words."""
     if record.evaluation is None:
-        return _unevaluated(record)
+        return unevaluated(record)
     if value_of(record.evaluation, "after", "rkl") is None:
         return _without_teacher(record)
     makers: list[Callable[[RunRecord], Point | None]] = [_last_stage, _confidence, _variety, _quality]
@@ -257,7 +257,7 @@ def _trust(record: RunRecord) -> Point:
     )
 
 
-def _unevaluated(record: RunRecord) -> Answer:
+def unevaluated(record: RunRecord) -> Answer:
     text = f"This run has not been evaluated. `drkl evaluate {record.run.root}` measures it; then make the report anew."
     for key, title in (("rkl", "reverse KL"), ("nll", "negative log-likelihood")):
         curve = record.stages[-1].curve(key, heldout=True)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from drkl.reporting.metrics import METRICS, MODEL_TITLES, MODELS, STUDENTS, Metric, value_of
+from drkl.reporting.metrics import METRICS, MODEL_TITLES, MODELS, STUDENTS, Metric, metrics_of, value_of
 from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, Picture, new_figure, plot_style, tidy, to_svg
 from drkl.reporting.record import Curve, RunRecord
 from drkl.reporting.text import as_number, short
@@ -20,10 +20,10 @@ MAX_POINTS = 300
 
 def bars(record: RunRecord, key: str) -> Picture | None:
     """Teacher, before, warm-up and after as bars with their values."""
-    metric = METRICS[key]
+    metric = metrics_of(record.task)[key]
     values = {model: value for model in MODELS if (value := value_of(record.evaluation, model, key)) is not None}
     # At zero distance from itself the teacher says nothing, except where its own value is the yardstick.
-    if metric.better in ("lower", "higher") and key not in ("nll", "accuracy", "rouge_l"):
+    if metric.better in ("lower", "higher") and key not in ("nll", "accuracy", "rouge_l", "macro_f1", "ece"):
         values.pop("teacher", None)
     if "after" not in values:
         return None
@@ -57,18 +57,23 @@ def draw_bars(ax: Axes, metric: Metric, values: Mapping[str, float], *, size: fl
 
 def training_curves(record: RunRecord) -> tuple[list[Picture], list[Picture]]:
     """The curves that answer a question, and those that only tell how the optimiser fared."""
+    top, unit = ("Agreement", "texts") if record.task == "classification" else ("Top-token agreement", "tokens")
     wanted = [
         ("rkl", "Reverse KL to the teacher", "KL(q‖p), nats, log scale"),
         ("fkl", "Forward KL to the teacher", "KL(p‖q), nats, log scale"),
-        ("agreement", "Top-token agreement", "of the tokens"),
+        ("agreement", top, f"of the {unit}"),
         ("entropy", "Entropy", "nats" + ("; the teacher is dashed" if record.has_teacher else "")),
-        ("nll", "Negative log-likelihood", "of the observed token, nats, log scale"),
+        (
+            "nll",
+            "Negative log-likelihood",
+            f"of the observed {'class' if unit == 'texts' else 'token'}, nats, log scale",
+        ),
         ("loss", "Loss", "each stage's own, not comparable across stages"),
     ]
     rest = [
         ("grad_norm", "Gradient norm", "before clipping"),
         ("learning_rate", "Learning rate", "of the schedule"),
-        ("tokens_per_second", "Speed", "training tokens per second"),
+        ("tokens_per_second", "Speed", "input tokens per second"),
     ]
     with plot_style():
         drawn = [[_curve_picture(record, *item) for item in group] for group in (wanted, rest)]
@@ -285,9 +290,14 @@ def _gap_picture(record: RunRecord) -> Picture | None:
 def run_comparison(records: Sequence[RunRecord], labels: Sequence[str]) -> list[Picture]:
     """A dot per run for each of four numbers, with the teacher's where it is the yardstick."""
     pictures = []
+    classifies = records[0].task == "classification"
+    keys = ("ece", "accuracy", "agreement", "rkl") if classifies else ("rkl", "fkl", "agreement", "entropy")
     with plot_style():
-        for key in ("rkl", "fkl", "agreement", "entropy"):
-            metric, values = METRICS[key], [value_of(record.evaluation, "after", key) for record in records]
+        for key in keys:
+            metric, values = (
+                metrics_of(records[0].task)[key],
+                [value_of(record.evaluation, "after", key) for record in records],
+            )
             known = [value * metric.scale for value in values if value is not None]
             if len(known) < 2:
                 continue

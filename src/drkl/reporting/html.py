@@ -13,7 +13,7 @@ import yaml
 from markupsafe import Markup, escape
 
 from drkl.errors import DrklError
-from drkl.reporting import figures
+from drkl.reporting import classification, figures
 from drkl.reporting.answer import answer, run_labels
 from drkl.reporting.metrics import MODEL_TITLES, value_of
 from drkl.reporting.record import RunRecord, read_run
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 TILES = ("rkl", "fkl", "agreement", "entropy")
 TILES_WITHOUT_TEACHER = ("nll", "accuracy", "entropy", "rouge_l")
+CLASS_TILES = ("accuracy", "agreement", "ece", "confidence_gap")
+CLASS_TILES_WITHOUT_TEACHER = ("accuracy", "macro_f1", "nll", "ece")
 CONFIG_LIMIT = 20_000
 
 # Commands in backquotes; numbers that are results, so neither the 2 of "distinct-2" nor a count of steps.
@@ -46,12 +48,15 @@ def write_report(runs: RunFolder | Sequence[RunFolder], output: Path | None = No
         The path of the page.
 
     Raises:
-        DrklError: no run was given, a file of a run is broken, or the page cannot be written.
+        DrklError: no run was given, runs of different tasks, a file of a run is broken, or the page cannot be written.
     """
     folders = [runs] if isinstance(runs, RunFolder) else list(runs)
     if not folders:
         raise DrklError("There is no run to report on; name at least one run folder.")
     records = [read_run(folder) for folder in folders]
+    if len({record.task for record in records}) > 1:
+        shown = ", ".join(f"{record.name} ({record.task})" for record in records)
+        raise DrklError(f"Runs of different tasks have no number in common: {shown}. Report on them apart.")
     target = output or folders[0].report_path
     page = render(records)
     try:
@@ -64,18 +69,19 @@ def write_report(runs: RunFolder | Sequence[RunFolder], output: Path | None = No
 def render(records: Sequence[RunRecord]) -> str:
     """The page as text."""
     record, several = records[0], len(records) > 1
+    classifies = record.task == "classification"
     evaluated = record.evaluation is not None
     curves, optimiser = figures.training_curves(record)
     context = {
         "record": record,
         "title": record.name,
-        "answer": answer(record, records[1:]),
+        "answer": (classification.answer if classifies else answer)(record, records[1:]),
         "facts": _facts(record),
         "models": record.models,
         "titles": MODEL_TITLES,
         "subtitles": record.subtitles,
         "tiles": _tiles(record),
-        "distributions": figures.distributions(record) if evaluated else [],
+        "distributions": (classification if classifies else figures).distributions(record) if evaluated else [],
         "curves": curves,
         "optimiser": optimiser,
         "stages": record.stages,
@@ -83,14 +89,15 @@ def render(records: Sequence[RunRecord]) -> str:
         "change_from": change_from(record),
         "runs": run_table(records) if several else None,
         "run_figures": figures.run_comparison(records, run_labels(records)) if several else [],
-        "samples": sample_table(record),
+        "samples": classification.prediction_tables(record) if classifies else sample_table(record),
         "data": _data(record),
         "config": clip(record.config_text, CONFIG_LIMIT),
         "settings": _settings(record),
         "environment": _environment(record),
         "commands": _commands(records),
     }
-    return _environment_for_templates().get_template("report.html.j2").render(context)
+    page = "classification.html.j2" if classifies else "report.html.j2"
+    return _environment_for_templates().get_template(page).render(context)
 
 
 def _environment_for_templates() -> Environment:
@@ -164,9 +171,11 @@ def _date(value: Any) -> str:
 
 def _tiles(record: RunRecord) -> list[dict[str, Any]]:
     has_distance = value_of(record.evaluation, "after", "rkl") is not None
+    keys = TILES if has_distance else TILES_WITHOUT_TEACHER
+    if record.task == "classification":
+        keys = CLASS_TILES if has_distance else CLASS_TILES_WITHOUT_TEACHER
     tiles = []
     for row in (row for group in metric_groups(record) for row in group.rows):
-        keys = TILES if has_distance else TILES_WITHOUT_TEACHER
         picture = figures.bars(record, row.metric.key) if row.metric.key in keys else None
         if picture:
             value = next(cell.text for cell in row.cells if cell.model == "after")
@@ -185,7 +194,8 @@ def _data(record: RunRecord) -> list[tuple[str, str]]:
         reasons = ", ".join(f"{short(reason).replace('_', ' ')}: {number:,}" for reason, number in dropped.items())
         rows.append(("Rows dropped", reasons or "none"))
     if as_number(data.get("responses_cut")) is not None:
-        rows.append(("Answers cut at the end", f"{data['responses_cut']:,}"))
+        what = "Texts" if record.task == "classification" else "Answers"
+        rows.append((f"{what} cut at the end", f"{data['responses_cut']:,}"))
     section = record.section("data")
     sources = section.get("sources")
     places = [place for place in sources if isinstance(place, dict)] if isinstance(sources, list) else []

@@ -211,6 +211,77 @@ GROUPS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
 
 METRICS: dict[str, Metric] = {metric.key: metric for _, _, metrics in GROUPS for metric in metrics}
 
+CLASS_GROUPS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
+    (
+        "The labels",
+        "Measured against the label in the data. Under each number: its 95 % bootstrap interval over the held-out texts.",
+        (
+            Metric("accuracy", "Accuracy", "%", "higher", "How often the most probable class is the label.", 1, 100.0),
+            Metric("macro_f1", "Macro-F1", "%", "higher", "F1 of each class, mean over the classes.", 1, 100.0),
+            Metric("nll", "Negative log-likelihood", "nats", "lower", "−log q of the label, mean over texts."),
+        ),
+    ),
+    (
+        "Closeness to the teacher",
+        "p is the teacher's distribution over the classes, q the student's.",
+        (
+            Metric(
+                "agreement",
+                "Agreement",
+                "%",
+                "higher",
+                "How often student and teacher rank the same class first.",
+                1,
+                100.0,
+            ),
+            Metric("fkl", "Forward KL", "nats", "lower", "KL(p‖q), mean over texts."),
+            Metric("rkl", "Reverse KL", "nats", "lower", "KL(q‖p), mean over texts."),
+        ),
+    ),
+    (
+        "How sure it is",
+        "A calibrated model is right on 80 % of the texts for which it gives a class 80 %.",
+        (
+            Metric(
+                "ece",
+                "Calibration error (ECE)",
+                "0–1",
+                "lower",
+                "Mean distance of confidence and accuracy over 15 equal bins of confidence, weighted by their texts.",
+            ),
+            Metric(
+                "calibration_gap",
+                "Sureness over accuracy",
+                "−1–1",
+                "zero",
+                "Mean confidence minus accuracy; above 0 the model is surer than it is right.",
+            ),
+            Metric(
+                "confidence", "Confidence", "0–1", "teacher", "Mean probability of the model's own top class, max q."
+            ),
+            Metric(
+                "confidence_gap",
+                "Confidence gap",
+                "−1–1",
+                "zero",
+                "Mean max q minus mean max p; above 0 the student is surer than the teacher.",
+            ),
+            Metric("entropy", "Entropy", "nats", "teacher", "Mean entropy over the classes; low is sure.", 2),
+        ),
+    ),
+    ("Size of the test", "", (Metric("num_rows", "Held-out texts", "texts", "none", "What the means are over.", 0),)),
+)
+
+
+def groups_of(task: str) -> tuple[tuple[str, str, tuple[Metric, ...]], ...]:
+    """The metrics of a task, in groups."""
+    return CLASS_GROUPS if task == "classification" else GROUPS
+
+
+def metrics_of(task: str) -> dict[str, Metric]:
+    """The metrics of a task by their keys."""
+    return {metric.key: metric for _, _, metrics in groups_of(task) for metric in metrics}
+
 
 def best_student(metric: Metric, evaluation: Mapping[str, Any]) -> str | None:
     """The student nearest to ideal by the shown digits; None for a tie, or with fewer than two to choose from."""

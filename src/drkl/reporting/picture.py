@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from drkl.errors import DrklError
 from drkl.reporting.figures import draw_bars, draw_curve
-from drkl.reporting.metrics import METRICS, MODEL_TITLES, MODELS, value_of
+from drkl.reporting.metrics import MODEL_TITLES, MODELS, metrics_of, value_of
 from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, new_figure, plot_style
 from drkl.reporting.record import RunRecord, read_run
 from drkl.reporting.text import short
@@ -60,7 +60,7 @@ def _draw(record: RunRecord) -> Figure:
     figure.patch.set_facecolor(PAPER)
     figure.get_layout_engine().set(w_pad=7 / 72, h_pad=10 / 72, rect=(0.012, 0.01, 0.976, 0.83))  # type: ignore[union-attr,call-arg]
     for column, key in enumerate(PANELS):
-        metric = METRICS[key]
+        metric = metrics_of(record.task)[key]
         values = {model: value for model in MODELS if (value := value_of(record.evaluation, model, key)) is not None}
         if key != "entropy":
             values.pop("teacher", None)
@@ -94,4 +94,5 @@ def _head(figure: Figure, record: RunRecord) -> None:
 
 def _title(record: RunRecord) -> str:
     teacher = short(record.teacher or "the teacher", 36)
-    return f"{short(record.name, 24)}: {teacher} distilled with {record.objective}, on held-out answers"
+    unit = "texts" if record.task == "classification" else "answers"
+    return f"{short(record.name, 24)}: {teacher} distilled with {record.objective}, on held-out {unit}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -63,10 +63,16 @@ class RunRecord:
     stages: list[Stage]
     evaluation: dict[str, Any] | None
     samples: list[dict[str, Any]]
+    predictions: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         return short(str(self.section("run").get("name") or self.run.name), 60)
+
+    @property
+    def task(self) -> str:
+        """``classification``, or ``generation`` for anything else."""
+        return "classification" if self.config.get("task") == "classification" else "generation"
 
     @property
     def objective(self) -> str:
@@ -113,7 +119,7 @@ def read_run(run: RunFolder) -> RunRecord:
     """Read all that a report shows of one run.
 
     Raises:
-        DrklError: a file of the run is broken; a missing ``eval.json`` or ``samples.jsonl`` is not an error.
+        DrklError: a file of the run is broken; a missing ``eval.json`` or file of samples is not an error.
     """
     evaluation = read_json(run.eval_path) if run.eval_path.is_file() else None
     if evaluation is not None and not isinstance(evaluation, dict):
@@ -121,14 +127,18 @@ def read_run(run: RunFolder) -> RunRecord:
             f"{run.eval_path} holds a {type(evaluation).__name__}; expected an object with a key per model. "
             f"`drkl evaluate {run.root}` writes it anew."
         )
-    samples = read_jsonl(run.samples_path) if run.samples_path.is_file() else []
+    samples, predictions = (
+        [row for row in read_jsonl(path) if isinstance(row, dict)] if path.is_file() else []
+        for path in (run.samples_path, run.predictions_path)
+    )
     return RunRecord(
         run=run,
         config=run.read_config(),
         env=_mapping(run.read_env()),
         stages=_read_stages(run),
         evaluation=evaluation,
-        samples=[row for row in samples if isinstance(row, dict)],
+        samples=samples,
+        predictions=predictions,
     )
 
 

@@ -7,19 +7,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from drkl.reporting.answer import run_labels
-from drkl.reporting.metrics import DIRECTIONS, GROUPS, METRICS, MODEL_TITLES, Metric, best_student, value_of
+from drkl.reporting.metrics import (
+    DIRECTIONS,
+    MODEL_TITLES,
+    Metric,
+    best_student,
+    groups_of,
+    metrics_of,
+    value_of,
+)
 from drkl.reporting.record import RunRecord
-from drkl.reporting.text import ABSENT, short
+from drkl.reporting.text import ABSENT, as_number, short
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number; ``best`` marks the student nearest to ideal."""
+    """One number; ``best`` marks the student nearest to ideal, ``interval`` says how exact the number is."""
 
     model: str
     title: str
     text: str
     best: bool = False
+    interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class RunTable:
 def metric_groups(record: RunRecord) -> list[Group]:
     """Every metric that at least one model has, in groups."""
     groups = []
-    for title, note, metrics in GROUPS:
+    for title, note, metrics in groups_of(record.task):
         rows = [_row(record, metric) for metric in metrics]
         rows = [row for row in rows if any(cell.text != ABSENT for cell in row.cells)]
         if rows:
@@ -66,6 +75,8 @@ def metric_groups(record: RunRecord) -> list[Group]:
 
 def change_from(record: RunRecord) -> str | None:
     """The student with which ``after`` is compared: the warm-up's, or the one before training."""
+    if record.task == "classification":
+        return None  # what is asked there is how near the student is to its teacher
     return next((model for model in ("warmup", "before") if model in record.models and "after" in record.models), None)
 
 
@@ -73,7 +84,13 @@ def _row(record: RunRecord, metric: Metric) -> Row:
     evaluation = record.evaluation or {}
     best = best_student(metric, evaluation)
     cells = [
-        Cell(model, MODEL_TITLES[model], metric.show(value_of(evaluation, model, metric.key)), model == best)
+        Cell(
+            model,
+            MODEL_TITLES[model],
+            metric.show(value_of(evaluation, model, metric.key)),
+            model == best,
+            interval_of(record, model, metric),
+        )
         for model in record.models
     ]
     # Without a teacher's value there is no better and worse for what should be like the teacher's.
@@ -88,10 +105,21 @@ def _row(record: RunRecord, metric: Metric) -> Row:
     return Row(metric, arrow, direction, cells, change, verdict)
 
 
+def interval_of(record: RunRecord, model: str, metric: Metric) -> str:
+    """The interval of one number as "85.1 to 87.6"; empty where there is none (or of no width)."""
+    found: Any = (record.evaluation or {}).get("intervals")
+    for key in (model, metric.key):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    ends = [as_number(end) for end in found] if isinstance(found, list) else []
+    if len(ends) != 2 or None in ends or ends[0] == ends[1]:
+        return ""
+    return f"{metric.show(ends[0])} to {metric.show(ends[1])}"
+
+
 def run_table(records: Sequence[RunRecord]) -> RunTable:
     """The ``after`` of several runs side by side."""
     labels, rows = run_labels(records), []
-    for metric in METRICS.values():
+    for metric in metrics_of(records[0].task).values():
         values = [value_of(record.evaluation, "after", metric.key) for record in records]
         away = [
             None if value is None else metric.distance(value, value_of(record.evaluation, "teacher", metric.key))
@@ -103,8 +131,8 @@ def run_table(records: Sequence[RunRecord]) -> RunTable:
         teacher = metric.show(value_of(records[0].evaluation, "teacher", metric.key))
         cells = [Cell("teacher", "Teacher", teacher)]
         cells += [
-            Cell("after", label, metric.show(value), alone and one == min(known))
-            for label, value, one in zip(labels, values, rounded, strict=True)
+            Cell("after", label, metric.show(value), alone and one == min(known), interval_of(record, "after", metric))
+            for label, value, one, record in zip(labels, values, rounded, records, strict=True)
         ]
         if any(value is not None for value in values):
             arrow, direction = DIRECTIONS[metric.better]
