@@ -273,7 +273,10 @@ def test_training_arguments_that_are_not_free(argument: str, message: str) -> No
     [
         ({"data": {}}, "data: Expected exactly one of path (a file) and dataset"),
         ({"data": {"path": "a", "dataset": "b"}}, "got both"),
-        ({"data": {"path": "a", "max_tokens": 100}}, "max_tokens (100) must be larger than max_prompt_tokens (256)"),
+        (
+            {"data": {"path": "a", "max_prompt_tokens": 256, "max_tokens": 100}},
+            "max_tokens (100) must be larger than max_prompt_tokens (256)",
+        ),
         ({"data": None}, "data: input should be a valid dictionary"),
         ({"teacher": None}, "objective 'drkl' compares with a teacher, but teacher is null"),
         ({"teacher": None, "objective": {"name": "ce"}, "stages": []}, "name a model in student.model"),

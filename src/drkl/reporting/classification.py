@@ -219,7 +219,7 @@ def _reliability(record: RunRecord) -> dict[str, list[tuple[float, float, float 
         if not all(isinstance(column, list) and len(column) == len(edges) - 1 for column in columns):
             continue
         bins = [tuple(as_number(value) for value in row) for row in zip(*columns, strict=True)]
-        if all(row[0] is not None and row[1] is not None for row in bins) and sum(row[1] or 0.0 for row in bins):
+        if all(row[0] is not None and row[1] is not None for row in bins) and any(row[1] for row in bins):
             tables[model] = bins
     return tables  # type: ignore[return-value]
 

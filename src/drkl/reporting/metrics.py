@@ -214,7 +214,7 @@ METRICS: dict[str, Metric] = {metric.key: metric for _, _, metrics in GROUPS for
 CLASS_GROUPS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
     (
         "The labels",
-        "Measured against the label in the data. Under each number: its 95 % bootstrap interval over the held-out texts.",
+        "Measured against the label in the data. Under each number: its 95 % bootstrap interval over the texts.",
         (
             Metric("accuracy", "Accuracy", "%", "higher", "How often the most probable class is the label.", 1, 100.0),
             Metric("macro_f1", "Macro-F1", "%", "higher", "F1 of each class, mean over the classes.", 1, 100.0),
