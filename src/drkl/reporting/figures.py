@@ -57,17 +57,15 @@ def draw_bars(ax: Axes, metric: Metric, values: Mapping[str, float], *, size: fl
 
 def training_curves(record: RunRecord) -> tuple[list[Picture], list[Picture]]:
     """The curves that answer a question, and those that only tell how the optimiser fared."""
-    top, unit = ("Agreement", "texts") if record.task == "classification" else ("Top-token agreement", "tokens")
+    top, unit, seen = "Top-token agreement", "tokens", "token"
+    if record.task == "classification":
+        top, unit, seen = "Agreement", "texts", "class"
     wanted = [
         ("rkl", "Reverse KL to the teacher", "KL(q‖p), nats, log scale"),
         ("fkl", "Forward KL to the teacher", "KL(p‖q), nats, log scale"),
         ("agreement", top, f"of the {unit}"),
         ("entropy", "Entropy", "nats" + ("; the teacher is dashed" if record.has_teacher else "")),
-        (
-            "nll",
-            "Negative log-likelihood",
-            f"of the observed {'class' if unit == 'texts' else 'token'}, nats, log scale",
-        ),
+        ("nll", "Negative log-likelihood", f"of the observed {seen}, nats, log scale"),
         ("loss", "Loss", "each stage's own, not comparable across stages"),
     ]
     rest = [
@@ -294,10 +292,8 @@ def run_comparison(records: Sequence[RunRecord], labels: Sequence[str]) -> list[
     keys = ("ece", "accuracy", "agreement", "rkl") if classifies else ("rkl", "fkl", "agreement", "entropy")
     with plot_style():
         for key in keys:
-            metric, values = (
-                metrics_of(records[0].task)[key],
-                [value_of(record.evaluation, "after", key) for record in records],
-            )
+            metric = metrics_of(records[0].task)[key]
+            values = [value_of(record.evaluation, "after", key) for record in records]
             known = [value * metric.scale for value in values if value is not None]
             if len(known) < 2:
                 continue
