@@ -88,7 +88,7 @@ def test_a_random_student_has_the_teachers_classes(tmp_path: Path) -> None:
     assert is_classifier(made) and made.config.num_labels == 3 and made.config.pad_token_id == 0
     assert student_config(StudentConfig(init="random"), str(tmp_path), None, ("a", "b")).num_labels == 2
     unfit = StudentConfig(init="random", config={"model_type": "marian"})
-    with pytest.raises(DrklError, match="student.config makes no marian"):
+    with pytest.raises(DrklError, match=r"student\.config makes no marian"):
         make_student(unfit, str(tmp_path), 0, load_tokenizer(str(tmp_path), classifier=True), CLASSES)
 
 
