@@ -64,8 +64,12 @@ def answer(record: RunRecord, others: Sequence[RunRecord] = ()) -> Answer:
     text = f"{steps} the student names the right class for {_exact(record, 'accuracy')} of the held-out texts"
     if teacher is None:
         before = _get(record, "before", "accuracy")
-        better = before is not None and accuracy - before > 0.01
-        text += "." if before is None else f", against {percent(before)} before training. There was no teacher."
+        text += (
+            f", against {percent(before)} before training" if before is not None else ""
+        ) + ". There was no teacher."
+        if before is None:
+            return Answer(f"{percent(accuracy)} right", text, "neutral", found)
+        better = accuracy - before > 0.01
         return Answer("Better" if better else "No better", text, "good" if better else "bad", found)
     text += f", its teacher for {percent(teacher)}."
     if (agreement := _get(record, "after", "agreement")) is not None:

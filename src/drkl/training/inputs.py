@@ -74,6 +74,8 @@ def evaluation_inputs(specs: Sequence[RunSpec]) -> EvaluationInputs:
     """Models, tokenizer and held-out rows of a finished run."""
     models, tokenizer, device = evaluation_models(specs)
     last = specs[-1]
+    if last.classifies and specs[0].student.init == "random":
+        del models["before"]  # its numbers are chance, its calibration by chance perfect
     data = last.data
     classes = trained_classes(last)
     rows: list[Row] | list[LabelledRow]
