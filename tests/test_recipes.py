@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 from drkl.config import load_config
 from drkl.runs import RunFolder
@@ -108,3 +115,14 @@ def test_a_teacher_from_scratch_and_its_student(tmp_path: Path, name: str, kind:
     student = run(RECIPES / f"{name}.yaml", tmp_path / "runs", path, *(data or text))
     sizes = [kind.from_pretrained(made.student_path).num_parameters() for made in (teacher, student)]
     assert sizes[1] < sizes[0]
+
+
+def test_a_classifier_from_scratch_and_its_student(tmp_path: Path) -> None:
+    data = ["data.path=bundled:banking77", "data.eval_path=bundled:banking77-eval", "tokenizer.vocab_size=400"]
+    small = [*data, "student.config.hidden_size=12", "student.config.intermediate_size=12"]
+    teacher = run(RECIPES / "banking77-teacher.yaml", tmp_path / "runs", *small)
+    path = f"teacher.model={teacher.student_path}"
+    student = run(RECIPES / "banking77.yaml", tmp_path / "runs", path, *data[:2])
+    models = [AutoModelForSequenceClassification.from_pretrained(made.student_path) for made in (teacher, student)]
+    assert [len(model.bert.encoder.layer) for model in models] == [2, 1]
+    assert models[0].config.id2label == models[1].config.id2label and models[0].config.num_labels == 77
