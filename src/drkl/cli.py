@@ -319,20 +319,12 @@ def generate(
 
 
 def _classify(prompt: str, models: Any, tokenizer: Any, device: Any, max_tokens: int) -> dict[str, list[str]]:
-    """The five most probable classes of a text by each model."""
-    from drkl.data.labelled import LabelledRow
-    from drkl.evaluation.classification import class_logits
-    from drkl.models.classes import class_names
+    from drkl.evaluation.classification import most_probable
 
-    ids = tokenizer(prompt, truncation=True, max_length=min(max_tokens, tokenizer.model_max_length))["input_ids"]
     answers = {}
     for name, load in models.items():
-        model: Any = load().to(device).eval()
-        logits = class_logits(model, [LabelledRow("prompt", tuple(ids), 0, prompt)], pad_id=tokenizer.pad_token_id)
-        best = logits[0].softmax(-1).topk(min(5, logits.shape[-1]))
-        names = class_names(model.config, name)
-        lines = [f"{p:.3f}  {names[i]}" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-        answers["student" if name == "after" else name] = ["\n".join(lines)]
+        found = most_probable(load().to(device).eval(), tokenizer, prompt, max_tokens=max_tokens)
+        answers["student" if name == "after" else name] = ["\n".join(f"{p:.3f}  {label}" for label, p in found)]
     return answers
 
 

@@ -40,3 +40,7 @@ def test_values_do_not_change_afterwards() -> None:
 def test_every_key_has_a_one_line_meaning() -> None:
     for field in DataConfig.model_fields.values():
         assert field.description and "\n" not in field.description
+
+
+def test_a_small_max_tokens_alone_leaves_room_for_a_response() -> None:
+    assert [DataConfig(path="a", max_tokens=n).max_prompt_tokens for n in (2, 64, 256, 257)] == [1, 32, 128, 256]

@@ -16,16 +16,17 @@ from torch import Tensor
 from drkl._version import __version__
 from drkl.data.batching import bucket_by_length
 from drkl.data.collate import collate
-from drkl.data.labelled import LabelledRow
+from drkl.data.labelled import LabelledRow, tokenize_labelled
 from drkl.evaluation.config import EvaluationConfig
 from drkl.evaluation.suite import MODELS, finite, free_memory, reporter, timed
 from drkl.losses import token_statistics
 from drkl.losses.common import log_softmax
+from drkl.models.classes import class_names
 from drkl.models.forward import hidden_states
 from drkl.runs import RunFolder, write_json, write_jsonl
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from drkl.evaluation.suite import Progress
 
@@ -181,7 +182,7 @@ def evaluate_classes(
             del model
             free_memory(device)
         found[name] = score(logits[name], labels, logits.get("teacher"))
-    evaluation = {
+    result: dict[str, Any] = {
         "task": "classification",
         "settings": _describe(settings, rows, device, data),
         "classes": list(classes),
@@ -193,7 +194,7 @@ def evaluate_classes(
         },
         "timing": {**{k: round(v, 2) for k, v in seconds.items()}, "total": round(time.perf_counter() - started, 2)},
     }
-    return evaluation, list(predictions(rows, classes, logits["after"], logits.get("teacher")))
+    return result, list(predictions(rows, classes, logits["after"], logits.get("teacher")))
 
 
 def predictions(
@@ -209,6 +210,19 @@ def predictions(
             line |= _said("teacher", theirs[number], classes)
         line["nll"] = finite(round(-float(ours[number, row.label]), 4))
         yield line
+
+
+def most_probable(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, max_tokens: int, count: int = 5
+) -> list[tuple[str, float]]:
+    """The ``count`` most probable classes of a text, with their probabilities; cut at ``max_tokens`` as in training."""
+    classes = class_names(model.config, type(model).__name__)
+    labelled = [("text", text, classes[0])]
+    rows, _ = tokenize_labelled(labelled, tokenizer, classes, max_tokens=max_tokens)
+    pad_id = tokenizer.pad_token_id
+    assert isinstance(pad_id, int)
+    best = class_logits(model, rows, pad_id=pad_id)[0].softmax(-1).topk(min(count, len(classes)))
+    return [(classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
 
 def write_classification(run: RunFolder, evaluation: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:

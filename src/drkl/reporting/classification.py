@@ -148,16 +148,14 @@ def _calibration(record: RunRecord) -> Point | None:
         return None
     word = "surer" if gap > 0 else "less sure"
     verdict = "It is about as sure as it is right" if abs(gap) < 0.01 else f"It is {word} than it is right"
-    text = f"{verdict}: mean confidence is {number(gap, 3, signed=True)} from its accuracy, its calibration error "
+    text = f"{verdict}: mean confidence minus accuracy is {number(gap, 3, signed=True)}, its calibration error "
     text += f"{_exact(record, 'ece')}."
-    teacher = {key: _get(record, "teacher", key) for key in ("ece", "calibration_gap")}
-    if teacher["ece"] is not None:
-        text += f" The teacher's is {number(teacher['ece'], 3)}"
-        text += "." if teacher["calibration_gap"] is None else (
-            f", its confidence {number(teacher['calibration_gap'], 3, signed=True)} from its accuracy."
-        )  # fmt: skip
+    teacher_ece, teacher_gap = (_get(record, "teacher", key) for key in ("ece", "calibration_gap"))
+    if teacher_ece is not None and teacher_gap is not None:
+        text += f" The teacher's are {number(teacher_gap, 3, signed=True)} and {number(teacher_ece, 3)}."
     if (against := _get(record, "after", "confidence_gap")) is not None:
-        text += f" The student's confidence is {number(against, 3, signed=True)} from the teacher's."
+        side = "above" if against > 0 else "below"
+        text += f" Its mean confidence is {number(abs(against), 3)} {side} the teacher's."
     return Point("Is the student overconfident?", text)
 
 
