@@ -79,9 +79,8 @@ def student_config(
     if config.model_type is not None:
         return _own_config(config, config.model_type, teacher_name, tokenizer, classes)
     base = load_config(source_model(config, teacher_name))
-    for key, value in label_fields(classes or ()).items():
-        if classes is not None:
-            setattr(base, key, value)
+    for key, value in (label_fields(classes) if classes is not None else {}).items():
+        setattr(base, key, value)
     if config.init == "pretrained":
         return base
     layers, encoder_layers = _kept(config, base)

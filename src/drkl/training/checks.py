@@ -92,7 +92,7 @@ def check_tokenizers(
 
 
 def shared_vocabulary(
-    student: int, teacher: int, tokens: SharedTokens | None, tokenizer: Any, rows: Sequence[Row]
+    student: int, teacher: int, tokens: SharedTokens | None, tokenizer: Any, rows: Sequence[Row | LabelledRow]
 ) -> dict[str, int] | None:
     """The ids that two heads of these sizes are compared on; None for all of them.
 
@@ -111,7 +111,7 @@ def shared_vocabulary(
     known = tokens.num_ids if tokens is not None else 1 + max(tokenizer.get_vocab().values())
     shared = min(known, student, teacher)
     for row in rows:
-        if (top := max(*row.prompt_ids, *row.response_ids)) >= shared:
+        if (top := max(row.all_ids)) >= shared:
             raise DrklError(
                 f"Row {row.id!r} has the token {tokenizer.convert_ids_to_tokens(top)!r} (id {top}), but the student "
                 f"and the teacher share the ids 0 to {shared - 1} only. Take such rows out, or choose a student with "

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from drkl.data.batching import plan_steps
-from drkl.data.examples import load_examples
-from drkl.data.labelled import LabelledRow, load_labelled, tokenize_labelled
-from drkl.data.tokenize import DropReport, Row, tokenize_examples
+from drkl.data.labelled import LabelledRow
+from drkl.data.tokenize import DropReport, Row
 from drkl.losses.fused import chunk_rows
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import count_parameters, load_config, model_note
@@ -26,6 +25,7 @@ from drkl.training.checks import (
     shared_vocabulary,
 )
 from drkl.training.classes import run_classes
+from drkl.training.rows import make_rows, read_shares
 from drkl.training.spec import RunSpec
 from drkl.training.tokens import run_tokenizer
 
@@ -56,9 +56,10 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     }
     rates: dict[str, float] = {}
     seen: set[tuple[str, ...]] = set()
-    stages = []
+    stages, apart = [], is_encoder_decoder(student)
     for spec in specs:
-        rows, report = _rows(spec, tokenizer, student, classes)
+        train, _ = read_shares(spec.data, classifier=first.classifies)
+        rows, report = make_rows(train, spec.data, tokenizer, classes=classes, encoder_decoder=apart)
         check_rows(rows, student, "student")
         if teacher is not None:
             check_rows(rows, teacher, "teacher")
@@ -72,13 +73,6 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
         "stages": stages,
         "estimated_minutes": round(sum(stage["estimated_minutes"] for stage in stages), 1),
     }
-
-
-def _rows(spec: RunSpec, tokenizer: Any, student: Any, classes: Sequence[str] | None) -> tuple[Any, DropReport]:
-    if classes is not None:
-        return tokenize_labelled(load_labelled(spec.data)[0], tokenizer, classes, max_tokens=spec.data.max_tokens)
-    settings = spec.data.row_settings | {"encoder_decoder": is_encoder_decoder(student)}
-    return tokenize_examples(load_examples(spec.data)[0], tokenizer, **settings)
 
 
 def _stage(

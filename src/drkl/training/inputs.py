@@ -8,13 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from drkl.data.examples import load_examples
-from drkl.data.labelled import LabelledRow, load_labelled, tokenize_labelled
-from drkl.data.tokenize import DropReport, Row, tokenize_examples
 from drkl.models.classes import class_names
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from drkl.models.precision import has_device, pick_device, resolve_dtype
 from drkl.models.student import make_student
+from drkl.training.rows import Rows, make_rows, read_shares
 from drkl.training.spec import RunSpec
 from drkl.training.tokens import has_encoder
 
@@ -26,7 +24,7 @@ class EvaluationInputs(NamedTuple):
 
     models: dict[str, Loader]
     tokenizer: Any
-    rows: list[Row] | list[LabelledRow]
+    rows: Rows
     device: torch.device
     data: dict[str, Any]
     vocab_size: int | None
@@ -78,13 +76,9 @@ def evaluation_inputs(specs: Sequence[RunSpec]) -> EvaluationInputs:
         del models["before"]  # its numbers are chance, its calibration by chance perfect
     data = last.data
     classes = trained_classes(last)
-    rows: list[Row] | list[LabelledRow]
-    report: DropReport
-    if classes is not None:
-        rows, report = tokenize_labelled(load_labelled(data)[1], tokenizer, classes, max_tokens=data.max_tokens)
-    else:
-        settings = data.row_settings | {"encoder_decoder": has_encoder(specs[0], tokenizer)}
-        rows, report = tokenize_examples(load_examples(data)[1], tokenizer, **settings)
+    apart = classes is None and has_encoder(specs[0], tokenizer)
+    heldout = read_shares(data, classifier=last.classifies)[1]
+    rows, report = make_rows(heldout, data, tokenizer, classes=classes, encoder_decoder=apart)
     described = {
         "path": data.path,
         "dataset": data.dataset,

@@ -14,9 +14,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainerCallback
 
 from drkl.data.config import DataConfig
-from drkl.data.examples import load_examples
-from drkl.data.labelled import LabelledRow, load_labelled, tokenize_labelled
-from drkl.data.tokenize import DropReport, Row, tokenize_examples
+from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
 from drkl.models.adapter import add_adapter, merge_adapter, save_adapter
 from drkl.models.forward import check_head, decoder_start, is_encoder_decoder, lm_head
@@ -44,6 +42,7 @@ from drkl.training.classes import TWO_CLASSES, is_two_class, run_classes
 from drkl.training.environment import describe_environment, now
 from drkl.training.forward import detach_loss
 from drkl.training.heldout import HeldOut
+from drkl.training.rows import Rows, make_rows, read_shares
 from drkl.training.spec import RunSpec
 from drkl.training.tokens import LEARNT, has_encoder, run_tokenizer, tokenizer_name
 from drkl.training.trainer import DistillationTrainer
@@ -64,8 +63,8 @@ class Listener:
 class Loaded:
     """Rows of one data section under one tokenizer."""
 
-    train: list[Row] | list[LabelledRow]
-    heldout: list[Row] | list[LabelledRow]
+    train: Rows
+    heldout: Rows
     report: DropReport
 
 
@@ -104,24 +103,14 @@ class Resources:
     def rows(self, config: DataConfig, tokenizer_name: str, *, encoder_decoder: bool) -> Loaded:
         key = (config, tokenizer_name, encoder_decoder)
         if key not in self._rows:
-            loaded, heldout_report = self._load(config, self.tokenizer(tokenizer_name), encoder_decoder)
-            self.listener.on_message(f"Training data: {loaded.report.summary()} Held out: {heldout_report.summary()}")
-            self._rows[key] = loaded
-        return self._rows[key]
-
-    def _load(self, config: DataConfig, tokenizer: Any, encoder_decoder: bool) -> tuple[Loaded, DropReport]:
-        if self.classes is not None:
-            labelled, heldout_labelled = load_labelled(config)
-            texts, report = tokenize_labelled(labelled, tokenizer, self.classes, max_tokens=config.max_tokens)
-            heldout_texts, heldout_report = tokenize_labelled(
-                heldout_labelled, tokenizer, self.classes, max_tokens=config.max_tokens
+            shares = read_shares(config, classifier=self.classes is not None)
+            kind: dict[str, Any] = {"classes": self.classes, "encoder_decoder": encoder_decoder}
+            (train, report), (heldout, heldout_report) = (
+                make_rows(share, config, self.tokenizer(tokenizer_name), **kind) for share in shares
             )
-            return Loaded(texts, heldout_texts, report), heldout_report
-        train, heldout = load_examples(config)
-        settings = config.row_settings | {"encoder_decoder": encoder_decoder}
-        rows, report = tokenize_examples(train, tokenizer, **settings)
-        heldout_rows, heldout_report = tokenize_examples(heldout, tokenizer, **settings)
-        return Loaded(rows, heldout_rows, report), heldout_report
+            self.listener.on_message(f"Training data: {report.summary()} Held out: {heldout_report.summary()}")
+            self._rows[key] = Loaded(train, heldout, report)
+        return self._rows[key]
 
 
 def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener | None = None) -> RunFolder:
