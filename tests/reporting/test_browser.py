@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from drkl.reporting import write_report
+from drkl.runs import write_jsonl
+from tests.reporting import test_classification
 from tests.reporting.conftest import MakeRun, add_sample
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
@@ -50,3 +52,15 @@ def test_the_page_fits_and_is_alone(make_run: MakeRun, tmp_path: Path, browser: 
         assert box["width"] > 150 and box["height"] > 50
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     assert (tmp_path / "page.png").stat().st_size > 50_000
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_a_classifier_fits(tmp_path: Path, browser: Any, width: int) -> None:
+    long = "y" * 300
+    runs = [test_classification.write_run(tmp_path / name, classes=[long, "x", "z"]) for name in ("drkl", "rkl")]
+    lines = [{"id": "a", "text": "x" * 3_000, "label": long, "student": "z" * 300, "teacher": long, "nll": 9.0}]
+    write_jsonl(runs[0].predictions_path, lines)
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(write_report(runs).resolve().as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator(".predictions").count() == 2 and page.locator("script").count() == 0
