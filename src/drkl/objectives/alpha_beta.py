@@ -128,7 +128,7 @@ def power(log_p: Tensor, alpha: float, log_q: Tensor, beta: float) -> Tensor:
 
 
 def rise(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
-    """(p^alpha - q^alpha) q^beta / alpha, and q^beta log(p/q) at alpha = 0; alpha + beta > 0, and no exponent overflows."""
+    """(p^alpha - q^alpha) q^beta / alpha, and q^beta log(p/q) at alpha = 0; for alpha + beta > 0. Nothing overflows."""
     difference = log_p - log_q
     if alpha == 0.0:
         return (beta * log_q).exp() * difference
