@@ -22,14 +22,21 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit the sources are at, or an empty text outside of a checkout."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return done.stdout.strip()
+    """The commit the sources are at, marked where they differ from it; an empty text outside of a checkout.
+
+    The rows that a benchmark has just written are no change of the sources.
+    """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+    return git("describe", "--always") + ("-dirty" if changed else "")
 
 
-def spread(values: Sequence[float], unit: str) -> Row:
+def spread(values: list[float], unit: str) -> Row:
     """Median, 20th and 80th percentile, as columns."""
-    low, *_, high = statistics.quantiles(values, n=5)
+    low, *_, high = statistics.quantiles(values, n=5) if len(values) > 1 else values * 2
     named = {"median": statistics.median(values), "p20": low, "p80": high}
     return {f"{name}_{unit}": f"{value:.4f}" for name, value in named.items()}
 
