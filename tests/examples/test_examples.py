@@ -22,6 +22,7 @@ def test_the_own_loop_learns() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # TRL's own
 def test_trls_trainer_with_another_loss(tmp_path: Any) -> None:
     pytest.importorskip("trl.experimental.gkd")
     example = runpy.run_path(str(EXAMPLES / "gkd_trainer.py"))
