@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from transformers import logging
+
+from drkl.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +18,19 @@ def quiet_and_alone() -> Iterator[None]:
     logging.disable_progress_bar()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def drkl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The command line, in this process; returns what it prints."""
+
+    def call(*arguments: object) -> str:
+        monkeypatch.setenv("COLUMNS", "150")
+        monkeypatch.setattr(sys, "argv", ["drkl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        captured = capsys.readouterr()
+        assert not left.value.code, captured.err
+        return captured.out
+
+    return call

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, pipeline
 
 from drkl import make_objective
-from drkl.cli import main
 from drkl.config import load_config
 from drkl.data.config import TokenizerConfig
 from drkl.data.labelled import LabelledRow
@@ -169,22 +167,6 @@ def student_of(root: Path, teacher: Path, **sections: Any) -> dict[str, Any]:
     values = {"run": {"name": "s"}, "teacher": {"model": str(teacher), "dtype": "fp32"}, "tokenizer": None}
     values |= {"student": {"init": "prune", "layers": 1, "config": {}}, "objective": {"name": "drkl"}}
     return config(root, **(values | sections))
-
-
-@pytest.fixture
-def drkl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The command line, in this process; returns what it prints."""
-
-    def call(*arguments: object) -> str:
-        monkeypatch.setenv("COLUMNS", "150")
-        monkeypatch.setattr(sys, "argv", ["drkl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        captured = capsys.readouterr()
-        assert not left.value.code, captured.err
-        return captured.out
-
-    return call
 
 
 def test_a_teacher_from_the_rows_and_its_students(tmp_path: Path, drkl: Callable[..., str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from drkl.cli import main
 from drkl.config import load_config
 from drkl.data.config import TokenizerConfig
 from drkl.data.learnt_tokenizer import END_OF_TEXT, learn_tokenizer
@@ -34,21 +32,6 @@ def scratch(root: Path, **student: Any) -> dict[str, Any]:
     values["teacher"] = None
     del values["objective"]["gamma"]
     return values
-
-
-@pytest.fixture
-def drkl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The command line, in this process; returns what it prints."""
-
-    def call(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["drkl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        captured = capsys.readouterr()
-        assert not left.value.code, captured.err
-        return captured.out
-
-    return call
 
 
 def test_a_teacher_from_scratch_and_its_student(tmp_path: Path, drkl: Callable[..., str]) -> None:
