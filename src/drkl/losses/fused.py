@@ -155,6 +155,8 @@ def _fused_loss(
     size = shared_vocabulary(head.vocab_size, None if teacher is None else teacher[1].vocab_size, vocab_size)
     head = head.trimmed(size)
     keep = valid_positions(shape, labels, token_mask, token_weights, settings, size)
+    if keep is not None and bool(keep.all()):
+        keep = None  # nothing to leave out, so nothing to copy
     hidden = select(student_hidden, keep)
     dtype = _compute_dtype(hidden, head.weight)
     wide = torch.promote_types(torch.float32, dtype)
