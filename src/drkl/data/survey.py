@@ -38,8 +38,7 @@ class Survey:
     def facts(self) -> list[tuple[str, str]]:
         """Counts by name."""
         report = self.report
-        lines = [("rows kept", f"{report.kept:,} of {report.kept + sum(report.dropped.values()):,}")]
-        lines += [(f"dropped: {reason.replace('_', ' ')}", f"{count:,}") for reason, count in report.dropped.items()]
+        lines = _kept_and_dropped(report)
         if report.documents:
             lines.append(("texts cut into blocks", f"{report.documents:,}"))
         lines.append(("responses cut", f"{report.responses_cut:,}"))
@@ -57,6 +56,11 @@ class Survey:
             "trained": [row.num_trained for row in self.rows],
             "row": [len(row.prompt_ids) + len(row.response_ids) for row in self.rows],
         }
+
+
+def _kept_and_dropped(report: DropReport) -> list[tuple[str, str]]:
+    lines = [("rows kept", f"{report.kept:,} of {report.kept + sum(report.dropped.values()):,}")]
+    return lines + [(f"dropped: {reason.replace('_', ' ')}", f"{count:,}") for reason, count in report.dropped.items()]
 
 
 def survey(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool = False) -> list[Survey]:
@@ -180,8 +184,7 @@ def print_labelled(
     for name, share, labelled in zip(names, ("training", "held out"), load_labelled(config), strict=True):
         rows, report = tokenize_labelled(labelled, tokenizer, classes, max_tokens=config.max_tokens)
         counts = Counter(row.label for row in rows)
-        facts = [("rows kept", f"{report.kept:,} of {report.kept + sum(report.dropped.values()):,}")]
-        facts += [(f"dropped: {reason.replace('_', ' ')}", f"{count:,}") for reason, count in report.dropped.items()]
+        facts = _kept_and_dropped(report)
         facts += [("texts cut", f"{report.responses_cut:,}"), ("classes", f"{len(counts)} of {len(classes)}")]
         facts += [
             (f"{word} rows: {clean(classes[label])}", f"{count:,}")

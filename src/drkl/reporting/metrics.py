@@ -61,6 +61,13 @@ class Metric:
         return "better" if second < first else "worse"
 
 
+CONFIDENCE_GAP = Metric(
+    "confidence_gap",
+    "Confidence gap",
+    "−1–1",
+    "zero",
+    "Mean max q minus mean max p; above 0 the student is surer than the teacher.",
+)
 GROUPS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
     (
         "Closeness to the teacher",
@@ -133,13 +140,7 @@ GROUPS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
             Metric(
                 "confidence", "Confidence", "0–1", "teacher", "Mean probability of the model's own top token, max q."
             ),
-            Metric(
-                "confidence_gap",
-                "Confidence gap",
-                "−1–1",
-                "zero",
-                "Mean max q minus mean max p; above 0 the student is surer than the teacher.",
-            ),
+            CONFIDENCE_GAP,
             Metric(
                 "target_gap",
                 "Target gap",
@@ -259,13 +260,7 @@ CLASS_GROUPS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
             Metric(
                 "confidence", "Confidence", "0–1", "teacher", "Mean probability of the model's own top class, max q."
             ),
-            Metric(
-                "confidence_gap",
-                "Confidence gap",
-                "−1–1",
-                "zero",
-                "Mean max q minus mean max p; above 0 the student is surer than the teacher.",
-            ),
+            CONFIDENCE_GAP,
             Metric("entropy", "Entropy", "nats", "teacher", "Mean entropy over the classes; low is sure.", 2),
         ),
     ),
