@@ -114,12 +114,13 @@ def test_bins_hold_every_text_once() -> None:
 def test_intervals_are_as_wide_as_the_binomials() -> None:
     student, teacher, labels = numbers(400)
     scores = scored(student, teacher, labels)
-    found = intervals(scores, seed=0)
+    size = len(scores.labels)
+    found = intervals(scores.metrics, size, seed=0)
     accuracy = float(scores.metrics()["accuracy"][0])
     width = 2 * 1.96 * np.sqrt(accuracy * (1 - accuracy) / 400)
     low, high = found["accuracy"]
     assert low < accuracy < high and high - low == pytest.approx(width, rel=0.1)
-    assert found == intervals(scores, seed=0) != intervals(scores, seed=1)
+    assert found == intervals(scores.metrics, size, seed=0) != intervals(scores.metrics, size, seed=1)
     assert found["macro_f1"][0] < found["macro_f1"][1] and set(found) == set(KEYS) - {"num_rows"}
 
 

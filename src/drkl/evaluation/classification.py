@@ -17,7 +17,10 @@ from drkl._version import __version__
 from drkl.data.batching import bucket_by_length
 from drkl.data.collate import collate
 from drkl.data.labelled import LabelledRow, tokenize_labelled
+from drkl.evaluation.bootstrap import RESAMPLES, intervals
 from drkl.evaluation.config import EvaluationConfig
+from drkl.evaluation.declared import CLASS_KEYS as KEYS
+from drkl.evaluation.declared import NUM_CALIBRATION_BINS, definitions
 from drkl.evaluation.suite import MODELS, finite, free_memory, reporter, timed
 from drkl.losses import token_statistics
 from drkl.losses.common import log_softmax
@@ -28,28 +31,12 @@ from drkl.runs import RunFolder, write_json, write_jsonl
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from drkl.evaluation.suite import Progress
+    from drkl.evaluation.declared import CLASS_KEYS as KEYS
+from drkl.evaluation.suite import Progress
 
-BINS = 15
-RESAMPLES = 1000
+BINS = NUM_CALIBRATION_BINS
 _MEANS = ("accuracy", "nll", "confidence", "entropy")
 _TEACHER_MEANS = ("agreement", "fkl", "rkl")
-DEFINITIONS = {
-    "accuracy": "share of texts whose most probable class is the label",
-    "macro_f1": "mean F1 over the classes that occur among the labels or the predictions; of one never right 0",
-    "nll": "-log q of the label, nats, mean over texts; temperature 1, as everything here",
-    "ece": f"expected calibration error: {BINS} bins of equal width [a, b) of max q (the last with 1), mean over "
-    "texts of |mean max q - accuracy| of a text's bin",
-    "calibration_gap": "mean max q - accuracy; above 0 the model is surer than right",
-    "confidence": "max q, mean over texts",
-    "entropy": "-sum q log q, nats, mean over texts",
-    "agreement": "share of texts where argmax q = argmax p",
-    "fkl": "KL(p || q), nats, mean over texts",
-    "rkl": "KL(q || p), nats, mean over texts",
-    "confidence_gap": "mean max q - mean max p",
-    "num_rows": "held-out texts",
-}
-KEYS = tuple(DEFINITIONS)
 
 
 @dataclass(frozen=True)
@@ -93,20 +80,6 @@ def score(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Scor
     names = _MEANS if teacher_logits is None else (*_MEANS, *_TEACHER_MEANS, "teacher_confidence")
     columns = {name: getattr(values, name).double().numpy() for name in names}
     return Scores(columns, logits.argmax(-1).numpy(), labels.numpy(), logits.shape[-1])
-
-
-def intervals(scores: Scores, seed: int, resamples: int = RESAMPLES) -> dict[str, list[float]]:
-    """95 % bootstrap intervals (percentiles) of every metric over texts drawn with replacement."""
-    generator, size = np.random.default_rng(seed), len(scores.labels)
-    found: dict[str, list[np.ndarray]] = {}
-    step = max(1, min(resamples, 2_000_000 // size))  # a few megabytes of weights at a time
-    for start in range(0, resamples, step):
-        many = min(step, resamples - start)
-        weights = generator.multinomial(size, np.full(size, 1 / size), size=many).astype(np.float64)
-        for name, values in scores.metrics(weights).items():
-            found.setdefault(name, []).append(values)
-    ends = {name: np.percentile(np.concatenate(parts), [2.5, 97.5]) for name, parts in found.items()}
-    return {name: [float(low), float(high)] for name, (low, high) in ends.items() if np.isfinite([low, high]).all()}
 
 
 def reliability(scores: Scores) -> dict[str, list[Any]]:
@@ -187,7 +160,9 @@ def evaluate_classes(
         "settings": _describe(settings, rows, device, data),
         "classes": list(classes),
         **{name: _table(scores, len(rows)) for name, scores in found.items()},
-        "intervals": {name: intervals(scores, settings.seed) for name, scores in found.items()},
+        "intervals": {
+            name: intervals(scores.metrics, len(scores.labels), settings.seed) for name, scores in found.items()
+        },
         "reliability": {
             "edges": [i / BINS for i in range(BINS + 1)],
             **{name: reliability(scores) for name, scores in found.items()},
@@ -255,7 +230,7 @@ def _describe(
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
         },
-        "definitions": DEFINITIONS,
+        "definitions": definitions("classification"),
     }
 
 

@@ -19,7 +19,7 @@ from drkl._version import __version__
 from drkl.data.tokenize import Row
 from drkl.evaluation import text
 from drkl.evaluation.config import EvaluationConfig
-from drkl.evaluation.definitions import DEFINITIONS
+from drkl.evaluation.declared import KEYS, definitions
 from drkl.evaluation.fidelity import HeldOutStates, bin_edges, compare, held_out_states
 from drkl.models.generate import Generation, sample_texts
 from drkl.runs import RunFolder, write_json, write_jsonl
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int, int], None]
 
 MODELS = ("teacher", "before", "warmup", "after")
-KEYS = tuple(DEFINITIONS)
 
 
 @dataclass
@@ -93,7 +92,7 @@ def evaluate(
         free_memory(device)
         with timed(result.seconds[name], "text"):
             table = {**metrics, **text_metrics(prompts, answers)}
-        result.tables[name] = {key: finite(table[key]) for key in KEYS}
+        result.tables[name] = {key: finite(table.get(key)) for key in KEYS}
         result.samples += _sample_rows(name, prompts, answers, settings.sampling_temperature)
     seconds = {name: {part: round(value, 2) for part, value in parts.items()} for name, parts in result.seconds.items()}
     evaluation = {
@@ -212,7 +211,7 @@ def _describe(
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in packages},
         },
-        "definitions": DEFINITIONS,
+        "definitions": definitions("generation"),
     }
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from drkl.display import number
 from drkl.reporting.metrics import METRICS, value_of
 from drkl.reporting.record import RunRecord
-from drkl.reporting.text import count, number, percent
+from drkl.reporting.text import count, percent
 
 # Below these a difference is called none: they are well inside what another seed would change.
 SAME_NATS = 0.05

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from drkl.display import as_number, number
 from drkl.reporting.answer import Answer, Point, run_labels, unevaluated
 from drkl.reporting.metrics import MODEL_TITLES, MODELS, Metric, metrics_of, value_of
 from drkl.reporting.plotting import COLORS, MUTED, Picture, new_figure, plot_style, tidy, to_svg
 from drkl.reporting.record import RunRecord
 from drkl.reporting.tables import interval_of
-from drkl.reporting.text import Clipped, as_number, clip, count, number, percent, short
+from drkl.reporting.text import Clipped, clip, count, percent, short
 
 CLOSE = 0.02
 """Of the teacher's accuracy: a student that loses no more is called as good as can be asked of it."""

@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from drkl.display import as_number
 from drkl.reporting.metrics import METRICS, MODEL_TITLES, MODELS, STUDENTS, Metric, metrics_of, value_of
 from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, Picture, new_figure, plot_style, tidy, to_svg
 from drkl.reporting.record import Curve, RunRecord
-from drkl.reporting.text import as_number, short
+from drkl.reporting.text import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from markupsafe import Markup, escape
 
+from drkl.display import as_number
 from drkl.errors import DrklError
 from drkl.reporting import classification, figures
 from drkl.reporting.answer import answer, run_labels
@@ -19,7 +20,7 @@ from drkl.reporting.metrics import MODEL_TITLES, value_of
 from drkl.reporting.record import RunRecord, read_run
 from drkl.reporting.samples import sample_table
 from drkl.reporting.tables import change_from, metric_groups, run_table
-from drkl.reporting.text import as_number, clean, clip, count, duration, magnitude, short
+from drkl.reporting.text import clean, clip, count, duration, magnitude, short
 from drkl.runs import RunFolder, write_text
 
 if TYPE_CHECKING:

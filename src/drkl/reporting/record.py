@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from drkl.display import as_number
 from drkl.errors import DrklError
 from drkl.reporting.metrics import MODELS
-from drkl.reporting.text import as_number, short
+from drkl.reporting.text import short
 from drkl.runs import RunFolder, read_json, read_jsonl, read_text
 
 

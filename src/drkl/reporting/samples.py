@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from drkl.display import as_number
 from drkl.reporting.metrics import MODELS
 from drkl.reporting.record import RunRecord
-from drkl.reporting.text import Clipped, as_number, clip
+from drkl.reporting.text import Clipped, clip
 
 PROMPTS_OPEN = 8
 TEXT_LIMIT = 1_500

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from drkl.display import ABSENT, as_number
 from drkl.reporting.answer import run_labels
 from drkl.reporting.metrics import (
     DIRECTIONS,
@@ -17,7 +18,7 @@ from drkl.reporting.metrics import (
     value_of,
 )
 from drkl.reporting.record import RunRecord
-from drkl.reporting.text import ABSENT, as_number, short
+from drkl.reporting.text import short
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """Rows under one heading."""
 
     title: str
@@ -62,14 +63,14 @@ class RunTable:
     warning: str
 
 
-def metric_groups(record: RunRecord) -> list[Group]:
+def metric_groups(record: RunRecord) -> list[RowGroup]:
     """Every metric that at least one model has, in groups."""
     groups = []
-    for title, note, metrics in groups_of(record.task):
-        rows = [_row(record, metric) for metric in metrics]
+    for group in groups_of(record.task):
+        rows = [_row(record, metric) for metric in group.metrics]
         rows = [row for row in rows if any(cell.text != ABSENT for cell in row.cells)]
         if rows:
-            groups.append(Group(title, note, rows))
+            groups.append(RowGroup(group.title, group.note, rows))
     return groups
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
-from typing import Any
 
-MINUS = "\N{MINUS SIGN}"
-ABSENT = "\N{EN DASH}"
+from drkl.display import ABSENT, number
 
 # Controls cannot stand in HTML, lone surrogates cannot be written as UTF-8, and the bidirectional overrides
 # would reorder what stands beside them. Plain RTL marks and letters are left alone.
@@ -42,27 +39,6 @@ def short(text: str, limit: int = 40) -> str:
     """One line of at most ``limit`` characters, for labels."""
     line = " ".join(clean(text[: 4 * limit]).split())
     return line if len(line) <= limit else line[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def as_number(value: Any) -> float | None:
-    """The value as a finite float, or None for anything else (null, NaN, text, booleans)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def number(value: float | None, digits: int = 2, *, signed: bool = False) -> str:
-    """A number with a real minus sign and thousands commas; an en dash where there is none."""
-    if value is None:
-        return ABSENT
-    text = f"{value:+,.{digits}f}" if signed else f"{value:,.{digits}f}"
-    if float(text.replace(",", "")) == 0:
-        text = text.lstrip("+-")
-    return text.replace("-", MINUS)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
