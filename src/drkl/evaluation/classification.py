@@ -31,8 +31,7 @@ from drkl.runs import RunFolder, write_json, write_jsonl
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from drkl.evaluation.declared import CLASS_KEYS as KEYS
-from drkl.evaluation.suite import Progress
+    from drkl.evaluation.suite import Progress
 
 BINS = NUM_CALIBRATION_BINS
 _MEANS = ("accuracy", "nll", "confidence", "entropy")
