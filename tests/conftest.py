@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Before anything imports a library that reads them.
@@ -18,6 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.command_line import Cli, Done
 
 torch.set_num_threads(2)
 if not torch.cuda.is_available():
@@ -64,3 +68,26 @@ def pytest_configure(config: pytest.Config) -> None:
     patch.setattr(socket.socket, "connect_ex", _refuse_remote(socket.socket.connect_ex))
     patch.setattr(socket, "getaddrinfo", _refuse_lookup(socket.getaddrinfo))
     config.add_cleanup(patch.undo)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+    """``cli("evaluate", run)`` calls the command line in this process, with a cache of its own."""
+    from drkl.cli import main
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("DRKL_CACHE", str(tmp_path / "drkl-cache"))
+    torch.set_num_threads(1)
+
+    def call(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["drkl", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as left:
+            code = int(left.code or 0)
+        captured = capsys.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    return call

@@ -8,19 +8,17 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import torch
 import yaml
 
 from drkl import OBJECTIVES, __version__
-from drkl.cli import _printable, main
+from drkl.cli import _printable
 from drkl.config import describe_keys
 from drkl.evaluation.declared import KEYS
 from drkl.training import checks
+from tests.command_line import Cli
 from tests.models import tiny
 from tests.training import tiny_runs
 
@@ -29,34 +27,6 @@ EVAL_KEYS = (
     "fkl rkl tvd agreement nll accuracy entropy confidence overconfidence confidence_gap entropy_gap target_gap "
     "rouge_l distinct_1 distinct_2 self_bleu num_tokens"
 ).split()
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Done]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    monkeypatch.setenv("COLUMNS", "200")
-    torch.set_num_threads(1)
-
-    def call(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["drkl", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as left:
-            code = int(left.code or 0)
-        captured = capsys.readouterr()
-        return Done(code, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture

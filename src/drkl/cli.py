@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -173,22 +174,105 @@ def _print_estimate(plan: dict[str, Any]) -> None:
 
 
 @app.command()
-def evaluate(run: RunArgument) -> None:
-    """Measure fidelity, diversity and confidence before, between and after: RUN/eval.json."""
-    from drkl.config import load_config
-    from drkl.evaluation import classification, suite
+def evaluate(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run folder that `drkl distill` made.", show_default=False)
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="In place of RUN: any model's folder or id, with --output.", show_default=False)
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Its teacher's, of the same vocabulary.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Its held-out rows: a file, or bundled:dolly-eval and the like.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for eval.json and samples.jsonl; default RUN.", show_default=False)
+    ] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=WHERE]",
+            help="A named test set in place of the held-out rows: dolly, self-instruct, vicuna, sni, unni, scitldr or "
+            "dialogue, from a file, a hub id, or `bundled`; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="minillm: its prompt format, decoding and seeds.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts to answer (of each suite); or all.", show_default=False)
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Answers per prompt and seed.", show_default=False)] = None,
+    sampling_temperature: Annotated[
+        float | None, typer.Option(help="The main sampling temperature.", show_default=False)
+    ] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="Further temperatures, as 0.5,0.7,1.0,1.2,1.5; or none.", show_default=False)
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds of the sampling, as 10,20,30.", show_default=False)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="An answer's length at most.", show_default=False)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Answers decoded at once.", show_default=False)] = None,
+    max_rows: Annotated[
+        int | None, typer.Option(min=1, help="Without RUN: the first so many rows.", show_default=False)
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Without RUN: rows with a longer prompt are left out.", show_default=False)
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Without RUN: longer responses are cut.", show_default=False)
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Without RUN: how a prompt is written, as data.template.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Without RUN: auto, fp32, bf16 or fp16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Without RUN: auto, cpu, cuda or mps.")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Use no finished parts of an earlier evaluation.")] = False,
+) -> None:
+    """Measure fidelity, diversity and calibration of a run, or of any student beside any teacher: eval.json."""
+    from drkl.evaluation import command
     from drkl.models.load import quiet_transformers
+
+    if (run is None) == (student is None):
+        raise DrklError("Give either a RUN, or `--student PATH --teacher PATH --data FILE --output DIR`.")
+    pair = {"teacher": teacher, "data": data, "max_rows": max_rows, "max_prompt_tokens": max_prompt_tokens,
+            "max_tokens": max_tokens, "template": template}  # fmt: skip
+    flags = command.Flags(prompts, samples, sampling_temperature, sweep, seeds, max_new_tokens, batch_size, protocol)
+    quiet_transformers()
+    suites = suite or []
+    if run is not None:
+        given = [f"--{name.replace('_', '-')}" for name, value in pair.items() if value is not None]
+        given += [f"--{name}" for name, value in (("dtype", dtype), ("device", device)) if value != "auto"]
+        if given:
+            raise DrklError(
+                f"{', '.join(given)}: a run brings its own; leave it out, or name --student in place of RUN."
+            )
+        folder, inputs, settings = _run_evaluation(run, suites, protocol)
+        target = folder if output is None else command.output_folder(output)
+    else:
+        target, settings = command.output_folder(output), command.default_settings()
+        inputs = command.pair(str(student), suites, protocol, dtype, device, pair)
+    with _progress_bars() as on_progress:
+        evaluation, keys = command.run(
+            inputs, flags.applied(settings), target, fresh=fresh, argv=sys.argv[1:], on_progress=on_progress
+        )
+    _print_evaluation(evaluation, keys)
+    print(f"Written: {target.eval_path}. Next: drkl report {target.root}")
+
+
+def _run_evaluation(run: Path, suites: list[str], protocol: str | None) -> tuple[Any, Any, Any]:
+    """A finished run's folder, what is to be measured, and its settings."""
+    from drkl.config import load_config
+    from drkl.evaluation.inputs import run_inputs
     from drkl.runs import RunFolder
 
     folder = RunFolder.open(run)
     config, _ = load_config(folder.read_config())
     _check_finished(folder)
-    quiet_transformers()
-    evaluation, lines = _evaluate(_relocated(config, folder.root))
-    classifies = config.task == "classification"
-    (classification.write_classification if classifies else suite.write_evaluation)(folder, evaluation, lines)
-    _print_table(evaluation, classification.KEYS if classifies else suite.KEYS)
-    print(f"Written: {folder.eval_path}. Next: drkl report {folder.root}")
+    return folder, run_inputs(_relocated(config, folder.root).specs(), suites, protocol), config.evaluation
 
 
 def _check_finished(folder: Any) -> None:
@@ -198,14 +282,21 @@ def _check_finished(folder: Any) -> None:
         )
 
 
-def _evaluate(config: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+@contextmanager
+def _progress_bars() -> Iterator[Any]:
+    """A bar for every part of the work, with the time it took and the time it will take."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    from drkl.evaluation.classification import evaluate_classes
-    from drkl.evaluation.suite import evaluate as measure
-    from drkl.training.inputs import evaluation_inputs
-
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns) as progress:
         tasks: dict[str, Any] = {}
 
         def on_progress(what: str, done: int, total: int) -> None:
@@ -213,31 +304,38 @@ def _evaluate(config: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 tasks[what] = progress.add_task(what, total=total)
             progress.update(tasks[what], completed=done)
 
-        inputs = evaluation_inputs(config.specs())
-        shared: dict[str, Any] = {
-            "pad_id": inputs.tokenizer.pad_token_id,
-            "device": inputs.device,
-            "data": inputs.data,
-            "on_progress": on_progress,
-        }
-        rows: Any = inputs.rows  # of the kind that the task takes
-        if inputs.classes is not None:
-            return evaluate_classes(inputs.models, rows, inputs.classes, config.evaluation, **shared)
-        return measure(inputs.models, inputs.tokenizer, rows, config.evaluation, vocab_size=inputs.vocab_size, **shared)
+        yield on_progress
 
 
-def _print_table(evaluation: dict[str, Any], keys: Sequence[str]) -> None:
+def _print_evaluation(evaluation: dict[str, Any], keys: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from drkl.evaluation.suite import MODELS
+    from drkl.evaluation.declared import metrics_of
+    from drkl.evaluation.measure import MODELS
 
+    metrics = metrics_of(evaluation["settings"].get("task", "generation"))
     models = [name for name in MODELS if name in evaluation]
+    console = Console()
     table = Table("metric", *models)
     for key in keys:
-        cells = ["-" if evaluation[m][key] is None else f"{evaluation[m][key]:.4g}" for m in models]
-        table.add_row(key, *cells)
-    Console().print(table)
+        if any(evaluation[model][key] is not None for model in models):
+            table.add_row(key, *(metrics[key].show(evaluation[model][key]) for model in models))
+    console.print(table)
+    shown = ("rouge_l", "rouge_l_best", "distinct_2", "self_bleu", "repetition")
+    if sweep := evaluation.get("sweep"):
+        swept = Table("sampling temperature", "model", *shown)
+        for model, rows in sweep.items():
+            for row in rows:
+                swept.add_row(f"{row['sampling_temperature']:g}", model, *(metrics[k].show(row[k]) for k in shown))
+        console.print(swept)
+    if suites := evaluation.get("suites"):
+        per_suite = Table("suite", "model", "rouge_l", "rkl", "fkl", "agreement", "entropy")
+        for suite, found in suites.items():
+            for model in models:
+                cells = (metrics[k].show(found[model][k]) for k in ("rouge_l", "rkl", "fkl", "agreement", "entropy"))
+                per_suite.add_row(suite, model, *cells)
+        console.print(per_suite)
 
 
 @app.command()

@@ -71,6 +71,15 @@ class RunFolder:
         return self.root / "predictions.jsonl"
 
     @property
+    def heldout_path(self) -> Path:
+        return self.root / "heldout.jsonl"
+
+    @property
+    def parts_path(self) -> Path:
+        """Finished parts of an evaluation that has not ended; gone once it has."""
+        return self.root / ".evaluation"
+
+    @property
     def report_path(self) -> Path:
         return self.root / "report.html"
 

@@ -24,7 +24,8 @@ class Example:
 
     A plain text is a lone message of the assistant's. ``label`` is that of a text with a label (its response too),
     ``context_start`` where in the prompt the input begins that its instruction is about, ``weight`` how often an epoch
-    takes the example.
+    takes the example. ``references`` are the answers that count as right where there are several, the response among
+    them.
     """
 
     id: str
@@ -32,6 +33,12 @@ class Example:
     label: str | None = None
     context_start: int | None = None
     weight: float = 1.0
+    references: tuple[str, ...] = ()
+
+    @property
+    def all_references(self) -> tuple[str, ...]:
+        """The answers that text metrics compare with."""
+        return self.references or (self.response,)
 
     @property
     def is_text(self) -> bool:
@@ -195,7 +202,8 @@ def _example(place: str, row_id: str, row: Mapping[str, Any], row_format: str) -
     if row.get("input"):
         context_start = len(prompt) + 2
         prompt += f"\n\n{_text(place, 'input', row['input'])}"
-    return Example(row_id, _pair(prompt, response), context_start=context_start)
+    references = _references(place, row, response)
+    return Example(row_id, _pair(prompt, response), context_start=context_start, references=references)
 
 
 _FIELDS = {
@@ -216,6 +224,16 @@ _EXPECTED = {
 
 def _pair(prompt: str, response: str) -> tuple[dict[str, str], ...]:
     return {"role": "user", "content": prompt}, {"role": "assistant", "content": response}
+
+
+def _references(place: str, row: Mapping[str, Any], response: str) -> tuple[str, ...]:
+    value = row.get("references")
+    if value is None or value == "":
+        return ()
+    if not isinstance(value, list) or not value:
+        raise DrklError(f"{place}: references must be a list of texts, not empty; found {_kind(value)}.")
+    found = tuple(_text(place, f"references[{i}]", one) for i, one in enumerate(value))
+    return found if response in found else (response, *found)
 
 
 def _label(place: str, value: Any) -> str:

@@ -113,8 +113,10 @@ def _parquet(file: Path, name: str) -> Rows:
         raise DrklError(f"Cannot read {name!r} as parquet: {reason}.") from error
 
 
-def dataset_rows(name: str) -> Rows:
-    """Yield ``(place, value)`` of every row of a ``datasets`` id's or folder's split ``train``; labels by name.
+def dataset_rows(name: str, *, split: str = "train", data_files: str | None = None) -> Rows:
+    """Yield ``(place, value)`` of every row of one split of a ``datasets`` id or folder; labels by name.
+
+    ``data_files`` names the one file of a repository to read, as split ``train``.
 
     Raises:
         DrklError: no such data set, or no package ``datasets``.
@@ -130,15 +132,16 @@ def dataset_rows(name: str) -> Rows:
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
             loaded = datasets.load_from_disk(str(local))
-            rows = loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
+            rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
-            rows = datasets.load_dataset(where, config_name, split="train")
+            split = "train" if data_files is not None else split
+            rows = datasets.load_dataset(where, config_name, split=split, data_files=data_files)
     # `datasets` raises what its readers raise: OSError, KeyError, ValueError, its own, the network's.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         looked = "found the local folder" if local.exists() else f"no local folder {str(local)!r}, then the hub"
         raise DrklError(
-            f"Cannot load the data set {where!r} (config {config_name or 'default'}, split 'train'); looked at: "
+            f"Cannot load the data set {where!r} (config {config_name or 'default'}, split {split!r}); looked at: "
             f"{looked}. {type(error).__name__}: {reason} A jsonl file in data.path needs no hub."
         ) from error
     names = getattr(rows.features.get("label") if rows.features else None, "int2str", None)

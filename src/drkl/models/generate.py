@@ -53,6 +53,7 @@ def sample_texts(
     prompts: Sequence[Sequence[int]],
     *,
     samples_per_prompt: int = 1,
+    first_sample: int = 0,
     sampling_temperature: float = 1.0,
     max_new_tokens: int = 64,
     seed: int = 0,
@@ -75,6 +76,7 @@ def sample_texts(
         tokenizer: decodes the answers, and says where they end.
         prompts: token ids, none empty; of an encoder-decoder what its encoder reads.
         samples_per_prompt: k >= 1.
+        first_sample: the number of the first of them; samples 2 and 3 are the same drawn alone or after 0 and 1.
         sampling_temperature: > 0; softmax(logits / sampling_temperature) over the whole vocabulary.
         max_new_tokens: >= 1, the stop token included.
         seed: >= 0.
@@ -97,12 +99,12 @@ def sample_texts(
     pad = collate_sources if is_encoder_decoder(model) else collate_prompts
     answers: list[list[Generation]] = [[] for _ in prompts]
     with _plain_decoding(model):
-        for group, samples in _batches([len(prompt) for prompt in prompts], samples_per_prompt, batch_size):
+        for group, samples in sampling_batches([len(prompt) for prompt in prompts], samples_per_prompt, batch_size):
             batch = pad([prompts[i] for i in group], pad_id=_pad_id(tokenizer, stops))
             watch = _Watch(len(group) * len(samples), max_new_tokens, progress)
             processors: list[LogitsProcessor] = [watch]
             if not greedy:
-                draws = [_uniforms(seed, names[i], s, max_new_tokens) for i in group for s in samples]
+                draws = [_uniforms(seed, names[i], first_sample + s, max_new_tokens) for i in group for s in samples]
                 processors.append(_Descent(np.stack(draws), sampling_temperature))
             new = _generate(model, batch, len(samples), stops, max_new_tokens, processors).tolist()
             for row, ids in enumerate(new):
@@ -233,7 +235,7 @@ def _shared_prefix(model: Any, batch: dict[str, Tensor], num_samples: int) -> di
     return {"past_key_values": cache}
 
 
-def _batches(lengths: list[int], num_samples: int, batch_size: int) -> Iterator[tuple[list[int], range]]:
+def sampling_batches(lengths: Sequence[int], num_samples: int, batch_size: int) -> Iterator[tuple[list[int], range]]:
     """Prompts of like length and the samples to draw of each, at most ``batch_size`` sequences at a time."""
     together = min(num_samples, batch_size)
     width = batch_size // together

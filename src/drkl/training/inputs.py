@@ -1,9 +1,9 @@
-"""From the specs of a finished run back to its models and rows, as an evaluation takes them."""
+"""From the specs of a finished run back to its models, as an evaluation takes them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,25 +12,9 @@ from drkl.models.classes import class_names
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from drkl.models.precision import has_device, pick_device, resolve_dtype
 from drkl.models.student import make_student
-from drkl.training.rows import Rows, make_rows, read_shares
 from drkl.training.spec import RunSpec
-from drkl.training.tokens import has_encoder
 
 Loader = Callable[[], PreTrainedModel]
-
-
-class EvaluationInputs(NamedTuple):
-    """What the evaluation of one run needs."""
-
-    models: dict[str, Loader]
-    tokenizer: Any
-    rows: Rows
-    device: torch.device
-    data: dict[str, Any]
-    vocab_size: int | None
-    """How many ids the models were compared on in training, where that is not all."""
-    classes: tuple[str, ...] | None
-    """Of a classification run, by number."""
 
 
 def evaluation_models(
@@ -66,26 +50,3 @@ def trained_classes(last: RunSpec) -> tuple[str, ...] | None:
         return None
     folder = str(last.folder.student_path)
     return class_names(load_config(folder), folder)
-
-
-def evaluation_inputs(specs: Sequence[RunSpec]) -> EvaluationInputs:
-    """Models, tokenizer and held-out rows of a finished run."""
-    models, tokenizer, device = evaluation_models(specs)
-    last = specs[-1]
-    if last.classifies and specs[0].student.init == "random":
-        del models["before"]  # its numbers are chance, its calibration by chance perfect
-    data = last.data
-    classes = trained_classes(last)
-    apart = classes is None and has_encoder(specs[0], tokenizer)
-    heldout = read_shares(data, classifier=last.classifies)[1]
-    rows, report = make_rows(heldout, data, tokenizer, classes=classes, encoder_decoder=apart)
-    described = {
-        "path": data.path,
-        "dataset": data.dataset,
-        "sources": [source.name for source in data.sources],
-        "eval_path": data.eval_path,
-        "dropped": dict(report.dropped),
-        "responses_cut": report.responses_cut,
-    }
-    shared = (last.folder.read_env().get("vocabulary") or {}).get("shared")
-    return EvaluationInputs(models, tokenizer, rows, device, described, shared, classes)
