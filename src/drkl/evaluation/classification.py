@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from drkl._version import __version__
 from drkl.data.batching import bucket_by_length
 from drkl.data.collate import collate
 from drkl.data.labelled import LabelledRow, tokenize_labelled
@@ -22,7 +19,7 @@ from drkl.evaluation.calibration import EDGES, Bins, mass_bins, weighted_sums, w
 from drkl.evaluation.config import EvaluationConfig
 from drkl.evaluation.declared import CLASS_KEYS as KEYS
 from drkl.evaluation.declared import definitions
-from drkl.evaluation.suite import MODELS, finite, free_memory, reporter, timed
+from drkl.evaluation.measure import MODELS, TRAINED, Progress, finite, free_memory, reporter, timed, versions
 from drkl.losses import token_statistics
 from drkl.losses.common import log_softmax
 from drkl.losses.statistics import brier_score
@@ -32,8 +29,6 @@ from drkl.runs import RunFolder, write_json, write_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from drkl.evaluation.suite import Progress
 
 _MEANS = ("accuracy", "nll", "confidence", "entropy")
 _TEACHER_MEANS = ("agreement", "fkl", "rkl")
@@ -125,18 +120,20 @@ def evaluate_classes(
     pad_id: int,
     device: str | torch.device = "cpu",
     data: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return what ``eval.json`` holds and the rows of ``predictions.jsonl``.
 
     Args:
-        models: loaders by name, of ``suite.MODELS``; each is called once, the teacher's first.
+        models: loaders by name, of ``measure.MODELS``; each is called once, the teacher's first.
         rows: the held-out rows.
         classes: the names of the classes, by number.
         settings: of the ``evaluation`` section the seed counts, for the resampling.
         pad_id: fills batches.
         device: each model is moved there.
         data: where the rows come from, for the record.
+        facts: further settings for the record: what the models are, the command.
         on_progress: called with ("teacher: reading", done, total) in texts.
     """
     assert models and set(models) <= set(MODELS), f"models are named {MODELS}"
@@ -157,7 +154,7 @@ def evaluate_classes(
         found[name] = score(logits[name], labels, logits.get("teacher"))
     result: dict[str, Any] = {
         "task": "classification",
-        "settings": _describe(settings, rows, device, data),
+        "settings": _describe(settings, rows, device, data, facts),
         "classes": list(classes),
         **{name: _table(scores, len(rows)) for name, scores in found.items()},
         "intervals": {
@@ -169,7 +166,8 @@ def evaluate_classes(
         },
         "timing": {**{k: round(v, 2) for k, v in seconds.items()}, "total": round(time.perf_counter() - started, 2)},
     }
-    return result, list(predictions(rows, classes, logits["after"], logits.get("teacher")))
+    trained = next(name for name in TRAINED if name in logits)
+    return result, list(predictions(rows, classes, logits[trained], logits.get("teacher")))
 
 
 def predictions(
@@ -218,18 +216,20 @@ def _table(scores: Scores, num_rows: int) -> dict[str, float | None]:
 
 
 def _describe(
-    settings: EvaluationConfig, rows: Sequence[LabelledRow], device: str | torch.device, data: Mapping[str, Any] | None
+    settings: EvaluationConfig,
+    rows: Sequence[LabelledRow],
+    device: str | torch.device,
+    data: Mapping[str, Any] | None,
+    facts: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     return {
+        "task": "classification",
         "seed": settings.seed,
+        **(facts or {}),
         "data": {**(data or {}), "heldout_rows": len(rows)},
         "intervals": f"95 %, percentiles of {RESAMPLES} bootstrap resamples of the held-out texts; not of seeds",
         "device": str(device),
-        "versions": {
-            "drkl": __version__,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
-        },
+        "versions": versions(),
         "definitions": definitions("classification"),
     }
 
