@@ -103,22 +103,6 @@ def pool_self_bleu(pool: Sequence[str]) -> float | None:
     return statistics.fmean(_bleu_against(text, [*pool[:i], *pool[i + 1 :]]) for i, text in enumerate(pool))
 
 
-def rouge_l(pools: Sequence[Sequence[str]], references: Sequence[str]) -> float | None:
-    """Mean ROUGE-L of all answers, each prompt with one reference; None without answers."""
-    paired = zip(pools, references, strict=True)
-    return _mean(rouge([reference], text)["rouge_l"] for pool, reference in paired for text in pool)
-
-
-def distinct_n(pools: Sequence[Sequence[str]], n: int) -> float | None:
-    """Mean of ``pool_distinct`` over the prompts that have one."""
-    return _mean(pool_distinct([tokens(text.lower()) for text in pool], n) for pool in pools)
-
-
-def self_bleu(pools: Sequence[Sequence[str]]) -> float | None:
-    """Mean of ``pool_self_bleu`` over the prompts that have one."""
-    return _mean(map(pool_self_bleu, pools))
-
-
 def _bleu_against(text: str, others: list[str]) -> float:
     if not tokens(text):
         return 100.0 if any(not tokens(other) for other in others) else 0.0
@@ -136,12 +120,6 @@ def _summed(metric: Any, references: Sequence[str], texts: Sequence[str], size: 
     return [sum(column) for column in zip(*found, strict=True)]
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    numbers = [value for value in values if value is not None]
-    return statistics.fmean(numbers) if numbers else None
-
-
-# Loaded on first use: these packages bring nltk and the like with them.
 @cache
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
