@@ -120,6 +120,7 @@ def _summed(metric: Any, references: Sequence[str], texts: Sequence[str], size: 
     return [sum(column) for column in zip(*found, strict=True)]
 
 
+# Loaded on first use: these packages bring nltk and the like with them.
 @cache
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
