@@ -185,7 +185,8 @@ SETTINGS = {
 
 def write(folder: Path, settings: Mapping[str, Any], student: str, **files: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    evaluation = {"settings": dict(settings), "teacher": {"nll": 2.0, "entropy": 1.0}, student: {"rkl": 1.0}}
+    numbers = {"rkl": 1.0, "distinct_2_corpus": 0.5}
+    evaluation = {"settings": dict(settings), "teacher": {"nll": 2.0, "entropy": 1.0}, student: numbers}
     (folder / "eval.json").write_text(json.dumps(evaluation))
     for name, lines in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -289,6 +290,7 @@ def test_the_sweep_is_compared_where_both_have_it(pair: tuple[Path, Path]) -> No
     rewrite(pair[1] / "samples.jsonl", lambda line: None if line["sampling_temperature"] == 0.5 else line)
     found = compare(*pair)
     assert [table.sampling_temperature for table in found.tables] == [1.0, 1.5]
+    assert found.tables[0].not_compared == {"distinct_2_corpus": "no function of how often a prompt counts"}
     assert found.tables[0].units == {"held-out rows": ROWS, "prompts": PROMPTS}
     assert found.tables[1].units == {"prompts": PROMPTS}
     assert {d.metric.of for d in found.tables[1].differences} == {"answers"}
@@ -339,8 +341,8 @@ def test_classifiers_are_compared_text_by_text(tmp_path: Path) -> None:
     a, b = classified(tmp_path / "a", 0.6, 0.95), classified(tmp_path / "b", 0.95, 0.95)
     comparison = compare(a, b)
     found = by_key(comparison)
-    assert comparison.tables[0].not_compared["rkl"] == "predictions.jsonl has no numbers for it"
-    assert "Not compared (predictions.jsonl has no numbers for it): rkl." in " ".join(summary(comparison))
+    assert comparison.tables[0].not_compared["rkl"] == "not in predictions.jsonl"
+    assert "Not compared (not in predictions.jsonl): rkl." in " ".join(summary(comparison))
     assert set(found) >= set("accuracy agreement macro_f1 nll confidence ece calibration_gap confidence_gap".split())
     assert {found[key].verdict for key in ("accuracy", "macro_f1", "nll", "ece", "calibration_gap")} == {"B better"}
     weights = written_out(60)

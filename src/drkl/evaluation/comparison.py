@@ -128,15 +128,15 @@ def paired(
         seed: of the resampling.
 
     Returns:
-        The differences, and the keys that only one of the two has, with the reason.
+        The differences, and why other keys have none. What is not finite counts as not there.
     """
     (old, old_ideal), (new, new_ideal) = ([_Resampled.of(f, size, seed) for f in run] for run in (a, b))
     differences, missing = [], {}
     for key, metric in metrics.items():
         have = [name for name, run in (("A", old), ("B", new)) if key in run.points]
-        if len(have) == 1:
-            missing[key] = f"only {have[0]} has it"
         if len(have) < 2:
+            if key in old.values or key in new.values:
+                missing[key] = f"only {have[0]} has it" if have else "neither has it"
             continue
         before = _from_ideal(metric, old.values[key], old_ideal.values.get(key))
         after = _from_ideal(metric, new.values[key], new_ideal.values.get(key))
@@ -229,12 +229,7 @@ def _compare_texts(pair: Pair, seed: int) -> Table:
                 for line in lines
             ]  # fmt: skip
     start = Table(None, None, {}, [], {})
-    table = _compare_lines(pair, TEXTS, found, lambda lines, run: _predicted(lines), CLASS_KEYS, start, seed)
-    known = {d.metric.key for d in table.differences} | set(table.not_compared) | set(SIZES)
-    unpaired = [k for k in CLASS_KEYS if k not in known and any(r.value(r.student, k) is not None for r in pair)]
-    return dataclasses.replace(
-        table, not_compared=table.not_compared | dict.fromkeys(unpaired, "predictions.jsonl has no numbers for it")
-    )
+    return _compare_lines(pair, TEXTS, found, lambda lines, run: _predicted(lines), CLASS_KEYS, start, seed)
 
 
 def _predicted(lines: Sequence[Line]) -> Metrics:
@@ -269,6 +264,10 @@ def _compare_lines(
     declared = metrics_of(pair[0].task)
     metrics = {key: declared[key] for key in keys if key not in SIZES}
     differences, missing = paired(metrics, sides[0], sides[1], len(ids), seed)
+    found_keys = {difference.metric.key for difference in differences}
+    for key in metrics:
+        if key not in found_keys | missing.keys() and any(run.value(run.student, key) is not None for run in pair):
+            missing[key] = unit.lacking
     return dataclasses.replace(
         start,
         units=start.units | {unit.plural: len(ids)},

@@ -17,7 +17,16 @@ Line = Mapping[str, Any]
 
 STUDENTS = ("after", "student")
 """The trained student of a run, and that of a pair of models from elsewhere."""
-SAMPLING = ("sampling_temperature", "max_new_tokens", "samples_per_prompt", "seeds", "seed", "protocol", "gamma")
+SAMPLING = (
+    "sampling_temperature",
+    "max_new_tokens",
+    "samples_per_prompt",
+    "seeds",
+    "seed",
+    "protocol",
+    "template",
+    "gamma",
+)
 
 
 @dataclass(frozen=True)
@@ -107,16 +116,20 @@ Sets = dict[tuple[str | None, float | None], Models]
 
 @dataclass(frozen=True)
 class Unit:
-    """What is resampled: how a line names it, and which fields say that it is the same in both runs."""
+    """What is resampled: how a line names it, and which fields say that it is the same in both runs.
+
+    ``lacking`` says why a number of ``eval.json`` has no paired difference.
+    """
 
     plural: str
     id: str
     same: tuple[str, ...]
+    lacking: str
 
 
-ROWS = Unit("held-out rows", "row_id", ("num_tokens",))
-PROMPTS = Unit("prompts", "prompt_id", ("prompt", "reference"))
-TEXTS = Unit("texts", "id", ("text", "label"))
+ROWS = Unit("held-out rows", "row_id", ("num_tokens",), "not in heldout.jsonl")
+PROMPTS = Unit("prompts", "prompt_id", ("prompt", "reference"), "no function of how often a prompt counts")
+TEXTS = Unit("texts", "id", ("text", "label"), "not in predictions.jsonl")
 
 
 def same_units(pair: Pair, unit: Unit, lines: Sequence[Sequence[Line]]) -> list[Any]:
