@@ -51,7 +51,7 @@ def metrics(groups: Sequence[Group], oracles: Mapping[str, Oracle]) -> str:
             cells = (f"{metric.title}, `{metric.key}`", metric.symbol, metric.unit, DIRECTIONS[metric.better][0],
                      metric.definition, metric.library, oracle.source, f"`{oracle.test}`")  # fmt: skip
             rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-        parts.append("\n".join([f"**{group.title}.** {group.note}".strip(), "", head, *rows]))
+        parts.append("\n\n".join(part for part in (f"### {group.title}", group.note, "\n".join([head, *rows])) if part))
     return "\n\n".join(parts)
 
 

@@ -292,6 +292,7 @@ def test_the_sweep_is_compared_where_both_have_it(pair: tuple[Path, Path]) -> No
     assert [table.sampling_temperature for table in found.tables] == [1.0, 1.5]
     assert found.tables[0].not_compared == {"distinct_2_corpus": "no function of how often a prompt counts"}
     assert found.tables[0].units == {"held-out rows": ROWS, "prompts": PROMPTS}
+    assert found.tables[1].not_compared == {}
     assert found.tables[1].units == {"prompts": PROMPTS}
     assert {d.metric.of for d in found.tables[1].differences} == {"answers"}
     assert found.warnings == ["Only A has answers at sampling temperature 0.5: not compared."]
@@ -405,9 +406,9 @@ def test_sets_that_share_nothing_are_refused(pair: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("settings", "warning"),
     [
-        ({"max_new_tokens": 8}, "max_new_tokens differs: 9 in A, 8 in B."),
-        ({"samples_per_prompt": 2}, "samples_per_prompt differs: 3 in A, 2 in B."),
-        ({"seeds": [10, 20]}, "seeds differs: [0] in A, [10, 20] in B."),
+        ({"max_new_tokens": 8}, "max_new_tokens is 9 in A and 8 in B."),
+        ({"samples_per_prompt": 2}, "samples_per_prompt is 3 in A and 2 in B."),
+        ({"seeds": [10, 20]}, "seeds is [0] in A and [10, 20] in B."),
         ({"models": {"teacher": "bigger"}}, "The teachers differ: 'big' in A, 'bigger' in B."),
     ],
 )
@@ -457,10 +458,10 @@ def test_the_sentences_name_what_is_decided_and_what_is_not(pair: tuple[Path, Pa
     main_table = found.tables[0]
     for verdict, start in (("B better", "B better in"), ("undecided", "The data do not decide")):
         titles = [d.metric.title for d in main_table.differences if d.verdict == verdict]
-        (sentence,) = [s for s in sentences if start in s and "12 held-out rows" in s]
-        assert sentence.endswith(", ".join(titles) + ".")
+        (sentence,) = [s for s in sentences if start in s and "Sampling temperature 1:" in s]
+        assert sentence.endswith("; ".join(titles) + ".")
     judged = sum(d.verdict is not None for table in found.tables for d in table.differences)
-    assert f"Of {judged} metrics about {judged * 0.05:.0f} would be decided by chance alone" in sentences[-1]
+    assert f"Of {judged} verdicts about {judged * 0.05:.0f} would be decided by chance alone" in sentences[-1]
 
 
 def test_a_difference_without_a_better_one_is_said_to_be_one(tmp_path: Path) -> None:
@@ -471,7 +472,7 @@ def test_a_difference_without_a_better_one_is_said_to_be_one(tmp_path: Path) -> 
     gap = by_key(found)["confidence_gap"]
     assert (gap.difference, gap.verdict) == (pytest.approx(0.2), "undecided")
     (sentence,) = [s for s in summary(found) if "not in which is nearer to ideal" in s]
-    assert sentence.endswith("Confidence, Confidence gap.")
+    assert sentence.endswith("Confidence; Confidence gap.")
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

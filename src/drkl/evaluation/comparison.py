@@ -265,7 +265,9 @@ def _compare_lines(
     metrics = {key: declared[key] for key in keys if key not in SIZES}
     differences, missing = paired(metrics, sides[0], sides[1], len(ids), seed)
     found_keys = {difference.metric.key for difference in differences}
-    for key in metrics:
+    # eval.json's tables are of the main temperature.
+    main = start.sampling_temperature in (None, as_number(pair[0].settings.get("sampling_temperature")))
+    for key in metrics if main else ():
         if key not in found_keys | missing.keys() and any(run.value(run.student, key) is not None for run in pair):
             missing[key] = unit.lacking
     return dataclasses.replace(

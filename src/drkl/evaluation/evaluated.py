@@ -178,7 +178,7 @@ def different_settings(pair: Pair) -> Iterator[str]:
     for key in SAMPLING:
         a, b = (run.settings.get(key) for run in pair)
         if a != b:
-            yield f"{key} differs: {_short(a)} in A, {_short(b)} in B."
+            yield f"{key} is {_short(a)} in A and {_short(b)} in B."
 
 
 def different_teachers(pair: Pair) -> Iterator[str]:

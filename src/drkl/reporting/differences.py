@@ -122,27 +122,28 @@ def summary(comparison: Comparison) -> list[str]:
     if verdicts:
         expected = CHANCE * len(verdicts)
         lines.append(
-            f"Of {len(verdicts)} metrics about {number(expected, 0 if expected >= 1 else 1)} would be decided by "
+            f"Of {len(verdicts)} verdicts about {number(expected, 0 if expected >= 1 else 1)} would be decided by "
             "chance alone if the two were equally good."
         )
     return lines
 
 
 def _decided(table: Table) -> Iterator[str]:
-    at = f"{_title(table)}: "
+    where = ", ".join(_place(table))
+    at = f"{where[:1].upper()}{where[1:]}: " if where else ""
     for verdict in ("A better", "B better"):
         if found := [d.metric.title for d in table.differences if d.verdict == verdict]:
-            yield f"{at}{verdict} in {len(found)}: {', '.join(found)}."
+            yield f"{at}{verdict} in {len(found)}: {'; '.join(found)}."
     judged = [d for d in table.differences if d.verdict is not None]
     if open_ := [d.metric.title for d in judged if d.verdict == "undecided"]:
         if len(open_) == len(judged):
             yield f"{at}The data decide nothing: none of {len(judged)} metrics tells the two apart."
         else:
-            yield f"{at}The data do not decide {len(open_)} of {len(judged)}: {', '.join(open_)}."
+            yield f"{at}The data do not decide {len(open_)} of {len(judged)}: {'; '.join(open_)}."
     if sides := [d.metric.title for d in judged if d.verdict == "undecided" and _differs(d)]:
-        yield f"{at}The two differ, but not in which is nearer to ideal, by: {', '.join(sides)}."
+        yield f"{at}The two differ, but not in which is nearer to ideal, by: {'; '.join(sides)}."
     if no_ideal := [d.metric.title for d in table.differences if d.verdict is None and d.metric.better == "teacher"]:
-        yield f"{at}No verdict without a teacher's value: {', '.join(no_ideal)}."
+        yield f"{at}No verdict without a teacher's value: {'; '.join(no_ideal)}."
     reasons: dict[str, list[str]] = {}
     for key, reason in table.not_compared.items():
         reasons.setdefault(reason, []).append(key)
@@ -165,12 +166,15 @@ def _head(comparison: Comparison) -> list[str]:
     ]
 
 
-def _title(table: Table) -> str:
+def _place(table: Table) -> list[str]:
     where = [] if table.suite is None else [table.suite]
-    where += [f"{count:,} {name}" for name, count in table.units.items()]
     if table.sampling_temperature is not None:
         where.append(f"sampling temperature {table.sampling_temperature:g}")
-    return ", ".join(where)
+    return where
+
+
+def _title(table: Table) -> str:
+    return ", ".join([*_place(table), *(f"{count:,} {name}" for name, count in table.units.items())])
 
 
 def _grouped(comparison: Comparison, table: Table) -> Iterator[tuple[str, list[Difference]]]:
