@@ -13,7 +13,6 @@ from scipy.special import log_softmax, rel_entr
 
 from drkl.data.labelled import LabelledRow
 from drkl.evaluation.classification import (
-    BINS,
     KEYS,
     evaluate_classes,
     intervals,
@@ -47,18 +46,25 @@ def by_hand(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> dic
         missed = sum(1 for s, t in zip(said, labels, strict=True) if t == k != s)
         if hit + wrong + missed:
             f1.append(2 * hit / (2 * hit + wrong + missed))
-    ece = 0.0
+    ece, mce = 0.0, 0.0
     for low in range(15):
         inside = [i for i in range(size) if low / 15 <= q[i].max() < (low + 1) / 15]
         if inside:
             gap = np.mean([q[i].max() for i in inside]) - np.mean([said[i] == labels[i] for i in inside])
-            ece += len(inside) / size * abs(gap)
+            ece, mce = ece + len(inside) / size * abs(gap), max(mce, abs(gap))
     accuracy, confidence = float((said == labels).mean()), float(q.max(-1).mean())
     return {
         "accuracy": accuracy,
         "macro_f1": float(np.mean(f1)),
         "nll": float(-np.log(q[np.arange(size), labels]).mean()),
         "ece": ece,
+        "ece_mass": sum(
+            len(part) / size * abs(q[part].max(-1).mean() - (said == labels)[part].mean())
+            for part in np.array_split(np.argsort(q.max(-1), kind="stable"), 15)
+            if len(part)
+        ),
+        "mce": mce,
+        "brier": float(((q - np.eye(q.shape[1])[labels]) ** 2).sum(-1).mean()),
         "calibration_gap": confidence - accuracy,
         "confidence": confidence,
         "entropy": float(-(q * np.log(q)).sum(-1).mean()),
@@ -88,6 +94,7 @@ def test_a_weight_is_a_repeated_text() -> None:
     for number, row in enumerate(weights.astype(int)):
         again = np.repeat(np.arange(20), row)
         expected = by_hand(student[again], teacher[again], labels[again])
+        expected["ece_mass"] = found["ece_mass"][number]  # of the bins of all the texts
         assert {name: value[number] for name, value in found.items()} == pytest.approx(expected, rel=1e-9)
 
 
@@ -95,13 +102,24 @@ def test_a_sure_and_right_model_is_calibrated_and_one_without_a_teacher_has_no_d
     labels = np.array([0, 1, 2, 0])
     found = scored(np.eye(3)[labels] * 1e4, None, labels).metrics()
     assert (found["accuracy"][0], found["ece"][0], found["macro_f1"][0]) == (1, 0, 1)
+    assert found["ece_mass"][0] == found["mce"][0] == found["brier"][0] == 0
     assert not {"fkl", "rkl", "agreement", "confidence_gap"} & found.keys()
+
+
+def test_an_infinite_distance_counts_only_where_its_text_is_drawn() -> None:
+    student, teacher, labels = numbers(20)
+    teacher[3, 2] = -np.inf
+    weights = np.ones((2, 20))
+    weights[1, 3], weights[1, 4] = 0, 2
+    found = scored(student, teacher, labels).metrics(weights)["rkl"]
+    again = [i for i in range(20) if i != 3] + [4]
+    assert found.tolist() == [np.inf, pytest.approx(by_hand(student[again], teacher[again], labels[again])["rkl"])]
 
 
 def test_bins_hold_every_text_once() -> None:
     student, teacher, labels = numbers()
     table = reliability(scored(student, teacher, labels))
-    assert sum(table["rows"]) == 60 and len(table["rows"]) == BINS == 15
+    assert sum(table["rows"]) == 60 and len(table["rows"]) == 15
     for rows, confidence, accuracy, low in zip(*table.values(), range(15), strict=True):
         if rows:
             assert low / 15 <= confidence < (low + 1) / 15 and (accuracy * rows) == pytest.approx(

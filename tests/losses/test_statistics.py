@@ -10,8 +10,13 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.spatial.distance import jensenshannon
 
-from drkl.losses import token_statistics
+from drkl.losses import comparison_statistics, token_statistics
+from drkl.losses.statistics import most_probable
+from drkl.objectives.divergences import GeneralizedJensenShannon
 from tests.objectives import tensors
 
 
@@ -94,3 +99,172 @@ def test_shapes_are_checked_under_pytest() -> None:
     student, teacher, labels = tensors.logits()
     with pytest.raises(jaxtyping.TypeCheckError):
         token_statistics(student, teacher[:, :3], labels)
+
+
+RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500)
+
+
+def compared_by_numpy(z: np.ndarray, y: np.ndarray, label: int) -> dict[str, float]:
+    """One position, each number from its equation, in float64 from float64 logits; ranks by a stable full sort."""
+    q, p = scipy.special.softmax(z), scipy.special.softmax(y)
+    vocab, t = len(z), int(np.argmax(y))
+    rest = np.arange(vocab) != t
+    tail_q, tail_p = scipy.special.log_softmax(z[rest]), scipy.special.log_softmax(y[rest])
+    order = np.argsort(-y, kind="stable")
+    head = order[: int(np.argmax(np.cumsum(p[order]) >= 0.9)) + 1]
+    k = min(10, vocab)
+    top_q = np.argsort(-z, kind="stable")[:k]
+    among = order[1:100]
+    flat = len(among) < 2 or np.ptp(z[among]) == 0 or np.ptp(y[among]) == 0
+    logit_q = z[t] - scipy.special.logsumexp(z[rest])
+    return {
+        "brier": float(((q - np.eye(vocab)[label]) ** 2).sum()),
+        "js": float(jensenshannon(q, p)) ** 2,
+        "tail_rkl": float((np.exp(tail_q) * (tail_q - tail_p)).sum()),
+        "tail_fkl": float((np.exp(tail_p) * (tail_p - tail_q)).sum()),
+        "target_log_odds_gap": logit_q - (y[t] - scipy.special.logsumexp(y[rest])),
+        "q_t": q[t],
+        "p_t": p[t],
+        "rest": scipy.special.expit(-logit_q),
+        "tail_mass": float(np.delete(q, head).sum()),
+        "overlap": len(set(top_q) & set(order[:k])) / k,
+        "rank_correlation": math.nan if flat else scipy.stats.spearmanr(z[among], y[among]).statistic,
+        **{f"profile_{r}": q[order[r - 1]] if r <= vocab else math.nan for r in RANKS},
+    }
+
+
+def columns(found: object) -> dict[str, np.ndarray]:
+    values = {key: value for key, value in found._asdict().items() if key != "tokens"}  # type: ignore[attr-defined]
+    profile = values.pop("profile")
+    return {key: value.numpy() for key, value in values.items()} | {
+        f"profile_{r}": profile[:, i].numpy() for i, r in enumerate(RANKS)
+    }
+
+
+def check_compared(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, **tolerance: float) -> None:
+    found = columns(comparison_statistics(student, teacher, labels))
+    each = [
+        compared_by_numpy(z, y, label)
+        for z, y, label in zip(student.double().numpy(), teacher.double().numpy(), labels.tolist(), strict=True)
+    ]
+    assert found.keys() == each[0].keys()
+    for key, values in found.items():
+        np.testing.assert_allclose(values, [one[key] for one in each], err_msg=key, **tolerance)
+
+
+@pytest.mark.parametrize("vocab", [2, 3, 7, 10, 11, 101, 400, 1203])
+def test_comparison_is_that_of_the_equations(vocab: int) -> None:
+    student, teacher, labels = tensors.logits(rows=12, vocab=vocab, seed=vocab)
+    student[:4] = teacher[:4] + 0.3 * student[:4]
+    check_compared(student, teacher, labels, rtol=1e-9, atol=1e-12)
+    tokens = comparison_statistics(student, teacher, labels).tokens
+    assert all(torch.equal(a, b) for a, b in zip(tokens, token_statistics(student, teacher, labels), strict=True))  # type: ignore[arg-type]
+
+
+def test_comparison_in_fp32() -> None:
+    student, teacher, labels = (x.float() if x.is_floating_point() else x for x in tensors.logits(12, 1500, seed=3))
+    check_compared(student, teacher, labels, rtol=2e-4, atol=1e-6)
+
+
+def test_equal_tokens_rank_by_their_ids() -> None:
+    # As of logits in bf16: whole runs of tokens are equal, and the 1,000th ties with the 1,001st.
+    generator = np.random.default_rng(5)
+    student, teacher = (torch.from_numpy(generator.integers(0, 4, (10, 2500)).astype(float)) for _ in range(2))
+    labels = torch.arange(10)
+    check_compared(student, teacher, labels, rtol=1e-9, atol=1e-12)
+    check_compared(student, torch.zeros(10, 2500).double(), labels, rtol=1e-9, atol=1e-12)
+
+
+@given(st.lists(st.integers(0, 3), min_size=12, max_size=12), st.integers(1, 12), st.integers(1, 4))
+def test_most_probable_is_a_stable_sort(values: list[int], count: int, spare: int) -> None:
+    row = torch.tensor([values]).float()
+    expected = np.argsort(-row.numpy(), kind="stable")[:, :count]
+    assert most_probable(row, count, spare=spare).ids.tolist() == expected.tolist()
+
+
+def test_a_position_worked_by_hand() -> None:
+    # p's head of 0.9 is the first three tokens; its tail is (.625, .25, .125), that of q (.2, .4, .4).
+    student, teacher = (
+        torch.tensor([x], dtype=torch.float64).log() for x in ([0.5, 0.1, 0.2, 0.2], [0.6, 0.25, 0.1, 0.05])
+    )
+    found = columns(comparison_statistics(student, teacher, torch.tensor([2])))
+    tail = 0.2 * math.log(0.2 / 0.625) + 2 * 0.4 * math.log(0.4) - 0.4 * (math.log(0.25) + math.log(0.125))
+    expected = {
+        "brier": 0.25 + 0.01 + 0.64 + 0.04,
+        "tail_rkl": tail,
+        "target_log_odds_gap": 0.0 - math.log(1.5),
+        "tail_mass": 0.2,
+        "overlap": 1.0,
+        # q's ranks of the tokens 2, 3, 4 are 1, 2.5, 2.5; p's are 3, 2, 1.
+        "rank_correlation": -1.5 / math.sqrt(1.5 * 2),
+        "profile_2": 0.1,
+    }
+    assert {key: float(found[key][0]) for key in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_model_compared_with_itself() -> None:
+    student, _, labels = tensors.logits(rows=20, vocab=300)
+    for logits in (student, student.float(), student.bfloat16()):
+        found = comparison_statistics(logits, logits, labels)
+        for name in ("js", "tail_rkl", "tail_fkl", "target_log_odds_gap"):
+            assert not getattr(found, name).any(), name
+        assert (found.overlap == 1).all() and (found.rank_correlation == 1).all()  # type: ignore[union-attr]
+
+
+def test_without_a_teacher_only_brier() -> None:
+    student, teacher, labels = tensors.logits()
+    alone, both = comparison_statistics(student, None, labels), comparison_statistics(student, teacher, labels)
+    assert torch.equal(alone.brier, both.brier) and alone[2:] == (None,) * 11
+
+
+def test_comparison_where_tokens_are_excluded() -> None:
+    out = -math.inf
+    student = torch.tensor([[1.0, out, 0.0, 2.0], [1.0, 0.5, 0.0, 2.0], [out, out, 3.0, out], [0.0, 1.0, 2.0, 3.0]])
+    teacher = torch.tensor([[2.0, out, 0.0, 1.0], [2.0, out, 0.0, 1.0], [2.0, 0.0, 3.0, 1.0], [3.0, out, out, out]])
+    found = columns(comparison_statistics(student, teacher, torch.tensor([0, 0, 2, 1])))
+    assert not any(
+        np.isnan(values).any()
+        for key, values in found.items()
+        if key not in ("rank_correlation",) and "profile" not in key
+    )
+    q, p = scipy.special.softmax(student.numpy(), -1), scipy.special.softmax(teacher.numpy(), -1)
+    np.testing.assert_allclose(found["js"], jensenshannon(q, p, axis=-1) ** 2, rtol=1e-5)
+    # Row 1: the teacher excludes what the student has. Row 2: the student has no tail. Row 3: the teacher has none.
+    assert found["tail_rkl"][1:].tolist() == [math.inf, 0.0, math.inf]
+    assert math.isfinite(found["tail_fkl"][1]) and found["tail_fkl"][2:].tolist() == [math.inf, 0.0]
+    assert found["target_log_odds_gap"][2:].tolist() == [math.inf, -math.inf]
+    both = comparison_statistics(student[2:3], student[2:3], torch.tensor([2]))
+    assert [float(x) for x in (both.tail_rkl, both.tail_fkl, both.target_log_odds_gap)] == [0.0] * 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_comparison_of_huge_logits(size: float) -> None:
+    student, teacher = torch.tensor([[size, 0.0, 1.0, 0.5]]), torch.tensor([[0.0, size, 1.0, 0.3]])
+    found = columns(comparison_statistics(student, teacher, torch.tensor([0])))
+    assert all(np.isfinite(values).all() for key, values in found.items() if "profile" not in key)
+    if size > 0:
+        assert found["js"] == pytest.approx(math.log(2)) and found["target_log_odds_gap"] == pytest.approx(
+            -2e4, rel=1e-3
+        )
+
+
+def test_the_tail_at_high_confidence_keeps_its_digits() -> None:
+    # (RKL - B) / (1 - q_t) would have none left: 1 - q_t is 1e-9 here.
+    student = torch.from_numpy(np.stack([tensors.confident(22, seed=1), tensors.confident(18, seed=2)]))
+    teacher = torch.from_numpy(np.stack([tensors.confident(15, seed=3), tensors.confident(20, seed=4)]))
+    expected = [compared_by_numpy(z, y, 0) for z, y in zip(student.numpy(), teacher.numpy(), strict=True)]
+    found = columns(comparison_statistics(student.float(), teacher.float(), torch.tensor([0, 0])))
+    for key in ("tail_rkl", "tail_fkl", "target_log_odds_gap", "rest", "tail_mass"):
+        np.testing.assert_allclose(found[key], [one[key] for one in expected], rtol=2e-5, err_msg=key)
+
+
+def test_js_is_the_objectives() -> None:
+    student, teacher, labels = tensors.logits(rows=30, vocab=50)
+    expected = GeneralizedJensenShannon()(torch.log_softmax(student, -1), torch.log_softmax(teacher, -1))
+    torch.testing.assert_close(comparison_statistics(student, teacher, labels).js, expected)
+
+
+def test_nothing_to_compare() -> None:
+    student, teacher, labels = (x[:0] for x in tensors.logits())
+    found = comparison_statistics(student, teacher, labels)
+    assert all(x is not None and len(x) == 0 for x in found[1:])

@@ -18,12 +18,14 @@ from drkl.data.batching import bucket_by_length
 from drkl.data.collate import collate
 from drkl.data.labelled import LabelledRow, tokenize_labelled
 from drkl.evaluation.bootstrap import RESAMPLES, intervals
+from drkl.evaluation.calibration import EDGES, Bins, mass_bins, weighted_sums, width_bins
 from drkl.evaluation.config import EvaluationConfig
 from drkl.evaluation.declared import CLASS_KEYS as KEYS
-from drkl.evaluation.declared import NUM_CALIBRATION_BINS, definitions
+from drkl.evaluation.declared import definitions
 from drkl.evaluation.suite import MODELS, finite, free_memory, reporter, timed
 from drkl.losses import token_statistics
 from drkl.losses.common import log_softmax
+from drkl.losses.statistics import brier_score
 from drkl.models.classes import class_names
 from drkl.models.forward import hidden_states
 from drkl.runs import RunFolder, write_json, write_jsonl
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
     from drkl.evaluation.suite import Progress
 
-BINS = NUM_CALIBRATION_BINS
 _MEANS = ("accuracy", "nll", "confidence", "entropy")
 _TEACHER_MEANS = ("agreement", "fkl", "rkl")
 
@@ -54,15 +55,20 @@ class Scores:
         """
         size = len(self.labels)
         weights = np.ones((1, size)) if weights is None else weights
-        out = {name: weights @ values / size for name, values in self.columns.items()}
+        means = weighted_sums(weights, np.stack(list(self.columns.values()), -1)) / size
+        out = dict(zip(self.columns, means.T, strict=True))
         out["macro_f1"] = self._macro_f1(weights)
-        bins = _one_hot(_bin_of(self.columns["confidence"]), BINS)
-        gaps = (self.columns["confidence"] - self.columns["accuracy"])[:, None] * bins
-        out["ece"] = np.abs(weights @ gaps).sum(-1) / size
+        width, mass = self.bins(width_bins), self.bins(mass_bins)
+        out |= {"ece": width.ece(weights), "mce": width.mce(weights), "ece_mass": mass.ece(weights)}
         out["calibration_gap"] = out["confidence"] - out["accuracy"]
         if "teacher_confidence" in out:
             out["confidence_gap"] = out["confidence"] - out.pop("teacher_confidence")
         return out
+
+    def bins(self, bins: Callable[[np.ndarray], np.ndarray]) -> Bins:
+        """The texts in the bins that ``bins`` makes of their confidence."""
+        confidence, size = self.columns["confidence"], len(self.labels)
+        return Bins.of(bins(confidence), confidence, self.columns["accuracy"], np.arange(size), size)
 
     def _macro_f1(self, weights: np.ndarray) -> np.ndarray:
         said, true = (_one_hot(ids, self.num_classes) for ids in (self.predicted, self.labels))
@@ -78,18 +84,13 @@ def score(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Scor
     values = token_statistics(logits.double(), None if teacher_logits is None else teacher_logits.double(), labels)
     names = _MEANS if teacher_logits is None else (*_MEANS, *_TEACHER_MEANS, "teacher_confidence")
     columns = {name: getattr(values, name).double().numpy() for name in names}
+    columns["brier"] = brier_score(logits.double().softmax(-1), labels).numpy()
     return Scores(columns, logits.argmax(-1).numpy(), labels.numpy(), logits.shape[-1])
 
 
 def reliability(scores: Scores) -> dict[str, list[Any]]:
     """Per bin of confidence: how many texts, their mean confidence and their accuracy (None in an empty bin)."""
-    bins = _one_hot(_bin_of(scores.columns["confidence"]), BINS)
-    counts = bins.sum(0)
-    table: dict[str, list[Any]] = {"rows": counts.astype(int).tolist()}
-    for name in ("confidence", "accuracy"):
-        sums = scores.columns[name] @ bins
-        table[name] = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
-    return table
+    return scores.bins(width_bins).reliability("rows")
 
 
 @torch.no_grad()
@@ -163,7 +164,7 @@ def evaluate_classes(
             name: intervals(scores.metrics, len(scores.labels), settings.seed) for name, scores in found.items()
         },
         "reliability": {
-            "edges": [i / BINS for i in range(BINS + 1)],
+            "edges": EDGES,
             **{name: reliability(scores) for name, scores in found.items()},
         },
         "timing": {**{k: round(v, 2) for k, v in seconds.items()}, "total": round(time.perf_counter() - started, 2)},
@@ -231,11 +232,6 @@ def _describe(
         },
         "definitions": definitions("classification"),
     }
-
-
-def _bin_of(confidence: np.ndarray) -> np.ndarray:
-    bins: np.ndarray = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    return bins
 
 
 def _one_hot(ids: np.ndarray, size: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from drkl.data.tokenize import Row
 from drkl.evaluation import text
 from drkl.evaluation.config import EvaluationConfig
 from drkl.evaluation.declared import KEYS, definitions
-from drkl.evaluation.fidelity import HeldOutStates, bin_edges, compare, held_out_states
+from drkl.evaluation.positions import HeldOutStates, bin_edges, compare, held_out_states
 from drkl.models.generate import Generation, sample_texts
 from drkl.runs import RunFolder, write_json, write_jsonl
 
@@ -147,8 +147,8 @@ def _read(
         if name == "teacher":
             result.teacher = states
         metrics = compare(states, result.teacher, progress=report("comparing", len(states.labels)))
-    result.counts[name] = metrics.distributions()
     result.vocab_size = states.head.vocab_size
+    result.counts[name] = metrics.distributions(result.vocab_size)
     return metrics.compute()
 
 
