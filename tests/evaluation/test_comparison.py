@@ -123,7 +123,7 @@ def test_what_is_in_one_only_is_listed() -> None:
 
     found, missing = paired(metrics, (a, None), (b, None), 40, 0)
     assert [difference.metric.key for difference in found] == ["rkl"]
-    assert missing == {"fkl": "only A has it", "tvd": "only B has it", "js": "only B has it"}
+    assert missing == {"fkl": "only A has it", "tvd": "only B has it", "js": "undefined or infinite"}
 
 
 def test_without_an_interval_nothing_is_decided() -> None:

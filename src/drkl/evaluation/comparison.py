@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 from pathlib import Path
 from typing import Literal
 
@@ -128,15 +129,17 @@ def paired(
         seed: of the resampling.
 
     Returns:
-        The differences, and why other keys have none. What is not finite counts as not there.
+        The differences, and why other keys have none.
     """
     (old, old_ideal), (new, new_ideal) = ([_Resampled.of(f, size, seed) for f in run] for run in (a, b))
     differences, missing = [], {}
     for key, metric in metrics.items():
         have = [name for name, run in (("A", old), ("B", new)) if key in run.points]
-        if len(have) < 2:
-            if key in old.values or key in new.values:
-                missing[key] = f"only {have[0]} has it" if have else "neither has it"
+        if not (isfinite(old.points.get(key, nan)) and isfinite(new.points.get(key, nan))):
+            if len(have) == 1:
+                missing[key] = f"only {have[0]} has it"
+            elif have:
+                missing[key] = "undefined or infinite"
             continue
         before = _from_ideal(metric, old.values[key], old_ideal.values.get(key))
         after = _from_ideal(metric, new.values[key], new_ideal.values.get(key))
@@ -147,7 +150,7 @@ def paired(
                 new.points[key],
                 interval(new.values[key] - old.values[key]),
                 None if before is None or after is None else decide(before, after),
-                old_ideal.points.get(key) if metric.better == "teacher" else None,
+                as_number(old_ideal.points.get(key)) if metric.better == "teacher" else None,
             )
         )
     return differences, missing
@@ -179,8 +182,8 @@ class _Resampled:
     def of(cls, metrics: Metrics | None, size: int, seed: int) -> _Resampled:
         if metrics is None:
             return cls({}, {})
-        once = {key: as_number(float(value[0])) for key, value in metrics(np.ones((1, size))).items()}
-        return cls({key: v for key, v in once.items() if v is not None}, bootstrap(metrics, size, seed))
+        points = {key: float(value[0]) for key, value in metrics(np.ones((1, size))).items()}
+        return cls(points, bootstrap(metrics, size, seed))
 
 
 Make = Callable[[list[Line], Evaluated], Metrics]
