@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NUM_BINS = 30
 """Of the histograms."""
 PROFILE_RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500)
-AT_ONCE = 32
+AT_ONCE = 16
 """Positions whose statistics are taken together: what a processor's cache holds of them."""
 
 _OWN = ("nll", "accuracy", "entropy", "confidence", "brier")

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from drkl.losses.common import log_softmax
-from drkl.objectives.adaptive import first_tokens, head_mask
+from drkl.objectives.adaptive import head_mask, reached
 from drkl.objectives.divergences import GeneralizedJensenShannon
 from drkl.objectives.logspace import argmax, kl, split
 
@@ -281,17 +281,15 @@ def _tails(logq: Tensor, logp: Tensor, target: Tensor) -> tuple[Tensor, Tensor, 
 def _mass_outside(probs: Tensor, teacher: _Model, ranked: Ranked, mass: float) -> Tensor:
     """q outside of the head, as a sum: 1 - q(head) has no digits left where little is outside."""
     best, listed = (values.gather(-1, ranked.taken) for values in (teacher.logp, teacher.probs))
-    known = listed.sum(-1) >= mass
-    out = torch.empty_like(best[:, 0])
-    inside = first_tokens(best[known], listed[known], mass)
-    if inside is None:
-        known = torch.zeros_like(known)
-    else:
-        places, rest = ranked.taken[known], probs[known]
-        out[known] = rest.scatter_(-1, places, rest.gather(-1, places).masked_fill(inside, 0.0)).sum(-1)
-    if not bool(known.all()):
-        out[~known] = probs[~known].masked_fill(head_mask(teacher.logp[~known], mass), 0.0).sum(-1)
-    return out
+    last = (listed.cumsum(-1) < reached(mass, listed.dtype)).sum(-1, keepdim=True)
+    outside = torch.arange(best.shape[-1], device=best.device) > last
+    value = probs.scatter(-1, ranked.taken, probs.gather(-1, ranked.taken) * outside).sum(-1)
+    if best.shape[-1] < probs.shape[-1]:
+        # The head goes on past what is listed, or its last token has equals there, maybe of lower ids.
+        far = (best.gather(-1, last.clamp(max=best.shape[-1] - 1)) == best[:, -1:]).squeeze(-1)
+        if bool(far.any()):
+            value[far] = probs[far].masked_fill(head_mask(teacher.logp[far], mass), 0.0).sum(-1)
+    return value
 
 
 def _overlap(logq: Tensor, teachers: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def head_mask(logp: Float[Tensor, "n vocab"], mu: float) -> Bool[Tensor, "n voca
     vocab_size = logp.shape[-1]
     if mu >= 1 or logp.shape[0] == 0:
         return logp > -math.inf
-    mu = _reached(mu, logp.dtype)
+    mu = reached(mu, logp.dtype)
     count = min(FIRST_TOKENS, vocab_size)
     while True:
         best = logp.topk(count, -1).values
@@ -89,8 +89,8 @@ def head_mask(logp: Float[Tensor, "n vocab"], mu: float) -> Bool[Tensor, "n voca
     return (above | ties) & (logp > -math.inf)
 
 
-def _reached(mu: float, dtype: torch.dtype) -> float:
-    # Two classes of exactly 1/2 each: the first alone reaches a mu of 1/2.
+def reached(mu: float, dtype: torch.dtype) -> float:
+    """The mass from which on ``mu`` counts as reached: of two classes of exactly 1/2 the first reaches a mu of 1/2."""
     return mu - 16 * torch.finfo(dtype).eps
 
 
@@ -100,7 +100,7 @@ def first_tokens(best: Float[Tensor, "n k"], probs: Float[Tensor, "n k"], mu: fl
     They do not where the head may reach beyond them, or where a token outside of it ties with its last.
     """
     mass = probs.cumsum(-1)
-    last = (mass < _reached(mu, probs.dtype)).sum(-1, keepdim=True)
+    last = (mass < reached(mu, probs.dtype)).sum(-1, keepdim=True)
     k = best.shape[-1]
     if mu >= 1 or k < 2 or bool((last >= k - 1).any()):
         return None
