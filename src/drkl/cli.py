@@ -241,6 +241,32 @@ def _print_table(evaluation: dict[str, Any], keys: Sequence[str]) -> None:
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="A run folder; more are compared with the first.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write the page; default RUN/report.html.", show_default=False)
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Also draw the first run's numbers and curves to this .svg or .png.", show_default=False),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about a run."""
+    from drkl.reporting.html import write_report
+    from drkl.reporting.picture import write_picture
+    from drkl.runs import RunFolder
+
+    folders = [RunFolder.open(run) for run in runs]
+    # The picture first: it has more ways to be refused, and then nothing is written.
+    drawn = None if picture is None else write_picture(folders[0], picture)
+    print(f"The report is {write_report(folders, output)}")
+    if drawn is not None:
+        print(f"The picture is {drawn}")
+
+
+@app.command()
 def compare(
     run_a: Annotated[Path, typer.Argument(help="An evaluated run, or pair of models: A.", show_default=False)],
     run_b: Annotated[Path, typer.Argument(help="Another on the same data: B.", show_default=False)],
@@ -272,32 +298,6 @@ def compare(
         print(as_text(found, width=shutil.get_terminal_size((120, 24)).columns), end="")
     else:
         print(FORMATS[output_format](found), end="")
-
-
-@app.command()
-def report(
-    runs: Annotated[
-        list[Path], typer.Argument(help="A run folder; more are compared with the first.", show_default=False)
-    ],
-    output: Annotated[
-        Path | None, typer.Option(help="Where to write the page; default RUN/report.html.", show_default=False)
-    ] = None,
-    picture: Annotated[
-        Path | None,
-        typer.Option(help="Also draw the first run's numbers and curves to this .svg or .png.", show_default=False),
-    ] = None,
-) -> None:
-    """Write one self-contained HTML page about a run."""
-    from drkl.reporting.html import write_report
-    from drkl.reporting.picture import write_picture
-    from drkl.runs import RunFolder
-
-    folders = [RunFolder.open(run) for run in runs]
-    # The picture first: it has more ways to be refused, and then nothing is written.
-    drawn = None if picture is None else write_picture(folders[0], picture)
-    print(f"The report is {write_report(folders, output)}")
-    if drawn is not None:
-        print(f"The picture is {drawn}")
 
 
 @app.command()
