@@ -1,6 +1,7 @@
 """Write what the docs take from the program itself and from measured rows: `make docs`.
 
-The table of objectives in docs/objectives/README.md, docs/reference.md, and the benchmarks' tables in README.md.
+The table of objectives in docs/objectives/README.md, docs/reference.md, the metrics in docs/evaluate.md and
+docs/classification.md, and the benchmarks' tables in README.md.
 """
 
 from __future__ import annotations
@@ -8,10 +9,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import table
+from drkl.evaluation.declared import CLASS_GROUPS, GROUPS, Group
 from drkl.objectives import describe
+from drkl.reporting.metrics import DIRECTIONS
+from scripts.oracles import CLASS_ORACLES, ORACLES, Oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +38,23 @@ def printed(*arguments: str) -> str:
     return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
 
 
+def metrics(groups: Sequence[Group], oracles: Mapping[str, Oracle]) -> str:
+    """A table for each group of metrics: what each is, and what it is tested against."""
+    head = (
+        "| metric | symbol | unit | better | definition | library | oracle | test |\n|---|---|---|---|---|---|---|---|"
+    )
+    parts = []
+    for group in groups:
+        rows = []
+        for metric in group.metrics:
+            oracle = oracles[metric.key]
+            cells = (f"{metric.title}, `{metric.key}`", metric.symbol, metric.unit, DIRECTIONS[metric.better][0],
+                     metric.definition, metric.library, oracle.source, f"`{oracle.test}`")  # fmt: skip
+            rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        parts.append("\n\n".join(part for part in (f"### {group.title}", group.note, "\n".join([head, *rows])) if part))
+    return "\n\n".join(parts)
+
+
 def reference() -> str:
     """docs/reference.md."""
     parts = [("Objectives", printed("objectives")), ("Configuration", printed("config"))]
@@ -43,12 +65,15 @@ def reference() -> str:
 def pages() -> dict[Path, str]:
     """Every page that is written or in part written, and its text as it should be."""
     objectives, readme = ROOT / "docs" / "objectives" / "README.md", ROOT / "README.md"
+    evaluate, classification = ROOT / "docs" / "evaluate.md", ROOT / "docs" / "classification.md"
     text = readme.read_text()
     for name, body in table.tables().items():
         text = put_between(text, name, body)
     return {
         objectives: put_between(objectives.read_text(), "objectives", describe.as_markdown()),
         readme: text,
+        evaluate: put_between(evaluate.read_text(), "metrics", metrics(GROUPS, ORACLES)),
+        classification: put_between(classification.read_text(), "metrics", metrics(CLASS_GROUPS, CLASS_ORACLES)),
         ROOT / "docs" / "reference.md": reference(),
     }
 

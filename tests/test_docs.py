@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
 import drkl
-from scripts import write_docs
+from drkl.evaluation.declared import CLASS_KEYS, KEYS
+from scripts import oracles, write_docs
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -28,6 +33,17 @@ def test_every_objective_has_a_page() -> None:
 def test_what_is_written_from_the_program_and_the_rows_is_current() -> None:
     for path, text in write_docs.pages().items():
         assert path.read_text() == text, f"{path.name} is not what `make docs` writes."
+
+
+@pytest.mark.parametrize(("keys", "found"), [(KEYS, oracles.ORACLES), (CLASS_KEYS, oracles.CLASS_ORACLES)])
+def test_every_metric_has_an_oracle_and_a_test_that_is_there(
+    keys: tuple[str, ...], found: Mapping[str, oracles.Oracle]
+) -> None:
+    assert sorted(found) == sorted(keys)
+    for key, oracle in found.items():
+        name, function = oracle.test.split("::")
+        tree = ast.parse((DOCS.parent / oracles.TESTS / name).read_text())
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, key
 
 
 def test_every_figure_of_the_docs_is_there() -> None:

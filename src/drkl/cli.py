@@ -365,6 +365,40 @@ def report(
 
 
 @app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="An evaluated run, or pair of models: A.", show_default=False)],
+    run_b: Annotated[Path, typer.Argument(help="Another on the same data: B.", show_default=False)],
+    output_format: Annotated[str, typer.Option("--format", help="text, md, csv or json")] = "text",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it there instead of printing it.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resampling.")] = 0,
+) -> None:
+    """Say where B's student differs from A's on the same prompts, and where the data do not decide: B - A."""
+    import shutil
+
+    from drkl.evaluation.comparison import compare as paired_differences
+    from drkl.reporting.differences import FORMATS, as_text, summary
+    from drkl.runs import write_text
+
+    if output_format not in FORMATS:
+        raise DrklError(f"--format is {output_format!r}; expected {', '.join(FORMATS)}.")
+    found = paired_differences(run_a, run_b, seed=seed)
+    if output_format in ("csv", "json") or output is not None:
+        # What a program reads stays free of sentences; a person still gets them.
+        notes = sys.stdout if output is not None else sys.stderr
+        for line in (*(f"Warning: {warning}" for warning in found.warnings), *summary(found)):
+            print(line, file=notes)
+    if output is not None:
+        write_text(output, FORMATS[output_format](found))
+        print(f"Written: {output}")
+    elif output_format == "text":
+        print(as_text(found, width=shutil.get_terminal_size((120, 24)).columns), end="")
+    else:
+        print(FORMATS[output_format](found), end="")
+
+
+@app.command()
 def generate(
     run: RunArgument,
     prompt: Annotated[str, typer.Option(help="What the user says.")],
