@@ -137,10 +137,7 @@ def evaluate(
         measured, gamma=gamma, device=device, data=data, facts=facts, num_prompts=len(prompts)
     )
     evaluation["timing"]["total"] = round(time.perf_counter() - started, 2)
-    heldout = [
-        {"model": name, **line} for name, table in measured.tables.items() for line in table.rows(measured.row_ids)
-    ]
-    return Results(evaluation, samples, heldout)
+    return Results(evaluation, samples, list(_heldout_lines(measured, suites)))
 
 
 def write_evaluation(run: RunFolder, results: Results) -> None:
@@ -278,6 +275,12 @@ def _score(
     for row, pool in zip(prompts, pools, strict=True):
         tables.setdefault(suite_of[row.id], AnswerTable()).update(row.example.all_references, pool)
     return tables
+
+
+def _heldout_lines(measured: sections.Measured, suites: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    for name, table in measured.tables.items():
+        for number, line in enumerate(table.rows(measured.row_ids)):
+            yield {"model": name, **({} if suites is None else {"suite": suites[number]}), **line}
 
 
 def _sample_lines(
