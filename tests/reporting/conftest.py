@@ -39,8 +39,10 @@ KEYS = [
 ]  # fmt: skip
 TEMPERATURES = [0.5, 0.7, 1.0, 1.2, 1.5]
 # Keys that a file from before the sweep does not have, with a value that is as good as any.
-NEW_KEYS = {"rouge_1": 20.0, "rouge_l_best": 24.0, "bleu": 2.1, "ece": 0.04, "brier": 0.6, "tail_rkl": 2.2,
-            "tail_mass": 0.14, "overlap_10": 0.41, "rank_correlation": 0.37, "ended": 0.8, "num_answers": 96}  # fmt: skip
+NEW_KEYS = {
+    "rouge_1": 20.0, "rouge_l_best": 24.0, "bleu": 2.1, "ece": 0.04, "brier": 0.6, "tail_rkl": 2.2,
+    "tail_mass": 0.14, "overlap_10": 0.41, "rank_correlation": 0.37, "ended": 0.8, "num_answers": 96,
+}  # fmt: skip
 TEACHER_KEYS = ["fkl", "rkl", "tvd", "agreement", "overconfidence", "confidence_gap", "entropy_gap", "target_gap"]
 MakeRun = Callable[..., RunFolder]
 
@@ -143,8 +145,8 @@ def _at(values: dict[str, Any], temperature: float) -> dict[str, Any]:
         "distinct_2": min(0.995, values["distinct_2"] * (1 + 0.12 * warm)),
         "self_bleu": values["self_bleu"] * math.exp(-1.4 * warm),
     }
-    return row | {"intervals": {key: _around(row[key], 0.01 if key == "distinct_2" else 0.08) for key in row if key[0] != "s"
-                                or key == "self_bleu"}}  # fmt: skip
+    shares = {"rouge_l": 0.08, "distinct_2": 0.01, "self_bleu": 0.08}
+    return row | {"intervals": {key: _around(row[key], share) for key, share in shares.items()}}
 
 
 def _around(value: float, share: float) -> list[float]:

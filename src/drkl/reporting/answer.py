@@ -65,11 +65,11 @@ def _headline(record: RunRecord) -> tuple[str, str]:
     before, after = ({key: _get(record, model, key) for key in ("rkl", "fkl", "agreement")} for model in
                      ("before", "after"))  # fmt: skip
     if record.is_pair:
-        now = [f"Its reverse KL to the teacher is {_nats(after['rkl'])}"]
-        now += [f"its forward KL {_nats(after['fkl'])}"] if after["fkl"] is not None else []
+        said = [f"Its reverse KL to the teacher is {_nats(after['rkl'])}"]
+        said += [f"its forward KL {_nats(after['fkl'])}"] if after["fkl"] is not None else []
         share = after["agreement"]
-        now += [] if share is None else [f"its top token is the teacher's on {percent(share, 0)} of held-out tokens"]
-        return "Student and teacher", f"{_joined(now)}. Only the two were evaluated, not how the student was made."
+        said += [] if share is None else [f"its top token is the teacher's on {percent(share, 0)} of held-out tokens"]
+        return "Student and teacher", f"{_joined(said)}. Only the two were evaluated, not how the student was made."
     steps = f"After {count(record.num_steps, 'step')}" if record.num_steps else "After training"
     now = _joined(
         [f"its reverse KL to the teacher is {_nats(after['rkl'])}"]
@@ -263,7 +263,7 @@ def _trust(record: RunRecord) -> Point:
     once = "one student" if record.is_pair else "one training seed"
     basis = f"The numbers rest on {_joined(parts)}, and on {once}" if parts else _capital(once)
     if record.evaluation and isinstance(record.evaluation.get("intervals"), dict):
-        text = f"{basis}. The intervals (95 %) say what other rows and prompts would change, not what another seed would."
+        text = f"{basis}. The intervals say what other rows and prompts would change, not what another seed would."
         return Point("How far to trust this?", text)
     return Point(
         "How far to trust this?",
@@ -303,7 +303,9 @@ def _without_teacher(record: RunRecord) -> Answer:
 def run_labels(records: Sequence[RunRecord]) -> list[str]:
     """A name per run, with its objective where the name does not say it; runs of the same name get a number."""
     names = [
-        record.name if record.is_pair or record.objective in record.name.split("-") else f"{record.name} · {record.objective}"
+        record.name
+        if record.is_pair or record.objective in record.name.split("-")
+        else f"{record.name} · {record.objective}"
         for record in records
     ]
     return [f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name for i, name in enumerate(names)]

@@ -65,7 +65,8 @@ def _metric_table(titles: Sequence[str], rows: Sequence[Row]) -> str:
     shown = []
     for row in rows:
         unit = f" ({_text(row.metric.unit)})" if row.metric.unit else ""
-        name = f"{_text(row.metric.title)}, {_text(row.metric.symbol)}{unit} {row.arrow}".strip()
+        symbol = "" if row.metric.symbol in row.metric.title else f", {_text(row.metric.symbol)}"
+        name = f"{_text(row.metric.title)}{symbol}{unit} {row.arrow}".strip()
         shown.append([name, *(_cell(cell) for cell in row.cells)])
     return _table(["Metric", *(_text(title) for title in titles)], shown, left=1)
 

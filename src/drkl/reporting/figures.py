@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from drkl.display import as_number, number
-from drkl.reporting.lines import STYLES
+from drkl.reporting.lines import STYLES, lines_of
 from drkl.reporting.metrics import METRICS, MODELS, STUDENTS, Metric, metrics_of, value_of
 from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, Picture, new_figure, plot_style, tidy, to_svg
 from drkl.reporting.record import Curve, RunRecord
@@ -227,7 +227,7 @@ def distributions(record: RunRecord) -> list[Picture]:
                     title,
                     "share of held-out tokens"
                     + ("; the teacher is filled" if "teacher" in shares else "")
-                    + ("; dotted: 1 − γ" if gamma is not None else ""),
+                    + ("; dotted: 1 − γ" if gamma is not None else ""),
                     alt,
                 )
             )
@@ -307,6 +307,7 @@ def run_comparison(records: Sequence[RunRecord], labels: Sequence[str]) -> list[
     """A dot per run for each of four numbers, with the teacher's where it is the yardstick."""
     pictures = []
     classifies = records[0].task == "classification"
+    lines = {line.key: line for line in lines_of(records)}
     keys = ("ece", "accuracy", "agreement", "rkl") if classifies else ("rkl", "fkl", "agreement", "entropy")
     with plot_style():
         for key in keys:
@@ -318,9 +319,9 @@ def run_comparison(records: Sequence[RunRecord], labels: Sequence[str]) -> list[
             figure, ax = new_figure(250, 26 * len(records) + 34)
             tidy(ax, grid="x")
             for row, value in enumerate(values):
-                if value is not None:
-                    ax.plot([value * metric.scale], [-row], "o", markersize=9 if row == 0 else 8, color=COLORS["after"],
-                            fillstyle="full" if row == 0 else "none", markeredgewidth=2)  # fmt: skip
+                line = lines.get(f"run-{row}")
+                if value is not None and line:
+                    ax.plot([value * metric.scale], [-row], line.marker, markersize=9, color=line.color)
             teacher = value_of(records[0].evaluation, "teacher", key)
             if metric.better == "teacher" and teacher is not None:
                 known.append(teacher)

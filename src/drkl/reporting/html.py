@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
+from collections import defaultdict
 from collections.abc import Sequence
 from hashlib import sha256
 from importlib.resources import files
@@ -90,6 +91,7 @@ def render(records: Sequence[RunRecord]) -> str:
     evaluated = record.evaluation is not None
     curves, optimiser = figures.training_curves(record)
     tradeoffs = [] if classifies else tradeoff.pictures(records)
+    lines = lines_of(records)
     script = _script()
     context = {
         "record": record,
@@ -101,7 +103,9 @@ def render(records: Sequence[RunRecord]) -> str:
         "subtitles": record.subtitles,
         "tiles": _tiles(record),
         "tradeoffs": tradeoffs,
-        "lines": lines_of(records) if tradeoffs else [],
+        "lines": lines,
+        "own_lines": lines_of(records[:1]),
+        "signs": defaultdict(Markup, {line.key: line.sign for line in lines}),
         "sweep": tradeoff.table(records) if tradeoffs else [],
         "matched": tradeoff.verdict(records) if tradeoffs else "",
         "profiles": [] if classifies else _profiles(records),

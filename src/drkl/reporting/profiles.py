@@ -48,15 +48,17 @@ def reliability(record: RunRecord) -> Picture | None:
         bins = [row for row in tables[line.model] if row[1] and row[2] is not None and row[3] is not None]
         total = sum(row[1] for row in bins)
         x, y = [row[2] for row in bins], [row[3] for row in bins]
-        ax.plot(x, y, color=line.color, linewidth=1.4, alpha=0.7, linestyle=line.dash)  # type: ignore[arg-type]
+        ax.plot(x, y, color=line.color, linewidth=1.4, alpha=0.7, linestyle=line.dash)
         sizes = [14 + 500 * row[1] / total for row in bins]
-        ax.scatter(x, y, s=sizes, color=line.color, alpha=0.55, linewidths=0, marker=line.marker)  # type: ignore[arg-type]
+        ax.scatter(x, y, s=sizes, color=line.color, alpha=0.55, linewidths=0, marker=line.marker)
     ax.set_xlim(0, 1.04)
     ax.set_ylim(0, 1.04)
     ax.set_xlabel("confidence (max q)")
     ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     ece = metrics_of(record.task)["ece"]
-    shown = ", ".join(f"{line.title} {ece.show(value_of(record.evaluation, line.model, 'ece'))}" for line in shown_models)
+    shown = ", ".join(
+        f"{line.title} {ece.show(value_of(record.evaluation, line.model, 'ece'))}" for line in shown_models
+    )
     alt = f"Accuracy by confidence in {len(tables['after'])} bins. Calibration error: {shown}."
     return Picture(to_svg(figure, "reliability", alt), "Is it right as often as it is sure?", f"ECE: {shown}", alt)
 
@@ -80,7 +82,7 @@ def tail(records: Sequence[RunRecord]) -> Picture | None:
         _draw(ax, curves, size=5)
         ax.minorticks_off()
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.9f}".rstrip("0"))
         ax.set_xlabel("the teacher's rank")
         ends = "; ".join(
             f"{line.title}: {pairs[0][1]:.3g} at rank {pairs[0][0]:g}, {pairs[-1][1]:.2g} at rank {pairs[-1][0]:g}"
@@ -137,4 +139,3 @@ def _pairs(xs: Any, ys: Any) -> list[tuple[float, float]]:
         return []
     both = [(as_number(x), as_number(y)) for x, y in zip(xs, ys, strict=False)]
     return sorted((x, y) for x, y in both if x is not None and y is not None)
-

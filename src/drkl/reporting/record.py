@@ -97,7 +97,9 @@ class RunRecord:
 
     @property
     def teacher(self) -> str | None:
-        named = _mapping(self.settings.get("models")) if self.is_pair else {"teacher": self.section("teacher").get("model")}
+        named = (
+            _mapping(self.settings.get("models")) if self.is_pair else {"teacher": self.section("teacher").get("model")}
+        )
         return short(str(named.get("teacher") or "teacher"), 60) if self.has_teacher else None
 
     @property

@@ -174,7 +174,14 @@ def run_table(records: Sequence[RunRecord]) -> RunTable:
         of_teacher = interval_of(records[0], "teacher", metric)
         cells = [Cell("teacher", "Teacher", metric.show(teacher), False, of_teacher, teacher)]
         cells += [
-            Cell("after", label, metric.show(value), alone and one == min(known), interval_of(record, "after", metric), value)
+            Cell(
+                "after",
+                label,
+                metric.show(value),
+                alone and one == min(known),
+                interval_of(record, "after", metric),
+                value,
+            )
             for label, value, one, record in zip(labels, values, rounded, records, strict=True)
         ]
         if any(value is not None for value in values):

@@ -82,9 +82,7 @@ def frontier(curves: Mapping[str, Sequence[SweepPoint]]) -> list[tuple[str, Swee
     kept = [
         (key, one)
         for key, one in every
-        if not any(
-            other.x >= one.x and other.y >= one.y and (other.x > one.x or other.y > one.y) for _, other in every
-        )
+        if not any(other.x >= one.x and other.y >= one.y and (other.x > one.x or other.y > one.y) for _, other in every)
     ]
     return sorted(kept, key=lambda item: (item[1].x, item[1].y))
 
@@ -104,7 +102,8 @@ def pictures(records: Sequence[RunRecord]) -> list[Picture]:
 def _picture(lines: Sequence[Line], curves: Mapping[str, list[SweepPoint]], variety: str) -> Picture:
     figure, ax = new_figure(440, 370)
     tidy(ax, size=12, grid="both")
-    best = frontier({line.key: curves[line.key] for line in lines if not line.is_teacher})
+    # An untrained student writes the most varied text of all, and would always be on the frontier for that.
+    best = frontier({line.key: curves[line.key] for line in lines if line.key not in ("teacher", "before")})
     if len(best) > 1:
         ax.plot([p.x for _, p in best], [p.y for _, p in best], color=MUTED, linewidth=7, alpha=0.2, zorder=1)
     for place, line in enumerate(lines):
@@ -121,7 +120,7 @@ def _picture(lines: Sequence[Line], curves: Mapping[str, list[SweepPoint]], vari
     goal = next((_goal(curves[line.key]) for line in lines if line.is_teacher), None)
     if goal:
         line = next(line for line in lines if line.is_teacher)
-        line.plot(ax, [goal.x], [goal.y], size=17, marker="*", linestyle="none", zorder=6)
+        line.plot(ax, [goal.x], [goal.y], size=20, marker="*", linestyle="none", zorder=6)
     ax.margins(0.09, 0.11)
     ax.set_ylabel("ROUGE-L", color=MUTED, fontsize=12)
     name = "Distinct-2" if variety == "distinct_2" else "\N{MINUS SIGN}Self-BLEU"
@@ -186,7 +185,7 @@ def table(records: Sequence[RunRecord]) -> list[SweepRow]:
 
 
 def at_diversity(points: Sequence[SweepPoint], x: float) -> tuple[float, Span | None] | None:
-    """ROUGE-L (and its interval) where a curve comes to a variety of ``x``, between two temperatures by a straight line.
+    """ROUGE-L and its interval where a curve comes to a variety of ``x``; between temperatures by a straight line.
 
     None where the curve does not come there. Where it comes there more than once, the best of them.
     """
