@@ -15,7 +15,8 @@ from tests.reporting.conftest import MakeRun, add_sample, write_pair
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 HOSTILE = (
-    "</script><script>document.title='taken'</script></style></title>--><!--<img src=x onerror=\"document.title='taken'\">"
+    "</script><script>document.title='taken'</script></style></title>--><!--"
+    "<img src=x onerror=\"document.title='taken'\">"
     "\u200f\u202e\u2028 & {{ 7*7 }} "
 )
 

@@ -15,7 +15,8 @@ def test_markdown_has_the_words_the_tables_and_the_commands(make_run: MakeRun) -
     assert path == run.root / "report.md"
     text = path.read_text()
     for wanted in (
-        "# quickstart\n", "**Closer.** After 350 steps", "| Reverse KL, KL(q‖p) (nats) ↓ | 0.00 | 2.54 (2.39 to 2.69) |",
+        "# quickstart\n", "**Closer.** After 350 steps",
+        "| Reverse KL, KL(q‖p) (nats) ↓ | 0.00 | 2.54 (2.39 to 2.69) |",
         "**2.40** (2.26 to 2.54)", "| Teacher | 0.5 | 29.3", "| objective.name | drkl | rkl |", "```bash\ndrkl distill",
         "At matched diversity",
     ):  # fmt: skip

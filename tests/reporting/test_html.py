@@ -180,7 +180,8 @@ def test_a_large_evaluation_makes_a_small_page(make_run: MakeRun) -> None:
     rows = [
         {"model": model, "prompt_id": str(i), "prompt": f"prompt {i} {words}", "sampling_temperature": t, "sample": k,
          "text": f"{words} {k}", "reference": words, "num_tokens": 60}
-        for i in range(500) for model in ("teacher", "before", "warmup", "after") for t in TEMPERATURES for k in range(4)
+        for i in range(500)
+        for model in ("teacher", "before", "warmup", "after") for t in TEMPERATURES for k in range(4)
     ]  # fmt: skip
     write_jsonl(run.samples_path, rows)
     path = write_report(run)
