@@ -131,8 +131,9 @@ def test_the_picker_changes_prompt_and_temperature(make_run: MakeRun, browser: A
     assert "Name three rivers" in shown.inner_text() and "(empty answer)" in shown.inner_text()
     tab.page.get_by_label("Sampling temperature").select_option("0.5")
     assert "At 0.5: The Danube" in shown.inner_text()
-    tab.page.get_by_label("Prompt").select_option(index=9)
+    tab.page.locator("select[data-pick=prompt]").select_option(index=9)
     assert "tallest mountain" in shown.inner_text() and "At 0.5" in shown.inner_text()
+    assert tab.page.locator(".picker [role=status]").text_content() == "Prompt 10 of 10, sampling temperature 0.5"
     assert not tab.page.locator(".static article").first.is_visible()
     tab.page.emulate_media(media="print")
     assert not tab.page.locator(".picker").is_visible() and not tab.page.locator(".sorting").first.is_visible()

@@ -31,7 +31,7 @@ def test_markdown_keeps_hostile_names_text(make_run: MakeRun) -> None:
     config["run"]["name"] = "a|b<script>`x`*_[l](u)\n# head\u202e"
     write_yaml(run.config_path, config)
     text = write_report(run, output_format="md").read_text()
-    assert text.startswith("# a\\|b\\<script\\>\\`x\\`\\*\\_\\[l\\](u) # head\\[U+202E\\]\n")
+    assert text.startswith("# a\\|b\\<script\\>\\`x\\`\\*\\_\\[l\\](u) \\# head\\[U+202E\\]\n")
 
 
 def test_csv_has_a_line_per_number_in_its_unit(make_run: MakeRun, tmp_path: Path) -> None:

@@ -109,8 +109,13 @@ def as_csv(records: Sequence[RunRecord]) -> str:
     writer.writerow(COLUMNS)
     for record, label in zip(records, run_labels(records), strict=True):
         for line in _numbers(record):
-            writer.writerow([clean(label), *line])
+            writer.writerow([_plain(label), *line])
     return buffer.getvalue()
+
+
+def _plain(text: str) -> str:
+    """A name that no spreadsheet takes for a formula."""
+    return f"'{clean(text)}" if text.startswith(("=", "+", "-", "@", "\t")) else clean(text)
 
 
 def _numbers(record: RunRecord) -> Iterator[list[str]]:
@@ -125,7 +130,7 @@ def _numbers(record: RunRecord) -> Iterator[list[str]]:
             values = suite.get(model) if isinstance(suite, Mapping) else None
             if isinstance(values, Mapping):
                 spans = span_table(suite.get("intervals"), model)
-                yield from _values(record, model, clean(str(name)), temperature, values, spans)
+                yield from _values(record, model, _plain(str(name)), temperature, values, spans)
     if not isinstance(evaluation.get("sweep"), Mapping):
         return
     for model in record.models:

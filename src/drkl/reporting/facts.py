@@ -97,7 +97,9 @@ def settings_text(record: RunRecord) -> str:
     """How it was evaluated, as yaml."""
     if not record.settings:
         return ""
-    return clip(yaml.safe_dump(record.settings, sort_keys=False, allow_unicode=True, width=100), CONFIG_LIMIT).text
+    # The command stands among the commands, without the path of the program.
+    shown = {key: value for key, value in record.settings.items() if key != "command"}
+    return clip(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100), CONFIG_LIMIT).text
 
 
 def environment(record: RunRecord) -> list[tuple[str, str]]:

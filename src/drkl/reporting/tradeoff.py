@@ -150,7 +150,7 @@ def _temperatures(ax: Axes, line: Line, points: Sequence[SweepPoint], *, above: 
             line.claim(
                 ax.annotate(
                     f"{point.temperature:g}", (point.x, point.y), (7, 6 if above else -6),
-                    textcoords="offset points", va="bottom" if above else "top", fontsize=10.5, color=line.color,
+                    textcoords="offset points", va="bottom" if above else "top", fontsize=10.5, color=MUTED,
                 )
             )  # fmt: skip
 

@@ -15,7 +15,7 @@ function element(tag, className, text) {
 }
 
 function makeSortable(table) {
-  const bar = table.previousElementSibling;
+  const bar = table.closest("[data-table]").querySelector(".sorting");
   const back = bar.querySelector("[data-back]");
   const said = bar.querySelector("[role=status]");
   const heads = [...table.tHead.rows[0].cells];
@@ -84,6 +84,7 @@ function makePicker(picker, data) {
   const find = (name) => picker.querySelector(`[data-pick=${name}]`);
   const [prompts, temperatures, previous, next] = ["prompt", "temperature", "previous", "next"].map(find);
   const place = picker.querySelector("article");
+  const said = picker.querySelector("[role=status]");
   data.prompts.forEach((prompt, index) => prompts.add(new Option(prompt.label, index)));
   data.temperatures.forEach((temperature, index) => temperatures.add(new Option(temperature, index)));
   temperatures.value = data.main;
@@ -128,6 +129,8 @@ function makePicker(picker, data) {
       answers.append(box);
     });
     place.replaceChildren(...parts, answers);
+    const warm = data.temperatures.length > 1 ? `, sampling temperature ${data.temperatures[at]}` : "";
+    said.textContent = `Prompt ${prompts.selectedIndex + 1} of ${data.prompts.length}${warm}`;
   }
 
   function text([content, hidden]) {
