@@ -341,25 +341,34 @@ def _print_evaluation(evaluation: dict[str, Any], keys: Sequence[str]) -> None:
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="A run folder; more are compared with the first.", show_default=False)
+        list[Path],
+        typer.Argument(
+            help="A run folder, or the output of `drkl evaluate --student`; more are compared with the first.",
+            show_default=False,
+        ),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="Where to write the page; default RUN/report.html.", show_default=False)
+        Path | None,
+        typer.Option(help="Where to write it; default RUN/report.html (.md, .csv).", show_default=False),
     ] = None,
+    output_format: Annotated[
+        str, typer.Option("--format", help="html, md (words and tables) or csv (a line per number).")
+    ] = "html",
     picture: Annotated[
         Path | None,
         typer.Option(help="Also draw the first run's numbers and curves to this .svg or .png.", show_default=False),
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page about a run."""
-    from drkl.reporting.html import write_report
+    """Write one self-contained HTML page about a run, or several side by side."""
+    from drkl.reporting.html import check_format, write_report
     from drkl.reporting.picture import write_picture
-    from drkl.runs import RunFolder
+    from drkl.reporting.record import open_run
 
-    folders = [RunFolder.open(run) for run in runs]
+    check_format(output_format)
+    folders = [open_run(run) for run in runs]
     # The picture first: it has more ways to be refused, and then nothing is written.
     drawn = None if picture is None else write_picture(folders[0], picture)
-    print(f"The report is {write_report(folders, output)}")
+    print(f"The report is {write_report(folders, output, output_format=output_format)}")
     if drawn is not None:
         print(f"The picture is {drawn}")
 

@@ -37,6 +37,12 @@ KEYS = [
     "fkl", "rkl", "tvd", "agreement", "nll", "accuracy", "entropy", "confidence", "overconfidence", "confidence_gap",
     "entropy_gap", "target_gap", "rouge_l", "distinct_1", "distinct_2", "self_bleu",
 ]  # fmt: skip
+TEMPERATURES = [0.5, 0.7, 1.0, 1.2, 1.5]
+# Keys that a file from before the sweep does not have, with a value that is as good as any.
+NEW_KEYS = {
+    "rouge_1": 20.0, "rouge_l_best": 24.0, "bleu": 2.1, "ece": 0.04, "brier": 0.6, "tail_rkl": 2.2,
+    "tail_mass": 0.14, "overlap_10": 0.41, "rank_correlation": 0.37, "ended": 0.8, "num_answers": 96,
+}  # fmt: skip
 TEACHER_KEYS = ["fkl", "rkl", "tvd", "agreement", "overconfidence", "confidence_gap", "entropy_gap", "target_gap"]
 MakeRun = Callable[..., RunFolder]
 
@@ -55,8 +61,12 @@ def write_run(
     warmup: bool = True,
     evaluated: bool = True,
     changes: dict[str, dict[str, Any]] | None = None,
+    swept: bool = False,
 ) -> RunFolder:
-    """Write a whole run; ``changes`` maps a model to the metrics that are to differ."""
+    """Write a whole run; ``changes`` maps a model to the metrics that are to differ.
+
+    ``swept``: with intervals, the sweep over temperatures and all else that only newer files have.
+    """
     stages = [(root / "stages" / "01-warmup", "fkl", WARMUP_STEPS, 0)] if warmup else []
     for folder, name, steps, offset in [*stages, (root, objective, LAST_STEPS, WARMUP_STEPS if warmup else 0)]:
         name = name if teacher else "ce"
@@ -65,8 +75,10 @@ def write_run(
         write_jsonl(folder / "train.jsonl", _log(steps, offset, teacher))
     run = RunFolder(root)
     if evaluated:
-        write_json(run.eval_path, evaluation(teacher=teacher, warmup=warmup, changes=changes))
-        write_jsonl(run.samples_path, _samples([m for m in METRICS if _present(m, teacher, warmup)]))
+        models = [m for m in METRICS if _present(m, teacher, warmup)]
+        found = evaluation(teacher=teacher, warmup=warmup, changes=changes)
+        write_json(run.eval_path, sweep(found, models) if swept else found)
+        write_jsonl(run.samples_path, _samples(models, TEMPERATURES if swept else [1.0]))
     return run
 
 
@@ -94,6 +106,76 @@ def evaluation(*, teacher: bool = True, warmup: bool = True, changes: dict[str, 
     }
     result["timing"] = {"teacher_forced": 61.2, "generation": 158.0}
     return result
+
+
+def sweep(found: dict[str, Any], models: list[str]) -> dict[str, Any]:
+    """Give an evaluation the sections of a sweep."""
+    found["settings"] |= {"sweep": TEMPERATURES, "seeds": [0], "gamma": 0.5, "task": "generation", "protocol": None}
+    found["sweep"] = {model: [_at(found[model], t) for t in TEMPERATURES] for model in models}
+    for model in models:
+        found[model] |= NEW_KEYS
+        found[model] |= {key: found["sweep"][model][2][key] for key in ("rouge_l", "distinct_2", "self_bleu")}
+    found["intervals"] = {
+        model: {key: _around(found[model][key], 0.06) for key in ("rkl", "fkl", "agreement", "rouge_l", "distinct_2")
+                if found[model].get(key)}
+        for model in models
+    }  # fmt: skip
+    found["coverage"] = {
+        model: {"samples": [1, 2, 3, 4], "rouge_l_best": [found[model]["rouge_l"] * (1 + 0.35 * math.log(k))
+                for k in (1, 2, 3, 4)], "distinct_answers": [k**0.97 for k in (1, 2, 3, 4)]}
+        for model in models
+    }  # fmt: skip
+    edges = [i / 15 for i in range(16)]
+    bins = {model: _bins(_bell(edges, METRICS[model][7], 0.3), place) for place, model in enumerate(models)}
+    found["reliability"] = {"edges": edges, **bins, "mass": bins}
+    found["distributions"]["edges"]["target"] = [i / 30 for i in range(31)]
+    for model in models:
+        found["distributions"][model]["target"] = _bell([i / 30 for i in range(31)], METRICS[model][7] * 0.8, 0.28)
+    ranks = [1, 2, 3, 5, 10, 20, 50, 100, 200, 500]
+    steep = {"teacher": 1.7, "before": 0.1, "warmup": 1.1, "after": 1.4}
+    found["tail"] = {"ranks": ranks} | {m: [METRICS[m][7] * r ** -steep[m] / 2 for r in ranks] for m in models}
+    return found
+
+
+def _at(values: dict[str, Any], temperature: float) -> dict[str, Any]:
+    warm = temperature - 1
+    row = {
+        "sampling_temperature": temperature,
+        "rouge_l": values["rouge_l"] * (1 - 0.45 * warm),
+        "distinct_2": min(0.995, values["distinct_2"] * (1 + 0.12 * warm)),
+        "self_bleu": values["self_bleu"] * math.exp(-1.4 * warm),
+    }
+    shares = {"rouge_l": 0.08, "distinct_2": 0.01, "self_bleu": 0.08}
+    return row | {"intervals": {key: _around(row[key], share) for key, share in shares.items()}}
+
+
+def _around(value: float, share: float) -> list[float]:
+    return [value * (1 - share), value * (1 + share)]
+
+
+def _bins(counts: list[int], place: int) -> dict[str, Any]:
+    middles = [(i + 0.5) / 15 if count else None for i, count in enumerate(counts)]
+    return {"tokens": counts, "confidence": middles, "accuracy": [m and m ** (1 + 0.2 * place) for m in middles]}
+
+
+def write_pair(root: Path, **changes: Any) -> RunFolder:
+    """The folder of an outside pair: no config.yaml, and the student's own name; ``changes`` goes into the file."""
+    found = sweep(evaluation(warmup=False), ["teacher", "after"])
+    del found["before"], found["distributions"]["before"]
+    found["settings"] |= {
+        "models": {"teacher": "org/teacher", "student": "models/small"}, "data": {"path": "rows.jsonl", "rows": 100},
+        "command": ["/somewhere/bin/drkl", "evaluate", "--student", "models/small", "--teacher", "org/teacher",
+                    "--data", "rows.jsonl", "--output", "out/pair"],
+    }  # fmt: skip
+    values = {key: found["after"][key] for key in ("rouge_l", "distinct_2", "rkl")}
+    suite = {"after": values, "teacher": {"rouge_l": 23.0}, "intervals": {"after": {"rouge_l": [12.0, 14.5]}}}
+    found["suites"] = {"dolly": suite, "vicuna": {"after": values}}
+    text = json.dumps(found | changes).replace('"after"', '"student"')
+    run = RunFolder(root)
+    write_json(run.eval_path, json.loads(text))
+    rows = _samples(["teacher", "after"], TEMPERATURES)
+    write_jsonl(run.samples_path, [row | {"model": row["model"].replace("after", "student")} for row in rows])
+    return run
 
 
 def _present(model: str, teacher: bool, warmup: bool) -> bool:
@@ -158,20 +240,21 @@ def _log(steps: int, offset: int, teacher: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _samples(models: list[str]) -> list[dict[str, Any]]:
+def _samples(models: list[str], temperatures: list[float]) -> list[dict[str, Any]]:
     noise, rows = random.Random(5), []
     for number, (prompt, reference) in enumerate(PROMPTS):
         words = reference.split()
-        for model in models:
-            for sample in range(4):
-                text = reference if model == "teacher" else " ".join(noise.choices(words, k=min(30, 3 * len(words))))
-                if model == "before":
-                    text = " ".join(noise.choices(["##ule", "ivated", "of of", "\n", "Qu", "1", "the", "ĠĠ"], k=24))
-                rows.append({
-                    "model": model, "prompt_id": f"row-{number}", "prompt": prompt, "sampling_temperature": 1.0,
-                    "sample": sample, "text": "" if (number, model, sample) == (1, "warmup", 0) else text,
-                    "reference": reference, "num_tokens": 64 if model == "before" else len(text.split()) + 1,
-                })  # fmt: skip
+        for model, temperature, sample in itertools.product(models, temperatures, range(4)):
+            text = reference if model == "teacher" else " ".join(noise.choices(words, k=min(30, 3 * len(words))))
+            if model == "before":
+                text = " ".join(noise.choices(["##ule", "ivated", "of of", "\n", "Qu", "1", "the", "ĠĠ"], k=24))
+            if temperature != 1.0:
+                text = f"At {temperature}: {text}"
+            rows.append({
+                "model": model, "prompt_id": f"row-{number}", "prompt": prompt, "sampling_temperature": temperature,
+                "sample": sample, "text": "" if (number, model, sample) == (1, "warmup", 0) else text,
+                "reference": reference, "num_tokens": 64 if model == "before" else len(text.split()) + 1,
+            })  # fmt: skip
     return rows
 
 

@@ -75,7 +75,7 @@ def test_the_page_has_the_numbers_the_diagrams_and_the_texts(tmp_path: Path) -> 
 
 def test_text_and_labels_cannot_act(tmp_path: Path) -> None:
     text = page(write_run(tmp_path / "a"))
-    assert "<script" not in text and "&lt;script&gt;" in text and "\u202e" not in text and "\x00" not in text
+    assert text.count("<script") == 1 and "&lt;script&gt;" in text and "\u202e" not in text and "\x00" not in text
 
 
 def test_the_texts_are_the_disagreements_and_the_least_likely(tmp_path: Path) -> None:

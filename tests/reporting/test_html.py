@@ -1,6 +1,9 @@
+import json
 import re
 import subprocess
 import sys
+from base64 import b64encode
+from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from drkl.reporting.html import emphasise
 from drkl.reporting.record import read_run
 from drkl.reporting.samples import sample_table
 from drkl.runs import RunFolder, write_json, write_jsonl, write_yaml
-from tests.reporting.conftest import MakeRun, add_sample, write_run
+from tests.reporting.conftest import TEMPERATURES, MakeRun, add_sample, write_pair, write_run
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 HOSTILE = "<script>alert(1)</script></style></pre>--><img src=x onerror=alert(2)> & \x00 \ud800 \u202e {{ 7*7 }} `ls`"
@@ -27,6 +30,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str, str | None]] = []
         self.text = ""
+        self.scripts: list[str] = []
         self._open: list[str] = []
         self.feed(text)
         self.close()
@@ -47,7 +51,10 @@ class Page(HTMLParser):
         self._open.pop()
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self._open and self._open[-1] == "script":
+            self.scripts.append(data)
+        else:
+            self.text += data
 
     def values(self, name: str) -> list[str]:
         return [value or "" for _, attribute, value in self.attributes if attribute == name]
@@ -83,12 +90,17 @@ def test_a_whole_page(whole: str) -> None:
     assert "/somewhere" not in page.text
     assert len(whole) < 2_000_000
     assert page.tags.count("h1") == 1
-    assert page.tags.count("svg") == 4 + 3 + 6 + 3
+    assert page.values("role").count("img") == 4 + 2 + 3 + 6 + 3
 
 
 def test_the_page_needs_nothing_but_itself(whole: str) -> None:
     page = Page(whole)
-    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not {"link", "img", "iframe", "object"} & set(page.tags)
+    data, script = page.scripts
+    assert json.loads(data)["columns"][0][0] == "Teacher"
+    policy = next(value for value in page.values("content") if value.startswith("default-src 'none'"))
+    assert f"script-src 'sha256-{b64encode(sha256(script.encode()).digest()).decode()}';" in policy
+    assert "innerHTML" not in script and "eval(" not in script
     assert all(value.startswith("#") for value in (*page.values("href"), *page.values("xlink:href")))
     assert "http" not in whole.replace("http-equiv", "")
     assert "@import" not in whole
@@ -100,8 +112,97 @@ def test_ids_are_unique_and_every_figure_has_words(whole: str) -> None:
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     assert {value[1:] for value in page.values("xlink:href")} <= set(ids)
-    assert len([label for tag, name, label in page.attributes if (tag, name) == ("svg", "aria-label") and label]) == 16
+    assert len([label for tag, name, label in page.attributes if (tag, name) == ("svg", "aria-label") and label]) == 18
     assert set(page.values("aria-labelledby")) <= set(ids)
+
+
+def test_a_page_with_a_sweep_shows_what_is_new(make_run: MakeRun) -> None:
+    page = _page(make_run(swept=True))
+    assert page.values("role").count("img") == 4 + 2 + 4 + 4 + 6 + 3
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    for wanted in (
+        "Faithful and varied at once?", "At matched diversity (the teacher's Distinct-2 at temperature 1, 0.930)",
+        "the data do not decide", "The best of k answers", "What becomes of the teacher's tail", "2.39 to 2.69",
+        "Is it right as often as it is sure?", "Probability of the teacher's top token", "in the prompt picker",
+    ):  # fmt: skip
+        assert wanted in page.text, wanted
+    assert (
+        {"teacher", "before", "warmup", "after"} == set(page.values("data-series")) == set(page.values("data-toggle"))
+    )
+    assert json.loads(page.scripts[0])["temperatures"] == ["0.5", "0.7", "1", "1.2", "1.5"]
+
+
+@pytest.mark.usefixtures("sketchy")
+def test_an_outside_pair_has_a_page_without_training(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path / "pair")
+    page = _page(pair)
+    for wanted in (
+        "org/teacher", "models/small", "Student and teacher", "Suite by suite", "vicuna", "teacher 23.0",
+        "drkl evaluate --student models/small --teacher org/teacher --data rows.jsonl --output out/pair",
+        f"drkl report {pair.root}",
+    ):  # fmt: skip
+        assert wanted in page.text, wanted
+    for unwanted in ("How did it get there?", "Warm-up", "config.yaml", "/somewhere", "Is it the objective?"):
+        assert unwanted not in page.text, unwanted
+    assert [column[0] for column in json.loads(page.scripts[0])["columns"]] == ["Teacher", "Student"]
+
+
+@pytest.mark.usefixtures("sketchy")
+def test_a_pair_beside_a_run(make_run: MakeRun, tmp_path: Path) -> None:
+    page = _page(make_run(swept=True), write_pair(tmp_path / "pair"))
+    assert "models.teacher" in page.text and "These runs differ in data" in page.text
+    columns = [column[0] for column in json.loads(page.scripts[0])["columns"]]
+    assert columns == ["Teacher", "quickstart · drkl", "pair"]
+
+
+BROKEN = [None, 3, [], {}, {"after": None}, {"after": []}, {"after": [None, 3, {}]}, {"after": {"rkl": "x"}},
+          {"edges": 1, "ranks": {}, "after": {"tokens": [1], "samples": [1, "x"], "rouge_l_best": None}},
+          {"after": [{"sampling_temperature": 1e400, "rouge_l": 1}, {"sampling_temperature": 0.5, "rouge_l": None}]},
+          {"dolly": None, "vicuna": {"after": 3, "intervals": []}}]  # fmt: skip
+
+
+@pytest.mark.usefixtures("sketchy")
+@pytest.mark.parametrize("broken", BROKEN)
+def test_odd_sections_never_stop_a_report(make_run: MakeRun, broken: object) -> None:
+    run = make_run(swept=True)
+    found = json.loads(run.eval_path.read_text())
+    sections = ("intervals", "sweep", "coverage", "reliability", "distributions", "tail", "suites", "settings")
+    run.eval_path.write_text(json.dumps(found | dict.fromkeys(sections, broken)))
+    for output_format in ("html", "md", "csv"):
+        assert write_report([run, run], output_format=output_format).stat().st_size > 1_000
+
+
+@pytest.mark.usefixtures("sketchy")
+def test_a_large_evaluation_makes_a_small_page(make_run: MakeRun) -> None:
+    run = make_run(swept=True)
+    words = "<b>& a word of an answer " * 12
+    rows = [
+        {"model": model, "prompt_id": str(i), "prompt": f"prompt {i} {words}", "sampling_temperature": t, "sample": k,
+         "text": f"{words} {k}", "reference": words, "num_tokens": 60}
+        for i in range(500)
+        for model in ("teacher", "before", "warmup", "after") for t in TEMPERATURES for k in range(4)
+    ]  # fmt: skip
+    write_jsonl(run.samples_path, rows)
+    path = write_report(run)
+    assert path.stat().st_size < 5_000_000
+    page = Page(path.read_text(encoding="utf-8"))
+    assert "of the 40,000 answers" in page.text
+    prompts = json.loads(page.scripts[0])["prompts"]
+    assert all(len(column[2]) == 1 for column in prompts[-1]["answers"])
+
+
+@pytest.mark.usefixtures("sketchy")
+def test_first_answers_come_before_further_ones(make_run: MakeRun) -> None:
+    record = read_run(make_run(swept=True))
+    whole = json.loads(sample_table([record]).picker)
+    assert [len(column[2]) for column in whole["prompts"][0]["answers"]] == [4] * 4
+    table = sample_table([record], picker_budget=12_000)
+    found = json.loads(table.picker)["prompts"]
+    assert len(found) == 10
+    assert all(len(column[2]) == 1 for prompt in found for column in prompt["answers"])
+    assert "of the 800 answers and 10 of the 10 prompts" in table.picker_note
+    assert sample_table([record], picker_budget=10).picker == ""
 
 
 def test_the_same_run_gives_the_same_page(whole: str, tmp_path: Path) -> None:
@@ -119,7 +220,9 @@ def test_hostile_text_stays_text(make_run: MakeRun) -> None:
         run.env_path, run.read_env() | {"device_name": HOSTILE.replace("\ud800", ""), "command": ["drkl", "$(x)"]}
     )
     page = _page(run)
-    assert not {"script", "img"} & set(page.tags)
+    assert len(page.scripts) == page.tags.count("script") == 2 and "img" not in page.tags
+    assert not {"<", ">", "&", "\u2028", "\x00", "\u202e"} & set(page.scripts[0])
+    assert json.loads(page.scripts[0])["prompts"][0]["prompt"][0].startswith("<script>alert(1)</script></style>")
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert (
         "<script>alert(1)</script></style></pre>--><img src=x onerror=alert(2)> & ␀ [U+D800] [U+202E] {{ 7*7 }}"
@@ -141,14 +244,14 @@ def test_a_very_long_line_is_cut_with_a_note(make_run: MakeRun) -> None:
 @pytest.mark.usefixtures("sketchy")
 def test_too_many_prompts_are_named_not_shown(make_run: MakeRun) -> None:
     run = make_run()
-    table = sample_table(read_run(run), budget=20_000)
+    table = sample_table([read_run(run)], budget=20_000)
     assert 0 < len(table.shown) < 8
     assert table.left_out == 10 - len(table.shown)
     assert list(table.shown[0].answers) == ["teacher", "before", "warmup", "after"]
     row = {"model": "after", "sample": 0, "text": "word " * 250, "reference": "r", "num_tokens": 3}
     write_jsonl(run.samples_path, [{**row, "prompt_id": str(i), "prompt": "p"} for i in range(900)])
     text = write_report(run).read_text(encoding="utf-8")
-    assert len(text) < 2_000_000
+    assert len(text) < 3_000_000
     assert "would make this page too large; they are in <code>samples.jsonl</code>" in text
 
 

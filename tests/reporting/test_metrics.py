@@ -1,11 +1,11 @@
 import pytest
 
-from drkl.reporting.metrics import METRICS, best_student, value_of
-from tests.reporting.conftest import KEYS, evaluation
+from drkl.reporting.metrics import METRICS, best_student, span_of, value_of
+from tests.reporting.conftest import KEYS, NEW_KEYS, evaluation
 
 
 def test_every_number_of_the_evaluation_has_a_row() -> None:
-    assert sorted(METRICS) == sorted([*KEYS, "num_tokens"])
+    assert {*KEYS, *NEW_KEYS, "num_tokens"} <= set(METRICS)
     assert all(metric.definition and metric.title for metric in METRICS.values())
 
 
@@ -43,3 +43,11 @@ def test_the_best_student_is_named_only_if_one_is() -> None:
 @pytest.mark.parametrize("broken", [None, {}, {"after": None}, {"after": {"rkl": None}}, {"after": {"rkl": "1"}}])
 def test_a_missing_value_is_none(broken: dict | None) -> None:
     assert value_of(broken, "after", "rkl") is None
+
+
+@pytest.mark.parametrize(
+    "broken", [None, {}, {"a": 3}, {"a": {"b": None}}, {"a": {"b": [1]}}, {"a": {"b": [2, 1]}}, {"a": {"b": ["x", 1]}}]
+)
+def test_a_broken_interval_is_none(broken: object) -> None:
+    assert span_of(broken, "a", "b") is None
+    assert span_of({"a": {"b": [1, 2.5]}}, "a", "b") == (1.0, 2.5)

@@ -48,7 +48,10 @@ def answer(record: RunRecord, others: Sequence[RunRecord] = ()) -> Answer:
         return _without_teacher(record)
     makers: list[Callable[[RunRecord], Point | None]] = [_last_stage, _confidence, _variety, _quality]
     points = [point for make in makers if (point := make(record))]
-    points.append(_comparison([record, *others]) if others else _no_comparison(record))
+    if others:
+        points.append(_comparison([record, *others]))
+    elif not record.is_pair:
+        points.append(_no_comparison(record))
     points.append(_trust(record))
     verdict, headline = _headline(record)
     return Answer(verdict, headline, _TONES.get(verdict, "neutral"), points)
@@ -61,6 +64,12 @@ def _get(record: RunRecord, model: str, key: str) -> float | None:
 def _headline(record: RunRecord) -> tuple[str, str]:
     before, after = ({key: _get(record, model, key) for key in ("rkl", "fkl", "agreement")} for model in
                      ("before", "after"))  # fmt: skip
+    if record.is_pair:
+        said = [f"Its reverse KL to the teacher is {_nats(after['rkl'])}"]
+        said += [f"its forward KL {_nats(after['fkl'])}"] if after["fkl"] is not None else []
+        share = after["agreement"]
+        said += [] if share is None else [f"its top token is the teacher's on {percent(share, 0)} of held-out tokens"]
+        return "Student and teacher", f"{_joined(said)}. Only the two were evaluated, not how the student was made."
     steps = f"After {count(record.num_steps, 'step')}" if record.num_steps else "After training"
     now = _joined(
         [f"its reverse KL to the teacher is {_nats(after['rkl'])}"]
@@ -251,7 +260,11 @@ def _trust(record: RunRecord) -> Point:
         parts.append(f"{count(tokens, 'held-out token')}")
     if isinstance(prompts, int) and isinstance(samples, int):
         parts.append(f"{count(prompts, 'prompt')} with {count(samples, 'sample')} each")
-    basis = f"The numbers rest on {_joined(parts)}, and on one training seed" if parts else "One training seed"
+    once = "one student" if record.is_pair else "one training seed"
+    basis = f"The numbers rest on {_joined(parts)}, and on {once}" if parts else _capital(once)
+    if record.evaluation and isinstance(record.evaluation.get("intervals"), dict):
+        text = f"{basis}. The intervals say what other rows and prompts would change, not what another seed would."
+        return Point("How far to trust this?", text)
     return Point(
         "How far to trust this?",
         f"{basis}. Without intervals over several seeds, small differences between models or runs are not evidence.",
@@ -261,6 +274,8 @@ def _trust(record: RunRecord) -> Point:
 def unevaluated(record: RunRecord) -> Answer:
     text = f"This run has not been evaluated. `drkl evaluate {record.run.root}` measures it; then make the report anew."
     for key, title in (("rkl", "reverse KL"), ("nll", "negative log-likelihood")):
+        if not record.stages:
+            break
         curve = record.stages[-1].curve(key, heldout=True)
         if curve:
             text += (
@@ -288,7 +303,9 @@ def _without_teacher(record: RunRecord) -> Answer:
 def run_labels(records: Sequence[RunRecord]) -> list[str]:
     """A name per run, with its objective where the name does not say it; runs of the same name get a number."""
     names = [
-        record.name if record.objective in record.name.split("-") else f"{record.name} · {record.objective}"
+        record.name
+        if record.is_pair or record.objective in record.name.split("-")
+        else f"{record.name} · {record.objective}"
         for record in records
     ]
     return [f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name for i, name in enumerate(names)]

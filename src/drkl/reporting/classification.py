@@ -9,8 +9,9 @@ from typing import Any
 
 from drkl.display import as_number, number
 from drkl.reporting.answer import Answer, Point, run_labels, unevaluated
-from drkl.reporting.metrics import MODEL_TITLES, MODELS, Metric, metrics_of, value_of
-from drkl.reporting.plotting import COLORS, MUTED, Picture, new_figure, plot_style, tidy, to_svg
+from drkl.reporting.metrics import Metric, metrics_of, value_of
+from drkl.reporting.plotting import COLORS, Picture, new_figure, plot_style, tidy, to_svg
+from drkl.reporting.profiles import reliability, reliability_tables
 from drkl.reporting.record import RunRecord
 from drkl.reporting.tables import interval_of
 from drkl.reporting.text import Clipped, clip, count, percent, short
@@ -84,11 +85,10 @@ def answer(record: RunRecord, others: Sequence[RunRecord] = ()) -> Answer:
 
 def distributions(record: RunRecord) -> list[Picture]:
     """The reliability diagram, and how often each confidence occurs; student against teacher."""
-    tables = _reliability(record)
-    if "after" not in tables:
-        return []
+    tables = reliability_tables(record)
     with plot_style():
-        return [_reliability_picture(record, tables), _confidence_picture(record, tables)]
+        diagram = reliability(record)
+        return [diagram, _confidence_picture(record, tables)] if diagram else []
 
 
 def prediction_tables(record: RunRecord) -> list[PredictionTable]:
@@ -208,47 +208,6 @@ def _trust(record: RunRecord) -> Point:
     )
 
 
-def _reliability(record: RunRecord) -> dict[str, list[tuple[float, float, float | None, float | None]]]:
-    """By model, per bin: its left edge, its texts, their confidence and accuracy; only tables that are whole."""
-    found = (record.evaluation or {}).get("reliability")
-    found = found if isinstance(found, dict) else {}
-    edges = found.get("edges")
-    tables = {}
-    for model in MODELS:
-        table = found.get(model)
-        if not isinstance(edges, list) or not isinstance(table, dict):
-            continue
-        columns = [edges[:-1], *(table.get(name) for name in ("rows", "confidence", "accuracy"))]
-        if not all(isinstance(column, list) and len(column) == len(edges) - 1 for column in columns):
-            continue
-        bins = [tuple(as_number(value) for value in row) for row in zip(*columns, strict=True)]
-        if all(row[0] is not None and row[1] is not None for row in bins) and any(row[1] for row in bins):
-            tables[model] = bins
-    return tables  # type: ignore[return-value]
-
-
-def _reliability_picture(record: RunRecord, tables: Mapping[str, Any]) -> Picture:
-    figure, ax = new_figure(356, 300)
-    tidy(ax)
-    ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)))
-    for model in ("teacher", "after"):
-        bins = [row for row in tables.get(model, []) if row[1] and row[2] is not None and row[3] is not None]
-        total = sum(row[1] for row in bins)
-        x, y = [row[2] for row in bins], [row[3] for row in bins]
-        ax.plot(x, y, color=COLORS[model], linewidth=1.4, alpha=0.7)
-        ax.scatter(x, y, s=[12 + 500 * row[1] / total for row in bins], color=COLORS[model], alpha=0.55, linewidths=0)
-    ax.set_xlim(0, 1.04)
-    ax.set_ylim(0, 1.04)
-    ax.set_xlabel("confidence (max q)")
-    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    shown = ", ".join(
-        f"{MODEL_TITLES[model]} {METRICS['ece'].show(_get(record, model, 'ece'))}" for model in ("teacher", "after")
-        if model in tables
-    )  # fmt: skip
-    alt = f"Accuracy by confidence in 15 bins. Calibration error: {shown}."
-    return Picture(to_svg(figure, "reliability", alt), "Is it right as often as it is sure?", f"ECE: {shown}", alt)
-
-
 def _confidence_picture(record: RunRecord, tables: Mapping[str, Any]) -> Picture:
     figure, ax = new_figure(356, 300)
     tidy(ax)
@@ -266,7 +225,7 @@ def _confidence_picture(record: RunRecord, tables: Mapping[str, Any]) -> Picture
     ax.set_xlabel("confidence (max q)")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     shown = ", ".join(
-        f"{MODEL_TITLES[model]} {METRICS['confidence'].show(_get(record, model, 'confidence'))}"
+        f"{record.titles[model]} {METRICS['confidence'].show(_get(record, model, 'confidence'))}"
         for model in ("teacher", "after") if model in tables
     )  # fmt: skip
     alt = f"Histogram of confidence over held-out texts. Means: {shown}."

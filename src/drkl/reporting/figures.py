@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from drkl.display import as_number
-from drkl.reporting.metrics import METRICS, MODEL_TITLES, MODELS, STUDENTS, Metric, metrics_of, value_of
+from drkl.display import as_number, number
+from drkl.reporting.lines import STYLES, lines_of
+from drkl.reporting.metrics import METRICS, MODELS, STUDENTS, Metric, metrics_of, value_of
 from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, Picture, new_figure, plot_style, tidy, to_svg
 from drkl.reporting.record import Curve, RunRecord
 from drkl.reporting.text import short
@@ -30,17 +31,19 @@ def bars(record: RunRecord, key: str) -> Picture | None:
         return None
     with plot_style():
         figure, ax = new_figure(250, 26 * len(values) + 8)
-        draw_bars(ax, metric, values)
-        alt = f"{metric.title}: " + ", ".join(f"{MODEL_TITLES[m]} {metric.show(v)}" for m, v in values.items())
+        draw_bars(ax, metric, values, record.titles)
+        alt = f"{metric.title}: " + ", ".join(f"{record.titles[m]} {metric.show(v)}" for m, v in values.items())
         return Picture(to_svg(figure, f"bars-{key}", alt), metric.title, metric.definition, alt)
 
 
-def draw_bars(ax: Axes, metric: Metric, values: Mapping[str, float], *, size: float = 12) -> None:
+def draw_bars(
+    ax: Axes, metric: Metric, values: Mapping[str, float], titles: Mapping[str, str], *, size: float = 12
+) -> None:
     """Horizontal bars from zero, each with its name and value."""
     rows = list(range(len(values)))[::-1]
     shown = [value * metric.scale for value in values.values()]
     ax.barh(rows, shown, height=0.5, color=[COLORS[model] for model in values])
-    ax.set_yticks(rows, [MODEL_TITLES[model] for model in values])
+    ax.set_yticks(rows, [titles[model] for model in values])
     tidy(ax, size=size)
     ax.grid(False)
     ax.spines["bottom"].set_visible(False)
@@ -193,6 +196,7 @@ def distributions(record: RunRecord) -> list[Picture]:
         for key, title, axis in (
             ("entropy", "Entropy per token", "nats; left is sure, right is undecided"),
             ("confidence", "Probability of the top token", "max q; left is undecided, right is sure"),
+            ("target", "Probability of the teacher's top token", "q_t; the teacher's own is p_t"),
         ):
             shares = _shares(record, key)
             if "after" not in shares:
@@ -201,7 +205,9 @@ def distributions(record: RunRecord) -> list[Picture]:
             tidy(ax)
             edges = record.evaluation["distributions"]["edges"][key]  # type: ignore[index]
             for model, values in shares.items():
-                style: dict[str, Any] = {"color": COLORS[model], "linewidth": 1.4 if model == "before" else 2}
+                style: dict[str, Any] = {
+                    "color": COLORS[model], "linewidth": 1.4 if model == "before" else 2, "linestyle": STYLES[model][1]
+                }  # fmt: skip
                 if model == "teacher":
                     style = {"facecolor": COLORS[model], "edgecolor": COLORS[model], "fill": True, "alpha": 0.16}
                 ax.stairs([100 * value for value in values], edges, **style)
@@ -210,20 +216,31 @@ def distributions(record: RunRecord) -> list[Picture]:
             ax.set_xlabel(axis)
             ax.tick_params(axis="x", pad=7)
             ax.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-            means = ", ".join(
-                f"{MODEL_TITLES[m]} {METRICS[key].show(value_of(record.evaluation, m, key))}" for m in shares
-            )
-            alt = f"Histogram of {title.lower()} over held-out tokens. Means: {means}."
+            gamma = as_number(record.settings.get("gamma")) if key == "target" else None
+            if gamma is not None and 0 < gamma < 1:
+                ax.axvline(1 - gamma, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
+            means = ", ".join(f"{record.titles[m]} {number(_mean(record, m, key), 3)}" for m in shares)
+            alt = f"Histogram of {title[0].lower() + title[1:]} over held-out tokens. Means: {means}."
             pictures.append(
                 Picture(
                     to_svg(figure, f"dist-{key}", alt),
                     title,
-                    "share of held-out tokens" + ("; the teacher is filled" if "teacher" in shares else ""),
+                    "share of held-out tokens"
+                    + ("; the teacher is filled" if "teacher" in shares else "")
+                    + ("; dotted: 1 − γ" if gamma is not None else ""),
                     alt,
                 )
             )
         gaps = _gap_picture(record)
     return [*pictures, *([gaps] if gaps else [])]
+
+
+def _mean(record: RunRecord, model: str, key: str) -> float | None:
+    if key != "target":
+        return value_of(record.evaluation, model, key)
+    # E[q_t] = E[q_t - p_t] + E[p_t], and of the teacher p_t is its confidence.
+    sure, gap = (value_of(record.evaluation, m, k) for m, k in (("teacher", "confidence"), (model, "target_gap")))
+    return sure if model == "teacher" else None if sure is None or gap is None else sure + gap
 
 
 def _shares(record: RunRecord, key: str) -> dict[str, list[float]]:
@@ -268,7 +285,7 @@ def _gap_picture(record: RunRecord) -> Picture | None:
         if len(present) > 1:
             ax.plot([min(present.values()), max(present.values())], [-row, -row], color=GRID, linewidth=2, zorder=1)
         for model, value in present.items():
-            ax.plot([value], [-row], "o", markersize=9 if model == "after" else 7, color=COLORS[model],
+            ax.plot([value], [-row], STYLES[model][0], markersize=9 if model == "after" else 7, color=COLORS[model],
                     markeredgecolor=PAPER, zorder=4 if model == "after" else 3)  # fmt: skip
     ax.set_yticks([-row for row in range(len(rows))], [label for _, label in rows])
     ax.tick_params(axis="y", labelcolor=INK, labelsize=10.5)
@@ -279,7 +296,7 @@ def _gap_picture(record: RunRecord) -> Picture | None:
     ax.set_xlabel("less sure  ◂  teacher  ▸  surer")
     shown = "; ".join(
         f"{METRICS[key].title}: "
-        + ", ".join(f"{MODEL_TITLES[m]} {METRICS[key].show(values[key, m])}" for m in STUDENTS if (key, m) in values)
+        + ", ".join(f"{record.titles[m]} {METRICS[key].show(values[key, m])}" for m in STUDENTS if (key, m) in values)
         for key, _ in rows
     )
     caption = "probability by the student minus by the teacher, mean"
@@ -290,6 +307,7 @@ def run_comparison(records: Sequence[RunRecord], labels: Sequence[str]) -> list[
     """A dot per run for each of four numbers, with the teacher's where it is the yardstick."""
     pictures = []
     classifies = records[0].task == "classification"
+    lines = {line.key: line for line in lines_of(records)}
     keys = ("ece", "accuracy", "agreement", "rkl") if classifies else ("rkl", "fkl", "agreement", "entropy")
     with plot_style():
         for key in keys:
@@ -301,9 +319,9 @@ def run_comparison(records: Sequence[RunRecord], labels: Sequence[str]) -> list[
             figure, ax = new_figure(250, 26 * len(records) + 34)
             tidy(ax, grid="x")
             for row, value in enumerate(values):
-                if value is not None:
-                    ax.plot([value * metric.scale], [-row], "o", markersize=9 if row == 0 else 8, color=COLORS["after"],
-                            fillstyle="full" if row == 0 else "none", markeredgewidth=2)  # fmt: skip
+                line = lines.get(f"run-{row}")
+                if value is not None and line:
+                    ax.plot([value * metric.scale], [-row], line.marker, markersize=9, color=line.color)
             teacher = value_of(records[0].evaluation, "teacher", key)
             if metric.better == "teacher" and teacher is not None:
                 known.append(teacher)

@@ -10,7 +10,7 @@ from drkl.evaluation.declared import METRICS, Better, Group, Metric, groups_of, 
 
 __all__ = [
     "DIRECTIONS", "METRICS", "MODELS", "MODEL_TITLES", "STUDENTS", "Group", "Metric", "best_student", "groups_of",
-    "metrics_of", "value_of",
+    "metrics_of", "span_of", "value_of",
 ]  # fmt: skip
 
 MODELS = ("teacher", "before", "warmup", "after")
@@ -43,3 +43,13 @@ def value_of(evaluation: Mapping[str, Any] | None, model: str, key: str) -> floa
     """One number of ``eval.json``, or None where it is missing, null or not finite."""
     values = (evaluation or {}).get(model)
     return as_number(values.get(key)) if isinstance(values, Mapping) else None
+
+
+def span_of(table: Any, *keys: str) -> tuple[float, float] | None:
+    """An interval ``[low, high]`` under ``keys``; None where it is missing, broken or of no width."""
+    for key in keys:
+        table = table.get(key) if isinstance(table, Mapping) else None
+    if not isinstance(table, list) or len(table) != 2:
+        return None
+    low, high = (as_number(end) for end in table)
+    return (low, high) if low is not None and high is not None and low < high else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from drkl.errors import DrklError
 from drkl.reporting.figures import draw_bars, draw_curve
-from drkl.reporting.metrics import MODEL_TITLES, MODELS, metrics_of, value_of
+from drkl.reporting.metrics import MODELS, metrics_of, value_of
 from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, new_figure, plot_style
 from drkl.reporting.record import RunRecord, read_run
 from drkl.reporting.text import short
@@ -67,7 +67,7 @@ def _draw(record: RunRecord) -> Figure:
         top, bottom = axes[0][column], axes[1][column]
         unit = "%" if metric.unit == "%" else metric.unit
         if values:
-            draw_bars(top, metric, values, size=14)
+            draw_bars(top, metric, values, record.titles, size=14)
         else:
             top.axis("off")
         top.set_title(f"{metric.title}, {unit}", loc="left", fontsize=15, color=INK, fontweight="bold", pad=8)
@@ -84,7 +84,7 @@ def _head(figure: Figure, record: RunRecord) -> None:
     shown: list[str] = [model for model in ("before", "warmup", "after", "teacher") if model in record.models]
     dots = [Line2D([], [], linestyle="", marker="o", markersize=10, color=COLORS[model]) for model in shown]
     details = record.subtitles | {"teacher": ""}
-    names = [MODEL_TITLES[model] + (f": {short(details[model], 24)}" if details[model] else "") for model in shown]
+    names = [record.titles[model] + (f": {short(details[model], 24)}" if details[model] else "") for model in shown]
     figure.legend(
         dots, names, loc="upper left", bbox_to_anchor=(0.018, 0.905), borderaxespad=0, borderpad=0, ncols=len(shown),
         frameon=False, fontsize=14, labelcolor=MUTED, handlelength=1, handletextpad=0.4, columnspacing=2,

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, safe for the colour-blind; the teacher is ink, the untrained student grey.
 COLORS = {"teacher": "#1d1c1a", "before": "#98948a", "warmup": "#d98a00", "after": "#0068a8"}
+RUN_COLORS = (COLORS["after"], "#c85200", "#008a64", "#b0568c", "#6d6a00", COLORS["warmup"])
 INK, MUTED, GRID, PAPER = "#2b2a27", "#6c6860", "#e3dfd6", "#fffefb"
 
 # On the page every colour becomes a CSS variable, so that one svg serves light, dark and print.
 _VARIABLES = {
     **{color: f"var(--{model})" for model, color in COLORS.items()},
+    **{color: f"var(--run-{place})" for place, color in enumerate(RUN_COLORS) if color not in COLORS.values()},
     INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--panel)",
 }  # fmt: skip
 
@@ -89,6 +91,8 @@ def to_svg(figure: Figure, name: str, alt: str) -> Markup:
     assert box is not None
     body = re.sub(r"font-family: [^;\"]*;?\s*", "", body)
     body = re.sub(r"font: (?:[a-z0-9]+ )*([\d.]+px) [^;\"]*", r"font-size: \1", body)
+    # An artist's gid "series:KEY:N" says to which curve it belongs, so that the page's script can hide it.
+    body = re.sub(r'\bid="series:([\w-]+):(\d+)"', r'data-series="\1" id="series-\1-\2"', body)
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r'(url\(#|href="#)', rf"\1{name}-", body)
     for color, variable in _VARIABLES.items():

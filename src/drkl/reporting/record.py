@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from drkl.display import as_number
 from drkl.errors import DrklError
-from drkl.reporting.metrics import MODELS
+from drkl.reporting.metrics import MODEL_TITLES, MODELS
 from drkl.reporting.text import short
 from drkl.runs import RunFolder, read_json, read_jsonl, read_text
 
@@ -67,13 +68,24 @@ class RunRecord:
     predictions: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def is_pair(self) -> bool:
+        """Whether this is only an evaluation of two models that somebody else trained: there is no ``config.yaml``."""
+        return not self.stages
+
+    @property
     def name(self) -> str:
         return short(str(self.section("run").get("name") or self.run.name), 60)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """How it was evaluated."""
+        return _mapping((self.evaluation or {}).get("settings"))
+
+    @property
     def task(self) -> str:
         """``classification``, or ``generation`` for anything else."""
-        return "classification" if self.config.get("task") == "classification" else "generation"
+        said = (self.settings if self.is_pair else self.config).get("task")
+        return "classification" if said == "classification" else "generation"
 
     @property
     def objective(self) -> str:
@@ -81,15 +93,26 @@ class RunRecord:
 
     @property
     def has_teacher(self) -> bool:
-        return bool(self.config.get("teacher"))
+        return "teacher" in self.models if self.is_pair else bool(self.config.get("teacher"))
 
     @property
     def teacher(self) -> str | None:
-        return short(str(self.section("teacher").get("model", "teacher")), 60) if self.has_teacher else None
+        named = (
+            _mapping(self.settings.get("models")) if self.is_pair else {"teacher": self.section("teacher").get("model")}
+        )
+        return short(str(named.get("teacher") or "teacher"), 60) if self.has_teacher else None
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """The models' names on the page."""
+        return MODEL_TITLES | ({"after": "Student"} if self.is_pair else {})
 
     @property
     def subtitles(self) -> dict[str, str]:
         """What each model is, in a word or two."""
+        if self.is_pair:
+            student = short(str(_mapping(self.settings.get("models")).get("after") or ""), 60)
+            return {"teacher": self.teacher or "", "before": "", "warmup": "", "after": student}
         starts = {"prune": "pruned, untrained", "random": "random weights", "pretrained": "as loaded"}
         return {
             "teacher": self.teacher or "",
@@ -104,7 +127,7 @@ class RunRecord:
 
     @cached_property
     def config_text(self) -> str:
-        return read_text(self.run.config_path)
+        return "" if self.is_pair else read_text(self.run.config_path)
 
     @property
     def models(self) -> list[str]:
@@ -114,6 +137,16 @@ class RunRecord:
     def section(self, name: str) -> dict[str, Any]:
         """A section of the configuration; empty where it is null or not a mapping."""
         return _mapping(self.config.get(name))
+
+
+def open_run(path: str | Path) -> RunFolder:
+    """A run folder, or the folder into which `drkl evaluate --student ... --teacher ...` wrote.
+
+    Raises:
+        DrklError: it is neither.
+    """
+    folder = RunFolder(Path(path))
+    return folder if folder.eval_path.is_file() and not folder.config_path.is_file() else RunFolder.open(path)
 
 
 def read_run(run: RunFolder) -> RunRecord:
@@ -132,15 +165,26 @@ def read_run(run: RunFolder) -> RunRecord:
         [row for row in read_jsonl(path) if isinstance(row, dict)] if path.is_file() else []
         for path in (run.samples_path, run.predictions_path)
     )
+    if evaluation is not None and "student" in evaluation and "after" not in evaluation:
+        evaluation = _student_as_after(evaluation)
+        samples = [row | {"model": "after"} if row.get("model") == "student" else row for row in samples]
+    trained = run.config_path.is_file()
     return RunRecord(
         run=run,
-        config=run.read_config(),
+        config=run.read_config() if trained else {},
         env=_mapping(run.read_env()),
-        stages=_read_stages(run),
+        stages=_read_stages(run) if trained else [],
         evaluation=evaluation,
         samples=samples,
         predictions=predictions,
     )
+
+
+def _student_as_after(value: Any, depth: int = 0) -> Any:
+    # Models are keys of the file itself, of its sections, and of what those hold by name ("mass", a suite).
+    if not isinstance(value, dict) or depth > 3:
+        return value
+    return {"after" if key == "student" else key: _student_as_after(one, depth + 1) for key, one in value.items()}
 
 
 def _read_stages(run: RunFolder) -> list[Stage]:

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drkl.display import ABSENT, as_number
+from drkl.display import ABSENT
 from drkl.reporting.answer import run_labels
 from drkl.reporting.metrics import (
     DIRECTIONS,
-    MODEL_TITLES,
     Metric,
     best_student,
     groups_of,
     metrics_of,
+    span_of,
     value_of,
 )
 from drkl.reporting.record import RunRecord
@@ -23,13 +23,18 @@ from drkl.reporting.text import short
 
 @dataclass(frozen=True)
 class Cell:
-    """One number; ``best`` marks the student nearest to ideal, ``interval`` says how exact the number is."""
+    """One number; ``best`` marks the student nearest to ideal, ``interval`` says how exact the number is.
+
+    ``value`` is what a column is sorted by, ``beside`` another model's number for the eye.
+    """
 
     model: str
     title: str
     text: str
     best: bool = False
     interval: str = ""
+    value: float | None = None
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Row:
     cells: list[Cell]
     change: str = ""
     verdict: str = ""
+    change_value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,15 @@ class RowGroup:
 
     title: str
     note: str
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class SuiteTable:
+    """A model's numbers on several sets of prompts; cells in the order of ``names``."""
+
+    title: str
+    names: list[str]
     rows: list[Row]
 
 
@@ -87,34 +102,60 @@ def _row(record: RunRecord, metric: Metric) -> Row:
     cells = [
         Cell(
             model,
-            MODEL_TITLES[model],
+            record.titles[model],
             metric.show(value_of(evaluation, model, metric.key)),
             model == best,
             interval_of(record, model, metric),
+            value_of(evaluation, model, metric.key),
         )
         for model in record.models
     ]
     # Without a teacher's value there is no better and worse for what should be like the teacher's.
     aimless = metric.better == "teacher" and value_of(evaluation, "teacher", metric.key) is None
     arrow, direction = DIRECTIONS["none" if aimless else metric.better]
-    change, verdict, base = "", "", change_from(record)
+    change, verdict, base, moved = "", "", change_from(record), None
     if base and metric.better != "none":
         old, new = (value_of(evaluation, model, metric.key) for model in (base, "after"))
         if old is not None and new is not None:
-            change = metric.show(new - old, signed=True)
+            moved = new - old
+            change = metric.show(moved, signed=True)
             verdict = metric.verdict(old, new, value_of(evaluation, "teacher", metric.key)) or ""
-    return Row(metric, arrow, direction, cells, change, verdict)
+    return Row(metric, arrow, direction, cells, change, verdict, moved)
 
 
 def interval_of(record: RunRecord, model: str, metric: Metric) -> str:
     """The interval of one number as "85.1 to 87.6"; empty where there is none (or of no width)."""
-    found: Any = (record.evaluation or {}).get("intervals")
-    for key in (model, metric.key):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    ends = [as_number(end) for end in found] if isinstance(found, list) else []
-    if len(ends) != 2 or None in ends or ends[0] == ends[1]:
-        return ""
-    return f"{metric.show(ends[0])} to {metric.show(ends[1])}"
+    return _span_text(metric, span_of(record.evaluation, "intervals", model, metric.key))
+
+
+def _span_text(metric: Metric, span: tuple[float, float] | None) -> str:
+    return f"{metric.show(span[0])} to {metric.show(span[1])}" if span else ""
+
+
+def suite_tables(records: Sequence[RunRecord]) -> list[SuiteTable]:
+    """Per run, its trained student on each suite, the teacher's number beside; only where ``eval.json`` has suites."""
+    tables = []
+    for record, label in zip(records, run_labels(records), strict=True):
+        found = (record.evaluation or {}).get("suites")
+        suites = {name: one for name, one in found.items() if isinstance(one, dict)} if isinstance(found, dict) else {}
+        rows = []
+        for metric in metrics_of(record.task).values():
+            cells = [_suite_cell(short(str(name)), one, metric) for name, one in suites.items()]
+            if any(cell.text != ABSENT for cell in cells):
+                arrow, direction = DIRECTIONS[metric.better]
+                rows.append(Row(metric, arrow, direction, cells))
+        if rows:
+            tables.append(SuiteTable(label, [short(str(name)) for name in suites], rows))
+    return tables
+
+
+def _suite_cell(name: str, suite: Mapping[str, Any], metric: Metric) -> Cell:
+    value, teacher = (value_of(suite, model, metric.key) for model in ("after", "teacher"))
+    interval = _span_text(metric, span_of(suite, "intervals", "after", metric.key))
+    # At zero distance from itself the teacher says nothing.
+    of_teacher = teacher is not None and metric.better in ("teacher", "higher", "lower") and teacher not in (0.0, 1.0)
+    beside = f"teacher {metric.show(teacher)}" if of_teacher else ""
+    return Cell("after", name, metric.show(value), False, interval, value, beside)
 
 
 def run_table(records: Sequence[RunRecord]) -> RunTable:
@@ -129,10 +170,18 @@ def run_table(records: Sequence[RunRecord]) -> RunTable:
         rounded = [None if one is None else round(one * metric.scale, metric.digits) for one in away]
         known = [one for one in rounded if one is not None]
         alone = len(known) > 1 and known.count(min(known)) == 1
-        teacher = metric.show(value_of(records[0].evaluation, "teacher", metric.key))
-        cells = [Cell("teacher", "Teacher", teacher)]
+        teacher = value_of(records[0].evaluation, "teacher", metric.key)
+        of_teacher = interval_of(records[0], "teacher", metric)
+        cells = [Cell("teacher", "Teacher", metric.show(teacher), False, of_teacher, teacher)]
         cells += [
-            Cell("after", label, metric.show(value), alone and one == min(known), interval_of(record, "after", metric))
+            Cell(
+                "after",
+                label,
+                metric.show(value),
+                alone and one == min(known),
+                interval_of(record, "after", metric),
+                value,
+            )
             for label, value, one, record in zip(labels, values, rounded, records, strict=True)
         ]
         if any(value is not None for value in values):
@@ -142,18 +191,28 @@ def run_table(records: Sequence[RunRecord]) -> RunTable:
 
 
 def _differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    flat = [_flatten(record.config) for record in records]
+    flat = _compared(records)
     keys = dict.fromkeys(key for one in flat for key in one if key not in ("run.name", "run.dir"))
     rows = [(key, [one.get(key, ABSENT) for one in flat]) for key in keys]
     return [(key, [short(value, 60) for value in values]) for key, values in rows if len(set(values)) > 1]
 
 
+def _compared(records: Sequence[RunRecord]) -> list[dict[str, str]]:
+    """The configurations; where a pair has none, the settings of all evaluations."""
+    if not any(record.is_pair for record in records):
+        return [_flatten(record.config) for record in records]
+    told = ("definitions", "versions", "command", "decoding", "intervals")
+    return [_flatten({k: v for k, v in record.settings.items() if k not in told}) for record in records]
+
+
 def _warning(records: Sequence[RunRecord]) -> str:
     """What makes numbers of different runs incomparable."""
-    flat = [_flatten(record.config) for record in records]
+    flat = _compared(records)
+    pairs = any(record.is_pair for record in records)
+    sections = ("data", "prompts", "samples_per_prompt", "sampling_temperature", "max_new_tokens", "protocol", "suites")
     different = [
-        section
-        for section in ("teacher", "data", "evaluation")
+        section.replace("_", " ")
+        for section in (sections if pairs else ("teacher", "data", "evaluation"))
         if len({repr({k: v for k, v in one.items() if k.split(".")[0] == section}) for one in flat}) > 1
     ]
     if any(record.evaluation is None for record in records):
