@@ -296,13 +296,17 @@ def _progress_bars() -> Iterator[Any]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns) as progress:
+    progress = Progress(*columns)
+    progress.disable = not progress.console.is_terminal
+    with progress:
         tasks: dict[str, Any] = {}
 
         def on_progress(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=total)
             progress.update(tasks[what], completed=done)
+            if done >= total and not progress.console.is_terminal:  # a log shows no bars before the end
+                print(f"{what}: done", flush=True)
 
         yield on_progress
 
