@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "drkl"
 # Left to right: a file imports only from its own room and from those before it.
 ORDER = (
     "errors _version display runs objectives losses data models teachers training evaluation analysis reporting "
-    "studies config cli __main__"
+    "studies config terminal cli __main__"
 ).split()
 
 MODULES = sorted(SOURCE.rglob("*.py"))

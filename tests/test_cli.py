@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from drkl import OBJECTIVES, __version__
-from drkl.cli import _printable
 from drkl.config import describe_keys
 from drkl.evaluation.declared import KEYS
+from drkl.terminal import printable
 from drkl.training import checks
 from tests.command_line import Cli
 from tests.models import tiny
@@ -321,7 +321,7 @@ def test_an_empty_prompt(cli: Cli, recipe: Path, tmp_path: Path) -> None:
 
 
 def test_model_output_cannot_steer_the_terminal() -> None:
-    assert _printable("a\x1b[2Jb\x07\nü\u202e") == "a\ufffd[2Jb\ufffd\nü\ufffd"
+    assert printable("a\x1b[2Jb\x07\nü\u202e") == "a\ufffd[2Jb\ufffd\nü\ufffd"
 
 
 def test_the_real_program_ends_with_two_and_no_traceback(tmp_path: Path) -> None:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from drkl._version import __version__
 from drkl.errors import DrklError
-
-if TYPE_CHECKING:
-    from drkl.training.run import Listener
+from drkl.terminal import TrainingProgress, print_evaluation, print_side_by_side, printable, progress_bars
 
 app = typer.Typer(
     name="drkl",
@@ -107,64 +103,9 @@ def _relocated(config: Any, folder: Path) -> Any:
 def _distill(config: Any, mode: Any) -> None:
     from drkl.training.run import distill as train
 
-    with _training_progress() as listener:
+    with TrainingProgress() as listener:
         run = train(config.specs(), mode=mode, listener=listener)
     print(f"The student is in {run.student_path}. Next: drkl evaluate {run.root}")
-
-
-class _TrainingProgress:
-    """A progress bar for the stage that runs, and a line for every held-out loss."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._console = Console(highlight=False)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=self._console,
-        )
-        self._task: Any = None
-        self._last_heldout: Any = None
-
-    def __enter__(self) -> Listener:
-        from drkl.training.run import Listener
-
-        self._progress.__enter__()
-        return Listener(self._say, self._on_stage, self._on_progress)
-
-    def __exit__(self, *exc: Any) -> None:
-        self._progress.__exit__(*exc)
-
-    def _say(self, text: str) -> None:
-        self._console.print(text, markup=False)
-
-    def _on_stage(self, spec: Any, number: int, of: int) -> None:
-        if self._task is not None:
-            self._progress.stop_task(self._task)
-        name = spec.folder.name if of == 1 or number < of else f"{spec.folder.name} (last stage)"
-        label = f"{name}: {spec.objective.name}"
-        self._task = self._progress.add_task(label, total=spec.training.max_steps, numbers="")
-
-    def _on_progress(self, step: int, of: int, newest: dict[str, float]) -> None:
-        shown = [f"{key} {newest[key]:.3f}" for key in ("loss", "fkl", "rkl") if key in newest]
-        if "tokens_per_second" in newest:
-            shown.append(f"{newest['tokens_per_second']:.0f} tokens/s")
-        self._progress.update(self._task, completed=step, total=of, numbers="  ".join(shown))
-        heldout = (step, newest.get("eval_loss"))
-        if "eval_loss" in newest and heldout[1] != (self._last_heldout or (0, None))[1]:
-            self._last_heldout = heldout
-            keys = ("loss", "fkl", "rkl", "agreement", "student_entropy", "teacher_entropy")
-            numbers = "  ".join(f"{k} {newest[f'eval_{k}']:.3f}" for k in keys if f"eval_{k}" in newest)
-            self._say(f"  step {step}: held-out {numbers}")
-
-
-def _training_progress() -> _TrainingProgress:
-    return _TrainingProgress()
 
 
 def _print_estimate(plan: dict[str, Any]) -> None:
@@ -255,11 +196,11 @@ def evaluate(
     else:
         target, settings = command.output_folder(output), command.default_settings()
         inputs = command.pair(str(student), suites, protocol, dtype, device, pair)
-    with _progress_bars() as on_progress:
+    with progress_bars() as on_progress:
         evaluation, keys = command.run(
             inputs, flags.applied(settings), target, fresh=fresh, argv=sys.argv[1:], on_progress=on_progress
         )
-    _print_evaluation(evaluation, keys)
+    print_evaluation(evaluation, keys)
     print(f"Written: {target.eval_path}. Next: drkl report {target.root}")
 
 
@@ -280,66 +221,6 @@ def _check_finished(folder: Any) -> None:
         raise DrklError(
             f"The run {str(folder.root)!r} has no student yet; `drkl distill --resume {folder.root}` goes on with it."
         )
-
-
-@contextmanager
-def _progress_bars() -> Iterator[Any]:
-    """A bar for every part of the work, with the time it took and the time it will take."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    progress = Progress(*columns)
-    progress.disable = not progress.console.is_terminal
-    with progress:
-        tasks: dict[str, Any] = {}
-
-        def on_progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done)
-            if done >= total and not progress.console.is_terminal:  # a log shows no bars before the end
-                print(f"{what}: done", flush=True)
-
-        yield on_progress
-
-
-def _print_evaluation(evaluation: dict[str, Any], keys: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from drkl.evaluation.declared import metrics_of
-    from drkl.evaluation.measure import MODELS
-
-    metrics = metrics_of(evaluation["settings"].get("task", "generation"))
-    models = [name for name in MODELS if name in evaluation]
-    console = Console()
-    table = Table("metric", *models)
-    for key in keys:
-        if any(evaluation[model][key] is not None for model in models):
-            table.add_row(key, *(metrics[key].show(evaluation[model][key]) for model in models))
-    console.print(table)
-    shown = ("rouge_l", "rouge_l_best", "distinct_2", "self_bleu", "repetition")
-    if sweep := evaluation.get("sweep"):
-        swept = Table("sampling temperature", "model", *shown)
-        for model, rows in sweep.items():
-            for row in rows:
-                swept.add_row(f"{row['sampling_temperature']:g}", model, *(metrics[k].show(row[k]) for k in shown))
-        console.print(swept)
-    if suites := evaluation.get("suites"):
-        per_suite = Table("suite", "model", "rouge_l", "rkl", "fkl", "agreement", "entropy")
-        for suite, found in suites.items():
-            for model in models:
-                cells = (metrics[k].show(found[model][k]) for k in ("rouge_l", "rkl", "fkl", "agreement", "entropy"))
-                per_suite.add_row(suite, model, *cells)
-        console.print(per_suite)
 
 
 @app.command()
@@ -438,7 +319,7 @@ def generate(
     quiet_transformers()
     models, tokenizer, device = evaluation_models(_relocated(config, folder.root).specs(), ("teacher", "after"))
     if config.task == "classification":
-        _print_side_by_side(_classify(prompt, models, tokenizer, device, config.data.max_tokens))
+        print_side_by_side(_classify(prompt, models, tokenizer, device, config.data.max_tokens))
         return
     answers = {}
     for name, load in models.items():
@@ -460,7 +341,7 @@ def generate(
             greedy=greedy,
         )
         answers["student" if name == "after" else name] = [answer.text for answer in found[0]]
-    _print_side_by_side(answers)
+    print_side_by_side(answers)
 
 
 def _classify(prompt: str, models: Any, tokenizer: Any, device: Any, max_tokens: int) -> dict[str, list[str]]:
@@ -471,22 +352,6 @@ def _classify(prompt: str, models: Any, tokenizer: Any, device: Any, max_tokens:
         found = most_probable(load().to(device).eval(), tokenizer, prompt, max_tokens=max_tokens)
         answers["student" if name == "after" else name] = ["\n".join(f"{p:.3f}  {label}" for label, p in found)]
     return answers
-
-
-def _print_side_by_side(answers: dict[str, list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*answers, show_lines=True)
-    for texts in zip(*answers.values(), strict=True):
-        table.add_row(*(Text(_printable(text)) for text in texts))
-    Console().print(table)
-
-
-def _printable(text: str) -> str:
-    """Model output without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 @app.command()
@@ -515,9 +380,9 @@ def data(
     console = Console(highlight=False)
     for section in dict.fromkeys(spec.data for spec in specs):
         if classes is not None:
-            print_labelled(section, tokenizer, classes, console, _printable)
+            print_labelled(section, tokenizer, classes, console, printable)
             continue
-        print_surveys(survey(section, tokenizer, encoder_decoder=apart), tokenizer, console, _printable)
+        print_surveys(survey(section, tokenizer, encoder_decoder=apart), tokenizer, console, printable)
 
 
 @app.command()
