@@ -105,6 +105,7 @@ class Store:
             os.close(handle)
             try:
                 save_file(tensors, temporary)
+                os.chmod(temporary, 0o644)  # mkstemp's own is for its user alone; a cache may be shared
                 os.replace(temporary, path)
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)

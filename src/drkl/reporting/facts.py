@@ -72,7 +72,8 @@ def data_of(record: RunRecord) -> list[tuple[str, str]]:
     """Where the rows came from, and how many were left out."""
     if record.is_pair:
         known = _mapping(record.settings.get("data"))
-        return [(short(str(key)).replace("_", " "), short(str(value), 120)) for key, value in known.items()]
+        filled = {key: value for key, value in known.items() if value not in (None, [], {})}
+        return [(short(str(key)).replace("_", " "), short(str(value), 120)) for key, value in filled.items()]
     data = _mapping(record.env.get("data"))
     rows = []
     for key, title in (("train_rows", "Training rows"), ("heldout_rows", "Held-out rows")):
