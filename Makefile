@@ -6,6 +6,8 @@ STAMP := $(VENV)/.drkl-setup
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 RECIPE := recipes/quickstart.yaml
 RUN := runs/quickstart
+# How `make compare` evaluates: more prompts and temperatures than the demo takes time for.
+SWEEP := --prompts 24 --sweep 0.5,0.7,1.0,1.2,1.5
 # What `make bench` times at a vocabulary of 151,936, and at 16,384 positions for the memory.
 WIDE := floor "eager rkl" "fused fkl" "fused rkl" "fused gjs" "fused akl" "fused ab" "fused drkl" "fused drkl, stats" \
 	"trl rkl" "liger rkl"
@@ -56,8 +58,10 @@ compare: setup ## after `make demo`: reverse and forward KL in DRKL's place, fro
 	for name in rkl fkl; do \
 	  $(BIN)/drkl distill --overwrite $(RECIPE) run.name=$(notdir $(RUN))-$$name objective.name=$$name stages=[] \
 	    student.init=pretrained student.layers=null student.model=$(RUN)/stages/01-warmup/student && \
-	  $(BIN)/drkl evaluate $(RUN)-$$name || exit; done
+	  $(BIN)/drkl evaluate $(RUN)-$$name $(SWEEP) || exit; done
+	$(BIN)/drkl evaluate $(RUN) $(SWEEP)
 	$(BIN)/drkl report $(RUN) $(RUN)-rkl $(RUN)-fkl --output runs/comparison.html
+	for name in rkl fkl; do $(BIN)/drkl compare $(RUN) $(RUN)-$$name || exit; done
 	@echo "The report: $(CURDIR)/runs/comparison.html"
 
 test: setup ## the default tests
