@@ -15,7 +15,7 @@ from drkl.reporting import figures, write_report
 from drkl.reporting.html import emphasise
 from drkl.reporting.record import read_run
 from drkl.reporting.samples import sample_table
-from drkl.runs import RunFolder, write_json, write_jsonl, write_yaml
+from drkl.runs import RunFolder, read_json, write_json, write_jsonl, write_yaml
 from tests.reporting.conftest import TEMPERATURES, MakeRun, add_sample, write_pair, write_run
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -302,6 +302,15 @@ def test_runs_that_are_not_comparable_are_called_so(make_run: MakeRun) -> None:
     config["evaluation"]["sampling_temperature"] = 0.5
     write_yaml(other.config_path, config)
     assert "These runs differ in evaluation" in _page(first, other).text
+    # What an evaluation says it used decides, where all say it, and not what a configuration planned.
+    for run in (first, other):
+        evaluation = read_json(run.eval_path)
+        evaluation["settings"]["seeds"] = [0]
+        write_json(run.eval_path, evaluation)
+    assert "These runs differ" not in _page(first, other).text
+    evaluation["settings"]["max_new_tokens"] = 32
+    write_json(other.eval_path, evaluation)
+    assert "These runs differ in max new tokens: their numbers" in _page(first, other).text
     assert "Not every run has been evaluated" in _page(first, make_run("new", evaluated=False)).text
 
 

@@ -207,19 +207,32 @@ def _compared(records: Sequence[RunRecord]) -> list[dict[str, str]]:
 
 def _warning(records: Sequence[RunRecord]) -> str:
     """What makes numbers of different runs incomparable."""
-    flat = _compared(records)
+    flat = [_flatten(record.config) for record in records]
+    used = [_flatten(record.settings) for record in records]
     pairs = any(record.is_pair for record in records)
-    sections = ("data", "prompts", "samples_per_prompt", "sampling_temperature", "max_new_tokens", "protocol", "suites")
-    different = [
-        section.replace("_", " ")
-        for section in (sections if pairs else ("teacher", "data", "evaluation"))
-        if len({repr({k: v for k, v in one.items() if k.split(".")[0] == section}) for one in flat}) > 1
-    ]
+    # What was used is in eval.json; a configuration may have been written before a setting was there.
+    known = pairs or all("seeds" in record.settings for record in records)
+    different = [] if pairs else _differing(flat, ("teacher", "data"))
+    different += _differing(used, _MEASURED) if known else _differing(flat, ("evaluation",))
     if any(record.evaluation is None for record in records):
         return "Not every run has been evaluated; `drkl evaluate RUN` does that."
     if different:
-        return f"These runs differ in {' and '.join(different)}: their numbers are not measured on the same thing."
+        named = " and ".join(dict.fromkeys(different))
+        return f"These runs differ in {named}: their numbers are not measured on the same thing."
     return ""
+
+
+_MEASURED = (
+    "data", "prompts", "samples_per_prompt", "sampling_temperature", "max_new_tokens", "seeds", "protocol", "suites",
+)  # fmt: skip
+
+
+def _differing(flat: Sequence[Mapping[str, str]], sections: Sequence[str]) -> list[str]:
+    return [
+        section.replace("_", " ")
+        for section in sections
+        if len({repr({k: v for k, v in one.items() if k.split(".")[0] == section}) for one in flat}) > 1
+    ]
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
