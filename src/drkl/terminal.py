@@ -1,0 +1,137 @@
+"""What the command line shows: bars while it works, tables at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from drkl.training.run import Listener
+
+
+class TrainingProgress:
+    """A progress bar for the stage that runs, and a line for every held-out loss."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self._console,
+        )
+        self._task: Any = None
+        self._last_heldout: Any = None
+
+    def __enter__(self) -> Listener:
+        from drkl.training.run import Listener
+
+        self._progress.__enter__()
+        return Listener(self._say, self._on_stage, self._on_progress)
+
+    def __exit__(self, *exc: Any) -> None:
+        self._progress.__exit__(*exc)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def _on_stage(self, spec: Any, number: int, of: int) -> None:
+        if self._task is not None:
+            self._progress.stop_task(self._task)
+        name = spec.folder.name if of == 1 or number < of else f"{spec.folder.name} (last stage)"
+        label = f"{name}: {spec.objective.name}"
+        self._task = self._progress.add_task(label, total=spec.training.max_steps, numbers="")
+
+    def _on_progress(self, step: int, of: int, newest: dict[str, float]) -> None:
+        shown = [f"{key} {newest[key]:.3f}" for key in ("loss", "fkl", "rkl") if key in newest]
+        if "tokens_per_second" in newest:
+            shown.append(f"{newest['tokens_per_second']:.0f} tokens/s")
+        self._progress.update(self._task, completed=step, total=of, numbers="  ".join(shown))
+        heldout = (step, newest.get("eval_loss"))
+        if "eval_loss" in newest and heldout[1] != (self._last_heldout or (0, None))[1]:
+            self._last_heldout = heldout
+            keys = ("loss", "fkl", "rkl", "agreement", "student_entropy", "teacher_entropy")
+            numbers = "  ".join(f"{k} {newest[f'eval_{k}']:.3f}" for k in keys if f"eval_{k}" in newest)
+            self._say(f"  step {step}: held-out {numbers}")
+
+
+@contextmanager
+def progress_bars() -> Iterator[Any]:
+    """A bar for every part of the work, with the time it took and the time it will take."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    progress = Progress(*columns)
+    progress.disable = not progress.console.is_terminal
+    with progress:
+        tasks: dict[str, Any] = {}
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+            if done >= total and not progress.console.is_terminal:  # a log shows no bars before the end
+                print(f"{what}: done", flush=True)
+
+        yield on_progress
+
+
+def print_evaluation(evaluation: dict[str, Any], keys: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from drkl.evaluation.declared import metrics_of
+    from drkl.evaluation.measure import MODELS
+
+    metrics = metrics_of(evaluation["settings"].get("task", "generation"))
+    models = [name for name in MODELS if name in evaluation]
+    console = Console()
+    table = Table("metric", *models)
+    for key in keys:
+        if any(evaluation[model][key] is not None for model in models):
+            table.add_row(key, *(metrics[key].show(evaluation[model][key]) for model in models))
+    console.print(table)
+    shown = ("rouge_l", "rouge_l_best", "distinct_2", "self_bleu", "repetition")
+    if sweep := evaluation.get("sweep"):
+        swept = Table("sampling temperature", "model", *shown)
+        for model, rows in sweep.items():
+            for row in rows:
+                swept.add_row(f"{row['sampling_temperature']:g}", model, *(metrics[k].show(row[k]) for k in shown))
+        console.print(swept)
+    if suites := evaluation.get("suites"):
+        per_suite = Table("suite", "model", "rouge_l", "rkl", "fkl", "agreement", "entropy")
+        for suite, found in suites.items():
+            for model in models:
+                cells = (metrics[k].show(found[model][k]) for k in ("rouge_l", "rkl", "fkl", "agreement", "entropy"))
+                per_suite.add_row(suite, model, *cells)
+        console.print(per_suite)
+
+
+def print_side_by_side(answers: dict[str, list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*answers, show_lines=True)
+    for texts in zip(*answers.values(), strict=True):
+        table.add_row(*(Text(printable(text)) for text in texts))
+    Console().print(table)
+
+
+def printable(text: str) -> str:
+    """Model output without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
