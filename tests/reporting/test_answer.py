@@ -25,6 +25,18 @@ def test_the_answer_has_the_numbers(make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize(
+    ("gap", "words"),
+    [(0.15, "it is surer than right, by 0.15 (calibration error 0.16; the teacher's 0.06)"),
+     (-0.2, "it is less sure than right, by 0.20"), (0.004, "it is as sure as it is right")],
+)  # fmt: skip
+def test_sureness_is_held_against_the_observed_tokens_too(make_run: MakeRun, gap: float, words: str) -> None:
+    changes = {"after": {"calibration_gap": gap, "ece": 0.16}, "teacher": {"ece": 0.06}}
+    assert words in _point(answer(read_run(make_run(changes=changes))), "overconfident")
+    changes["after"] = {"calibration_gap": None, "ece": None}
+    assert "people wrote" not in _point(answer(read_run(make_run(changes=changes))), "overconfident")
+
+
+@pytest.mark.parametrize(
     ("after", "verdict"),
     [
         ({"rkl": 12.0, "fkl": 9.5, "agreement": 0.02}, "Not closer"),

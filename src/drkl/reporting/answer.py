@@ -144,7 +144,21 @@ def _confidence(record: RunRecord) -> Point | None:
         )
     if not any(sign > 0 for sign in known):
         text += " Its distributions are not too sharp, so this run cannot show an objective curing that."
+    text += _deserved(record)
     return Point("Is the student overconfident?", text)
+
+
+def _deserved(record: RunRecord) -> str:
+    """Its sureness against how often it is right; empty for an older evaluation."""
+    gap, error, teacher = (
+        _get(record, model, key) for model, key in (("after", "calibration_gap"), ("after", "ece"), ("teacher", "ece"))
+    )
+    if gap is None or error is None:
+        return ""
+    way = {1: f"surer than right, by {number(gap)}", 0: "as sure as it is right",
+           -1: f"less sure than right, by {number(-gap)}"}[_sign(gap, SAME_SHARE) or 0]  # fmt: skip
+    beside = "" if teacher is None else f"; the teacher's {number(teacher)}"
+    return f" Against the tokens that people wrote it is {way} (calibration error {number(error)}{beside})."
 
 
 def _confidence_verdict(signs: Sequence[int]) -> str:
