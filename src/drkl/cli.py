@@ -195,7 +195,7 @@ def evaluate(
         target = folder if output is None else command.output_folder(output)
     else:
         target, settings = command.output_folder(output), command.default_settings()
-        inputs = command.pair(str(student), suites, protocol, dtype, device, pair)
+        inputs = command.pair(str(student), suites, flags.applied(settings), protocol, dtype, device, pair)
     with progress_bars() as on_progress:
         evaluation, keys = command.run(
             inputs, flags.applied(settings), target, fresh=fresh, argv=sys.argv[1:], on_progress=on_progress

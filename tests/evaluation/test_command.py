@@ -69,8 +69,7 @@ def test_other_families(cli: Cli, tmp_path: Path, family: str) -> None:
     teacher = tiny.save(make(0), tmp_path / "teacher")
     data = tiny_runs.write_rows(tmp_path / "rows.jsonl", 6)
     out = tmp_path / "out"
-    done = cli("evaluate", "--student", student, "--teacher", teacher, "--data", data, "--output", out, *QUICK,
-               "--max-prompt-tokens", 40, "--max-tokens", 80)  # fmt: skip
+    done = cli("evaluate", "--student", student, "--teacher", teacher, "--data", data, "--output", out, *QUICK)
     assert done.code == 0, done.err
     assert read(out)["student"]["rkl"] > 0
 
@@ -219,3 +218,14 @@ def test_killed_and_started_again(pair: dict[str, Path], tmp_path: Path, moment:
         del result["timing"], result["settings"]["command"]
     assert first == second and samples(whole) == samples(killed)
     assert (whole / "heldout.jsonl").read_text() == (killed / "heldout.jsonl").read_text()
+
+
+def test_lengths_that_are_not_given_fit_the_context(cli: Cli, pair: dict[str, Path], tmp_path: Path) -> None:
+    long = {"id": "long", "prompt": " ".join(["w1"] * 70), "response": "w2"}
+    with pair["--data"].open("a") as file:
+        file.write(json.dumps(long) + "\n")
+    done = cli("evaluate", *options(pair), "--output", tmp_path / "out", "--max-new-tokens", 40, "--sweep", "none")
+    assert done.code == 0, done.err
+    assert read(tmp_path / "out")["settings"]["data"]["dropped"] == {"prompt_too_long": 1}, "96 - 40 tokens are left"
+    done = cli("evaluate", *options(pair), "--output", tmp_path / "o", "--max-prompt-tokens", 300, "--max-tokens", 400)
+    assert done.code == 2 and "Set --max-tokens to at most 96" in done.err

@@ -84,7 +84,13 @@ def output_folder(path: Path | None) -> RunFolder:
 
 
 def pair(
-    student: str, suites: Sequence[str], protocol: str | None, dtype: str, device: str, given: dict[str, Any]
+    student: str,
+    suites: Sequence[str],
+    settings: EvaluationConfig,
+    protocol: str | None,
+    dtype: str,
+    device: str,
+    given: dict[str, Any],
 ) -> Inputs:
     """What is to be measured on a pair.
 
@@ -98,9 +104,15 @@ def pair(
         if value not in allowed.split():
             raise DrklError(f"--{flag} is {value!r}; expected one of {', '.join(allowed.split())}.")
     values = {name: value for name, value in given.items() if value is not None and name not in ("teacher", "data")}
-    return pair_inputs(
-        student, given["teacher"], given["data"], suites=suites, protocol=protocol, dtype=dtype, device=device, **values
-    )
+    try:
+        return pair_inputs(
+            student, given["teacher"], given["data"], suites=suites, protocol=protocol, dtype=dtype, device=device,
+            max_new_tokens=settings.max_new_tokens, **values,
+        )  # fmt: skip
+    except DrklError as error:
+        # The keys of a config are flags here.
+        said = str(error).replace("data.max_prompt_tokens", "--max-prompt-tokens")
+        raise DrklError(said.replace("data.max_tokens", "--max-tokens")) from error
 
 
 def run(

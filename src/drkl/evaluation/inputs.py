@@ -96,6 +96,7 @@ def pair_inputs(
     max_prompt_tokens: int | None = None,
     max_tokens: int | None = None,
     max_rows: int | None = None,
+    max_new_tokens: int = 64,
     dtype: str = "auto",
     device: str = "auto",
 ) -> Inputs:
@@ -108,9 +109,11 @@ def pair_inputs(
         suites: ``NAME`` or ``NAME=WHERE``; in place of ``data``.
         protocol: ``minillm`` or None.
         template: as ``data.template``.
-        max_prompt_tokens: rows with a longer prompt are dropped and counted; default 256 (of classifiers no matter).
-        max_tokens: longer responses are cut; default 512.
+        max_prompt_tokens: rows with a longer prompt are dropped and counted; default 256, or what the models' context
+            leaves beside an answer (of classifiers no matter).
+        max_tokens: longer responses are cut; default 512, or the context.
         max_rows: use the first so many rows of each file.
+        max_new_tokens: an answer's length, for which the context needs room.
         dtype: fp32, bf16, fp16, or auto: bf16 where the device is fast at it.
         device: auto, cpu, cuda or mps.
 
@@ -126,7 +129,8 @@ def pair_inputs(
     if classifier and (suites or protocol):
         raise DrklError("Suites and protocols are about generated answers; a classifier takes --data with labels.")
     tokenizer = _tokenizer(student, teacher, classifier=classifier)
-    lengths = {"max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
+    names_of_models = [name for name in (student, teacher) if name is not None]
+    lengths = _lengths(names_of_models, max_prompt_tokens, max_tokens, max_new_tokens)
     section = _with_protocol(_section(data, template, lengths), protocol)
     load: Any = load_classifier if classifier else load_model
     models = {"student": lambda: load(student, wanted)}
@@ -157,9 +161,8 @@ def pair_inputs(
         rows, report = tokenize_examples(examples, tokenizer, **section.row_settings, encoder_decoder=apart)
         described = {"path": data, **_account(report)}
     vocab = None
-    for name, whose in ((student, "student"), (teacher, "teacher")):
-        if name is not None:
-            check_rows(rows, load_config(name), whose)
+    for name, whose in zip(names_of_models, ("student", "teacher"), strict=False):
+        check_rows(rows, load_config(name), whose)
     if teacher is not None:
         sizes = [load_config(name).get_text_config().vocab_size for name in (student, teacher)]
         found = shared_vocabulary(sizes[0], sizes[1], tokens, tokenizer, rows)
@@ -207,12 +210,24 @@ def _tokenizer(student: str, teacher: str | None, *, classifier: bool) -> Any:
         return load_tokenizer(teacher, classifier=classifier)
 
 
-def _section(data: str | None, template: str, lengths: dict[str, int | None]) -> DataConfig:
-    given = {name: value for name, value in lengths.items() if value is not None}
-    if "max_prompt_tokens" in given and "max_tokens" not in given:
-        given["max_tokens"] = given["max_prompt_tokens"] + 256
+def _lengths(
+    models: Sequence[str], max_prompt_tokens: int | None, max_tokens: int | None, max_new_tokens: int
+) -> dict[str, int]:
+    """The limits that were given, and for the others what fits into the smallest context."""
+    configs = [load_config(name).get_text_config(decoder=True) for name in models]
+    known = [getattr(config, "max_position_embeddings", None) for config in configs]
+    context = min((length for length in known if isinstance(length, int)), default=None)
+    whole = max_tokens or max(512, 256 + (max_prompt_tokens or 0))
+    prompt = max_prompt_tokens or min(256, whole // 2)
+    if context is not None:
+        whole = max_tokens or min(whole, context)
+        prompt = max_prompt_tokens or max(1, min(prompt, context - max_new_tokens, whole - 1))
+    return {"max_prompt_tokens": prompt, "max_tokens": whole}
+
+
+def _section(data: str | None, template: str, lengths: dict[str, int]) -> DataConfig:
     try:
-        return DataConfig.model_validate({"path": data or "suites", "template": template, **given})
+        return DataConfig.model_validate({"path": data or "suites", "template": template, **lengths})
     except ValueError as error:
         raise DrklError(_reason(error)) from error
 
