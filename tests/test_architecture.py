@@ -80,6 +80,7 @@ def test_the_walk_sees_every_form_of_import(tmp_path: Path, code: str, rooms: di
         ("drkl", ["transformers", "datasets", "matplotlib"]),
         ("drkl.errors", ["torch", "transformers", "datasets", "matplotlib"]),
         ("drkl.runs", ["torch", "transformers", "datasets", "matplotlib"]),
+        ("drkl.analysis", ["transformers", "datasets", "matplotlib"]),
         ("drkl.reporting", ["torch", "transformers", "datasets"]),
         ("drkl.cli", ["torch", "transformers", "datasets", "matplotlib"]),
     ],

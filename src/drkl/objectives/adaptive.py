@@ -41,10 +41,14 @@ class AdaptiveKL:
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
         assert teacher_logp is not None
         teacher_logp = teacher_logp.detach()
-        gap = (teacher_logp.exp() - student_logp.detach().exp()).abs()
-        share = head_share(gap, head_mask(teacher_logp, self.mu)).squeeze(-1)
+        share = self.forward_share(student_logp, teacher_logp)
         forward, reverse = kl(teacher_logp, student_logp), kl(student_logp, teacher_logp)
         return weighted(share, forward) + weighted(1.0 - share, reverse)
+
+    def forward_share(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        """The weight `[n]` of KL(p || q), detached."""
+        gap = (teacher_logp.detach().exp() - student_logp.detach().exp()).abs()
+        return head_share(gap, head_mask(teacher_logp.detach(), self.mu)).squeeze(-1)
 
     def value_and_grad_(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,13 @@ PARTS: dict[str, Objective] = {cls.name: cls() for cls in DIVERGENCES}
 TAILS = ("rkl", "fkl", "gjs")
 TARGETS = ("teacher", "label")
 WEIGHTS = ("constant", "student", "teacher", "floor")
+
+
+class Terms(NamedTuple):
+    """An objective at each position `[n]` as a sum of two, in nats."""
+
+    target: Tensor
+    tail: Tensor
 
 
 def _check_common(owner: str, gamma: object, target: object, weight: object) -> None:
@@ -119,12 +126,16 @@ class Decoupled:
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
         assert teacher_logp is not None
+        return torch.add(*self.terms(student_logp, teacher_logp, labels))
+
+    def terms(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Terms:
+        """The two summands, weights included."""
         target = target_class(self.target, teacher_logp, labels)
         student, teacher = split(student_logp, target), split(teacher_logp.detach(), target)
         on_target = self.on_target(student.log_two, teacher.log_two)
         on_tail = _mask_empty_student_tail(self.on_tail(student.log_tail, teacher.log_tail), student)
         weight = tail_weight(self.weight, self.gamma, student.log_odds, teacher.log_odds)
-        return weighted(self.target_weight, on_target) + weighted(weight, on_tail)
+        return Terms(weighted(self.target_weight, on_target), weighted(weight, on_tail))
 
     def value_and_grad_(
         self,
@@ -243,8 +254,12 @@ class DecoupledReverseKL:
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
         assert teacher_logp is not None
+        return torch.add(*self.terms(student_logp, teacher_logp, labels))
+
+    def terms(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Terms:
+        """The two summands, weights included."""
         if self.skew == 0:
-            return self._operator(student_logp, teacher_logp, labels)
+            return self._operator.terms(student_logp, teacher_logp, labels)
         teacher_logp = teacher_logp.detach()
         target = target_class(self.target, teacher_logp, labels)
         student, teacher = split(student_logp, target), split(teacher_logp, target)
@@ -252,7 +267,7 @@ class DecoupledReverseKL:
         on_target = kl(student.log_two, compared.log_two)
         on_tail = _mask_empty_student_tail(kl(student.log_tail, compared.log_tail), student)
         weight = tail_weight(self.weight, self.gamma, student.log_odds, teacher.log_odds)
-        return on_target + weighted(weight, on_tail)
+        return Terms(on_target, weighted(weight, on_tail))
 
     def value_and_grad_(
         self,
@@ -358,6 +373,10 @@ class DecoupledKnowledgeDistillation:
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
         return self._operator(student_logp, teacher_logp, labels)
+
+    def terms(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Terms:
+        """The two summands, weights included."""
+        return self._operator.terms(student_logp, teacher_logp, labels)
 
     def value_and_grad_(
         self,
