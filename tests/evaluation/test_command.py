@@ -88,6 +88,9 @@ def test_a_pair_of_classifiers(cli: Cli, tmp_path: Path) -> None:
     assert result["task"] == "classification" and 0 <= result["student"]["ece_mass"] <= 1
     assert result["student"]["num_rows"] == 10 and result["intervals"]["student"]["accuracy"]
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 10
+    language_model = tiny.save(tiny.llama(), tmp_path / "llama")
+    done = cli("evaluate", "--student", language_model, *pair[2:])
+    assert done.code == 2 and "is a language model and the teacher" in done.err
     assert "Suites and protocols" in cli("evaluate", *pair[:4], "--suite", "dolly", "--output", out).err
 
 

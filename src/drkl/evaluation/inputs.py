@@ -126,6 +126,12 @@ def pair_inputs(
     wanted = resolve_dtype(dtype, picked)
     config = load_config(student)
     classifier = is_classifier(config)
+    if teacher is not None and is_classifier(load_config(teacher)) != classifier:
+        kinds = {True: "a classifier", False: "a language model"}
+        raise DrklError(
+            f"The student {student!r} is {kinds[classifier]} and the teacher {teacher!r} {kinds[not classifier]}: they "
+            "have no output in common. Choose both of one kind."
+        )
     if classifier and (suites or protocol):
         raise DrklError("Suites and protocols are about generated answers; a classifier takes --data with labels.")
     tokenizer = _tokenizer(student, teacher, classifier=classifier)
