@@ -63,6 +63,15 @@ def test_without_intervals_or_sweep_or_teacher_it_says_so(make_run: MakeRun) -> 
     assert verdict([read_run(make_run("alone", teacher=False))]) == ""
 
 
+def test_a_model_that_was_not_swept_is_not_said_to_miss_the_goal(make_run: MakeRun) -> None:
+    run = make_run(swept=True)
+    found = read_json(run.eval_path)
+    found["sweep"] = {model: found["sweep"][model] for model in ("teacher", "after")}
+    write_json(run.eval_path, found)
+    said = verdict([read_run(run)])
+    assert "After 13.7" in said and "does not come" not in said
+
+
 def test_an_older_file_has_one_point_per_model(make_run: MakeRun) -> None:
     record = read_run(make_run())
     assert [len(sweep_rows(record, model)) for model in record.models] == [1] * 4

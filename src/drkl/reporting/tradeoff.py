@@ -223,7 +223,8 @@ def verdict(records: Sequence[RunRecord]) -> str:
     if not any(len(curves[line.key]) > 1 for line in students):
         return "There is no sweep over sampling temperatures here, so nothing can be compared at matched diversity."
     reached = {line.key: at for line in students if (at := at_diversity(curves[line.key], goal))}
-    away = [line for line in students if line.key not in reached]
+    # A model that was not swept has one point, which says nothing of where its curve would go.
+    away = [line for line in students if line.key not in reached and len(curves[line.key]) > 1]
     parts = []
     if reached:
         shown = [f"{line.title} {_shown(*reached[line.key])}" for line in students if line.key in reached]
