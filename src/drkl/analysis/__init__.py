@@ -1,0 +1,1 @@
+"""Why an objective does what it does: gradients, toys, a diagnosis."""
