@@ -1,11 +1,13 @@
 """Write what the docs take from the program itself and from measured rows: `make docs`.
 
 The table of objectives in docs/objectives/README.md, docs/reference.md, the metrics in docs/evaluate.md and
-docs/classification.md, and the benchmarks' tables in README.md.
+docs/classification.md, the benchmarks' tables in README.md, and the tables of docs/toy.md from the end points that
+`drkl toy` wrote.
 """
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -62,10 +64,36 @@ def reference() -> str:
     return "# Reference\n\nWritten by `make docs`.\n\n" + "\n".join(blocks)
 
 
+TOY = {
+    "target_error": "\\|q_t − p_t\\|", "q_t": "q_t", "entropy": "entropy", "agreement": "agreement", "fkl": "KL(p‖q)",
+    "rkl": "KL(q‖p)", "tvd": "TVD", "tail_error": "TVD in the tail",
+}  # fmt: skip
+
+
+def toy_tables() -> str:
+    """The end points of each toy setting: means over the seeds, and highest minus lowest where it matters most."""
+    with (ROOT / "docs" / "figures" / "toy-ends.csv").open(encoding="utf-8", newline="") as file:
+        ends = list(csv.DictReader(file))
+    blocks = []
+    for setting in dict.fromkeys(end["setting"] for end in ends):
+        some = [end for end in ends if end["setting"] == setting]
+        head = f"### `{setting}`: p_t {float(some[0]['p_t']):.3f}, {some[0]['seeds']} seeds"
+        lines = [head, "", f"| objective | γ | {' | '.join(TOY.values())} |", "|---|---|" + "---|" * len(TOY)]
+        for end in some:
+            cells = [f"{float(end[key]):.3f}" for key in TOY]
+            for place, key in enumerate(TOY):
+                if key in ("q_t", "agreement"):
+                    cells[place] += f" ({float(end[f'{key}_spread']):.3f})"
+            lines.append(f"| `{end['objective']}` | {end['gamma']} | {' | '.join(cells)} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
 def pages() -> dict[Path, str]:
     """Every page that is written or in part written, and its text as it should be."""
     objectives, readme = ROOT / "docs" / "objectives" / "README.md", ROOT / "README.md"
     evaluate, classification = ROOT / "docs" / "evaluate.md", ROOT / "docs" / "classification.md"
+    toy = ROOT / "docs" / "toy.md"
     text = readme.read_text()
     for name, body in table.tables().items():
         text = put_between(text, name, body)
@@ -75,6 +103,7 @@ def pages() -> dict[Path, str]:
         evaluate: put_between(evaluate.read_text(), "metrics", metrics(GROUPS, ORACLES)),
         classification: put_between(classification.read_text(), "metrics", metrics(CLASS_GROUPS, CLASS_ORACLES)),
         ROOT / "docs" / "reference.md": reference(),
+        toy: put_between(toy.read_text(), "toy", toy_tables()),
     }
 
 

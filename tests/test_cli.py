@@ -52,11 +52,11 @@ def test_version(cli: Cli) -> None:
 def test_help_lists_the_commands(cli: Cli) -> None:
     done = cli("--help")
     assert done.code == 0
-    for command in ("distill", "evaluate", "report", "generate", "objectives", "config"):
+    for command in ("distill", "evaluate", "report", "generate", "toy", "objectives", "config"):
         assert re.search(rf"^.*\b{command}\b", done.out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["distill", "evaluate", "report", "generate", "objectives", "config"])
+@pytest.mark.parametrize("command", ["distill", "evaluate", "report", "generate", "toy", "objectives", "config"])
 def test_every_command_has_help(cli: Cli, command: str) -> None:
     assert cli(command, "--help").code == 0
 

@@ -10,7 +10,14 @@ import typer
 
 from drkl._version import __version__
 from drkl.errors import DrklError
-from drkl.terminal import TrainingProgress, print_evaluation, print_side_by_side, printable, progress_bars
+from drkl.terminal import (
+    TrainingProgress,
+    print_evaluation,
+    print_side_by_side,
+    print_toy,
+    printable,
+    progress_bars,
+)
 
 app = typer.Typer(
     name="drkl",
@@ -383,6 +390,59 @@ def data(
             print_labelled(section, tokenizer, classes, console, printable)
             continue
         print_surveys(survey(section, tokenizer, encoder_decoder=apart), tokenizer, console, printable)
+
+
+@app.command()
+def toy(
+    output: Annotated[Path, typer.Option(help="Folder for csv files, figures and animations; what it holds is kept.")],
+    setting: Annotated[str, typer.Option(help="free, capacity, or both with a comma between.")] = "free,capacity",
+    vocab: Annotated[int, typer.Option(help="Tokens.")] = 1000,
+    entropy: Annotated[str, typer.Option(help="The teachers' entropies in nats.")] = "4.15,1.4",
+    init: Annotated[str, typer.Option(help="random, warm (after some forward KL), or both.")] = "random",
+    objectives: Annotated[
+        str | None,
+        typer.Option(help="As rkl,drkl:0.1,drkl@student,rkl+gjs:0.5; default all, and more.", show_default=False),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...: how many.")] = 5,
+    steps: Annotated[int, typer.Option(help="Steps of Adam.")] = 400,
+    contexts: Annotated[
+        int | None, typer.Option(min=1, help="Positions; default free 32, capacity 192.", show_default=False)
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Of the student's logits, with a capacity gap; the teacher's is 64.")] = 8,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small size in place of --vocab, --seeds, --steps and --contexts.")
+    ] = False,
+) -> None:
+    """Let toy students follow a known teacher under every objective: where each of them ends, and how it gets there."""
+    from drkl.analysis import toy_sweep
+    from drkl.analysis.toy import INITS, QUICK, SETTINGS, ToySetting
+
+    sizes: dict[str, Any] = {"vocab": vocab, "steps": steps, "contexts": contexts or 0, "rank": rank}
+    if quick:
+        sizes |= QUICK
+        seeds = 2
+    chosen = [
+        ToySetting(kind, entropy=height, init=start, **sizes)
+        for kind in toy_sweep.parse_words("--setting", setting, SETTINGS)
+        for height in toy_sweep.parse_numbers("--entropy", entropy)
+        for start in toy_sweep.parse_words("--init", init, INITS)
+    ]
+    specs = toy_sweep.DEFAULT_OBJECTIVES if objectives is None else toy_sweep.split_list("--objectives", objectives)
+    variants = toy_sweep.parse_variants(specs)
+    with progress_bars() as on_progress:
+        rows = toy_sweep.sweep(chosen, variants, range(seeds), output, on_progress=on_progress)
+    print_toy(toy_sweep.ends(rows))
+    _draw_toy(rows, chosen, output)
+    print(f"Written: {output / 'toy.csv'}, {output / 'ends.csv'}, and a figure and an animation of each setting.")
+
+
+def _draw_toy(rows: list[Any], settings: list[Any], output: Path) -> None:
+    from drkl.reporting.toy_figures import write_animation, write_figure
+
+    for setting in settings:
+        some = [row for row in rows if row["setting"] == setting.name]
+        write_figure(some, setting.entropy, output / f"{setting.name}.svg")
+        write_animation(some, setting.entropy, output / f"{setting.name}.gif")
 
 
 @app.command()

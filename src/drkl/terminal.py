@@ -135,3 +135,18 @@ def print_side_by_side(answers: dict[str, list[str]]) -> None:
 def printable(text: str) -> str:
     """Model output without control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def print_toy(ends: list[Any]) -> None:
+    """Where each objective ended, a table for each setting."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = ("q_t", "p_t", "entropy", "agreement", "fkl", "rkl", "tvd")
+    for name in dict.fromkeys(end["setting"] for end in ends):
+        table = Table("objective", "gamma", *shown, title=name)
+        for end in ends:
+            if end["setting"] == name:
+                gamma = "" if end["gamma"] == "" else f"{end['gamma']:g}"
+                table.add_row(end["objective"], gamma, *(f"{end[key]:.3f}" for key in shown))
+        Console().print(table)

@@ -1,4 +1,4 @@
-"""Why a student becomes what it becomes: the pushes that an objective gives to the target and to the tail."""
+"""Why an objective does what it does: its pushes on the target and on the tail, and toys where one sees them."""
 
 from drkl.analysis.gradients import Decomposition, closed_form, decompose, terms
 
