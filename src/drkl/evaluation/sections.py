@@ -152,7 +152,8 @@ def _timing(measured: Measured) -> dict[str, Any]:
         name: {part: round(value, 2) for part, value in seconds.items()} for name, seconds in measured.seconds.items()
     }
     for name, by_temperature in measured.answers.items():
-        answers = sum(int(merged(tables).compute()["num_answers"] or 0) for tables in by_temperature.values())
+        pools = (pool for tables in by_temperature.values() for table in tables.values() for pool in table.pools)
+        answers = sum(pool.num_answers for pool in pools)
         spent = measured.seconds[name]["samples"]
         timing[name]["answers_per_minute"] = round(60 * answers / spent, 1) if spent > 0 else None
     return timing
