@@ -11,7 +11,7 @@ from torch import Tensor
 
 import drkl
 from drkl.objectives import Objective
-from drkl.reporting.plotting import GRID, INK, MUTED, PAPER, new_figure, plot_style, tidy
+from drkl.reporting.plotting import GRID, INK, MUTED, PAPER, new_figure, plot_style, svg_text, tidy
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "objectives" / "figures"
 # Okabe and Ito's palette, safe for the colour-blind; the line's dash tells the colours apart without colour.
@@ -174,7 +174,7 @@ def main() -> None:
         with plot_style(text_as_paths=True):
             figure = FIGURES[name]()
             figure.patch.set(facecolor=PAPER, alpha=1.0)
-            figure.savefig(arguments.output / f"{name}.svg", metadata={"Date": None})
+            (arguments.output / f"{name}.svg").write_text(svg_text(figure), encoding="utf-8")
         print(arguments.output / f"{name}.svg")
 
 

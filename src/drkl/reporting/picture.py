@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drkl.errors import DrklError
 from drkl.reporting.figures import draw_bars, draw_curve
 from drkl.reporting.metrics import MODELS, metrics_of, value_of
-from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, new_figure, plot_style
+from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, new_figure, plot_style, svg_text
 from drkl.reporting.record import RunRecord, read_run
 from drkl.reporting.text import short
 from drkl.runs import RunFolder, write_text
@@ -46,9 +44,7 @@ def write_picture(run: RunFolder, path: str | Path) -> Path:
             if target.suffix == ".png":
                 figure.savefig(target, format="png", dpi=144, metadata={"Software": None})
             else:
-                buffer = io.StringIO()
-                figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-                write_text(target, re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.M))
+                write_text(target, svg_text(figure))
         except OSError as error:
             raise DrklError(f"Cannot write the picture to {str(target)!r}: {error.strerror}.") from error
     return target

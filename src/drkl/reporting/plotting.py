@@ -80,11 +80,23 @@ def tidy(ax: Axes, *, size: float = 11, grid: str = "y") -> None:
     ax.xaxis.label.set_fontsize(size)
 
 
+def svg_text(figure: Figure, **saving: Any) -> str:
+    """The figure as the text of an svg file: no date, no blanks at the ends of lines, the same ids every time.
+
+    matplotlib makes an id of a hash of coordinates whose last bits the layout's solver leaves to chance; here they are
+    numbers.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, **saving)
+    text = re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.M)
+    hashed = dict.fromkeys(re.findall(r'\bid="(\w*[0-9a-f]{10})"', text))
+    names = {old: f"{old[:-10]}{number}" for number, old in enumerate(hashed)}
+    return re.sub(r'(\bid="|#)(\w*[0-9a-f]{10})\b', lambda m: m[1] + names.get(m[2], m[2]), text)
+
+
 def to_svg(figure: Figure, name: str, alt: str) -> Markup:
     """The figure as an inline ``<svg>``: no fixed size, the page's fonts and colours, ids of its own, a label."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.S)
+    text = re.sub(r"<metadata>.*?</metadata>", "", svg_text(figure, transparent=True), flags=re.S)
     text = text[text.index("<svg") :]
     head, body = text.split(">", 1)
     box = re.search(r'viewBox="([^"]+)"', head)

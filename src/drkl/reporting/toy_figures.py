@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drkl.errors import DrklError
-from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, new_figure, plot_style, tidy
+from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, new_figure, plot_style, svg_text, tidy
 from drkl.runs import write_text
 
 if TYPE_CHECKING:
@@ -59,9 +57,8 @@ def write_figure(rows: Sequence[Row], teacher_entropy: float, path: Path) -> Non
             ax.set_yticks(range(len(series)), [name_of(key) for key in series])
             ax.tick_params(labelleft=ax is below[0])
         _legend(figure, colors, f"{rows[0]['setting']}, bands: lowest to highest of the seeds; dashed: the teacher")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    write_text(path, re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.M))
+        text = svg_text(figure)
+    write_text(path, text)
 
 
 def write_animation(rows: Sequence[Row], teacher_entropy: float, path: Path) -> None:
