@@ -20,7 +20,7 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses au
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo compare test test-browser test-all check bench docs clean
+.PHONY: help setup demo compare test test-browser test-all check bench docs figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ bench: setup ## time and memory of the fused loss, next to its floor, plain auto
 docs: setup ## write what the docs take from the program and from measured rows, and draw their figures
 	$(OFFLINE) $(BIN)/python -m scripts.write_docs
 	$(BIN)/python scripts/draw_objectives.py
+
+figures: setup ## draw the figures of docs/article.md and write the csv that each is drawn from
+	$(OFFLINE) $(BIN)/python -m scripts.draw_figures
 
 clean: ## remove caches and build output (runs/ and .venv stay)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
