@@ -52,8 +52,8 @@ def test_every_metric_has_an_oracle_and_a_test_that_is_there(
 
 
 def test_every_figure_of_the_docs_is_there() -> None:
-    for path in (DOCS / "objectives").glob("*.md"):
-        for name in re.findall(r"\]\(([^)]+\.svg)\)", path.read_text()):
+    for path in DOCS.rglob("*.md"):
+        for name in re.findall(r"\]\(([^)]+\.(?:svg|gif|png))\)", path.read_text()):
             assert (path.parent / name).is_file(), name
 
 
