@@ -301,7 +301,7 @@ HEAT = {"rkl": ("reverse KL", ORANGE), "fkl": ("forward KL", GREEN), "drkl": ("D
 def draw_temperature(rows: Sequence[Row]) -> Any:
     """Pushes and values at three temperatures, and how they fall."""
     figure, axes = panels(
-        1200, 660, "As τ grows, reverse KL's push on an aligned target falls faster than the rest of its gradient",
+        1200, 660, "As τ grows, reverse KL's push on an aligned target falls faster than its gradient as a whole",
         "V = 50, γ = 0.5. Both tails hold the same logits in two orders: at 0 on the x-axis q_t = p_t at every τ "
         "(0.6 at τ = 1).\nGradients are those on the logits before the division by τ, so each has a factor 1/τ. Pushes "
         "and values in the first three columns\nare times τ² (t2_scaling); without it they are 4 and 16 times smaller "
