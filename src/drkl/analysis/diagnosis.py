@@ -53,27 +53,30 @@ def _answer(question: str, answer: str, text: str, totals: Value, *names: str, *
 def _overconfident(totals: Value) -> dict[str, Any]:
     teacher = totals["teacher_confidence"]["value"]
     bar = OVER if teacher is None else min(OVER, OVER_SHARE * teacher)
-    # Two yardsticks: what the teacher gives the student's own top token, and how often that token comes true.
-    said = {name: decide(totals[name], bar) for name in ("own_gap", "excess")}
-    answers = set(said.values())
-    answer = (
-        "partly" if answers >= {"yes", "no"} else next((one for one in ("yes", "no") if one in answers), "undecided")
-    )
+    by_teacher = decide(totals["own_gap"], bar)
+    # By the data a student is overconfident that is surer than right, and more so than its teacher.
+    both = {decide(totals[name], bar) for name in ("calibration_gap", "excess")}
+    by_data = "no" if "no" in both else "undecided" if "undecided" in both else "yes"
+    answer = _either(by_teacher, by_data)
     text = (
-        f"It gives its own top token {_points(totals['own_gap'])} more than its teacher does"
-        f"{_judged(said['own_gap'])}, and its confidence ({_share(totals['confidence'])}) is "
-        f"{_points(_calibration(totals, ''))} above its accuracy ({_share(totals['accuracy'])}); of the teacher that "
-        f"gap is {_points(_calibration(totals, 'teacher_'))}, so the student's excess is {_points(totals['excess'])}"
-        f"{_judged(said['excess'])}."
+        f"By its teacher{_judged(by_teacher)}: it gives its own top token {_points(totals['own_gap'])} more than the "
+        f"teacher does. By the data{_judged(by_data)}: its confidence ({_share(totals['confidence'])}) is "
+        f"{_points(totals['calibration_gap'])} above its accuracy ({_share(totals['accuracy'])}), the teacher's "
+        f"{_points(totals['teacher_calibration_gap'])}; the student's excess is {_points(totals['excess'])}."
     )
     under = totals["excess"]["interval"]
     if answer == "no" and under is not None and under[1] < -bar:
         text += " It is less sure than its teacher would be in its place."
-    numbers = ("own_gap", "excess", "confidence", "accuracy", "teacher_confidence", "teacher_accuracy")
+    numbers = ("own_gap", "calibration_gap", "teacher_calibration_gap", "excess", "confidence", "accuracy",
+               "teacher_confidence", "teacher_accuracy")  # fmt: skip
     question = "Is the student overconfident?"
-    return _answer(
-        question, answer, text, totals, *numbers, bar=bar, by_teacher=said["own_gap"], by_data=said["excess"]
-    )
+    return _answer(question, answer, text, totals, *numbers, bar=bar, by_teacher=by_teacher, by_data=by_data)
+
+
+def _either(first: str, second: str) -> str:
+    """One of two answers where the other is not decided; ``partly`` where they contradict each other."""
+    said = {first, second} - {"undecided"}
+    return "undecided" if not said else said.pop() if len(said) == 1 else "partly"
 
 
 def _pushed(totals: Value, positions: int) -> dict[str, Any]:
@@ -150,13 +153,8 @@ def _headline(over: str, pushed: str) -> str:
     return f"{first}, {joined} {second}."
 
 
-def _calibration(totals: Value, kind: str) -> Value:
-    confidence, accuracy = totals[f"{kind}confidence"]["value"], totals[f"{kind}accuracy"]["value"]
-    return {"value": None if confidence is None or accuracy is None else confidence - accuracy, "interval": None}
-
-
 def _judged(answer: str) -> str:
-    return {"yes": "", "no": " (no more than the bar)", "undecided": " (not decided)"}[answer]
+    return {"yes": ", yes", "no": ", no", "undecided": ", not decided"}[answer]
 
 
 def _shown(found: Value, digits: int = 2) -> str:

@@ -180,7 +180,7 @@ def _pushes(student: Reading, teacher: Reading, objective: Objective, at: Tensor
     for some in at.split(CHUNK):
         student_logits = student.logits(some)
         teacher_logits = teacher.logits(some).to(student_logits.device)
-        # Given labels, an objective without a target of its own would be split at those, not at the teacher's top token.
+        # Given labels, an objective without a target of its own is split at those, not at the teacher's top token.
         labels = student.labels[some].to(student_logits.device) if objective.needs_labels else None
         found = decompose(student_logits, teacher_logits, labels, objective, temperature)
         with torch.no_grad():

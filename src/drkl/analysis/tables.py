@@ -86,7 +86,10 @@ def _totals(observed: Observed, setup: Setup) -> dict[str, Any]:
         found.mean(name, at[name])
     found.mean("accuracy", at["correct"])
     found.mean("teacher_accuracy", at["teacher_correct"])
-    found.mean("excess", at["confidence"] - at["correct"] - (at["teacher_confidence"] - at["teacher_correct"]))
+    gap, teacher_gap = at["confidence"] - at["correct"], at["teacher_confidence"] - at["teacher_correct"]
+    found.mean("calibration_gap", gap)
+    found.mean("teacher_calibration_gap", teacher_gap)
+    found.mean("excess", gap - teacher_gap)
     found.mean("target_above", at["D"] > 0)
     found.mean("K", at["K"])
     found.ratio("tail_share", tail, losses["rkl"])

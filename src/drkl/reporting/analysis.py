@@ -223,6 +223,7 @@ def _histogram(symbol: str) -> Callable[[Analysis], Drawn | None]:
         ax.axvline(median, color=INK, linewidth=1.4)
         ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         ax.set_xlabel("nats")
+        ax.locator_params(axis="x", nbins=6)
         title, meaning = SYMBOLS[symbol]
         quarters = f"a quarter below {found['quantiles']['0.25']:.2f}, a quarter above {found['quantiles']['0.75']:.2f}"
         alt = f"{title}: median {median:.2f}, {quarters} nats."
@@ -256,7 +257,8 @@ def _gamma(analysis: Analysis) -> Drawn:
 
 def _objectives(analysis: Analysis) -> Drawn:
     rows = analysis["objectives"]
-    figure, axes = new_figure(760, 60 + 22 * len(rows), ncols=2, sharey=True)
+    figure, axes = new_figure(1090, 84 + 22 * len(rows), ncols=2, sharey=True)
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 26 / (84 + 22 * len(rows))))  # type: ignore[union-attr,call-arg]
     for ax, kind, title in zip(
         axes, ("matched_", ""), ("where the target is matched", "at all positions"), strict=True
     ):
@@ -271,14 +273,17 @@ def _objectives(analysis: Analysis) -> Drawn:
                     ax.plot(ends, [place + off] * 2, color=color, linewidth=1.2, alpha=0.6)
                 ax.plot([value], [place + off], marker, color=color, markersize=5.5)
         ax.set_title(title, loc="left", fontsize=11, color=INK)
-        ax.set_xlabel("\N{LEFTWARDS ARROW} raises the target      lowers it \N{RIGHTWARDS ARROW}")
+        ax.set_xlabel("\N{LEFTWARDS ARROW} raises the target  |  lowers it \N{RIGHTWARDS ARROW}")
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.set_yticks(range(len(rows)), [str(row["objective"]) for row in rows])
         ax.tick_params(axis="y", labelcolor=INK)
         ax.locator_params(axis="x", nbins=5)
     for key, color, marker in (("from the target", TARGET, "o"), ("from the tail", TAIL, "D")):
         axes[1].plot([], [], marker, color=color, markersize=5.5, label=key)
-    axes[1].legend(frameon=False, fontsize=10, labelcolor=INK, loc="lower right")
+    figure.legend(
+        *axes[1].get_legend_handles_labels(), loc="upper right", bbox_to_anchor=(1, 1), ncols=2, frameon=False,
+        fontsize=11, labelcolor=INK, borderaxespad=0,
+    )  # fmt: skip
     said = [
         f"{row['objective']} {_short(row['matched_target_push'])} and {_short(row['matched_tail_push'])}"
         for row in rows
