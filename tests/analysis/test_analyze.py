@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from drkl.analysis.states import MATCHED, Observed, Reading, evenly, observe
 from drkl.analysis.tables import TARGET_EDGES, Setup, analysis, overshoot
 from drkl.errors import DrklError
 from drkl.objectives import make_objective
+from drkl.reporting.html import write_report
+from drkl.reporting.record import open_run
+from drkl.runs import write_json
 from tests.analysis import reference
 
 ROWS, PER_ROW, VOCAB = 40, 8, 24
@@ -300,3 +304,16 @@ def test_a_line_for_each_position(states: tuple[np.ndarray, np.ndarray, np.ndarr
     assert float(lines[9]["K"]) == pytest.approx(at["K"][9], rel=1e-5)
     assert float(lines[9]["rkl_tail_push"]) == pytest.approx(-(at["q_t"] * at["rest"] * at["K"])[9], rel=1e-5)
     assert float(lines[9]["rkl_target_push"]) == pytest.approx((at["q_t"] * at["rest"] * at["D"])[9], rel=1e-5)
+
+
+def test_what_is_read_from_the_file_stays_text_on_the_page(
+    states: tuple[np.ndarray, np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    _, tables = found(*states, positions=8)
+    tables["headline"] = tables["objectives"][0]["objective"] = "<script>alert(1)</script>"
+    tables["diagnosis"]["tail"]["text"] = "</style><script>\x00"
+    tables["settings"] |= {"models": {"teacher": "<b>t", "student": "s"}, "command": ["drkl", "analyze"]}
+    write_json(tmp_path / "analysis.json", tables)
+    page = write_report(open_run(tmp_path)).read_text()
+    assert "<script>alert" not in page and "</style><script>" not in page and "&lt;script&gt;alert(1)" in page
+    assert "<b>t" not in page
