@@ -12,6 +12,7 @@ from drkl._version import __version__
 from drkl.errors import DrklError
 from drkl.terminal import (
     TrainingProgress,
+    print_analysis,
     print_evaluation,
     print_side_by_side,
     print_toy,
@@ -192,13 +193,8 @@ def evaluate(
     quiet_transformers()
     suites = suite or []
     if run is not None:
-        given = [f"--{name.replace('_', '-')}" for name, value in pair.items() if value is not None]
-        given += [f"--{name}" for name, value in (("dtype", dtype), ("device", device)) if value != "auto"]
-        if given:
-            raise DrklError(
-                f"{', '.join(given)}: a run brings its own; leave it out, or name --student in place of RUN."
-            )
-        folder, inputs, settings = _run_evaluation(run, suites, protocol)
+        _refuse_beside_a_run(pair, dtype, device)
+        folder, inputs, settings, _ = _run_evaluation(run, suites, protocol)
         target = folder if output is None else command.output_folder(output)
     else:
         target, settings = command.output_folder(output), command.default_settings()
@@ -211,8 +207,8 @@ def evaluate(
     print(f"Written: {target.eval_path}. Next: drkl report {target.root}")
 
 
-def _run_evaluation(run: Path, suites: list[str], protocol: str | None) -> tuple[Any, Any, Any]:
-    """A finished run's folder, what is to be measured, and its settings."""
+def _run_evaluation(run: Path, suites: list[str], protocol: str | None) -> tuple[Any, Any, Any, Any]:
+    """A finished run's folder, what is to be measured, its settings, and its objective."""
     from drkl.config import load_config
     from drkl.evaluation.inputs import run_inputs
     from drkl.runs import RunFolder
@@ -220,7 +216,8 @@ def _run_evaluation(run: Path, suites: list[str], protocol: str | None) -> tuple
     folder = RunFolder.open(run)
     config, _ = load_config(folder.read_config())
     _check_finished(folder)
-    return folder, run_inputs(_relocated(config, folder.root).specs(), suites, protocol), config.evaluation
+    specs = _relocated(config, folder.root).specs()
+    return folder, run_inputs(specs, suites, protocol), config.evaluation, specs[-1].objective.make()
 
 
 def _check_finished(folder: Any) -> None:
@@ -228,6 +225,97 @@ def _check_finished(folder: Any) -> None:
         raise DrklError(
             f"The run {str(folder.root)!r} has no student yet; `drkl distill --resume {folder.root}` goes on with it."
         )
+
+
+@app.command()
+def analyze(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run folder that `drkl distill` made.", show_default=False)
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="In place of RUN: any model's folder or id, with --output.", show_default=False)
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Its teacher's, of the same vocabulary.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Its held-out rows: a file, or bundled:dolly-eval and the like.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for analysis.json and analysis/; default RUN.", show_default=False)
+    ] = None,
+    objectives: Annotated[
+        str | None,
+        typer.Option(help="As rkl,drkl:0.1,drkl@student,rkl+gjs:0.5; default all, and more.", show_default=False),
+    ] = None,
+    positions: Annotated[
+        int, typer.Option(help="At how many positions every objective is differentiated; the rest uses all.")
+    ] = 512,
+    gamma: Annotated[
+        float | None, typer.Option(help="DRKL's weight of the tail; default the run's, else 0.5.", show_default=False)
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the losses: divides both models' logits.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the intervals.")] = 0,
+    max_rows: Annotated[
+        int | None, typer.Option(min=1, help="Without RUN: the first so many rows.", show_default=False)
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Without RUN: rows with a longer prompt are left out.", show_default=False)
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Without RUN: longer responses are cut.", show_default=False)
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Without RUN: how a prompt is written, as data.template.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Without RUN: auto, fp32, bf16 or fp16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Without RUN: auto, cpu, cuda or mps.")] = "auto",
+) -> None:
+    """Does reverse KL make this student too sure? Its pushes on real text, every objective's, and a diagnosis."""
+    from drkl.analysis import command
+    from drkl.analysis.toy_sweep import split_list
+    from drkl.evaluation.command import default_settings, output_folder
+    from drkl.evaluation.command import pair as pair_inputs
+    from drkl.models.load import quiet_transformers
+    from drkl.reporting import analysis as shown
+
+    if (run is None) == (student is None):
+        raise DrklError("Give either a RUN, or `--student PATH --teacher PATH --data FILE --output DIR`.")
+    specs = command.DEFAULT_OBJECTIVES if objectives is None else split_list("--objectives", objectives)
+    pair = {"teacher": teacher, "data": data, "max_rows": max_rows, "max_prompt_tokens": max_prompt_tokens,
+            "max_tokens": max_tokens, "template": template}  # fmt: skip
+    quiet_transformers()
+    own = None
+    if run is not None:
+        _refuse_beside_a_run(pair, dtype, device)
+        folder, inputs, _, own = _run_evaluation(run, [], None)
+        target = folder if output is None else output_folder(output)
+    else:
+        for name, value in (("teacher", teacher), ("data", data)):
+            if value is None:
+                raise DrklError(f"--{name} is missing: a student is analysed beside its teacher, on held-out rows.")
+        target = output_folder(output)
+        inputs = pair_inputs(str(student), [], default_settings(), None, dtype, device, pair)
+    chosen = command.named_objectives(specs, own)
+    with progress_bars() as on_progress:
+        found = command.run(
+            inputs, chosen, target, gamma=gamma, positions=positions, temperature=temperature, seed=seed,
+            argv=sys.argv[1:], on_progress=on_progress,
+        )  # fmt: skip
+    drawn = shown.write_figures(found, target.analysis_folder)
+    print_analysis(found["headline"], shown.findings(found), *shown.table(found))
+    print(
+        f"Written: {target.analysis_path} and {len(drawn)} figures beside {target.analysis_folder / 'positions.csv'}."
+    )
+    print(f"Next: drkl report {target.root}")
+
+
+def _refuse_beside_a_run(pair: dict[str, Any], dtype: str, device: str) -> None:
+    given = [f"--{name.replace('_', '-')}" for name, value in pair.items() if value is not None]
+    given += [f"--{name}" for name, value in (("dtype", dtype), ("device", device)) if value != "auto"]
+    if given:
+        raise DrklError(f"{', '.join(given)}: a run brings its own; leave it out, or name --student in place of RUN.")
 
 
 @app.command()

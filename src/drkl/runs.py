@@ -75,6 +75,15 @@ class RunFolder:
         return self.root / "heldout.jsonl"
 
     @property
+    def analysis_path(self) -> Path:
+        return self.root / "analysis.json"
+
+    @property
+    def analysis_folder(self) -> Path:
+        """The analysis' figures and its numbers position by position."""
+        return self.root / "analysis"
+
+    @property
     def parts_path(self) -> Path:
         """Finished parts of an evaluation that has not ended; gone once it has."""
         return self.root / ".evaluation"

@@ -150,3 +150,20 @@ def print_toy(ends: list[Any]) -> None:
                 gamma = "" if end["gamma"] == "" else f"{end['gamma']:g}"
                 table.add_row(end["objective"], gamma, *(f"{end[key]:.3f}" for key in shown))
         Console().print(table)
+
+
+def print_analysis(headline: str, findings: Sequence[Any], head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The diagnosis in words, and every objective's pushes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(headline, markup=False, style="bold")
+    for one in findings:
+        console.print(f"\n{one.question} {one.answer.capitalize()}.", markup=False, style="bold")
+        console.print(one.text, markup=False)
+    table = Table(*head, title="Pushes: gradients on the logit of the teacher's top token; negative raises it")
+    for row in rows:
+        table.add_row(*(cell.split(" [")[0] for cell in row))  # the intervals are in the file
+    console.print()
+    console.print(table)

@@ -141,7 +141,7 @@ def decompose(
             teacher.log_two[:, 0].exp(),
             kl(student.log_two, teacher.log_two),
             kl(student.log_tail, teacher.log_tail),
-            _log_odds_gap(student, teacher),
+            log_odds_gap(student, teacher),
         )
 
 
@@ -190,7 +190,8 @@ def _gradient(term: Tensor, leaf: Tensor) -> Tensor:
     return grad
 
 
-def _log_odds_gap(student: Split, teacher: Split) -> Tensor:
+def log_odds_gap(student: Split, teacher: Split) -> Tensor:
+    """D = logit q_t - logit p_t `[n]`, in nats; 0 where both are infinite."""
     same = student.log_odds == teacher.log_odds
     return (student.log_odds.masked_fill(same, 0.0) - teacher.log_odds.masked_fill(same, 0.0)).masked_fill(same, 0.0)
 
@@ -345,7 +346,7 @@ class _Pieces:
             pair_q[:, 1:],
             pair_p[:, 1:],
             kl(student.log_tail, teacher.log_tail).unsqueeze(-1),
-            _log_odds_gap(student, teacher).unsqueeze(-1),
+            log_odds_gap(student, teacher).unsqueeze(-1),
         )
 
     def through_pair(self, push: Tensor) -> Tensor:

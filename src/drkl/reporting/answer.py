@@ -286,6 +286,10 @@ def _trust(record: RunRecord) -> Point:
 
 
 def unevaluated(record: RunRecord) -> Answer:
+    """What can be said of a run, or a pair of models, without ``eval.json``."""
+    if record.is_pair:
+        said = str((record.analysis or {}).get("headline", ""))
+        return Answer("Analysed", f"{said} What the two write was not evaluated.")
     text = f"This run has not been evaluated. `drkl evaluate {record.run.root}` measures it; then make the report anew."
     for key, title in (("rkl", "reverse KL"), ("nll", "negative log-likelihood")):
         if not record.stages:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from drkl.display import as_number
-from drkl.reporting import classification, facts, tradeoff
+from drkl.reporting import analysis, classification, facts, tradeoff
 from drkl.reporting.answer import Answer, answer, run_labels
 from drkl.reporting.metrics import MODELS, metrics_of, span_of, value_of
 from drkl.reporting.record import RunRecord
@@ -45,6 +45,8 @@ def as_markdown(records: Sequence[RunRecord]) -> str:
         rows = [[_text(row.line.title), row.temperature, *(_both(*cell) for cell in row.cells)]
                 for row in swept]  # fmt: skip
         parts.append(_table(["Model", "Temperature", "ROUGE-L ↑", "Distinct-2 → T", "Self-BLEU → T"], rows, left=1))
+    if record.analysis is not None:
+        parts += _analysis(analysis.section(record.analysis))
     groups = metric_groups(record) if record.evaluation is not None else []
     if groups:
         parts.append(f"## Every number of {_text(run_labels(records)[0])}")
@@ -59,6 +61,15 @@ def as_markdown(records: Sequence[RunRecord]) -> str:
         parts.append(_table(["Key", *(_text(label) for label in run_labels(records))], rows, left=len(records) + 1))
     parts += ["## How to repeat it", _code(facts.commands(records))]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _analysis(found: analysis.Section) -> list[str]:
+    rows = [[_text(cell) for cell in row] for row in found.rows]
+    said = [f"**{_text(one.question)}** {_text(one.answer)}. {_words(one.text)}" for one in found.findings]
+    return [
+        "## Does reverse KL make it too sure?", _words(found.headline), *said,
+        _table([_text(name) for name in found.head], rows, left=1), _text(found.note),
+    ]  # fmt: skip
 
 
 def _metric_table(titles: Sequence[str], rows: Sequence[Row]) -> str:

@@ -120,13 +120,20 @@ def commands(records: Sequence[RunRecord]) -> list[str]:
     lines = []
     for record in records:
         made = record.settings.get("command") if record.is_pair else record.env.get("command")
-        if isinstance(made, list) and made:
-            # The path of the program says where it lay on one machine, which helps nobody.
-            lines.append(shlex.join([Path(str(made[0])).name, *(str(word) for word in made[1:])]))
+        lines += _line(made)
         if not record.is_pair:
             lines.append(shlex.join(["drkl", "evaluate", str(record.run.root)]))
+        if record.analysis is not None:
+            lines += _line(_mapping(record.analysis.get("settings")).get("command"))
     lines.append(shlex.join(["drkl", "report", *(str(record.run.root) for record in records)]))
     return list(dict.fromkeys(lines))
+
+
+def _line(command: Any) -> list[str]:
+    if not isinstance(command, list) or not command:
+        return []
+    # The path of the program says where it lay on one machine, which helps nobody.
+    return [shlex.join([Path(str(command[0])).name, *(str(word) for word in command[1:])])]
 
 
 def _mapping(value: Any) -> dict[str, Any]:

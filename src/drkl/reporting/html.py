@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup, escape
 
 from drkl.errors import DrklError
-from drkl.reporting import classification, facts, figures, plotting, profiles, tradeoff
+from drkl.reporting import analysis, classification, facts, figures, plotting, profiles, tradeoff
 from drkl.reporting.answer import run_labels
 from drkl.reporting.exports import answer_of, as_csv, as_markdown
 from drkl.reporting.lines import lines_of
@@ -110,6 +110,7 @@ def render(records: Sequence[RunRecord]) -> str:
         "matched": tradeoff.verdict(records) if tradeoffs else "",
         "profiles": [] if classifies else _profiles(records),
         "distributions": (classification if classifies else figures).distributions(record) if evaluated else [],
+        "analysis": None if record.analysis is None else analysis.section(record.analysis),
         "curves": curves,
         "optimiser": optimiser,
         "stages": record.stages,

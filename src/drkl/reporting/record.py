@@ -66,6 +66,7 @@ class RunRecord:
     evaluation: dict[str, Any] | None
     samples: list[dict[str, Any]]
     predictions: list[dict[str, Any]] = field(default_factory=list)
+    analysis: dict[str, Any] | None = None
 
     @property
     def is_pair(self) -> bool:
@@ -78,7 +79,9 @@ class RunRecord:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How it was evaluated."""
+        """How it was evaluated; where it was only analysed, how that was done."""
+        if self.evaluation is None and self.analysis is not None:
+            return _mapping(_student_as_after(self.analysis.get("settings")))
         return _mapping((self.evaluation or {}).get("settings"))
 
     @property
@@ -93,7 +96,9 @@ class RunRecord:
 
     @property
     def has_teacher(self) -> bool:
-        return "teacher" in self.models if self.is_pair else bool(self.config.get("teacher"))
+        if self.is_pair:
+            return self.evaluation is None or "teacher" in self.models  # an analysis always has one
+        return bool(self.config.get("teacher"))
 
     @property
     def teacher(self) -> str | None:
@@ -140,13 +145,14 @@ class RunRecord:
 
 
 def open_run(path: str | Path) -> RunFolder:
-    """A run folder, or the folder into which `drkl evaluate --student ... --teacher ...` wrote.
+    """A run folder, or the one into which `drkl evaluate` or `drkl analyze` wrote about two models of anybody's.
 
     Raises:
         DrklError: it is neither.
     """
     folder = RunFolder(Path(path))
-    return folder if folder.eval_path.is_file() and not folder.config_path.is_file() else RunFolder.open(path)
+    is_pair = folder.eval_path.is_file() or folder.analysis_path.is_file()
+    return folder if is_pair and not folder.config_path.is_file() else RunFolder.open(path)
 
 
 def read_run(run: RunFolder) -> RunRecord:
@@ -177,7 +183,18 @@ def read_run(run: RunFolder) -> RunRecord:
         evaluation=evaluation,
         samples=samples,
         predictions=predictions,
+        analysis=_read_analysis(run),
     )
+
+
+def _read_analysis(run: RunFolder) -> dict[str, Any] | None:
+    found = read_json(run.analysis_path) if run.analysis_path.is_file() else None
+    if found is not None and not isinstance(found, dict):
+        raise DrklError(
+            f"{run.analysis_path} holds a {type(found).__name__}; expected an object. `drkl analyze {run.root}` writes "
+            "it anew."
+        )
+    return found
 
 
 def _student_as_after(value: Any, depth: int = 0) -> Any:

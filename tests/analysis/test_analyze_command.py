@@ -1,0 +1,207 @@
+"""`drkl analyze` from the command line: pairs of every kind, a run, its page, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.command_line import Cli
+from tests.models import tiny, tiny_classifiers
+from tests.training import tiny_runs
+
+QUICK = ("--positions", 16, "--objectives", "rkl,drkl,fkl,ce")
+FILES = ["B", "D", "K", "gamma", "objectives", "push", "reliability", "rest", "sure"]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "analysis.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A teacher, the same again, one whose logits are three times as large, and rows."""
+    root = tmp_path_factory.mktemp("pair")
+    made = {name: tiny.llama(tie_word_embeddings=False) for name in ("teacher", "same", "surer")}
+    with torch.no_grad():
+        made["surer"].lm_head.weight.mul_(3)
+    found = {name: tiny.save(model, root / name) for name, model in made.items()}
+    return {**found, "rows": tiny_runs.write_rows(root / "rows.jsonl", 24)}
+
+
+def pair(models: dict[str, Path], student: str) -> list[object]:
+    return ["--student", models[student], "--teacher", models["teacher"], "--data", models["rows"]]
+
+
+def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
+    cli: Cli, models: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "surer"
+    done = cli("analyze", *pair(models, "surer"), "--output", out, *QUICK)
+    assert done.code == 0, done.err
+    assert "\nYes: the student is overconfident" in done.out
+    assert "Is the student overconfident? Yes." in done.out and "drkl, γ 0.5" in done.out
+    found = read(out)
+    assert found["diagnosis"]["overconfident"]["answer"] == "yes"
+    assert found["settings"]["models"] == {"teacher": str(models["teacher"]), "student": str(models["surer"])}
+    assert found["settings"]["command"][:2] == ["drkl", "analyze"] and found["timing"]["total"] > 0
+    assert [row["objective"] for row in found["objectives"]] == ["rkl", "drkl, γ 0.5", "fkl", "ce"]
+    assert sorted(path.name for path in out.iterdir()) == ["analysis", "analysis.json"]
+    drawn = {path.name for path in (out / "analysis").iterdir()}
+    assert drawn >= {"positions.csv", "objectives.svg", "reliability.svg", "gamma.svg", "B.svg", "K.svg", "D.svg"}
+    lines = (out / "analysis" / "positions.csv").read_text().splitlines()
+    assert len(lines) == 1 + found["settings"]["positions"]
+
+    same = tmp_path / "same"
+    done = cli("analyze", *pair(models, "same"), "--output", same, *QUICK)
+    assert done.code == 0, done.err
+    assert "\nNo: the student is not overconfident" in done.out and "overconfident? No." in done.out
+    found = read(same)
+    assert {name: one["answer"] for name, one in found["diagnosis"].items()} == {
+        "overconfident": "no", "pushed": "no", "tail": "undecided", "strengthens": "no", "sure": "undecided",
+    }  # fmt: skip
+    assert {path.stem for path in (same / "analysis").glob("*.svg")} == set(FILES)
+
+    # The same again gives the same but for the times.
+    again = tmp_path / "again"
+    assert cli("analyze", *pair(models, "same"), "--output", again, *QUICK).code == 0
+    first, second = read(same), read(again)
+    for one in (first, second):
+        del one["timing"], one["settings"]["command"]
+    assert first == second
+    for name in FILES:
+        assert (same / "analysis" / f"{name}.svg").read_bytes() == (again / "analysis" / f"{name}.svg").read_bytes()
+
+    # Its page, without an evaluation.
+    done = cli("report", out)
+    assert done.code == 0, done.err
+    page = (out / "report.html").read_text()
+    assert "Does reverse KL make it too sure?" in page and "Yes: the student is overconfident" in page
+    assert page.count('aria-label="Mean push') == 1 and "drkl analyze --student" in page
+    assert cli("report", out, "--format", "md").code == 0
+    text = (out / "report.md").read_text()
+    assert "## Does reverse KL make it too sure?" in text and "| rkl |" in text
+
+
+def test_settings_are_taken(cli: Cli, models: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    call = (
+        "analyze",
+        *pair(models, "surer"),
+        "--output",
+        out,
+        *QUICK,
+        "--gamma",
+        0.1,
+        "--temperature",
+        2,
+        "--max-rows",
+        9,
+    )
+    assert cli(*call).code == 0
+    settings = read(out)["settings"]
+    assert (settings["gamma"], settings["temperature"], settings["rows"]) == (0.1, 2.0, 9)
+    assert settings["differentiated"]["evenly"] == 16
+
+
+def test_an_encoder_decoder_pair(cli: Cli, tmp_path: Path) -> None:
+    folders = [tiny.save(tiny.t5(seed), tmp_path / f"t5-{seed}") for seed in (0, 1)]
+    rows = tiny_runs.write_rows(tmp_path / "rows.jsonl", 8)
+    call = ("--student", folders[0], "--teacher", folders[1], "--data", rows, "--output", tmp_path / "out")
+    done = cli("analyze", *call, *QUICK)
+    assert done.code == 0, done.err
+    assert read(tmp_path / "out")["settings"]["rows"] == 8
+
+
+def test_classifiers(cli: Cli, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    labelled = [{"text": f"w{i % 7} w{i % 5}", "label": tiny_classifiers.CLASSES[i % 3]} for i in range(20)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    made = [tiny_classifiers.save(tiny_classifiers.make(seed=seed), tmp_path / f"c{seed}") for seed in (0, 1)]
+    call = ("--student", made[0], "--teacher", made[1], "--data", rows)
+    done = cli("analyze", *call, "--output", tmp_path / "out", *QUICK)
+    assert done.code == 0, done.err
+    found = read(tmp_path / "out")
+    assert (found["settings"]["positions"], found["settings"]["rows"]) == (20, 20)
+    assert cli("report", tmp_path / "out").code == 0
+    assert "Does reverse KL make it too sure?" in (tmp_path / "out" / "report.html").read_text()
+    two = [
+        tiny_classifiers.save(tiny_classifiers.make(seed=seed, classes=("card", "loan")), tmp_path / f"two{seed}")
+        for seed in (0, 1)
+    ]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in labelled if row["label"] != "other"))
+    call = ("--student", two[0], "--teacher", two[1], "--data", rows)
+    done = cli("analyze", *call, "--output", tmp_path / "none")
+    assert done.code == 2 and "With two classes there is no tail" in done.err and not (tmp_path / "none").exists()
+
+
+def test_a_run_and_its_page(cli: Cli, tmp_path: Path) -> None:
+    run = tiny_runs.train(tiny_runs.config(tmp_path, objective={"name": "drkl", "gamma": 0.2, "skew": 0.1}))
+    done = cli("analyze", run.root, *QUICK)
+    assert done.code == 0, done.err
+    found = read(run.root)
+    assert found["settings"]["gamma"] == 0.2
+    assert found["objectives"][0]["objective"] == "this run's drkl"
+    assert cli("report", run.root).code == 0
+    page = run.report_path.read_text()
+    assert "Does reverse KL make it too sure?" in page and f"drkl analyze {run.root}" in page
+    assert "has not been evaluated" in page
+
+    done = cli("analyze", run.root, "--output", tmp_path / "runs" / "r", *QUICK)
+    assert done.code == 2 and "is a run folder" in done.err
+    done = cli("analyze", run.root, "--dtype", "bf16")
+    assert done.code == 2 and "--dtype: a run brings its own" in done.err
+
+    run.analysis_path.write_text('{"headline": "x", "diagnosis": {}}')
+    done = cli("report", run.root)
+    assert done.code == 2 and re.search(r"analysis\.json is not what `drkl analyze` writes .*; run it again", done.err)
+    run.analysis_path.write_text("[]")
+    done = cli("report", run.root)
+    assert done.code == 2 and "holds a list; expected an object" in done.err
+
+
+def test_a_run_without_a_teacher_is_refused(cli: Cli, tmp_path: Path) -> None:
+    values = tiny_runs.config(tmp_path)
+    model = values["teacher"]["model"]
+    values |= {"teacher": None, "objective": {"name": "ce"}, "student": {"init": "pretrained", "model": model}}
+    run = tiny_runs.train(values)
+    done = cli("analyze", run.root, *QUICK)
+    assert done.code == 2 and "There is no teacher: the analysis compares the student with one" in done.err
+    assert not run.analysis_path.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--gamma", 0), "--gamma is 0; expected a finite number above 0"),
+        (("--temperature", "-1"), "--temperature is -1; expected a finite number above 0"),
+        (("--positions", 0), "--positions is 0; expected at least 1"),
+        (("--objectives", "rlk"), "Did you mean 'rkl'?"),
+        (("--objectives", ","), "--objectives is ','; expected one value"),
+    ],
+)
+def test_values_out_of_their_domain(
+    cli: Cli, models: dict[str, Path], tmp_path: Path, options: tuple[object, ...], message: str
+) -> None:
+    done = cli("analyze", *pair(models, "same"), "--output", tmp_path / "out", *options)
+    assert done.code == 2 and message in done.err and not (tmp_path / "out").exists()
+
+
+def test_what_is_missing(cli: Cli, models: dict[str, Path], tmp_path: Path) -> None:
+    out = ("--output", tmp_path / "out")
+    done = cli("analyze")
+    assert done.code == 2 and "Give either a RUN, or `--student PATH" in done.err
+    done = cli("analyze", tmp_path, "--student", models["same"])
+    assert done.code == 2 and "Give either a RUN" in done.err
+    for name in ("teacher", "data"):
+        given = pair(models, "same")
+        place = given.index(f"--{name}")
+        done = cli("analyze", *given[:place], *given[place + 2 :], *out)
+        assert done.code == 2 and f"--{name} is missing" in done.err
+    done = cli("analyze", *pair(models, "same"))
+    assert done.code == 2 and "--output is missing" in done.err
