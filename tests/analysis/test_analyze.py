@@ -6,62 +6,24 @@ import csv
 import io
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy.optimize import brentq
 from scipy.special import expit, log_softmax, logit, softmax
 
 from drkl.analysis.command import named_objectives, positions_csv
 from drkl.analysis.diagnosis import decide
 from drkl.analysis.ratios import Ratios
-from drkl.analysis.states import MATCHED, Observed, Reading, evenly, observe
-from drkl.analysis.tables import TARGET_EDGES, Setup, analysis, overshoot
+from drkl.analysis.states import MATCHED, evenly
+from drkl.analysis.tables import TARGET_EDGES, overshoot
 from drkl.errors import DrklError
 from drkl.objectives import make_objective
 from drkl.reporting.html import write_report
 from drkl.reporting.record import open_run
 from drkl.runs import write_json
 from tests.analysis import reference
-
-ROWS, PER_ROW, VOCAB = 40, 8, 24
-NAMES = ("rkl", "fkl", "drkl", "ce", "srkl", "drkl@student")
-
-
-def readings(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> tuple[Reading, Reading]:
-    rows = torch.arange(len(labels)) // PER_ROW
-    both = [torch.from_numpy(logits).double() for logits in (student, teacher)]
-    return tuple(Reading(torch.from_numpy(labels), rows, logits.__getitem__) for logits in both)  # type: ignore[return-value]
-
-
-def teacher_logits(spread: float = 2.0) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
-    """Logits `[n, vocab]` and labels drawn from them: a teacher that is calibrated."""
-    generator = np.random.default_rng(5)
-    logits = spread * generator.normal(size=(ROWS * PER_ROW, VOCAB))
-    draws = generator.random((len(logits), 1))
-    labels = (softmax(logits, -1).cumsum(-1) < draws).sum(-1)
-    return logits, labels, generator
-
-
-def with_other_tails(teacher: np.ndarray, generator: np.random.Generator, spread: float = 1.5) -> np.ndarray:
-    """The same probability of the top token, the rest shared out otherwise."""
-    student = teacher + spread * generator.normal(size=teacher.shape)
-    rows, top = np.arange(len(teacher)), teacher.argmax(-1)
-    rest = [logits.copy() for logits in (student, teacher)]
-    for logits in rest:
-        logits[rows, top] = -np.inf
-    shift = np.logaddexp.reduce(rest[1], -1) - np.logaddexp.reduce(rest[0], -1)
-    student += shift[:, None]
-    student[rows, top] = teacher[rows, top]
-    return student
-
-
-def found(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray, **choices: Any) -> tuple[Observed, Any]:
-    setup = Setup(gamma=choices.pop("gamma", 0.5), seed=1)
-    observed = observe(*readings(student, teacher, labels), named_objectives(NAMES), **choices)
-    return observed, analysis(observed, setup)
+from tests.analysis.made_states import PER_ROW, ROWS, VOCAB, found, teacher_logits, with_other_tails
 
 
 @pytest.fixture(scope="module")

@@ -278,6 +278,7 @@ def killed_by_signal(values: dict[str, Any], path: Path, moment: Callable[[], bo
 LONG: dict[str, Any] = {"max_steps": 200, "eval_every": 50, "save_every": 50}
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume(tmp_path: Path) -> None:
     values, whole = reference(tmp_path, training=LONG)
     run = RunFolder(tmp_path / "runs" / "r")

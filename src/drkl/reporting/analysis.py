@@ -23,6 +23,7 @@ from drkl.reporting.plotting import (
     tidy,
     to_svg,
 )
+from drkl.reporting.text import short
 from drkl.runs import write_text
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def table(analysis: Analysis) -> tuple[list[str], list[list[str]]]:
     for one in analysis["objectives"]:
         sure = as_number(one["sure"]["value"])
         share = number(None if sure is None else 100 * sure, 1)
-        rows.append([str(one["objective"]), *(_with_interval(one[key]) for key in keys), f"{share} %"])
+        rows.append([short(str(one["objective"]), 60), *(_with_interval(one[key]) for key in keys), f"{share} %"])
     return head, rows
 
 
@@ -275,7 +276,7 @@ def _objectives(analysis: Analysis) -> Drawn:
         ax.set_title(title, loc="left", fontsize=11, color=INK)
         ax.set_xlabel("\N{LEFTWARDS ARROW} raises the target  |  lowers it \N{RIGHTWARDS ARROW}")
         ax.set_ylim(len(rows) - 0.4, -0.6)
-        ax.set_yticks(range(len(rows)), [str(row["objective"]) for row in rows])
+        ax.set_yticks(range(len(rows)), [_name(row) for row in rows])
         ax.tick_params(axis="y", labelcolor=INK)
         ax.locator_params(axis="x", nbins=5)
     for key, color, marker in (("from the target", TARGET, "o"), ("from the tail", TAIL, "D")):
@@ -284,17 +285,14 @@ def _objectives(analysis: Analysis) -> Drawn:
         *axes[1].get_legend_handles_labels(), loc="upper right", bbox_to_anchor=(1, 1), ncols=2, frameon=False,
         fontsize=11, labelcolor=INK, borderaxespad=0,
     )  # fmt: skip
-    said = [
-        f"{row['objective']} {_short(row['matched_target_push'])} and {_short(row['matched_tail_push'])}"
-        for row in rows
-    ]
+    said = [f"{_name(row)} {_value(row['matched_target_push'])} and {_value(row['matched_tail_push'])}" for row in rows]
     alt = f"Mean push on the target's logit where it is matched, from the target and from the tail: {'; '.join(said)}."
     caption = "mean gradient on the logit of the teacher's top token; hairlines are 95 % intervals"
     return Drawn("objectives", figure, "What every objective would do to the target", caption, alt, wide=True)
 
 
 def _sure(analysis: Analysis) -> Drawn | None:
-    rows = [(str(row["objective"]), as_number(row["sure"]["value"])) for row in analysis["objectives"]]
+    rows = [(_name(row), as_number(row["sure"]["value"])) for row in analysis["objectives"]]
     known = [(name, value) for name, value in rows if value is not None]
     share = as_number(analysis["totals"]["sure"]["value"])
     if not known or share is None:
@@ -343,7 +341,11 @@ def _reliability(analysis: Analysis) -> Drawn | None:
     return Drawn("reliability", figure, "Are they right as often as they are sure?", caption, alt)
 
 
-def _short(found: Mapping[str, Any]) -> str:
+def _name(row: Mapping[str, Any]) -> str:
+    return short(str(row["objective"]), 24)
+
+
+def _value(found: Mapping[str, Any]) -> str:
     return number(as_number(found["value"]), 4)
 
 

@@ -1,0 +1,50 @@
+"""Made-up states of a student and a teacher, of which everything is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import softmax
+
+from drkl.analysis.command import named_objectives
+from drkl.analysis.states import Observed, Reading, observe
+from drkl.analysis.tables import Setup, analysis
+
+ROWS, PER_ROW, VOCAB = 40, 8, 24
+NAMES = ("rkl", "fkl", "drkl", "ce", "srkl", "drkl@student")
+
+
+def readings(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> tuple[Reading, Reading]:
+    rows = torch.arange(len(labels)) // PER_ROW
+    both = [torch.from_numpy(logits).double() for logits in (student, teacher)]
+    return tuple(Reading(torch.from_numpy(labels), rows, logits.__getitem__) for logits in both)  # type: ignore[return-value]
+
+
+def teacher_logits(spread: float = 2.0) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+    """Logits `[n, vocab]` and labels drawn from them: a teacher that is calibrated."""
+    generator = np.random.default_rng(5)
+    logits = spread * generator.normal(size=(ROWS * PER_ROW, VOCAB))
+    draws = generator.random((len(logits), 1))
+    labels = (softmax(logits, -1).cumsum(-1) < draws).sum(-1)
+    return logits, labels, generator
+
+
+def with_other_tails(teacher: np.ndarray, generator: np.random.Generator, spread: float = 1.5) -> np.ndarray:
+    """The same probability of the top token, the rest shared out otherwise."""
+    student = teacher + spread * generator.normal(size=teacher.shape)
+    rows, top = np.arange(len(teacher)), teacher.argmax(-1)
+    rest = [logits.copy() for logits in (student, teacher)]
+    for logits in rest:
+        logits[rows, top] = -np.inf
+    shift = np.logaddexp.reduce(rest[1], -1) - np.logaddexp.reduce(rest[0], -1)
+    student += shift[:, None]
+    student[rows, top] = teacher[rows, top]
+    return student
+
+
+def found(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray, **choices: Any) -> tuple[Observed, Any]:
+    setup = Setup(gamma=choices.pop("gamma", 0.5), seed=1)
+    observed = observe(*readings(student, teacher, labels), named_objectives(NAMES), **choices)
+    return observed, analysis(observed, setup)
