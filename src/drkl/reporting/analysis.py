@@ -292,23 +292,28 @@ def _objectives(analysis: Analysis) -> Drawn:
 
 
 def _sure(analysis: Analysis) -> Drawn | None:
-    rows = [(_name(row), as_number(row["sure"]["value"])) for row in analysis["objectives"]]
-    known = [(name, value) for name, value in rows if value is not None]
+    rows = [(_name(row), as_number(row["sure"]["value"]), row["sure"]["interval"]) for row in analysis["objectives"]]
+    known = [(name, value, ends) for name, value, ends in rows if value is not None]
     share = as_number(analysis["totals"]["sure"]["value"])
     if not known or share is None:
         return None
     figure, ax = new_figure(WIDTH, 50 + 17 * len(known))
     tidy(ax, grid="x")
-    ax.barh(range(len(known)), [value for _, value in known], height=0.6, color=TARGET, alpha=0.75)
+    ax.barh(range(len(known)), [value for _, value, _ in known], height=0.6, color=TARGET, alpha=0.6)
+    for place, (_, _, ends) in enumerate(known):
+        if ends is not None:
+            ax.plot(ends, [place] * 2, color=INK, linewidth=1.2)
     ax.axvline(share, color=INK, linewidth=1.4)
-    ax.set_yticks(range(len(known)), [name for name, _ in known])
+    ax.set_yticks(range(len(known)), [name for name, *_ in known])
     ax.tick_params(axis="y", labelcolor=INK)
     ax.set_ylim(len(known) - 0.4, -0.6)
     ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     ax.locator_params(axis="x", nbins=5)
-    shown = ", ".join(f"{name} {100 * value:.0f} %" for name, value in known)
+    shown = ", ".join(f"{name} {100 * value:.0f} %" for name, value, _ in known)
     alt = f"Share of each loss from positions with p_t above .99, which are {100 * share:.0f} %: {shown}."
-    caption = f"share of the loss from p_t > .99; line: {number(100 * share, 1)} % of the positions"
+    caption = (
+        f"share of the loss from p_t > .99, with 95 % intervals; line: {number(100 * share, 1)} % of the positions"
+    )
     return Drawn("sure", figure, "How much comes from where the teacher is certain", caption, alt)
 
 
