@@ -36,7 +36,7 @@ def test_the_pushes_of_every_stage_on_one_axis(make_run: MakeRun) -> None:
         assert (ours.train, ours.heldout, ours.end) == (theirs.train, theirs.heldout, theirs.end)
     picture = drawn(run)
     assert picture is not None
-    assert picture.title == "What pushes the target" and picture.caption.endswith("below 0: it is raised")
+    assert picture.title == "What pushes the target" and picture.caption.endswith("below 0: training raises it")
     assert picture.alt == (
         "Mean pushes on the target's logit over 350 optimiser steps: target term from -0.25 to 0.0312, tail from 0 to "
         "-0.0625, both from -0.25 to -0.0312."

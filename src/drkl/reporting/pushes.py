@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from drkl.reporting.plotting import INK, MUTED, PAPER, RUN_COLORS, Picture, new_figure, tidy, to_svg
+from drkl.reporting.plotting import INK, MUTED, RUN_COLORS, Picture, new_figure, tidy, to_svg
 from drkl.reporting.record import Curve, RunRecord, Stage, thin
 
-PUSHES: dict[str, tuple[str, str, Any]] = {
-    "target term": (RUN_COLORS[2], "s", (0, (5, 1.6))), "tail": (RUN_COLORS[1], "^", (0, (1, 1.4))),
-    "both": (INK, "o", (0, ())),
-}  # fmt: skip
-"""Colour, mark and dashes of each curve."""
+PUSHES: dict[str, dict[str, Any]] = {
+    "target term": {"color": RUN_COLORS[2], "marker": "s", "linestyle": (0, (5, 1.6)), "zorder": 3},
+    "tail": {"color": RUN_COLORS[1], "marker": "^", "linestyle": (0, (1, 1.4)), "zorder": 4},
+    # Wide and below: where the tail pushes nothing, it is the target term's curve.
+    "both": {"color": INK, "marker": "o", "linewidth": 5, "alpha": 0.3, "solid_capstyle": "round", "zorder": 2},
+}
+"""How each curve is drawn."""
 
 
 def picture(record: RunRecord) -> Picture | None:
@@ -20,20 +22,18 @@ def picture(record: RunRecord) -> Picture | None:
     tidy(ax)
     ax.axhline(0, color=MUTED, linewidth=1)
     told = []
-    for name, (color, marker, dash) in PUSHES.items():
+    for name, style in PUSHES.items():
         values: list[float] = []
         for stage in record.stages:
             curve = thin(_push(stage, name))
-            every = max(1, len(curve.steps) // 12)
-            ax.plot(
-                curve.steps, curve.values, color=color, linewidth=1.8, linestyle=dash, marker=marker, markevery=every,
-                markersize=4.5, markeredgecolor=PAPER, markeredgewidth=0.5,
-                label=name if stage is record.stages[0] else None,
-            )  # fmt: skip
+            marks = {"markevery": max(1, len(curve.steps) // 12), "markersize": 4.5, "markeredgewidth": 0}
+            label = name if stage is record.stages[0] else None
+            ax.plot(curve.steps, curve.values, label=label, **({"linewidth": 1.8} | marks | style))
             values += curve.values
         if not values:
             return None
-        told.append(f"{name} from {values[0]:.3g} to {values[-1]:.3g}")
+        first, last = (round(value, 4) + 0.0 for value in (values[0], values[-1]))
+        told.append(f"{name} from {first:g} to {last:g}")
     ax.set_xlim(-0.03 * max(record.num_steps, 1), max(record.num_steps, 1) * 1.02)
     ax.set_xlabel("optimiser step")
     ax.locator_params(axis="x", nbins=5, integer=True)
@@ -45,7 +45,7 @@ def picture(record: RunRecord) -> Picture | None:
         borderpad=0, handlelength=2.4, handletextpad=0.5, columnspacing=1.4,
     )  # fmt: skip
     alt = f"Mean pushes on the target's logit over {record.num_steps} optimiser steps: {', '.join(told)}."
-    caption = "on the target\N{RIGHT SINGLE QUOTATION MARK}s logit, mean over held-out positions; below 0: it is raised"
+    caption = "gradient on its logit, mean over held-out positions; below 0: training raises it"
     return Picture(to_svg(figure, "curve-push", alt), "What pushes the target", caption, alt)
 
 
