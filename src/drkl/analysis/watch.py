@@ -106,11 +106,7 @@ class Probe:
 
     def check(self, student: PreTrainedModel) -> None:
         """Raise DrklError unless student and teacher can be compared."""
-        heads = {model: output_head(model) for model in (student, self._teacher.model)}
-        sizes = [
-            int(model.config.num_labels or 0) if head is None else head.vocab_size for model, head in heads.items()
-        ]
-        shared_vocabulary(*sizes, self.vocab_size)
+        shared_vocabulary(_num_outputs(student), _num_outputs(self._teacher.model), self.vocab_size)
 
     @torch.no_grad()
     def decompose(self, student: PreTrainedModel, objective: Objective, temperature: float) -> dict[str, Tensor]:
