@@ -73,6 +73,7 @@ def test_quickstart_gives_drkl_at_least_half_of_the_steps() -> None:
         ("training.arguments={weight_decay: 1e-2}", lambda c: c.training.arguments == {"weight_decay": 0.01}),
         ("teacher={model: m}", lambda c: c.teacher.model == "m"),
         ("evaluation.prompts=3", lambda c: c.evaluation.prompts == 3),
+        ("analysis.watch_every=20", lambda c: c.analysis.watch_every == 20 and c.analysis.watch_positions == 256),
         ("stages.0.training.max_steps=3", lambda c: c.specs()[0].training.max_steps == 3),
         ("stages.warmup.training.max_steps=3", lambda c: c.specs()[0].training.max_steps == 3),
         ("stages.more.loss.temperature=2", lambda c: c.specs()[1].loss.temperature == 2.0),
@@ -179,6 +180,7 @@ def test_a_resolved_config_is_a_config_and_resolves_to_itself() -> None:
         ("loss.temprature=2", "temperature", "loss.temprature"),
         ("training.max_step=2", "max_steps", "training.max_step"),
         ("evaluation.prompt=2", "prompts", "evaluation.prompt"),
+        ("analysis.watch_evry=2", "watch_every", "analysis.watch_evry"),
         ("stages.warmup.trainin={}", "training", "stages.0.trainin"),
         ("stages.0.training.max_step=2", "max_steps", "stages.0.training.max_step"),
         ("stages.more.data.max_token=2", "max_tokens", "stages.1.data.max_token"),
@@ -229,6 +231,8 @@ def test_an_unknown_objective_or_field(override: str, message: str) -> None:
         "run.name=''",
         "student.dtype=fp16",
         "evaluation.sampling_temperature=0",
+        "analysis.watch_every=0",
+        "analysis.watch_positions=0",
         "evaluation.samples_per_prompt=0",
         "data.max_prompt_tokens=0",
         "teacher.dtype=int8",
@@ -361,3 +365,12 @@ def test_every_key_is_described() -> None:
     assert described["data.path"][0] == "null" and described["stages[].name"][0] == "required"
     assert {key.split(".")[0] for key in described} == {*Config.model_fields, "stages[]"}
     assert all(meaning and "\n" not in meaning for _, meaning in described.values())
+
+
+def test_what_is_watched_is_so_in_every_stage_and_takes_a_teacher() -> None:
+    assert Config.model_fields["analysis"].get_default(call_default_factory=True).watch_every is None
+    specs = load("analysis.watch_every=20").specs()
+    assert [spec.resolved["analysis"]["watch_every"] for spec in specs] == [20, 20, 20]
+    student = {"init": "pretrained", "model": "m"}
+    message = refusal("analysis.watch_every=20", teacher=None, objective={"name": "ce"}, student=student, stages=[])
+    assert "analysis.watch_every looks at what pushes the student towards its teacher, but teacher is null" in message

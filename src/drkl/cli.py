@@ -109,10 +109,11 @@ def _relocated(config: Any, folder: Path) -> Any:
 
 
 def _distill(config: Any, mode: Any) -> None:
+    from drkl.analysis.watch import watcher
     from drkl.training.run import distill as train
 
     with TrainingProgress() as listener:
-        run = train(config.specs(), mode=mode, listener=listener)
+        run = train(config.specs(), mode=mode, listener=listener, on_trainer=watcher(config.analysis))
     print(f"The student is in {run.student_path}. Next: drkl evaluate {run.root}")
 
 

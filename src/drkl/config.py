@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from drkl.analysis.config import AnalysisConfig
 from drkl.data.config import DataConfig, TokenizerConfig
 from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.config import EvaluationConfig
@@ -58,12 +59,18 @@ class Config(BaseModel):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     stages: list[StageConfig] = Field(default_factory=list, description="runs before this one, first to last")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    analysis: AnalysisConfig = Field(default_factory=AnalysisConfig)
 
     @model_validator(mode="after")
     def _check(self) -> Config:
         needs = self.loss.kd_weight > 0 and self.objective.make().needs_teacher
         if self.teacher is None and needs:
             raise ValueError(f"objective {self.objective.name!r} compares with a teacher, but teacher is null")
+        if self.teacher is None and self.analysis.watch_every is not None:
+            raise ValueError(
+                "analysis.watch_every looks at what pushes the student towards its teacher, but teacher is null; leave "
+                "it out"
+            )
         scratch = self.student.model_type is not None
         if self.teacher is None and self.student.model is None and not scratch:
             raise ValueError(

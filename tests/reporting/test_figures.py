@@ -1,7 +1,7 @@
 import pytest
 
 from drkl.reporting import figures
-from drkl.reporting.record import Curve, read_run
+from drkl.reporting.record import Curve, read_run, thin
 from drkl.runs import write_json, write_jsonl
 from tests.reporting.conftest import MakeRun, evaluation
 
@@ -75,7 +75,7 @@ def test_one_line_and_zero_values_can_be_drawn(make_run: MakeRun) -> None:
 
 
 def test_long_curves_are_thinned_to_means() -> None:
-    curve = figures.thin(Curve([float(i) for i in range(1000)], [2.0 * i for i in range(1000)]), points=10)
+    curve = thin(Curve([float(i) for i in range(1000)], [2.0 * i for i in range(1000)]), points=10)
     assert len(curve.steps) == 10
     assert curve.steps[0] == 49.5
     assert curve.values[0] == 99.0

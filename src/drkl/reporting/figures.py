@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from drkl.display import as_number, number
+from drkl.reporting import pushes
 from drkl.reporting.lines import STYLES, lines_of
 from drkl.reporting.metrics import METRICS, MODELS, STUDENTS, Metric, metrics_of, value_of
 from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, Picture, new_figure, plot_style, tidy, to_svg
-from drkl.reporting.record import Curve, RunRecord
+from drkl.reporting.record import RunRecord, thin
 from drkl.reporting.text import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-MAX_POINTS = 300
 
 
 def bars(record: RunRecord, key: str) -> Picture | None:
@@ -79,6 +78,7 @@ def training_curves(record: RunRecord) -> tuple[list[Picture], list[Picture]]:
     ]
     with plot_style():
         drawn = [[_curve_picture(record, *item) for item in group] for group in (wanted, rest)]
+        drawn[0].append(pushes.picture(record))
     return [p for p in drawn[0] if p], [p for p in drawn[1] if p]
 
 
@@ -177,16 +177,6 @@ def _mark_stages(ax: Axes, record: RunRecord, *, size: float, names: bool) -> No
             fontsize=size,
             color=COLORS[stage.model],
         )
-
-
-def thin(curve: Curve, points: int = MAX_POINTS) -> Curve:
-    """At most ``points`` points, each the mean of a stretch of the curve."""
-    width = math.ceil(len(curve.steps) / points)
-    if width <= 1:
-        return curve
-    cuts = [slice(i, i + width) for i in range(0, len(curve.steps), width)]
-    means = [[sum(part) / len(part) for cut in cuts if (part := values[cut])] for values in (curve.steps, curve.values)]
-    return Curve(*means)
 
 
 def distributions(record: RunRecord) -> list[Picture]:

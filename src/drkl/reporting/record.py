@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,10 @@ from drkl.reporting.metrics import MODEL_TITLES, MODELS
 from drkl.reporting.text import short
 from drkl.runs import RunFolder, read_json, read_jsonl, read_text
 
+WATCHED = "watch_"
+MAX_POINTS = 300
+"""Of a curve on the page."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -25,6 +30,16 @@ class Curve:
 
     def __bool__(self) -> bool:
         return bool(self.steps)
+
+
+def thin(curve: Curve, points: int = MAX_POINTS) -> Curve:
+    """At most ``points`` points, each the mean of a stretch of the curve."""
+    width = math.ceil(len(curve.steps) / points)
+    if width <= 1:
+        return curve
+    cuts = [slice(i, i + width) for i in range(0, len(curve.steps), width)]
+    means = [[sum(part) / len(part) for cut in cuts if (part := values[cut])] for values in (curve.steps, curve.values)]
+    return Curve(*means)
 
 
 @dataclass(frozen=True)
@@ -42,12 +57,14 @@ class Stage:
     seconds: float | None
     train: list[dict[str, Any]]
     heldout: list[dict[str, Any]]
+    watched: list[dict[str, Any]]
+    """What was logged of the pushes on the target: ``watch_*``."""
 
     def curve(self, key: str, *, heldout: bool = False) -> Curve:
         """The logged values of ``key`` (of ``eval_key`` on held-out rows)."""
         steps, values = [], []
         name = f"eval_{key}" if heldout else key
-        for row in self.heldout if heldout else self.train:
+        for row in self.heldout if heldout else self.watched if key.startswith(WATCHED) else self.train:
             value = as_number(row.get(name))
             if value is not None:
                 steps.append(self.start + row["step"])
@@ -211,8 +228,8 @@ def _read_stages(run: RunFolder) -> list[Stage]:
         start = stages[-1].end if stages else 0
         objective = _mapping(folder.read_config().get("objective")).get("name", "?")
         last = position == len(folders) - 1
-        train, heldout = _split_log(folder.read_train_log())
-        steps = [row["step"] for row in (*train, *heldout)]
+        train, heldout, watched = _split_log(folder.read_train_log())
+        steps = [row["step"] for row in (*train, *heldout, *watched)]
         stages.append(
             Stage(
                 title=short(str(objective) if last else re.sub(r"^\d+-", "", folder.name), 24),
@@ -223,22 +240,23 @@ def _read_stages(run: RunFolder) -> list[Stage]:
                 seconds=as_number(_mapping(folder.read_env()).get("seconds")),
                 train=train,
                 heldout=heldout,
+                watched=watched,
             )
         )
     return stages
 
 
-def _split_log(rows: Sequence[Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _split_log(rows: Sequence[Any]) -> list[list[dict[str, Any]]]:
+    """The lines of the training batches, of the held-out rows, and of what was watched, each in the order of steps."""
     # A resumed run repeats the steps between its last checkpoint and its end: the later line is the true one.
-    train: dict[int, dict[str, Any]] = {}
-    heldout: dict[int, dict[str, Any]] = {}
+    kinds: dict[str, dict[int, dict[str, Any]]] = {"": {}, "eval_": {}, WATCHED: {}}
     for row in rows:
         step = as_number(row.get("step")) if isinstance(row, dict) else None
         if step is None:
             continue
-        kind = heldout if any(key.startswith("eval_") for key in row) else train
-        kind[int(step)] = {**row, "step": int(step)}
-    return tuple([kind[step] for step in sorted(kind)] for kind in (train, heldout))  # type: ignore[return-value]
+        prefix = next((kind for kind in ("eval_", WATCHED) if any(key.startswith(kind) for key in row)), "")
+        kinds[prefix][int(step)] = {**row, "step": int(step)}
+    return [[kind[step] for step in sorted(kind)] for kind in kinds.values()]
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class TrainLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write one line; the summary that ends training is left out."""
-        if not logs or not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys():
+        if not logs or not state.is_world_process_zero or "train_runtime" in logs:
             return
         line: dict[str, Any] = {"step": state.global_step}
         line |= {key: value for key, value in logs.items() if _is_number(value) and key != "epoch"}

@@ -113,7 +113,13 @@ class Resources:
         return self._rows[key]
 
 
-def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener | None = None) -> RunFolder:
+def distill(
+    specs: Sequence[RunSpec],
+    *,
+    mode: Mode = "new",
+    listener: Listener | None = None,
+    on_trainer: OnTrainer | None = None,
+) -> RunFolder:
     """Train every stage in turn and return the folder of the last.
 
     Args:
@@ -121,6 +127,7 @@ def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener 
         mode: ``new`` refuses a folder that is there, ``overwrite`` replaces it, ``resume`` goes on with it: finished
             stages are kept, the unfinished one continues from its newest whole checkpoint.
         listener: hooks for a front end.
+        on_trainer: called with each stage's parts and trainer before it trains, to add callbacks.
 
     Raises:
         DrklError: anything a user can mend; whatever can be checked is checked before anything is written.
@@ -157,7 +164,7 @@ def distill(specs: Sequence[RunSpec], *, mode: Mode = "new", listener: Listener 
         if number == 1:
             write_yaml(last.config_path, specs[-1].resolved)  # from here on `--resume` finds it
             write_json(last.env_path, {"command": command, "finished": None})
-        _train(prepared, command, resume=mode == "resume")
+        _train(prepared, command, resume=mode == "resume", on_trainer=on_trainer)
     return last
 
 
@@ -180,6 +187,9 @@ class Prepared:
     @property
     def vocab_size(self) -> int | None:
         return None if self.vocabulary is None else self.vocabulary["shared"]
+
+
+OnTrainer = Callable[[Prepared, DistillationTrainer], None]
 
 
 def _prepare(spec: RunSpec, resources: Resources, tokenizer_name: str, tokens: SharedTokens | None) -> Prepared:
@@ -236,7 +246,7 @@ def _compare_vocabularies(
     return vocabulary
 
 
-def _train(prepared: Prepared, command: list[str], *, resume: bool) -> None:
+def _train(prepared: Prepared, command: list[str], *, resume: bool, on_trainer: OnTrainer | None) -> None:
     spec, run = prepared.spec, prepared.spec.folder
     checkpoint = newest_checkpoint(run.checkpoints_path) if resume else None
     environment = describe_environment(prepared.device) | {
@@ -254,6 +264,8 @@ def _train(prepared: Prepared, command: list[str], *, resume: bool) -> None:
         prepared.listener.on_message(f"Going on from {checkpoint.name}.")
     log = TrainLog(run, step_of(checkpoint) if checkpoint else 0, prepared.listener.on_progress)
     trainer = _make_trainer(prepared, log)
+    if on_trainer is not None:
+        on_trainer(prepared, trainer)
     if checkpoint is not None:
         trainer.num_tokens_seen = tokens_seen(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
