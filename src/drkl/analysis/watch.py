@@ -2,8 +2,8 @@
 
 Logged are means over the positions (see `decompose`): ``watch_target_push``, ``watch_tail_push``, ``watch_q_t``,
 ``watch_p_t``, ``watch_B``, ``watch_K``, ``watch_D``; ``watch_matched_push``, the mean tail push where the target is
-matched, abs(q_t - p_t) <= 0.05, left out where it is so nowhere; ``watch_raised``, the share of positions where the
-tail raises the target, with a push below -0.0001.
+matched, abs(D) <= 0.25 as in `drkl analyze`, left out where it is so nowhere; ``watch_raised``, the share of positions
+where the tail raises the target, with a push below -0.0001.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from drkl.analysis.gradients import decompose
+from drkl.analysis.states import MATCHED
 from drkl.data.batching import bucket_by_length
 from drkl.data.collate import collate
 from drkl.data.labelled import LabelledRow
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 PREFIX = "watch_"
 MEANS = ("target_push", "tail_push", "q_t", "p_t", "B", "K", "D")
 """The fields of a `Decomposition` whose means are logged."""
-MATCHED = 0.05
-"""How far apart q_t and p_t may be where the target counts as matched."""
 RAISED = -1e-4
 """A push below this is one: what is 0 on paper comes out near 1e-6 in fp32, mostly below 0."""
 TOKENS_PER_BATCH = 2048
@@ -164,7 +163,7 @@ def _choose(counts: Sequence[int], wanted: int) -> dict[int, list[int]]:
 def summary(found: Mapping[str, Tensor]) -> dict[str, float]:
     """What is logged of the columns `[n]` that `Probe.decompose` gives."""
     numbers = {name: float(found[name].mean()) for name in MEANS}
-    matched = (found["q_t"] - found["p_t"]).abs() <= MATCHED
+    matched = found["D"].abs() <= MATCHED
     if bool(matched.any()):
         numbers["matched_push"] = float(found["tail_push"][matched].mean())
     numbers["raised"] = float((found["tail_push"] < RAISED).double().mean())
