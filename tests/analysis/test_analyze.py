@@ -90,6 +90,7 @@ def test_the_tables_are_sums_over_positions(states: tuple[np.ndarray, np.ndarray
         "excess": (at["confidence"] - at["correct"] - at["teacher_confidence"] + at["teacher_correct"]).mean(),
         "own_gap": at["own_gap"].mean(),
         "calibration_gap": (at["confidence"] - at["correct"]).mean(),
+        "target_gap": (at["q_t"] - at["p_t"]).mean(),
         "target_above": (at["D"] > 0).mean(),
         "tail_share": (at["rest"] * at["K"]).sum() / rkl.sum(),
         "matched": matched.mean(),
@@ -185,6 +186,18 @@ def test_a_matched_target_over_another_tail_is_pushed() -> None:
     assert tables["diagnosis"]["tail"]["answer"] == "yes"  # the target adds nothing
     pushes = {row["objective"]: row["tail_push"]["value"] for row in tables["objectives"]}
     assert pushes["rkl"] < -0.01 and abs(pushes["drkl, γ 0.5"]) < 1e-12 and abs(pushes["fkl"]) < 1e-12
+
+
+def test_too_sure_of_another_token_than_the_target() -> None:
+    teacher, labels, _ = teacher_logits(1.0)
+    rows, other = np.arange(len(teacher)), teacher.argsort(-1)[:, -2]
+    student = teacher.copy()
+    student[rows, other] += 3.0
+    _, tables = found(student, teacher, labels, positions=8)
+    said = {name: one["answer"] for name, one in tables["diagnosis"].items()}
+    assert (said["overconfident"], said["target"]) == ("yes", "no")
+    assert "it is so of other tokens" in tables["diagnosis"]["target"]["text"]
+    assert answers(1.8 * teacher, teacher, labels)["target"] == "yes"
 
 
 def test_the_two_yardsticks_may_disagree() -> None:

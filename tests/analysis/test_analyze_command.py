@@ -47,7 +47,7 @@ def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
     assert "\nYes: the student is overconfident" in done.out
     assert "Is the student overconfident? Yes." in done.out and "drkl, γ 0.5" in done.out
     found = read(out)
-    assert found["diagnosis"]["overconfident"]["answer"] == "yes"
+    assert [found["diagnosis"][name]["answer"] for name in ("overconfident", "target")] == ["yes", "yes"]
     assert found["settings"]["models"] == {"teacher": str(models["teacher"]), "student": str(models["surer"])}
     assert found["settings"]["command"][:2] == ["drkl", "analyze"] and found["timing"]["total"] > 0
     assert [row["objective"] for row in found["objectives"]] == ["rkl", "drkl, γ 0.5", "fkl", "ce"]
@@ -63,7 +63,8 @@ def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
     assert "\nNo: the student is not overconfident" in done.out and "overconfident? No." in done.out
     found = read(same)
     assert {name: one["answer"] for name, one in found["diagnosis"].items()} == {
-        "overconfident": "no", "pushed": "no", "tail": "undecided", "strengthens": "no", "sure": "undecided",
+        "overconfident": "no", "target": "no", "pushed": "no", "tail": "undecided", "strengthens": "no",
+        "sure": "undecided",
     }  # fmt: skip
     assert {path.stem for path in (same / "analysis").glob("*.svg")} == set(FILES)
 

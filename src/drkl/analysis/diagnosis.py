@@ -33,6 +33,7 @@ def diagnosis(tables: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     totals, gamma = tables["totals"], tables["settings"]["gamma"]
     found = {
         "overconfident": _overconfident(totals),
+        "target": _target(totals),
         "pushed": _pushed(totals, tables["settings"]["positions"]),
         "tail": _tail(totals),
         "strengthens": _strengthens(totals, gamma),
@@ -79,6 +80,20 @@ def _either(first: str, second: str) -> str:
     return "undecided" if not said else said.pop() if len(said) == 1 else "partly"
 
 
+def _target(totals: Value) -> dict[str, Any]:
+    teacher = totals["teacher_confidence"]["value"]
+    bar = OVER if teacher is None else min(OVER, OVER_SHARE * teacher)
+    answer = decide(totals["target_gap"], bar)
+    text = (
+        f"It gives the teacher's top token {_points(totals['target_gap'])} more than the teacher does, and is above it "
+        f"at {_share(totals['target_above'])} of the positions."
+    )
+    if answer == "no" and decide(totals["own_gap"], bar) == "yes":
+        text += " Where it is too sure, it is so of other tokens, which the teacher does not put first."
+    question = "Is it the teacher's top token, the target, that it is too sure of?"
+    return _answer(question, answer, text, totals, "target_gap", "target_above", bar=bar)
+
+
 def _pushed(totals: Value, positions: int) -> dict[str, Any]:
     question = "Where its target already matches the teacher's, would reverse KL push it on up?"
     names = ("matched", "matched_p_t", "matched_K", "matched_outweighs", "matched_force", "matched_overshoot")
@@ -101,11 +116,13 @@ def _pushed(totals: Value, positions: int) -> dict[str, Any]:
 def _tail(totals: Value) -> dict[str, Any]:
     share = totals["tail_share"]
     text = (
-        f"Of reverse KL, {_share(share)} lies in the tail, (1-q_t) K, and the rest in the target. The student's target "
-        f"is above the teacher's at {_share(totals['target_above'])} of the positions."
+        f"Of reverse KL, {_share(share)} lies in the tail, (1-q_t) K, and the rest in the target; K is "
+        f"{_shown(totals['K'])} nats on the mean."
     )
+    if share["value"] is None:
+        text = "Reverse KL is 0 or infinite here, so no share of it can be said."
     question = "Is it the tail in which the two differ?"
-    return _answer(question, decide(share, HALF), text, totals, "tail_share", "target_above", "K")
+    return _answer(question, decide(share, HALF), text, totals, "tail_share", "K")
 
 
 def _strengthens(totals: Value, gamma: float) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def _totals(observed: Observed, setup: Setup) -> dict[str, Any]:
     found.mean("calibration_gap", gap)
     found.mean("teacher_calibration_gap", teacher_gap)
     found.mean("excess", gap - teacher_gap)
+    found.mean("target_gap", at["q_t"] - at["p_t"])
     found.mean("target_above", at["D"] > 0)
     found.mean("K", at["K"])
     found.ratio("tail_share", tail, losses["rkl"])
