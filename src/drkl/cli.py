@@ -30,6 +30,28 @@ app = typer.Typer(
 )
 
 RunArgument = Annotated[Path, typer.Argument(help="A run folder that `drkl distill` made.", show_default=False)]
+# Of the commands that take a run, or any two models.
+OptionalRun = Annotated[Path | None, typer.Argument(help="A run folder that `drkl distill` made.", show_default=False)]
+StudentOption = Annotated[
+    str | None, typer.Option(help="In place of RUN: any model's folder or id, with --output.", show_default=False)
+]
+TeacherOption = Annotated[str | None, typer.Option(help="Its teacher's, of the same vocabulary.", show_default=False)]
+DataOption = Annotated[
+    str | None,
+    typer.Option(help="Its held-out rows: a file, or bundled:dolly-eval and the like.", show_default=False),
+]
+MaxRowsOption = Annotated[
+    int | None, typer.Option(min=1, help="Without RUN: the first so many rows.", show_default=False)
+]
+MaxPromptOption = Annotated[
+    int | None, typer.Option(help="Without RUN: rows with a longer prompt are left out.", show_default=False)
+]
+MaxTokensOption = Annotated[int | None, typer.Option(help="Without RUN: longer responses are cut.", show_default=False)]
+TemplateOption = Annotated[
+    str | None, typer.Option(help="Without RUN: how a prompt is written, as data.template.", show_default=False)
+]
+DtypeOption = Annotated[str, typer.Option(help="Without RUN: auto, fp32, bf16 or fp16.")]
+DeviceOption = Annotated[str, typer.Option(help="Without RUN: auto, cpu, cuda or mps.")]
 
 
 def main() -> None:
@@ -125,19 +147,10 @@ def _print_estimate(plan: dict[str, Any]) -> None:
 
 @app.command()
 def evaluate(
-    run: Annotated[
-        Path | None, typer.Argument(help="A run folder that `drkl distill` made.", show_default=False)
-    ] = None,
-    student: Annotated[
-        str | None, typer.Option(help="In place of RUN: any model's folder or id, with --output.", show_default=False)
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Its teacher's, of the same vocabulary.", show_default=False)
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Its held-out rows: a file, or bundled:dolly-eval and the like.", show_default=False),
-    ] = None,
+    run: OptionalRun = None,
+    student: StudentOption = None,
+    teacher: TeacherOption = None,
+    data: DataOption = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for eval.json and samples.jsonl; default RUN.", show_default=False)
     ] = None,
@@ -166,20 +179,12 @@ def evaluate(
     seeds: Annotated[str | None, typer.Option(help="Seeds of the sampling, as 10,20,30.", show_default=False)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="An answer's length at most.", show_default=False)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Answers decoded at once.", show_default=False)] = None,
-    max_rows: Annotated[
-        int | None, typer.Option(min=1, help="Without RUN: the first so many rows.", show_default=False)
-    ] = None,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Without RUN: rows with a longer prompt are left out.", show_default=False)
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Without RUN: longer responses are cut.", show_default=False)
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option(help="Without RUN: how a prompt is written, as data.template.", show_default=False)
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Without RUN: auto, fp32, bf16 or fp16.")] = "auto",
-    device: Annotated[str, typer.Option(help="Without RUN: auto, cpu, cuda or mps.")] = "auto",
+    max_rows: MaxRowsOption = None,
+    max_prompt_tokens: MaxPromptOption = None,
+    max_tokens: MaxTokensOption = None,
+    template: TemplateOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Use no finished parts of an earlier evaluation.")] = False,
 ) -> None:
     """Measure fidelity, diversity and calibration of a run, or of any student beside any teacher: eval.json."""
@@ -230,19 +235,10 @@ def _check_finished(folder: Any) -> None:
 
 @app.command()
 def analyze(
-    run: Annotated[
-        Path | None, typer.Argument(help="A run folder that `drkl distill` made.", show_default=False)
-    ] = None,
-    student: Annotated[
-        str | None, typer.Option(help="In place of RUN: any model's folder or id, with --output.", show_default=False)
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Its teacher's, of the same vocabulary.", show_default=False)
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Its held-out rows: a file, or bundled:dolly-eval and the like.", show_default=False),
-    ] = None,
+    run: OptionalRun = None,
+    student: StudentOption = None,
+    teacher: TeacherOption = None,
+    data: DataOption = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for analysis.json and analysis/; default RUN.", show_default=False)
     ] = None,
@@ -258,20 +254,12 @@ def analyze(
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the losses: divides both models' logits.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the intervals.")] = 0,
-    max_rows: Annotated[
-        int | None, typer.Option(min=1, help="Without RUN: the first so many rows.", show_default=False)
-    ] = None,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Without RUN: rows with a longer prompt are left out.", show_default=False)
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Without RUN: longer responses are cut.", show_default=False)
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option(help="Without RUN: how a prompt is written, as data.template.", show_default=False)
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Without RUN: auto, fp32, bf16 or fp16.")] = "auto",
-    device: Annotated[str, typer.Option(help="Without RUN: auto, cpu, cuda or mps.")] = "auto",
+    max_rows: MaxRowsOption = None,
+    max_prompt_tokens: MaxPromptOption = None,
+    max_tokens: MaxTokensOption = None,
+    template: TemplateOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Does reverse KL make this student too sure? Its pushes on real text, every objective's, and a diagnosis."""
     from drkl.analysis import command

@@ -35,6 +35,7 @@ T = TypeVar("T")
 TARGET, TAIL = COLORS["after"], RUN_COLORS[1]
 ANSWERS = {"yes": "yes", "no": "no", "partly": "in part", "undecided": "not decided"}
 WIDTH, HEIGHT = 356, 260
+NAMES = ("push", "rest", "B", "K", "D", "gamma", "objectives", "sure", "reliability")
 SYMBOLS = {
     "B": ("B, the target's part", "KL of the pairs (target, rest), nats"),
     "K": ("K, the tail's divergence", "KL of the renormalised tails, nats"),
@@ -94,7 +95,7 @@ def findings(analysis: Analysis) -> list[Finding]:
 
 
 def write_figures(analysis: Analysis, folder: Path) -> list[Path]:
-    """Every figure as an svg file of its own in ``folder``.
+    """Every figure as an svg file of its own in ``folder``; those that an earlier analysis left there are replaced.
 
     Raises:
         DrklError: nobody can write there, or the analysis is not what `drkl analyze` writes.
@@ -107,6 +108,9 @@ def write_figures(analysis: Analysis, folder: Path) -> list[Path]:
             path = folder / f"{drawn.name}.svg"
             write_text(path, svg_text(drawn.figure))
             written.append(path)
+    for name in NAMES:  # an earlier analysis may have drawn what this one has not
+        if (old := folder / f"{name}.svg") not in written:
+            old.unlink(missing_ok=True)
     return written
 
 
