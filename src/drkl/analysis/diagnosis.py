@@ -60,9 +60,9 @@ def _overconfident(totals: Value) -> dict[str, Any]:
     by_data = "no" if "no" in both else "undecided" if "undecided" in both else "yes"
     answer = _either(by_teacher, by_data)
     text = (
-        f"By its teacher{_judged(by_teacher)}: it gives its own top token {_points(totals['own_gap'])} more than the "
-        f"teacher does. By the data{_judged(by_data)}: its confidence ({_share(totals['confidence'])}) is "
-        f"{_points(totals['calibration_gap'])} above its accuracy ({_share(totals['accuracy'])}), the teacher's "
+        f"By its teacher{_judged(by_teacher)}: at its own top token q - p is {_points(totals['own_gap'])} on the mean. "
+        f"By the data{_judged(by_data)}: its confidence ({_share(totals['confidence'])}) minus its accuracy "
+        f"({_share(totals['accuracy'])}) is {_points(totals['calibration_gap'])}, the teacher's "
         f"{_points(totals['teacher_calibration_gap'])}; the student's excess is {_points(totals['excess'])}."
     )
     under = totals["excess"]["interval"]
@@ -85,8 +85,8 @@ def _target(totals: Value) -> dict[str, Any]:
     bar = OVER if teacher is None else min(OVER, OVER_SHARE * teacher)
     answer = decide(totals["target_gap"], bar)
     text = (
-        f"It gives the teacher's top token {_points(totals['target_gap'])} more than the teacher does, and is above it "
-        f"at {_share(totals['target_above'])} of the positions."
+        f"There q_t - p_t is {_points(totals['target_gap'])} on the mean, and above 0 at "
+        f"{_share(totals['target_above'])} of the positions."
     )
     if answer == "no" and decide(totals["own_gap"], bar) == "yes":
         text += " Where it is too sure, it is so of other tokens, which the teacher does not put first."
