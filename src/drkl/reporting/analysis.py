@@ -186,7 +186,7 @@ def _push(analysis: Analysis) -> Drawn | None:
     bins = _matched_bins(analysis, "force")
     if not bins:
         return None
-    figure, ax = _axes()
+    figure, ax = _axes("q_t (1-q_t) K")
     _points(ax, bins, TAIL)
     ax.set_xlim(0, 1.02)
     ax.set_ylim(0, max(max(y, (ends or (y, y))[1]) for _, y, ends, _ in bins) * 1.1 or 1)
@@ -201,7 +201,7 @@ def _rest(analysis: Analysis) -> Drawn | None:
     bins = _matched_bins(analysis, "rests_at")
     if not bins:
         return None
-    figure, ax = _axes()
+    figure, ax = _axes("q_t at rest")
     ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)))
     for x, y, _, _ in bins:
         ax.plot([x, x], [x, y], color=TAIL, linewidth=1, alpha=0.6)
@@ -221,7 +221,7 @@ def _histogram(symbol: str) -> Callable[[Analysis], Drawn | None]:
         if found["histogram"] is None:
             return None
         edges, counts = found["histogram"]["edges"], found["histogram"]["positions"]
-        figure, ax = _axes(200)
+        figure, ax = _axes("share of positions", 200)
         total = sum(counts)
         ax.stairs([count / total for count in counts], edges, fill=True, color=TARGET, alpha=0.55)
         median = found["quantiles"]["0.5"]
@@ -241,7 +241,7 @@ def _histogram(symbol: str) -> Callable[[Analysis], Drawn | None]:
 
 def _gamma(analysis: Analysis) -> Drawn:
     rows, gamma = analysis["gammas"], float(analysis["settings"]["gamma"])
-    figure, ax = _axes()
+    figure, ax = _axes("share of positions")
     x, stronger = [row["gamma"] for row in rows], [row["stronger"] for row in rows]
     ax.fill_between(x, stronger, color=TARGET, alpha=0.4, linewidth=0)
     ax.fill_between(x, stronger, 1, color=TAIL, alpha=0.3, linewidth=0)
@@ -323,7 +323,7 @@ def _sure(analysis: Analysis) -> Drawn | None:
 
 def _reliability(analysis: Analysis) -> Drawn | None:
     found = analysis["reliability"]
-    figure, ax = _axes(300)
+    figure, ax = _axes("accuracy", 300)
     ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)))
     said = []
     styles = (("teacher", COLORS["teacher"], "D", (0, (5, 2))), ("student", COLORS["after"], "o", "-"))
@@ -358,9 +358,10 @@ def _value(found: Mapping[str, Any]) -> str:
     return number(as_number(found["value"]), 4)
 
 
-def _axes(height: float = HEIGHT) -> tuple[Figure, Axes]:
+def _axes(upwards: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
     figure, ax = new_figure(WIDTH, height)
     tidy(ax)
+    ax.set_ylabel(upwards, fontsize=11, color=MUTED)
     return figure, ax
 
 
