@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -412,6 +413,9 @@ def toy(
     quick: Annotated[
         bool, typer.Option("--quick", help="A small size in place of --vocab, --seeds, --steps and --contexts.")
     ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes, of one thread each; default one a core.", show_default=False)
+    ] = None,
 ) -> None:
     """Let toy students follow a known teacher under every objective: where each of them ends, and how it gets there."""
     from drkl.analysis import toy_sweep
@@ -429,8 +433,9 @@ def toy(
     ]
     specs = toy_sweep.DEFAULT_OBJECTIVES if objectives is None else toy_sweep.split_list("--objectives", objectives)
     variants = toy_sweep.parse_variants(specs)
+    jobs = jobs or os.cpu_count() or 1
     with progress_bars() as on_progress:
-        rows = toy_sweep.sweep(chosen, variants, range(seeds), output, on_progress=on_progress)
+        rows = toy_sweep.sweep(chosen, variants, range(seeds), output, jobs=jobs, on_progress=on_progress)
     print_toy(toy_sweep.ends(rows))
     _draw_toy(rows, chosen, output)
     print(f"Written: {output / 'toy.csv'}, {output / 'ends.csv'}, and a figure and an animation of each setting.")
