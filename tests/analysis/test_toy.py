@@ -163,7 +163,8 @@ def test_metrics_against_numpy() -> None:
         "q_t": q[rows, t], "p_t": p[rows, t], "target_error": np.abs(q[rows, t] - p[rows, t]),
         "entropy": -(q * np.log(q)).sum(-1), "max_q": q.max(-1), "fkl": kl(p, q), "rkl": kl(q, p),
         "js": (kl(p, m) + kl(q, m)) / 2, "tvd": half.sum(-1), "head_error": (half * head).sum(-1),
-        "tail_error": (half * ~head).sum(-1), "agreement": q.argmax(-1) == t, "rival_q": q[rows, rival], "rival_p": p[rows, rival],
+        "tail_error": (half * ~head).sum(-1), "agreement": q.argmax(-1) == t,
+        "rival_q": q[rows, rival], "rival_p": p[rows, rival],
         "rival_rank": 1 + np.argsort(np.argsort(-p, -1), -1)[rows, rival],
     }  # fmt: skip
     found = measure(torch.from_numpy(z), ToyTeacher.of(torch.from_numpy(y)))
@@ -267,19 +268,19 @@ def test_a_setting_out_of_its_domain_is_refused(changes: dict[str, object], mess
 
 def test_the_command(cli: Cli, tmp_path: Path) -> None:
     size = ("--vocab", 20, "--entropy", 2, "--seeds", 2, "--steps", 4, "--contexts", 6, "--rank", 2, "--jobs", 1)
-    call = ("toy", "--output", tmp_path / "toy", "--objectives", "rkl,drkl:0.1", *size)
+    call = ("toy", "--output", tmp_path / "toy", "--objectives", "rkl,drkl:0.1,drkl:1", "--setting", "free", *size)
     done = cli(*call)
     assert done.code == 0, done.err
-    names = [f"{kind}-v20-h2-random" for kind in ("free", "capacity")]
+    name = "free-v20-h2-random"
     files = {path.name for path in (tmp_path / "toy").iterdir()}
-    figures = {f"{name}.{suffix}" for name in names for suffix in ("svg", "gif")}
-    assert files == {"parts", "toy.csv", "ends.csv", *figures}
-    assert (tmp_path / "toy" / f"{names[0]}.svg").read_text().startswith("<?xml")
-    assert (tmp_path / "toy" / f"{names[0]}.gif").read_bytes()[:4] == b"GIF8"
-    assert "drkl" in done.out and names[1] in done.out
-    before = (tmp_path / "toy" / f"{names[0]}.svg").read_bytes()
+    assert files == {"parts", "toy.csv", "ends.csv", f"{name}.svg", f"{name}.gif", "map-free.svg"}
+    drawn = [tmp_path / "toy" / f"{figure}.svg" for figure in (name, "map-free")]
+    before = [path.read_bytes() for path in drawn]
+    assert all(text.startswith(b"<?xml") for text in before)
+    assert (tmp_path / "toy" / f"{name}.gif").read_bytes()[:4] == b"GIF8"
+    assert "drkl" in done.out and name in done.out
     assert cli(*call).code == 0
-    assert (tmp_path / "toy" / f"{names[0]}.svg").read_bytes() == before
+    assert [path.read_bytes() for path in drawn] == before
 
 
 @pytest.mark.parametrize(
