@@ -192,7 +192,7 @@ def test_a_sweep_writes_csv_and_goes_on_where_it_stopped(tmp_path: Path, monkeyp
     assert {(line["objective"], line["gamma"]) for line in lines} == {
         ("rkl", ""), ("drkl", "0.1"), ("drkl@student", ""),
     }  # fmt: skip
-    assert {line["setting"] for line in lines} == {"capacity-v30-h2-random", "free-v30-h2-random"}
+    assert {line["setting"] for line in lines} == {"capacity-v30-h2-random-r2", "free-v30-h2-random"}
     assert len(lines) == 2 * 3 * 2 * 21
     assert all(math.isfinite(float(line[key])) for line in lines for key in METRICS)
 
@@ -208,8 +208,8 @@ def test_the_number_of_jobs_changes_nothing(tmp_path: Path) -> None:
 def test_a_folder_of_another_setting_is_refused(tmp_path: Path) -> None:
     variants = parse_variants(["rkl"])
     sweep([tiny()], variants, [0], tmp_path)
-    for other, seeds in ((tiny(rank=3), [0]), (tiny(), [0, 1])):
-        with pytest.raises(DrklError, match=r"holds results with (rank 2|seeds \[0\]), not"):
+    for other, seeds in ((tiny(contexts=11), [0]), (tiny(), [0, 1])):
+        with pytest.raises(DrklError, match=r"holds results with (contexts 12|seeds \[0\]), not"):
             sweep([other], variants, seeds, tmp_path)
 
 
