@@ -124,11 +124,11 @@ def toy_rank_table(ends: Ends) -> str:
 def toy_tables() -> dict[str, str]:
     """The tables of docs/toy.md by the name of their place."""
     ends = toy_ends()
-    columns, narrow = list(TOY), [key for key in TOY if key != "rival_q"]
+    columns = list(TOY)
     return {
         "toy-random": toy_table(ends, [f"capacity-v1000-h{entropy}-random" for entropy in ("4.15", "1.4")], columns),
         "toy-warm": toy_table(ends, [f"capacity-v1000-h{entropy}-warm" for entropy in ("4.15", "1.4")], columns),
-        "toy-wide": toy_table(ends, [f"capacity-v50000-h{entropy}-random" for entropy in ("4.15", "1.4")], narrow),
+        "toy-wide": toy_table(ends, ["capacity-v50000-h4.15-random"], columns),
         "toy-rank": toy_rank_table(ends),
     }
 

@@ -150,9 +150,7 @@ def _draw_path(ax: Axes, rows: Sequence[Row], metric: str, color: str) -> None:
     ax.plot(steps, means, color=color, linewidth=1.6)
 
 
-def _draw_end(
-    ax: Axes, rows: Sequence[Row], metric: str, place: int, color: str, *, open_mark: bool = False
-) -> None:
+def _draw_end(ax: Axes, rows: Sequence[Row], metric: str, place: int, color: str, *, open_mark: bool = False) -> None:
     values = _per_step(rows, metric)
     last = values[max(values)]
     ax.plot([min(last), max(last)], [place, place], color=color, linewidth=2.5, alpha=0.6, solid_capstyle="round")
