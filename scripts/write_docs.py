@@ -128,7 +128,7 @@ def toy_tables() -> dict[str, str]:
     return {
         "toy-random": toy_table(ends, [f"capacity-v1000-h{entropy}-random" for entropy in ("4.15", "1.4")], columns),
         "toy-warm": toy_table(ends, [f"capacity-v1000-h{entropy}-warm" for entropy in ("4.15", "1.4")], columns),
-        "toy-wide": toy_table(ends, ["capacity-v50000-h4.15-random"], columns),
+        "toy-wide": toy_table(ends, [f"capacity-v50000-h{entropy}-random" for entropy in ("4.15", "1.4")], columns),
         "toy-rank": toy_rank_table(ends),
     }
 
