@@ -64,29 +64,73 @@ def reference() -> str:
     return "# Reference\n\nWritten by `make docs`.\n\n" + "\n".join(blocks)
 
 
-TOY = {
-    "target_error": "\\|q_t − p_t\\|", "q_t": "q_t", "entropy": "entropy", "agreement": "agreement", "fkl": "KL(p‖q)",
-    "rkl": "KL(q‖p)", "tvd": "TVD", "tail_error": "TVD in the tail",
-}  # fmt: skip
+TOY = {"q_t": "q_t", "rival_q": "rival", "entropy": "entropy", "agreement": "agreement", "tvd": "TVD"}
+TOY_RANKS = (8, 16, 32, 48)
+Ends = Mapping[tuple[str, str, str], Mapping[str, str]]
 
 
-def toy_tables() -> str:
-    """The end points of each toy setting: means over the seeds, and highest minus lowest where it matters most."""
+def toy_ends() -> Ends:
+    """The end points in docs/figures/toy-ends.csv, by setting, objective and gamma."""
     with (ROOT / "docs" / "figures" / "toy-ends.csv").open(encoding="utf-8", newline="") as file:
-        ends = list(csv.DictReader(file))
-    blocks = []
-    for setting in dict.fromkeys(end["setting"] for end in ends):
-        some = [end for end in ends if end["setting"] == setting]
-        head = f"### `{setting}`: p_t {float(some[0]['p_t']):.3f}, {some[0]['seeds']} seeds"
-        lines = [head, "", f"| objective | γ | {' | '.join(TOY.values())} |", "|---|---|" + "---|" * len(TOY)]
-        for end in some:
-            cells = [f"{float(end[key]):.3f}" for key in TOY]
-            for place, key in enumerate(TOY):
-                if key in ("q_t", "agreement"):
-                    cells[place] += f" ({float(end[f'{key}_spread']):.3f})"
-            lines.append(f"| `{end['objective']}` | {end['gamma']} | {' | '.join(cells)} |")
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+        return {(end["setting"], end["objective"], end["gamma"]): end for end in csv.DictReader(file)}
+
+
+def toy_table(ends: Ends, settings: Sequence[str], columns: Sequence[str]) -> str:
+    """A row for each objective, the columns of each setting side by side; a setting's teacher stands above its own."""
+    entropies = [setting.split("-h")[1].split("-")[0] for setting in settings]
+    found = {(objective, gamma): None for setting, objective, gamma in ends if setting in settings}
+    lines = [
+        "| objective | γ | " + " | ".join(TOY[key] + (f", {entropy}" if key == columns[0] else "")
+                                         for entropy in entropies for key in columns) + " |",
+        "|---|---|" + "---|" * len(settings) * len(columns),
+    ]  # fmt: skip
+    firsts = [next(end for (name, *_), end in ends.items() if name == setting) for setting in settings]
+    teachers = [
+        {"q_t": f"{float(first['p_t']):.3f}", "entropy": entropy, "agreement": "1", "tvd": "0"}.get(key, "")
+        for entropy, first in zip(entropies, firsts, strict=True)
+        for key in columns
+    ]
+    lines.append(f"| teacher | | {' | '.join(teachers)} |")
+    for objective, gamma in found:
+        some = [ends.get((setting, objective, gamma)) for setting in settings]
+        cells = [toy_cell(end, key) for end in some for key in columns]
+        lines.append(f"| `{objective}` | {gamma} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def toy_cell(end: Mapping[str, str] | None, key: str) -> str:
+    """A mean over seeds; for the agreement with highest minus lowest."""
+    if end is None:
+        return ""
+    spread = f" ({float(end['agreement_spread']):.3f})" if key == "agreement" else ""
+    return f"{float(end[key]):.3f}{spread}"
+
+
+def toy_rank_table(ends: Ends) -> str:
+    """The flat teacher's students of several ranks: probability of the target and of its rival, and agreement."""
+    names = {rank: "capacity-v1000-h4.15-random" + ("" if rank == 8 else f"-r{rank}") for rank in TOY_RANKS}
+    lines = [
+        "| objective | γ | " + " | ".join(f"rank {rank}" for rank in TOY_RANKS) + " |",
+        "|---|---|---|---|---|---|",
+    ]
+    for setting, objective, gamma in ends:
+        if setting == names[TOY_RANKS[-1]]:
+            some = [ends[name, objective, gamma] for name in names.values()]
+            cells = [" / ".join(f"{float(end[key]):.3f}" for key in ("q_t", "rival_q", "agreement")) for end in some]
+            lines.append(f"| `{objective}` | {gamma} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def toy_tables() -> dict[str, str]:
+    """The tables of docs/toy.md by the name of their place."""
+    ends = toy_ends()
+    columns = list(TOY)
+    return {
+        "toy-random": toy_table(ends, [f"capacity-v1000-h{entropy}-random" for entropy in ("4.15", "1.4")], columns),
+        "toy-warm": toy_table(ends, [f"capacity-v1000-h{entropy}-warm" for entropy in ("4.15", "1.4")], columns),
+        "toy-wide": toy_table(ends, [f"capacity-v50000-h{entropy}-random" for entropy in ("4.15", "1.4")], columns),
+        "toy-rank": toy_rank_table(ends),
+    }
 
 
 def pages() -> dict[Path, str]:
@@ -94,16 +138,18 @@ def pages() -> dict[Path, str]:
     objectives, readme = ROOT / "docs" / "objectives" / "README.md", ROOT / "README.md"
     evaluate, classification = ROOT / "docs" / "evaluate.md", ROOT / "docs" / "classification.md"
     toy = ROOT / "docs" / "toy.md"
-    text = readme.read_text()
+    text, toy_text = readme.read_text(), toy.read_text()
     for name, body in table.tables().items():
         text = put_between(text, name, body)
+    for name, body in toy_tables().items():
+        toy_text = put_between(toy_text, name, body)
     return {
         objectives: put_between(objectives.read_text(), "objectives", describe.as_markdown()),
         readme: text,
         evaluate: put_between(evaluate.read_text(), "metrics", metrics(GROUPS, ORACLES)),
         classification: put_between(classification.read_text(), "metrics", metrics(CLASS_GROUPS, CLASS_ORACLES)),
         ROOT / "docs" / "reference.md": reference(),
-        toy: put_between(toy.read_text(), "toy", toy_tables()),
+        toy: toy_text,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -489,6 +490,9 @@ def toy(
     quick: Annotated[
         bool, typer.Option("--quick", help="A small size in place of --vocab, --seeds, --steps and --contexts.")
     ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes, of one thread each; default one a core.", show_default=False)
+    ] = None,
 ) -> None:
     """Let toy students follow a known teacher under every objective: where each of them ends, and how it gets there."""
     from drkl.analysis import toy_sweep
@@ -506,16 +510,27 @@ def toy(
     ]
     specs = toy_sweep.DEFAULT_OBJECTIVES if objectives is None else toy_sweep.split_list("--objectives", objectives)
     variants = toy_sweep.parse_variants(specs)
+    jobs = jobs or os.cpu_count() or 1
     with progress_bars() as on_progress:
-        rows = toy_sweep.sweep(chosen, variants, range(seeds), output, on_progress=on_progress)
-    print_toy(toy_sweep.ends(rows))
-    _draw_toy(rows, chosen, output)
-    print(f"Written: {output / 'toy.csv'}, {output / 'ends.csv'}, and a figure and an animation of each setting.")
+        rows = toy_sweep.sweep(chosen, variants, range(seeds), output, jobs=jobs, on_progress=on_progress)
+    ends = toy_sweep.ends(rows)
+    print_toy(ends)
+    _draw_toy(rows, ends, chosen, output)
+    print(
+        f"Written: {output / 'toy.csv'}, {output / 'ends.csv'}, a figure and an animation of each setting, and a map "
+        "(map-SETTING.svg) where there are several entropies, starts or gammas."
+    )
 
 
-def _draw_toy(rows: list[Any], settings: list[Any], output: Path) -> None:
+def _draw_toy(rows: list[Any], ends: list[Any], settings: list[Any], output: Path) -> None:
     from drkl.reporting.toy_figures import write_animation, write_figure
+    from drkl.reporting.toy_map import can_map, write_map
 
+    for kind in dict.fromkeys(setting.kind for setting in settings):
+        teachers = {setting.name: (setting.init, setting.entropy) for setting in settings if setting.kind == kind}
+        ended = [end for end in ends if end["setting"] in teachers]
+        if can_map(ended):
+            write_map(ended, teachers, output / f"map-{kind}.svg")
     for setting in settings:
         some = [row for row in rows if row["setting"] == setting.name]
         write_figure(some, setting.entropy, output / f"{setting.name}.svg")

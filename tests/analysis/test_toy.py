@@ -156,11 +156,16 @@ def test_metrics_against_numpy() -> None:
         return np.asarray((a * np.log(a / b)).sum(-1))
 
     half = np.abs(p - q) / 2
+    rest = q.copy()
+    rest[rows, t] = -1
+    rival = rest.argmax(-1)
     expected = {
         "q_t": q[rows, t], "p_t": p[rows, t], "target_error": np.abs(q[rows, t] - p[rows, t]),
         "entropy": -(q * np.log(q)).sum(-1), "max_q": q.max(-1), "fkl": kl(p, q), "rkl": kl(q, p),
         "js": (kl(p, m) + kl(q, m)) / 2, "tvd": half.sum(-1), "head_error": (half * head).sum(-1),
         "tail_error": (half * ~head).sum(-1), "agreement": q.argmax(-1) == t,
+        "rival_q": q[rows, rival], "rival_p": p[rows, rival],
+        "rival_rank": 1 + np.argsort(np.argsort(-p, -1), -1)[rows, rival],
     }  # fmt: skip
     found = measure(torch.from_numpy(z), ToyTeacher.of(torch.from_numpy(y)))
     assert list(found) == list(METRICS) == list(expected)
@@ -176,7 +181,8 @@ def test_a_sweep_writes_csv_and_goes_on_where_it_stopped(tmp_path: Path, monkeyp
     told: list[tuple[str, int, int]] = []
     rows = sweep(settings, variants, [0, 1], tmp_path, on_progress=lambda *what: told.append(what))
     assert part.stat().st_mtime_ns == written
-    assert [done for _, done, _ in told] == [1, 2, 3, 4, 5, 6] and {total for *_, total in told} == {6}
+    first, second = (setting.name for setting in settings)
+    assert told == [(first, 2, 3), (first, 3, 3), (second, 2, 3), (second, 3, 3)]
 
     monkeypatch.setattr("drkl.analysis.toy_sweep.ToyProblem", None)
     assert sweep(settings, variants, [0, 1], tmp_path) == rows == read_csv(tmp_path / "toy.csv")
@@ -186,16 +192,24 @@ def test_a_sweep_writes_csv_and_goes_on_where_it_stopped(tmp_path: Path, monkeyp
     assert {(line["objective"], line["gamma"]) for line in lines} == {
         ("rkl", ""), ("drkl", "0.1"), ("drkl@student", ""),
     }  # fmt: skip
-    assert {line["setting"] for line in lines} == {"capacity-v30-h2-random", "free-v30-h2-random"}
+    assert {line["setting"] for line in lines} == {"capacity-v30-h2-random-r2", "free-v30-h2-random"}
     assert len(lines) == 2 * 3 * 2 * 21
     assert all(math.isfinite(float(line[key])) for line in lines for key in METRICS)
+
+
+def test_the_number_of_jobs_changes_nothing(tmp_path: Path) -> None:
+    settings = [tiny(init="warm"), tiny(kind="free")]
+    variants = parse_variants(["rkl", "ce"])
+    alone, shared = (sweep(settings, variants, [0, 1], tmp_path / str(jobs), jobs=jobs) for jobs in (1, 2))
+    assert alone == shared
+    assert (tmp_path / "1" / "toy.csv").read_bytes() == (tmp_path / "2" / "toy.csv").read_bytes()
 
 
 def test_a_folder_of_another_setting_is_refused(tmp_path: Path) -> None:
     variants = parse_variants(["rkl"])
     sweep([tiny()], variants, [0], tmp_path)
-    for other, seeds in ((tiny(rank=3), [0]), (tiny(), [0, 1])):
-        with pytest.raises(DrklError, match=r"holds results with (rank 2|seeds \[0\]), not"):
+    for other, seeds in ((tiny(contexts=11), [0]), (tiny(), [0, 1])):
+        with pytest.raises(DrklError, match=r"holds results with (contexts 12|seeds \[0\]), not"):
             sweep([other], variants, seeds, tmp_path)
 
 
@@ -253,20 +267,20 @@ def test_a_setting_out_of_its_domain_is_refused(changes: dict[str, object], mess
 
 
 def test_the_command(cli: Cli, tmp_path: Path) -> None:
-    size = ("--vocab", 20, "--entropy", 2, "--seeds", 2, "--steps", 4, "--contexts", 6, "--rank", 2)
-    call = ("toy", "--output", tmp_path / "toy", "--objectives", "rkl,drkl:0.1", *size)
+    size = ("--vocab", 20, "--entropy", 2, "--seeds", 2, "--steps", 4, "--contexts", 6, "--rank", 2, "--jobs", 1)
+    call = ("toy", "--output", tmp_path / "toy", "--objectives", "rkl,drkl:0.1,drkl:1", "--setting", "free", *size)
     done = cli(*call)
     assert done.code == 0, done.err
-    names = [f"{kind}-v20-h2-random" for kind in ("free", "capacity")]
+    name = "free-v20-h2-random"
     files = {path.name for path in (tmp_path / "toy").iterdir()}
-    figures = {f"{name}.{suffix}" for name in names for suffix in ("svg", "gif")}
-    assert files == {"parts", "toy.csv", "ends.csv", *figures}
-    assert (tmp_path / "toy" / f"{names[0]}.svg").read_text().startswith("<?xml")
-    assert (tmp_path / "toy" / f"{names[0]}.gif").read_bytes()[:4] == b"GIF8"
-    assert "drkl" in done.out and names[1] in done.out
-    before = (tmp_path / "toy" / f"{names[0]}.svg").read_bytes()
+    assert files == {"parts", "toy.csv", "ends.csv", f"{name}.svg", f"{name}.gif", "map-free.svg"}
+    drawn = [tmp_path / "toy" / f"{figure}.svg" for figure in (name, "map-free")]
+    before = [path.read_bytes() for path in drawn]
+    assert all(text.startswith(b"<?xml") for text in before)
+    assert (tmp_path / "toy" / f"{name}.gif").read_bytes()[:4] == b"GIF8"
+    assert "drkl" in done.out and name in done.out
     assert cli(*call).code == 0
-    assert (tmp_path / "toy" / f"{names[0]}.svg").read_bytes() == before
+    assert [path.read_bytes() for path in drawn] == before
 
 
 @pytest.mark.parametrize(

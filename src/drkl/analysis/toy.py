@@ -31,6 +31,8 @@ WARM_SHARE = 0.25
 INITIAL_SPREAD = {"free": 1.0, "capacity": 0.1}
 LEARNING_RATE = {"free": 0.05, "capacity": 0.02}
 CONTEXTS = {"free": 32, "capacity": 192}
+STUDENT_RANK = 8
+"""A setting's name tells the rank where it is another."""
 QUICK = {"vocab": 300, "steps": 100, "contexts": 32}
 
 
@@ -54,7 +56,7 @@ class ToySetting:
     entropy: float = 4.15
     init: str = "random"
     contexts: int = 0
-    rank: int = 8
+    rank: int = STUDENT_RANK
     teacher_rank: int = 64
     steps: int = 400
     learning_rate: float = 0.0
@@ -83,7 +85,8 @@ class ToySetting:
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-v{self.vocab}-h{self.entropy:g}-{self.init}"
+        rank = "" if self.rank == STUDENT_RANK or self.kind == "free" else f"-r{self.rank}"
+        return f"{self.kind}-v{self.vocab}-h{self.entropy:g}-{self.init}{rank}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,9 @@ METRICS = {
     "head_error": "its part over the teacher's most probable tokens, up to a mass of 1/2",
     "tail_error": "its part over all others",
     "agreement": "share of contexts where the two top tokens are the same",
+    "rival_q": "the student's highest probability of a token that is not the teacher's top one",
+    "rival_p": "the teacher's probability of that token",
+    "rival_rank": "its rank with the teacher: one more than the tokens that are more probable",
 }
 """Each metric's name and meaning; in a row it is the mean over contexts."""
 
@@ -61,6 +65,9 @@ def measure(student_logits: Tensor, teacher: ToyTeacher) -> dict[str, Tensor]:
     forward, reverse = -torch.linalg.vecdot(p, log_q_p), torch.linalg.vecdot(q, log_q_p)
     gap = (p - q).abs_().mul_(0.5)
     tvd, in_head = gap.sum(-1), torch.linalg.vecdot(gap, teacher.head)
+    top = argmax(log_q)
+    rival = argmax(log_q.scatter(-1, target, -math.inf)).unsqueeze(-1)
+    rival_p = p.gather(-1, rival)
     return {
         "q_t": q_t,
         "p_t": p_t,
@@ -74,5 +81,8 @@ def measure(student_logits: Tensor, teacher: ToyTeacher) -> dict[str, Tensor]:
         "tvd": tvd,
         "head_error": in_head,
         "tail_error": tvd - in_head,
-        "agreement": (argmax(log_q) == target.squeeze(-1)).to(p.dtype),
+        "agreement": (top == target.squeeze(-1)).to(p.dtype),
+        "rival_q": q.gather(-1, rival).squeeze(-1),
+        "rival_p": rival_p.squeeze(-1),
+        "rival_rank": 1 + (p > rival_p).sum(-1).to(p.dtype),
     }

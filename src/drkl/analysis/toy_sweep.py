@@ -5,12 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import multiprocessing
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from drkl.analysis.toy import ToyProblem, ToySetting
 from drkl.analysis.toy_metrics import METRICS
@@ -86,6 +92,17 @@ def parse_variants(specs: Iterable[str]) -> list[Variant]:
     return list(variants.values())
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One objective in one setting, and the file that its rows go to."""
+
+    setting: ToySetting
+    seeds: tuple[int, ...]
+    variant: Variant
+    points: int
+    path: Path
+
+
 def sweep(
     settings: Sequence[ToySetting],
     variants: Sequence[Variant],
@@ -93,48 +110,86 @@ def sweep(
     output: Path,
     *,
     points: int = 40,
+    jobs: int = 1,
     on_progress: Progress | None = None,
 ) -> list[Row]:
     """Run every objective in every setting, but for those whose result lies in ``output`` already; return all rows.
 
     Writes ``parts/SETTING/OBJECTIVE.csv`` as each is done, then ``toy.csv`` with all rows and ``ends.csv`` with the
-    last step's mean and spread over seeds.
+    last step's mean and spread over seeds. ``jobs`` processes of one thread each share the work: the results are the
+    same for any number.
 
     Raises:
         DrklError: ``output`` holds results of other settings or seeds, or nobody can write there.
     """
-    folders = []
+    tasks = []
     for setting in settings:
         folder = output / "parts" / setting.name
         _claim(folder, setting, seeds, points)
-        folders.append(folder)
-    total, done = len(settings) * len(variants), 0
-    rows: list[Row] = []
-    for setting, folder in zip(settings, folders, strict=True):
-        problem: ToyProblem | None = None
-        for variant in variants:
-            path = folder / f"{variant.slug}.csv"
-            if not path.is_file():
-                problem = problem or ToyProblem(setting, seeds)
-                write_text(path, to_csv(_run(problem, variant, points)))
-            rows += read_csv(path)
-            done += 1
-            if on_progress is not None:
-                on_progress(f"{setting.name}: {variant.spec}", done, total)
+        tasks += [_Task(setting, tuple(seeds), v, points, folder / f"{v.slug}.csv") for v in variants]
+    missing = [task for task in tasks if not task.path.is_file()]
+    done = Counter(task.setting.name for task in tasks if task.path.is_file())
+    for task in _run_all(missing, jobs):
+        done[task.setting.name] += 1
+        if on_progress is not None:
+            on_progress(task.setting.name, done[task.setting.name], len(variants))
+    rows = [row for task in tasks for row in read_csv(task.path)]
     write_text(output / "toy.csv", to_csv(rows))
     write_text(output / "ends.csv", to_csv(ends(rows)))
     return rows
 
 
-def _run(problem: ToyProblem, variant: Variant, points: int) -> list[Row]:
+def _run_all(tasks: Sequence[_Task], jobs: int) -> Iterator[_Task]:
+    """Run the tasks; yield each as it is done."""
+    jobs = min(jobs, len(tasks))
+    if jobs <= 1:
+        try:
+            with _one_thread():
+                for task in tasks:
+                    _run(task)
+                    yield task
+        finally:
+            _problem.cache_clear()
+        return
+    # Not forked: a fork of a process that has used torch's threads may hang.
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+    try:
+        running = {pool.submit(_run, task): task for task in tasks}
+        for future in as_completed(running):
+            future.result()
+            yield running[future]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A product of matrices differs in its last bits with the number of threads, and paths part from there."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@lru_cache(maxsize=1)
+def _problem(setting: ToySetting, seeds: tuple[int, ...]) -> ToyProblem:
+    """The last setting's teachers and start, which the tasks of a setting share."""
+    return ToyProblem(setting, seeds)
+
+
+def _run(task: _Task) -> None:
+    problem, variant = _problem(task.setting, task.seeds), task.variant
     gamma: str | float = "" if variant.gamma is None else variant.gamma
-    head: Row = {"setting": problem.setting.name, "objective": variant.label, "gamma": gamma}
-    return [{**head, **row} for row in problem.run(variant.objective, points=points)]
+    head: Row = {"setting": task.setting.name, "objective": variant.label, "gamma": gamma}
+    rows: list[Row] = [{**head, **row} for row in problem.run(variant.objective, points=task.points)]
+    write_text(task.path, to_csv(rows))
 
 
 def _claim(folder: Path, setting: ToySetting, seeds: Sequence[int], points: int) -> None:
     """Results of one folder have one setting, or a csv would mix what cannot be compared."""
-    asked = {**setting.as_dict(), "seeds": list(seeds), "points": points}
+    asked = {**setting.as_dict(), "seeds": list(seeds), "points": points, "metrics": list(METRICS)}
     path = folder / "setting.json"
     try:
         if path.is_file():

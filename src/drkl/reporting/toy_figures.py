@@ -23,7 +23,7 @@ HIGHLIGHTS: dict[Key, str] = {
     ("rkl+fkl", 0.1): "#cc79a7", ("rkl+gjs", 0.5): "#e69f00",
 }  # fmt: skip
 PATHS = {"q_t": "probability of the teacher's top token", "entropy": "entropy, nats", "agreement": "agreement"}
-ENDS = {"q_t": "q at the target", "entropy": "entropy", "agreement": "agreement", "fkl": "KL(p || q)",
+ENDS = {"q_t": "q: target, rival (open)", "entropy": "entropy", "agreement": "agreement", "fkl": "KL(p || q)",
         "rkl": "KL(q || p)"}  # fmt: skip
 FRAMES_HELD = 8
 
@@ -35,6 +35,9 @@ def name_of(key: Key) -> str:
 
 def write_figure(rows: Sequence[Row], teacher_entropy: float, path: Path) -> None:
     """Draw one setting's rows to an svg: paths above, the end points of every objective below.
+
+    The open marks are the student's most probable token but for the teacher's top one: right of the full mark, it has
+    overtaken.
 
     Raises:
         DrklError: nobody can write there.
@@ -50,9 +53,12 @@ def write_figure(rows: Sequence[Row], teacher_entropy: float, path: Path) -> Non
             _finish(ax, title, "step")
         for ax, (metric, title) in zip(below, ENDS.items(), strict=True):
             for place, (key, members) in enumerate(series.items()):
-                _draw_end(ax, members, metric, place, colors.get(key, COLORS["before"]))
+                color = colors.get(key, COLORS["before"])
+                if metric == "q_t":
+                    _draw_end(ax, members, "rival_q", place, color, open_mark=True)
+                _draw_end(ax, members, metric, place, color)
             _draw_teacher(ax, metric, rows, teacher_entropy, along="x")
-            _finish(ax, title, "", grid="x")
+            _finish(ax, title, "", grid="both")
             ax.set_ylim(len(series) - 0.5, -0.5)
             ax.set_yticks(range(len(series)), [name_of(key) for key in series])
             ax.tick_params(labelleft=ax is below[0])
@@ -144,11 +150,12 @@ def _draw_path(ax: Axes, rows: Sequence[Row], metric: str, color: str) -> None:
     ax.plot(steps, means, color=color, linewidth=1.6)
 
 
-def _draw_end(ax: Axes, rows: Sequence[Row], metric: str, place: int, color: str) -> None:
+def _draw_end(ax: Axes, rows: Sequence[Row], metric: str, place: int, color: str, *, open_mark: bool = False) -> None:
     values = _per_step(rows, metric)
     last = values[max(values)]
     ax.plot([min(last), max(last)], [place, place], color=color, linewidth=2.5, alpha=0.6, solid_capstyle="round")
-    ax.plot([sum(last) / len(last)], [place], "o", color=color, markersize=5.5)
+    ax.plot([sum(last) / len(last)], [place], "o", color=color, markersize=5.5,
+            markerfacecolor=PAPER if open_mark else color)  # fmt: skip
 
 
 def _draw_teacher(ax: Axes, metric: str, rows: Sequence[Row], teacher_entropy: float, *, along: str) -> None:
