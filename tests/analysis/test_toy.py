@@ -197,6 +197,7 @@ def test_a_sweep_writes_csv_and_goes_on_where_it_stopped(tmp_path: Path, monkeyp
     assert all(math.isfinite(float(line[key])) for line in lines for key in METRICS)
 
 
+@pytest.mark.slow
 def test_the_number_of_jobs_changes_nothing(tmp_path: Path) -> None:
     settings = [tiny(init="warm"), tiny(kind="free")]
     variants = parse_variants(["rkl", "ce"])
