@@ -251,7 +251,10 @@ def analyze(
         int, typer.Option(help="At how many positions every objective is differentiated; the rest uses all.")
     ] = 512,
     gamma: Annotated[
-        float | None, typer.Option(help="DRKL's weight of the tail; default the run's, else 0.5.", show_default=False)
+        float | None,
+        typer.Option(
+            help="DRKL's weight of the tail where none is named; default the run's, else 0.5.", show_default=False
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the losses: divides both models' logits.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the intervals.")] = 0,
@@ -269,6 +272,7 @@ def analyze(
     from drkl.evaluation.command import pair as pair_inputs
     from drkl.models.load import quiet_transformers
     from drkl.reporting import analysis as shown
+    from drkl.runs import write_json
 
     if (run is None) == (student is None):
         raise DrklError("Give either a RUN, or `--student PATH --teacher PATH --data FILE --output DIR`.")
@@ -287,13 +291,16 @@ def analyze(
                 raise DrklError(f"--{name} is missing: a student is analysed beside its teacher, on held-out rows.")
         target = output_folder(output)
         inputs = pair_inputs(str(student), [], default_settings(), None, dtype, device, pair)
-    chosen = command.named_objectives(specs, own)
+    weight = inputs.gamma if gamma is None else gamma
+    command.check(inputs, weight, positions, temperature)
+    chosen = command.named_objectives(specs, own=own, gamma=weight)
     with progress_bars() as on_progress:
         found = command.run(
-            inputs, chosen, target, gamma=gamma, positions=positions, temperature=temperature, seed=seed,
+            inputs, chosen, target, gamma=weight, positions=positions, temperature=temperature, seed=seed,
             argv=sys.argv[1:], on_progress=on_progress,
         )  # fmt: skip
     drawn = shown.write_figures(found, target.analysis_folder)
+    write_json(target.analysis_path, found)
     print_analysis(found["headline"], shown.findings(found), *shown.table(found))
     print(
         f"Written: {target.analysis_path} and {len(drawn)} figures beside {target.analysis_folder / 'positions.csv'}."

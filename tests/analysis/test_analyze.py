@@ -40,7 +40,9 @@ def test_what_is_observed_is_what_the_equations_say(
     states: tuple[np.ndarray, np.ndarray, np.ndarray], temperature: float
 ) -> None:
     student, teacher, labels = states
-    observed, _ = found(student, teacher, labels, positions=48, temperature=temperature)
+    observed, tables = found(student, teacher, labels, positions=48, temperature=temperature)
+    said = {name: one["text"].startswith("At temperature 2: ") for name, one in tables["diagnosis"].items()}
+    assert said == {name: temperature == 2 and name not in ("overconfident", "target") for name in said}
     top = teacher.argmax(-1)
     known = reference.numbers(student, teacher, top, temperature)
     at = observed.columns
@@ -53,6 +55,7 @@ def test_what_is_observed_is_what_the_equations_say(
     rows = np.arange(len(labels))
     np.testing.assert_allclose(at["confidence"], q.max(-1))
     np.testing.assert_allclose(at["teacher_confidence"], p.max(-1))
+    np.testing.assert_allclose(at["target_gap"], q[rows, top] - p[rows, top], rtol=1e-9, atol=1e-14)
     np.testing.assert_allclose(at["own_gap"], q[rows, own] - p[rows, own], rtol=1e-9, atol=1e-14)
     assert (at["correct"] == (own == labels)).all() and (at["teacher_correct"] == (top == labels)).all()
     assert (observed.matched == (np.abs(known["D"]) <= MATCHED)).all() and observed.matched.sum() >= 80
@@ -91,7 +94,7 @@ def test_the_tables_are_sums_over_positions(states: tuple[np.ndarray, np.ndarray
         "own_gap": at["own_gap"].mean(),
         "calibration_gap": (at["confidence"] - at["correct"]).mean(),
         "target_gap": (at["q_t"] - at["p_t"]).mean(),
-        "target_above": (at["D"] > 0).mean(),
+        "target_above": (at["target_gap"] > 0).mean(),
         "tail_share": (at["rest"] * at["K"]).sum() / rkl.sum(),
         "matched": matched.mean(),
         "matched_force": force[matched].mean(),
@@ -126,6 +129,8 @@ def test_the_tables_are_sums_over_positions(states: tuple[np.ndarray, np.ndarray
         assert one["quantiles"]["0.5"] == pytest.approx(np.median(at[name]))
     for row in tables["gammas"]:
         assert row["stronger"] == pytest.approx((at["rest"] < row["gamma"]).mean())
+    gaps = {row["objective"]: row["closed_form_gap"] for row in tables["objectives"]}
+    assert gaps["srkl"] is None and all(gap < 1e-12 for name, gap in gaps.items() if name != "srkl")
     by_name = {row["objective"]: row for row in tables["objectives"]}
     assert list(by_name) == ["rkl", "fkl", "drkl, γ 0.5", "ce", "srkl", "drkl@student"]
     assert by_name["rkl"]["matched_tail_push"]["value"] == pytest.approx(-force[matched].mean(), rel=1e-6)
@@ -174,6 +179,8 @@ def test_a_calibrated_student_is_not() -> None:
     assert said["overconfident"] == "no"
     _, tables = found(0.6 * teacher, teacher, labels, positions=8)
     assert "It is less sure than its teacher" in tables["diagnosis"]["overconfident"]["text"]
+    said = answers(3 * teacher, 3 * teacher, labels)
+    assert said["headline"].startswith("No: the student is not overconfident beyond what its teacher is, and")
 
 
 def test_a_matched_target_over_another_tail_is_pushed() -> None:
@@ -203,15 +210,19 @@ def test_too_sure_of_another_token_than_the_target() -> None:
 def test_the_two_yardsticks_may_disagree() -> None:
     teacher, labels, _ = teacher_logits()
     said = answers(0.6 * teacher, 0.3 * teacher, labels)  # surer than its teacher, and right to be: not sure enough yet
-    assert said["overconfident"] == "partly" and said["headline"].startswith("In part:")
+    assert said["overconfident"] == "partly" and said["headline"].startswith(
+        "In part: the student is overconfident by its teacher, not by the data"
+    )
 
 
 def test_few_rows_do_not_decide() -> None:
     teacher, labels, generator = teacher_logits()
     student = teacher + generator.normal(size=teacher.shape)
-    few = 2 * PER_ROW
-    said = answers(student[:few], teacher[:few], labels[:few])
-    assert said["overconfident"] == "undecided" and said["headline"].startswith("Undecided")
+    few = 4 * PER_ROW
+    _, tables = found(student[:few], teacher[:few], labels[:few], positions=8)
+    assert {one["answer"] for one in tables["diagnosis"].values()} == {"undecided"}
+    assert all(one["text"].endswith("Fewer than 5 rows decide nothing.") for one in tables["diagnosis"].values())
+    assert tables["headline"].startswith("Undecided")
     assert (
         answers(teacher + 9 * np.eye(VOCAB)[teacher.argmax(-1)], teacher, labels)["pushed"] == "undecided"
     )  # none match
@@ -233,8 +244,16 @@ def test_ratios_are_over_rows() -> None:
     ratios.mean("none", np.ones(5), row > 7)
     ratios.mean("infinite", np.array([1.0, np.inf, 0.0, 0.0, 0.0]))
     got = ratios.compute(0)
-    assert got["mean"]["value"] == 4 and got["mean"]["interval"] is None  # a resample may miss all of them
+    assert got["mean"]["value"] == 4 and got["mean"]["interval"] is None  # of too few rows
     assert got["none"] == {"value": None, "interval": None} == got["infinite"]
+    many = Ratios(np.arange(20), 20)
+    many.ratio("share", np.ones(20), np.where(np.arange(20) == 3, np.inf, 1.0))
+    many.mean("one", np.full(20, 7.0), np.arange(20) == 3)  # most resamples miss it
+    many.mean("four", np.arange(20.0), np.arange(20) < 4)  # 1 % of them do
+    got = many.compute(0)
+    assert got["share"] == {"value": None, "interval": None}  # no share of what is infinite
+    assert got["one"] == {"value": 7.0, "interval": None}
+    assert got["four"]["value"] == 1.5 and 0 <= got["four"]["interval"][0] < 1.5 < got["four"]["interval"][1] <= 3
     whole = Ratios(np.arange(50), 50)
     values = np.random.default_rng(0).normal(size=50)
     whole.mean("x", values)
@@ -252,7 +271,9 @@ def test_a_token_that_only_the_teacher_excludes_makes_k_infinite(
     teacher[0, place] = -np.inf
     observed, tables = found(student, teacher, labels, positions=20)
     assert observed.columns["K"][0] == np.inf and tables["distributions"]["K"]["infinite"] == 1
-    assert tables["totals"]["K"] == {"value": None, "interval": None}
+    assert tables["totals"]["K"] == {"value": None, "interval": None} == tables["totals"]["sure_drkl"]
+    assert "K is infinite at 1 of the positions" in tables["diagnosis"]["tail"]["text"]
+    assert tables["diagnosis"]["sure"]["answer"] == tables["diagnosis"]["tail"]["answer"] == "undecided"
     q = log_softmax(student[1], -1)
     assert np.isfinite(q).all() and tables["totals"]["confidence"]["value"] is not None
 
@@ -264,11 +285,26 @@ def test_evenly() -> None:
 
 
 def test_the_runs_own_objective_is_named_once() -> None:
-    assert list(named_objectives(["rkl", "drkl"], make_objective("drkl"))) == ["rkl", "drkl, γ 0.5"]
+    assert list(named_objectives(["rkl", "drkl"], own=make_objective("drkl"))) == ["rkl", "drkl, γ 0.5"]
     own = make_objective("drkl", skew=0.1)
-    assert next(iter(named_objectives(["rkl"], own).items())) == ("this run's drkl", own)
+    assert next(iter(named_objectives(["rkl"], own=own).items())) == ("this run's drkl", own)
     with pytest.raises(DrklError, match="Did you mean 'rkl'"):
         named_objectives(["rkll"])
+
+
+def test_a_gamma_reaches_every_objective_that_names_none() -> None:
+    specs = ["rkl", "drkl", "drkl:0.7", "rkl+gjs", "drkl@student", "drkl@floor", "drkl~0.1", "srkl+srkl", "dkd"]
+    found = named_objectives(specs, gamma=0.2)
+    assert list(found) == [
+        "rkl", "drkl, γ 0.2", "drkl, γ 0.7", "rkl+gjs, γ 0.2", "drkl@student", "drkl@floor, γ 0.2", "drkl~0.1, γ 0.2",
+        "srkl+srkl, γ 0.2", "dkd",
+    ]  # fmt: skip
+    assert found["drkl~0.1, γ 0.2"] == make_objective("drkl", skew=0.1, gamma=0.2)
+    for spec in ("rkl~0.1", "rkl+gjs~0.1"):
+        with pytest.raises(DrklError, match="has no skew; drkl, srkl and sfkl have"):
+            named_objectives([spec])
+    with pytest.raises(DrklError, match=r"'1\.\.2' is no number; expected a skew, as in drkl~0.1"):
+        named_objectives(["drkl~1..2"])
 
 
 def test_a_line_for_each_position(states: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:

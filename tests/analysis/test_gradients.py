@@ -18,6 +18,7 @@ from torch import Tensor
 import drkl
 import drkl.analysis
 from drkl.analysis import closed_form, decompose, terms
+from drkl.analysis.gradients import has_closed_form
 from drkl.objectives import Decoupled, Objective
 from drkl.objectives.logspace import split
 from tests.analysis import reference
@@ -417,3 +418,13 @@ def test_errors(unchecked: None, change: dict[str, Any], message: str) -> None:
     for function in (decompose, closed_form):
         with pytest.raises(drkl.DrklError, match=message):
             function(**({"student_logits": student, "teacher_logits": teacher} | change))
+
+
+@every
+def test_what_has_a_closed_form_says_so(case: Case) -> None:
+    student, teacher, labels, _ = states(case)
+    if has_closed_form(case.objective):
+        closed_form(student, teacher, labels, case.objective)
+    else:
+        with pytest.raises(drkl.DrklError, match="no equations"):
+            closed_form(student, teacher, labels, case.objective)

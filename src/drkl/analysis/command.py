@@ -19,19 +19,27 @@ from drkl.evaluation.inputs import Inputs
 from drkl.evaluation.measure import TRAINED, Progress, free_memory, reporter, timed, versions
 from drkl.evaluation.positions import HeldOutStates, held_out_states
 from drkl.objectives import OBJECTIVES, Objective
-from drkl.runs import RunFolder, write_json, write_text
+from drkl.runs import RunFolder, write_text
+from drkl.training.environment import now
 
-DEFAULT_OBJECTIVES = (*OBJECTIVES, "drkl@student", "drkl@floor", "rkl+fkl", "rkl+gjs")
+DEFAULT_OBJECTIVES = (*OBJECTIVES, "drkl@student", "drkl@floor", "drkl~0.1", "srkl+srkl", "rkl+fkl", "rkl+gjs")
 POSITION_COLUMNS = ("q_t", "p_t", "B", "K", "D")
 
 
-def named_objectives(specs: Sequence[str], own: Objective | None = None) -> dict[str, Objective]:
+def named_objectives(
+    specs: Sequence[str], *, own: Objective | None = None, gamma: float | None = None
+) -> dict[str, Objective]:
     """The objectives by their names; the run's ``own`` first, as ``this run's NAME``, unless it is among them.
+
+    Args:
+        specs: as `toy_sweep.parse_variant` takes them.
+        own: of a run.
+        gamma: of every DRKL and every decoupled one that names none; None leaves the default.
 
     Raises:
         DrklError: a name that there is not, or parameters out of their domain.
     """
-    variants = parse_variants(specs)
+    variants = parse_variants(specs if gamma is None else [_with_gamma(spec, gamma) for spec in specs])
     found = {
         variant.label if variant.gamma is None else f"{variant.label}, \N{GREEK SMALL LETTER GAMMA} {variant.gamma:g}":
         variant.objective for variant in variants
@@ -41,25 +49,33 @@ def named_objectives(specs: Sequence[str], own: Objective | None = None) -> dict
     return {f"this run's {own.name}": own, **found}
 
 
+def _with_gamma(spec: str, gamma: float) -> str:
+    name, at, weight = spec.partition("@")
+    takes_one = (name.split("~")[0] == "drkl" or "+" in name) and weight not in ("student", "teacher")
+    return f"{name}:{gamma!r}{at}{weight}" if takes_one and ":" not in name else spec
+
+
 def run(
     inputs: Inputs,
     objectives: Mapping[str, Objective],
     folder: RunFolder,
     *,
-    gamma: float | None = None,
+    gamma: float,
     positions: int = 512,
     temperature: float = 1.0,
     seed: int = 0,
     argv: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Read the rows with both models, write ``analysis.json`` and ``analysis/positions.csv``; return the former.
+    """Read the rows with both models, write ``analysis/positions.csv``, and return what ``analysis.json`` is to hold.
+
+    That file comes last, after the figures: where it is, all of the analysis is. One of before is removed.
 
     Args:
         inputs: a teacher and a trained student among its models.
         objectives: what is differentiated, by name.
         folder: where the files go.
-        gamma: DRKL's weight of the tail; None for the run's own.
+        gamma: DRKL's constant weight of the tail.
         positions: at how many positions each objective is differentiated.
         temperature: of the losses, above 0.
         seed: of the bootstrap.
@@ -69,7 +85,8 @@ def run(
     Raises:
         DrklError: no teacher, a value out of its domain, or a folder that nobody can write to.
     """
-    _check(inputs, gamma, positions, temperature)
+    check(inputs, gamma, positions, temperature)
+    _claim(folder)
     started, seconds = time.perf_counter(), dict[str, float]()
     trained = next(name for name in TRAINED if name in inputs.models)
     with timed(seconds, "reading"):
@@ -91,16 +108,30 @@ def run(
         "command": ["drkl", *argv],
         "versions": versions(),
     }
-    tables = analysis(observed, Setup(inputs.gamma if gamma is None else gamma, seed, facts))
+    tables = analysis(observed, Setup(gamma, seed, facts))
     tables["timing"] = {
         **{name: round(value, 2) for name, value in seconds.items()}, "total": round(time.perf_counter() - started, 2),
+        "finished": now(),
     }  # fmt: skip
     write_text(folder.analysis_folder / "positions.csv", positions_csv(observed, [row.id for row in inputs.rows]))
-    write_json(folder.analysis_path, tables)
     return tables
 
 
-def _check(inputs: Inputs, gamma: float | None, positions: int, temperature: float) -> None:
+def _claim(folder: RunFolder) -> None:
+    """Fail before the long work where nobody can write."""
+    try:
+        folder.analysis_folder.mkdir(parents=True, exist_ok=True)
+        folder.analysis_path.unlink(missing_ok=True)
+    except OSError as error:
+        raise DrklError(f"Cannot write to {str(folder.root)!r}: {error.strerror or error}.") from error
+
+
+def check(inputs: Inputs, gamma: float, positions: int, temperature: float) -> None:
+    """Refuse what cannot be analysed.
+
+    Raises:
+        DrklError: no teacher, two classes, or a value out of its domain.
+    """
     if "teacher" not in inputs.models:
         raise DrklError(
             "There is no teacher: the analysis compares the student with one. A run that was trained without can be "
@@ -111,7 +142,7 @@ def _check(inputs: Inputs, gamma: float | None, positions: int, temperature: flo
             "With two classes there is no tail: K = 0, and DRKL is reverse KL. There is nothing to analyse."
         )
     for name, value in (("gamma", gamma), ("temperature", temperature)):
-        if value is not None and not 0 < value < float("inf"):
+        if not 0 < value < float("inf"):
             raise DrklError(f"--{name} is {value:g}; expected a finite number above 0.")
     if positions < 1:
         raise DrklError(f"--positions is {positions}; expected at least 1.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from drkl.analysis.ratios import MIN_ROWS
 from drkl.display import number
 
 OVER = 0.01
@@ -30,16 +31,28 @@ def decide(found: Value, bar: float) -> str:
 
 def diagnosis(tables: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The headline, and by name each question with its ``answer``, the sentence, and the numbers it rests on."""
-    totals, gamma = tables["totals"], tables["settings"]["gamma"]
-    found = {
-        "overconfident": _overconfident(totals),
-        "target": _target(totals),
-        "pushed": _pushed(totals, tables["settings"]["positions"]),
+    totals, gamma, temperature = tables["totals"], tables["settings"]["gamma"], tables["settings"]["temperature"]
+    over = _overconfident(totals)
+    at_temperature = {
+        "pushed": _pushed(totals, tables["counts"], tables["settings"]["positions"]),
         "tail": _tail(totals),
         "strengthens": _strengthens(totals, gamma),
         "sure": _sure(totals, gamma),
     }
-    return _headline(found["overconfident"]["answer"], found["pushed"]["answer"]), found
+    infinite = tables["counts"]["infinite_K"]
+    for found in at_temperature.values():
+        if temperature != 1:
+            found["text"] = f"At temperature {temperature:g}: {found['text']}"
+        if infinite:
+            found["text"] += (
+                f" K is infinite at {number(infinite, 0)} of the positions, where the teacher excludes a token that "
+                "the student does not; a dash stands for what is infinite with it."
+            )
+    found = {"overconfident": over, "target": _target(totals), **at_temperature}
+    for one in found.values():
+        if one["answer"] == "undecided" and tables["settings"]["rows"] < MIN_ROWS:
+            one["text"] += f" Fewer than {MIN_ROWS} rows decide nothing."
+    return _headline(over, found["pushed"]["answer"]), found
 
 
 def _answer(question: str, answer: str, text: str, totals: Value, *names: str, **others: Any) -> dict[str, Any]:
@@ -68,6 +81,8 @@ def _overconfident(totals: Value) -> dict[str, Any]:
     under = totals["excess"]["interval"]
     if answer == "no" and under is not None and under[1] < -bar:
         text += " It is less sure than its teacher would be in its place."
+    elif by_data == "no" and decide(totals["calibration_gap"], bar) == "yes":
+        text += " So it is too sure, but no more than its teacher."
     numbers = ("own_gap", "calibration_gap", "teacher_calibration_gap", "excess", "confidence", "accuracy",
                "teacher_confidence", "teacher_accuracy")  # fmt: skip
     question = "Is the student overconfident?"
@@ -75,9 +90,11 @@ def _overconfident(totals: Value) -> dict[str, Any]:
 
 
 def _either(first: str, second: str) -> str:
-    """One of two answers where the other is not decided; ``partly`` where they contradict each other."""
-    said = {first, second} - {"undecided"}
-    return "undecided" if not said else said.pop() if len(said) == 1 else "partly"
+    """``yes`` where both are; ``no`` where neither is yes and one is no; ``partly`` where only one is yes."""
+    said = [first, second]
+    if "yes" in said:
+        return "yes" if first == second else "partly"
+    return "no" if "no" in said else "undecided"
 
 
 def _target(totals: Value) -> dict[str, Any]:
@@ -85,16 +102,16 @@ def _target(totals: Value) -> dict[str, Any]:
     bar = OVER if teacher is None else min(OVER, OVER_SHARE * teacher)
     answer = decide(totals["target_gap"], bar)
     text = (
-        f"There q_t - p_t is {_points(totals['target_gap'])} on the mean, and above 0 at "
+        f"q_t - p_t is {_points(totals['target_gap'])} on the mean, and above 0 at "
         f"{_share(totals['target_above'])} of the positions."
     )
     if answer == "no" and decide(totals["own_gap"], bar) == "yes":
         text += " Where it is too sure, it is so of other tokens, which the teacher does not put first."
-    question = "Is it the teacher's top token, the target, that it is too sure of?"
+    question = "Does it give the teacher's top token, the target, too much?"
     return _answer(question, answer, text, totals, "target_gap", "target_above", bar=bar)
 
 
-def _pushed(totals: Value, positions: int) -> dict[str, Any]:
+def _pushed(totals: Value, counts: Value, positions: int) -> dict[str, Any]:
     question = "Where its target already matches the teacher's, would reverse KL push it on up?"
     names = ("matched", "matched_p_t", "matched_K", "matched_outweighs", "matched_force", "matched_overshoot")
     mean = totals["matched_p_t"]["value"]
@@ -110,6 +127,9 @@ def _pushed(totals: Value, positions: int) -> dict[str, Any]:
         f"nats), reverse KL comes to rest {_points(totals['matched_overshoot'])} above the teacher's "
         f"{_share(totals['matched_p_t'])}. DRKL's push there is 0 from the tail, whatever K."
     )
+    if totals["matched_overshoot"]["interval"] is None:
+        where = f"{number(counts['matched'], 0)} positions in {number(counts['matched_rows'], 0)} rows"
+        text += f" There is no interval: the target matches at {where}."
     return _answer(question, answer, text, totals, *names, bar=bar)
 
 
@@ -146,7 +166,7 @@ def _sure(totals: Value, gamma: float) -> dict[str, Any]:
         f"{_share(totals['sure_drkl'])} of the DRKL loss (gamma = {gamma:g}) and "
         f"{_share(totals['sure_rkl'])} of reverse KL's."
     )
-    if answer == "yes":
+    if answer == "yes" and (totals["sure_drkl"]["value"] > (totals["sure_rkl"]["value"] or 0.0)):
         text += (
             " There it is a mismatch over next to no probability: noise of a low precision counts. A lower gamma helps."
         )
@@ -154,14 +174,22 @@ def _sure(totals: Value, gamma: float) -> dict[str, Any]:
     return _answer(question, answer, text, totals, "sure", "sure_drkl", "sure_rkl")
 
 
-def _headline(over: str, pushed: str) -> str:
-    first = {
-        "yes": "Yes: the student is overconfident",
-        "no": "No: the student is not overconfident",
-        "partly": "In part: the student is overconfident by one yardstick and not by the other",
-        "undecided": "Undecided: these rows do not say whether the student is overconfident",
-    }[over]
-    joined = "and" if (over in ("yes", "partly")) == (pushed == "yes") else "but"
+def _headline(over: Mapping[str, Any], pushed: str) -> str:
+    answer, by = over["answer"], over["numbers"]
+    if answer == "partly":
+        sees, other = ("its teacher", "by_data") if by["by_teacher"] == "yes" else ("the data", "by_teacher")
+        name = "the data" if other == "by_data" else "its teacher"
+        said = f"by {name} it is not decided" if by[other] == "undecided" else f"not by {name}"
+        first = f"In part: the student is overconfident by {sees}, {said}"
+    elif answer == "no" and "no more than its teacher" in over["text"]:
+        first = "No: the student is not overconfident beyond what its teacher is"
+    else:
+        first = {
+            "yes": "Yes: the student is overconfident",
+            "no": "No: the student is not overconfident",
+            "undecided": "Undecided: these rows do not say whether the student is overconfident",
+        }[answer]
+    joined = "and" if (answer in ("yes", "partly")) == (pushed == "yes") else "but"
     second = {
         "yes": "reverse KL would push matched targets on up",
         "no": "reverse KL would hardly push matched targets up here",

@@ -413,6 +413,19 @@ def closed_form(
     return target_grad / temperature, tail_grad / temperature
 
 
+def has_closed_form(objective: Objective) -> bool:
+    """Whether `closed_form` has equations for it."""
+    return isinstance(objective, (CrossEntropy, ReverseKL, ForwardKL, SymmetricKL, AdaptiveKL)) or _both_kl(objective)
+
+
+def _both_kl(objective: Objective) -> bool:
+    """Whether it is decoupled, without skew, into reverse or forward KL on either side."""
+    if isinstance(objective, (DecoupledReverseKL, DecoupledKnowledgeDistillation)):
+        return getattr(objective, "skew", 0.0) == 0.0 and _both_kl(objective._operator)
+    known = (ReverseKL, ForwardKL)
+    return isinstance(objective, Decoupled) and type(objective.on_target) in known and type(objective.on_tail) in known
+
+
 def _equations(objective: Objective, at: _Pieces, logq: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(objective, CrossEntropy):
         return at.through_pair(-at.rest_q), torch.zeros_like(logq)

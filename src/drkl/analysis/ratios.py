@@ -10,8 +10,10 @@ from drkl.evaluation import bootstrap
 from drkl.evaluation.calibration import weighted_sums
 from drkl.evaluation.measure import finite
 
-MIN_ROWS = 3
+MIN_ROWS = 5
 """Of fewer rows a resample says nothing."""
+MISSED = 0.1
+"""At most this share of the resamples may have none of the positions that a mean is over; they are left out."""
 
 
 class Ratios:
@@ -39,12 +41,13 @@ class Ratios:
             sums[name] = np.bincount(self._row, values, self._num_rows).astype(np.float64)
 
     def compute(self, seed: int) -> dict[str, dict[str, Any]]:
-        """``value`` and ``interval`` by name; None where one is not finite, the interval too of fewer rows than 3."""
+        """``value`` and ``interval`` by name; None where there is none: infinite, over nothing, or of too few rows."""
         ones = np.ones((1, self._num_rows))
         values = {name: finite_or_none(value[0]) for name, value in self._metrics(ones).items()}
-        ends: dict[str, list[float]] = {}
+        ends: dict[str, list[float] | None] = {}
         if self._num_rows >= MIN_ROWS:
-            ends = bootstrap.intervals(self._metrics, self._num_rows, seed)
+            resampled = bootstrap.bootstrap(self._metrics, self._num_rows, seed)
+            ends = {name: _interval(found) for name, found in resampled.items()}
         return {name: {"value": value, "interval": ends.get(name)} for name, value in values.items()}
 
     def _metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -52,8 +55,15 @@ class Ratios:
         over, under = (
             weighted_sums(weights, np.stack([sums[name] for name in names], -1)) for sums in (self._over, self._under)
         )
+        # A share of what is infinite is not 0.
+        under = np.where(np.isinf(under), np.nan, under)
         with np.errstate(invalid="ignore", divide="ignore"):
             return dict(zip(names, (over / under).T, strict=True))
+
+
+def _interval(resampled: np.ndarray) -> list[float] | None:
+    known = resampled[~np.isnan(resampled)]
+    return bootstrap.interval(known) if len(known) >= (1 - MISSED) * len(resampled) else None
 
 
 def finite_or_none(value: float) -> float | None:

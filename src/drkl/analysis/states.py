@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drkl.analysis.gradients import decompose, log_odds_gap
+from drkl.analysis.gradients import closed_form, decompose, has_closed_form, log_odds_gap
 from drkl.losses import token_statistics
 from drkl.losses.common import check_vocabularies, log_softmax
 from drkl.objectives import Objective
@@ -50,6 +50,8 @@ class Pushes:
     tail_push: np.ndarray
     target_force: np.ndarray
     tail_force: np.ndarray
+    closed_form_gap: float | None
+    """The largest difference of the two gradients from their equations, at the first positions; None without any."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Observed:
     ``columns`` has `[n]` by name. At the loss's temperature: ``q_t``, ``p_t``, ``rest`` (1 - q_t, from log-sum-exps),
     ``B``, ``K``, ``D`` in nats, ``tail_slope`` (the norm of dK/dz over the tail, what a weight of the tail multiplies).
     At temperature 1: ``confidence`` (max q), ``correct`` (1 where y* is the label), ``teacher_confidence``,
-    ``teacher_correct``, ``own_gap`` (q - p at y*).
+    ``teacher_correct``, ``own_gap`` (q - p at y*), ``target_gap`` (q - p at t).
     """
 
     columns: Mapping[str, np.ndarray]
@@ -149,6 +151,7 @@ def _columns(
         "teacher_confidence": plain.teacher_confidence,
         "teacher_correct": (target == labels),
         "own_gap": plain.overconfidence,
+        "target_gap": plain.target_gap,
     }
     return {name: value.double().cpu().numpy() for name, value in found.items() if value is not None}
 
@@ -177,7 +180,8 @@ def evenly(values: np.ndarray, count: int) -> np.ndarray:
 
 def _pushes(student: Reading, teacher: Reading, objective: Objective, at: Tensor, temperature: float) -> Pushes:
     parts: list[Sequence[Tensor]] = []
-    for some in at.split(CHUNK):
+    gap: float | None = None
+    for number, some in enumerate(at.split(CHUNK)):
         student_logits = student.logits(some)
         teacher_logits = teacher.logits(some).to(student_logits.device)
         # Given labels, an objective without a target of its own is split at those, not at the teacher's top token.
@@ -188,6 +192,10 @@ def _pushes(student: Reading, teacher: Reading, objective: Objective, at: Tensor
             value = objective(logp[0], logp[1], labels)
         top = argmax(teacher_logits).unsqueeze(-1)
         grads = (found.target_grad, found.tail_grad)
+        if number == 0 and has_closed_form(objective):
+            equations = closed_form(student_logits, teacher_logits, labels, objective, temperature)
+            gap = max(float((ours - theirs).abs().max()) for ours, theirs in zip(grads, equations, strict=True))
         at_top = [grad.gather(-1, top).squeeze(-1) for grad in grads]
         parts.append((value, *at_top, *(grad.norm(dim=-1) for grad in grads)))
-    return Pushes(*(torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True)))
+    columns = [torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True)]
+    return Pushes(columns[0], columns[1], columns[2], columns[3], columns[4], gap)

@@ -49,6 +49,11 @@ def analysis(observed: Observed, setup: Setup) -> dict[str, Any]:
             "differentiated": {"evenly": int(observed.sampled.sum()), "matched": int((~observed.sampled).sum())},
             "seed": setup.seed,
         },
+        "counts": {
+            "matched": int(observed.matched.sum()),
+            "matched_rows": len(np.unique(observed.row[observed.matched])),
+            "infinite_K": int(np.isinf(observed.columns["K"]).sum()),
+        },
         "totals": _totals(observed, setup),
         "by_target": _by_target(observed, setup.seed),
         "distributions": {name: _distribution(observed.columns[name]) for name in ("B", "K", "D")},
@@ -90,8 +95,8 @@ def _totals(observed: Observed, setup: Setup) -> dict[str, Any]:
     found.mean("calibration_gap", gap)
     found.mean("teacher_calibration_gap", teacher_gap)
     found.mean("excess", gap - teacher_gap)
-    found.mean("target_gap", at["q_t"] - at["p_t"])
-    found.mean("target_above", at["D"] > 0)
+    found.mean("target_gap", at["target_gap"])
+    found.mean("target_above", at["target_gap"] > 0)
     found.mean("K", at["K"])
     found.ratio("tail_share", tail, losses["rkl"])
     found.mean("matched", matched)
@@ -180,7 +185,7 @@ def _objective(observed: Observed, seed: int, name: str, found: Pushes) -> dict[
     ratios.mean("target_force", found.target_force, even)
     ratios.mean("tail_force", found.tail_force, even)
     ratios.ratio("sure", np.where(even & sure, found.value, 0.0), np.where(even, found.value, 0.0))
-    return {"objective": name, **ratios.compute(seed)}
+    return {"objective": name, "closed_form_gap": found.closed_form_gap, **ratios.compute(seed)}
 
 
 def _reliability(observed: Observed) -> dict[str, Any]:

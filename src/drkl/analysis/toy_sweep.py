@@ -53,29 +53,34 @@ class Variant:
 
 
 def parse_variant(spec: str) -> Variant:
-    """Make the objective that ``spec`` names: NAME or F+G (target+tail), then ``:GAMMA`` and ``@WEIGHT``, if any.
+    """Make the objective that ``spec`` names: NAME or F+G (target+tail), then ``~SKEW``, ``:GAMMA``, ``@WEIGHT``.
 
     >>> parse_variant("rkl+gjs:0.25").objective.gamma
     0.25
     """
-    found = re.fullmatch(r"([a-z_]+)(?:\+([a-z_]+))?(?::([0-9.eE+-]+))?(?:@([a-z]+))?", spec)
+    found = re.fullmatch(r"([a-z_]+)(?:\+([a-z_]+))?(?:~([0-9.]+))?(?::([0-9.eE+-]+))?(?:@([a-z]+))?", spec)
     if found is None:
         raise DrklError(
-            f"There is no objective {spec!r}; expected NAME, drkl:GAMMA, drkl@WEIGHT or F+G:GAMMA, as rkl+gjs:0.5."
+            f"There is no objective {spec!r}; expected NAME, drkl:GAMMA, drkl~SKEW, drkl@WEIGHT or F+G:GAMMA, as "
+            "rkl+gjs:0.5."
         )
-    name, tail, number, weight = found.groups()
+    name, tail, skew, number, weight = found.groups()
     options: dict[str, float | str] = {}
-    if number is not None:
-        try:
-            options["gamma"] = float(number)
-        except ValueError:
-            raise DrklError(f"{spec!r}: {number!r} is no number; expected a gamma, as in drkl:0.1.") from None
+    for option, text, example in (("gamma", number, "drkl:0.1"), ("skew", skew, "drkl~0.1")):
+        if text is not None:
+            try:
+                options[option] = float(text)
+            except ValueError:
+                raise DrklError(f"{spec!r}: {text!r} is no number; expected a {option}, as in {example}.") from None
     if weight is not None:
         options["weight"] = weight
-    label = (name if tail is None else f"{name}+{tail}") + ("" if weight is None else f"@{weight}")
+    label = name if tail is None else f"{name}+{tail}"
+    label += ("" if skew is None else f"~{skew}") + ("" if weight is None else f"@{weight}")
+    if skew is not None and (tail is not None or name not in ("drkl", "srkl", "sfkl")):
+        raise DrklError(f"{spec!r}: {name if tail is None else 'F+G'} has no skew; drkl, srkl and sfkl have.")
     if tail is not None:
         made: Objective = decoupled(name, tail, **options)  # type: ignore[arg-type]
-    elif options and name in OBJECTIVES and name != "drkl":
+    elif options.keys() - {"skew"} and name in OBJECTIVES and name != "drkl":
         raise DrklError(f"{spec!r}: {name} has no gamma and no weight; drkl and F+G have.")
     else:
         made = make_objective(name, **options)

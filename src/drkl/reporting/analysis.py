@@ -151,7 +151,7 @@ def _section(analysis: Analysis) -> Section:
 def table(analysis: Analysis) -> tuple[list[str], list[list[str]]]:
     """The objectives' pushes: the head, and a row for each."""
     head = ["objective", "target's push", "tail's push", "target's push, matched", "tail's push, matched",
-            "force on the tail", "loss from p_t > .99"]  # fmt: skip
+            "norm of the tail term's gradient", "loss from p_t > .99"]  # fmt: skip
     keys = ("target_push", "tail_push", "matched_target_push", "matched_tail_push", "tail_force")
     rows = []
     for one in analysis["objectives"]:
