@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
     # Over an earlier one: what has no figure now has none.
     assert "push" in FILES and not (out / "analysis" / "push.svg").exists()
     (out / "analysis" / "push.svg").write_text("old")
-    assert cli("analyze", *pair(models, "surer"), "--output", out, *QUICK, "--max-rows", 3).code == 0
+    assert cli("analyze", *pair(models, "surer"), "--output", out, *QUICK).code == 0
     assert read(out)["totals"]["matched"]["value"] == 0 and not (out / "analysis" / "push.svg").exists()
 
     # Its page, without an evaluation.
@@ -93,6 +94,19 @@ def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
     assert cli("report", out, "--format", "md").code == 0
     text = (out / "report.md").read_text()
     assert "## Does reverse KL make it too sure?" in text and "| rkl |" in text
+    assert cli("report", out, "--format", "csv").code == 0
+    lines = csv.DictReader((out / "report.csv").read_text().splitlines())
+    named = {line["metric"]: line for line in lines}
+    one = read(out)["totals"]["own_gap"]
+    assert float(named["analysis own_gap"]["value"]) == pytest.approx(one["value"])
+    assert float(named["analysis own_gap"]["low"]) == pytest.approx(one["interval"][0])
+    assert "analysis rkl tail_push" in named and named["analysis K"]["model"] == "student"
+
+    # Beside another: one section, with both headlines and names.
+    assert cli("report", out, same, "--output", tmp_path / "two.html").code == 0
+    page = (tmp_path / "two.html").read_text()
+    assert "Yes: the student is overconfident" in page and "No: the student is not overconfident" in page
+    assert str(models["surer"]) in page and "The runs side by side" not in page
 
 
 def test_settings_are_taken(cli: Cli, models: dict[str, Path], tmp_path: Path) -> None:
@@ -164,6 +178,14 @@ def test_a_run_and_its_page(cli: Cli, tmp_path: Path) -> None:
     done = cli("analyze", run.root, "--dtype", "bf16")
     assert done.code == 2 and "--dtype: a run brings its own" in done.err
 
+    # Trained anew, with the old analysis put back.
+    old = run.analysis_path.read_text()
+    run = tiny_runs.train(tiny_runs.config(tmp_path), "overwrite")
+    assert not run.analysis_path.exists()
+    run.analysis_path.write_text(old)
+    assert cli("report", run.root).code == 0
+    assert "The student was trained anew after this analysis" in run.report_path.read_text()
+
     run.analysis_path.write_text('{"headline": "x", "diagnosis": {}}')
     done = cli("report", run.root)
     assert done.code == 2 and re.search(r"analysis\.json is not what `drkl analyze` writes .*; run it again", done.err)
@@ -212,3 +234,20 @@ def test_what_is_missing(cli: Cli, models: dict[str, Path], tmp_path: Path) -> N
         assert done.code == 2 and f"--{name} is missing" in done.err
     done = cli("analyze", *pair(models, "same"))
     assert done.code == 2 and "--output is missing" in done.err
+
+
+def test_an_analysis_of_another_pair_than_the_evaluations_is_called_so(
+    cli: Cli, models: dict[str, Path], tmp_path: Path
+) -> None:
+    out = ("--output", tmp_path / "out")
+    assert cli("evaluate", *pair(models, "same"), *out, "--prompts", 0, "--max-rows", 6).code == 0
+    assert cli("analyze", *pair(models, "surer"), *out, *QUICK).code == 0
+    assert cli("report", tmp_path / "out").code == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "This analysis is of other models than the evaluation" in page
+    assert cli("analyze", *pair(models, "same"), *out, *QUICK).code == 0
+    assert cli("report", tmp_path / "out").code == 0
+    assert "of other models" not in (tmp_path / "out" / "report.html").read_text()
+    (tmp_path / "file").write_text("")
+    done = cli("analyze", *pair(models, "same"), "--output", tmp_path / "file" / "below", *QUICK)
+    assert done.code == 2 and "Cannot write to" in done.err and "reading" not in done.out

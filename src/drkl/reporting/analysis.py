@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from drkl.display import as_number, number
 from drkl.errors import DrklError
+from drkl.reporting.answer import run_labels
 from drkl.reporting.plotting import (
     COLORS,
     GRID,
@@ -23,6 +24,7 @@ from drkl.reporting.plotting import (
     tidy,
     to_svg,
 )
+from drkl.reporting.record import RunRecord
 from drkl.reporting.text import short
 from drkl.runs import write_text
 
@@ -66,9 +68,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Section:
-    """What the page shows of an analysis."""
+    """What the page shows of an analysis; ``notice`` warns that it is of something else, ``others`` are other runs'."""
 
     headline: str
+    notice: str
+    others: list[tuple[str, str]]
     findings: list[Finding]
     pictures: list[Picture]
     head: list[str]
@@ -76,13 +80,41 @@ class Section:
     note: str
 
 
-def section(analysis: Analysis) -> Section:
-    """The page's section.
+def section(records: Sequence[RunRecord]) -> Section | None:
+    """The page's section on the first run, with the headlines of the others that were analysed; None without any.
 
     Raises:
-        DrklError: the analysis is not what `drkl analyze` writes.
+        DrklError: an analysis is not what `drkl analyze` writes.
     """
-    return _checked(_section, analysis)
+    if records[0].analysis is None:
+        return None
+    others = [
+        (label, _checked(lambda one: str(one["headline"]), record.analysis))
+        for label, record in zip(run_labels(records), records, strict=True)
+        if record.analysis is not None
+    ]
+    found = _checked(_section, records[0].analysis)
+    return replace(found, notice=_notice(records[0]), others=others if len(records) > 1 else [])
+
+
+def _notice(record: RunRecord) -> str:
+    """Whether the analysis is of what the page is about."""
+    analysis = record.analysis or {}
+    if record.is_pair and record.evaluation is not None:
+        measured, here = (_of(one, "settings", "models") for one in (record.evaluation, analysis))
+        names = [str(measured.get("after") or measured.get("student")), str(measured.get("teacher"))]
+        if names != [str(here.get("student")), str(here.get("teacher"))]:
+            return "This analysis is of other models than the evaluation on this page; its own are named below."
+    done, trained = _of(analysis, "timing").get("finished"), record.env.get("finished")
+    if isinstance(done, str) and isinstance(trained, str) and done < trained:
+        return f"The student was trained anew after this analysis; `drkl analyze {record.run.root}` makes it anew."
+    return ""
+
+
+def _of(value: Any, *keys: str) -> dict[str, Any]:
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def findings(analysis: Analysis) -> list[Finding]:
@@ -138,14 +170,39 @@ def _section(analysis: Analysis) -> Section:
         ]
     settings = analysis["settings"]
     asked = settings["differentiated"]
+    models = [short(str(settings["models"][name]), 60) for name in ("student", "teacher")]
+    counted = {name: number(settings[name], 0) for name in ("positions", "rows")}
+    counted |= {name: number(asked[name], 0) for name in ("evenly", "matched")}
     note = (
-        f"{number(settings['positions'], 0)} positions of {number(settings['rows'], 0)} rows, temperature "
-        f"{settings['temperature']:g}; the objectives at {number(asked['evenly'], 0)} of them, evenly, and at "
-        f"{number(asked['matched'], 0)} more with a matched target ({settings['matched']}). Pushes are gradients on "
-        "the logit of the teacher's top token: negative raises it. In brackets 95 % intervals over rows."
+        f"{' beside '.join(models)}: {counted['positions']} positions of {counted['rows']} rows, temperature "
+        f"{settings['temperature']:g}; the objectives at {counted['evenly']} of them, evenly, and at "
+        f"{counted['matched']} more with a matched target ({settings['matched']}). Pushes are gradients on the logit "
+        "of the teacher's top token: negative raises it. In brackets 95 % intervals over rows."
     )
     head, rows = table(analysis)
-    return Section(str(analysis["headline"]), _findings(analysis), pictures, head, rows, note)
+    return Section(str(analysis["headline"]), "", [], _findings(analysis), pictures, head, rows, note)
+
+
+def numbers(analysis: Analysis) -> list[tuple[str, float, tuple[float, float] | None]]:
+    """Name, value and interval of every mean over all positions, and of every objective's.
+
+    Raises:
+        DrklError: the analysis is not what `drkl analyze` writes.
+    """
+    return _checked(_numbers, analysis)
+
+
+def _numbers(analysis: Analysis) -> list[tuple[str, float, tuple[float, float] | None]]:
+    named = {f"analysis {name}": found for name, found in analysis["totals"].items()}
+    for row in analysis["objectives"]:
+        named |= {f"analysis {row['objective']} {name}": one for name, one in row.items() if isinstance(one, Mapping)}
+    rows = []
+    for name, found in named.items():
+        value = as_number(found["value"])
+        if value is not None:
+            ends = found["interval"]
+            rows.append((name, value, None if ends is None else (float(ends[0]), float(ends[1]))))
+    return rows
 
 
 def table(analysis: Analysis) -> tuple[list[str], list[list[str]]]:

@@ -36,8 +36,8 @@ def as_markdown(records: Sequence[RunRecord]) -> str:
     parts = [f"# {_text(record.name)}", f"**{_text(said.verdict)}.** {_words(said.headline)}"]
     parts.append("\n".join(f"- {_text(name)}: {_text(value)}" for name, value in facts.facts(record)))
     parts += [f"**{_text(point.question)}** {_words(point.text)}" for point in said.points]
-    if len(records) > 1:
-        runs = run_table(records)
+    runs = run_table(records)
+    if len(records) > 1 and runs.rows:
         parts += ["## The runs side by side", *([_words(runs.warning)] if runs.warning else [])]
         parts.append(_metric_table(["Teacher", *runs.labels], runs.rows))
     if record.task != "classification" and (swept := tradeoff.table(records)):
@@ -45,8 +45,8 @@ def as_markdown(records: Sequence[RunRecord]) -> str:
         rows = [[_text(row.line.title), row.temperature, *(_both(*cell) for cell in row.cells)]
                 for row in swept]  # fmt: skip
         parts.append(_table(["Model", "Temperature", "ROUGE-L ↑", "Distinct-2 → T", "Self-BLEU → T"], rows, left=1))
-    if record.analysis is not None:
-        parts += _analysis(analysis.section(record.analysis))
+    if (analysed := analysis.section(records)) is not None:
+        parts += _analysis(analysed)
     groups = metric_groups(record) if record.evaluation is not None else []
     if groups:
         parts.append(f"## Every number of {_text(run_labels(records)[0])}")
@@ -67,7 +67,8 @@ def _analysis(found: analysis.Section) -> list[str]:
     rows = [[_text(cell) for cell in row] for row in found.rows]
     said = [f"**{_text(one.question)}** {_text(one.answer)}. {_words(one.text)}" for one in found.findings]
     return [
-        "## Does reverse KL make it too sure?", _words(found.headline), *said,
+        "## Does reverse KL make it too sure?", *([_words(found.notice)] if found.notice else []),
+        _words(found.headline), *(f"- {_text(label)}: {_text(headline)}" for label, headline in found.others), *said,
         _table([_text(name) for name in found.head], rows, left=1), _text(found.note),
     ]  # fmt: skip
 
@@ -142,6 +143,11 @@ def _numbers(record: RunRecord) -> Iterator[list[str]]:
             if isinstance(values, Mapping):
                 spans = span_table(suite.get("intervals"), model)
                 yield from _values(record, model, _plain(str(name)), temperature, values, spans)
+    if record.analysis is not None:
+        model = "student" if record.is_pair else "after"
+        for name, number, ends in analysis.numbers(record.analysis):
+            span = ("", "") if ends is None else (repr(ends[0]), repr(ends[1]))
+            yield [model, "", "", _plain(name), repr(number), *span, "", ""]
     if not isinstance(evaluation.get("sweep"), Mapping):
         return
     for model in record.models:

@@ -92,6 +92,7 @@ def render(records: Sequence[RunRecord]) -> str:
     curves, optimiser = figures.training_curves(record)
     tradeoffs = [] if classifies else tradeoff.pictures(records)
     lines = lines_of(records)
+    side_by_side = run_table(records)
     script = _script()
     context = {
         "record": record,
@@ -110,14 +111,14 @@ def render(records: Sequence[RunRecord]) -> str:
         "matched": tradeoff.verdict(records) if tradeoffs else "",
         "profiles": [] if classifies else _profiles(records),
         "distributions": (classification if classifies else figures).distributions(record) if evaluated else [],
-        "analysis": None if record.analysis is None else analysis.section(record.analysis),
+        "analysis": analysis.section(records),
         "curves": curves,
         "optimiser": optimiser,
         "stages": record.stages,
         "groups": metric_groups(record) if evaluated else [],
         "change_from": change_from(record),
         "suites": suite_tables(records),
-        "runs": run_table(records) if several else None,
+        "runs": side_by_side if several and side_by_side.rows else None,
         "run_figures": figures.run_comparison(records, run_labels(records)) if several else [],
         "samples": classification.prediction_tables(record) if classifies else sample_table(records),
         "data": facts.data_of(record),
