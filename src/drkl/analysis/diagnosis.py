@@ -64,9 +64,13 @@ def _answer(question: str, answer: str, text: str, totals: Value, *names: str, *
     }
 
 
-def _overconfident(totals: Value) -> dict[str, Any]:
+def _bar(totals: Value) -> float:
     teacher = totals["teacher_confidence"]["value"]
-    bar = OVER if teacher is None else min(OVER, OVER_SHARE * teacher)
+    return OVER if teacher is None else min(OVER, OVER_SHARE * float(teacher))
+
+
+def _overconfident(totals: Value) -> dict[str, Any]:
+    bar = _bar(totals)
     by_teacher = decide(totals["own_gap"], bar)
     # By the data a student is overconfident that is surer than right, and more so than its teacher.
     both = {decide(totals[name], bar) for name in ("calibration_gap", "excess")}
@@ -98,8 +102,7 @@ def _either(first: str, second: str) -> str:
 
 
 def _target(totals: Value) -> dict[str, Any]:
-    teacher = totals["teacher_confidence"]["value"]
-    bar = OVER if teacher is None else min(OVER, OVER_SHARE * teacher)
+    bar = _bar(totals)
     answer = decide(totals["target_gap"], bar)
     text = (
         f"q_t - p_t is {_points(totals['target_gap'])} on the mean, and above 0 at "
