@@ -1,61 +1,30 @@
-"""An objective as a target term and a tail term, and the gradient of each on the student's logits.
-
-q = student, p = teacher, t = the target class, b = the pair (t, all the rest), q^ and p^ = the rest renormalised,
-B = KL(b_q || b_p), K = KL(q^ || p^), D = logit q_t - logit p_t. The two terms add up to the objective:
-
-| objective | target term | tail term |
-|---|---|---|
-| `rkl` | B | (1-q_t) K |
-| `fkl` | KL(b_p ‖ b_q) | (1-p_t) KL(p^ ‖ q^) |
-| `symmetric_kl` | w and 1-w times those of `fkl` and `rkl` | likewise |
-| `akl` | as `symmetric_kl`, w its own weight, which gets no gradient | likewise |
-| `srkl` | KL(b_q ‖ b_m) | (1-q_t) KL(q^ ‖ m^) |
-| `sfkl` | KL(b_p ‖ b_m) | (1-p_t) KL(p^ ‖ m^) |
-| `gjs` | beta KL(b_p ‖ b_m) + (1-beta) KL(b_q ‖ b_m) | the two tail terms, weighted likewise |
-| `drkl`, `dkd`, `decoupled` | a F(b_q, b_p), as defined | w G(q^, p^), as defined; p = m where skewed |
-| `tvd`, `ab`, `todi` | the target's summand | the sum over all other classes |
-| `ce` | all of it, t = the label | 0 |
-
-m is the objective's mixture of q and p, whole; b_m and m^ are its split. No term is ever negative. In the KLs and `gjs`
-(not `akl`) the target term is the same divergence of the two pairs, and the tail term what merging the rest into one
-class loses. `tvd`, `ab` and `todi` have no such chain rule (`tvd` is an f-divergence, but what merging loses there,
-1/2 (sum_rest |p-q| - |p_t-q_t|), has the target in it again): they are split where they are sums, and the target's
-summand is no divergence of the pairs. So `ab` at (0, 1) and (1, 0) has the values and gradients of `rkl` and `fkl`, but
-not their two terms: its summands are q log q/p - q + p and p log p/q - p + q.
-"""
+"""The gradients of an objective's target term and of its tail term (`drkl.analysis.splits`) on the student's logits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
+from drkl.analysis.splits import target_of, terms
 from drkl.errors import DrklError
 from drkl.losses.common import check_vocabularies, log_softmax, make_settings, valid_positions
 from drkl.objectives import (
     AdaptiveKL,
-    AlphaBeta,
     CrossEntropy,
     Decoupled,
     DecoupledKnowledgeDistillation,
     DecoupledReverseKL,
     ForwardKL,
-    GeneralizedJensenShannon,
     Objective,
     ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
     SymmetricKL,
-    TokenWiseKL,
-    TotalVariation,
 )
-from drkl.objectives.decoupled import Terms, tail_weight, target_class
-from drkl.objectives.logspace import Split, argmax, kl, mixture, split, weighted
+from drkl.objectives.decoupled import tail_weight
+from drkl.objectives.logspace import Split, kl, split
 
 
 class Decomposition(NamedTuple):
@@ -93,7 +62,7 @@ def decompose(
 ) -> Decomposition:
     """Split an objective's gradient on the student's logits into that of its target term and that of its tail term.
 
-    By autograd, on the terms that the table at the top of this module names. At T = 1 and q_t = p_t the tail pushes the
+    By autograd, on the terms that the table of `drkl.analysis.splits` names. At T = 1 and q_t = p_t the tail pushes the
     target with -q_t (1-q_t) K under `rkl`, and with 0 under `drkl` without skew.
 
     Args:
@@ -129,7 +98,7 @@ def decompose(
         labels = None if labels is None else labels.long().clone()
         both = terms(made, student_logp, teacher_logp, labels)
         target_grad, tail_grad = (_gradient(term, leaf) for term in both)
-        target = _target(made, teacher_logp, labels)
+        target = target_of(made, teacher_logp, labels)
         at_target = target.unsqueeze(-1)
         student, teacher = split(student_logp.detach(), target), split(teacher_logp, target)
         return Decomposition(
@@ -194,121 +163,6 @@ def log_odds_gap(student: Split, teacher: Split) -> Tensor:
     """D = logit q_t - logit p_t `[n]`, in nats; 0 where both are infinite."""
     same = student.log_odds == teacher.log_odds
     return (student.log_odds.masked_fill(same, 0.0) - teacher.log_odds.masked_fill(same, 0.0)).masked_fill(same, 0.0)
-
-
-def _target(objective: Objective, teacher_logp: Tensor, labels: Tensor | None) -> Tensor:
-    """The target class `[n]`: the objective's own; without one the label, without labels the teacher's top token."""
-    own = getattr(objective, "target", None)
-    if own is not None:
-        return target_class(own, teacher_logp, labels)
-    return argmax(teacher_logp) if labels is None else labels
-
-
-def terms(
-    objective: Objective,
-    student_logp: Float[Tensor, "n vocab"],
-    teacher_logp: Float[Tensor, "n vocab"],
-    labels: Int[Tensor, "n"] | None = None,
-) -> Terms:
-    """The objective's target term and tail term `[n]`, in nats; they add up to ``objective(...)``, differentiably.
-
-    Args:
-        objective: an objective of this library, or one with a method ``terms``.
-        student_logp: `[n, vocab]`, log-probabilities in fp32 or wider.
-        teacher_logp: `[n, vocab]`, likewise; gets no gradient.
-        labels: `[n]`, the observed next token's id; see `decompose`.
-
-    Raises:
-        DrklError: an objective that has no two terms.
-    """
-    own = getattr(objective, "terms", None)
-    if own is not None:
-        return Terms(*own(student_logp, teacher_logp, labels))
-    if type(objective) not in SPLITS:
-        known = ", ".join(cls.name for cls in SPLITS)
-        raise DrklError(
-            f"Objective {objective.name!r} does not say what its target term and its tail term are. Known: {known}, "
-            "and whatever is decoupled; give one of your own a method terms(student_logp, teacher_logp, labels) that "
-            "returns the two, each [n], which add up to its value."
-        )
-    target = _target(objective, teacher_logp, labels)
-    return SPLITS[type(objective)](objective, student_logp, teacher_logp.detach(), target)
-
-
-def _chained(a: Split, b: Split) -> Terms:
-    """KL(a || b) by the chain rule: KL of the pairs, and (1 - a_t) KL of the tails."""
-    on_tail, log_rest = kl(a.log_tail, b.log_tail), a.log_two[:, 1]
-    # As in `kl`, a mass that underflows is not 0: what the other one excludes stays +inf.
-    empty, infinite = log_rest == -math.inf, on_tail == math.inf
-    inside = log_rest.exp() * on_tail.masked_fill(empty | infinite, 0.0)
-    return Terms(kl(a.log_two, b.log_two), inside.masked_fill(infinite & ~empty, math.inf))
-
-
-def _sum(first_weight: Tensor | float, first: Terms, second: Terms) -> Terms:
-    """w first + (1 - w) second, term by term."""
-    pairs = zip(first, second, strict=True)
-    return Terms(*(weighted(first_weight, a) + weighted(1.0 - first_weight, b) for a, b in pairs))
-
-
-def _forward_kl(objective: Any, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    return _chained(split(logp, target), split(logq, target))
-
-
-def _reverse_kl(objective: Any, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    return _chained(split(logq, target), split(logp, target))
-
-
-def _symmetric_kl(objective: SymmetricKL, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    student, teacher = split(logq, target), split(logp, target)
-    return _sum(objective.forward_weight, _chained(teacher, student), _chained(student, teacher))
-
-
-def _adaptive_kl(objective: AdaptiveKL, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    student, teacher = split(logq, target), split(logp, target)
-    return _sum(objective.forward_share(logq, logp), _chained(teacher, student), _chained(student, teacher))
-
-
-def _skew_forward_kl(objective: SkewForwardKL, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    return _chained(split(logp, target), split(mixture(logp, logq, objective.skew), target))
-
-
-def _skew_reverse_kl(objective: SkewReverseKL, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    return _chained(split(logq, target), split(mixture(logq, logp, objective.skew), target))
-
-
-def _jensen_shannon(objective: GeneralizedJensenShannon, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    middle = split(mixture(logp, logq, objective.beta), target)
-    return _sum(objective.beta, _chained(split(logp, target), middle), _chained(split(logq, target), middle))
-
-
-def _summands(objective: Objective, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    """For an objective that is a sum over classes: itself on the target alone, and itself without the target."""
-    at_target = target.unsqueeze(-1)
-    alone = objective(logq.gather(-1, at_target), logp.gather(-1, at_target))
-    # A class that both exclude adds nothing, to the gradient either.
-    others = objective(logq.scatter(-1, at_target, -math.inf), logp.scatter(-1, at_target, -math.inf))
-    return Terms(alone, others)
-
-
-def _cross_entropy(objective: CrossEntropy, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    value = objective(logq, None, target)
-    return Terms(value, torch.zeros_like(value.detach()))
-
-
-SPLITS: dict[type[Objective], Callable[[Any, Tensor, Tensor, Tensor], Terms]] = {
-    CrossEntropy: _cross_entropy,
-    ForwardKL: _forward_kl,
-    ReverseKL: _reverse_kl,
-    SymmetricKL: _symmetric_kl,
-    GeneralizedJensenShannon: _jensen_shannon,
-    SkewForwardKL: _skew_forward_kl,
-    SkewReverseKL: _skew_reverse_kl,
-    TotalVariation: _summands,
-    AdaptiveKL: _adaptive_kl,
-    AlphaBeta: _summands,
-    TokenWiseKL: _summands,
-}
-"""The two terms of every objective that does not consist of them by definition, from (objective, log q, log p, t)."""
 
 
 @dataclass(frozen=True)
@@ -408,7 +262,7 @@ def closed_form(
     made, labels = _checked(student_logits, teacher_logits, labels, objective, temperature)
     logq, logp = (log_softmax(_wide(logits), temperature) for logits in (student_logits, teacher_logits))
     labels = None if labels is None else labels.long()
-    pieces = _Pieces.of(logq, logp, _target(made, logp, labels))
+    pieces = _Pieces.of(logq, logp, target_of(made, logp, labels))
     target_grad, tail_grad = _equations(made, pieces, logq, logp)
     return target_grad / temperature, tail_grad / temperature
 
