@@ -190,6 +190,7 @@ assert "drkl" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_the_student_needs_nothing_of_ours(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     assert cli("distill", recipe).code == 0
     student = shutil.copytree(tmp_path / "runs" / "r" / "student", tmp_path / "given-away")

@@ -6,9 +6,11 @@ import csv
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from scipy.optimize import brentq
 from scipy.special import expit, log_softmax, logit, softmax
 
@@ -19,11 +21,15 @@ from drkl.analysis.states import MATCHED, evenly
 from drkl.analysis.tables import TARGET_EDGES, overshoot
 from drkl.errors import DrklError
 from drkl.objectives import make_objective
+from drkl.reporting import analysis as shown_analysis
+from drkl.reporting.analysis import section
+from drkl.reporting.exports import as_csv, as_markdown
 from drkl.reporting.html import write_report
-from drkl.reporting.record import open_run
-from drkl.runs import write_json
+from drkl.reporting.record import open_run, read_run
+from drkl.runs import read_json, write_json
 from tests.analysis import reference
 from tests.analysis.made_states import PER_ROW, ROWS, VOCAB, found, teacher_logits, with_other_tails
+from tests.reporting.conftest import write_pair, write_run
 
 
 @pytest.fixture(scope="module")
@@ -328,3 +334,56 @@ def test_what_is_read_from_the_file_stays_text_on_the_page(
     page = write_report(open_run(tmp_path)).read_text()
     assert "<script>alert" not in page and "</style><script>" not in page and "&lt;script&gt;alert(1)" in page
     assert "<b>t" not in page
+
+
+@pytest.fixture(scope="module")
+def tables(states: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, Any]:
+    """An analysis as its file holds it."""
+    _, made = found(*states, positions=8)
+    made["settings"] |= {"models": {"teacher": "org/teacher", "student": "models/small"}}
+    return made
+
+
+@pytest.fixture
+def sketchy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures without their drawing, which is what takes the time."""
+    monkeypatch.setattr(shown_analysis, "to_svg", lambda figure, name, alt: Markup("<svg></svg>"))
+
+
+@pytest.mark.usefixtures("sketchy")
+def test_the_page_says_whose_analysis_it_shows(tables: dict[str, Any], tmp_path: Path) -> None:
+    pair = write_pair(tmp_path / "pair")
+    write_json(pair.analysis_path, tables)
+    shown = section([read_run(pair)])
+    assert shown is not None and shown.notice == "" and shown.others == []
+    assert shown.note.startswith("models/small beside org/teacher: 320 positions of 40 rows")
+    tables = tables | {"settings": tables["settings"] | {"models": {"teacher": "org/teacher", "student": "another"}}}
+    write_json(pair.analysis_path, tables)
+    shown = section([read_run(pair)])
+    assert shown is not None and shown.notice.startswith("This analysis is of other models than the evaluation")
+
+    run = write_run(tmp_path / "run")
+    assert section([read_run(run)]) is None
+    finished = {"finished": "2026-01-02T10:00:00+00:00"}
+    write_json(run.analysis_path, tables | {"timing": finished})
+    for trained, stale in (("2026-01-02T09:00:00+00:00", False), ("2026-01-02T11:00:00+00:00", True)):
+        write_json(run.env_path, read_json(run.env_path) | {"finished": trained})
+        shown = section([read_run(run), read_run(pair)])
+        assert shown is not None and shown.notice.startswith("The student was trained anew") == stale
+        assert [headline for _, headline in shown.others] == [tables["headline"]] * 2
+    text = as_markdown([read_run(run), read_run(pair)])
+    assert "The student was trained anew" in text and text.count("## Does reverse KL make it too sure?") == 1
+
+
+@pytest.mark.usefixtures("sketchy")
+def test_the_csv_has_its_numbers(tables: dict[str, Any], tmp_path: Path) -> None:
+    write_json(tmp_path / "analysis.json", tables)
+    lines = list(csv.DictReader(io.StringIO(as_csv([read_run(open_run(tmp_path))]))))
+    named = {line["metric"]: line for line in lines}
+    one = tables["totals"]["own_gap"]
+    line = named["analysis own_gap"]
+    assert (float(line["value"]), float(line["low"]), float(line["high"])) == (one["value"], *one["interval"])
+    assert line["model"] == "student" and "analysis rkl tail_push" in named
+    assert sum(name.startswith("analysis drkl, γ 0.5 ") for name in named) >= 8
+    several = [read_run(open_run(tmp_path))] * 2
+    assert "The runs side by side" not in as_markdown(several)  # nothing was evaluated

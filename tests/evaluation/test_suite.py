@@ -197,7 +197,13 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_at", ["reading", "sampling at 1", "sampling at 0.5", "later"])
+@pytest.mark.parametrize(
+    "stop_at",
+    [
+        "sampling at 1",
+        *(pytest.param(part, marks=pytest.mark.slow) for part in ("reading", "sampling at 0.5", "later")),
+    ],
+)
 def test_an_evaluation_that_was_stopped_goes_on(tmp_path: Path, stop_at: str) -> None:
     parts = Parts(Store(tmp_path / "own"), Store(tmp_path / "shared"))
     whole = run("teacher after")

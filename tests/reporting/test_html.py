@@ -173,6 +173,7 @@ def test_odd_sections_never_stop_a_report(make_run: MakeRun, broken: object) -> 
         assert write_report([run, run], output_format=output_format).stat().st_size > 1_000
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sketchy")
 def test_a_large_evaluation_makes_a_small_page(make_run: MakeRun) -> None:
     run = make_run(swept=True)

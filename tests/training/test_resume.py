@@ -73,7 +73,7 @@ def assert_equal(resumed: RunFolder, whole: RunFolder) -> None:
         assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("step", [1, 4, 5])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 5])
 def test_cut_off_in_mid_training(tmp_path: Path, step: int) -> None:
     values, whole = reference(tmp_path)
     cut_off(values, kill_at_step("r", step))
@@ -157,6 +157,7 @@ def test_cut_off_in_writing_a_checkpoint(tmp_path: Path, part: str, monkeypatch:
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
 
+@pytest.mark.slow
 def test_cut_off_in_removing_an_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values, whole = reference(tmp_path)
 
@@ -172,7 +173,10 @@ def test_cut_off_in_removing_an_old_checkpoint(tmp_path: Path, monkeypatch: pyte
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
 
-@pytest.mark.parametrize("moment", ["model_card", "now", "write_text"])
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param("model_card", marks=pytest.mark.slow), pytest.param("now", marks=pytest.mark.slow), "write_text"],
+)
 def test_cut_off_in_writing_the_student(tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values, whole = reference(tmp_path)
 
@@ -189,7 +193,7 @@ def test_cut_off_in_writing_the_student(tmp_path: Path, moment: str, monkeypatch
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
 
-@pytest.mark.parametrize("patience", [2, 3])
+@pytest.mark.parametrize("patience", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_early_stop_counts_on(tmp_path: Path, patience: int) -> None:
     training = tiny_runs.RISING | {"max_steps": 30, "early_stop_patience": patience}
     values, whole = reference(tmp_path, training=training)
@@ -222,6 +226,7 @@ def test_a_run_folder_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not run.root.exists()
 
 
+@pytest.mark.slow
 def test_resumed_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values, whole = reference(tmp_path, training=tiny_runs.RISING)
     monkeypatch.chdir(tmp_path)

@@ -96,7 +96,9 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance:
         torch.testing.assert_close(ours[name], theirs[name], **(tolerance or {"rtol": 1e-9, "atol": 1e-12}), msg=name)
 
 
-@pytest.mark.parametrize("objective", ["ce", "fkl", "rkl", "drkl"])
+@pytest.mark.parametrize(
+    "objective", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("ce", "fkl", "rkl")), "drkl"]
+)
 @pytest.mark.parametrize("loss", [LossConfig(), LossConfig(kd_weight=0.7, temperature=2.0, t2_scaling=True)])
 def test_one_times_eight_is_eight_times_one(tmp_path: Path, objective: str, loss: LossConfig) -> None:
     data = rows(8)
@@ -109,7 +111,9 @@ def test_one_times_eight_is_eight_times_one(tmp_path: Path, objective: str, loss
     assert one.state.log_history[0]["loss"] == pytest.approx(eight.state.log_history[0]["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize(("count", "parts"), [(3, 8), (1, 4), (8, 3)])
+@pytest.mark.parametrize(
+    ("count", "parts"), [(3, 8), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((1, 4), (8, 3)))]
+)
 def test_empty_and_uneven_micro_batches_change_nothing(tmp_path: Path, count: int, parts: int) -> None:
     together, _ = first_gradients(tmp_path, rows(count), 1)
     apart, trainer = first_gradients(tmp_path, rows(count), parts)
