@@ -325,6 +325,7 @@ def test_model_output_cannot_steer_the_terminal() -> None:
     assert printable("a\x1b[2Jb\x07\nü\u202e") == "a\ufffd[2Jb\ufffd\nü\ufffd"
 
 
+@pytest.mark.slow
 def test_the_real_program_ends_with_two_and_no_traceback(tmp_path: Path) -> None:
     path = tiny_runs.write_config(tiny_runs.config(tmp_path), tmp_path / "c.yaml")
     before = tiny_runs.tree(tmp_path)

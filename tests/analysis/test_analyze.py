@@ -22,7 +22,7 @@ from drkl.analysis.tables import TARGET_EDGES, overshoot
 from drkl.errors import DrklError
 from drkl.objectives import make_objective
 from drkl.reporting import analysis as shown_analysis
-from drkl.reporting.analysis import section
+from drkl.reporting.analysis import section, write_figures
 from drkl.reporting.exports import as_csv, as_markdown
 from drkl.reporting.html import write_report
 from drkl.reporting.record import open_run, read_run
@@ -387,3 +387,17 @@ def test_the_csv_has_its_numbers(tables: dict[str, Any], tmp_path: Path) -> None
     assert sum(name.startswith("analysis drkl, γ 0.5 ") for name in named) >= 8
     several = [read_run(open_run(tmp_path))] * 2
     assert "The runs side by side" not in as_markdown(several)  # nothing was evaluated
+
+
+def test_what_has_no_figure_now_has_none(
+    states: tuple[np.ndarray, np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shown_analysis, "svg_text", lambda figure: "<svg></svg>")
+    _, teacher, labels = states
+    _, matched = found(teacher, teacher, labels, positions=8)
+    drawn = {path.name for path in write_figures(matched, tmp_path)}
+    (tmp_path / "mine.svg").write_text("kept")
+    _, apart = found(teacher + 9 * np.eye(VOCAB)[teacher.argmax(-1)], teacher, labels, positions=8)
+    again = {path.name for path in write_figures(apart, tmp_path)}
+    assert drawn - again == {"push.svg", "rest.svg"} and not again - drawn
+    assert {path.name for path in tmp_path.iterdir()} == again | {"mine.svg"}

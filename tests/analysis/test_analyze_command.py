@@ -78,12 +78,6 @@ def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
     for name in FILES:
         assert (same / "analysis" / f"{name}.svg").read_bytes() == (again / "analysis" / f"{name}.svg").read_bytes()
 
-    # Over an earlier one: what has no figure now has none.
-    assert "push" in FILES and not (out / "analysis" / "push.svg").exists()
-    (out / "analysis" / "push.svg").write_text("old")
-    assert cli("analyze", *pair(models, "surer"), "--output", out, *QUICK).code == 0
-    assert read(out)["totals"]["matched"]["value"] == 0 and not (out / "analysis" / "push.svg").exists()
-
     # Its page, without an evaluation.
     done = cli("report", out)
     assert done.code == 0, done.err

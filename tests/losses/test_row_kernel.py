@@ -69,7 +69,7 @@ def by_definition(
 
 @every
 @pytest.mark.parametrize("vocab", [2, 53])
-@pytest.mark.parametrize(("temperature", "t2_scaling"), [(1.0, False), (2.0, True)])
+@pytest.mark.parametrize(("temperature", "t2_scaling"), [(2.0, True), pytest.param(1.0, False, marks=pytest.mark.slow)])
 def test_value_and_gradient(
     name: str, params: dict[str, Any], vocab: int, temperature: float, t2_scaling: bool
 ) -> None:

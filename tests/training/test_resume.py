@@ -98,6 +98,7 @@ def test_cut_off_in_either_of_two_stages(tmp_path: Path, stage: str, step: int) 
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_remembers_is_resumed_too(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path)
     teacher, student = {"model": values["teacher"]["model"], "remember_mb": 8}, {"freeze_embeddings": True}

@@ -118,6 +118,7 @@ def test_configs_that_contradict_themselves(tmp_path: Path, changes: dict[str, A
         load_config(scratch(tmp_path) | changes)
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_from_scratch_and_its_student(tmp_path: Path, drkl: Callable[..., str]) -> None:
     t5 = {"model_type": "t5", "d_model": 16, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 2}
     values = scratch(tmp_path, config=t5)
