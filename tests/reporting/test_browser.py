@@ -63,7 +63,9 @@ def analysed() -> dict[str, Any]:
     teacher, labels, generator = teacher_logits()
     _, tables = found(with_other_tails(teacher, generator), teacher, labels, positions=16)
     tables["headline"] = tables["objectives"][0]["objective"] = HOSTILE
-    tables["settings"]["command"] = ["drkl", "analyze", "x" * 300]
+    tables["settings"] |= {
+        "command": ["drkl", "analyze", "x" * 300], "models": {"student": HOSTILE, "teacher": "y" * 300},
+    }  # fmt: skip
     return tables
 
 
