@@ -82,8 +82,7 @@ def _overconfident(totals: Value) -> dict[str, Any]:
         f"({_share(totals['accuracy'])}) is {_points(totals['calibration_gap'])}, the teacher's "
         f"{_points(totals['teacher_calibration_gap'])}; the student's excess is {_points(totals['excess'])}."
     )
-    under = totals["excess"]["interval"]
-    if answer == "no" and under is not None and under[1] < -bar:
+    if answer == "no" and _is_below(totals["excess"], bar):
         text += " It is less sure than its teacher would be in its place."
     elif by_data == "no" and decide(totals["calibration_gap"], bar) == "yes":
         text += " So it is too sure, but no more than its teacher."
@@ -91,6 +90,11 @@ def _overconfident(totals: Value) -> dict[str, Any]:
                "teacher_confidence", "teacher_accuracy")  # fmt: skip
     question = "Is the student overconfident?"
     return _answer(question, answer, text, totals, *numbers, bar=bar, by_teacher=by_teacher, by_data=by_data)
+
+
+def _is_below(found: Value, bar: float) -> bool:
+    """Whether all of the interval is below -bar."""
+    return found["interval"] is not None and bool(found["interval"][1] < -bar)
 
 
 def _either(first: str, second: str) -> str:
@@ -184,7 +188,11 @@ def _headline(over: Mapping[str, Any], pushed: str) -> str:
         name = "the data" if other == "by_data" else "its teacher"
         said = f"by {name} it is not decided" if by[other] == "undecided" else f"not by {name}"
         first = f"In part: the student is overconfident by {sees}, {said}"
-    elif answer == "no" and "no more than its teacher" in over["text"]:
+    elif (
+        answer == by["by_data"] == "no"
+        and decide(by["calibration_gap"], by["bar"]) == "yes"
+        and not _is_below(by["excess"], by["bar"])
+    ):
         first = "No: the student is not overconfident beyond what its teacher is"
     else:
         first = {

@@ -36,8 +36,7 @@ def as_markdown(records: Sequence[RunRecord]) -> str:
     parts = [f"# {_text(record.name)}", f"**{_text(said.verdict)}.** {_words(said.headline)}"]
     parts.append("\n".join(f"- {_text(name)}: {_text(value)}" for name, value in facts.facts(record)))
     parts += [f"**{_text(point.question)}** {_words(point.text)}" for point in said.points]
-    runs = run_table(records)
-    if len(records) > 1 and runs.rows:
+    if len(records) > 1 and (runs := run_table(records)).rows:
         parts += ["## The runs side by side", *([_words(runs.warning)] if runs.warning else [])]
         parts.append(_metric_table(["Teacher", *runs.labels], runs.rows))
     if record.task != "classification" and (swept := tradeoff.table(records)):

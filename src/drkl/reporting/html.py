@@ -92,7 +92,7 @@ def render(records: Sequence[RunRecord]) -> str:
     curves, optimiser = figures.training_curves(record)
     tradeoffs = [] if classifies else tradeoff.pictures(records)
     lines = lines_of(records)
-    side_by_side = run_table(records)
+    side_by_side = run_table(records) if several else None
     script = _script()
     context = {
         "record": record,
@@ -118,7 +118,7 @@ def render(records: Sequence[RunRecord]) -> str:
         "groups": metric_groups(record) if evaluated else [],
         "change_from": change_from(record),
         "suites": suite_tables(records),
-        "runs": side_by_side if several and side_by_side.rows else None,
+        "runs": side_by_side if side_by_side is not None and side_by_side.rows else None,
         "run_figures": figures.run_comparison(records, run_labels(records)) if several else [],
         "samples": classification.prediction_tables(record) if classifies else sample_table(records),
         "data": facts.data_of(record),
