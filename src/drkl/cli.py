@@ -400,8 +400,8 @@ def generate(
     from drkl.models.forward import is_encoder_decoder
     from drkl.models.generate import sample_texts
     from drkl.models.load import quiet_transformers
+    from drkl.run_models import evaluation_models
     from drkl.runs import RunFolder
-    from drkl.training.inputs import evaluation_models
 
     if not prompt.strip():
         raise DrklError("--prompt is empty.")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from drkl import make_objective
 from drkl.analysis.config import AnalysisConfig
 from drkl.analysis.watch import GradientWatch, Probe, summary, watcher
-from drkl.data.labelled import LabelledRow
+from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.models.forward import decoder_start

@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from drkl.data import DataConfig, Example, load_examples
+from drkl.data.classification import load_labelled, read_labelled
 from drkl.data.examples import read_examples
-from drkl.data.labelled import load_labelled, read_labelled
 from drkl.data.tokenize import tokenize_examples
 from drkl.errors import DrklError
 from tests.data.tiny_tokenizers import build

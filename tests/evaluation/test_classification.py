@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.special import log_softmax, rel_entr
 
-from drkl.data.labelled import LabelledRow
+from drkl.data.classification import LabelledRow
 from drkl.evaluation.classification import (
     KEYS,
     evaluate_classes,

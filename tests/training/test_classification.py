@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from drkl import make_objective
 from drkl.config import load_config
+from drkl.data.classification import LabelledRow
 from drkl.data.config import TokenizerConfig
-from drkl.data.labelled import LabelledRow
-from drkl.data.learnt_tokenizer import learn_tokenizer
+from drkl.data.tokenizer import learn_tokenizer
 from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.runs import RunFolder

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from drkl.config import load_config
 from drkl.data.config import TokenizerConfig
-from drkl.data.learnt_tokenizer import END_OF_TEXT, learn_tokenizer
+from drkl.data.tokenizer import END_OF_TEXT, learn_tokenizer
 from drkl.errors import DrklError
 from tests.training import tiny_runs
 

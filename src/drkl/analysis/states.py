@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from drkl.analysis.gradients import closed_form, decompose, has_closed_form, log_odds_gap
-from drkl.losses import token_statistics
 from drkl.losses.common import check_vocabularies, log_softmax
 from drkl.objectives import Objective
 from drkl.objectives.logspace import argmax, kl, split
+from drkl.positions import token_statistics
 
 CHUNK = 128
 """Positions whose logits are held at once."""

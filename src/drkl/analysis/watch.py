@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from drkl.analysis.gradients import decompose
 from drkl.analysis.states import MATCHED
 from drkl.data.batching import bucket_by_length
+from drkl.data.classification import LabelledRow
 from drkl.data.collate import collate
-from drkl.data.labelled import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from drkl.data.labelled import LabelledRow
+from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
 
 IGNORE_INDEX = -100

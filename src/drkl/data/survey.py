@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from drkl.data.classification import load_labelled, tokenize_labelled
 from drkl.data.config import DataConfig
 from drkl.data.examples import load_examples
-from drkl.data.labelled import load_labelled, tokenize_labelled
 from drkl.data.tokenize import DropReport, Row, tokenize_examples
 from drkl.errors import DrklError
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from drkl.data.apart import encode_source, encode_target, tokens_around
 from drkl.data.examples import Example
+from drkl.data.seq2seq import encode_source, encode_target, tokens_around
 from drkl.data.template import Turns, encode_prompt, encode_response, encode_turns
 from drkl.errors import DrklError
 

@@ -12,19 +12,18 @@ import torch
 from torch import Tensor
 
 from drkl.data.batching import bucket_by_length
+from drkl.data.classification import LabelledRow, tokenize_labelled
 from drkl.data.collate import collate
-from drkl.data.labelled import LabelledRow, tokenize_labelled
 from drkl.evaluation.bootstrap import RESAMPLES, intervals
 from drkl.evaluation.calibration import EDGES, Bins, mass_bins, weighted_sums, width_bins
 from drkl.evaluation.config import EvaluationConfig
 from drkl.evaluation.declared import CLASS_KEYS as KEYS
 from drkl.evaluation.declared import definitions
 from drkl.evaluation.measure import MODELS, TRAINED, Progress, finite, free_memory, reporter, timed, versions
-from drkl.losses import token_statistics
 from drkl.losses.common import log_softmax
-from drkl.losses.statistics import brier_score
 from drkl.models.classes import class_names
 from drkl.models.forward import hidden_states
+from drkl.positions import brier_score, token_statistics
 from drkl.runs import RunFolder, write_json, write_jsonl
 
 if TYPE_CHECKING:

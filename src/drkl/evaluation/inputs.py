@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from drkl.data.classification import read_labelled, tokenize_labelled
 from drkl.data.config import DataConfig
 from drkl.data.examples import read_examples
-from drkl.data.labelled import read_labelled, tokenize_labelled
+from drkl.data.rows import Rows, make_rows, read_shares
 from drkl.data.tokenize import DropReport, tokenize_examples
 from drkl.errors import DrklError
 from drkl.evaluation.config import MINILLM_DATA
@@ -19,10 +20,9 @@ from drkl.models.classes import check_classes, class_names, is_classifier
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
+from drkl.models.pair import check_families, check_rows, check_tokenizers, shared_vocabulary
 from drkl.models.precision import has_device, pick_device, resolve_dtype
-from drkl.training.checks import check_families, check_rows, check_tokenizers, shared_vocabulary
-from drkl.training.inputs import evaluation_models, trained_classes
-from drkl.training.rows import Rows, make_rows, read_shares
+from drkl.run_models import evaluation_models, trained_classes
 from drkl.training.spec import RunSpec
 from drkl.training.tokens import has_encoder
 

@@ -18,9 +18,10 @@ from drkl.evaluation import bootstrap
 from drkl.evaluation.calibration import NUM_BINS as NUM_CALIBRATION_BINS
 from drkl.evaluation.calibration import Bins, bin_of, mass_bins, weighted_sums, width_bins
 from drkl.evaluation.declared import HEAD_MASS, OVERLAP, RANKS, TOKEN_KEYS
-from drkl.losses import LMHead, comparison_statistics
+from drkl.losses import LMHead
 from drkl.losses.common import check_vocabularies
 from drkl.models import forward
+from drkl.positions import comparison_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from drkl.data.labelled import label_set, load_labelled
+from drkl.data.classification import label_set, load_labelled
 from drkl.models.classes import class_names, is_classifier
 from drkl.models.load import load_config
 from drkl.training.spec import RunSpec

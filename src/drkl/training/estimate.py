@@ -9,23 +9,18 @@ from typing import Any
 import torch
 
 from drkl.data.batching import plan_steps
-from drkl.data.labelled import LabelledRow
+from drkl.data.classification import LabelledRow
+from drkl.data.rows import make_rows, read_shares
 from drkl.data.tokenize import DropReport, Row
 from drkl.losses.fused import chunk_rows
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import count_parameters, load_config, model_note
+from drkl.models.pair import check_families, check_rows, check_tokenizers, shared_vocabulary
 from drkl.models.precision import DTYPES, pick_device, resolve_dtype
 from drkl.models.student import depth, student_config
 from drkl.training.arguments import training_arguments
-from drkl.training.checks import (
-    check_device,
-    check_families,
-    check_rows,
-    check_tokenizers,
-    shared_vocabulary,
-)
+from drkl.training.checks import check_device
 from drkl.training.classes import run_classes
-from drkl.training.rows import make_rows, read_shares
 from drkl.training.spec import RunSpec
 from drkl.training.tokens import run_tokenizer
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from drkl.losses import IGNORE_INDEX, LMHead, distillation_loss, fused_distillation_loss, token_statistics
+from drkl.losses import IGNORE_INDEX, LMHead, distillation_loss, fused_distillation_loss
 from drkl.losses.common import LossArguments
 from drkl.losses.config import LossConfig
 from drkl.models.forward import hidden_states, output_head
 from drkl.objectives import Objective
+from drkl.positions import token_statistics
 
 STATISTICS_POSITIONS = 256
 """Positions of a micro-batch, evenly spread, from which the logged entropies and KLs are taken."""

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from drkl.data.batching import bucket_by_length
+from drkl.data.classification import LabelledRow
 from drkl.data.collate import collate
-from drkl.data.labelled import LabelledRow
 from drkl.data.tokenize import Row
-from drkl.losses import IGNORE_INDEX, token_statistics
+from drkl.losses import IGNORE_INDEX
 from drkl.losses.config import LossConfig
 from drkl.models.forward import hidden_states, output_head
 from drkl.objectives import Objective
+from drkl.positions import token_statistics
 from drkl.teachers.live import LiveTeacher
 from drkl.training.faults import find_fault, list_rows
 from drkl.training.forward import logits_of, loss_of, summed

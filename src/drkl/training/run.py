@@ -14,11 +14,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainerCallback
 
 from drkl.data.config import DataConfig
+from drkl.data.rows import Rows, make_rows, read_shares
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
 from drkl.models.adapter import add_adapter, merge_adapter, save_adapter
 from drkl.models.forward import check_head, decoder_start, is_encoder_decoder, lm_head
 from drkl.models.load import load_tokenizer, model_note
+from drkl.models.pair import SharedTokens, check_families, check_rows, check_tokenizers, shared_vocabulary
 from drkl.models.precision import pick_device
 from drkl.models.student import make_student
 from drkl.runs import RunFolder, write_json, write_text, write_yaml
@@ -28,21 +30,11 @@ from drkl.training.arguments import training_arguments
 from drkl.training.callbacks import BestCheckpoint, EarlyStop, LastStep, OnProgress, TrainLog
 from drkl.training.card import model_card
 from drkl.training.checkpoints import keep_only, newest_checkpoint, step_of, tokens_seen
-from drkl.training.checks import (
-    SharedTokens,
-    check_device,
-    check_disk,
-    check_families,
-    check_folder,
-    check_rows,
-    check_tokenizers,
-    shared_vocabulary,
-)
+from drkl.training.checks import check_device, check_disk, check_folder
 from drkl.training.classes import TWO_CLASSES, is_two_class, run_classes
 from drkl.training.environment import describe_environment, now
 from drkl.training.forward import detach_loss
 from drkl.training.heldout import HeldOut
-from drkl.training.rows import Rows, make_rows, read_shares
 from drkl.training.spec import RunSpec
 from drkl.training.tokens import LEARNT, has_encoder, run_tokenizer, tokenizer_name
 from drkl.training.trainer import DistillationTrainer

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from drkl.data.classification import load_labelled
 from drkl.data.examples import load_examples
-from drkl.data.labelled import load_labelled
-from drkl.data.learnt_tokenizer import learn_tokenizer, texts_of
+from drkl.data.tokenizer import learn_tokenizer, texts_of
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import load_config, load_tokenizer
 from drkl.models.student import source_model, student_config

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from drkl.data.batching import plan_steps, split_rows
+from drkl.data.classification import LabelledRow
 from drkl.data.collate import collate
-from drkl.data.labelled import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX

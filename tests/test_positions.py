@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
-from drkl.losses import comparison_statistics, token_statistics
-from drkl.losses.statistics import most_probable
 from drkl.objectives.divergences import GeneralizedJensenShannon
+from drkl.positions import comparison_statistics, most_probable, token_statistics
 from tests.objectives import tensors
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from drkl.data.classification import LabelledRow, label_set, load_labelled, tokenize_labelled
 from drkl.data.collate import collate
 from drkl.data.config import DataConfig, TokenizerConfig
-from drkl.data.labelled import LabelledRow, label_set, load_labelled, tokenize_labelled
-from drkl.data.learnt_tokenizer import learn_tokenizer
+from drkl.data.tokenizer import learn_tokenizer
 from drkl.errors import DrklError
 from tests.models.tiny_classifiers import tokenizer
 

@@ -6,8 +6,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from drkl.data import Example
-from drkl.data.apart import encode_source, encode_target
 from drkl.data.collate import IGNORE_INDEX, collate, collate_sources
+from drkl.data.seq2seq import encode_source, encode_target
 from drkl.data.tokenize import Row, encode_for, tokenize_examples
 from drkl.errors import DrklError
 from tests.data.tiny_tokenizers import build

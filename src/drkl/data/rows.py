@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from drkl.data.classification import LabelledRow, load_labelled, tokenize_labelled
 from drkl.data.config import DataConfig
 from drkl.data.examples import load_examples
-from drkl.data.labelled import LabelledRow, load_labelled, tokenize_labelled
 from drkl.data.tokenize import DropReport, Row, tokenize_examples
 
 Rows = list[Row] | list[LabelledRow]
