@@ -84,7 +84,10 @@ def _common(
 
 @app.command()
 def distill(
-    config: Annotated[Path | None, typer.Argument(help="A yaml file.", show_default=False)] = None,
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="A yaml file, or the name of a recipe (see `drkl recipes`).", show_default=False),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, e.g. objective.name=rkl", show_default=False)
     ] = None,
@@ -454,7 +457,9 @@ def _classify(prompt: str, models: Any, tokenizer: Any, device: Any, max_tokens:
 
 @app.command()
 def data(
-    config: Annotated[Path, typer.Argument(help="A yaml file.", show_default=False)],
+    config: Annotated[
+        Path, typer.Argument(help="A yaml file, or the name of a recipe (see `drkl recipes`).", show_default=False)
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, e.g. data.turns=all", show_default=False)
     ] = None,
@@ -480,6 +485,25 @@ def data(
             print_labelled(section, tokenizer, classes, console, printable)
             continue
         print_surveys(survey(section, tokenizer, encoder_decoder=apart), tokenizer, console, printable)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this recipe, to change it: > my.yaml", show_default=False)
+    ] = None,
+) -> None:
+    """List the recipes that ship with drkl, or print one of them."""
+    from drkl.recipes import find_recipe, recipe_names
+    from drkl.runs import read_text
+
+    if name is not None:
+        print(read_text(find_recipe(name)), end="")
+        return
+    known = recipe_names()
+    width = max(map(len, known))
+    for recipe, description in known.items():
+        print(f"{recipe:{width}}  {description}")
 
 
 @app.command()
