@@ -16,8 +16,8 @@ from drkl.terminal import (
     print_analysis,
     print_evaluation,
     print_side_by_side,
+    print_surveys,
     print_toy,
-    printable,
     progress_bars,
 )
 
@@ -465,10 +465,8 @@ def data(
     ] = None,
 ) -> None:
     """Show what CONFIG makes of its data: counts, drops, lengths, a row of each source; write nothing."""
-    from rich.console import Console
-
     from drkl.config import load_config
-    from drkl.data.survey import print_labelled, print_surveys, survey
+    from drkl.data.survey import survey
     from drkl.models.load import quiet_transformers
     from drkl.training.spec import has_encoder, run_classes, run_tokenizer
 
@@ -478,13 +476,9 @@ def data(
     quiet_transformers()
     specs = loaded.specs()
     tokenizer, classes = run_tokenizer(specs), run_classes(specs)
-    apart = classes is None and has_encoder(specs[0], tokenizer)
-    console = Console(highlight=False)
+    encoder_decoder = classes is None and has_encoder(specs[0], tokenizer)
     for section in dict.fromkeys(spec.data for spec in specs):
-        if classes is not None:
-            print_labelled(section, tokenizer, classes, console, printable)
-            continue
-        print_surveys(survey(section, tokenizer, encoder_decoder=apart), tokenizer, console, printable)
+        print_surveys(survey(section, tokenizer, classes=classes, encoder_decoder=encoder_decoder), tokenizer)
 
 
 @app.command()
