@@ -17,17 +17,18 @@ def is_classifier(model_or_config: Any) -> bool:
     return any(str(name).endswith(_SUFFIX) for name in names or ())
 
 
-def class_names(config: Any, name: str) -> tuple[str, ...]:
-    """The classes of a classifier's config in the order of their ids.
+def class_names(model_or_config: Any, name: str) -> tuple[str, ...]:
+    """The classes of a classifier in the order of their ids.
 
     Args:
-        config: its config.
+        model_or_config: the classifier, or the config it was saved with.
         name: what an error calls the model.
 
     Raises:
         DrklError: no classifier, a regression, several labels for one text, or two classes of one name.
     """
-    if not is_classifier(config):
+    config = getattr(model_or_config, "config", model_or_config)
+    if not is_classifier(model_or_config):
         raise DrklError(
             f"{name!r} is no classifier (its config.json says {getattr(config, 'architectures', None)}), so it has no "
             "class logits. Use a model that was trained for sequence classification."
