@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from drkl.models.pair_loss import count_tokens, pair_loss
 from tests.models import tiny, tiny_classifiers
@@ -28,9 +31,10 @@ def lora(model: nn.Module) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(3)
-    target = ["q_proj", "v_proj"]
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=target, init_lora_weights=False))  # type: ignore[arg-type]
-    return adapted.double()
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated", FutureWarning)
+        return get_peft_model(model, config).double()  # type: ignore[arg-type]
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -88,6 +92,15 @@ def norm_and_head(model: Any) -> list[nn.Module]:
     return [model.base_model.norm, model.get_output_embeddings()]
 
 
+def fsdp1(model: nn.Module, policy: Any = None) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True, auto_wrap_policy=policy)
+
+
+def checkpointed(model: Any, wrap: Callable[[Any], nn.Module]) -> nn.Module:
+    model.gradient_checkpointing_enable()
+    return wrap(model).train()
+
+
 LOW = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {
     "ddp": ddp,
@@ -100,15 +113,34 @@ WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {
     "fsdp2 norm and head": lambda model: sharded(model, norm_and_head),
     "fsdp2 reshards": lambda model: sharded(model, head, reshard_after_forward=True),
     "fsdp2 keeps": lambda model: sharded(model, head, reshard_after_forward=False),
+    "fsdp1": fsdp1,
+    "fsdp1 blocks": lambda model: fsdp1(model, ModuleWrapPolicy({LlamaDecoderLayer})),
+    "ddp, compiled": lambda model: ddp(torch.compile(model, backend="eager")),  # type: ignore[arg-type]
+    "ddp, checkpointed": lambda model: checkpointed(model, ddp),
+    "fsdp2 checkpointed": lambda model: checkpointed(model, sharded),
     "fsdp2 low": lambda model: sharded(model.float(), head, mp_policy=LOW),
 }
+QUICK = [
+    ("gpt2", "ddp"),
+    ("t5", "ddp"),
+    ("gpt2", "fsdp2 blocks"),
+    ("gpt2", "fsdp2 tied ends"),
+    ("llama untied", "fsdp2 head"),
+]
 UNTIED = ("llama untied", "mt5 untied")
-CASES = [
+SLOW = [
     *[(name, wrapper) for name in MODELS for wrapper in ("ddp", "fsdp2 root", "fsdp2 blocks")],
-    *[(name, wrapper) for name in ("gpt2", "t5") for wrapper in ("ddp, unused found", "ddp, static", "fsdp2 tied ends")],
+    *[
+        (name, wrapper)
+        for name in ("gpt2", "t5")
+        for wrapper in ("ddp, unused found", "ddp, static", "fsdp2 tied ends")
+    ],
     *[(name, wrapper) for name in UNTIED for wrapper in ("fsdp2 head", "fsdp2 reshards", "fsdp2 keeps")],
+    *[(name, wrapper) for name in ("llama", "llama untied") for wrapper in ("fsdp1", "fsdp1 blocks")],
+    *[("llama", wrapper) for wrapper in ("ddp, compiled", "ddp, checkpointed", "fsdp2 checkpointed")],
     *[("llama untied", wrapper) for wrapper in ("fsdp2 norm and head", "fsdp2 low")],
 ]
+SLOW = [case for case in SLOW if case not in QUICK]
 
 
 def make_student(name: str) -> Any:
@@ -145,9 +177,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """By their names without what wrappers put before them."""
-    named = {name.removeprefix("module."): weight for name, weight in model.named_parameters()}
-    return {name: whole(weight.grad).clone() for name, weight in named.items() if weight.grad is not None}
+    """Whole, by their names without what wrappers put into them."""
+    found = {}
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        for name, weight in model.named_parameters():
+            for part_of_name in ("module.", "_fsdp_wrapped_module.", "_orig_mod."):
+                name = name.replace(part_of_name, "")
+            if weight.grad is not None:
+                found[name] = whole(weight.grad).clone()
+    return found
 
 
 def one_case(name: str, wrapper: str, rank: int) -> dict[str, Any]:
@@ -172,7 +210,7 @@ def accumulated(student: Any, teacher: nn.Module, batch: Batch, rank: int) -> di
     for number, micro in enumerate(parts):
         last = number == len(parts) - 1
         context = contextlib.nullcontext()
-        if isinstance(student, DistributedDataParallel):
+        if hasattr(student, "no_sync"):
             context = contextlib.nullcontext() if last else student.no_sync()  # type: ignore[assignment]
         else:
             student.set_requires_gradient_sync(last)
@@ -193,9 +231,7 @@ def given(student: Any, teacher: Any, batch: Batch) -> dict[str, Tensor]:
         inputs["decoder_attention_mask"] = torch.ones_like(inputs["decoder_input_ids"])
     with torch.no_grad():
         hidden = hidden_states(teacher, inputs)
-    pair_loss(
-        student, None, batch, objective="rkl", teacher_hidden=hidden, teacher_head=lm_head(teacher)
-    ).backward()
+    pair_loss(student, None, batch, objective="rkl", teacher_hidden=hidden, teacher_head=lm_head(teacher)).backward()
     found = gradients(student)
     student.zero_grad()
     return found
@@ -257,16 +293,17 @@ def refusals(rank: int) -> dict[str, str]:
     return found
 
 
-def main(rank: int, folder: Path) -> None:
+def main(rank: int, folder: Path, quick: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=RANKS)
-    found: dict[str, Any] = {f"{name} | {wrapper}": one_case(name, wrapper, rank) for name, wrapper in CASES}
-    found |= {how: wrong(how, rank) for how in WRONG}
-    found["refusals"] = refusals(rank)
+    cases = QUICK if quick else SLOW
+    found: dict[str, Any] = {f"{name} | {wrapper}": one_case(name, wrapper, rank) for name, wrapper in cases}
+    if quick:
+        found |= {how: wrong(how, rank) for how in WRONG} | {"refusals": refusals(rank)}
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "quick")

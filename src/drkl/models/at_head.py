@@ -44,7 +44,7 @@ class Wrapped(NamedTuple):
 
 
 def unwrap(model: Any, role: str = "model") -> Wrapped:
-    """Find the `PreTrainedModel` within DDP, FSDP2 (which wraps nothing) and peft's `PeftModel`.
+    """Find the `PreTrainedModel` within DDP, FSDP (FSDP2 wraps nothing), `torch.compile` and peft's `PeftModel`.
 
     Args:
         model: any of these.
@@ -56,7 +56,7 @@ def unwrap(model: Any, role: str = "model") -> Wrapped:
     wrappers: list[nn.Module] = []
     while not isinstance(model, PreTrainedModel):
         wrappers.append(model)
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, nn.parallel.DistributedDataParallel) or is_fsdp1(model):
             model = model.module
         elif _is(model, "peft", "PeftModel"):
             if getattr(model.active_peft_config, "is_prompt_learning", False):
@@ -65,10 +65,10 @@ def unwrap(model: Any, role: str = "model") -> Wrapped:
                     "batch's, so labels and hidden states would not line up. Use LoRA or another adapter of weights."
                 )
             model = model.get_base_model()
+        elif _is(model, "torch._dynamo.eval_frame", "OptimizedModule"):
+            model = model._orig_mod
         else:
             raise DrklError(_refusal(model, role))
-    if model.__dict__.get("_compiled_call_impl") is not None:
-        raise DrklError(_COMPILED.format(role=role))
     return Wrapped(model, tuple(wrappers))
 
 
@@ -94,7 +94,7 @@ def call_at_head(wrapped: nn.Module, inputs: Mapping[str, Any], at_head: AtHead,
     """Call a model with ``at_head`` in the place of its output head, and return what that returns.
 
     Args:
-        wrapped: a `PreTrainedModel`, or one within DDP, FSDP2 or peft.
+        wrapped: a `PreTrainedModel`, or one within what `unwrap` knows.
         inputs: the model's own arguments.
         at_head: called once, with the hidden states `[batch, tokens, hidden]` that the head is given and the head as it
             is to be applied to them; for a classifier with its class logits `[batch, 1, classes]` and None. Returns a
@@ -108,8 +108,7 @@ def call_at_head(wrapped: nn.Module, inputs: Mapping[str, Any], at_head: AtHead,
         DrklError: a wrapper or a head that this cannot go through, or logits that are no `LMHead`'s.
     """
     model = unwrap(wrapped, role).model
-    # Set for this call alone, and below wrappers of the method itself such as accelerate's autocast.
-    forward = model.forward
+    forward = model.forward  # with what accelerate puts around the method itself, autocast say
     if is_classifier(model):
 
         def class_forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -140,12 +139,12 @@ def call_at_head(wrapped: nn.Module, inputs: Mapping[str, Any], at_head: AtHead,
                 f"The {role} ({type(model).__name__}) called its output head {len(results)} times in one forward; "
                 "expected once. Use a model of another family."
             )
-        _check_logits(model, used[0], results[0], output, role)
+        _uncompiled(_check_logits)(model, used[0], results[0], output, role)
         return results[0]
 
     handle = module.register_forward_hook(keep)
     try:
-        with _replaced(module, head_forward), _replaced(model, model_forward):
+        with _replaced(module, _uncompiled(head_forward)), _replaced(model, model_forward):
             result = wrapped(**inputs)
     finally:
         handle.remove()
@@ -215,15 +214,25 @@ def head_module(model: PreTrainedModel, role: str) -> nn.Linear:
         active = [] if module.disable_adapters else list(module.active_adapters)
         module = module.modules_to_save[active[0]] if active else module.original_module
     if type(module).forward is not nn.Linear.forward:
-        why = "adapter on the head: leave it out of target_modules, or name it in modules_to_save"
-        if not _is(module, "peft.tuners.tuners_utils", "BaseTunerLayer"):
-            why = "it may do more than a matrix product, or hold its weights packed: load the head as it was trained"
+        why = "it may do more than a matrix product, or hold its weights packed: load the head as it was trained"
+        if _is(module, "peft.tuners.tuners_utils", "BaseTunerLayer"):
+            why = "an adapter on the head: leave it out of target_modules, or name it in modules_to_save"
+        elif is_fsdp1(module):
+            why = "it is wrapped by itself: leave it to the wrapper of the whole model, or use fully_shard"
         raise DrklError(
             f"The {role}'s output head is a {type(module).__module__}.{type(module).__qualname__}, not a "
             f"torch.nn.Linear, and the loss reads the head's weight itself ({why})."
         )
     head: nn.Linear = module
     return head
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.compile runs as it is, in one break of its graph."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return function
+    disabled: Callable[..., Any] = torch.compiler.disable(function)
+    return disabled
 
 
 def _logits(output: Any) -> Tensor:
@@ -253,32 +262,23 @@ def _check_logits(model: PreTrainedModel, head: LMHead, result: Tensor, output: 
     _CHECKED.add(model)
 
 
+def is_fsdp1(module: Any) -> bool:
+    """Whether a module is PyTorch's older wrapper for sharded weights."""
+    return _is(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
+
+
 def _is(value: Any, module: str, name: str) -> bool:
     """Whether ``value`` is of a class that need not be imported to find out."""
     cls = getattr(sys.modules.get(module), name, None)
     return cls is not None and isinstance(value, cls)
 
 
-_COMPILED = (
-    "The {role} is compiled as a whole, and the loss takes the place of its head. Compile what is before the head, in "
-    "place, and pass the model itself: `model.base_model.compile()` (a T5: `model.encoder.compile()` and "
-    "`model.decoder.compile()`)."
-)
-
-
 def _refusal(model: Any, role: str) -> str:
     name = type(model).__name__
-    if _is(model, "torch._dynamo.eval_frame", "OptimizedModule"):
-        return _COMPILED.format(role=role)
     if isinstance(model, nn.DataParallel):
         return (
             f"The {role} is in a DataParallel, which copies the model in every step. Use DistributedDataParallel or "
             "fully_shard, with one process for each device."
-        )
-    if name == "FullyShardedDataParallel":
-        return (
-            f"The {role} is in a FullyShardedDataParallel, which keeps its weights in flat buffers. Use its successor, "
-            "torch.distributed.fsdp.fully_shard (FSDP2), or DistributedDataParallel."
         )
     if name == "DeepSpeedEngine":
         return (
@@ -286,6 +286,6 @@ def _refusal(model: Any, role: str) -> str:
             "DistributedDataParallel or torch.distributed.fsdp.fully_shard."
         )
     return (
-        f"The {role} is a {name}; expected a transformers PreTrainedModel, as it is or in DistributedDataParallel, "
-        "fully_shard or a PeftModel."
+        f"The {role} is a {name}; expected a transformers PreTrainedModel, as it is or in "
+        "DistributedDataParallel, fully_shard, torch.compile or a PeftModel."
     )

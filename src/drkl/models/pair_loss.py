@@ -21,6 +21,7 @@ from drkl.models.at_head import (
     call_at_head,
     evaluating,
     head_of,
+    is_fsdp1,
     kind_of,
     unwrap,
 )
@@ -64,8 +65,8 @@ def pair_loss(
 
     Args:
         student: a decoder-only model, an encoder-decoder or a sequence classifier of transformers, as it is, in peft's
-            `PeftModel`, in `DistributedDataParallel`, or sharded by `torch.distributed.fsdp.fully_shard`. Pass the
-            wrapper, never its ``.module``.
+            `PeftModel`, compiled, in `DistributedDataParallel`, or sharded by `torch.distributed.fsdp.fully_shard` or
+            its predecessor. Pass the wrapper, never its ``.module``.
         teacher: a model of the same kind. It runs without gradients and in eval mode; each of its parts is put back
             into the mode it was in. None where the objective needs none, or with ``teacher_head``.
         batch: ``input_ids`` and ``labels``, `[batch, tokens]`, unshifted, -100 where a token does not count; for an
@@ -147,7 +148,7 @@ def _aligned_labels(batch: Mapping[str, Any], kind: str) -> Tensor:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         raise DrklError(
-            f"The batch has {', '.join(map(repr, batch)) or 'no keys'}; expected 'labels', token ids (or class numbers) "
+            f"The batch has {', '.join(map(repr, batch)) or 'no keys'}; expected 'labels', token ids or class numbers "
             "in a tensor, -100 where one does not count. transformers' DataCollatorForLanguageModeling(mlm=False), "
             "DataCollatorForSeq2Seq and DataCollatorWithPadding make them."
         )
@@ -350,14 +351,18 @@ def _data_parallel(student: Wrapped) -> _DataParallel | None:
     from torch.distributed.fsdp import FSDPModule
 
     for wrapper in student.wrappers:
-        if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        if is_fsdp1(wrapper) and wrapper.sharding_strategy.name.startswith(("HYBRID", "_HYBRID")):
+            raise DrklError(
+                "The student is in a hybrid FullyShardedDataParallel; use fully_shard on a two-dimensional mesh."
+            )
+        if isinstance(wrapper, nn.parallel.DistributedDataParallel) or is_fsdp1(wrapper):
             group = wrapper.process_group
             return _DataParallel([group], torch.distributed.get_world_size(group))
     outermost = (*student.wrappers, student.model)[0]
     sharded = [module for module in outermost.modules() if isinstance(module, FSDPModule)]
     if not sharded:
         return None
-    if not isinstance(outermost, FSDPModule):
+    if not any(isinstance(module, FSDPModule) for module in (*student.wrappers, student.model)):
         raise DrklError(
             f"fully_shard was applied to parts of the student and not to the {type(outermost).__name__} itself, so the "
             "gradients of its other weights would stay those of one process. Call fully_shard(student) last."
