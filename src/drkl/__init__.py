@@ -13,7 +13,6 @@ from drkl._version import __version__
 if TYPE_CHECKING:
     from drkl.errors import DrklError as DrklError
     from drkl.losses import LMHead as LMHead
-    from drkl.losses import PositionStatistics as PositionStatistics
     from drkl.losses import as_gkd_loss as as_gkd_loss
     from drkl.losses import distillation_loss as distillation_loss
     from drkl.losses import fused_distillation_loss as fused_distillation_loss
@@ -27,7 +26,6 @@ _HOMES = {
     "LMHead": "drkl.losses",
     "OBJECTIVES": "drkl.objectives",
     "Objective": "drkl.objectives",
-    "PositionStatistics": "drkl.losses",
     "as_gkd_loss": "drkl.losses",
     "decoupled": "drkl.objectives",
     "distillation_loss": "drkl.losses",
