@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -58,8 +57,8 @@ def _not_compiled(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        # Not a decorator at import: torch.compiler.disable loads torch._dynamo, which takes a second.
-        run = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+        # Not torch.compiler.disable as the decorator: it loads torch._dynamo, which takes a second.
+        run = torch.compiler.disable(function) if torch.compiler.is_dynamo_compiling() else function
         return run(*args, **kwargs)
 
     return call
@@ -454,6 +453,11 @@ def _autograd_(student: Tensor, teacher: Tensor | None, labels: Tensor | None, s
     with torch.enable_grad():
         leaf = student.detach().clone().requires_grad_()
         values = position_values(leaf, teacher, labels, settings)
+        if not values.requires_grad:
+            raise DrklError(
+                f"Objective {settings.objective.name!r} returned values that do not depend on student_logp through "
+                "differentiable operations, so there is nothing to minimise."
+            )
         (grad,) = torch.autograd.grad(values.sum(), leaf)
     student.copy_(grad)
     return values.detach()

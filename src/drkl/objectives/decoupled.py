@@ -85,7 +85,11 @@ class Decoupled(Objective):
         target = target_class(self.target, teacher_logp, labels)
         student, teacher = split(student_logp, target), split(teacher_logp.detach(), target)
         on_target = self.on_target(student.log_two, teacher.log_two)
-        on_tail = self.on_tail(student.log_tail, teacher.log_tail)
+        tails = [side.log_tail for side in (student, teacher)]
+        if not self.on_tail.has_closed_form:
+            # -inf at the target is for objectives that say what they do there; in a plain function it makes NaN.
+            tails = [tail.scatter(-1, target.unsqueeze(-1), EXCLUDED) for tail in tails]
+        on_tail = self.on_tail(*tails)
         for part, values in ((self.on_target, on_target), (self.on_tail, on_tail)):
             check_values(part, values, target.shape[0])
         on_tail = _mask_empty_student_tail(on_tail, student)
