@@ -112,6 +112,11 @@ def test_pruning_keeps_the_dtype_of_a_model_in_memory() -> None:
         (tiny.t5, {"layers": 2, "encoder_layers": 5}, r"^encoder_layers is 5; the encoder has 4 layers"),
         (tiny.t5, {"encoder_layers": []}, r"^encoder_layers is \[\]; expected"),
         (lambda: "/no/such/folder", {"layers": 2}, r"There is no folder '/no/such/folder'"),
+        (
+            lambda: torch.nn.Linear(1, 1),
+            {"layers": 2},
+            r"Expected a folder, a Hugging Face id, or .* a Linear",
+        ),
     ],
 )
 def test_layers_that_cannot_be_kept(make: Callable[[], Any], wanted: dict[str, Any], message: str) -> None:
