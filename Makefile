@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.drkl-setup
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-RECIPE := recipes/quickstart.yaml
+RECIPE := quickstart
 RUN := runs/quickstart
 # How `make compare` evaluates: more prompts and temperatures than the demo takes time for.
 SWEEP := --prompts 24 --sweep 0.5,0.7,1.0,1.2,1.5

