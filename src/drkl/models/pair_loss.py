@@ -147,8 +147,9 @@ def _aligned_labels(batch: Mapping[str, Any], kind: str) -> Tensor:
     """Labels `[batch, positions]`: what is predicted at each position, -100 where that does not count."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
+        keys = ", ".join(repr(key) for key, value in batch.items() if value is not None)
         raise DrklError(
-            f"The batch has {', '.join(map(repr, batch)) or 'no keys'}; expected 'labels', token ids or class numbers "
+            f"The batch has {keys or 'no keys'}; expected 'labels', token ids or class numbers "
             "in a tensor, -100 where one does not count. transformers' DataCollatorForLanguageModeling(mlm=False), "
             "DataCollatorForSeq2Seq and DataCollatorWithPadding make them."
         )
