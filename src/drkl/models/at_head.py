@@ -181,19 +181,6 @@ def head_of(model: PreTrainedModel, role: str, *, in_forward: bool = False) -> L
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every part of a model in eval mode, and afterwards each in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
