@@ -185,7 +185,7 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
 
 
 def hash_of_id(row_id: str) -> bytes:
-    """Return the key by which rows are sorted before some of them are selected: independent of their order."""
+    """Return a hash of a row's id; rows selected in its order do not depend on the order of the file."""
     return hashlib.sha256(row_id.encode("utf-8", "surrogatepass")).digest()
 
 
