@@ -382,7 +382,7 @@ def test_adapters_that_cannot_be_read_are_refused() -> None:
         pair_loss(prompts, teacher, batch)
 
 
-@pytest.mark.parametrize("way", ["whole", "in place", "body"])
+@pytest.mark.parametrize("way", ["whole", pytest.param("in place", marks=pytest.mark.slow), "body"])
 def test_compiled_students(way: str) -> None:
     from torch._dynamo.testing import CompileCounter
 

@@ -327,24 +327,28 @@ def _processes(
                 "with fully_shard. If you average the gradients yourself, say what to divide by: num_tokens."
             )
         return 1, num_tokens
-    groups, size = parallel
-    if size == 1 or num_tokens is not None:
-        return size, num_tokens
-    count = keep.sum().to(next(student.model.parameters()).device)
-    for group in groups:
+    if parallel.size == 1 or num_tokens is not None:
+        return parallel.size, num_tokens
+    count = keep.sum().to(parallel.device)
+    for group in parallel.groups:
         torch.distributed.all_reduce(count, group=group)
-    return size, count.clamp(min=1)
+    return parallel.size, count.clamp(min=1)
 
 
 class _DataParallel(NamedTuple):
+    """The processes over which DDP or FSDP averages gradients."""
+
     groups: list[Any]
     size: int
+    device: Any
+    """Where the groups' collectives run."""
 
 
 def _data_parallel(student: Wrapped) -> _DataParallel | None:
-    """The process groups over which DDP or FSDP2 averages gradients, and the number of their processes."""
+    """None of a student that nothing wraps."""
     from torch.distributed.fsdp import FSDPModule
 
+    wrapper: Any
     for wrapper in student.wrappers:
         if is_fsdp1(wrapper) and wrapper.sharding_strategy.name.startswith(("HYBRID", "_HYBRID")):
             raise DrklError(
@@ -352,7 +356,8 @@ def _data_parallel(student: Wrapped) -> _DataParallel | None:
             )
         if isinstance(wrapper, nn.parallel.DistributedDataParallel) or is_fsdp1(wrapper):
             group = wrapper.process_group
-            return _DataParallel([group], torch.distributed.get_world_size(group))
+            device = next(student.model.parameters()).device
+            return _DataParallel([group], torch.distributed.get_world_size(group), device)
     outermost = (*student.wrappers, student.model)[0]
     sharded = [module for module in outermost.modules() if isinstance(module, FSDPModule)]
     if not sharded:
@@ -378,4 +383,4 @@ def _data_parallel(student: Wrapped) -> _DataParallel | None:
     if len(meshes) != 1:
         raise DrklError(f"The student is sharded over {len(meshes)} device meshes; expected one for all of its parts.")
     mesh = meshes.pop()
-    return _DataParallel([mesh.get_group(dim) for dim in range(mesh.ndim)], mesh.size())
+    return _DataParallel([mesh.get_group(dim) for dim in range(mesh.ndim)], mesh.size(), mesh.device_type)
