@@ -105,7 +105,7 @@ def pair_loss(
     ours = unwrap(student, "student")
     kind = kind_of(ours.model, "student")
     labels = _aligned_labels(batch, kind)
-    inputs = _inputs(ours.model, batch, "student")
+    inputs = model_inputs(ours.model, batch, "student")
     keep = labels != IGNORE_INDEX
     known: tuple[Tensor | None, LMHead | None] = (None, None)
     if kd_weight > 0 and chosen.needs_teacher:
@@ -177,7 +177,7 @@ def _aligned_labels(batch: Mapping[str, Any], kind: str) -> Tensor:
     return torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE_INDEX)], 1)
 
 
-def _inputs(model: PreTrainedModel, batch: Mapping[str, Any], role: str) -> dict[str, Any]:
+def model_inputs(model: PreTrainedModel, batch: Mapping[str, Any], role: str) -> dict[str, Any]:
     """What a model is called with: the keys of the batch that its forward names."""
     if batch.get("input_ids") is None:
         raise DrklError("The batch has no 'input_ids'; student and teacher read the same token ids.")
@@ -267,7 +267,7 @@ def _run(
         return hidden[keep.to(hidden.device)]
 
     with in_eval_mode(teacher):
-        hidden = call_at_head(teacher, _inputs(model, batch, "teacher"), at_head, "teacher")
+        hidden = call_at_head(teacher, model_inputs(model, batch, "teacher"), at_head, "teacher")
     if kind_of(model, "teacher") == CLASSIFIER:
         return hidden, None
     # Read anew: what FSDP2 gathered for the forward may be freed by now.
