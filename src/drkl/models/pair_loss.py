@@ -20,6 +20,7 @@ from drkl.models.at_head import (
     Wrapped,
     call_at_head,
     head_of,
+    is_deepspeed,
     is_fsdp1,
     kind_of,
     unwrap,
@@ -316,6 +317,11 @@ def _processes(
 
     None leaves the count to the loss itself, which has only its own tokens to count.
     """
+    if any(is_deepspeed(wrapper) for wrapper in student.wrappers):
+        raise DrklError(
+            "The student is in a DeepSpeedEngine, which scales and averages gradients in its own backward. Use "
+            "DistributedDataParallel or torch.distributed.fsdp.fully_shard."
+        )
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 1, num_tokens
     parallel = _data_parallel(student)
