@@ -208,7 +208,7 @@ def test_a_function_is_an_objective() -> None:
 
     student, teacher, batch = pair_of("t5")
     named = pair_loss(student, teacher, batch, objective="rkl")
-    assert_same(student, pair_loss(student, teacher, batch, objective=reverse), named)  # type: ignore[arg-type]
+    assert_same(student, pair_loss(student, teacher, batch, objective=reverse), named)
 
 
 @pytest.mark.parametrize("options", [{"objective": "ce"}, {"kd_weight": 0.0}])
@@ -386,6 +386,9 @@ def test_adapters_that_cannot_be_read_are_refused() -> None:
     teacher, batch = make_teacher("llama"), make_batch("llama")
     with pytest.raises(DrklError, match=r"the head's weight itself \(an adapter on the head: leave it out"):
         pair_loss(adapted(LoraConfig(r=2, target_modules=["q_proj", "lm_head"])), teacher, batch)
+    on_head, states = adapted(LoraConfig(r=2, target_modules=["lm_head"])), torch.zeros(4, 8, 16, dtype=torch.float64)
+    with pytest.raises(DrklError, match="The teacher's output head is a peft"):
+        pair_loss(make_student("llama"), on_head, batch, teacher_hidden=states)
     prompts = adapted(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(DrklError, match="puts positions of its own before the batch's"):
         pair_loss(prompts, teacher, batch)

@@ -19,6 +19,7 @@ from drkl.models.at_head import (
     ENCODER_DECODER,
     Wrapped,
     call_at_head,
+    head_module,
     head_of,
     is_deepspeed,
     is_fsdp1,
@@ -28,7 +29,7 @@ from drkl.models.at_head import (
 from drkl.models.classes import class_names
 from drkl.models.forward import decoder_start, in_eval_mode, output_head
 from drkl.models.pair import check_same_family
-from drkl.objectives import Objective, make_objective
+from drkl.objectives import ObjectiveLike, make_objective
 
 NOT_INPUTS = frozenset(
     {"labels", "past_key_values", "use_cache", "return_dict", "logits_to_keep", "num_items_in_batch"}
@@ -43,7 +44,7 @@ def pair_loss(
     teacher: nn.Module | None,
     batch: Mapping[str, Any],
     *,
-    objective: str | Objective = "drkl",
+    objective: ObjectiveLike = "drkl",
     objective_params: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
@@ -253,6 +254,7 @@ def _teacher(
     if kind == CLASSIFIER:
         return hidden.detach(), None
     if model is not None:
+        head_module(model, "teacher")  # refuses what `output_head` would misread
         head = output_head(model)
     if head is None:
         raise DrklError("teacher_hidden is given without a head. Pass the teacher, or its head as teacher_head.")
