@@ -105,6 +105,8 @@ COLUMNS = {
     "ROUGE-L": ("rouge_l", 1, 1),
     "Distinct-2": ("distinct_2", 1, 2),
     "Self-BLEU": ("self_bleu", 1, 1),
+    "accuracy, %": ("accuracy", 100, 1),
+    "ECE": ("ece", 1, 3),
 }
 QUICKSTART = {
     "teacher": ("quickstart", "teacher"),
@@ -122,16 +124,23 @@ RECIPES = {
 }
 
 
-def result(run: str, model: str) -> Mapping[str, Any]:
-    """Return the numbers of one model in docs/results/RUN.eval.json."""
-    evaluation = json.loads((RESULTS / f"{run}.eval.json").read_text(encoding="utf-8"))
-    return dict(evaluation[model] if model in evaluation else evaluation["after"])
+def evaluation(run: str) -> dict[str, Any]:
+    """Return docs/results/RUN.eval.json."""
+    content: dict[str, Any] = json.loads((RESULTS / f"{run}.eval.json").read_text(encoding="utf-8"))
+    for numbers in (content, content.get("intervals", {})):
+        numbers["student"] = numbers.pop("after", None) or numbers.get("student")
+    return content
 
 
-def cell(run: str, model: str, column: str) -> str:
-    """Return one number of one model as the tables print it."""
+def cell(run: str, model: str, column: str, *, with_interval: bool = False) -> str:
+    """Return one number of one model as the tables print it, on request with its 95 % interval."""
     metric, factor, digits = COLUMNS[column]
-    return number(factor * float(result(run, model)[metric]), digits)
+    content = evaluation(run)
+    text = number(factor * float(content[model][metric]), digits)
+    if with_interval:
+        low, high = (number(factor * end, digits) for end in content["intervals"][model][metric])
+        text += f" [{low}, {high}]"
+    return text
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -166,13 +175,34 @@ def recipes_table() -> str:
     return markdown(head, rows)
 
 
+def overconfidence_table() -> str:
+    """Return the overconfidence of the quickstart's models with intervals."""
+    columns = [column for column in COLUMNS if column.startswith("overconfidence")]
+    names = ["teacher", "DRKL", "reverse KL", "forward KL"]
+    rows = [[name, *(cell(*QUICKSTART[name], column, with_interval=True) for column in columns)] for name in names]
+    return markdown(["", *columns], rows)
+
+
+def classifiers_table() -> str:
+    """Return accuracy and calibration error of the classifiers of banking77."""
+    runs = {"teacher": ("banking77", "teacher"), "DRKL": ("banking77", "student"),
+            "reverse KL": ("banking77-rkl", "student"), "forward KL": ("banking77-fkl", "student")}  # fmt: skip
+    columns = ("accuracy, %", "ECE")
+    return markdown(
+        ["", *columns], [[name, *(cell(*model, column) for column in columns)] for name, model in runs.items()]
+    )
+
+
 def results_tables() -> dict[str, str]:
     """Return the tables of README.md and docs/results/README.md by the names of their places."""
-    columns = [c for c in COLUMNS if c not in ("entropy, nats", "calibration error")]
+    columns = list(COLUMNS)[:10]
+    short = [column for column in columns if column not in ("entropy, nats", "calibration error")]
     return {
-        "students": results_table([name for name in QUICKSTART if "untrained" not in name], columns),
-        "quickstart": results_table(list(QUICKSTART), list(COLUMNS)),
+        "students": results_table([name for name in QUICKSTART if "untrained" not in name], short),
+        "quickstart": results_table(list(QUICKSTART), columns),
+        "overconfidence": overconfidence_table(),
         "recipes": recipes_table(),
+        "banking77": classifiers_table(),
     }
 
 
@@ -251,7 +281,7 @@ def pages() -> dict[Path, str]:
     results = results_tables()
     parts = {
         ROOT / "README.md": {"students": results["students"]},
-        docs / "results" / "README.md": {name: results[name] for name in ("quickstart", "recipes")},
+        docs / "results" / "README.md": {name: results[name] for name in results if name != "students"},
         docs / "benchmarks.md": table.tables(),
         docs / "objectives" / "README.md": {"objectives": describe.as_markdown()},
         docs / "evaluate.md": {"metrics": metrics(GROUPS, ORACLES)},
