@@ -103,6 +103,7 @@ def stand_in(folder: Path) -> dict[str, str]:
         classifier = tiny_classifiers.make(num_hidden_layers=layers, classes=("maybe", "no", "yes"))
         tiny_classifiers.save(classifier, folder / "models" / f"{name}-classifier")
     models = {
+        "facebook/opt-1.3b": tiny.llama(),
         "Qwen/Qwen2.5-0.5B-Instruct": tiny.llama(seed=1, layers=2),
         "Qwen/Qwen2.5-1.5B-Instruct": tiny.llama(layers=12),
         "google/t5-v1_1-small": tiny.t5(seed=1, layers=2),
