@@ -10,7 +10,7 @@ from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.models.config import StudentConfig
 from drkl.models.forward import decoder_start, is_encoder_decoder
-from drkl.models.load import load_config, load_tokenizer, shared_tokens
+from drkl.models.load import load_config, load_tokenizer
 from drkl.models.student import source_model, student_config
 
 
@@ -56,6 +56,28 @@ def check_tokenizers(
         return None
     ours, theirs = (load_tokenizer(name, classifier=classifier) for name in (source, teacher_name))
     return SharedTokens(*shared_tokens(ours, theirs, source, teacher_name))
+
+
+def shared_tokens(student: Any, teacher: Any, student_name: str, teacher_name: str) -> tuple[int, bool]:
+    """How many ids, from 0, mean the same token in two tokenizers, and whether one goes on where the other ends.
+
+    Raises:
+        DrklError: an id that means one token here and another there, or two tokenizers of which one is no beginning
+            of the other.
+    """
+    theirs, ours = ({i: token for token, i in one.get_vocab().items()} for one in (teacher, student))
+    if theirs == ours:
+        return max(ours) + 1, False
+    differ = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+    # The ids that differ are all one tokenizer's, and come after all of the other's: tokens added at the end.
+    if differ[0] and (differ[0] > max(ours) or differ[0] > max(theirs)):
+        return differ[0], True
+    first = ", ".join(f"{i}: student {ours.get(i)!r}, teacher {theirs.get(i)!r}" for i in differ[:3])
+    raise DrklError(
+        f"The vocabularies differ: the student {student_name!r} has {len(ours)} tokens, the teacher {teacher_name!r} "
+        f"{len(theirs)} (first ids that differ: {first}). One batch feeds both models, so an id has to be one "
+        "token to both; choose a student of the teacher's family."
+    )
 
 
 def shared_vocabulary(
