@@ -15,22 +15,33 @@ from drkl.models.student import source_model, student_config
 
 
 def check_families(student: StudentConfig, teacher_name: str | None, tokenizer: Any = None) -> None:
-    """Raise DrklError where an encoder-decoder and a decoder-only model are to be compared."""
+    """Raise DrklError where the models of a config are of two kinds; reads their configs alone."""
     if teacher_name is None:
         return
-    ours, theirs = student_config(student, teacher_name, tokenizer), load_config(teacher_name)
-    if is_encoder_decoder(ours) != is_encoder_decoder(theirs):
+    name = student.model_type or source_model(student, teacher_name)
+    check_same_family(student_config(student, teacher_name, tokenizer), load_config(teacher_name), name, teacher_name)
+
+
+def check_same_family(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
+    """Raise DrklError where an encoder-decoder and a decoder-only model are to be compared.
+
+    Args:
+        student: the student's model config.
+        teacher: the teacher's model config.
+        student_name: what an error calls the student.
+        teacher_name: what an error calls the teacher.
+    """
+    if is_encoder_decoder(student) != is_encoder_decoder(teacher):
         kinds = {True: "an encoder-decoder", False: "a decoder-only model"}
-        name = student.model_type or source_model(student, teacher_name)
         raise DrklError(
-            f"The student {name!r} is {kinds[is_encoder_decoder(ours)]} and the teacher "
-            f"{teacher_name!r} {kinds[is_encoder_decoder(theirs)]}: they read a row in different ways, so their "
+            f"The student {student_name!r} is {kinds[is_encoder_decoder(student)]} and the teacher "
+            f"{teacher_name!r} {kinds[is_encoder_decoder(teacher)]}: they read a row in different ways, so their "
             "positions cannot be compared. Choose both of one kind."
         )
-    if decoder_start(ours) != decoder_start(theirs):
+    if decoder_start(student) != decoder_start(teacher):
         raise DrklError(
-            f"The student's decoder starts with the token {decoder_start(ours)} and the teacher's with "
-            f"{decoder_start(theirs)}; one batch feeds both. Set decoder_start_token_id to the same in both configs."
+            f"The student's decoder starts with the token {decoder_start(student)} and the teacher's with "
+            f"{decoder_start(teacher)}; one batch feeds both. Set decoder_start_token_id to the same in both configs."
         )
 
 
