@@ -8,6 +8,7 @@ README.md and docs/results/README.md, and the tables of docs/toy.md.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from drkl.display import number
 from drkl.evaluation.declared import CLASS_GROUPS, GROUPS, Group
 from drkl.objectives import describe
 from drkl.reporting.metrics import DIRECTIONS
+from drkl.training.arguments import DistillationConfig
 from scripts.oracles import CLASS_ORACLES, ORACLES, Oracle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,17 +79,25 @@ def commands() -> str:
     return "\n\n".join(blocks)
 
 
+def config_fields() -> str:
+    """List the fields that `DistillationConfig` adds to `TrainingArguments`, or changes, each with its default."""
+    fields = {field.name: field for field in dataclasses.fields(DistillationConfig)}
+    own = [fields[name] for name in DistillationConfig.__annotations__]
+    return "\n".join(f"{field.name}  [{field.default!r}]\n    {field.metadata['help']}" for field in own)
+
+
 def reference() -> str:
     """Return the text of docs/reference.md."""
     parts = [
         ("Commands", "What `drkl COMMAND --help` prints.", commands()),
         ("Objectives", "What `drkl objectives` prints.", command_output("objectives")),
-        ("Configuration", "The keys of a recipe, each with its default: what `drkl config` prints.",
-         command_output("config")),
+        ("Recipes", "The keys of a recipe with their defaults: what `drkl config` prints.", command_output("config")),
+        ("DistillationConfig", "The fields that it adds to `transformers.TrainingArguments`, or whose default it changes.",
+         config_fields()),
     ]  # fmt: skip
     blocks = [f"## {title}\n\n{note}\n\n```text\n{text}\n```\n" for title, note, text in parts]
     head = (
-        "# Reference\n\nCommands, objectives and configuration keys. `make docs` writes this page; do not edit it.\n\n"
+        "# Reference\n\nCommands, objectives, and configuration keys. `make docs` writes this page; do not edit it.\n\n"
     )
     return head + "\n".join(blocks)
 

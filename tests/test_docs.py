@@ -15,6 +15,7 @@ import yaml
 
 import drkl
 from drkl.evaluation.declared import CLASS_KEYS, KEYS
+from drkl.training import trl
 from scripts import oracles, write_docs
 from tests.models import tiny, tiny_classifiers
 
@@ -143,7 +144,7 @@ def test_the_sentences_of_readme_have_the_numbers_of_the_rows() -> None:
 
 def test_the_trl_page_names_every_field_that_trl_adds() -> None:
     text = (DOCS / "trl.md").read_text()
-    for name in TRL_ARGUMENTS + TRL_FIELDS:
+    for name in {*TRL_ARGUMENTS, *TRL_FIELDS, *trl.REFUSED}:
         assert f"`{name}`" in text, name
 
 
