@@ -92,7 +92,7 @@ def reference() -> str:
         ("Commands", "What `drkl COMMAND --help` prints.", commands()),
         ("Objectives", "What `drkl objectives` prints.", command_output("objectives")),
         ("Recipes", "The keys of a recipe with their defaults: what `drkl config` prints.", command_output("config")),
-        ("DistillationConfig", "The fields that it adds to `transformers.TrainingArguments`, or whose default it changes.",
+        ("DistillationConfig", "The fields it adds to `transformers.TrainingArguments`, or whose default it changes.",
          config_fields()),
     ]  # fmt: skip
     blocks = [f"## {title}\n\n{note}\n\n```text\n{text}\n```\n" for title, note, text in parts]
