@@ -34,7 +34,7 @@ _NOT_RECORDED = (
     "output_dir", "run_name", "hub_token", "logging_dir", "disable_tqdm", "report_to", "log_level", "local_rank",
     "accelerator_config", "deepspeed", "fsdp", "fsdp_config", "parallelism_config", "do_train", "do_eval",
     "dataloader_pin_memory", "gradient_checkpointing_kwargs", "logging_nan_inf_filter", "ddp_find_unused_parameters",
-    "save_total_limit",
+    "save_total_limit", "debug",
 )  # fmt: skip
 
 

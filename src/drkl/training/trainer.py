@@ -34,7 +34,6 @@ from drkl.training import trl
 from drkl.training.arguments import DistillationConfig
 from drkl.training.callbacks import BestCheckpoint, EarlyStop, Epochs, LastStep, OnProgress, TrainLog
 from drkl.training.checkpoints import mark_complete, newest_checkpoint, rotate, step_of, tokens_seen
-from drkl.training.config import default_warmup
 from drkl.training.faults import find_fault, list_rows
 from drkl.training.forward import KEY, Distillation, attach_loss, detach_loss
 from drkl.training.heldout import HeldOut, NonFiniteLoss
@@ -466,8 +465,8 @@ def _inner_arguments(args: DistillationConfig, run: RunFolder, num_steps: int, *
     inner = copy.copy(args)
     inner.output_dir = str(run.checkpoints_path)
     inner.max_steps = num_steps
-    if inner.warmup_steps is None:
-        inner.warmup_steps = default_warmup(num_steps)
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        setattr(inner, name, getattr(args, name) or 1)  # transformers writes them to its log
     if not heldout:
         no: Any = "no"
         inner.eval_strategy = type(args.eval_strategy)(no)
