@@ -67,14 +67,10 @@ compare: setup ## after `make demo`: train the same student with reverse and for
 test: setup ## run the default tests
 	$(PYTEST)
 
-<<<<<<< HEAD
-test-browser: setup ## run the tests that need a headless Chromium
-=======
-test-portable: setup ## the default tests that compute, once more as on a processor without vector instructions
+test-portable: setup ## run the default tests that compute as on a processor without vector instructions
 	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "computes and not slow and not browser"
 
-test-browser: setup ## the tests that drive a headless Chromium
->>>>>>> main
+test-browser: setup ## run the tests that need a headless Chromium
 	$(OFFLINE) $(BIN)/python -m pytest -m browser
 
 test-all: setup ## run all tests, including the slow ones and those with a browser
