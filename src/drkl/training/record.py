@@ -213,7 +213,7 @@ def _is_plain(value: Any) -> bool:
 def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder) -> dict[str, Any]:
     """The sections of a config.yaml for a run that was made in Python; what was passed as an object is called so."""
     objective: Any = args.make_objective()
-    fields: dict[str, Any] = dataclasses.asdict(objective) if dataclasses.is_dataclass(objective) else {}
+    fields = {f.name: getattr(objective, f.name) for f in getattr(objective, "__dataclass_fields__", {}).values()}
     device = args.device.type
     teacher = teacher_config(pair, args)
     train_path, eval_path = pair.data_names
