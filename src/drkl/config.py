@@ -20,9 +20,16 @@ from drkl.evaluation.config import EvaluationConfig
 from drkl.losses.config import LossConfig
 from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
+from drkl.recipes import find_recipe
 from drkl.runs import RunFolder, read_yaml
 from drkl.teachers.config import TeacherConfig
-from drkl.training.config import NAME_PATTERN, RunConfig, TrainingConfig
+from drkl.training.config import (
+    NAME_PATTERN,
+    RunConfig,
+    TrainingConfig,
+    choose_one,
+    default_warmup,
+)
 from drkl.training.spec import RunSpec
 
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -148,6 +155,7 @@ class Config(BaseModel):
             values["tokenizer"] = None
         for section in ("data", "loss", "training"):
             values[section] = _merge(values[section], getattr(stage, section))
+        choose_one(values["training"], stage.training)
         other = stage.objective.get("name", self.objective.name) != self.objective.name
         values["objective"] = stage.objective if other else values["objective"] | stage.objective
         return _validate(values, prefix=f"stages.{index}.")
@@ -155,7 +163,14 @@ class Config(BaseModel):
 
 def _spec(config: Config, folder: RunFolder, resolved: dict[str, Any]) -> RunSpec:
     parts = (config.run, config.teacher, config.student, config.data, config.objective, config.loss, config.training)
-    return RunSpec(folder, *parts, resolved, peft=config.peft, task=config.task, tokenizer=config.tokenizer)
+    return RunSpec(
+        folder,
+        *parts,
+        resolved,
+        peft=config.peft,
+        task=config.task,
+        tokenizer=config.tokenizer,
+    )
 
 
 def resolve(config: Config) -> dict[str, Any]:
@@ -167,17 +182,31 @@ def resolve(config: Config) -> dict[str, Any]:
     values["run"]["device"] = device.type
     if config.teacher is not None:
         values["teacher"]["dtype"] = resolve_dtype(config.teacher.dtype, device)
+    values["training"] = config.training.resolved()
     values["training"]["precision"] = resolve_dtype(config.training.precision, device)
+    for stage in values["stages"]:
+        # Written out for each: a stage would inherit the warm-up of the last one.
+        stage["training"].setdefault("warmup_steps", _warmup_of_stage(config.training, stage["training"]))
     objective: Any = config.objective.make()
     values["objective"] = {"name": config.objective.name} | dataclasses.asdict(objective)
     return values
+
+
+def _warmup_of_stage(training: TrainingConfig, stage: dict[str, Any]) -> Any:
+    """The warm-up steps of a stage that says nothing of them; None where its number of steps is not known yet."""
+    if training.warmup_steps is not None:
+        return training.warmup_steps
+    merged = _merge(training.model_dump(), stage)
+    choose_one(merged, stage)
+    steps = merged["max_steps"]
+    return default_warmup(steps) if isinstance(steps, int) and steps > 0 else None
 
 
 def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
     """Read a config and apply dotted overrides.
 
     Args:
-        source: a yaml file, or the mapping itself.
+        source: a yaml file, the name of a recipe that ships with drkl, or the mapping itself.
         overrides: ``section.key=value`` with a yaml value; a stage's by its number or name:
             ``stages.warmup.training.max_steps=20``.
 
@@ -187,13 +216,24 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     Raises:
         DrklError: a missing or broken file, an unknown key, a value out of range.
     """
-    values = _numbers(copy.deepcopy(source) if isinstance(source, dict) else read_yaml(source))
+    values = _numbers(copy.deepcopy(source) if isinstance(source, dict) else read_yaml(find_recipe(source)))
     notes: list[str] = []
     parsed = [_parse_override(text) for text in overrides]
     _drop_other_objective(values, parsed, notes)
     for keys, value in parsed:
         _set(values, keys, value)
+    _choose_steps(values, [keys for keys, _ in parsed], notes)
     return _validate(values), notes
+
+
+def _choose_steps(values: dict[str, Any], overridden: Sequence[Sequence[str]], notes: list[str]) -> None:
+    """An override of how long training goes on, or how large a step is, replaces what the recipe says of it."""
+    for keys in overridden:
+        section = _find(values, keys[:-1]) if len(keys) > 1 and keys[-2] == "training" else None
+        if isinstance(section, dict):
+            same_section = {other[-1] for other in overridden if other[:-1] == keys[:-1]}
+            for name in choose_one(section, same_section):
+                notes.append(f"{'.'.join(keys)}: the recipe's {name} is dropped; the two exclude each other.")
 
 
 def _parse_override(text: str) -> tuple[list[str], Any]:

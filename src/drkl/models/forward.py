@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
@@ -93,7 +94,7 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     if module is None or not isinstance(getattr(module, "weight", None), Tensor):
         raise DrklError(f"{type(model).__name__} has no output head; a language model is needed here.")
     config = model.config.get_text_config()
-    scale = _decoder_scale(config)
+    scale = decoder_scale(config)
     if isinstance(factor := getattr(config, "logit_scale", None), (int, float)):
         scale *= float(factor)
     if isinstance(divisor := getattr(config, "logits_scaling", None), (int, float)):
@@ -105,12 +106,25 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     return LMHead(module.weight, bias, scale, softcap)
 
 
-def _decoder_scale(config: Any) -> float:
+def decoder_scale(config: Any) -> float:
     """What the T5 family multiplies the decoder's states with before the head."""
     scales = getattr(config, "scale_decoder_outputs", None)
     if scales is None:
         scales = config.model_type in ("umt5", "switch_transformers") and config.tie_word_embeddings
     return float(config.hidden_size**-0.5) if scales else 1.0
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()
@@ -125,13 +139,9 @@ def check_head(model: PreTrainedModel) -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if is_encoder_decoder(model):
         batch |= {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
-    training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         theirs = model(**batch, use_cache=False).logits.float()
         ours = lm_head(model).logits(hidden_states(model, batch)).float()
-    finally:
-        model.train(training)
     spread = float(theirs.abs().max())
     tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2
     if ours.shape != theirs.shape or float((ours - theirs).abs().max()) > tolerance * max(spread, 1.0):
