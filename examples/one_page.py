@@ -99,21 +99,17 @@ def main():
     print(f"Reverse KL is {reverse_kl(z, y)[0].item():.6f}, and B + (1 - q_t) K is {(B + (1 - q_t) * K).item():.6f}.")
 
     z, y = np.array([[1.0, 0.5, -1.5]]), np.array([[1.0, -1.5, 0.5]])  # q_t = p_t, but the tails are exchanged
-    pushes = [np.round(-objective(z, y)[1][0, 0], 3) + 0.0 for objective in (reverse_kl, drkl)]
-    print(
-        f"Target matched, tail not: reverse KL pushes the target's logit by {pushes[0]:+.3f}, DRKL by {pushes[1]:+.3f}."
-    )
+    push, ours = (np.round(-objective(z, y)[1][0, 0], 3) + 0.0 for objective in (reverse_kl, drkl))
+    print(f"Target matched, tail not: reverse KL pushes the target's logit by {push:+.3f}, DRKL by {ours:+.3f}.")
 
     teacher = rng.normal(size=(12, 12)) * 2
-    top = teacher.argmax(-1)
-    log_p = log_softmax(teacher)
+    log_p, at_target = log_softmax(teacher), (range(12), teacher.argmax(-1))
     print("\nThree students that can match q_t = p_t, but not the tails, after training on their own texts:")
     for objective in (forward_kl, reverse_kl, drkl):
         log_q = log_softmax(train(objective, teacher))
-        gap = np.round((np.exp(log_q) - np.exp(log_p))[range(12), top].mean(), 3) + 0.0
-        print(
-            f"  {objective.__name__:<11} q_t - p_t = {gap:+.3f}   entropy {-(np.exp(log_q) * log_q).sum(-1).mean():.2f}"
-        )
+        gap = np.round((np.exp(log_q) - np.exp(log_p))[at_target].mean(), 3) + 0.0
+        entropy = -(np.exp(log_q) * log_q).sum(-1).mean()
+        print(f"  {objective.__name__:<11} q_t - p_t = {gap:+.3f}   entropy {entropy:.2f}")
     print(f"  {'teacher':<11} q_t - p_t = +0.000   entropy {-(np.exp(log_p) * log_p).sum(-1).mean():.2f}")
 
 

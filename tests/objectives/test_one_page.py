@@ -72,7 +72,7 @@ def test_what_it_prints() -> None:
     done = subprocess.run([sys.executable, str(PATH)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    numbers = [line.split("is ")[1:] for line in lines if line.startswith("Reverse KL is")][0]
+    numbers = next(line.split("is ")[1:] for line in lines if line.startswith("Reverse KL is"))
     assert numbers[0].split(",")[0] == numbers[1].rstrip(".")
     assert "reverse KL pushes the target's logit by +0.368, DRKL by +0.000." in lines[1]
     gaps = {line.split()[0]: float(line.split("= ")[1].split()[0]) for line in lines if "q_t - p_t = " in line}
