@@ -11,11 +11,14 @@ from drkl.objectives.registry import make_objective
 
 
 class ObjectiveConfig(BaseModel):
-    """The objective's name and, beside it, its own fields (`drkl objectives` lists them)."""
+    """The objective's name and, beside it, its parameters (`drkl objectives` lists them)."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str = Field("drkl", description="a name that `drkl objectives` lists; its own fields stand beside it")
+    name: str = Field(
+        "drkl",
+        description="name of the objective; its parameters are further keys (see `drkl objectives`)",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:
