@@ -94,7 +94,8 @@ class AlphaBeta(Objective):
 def terms_and_slope(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
     """The term of each class, and d / d log q of it (as if free), for s > 0.
 
-    The same as `class_terms`, with half of the exponentials: the larger of two neighbours in P, M, Q is one exponential, and 1 - smaller / larger an expm1.
+    The same as `class_terms`, with half of the exponentials: the larger of two neighbours in P, M, Q is one
+    exponential, and 1 - smaller / larger an expm1.
     """
     s = alpha + beta
     difference = log_p - log_q
