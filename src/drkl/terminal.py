@@ -137,18 +137,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
-def print_toy(ends: list[Any]) -> None:
-    """Where each objective ended, a table for each setting."""
+def print_toy(ends: Sequence[Any]) -> None:
+    """The end point of each objective, a table for each setting."""
     from rich.console import Console
     from rich.table import Table
 
-    shown = ("q_t", "p_t", "entropy", "agreement", "fkl", "rkl", "tvd")
+    metrics = ("q_t", "p_t", "entropy", "agreement", "fkl", "rkl", "tvd")
     for name in dict.fromkeys(end["setting"] for end in ends):
-        table = Table("objective", "gamma", *shown, title=name)
+        table = Table("objective", "gamma", *metrics, title=name)
         for end in ends:
             if end["setting"] == name:
                 gamma = "" if end["gamma"] == "" else f"{end['gamma']:g}"
-                table.add_row(end["objective"], gamma, *(f"{end[key]:.3f}" for key in shown))
+                table.add_row(end["objective"], gamma, *(f"{end[key]:.3f}" for key in metrics))
         Console().print(table)
 
 

@@ -12,13 +12,13 @@ import torch
 
 from drkl.analysis.states import Observed, Reading, observe
 from drkl.analysis.tables import Setup, analysis, upward_force
-from drkl.analysis.toy_sweep import parse_variants
 from drkl.errors import DrklError
 from drkl.evaluation.classification import class_logits
 from drkl.evaluation.inputs import Inputs
 from drkl.evaluation.measure import TRAINED, Progress, free_memory, reporter, timed, versions
 from drkl.evaluation.positions import HeldOutStates, held_out_states
 from drkl.objectives import OBJECTIVES, Objective
+from drkl.objectives.variants import parse_variants
 from drkl.runs import RunFolder, write_text
 from drkl.training.environment import now
 
@@ -32,27 +32,17 @@ def named_objectives(
     """The objectives by their names; the run's ``own`` first, as ``this run's NAME``, unless it is among them.
 
     Args:
-        specs: as `toy_sweep.parse_variant` takes them.
+        specs: as `drkl.objectives.variants.parse_variant` reads them.
         own: of a run.
         gamma: of every DRKL and every decoupled one that names none; None leaves the default.
 
     Raises:
         DrklError: a name that there is not, or parameters out of their domain.
     """
-    variants = parse_variants(specs if gamma is None else [_with_gamma(spec, gamma) for spec in specs])
-    found = {
-        variant.label if variant.gamma is None else f"{variant.label}, \N{GREEK SMALL LETTER GAMMA} {variant.gamma:g}":
-        variant.objective for variant in variants
-    }  # fmt: skip
-    if own is None or own in found.values():
-        return found
-    return {f"this run's {own.name}": own, **found}
-
-
-def _with_gamma(spec: str, gamma: float) -> str:
-    name, at, weight = spec.partition("@")
-    takes_one = (name.split("~")[0] == "drkl" or "+" in name) and weight not in ("student", "teacher")
-    return f"{name}:{gamma!r}{at}{weight}" if takes_one and ":" not in name else spec
+    variants = {variant.title: variant.objective for variant in parse_variants(specs, gamma)}
+    if own is None or own in variants.values():
+        return variants
+    return {f"this run's {own.name}": own, **variants}
 
 
 def run(

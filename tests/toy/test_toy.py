@@ -10,19 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from drkl.analysis.toy import ToyProblem, ToySetting, entropy_of, gradient_on_logits, teacher_logits, with_entropy
-from drkl.analysis.toy_metrics import METRICS, ToyTeacher, measure
-from drkl.analysis.toy_sweep import (
-    COLUMNS,
-    DEFAULT_OBJECTIVES,
-    ends,
-    parse_variant,
-    parse_variants,
-    read_csv,
-    sweep,
-)
 from drkl.errors import DrklError
 from drkl.objectives import OBJECTIVES, make_objective
+from drkl.objectives.variants import parse_variant, parse_variants
+from drkl.toy.dynamics import ToyProblem, ToySetting, entropy_of, gradient_on_logits, teacher_logits, with_entropy
+from drkl.toy.metrics import METRICS, ToyTeacher, measure
+from drkl.toy.sweep import COLUMNS, DEFAULT_OBJECTIVES, ends, read_csv, sweep
 from tests.command_line import Cli
 
 TINY = {"vocab": 30, "entropy": 2.0, "contexts": 12, "rank": 2, "teacher_rank": 10, "steps": 20}
@@ -129,7 +122,7 @@ def test_rows_are_differentiated_block_by_block(monkeypatch: pytest.MonkeyPatch)
     for name in ("rkl", "ce"):
         whole = gradient_on_logits(make_objective(name), student, teacher, labels)
         with monkeypatch.context() as patch:
-            patch.setattr("drkl.analysis.toy.BLOCK_ELEMENTS", 50)
+            patch.setattr("drkl.toy.dynamics.BLOCK_ELEMENTS", 50)
             assert torch.allclose(gradient_on_logits(make_objective(name), student, teacher, labels), whole)
 
 
@@ -184,7 +177,7 @@ def test_a_sweep_writes_csv_and_goes_on_where_it_stopped(tmp_path: Path, monkeyp
     first, second = (setting.name for setting in settings)
     assert told == [(first, 2, 3), (first, 3, 3), (second, 2, 3), (second, 3, 3)]
 
-    monkeypatch.setattr("drkl.analysis.toy_sweep.ToyProblem", None)
+    monkeypatch.setattr("drkl.toy.sweep.ToyProblem", None)
     assert sweep(settings, variants, [0, 1], tmp_path) == rows == read_csv(tmp_path / "toy.csv")
     with (tmp_path / "toy.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -287,7 +280,7 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--setting", "fre"), "--setting has 'fre'; expected of free, capacity. Did you mean 'free'?"),
+        (("--setting", "fre"), "--setting has 'fre'; expected one or more of free, capacity. Did you mean 'free'?"),
         (("--init", "hot"), "--init has 'hot'"),
         (("--entropy", "high"), "--entropy is 'high'; expected numbers"),
         (("--entropy", "9"), "below log(1000)"),
