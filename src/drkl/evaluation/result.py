@@ -75,7 +75,7 @@ class TailProfile:
 
 @dataclass(frozen=True)
 class ReliabilityBins:
-    """By bin of confidence: how many tokens (or texts), their mean confidence, their accuracy (None in an empty bin)."""
+    """Of each bin of confidence: how many tokens (or texts), mean confidence, accuracy (None in an empty bin)."""
 
     counts: list[int]
     confidence: list[float | None]
