@@ -9,17 +9,18 @@ import torch
 from scipy.special import softmax
 
 from drkl.analysis.command import named_objectives
-from drkl.analysis.states import Observed, Reading, observe
+from drkl.analysis.states import Observed, observe
 from drkl.analysis.tables import Setup, analysis
+from drkl.models.readout import Readout
 
 ROWS, PER_ROW, VOCAB = 40, 8, 24
 NAMES = ("rkl", "fkl", "drkl", "ce", "srkl", "drkl@student")
 
 
-def readings(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> tuple[Reading, Reading]:
+def readings(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> tuple[Readout, Readout]:
     rows = torch.arange(len(labels)) // PER_ROW
     both = [torch.from_numpy(logits).double() for logits in (student, teacher)]
-    return tuple(Reading(torch.from_numpy(labels), rows, logits.__getitem__) for logits in both)  # type: ignore[return-value]
+    return tuple(Readout(logits, torch.from_numpy(labels), rows, head=None) for logits in both)  # type: ignore[return-value]
 
 
 def teacher_logits(spread: float = 2.0) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:

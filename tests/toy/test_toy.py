@@ -131,7 +131,7 @@ def test_labels_are_drawn_from_the_teacher() -> None:
     generator = [torch.Generator().manual_seed(0)]
     drawn = torch.stack([problem._labels(generator) for _ in range(4000)])
     shares = torch.stack([(drawn == token).float().mean(0) for token in range(6)], -1)
-    assert torch.allclose(shares, problem.teacher.probs, atol=0.03)
+    assert torch.allclose(shares, problem.teacher.model.probs, atol=0.03)
 
 
 def test_metrics_against_numpy() -> None:

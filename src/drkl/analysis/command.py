@@ -8,15 +8,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from drkl.analysis.states import Observed, Reading, observe
+from drkl.analysis.states import Observed, observe
 from drkl.analysis.tables import Setup, analysis, upward_force
 from drkl.errors import DrklError
-from drkl.evaluation.classification import class_logits
 from drkl.evaluation.inputs import Inputs
 from drkl.evaluation.measure import TRAINED, Progress, free_memory, reporter, timed, versions
-from drkl.evaluation.positions import HeldOutStates, held_out_states
+from drkl.models.readout import Readout, read
 from drkl.objectives import OBJECTIVES, Objective
 from drkl.objectives.variants import parse_variants
 from drkl.runs import RunFolder, write_text
@@ -142,33 +139,17 @@ def _reporters(names: Sequence[str], on_progress: Progress | None) -> list[tuple
     return [(name, reporter("teacher" if name == "teacher" else "student", on_progress)) for name in names]
 
 
-def _read(name: str, inputs: Inputs, report: Callable[[str, int], Any]) -> Reading:
-    """One model over the rows; it is dropped afterwards, but for its head."""
+def _read(name: str, inputs: Inputs, report: Callable[[str, int], Any]) -> Readout:
+    """Run one model over the rows; it is dropped afterwards, except for its head."""
     model: Any = inputs.models[name]()
     model.to(inputs.device).eval()
-    pad_id, rows = inputs.tokenizer.pad_token_id, inputs.rows
-    progress = report("reading", len(rows))
-    if inputs.classes is not None:
-        model.config.get_text_config().pad_token_id = pad_id
-        labelled: Any = rows
-        logits = class_logits(model, labelled, pad_id=pad_id, progress=progress)
-        labels = torch.tensor([row.label for row in labelled])
-        reading = Reading(labels, torch.arange(len(labels)), logits.__getitem__)
-    else:
-        unlabelled: Any = rows
-        states = held_out_states(model, unlabelled, pad_id=pad_id, vocab_size=inputs.vocab_size, progress=progress)
-        reading = _of_states(states)
+    readout = read(
+        model, inputs.rows, pad_id=inputs.tokenizer.pad_token_id, vocab_size=inputs.vocab_size,
+        progress=report("reading", len(inputs.rows)),
+    )  # fmt: skip
     del model
     free_memory(inputs.device)
-    return reading
-
-
-def _of_states(states: HeldOutStates) -> Reading:
-    @torch.no_grad()
-    def logits(at: torch.Tensor) -> torch.Tensor:
-        return states.head.logits(states.hidden[at].to(states.head.weight.device))
-
-    return Reading(states.labels, states.row_index, logits)
+    return readout
 
 
 def positions_csv(observed: Observed, row_ids: Sequence[str]) -> str:

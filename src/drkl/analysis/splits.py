@@ -7,8 +7,8 @@ B = KL(b_q || b_p), K = KL(q^ || p^), D = logit q_t - logit p_t. The two terms a
 |---|---|---|
 | `rkl` | B | (1-q_t) K |
 | `fkl` | KL(b_p ‖ b_q) | (1-p_t) KL(p^ ‖ q^) |
-| `symmetric_kl` | w and 1-w times those of `fkl` and `rkl` | likewise |
-| `akl` | as `symmetric_kl`, w its own weight, which gets no gradient | likewise |
+| `symmetric_kl` | w times the term of `fkl` plus 1-w times the term of `rkl` | likewise |
+| `akl` | as `symmetric_kl`, with its own weight w, which gets no gradient | likewise |
 | `srkl` | KL(b_q ‖ b_m) | (1-q_t) KL(q^ ‖ m^) |
 | `sfkl` | KL(b_p ‖ b_m) | (1-p_t) KL(p^ ‖ m^) |
 | `gjs` | beta KL(b_p ‖ b_m) + (1-beta) KL(b_q ‖ b_m) | the two tail terms, weighted likewise |
@@ -16,12 +16,12 @@ B = KL(b_q || b_p), K = KL(q^ || p^), D = logit q_t - logit p_t. The two terms a
 | `tvd`, `ab`, `todi` | the target's summand | the sum over all other classes |
 | `ce` | all of it, t = the label | 0 |
 
-m is the objective's mixture of q and p, whole; b_m and m^ are its split. No term is ever negative. In the KLs and `gjs`
-(not `akl`) the target term is the same divergence of the two pairs, and the tail term what merging the rest into one
-class loses. `tvd`, `ab` and `todi` have no such chain rule (`tvd` is an f-divergence, but what merging loses there,
-1/2 (sum_rest |p-q| - |p_t-q_t|), has the target in it again): they are split where they are sums, and the target's
-summand is no divergence of the pairs. So `ab` at (0, 1) and (1, 0) has the values and gradients of `rkl` and `fkl`, but
-not their two terms: its summands are q log q/p - q + p and p log p/q - p + q.
+m is the objective's mixture of q and p; b_m and m^ are the split of m. No term is ever negative. In the KLs and `gjs`
+(not `akl`) the target term is the same divergence of the two pairs, and the tail term is what is lost when the rest is
+merged into one class. `tvd`, `ab` and `todi` have no such chain rule (`tvd` is an f-divergence, but its loss by
+merging, 1/2 (sum_rest |p-q| - |p_t-q_t|), contains the target again). They are sums over classes and are split as such,
+so their target term is no divergence of the pairs: `ab` at (0, 1) and (1, 0) has the values and gradients of `rkl` and
+`fkl`, but not their two terms, since its summands are q log q/p - q + p and p log p/q - p + q.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from drkl.objectives.logspace import Split, argmax, kl, mixture, split, weighted
 
 
 def target_of(objective: Objective, teacher_logp: Tensor, labels: Tensor | None) -> Tensor:
-    """The target class `[n]`: the objective's own; without one the label, without labels the teacher's top token."""
+    """The target class `[n]`: the objective's own, else the label, else (without labels) the teacher's top token."""
     own = getattr(objective, "target", None)
     if own is not None:
         return target_class(own, teacher_logp, labels)
@@ -72,11 +72,11 @@ def terms(
     Args:
         objective: an objective of this library, or one with a method ``terms``.
         student_logp: `[n, vocab]`, log-probabilities in fp32 or wider.
-        teacher_logp: `[n, vocab]`, likewise; gets no gradient.
+        teacher_logp: `[n, vocab]`, log-probabilities in fp32 or wider; they get no gradient.
         labels: `[n]`, the observed next token's id; see `decompose`.
 
     Raises:
-        DrklError: an objective that has no two terms.
+        DrklError: the objective has no two terms.
     """
     own = getattr(objective, "terms", None)
     if own is not None:
@@ -85,8 +85,8 @@ def terms(
         known = ", ".join(cls.name for cls in SPLITS)
         raise DrklError(
             f"Objective {objective.name!r} does not say what its target term and its tail term are. Known: {known}, "
-            "and whatever is decoupled; give one of your own a method terms(student_logp, teacher_logp, labels) that "
-            "returns the two, each [n], which add up to its value."
+            "and every decoupled objective. Give an objective of your own a method terms(student_logp, teacher_logp, "
+            "labels) that returns the two terms, each [n], which add up to its value."
         )
     target = target_of(objective, teacher_logp, labels)
     return SPLITS[type(objective)](objective, student_logp, teacher_logp.detach(), target)
@@ -95,7 +95,7 @@ def terms(
 def _chained(a: Split, b: Split) -> Terms:
     """KL(a || b) by the chain rule: KL of the pairs, and (1 - a_t) KL of the tails."""
     on_tail, log_rest = kl(a.log_tail, b.log_tail), a.log_two[:, 1]
-    # As in `kl`, a mass that underflows is not 0: what the other one excludes stays +inf.
+    # As in `kl`, a mass that underflows is not 0: where b excludes a class, the term stays +inf.
     empty, infinite = log_rest == -math.inf, on_tail == math.inf
     inside = log_rest.exp() * on_tail.masked_fill(empty | infinite, 0.0)
     return Terms(kl(a.log_two, b.log_two), inside.masked_fill(infinite & ~empty, math.inf))
@@ -139,10 +139,10 @@ def _jensen_shannon(objective: GeneralizedJensenShannon, logq: Tensor, logp: Ten
 
 
 def _summands(objective: Objective, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    """For an objective that is a sum over classes: itself on the target alone, and itself without the target."""
+    """For an objective that is a sum over classes: its value on the target alone, and without the target."""
     at_target = target.unsqueeze(-1)
     alone = objective(logq.gather(-1, at_target), logp.gather(-1, at_target))
-    # A class that both exclude adds nothing, to the gradient either.
+    # A class that both exclude adds nothing to the value or to the gradient.
     others = objective(logq.scatter(-1, at_target, -math.inf), logp.scatter(-1, at_target, -math.inf))
     return Terms(alone, others)
 
@@ -165,4 +165,4 @@ SPLITS: dict[type[Objective], Callable[[Any, Tensor, Tensor, Tensor], Terms]] = 
     AlphaBeta: _summands,
     TokenWiseKL: _summands,
 }
-"""The two terms of every objective that does not consist of them by definition, from (objective, log q, log p, t)."""
+"""By class, the two terms of the objectives that are not defined as two terms, from (objective, log q, log p, t)."""

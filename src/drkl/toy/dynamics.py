@@ -248,7 +248,7 @@ class ToyProblem:
     def _labels(self, generators: list[torch.Generator]) -> Tensor:
         """One token per context, drawn from the teacher anew at each step, as data would be."""
         if self._cumulative is None:
-            self._cumulative = self.teacher.probs.double().cumsum(-1)
+            self._cumulative = self.teacher.model.probs.double().cumsum(-1)
         draws = torch.cat([torch.rand(self.setting.contexts, 1, generator=g, dtype=torch.float64) for g in generators])
         # The last sum is 1 only up to rounding.
         tokens = torch.searchsorted(self._cumulative, draws * self._cumulative[:, -1:])

@@ -1,4 +1,4 @@
-"""How far a toy student is from its teacher, context by context."""
+"""The distance of a toy student to its teacher, context by context."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from drkl.objectives.adaptive import head_mask
-from drkl.objectives.closed_form import log_share
 from drkl.objectives.logspace import argmax
+from drkl.positions import Distribution, agreement, at, both_kls, distribution, entropy, jensen_shannon, total_variation
 
 HEAD_MASS = 0.5
 METRICS = {
@@ -22,67 +22,64 @@ METRICS = {
     "fkl": "KL(p || q), nats",
     "rkl": "KL(q || p), nats",
     "js": "the Jensen-Shannon divergence, nats",
-    "tvd": "1/2 sum |p - q|; the next two add up to it",
-    "head_error": "its part over the teacher's most probable tokens, up to a mass of 1/2",
-    "tail_error": "its part over all others",
-    "agreement": "share of contexts where the two top tokens are the same",
-    "rival_q": "the student's highest probability of a token that is not the teacher's top one",
+    "tvd": "1/2 sum |p - q|, the sum of the next two",
+    "head_error": "the part of tvd over the teacher's most probable tokens, up to a mass of 1/2",
+    "tail_error": "the part of tvd over all other tokens",
+    "agreement": "share of contexts in which the two top tokens are the same",
+    "rival_q": "the student's highest probability of a token other than the teacher's top token",
     "rival_p": "the teacher's probability of that token",
-    "rival_rank": "its rank with the teacher: one more than the tokens that are more probable",
+    "rival_rank": "the teacher's rank of that token: 1 + the number of more probable tokens",
 }
-"""Each metric's name and meaning; in a row it is the mean over contexts."""
+"""Each metric's name and meaning; a row of results has its mean over contexts."""
 
 
 @dataclass(frozen=True)
 class ToyTeacher:
-    """A teacher and what every measurement needs of it, `[n, vocab]` each."""
+    """A teacher at `[n]` contexts, with what every measurement needs."""
 
     logits: Tensor
-    logp: Tensor
-    probs: Tensor
+    """`[n, vocab]`."""
+    model: Distribution
     head: Tensor
-    """1 at the most probable tokens up to a mass of 1/2, the one that reaches it included, else 0."""
+    """`[n, vocab]`, 1 at the most probable tokens up to a mass of 1/2 (including the one that reaches it), else 0."""
 
     @classmethod
     @torch.no_grad()
     def of(cls, logits: Tensor) -> ToyTeacher:
-        logp = torch.log_softmax(logits, -1)
-        return cls(logits, logp, logp.exp(), head_mask(logp, HEAD_MASS).to(logp.dtype))
+        """The teacher with these logits `[n, vocab]`."""
+        model = distribution(logits)
+        return cls(logits, model, head_mask(model.logp, HEAD_MASS).to(model.logp.dtype))
 
-    def rows(self, some: slice) -> ToyTeacher:
-        return ToyTeacher(self.logits[some], self.logp[some], self.probs[some], self.head[some])
+    def rows(self, rows: slice) -> ToyTeacher:
+        """The teacher at some of its contexts."""
+        return ToyTeacher(self.logits[rows], Distribution(*(values[rows] for values in self.model)), self.head[rows])
 
 
 @torch.no_grad()
 def measure(student_logits: Tensor, teacher: ToyTeacher) -> dict[str, Tensor]:
     """Every metric of `METRICS` at each context `[n]`, from finite logits `[n, vocab]`."""
-    log_q, p = torch.log_softmax(student_logits, -1), teacher.probs
-    q = log_q.exp()
-    target = argmax(teacher.logp).unsqueeze(-1)
-    q_t, p_t = q.gather(-1, target).squeeze(-1), p.gather(-1, target).squeeze(-1)
-    log_q_p = log_q - teacher.logp
-    log_q_m = log_share(log_q_p, 0.5, 0.5)
-    forward, reverse = -torch.linalg.vecdot(p, log_q_p), torch.linalg.vecdot(q, log_q_p)
-    gap = (p - q).abs_().mul_(0.5)
-    tvd, in_head = gap.sum(-1), torch.linalg.vecdot(gap, teacher.head)
-    top = argmax(log_q)
-    rival = argmax(log_q.scatter(-1, target, -math.inf)).unsqueeze(-1)
-    rival_p = p.gather(-1, rival)
+    student, target = distribution(student_logits), teacher.model.top
+    q, p = student.probs, teacher.model.probs
+    q_t, p_t = at(q, target), at(p, target)
+    rkl, fkl = both_kls(student, teacher.model)
+    tvd = total_variation(student, teacher.model)
+    head_error = 0.5 * torch.linalg.vecdot((p - q).abs_(), teacher.head)
+    rival = argmax(student.logp.scatter(-1, target.unsqueeze(-1), -math.inf))
+    rival_p = at(p, rival)
     return {
         "q_t": q_t,
         "p_t": p_t,
         "target_error": (q_t - p_t).abs(),
-        "entropy": -torch.linalg.vecdot(q, log_q),
-        "max_q": q.amax(-1),
-        "fkl": forward,
-        "rkl": reverse,
-        # log p/m = log q/m - log q/p
-        "js": 0.5 * (torch.linalg.vecdot(q, log_q_m) + torch.linalg.vecdot(p, log_q_m) + forward),
+        "entropy": entropy(student),
+        "max_q": at(q, student.top),
+        "fkl": fkl,
+        "rkl": rkl,
+        "js": jensen_shannon(student, teacher.model),
         "tvd": tvd,
-        "head_error": in_head,
-        "tail_error": tvd - in_head,
-        "agreement": (top == target.squeeze(-1)).to(p.dtype),
-        "rival_q": q.gather(-1, rival).squeeze(-1),
-        "rival_p": rival_p.squeeze(-1),
-        "rival_rank": 1 + (p > rival_p).sum(-1).to(p.dtype),
+        "head_error": head_error,
+        "tail_error": tvd - head_error,
+        "agreement": agreement(student, teacher.model),
+        "rival_q": at(q, rival),
+        "rival_p": rival_p,
+        "rival_rank": 1 + (p > rival_p.unsqueeze(-1)).sum(-1).to(p.dtype),
     }
