@@ -248,23 +248,24 @@ def analyze(
     teacher: TeacherOption = None,
     data: DataOption = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for analysis.json and analysis/; default RUN.", show_default=False)
+        Path | None, typer.Option(help="Folder for analysis.json and analysis/ (default: RUN).", show_default=False)
     ] = None,
     objectives: Annotated[
         str | None,
-        typer.Option(help="As rkl,drkl:0.1,drkl@student,rkl+gjs:0.5; default all, and more.", show_default=False),
+        typer.Option(help="As rkl,drkl:0.1,drkl@student,rkl+gjs:0.5 (default: all, and more).", show_default=False),
     ] = None,
     positions: Annotated[
-        int, typer.Option(help="At how many positions every objective is differentiated; the rest uses all.")
+        int, typer.Option(help="Number of positions at which every objective is differentiated; means use all.")
     ] = 512,
     gamma: Annotated[
         float | None,
         typer.Option(
-            help="DRKL's weight of the tail where none is named; default the run's, else 0.5.", show_default=False
+            help="DRKL's weight of the tail where an objective names none (default: the run's, else 0.5).",
+            show_default=False,
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of the losses: divides both models' logits.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the intervals.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Temperature of the losses; divides both models' logits.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the bootstrap intervals.")] = 0,
     max_rows: MaxRowsOption = None,
     max_prompt_tokens: MaxPromptOption = None,
     max_tokens: MaxTokensOption = None,
@@ -272,42 +273,44 @@ def analyze(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Does reverse KL make this student too sure? Its pushes on real text, every objective's, and a diagnosis."""
-    from drkl.analysis import command
+    """Measure whether reverse KL makes a student overconfident, and what every objective would do to it."""
+    from drkl.analysis import analyze as analysis
+    from drkl.analysis.result import claim_folder
     from drkl.evaluation.command import default_settings, output_folder
     from drkl.evaluation.command import pair as pair_inputs
     from drkl.models.load import quiet_transformers
-    from drkl.reporting import analysis as shown
-    from drkl.runs import write_json
+    from drkl.reporting import analysis as figures
 
     if (run is None) == (student is None):
         raise DrklError("Give either a RUN, or `--student PATH --teacher PATH --data FILE --output DIR`.")
-    specs = command.DEFAULT_OBJECTIVES if objectives is None else _split("--objectives", objectives)
+    specs = analysis.DEFAULT_OBJECTIVES if objectives is None else _split("--objectives", objectives)
     pair = {"teacher": teacher, "data": data, "max_rows": max_rows, "max_prompt_tokens": max_prompt_tokens,
             "max_tokens": max_tokens, "template": template}  # fmt: skip
     quiet_transformers()
-    own = None
+    own, settings = None, default_settings()
     if run is not None:
         _refuse_beside_a_run(pair, dtype, device)
-        folder, inputs, _, own = _run_evaluation(run, [], None)
+        folder, inputs, settings, own = _run_evaluation(run, [], None)
         target = folder if output is None else output_folder(output)
     else:
         for name, value in (("teacher", teacher), ("data", data)):
             if value is None:
                 raise DrklError(f"--{name} is missing: a student is analysed beside its teacher, on held-out rows.")
         target = output_folder(output)
-        inputs = pair_inputs(str(student), [], default_settings(), None, dtype, device, pair)
-    weight = inputs.gamma if gamma is None else gamma
-    command.check(inputs, weight, positions, temperature)
-    chosen = command.named_objectives(specs, own=own, gamma=weight)
+        inputs = pair_inputs(str(student), [], settings, None, dtype, device, pair)
+    gamma = inputs.gamma if gamma is None else gamma
+    analysis.check(inputs, gamma, positions, temperature)
+    chosen = analysis.named_objectives(specs, own=own, gamma=gamma)
+    claim_folder(target)
     with progress_bars() as on_progress:
-        found = command.run(
-            inputs, chosen, target, gamma=weight, positions=positions, temperature=temperature, seed=seed,
-            argv=sys.argv[1:], on_progress=on_progress,
+        result = analysis.analyze_inputs(
+            inputs, chosen, gamma=gamma, positions=positions, temperature=temperature, seed=seed,
+            **analysis.evaluation_beside(target, inputs, settings.seed), command=["drkl", *sys.argv[1:]],
+            on_progress=on_progress,
         )  # fmt: skip
-    drawn = shown.write_figures(found, target.analysis_folder)
-    write_json(target.analysis_path, found)
-    print_analysis(found["headline"], shown.findings(found), *shown.table(found))
+    drawn = figures.write_figures(result.to_json(), target.analysis_folder)
+    result.save(target.root)  # last: where analysis.json is, the whole analysis is
+    print_analysis(result.findings, *figures.table(result.to_json()))
     print(
         f"Written: {target.analysis_path} and {len(drawn)} figures beside {target.analysis_folder / 'positions.csv'}."
     )

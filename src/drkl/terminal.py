@@ -152,18 +152,17 @@ def print_toy(ends: Sequence[Any]) -> None:
         Console().print(table)
 
 
-def print_analysis(headline: str, findings: Sequence[Any], head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The diagnosis in words, and every objective's pushes."""
+def print_analysis(findings: Sequence[Any], head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The findings, and every objective's pushes."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    console.print(headline, markup=False, style="bold")
-    for one in findings:
-        console.print(f"\n{one.question} {one.answer.capitalize()}.", markup=False, style="bold")
-        console.print(one.text, markup=False)
+    for finding in findings:
+        answer = finding.answer.replace("_", " ").capitalize()
+        console.print(f"{finding.question} {answer}.", markup=False, style="bold")
+        console.print(f"{finding.text}\n", markup=False)
     table = Table(*head, title="Pushes: gradients on the logit of the teacher's top token; negative raises it")
     for row in rows:
         table.add_row(*(cell.split(" [")[0] for cell in row))  # the intervals are in the file
-    console.print()
     console.print(table)

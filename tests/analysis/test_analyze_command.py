@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from drkl.evaluation.findings import SHARED
 from tests.command_line import Cli
 from tests.models import tiny, tiny_classifiers
 from tests.training import tiny_runs
@@ -34,6 +35,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {**found, "rows": tiny_runs.write_rows(root / "rows.jsonl", 24)}
 
 
+def answers(analysis: dict[str, Any]) -> dict[str, str]:
+    return {finding["id"]: finding["answer"] for finding in analysis["findings"]}
+
+
 def pair(models: dict[str, Path], student: str) -> list[object]:
     return ["--student", models[student], "--teacher", models["teacher"], "--data", models["rows"]]
 
@@ -44,10 +49,10 @@ def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
     out = tmp_path / "surer"
     done = cli("analyze", *pair(models, "surer"), "--output", out, *QUICK)
     assert done.code == 0, done.err
-    assert "\nYes: the student is overconfident" in done.out
-    assert "Is the student overconfident? Yes." in done.out and "drkl, γ 0.5" in done.out
+    assert "overconfident, measured against its teacher? Yes." in done.out and "drkl, γ 0.5" in done.out
     found = read(out)
-    assert [found["diagnosis"][name]["answer"] for name in ("overconfident", "target")] == ["yes", "yes"]
+    said = answers(found)
+    assert [said[id] for id in SHARED] == ["yes", "yes", "yes"] and found["format"] == 2
     assert found["settings"]["models"] == {"teacher": str(models["teacher"]), "student": str(models["surer"])}
     assert found["settings"]["command"][:2] == ["drkl", "analyze"] and found["timing"]["total"] > 0
     assert [row["objective"] for row in found["objectives"]] == ["rkl", "drkl, γ 0.5", "fkl", "ce"]
@@ -60,15 +65,16 @@ def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
     same = tmp_path / "same"
     done = cli("analyze", *pair(models, "same"), "--output", same, *QUICK)
     assert done.code == 0, done.err
-    assert "\nNo: the student is not overconfident" in done.out and "overconfident? No." in done.out
-    found = read(same)
-    assert {name: one["answer"] for name, one in found["diagnosis"].items()} == {
-        "overconfident": "no", "target": "no", "pushed": "no", "tail": "undecided", "strengthens": "no",
-        "sure": "undecided",
+    assert "overconfident, measured against its teacher? No." in done.out
+    said = answers(read(same))
+    del said["overconfident_by_data"]  # the labels are not drawn from the teacher
+    assert said == {
+        "overconfident_by_teacher": "no", "target_too_high": "no", "pushed_when_matched": "no",
+        "tail_dominates": "undecided", "drkl_strengthens_tail": "no", "sure_positions_dominate": "undecided",
     }  # fmt: skip
     assert {path.stem for path in (same / "analysis").glob("*.svg")} == set(FILES)
 
-    # The same again gives the same but for the times.
+    # The same command gives the same numbers and figures, apart from the times.
     again = tmp_path / "again"
     assert cli("analyze", *pair(models, "same"), "--output", again, *QUICK).code == 0
     first, second = read(same), read(again)
@@ -82,11 +88,11 @@ def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
     done = cli("report", out)
     assert done.code == 0, done.err
     page = (out / "report.html").read_text()
-    assert "Does reverse KL make it too sure?" in page and "Yes: the student is overconfident" in page
+    assert 'data-finding="overconfident_by_teacher"' in page
     assert page.count('aria-label="Mean push') == 1 and "drkl analyze --student" in page
     assert cli("report", out, "--format", "md").code == 0
     text = (out / "report.md").read_text()
-    assert "## Does reverse KL make it too sure?" in text and "| rkl |" in text
+    assert "overconfident, measured against its teacher?" in text and "| rkl |" in text
 
 
 def test_settings_are_taken(cli: Cli, models: dict[str, Path], tmp_path: Path) -> None:
@@ -148,7 +154,7 @@ def test_a_run_and_its_page(cli: Cli, tmp_path: Path) -> None:
     assert found["objectives"][0]["objective"] == "this run's drkl"
     assert cli("report", run.root).code == 0
     page = run.report_path.read_text()
-    assert "Does reverse KL make it too sure?" in page and f"drkl analyze {run.root}" in page
+    assert 'data-finding="pushed_when_matched"' in page and f"drkl analyze {run.root}" in page
     assert "has not been evaluated" in page
 
     done = cli("analyze", run.root, "--output", tmp_path / "runs" / "r", *QUICK)
@@ -170,16 +176,16 @@ def test_a_run_without_a_teacher_is_refused(cli: Cli, tmp_path: Path) -> None:
     values |= {"teacher": None, "objective": {"name": "ce"}, "student": {"init": "pretrained", "model": model}}
     run = tiny_runs.train(values)
     done = cli("analyze", run.root, *QUICK)
-    assert done.code == 2 and "There is no teacher: the analysis compares the student with one" in done.err
+    assert done.code == 2 and "There is no teacher, and the analysis compares the student with one" in done.err
     assert not run.analysis_path.exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--gamma", 0), "--gamma is 0; expected a finite number above 0"),
-        (("--temperature", "-1"), "--temperature is -1; expected a finite number above 0"),
-        (("--positions", 0), "--positions is 0; expected at least 1"),
+        (("--gamma", 0), "gamma is 0; expected a finite number above 0"),
+        (("--temperature", "-1"), "temperature is -1; expected a finite number above 0"),
+        (("--positions", 0), "positions is 0; expected at least 1"),
         (("--objectives", "rlk"), "Did you mean 'rkl'?"),
         (("--objectives", ","), "--objectives is ','; expected one value"),
     ],

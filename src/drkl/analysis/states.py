@@ -51,7 +51,7 @@ class Observed:
     ``columns`` has `[n]` by name. At the loss's temperature: ``q_t``, ``p_t``, ``rest`` (1 - q_t, from log-sum-exps),
     ``B``, ``K``, ``D`` in nats, ``tail_slope`` (the norm of dK/dz over the tail, which the tail's weight multiplies).
     At temperature 1: ``confidence`` (max q), ``correct`` (1 where y* is the label), ``teacher_confidence``,
-    ``teacher_correct``, ``own_gap`` (q - p at y*), ``target_gap`` (q - p at t).
+    ``teacher_correct``, ``overconfidence`` (q - p at y*), ``target_gap`` (q - p at t).
     """
 
     columns: Mapping[str, np.ndarray]
@@ -130,7 +130,7 @@ def _columns(
         "correct": tokens.accuracy,
         "teacher_confidence": tokens.teacher_confidence,
         "teacher_correct": target == labels,
-        "own_gap": tokens.overconfidence,
+        "overconfidence": tokens.overconfidence,
         "target_gap": tokens.target_gap,
     }
     return {name: value.double().cpu().numpy() for name, value in columns.items()}
