@@ -46,44 +46,6 @@ class Inputs(NamedTuple):
     facts: dict[str, Any]
 
 
-def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: str | None = None) -> Inputs:
-    """Models and rows of a finished run: its own held-out rows, or those of ``suites``.
-
-    Raises:
-        DrklError: suites or a protocol for a classification run, or rows that cannot be read.
-    """
-    first, last = specs[0], specs[-1]
-    models, tokenizer, device = evaluation_models(specs)
-    classes = trained_classes(last)
-    if classes is not None and (suites or protocol):
-        raise DrklError("Suites and protocols are about generated answers; a classification run has labels instead.")
-    if classes is not None and first.student.init == "random":
-        del models["before"]  # its numbers are chance, its calibration by chance perfect
-    data = _with_protocol(last.data, protocol)
-    apart = classes is None and has_encoder(first, tokenizer)
-    described: dict[str, Any]
-    names: list[str] | None = None
-    if suites:
-        rows, names, described = suite_rows(suites, data, tokenizer, encoder_decoder=apart)
-    else:
-        heldout = read_shares(data, classifier=last.classifies)[1]
-        rows, report = make_rows(heldout, data, tokenizer, classes=classes, encoder_decoder=apart)
-        described = {
-            "path": data.path, "dataset": data.dataset, "sources": [source.name for source in data.sources],
-            "eval_path": data.eval_path, **_account(report),
-        }  # fmt: skip
-    shared = (last.folder.read_env().get("vocabulary") or {}).get("shared")
-    gamma = getattr(last.objective.make(), "gamma", GAMMA)
-    shown = {
-        "teacher": last.teacher.model if last.teacher else None,
-        "before": f"{first.student.init} of {first.student.model or (first.teacher.model if first.teacher else '')}",
-        "warmup": str(specs[-2].folder.student_path) if len(specs) > 1 else None,
-        "after": str(last.folder.student_path),
-    }
-    facts = {"models": {name: shown[name] for name in models}, "protocol": protocol, "template": data.template}
-    return Inputs(models, tokenizer, rows, names, device, described, shared, classes, float(gamma), facts)
-
-
 def pair_inputs(
     student: str,
     teacher: str | None,
