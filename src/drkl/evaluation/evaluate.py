@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from drkl.errors import DrklError, did_you_mean
-from drkl.evaluation.bookkeeping import Progress, Source, free_memory, placed, reporter, timed
+from drkl.evaluation.bookkeeping import Progress, Source, free_memory, placed, reporter
 from drkl.evaluation.config import MINILLM, EvaluationConfig
 from drkl.evaluation.pairs import Inputs, Model, pair_inputs
 from drkl.evaluation.result import MODELS, Evaluation
@@ -57,7 +57,7 @@ def evaluate(
     on_progress: Progress | None = None,
     **settings: Unpack[Settings],
 ) -> Evaluation:
-    """Measure how close a student is to its teacher, how varied its answers are, and whether its confidence is deserved.
+    """Measure how close a student is to its teacher, how varied its answers are, and how calibrated its confidence is.
 
     Models in memory are handed back as they were: device, training mode, gradients and config.
 
@@ -111,10 +111,9 @@ def evaluate(
         dtype=dtype,
         device=device,
     )
-    found = evaluate_inputs(
-        inputs, config, output_dir=output_dir, fresh=fresh, facts=facts, on_progress=on_progress, name=name
+    return evaluate_inputs(
+        inputs, config, output_dir=output_dir, fresh=fresh, name=name, facts=facts, on_progress=on_progress
     )
-    return found
 
 
 def evaluate_inputs(
@@ -220,7 +219,7 @@ def configured(settings: EvaluationConfig, protocol: str | None, changes: Mappin
             f"There is no setting {unknown[0]!r} of an evaluation; expected {', '.join(known)}."
             f"{did_you_mean(unknown[0], known)}"
         )
-    values = settings.model_dump() | (MINILLM if protocol is not None else {}) | changes
+    values = {**settings.model_dump(), **(MINILLM if protocol is not None else {}), **changes}
     try:
         return EvaluationConfig.model_validate(values)
     except ValidationError as error:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drkl.data.classification import LabelledRow
+from drkl.data.examples import hash_of_id
 from drkl.data.tokenize import Row
 from drkl.evaluation.answers import Answer, AnswerTable
 from drkl.evaluation.bookkeeping import Report, finite, timed, versions
@@ -114,7 +114,7 @@ class Generation:
     ) -> None:
         self.tokenizer, self.rows, self.settings = tokenizer, rows, settings
         self.vocab_size, self.gamma, self.parts = vocab_size, gamma, parts
-        self.pad_id: int = tokenizer.pad_token_id if pad_id is None else pad_id  # type: ignore[assignment]
+        self.pad_id: int = tokenizer.pad_token_id if pad_id is None else pad_id
         self.prompts = choose_prompts(rows, settings.prompts, suites)
         self.has_suites = suites is not None
         self.suite_of = {row.id: suite for row, suite in zip(rows, suites or [""] * len(rows), strict=True)}
@@ -376,8 +376,7 @@ def choose_prompts(rows: Sequence[Row], count: int | None, suites: Sequence[str]
         groups.setdefault(name, []).append(number)
     chosen: list[int] = []
     for members in groups.values():
-        ranked = sorted(members, key=lambda i: hashlib.sha256(rows[i].id.encode("utf-8", "surrogatepass")).digest())
-        chosen += ranked[:count]
+        chosen += sorted(members, key=lambda i: hash_of_id(rows[i].id))[:count]
     return [rows[i] for i in sorted(chosen)]
 
 
