@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from drkl.evaluation import bootstrap
+from drkl.evaluation.bookkeeping import finite
 from drkl.evaluation.calibration import weighted_sums
 from drkl.evaluation.findings import MIN_UNITS
-from drkl.evaluation.measure import finite
 
 MISSED = 0.1
 """Up to this share of the resamples may contain none of a mean's positions; they are left out of its interval."""
@@ -43,7 +43,7 @@ class Ratios:
         """``value`` and ``interval`` by name; None where it is infinite, over no position, or over too few rows."""
         ones = np.ones((1, self._num_rows))
         values = {name: finite_or_none(value[0]) for name, value in self._metrics(ones).items()}
-        ends: dict[str, list[float] | None] = {}
+        ends: dict[str, bootstrap.Interval | None] = {}
         if self._num_rows >= MIN_UNITS:
             resampled = bootstrap.bootstrap(self._metrics, self._num_rows, seed)
             ends = {name: _interval(values) for name, values in resampled.items()}
@@ -60,7 +60,7 @@ class Ratios:
             return dict(zip(names, (over / under).T, strict=True))
 
 
-def _interval(resampled: np.ndarray) -> list[float] | None:
+def _interval(resampled: np.ndarray) -> bootstrap.Interval | None:
     known = resampled[~np.isnan(resampled)]
     return bootstrap.interval(known) if len(known) >= (1 - MISSED) * len(resampled) else None
 

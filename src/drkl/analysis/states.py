@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from drkl.analysis.gradients import decompose
-from drkl.evaluation.measure import finite
+from drkl.evaluation.bookkeeping import finite
 from drkl.losses.common import check_vocabularies, log_softmax
 from drkl.models.readout import Readout, read_logits
 from drkl.objectives import Objective

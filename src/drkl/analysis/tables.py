@@ -157,7 +157,7 @@ def _distribution(values: np.ndarray) -> dict[str, Any]:
 
 
 def _gammas(observed: Observed) -> list[dict[str, Any]]:
-    """For each gamma: the shares of positions where DRKL's force on the tail is stronger and weaker than reverse KL's."""
+    """For each gamma: at which shares of the positions DRKL's force on the tail exceeds reverse KL's, or is weaker."""
     rest, slope = observed.columns["rest"], observed.columns["tail_slope"]
     under = (rest * slope).sum()
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -195,5 +195,6 @@ def _reliability(observed: Observed) -> dict[str, Any]:
     for name, kind in (("teacher", "teacher_"), ("student", "")):
         confidence, correct = at[f"{kind}confidence"], at[f"{kind}correct"]
         bins = Bins.of(width_bins(confidence), confidence, correct, unit, 1)
-        tables[name] = {**bins.reliability("tokens"), "ece": finite_or_none(bins.ece(np.ones((1, 1)))[0])}
+        counts = dict(zip(("tokens", "confidence", "accuracy"), bins.reliability(), strict=True))
+        tables[name] = {**counts, "ece": finite_or_none(bins.ece(np.ones((1, 1)))[0])}
     return tables

@@ -53,9 +53,9 @@ def read_labelled(path: str | None = None, dataset: str | None = None) -> list[L
     if (path is None) == (dataset is None):
         raise DrklError("Expected exactly one of path and dataset for rows with text and label.")
     if path is not None:
-        return _labelled(read_examples(path, "text_label"))
+        return labelled_texts(read_examples(path, "text_label"))
     assert dataset is not None
-    return _labelled(parse_rows(dataset_rows(dataset), dataset, "text_label"))
+    return labelled_texts(parse_rows(dataset_rows(dataset), dataset, "text_label"))
 
 
 def load_labelled(config: DataConfig) -> tuple[list[Labelled], list[Labelled]]:
@@ -65,10 +65,11 @@ def load_labelled(config: DataConfig) -> tuple[list[Labelled], list[Labelled]]:
         DrklError: as ``read_labelled``.
     """
     train, held_out = load_examples(config.model_copy(update={"format": "text_label"}))
-    return _labelled(train), _labelled(held_out)
+    return labelled_texts(train), labelled_texts(held_out)
 
 
-def _labelled(examples: list[Example]) -> list[Labelled]:
+def labelled_texts(examples: Iterable[Example]) -> list[Labelled]:
+    """Return ``(id, text, label)`` of examples that have a label."""
     return [(example.id, example.prompt_text, example.label or "") for example in examples]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from drkl.data.examples import Example
+from drkl.data.examples import Example, hash_of_id
 from drkl.data.seq2seq import encode_source, encode_target, tokens_around
 from drkl.data.template import Turns, encode_prompt, encode_response, encode_turns
 from drkl.errors import DrklError
@@ -21,6 +20,8 @@ _REASONS = {
     "empty_response": "empty response",
     "empty_text": "empty text",
     "empty_label": "empty label",
+    "no_labels": "no token to learn",
+    "text_too_long": "text longer than max_tokens",
 }
 
 
@@ -151,7 +152,7 @@ def tokenize_examples(
             shortest = length if shortest is None else min(shortest, length)
             if length <= max_prompt_tokens:
                 report.responses_cut += len(ids) > max_tokens
-                row = _row(example, ids, spans, max_tokens)
+                row = row_of_spans(example, ids, spans, max_tokens)
                 rows.append(replace(row, encoder_decoder=True) if encoder_decoder else row)
                 continue
             reason = "prompt_too_long"
@@ -165,7 +166,7 @@ def tokenize_examples(
         report.documents += len(documents)
     report.kept = len(rows)
     if not rows:
-        raise DrklError(_nothing_left(report, max_prompt_tokens, shortest))
+        raise DrklError(nothing_left(report, max_prompt_tokens, shortest))
     if any(row.example.weight != 1 for row in rows):
         rows = weigh(rows)
         report.per_epoch = len(rows)
@@ -198,7 +199,7 @@ def weigh(rows: Sequence[Row]) -> list[Row]:
     for weight in dict.fromkeys(row.example.weight for row in rows):
         group = [row.id for row in rows if row.example.weight == weight]
         more = round((weight - int(weight)) * len(group))
-        ranked = sorted(group, key=lambda row_id: hashlib.sha256(row_id.encode("utf-8", "surrogatepass")).digest())
+        ranked = sorted(group, key=hash_of_id)
         share |= dict.fromkeys(group, int(weight)) | dict.fromkeys(ranked[:more], int(weight) + 1)
     found = []
     for copy in range(max(share.values(), default=0)):
@@ -222,7 +223,16 @@ def _encode(
     return Turns(prompt + response, [(len(prompt), len(prompt) + len(response))])
 
 
-def _row(example: Example, ids: list[int], spans: list[tuple[int, int]], max_tokens: int) -> Row:
+def row_of_spans(example: Example, ids: Sequence[int], spans: Sequence[tuple[int, int]], max_tokens: int) -> Row:
+    """Return the row of a tokenised conversation.
+
+    Args:
+        example: the conversation.
+        ids: all of its tokens.
+        spans: the tokens to learn, as (start, end) of each of the assistant's turns; the first starts before
+            ``max_tokens``.
+        max_tokens: the row ends there.
+    """
     # What is left of a user's turn at the end would be fed for nothing.
     end = max(min(end, max_tokens) for start, end in spans if start < max_tokens)
     prompt_ids, response_ids = tuple(ids[: spans[0][0]]), tuple(ids[spans[0][0] : end])
@@ -313,7 +323,8 @@ def _empty(example: Example, turns: str) -> str | None:
     return None if all(reply.strip() for reply in checked) else "empty_response"
 
 
-def _nothing_left(report: DropReport, max_prompt_tokens: int, shortest: int | None) -> str:
+def nothing_left(report: DropReport, max_prompt_tokens: int, shortest: int | None) -> str:
+    """Return the error for a data set of which no row is left; ``shortest`` is its shortest prompt."""
     total = sum(report.dropped.values())
     if not total:
         return "The data set has no rows."

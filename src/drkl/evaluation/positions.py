@@ -98,14 +98,6 @@ class PositionTable:
         found = Resampled.of(self.metrics, self.num_rows, seed).intervals()
         return {key: ends for key, ends in found.items() if key != "num_tokens"}
 
-    def reliability(self, bins: str = "width") -> dict[str, list[Any]]:
-        """Per bin of confidence: ``tokens``, their mean ``confidence`` and ``accuracy`` (None in an empty bin).
-
-        ``bins`` is ``width`` or ``mass``.
-        """
-        sums = self.row_sums(self.num_rows)
-        return {"width": sums.width, "mass": sums.mass}[bins].reliability("tokens")
-
     def distributions(self, vocab_size: int) -> dict[str, list[int]]:
         """How many positions are in each bin of ``bin_edges``: of entropy and confidence and, with a teacher, q_t."""
         found, edges = self._columns, bin_edges(vocab_size)

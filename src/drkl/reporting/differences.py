@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 from drkl.display import MINUS, number
 from drkl.evaluation.bootstrap import RESAMPLES
 from drkl.evaluation.declared import groups_of
+from drkl.evaluation.paired import AS_VARIED
 from drkl.reporting.metrics import DIRECTIONS
 
 if TYPE_CHECKING:
     from drkl.evaluation.comparison import Comparison, Difference, Table
 
 HEADER = ("metric", "A", "B", f"B {MINUS} A", "95 % interval", "verdict")
-CHANCE = 0.05
-"""How often a 95 % interval leaves out the truth."""
 
 
 def as_text(comparison: Comparison, width: int = 120) -> str:
@@ -41,7 +40,7 @@ def as_text(comparison: Comparison, width: int = 120) -> str:
             for difference in differences:
                 grid.add_row(*_cells(difference))
         console.print(grid)
-    for line in summary(comparison):
+    for line in comparison.summary():
         console.print(line)
     return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
 
@@ -56,7 +55,7 @@ def as_markdown(comparison: Comparison) -> str:
             lines.append(f"| *{title}* | | | | | |")
             lines += [f"| {' | '.join(c.replace('|', chr(92) + '|') for c in _cells(d))} |" for d in differences]
         parts.append("\n".join(lines))
-    parts.append("\n".join(f"- {line}" for line in summary(comparison)))
+    parts.append("\n".join(f"- {line}" for line in comparison.summary()))
     return "\n\n".join(parts) + "\n"
 
 
@@ -97,7 +96,7 @@ def as_json(comparison: Comparison) -> str:
             }
             for table in comparison.tables
         ],
-        "summary": summary(comparison),
+        "summary": comparison.summary(),
     }
     return json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -110,52 +109,6 @@ FORMATS: dict[str, Callable[[Comparison], str]] = {
 }
 
 
-def summary(comparison: Comparison) -> list[str]:
-    """What is decided, what is not, and how far that goes, in words."""
-    lines = [sentence for table in comparison.tables for sentence in _decided(table)]
-    verdicts = [d.verdict for table in comparison.tables for d in table.differences if d.verdict is not None]
-    units = " and ".join(dict.fromkeys(name for table in comparison.tables for name in table.units))
-    lines.append(
-        f"The intervals are over {units}, not over training seeds: train each run with several seeds before saying "
-        "that one objective is better than another."
-    )
-    if verdicts:
-        expected = CHANCE * len(verdicts)
-        lines.append(
-            f"Of {len(verdicts)} verdicts about {number(expected, 0 if expected >= 1 else 1)} would be decided by "
-            "chance alone if the two were equally good."
-        )
-    return lines
-
-
-def _decided(table: Table) -> Iterator[str]:
-    where = ", ".join(_place(table))
-    at = f"{where[:1].upper()}{where[1:]}: " if where else ""
-    for verdict in ("A better", "B better"):
-        if found := [d.metric.title for d in table.differences if d.verdict == verdict]:
-            yield f"{at}{verdict} in {len(found)}: {'; '.join(found)}."
-    judged = [d for d in table.differences if d.verdict is not None]
-    if open_ := [d.metric.title for d in judged if d.verdict == "undecided"]:
-        if len(open_) == len(judged):
-            yield f"{at}The data decide nothing: none of {len(judged)} metrics tells the two apart."
-        else:
-            yield f"{at}The data do not decide {len(open_)} of {len(judged)}: {'; '.join(open_)}."
-    if sides := [d.metric.title for d in judged if d.verdict == "undecided" and _differs(d)]:
-        yield f"{at}The two differ, but not in which is nearer to ideal, by: {'; '.join(sides)}."
-    if no_ideal := [d.metric.title for d in table.differences if d.verdict is None and d.metric.better == "teacher"]:
-        yield f"{at}No verdict without a teacher's value: {'; '.join(no_ideal)}."
-    reasons: dict[str, list[str]] = {}
-    for key, reason in table.not_compared.items():
-        reasons.setdefault(reason, []).append(key)
-    for reason, keys in reasons.items():
-        yield f"{at}Not compared ({reason}): {', '.join(keys)}."
-
-
-def _differs(difference: Difference) -> bool:
-    ends = difference.interval
-    return ends is not None and not ends[0] <= 0 <= ends[1]
-
-
 def _head(comparison: Comparison) -> list[str]:
     return [
         f"A: {comparison.a}",
@@ -166,15 +119,9 @@ def _head(comparison: Comparison) -> list[str]:
     ]
 
 
-def _place(table: Table) -> list[str]:
-    where = [] if table.suite is None else [table.suite]
-    if table.sampling_temperature is not None:
-        where.append(f"sampling temperature {table.sampling_temperature:g}")
-    return where
-
-
 def _title(table: Table) -> str:
-    return ", ".join([*_place(table), *(f"{count:,} {name}" for name, count in table.units.items())])
+    place = [table.place] if table.place else []
+    return ", ".join([*place, *(f"{count:,} {name}" for name, count in table.units.items())])
 
 
 def _grouped(comparison: Comparison, table: Table) -> Iterator[tuple[str, list[Difference]]]:
@@ -182,6 +129,8 @@ def _grouped(comparison: Comparison, table: Table) -> Iterator[tuple[str, list[D
     for group in groups_of(comparison.task):
         if found := [by_key[metric.key] for metric in group.metrics if metric.key in by_key]:
             yield group.title, found
+    if AS_VARIED.key in by_key:
+        yield "At matched variety", [by_key[AS_VARIED.key]]
 
 
 def _cells(difference: Difference) -> tuple[str, ...]:
