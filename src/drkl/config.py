@@ -22,7 +22,13 @@ from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
 from drkl.runs import RunFolder, read_yaml
 from drkl.teachers.config import TeacherConfig
-from drkl.training.config import NAME_PATTERN, RunConfig, TrainingConfig, choose_one
+from drkl.training.config import (
+    NAME_PATTERN,
+    RunConfig,
+    TrainingConfig,
+    choose_one,
+    default_warmup,
+)
 from drkl.training.spec import RunSpec
 
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -178,13 +184,21 @@ def resolve(config: Config) -> dict[str, Any]:
     values["training"] = config.training.resolved()
     values["training"]["precision"] = resolve_dtype(config.training.precision, device)
     for stage in values["stages"]:
-        merged = _merge(config.training.model_dump(), stage["training"])
-        choose_one(merged, stage["training"])
         # Written out for each: a stage would inherit the warm-up of the last one.
-        stage["training"]["warmup_steps"] = TrainingConfig.model_validate(merged).resolved()["warmup_steps"]
+        stage["training"].setdefault("warmup_steps", _warmup_of_stage(config.training, stage["training"]))
     objective: Any = config.objective.make()
     values["objective"] = {"name": config.objective.name} | dataclasses.asdict(objective)
     return values
+
+
+def _warmup_of_stage(training: TrainingConfig, stage: dict[str, Any]) -> Any:
+    """The warm-up steps of a stage that says nothing of them; None where its number of steps is not known yet."""
+    if training.warmup_steps is not None:
+        return training.warmup_steps
+    merged = _merge(training.model_dump(), stage)
+    choose_one(merged, stage)
+    steps = merged["max_steps"]
+    return default_warmup(steps) if isinstance(steps, int) and steps > 0 else None
 
 
 def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:

@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from drkl.errors import DrklError
 from drkl.runs import RunFolder
-from drkl.training import run as run_module
+from drkl.training import record as record_module
 from drkl.training.checkpoints import MARKER
 from drkl.training.run import Listener
 from tests.models import tiny
@@ -186,9 +186,9 @@ def test_cut_off_in_writing_the_student(tmp_path: Path, moment: str, monkeypatch
             return original(*args, **words)
         raise Killed
 
-    original: Callable[..., Any] = getattr(run_module, moment)
+    original: Callable[..., Any] = getattr(record_module, moment)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, moment, killed)
+        patch.setattr(record_module, moment, killed)
         run = cut_off(values, Listener())
     assert not run.is_finished()
     assert_equal(tiny_runs.train(values, "resume"), whole)
@@ -206,7 +206,7 @@ def test_early_stop_counts_on(tmp_path: Path, patience: int) -> None:
 def test_early_stop_that_had_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values, whole = reference(tmp_path, training=tiny_runs.RISING | {"max_steps": 30, "early_stop_patience": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_finish", lambda *a: (_ for _ in ()).throw(Killed))
+        patch.setattr(record_module.RunRecord, "save_student", lambda *a: (_ for _ in ()).throw(Killed))
         cut_off(values, Listener())
     run = tiny_runs.train(values, "resume")
     assert tiny_runs.weights(run) == tiny_runs.weights(whole)

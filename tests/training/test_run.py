@@ -259,9 +259,9 @@ def test_no_room_for_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lr_scheduler_type": "cosin"}, "training.arguments: .*cosin"),
+        ({"lr_scheduler_type": "cosin"}, "training: .*cosin"),
         ({"gradient_accumulation_steps": 0}, "whole number of at least 1"),
-        ({"warmup_steps": -1}, "training.arguments: .*warmup_steps"),
+        ({"warmup_steps": -1}, "training.warmup_steps: input should be greater than or equal to 0"),
     ],
 )
 def test_arguments_that_transformers_refuses(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:

@@ -74,7 +74,7 @@ class Pair:
 
     def tokenize(self, dataset: Any, args: DistillationConfig) -> tuple[Rows, DropReport]:
         """Turn a data set, as the trainer takes it, into checked rows."""
-        rows, report = _tokenize(dataset, self.tokenizer, self.student, self.classes, args)
+        rows, report = _tokenize(dataset, "eval_dataset", self.tokenizer, self.student, self.classes, args)
         _check_rows(rows, self.student, self.teacher)
         return rows, report
 
@@ -127,10 +127,10 @@ def make_pair(
     if tokenizer is None:
         tokenizer = _tokenizer(model, teacher_model, classifier=classes is not None)
     _pad_id(tokenizer)
-    rows, report = _tokenize(train_dataset, tokenizer, student, classes, args)
+    rows, report = _tokenize(train_dataset, "train_dataset", tokenizer, student, classes, args)
     eval_rows: Rows = []
     if eval_dataset is not None:
-        eval_rows, _ = _tokenize(eval_dataset, tokenizer, student, classes, args)
+        eval_rows, _ = _tokenize(eval_dataset, "eval_dataset", tokenizer, student, classes, args)
     everything: list[Any] = [*rows, *eval_rows]
     _check_rows(everything, student, teacher)
     notes: list[str] = []
@@ -293,7 +293,12 @@ def _check_kinds(
 
 
 def _tokenize(
-    dataset: Any, tokenizer: Any, student: PreTrainedModel, classes: Sequence[str] | None, args: DistillationConfig
+    dataset: Any,
+    name: str,
+    tokenizer: Any,
+    student: PreTrainedModel,
+    classes: Sequence[str] | None,
+    args: DistillationConfig,
 ) -> tuple[Rows, DropReport]:
     if isinstance(dataset, TokenisedRows):
         return dataset.rows, dataset.report
@@ -301,6 +306,7 @@ def _tokenize(
     return rows_from(
         dataset,
         tokenizer,
+        name=name,
         encoder_decoder=classes is None and is_encoder_decoder(student),
         classes=classes,
         max_prompt_tokens=args.max_prompt_tokens,

@@ -20,7 +20,6 @@ from drkl.runs import RunFolder, write_json, write_text, write_yaml
 from drkl.training.arguments import DistillationConfig
 from drkl.training.card import model_card
 from drkl.training.checkpoints import keep_only
-from drkl.training.checks import check_disk
 from drkl.training.config import OWN_ARGUMENTS, OWNED, TrainingConfig
 from drkl.training.environment import describe_environment, now
 from drkl.training.pair import Pair, teacher_config, teacher_note
@@ -34,7 +33,7 @@ _NOT_RECORDED = (
     "output_dir", "run_name", "hub_token", "logging_dir", "disable_tqdm", "report_to", "log_level", "local_rank",
     "accelerator_config", "deepspeed", "fsdp", "fsdp_config", "parallelism_config", "do_train", "do_eval",
     "dataloader_pin_memory", "gradient_checkpointing_kwargs", "logging_nan_inf_filter", "ddp_find_unused_parameters",
-    "save_total_limit",
+    "save_total_limit", "debug",
 )  # fmt: skip
 
 
@@ -60,9 +59,8 @@ class RunRecord:
         self._environment: dict[str, Any] = {}
         self._completed = False
 
-    def begin(self, *, resumed: bool) -> None:
+    def begin(self, num_steps: int, *, resumed: bool) -> None:
         """Write ``config.yaml`` and ``env.json``; a run that lay in the folder is removed unless it is resumed."""
-        check_disk(self.run, self.pair.student)
         if not resumed and not self.keeps_folder:
             _remove_run(self.run)
         self._completed = False
@@ -76,7 +74,10 @@ class RunRecord:
             "finished": None,
         }
         config = describe_run(self.pair, self.args, self.run) if self.config is None else self.config
-        self.config = config | {"training": config["training"] | training_section(self.args, config["training"])}
+        training = config["training"] | training_section(self.args, config["training"])
+        if training["warmup_steps"] is None:
+            training["warmup_steps"] = self.args.get_warmup_steps(num_steps)
+        self.config = config | {"training": training}
         write_yaml(self.run.config_path, self.config)
         write_json(self.run.env_path, self._environment)
 
