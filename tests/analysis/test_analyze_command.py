@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
+from drkl import make_objective
+from drkl.analysis.analyze import analyze
+from drkl.analysis.result import Analysis
 from drkl.evaluation.findings import SHARED
+from drkl.evaluation.result import Evaluation, Numbers
 from tests.command_line import Cli
 from tests.models import tiny, tiny_classifiers
 from tests.training import tiny_runs
@@ -93,6 +98,44 @@ def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
     assert cli("report", out, "--format", "md").code == 0
     text = (out / "report.md").read_text()
     assert "overconfident, measured against its teacher?" in text and "| rkl |" in text
+
+
+def test_models_in_memory(models: dict[str, Path], tmp_path: Path) -> None:
+    student, teacher = (LlamaForCausalLM.from_pretrained(models[name]) for name in ("surer", "teacher"))
+    student.train()
+    rows = [json.loads(line) for line in models["rows"].read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(models["teacher"])
+    settings: dict[str, Any] = {"objectives": ["rkl", make_objective("drkl", gamma=0.2)], "positions": 16}
+    made = analyze(student, teacher, rows, tokenizer, device="cpu", output_dir=tmp_path, **settings)
+    assert student.training and not teacher.training and all(p.requires_grad for p in student.parameters())
+    assert [row["objective"] for row in made.tables["objectives"]] == ["rkl", "drkl"]
+    assert "command" not in made.tables["settings"]
+    assert made.finding("overconfident_by_teacher").answer == "yes"  # type: ignore[union-attr]
+    named = analyze(models["surer"], models["teacher"], models["rows"], dtype="fp32", device="cpu", **settings)
+    assert named.tables["totals"] == made.tables["totals"] and named.findings == made.findings
+    loaded = Analysis.load(tmp_path)
+    assert loaded.findings == made.findings and len(loaded.positions["K"]) == made.tables["settings"]["positions"]
+
+
+@pytest.mark.parametrize(
+    ("change", "shared", "seed"),
+    [({}, True, 7), ({"seed": None}, True, 0), ({"models": {"teacher": "another", "student": "s"}}, False, 7),
+     ({"data": {"heldout_rows": 3}}, False, 7)],
+)  # fmt: skip
+def test_what_an_evaluation_beside_it_decides(
+    models: dict[str, Path], tmp_path: Path, change: dict[str, Any], shared: bool, seed: int
+) -> None:
+    call: dict[str, Any] = {"objectives": ["rkl"], "positions": 4, "device": "cpu", "output_dir": tmp_path}
+    first = analyze(models["surer"], models["teacher"], models["rows"], **call)
+    settings = first.tables["settings"]
+    described = {"seed": 7, "models": settings["models"], "data": settings["data"] | {"heldout_rows": settings["rows"]}}
+    described = {key: value for key, value in (described | change).items() if value is not None}
+    Evaluation(Numbers({"student": {"nll": 1.0}}), described).save(tmp_path)
+    again = analyze(models["surer"], models["teacher"], models["rows"], **call)
+    assert again.tables["settings"]["evaluation_seed"] == seed
+    assert {finding.id for finding in first.findings} - {finding.id for finding in again.findings} == (
+        set() if shared else set(SHARED)
+    )
 
 
 def test_settings_are_taken(cli: Cli, models: dict[str, Path], tmp_path: Path) -> None:
