@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -16,6 +17,7 @@ from drkl.analysis.analyze import analyze
 from drkl.analysis.result import Analysis
 from drkl.evaluation.findings import SHARED
 from drkl.evaluation.result import Evaluation, Numbers
+from drkl.run_models import analyze_run, evaluate_run
 from tests.command_line import Cli
 from tests.models import tiny, tiny_classifiers
 from tests.training import tiny_runs
@@ -211,6 +213,22 @@ def test_a_run_and_its_page(cli: Cli, tmp_path: Path) -> None:
     run.analysis_path.write_text("[]")
     done = cli("report", run.root)
     assert done.code == 2 and "holds a list; expected an object" in done.err
+
+
+def test_what_stands_in_both_files_is_decided_once(tmp_path: Path) -> None:
+    run = tiny_runs.train(tiny_runs.config(tmp_path, evaluation={"seed": 3}))
+    before = analyze_run(run.root, objectives=["rkl"], positions=4)
+    evaluation = evaluate_run(run.root, prompts=0)
+    after = analyze_run(run.root, objectives=["rkl"], positions=4, seed=5)
+    for analysis in (before, after):
+        assert analysis.tables["settings"]["evaluation_seed"] == 3
+        for id in SHARED:
+            ours, theirs = analysis.finding(id), evaluation.finding(id)
+            assert ours is not None and theirs is not None and ours.answer == theirs.answer
+            assert ours.numbers.keys() == theirs.numbers.keys()
+            for name, number in theirs.numbers.items():
+                np.testing.assert_allclose(ours.numbers[name].value, number.value, rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(ours.numbers[name].interval, number.interval, rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_without_a_teacher_is_refused(cli: Cli, tmp_path: Path) -> None:
