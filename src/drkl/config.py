@@ -20,6 +20,7 @@ from drkl.evaluation.config import EvaluationConfig
 from drkl.losses.config import LossConfig
 from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
+from drkl.recipes import find_recipe
 from drkl.runs import RunFolder, read_yaml
 from drkl.teachers.config import TeacherConfig
 from drkl.training.config import (
@@ -205,7 +206,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     """Read a config and apply dotted overrides.
 
     Args:
-        source: a yaml file, or the mapping itself.
+        source: a yaml file, the name of a recipe that ships with drkl, or the mapping itself.
         overrides: ``section.key=value`` with a yaml value; a stage's by its number or name:
             ``stages.warmup.training.max_steps=20``.
 
@@ -215,7 +216,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     Raises:
         DrklError: a missing or broken file, an unknown key, a value out of range.
     """
-    values = _numbers(copy.deepcopy(source) if isinstance(source, dict) else read_yaml(source))
+    values = _numbers(copy.deepcopy(source) if isinstance(source, dict) else read_yaml(find_recipe(source)))
     notes: list[str] = []
     parsed = [_parse_override(text) for text in overrides]
     _drop_other_objective(values, parsed, notes)

@@ -27,6 +27,7 @@ from drkl.models.adapter import adapter_base, read_adapter
 from drkl.models.classes import check_classes, class_names, is_classifier, label_fields
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.precision import DtypeLike, resolve_dtype, torch_dtype
+from drkl.runs import IN_MEMORY
 
 Name = str | os.PathLike[str]
 """A folder, a Hugging Face id, or the embedded teacher's name."""
@@ -211,6 +212,12 @@ def _text(name: Name) -> str:
 
 
 def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
+    if name.startswith(IN_MEMORY):
+        raise DrklError(
+            f"The {what} was passed {name.replace(':', ',', 1)}, so it cannot be loaded again by a name. "
+            "Measure the student in Python, drkl.evaluate(student, teacher, rows), or name the models: drkl evaluate "
+            "--student RUN/student --teacher NAME --data FILE --output DIR."
+        )
     source = resolve_model(name)
     if not Path(source).is_dir() and name.startswith((".", "/", "~")):
         raise DrklError(f"There is no folder {name!r}, from which the {what} was to be loaded.")

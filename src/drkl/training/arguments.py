@@ -223,6 +223,7 @@ class DistillationConfig(TrainingArguments):
         if asked and self.precision not in ("auto", asked[0]):
             raise DrklError(f"{asked[0]} is set and precision is {self.precision!r}; give one of the two.")
         device = torch.device("cpu") if self.use_cpu else pick_device("auto")
+        self.use_cpu = device.type == "cpu"  # without it transformers refuses bf16 on a CPU
         if asked:
             self.precision = asked[0]
         elif self.precision == "auto":

@@ -16,7 +16,7 @@ from drkl.errors import DrklError
 from drkl.models.adapter import merge_adapter, save_adapter
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
-from drkl.runs import RunFolder, write_json, write_text, write_yaml
+from drkl.runs import RunFolder, write_json, write_jsonl, write_text, write_yaml
 from drkl.training.arguments import DistillationConfig
 from drkl.training.card import model_card
 from drkl.training.checkpoints import keep_only
@@ -79,6 +79,8 @@ class RunRecord:
             training["warmup_steps"] = self.args.get_warmup_steps(num_steps)
         self.config = config | {"training": training}
         write_yaml(self.run.config_path, self.config)
+        if self.pair.eval_dataset is not None:
+            write_jsonl(self.run.eval_rows_path, self.pair.eval_dataset)
         write_json(self.run.env_path, self._environment)
 
     def trained(self, state: TrainerState, seconds: float) -> None:
@@ -155,7 +157,7 @@ def _remove_run(run: RunFolder) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in (
         run.config_path, run.env_path, run.train_log_path, run.eval_path, run.samples_path, run.predictions_path,
-        run.heldout_path, run.analysis_path, run.report_path,
+        run.heldout_path, run.analysis_path, run.report_path, run.eval_rows_path,
     ):  # fmt: skip
         path.unlink(missing_ok=True)
 
@@ -211,10 +213,12 @@ def _is_plain(value: Any) -> bool:
 def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder) -> dict[str, Any]:
     """The sections of a config.yaml for a run that was made in Python; what was passed as an object is called so."""
     objective: Any = args.make_objective()
-    fields: dict[str, Any] = dataclasses.asdict(objective) if dataclasses.is_dataclass(objective) else {}
+    fields = {f.name: getattr(objective, f.name) for f in getattr(objective, "__dataclass_fields__", {}).values()}
     device = args.device.type
     teacher = teacher_config(pair, args)
     train_path, eval_path = pair.data_names
+    if pair.eval_dataset is not None:
+        eval_path = str(run.eval_rows_path)
     student = StudentConfig(init="pretrained", model=pair.student_name, freeze_embeddings=args.freeze_embeddings)
     rows = {"max_prompt_tokens": args.max_prompt_tokens, "max_tokens": args.max_tokens}
     data = DataConfig.model_validate(
