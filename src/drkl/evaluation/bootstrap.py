@@ -1,10 +1,25 @@
-"""Bootstrap intervals of whatever is a function of how often each unit (prompt, row, text) counts."""
+"""Bootstrap intervals of metrics that are functions of how often each unit (prompt, row, text) counts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+
+Interval = tuple[float, float]
+
+
+class Estimate(NamedTuple):
+    """A number and its 95 % interval; None where there is none."""
+
+    value: float | None
+    interval: Interval | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"value": ..., "interval": [low, high]}``."""
+        return {"value": self.value, "interval": None if self.interval is None else list(self.interval)}
+
 
 RESAMPLES = 1000
 LEVEL = (2.5, 97.5)
