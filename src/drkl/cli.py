@@ -136,7 +136,13 @@ def _distill(config: Any, mode: Any) -> None:
     from drkl.training.run import distill as train
 
     with TrainingProgress() as listener:
-        run = train(config.specs(), mode=mode, listener=listener, on_trainer=watcher(config.analysis))
+        run = train(
+            config.specs(),
+            mode=mode,
+            listener=listener,
+            on_trainer=watcher(config.analysis),
+            command=["drkl", *sys.argv[1:]],
+        )
     print(f"The student is in {run.student_path}. Next: drkl evaluate {run.root}")
 
 
@@ -459,8 +465,7 @@ def data(
     from drkl.config import load_config
     from drkl.data.survey import print_labelled, print_surveys, survey
     from drkl.models.load import quiet_transformers
-    from drkl.training.classes import run_classes
-    from drkl.training.tokens import has_encoder, run_tokenizer
+    from drkl.training.spec import has_encoder, run_classes, run_tokenizer
 
     loaded, notes = load_config(config, overrides or [])
     for note in notes:

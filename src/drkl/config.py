@@ -22,7 +22,7 @@ from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
 from drkl.runs import RunFolder, read_yaml
 from drkl.teachers.config import TeacherConfig
-from drkl.training.config import NAME_PATTERN, RunConfig, TrainingConfig
+from drkl.training.config import NAME_PATTERN, RunConfig, TrainingConfig, choose_one
 from drkl.training.spec import RunSpec
 
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -148,6 +148,7 @@ class Config(BaseModel):
             values["tokenizer"] = None
         for section in ("data", "loss", "training"):
             values[section] = _merge(values[section], getattr(stage, section))
+        choose_one(values["training"], stage.training)
         other = stage.objective.get("name", self.objective.name) != self.objective.name
         values["objective"] = stage.objective if other else values["objective"] | stage.objective
         return _validate(values, prefix=f"stages.{index}.")
@@ -155,7 +156,14 @@ class Config(BaseModel):
 
 def _spec(config: Config, folder: RunFolder, resolved: dict[str, Any]) -> RunSpec:
     parts = (config.run, config.teacher, config.student, config.data, config.objective, config.loss, config.training)
-    return RunSpec(folder, *parts, resolved, peft=config.peft, task=config.task, tokenizer=config.tokenizer)
+    return RunSpec(
+        folder,
+        *parts,
+        resolved,
+        peft=config.peft,
+        task=config.task,
+        tokenizer=config.tokenizer,
+    )
 
 
 def resolve(config: Config) -> dict[str, Any]:
@@ -167,7 +175,13 @@ def resolve(config: Config) -> dict[str, Any]:
     values["run"]["device"] = device.type
     if config.teacher is not None:
         values["teacher"]["dtype"] = resolve_dtype(config.teacher.dtype, device)
+    values["training"] = config.training.resolved()
     values["training"]["precision"] = resolve_dtype(config.training.precision, device)
+    for stage in values["stages"]:
+        merged = _merge(config.training.model_dump(), stage["training"])
+        choose_one(merged, stage["training"])
+        # Written out for each: a stage would inherit the warm-up of the last one.
+        stage["training"]["warmup_steps"] = TrainingConfig.model_validate(merged).resolved()["warmup_steps"]
     objective: Any = config.objective.make()
     values["objective"] = {"name": config.objective.name} | dataclasses.asdict(objective)
     return values
@@ -193,7 +207,18 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     _drop_other_objective(values, parsed, notes)
     for keys, value in parsed:
         _set(values, keys, value)
+    _choose_steps(values, [keys for keys, _ in parsed], notes)
     return _validate(values), notes
+
+
+def _choose_steps(values: dict[str, Any], overridden: Sequence[Sequence[str]], notes: list[str]) -> None:
+    """An override of how long training goes on, or how large a step is, replaces what the recipe says of it."""
+    for keys in overridden:
+        section = _find(values, keys[:-1]) if len(keys) > 1 and keys[-2] == "training" else None
+        if isinstance(section, dict):
+            same_section = {other[-1] for other in overridden if other[:-1] == keys[:-1]}
+            for name in choose_one(section, same_section):
+                notes.append(f"{'.'.join(keys)}: the recipe's {name} is dropped; the two exclude each other.")
 
 
 def _parse_override(text: str) -> tuple[list[str], Any]:

@@ -46,7 +46,7 @@ class TrainingProgress:
             self._progress.stop_task(self._task)
         name = spec.folder.name if of == 1 or number < of else f"{spec.folder.name} (last stage)"
         label = f"{name}: {spec.objective.name}"
-        self._task = self._progress.add_task(label, total=spec.training.max_steps, numbers="")
+        self._task = self._progress.add_task(label, total=spec.training.num_steps, numbers="")
 
     def _on_progress(self, step: int, of: int, newest: dict[str, float]) -> None:
         shown = [f"{key} {newest[key]:.3f}" for key in ("loss", "fkl", "rkl") if key in newest]

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, ViTConfig, ViTModel
+from huggingface_hub import errors as hub_errors
+from transformers import AutoConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 from drkl.errors import DrklError
-from drkl.models.load import count_parameters, load_config, load_model, load_tokenizer, model_note, shared_tokens
+from drkl.models import precision
+from drkl.models.load import count_parameters, load_classifier, load_config, load_model, load_tokenizer, model_note
 from tests.data.tiny_tokenizers import build
-from tests.models import tiny
+from tests.models import tiny, tiny_classifiers
 
 
 @pytest.fixture
@@ -54,11 +56,137 @@ def test_pickled_weights_are_refused_with_the_way_out(folder: Path) -> None:
         load_model(str(folder), "fp32")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0not a header.."])
-def test_broken_weights(folder: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", "header too small"), (b"\x10\0\0\0\0\0\0\0not a header..", "deserializing header")]
+)
+def test_broken_weights(folder: Path, content: bytes, words: str) -> None:
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(DrklError, match=r"no usable model was found"):
+    with pytest.raises(
+        DrklError, match=r"is there, but no usable model was found in it\. \(SafetensorError: .*" + words
+    ):
         load_model(str(folder), "fp32")
+
+
+def test_a_config_that_is_no_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(DrklError, match=r"no usable model was found in it\. \(.*not a valid JSON file"):
+        load_model(folder, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("fp32", torch.float32),
+        ("float32", torch.float32),
+        ("torch.float32", torch.float32),
+        (torch.float32, torch.float32),
+        ("bf16", torch.bfloat16),
+        ("bfloat16", torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        ("half", torch.float16),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_a_dtype_by_any_of_its_names(folder: Path, tmp_path: Path, dtype: str | torch.dtype, expected) -> None:
+    assert load_model(folder, dtype).dtype == expected
+    tiny_classifiers.save(tiny_classifiers.make(), tmp_path / "c")
+    assert load_classifier(tmp_path / "c", dtype).dtype == expected
+
+
+def test_auto_is_what_the_device_is_fast_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(precision, "has_fast_bf16", lambda device, fast=fast: fast)
+        assert load_model(folder).dtype == load_model(folder, "auto").dtype == expected
+
+
+@pytest.mark.parametrize("dtype", ["int8", torch.int8, torch.bool, torch.complex64, "fp31", "", None, 32])
+def test_a_dtype_that_makes_no_sense(folder: Path, dtype) -> None:
+    with pytest.raises(DrklError, match=r"The dtype .* is not one that models are loaded in; expected auto, .*bf16"):
+        load_model(folder, dtype)
+
+
+def test_a_dtype_with_a_slip_is_guessed() -> None:
+    with pytest.raises(DrklError, match=r"Did you mean 'float32'\?"):
+        precision.resolve_dtype("flaot32")
+
+
+def failing(error: Exception):
+    def load(*args, **kwargs):
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+        TypeError("LlamaForCausalLM.__init__() got an unexpected keyword argument 'x'"),
+        DrklError("another of our own"),
+    ],
+)
+def test_what_is_not_about_the_files_stays_as_it_is(folder: Path, monkeypatch, error: Exception) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", failing(error))
+    with pytest.raises(type(error)) as caught:
+        load_model(folder, "fp32")
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied"), r"Cannot read the model '.*'\. \(PermissionError: .*denied"),
+        (OSError(28, "No space left on device"), r"Cannot read the model '.*'\. \(OSError: .*No space left"),
+        (ImportError("needs the package mamba-ssm"), r"no usable model was found in it\. \(ImportError: .*mamba-ssm"),
+    ],
+)
+def test_errors_keep_their_words(folder: Path, monkeypatch, error: Exception, message: str) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", failing(error))
+    with pytest.raises(DrklError, match=message):
+        load_model(folder, "fp32")
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (hub_errors.OfflineModeIsEnabled("offline"), r"and on the hub, which could not be reached\."),
+        (ConnectionError("no route"), r"and on the hub, which could not be reached\."),
+        (hub_errors.HFValidationError("bad id"), r"in the Hugging Face cache, and on the hub\. The embedded"),
+        (KeyError("model_type"), r"Cannot load the config 'somebody/something'\. \(OSError: the words"),
+    ],
+)
+def test_only_what_is_nowhere_is_called_missing(monkeypatch, cause: Exception, message: str) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", failing(caused(OSError("the words"), cause)))
+    with pytest.raises(DrklError, match=message) as caught:
+        load_config("somebody/something")
+    assert "the words" in str(caught.value)
+
+
+def test_a_model_in_memory_is_returned_as_it_is() -> None:
+    model, tokens = tiny.llama().train(), tiny.tokenizer()
+    assert load_model(model) is model and load_model(model, torch.float32) is model and model.training
+    assert load_config(model) is model.config and load_tokenizer(tokens) is tokens
+    with pytest.raises(DrklError, match=r"in memory has weights of torch.float32, and the dtype asked for is bf16"):
+        load_model(model, "bf16")
+    classifier = tiny_classifiers.make()
+    assert load_classifier(classifier, "fp32", tiny_classifiers.CLASSES) is classifier
+    with pytest.raises(DrklError, match=r"other classes|classes, expected 2"):
+        load_classifier(classifier, "fp32", ("a", "b"))
+    with pytest.raises(DrklError, match="'LlamaForCausalLM' is no classifier"):
+        load_classifier(model)
+
+
+def test_a_folder_in_the_home_folder(folder: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert load_config(f"~/{folder.name}").vocab_size == tiny.VOCAB
 
 
 def test_weights_of_another_shape(folder: Path) -> None:
@@ -108,31 +236,6 @@ def test_parameters_are_counted_without_making_them(tied: bool) -> None:
     assert count_parameters(model.config) == sum(p.numel() for p in model.parameters())
     huge = AutoConfig.for_model("llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80)
     assert count_parameters(huge) > 5e10
-
-
-def test_the_same_tokens_pass() -> None:
-    tokens = tiny.tokenizer()
-    assert shared_tokens(tokens, tiny.tokenizer(), "a", "b") == (max(tokens.get_vocab().values()) + 1, False)
-
-
-def test_tokens_that_differ_are_named() -> None:
-    student, teacher = build(extra=["x", "y"]), build(extra=["y", "x"])
-    with pytest.raises(DrklError) as error:
-        shared_tokens(student, teacher, "small", "large")
-    where = student.get_vocab()["x"]
-    assert f"{where}: student 'x', teacher 'y'" in str(error.value)
-    assert "'small'" in str(error.value) and "'large'" in str(error.value)
-
-
-def test_a_tokenizer_that_goes_on_where_the_other_ends_shares_its_beginning() -> None:
-    short, long = build(extra=["x"]), build(extra=["x", "y", "z"])
-    count = max(short.get_vocab().values()) + 1
-    assert shared_tokens(short, long, "a", "b") == shared_tokens(long, short, "a", "b") == (count, True)
-
-
-def test_tokenizers_that_both_go_on_differ() -> None:
-    with pytest.raises(DrklError, match=r"student 'y', teacher 'z'"):
-        shared_tokens(build(extra=["x", "y", "w"]), build(extra=["x", "z"]), "a", "b")
 
 
 def test_only_the_embedded_teacher_has_a_note(folder: Path) -> None:

@@ -26,17 +26,31 @@ def test_its_head_of_its_hidden_states_is_its_logits(tmp_path: Path) -> None:
     torch.testing.assert_close(teacher.head.logits(hidden)[keep], theirs[keep])
 
 
-def test_nothing_of_it_is_trained() -> None:
-    teacher = LiveTeacher(tiny.gpt2().train())
+def test_a_model_in_memory_is_read_without_gradients_and_left_as_it_was() -> None:
+    model = tiny.gpt2().train()
+    model.transformer.h[1].eval()
+    model.transformer.wpe.requires_grad_(False)
+    before = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    teacher = LiveTeacher(model)
     hidden = teacher.hidden(collate(ROWS, pad_id=0))
-    assert not hidden.requires_grad
-    assert not any(p.requires_grad for p in teacher.model.parameters())
+    assert not hidden.requires_grad and not teacher.head.weight.requires_grad
     # Without dropout, though GPT-2 has it.
     assert torch.equal(hidden, teacher.hidden(collate(ROWS, pad_id=0)))
+    assert before == ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()])
+    assert teacher.head.weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_its_precision_is_its_own(dtype: str, expected: torch.dtype, tmp_path: Path) -> None:
+def test_a_model_in_memory_is_left_as_it_was_after_a_failed_call() -> None:
+    model = tiny.gpt2().train()
+    with pytest.raises(IndexError):
+        LiveTeacher(model).hidden({"input_ids": torch.tensor([[9999]]), "attention_mask": torch.ones(1, 1)})
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("fp32", torch.float32), ("bfloat16", torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+)
+def test_its_precision_is_its_own(dtype: str | torch.dtype, expected: torch.dtype, tmp_path: Path) -> None:
     tiny.save(tiny.llama(), tmp_path)
     teacher = LiveTeacher.load(TeacherConfig(model=str(tmp_path), dtype=dtype), torch.device("cpu"))
     assert teacher.hidden(collate(ROWS, pad_id=0)).dtype == expected
@@ -79,7 +93,7 @@ def test_what_differs_in_one_token_or_position_is_another_batch() -> None:
 
 def test_memory_that_is_full_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = LiveTeacher(tiny.llama(), remember_mb=1)
-    teacher._room = 5 * 16 * 4  # the five states of ROWS in fp32
+    teacher._bytes_left = 5 * 16 * 4  # the five states of ROWS in fp32
     batches = [collate(rows, pad_id=0) for rows in (ROWS, ROWS[:1])]
     states = [teacher.hidden_at(batch, batch["labels"] != -100) for batch in batches]
     assert len(teacher._memory) == 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -33,21 +34,70 @@ def plan_steps(
     Raises:
         DrklError: no rows, or ``tokens_per_step`` below 1.
     """
+    epochs = plan_epochs(lengths, tokens_per_step=tokens_per_step, seed=seed, same_batches=same_batches)
+    steps: list[list[int]] = []
+    while len(steps) < num_steps:
+        steps += next(epochs)
+    return steps[:num_steps]
+
+
+def plan_epochs(
+    lengths: Sequence[int],
+    *,
+    tokens_per_step: int | None = None,
+    rows_per_step: int | None = None,
+    seed: int,
+    same_batches: bool = False,
+    drop_last: bool = False,
+) -> Iterator[list[list[int]]]:
+    """Yield the optimiser steps of one epoch after the other, without end; a step is a list of row indices.
+
+    Args:
+        lengths: positions each row feeds (``Row.length``).
+        tokens_per_step: as in `plan_steps`; exactly one of this and ``rows_per_step``.
+        rows_per_step: rows in an optimiser step, drawn at random; the last step of an epoch has what is left.
+        seed: seed of the shuffles.
+        same_batches: every epoch has the first one's steps, in another order.
+        drop_last: with ``rows_per_step``, leave out the last step of an epoch where it has fewer rows.
+
+    Raises:
+        DrklError: no rows, a size below 1, or ``drop_last`` where it leaves no step.
+    """
     if not lengths:
         raise DrklError("There are no rows to plan steps for.")
-    if tokens_per_step < 1:
-        raise DrklError(f"tokens_per_step must be at least 1, got {tokens_per_step}.")
-    steps: list[list[int]] = []
-    epoch = 0
-    while len(steps) < num_steps:
+    for name, size in (("tokens_per_step", tokens_per_step), ("rows_per_step", rows_per_step)):
+        if size is not None and size < 1:
+            raise DrklError(f"{name} must be at least 1, got {size}.")
+    if rows_per_step is not None and drop_last and len(lengths) < rows_per_step:
+        raise DrklError(
+            f"dataloader_drop_last leaves out every step: there are {len(lengths)} rows and a step has {rows_per_step}."
+        )
+    return _epochs(lengths, tokens_per_step, rows_per_step, seed, same_batches, drop_last)
+
+
+def _epochs(
+    lengths: Sequence[int],
+    tokens_per_step: int | None,
+    rows_per_step: int | None,
+    seed: int,
+    same_batches: bool,
+    drop_last: bool,
+) -> Iterator[list[list[int]]]:
+    first: list[list[int]] = []
+    for epoch in itertools.count():
         generator = np.random.default_rng([seed, epoch])
         if same_batches and epoch:
-            first = steps[: len(steps) // epoch]
-            steps += [first[i] for i in generator.permutation(len(first)).tolist()]
+            yield [first[i] for i in generator.permutation(len(first)).tolist()]
+            continue
+        if rows_per_step is not None:
+            order = generator.permutation(len(lengths)).tolist()
+            steps = [order[i : i + rows_per_step] for i in range(0, len(order), rows_per_step)]
+            steps = steps[:-1] if drop_last and len(steps[-1]) < rows_per_step else steps
         else:
-            steps += _plan_epoch(lengths, tokens_per_step, generator)
-        epoch += 1
-    return steps[:num_steps]
+            assert tokens_per_step is not None, "one of the two sizes is given"
+            steps = _plan_epoch(lengths, tokens_per_step, generator)
+        first = first or steps
+        yield steps
 
 
 def bucket_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

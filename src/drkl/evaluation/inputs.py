@@ -23,8 +23,7 @@ from drkl.models.load import load_classifier, load_config, load_model, load_toke
 from drkl.models.pair import check_families, check_rows, check_tokenizers, shared_vocabulary
 from drkl.models.precision import has_device, pick_device, resolve_dtype
 from drkl.run_models import evaluation_models, trained_classes
-from drkl.training.spec import RunSpec
-from drkl.training.tokens import has_encoder
+from drkl.training.spec import RunSpec, has_encoder
 
 GAMMA = 0.5
 

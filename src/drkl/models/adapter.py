@@ -20,13 +20,13 @@ CONFIG = "adapter_config.json"
 INSTALL = "pip install 'drkl[peft]'"
 
 
-def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> Any:
-    """Put LoRA layers into a model, in place, and leave them alone to be trained.
+def add_adapter(model: PreTrainedModel, config: Any, seed: int) -> Any:
+    """Put LoRA layers into a model, in place, so that they alone are trained.
 
     Args:
         model: stays the `PreTrainedModel` it is, with other layers inside.
-        config: the `peft` section.
-        seed: of the adapter's first weights; the model's function is unchanged by them.
+        config: the `peft` section, a `peft.PeftConfig`, or a dict of fields of `peft.LoraConfig`.
+        seed: random seed for the adapter's first weights; the model's function is unchanged by them.
 
     Returns:
         peft's handle on the model, for `save_adapter` and `merge_adapter`.
@@ -41,9 +41,17 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> Any:
     tied = head.weight is embeddings.weight
     task = "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
     try:
+        if isinstance(config, (PeftConfig, dict)):
+            fields = config if isinstance(config, dict) else config.lora
+            config = LoraConfig(**{"task_type": task} | fields)
+        if config.is_prompt_learning:
+            raise DrklError(
+                f"peft: a {type(config).__name__} puts prompts before the input; only adapters inside the layers (LoRA "
+                "and its kin) can be distilled."
+            )
         with torch.random.fork_rng(), _quiet_peft():
             torch.manual_seed(seed)
-            adapter = get_peft_model(model, LoraConfig(**{"task_type": task} | config.lora))
+            adapter = get_peft_model(model, config)
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise DrklError(f"peft: {' '.join(str(error).split())[:400]}") from error
     what = {id(head): "the output head"}

@@ -1,4 +1,4 @@
-"""Models that give a text one of several classes: the names of the classes, and what a pair has to have in common."""
+"""Sequence classifiers: the names of their classes, and whether two models have the same ones."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ _SUFFIX = "ForSequenceClassification"
 
 
 def is_classifier(model_or_config: Any) -> bool:
-    """Whether a model, or the model that a config was saved with, gives a text a class."""
+    """Whether this model, or the model that this config was saved with, is a sequence classifier."""
     config = getattr(model_or_config, "config", None)
     names = getattr(model_or_config, "architectures", None) if config is None else [type(model_or_config).__name__]
     return any(str(name).endswith(_SUFFIX) for name in names or ())
 
 
-def class_names(config: Any, name: str) -> tuple[str, ...]:
-    """The classes of a classifier's config in the order of their ids.
+def class_names(model_or_config: Any, name: str) -> tuple[str, ...]:
+    """Return the classes of a classifier in the order of their ids.
 
     Args:
-        config: its config.
-        name: what an error calls the model.
+        model_or_config: the classifier, or its config as saved.
+        name: the model's name in errors.
 
     Raises:
         DrklError: no classifier, a regression, several labels for one text, or two classes of one name.
     """
-    if not is_classifier(config):
+    config = getattr(model_or_config, "config", model_or_config)
+    if not is_classifier(model_or_config):
         raise DrklError(
             f"{name!r} is no classifier (its config.json says {getattr(config, 'architectures', None)}), so it has no "
             "class logits. Use a model that was trained for sequence classification."
@@ -40,17 +41,17 @@ def class_names(config: Any, name: str) -> tuple[str, ...]:
         )
     classes = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
     if len(set(classes)) < len(classes):
-        twice = next(one for one in classes if classes.count(one) > 1)
+        twice = next(name for name in classes if classes.count(name) > 1)
         raise DrklError(f"{name!r} calls two of its classes {twice!r}; rename one in id2label of its config.json.")
     return classes
 
 
-def check_classes(config: Any, classes: Sequence[str], name: str) -> None:
+def check_classes(model_or_config: Any, classes: Sequence[str], name: str) -> None:
     """Raise DrklError unless a classifier has these classes in this order.
 
     Every objective compares class number i of the student with class number i of the teacher.
     """
-    ours = class_names(config, name)
+    ours = class_names(model_or_config, name)
     if ours == tuple(classes):
         return
     if sorted(ours) == sorted(classes):
@@ -59,7 +60,7 @@ def check_classes(config: Any, classes: Sequence[str], name: str) -> None:
     elif len(ours) != len(classes):
         what = f"{len(ours)} classes, expected {len(classes)}"
     else:
-        strange = next(one for one in ours if one not in classes)
+        strange = next(name for name in ours if name not in classes)
         what = f"other classes (for instance {strange!r}; expected {classes[0]!r} and so on)"
     raise DrklError(
         f"{name!r} has {what}. Student and teacher are compared class by class, by number: choose models of one set of "
@@ -68,7 +69,7 @@ def check_classes(config: Any, classes: Sequence[str], name: str) -> None:
 
 
 def label_fields(classes: Sequence[str]) -> dict[str, Any]:
-    """The fields of a config that name its classes."""
+    """Return the fields of a model config that name its classes."""
     return {
         "id2label": dict(enumerate(classes)),
         "label2id": {name: number for number, name in enumerate(classes)},

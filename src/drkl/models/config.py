@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from drkl.errors import did_you_mean
 
-Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPE_NAMES = {
+    "float32": "fp32",
+    "float": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float64": "fp64",
+    "double": "fp64",
+}
+"""torch's names of the dtypes, and the short ones that configs and records use."""
+
+
+def short_dtype(dtype: Any) -> Any:
+    """Return ``fp32`` for ``float32``, ``torch.float32`` and the like; anything unknown comes back as it is."""
+    name = str(dtype).removeprefix("torch.")
+    known = name in DTYPE_NAMES or name in DTYPE_NAMES.values() or name == "auto"
+    return DTYPE_NAMES.get(name, name) if known else dtype
+
+
+Dtype = Annotated[Literal["auto", "fp32", "bf16", "fp16"], BeforeValidator(short_dtype)]
 
 
 class StudentConfig(BaseModel):
@@ -37,8 +56,8 @@ class StudentConfig(BaseModel):
     freeze_embeddings: bool = Field(
         False, description="keep the token embeddings (and a head tied to them) as they are; for prune, the teacher's"
     )
-    dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the student's own weights, which the optimiser moves"
+    dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_dtype)] = Field(
+        "fp32", description="dtype of the student's weights, which the optimiser updates"
     )
 
     @model_validator(mode="after")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
@@ -113,6 +114,19 @@ def _decoder_scale(config: Any) -> float:
     return float(config.hidden_size**-0.5) if scales else 1.0
 
 
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """Raise DrklError unless `lm_head` of `hidden_states` gives the model's own logits.
@@ -125,13 +139,9 @@ def check_head(model: PreTrainedModel) -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if is_encoder_decoder(model):
         batch |= {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
-    training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         theirs = model(**batch, use_cache=False).logits.float()
         ours = lm_head(model).logits(hidden_states(model, batch)).float()
-    finally:
-        model.train(training)
     spread = float(theirs.abs().max())
     tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2
     if ours.shape != theirs.shape or float((ours - theirs).abs().max()) > tolerance * max(spread, 1.0):

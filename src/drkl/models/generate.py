@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from drkl.data.collate import collate_prompts, collate_sources
 from drkl.data.template import stop_token_ids
 from drkl.errors import DrklError
-from drkl.models.forward import decoder_start, is_encoder_decoder
+from drkl.models.forward import decoder_start, in_eval_mode, is_encoder_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -265,15 +265,13 @@ def _plain_decoding(model: PreTrainedModel) -> Iterator[None]:
     ``generate`` fills whatever the config it is given leaves out from ``model.generation_config``: top-k or a
     repetition penalty would come in that way.
     """
-    own, was_training = model.generation_config, model.training
+    own = model.generation_config
     model.generation_config = GenerationConfig()
-    model.eval()
     try:
-        yield
+        with in_eval_mode(model):
+            yield
     finally:
         model.generation_config = own
-        if was_training:
-            model.train()
 
 
 def _default_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,12 +1,14 @@
-"""Models, configs and tokenizers by a folder or a Hugging Face id; safetensors only, no code from the model's side."""
+"""Load models, configs and tokenizers from a folder or the Hugging Face hub; safetensors only, no remote code."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -15,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers import logging as transformers_logging
 
@@ -23,11 +26,15 @@ from drkl.models import smollm2
 from drkl.models.adapter import adapter_base, read_adapter
 from drkl.models.classes import check_classes, class_names, is_classifier, label_fields
 from drkl.models.forward import is_encoder_decoder
-from drkl.models.precision import DTYPES
+from drkl.models.precision import DtypeLike, resolve_dtype, torch_dtype
 
-# What loading raises: files that are missing or broken, a config without its class, a tokenizer without its library,
-# weights of another shape.
-_FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+Name = str | os.PathLike[str]
+"""A folder, a Hugging Face id, or the embedded teacher's name."""
+
+# What missing, broken or foreign files raise: a config without its class, a tokenizer without its library.
+_FAILURES = (OSError, ValueError, KeyError, ImportError, SafetensorError, hub_errors.StrictDataclassError)
+_NOWHERE = (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError)
+_UNREACHABLE = (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError)
 # Said, not left to the default: that asks on the terminal and waits.
 _NO_CODE = {"trust_remote_code": False}
 
@@ -38,54 +45,64 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def resolve_model(name: str) -> str:
-    """The embedded teacher's name becomes its folder (converted on first use); anything else stays."""
-    return str(smollm2.ensure_converted()) if name == smollm2.NAME else name
+def resolve_model(name: Name) -> str:
+    """Return the folder of the embedded teacher (converted on first use) for its name; any other name unchanged."""
+    return str(smollm2.ensure_converted()) if name == smollm2.NAME else _text(name)
 
 
-def model_note(name: str) -> str | None:
-    """What a reader of results has to know of a model, or None."""
+def model_note(name: Name) -> str | None:
+    """Return what a reader of results should know about a model, or None."""
     if name == smollm2.NAME or (Path(name).is_dir() and Path(name).resolve() == smollm2.converted_path().resolve()):
         return smollm2.NOTE
     return None
 
 
-def load_model(name: str, dtype: str) -> PreTrainedModel:
+def load_model(model: Name | PreTrainedModel, dtype: DtypeLike = "auto") -> PreTrainedModel:
     """Load a language model, decoder-only or encoder-decoder as its config says, in eval mode, on the CPU.
 
-    A folder with a LoRA adapter gives the model it belongs to with the adapter merged.
+    A folder with a LoRA adapter gives its base model with the adapter merged.
 
     Args:
-        name: ``smollm2-135m-instruct``, a local folder, or a Hugging Face id.
-        dtype: ``fp32``, ``bf16`` or ``fp16``.
+        model: ``smollm2-135m-instruct``, a local folder or a Hugging Face id; a model in memory is returned as it is.
+        dtype: of the weights: a name (``fp32``, ``float32``, ``bf16``, ...), a ``torch.dtype``, or ``auto``: bf16
+            where this machine's device is fast at it, else fp32. A model in memory has to have it already.
 
     Raises:
-        DrklError: nowhere to be found, not a language model, or without safetensors.
+        DrklError: no such model, not a language model, no safetensors, or an unknown dtype.
     """
-
+    if isinstance(model, PreTrainedModel):
+        return _in_memory(model, dtype)
+    name, wanted = _text(model), torch_dtype(dtype)
     if (base := adapter_base(name)) is not None:
-        return read_adapter(load_model(base, dtype), name).eval()
+        return read_adapter(load_model(base, wanted), name).eval()
 
     def load(source: str) -> Any:
         family = model_class(AutoConfig.from_pretrained(source, **_NO_CODE))
-        return family.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True, **_NO_CODE)
+        return family.from_pretrained(source, dtype=wanted, use_safetensors=True, **_NO_CODE)
 
     loaded: PreTrainedModel = _load(name, "model", load)
     return loaded.eval()
 
 
-def load_classifier(name: str, dtype: str, classes: Sequence[str] | None = None) -> PreTrainedModel:
+def load_classifier(
+    model: Name | PreTrainedModel, dtype: DtypeLike = "auto", classes: Sequence[str] | None = None
+) -> PreTrainedModel:
     """Load a text classifier in eval mode, on the CPU.
 
     Args:
-        name: a local folder or a Hugging Face id.
-        dtype: ``fp32``, ``bf16`` or ``fp16``.
+        model: a local folder or a Hugging Face id; a model in memory is checked and returned as it is.
+        dtype: as for `load_model`.
         classes: the names it has to have, by number; None for its own. A model without a head for classes gets a new
             one for these, at random.
 
     Raises:
-        DrklError: nowhere to be found, no classifier where ``classes`` is None, or one of other classes.
+        DrklError: no such model, no classifier where ``classes`` is None, other classes, or an unknown dtype.
     """
+    if isinstance(model, PreTrainedModel):
+        name = type(model).__name__
+        check_classes(model, class_names(model, name) if classes is None else classes, name)
+        return _in_memory(model, dtype)
+    name, wanted = _text(model), torch_dtype(dtype)
     if adapter_base(name) is not None:
         raise DrklError(f"{name!r} is a LoRA adapter; a classifier has to be a whole model. Merge it first.")
     config = load_config(name)
@@ -96,11 +113,20 @@ def load_classifier(name: str, dtype: str, classes: Sequence[str] | None = None)
         fields = label_fields(classes)
 
     def load(source: str) -> Any:
-        wanted = {"dtype": DTYPES[dtype], "use_safetensors": True} | fields | _NO_CODE
-        return AutoModelForSequenceClassification.from_pretrained(source, **wanted)
+        options = {"dtype": wanted, "use_safetensors": True} | fields | _NO_CODE
+        return AutoModelForSequenceClassification.from_pretrained(source, **options)
 
     loaded: PreTrainedModel = _load(name, "classifier", load)
     return loaded.eval()
+
+
+def _in_memory(model: PreTrainedModel, dtype: DtypeLike) -> PreTrainedModel:
+    if dtype != "auto" and torch_dtype(dtype) != model.dtype:
+        raise DrklError(
+            f"The {type(model).__name__} in memory has weights of {model.dtype}, and the dtype asked for is "
+            f"{resolve_dtype(dtype)}. Convert it first: model.to({torch_dtype(dtype)})."
+        )
+    return model
 
 
 def model_class(config: Any, *, classifier: bool = False) -> Any:
@@ -110,8 +136,14 @@ def model_class(config: Any, *, classifier: bool = False) -> Any:
     return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
-def load_config(name: str) -> Any:
-    """Load a model's config alone, an adapter's model's too; the embedded teacher's is read without converting it."""
+def load_config(model: Name | PreTrainedModel) -> Any:
+    """Load a model's config alone, for an adapter that of its base model; a model in memory gives its own.
+
+    The embedded teacher's is read without converting its weights.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model.config
+    name = _text(model)
     if (base := adapter_base(name)) is not None:
         return load_config(base)
     if name == smollm2.NAME and not smollm2.is_converted():
@@ -120,15 +152,26 @@ def load_config(name: str) -> Any:
     return _load(name, "config", lambda source: AutoConfig.from_pretrained(source, **_NO_CODE))
 
 
-def load_tokenizer(name: str, *, classifier: bool = False) -> Any:
-    """Load a tokenizer; one without a padding token pads with its end of sequence (masks never look at ids).
+def load_tokenizer(tokenizer: Name | PreTrainedTokenizerBase, *, classifier: bool = False) -> Any:
+    """Load a tokenizer; one in memory is checked and returned.
 
-    A classifier writes nothing, so its tokenizer needs no end of sequence.
+    A tokenizer without a padding token is given its end-of-sequence token for that (masks never look at ids). A
+    classifier writes nothing, so its tokenizer needs no end of sequence.
+
+    Raises:
+        DrklError: no such tokenizer, or one without an end of sequence or anything to pad with.
     """
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return _checked_tokenizer(tokenizer, tokenizer.name_or_path or type(tokenizer).__name__, classifier)
+    name = _text(tokenizer)
     if name == smollm2.NAME and not smollm2.is_converted():
-        tokenizer = AutoTokenizer.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
+        loaded = AutoTokenizer.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
     else:
-        tokenizer = _load(name, "tokenizer", lambda source: AutoTokenizer.from_pretrained(source, **_NO_CODE))
+        loaded = _load(name, "tokenizer", lambda source: AutoTokenizer.from_pretrained(source, **_NO_CODE))
+    return _checked_tokenizer(loaded, name, classifier)
+
+
+def _checked_tokenizer(tokenizer: Any, name: str, classifier: bool) -> Any:
     if tokenizer.eos_token_id is None and not classifier:
         raise DrklError(
             f"The tokenizer of {name!r} has no end-of-sequence token, so a student could not learn to stop."
@@ -147,48 +190,53 @@ def count_parameters(config: Any, *, classifier: bool = False) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def shared_tokens(student: Any, teacher: Any, student_name: str, teacher_name: str) -> tuple[int, bool]:
-    """How many ids, from 0, mean the same token in two tokenizers, and whether one goes on where the other ends.
-
-    Raises:
-        DrklError: an id that means one token here and another there, or two tokenizers of which one is no beginning
-            of the other.
-    """
-    theirs, ours = ({i: token for token, i in one.get_vocab().items()} for one in (teacher, student))
-    if theirs == ours:
-        return max(ours) + 1, False
-    differ = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
-    # The ids that differ are all one tokenizer's, and come after all of the other's: tokens added at the end.
-    if differ[0] and (differ[0] > max(ours) or differ[0] > max(theirs)):
-        return differ[0], True
-    first = ", ".join(f"{i}: student {ours.get(i)!r}, teacher {theirs.get(i)!r}" for i in differ[:3])
-    raise DrklError(
-        f"The vocabularies differ: the student {student_name!r} has {len(ours)} tokens, the teacher {teacher_name!r} "
-        f"{len(theirs)} (first ids that differ: {first}). One batch feeds both models, so an id has to be one "
-        "token to both; choose a student of the teacher's family."
-    )
+def _text(name: Name) -> str:
+    text = os.fspath(name)
+    return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
 def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
     source = resolve_model(name)
+    if not Path(source).is_dir() and name.startswith((".", "/", "~")):
+        raise DrklError(f"There is no folder {name!r}, from which the {what} was to be loaded.")
     try:
         return load(source)
+    except DrklError:
+        raise
     except _FAILURES as error:
-        raise _not_found(name, what, error) from error
+        raise _explained(name, what, error) from error
+    except RuntimeError as error:
+        # Any other RuntimeError (memory, a device) is not about the files and keeps its own words.
+        if "ignore_mismatched_sizes" not in str(error) or any("memory" in str(cause) for cause in _causes(error)):
+            raise
+        raise _explained(name, what, error) from error
 
 
-def _not_found(name: str, what: str, error: Exception) -> DrklError:
+def _explained(name: str, what: str, error: Exception) -> DrklError:
+    """A loader's error in its own words, after what they say about the place it was loaded from."""
+    causes = list(_causes(error))
     folder = Path(name)
-    reason = " ".join(str(error).split())
-    if folder.is_dir():
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+        where = f"Cannot read the {what} {name!r}"
+    elif folder.is_dir():
         where = f"The folder {name!r} is there, but no usable {what} was found in it"
         if "safetensors" in reason and any(folder.glob("*.bin")):
             where += " (it has .bin weights; those are pickle files, convert them to safetensors first)"
-    elif name.startswith((".", "/", "~")):
-        where = f"There is no folder {name!r}"
-    else:
+    elif any(isinstance(cause, hub_errors.GatedRepoError) for cause in causes):
+        where = f"The {what} {name!r} is gated on the hub: ask for access on its page, then log in with `hf auth login`"
+    elif any(isinstance(cause, _NOWHERE + _UNREACHABLE) for cause in causes):
+        reached = "" if any(isinstance(cause, _NOWHERE) for cause in causes) else ", which could not be reached"
         where = (
             f"There is no {what} {name!r}: looked for a folder of that name here, in the Hugging Face cache, and on "
-            f"the hub. The embedded teacher is called {smollm2.NAME!r}"
+            f"the hub{reached}. The embedded teacher is called {smollm2.NAME!r}"
         )
-    return DrklError(f"{where}. ({reason[:300]})")
+    else:
+        where = f"Cannot load the {what} {name!r}"
+    return DrklError(f"{where}. ({reason})")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

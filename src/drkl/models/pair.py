@@ -10,27 +10,38 @@ from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.models.config import StudentConfig
 from drkl.models.forward import decoder_start, is_encoder_decoder
-from drkl.models.load import load_config, load_tokenizer, shared_tokens
+from drkl.models.load import load_config, load_tokenizer
 from drkl.models.student import source_model, student_config
 
 
 def check_families(student: StudentConfig, teacher_name: str | None, tokenizer: Any = None) -> None:
-    """Raise DrklError where an encoder-decoder and a decoder-only model are to be compared."""
+    """Raise DrklError where the models of a config are of two kinds; reads their configs alone."""
     if teacher_name is None:
         return
-    ours, theirs = student_config(student, teacher_name, tokenizer), load_config(teacher_name)
-    if is_encoder_decoder(ours) != is_encoder_decoder(theirs):
+    name = student.model_type or source_model(student, teacher_name)
+    check_same_family(student_config(student, teacher_name, tokenizer), load_config(teacher_name), name, teacher_name)
+
+
+def check_same_family(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
+    """Raise DrklError where an encoder-decoder and a decoder-only model are to be compared.
+
+    Args:
+        student: the student's model config.
+        teacher: the teacher's model config.
+        student_name: what an error calls the student.
+        teacher_name: what an error calls the teacher.
+    """
+    if is_encoder_decoder(student) != is_encoder_decoder(teacher):
         kinds = {True: "an encoder-decoder", False: "a decoder-only model"}
-        name = student.model_type or source_model(student, teacher_name)
         raise DrklError(
-            f"The student {name!r} is {kinds[is_encoder_decoder(ours)]} and the teacher "
-            f"{teacher_name!r} {kinds[is_encoder_decoder(theirs)]}: they read a row in different ways, so their "
+            f"The student {student_name!r} is {kinds[is_encoder_decoder(student)]} and the teacher "
+            f"{teacher_name!r} {kinds[is_encoder_decoder(teacher)]}: they read a row in different ways, so their "
             "positions cannot be compared. Choose both of one kind."
         )
-    if decoder_start(ours) != decoder_start(theirs):
+    if decoder_start(student) != decoder_start(teacher):
         raise DrklError(
-            f"The student's decoder starts with the token {decoder_start(ours)} and the teacher's with "
-            f"{decoder_start(theirs)}; one batch feeds both. Set decoder_start_token_id to the same in both configs."
+            f"The student's decoder starts with the token {decoder_start(student)} and the teacher's with "
+            f"{decoder_start(teacher)}; one batch feeds both. Set decoder_start_token_id to the same in both configs."
         )
 
 
@@ -56,6 +67,28 @@ def check_tokenizers(
         return None
     ours, theirs = (load_tokenizer(name, classifier=classifier) for name in (source, teacher_name))
     return SharedTokens(*shared_tokens(ours, theirs, source, teacher_name))
+
+
+def shared_tokens(student: Any, teacher: Any, student_name: str, teacher_name: str) -> tuple[int, bool]:
+    """How many ids, from 0, mean the same token in two tokenizers, and whether one goes on where the other ends.
+
+    Raises:
+        DrklError: an id that means one token here and another there, or two tokenizers of which one is no beginning
+            of the other.
+    """
+    theirs, ours = ({i: token for token, i in one.get_vocab().items()} for one in (teacher, student))
+    if theirs == ours:
+        return max(ours) + 1, False
+    differ = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+    # The ids that differ are all one tokenizer's, and come after all of the other's: tokens added at the end.
+    if differ[0] and (differ[0] > max(ours) or differ[0] > max(theirs)):
+        return differ[0], True
+    first = ", ".join(f"{i}: student {ours.get(i)!r}, teacher {theirs.get(i)!r}" for i in differ[:3])
+    raise DrklError(
+        f"The vocabularies differ: the student {student_name!r} has {len(ours)} tokens, the teacher {teacher_name!r} "
+        f"{len(theirs)} (first ids that differ: {first}). One batch feeds both models, so an id has to be one "
+        "token to both; choose a student of the teacher's family."
+    )
 
 
 def shared_vocabulary(

@@ -1,4 +1,4 @@
-"""Which number format is worth using where."""
+"""Floating-point formats: their names, and which of them is fast on which device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from drkl.errors import DrklError, did_you_mean
+from drkl.models.config import DTYPE_NAMES, short_dtype
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+DtypeLike = str | torch.dtype
+"""``auto``, a name (``fp32``, ``float32``, ``bf16``, ``bfloat16``, ...) or a ``torch.dtype``."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -40,8 +46,31 @@ def has_fast_bf16(device: torch.device) -> bool:
     return False
 
 
-def resolve_dtype(name: str, device: torch.device) -> str:
-    """``auto`` is bf16 where the device has it in hardware, else fp32."""
-    if name != "auto":
-        return name
-    return "bf16" if has_fast_bf16(device) else "fp32"
+def resolve_dtype(dtype: DtypeLike, device: torch.device | None = None) -> str:
+    """Return the short name of a dtype: ``fp32``, ``bf16``, ``fp16`` or ``fp64``.
+
+    Args:
+        dtype: a name or a ``torch.dtype``; ``auto`` is bf16 where the device multiplies it in hardware, else fp32.
+        device: decides ``auto``; None is the device that ``pick_device("auto")`` gives.
+
+    Raises:
+        DrklError: an unknown name, or a dtype that no weights are trained or run in here.
+
+    >>> resolve_dtype(torch.float32), resolve_dtype("bfloat16")
+    ('fp32', 'bf16')
+    """
+    name = short_dtype(dtype)
+    if name == "auto":
+        return "bf16" if has_fast_bf16(pick_device("auto") if device is None else device) else "fp32"
+    if name not in DTYPES:
+        known = sorted({*DTYPE_NAMES, *DTYPES})
+        raise DrklError(
+            f"The dtype {dtype!r} is not one that models are loaded in; expected auto, {', '.join(known)}, or the "
+            f"torch.dtype of that name.{did_you_mean(str(dtype), known)}"
+        )
+    return str(name)
+
+
+def torch_dtype(dtype: DtypeLike, device: torch.device | None = None) -> torch.dtype:
+    """Return the ``torch.dtype`` of a name, as `resolve_dtype` reads it."""
+    return DTYPES[resolve_dtype(dtype, device)]

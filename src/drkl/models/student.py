@@ -16,7 +16,7 @@ from drkl.models.classes import is_classifier, label_fields
 from drkl.models.config import StudentConfig
 from drkl.models.forward import decoder_start, is_encoder_decoder
 from drkl.models.load import load_classifier, load_config, load_model, model_class
-from drkl.models.precision import DTYPES
+from drkl.models.precision import torch_dtype
 
 
 def make_student(
@@ -52,7 +52,7 @@ def _make(
     if config.init == "random":
         model_config = student_config(config, teacher_name, tokenizer, classes)
         family = model_class(model_config, classifier=classes is not None)
-        made: PreTrainedModel = family.from_config(model_config, dtype=DTYPES[config.dtype])
+        made: PreTrainedModel = family.from_config(model_config, dtype=torch_dtype(config.dtype))
         return made
     source = source_model(config, teacher_name)
     base = load_model(source, config.dtype) if classes is None else load_classifier(source, config.dtype, classes)

@@ -11,21 +11,32 @@ from transformers import PreTrainedModel
 
 from drkl.losses import LMHead
 from drkl.models.classes import is_classifier
-from drkl.models.forward import INPUTS, check_head, hidden_states, output_head
+from drkl.models.forward import INPUTS, check_head, hidden_states, in_eval_mode, output_head
 from drkl.models.load import load_classifier, load_model
 from drkl.models.precision import resolve_dtype
 from drkl.teachers.config import TeacherConfig
 
 
 class LiveTeacher:
-    """The teacher's hidden states and head (of a classifier the class logits), on demand and without gradients."""
+    """A teacher's hidden states and output head (class logits of a classifier), on demand and without gradients.
+
+    The model may be somebody else's: its training mode and its ``requires_grad`` flags are as before after every call.
+    """
 
     def __init__(self, model: PreTrainedModel, remember_mb: int = 0) -> None:
-        self.model = model.eval().requires_grad_(False)
+        """
+        Args:
+            model: on its device.
+            remember_mb: memory for the states of batches already seen, in MiB.
+
+        Raises:
+            DrklError: the model's logits are not those of its head on its hidden states.
+        """
+        self.model = model
         if not is_classifier(model):
-            check_head(self.model)
+            check_head(model)
         self._memory: dict[bytes, Tensor] = {}
-        self._room = remember_mb * 2**20
+        self._bytes_left = remember_mb * 2**20
 
     @classmethod
     def load(cls, config: TeacherConfig, device: torch.device, *, classifier: bool = False) -> LiveTeacher:
@@ -36,34 +47,37 @@ class LiveTeacher:
 
     @property
     def head(self) -> LMHead | None:
-        return output_head(self.model)
+        """The output head, detached; None for a classifier."""
+        head = output_head(self.model)
+        return None if head is None else head.detached()
 
     @torch.no_grad()
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The last hidden states `[batch, tokens, hidden]`."""
-        return hidden_states(self.model, batch)
+        """Return the last hidden states `[batch, tokens, hidden]`, without dropout."""
+        with in_eval_mode(self.model):
+            return hidden_states(self.model, batch)
 
     def hidden_at(self, batch: Mapping[str, Tensor], keep: Tensor) -> Tensor:
-        """The last hidden states `[n, hidden]` at the positions where ``keep`` `[batch, tokens]` is true.
+        """Return the last hidden states `[n, hidden]` at the positions where ``keep`` `[batch, tokens]` is true.
 
-        Those of a batch are remembered as long as there is room: the same batch gives the same bits again, so that
-        remembering changes no result.
+        The states of a batch are kept while they fit into ``remember_mb``. The same batch gives the same bits again,
+        so remembering changes no result.
         """
-        if not self._room and not self._memory:
+        if not self._bytes_left and not self._memory:
             return self.hidden(batch)[keep]
         key = _digest(*(batch[name] for name in INPUTS if name in batch), keep)
         if (states := self._memory.get(key)) is not None:
             return states.to(keep.device)
         states = self.hidden(batch)[keep]
         size = states.numel() * states.element_size()
-        if size <= self._room:
-            self._room -= size
+        if size <= self._bytes_left:
+            self._bytes_left -= size
             self._memory[key] = states.cpu()
         return states
 
 
 def _digest(*tensors: Tensor) -> bytes:
-    """What tells two batches apart."""
+    """A key that differs for batches that differ in a shape or a value."""
     digest = hashlib.blake2b(str([list(tensor.shape) for tensor in tensors]).encode())
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().numpy().tobytes())

@@ -1,76 +1,299 @@
-"""From a run's config to `transformers.TrainingArguments`."""
+"""`DistillationConfig`: `TrainingArguments` with the defaults of drkl and the fields that distillation adds."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from drkl.errors import DrklError
-from drkl.models.precision import resolve_dtype
-from drkl.training.spec import RunSpec
+from drkl.errors import DrklError, did_you_mean
+from drkl.losses.config import LossConfig
+from drkl.models.precision import pick_device, resolve_dtype
+from drkl.objectives import Objective, make_objective
+from drkl.training import trl
+from drkl.training.config import DEFAULT_TOKENS_PER_STEP
+
+_EVAL_STEPS, _SAVE_STEPS = 50, 100
+"""Steps between held-out losses and between checkpoints, where neither is given."""
+
+# What transformers would do with these, drkl does otherwise: a value other than the default is refused by name.
+_REFUSED = {
+    "label_smoothing_factor": "the objective is the whole loss; kd_weight adds a cross-entropy",
+    "auto_find_batch_size": "a step's size follows from tokens_per_step; gradient_accumulation_steps cuts it smaller",
+    "remove_unused_columns": "rows are tokenised when the trainer is made, and columns that are not read are left out",
+    "train_sampling_strategy": "drkl shuffles the rows itself, by the seed; tokens_per_step groups them by length",
+    "push_to_hub": "call save_model(), then upload the folder student/ with huggingface_hub.upload_folder",
+    "prediction_loss_only": "an evaluation during training returns no predictions; drkl.evaluate measures a student",
+    "batch_eval_metrics": "an evaluation during training returns no predictions; drkl.evaluate measures a student",
+    "use_liger_kernel": "the loss is fused already, and liger's patches replace the forward that it reads",
+}
 
 
-def checkpointing_field() -> str:
-    """What this transformers calls it; the older name is deprecated where there is a newer one."""
-    names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """The arguments of a `DistillationTrainer`: every field of `transformers.TrainingArguments`, and those below.
 
+    Defaults that differ from transformers': ``learning_rate`` 5e-4, ``lr_scheduler_type`` cosine, ``warmup_steps`` a
+    twentieth of the steps, ``weight_decay`` 0.01, ``logging_steps`` 10, ``seed`` 0, ``save_total_limit`` 2, ``bf16``
+    wherever the device has it in hardware, a held-out loss every 50 steps where there is an ``eval_dataset``, a
+    checkpoint every 100, and the best of those at the end. ``output_dir`` is a run folder.
 
-def training_arguments(spec: RunSpec, device: torch.device) -> TrainingArguments:
-    """The `TrainingArguments` of a run; ``training.arguments`` has the last word where it may speak at all.
+    Args:
+        objective: a name in `drkl.OBJECTIVES`, an objective, or a function
+            ``(student_logp, teacher_logp, labels) -> [n]``.
+        objective_params: the hyper-parameters of an objective given by its name.
+        temperature: divides both models' logits in the loss; nothing is sampled here.
+        kd_weight: weight of the objective, in [0, 1]; the rest is cross-entropy with the data, at temperature 1.
+        t2_scaling: multiply the objective by the temperature squared.
+        per_device_train_batch_size: rows in a micro-batch of one device; in its place:
+        tokens_per_step: input positions, padding included, in one optimiser step over all devices. Neither is 1024.
+        same_batches: every epoch has the batches of the first, in another order.
+        max_prompt_tokens: rows with a longer prompt are left out (and counted); of a smaller ``max_tokens`` half.
+        max_tokens: prompt and response together; a longer response is cut at its end (and counted).
+        turns: "last" (learn the last assistant turn of a conversation) or "all".
+        template: how a prompt is written: auto, chat, alpaca, minillm, plain, or jinja text.
+        freeze_embeddings: keep the token embeddings, and a head tied to them, as they are.
+        eval_rows: rows of ``eval_dataset`` for the losses during training, at most.
+        early_stop_patience: stop after so many held-out losses without a new best; None never does.
+        teacher_remember_mb: memory, in MiB, for the teacher's states of batches already seen (see ``same_batches``).
+        precision: auto, fp32, bf16 or fp16; the same as transformers' ``bf16`` and ``fp16`` flags.
+        model_init_kwargs: for a ``model`` given by its name: ``dtype``, and what ``from_pretrained`` takes.
+        teacher_model_init_kwargs: the same for ``teacher_model``.
+        teacher_model_name_or_path: the teacher's name, where the trainer is given no ``teacher_model``.
+        teacher_model_revision: a branch, tag or commit of that name.
+        beta: TRL's name for the divergence: 0 is ``fkl``, 1 is ``rkl``, between is ``gjs``; in place of ``objective``.
+        disable_dropout: set the student's dropout to 0.
 
     Raises:
-        DrklError: a value that transformers refuses.
+        DrklError: a field that contradicts another, a value outside its domain, or one that means nothing here.
     """
-    training = spec.training
-    precision = resolve_dtype(training.precision, device)
-    if precision == "fp16" and device.type != "cuda":
-        raise DrklError(f"training.precision is fp16, which needs CUDA, but the device is {device.type}; use bf16.")
-    arguments: dict[str, Any] = {
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, training.max_steps // 20),
-        "weight_decay": 0.01,
-        "max_grad_norm": 1.0,
-        "logging_steps": 10,
-        "save_total_limit": 2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_nan_inf_filter": False,
-        "dataloader_pin_memory": device.type == "cuda",
-        "ddp_find_unused_parameters": False,
-    } | training.arguments
-    if training.gradient_checkpointing:
-        name = checkpointing_field()
-        # The reentrant kind asks that the first layer's input needs a gradient, which frozen embeddings do not give.
-        arguments = {f"{name}_kwargs": {"use_reentrant": False}} | arguments | {name: True}
-    try:
-        made = TrainingArguments(
-            output_dir=str(spec.folder.checkpoints_path),
-            seed=spec.run.seed,
-            use_cpu=device.type == "cpu",
-            max_steps=training.max_steps,
-            learning_rate=training.learning_rate,
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
-            eval_strategy="steps",
-            eval_steps=training.eval_every,
-            save_strategy="steps",
-            save_steps=training.save_every,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_loss",
-            greater_is_better=False,
-            per_device_train_batch_size=1,
-            train_sampling_strategy="sequential",
-            remove_unused_columns=False,
-            **arguments,
-        )
-    except (TypeError, ValueError, ImportError) as error:
-        raise DrklError(f"training.arguments: {' '.join(str(error).split())}") from error
-    # Several cards in one process would be nn.DataParallel, which cuts batches by itself; torchrun uses them all.
-    made._n_gpu = min(made.n_gpu, 1)
-    if not isinstance(made.gradient_accumulation_steps, int) or made.gradient_accumulation_steps < 1:
-        raise DrklError("training.arguments: gradient_accumulation_steps has to be a whole number of at least 1.")
-    return made
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: Any = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Warm-up: steps, or a share below 1. Default: a twentieth of the steps."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    logging_steps: float = field(default=10, metadata={"help": "Optimiser steps between two lines of train.jsonl."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
+    seed: int = field(default=0, metadata={"help": "Random seed for data order and weight initialisation."})
+    bf16: bool | None = field(default=None, metadata={"help": "Compute in bf16. Default: where it is fast."})  # type: ignore[assignment]
+    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Rows in a micro-batch of one device; in place of tokens_per_step."}
+    )
+    per_device_eval_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Rows in a held-out batch. Default: batches of 4096 positions."}
+    )
+    eval_strategy: Any = field(default=None, metadata={"help": "no, steps or epoch. Default: as save_strategy."})
+    eval_steps: float | None = field(default=None, metadata={"help": "Steps between held-out losses. Default: 50."})
+    save_steps: float | None = field(default=None, metadata={"help": "Steps between checkpoints. Default: 100."})  # type: ignore[assignment]
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best among them."})
+    load_best_model_at_end: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "End with the best held-out loss. Default: where it is known."}
+    )
+    metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "What decides the best."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Means nothing here."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "As in transformers."})
+
+    objective: Any = field(default="drkl", metadata={"help": "Name of the objective, an objective, or a function."})
+    objective_params: dict[str, Any] | None = field(default=None, metadata={"help": "Its hyper-parameters."})
+    temperature: float = field(default=1.0, metadata={"help": "Divides both models' logits in the loss."})
+    kd_weight: float = field(default=1.0, metadata={"help": "Weight of the objective; the rest is cross-entropy."})
+    t2_scaling: bool = field(default=False, metadata={"help": "Multiply the objective by temperature squared."})
+    tokens_per_step: int | None = field(default=None, metadata={"help": "Input positions in an optimiser step."})
+    same_batches: bool = field(default=False, metadata={"help": "Every epoch has the batches of the first."})
+    max_prompt_tokens: int | None = field(default=None, metadata={"help": "Longest prompt, in tokens. Default: 256."})
+    max_tokens: int = field(default=512, metadata={"help": "Prompt and response together, in tokens."})
+    turns: str = field(default="last", metadata={"help": "last or all: the turns of a conversation that are learnt."})
+    template: str = field(default="auto", metadata={"help": "How a prompt is written."})
+    freeze_embeddings: bool = field(default=False, metadata={"help": "Keep the token embeddings as they are."})
+    eval_rows: int = field(default=48, metadata={"help": "Held-out rows for the losses during training, at most."})
+    early_stop_patience: int | None = field(default=None, metadata={"help": "Held-out losses without a new best."})
+    teacher_remember_mb: int = field(default=0, metadata={"help": "Memory for the teacher's states, in MiB."})
+    precision: str = field(default="auto", metadata={"help": "auto, fp32, bf16 or fp16."})
+    model_init_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "For loading the student."})
+    teacher_model_init_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "The same, teacher."})
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "The teacher's id or folder."})
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
+    beta: float | None = field(default=None, metadata={"help": "TRL's divergence: 0 fkl, 1 rkl, between gjs."})
+    disable_dropout: bool = field(default=False, metadata={"help": "Set the student's dropout to 0."})
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise DrklError("output_dir is missing: name the run folder, for instance output_dir='runs/x'.")
+        self._check_objective()
+        self._check_sizes()
+        self._check_refused()
+        self._choose_strategies()
+        self._choose_precision()
+        try:
+            super().__post_init__()
+        except (TypeError, ValueError, ImportError) as error:
+            raise DrklError(f"DistillationConfig: {' '.join(str(error).split())}") from error
+
+    def _check_objective(self) -> None:
+        if self.beta is not None:
+            if self.objective != "drkl" or self.objective_params:
+                raise DrklError("beta is TRL's name for an objective and stands in its place; give one of the two.")
+            self.objective, self.objective_params = trl.objective_of(self.beta)
+            self.beta = None
+        self.make_objective()
+        self.loss_config  # noqa: B018  (checks the numbers of the loss)
+
+    def _check_sizes(self) -> None:
+        if self.per_device_train_batch_size is not None and self.tokens_per_step is not None:
+            raise DrklError(
+                f"per_device_train_batch_size is {self.per_device_train_batch_size} and tokens_per_step "
+                f"{self.tokens_per_step}: both say how large a step is. Give rows or tokens, not both."
+            )
+        least = {
+            "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "tokens_per_step": 1,
+            "gradient_accumulation_steps": 1, "eval_rows": 1, "early_stop_patience": 1, "teacher_remember_mb": 0,
+            "max_tokens": 2, "max_prompt_tokens": 1,
+        }  # fmt: skip
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
+                raise DrklError(f"{name} is {value!r}; expected a whole number of at least {lowest}.")
+        if self.per_device_train_batch_size is None and self.tokens_per_step is None:
+            self.tokens_per_step = DEFAULT_TOKENS_PER_STEP
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise DrklError(f"max_steps is {self.max_steps}; expected a number of steps, or -1 for num_train_epochs.")
+        if self.max_steps == -1 and not 0 < self.num_train_epochs < float("inf"):
+            raise DrklError(f"num_train_epochs is {self.num_train_epochs}; expected a number above 0.")
+        if self.turns not in ("last", "all"):
+            raise DrklError(f"turns is {self.turns!r}; expected 'last' or 'all'.")
+        if self.max_prompt_tokens is not None and self.max_tokens <= self.max_prompt_tokens:
+            raise DrklError(
+                f"max_tokens ({self.max_tokens}) must be larger than max_prompt_tokens ({self.max_prompt_tokens}): it "
+                "counts prompt and response together."
+            )
+        if self.max_prompt_tokens is None:
+            self.max_prompt_tokens = 256 if self.max_tokens > 256 else self.max_tokens // 2
+
+    def _check_refused(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+        defaults["remove_unused_columns"] = False
+        for name, why in _REFUSED.items():
+            if (value := getattr(self, name)) != defaults[name]:
+                raise DrklError(f"{name}={value!r} means nothing here: {why}. Leave it out.")
+        if self.dataloader_drop_last and self.per_device_train_batch_size is None:
+            raise DrklError(
+                "dataloader_drop_last goes with per_device_train_batch_size: steps of tokens_per_step differ in rows."
+            )
+
+    def _choose_strategies(self) -> None:
+        """When to evaluate and to save, and whether the best can be known."""
+        save = str(getattr(self.save_strategy, "value", self.save_strategy))
+        if self.eval_strategy is None:
+            self.eval_strategy = "epoch" if save == "epoch" else "steps"
+        evaluate = str(getattr(self.eval_strategy, "value", self.eval_strategy))
+        if self.eval_steps is None:
+            self.eval_steps = _EVAL_STEPS if self.save_steps is None else self.save_steps
+        if self.save_steps is None:
+            self.save_steps = 2 * self.eval_steps if self.eval_steps >= 1 else self.eval_steps
+        fits = evaluate == save and (save != "steps" or _is_multiple(self.save_steps, self.eval_steps))
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = fits or save == "best"
+        elif self.load_best_model_at_end and save not in ("no", "best") and evaluate != "no" and not fits:
+            raise DrklError(
+                f"load_best_model_at_end needs a held-out loss at every checkpoint, but save_strategy is {save!r} "
+                f"(save_steps {self.save_steps}) and eval_strategy {evaluate!r} (eval_steps {self.eval_steps}). Make "
+                "save_steps a multiple of eval_steps, or leave load_best_model_at_end out."
+            )
+        if save == "no" or evaluate == "no":
+            self.load_best_model_at_end = False
+        if self.greater_is_better is None and self.metric_for_best_model == "eval_loss":
+            self.greater_is_better = False
+
+    def _choose_precision(self) -> None:
+        flags = {"bf16": self.bf16, "fp16": self.fp16}
+        asked = [name for name, value in flags.items() if value]
+        if len(asked) == 2:
+            raise DrklError("bf16 and fp16 are both set; choose one.")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise DrklError(f"precision is {self.precision!r}; expected auto, fp32, bf16 or fp16.")
+        if asked and self.precision not in ("auto", asked[0]):
+            raise DrklError(f"{asked[0]} is set and precision is {self.precision!r}; give one of the two.")
+        device = torch.device("cpu") if self.use_cpu else pick_device("auto")
+        if asked:
+            self.precision = asked[0]
+        elif self.precision == "auto":
+            self.precision = "fp32" if self.bf16 is False else resolve_dtype("auto", device)
+        if self.precision == "fp16" and device.type != "cuda":
+            raise DrklError(f"The precision is fp16, which needs CUDA, but the device is {device.type}; use bf16.")
+        self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+
+    def make_objective(self) -> Objective:
+        """The objective itself."""
+        return make_objective(self.objective, **(self.objective_params or {}))
+
+    @property
+    def loss_config(self) -> LossConfig:
+        """The loss around the objective."""
+        try:
+            return LossConfig(temperature=self.temperature, kd_weight=self.kd_weight, t2_scaling=self.t2_scaling)
+        except ValueError as error:
+            errors: Any = error
+            one = errors.errors()[0]
+            raise DrklError(f"{one['loc'][0]} is {one['input']!r}: {one['msg'].lower()}.") from error
+
+    @property
+    def train_batch_size(self) -> int:
+        """What the data loader takes at a time: an item of the training data is a micro-batch already."""
+        return 1
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows in a held-out batch, where they are counted."""
+        return self.per_device_eval_batch_size or 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', with an objective by its name."""
+        values: dict[str, Any] = _by_name(self)._plain_dict()
+        return values
+
+    def _plain_dict(self) -> dict[str, Any]:
+        return super().to_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # transformers pickles its arguments beside a checkpoint; a function of one's own may have no pickle.
+        return self.__dict__ | {"objective": _name(self.objective)}
+
+
+def _name(objective: Any) -> str:
+    return objective if isinstance(objective, str) else make_objective(objective).name
+
+
+def _by_name(config: DistillationConfig) -> DistillationConfig:
+    if isinstance(config.objective, str):
+        return config
+    copy = object.__new__(type(config))
+    copy.__dict__ |= config.__dict__ | {"objective": _name(config.objective)}
+    return copy
+
+
+def _is_multiple(large: float, small: float) -> bool:
+    ratio = large / small
+    return abs(ratio - round(ratio)) < 1e-9 and ratio >= 1
+
+
+_generated = DistillationConfig.__init__
+
+
+@functools.wraps(_generated)
+def _init(self: DistillationConfig, *args: Any, **kwargs: Any) -> None:
+    known = [f.name for f in dataclasses.fields(DistillationConfig)]
+    kwargs = trl.translate(kwargs, known)
+    for name in kwargs:
+        if name not in known:
+            raise DrklError(f"DistillationConfig has no field {name!r}.{did_you_mean(name, known)}")
+    _generated(self, *args, **kwargs)
+
+
+# The generated one says of a name from TRL only that it is unexpected.
+DistillationConfig.__init__ = _init  # type: ignore[method-assign]

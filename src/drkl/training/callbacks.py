@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,23 @@ OnProgress = Callable[[int, int, dict[str, float]], None]
 class TrainLog(TrainerCallback):
     """Appends every logged line to ``train.jsonl`` and reports progress."""
 
-    def __init__(self, run: RunFolder, from_step: int, on_progress: OnProgress | None) -> None:
-        self._path = run.train_log_path
-        kept = [row for row in run.read_train_log() if row["step"] <= from_step]
-        write_jsonl(self._path, kept)  # lines after the checkpoint will come again
-        self._start = time.monotonic() - max((row.get("seconds", 0.0) for row in kept), default=0.0)
+    def __init__(self, run: RunFolder) -> None:
+        self._run, self._path = run, run.train_log_path
+        self._start = time.monotonic()
         self._newest: dict[str, float] = {}
-        self._on_progress = on_progress
+        self.on_progress: OnProgress | None = None
+
+    def begin(self, from_step: int) -> None:
+        """Start after a step; lines beyond it will come again."""
+        kept = [row for row in self._run.read_train_log() if row["step"] <= from_step]
+        self._start = time.monotonic() - max((row.get("seconds", 0.0) for row in kept), default=0.0)
+        self._newest = {}
+        if int(os.environ.get("RANK", "0")) == 0:
+            write_jsonl(self._path, kept)
 
     @property
     def seconds(self) -> float:
-        """Since the run began, the parts before a resume included."""
+        """Seconds since the run began, the parts before a resume included."""
         return time.monotonic() - self._start
 
     def on_log(
@@ -57,8 +65,39 @@ class TrainLog(TrainerCallback):
         self._report(state)
 
     def _report(self, state: TrainerState) -> None:
-        if self._on_progress is not None and state.is_world_process_zero:
-            self._on_progress(state.global_step, state.max_steps, dict(self._newest))
+        if self.on_progress is not None and state.is_world_process_zero:
+            self.on_progress(state.global_step, state.max_steps, dict(self._newest))
+
+
+class Epochs(TrainerCallback):
+    """Evaluates, saves and logs where an epoch ends, for the strategies that say so, and keeps the number of epochs.
+
+    transformers sees one long data set that holds every step of the run.
+
+    Args:
+        ends: the steps after which an epoch ends, ascending; the last ends the run.
+        args: what the user asked for.
+    """
+
+    def __init__(self, ends: Sequence[int], args: TrainingArguments) -> None:
+        self._ends = list(ends)
+        self._on = {name: getattr(args, f"{name}_strategy").value == "epoch" for name in ("logging", "eval", "save")}
+
+    def logs_at(self, step: int) -> bool:
+        """Whether a line is logged after this step because an epoch ends there."""
+        return self._on["logging"] and step in self._ends
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for what is due, and set ``state.epoch``."""
+        step = state.global_step
+        number = bisect.bisect_left(self._ends, step)
+        first = self._ends[number - 1] if number else 0
+        if number < len(self._ends):
+            state.epoch = number + (step - first) / max(1, self._ends[number] - first)
+        if step in self._ends:
+            control.should_log |= self._on["logging"]
+            control.should_evaluate |= self._on["eval"] and args.eval_strategy != "no"
+            control.should_save |= self._on["save"]
 
 
 class LastStep(TrainerCallback):

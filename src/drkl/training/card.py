@@ -17,7 +17,7 @@ A {what} distilled with drkl {version}.
 | Teacher | {teacher} |
 | Start | {start} |
 | Objective | `{objective}` |
-| Steps | {steps} of at most {tokens} tokens |
+| Steps | {steps} of {size} |
 | Data | {data} |
 | Held-out loss of these weights | {loss} |
 
@@ -55,7 +55,13 @@ _KINDS = {
 
 
 def model_card(
-    name: str, resolved: dict[str, Any], heldout_loss: float | None, note: str | None, *, kind: str = "decoder"
+    name: str,
+    resolved: dict[str, Any],
+    heldout_loss: float | None,
+    note: str | None,
+    *,
+    kind: str = "decoder",
+    steps: int | None = None,
 ) -> str:
     """Return the card's markdown, metadata first."""
     teacher, student, training = resolved["teacher"], resolved["student"], resolved["training"]
@@ -66,6 +72,7 @@ def model_card(
     task, usage = _KINDS[kind]
     classifies = kind == "classifier"
     unit = "text" if classifies else "token"
+    tokens = training["tokens_per_step"]
     meta = {"library_name": "transformers", "pipeline_tag": task, "tags": ["drkl", "distillation"]}
     if teacher is None:
         meta["tags"] = ["drkl"]
@@ -77,8 +84,8 @@ def model_card(
         teacher="none (fine-tuning)" if teacher is None else f"`{teacher['model']}`",
         start=start + (f", layers {student['layers']}" if student["layers"] else ""),
         objective=objective["name"] + (f"({params})" if params else ""),
-        steps=training["max_steps"],
-        tokens=training["tokens_per_step"],
+        steps=training["max_steps"] or steps,
+        size=f"at most {tokens} tokens" if tokens else f"{training['per_device_train_batch_size']} rows on each device",
         data=", ".join(f"`{place['path'] or place['dataset']}`" for place in places),
         loss="not measured" if heldout_loss is None else f"{heldout_loss:.4f} nats per {unit}",
         usage=usage,

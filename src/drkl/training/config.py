@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -9,6 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from drkl.errors import did_you_mean
 from drkl.models.config import Dtype
 
+DEFAULT_TOKENS_PER_STEP = 1024
+DEFAULT_STEPS = 200
+OWN_ARGUMENTS = ("lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "logging_steps")
+"""Fields of transformers.TrainingArguments that `TrainingConfig` has too."""
+EXCLUSIVE = (("max_steps", "num_train_epochs"), ("tokens_per_step", "per_device_train_batch_size"))
+"""Pairs of which one may be given."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 OWNED = {
     "output_dir": "run.dir and run.name",
@@ -16,7 +23,7 @@ OWNED = {
     "data_seed": "run.seed",
     "use_cpu": "run.device",
     "max_steps": "training.max_steps",
-    "num_train_epochs": "training.max_steps",
+    "num_train_epochs": "training.num_train_epochs",
     "learning_rate": "training.learning_rate",
     "bf16": "training.precision",
     "fp16": "training.precision",
@@ -27,7 +34,7 @@ OWNED = {
     "load_best_model_at_end": "the best checkpoint, which is always kept",
     "metric_for_best_model": "the best checkpoint, which is always kept",
     "greater_is_better": "the best checkpoint, which is always kept",
-    "per_device_train_batch_size": "training.tokens_per_step",
+    "per_device_train_batch_size": "training.per_device_train_batch_size",
     "per_device_eval_batch_size": "training.tokens_per_step",
     "train_sampling_strategy": "training.tokens_per_step",
     "auto_find_batch_size": "training.tokens_per_step",
@@ -40,15 +47,33 @@ OWNED = {
 }
 
 
+def default_warmup(num_steps: int) -> int:
+    """Warm-up steps of a run of ``num_steps``: a twentieth, at least 1."""
+    return max(1, num_steps // 20)
+
+
+def choose_one(values: dict[str, Any], chosen: Iterable[str]) -> list[str]:
+    """Set the other of each `EXCLUSIVE` pair to null in a training section; return the names that had a value."""
+    dropped = []
+    for pair in EXCLUSIVE:
+        for one, other in (pair, pair[::-1]):
+            if one in chosen and values.get(one) is not None and other not in chosen and values.get(other) is not None:
+                values[other] = None
+                dropped.append(other)
+    return dropped
+
+
 class RunConfig(BaseModel):
     """Which run this is."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field("run", description="the run folder's name", pattern=NAME_PATTERN)
-    dir: str = Field("runs", description="the folder that holds the run folder")
-    seed: int = Field(0, ge=0, lt=2**32, description="of the order of the data and of a random init")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: CUDA, then MPS, then the CPU")
+    name: str = Field("run", description="Name of the run folder.", pattern=NAME_PATTERN)
+    dir: str = Field("runs", description="Folder that holds the run folder.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Random seed for data order and weight initialisation.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="Device to train on. auto = CUDA if there is one, else MPS, else the CPU."
+    )
 
 
 class TrainingConfig(BaseModel):
@@ -56,29 +81,65 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_steps: int = Field(200, ge=1, description="optimiser steps")
-    tokens_per_step: int = Field(
-        1024, ge=1, description="input positions, padding included, in one optimiser step over all processes"
+    max_steps: int | None = Field(
+        None, ge=1, description="Number of optimiser steps. Default: 200, or what num_train_epochs makes."
+    )
+    num_train_epochs: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Number of passes over the training rows, in place of max_steps."
+    )
+    tokens_per_step: int | None = Field(
+        None,
+        ge=1,
+        description="Input positions, padding included, in one optimiser step over all processes, at most. "
+        "Default: 1024.",
+    )
+    per_device_train_batch_size: int | None = Field(
+        None, ge=1, description="Rows in a micro-batch of one process, in place of tokens_per_step."
     )
     same_batches: bool = Field(
         False,
-        description="every epoch has the first one's batches, in another order; with teacher.remember_mb the teacher "
-        "runs in the first epoch only",
+        description="Give every epoch the batches of the first one, in another order. With teacher.remember_mb the "
+        "teacher then runs in the first epoch only.",
     )
-    learning_rate: float = Field(5e-4, gt=0, allow_inf_nan=False, description="peak; AdamW, cosine to 0")
-    precision: Dtype = Field("auto", description="of the student's matrix products; auto: bf16 where it is fast")
-    eval_every: int = Field(50, ge=1, description="steps between losses on held-out rows (and after the last)")
-    eval_rows: int = Field(48, ge=1, description="held-out rows for that, at most")
-    save_every: int = Field(100, ge=1, description="steps between checkpoints; a multiple of eval_every")
+    learning_rate: float = Field(5e-4, gt=0, allow_inf_nan=False, description="Peak learning rate of AdamW.")
+    lr_scheduler_type: str = Field("cosine", description="Learning rate schedule, by transformers' name.")
+    warmup_steps: int | float | None = Field(
+        None,
+        ge=0,
+        description="Warm-up: number of steps, or a share of them below 1. Default: a twentieth of the steps, at "
+        "least 1.",
+    )
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="Weight decay of AdamW.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="Gradients are clipped to this norm; 0 turns clipping off."
+    )
+    logging_steps: int | float = Field(10, gt=0, description="Optimiser steps between two lines of train.jsonl.")
+    precision: Dtype = Field(
+        "auto", description="Compute precision of the student. auto = bf16 if the hardware supports it, else fp32."
+    )
+    eval_every: int = Field(50, ge=1, description="Steps between held-out losses; there is one after the last step.")
+    eval_rows: int = Field(48, ge=1, description="Number of held-out rows for these losses, at most.")
+    save_every: int = Field(100, ge=1, description="Steps between checkpoints; a multiple of eval_every.")
     gradient_checkpointing: bool = Field(
-        False, description="keep each layer's input alone and compute the rest again in the backward pass: less memory"
+        False,
+        description="Keep only each layer's input and compute the rest again in the backward pass, to save memory.",
     )
     early_stop_patience: int | None = Field(
-        None, ge=1, description="stop after so many held-out losses without a new best; off where left out"
+        None, ge=1, description="Early-stopping patience, counted in evaluations. Default: off."
     )
     arguments: dict[str, Any] = Field(
-        default_factory=dict, description="any other field of transformers.TrainingArguments"
+        default_factory=dict, description="Any other field of transformers.TrainingArguments."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_own_fields(cls, values: Any) -> Any:
+        """What stands under ``arguments`` though it has a field of its own has the last word."""
+        arguments = values.get("arguments") if isinstance(values, dict) else None
+        if not isinstance(arguments, dict) or not (own := [name for name in OWN_ARGUMENTS if name in arguments]):
+            return values
+        rest = {name: value for name, value in arguments.items() if name not in own}
+        return values | {name: arguments[name] for name in own} | {"arguments": rest}
 
     @model_validator(mode="after")
     def _check_steps(self) -> TrainingConfig:
@@ -87,7 +148,27 @@ class TrainingConfig(BaseModel):
                 f"save_every is {self.save_every} and eval_every {self.eval_every}; save_every has to be a multiple of "
                 "eval_every, so that the best checkpoint is known"
             )
+        for one, other in EXCLUSIVE:
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(
+                    f"{one} is {getattr(self, one)} and {other} {getattr(self, other)}: give one of the two"
+                )
         return self
+
+    @property
+    def num_steps(self) -> int | None:
+        """Number of optimiser steps; None where the number of rows decides it."""
+        return DEFAULT_STEPS if self.max_steps is None and self.num_train_epochs is None else self.max_steps
+
+    def resolved(self) -> dict[str, Any]:
+        """The section with its defaults written out, as far as they do not depend on the rows or the device."""
+        values = self.model_dump(mode="json")
+        values["max_steps"] = self.num_steps
+        if self.tokens_per_step is None and self.per_device_train_batch_size is None:
+            values["tokens_per_step"] = DEFAULT_TOKENS_PER_STEP
+        if self.warmup_steps is None and self.num_steps is not None:
+            values["warmup_steps"] = default_warmup(self.num_steps)
+        return values
 
     @field_validator("arguments")
     @classmethod

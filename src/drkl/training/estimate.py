@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from drkl.data.batching import plan_steps
 from drkl.data.classification import LabelledRow
 from drkl.data.rows import make_rows, read_shares
 from drkl.data.tokenize import DropReport, Row
@@ -18,11 +17,9 @@ from drkl.models.load import count_parameters, load_config, model_note
 from drkl.models.pair import check_families, check_rows, check_tokenizers, shared_vocabulary
 from drkl.models.precision import DTYPES, pick_device, resolve_dtype
 from drkl.models.student import depth, student_config
-from drkl.training.arguments import training_arguments
 from drkl.training.checks import check_device
-from drkl.training.classes import run_classes
-from drkl.training.spec import RunSpec
-from drkl.training.tokens import run_tokenizer
+from drkl.training.spec import RunSpec, run_classes, run_tokenizer, training_config
+from drkl.training.trainer import plan_run
 
 ACTIVATIONS_PER_TOKEN = 34
 """Numbers kept for the backward pass per layer, token and hidden unit, in bytes of fp16 (Korthikanti et al. 2022)."""
@@ -81,8 +78,9 @@ def _stage(
     rates: dict[str, float],
     seen: set[tuple[str, ...]],
 ) -> dict[str, Any]:
-    arguments = training_arguments(spec, device)
-    inputs, trained, new = _tokens_per_step(rows, spec, seen)
+    arguments = training_config(spec, device)
+    steps, _ = plan_run([row.length for row in rows], arguments, arguments.world_size)
+    inputs, trained, new = _tokens_per_step(rows, steps, spec, seen)
     frozen = spec.student.freeze_embeddings and getattr(student.get_text_config(), "tie_word_embeddings", False)
     flops = _flops(inputs, trained, student, sizes, frozen=frozen)
     if teacher is not None and spec.uses_teacher:
@@ -91,34 +89,28 @@ def _stage(
     if precision not in rates:
         rates[precision] = _flops_per_second(DTYPES[precision], device)
     # Everything that is no matrix product (norms, softmax, the optimiser) came to about a third more when measured.
-    seconds = 1.35 * flops / rates[precision] * spec.training.max_steps
+    seconds = 1.35 * flops / rates[precision] * len(steps)
     return {
         "name": spec.folder.name,
         "objective": dict(spec.resolved["objective"]),
         "data": report.summary(),
-        "steps": spec.training.max_steps,
+        "steps": len(steps),
         "tokens_per_step": {
-            "budget": spec.training.tokens_per_step,
+            "budget": arguments.tokens_per_step,
             "input": round(inputs, 1),
             "trained": round(trained, 1),
             "through_the_teacher": round(new, 1) if spec.uses_teacher else 0,
             "micro_batches": arguments.gradient_accumulation_steps * arguments.world_size,
         },
-        "estimated_memory_gb": round(_memory(spec, student, sizes, arguments.gradient_accumulation_steps) / 1e9, 2),
+        "estimated_memory_gb": round(_memory(spec, student, sizes, inputs, arguments) / 1e9, 2),
         "estimated_minutes": round(seconds / 60, 1),
     }
 
 
-def _tokens_per_step(rows: Any, spec: RunSpec, seen: set[tuple[str, ...]]) -> tuple[float, float, float]:
+def _tokens_per_step(
+    rows: Any, steps: Sequence[Sequence[int]], spec: RunSpec, seen: set[tuple[str, ...]]
+) -> tuple[float, float, float]:
     """Input and trained positions, and those that the teacher has not remembered from an earlier step (or stage)."""
-    training = spec.training
-    steps = plan_steps(
-        [row.length for row in rows],
-        tokens_per_step=training.tokens_per_step,
-        num_steps=training.max_steps,
-        seed=spec.run.seed,
-        same_batches=training.same_batches,
-    )
     inputs = new = 0.0
     trained = 0
     remembers = spec.teacher is not None and spec.teacher.remember_mb > 0
@@ -161,7 +153,7 @@ def _head_size(config: Any) -> int:
     return int(text.vocab_size * text.hidden_size)
 
 
-def _memory(spec: RunSpec, student: Any, sizes: dict[str, Any], accumulation: int) -> float:
+def _memory(spec: RunSpec, student: Any, sizes: dict[str, Any], inputs: float, arguments: Any) -> float:
     """Bytes: weights, gradients and two moments; the teacher; activations of a micro-batch; the loss's chunks."""
     weight = 2 if spec.student.dtype == "bf16" else 4
     text = student.get_text_config()
@@ -171,7 +163,7 @@ def _memory(spec: RunSpec, student: Any, sizes: dict[str, Any], accumulation: in
     if spec.teacher is not None:
         total += sizes["teacher"] * (4 if spec.resolved["teacher"]["dtype"] == "fp32" else 2)
         total += spec.teacher.remember_mb * 2**20
-    micro = spec.training.tokens_per_step / accumulation
+    micro = (arguments.tokens_per_step or inputs) / arguments.gradient_accumulation_steps
     return total + 2.0 * ACTIVATIONS_PER_TOKEN * depth(student) * text.hidden_size * micro
 
 

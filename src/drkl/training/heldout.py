@@ -40,11 +40,15 @@ class HeldOut:
         teacher: LiveTeacher | None,
         tokens_per_batch: int,
         *,
+        rows_per_batch: int | None = None,
         decoder_start: int | None = None,
         vocab_size: int | None = None,
     ) -> None:
         self._teacher, self._vocab_size = teacher, vocab_size
         groups = bucket_by_length([row.length for row in rows], tokens_per_batch)
+        if rows_per_batch is not None:
+            order = [i for group in groups for i in group]
+            groups = [order[i : i + rows_per_batch] for i in range(0, len(order), rows_per_batch)]
         self._batches = [
             collate([rows[i] for i in group], pad_id=pad_id, decoder_start=decoder_start) for group in groups
         ]

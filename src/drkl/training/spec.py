@@ -1,17 +1,30 @@
-"""One run, fully described."""
+"""One run, fully described, and what follows from it before anything is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from drkl.data.classification import label_set, load_labelled
 from drkl.data.config import DataConfig, TokenizerConfig
+from drkl.data.examples import load_examples
+from drkl.data.tokenizer import learn_tokenizer, texts_of
+from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
 from drkl.runs import RunFolder
 from drkl.teachers.config import TeacherConfig
 from drkl.training.config import RunConfig, TrainingConfig
+
+LEARNT = "a tokenizer learnt from the training text"
+TWO_CLASSES = (
+    "With two classes the tail is one class, and its divergence K is 0: every unskewed drkl equals rkl here (dkd is "
+    "its target term alone), so a two-class task cannot show what decoupling does."
+)
 
 
 @dataclass(frozen=True)
@@ -41,3 +54,114 @@ class RunSpec:
     def uses_teacher(self) -> bool:
         """Whether the loss reads the teacher; its KLs are reported on held-out rows wherever there is one."""
         return self.loss.kd_weight > 0 and self.objective.make().needs_teacher
+
+
+def training_config(spec: RunSpec, device: torch.device) -> Any:
+    """The `DistillationConfig` of a run; ``training.arguments`` has the last word where it may speak at all.
+
+    Raises:
+        DrklError: a value that transformers or drkl refuses.
+    """
+    from drkl.training.arguments import DistillationConfig
+
+    training = spec.training
+    names = (
+        "num_train_epochs", "tokens_per_step", "per_device_train_batch_size", "same_batches", "learning_rate",
+        "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "eval_rows",
+        "early_stop_patience", "precision",
+    )  # fmt: skip
+    values = {name: value for name in names if (value := getattr(training, name)) is not None}
+    arguments: dict[str, Any] = values | {
+        "max_steps": training.num_steps or -1,
+        "eval_steps": training.eval_every,
+        "save_steps": training.save_every,
+        "activation_checkpointing": training.gradient_checkpointing,
+        "disable_tqdm": True,
+        "freeze_embeddings": spec.student.freeze_embeddings,
+        "max_prompt_tokens": spec.data.max_prompt_tokens,
+        "max_tokens": spec.data.max_tokens,
+        "turns": spec.data.turns,
+        "template": spec.data.template,
+        "teacher_remember_mb": 0 if spec.teacher is None else spec.teacher.remember_mb,
+        **spec.loss.model_dump(),
+    }
+    try:
+        return DistillationConfig(
+            output_dir=str(spec.folder.root),
+            objective=spec.objective.name,
+            objective_params=spec.objective.params,
+            seed=spec.run.seed,
+            use_cpu=device.type == "cpu",
+            **(arguments | training.arguments),
+        )
+    except (DrklError, TypeError, ValueError) as error:
+        message = str(error).removeprefix("DistillationConfig: ")
+        raise DrklError(f"training: {message}") from error
+
+
+def run_classes(specs: Sequence[RunSpec]) -> tuple[str, ...] | None:
+    """The names of the classes by number, one set for all stages; None where the task is generation.
+
+    They are the teacher's, the student's, or the labels of the training rows.
+
+    Raises:
+        DrklError: a teacher that is no classifier, or training rows of fewer than two labels.
+    """
+    from drkl.models.classes import class_names, is_classifier
+    from drkl.models.load import load_config
+
+    first = specs[0]
+    if first.task != "classification":
+        return None
+    if first.teacher is not None:
+        return class_names(load_config(first.teacher.model), first.teacher.model)
+    student = first.student
+    if student.model is not None and student.init != "random":
+        config = load_config(student.model)
+        if is_classifier(config):
+            return class_names(config, student.model)
+    return label_set(row for data in dict.fromkeys(spec.data for spec in specs) for row in load_labelled(data)[0])
+
+
+def is_two_class(specs: Sequence[RunSpec], classes: Sequence[str] | None) -> bool:
+    """Whether decoupling changes nothing in this run, though its objective decouples."""
+    decouples = any(spec.objective.name in ("drkl", "dkd") for spec in specs)
+    return classes is not None and len(classes) == 2 and decouples
+
+
+def tokenizer_name(first: RunSpec) -> str:
+    """Where the tokenizer of a run comes from; ``LEARNT`` where it is made."""
+    from drkl.models.student import source_model
+
+    if first.tokenizer is not None:
+        return LEARNT
+    return first.teacher.model if first.teacher is not None else source_model(first.student, None)
+
+
+def run_tokenizer(specs: Sequence[RunSpec]) -> Any:
+    """Load the tokenizer of a run, or learn it from the training rows of all stages.
+
+    Raises:
+        DrklError: there is none, or no rows.
+    """
+    from drkl.models.load import load_tokenizer
+
+    config, classifier = specs[0].tokenizer, specs[0].classifies
+    if config is None:
+        return load_tokenizer(tokenizer_name(specs[0]), classifier=classifier)
+    sections = dict.fromkeys(spec.data for spec in specs)
+    if classifier:
+        texts = (text for data in sections for _, text, _ in load_labelled(data)[0])
+        return learn_tokenizer(config, texts, classifier=True)
+    return learn_tokenizer(config, (text for data in sections for text in texts_of(load_examples(data)[0])))
+
+
+def has_encoder(first: RunSpec, tokenizer: Any) -> bool:
+    """Whether the models of a run are encoder-decoders; student and teacher are of one kind."""
+    from drkl.models.forward import is_encoder_decoder
+    from drkl.models.load import load_config
+    from drkl.models.student import student_config
+
+    if first.teacher is not None:
+        return is_encoder_decoder(load_config(first.teacher.model))
+    return is_encoder_decoder(student_config(first.student, None, tokenizer))

@@ -1,10 +1,13 @@
-"""The trainer: `transformers.Trainer` with the distillation loss, its token count and its checkpoint marker."""
+"""`DistillationTrainer`: `transformers.Trainer` with the distillation loss, its token count and a run folder."""
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,46 +16,51 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
-from drkl.data.batching import plan_steps, split_rows
+from drkl.data.batching import plan_epochs, split_rows
 from drkl.data.classification import LabelledRow
 from drkl.data.collate import collate
+from drkl.data.rows import Rows
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
-from drkl.losses.config import LossConfig
 from drkl.models.forward import decoder_start
 from drkl.objectives import Objective
+from drkl.runs import RunFolder
 from drkl.teachers.live import LiveTeacher
-from drkl.training.checkpoints import mark_complete, rotate
+from drkl.training import trl
+from drkl.training.arguments import DistillationConfig
+from drkl.training.callbacks import BestCheckpoint, EarlyStop, Epochs, LastStep, OnProgress, TrainLog
+from drkl.training.checkpoints import mark_complete, newest_checkpoint, rotate, step_of, tokens_seen
+from drkl.training.config import default_warmup
 from drkl.training.faults import find_fault, list_rows
-from drkl.training.forward import KEY, Distillation, attach_loss
+from drkl.training.forward import KEY, Distillation, attach_loss, detach_loss
 from drkl.training.heldout import HeldOut, NonFiniteLoss
+from drkl.training.pair import Pair, make_pair
+from drkl.training.record import RunRecord
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 REMEDY = "A lower learning rate, a warm-up, or training.precision=fp32 often help."
+HELD_OUT_POSITIONS = 4096
+"""Input positions in a held-out batch, where no number of rows is given."""
+
+_log = logging.getLogger("drkl")
 
 
 class MicroBatches(Dataset[list[Any]]):
-    """Every micro-batch of a run, in order: item ``(step * accumulation + i) * processes + rank``."""
+    """Every micro-batch of a run, in order: item ``(step * accumulation + i) * processes + rank``.
 
-    def __init__(
-        self,
-        rows: Sequence[Row | LabelledRow],
-        *,
-        tokens_per_step: int,
-        num_steps: int,
-        parts: int,
-        seed: int,
-        same_batches: bool = False,
-    ) -> None:
+    Args:
+        rows: tokenised rows.
+        steps: the indices of the rows of every optimiser step.
+        parts: micro-batches in a step, over all processes. Whole steps are planned and then cut, so that the optimiser
+            sees the same rows in the same step however many parts there are.
+    """
+
+    def __init__(self, rows: Sequence[Row | LabelledRow], steps: Sequence[Sequence[int]], parts: int) -> None:
         self._rows = rows
-        lengths = [row.length for row in rows]
-        steps = plan_steps(
-            lengths, tokens_per_step=tokens_per_step, num_steps=num_steps, seed=seed, same_batches=same_batches
-        )
-        # Whole steps are planned, then cut: however many parts, the optimiser sees the same rows in the same step.
         self._batches = [part for step in steps for part in split_rows(step, parts)]
 
     def __len__(self) -> int:
@@ -62,74 +70,245 @@ class MicroBatches(Dataset[list[Any]]):
         return [self._rows[i] for i in self._batches[index]]
 
 
+def plan_run(lengths: Sequence[int], args: DistillationConfig, world_size: int) -> tuple[list[list[int]], list[int]]:
+    """Plan the optimiser steps of a run.
+
+    Args:
+        lengths: positions each row feeds (``Row.length``).
+        args: the size of a step, and ``max_steps`` or, where it is -1, ``num_train_epochs``.
+        world_size: number of processes.
+
+    Returns:
+        The row indices of every step, and the numbers of the steps after which an epoch ends.
+    """
+    rows_per_step = None
+    if args.per_device_train_batch_size is not None:
+        rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
+    epochs = plan_epochs(
+        lengths,
+        tokens_per_step=None if rows_per_step else args.tokens_per_step,
+        rows_per_step=rows_per_step,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        same_batches=args.same_batches,
+        drop_last=args.dataloader_drop_last,
+    )
+    steps: list[list[int]] = []
+    ends: list[int] = []
+    left = float(args.num_train_epochs)
+    while len(steps) < args.max_steps if args.max_steps > 0 else left > 1e-9:
+        epoch = next(epochs)
+        steps += epoch[: math.ceil(len(epoch) * min(left, 1.0) - 1e-9)] if args.max_steps < 0 else epoch
+        ends.append(len(steps))
+        left -= 1
+    if args.max_steps > 0 and len(steps) > args.max_steps:
+        steps, ends = steps[: args.max_steps], [*ends[:-1], args.max_steps]
+    return steps, ends
+
+
 class DistillationTrainer(Trainer):
     """Trains a student on an objective; the loop, checkpoints and parallelism are transformers' and accelerate's.
 
+    The student that is passed is trained in place. ``args.output_dir`` becomes a run folder: ``config.yaml``,
+    ``env.json``, ``train.jsonl`` and ``checkpoints/`` while it trains, ``student/`` when `save_model` is called.
+    A run folder that is there already is replaced when training starts, unless it is resumed.
+
     Args:
-        model: the student, a `PreTrainedModel`.
-        args: its ``max_steps`` and ``gradient_accumulation_steps`` decide how the rows are cut.
-        rows: tokenised training rows; labelled ones for a classifier.
-        heldout: what is evaluated during training, or None.
-        teacher: None where the objective needs none.
-        objective: what is minimised.
-        loss: temperature and weights.
-        tokens_per_step: the token budget of an optimiser step over all processes.
-        same_batches: every epoch has the same batches.
-        vocab_size: how many ids, from 0, the two models are compared on; None for all.
-        pad_id: the padding token.
-        callbacks: as in `Trainer`.
+        model: the student: a `PreTrainedModel`, a `peft.PeftModel`, or a name or folder to load.
+        teacher_model: the teacher, likewise; it gets no gradient and is left as it is. None where the objective
+            needs none.
+        args: how to train; None takes every default and the run folder ``runs/distillation``.
+        train_dataset: training rows: a `datasets.Dataset`, a list of dicts, or a file; with prompt and response (or
+            completion), messages, text, text and label, or ``input_ids`` and ``labels``.
+        eval_dataset: held-out rows, likewise. None trains without a held-out loss, and ends with the last weights.
+        processing_class: the tokenizer; None takes that of the student's name, else the teacher's.
+        callbacks: as in `transformers.Trainer`.
+        optimizers: as in `transformers.Trainer`.
+        peft_config: a `peft.LoraConfig`; the adapter alone is trained, and saved.
+        quantization_config: for loading a ``model`` given by its name.
+        tokenizer: another name for ``processing_class``.
+        tools: TRL's; refused.
+
+    Raises:
+        DrklError: models that are no pair, rows that cannot be used, or an argument that means nothing here.
     """
 
     loss_is_scaled_for_ga = True  # divided by the tokens of the whole optimiser step already
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: TrainingArguments,
-        *,
-        rows: Sequence[Row | LabelledRow],
-        heldout: HeldOut | None,
-        teacher: LiveTeacher | None,
-        objective: Objective,
-        loss: LossConfig,
-        tokens_per_step: int,
-        same_batches: bool = False,
-        vocab_size: int | None = None,
-        pad_id: int,
+        model: str | PreTrainedModel | Any,
+        teacher_model: str | PreTrainedModel | LiveTeacher | None = None,
+        args: DistillationConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: Any = None,
+        *,
+        tokenizer: Any = None,
+        **other: Any,
     ) -> None:
-        self._objective, self._loss, self._teacher, self._heldout = objective, loss, teacher, heldout
-        # Done here: transformers removes old checkpoints before the new one is marked whole.
-        self._keep_checkpoints, args.save_total_limit = args.save_total_limit, None
-        attach_loss(model, objective, loss, vocab_size)
-        start = decoder_start(model)
+        trl.check_trainer_arguments(tools, other)
+        if args is None:
+            args = DistillationConfig(output_dir="runs/distillation")
+        if not isinstance(args, DistillationConfig):
+            raise DrklError(
+                f"args is a {type(args).__name__}; expected a drkl.DistillationConfig, which has every field of "
+                "transformers.TrainingArguments and those of the distillation."
+            )
+        if processing_class is not None and tokenizer is not None and processing_class is not tokenizer:
+            raise DrklError("tokenizer and processing_class are two names for one thing; give one of them.")
+        pair = make_pair(
+            model,
+            teacher_model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class if tokenizer is None else tokenizer,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self._set_up(pair, args, callbacks, optimizers)
+
+    def _set_up(
+        self,
+        pair: Pair,
+        args: DistillationConfig,
+        callbacks: list[TrainerCallback] | None,
+        optimizers: tuple[Any, Any],
+    ) -> None:
+        self.pair, self.config = pair, args
+        self.teacher, self.tokenizer, self.adapter = pair.teacher, pair.tokenizer, pair.adapter
+        self.rows, self.eval_rows, self.vocab_size = pair.rows, pair.eval_rows[: args.eval_rows], pair.vocab_size
+        self.objective: Objective = args.make_objective()
+        self.loss_config = args.loss_config
+        if self.teacher is None and args.kd_weight > 0 and self.objective.needs_teacher:
+            raise DrklError(
+                f"Objective {self.objective.name!r} compares with a teacher, but there is none; pass teacher_model, or "
+                "train on the data alone with objective='ce'."
+            )
+        for note in pair.notes:
+            _log.info(note)
+        self.run = RunFolder(Path(str(args.output_dir)))
+        world_size = args.world_size
+        steps, ends = plan_run([row.length for row in pair.rows], args, world_size)
+        inner = _inner_arguments(args, self.run, len(steps), heldout=bool(self.eval_rows))
+        # Old checkpoints are removed here: transformers does so before the new one is marked whole.
+        self._keep_checkpoints, inner.save_total_limit = inner.save_total_limit, None
+        start = decoder_start(pair.student)
+        self._pad_id = pair.pad_id
+        self._heldout = self._held_out(self.eval_rows) if self.eval_rows else None
+        self._train_log = TrainLog(self.run)
+        self._epochs = Epochs(ends, args)
+        own: list[TrainerCallback] = [self._train_log, self._epochs, LastStep(), BestCheckpoint()]
+        if args.early_stop_patience:
+            own.append(EarlyStop(args.early_stop_patience))
+        pad_id = self._pad_id
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=MicroBatches(
-                rows,
-                tokens_per_step=tokens_per_step,
-                num_steps=args.max_steps,
-                parts=args.gradient_accumulation_steps * args.world_size,
-                seed=args.seed,
-                same_batches=same_batches,
-            ),
-            eval_dataset=[0] if heldout is not None else None,  # never read: `evaluate` has its own rows
+            model=pair.student,
+            args=inner,
+            train_dataset=MicroBatches(pair.rows, steps, args.gradient_accumulation_steps * world_size),
+            eval_dataset=[0] if self._heldout is not None else None,  # never read: `evaluate` has its own rows
             data_collator=lambda items: collate(items[0], pad_id=pad_id, decoder_start=start),
-            callbacks=callbacks,
+            callbacks=[*own, *(callbacks or [])],
+            optimizers=optimizers,
         )
         self.remove_callback(PrinterCallback)
+        # Not given to transformers, which would change the student's special tokens to the tokenizer's.
+        self.processing_class = pair.tokenizer
+        self.record = RunRecord(self.run, pair, args)
         self._sums: dict[str, float] = {}
         self._since = time.monotonic()
         self._input_tokens = 0
         self.num_tokens_seen = 0
         self._row_ids: list[str] = []
 
+    def _held_out(self, rows: Rows) -> HeldOut:
+        return HeldOut(
+            rows,
+            self._pad_id,
+            self.teacher,
+            HELD_OUT_POSITIONS,
+            rows_per_batch=self.config.per_device_eval_batch_size,
+            decoder_start=decoder_start(self.pair.student),
+            vocab_size=self.vocab_size,
+        )
+
     @property
     def student(self) -> nn.Module:
         """The model being trained, whatever is wrapped around it."""
         unwrapped: nn.Module = self.accelerator.unwrap_model(self.model)
         return unwrapped
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any
+    ) -> Any:
+        """Train, and write the run folder but for the student, which `save_model` writes.
+
+        Args:
+            resume_from_checkpoint: a checkpoint of this run, or True for its newest whole one.
+            **kwargs: as in `transformers.Trainer.train`.
+
+        Returns:
+            transformers' `TrainOutput`.
+
+        Raises:
+            DrklError: a loss or a gradient that is not finite, a folder that cannot be written, or no checkpoint.
+        """
+        checkpoint = self._checkpoint(resume_from_checkpoint)
+        if self.is_world_process_zero():
+            self.record.begin(resumed=checkpoint is not None)
+        self.accelerator.wait_for_everyone()
+        self._train_log.begin(step_of(checkpoint) if checkpoint else 0)
+        self.num_tokens_seen = tokens_seen(checkpoint) if checkpoint else 0
+        student = self.pair.student
+        use_cache, training = getattr(student.config, "use_cache", None), student.training
+        tokenizer, self.processing_class = self.processing_class, None
+        attach_loss(student, self.objective, self.loss_config, self.vocab_size)
+        try:
+            output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+        finally:
+            detach_loss(student)
+            self.processing_class = tokenizer
+            if use_cache is not None:
+                student.config.use_cache = use_cache  # transformers turns it off
+            student.train(training)
+        if self.is_world_process_zero():
+            self.record.trained(self.state, self._train_log.seconds)
+        self.accelerator.wait_for_everyone()
+        return output
+
+    def _checkpoint(self, wanted: str | Path | bool | None) -> Path | None:
+        if wanted is None or wanted is False:
+            return None
+        if wanted is True:
+            newest = newest_checkpoint(self.run.checkpoints_path)
+            if newest is None:
+                raise DrklError(f"There is no whole checkpoint in {str(self.run.checkpoints_path)!r} to resume from.")
+            return newest
+        path = Path(str(wanted))
+        if not (path / "trainer_state.json").is_file():
+            raise DrklError(f"{str(path)!r} is no checkpoint; expected a folder checkpoints/checkpoint-N of this run.")
+        return path
+
+    def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
+        """Write the student as ``from_pretrained`` reads it, tokenizer and model card included; of LoRA the adapter.
+
+        Args:
+            output_dir: a folder; None is ``student/`` of the run folder, which finishes the run.
+
+        Raises:
+            DrklError: it cannot be written there.
+        """
+        if _internal_call:
+            super().save_model(None if output_dir is None else str(output_dir), _internal_call=True)
+            return
+        if self.is_world_process_zero():
+            self.record.save_student(None if output_dir is None else Path(output_dir), self.state)
+        self.accelerator.wait_for_everyone()
 
     def compute_loss(
         self,
@@ -142,13 +321,12 @@ class DistillationTrainer(Trainer):
         row_ids, labels = inputs.pop("row_ids"), inputs.pop("labels")
         count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         teacher_hidden = teacher_head = None
-        if self._teacher is not None:
-            teacher_hidden = self._teacher.hidden_at(inputs, labels != IGNORE_INDEX)
-            teacher_head = self._teacher.head
-        step = self.state.global_step + 1
-        at_log = step % max(1, int(self.state.logging_steps)) == 0 or step >= self.state.max_steps
+        if self._uses_teacher:
+            assert self.teacher is not None
+            teacher_hidden = self.teacher.hidden_at(inputs, labels != IGNORE_INDEX)
+            teacher_head = self.teacher.head
         wanted = Distillation(
-            labels, teacher_hidden, teacher_head, torch.as_tensor(count, device=labels.device), at_log
+            labels, teacher_hidden, teacher_head, torch.as_tensor(count, device=labels.device), self._will_log()
         )
         # A plain tuple: data-parallel wrappers move tensors through containers they know.
         loss, statistics, hidden = model(**inputs, **{KEY: tuple(wanted)})
@@ -160,11 +338,23 @@ class DistillationTrainer(Trainer):
         # Ranks' gradients are averaged; the sum over ranks is what was divided by the global count.
         return loss * self.accelerator.num_processes
 
+    @property
+    def _uses_teacher(self) -> bool:
+        return self.teacher is not None and self.loss_config.kd_weight > 0 and self.objective.needs_teacher
+
+    def _will_log(self) -> bool:
+        """Whether the step that is being made ends with a line in the log."""
+        step = self.state.global_step + 1
+        every = max(1, int(self.state.logging_steps))
+        first = step == 1 and self.args.logging_first_step
+        return first or step % every == 0 or step >= self.state.max_steps or self._epochs.logs_at(step)
+
     def _stop_non_finite(self, loss: Tensor, row_ids: list[str], hidden: Tensor, teacher_hidden: Tensor | None) -> None:
-        fault = find_fault(self.student, hidden, self._teacher, teacher_hidden, self._objective)
+        teacher = self.teacher if self._uses_teacher else None
+        fault = find_fault(self.student, hidden, teacher, teacher_hidden, self.objective)
         raise DrklError(
             f"The loss became {float(loss.detach())} at step {self.state.global_step + 1}, rows {list_rows(row_ids)}. "
-            f"Not finite first: {fault}. Training stopped; the last good checkpoint is kept. {REMEDY}"
+            f"First non-finite tensor: {fault}. Training stopped; the last good checkpoint is kept. {REMEDY}"
         )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -192,14 +382,29 @@ class DistillationTrainer(Trainer):
         self._row_ids = [row_id for batch in batch_samples for row_id in batch["row_ids"]]
         return total
 
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Evaluate on the held-out rows; every mean is over all of their response tokens."""
-        assert self._heldout is not None
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Compute the held-out loss and its statistics; every mean is over all response tokens.
+
+        Args:
+            eval_dataset: held-out rows as the trainer takes them; None is the trainer's own.
+            ignore_keys: has no effect.
+            metric_key_prefix: what the names of the numbers begin with.
+
+        Raises:
+            DrklError: there are no held-out rows, or the loss is not finite.
+        """
+        heldout = self._heldout
+        if eval_dataset is not None:
+            heldout = self._held_out(self.pair.tokenize(eval_dataset, self.config)[0])
+        if heldout is None:
+            raise DrklError("There are no held-out rows; pass eval_dataset to the trainer, or here.")
         model: Any = self.student
         training = model.training
         model.eval()
         try:
-            values = self._heldout.evaluate(model, self._objective, self._loss)
+            values = heldout.evaluate(model, self.objective, self.loss_config)
         except NonFiniteLoss as error:
             raise DrklError(
                 f"After step {self.state.global_step} {error} Training stopped; the last good checkpoint is kept. "
@@ -210,6 +415,10 @@ class DistillationTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: `drkl.evaluate` measures a student, on held-out rows and on what it writes."""
+        raise DrklError("A DistillationTrainer makes no predictions; drkl.evaluate(student, teacher, rows) measures.")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what `compute_loss` gathered since the last training line."""
@@ -223,9 +432,14 @@ class DistillationTrainer(Trainer):
             self._sums, self._input_tokens, self._since = {}, 0, now
         super().log(logs, start_time)
 
+    def on_progress(self, hook: OnProgress) -> None:
+        """Call ``hook(steps done, steps in all, newest numbers)`` after every step."""
+        self._train_log.on_progress = hook
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # Only a step that is also saved can be the best that is kept.
-        return self.control.should_save and super()._determine_best_metric(metrics, trial)
+        saved = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
+        return saved and super()._determine_best_metric(metrics, trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -236,8 +450,7 @@ class DistillationTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             raise DrklError(
                 f"Could not write the checkpoint of step {self.state.global_step} to {str(folder)!r}: "
-                f"{' '.join(str(error).split())[:200]}. The last good checkpoint is kept; make room, then "
-                "`drkl distill --resume`."
+                f"{' '.join(str(error).split())[:200]}. The last good checkpoint is kept; make room, then resume."
             ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -246,3 +459,32 @@ class DistillationTrainer(Trainer):
             if self._keep_checkpoints:
                 best = self.state.best_model_checkpoint
                 rotate(folder.parent, self._keep_checkpoints, Path(best) if best else None)
+
+
+def _inner_arguments(args: DistillationConfig, run: RunFolder, num_steps: int, *, heldout: bool) -> DistillationConfig:
+    """The arguments as transformers' loop takes them: every number settled, and checkpoints in their own folder."""
+    inner = copy.copy(args)
+    inner.output_dir = str(run.checkpoints_path)
+    inner.max_steps = num_steps
+    if inner.warmup_steps is None:
+        inner.warmup_steps = default_warmup(num_steps)
+    if not heldout:
+        no: Any = "no"
+        inner.eval_strategy = type(args.eval_strategy)(no)
+        inner.load_best_model_at_end = False
+    # An epoch is many steps of one long data set here; `Epochs` says when one ends.
+    never = num_steps + 1
+    for name in ("eval", "save", "logging"):
+        strategy = getattr(inner, f"{name}_strategy")
+        if strategy.value == "epoch":
+            setattr(inner, f"{name}_strategy", type(strategy)("steps"))
+            setattr(inner, f"{name}_steps", never)
+    if inner.activation_checkpointing and not inner.activation_checkpointing_kwargs:
+        # The reentrant kind asks that the first layer's input needs a gradient, which frozen embeddings do not give.
+        inner.activation_checkpointing_kwargs = inner.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    # Several cards in one process would be nn.DataParallel, which cuts batches by itself; torchrun uses them all.
+    inner._n_gpu = min(inner.n_gpu, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inner.dataloader_pin_memory = bool(args.dataloader_pin_memory) and args.device.type == "cuda"
+    return inner

@@ -1,0 +1,350 @@
+"""A student, its teacher, their tokenizer and their rows: loaded where they were named, and checked together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from drkl.data.classification import LabelledRow
+from drkl.data.rows import Rows, rows_from
+from drkl.data.tokenize import DropReport, Row
+from drkl.errors import DrklError
+from drkl.models.adapter import add_adapter
+from drkl.models.classes import check_classes, class_names, is_classifier
+from drkl.models.config import StudentConfig
+from drkl.models.forward import check_head, is_encoder_decoder, lm_head
+from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer, model_note
+from drkl.models.pair import SharedTokens, check_rows, check_same_family, check_tokenizers, shared_vocabulary
+from drkl.teachers.config import TeacherConfig
+from drkl.teachers.live import LiveTeacher
+from drkl.training.arguments import DistillationConfig
+
+IN_MEMORY = "in memory"
+"""How the record of a run begins the name of a model or of rows that were passed as objects."""
+
+
+@dataclass(frozen=True)
+class TokenisedRows:
+    """Rows that a run has tokenised already, with the account of them, and what two tokenizers share."""
+
+    rows: Rows
+    report: DropReport
+    shared_tokens: SharedTokens | None = None
+    source: str | None = None
+
+
+@dataclass
+class Pair:
+    """What a trainer works with; everything in it fits together."""
+
+    student: PreTrainedModel
+    teacher: LiveTeacher | None
+    tokenizer: Any
+    rows: Rows
+    eval_rows: Rows
+    report: DropReport
+    classes: tuple[str, ...] | None
+    """Names of the classes by number; None for language models."""
+    vocabulary: dict[str, int] | None
+    """Where the two heads are compared on fewer ids than they have: how many are ``shared``, of how many."""
+    adapter: Any
+    """peft's handle on the student, or None."""
+    student_name: str
+    teacher_name: str | None
+    data_names: tuple[str, str | None]
+    """What the training rows and the held-out rows come from."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know of the pair."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        """How many ids, from 0, the two models are compared on; None for all."""
+        return None if self.vocabulary is None else self.vocabulary["shared"]
+
+    @property
+    def pad_id(self) -> int:
+        """What fills batches; its value changes nothing."""
+        return _pad_id(self.tokenizer)
+
+    def tokenize(self, dataset: Any, args: DistillationConfig) -> tuple[Rows, DropReport]:
+        """Turn a data set, as the trainer takes it, into checked rows."""
+        rows, report = _tokenize(dataset, self.tokenizer, self.student, self.classes, args)
+        _check_rows(rows, self.student, self.teacher)
+        return rows, report
+
+
+def make_pair(
+    model: Any,
+    teacher_model: Any,
+    args: DistillationConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    tokenizer: Any,
+    *,
+    quantization_config: Any = None,
+    peft_config: Any = None,
+) -> Pair:
+    """Load what was named, tokenise the rows, and check that everything fits.
+
+    Args:
+        model: the student, as `DistillationTrainer` takes it.
+        teacher_model: the teacher, likewise; None takes ``args.teacher_model_name_or_path``, if any.
+        args: how to load and to tokenise.
+        train_dataset: training rows, or `TokenisedRows`.
+        eval_dataset: held-out rows, or `TokenisedRows`; None for none.
+        tokenizer: the tokenizer; None takes that of the student's name, else the teacher's.
+        quantization_config: for loading the student.
+        peft_config: the adapter of the student; None for none.
+
+    Raises:
+        DrklError: something is missing, or does not fit.
+    """
+    named_teacher = args.teacher_model_name_or_path
+    if teacher_model is not None and named_teacher is not None and teacher_model != named_teacher:
+        raise DrklError("teacher_model and args.teacher_model_name_or_path are both given; give one of them.")
+    teacher_model = named_teacher if teacher_model is None else teacher_model
+    if train_dataset is None:
+        raise DrklError("train_dataset is missing: a data set, a list of rows, or a file.")
+    student, adapter = _student(model, args, quantization_config)
+    classes = class_names(student.config, _name(model)) if is_classifier(student) else None
+    teacher = _teacher(teacher_model, args, classes)
+    if teacher is not None and teacher.model is student:
+        raise DrklError(
+            "model and teacher_model are the same object: the student is trained in place, so its teacher would move "
+            "with it. Pass copy.deepcopy(model) as one of them."
+        )
+    _check_kinds(student, teacher, classes, _name(model), _name(teacher_model))
+    shared = train_dataset.shared_tokens if isinstance(train_dataset, TokenisedRows) else None
+    if shared is None and all(isinstance(name, (str, Path)) for name in (model, teacher_model)):
+        source = StudentConfig(init="pretrained", model=str(model))
+        shared = check_tokenizers(source, str(teacher_model), classifier=classes is not None)
+    if tokenizer is None:
+        tokenizer = _tokenizer(model, teacher_model, classifier=classes is not None)
+    _pad_id(tokenizer)
+    rows, report = _tokenize(train_dataset, tokenizer, student, classes, args)
+    eval_rows: Rows = []
+    if eval_dataset is not None:
+        eval_rows, _ = _tokenize(eval_dataset, tokenizer, student, classes, args)
+    everything: list[Any] = [*rows, *eval_rows]
+    _check_rows(everything, student, teacher)
+    notes: list[str] = []
+    vocabulary = None
+    if classes is None:
+        check_head(student)
+        vocabulary = _compare_vocabularies(student, teacher, shared, tokenizer, everything, notes)
+    elif teacher is not None:
+        teacher.model.config.get_text_config().pad_token_id = _pad_id(tokenizer)  # what the batches are padded with
+    if args.disable_dropout:
+        for module in student.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    if args.freeze_embeddings:
+        student.get_input_embeddings().requires_grad_(False)
+    if peft_config is not None:
+        if adapter is not None:
+            raise DrklError("model is a PeftModel, which has its adapter; leave peft_config out.")
+        if classes is not None:
+            raise DrklError("peft_config goes with language models: LoRA leaves a classifier's head as it is.")
+        adapter = add_adapter(student, peft_config, args.seed)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise DrklError("No parameter of the student requires a gradient, so there is nothing to train.")
+    return Pair(
+        student=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        rows=rows,
+        eval_rows=eval_rows,
+        report=report,
+        classes=classes,
+        vocabulary=vocabulary,
+        adapter=adapter,
+        student_name=_name(model),
+        teacher_name=None if teacher is None else _name(teacher_model),
+        data_names=(_data_name(train_dataset), None if eval_dataset is None else _data_name(eval_dataset)),
+        notes=notes,
+    )
+
+
+def _name(model: Any) -> str:
+    """What a record calls a model: the name it was loaded by, or what it is."""
+    if model is None or isinstance(model, (str, Path)):
+        return str(model)
+    if isinstance(model, LiveTeacher):
+        model = model.model
+    return f"{IN_MEMORY}: {type(model).__name__}"
+
+
+def _data_name(dataset: Any) -> str:
+    if isinstance(dataset, TokenisedRows):
+        return dataset.source or IN_MEMORY
+    return str(dataset) if isinstance(dataset, (str, Path)) else f"{IN_MEMORY}: {type(dataset).__name__}"
+
+
+def _student(model: Any, args: DistillationConfig, quantization_config: Any) -> tuple[PreTrainedModel, Any]:
+    """The student, and peft's handle on it where it comes with an adapter."""
+    if isinstance(model, (str, Path)):
+        options = dict(args.model_init_kwargs or {})
+        if quantization_config is not None:
+            if "quantization_config" in options:
+                raise DrklError("quantization_config is given twice: to the trainer, and in model_init_kwargs.")
+            options["quantization_config"] = quantization_config
+        return _load(str(model), options, "fp32", torch.device("cpu"), "model_init_kwargs"), None
+    for name, value in (("model_init_kwargs", args.model_init_kwargs), ("quantization_config", quantization_config)):
+        if value is not None:
+            raise DrklError(f"{name} is for a model given by its name, and model is a {type(model).__name__} already.")
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        if model.active_peft_config.is_prompt_learning:
+            raise DrklError(
+                "model has prompts that peft puts before its input; only adapters inside the layers (LoRA and its kin) "
+                "can be distilled."
+            )
+        return model.get_base_model(), model
+    if not isinstance(model, PreTrainedModel):
+        raise DrklError(
+            f"model is a {type(model).__name__}; expected a name, a transformers.PreTrainedModel or a peft.PeftModel."
+        )
+    return model, None
+
+
+def _teacher(teacher: Any, args: DistillationConfig, classes: Sequence[str] | None) -> LiveTeacher | None:
+    if teacher is None or isinstance(teacher, LiveTeacher):
+        return teacher
+    device = args.device
+    options = dict(args.teacher_model_init_kwargs or {})
+    if isinstance(teacher, (str, Path)):
+        if args.teacher_model_revision is not None:
+            options.setdefault("revision", args.teacher_model_revision)
+        teacher = _load(str(teacher), options, "auto", device, "teacher_model_init_kwargs")
+    elif options or args.teacher_model_revision is not None:
+        raise DrklError(
+            "teacher_model_init_kwargs and teacher_model_revision are for a teacher given by its name, and "
+            f"teacher_model is a {type(teacher).__name__} already."
+        )
+    teacher = getattr(teacher, "_orig_mod", teacher)
+    if not isinstance(teacher, PreTrainedModel):
+        raise DrklError(
+            f"teacher_model is a {type(teacher).__name__}; expected a name or a transformers.PreTrainedModel."
+        )
+    if getattr(teacher, "hf_device_map", None) is None:
+        teacher = teacher.to(device)  # type: ignore[arg-type]
+    return LiveTeacher(teacher, args.teacher_remember_mb)
+
+
+def _load(name: str, options: dict[str, Any], dtype: str, device: torch.device, where: str) -> PreTrainedModel:
+    """Load a model by its name, a classifier where its config says so."""
+    if options.pop("trust_remote_code", False):
+        raise DrklError(f"{where} has trust_remote_code: drkl never runs code that comes with a model.")
+    wanted = options.pop("dtype", options.pop("torch_dtype", dtype))
+    load = load_classifier if is_classifier(load_config(name)) else load_model
+    from drkl.models.precision import resolve_dtype
+
+    return load(name, resolve_dtype(wanted, device), **options)
+
+
+def _tokenizer(model: Any, teacher: Any, *, classifier: bool) -> Any:
+    """The tokenizer of the student's name, else of the teacher's."""
+    names = [str(name) for name in (model, teacher) if isinstance(name, (str, Path))]
+    if not names:
+        raise DrklError(
+            "processing_class is missing: both models were passed as objects, so their tokenizer cannot be looked up. "
+            "Pass the tokenizer."
+        )
+    try:
+        return load_tokenizer(names[0], classifier=classifier)
+    except DrklError:
+        if len(names) == 1:
+            raise
+        return load_tokenizer(names[1], classifier=classifier)
+
+
+def _pad_id(tokenizer: Any) -> int:
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    for name in ("pad_token_id", "eos_token_id", "sep_token_id"):
+        if (token := getattr(tokenizer, name, None)) is not None:
+            return int(token)
+    raise DrklError(
+        f"processing_class is a {type(tokenizer).__name__} without a padding, end-of-sequence or separator token; "
+        "expected a tokenizer."
+    )
+
+
+def _check_kinds(
+    student: PreTrainedModel, teacher: LiveTeacher | None, classes: Sequence[str] | None, name: str, teacher_name: str
+) -> None:
+    if teacher is None:
+        return
+    if is_classifier(teacher.model) != (classes is not None):
+        kinds = {True: "a classifier", False: "a language model"}
+        raise DrklError(
+            f"The student ({name}) is {kinds[classes is not None]} and the teacher ({teacher_name}) "
+            f"{kinds[classes is None]}: they have no output in common. Choose both of one kind."
+        )
+    if classes is not None:
+        check_classes(teacher.model.config, classes, teacher_name)
+    else:
+        check_same_family(student.config, teacher.model.config, name, teacher_name)
+
+
+def _tokenize(
+    dataset: Any, tokenizer: Any, student: PreTrainedModel, classes: Sequence[str] | None, args: DistillationConfig
+) -> tuple[Rows, DropReport]:
+    if isinstance(dataset, TokenisedRows):
+        return dataset.rows, dataset.report
+    assert args.max_prompt_tokens is not None, "settled when the config was made"
+    return rows_from(
+        dataset,
+        tokenizer,
+        encoder_decoder=classes is None and is_encoder_decoder(student),
+        classes=classes,
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_tokens=args.max_tokens,
+        turns=args.turns,
+        template=args.template,
+    )
+
+
+def _check_rows(rows: Sequence[Row | LabelledRow], student: PreTrainedModel, teacher: LiveTeacher | None) -> None:
+    check_rows(rows, student.config, "student")
+    if teacher is not None:
+        check_rows(rows, teacher.model.config, "teacher")
+
+
+def _compare_vocabularies(
+    student: PreTrainedModel,
+    teacher: LiveTeacher | None,
+    tokens: SharedTokens | None,
+    tokenizer: Any,
+    rows: Sequence[Any],
+    notes: list[str],
+) -> dict[str, int] | None:
+    if teacher is None:
+        return None
+    sizes = lm_head(student).vocab_size, lm_head(teacher.model).vocab_size
+    vocabulary = shared_vocabulary(*sizes, tokens, tokenizer, rows)
+    if vocabulary is not None:
+        notes.append(
+            f"The student scores {vocabulary['student']} ids and the teacher {vocabulary['teacher']}; their "
+            f"tokenizers share the first {vocabulary['shared']}, and the two are compared on those."
+        )
+    return vocabulary
+
+
+def teacher_note(pair: Pair) -> str | None:
+    """What a reader of results has to know of the teacher, or None."""
+    return None if pair.teacher_name is None else model_note(pair.teacher_name)
+
+
+def teacher_config(pair: Pair, args: DistillationConfig) -> TeacherConfig | None:
+    """The ``teacher`` section of the pair's record."""
+    if pair.teacher is None or pair.teacher_name is None:
+        return None
+    names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+    dtype: Any = names.get(str(pair.teacher.model.dtype), "auto")
+    return TeacherConfig(model=pair.teacher_name, remember_mb=args.teacher_remember_mb, dtype=dtype)

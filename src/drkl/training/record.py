@@ -1,0 +1,277 @@
+"""The run folder of a training: its config, its environment, and the student at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import TrainerState, TrainingArguments
+
+from drkl.data.config import DataConfig
+from drkl.data.tokenize import DropReport
+from drkl.errors import DrklError
+from drkl.models.adapter import merge_adapter, save_adapter
+from drkl.models.config import StudentConfig
+from drkl.models.forward import is_encoder_decoder
+from drkl.runs import RunFolder, write_json, write_text, write_yaml
+from drkl.training.arguments import DistillationConfig
+from drkl.training.card import model_card
+from drkl.training.checkpoints import keep_only
+from drkl.training.checks import check_disk
+from drkl.training.config import OWN_ARGUMENTS, OWNED, TrainingConfig
+from drkl.training.environment import describe_environment, now
+from drkl.training.pair import Pair, teacher_config, teacher_note
+
+_SETTLED = (
+    "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps", "average_tokens_across_devices",
+    "full_determinism",
+)  # fmt: skip
+"""Arguments of transformers that move the weights, written to config.yaml whatever they are."""
+_NOT_RECORDED = (
+    "output_dir", "run_name", "hub_token", "logging_dir", "disable_tqdm", "report_to", "log_level", "local_rank",
+    "accelerator_config", "deepspeed", "fsdp", "fsdp_config", "parallelism_config", "do_train", "do_eval",
+    "dataloader_pin_memory", "gradient_checkpointing_kwargs", "logging_nan_inf_filter", "ddp_find_unused_parameters",
+    "save_total_limit",
+)  # fmt: skip
+
+
+class RunRecord:
+    """Writes a run folder, piece by piece as training goes on.
+
+    Args:
+        run: the folder.
+        pair: what is trained on what.
+        args: how.
+    """
+
+    def __init__(self, run: RunFolder, pair: Pair, args: DistillationConfig) -> None:
+        self.run, self.pair, self.args = run, pair, args
+        self.config: dict[str, Any] | None = None
+        """What config.yaml holds; None describes the pair and the arguments."""
+        self.command: list[str] | None = None
+        """The command that repeats the run, where one made it."""
+        self.export = "adapter"
+        """What is saved of a student with an adapter: ``adapter``, or the ``merged`` model."""
+        self.keeps_folder = False
+        """Whether the folder was prepared for this run already."""
+        self._environment: dict[str, Any] = {}
+        self._completed = False
+
+    def begin(self, *, resumed: bool) -> None:
+        """Write ``config.yaml`` and ``env.json``; a run that lay in the folder is removed unless it is resumed."""
+        check_disk(self.run, self.pair.student)
+        if not resumed and not self.keeps_folder:
+            _remove_run(self.run)
+        self._completed = False
+        self._environment = describe_environment(self.args.device) | {
+            "command": self.command,
+            "teacher_note": teacher_note(self.pair),
+            "data": describe_data(self.pair),
+            "vocabulary": self.pair.vocabulary,
+            "parameters": count_parameters(self.pair),
+            "started": self.run.read_env().get("started", now()) if resumed else now(),
+            "finished": None,
+        }
+        config = describe_run(self.pair, self.args, self.run) if self.config is None else self.config
+        self.config = config | {"training": config["training"] | training_section(self.args, config["training"])}
+        write_yaml(self.run.config_path, self.config)
+        write_json(self.run.env_path, self._environment)
+
+    def trained(self, state: TrainerState, seconds: float) -> None:
+        """Note in ``env.json`` that training came to its end."""
+        self._completed = True
+        self._environment |= {
+            "seconds": round(seconds, 1),
+            "steps": state.global_step,
+            "best_step": state.best_global_step,
+            "best_heldout_loss": state.best_metric,
+        }
+        write_json(self.run.env_path, self._environment)
+
+    def save_student(self, folder: Path | None, state: TrainerState) -> None:
+        """Write the student, its tokenizer and its model card, whole or not at all.
+
+        Args:
+            folder: where to; None is ``student/`` of the run, which is then finished.
+            state: the trainer's.
+
+        Raises:
+            DrklError: it cannot be written there.
+        """
+        target = self.run.student_path if folder is None else folder
+        staging = target.parent / f".{target.name}"
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._write(staging)
+            self.pair.tokenizer.save_pretrained(staging)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            reason = " ".join(str(error).split())[:200]
+            raise DrklError(
+                f"Could not write the student to {str(target.parent)!r}: {reason}. Make room, then save it again: the "
+                "checkpoints are kept, so a run is resumed where it ended."
+            ) from error
+        write_text(staging / "README.md", self._card(state))
+        shutil.rmtree(target, ignore_errors=True)
+        staging.rename(target)
+        if folder is None and self._environment:
+            self._environment["finished"] = now()
+            write_json(self.run.env_path, self._environment)
+            if self._completed and state.best_global_step is not None:
+                keep_only(self.run.checkpoints_path, state.best_global_step)
+
+    def _write(self, folder: Path) -> None:
+        if self.pair.adapter is None:
+            self.pair.student.save_pretrained(folder)
+        elif self.export == "adapter":
+            save_adapter(self.pair.adapter, folder)
+        else:
+            merge_adapter(self.pair.adapter).save_pretrained(folder)
+
+    def _card(self, state: TrainerState) -> str:
+        pair = self.pair
+        note = teacher_note(pair)
+        if pair.adapter is not None and self.export == "adapter":
+            base = (self.config or {}).get("student", {}).get("model") or pair.student_name
+            adapter_note = f"It is a LoRA adapter for `{base}`; to load it, install `peft` too."
+            note = f"{note}\n\n{adapter_note}" if note else adapter_note
+        kind = "classifier" if pair.classes else "encoder_decoder" if is_encoder_decoder(pair.student) else "decoder"
+        config = describe_run(pair, self.args, self.run) if self.config is None else self.config
+        return model_card(self.run.name, config, state.best_metric, note, kind=kind, steps=state.global_step)
+
+
+def _remove_run(run: RunFolder) -> None:
+    """Remove what an earlier run wrote; other files in the folder stay."""
+    if not run.config_path.is_file():
+        return
+    for path in (
+        run.student_path, run.checkpoints_path, run.analysis_folder, run.parts_path, run.root / "stages",
+    ):  # fmt: skip
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (
+        run.config_path, run.env_path, run.train_log_path, run.eval_path, run.samples_path, run.predictions_path,
+        run.heldout_path, run.analysis_path, run.report_path,
+    ):  # fmt: skip
+        path.unlink(missing_ok=True)
+
+
+def count_parameters(pair: Pair) -> dict[str, int | None]:
+    """Numbers of parameters, the adapter's apart from the student's."""
+    student = list(pair.student.parameters())
+    adapter = sum(p.numel() for p in student if p.requires_grad) if pair.adapter is not None else 0
+    counts: dict[str, int | None] = {"student": sum(p.numel() for p in student) - adapter}
+    if pair.adapter is not None:
+        counts["adapter"] = adapter
+    teacher = pair.teacher
+    counts["teacher"] = sum(p.numel() for p in teacher.model.parameters()) if teacher is not None else None
+    return counts
+
+
+def describe_data(pair: Pair) -> dict[str, Any]:
+    """Numbers of rows, and what was left out of them."""
+    report: DropReport = pair.report
+    return {
+        "train_rows": len(pair.rows),
+        "heldout_rows": len(pair.eval_rows),
+        "dropped": dict(report.dropped),
+        "responses_cut": report.responses_cut,
+    }
+
+
+def training_section(args: DistillationConfig, section: dict[str, Any]) -> dict[str, Any]:
+    """What a config.yaml's ``training`` says beside ``section``, so that every value that trains the model is in it."""
+    arguments = dict(section.get("arguments") or {})
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    for name, default in defaults.items():
+        known = name in OWNED or name in OWN_ARGUMENTS or name in _NOT_RECORDED or name.startswith(("hub_", "trackio"))
+        value = _plain(getattr(args, name))
+        differs = not known and default is not dataclasses.MISSING and value != default
+        if (name in _SETTLED or differs) and _is_plain(value):
+            arguments.setdefault(name, value)
+    return {"arguments": arguments}
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    if isinstance(value, list):
+        return all(_is_plain(one) for one in value)
+    return value is None or isinstance(value, (str, int, float))
+
+
+def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder) -> dict[str, Any]:
+    """The sections of a config.yaml for a run that was made in Python; what was passed as an object is called so."""
+    objective: Any = args.make_objective()
+    fields: dict[str, Any] = dataclasses.asdict(objective) if dataclasses.is_dataclass(objective) else {}
+    device = args.device.type
+    teacher = teacher_config(pair, args)
+    train_path, eval_path = pair.data_names
+    student = StudentConfig(init="pretrained", model=pair.student_name, freeze_embeddings=args.freeze_embeddings)
+    rows = {"max_prompt_tokens": args.max_prompt_tokens, "max_tokens": args.max_tokens}
+    data = DataConfig.model_validate(
+        {"path": train_path, "eval_path": eval_path, "turns": args.turns, "template": args.template} | rows
+    )
+    training = TrainingConfig.model_validate(
+        {
+            "max_steps": args.max_steps if args.max_steps > 0 else None,
+            "num_train_epochs": args.num_train_epochs if args.max_steps < 0 else None,
+            "tokens_per_step": args.tokens_per_step,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "same_batches": args.same_batches,
+            "learning_rate": args.learning_rate,
+            "precision": args.precision,
+            "eval_rows": args.eval_rows,
+            "gradient_checkpointing": bool(args.activation_checkpointing),
+            "early_stop_patience": args.early_stop_patience,
+        }
+        | {name: _plain(getattr(args, name)) for name in OWN_ARGUMENTS}
+        | _intervals(args)
+    )
+    return {
+        "run": {"name": run.name, "dir": str(run.root.parent), "seed": args.seed, "device": device},
+        "task": "generation" if pair.classes is None else "classification",
+        "teacher": None if teacher is None else teacher.model_dump(mode="json"),
+        "student": student.model_dump(mode="json"),
+        "peft": None if pair.adapter is None else {"export": "adapter"} | _adapter_fields(pair.adapter),
+        "tokenizer": None,
+        "data": data.model_dump(mode="json"),
+        "objective": {"name": objective.name} | fields,
+        "loss": args.loss_config.model_dump(mode="json"),
+        "training": training.resolved(),
+        "stages": [],
+    }
+
+
+def _intervals(args: DistillationConfig) -> dict[str, int]:
+    """``eval_every`` and ``save_every``, where they are numbers of steps that a config can have."""
+    if any(_plain(getattr(args, f"{name}_strategy")) != "steps" for name in ("eval", "save")):
+        return {}
+    evaluate, save = args.eval_steps, args.save_steps
+    if evaluate is None or save is None or evaluate < 1 or save % evaluate:
+        return {}
+    return {"eval_every": int(evaluate), "save_every": int(save)}
+
+
+def _adapter_fields(adapter: Any) -> dict[str, Any]:
+    """The fields of a LoRA config that differ from peft's defaults."""
+    config = adapter.peft_config[adapter.active_adapter]
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    try:
+        defaults = type(config)()
+    except TypeError:
+        return {}
+    plain = {name: sorted(value) if isinstance(value, set) else _plain(value) for name, value in fields.items()}
+    skipped = ("base_model_name_or_path", "task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version")
+    return {
+        name: value
+        for name, value in plain.items()
+        if name not in skipped and _is_plain(value) and value != _plain(getattr(defaults, name))
+    }
