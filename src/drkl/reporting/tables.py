@@ -25,6 +25,9 @@ DIRECTIONS: dict[Better, tuple[str, str]] = {
     "none": ("", ""),
 }
 
+COMPARED = {"yes": "better", "no": "worse", "undecided": "undecided", "not_applicable": ABSENT}
+"""How a cell says whether a run is better than the first."""
+
 
 @dataclass(frozen=True)
 class Cell:
