@@ -123,7 +123,9 @@ def several(runs: Sequence[Run], lines: Mapping[str, Line]) -> SideBySide | None
         for finding in reversed(comparison.findings)  # of a metric the first table's, at the main temperature, counts
     }
     winners = {key: standing.winner for key, standing in standings.items()}
-    texts = [standings[key].text(labels) for key in STANDINGS[runs[0].task] if key in standings]
+    known = [standings[key] for key in STANDINGS[runs[0].task] if key in standings]
+    # Where no pair could be tested, the notices say why, once.
+    texts = [standing.text(labels) for standing in known if standing.better or not standing.reason]
     return SideBySide(
         notices=notices,
         standings=texts,

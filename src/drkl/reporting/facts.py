@@ -70,11 +70,6 @@ def notes(runs: Sequence[Run]) -> list[str]:
     """What to keep in mind with the numbers: what they rest on, and what they cannot show."""
     run = runs[0]
     lines = [_basis(run)] if run.evaluation is not None else []
-    if run.evaluation is not None and len(run.evaluation.classes) == 2 and run.objective in ("drkl", "dkd"):
-        lines.append(
-            "With two classes the tail is a single class and its divergence K is 0: unskewed `drkl` equals `rkl`, so "
-            "this run cannot show what decoupling does."
-        )
     if len(runs) == 1 and not run.is_pair and run.has_teacher and run.task != "classification":
         lines.append(_other_objective(run))
     return lines

@@ -31,9 +31,10 @@ TILES = {
     ("classification", False): ("accuracy", "macro_f1", "nll", "ece"),
 }
 """The large numbers, by task and by whether there is a teacher."""
-# Commands in backquotes; numbers that are results, so neither the 2 of "distinct-2" nor a count of steps.
+# Commands in backquotes; intervals in brackets; numbers that are results, so neither the 2 of "distinct-2" nor a count
+# of steps.
 _MARKED = re.compile(
-    r"(`[^`]*`|(?<![\w.-])[+\N{MINUS SIGN}]?\d++(?:,\d{3})*+(?:\.\d+)?+(?:\N{NO-BREAK SPACE}%)?(?![\w-])(?! steps?\b))"
+    r"(`[^`]*`|\[[\d.,\s\N{MINUS SIGN}]+\]|(?<![\w.-])[+\N{MINUS SIGN}]?\d++(?:,\d{3})*+(?:\.\d+)?+(?:\N{NO-BREAK SPACE}%)?(?![\w-])(?! steps?\b))"
 )
 
 Source = str | Path | RunFolder | Evaluation
@@ -152,13 +153,15 @@ def _environment() -> Environment:
 
 
 def emphasise(text: str) -> Markup:
-    """Escape ``text`` and set its numbers in ``<b>`` and its backquoted commands in ``<code>``."""
+    """Escape ``text``; set its numbers in ``<b>``, its intervals small, and its backquoted commands in ``<code>``."""
     parts = []
     for place, piece in enumerate(_MARKED.split(clean(text))):
         if place % 2 == 0:
             parts.append(escape(piece))
         elif piece.startswith("`"):
             parts.append(Markup("<code>{}</code>").format(piece[1:-1]))
+        elif piece.startswith("["):
+            parts.append(Markup('<span class="interval">{}</span>').format(piece))
         else:
             parts.append(Markup("<b>{}</b>").format(piece))
     return Markup("").join(parts)
