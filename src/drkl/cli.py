@@ -365,7 +365,7 @@ def analyze(
     folder = output or run
     assert folder is not None
     drawn = figures.write_figures(result.to_json(), folder / "analysis")
-    print_analysis(result.findings, *figures.table(result.to_json()))
+    print_analysis(result.findings, figures.table(result.to_json()))
     print(
         f"Written: {folder / 'analysis.json'} and {len(drawn)} figures beside {folder / 'analysis' / 'positions.csv'}."
     )
@@ -384,32 +384,29 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="A run folder, or the output of `drkl evaluate --student`; more are compared with the first.",
+            help="A run folder, or an output folder of `drkl evaluate --student`. Others are compared with the first.",
             show_default=False,
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Where to write it; default RUN/report.html (.md, .csv).", show_default=False),
+        typer.Option(help="File to write. Default: RUN/report.html (.md, .csv).", show_default=False),
     ] = None,
     output_format: Annotated[
-        str, typer.Option("--format", help="html, md (words and tables) or csv (a line per number).")
+        str, typer.Option("--format", help="html, md (words and tables) or csv (one line per number).")
     ] = "html",
     picture: Annotated[
         Path | None,
-        typer.Option(help="Also draw the first run's numbers and curves to this .svg or .png.", show_default=False),
+        typer.Option(help="Also draw the numbers and curves of the first run to this .svg or .png.", show_default=False),
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page about a run, or several side by side."""
-    from drkl.reporting.html import check_format, write_report
-    from drkl.reporting.picture import write_picture
-    from drkl.reporting.record import open_run
+    """Write one self-contained HTML page about a run, or about several side by side."""
+    from drkl.reporting import page, write_picture
 
-    check_format(output_format)
-    folders = [open_run(run) for run in runs]
+    page.checked_format(output_format)
     # The picture first: it has more ways to be refused, and then nothing is written.
-    drawn = None if picture is None else write_picture(folders[0], picture)
-    print(f"The report is {write_report(folders, output, output_format=output_format)}")
+    drawn = None if picture is None else write_picture(runs[0], picture)
+    print(f"The report is {page.report(runs, output, output_format=output_format)}")
     if drawn is not None:
         print(f"The picture is {drawn}")
 

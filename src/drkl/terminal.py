@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from drkl.data.survey import Survey
     from drkl.evaluation.findings import Finding
     from drkl.evaluation.result import Evaluation
+    from drkl.reporting.tables import PlainTable
     from drkl.training.run import Listener
 
 BAR = 40
@@ -174,20 +175,16 @@ def print_toy(ends: Sequence[Any]) -> None:
         Console().print(table)
 
 
-def print_analysis(findings: Sequence[Any], head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_analysis(findings: Iterable[Finding], pushes: PlainTable) -> None:
     """The findings, and every objective's pushes."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    for finding in findings:
-        answer = finding.answer.replace("_", " ").capitalize()
-        console.print(f"{finding.question} {answer}.", markup=False, style="bold")
-        console.print(f"{finding.text}\n", markup=False)
-    table = Table(*head, title="Pushes: gradients on the logit of the teacher's top token; negative raises it")
-    for row in rows:
-        table.add_row(*(cell.split(" [")[0] for cell in row))  # the intervals are in the file
-    console.print(table)
+    print_findings(findings)
+    table = Table(*pushes.head, title="Pushes: gradients on the logit of the teacher's top token; negative raises it")
+    for row in pushes.rows:
+        table.add_row(*(cell if isinstance(cell, str) else cell[0] for cell in row))  # the intervals are in the file
+    Console(highlight=False).print(table)
 
 
 def print_surveys(surveys: Sequence[Survey], tokenizer: Any, console: Console | None = None) -> None:
