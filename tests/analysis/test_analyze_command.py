@@ -216,7 +216,8 @@ def test_a_run_and_its_page(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_what_stands_in_both_files_is_decided_once(tmp_path: Path) -> None:
-    run = tiny_runs.train(tiny_runs.config(tmp_path, evaluation={"seed": 3}))
+    heldout = tiny_runs.write_rows(tmp_path / "heldout.jsonl", 12)
+    run = tiny_runs.train(tiny_runs.config(tmp_path, data={"eval_path": str(heldout)}, evaluation={"seed": 3}))
     before = analyze_run(run.root, objectives=["rkl"], positions=4)
     evaluation = evaluate_run(run.root, prompts=0)
     after = analyze_run(run.root, objectives=["rkl"], positions=4, seed=5)

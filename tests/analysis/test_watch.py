@@ -20,8 +20,8 @@ from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.models.forward import decoder_start
-from drkl.reporting.figures import training_curves
-from drkl.reporting.record import read_run
+from drkl.reporting.curves import pushes
+from drkl.reporting.inputs import read_run
 from drkl.runs import RunFolder
 from drkl.teachers.live import LiveTeacher
 from drkl.training.run import Listener, distill
@@ -342,5 +342,5 @@ def test_the_command_line_watches_what_the_config_says(cli: Cli, tmp_path: Path)
     run = RunFolder(tmp_path / "runs" / "r")
     assert run.read_config()["analysis"] == {"watch_every": 1, "watch_positions": 4}
     assert list(looks(run)) == [1] and all(line["watch_tail_push"] < 0 for line in looks(run).values())
-    curves, _ = training_curves(read_run(run))
-    assert curves[-1].title == "What pushes the target"
+    picture = pushes(read_run(run))
+    assert picture is not None and picture.title == "What pushes the target"

@@ -9,7 +9,7 @@ import pytest
 
 from drkl.reporting import report
 from drkl.runs import read_json, write_json, write_jsonl, write_yaml
-from tests.analysis.made_states import found, teacher_logits, with_other_tails
+from tests.analysis.made_states import analysed, teacher_logits, with_other_tails
 from tests.reporting import test_classification
 from tests.reporting.conftest import MakeRun, add_sample, write_pair
 
@@ -59,15 +59,16 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-def analysed() -> dict[str, Any]:
-    """What `drkl analyze` finds in made-up states; its names are long, and hostile."""
+def hostile_analysis() -> dict[str, Any]:
+    """An analysis of made-up logits; its names are long, and hostile."""
     teacher, labels, generator = teacher_logits()
-    _, tables = found(with_other_tails(teacher, generator), teacher, labels, positions=16)
-    tables["headline"] = tables["objectives"][0]["objective"] = HOSTILE
-    tables["settings"] |= {
+    _, analysis = analysed(with_other_tails(teacher, generator), teacher, labels, positions=16)
+    content = analysis.to_json()
+    content["objectives"][0]["objective"] = HOSTILE
+    content["settings"] |= {
         "command": ["drkl", "analyze", "x" * 300], "models": {"student": HOSTILE, "teacher": "y" * 300},
     }  # fmt: skip
-    return tables
+    return content
 
 
 @pytest.mark.parametrize("swept", [True, False])
@@ -75,7 +76,7 @@ def test_the_page_fits_and_is_alone(make_run: MakeRun, tmp_path: Path, browser: 
     run = make_run(swept=swept)
     add_sample(run, prompt="<script>document.title='taken'</script>" + "x" * 3_000, text="y" * 3_000)
     if swept:
-        write_json(run.analysis_path, analysed())
+        write_json(run.analysis_path, hostile_analysis())
     several = [run, make_run("rkl", objective="rkl", swept=swept)]
     for runs in (several, [run], [write_pair(tmp_path / "pair")]):
         path = report(runs, tmp_path / "page.html")
