@@ -176,9 +176,9 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, ...]]:
     original = fused._run
 
     def recorded(*args: Any, **words: Any) -> Any:
-        values, *grads = original(*args, **words)
+        values, grads = original(*args, **words)
         made.append(tuple(grad is not None for grad in grads))
-        return values, *grads
+        return values, grads
 
     monkeypatch.setattr(fused, "_run", recorded)
     return made
@@ -439,7 +439,7 @@ def test_no_teacher_where_none_is_read() -> None:
 def test_no_tensor_of_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, rows: int) -> None:
     monkeypatch.setattr(fused, "CHUNK_BYTES", chunk_bytes)
     largest = 0
-    original = fused._logits
+    original = fused._Side.logits
 
     def measured(*args: Any) -> Tensor:
         nonlocal largest
@@ -447,6 +447,6 @@ def test_no_tensor_of_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch, chun
         largest = max(largest, out.numel())
         return out
 
-    monkeypatch.setattr(fused, "_logits", measured)
+    monkeypatch.setattr(fused._Side, "logits", measured)
     Pair().run("fused")
     assert largest == rows * VOCAB

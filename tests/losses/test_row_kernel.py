@@ -149,6 +149,7 @@ def test_the_fused_loss_takes_it(name: str, params: dict[str, Any], monkeypatch:
     monkeypatch.setattr(fused, "CUDA_CHUNK_BYTES", 5 * 30 * 4)
     calls: list[int] = []
     step = row_kernel.row_step_
+    fused._kernel_runs.cache_clear()
 
     def watch(*args: Any) -> Tensor:
         calls.append(len(args[0]))
@@ -163,9 +164,10 @@ def test_the_fused_loss_takes_it(name: str, params: dict[str, Any], monkeypatch:
     weights = torch.rand(13, generator=generator)
 
     def run(dtype: torch.dtype, device: str) -> list[Tensor]:
+        observed: list[Tensor] = []
         leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in (hidden, weight)]
         given = [x.to(device, dtype) for x in (teacher_hidden, teacher_weight)]
-        loss, statistics = drkl.fused_distillation_loss(
+        loss = drkl.fused_distillation_loss(
             leaves[0],
             leaves[1],
             given[0],
@@ -173,16 +175,15 @@ def test_the_fused_loss_takes_it(name: str, params: dict[str, Any], monkeypatch:
             labels.to(device),
             objective=drkl.make_objective(name, **params),
             token_weights=weights.to(device),
-            return_stats=True,
+            observe=lambda chunk: observed.extend((chunk.student.clone(), chunk.teacher.clone())),  # type: ignore[union-attr]
         )
         (3 * loss).backward()
         grads = [x.grad for x in leaves if x.grad is not None]
-        columns = [x for x in statistics if x is not None]
-        assert len(columns) == (9 if name == "drkl" else 7)
-        return [x.detach().cpu().double() for x in (loss, *columns, *grads)]
+        logits = [torch.cat(observed[side::2]) for side in (0, 1)]
+        return [x.detach().cpu().double() for x in (loss, *logits, *grads)]
 
     found = run(torch.float32, DEVICE)
-    assert calls == [4, 4, 3]
+    assert calls == [1, 4, 4, 3]  # one row to see that it runs
     monkeypatch.setattr(fused, "KERNEL_DEVICES", ())
     for a, b in zip(found, run(torch.float64, "cpu"), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5)
@@ -197,10 +198,22 @@ def test_without_a_compiler_the_loss_goes_on(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(row_kernel, "row_step_", broken)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((5, 6), (30, 6), (5, 8), (30, 8))]
+    fused._kernel_runs.cache_clear()
     with pytest.warns(UserWarning, match="goes on without it, slower. Failed to find C compiler"):
         loss = drkl.fused_distillation_loss(*inputs)
-    assert fused.KERNEL_DEVICES == ()
-    torch.testing.assert_close(loss, drkl.fused_distillation_loss(*inputs))
+    torch.testing.assert_close(loss, drkl.fused_distillation_loss(*inputs))  # without a further warning
+    fused._kernel_runs.cache_clear()
+
+
+def test_a_chunk_that_the_kernel_gives_up_is_observed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "KERNEL_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(fused, "CHUNK_BYTES", 4)
+    monkeypatch.setattr(fused, "CUDA_CHUNK_BYTES", 4)
+    inputs = [x.to(DEVICE) for x in (torch.eye(3), torch.eye(3), torch.eye(3), torch.eye(3))]
+    inputs[2][1] = torch.inf
+    starts: list[int] = []
+    loss = drkl.fused_distillation_loss(*inputs, reduction="none", observe=lambda chunk: starts.append(chunk.start))
+    assert starts == [0, 1, 2] and loss[[0, 2]].isfinite().all() and not loss[1].isfinite()
 
 
 def test_what_the_kernel_does_not_know() -> None:

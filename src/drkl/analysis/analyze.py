@@ -22,7 +22,7 @@ from drkl.evaluation.pairs import Inputs, Model, pair_inputs
 from drkl.evaluation.result import Evaluation
 from drkl.models.precision import DtypeLike
 from drkl.models.readout import Readout, read
-from drkl.objectives import OBJECTIVES, Objective
+from drkl.objectives import OBJECTIVES, Objective, make_objective
 from drkl.objectives.variants import parse_variants
 from drkl.runs import RunFolder
 from drkl.training.environment import now
@@ -202,8 +202,8 @@ def named_objectives(
     """
     variants = parse_variants([name for name in chosen if isinstance(name, str)], gamma)
     named = {variant.title: variant.objective for variant in variants}
-    for objective in chosen:
-        if not isinstance(objective, str) and objective not in named.values():
+    for objective in (make_objective(given) for given in chosen if not isinstance(given, str)):
+        if objective not in named.values():
             named[repr(objective) if objective.name in named else objective.name] = objective
     if own is None or own in named.values():
         return named

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
-
-IGNORE_INDEX = -100
+from drkl.losses.common import IGNORE_INDEX
 
 
 def collate(rows: Sequence[Row | LabelledRow], *, pad_id: int, decoder_start: int | None = None) -> dict[str, Any]:
