@@ -22,6 +22,11 @@ def test_the_objective_of_ones_own() -> None:
     assert tried > 5 and failed == 0
 
 
+def test_the_loop_of_ones_own() -> None:
+    failed, tried = doctest.testfile(str(DOCS / "own-loop.md"), module_relative=False)
+    assert tried > 10 and failed == 0
+
+
 def test_the_articles_statements() -> None:
     failed, tried = doctest.testfile(str(DOCS / "article.md"), module_relative=False)
     assert tried > 30 and failed == 0
