@@ -12,16 +12,15 @@ from typing import Any
 import pytest
 
 from drkl.evaluation.comparison import compare
-from drkl.evaluation.findings import IDS, SHARED, of_analysis
+from drkl.evaluation.findings import IDS, SHARED
 from drkl.evaluation.result import Evaluation
 from drkl.reporting import report
 from drkl.reporting.inputs import Run, read_run
 from drkl.runs import RunFolder, read_json, write_json
 from tests.reporting import test_classification
-from tests.reporting.conftest import MakeRun, write_heldout, write_pair
+from tests.reporting.conftest import MakeRun, write_analysis, write_heldout, write_pair
 
 ROOT = Path(__file__).resolve().parents[2]
-ANALYSIS = ROOT / "docs" / "results" / "quickstart.analysis.json"
 SURE = {"overconfidence": (0.12, 0.16), "calibration_gap": (0.1, 0.2), "target_gap": (0.01, 0.03)}
 MADE_UP: dict[str, dict[str, tuple[float, float]]] = {
     "overconfident": SURE,
@@ -84,15 +83,6 @@ def made_up(make_run: MakeRun, kind: str, name: str = "") -> RunFolder:
     return run
 
 
-def analysed(run: RunFolder, *, earlier: bool) -> RunFolder:
-    """With the analysis of the quickstart, as an earlier drkl wrote it or with its findings."""
-    content = read_json(ANALYSIS)
-    if not earlier:
-        content["findings"] = [finding.to_json() for finding in of_analysis(content)]
-    write_json(run.analysis_path, content)
-    return run
-
-
 def check(found: Answers, *runs: Run) -> None:
     """Each id once for each run, with the answer of the findings, which is also what the reader sees."""
     given = Counter((run, id) for run, id, _ in found.found if not id.startswith("b_better_"))
@@ -113,7 +103,7 @@ def check(found: Answers, *runs: Run) -> None:
 def test_a_run_has_one_answer_to_each_question(make_run: MakeRun, kind: str, analysis: str | None) -> None:
     run = made_up(make_run, kind)
     if analysis is not None:
-        analysed(run, earlier=analysis == "earlier")
+        write_analysis(run, earlier=analysis == "earlier")
     found = answers(run)
     check(found, read_run(run))
     by_id = {id: answer for _, id, answer in found.found}
@@ -152,7 +142,7 @@ def test_so_has_every_other_kind(tmp_path: Path, make_run: MakeRun, make: Callab
 
 
 def test_an_analysis_alone_answers_its_questions(tmp_path: Path) -> None:
-    run = analysed(RunFolder(tmp_path / "analysed"), earlier=True)
+    run = write_analysis(RunFolder(tmp_path / "analysed"), earlier=True)
     found = answers(run)
     check(found, read_run(run))
     assert {"overconfident_by_teacher", "pushed_when_matched"} <= {id for _, id, _ in found.found}

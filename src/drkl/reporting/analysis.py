@@ -294,8 +294,8 @@ def _objectives(analysis: Analysis) -> Drawn:
         ax.set_xlabel("\N{LEFTWARDS ARROW} raises the target  |  lowers it \N{RIGHTWARDS ARROW}")
         _name_rows(ax, [_name(row) for row in rows])
     handles = [axes[1].plot([], [], marker, color=c, markersize=5.5, label=name)[0] for _, name, c, marker, _ in kinds]
-    place = {"loc": "upper right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
-    figure.legend(handles=handles, ncols=2, frameon=False, fontsize=11, labelcolor=INK, **place)
+    corner: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+    figure.legend(handles=handles, ncols=2, frameon=False, fontsize=11, labelcolor=INK, **corner)
     said = [f"{_name(row)} {_value(row['matched_target_push'])} and {_value(row['matched_tail_push'])}" for row in rows]
     alt = f"Mean push on the target's logit where it is matched, from the target and from the tail: {'; '.join(said)}."
     caption = "mean gradient on the logit of the teacher's top token; hairlines are 95 % intervals"

@@ -115,18 +115,17 @@ def as_csv(runs: Sequence[Run]) -> str:
 def _lines(run: Run) -> Iterator[list[str]]:
     temperature = as_number(run.settings.get("sampling_temperature"))
     evaluation = run.evaluation
-    if evaluation is not None:
-        for name, numbers in {"": evaluation.numbers, **evaluation.suites}.items():
-            for model in numbers.models:
-                yield from _values(run, model, name, temperature, numbers.values[model], numbers.intervals.get(model))
+    sets = {} if evaluation is None else {"": evaluation.numbers, **evaluation.suites}
+    for name, numbers in sets.items():
+        for model in numbers.models:
+            yield from _values(run, model, name, temperature, numbers.values[model], numbers.intervals.get(model))
     for name, value, ends in analysis.numbers(run.analysis) if run.analysis is not None else ():
         yield ["student", "", "", name, repr(value), *map(repr, ends or ()), *([""] * (2 if ends else 4))]
     for model, points in evaluation.sweep.items() if evaluation is not None else ():
         for point in points:
-            own = evaluation.numbers.values.get(model, {}) if point.sampling_temperature == temperature else {}
-            # A number that the model's own already are does not stand here twice.
-            values = {key: value for key, value in point.values.items() if own.get(key) is None}
             at = point.sampling_temperature
+            # The numbers at the main temperature stand among the model's own already.
+            values = {k: v for k, v in point.values.items() if at != temperature or run.value(model, k) is None}
             yield from _values(run, model, "", at, values, point.intervals, answers_only=True)
 
 

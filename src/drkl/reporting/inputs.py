@@ -43,7 +43,9 @@ class Curve:
         if width <= 1:
             return self
         cuts = [slice(i, i + width) for i in range(0, len(self.steps), width)]
-        means = [[sum(part) / len(part) for cut in cuts if (part := values[cut])] for values in (self.steps, self.values)]
+        means = [
+            [sum(part) / len(part) for cut in cuts if (part := values[cut])] for values in (self.steps, self.values)
+        ]
         return Curve(*means)
 
 

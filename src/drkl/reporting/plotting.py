@@ -83,10 +83,7 @@ class Line:
     @classmethod
     def of_run(cls, place: int, label: str) -> Line:
         """The student of the run at ``place`` among several."""
-        color, marker, dash = (
-            cycle[place % len(cycle)]  # type: ignore[index]
-            for cycle in (RUN_COLORS, _RUN_MARKERS, _RUN_DASHES)
-        )
+        color, marker, dash = (cycle[place % len(cycle)] for cycle in (RUN_COLORS, _RUN_MARKERS, _RUN_DASHES))
         return cls(f"run-{place}", label, "", color, marker, dash)
 
     @property

@@ -58,7 +58,7 @@ class PromptSamples:
 
 @dataclass(frozen=True)
 class SampleTable:
-    """``shown`` prompts stand open, ``folded`` ones can be opened, ``left_out`` ones are only in the file or the picker.
+    """``shown`` prompts stand open, ``folded`` ones can be opened, ``left_out`` ones are in the file or the picker only.
 
     ``main`` is the temperature of the answers in the page; ``picker`` is the data of the prompt picker, safe inside a
     ``<script>``, and ``picker_note`` says what it leaves out.
@@ -147,7 +147,9 @@ def _sample(row: Mapping[str, Any], limit: float | None) -> Sample:
     return Sample(clip(str(row["text"]), TEXT_LIMIT), note)
 
 
-def _fitting(prompts: Sequence[PromptSamples], size: Callable[[PromptSamples], int], budget: int) -> list[PromptSamples]:
+def _fitting(
+    prompts: Sequence[PromptSamples], size: Callable[[PromptSamples], int], budget: int
+) -> list[PromptSamples]:
     """The first prompts whose sizes add up to no more than ``budget``."""
     kept: list[PromptSamples] = []
     for prompt in prompts:
