@@ -10,12 +10,12 @@ bytes.
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from drkl.data.examples import hash_of_id
 from drkl.runs import read_jsonl, write_jsonl
 
 BUNDLED = Path(__file__).resolve().parents[1] / "src" / "drkl" / "data" / "bundled"
@@ -43,14 +43,14 @@ def main() -> None:
 def bundle(
     folder: Path, name: str, fields: tuple[str, ...], parts: dict[str, tuple[str, int]], usable: Callable[[Row], bool]
 ) -> None:
-    """Write the slices of one set: so many usable rows of each label (of all, where rows have none), by a hash."""
+    """Write the slices of one set: the same number of usable rows of each label (if any), selected by a hash."""
     total = 0
     for part, (pattern, count) in parts.items():
         rows = [row for path in sorted(folder.glob(f"{pattern}.jsonl")) for row in read_jsonl(path)]
         if not rows:
             raise SystemExit(f"There are no rows in {folder}/{pattern}.jsonl.")
         groups: dict[str, list[Row]] = defaultdict(list)
-        for row in sorted(filter(usable, rows), key=lambda row: hashlib.sha256(row["id"].encode()).digest()):
+        for row in sorted(filter(usable, rows), key=lambda row: hash_of_id(row["id"])):
             groups[row.get("label", "")].append(row)
         kept = {row["id"] for group in groups.values() for row in group[: count // len(groups)]}
         path = BUNDLED / f"{name}_{part}.jsonl"

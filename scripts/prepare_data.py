@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from drkl.data.formats import SUMMARISE
 from drkl.errors import DrklError
 from drkl.runs import read_jsonl, read_text, write_jsonl, write_text
 
 Row = dict[str, Any]
 
-SUMMARISE = "Summarize the following abstract in one sentence."
 SUMMARIES_HELD_BACK = 400
 TEST_SHARE = 0.1
 TEXT_HELD_OUT = 0.05

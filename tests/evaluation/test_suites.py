@@ -87,7 +87,7 @@ def test_bundled_slices(name: str) -> None:
 def test_places_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(DrklError, match="No slice of the suite 'vicuna' ships with drkl; there is one of dolly"):
         read_suite(SUITES["vicuna"], "bundled")
-    with pytest.raises(DrklError, match=r"There is no file '.*nowhere.jsonl' for the suite 'dolly'"):
+    with pytest.raises(DrklError, match=r"Suite 'dolly': There is no file '.*nowhere.jsonl'"):
         read_suite(SUITES["dolly"], str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(DrklError, match=r"rows.jsonl:1: expected the fields prompt and response"):
         read_suite(SUITES["dolly"], written(tmp_path, {"question": "?"}))

@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_folder_gives_the_model_that_was_saved(folder: Path) -> None:
     model = load_model(str(folder), "fp32")
-    assert torch.equal(tiny.logits(model), tiny.logits(tiny.llama()))
+    tiny.assert_alike(model, tiny.llama())
     assert not model.training
     assert load_model(str(folder), "bf16").dtype == torch.bfloat16
 
@@ -182,6 +182,16 @@ def test_a_model_in_memory_is_returned_as_it_is() -> None:
         load_classifier(classifier, "fp32", ("a", "b"))
     with pytest.raises(DrklError, match="'LlamaForCausalLM' is no classifier"):
         load_classifier(model)
+
+
+def test_further_options_are_handed_on(folder: Path, tmp_path: Path) -> None:
+    assert load_model(folder, "fp32", attn_implementation="eager").config._attn_implementation == "eager"
+    tiny_classifiers.save(tiny_classifiers.make(), tmp_path / "c")
+    assert load_classifier(tmp_path / "c", "fp32", attn_implementation="eager").config._attn_implementation == "eager"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'revison'"):
+        load_model(folder, "fp32", revison="main")
+    with pytest.raises(DrklError, match="revision: options of loading, but the LlamaForCausalLM is in memory already"):
+        load_model(tiny.llama(), revision="main")
 
 
 def test_a_folder_in_the_home_folder(folder: Path, monkeypatch) -> None:

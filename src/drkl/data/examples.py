@@ -1,4 +1,4 @@
-"""Rows of files or of ``datasets`` data sets, checked, as conversations or as plain texts."""
+"""Examples: rows of any source, checked, as conversations or as plain texts."""
 
 from __future__ import annotations
 
@@ -6,26 +6,31 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 from drkl.data.config import DataConfig, SourceConfig
 from drkl.data.files import dataset_rows, file_rows
+from drkl.data.formats import standard_row
 from drkl.errors import DrklError
+from drkl.runs import IN_MEMORY
 
 MAX_HELD_OUT = 100
 HELD_OUT_SHARE = 0.05
-# Texts are held out whole where there are as many as this, else the end of each is.
+# With fewer plain texts than this, the end of each is held out in place of whole texts.
 MANY_TEXTS = 20
+UNSUPPORTED = ("tools", "images", "image", "chat_template_kwargs")
+"""Columns that change what a model reads, and that nothing here hands to the chat template."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation; its last message is the assistant's and is what is learnt.
+    """One conversation, whose last message is the assistant's response, the part to learn.
 
-    A plain text is a lone message of the assistant's. ``label`` is that of a text with a label (its response too),
-    ``context_start`` where in the prompt the input begins that its instruction is about, ``weight`` how often an epoch
-    takes the example. ``references`` are the answers that count as right where there are several, the response among
-    them.
+    A plain text is a single message of the assistant. ``label`` is the label of a classified text (and its response),
+    ``context_start`` the character of the prompt at which the input begins that the instruction is about, ``weight``
+    how often an epoch takes the example. ``references`` are all correct answers where there are several, the response
+    among them.
     """
 
     id: str
@@ -37,12 +42,12 @@ class Example:
 
     @property
     def all_references(self) -> tuple[str, ...]:
-        """The answers that text metrics compare with."""
+        """The answers that text metrics compare a sample with."""
         return self.references or (self.response,)
 
     @property
     def is_text(self) -> bool:
-        """Whether this is a plain text, of which every token is learnt."""
+        """Whether this is a plain text, every token of which is learnt."""
         return len(self.messages) == 1
 
     @property
@@ -69,9 +74,9 @@ def load_examples(config: DataConfig) -> tuple[list[Example], list[Example]]:
     Raises:
         DrklError: a file or data set that is missing or unreadable, a bad row (with file:line), no rows at all.
     """
-    sources = config.all_sources()
     train: list[Example] = []
     held_out: list[Example] = []
+    sources = config.all_sources()
     for number, source in enumerate(sources, start=1):
         rows = read_source(source)
         if len(sources) > 1:  # rows of two files may have the same ids
@@ -80,11 +85,20 @@ def load_examples(config: DataConfig) -> tuple[list[Example], list[Example]]:
             rows, held = hold_out(rows)
             held_out += held
         train += [replace(row, weight=source.weight) for row in rows[: source.max_rows]]
-    if config.eval_path is not None:
-        held_out = read_examples(config.eval_path, config.format)
-        chosen = {e.id for e in sorted(held_out, key=_hash_of_id)[: config.eval_max_rows]}
-        held_out = [example for example in held_out if example.id in chosen]
-    return train, held_out
+    return train, held_out if config.eval_path is None else read_heldout(config)
+
+
+def read_heldout(config: DataConfig) -> list[Example]:
+    """Return the held-out rows alone.
+
+    Raises:
+        DrklError: see ``load_examples``.
+    """
+    if config.eval_path is None:
+        return load_examples(config)[1]
+    held_out = read_examples(config.eval_path, config.format)
+    chosen = {e.id for e in sorted(held_out, key=lambda e: hash_of_id(e.id))[: config.eval_max_rows]}
+    return [example for example in held_out if example.id in chosen]
 
 
 def read_source(source: SourceConfig) -> list[Example]:
@@ -106,11 +120,18 @@ def read_examples(path: str, row_format: str = "auto") -> list[Example]:
     Raises:
         DrklError: see ``load_examples``.
     """
+    if path.startswith(IN_MEMORY):
+        raise DrklError(
+            f"The rows were passed to the trainer {path.replace(':', ',', 1)}, so they cannot be read again. Go on in "
+            "Python: trainer.train(resume_from_checkpoint=True), or drkl.evaluate(student, teacher, rows)."
+        )
     return parse_rows(file_rows(path, row_format), path, row_format)
 
 
 def parse_rows(rows: Iterable[tuple[str, Any]], source: str, row_format: str = "auto") -> list[Example]:
-    """Turn ``(place, value)`` pairs into examples; ``place`` is what an error names, as in ``file:line``.
+    """Turn ``(place, value)`` pairs into examples; errors name the ``place``, as in ``file:line``.
+
+    Rows of public formats that `standard_row` knows are rewritten first, unless plain text or labels are asked for.
 
     Raises:
         DrklError: a bad row, two rows of one id, or no rows.
@@ -120,11 +141,12 @@ def parse_rows(rows: Iterable[tuple[str, Any]], source: str, row_format: str = "
     for number, (place, row) in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise DrklError(f"{place}: expected an object with prompt and response, or messages; found {_kind(row)}.")
-        row_id = _row_id(place, row, number)
+        row, own_format = _standardised(place, row, row_format)
+        row_id = row_id_of(place, row, number)
         if row_id in seen:
             raise DrklError(f"{place}: the id {row_id!r} was seen before, at {seen[row_id]}; ids must be unique.")
         seen[row_id] = place
-        examples.append(_example(place, row_id, row, row_format))
+        examples.append(_example(place, row_id, row, own_format))
     if not examples:
         raise DrklError(
             f"{source} has no rows; expected one json object per line, with prompt and response or messages."
@@ -145,7 +167,7 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
         return _hold_out_ends(examples)
     wanted = max(1, min(MAX_HELD_OUT, round(HELD_OUT_SHARE * len(examples))))
     groups: dict[str, list[str]] = {}
-    for example in sorted(examples, key=_hash_of_id):
+    for example in sorted(examples, key=lambda example: hash_of_id(example.id)):
         groups.setdefault(json.dumps(example.prompt_messages or example.messages), []).append(example.id)
     if len(groups) < 2:
         raise DrklError(
@@ -162,8 +184,9 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     return [e for e in examples if e.id not in held], [e for e in examples if e.id in held]
 
 
-def _hash_of_id(example: Example) -> bytes:
-    return hashlib.sha256(example.id.encode()).digest()
+def hash_of_id(row_id: str) -> bytes:
+    """Return the key by which rows are sorted before some of them are selected: independent of their order."""
+    return hashlib.sha256(row_id.encode("utf-8", "surrogatepass")).digest()
 
 
 def _hold_out_ends(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
@@ -173,7 +196,7 @@ def _hold_out_ends(examples: Sequence[Example]) -> tuple[list[Example], list[Exa
         text = example.response
         place = int(len(text) * (1 - HELD_OUT_SHARE))
         # Between paragraphs, lines or words, in this order.
-        cut = next((found for mark in ("\n\n", "\n", " ") if (found := text.rfind(mark, place // 2, place)) > 0), place)
+        cut = next((at for mark in ("\n\n", "\n", " ") if (at := text.rfind(mark, place // 2, place)) > 0), place)
         parts = [text[:cut], text[cut:].lstrip()]
         if not all(part.strip() for part in parts):
             raise DrklError(f"The text {example.id!r} is too short to hold out its end. Set data.eval_path.")
@@ -182,14 +205,23 @@ def _hold_out_ends(examples: Sequence[Example]) -> tuple[list[Example], list[Exa
     return train, held_out
 
 
-def _example(place: str, row_id: str, row: Mapping[str, Any], row_format: str) -> Example:
-    if row_format == "auto":
-        row_format = next((name for name, fields in _FIELDS.items() if fields <= row.keys()), "auto")
-        if row_format == "text" and {"prompt", "response"} & row.keys():
-            row_format = "auto"  # half of a pair is a mistake, whatever stands beside it
-    missing = [name for name in sorted(_FIELDS.get(row_format, {"prompt", "response"})) if name not in row]
+def _standardised(place: str, row: Mapping[str, Any], row_format: str) -> tuple[Mapping[str, Any], str]:
+    """A row with the fields of one format, and that format."""
+    given = row
+    own = _format_of(row) if row_format == "auto" else row_format
+    if own not in ("text", "text_label"):
+        _check_supported(place, row)
+        if own == "auto" or not _has_fields(row, own):
+            row = standard_row(row)
+            own = _format_of(row) if row_format == "auto" else row_format
+    missing = [name for name in sorted(_FIELDS.get(own, {"prompt", "response"})) if name not in row]
     if missing:
-        raise DrklError(f"{place}: expected {_EXPECTED[row_format]}; found {_fields(row)}.")
+        alone = "prompt" in row and "response" not in row and own in ("auto", "prompt_response")
+        raise DrklError(f"{place}: expected {_EXPECTED[own]}; found {_fields(given)}.{_PROMPT_ALONE if alone else ''}")
+    return row, own
+
+
+def _example(place: str, row_id: str, row: Mapping[str, Any], row_format: str) -> Example:
     if row_format == "messages":
         return Example(row_id, _conversation(place, row["messages"]))
     if row_format == "text":
@@ -206,20 +238,50 @@ def _example(place: str, row_id: str, row: Mapping[str, Any], row_format: str) -
     return Example(row_id, _pair(prompt, response), context_start=context_start, references=references)
 
 
+def _format_of(row: Mapping[str, Any]) -> str:
+    """The first format whose fields a row has; ``auto`` where it has none, or half of a pair."""
+    row_format = next((name for name in _FIELDS if _has_fields(row, name)), "auto")
+    # Half of a pair is a mistake, whatever stands beside it.
+    return "auto" if row_format == "text" and {"prompt", "response"} & row.keys() else row_format
+
+
+def _has_fields(row: Mapping[str, Any], row_format: str) -> bool:
+    pair = row_format == "prompt_response" and any(isinstance(row.get(name), list) for name in ("prompt", "response"))
+    return _FIELDS[row_format] <= row.keys() and not pair
+
+
+def _check_supported(place: str, row: Mapping[str, Any]) -> None:
+    """Refuse what a chat template would have to be told, rather than train on a prompt without it."""
+    for name in UNSUPPORTED:
+        value = row.get(name)
+        if value is not None and (not hasattr(value, "__len__") or len(value)):
+            raise DrklError(
+                f"{place}: the column {name!r} is not supported: a row is its text alone here, so the models would not "
+                f"see it. Remove the column ({name}), or such rows."
+            )
+
+
 _FIELDS = {
     "messages": {"messages"},
     "prompt_response": {"prompt", "response"},
     "text_label": {"text", "label"},
     "text": {"text"},
 }
-"""What a row of each format has; auto takes the first that fits."""
+"""The fields of each format; auto takes the first that fits."""
 _EXPECTED = {
-    "auto": "the fields prompt and response, or messages, or text (with label or without)",
+    "auto": "the fields prompt and response, or messages, or text (with label or without), or prompt and completion, "
+    "or instruction and output",
     "messages": "the field messages",
     "prompt_response": "the fields prompt and response",
     "text_label": "the fields text and label",
     "text": "the field text",
 }
+
+
+_PROMPT_ALONE = (
+    " A prompt alone is not enough: on-policy distillation, in which the student writes the responses, is not there "
+    "yet. Add a column response (or completion), or messages that end with the assistant's."
+)
 
 
 def _pair(prompt: str, response: str) -> tuple[dict[str, str], ...]:
@@ -232,12 +294,12 @@ def _references(place: str, row: Mapping[str, Any], response: str) -> tuple[str,
         return ()
     if not isinstance(value, list) or not value:
         raise DrklError(f"{place}: references must be a list of texts, not empty; found {_kind(value)}.")
-    found = tuple(_text(place, f"references[{i}]", one) for i, one in enumerate(value))
-    return found if response in found else (response, *found)
+    references = tuple(_text(place, f"references[{i}]", text) for i, text in enumerate(value))
+    return references if response in references else (response, *references)
 
 
 def _label(place: str, value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if _is_whole_number(value):
         return str(value)
     return _text(place, "label", value)
 
@@ -267,6 +329,8 @@ def _conversation(place: str, value: Any) -> tuple[dict[str, str], ...]:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             found = _fields(message) if isinstance(message, Mapping) else _kind(message)
             raise DrklError(f"{place}: {name} must have role and content; found {found}.")
+        if message.get("tool_calls"):
+            raise DrklError(f"{place}: {name} has tool_calls, which are not supported: a message is its content alone.")
         messages.append({"role": message["role"], "content": _text(place, f"{name}.content", message["content"])})
     _check_roles(place, [message["role"] for message in messages])
     return tuple(messages)
@@ -299,13 +363,18 @@ def _text(place: str, name: str, value: Any) -> str:
     return value
 
 
-def _row_id(place: str, row: Mapping[str, Any], number: int) -> str:
+def row_id_of(place: str, row: Mapping[str, Any], number: int) -> str:
+    """Return a row's own ``id`` as text, or ``row-N`` where it has none."""
     value = row.get("id")
     if value is None:
         return f"row-{number}"
-    if isinstance(value, int) and not isinstance(value, bool):
+    if _is_whole_number(value):
         return str(value)
     return _text(place, "id", value)
+
+
+def _is_whole_number(value: Any) -> bool:
+    return isinstance(value, Integral) and type(value) is not bool
 
 
 def _fields(row: Mapping[str, Any]) -> str:

@@ -1,9 +1,10 @@
-"""Rows as they stand in files and data sets, each with its place; what they mean is ``examples``' business."""
+"""Read the rows of files and data sets, each with its place; `drkl.data.examples` interprets them."""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -23,7 +24,7 @@ Rows = Iterator[tuple[str, Any]]
 
 
 def file_rows(path: str, row_format: str = "auto") -> Rows:
-    """Yield ``(place, value)`` of every row of a file; its suffix says what it is, and any other is read as jsonl.
+    """Yield ``(place, value)`` of every row of a file, read as its suffix says; an unknown suffix is read as jsonl.
 
     ``.json`` is one list of objects (or json lines), ``.csv`` has a header, ``.txt`` is one plain text.
 
@@ -95,10 +96,8 @@ def _csv(text: str, name: str) -> Rows:
 
 
 def _parquet(file: Path, name: str) -> Rows:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise DrklError(f"{name} is parquet, which needs the package pyarrow (pip install pyarrow).") from error
+    from pyarrow import ArrowException, parquet
+
     if not file.is_file():
         raise DrklError(f"There is no file {name!r}.")
     try:
@@ -114,19 +113,15 @@ def _parquet(file: Path, name: str) -> Rows:
 
 
 def dataset_rows(name: str, *, split: str = "train", data_files: str | None = None) -> Rows:
-    """Yield ``(place, value)`` of every row of one split of a ``datasets`` id or folder; labels by name.
+    """Yield ``(place, value)`` of every row of one split of a ``datasets`` id or folder; class numbers become names.
 
-    ``data_files`` names the one file of a repository to read, as split ``train``.
+    ``data_files`` is the only file of a repository to read, as split ``train``.
 
     Raises:
-        DrklError: no such data set, or no package ``datasets``.
+        DrklError: no such data set.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise DrklError(
-            "data.dataset needs the package datasets (pip install datasets); data.path does not."
-        ) from error
+    import datasets
+
     local = Path(name).expanduser()
     where, config_name = (str(local), None) if local.exists() else _split_config(name)
     try:
@@ -144,11 +139,32 @@ def dataset_rows(name: str, *, split: str = "train", data_files: str | None = No
             f"Cannot load the data set {where!r} (config {config_name or 'default'}, split {split!r}); looked at: "
             f"{looked}. {type(error).__name__}: {reason} A jsonl file in data.path needs no hub."
         ) from error
-    names = getattr(rows.features.get("label") if rows.features else None, "int2str", None)
-    for number, row in enumerate(rows, start=1):
+    yield from labelled_by_name(rows, name)
+
+
+def labelled_by_name(dataset: Any, name: str) -> Rows:
+    """Yield ``(place, row)`` of a ``datasets.Dataset`` called ``name`` in errors; class numbers become names."""
+    names = getattr(dataset.features.get("label") if dataset.features else None, "int2str", None)
+    for number, row in enumerate(dataset, start=1):
         if names is not None and isinstance(row["label"], int) and row["label"] >= 0:
             row = {**row, "label": names(row["label"])}
         yield f"{name}, row {number}", row
+
+
+def rows_at(where: str | os.PathLike[str], row_format: str = "auto", *, split: str = "train") -> Rows:
+    """Yield ``(place, value)`` of every row of a file, bundled data, a local ``datasets`` folder or a hub id.
+
+    Raises:
+        DrklError: as `file_rows` and `dataset_rows`.
+    """
+    name = os.fspath(where)
+    path = Path(name).expanduser()
+    if name.startswith("bundled:") or path.is_file():
+        return file_rows(name, row_format)
+    is_local = name.startswith((".", "/", "~")) or path.suffix in SUFFIXES or not isinstance(where, str)
+    if is_local and not path.exists():
+        raise DrklError(f"There is no file {name!r}.")
+    return dataset_rows(name, split=split)
 
 
 def _split_config(name: str) -> tuple[str, str | None]:

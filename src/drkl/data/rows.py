@@ -1,40 +1,187 @@
-"""The rows of a data section, for a language model or for a classifier."""
+"""From what a caller has (a data set, a list, a path, tokenised rows) to the rows that a model is trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from drkl.data.classification import LabelledRow, load_labelled, tokenize_labelled
+from drkl.data.classification import LabelledRow, labelled_texts, tokenize_labelled
 from drkl.data.config import DataConfig
-from drkl.data.examples import load_examples
+from drkl.data.examples import Example, load_examples, parse_rows
+from drkl.data.examples import read_heldout as heldout_examples
+from drkl.data.files import labelled_by_name, rows_at
 from drkl.data.tokenize import DropReport, Row, tokenize_examples
+from drkl.data.tokenized import class_name, tokenized_rows, tokenized_texts
+from drkl.errors import DrklError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Rows = list[Row] | list[LabelledRow]
 
 
-def read_shares(config: DataConfig, *, classifier: bool) -> tuple[Any, Any]:
-    """Read the training and the held-out examples; of a classifier labelled texts."""
-    return load_labelled(config) if classifier else load_examples(config)
+def rows_from(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    classes: Sequence[str] | None = None,
+    encoder_decoder: bool = False,
+    name: str = "train_dataset",
+    row_format: str = "auto",
+    max_prompt_tokens: int | None = None,
+    max_tokens: int = 512,
+    turns: str = "last",
+    template: str = "auto",
+) -> tuple[Rows, DropReport]:
+    """Return the tokenised rows of a data set, in order, and the account of those that were dropped.
+
+    Args:
+        dataset: a ``datasets.Dataset`` (or a ``DatasetDict`` of one split), a list or any other sequence of rows, a
+            pandas ``DataFrame``, the path of a file, ``bundled:dolly`` and the like, a folder or id of ``datasets``.
+            A row is a mapping with ``prompt`` and ``response`` (or ``completion``; as texts or as lists of messages),
+            ``messages``, ``instruction`` and ``output``, ``text``, ``text`` and ``label`` (for a classifier), or is
+            tokenised: ``input_ids`` and unshifted ``labels``. Rows that are `Example`, `Row` or `LabelledRow` already
+            are taken as they are. A row's ``id`` is its own, or else its number; other columns are ignored.
+        tokenizer: the one that both models share.
+        classes: a classifier's classes, by number; None for a language model.
+        encoder_decoder: whether the language model is one.
+        name: what errors call the data set.
+        row_format: ``auto``, or one of `DataConfig.format`.
+        max_prompt_tokens: rows with a longer prompt are dropped and counted; default 256, or half of ``max_tokens``.
+        max_tokens: prompt and response together; a longer response is cut at its end and counted.
+        turns: ``last`` or ``all`` of the assistant's turns are learnt.
+        template: how a prompt is written, as `DataConfig.template`; ``plain`` is the prompt as it is.
+
+    Raises:
+        DrklError: a data set of another kind, a row that is not understood (with its place), or no row left.
+    """
+    longest = min(256, max_tokens // 2) if max_prompt_tokens is None else max_prompt_tokens
+    lengths = {"max_prompt_tokens": longest, "max_tokens": max_tokens}
+    items = list(dataset_items(dataset, name, row_format))
+    if not items:
+        raise DrklError(f"{name} has no rows.")
+    kind = _kind(items)
+    if kind is Row or kind is LabelledRow:
+        return _checked([row for _, row in items], kind, classes, name, encoder_decoder=encoder_decoder)
+    if kind == "tokenised":
+        if classes is not None:
+            return tokenized_texts(items, tokenizer, classes, max_tokens=max_tokens)
+        return tokenized_rows(items, tokenizer, encoder_decoder=encoder_decoder, **lengths)
+    if kind is Example:
+        examples = [example for _, example in items]
+    else:
+        examples = parse_rows(_with_class_names(items, classes), name, row_format if classes is None else "text_label")
+    if classes is not None:
+        return tokenize_labelled(labelled_texts(examples), tokenizer, classes, max_tokens=max_tokens)
+    settings: dict[str, Any] = {"turns": turns, "template": template, "encoder_decoder": encoder_decoder, **lengths}
+    return tokenize_examples(examples, tokenizer, **settings)
+
+
+def dataset_items(dataset: Any, name: str, row_format: str = "auto") -> Iterable[tuple[str, Any]]:
+    """Yield ``(place, row)`` of whatever `rows_from` takes as a data set.
+
+    Raises:
+        DrklError: something that has no rows, or cannot be read twice.
+    """
+    if isinstance(dataset, str | os.PathLike):
+        return rows_at(dataset, row_format)
+    if isinstance(dataset, list | tuple):
+        return _numbered(dataset, name)
+    import datasets
+
+    splits = datasets.Dataset | datasets.IterableDataset
+    if isinstance(dataset, Mapping) and all(isinstance(split, splits) for split in dataset.values()):
+        if len(dataset) != 1:
+            some = next(iter(dataset), "train")
+            raise DrklError(
+                f"{name} is a {type(dataset).__name__} with the splits {', '.join(map(str, dataset)) or 'none'}; pass "
+                f"one of them, as in {name}[{str(some)!r}]."
+            )
+        return dataset_items(next(iter(dataset.values())), name, row_format)
+    if isinstance(dataset, datasets.Dataset):
+        # Plain Python values, unless a transform of the caller's own makes the rows.
+        plain = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
+        return labelled_by_name(plain, name)
+    if type(dataset).__module__.startswith("pandas"):
+        return _numbered(dataset.to_dict("records"), name)
+    if isinstance(dataset, Mapping):
+        raise DrklError(
+            f"{name} is one dict with the keys {', '.join(map(str, dataset)) or 'none'}; expected a list of dicts, one "
+            "for each row. A dict of columns becomes one by datasets.Dataset.from_dict."
+        )
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        return _numbered([dataset[number] for number in range(len(dataset))], name)
+    if hasattr(dataset, "__iter__"):
+        raise DrklError(
+            f"{name} is a {type(dataset).__name__}, which can be read once and may have no end; every epoch reads the "
+            f"rows again. Pass a list of them: list({name}), or the first of a stream: list({name}.take(10_000))."
+        )
+    raise DrklError(
+        f"{name} is a {type(dataset).__name__}; expected a datasets.Dataset, a list of dicts, or the path of a file."
+    )
+
+
+def read_shares(config: DataConfig, *, classifier: bool) -> tuple[list[Example], list[Example]]:
+    """Read the training and the held-out examples of a data section; for a classifier texts with labels."""
+    return load_examples(config.model_copy(update={"format": "text_label"}) if classifier else config)
+
+
+def read_heldout(config: DataConfig, *, classifier: bool) -> list[Example]:
+    """Read the held-out examples of a data section alone."""
+    return heldout_examples(config.model_copy(update={"format": "text_label"}) if classifier else config)
 
 
 def make_rows(
-    examples: Any,
+    examples: Sequence[Example],
     config: DataConfig,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     classes: Sequence[str] | None,
     encoder_decoder: bool = False,
 ) -> tuple[Rows, DropReport]:
-    """Tokenise one share of `read_shares` as the section says.
+    """Tokenise one share of `read_shares` with the settings of its section; arguments as for `rows_from`."""
+    kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder}
+    return rows_from(examples, tokenizer, name=config.name, **kind, **config.row_settings)
 
-    Args:
-        examples: the share.
-        config: its section.
-        tokenizer: the run's.
-        classes: of a classifier, by number; None for a language model.
-        encoder_decoder: which kind of language model.
-    """
-    if classes is not None:
-        return tokenize_labelled(examples, tokenizer, classes, max_tokens=config.max_tokens)
-    return tokenize_examples(examples, tokenizer, **config.row_settings, encoder_decoder=encoder_decoder)
+
+def _numbered(rows: Iterable[Any], name: str) -> Iterable[tuple[str, Any]]:
+    return ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _kind(items: Sequence[tuple[str, Any]]) -> Any:
+    """What the rows are: a class of drkl's, ``tokenised``, or None for mappings of text; one kind for all."""
+
+    def of(row: Any) -> Any:
+        if isinstance(row, Row | LabelledRow | Example):
+            return type(row)
+        return "tokenised" if isinstance(row, Mapping) and "input_ids" in row else None
+
+    first = of(items[0][1])
+    for place, row in items:
+        if of(row) != first:
+            raise DrklError(f"{place}: a row of another kind than the first one; expected all rows of one kind.")
+    return first
+
+
+def _checked(
+    rows: list[Any], kind: type, classes: Sequence[str] | None, name: str, *, encoder_decoder: bool
+) -> tuple[Rows, DropReport]:
+    """Rows that are ready, if they are those of this kind of model."""
+    made_for = "a classifier" if kind is LabelledRow else _language_model(rows[0].encoder_decoder)
+    model = "a classifier" if classes is not None else _language_model(encoder_decoder)
+    mixed = kind is Row and any(row.encoder_decoder != rows[0].encoder_decoder for row in rows)
+    if made_for != model or mixed:
+        raise DrklError(f"{name} has rows that were tokenised for {made_for}; the model is {model}.")
+    return rows, DropReport(kept=len(rows))
+
+
+def _language_model(encoder_decoder: bool) -> str:
+    return "an encoder-decoder" if encoder_decoder else "a decoder-only model"
+
+
+def _with_class_names(items: Iterable[tuple[str, Any]], classes: Sequence[str] | None) -> Iterable[tuple[str, Any]]:
+    for place, row in items:
+        if classes is not None and isinstance(row, Mapping) and "label" in row:
+            row = {**row, "label": class_name(row["label"], classes)}
+        yield place, row

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from drkl.data.examples import hash_of_id
 from drkl.data.tokenize import Row
 from drkl.evaluation import sections
 from drkl.evaluation.answers import Answer, AnswerTable
@@ -157,8 +157,7 @@ def choose_prompts(rows: Sequence[Row], count: int | None, suites: Sequence[str]
         groups.setdefault(name, []).append(number)
     chosen: list[int] = []
     for members in groups.values():
-        ranked = sorted(members, key=lambda i: hashlib.sha256(rows[i].id.encode("utf-8", "surrogatepass")).digest())
-        chosen += ranked[:count]
+        chosen += sorted(members, key=lambda i: hash_of_id(rows[i].id))[:count]
     return [rows[i] for i in sorted(chosen)]
 
 
