@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.drkl-setup
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-RECIPE := recipes/quickstart.yaml
+RECIPE := quickstart
 RUN := runs/quickstart
 # How `make compare` evaluates: more prompts and temperatures than the demo takes time for.
 SWEEP := --prompts 24 --sweep 0.5,0.7,1.0,1.2,1.5
@@ -20,7 +20,7 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses au
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo compare test test-browser test-all check bench docs figures clean
+.PHONY: help setup demo compare test test-portable test-browser test-all check bench docs figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ compare: setup ## after `make demo`: reverse and forward KL in DRKL's place, fro
 
 test: setup ## the default tests
 	$(PYTEST)
+
+test-portable: setup ## the default tests that compute, once more as on a processor without vector instructions
+	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "computes and not slow and not browser"
 
 test-browser: setup ## the tests that drive a headless Chromium
 	$(OFFLINE) $(BIN)/python -m pytest -m browser

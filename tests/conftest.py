@@ -15,19 +15,22 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.command_line import Cli, Done
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tensors this small gain nothing from a second one, and lose much on a busy machine
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, and its own library is decorated
 
-settings.register_profile("drkl", deadline=None, derandomize=True, database=None)
+# Nothing rests on how fast a machine is.
+settings.register_profile(
+    "drkl", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("drkl")
 
 LOCAL_HOSTS = {"", "localhost", "127.0.0.1", "::1", "0.0.0.0", socket.gethostname()}
@@ -59,6 +62,31 @@ def _refuse_lookup(lookup: Callable[..., Any]) -> Callable[..., Any]:
         return lookup(host, *args, **kwargs)
 
     return guarded
+
+
+COMPUTES = {"analysis", "losses", "models", "objectives", "positions", "teachers", "toy"}
+"""The rooms of tests whose numbers come from a processor's kernels."""
+COMPUTING_FILES = {
+    "evaluation/test_calibration.py",
+    "evaluation/test_classification.py",
+    "evaluation/test_positions.py",
+    "evaluation/test_suite.py",
+    "test_positions.py",
+    "training/test_families.py",
+    "training/test_trainer.py",
+}
+"""And those files of the other rooms."""
+COMMAND_LINE = ("_command.py", "_config.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what computes, by where it stands."""
+    here = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(here)
+        in_room = path.parts[0] in COMPUTES and not path.name.endswith(COMMAND_LINE)
+        if in_room or path.as_posix() in COMPUTING_FILES:
+            item.add_marker(pytest.mark.computes)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -70,7 +70,7 @@ def test_quickstart_gives_drkl_at_least_half_of_the_steps() -> None:
         ("data.eval_path=a=b.jsonl", lambda c: c.data.eval_path == "a=b.jsonl"),
         ("run.name=other-1.2_x", lambda c: c.run.name == "other-1.2_x"),
         ("training.arguments.adam_beta2=0.95", lambda c: c.training.arguments == {"adam_beta2": 0.95}),
-        ("training.arguments={weight_decay: 1e-2}", lambda c: c.training.arguments == {"weight_decay": 0.01}),
+        ("training.arguments={weight_decay: 1e-2}", lambda c: c.training.weight_decay == 0.01),
         ("teacher={model: m}", lambda c: c.teacher.model == "m"),
         ("evaluation.prompts=3", lambda c: c.evaluation.prompts == 3),
         ("analysis.watch_every=20", lambda c: c.analysis.watch_every == 20 and c.analysis.watch_positions == 256),
@@ -258,7 +258,7 @@ def test_save_every_is_a_multiple_of_eval_every() -> None:
         ("seed=1", "seed is set by run.seed"),
         ("max_steps=1", "max_steps is set by training.max_steps"),
         ("output_dir=x", "output_dir is set by run.dir and run.name"),
-        ("per_device_train_batch_size=4", "is set by training.tokens_per_step"),
+        ("per_device_train_batch_size=4", "is set by training.per_device_train_batch_size"),
         ("bf16=true", "bf16 is set by training.precision"),
         ("load_best_model_at_end=false", "which is always kept"),
         ("resume_from_checkpoint=x", "is set by --resume"),
@@ -361,7 +361,10 @@ def test_a_file_that_is_not_there_or_is_a_folder(tmp_path: Path) -> None:
 
 def test_every_key_is_described() -> None:
     described = {key: (default, meaning) for key, default, meaning in describe_keys()}
-    assert described["training.max_steps"] == ("200", "optimiser steps")
+    assert described["training.max_steps"] == (
+        "200",
+        "Number of optimiser steps; left out where num_train_epochs is given.",
+    )
     assert described["data.path"][0] == "null" and described["stages[].name"][0] == "required"
     assert {key.split(".")[0] for key in described} == {*Config.model_fields, "stages[]"}
     assert all(meaning and "\n" not in meaning for _, meaning in described.values())

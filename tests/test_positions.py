@@ -17,6 +17,7 @@ from scipy.spatial.distance import jensenshannon
 from drkl.objectives.divergences import GeneralizedJensenShannon
 from drkl.positions import comparison_statistics, most_probable, token_statistics
 from tests.objectives import tensors
+from tests.rounding import assert_near, rounding
 
 
 def by_numpy(z: np.ndarray, y: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -54,7 +55,8 @@ def test_without_a_teacher_its_columns_are_none() -> None:
     student, teacher, labels = tensors.logits()
     alone = token_statistics(student, None, labels)
     both = token_statistics(student, teacher, labels)
-    assert all(torch.equal(a, b) for a, b in zip(alone[:4], both[:4], strict=True))
+    for one, other in zip(alone[:4], both[:4], strict=True):
+        assert_near(one, other, terms=student.shape[-1])
     assert alone[4:] == (None,) * 8
 
 
@@ -63,7 +65,8 @@ def test_statistics_are_detached_and_in_fp32() -> None:
     found = token_statistics(student.bfloat16().requires_grad_(), teacher.bfloat16(), labels)
     assert all(x is not None and x.dtype == torch.float32 and not x.requires_grad for x in found)
     wide = token_statistics(student.bfloat16().float(), teacher.bfloat16().float(), labels)
-    assert all(torch.equal(a, b) for a, b in zip(found, wide, strict=True))  # type: ignore[arg-type]
+    for one, other in zip(found, wide, strict=True):
+        assert_near(one, other, terms=student.shape[-1])
 
 
 def test_excluded_tokens_make_no_nan() -> None:
@@ -141,6 +144,12 @@ def columns(found: object) -> dict[str, np.ndarray]:
 
 
 def check_compared(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, **tolerance: float) -> None:
+    # Rows whose mass reaches .9 within what a sum of the vocabulary may be off would be decided by rounding.
+    p = scipy.special.softmax(teacher.double().numpy(), -1)
+    nearest = np.abs(np.cumsum(-np.sort(-p, -1), -1) - 0.9).min(-1)
+    clear = nearest > rounding(p.shape[-1], 1.0, student.dtype)
+    assert clear.sum() >= len(p) / 3
+    student, teacher, labels = student[clear], teacher[clear], labels[clear]
     found = columns(comparison_statistics(student, teacher, labels))
     each = [
         compared_by_numpy(z, y, label)
@@ -157,7 +166,8 @@ def test_comparison_is_that_of_the_equations(vocab: int) -> None:
     student[:4] = teacher[:4] + 0.3 * student[:4]
     check_compared(student, teacher, labels, rtol=1e-9, atol=1e-12)
     tokens = comparison_statistics(student, teacher, labels).tokens
-    assert all(torch.equal(a, b) for a, b in zip(tokens, token_statistics(student, teacher, labels), strict=True))  # type: ignore[arg-type]
+    for one, other in zip(tokens, token_statistics(student, teacher, labels), strict=True):
+        assert_near(one, other, terms=vocab)
 
 
 def test_comparison_in_fp32() -> None:
@@ -168,10 +178,10 @@ def test_comparison_in_fp32() -> None:
 def test_equal_tokens_rank_by_their_ids() -> None:
     # As of logits in bf16: whole runs of tokens are equal, and the 1,000th ties with the 1,001st.
     generator = np.random.default_rng(5)
-    student, teacher = (torch.from_numpy(generator.integers(0, 4, (10, 2500)).astype(float)) for _ in range(2))
+    student, teacher = (torch.from_numpy(generator.integers(0, 4, (10, 2503)).astype(float)) for _ in range(2))
     labels = torch.arange(10)
     check_compared(student, teacher, labels, rtol=1e-9, atol=1e-12)
-    check_compared(student, torch.zeros(10, 2500).double(), labels, rtol=1e-9, atol=1e-12)
+    check_compared(student, torch.zeros(10, 2503).double(), labels, rtol=1e-9, atol=1e-12)
 
 
 @given(st.lists(st.integers(0, 3), min_size=12, max_size=12), st.integers(1, 12), st.integers(1, 4))
@@ -205,15 +215,19 @@ def test_a_model_compared_with_itself() -> None:
     student, _, labels = tensors.logits(rows=20, vocab=300)
     for logits in (student, student.float(), student.bfloat16()):
         found = comparison_statistics(logits, logits, labels)
-        for name in ("js", "tail_rkl", "tail_fkl", "target_log_odds_gap"):
+        # Differences of a number and itself; JS alone has a logarithm of 2 in it.
+        for name in ("tail_rkl", "tail_fkl", "target_log_odds_gap"):
             assert not getattr(found, name).any(), name
+        assert found.js is not None
+        assert_near(found.js, torch.zeros_like(found.js), terms=300)
         assert (found.overlap == 1).all() and (found.rank_correlation == 1).all()  # type: ignore[union-attr]
 
 
 def test_without_a_teacher_only_brier() -> None:
     student, teacher, labels = tensors.logits()
     alone, both = comparison_statistics(student, None, labels), comparison_statistics(student, teacher, labels)
-    assert torch.equal(alone.brier, both.brier) and alone[2:] == (None,) * 11
+    assert_near(alone.brier, both.brier, terms=student.shape[-1])
+    assert alone[2:] == (None,) * 11
 
 
 def test_comparison_where_tokens_are_excluded() -> None:

@@ -17,12 +17,15 @@ from transformers import (
     PreTrainedModel,
 )
 
+from drkl import recipes
+from drkl.cli import main
 from drkl.config import load_config
+from drkl.errors import DrklError
 from drkl.runs import RunFolder
 from drkl.training.run import distill
 from tests.models import tiny
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = recipes.FOLDER
 ALL = sorted(RECIPES.rglob("*.yaml"))
 SMALL = ["run.device=cpu", "training.precision=fp32", "training.tokens_per_step=300", "training.eval_rows=2"]
 
@@ -56,11 +59,66 @@ def rows(name: str, count: int = 12) -> list[str]:
 def test_a_recipe_is_a_config_and_says_how_to_run_it(recipe: Path) -> None:
     config, notes = load_config(recipe)
     assert config.specs() and not notes
-    relative = recipe.relative_to(RECIPES.parent)
-    assert f"drkl distill {relative}" in recipe.read_text()
+    assert f"drkl distill {recipe.stem}" in recipe.read_text()
+    assert load_config(recipe.stem)[0] == config
     assert config.run.name == recipe.stem
     if recipe.parent.name == "paper":
         assert "Not run at full size by us." in recipe.read_text()
+
+
+def test_recipes_are_listed_with_what_they_do() -> None:
+    known = recipes.recipe_names()
+    assert list(known) == sorted(path.stem for path in ALL) and "quickstart" in known
+    assert known["quickstart"].startswith("SmolLM2-135M-Instruct to ten of its thirty layers")
+    assert all(20 < len(description) < 130 and "drkl distill" not in description for description in known.values())
+
+
+def test_the_repository_has_the_recipes_as_files_too() -> None:
+    link = Path(__file__).parents[1] / "recipes"
+    if not link.exists():
+        pytest.skip("a source archive has no links")
+    for recipe in ALL:
+        path = link / recipe.relative_to(RECIPES)
+        assert path.samefile(recipe) and recipes.find_recipe(path) == path
+
+
+def test_a_file_comes_before_a_recipe_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()  # a folder is no config
+    assert recipes.find_recipe("quickstart") == recipes.find_recipe(Path("quickstart")) == RECIPES / "quickstart.yaml"
+    (tmp_path / "dialogue").write_text("data: {path: 'bundled:sgd'}")
+    assert recipes.find_recipe("dialogue") == Path("dialogue")
+    assert load_config("dialogue")[0].run.name == "run"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("quikstart", r"no recipe, and no file, 'quikstart'; the recipes are banking77, .*Did you mean 'quickstart'\?"),
+        ("./quickstart", "There is no file 'quickstart'"),
+        ("quickstart.yaml", "There is no file 'quickstart.yaml'"),
+        ("recipes/quickstart.yaml", "There is no file 'recipes/quickstart.yaml' here.* by its name: quickstart"),
+        ("recipes/paper/opt-6.7b-to-1.3b.yaml", "by its name: opt-6.7b-to-1.3b"),
+        ("recipes/other.yaml", "There is no file 'recipes/other.yaml'"),
+    ],
+)
+def test_a_name_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DrklError, match=message):
+        load_config(name)
+
+
+def test_the_command_lists_and_prints_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["drkl", "recipes", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert not left.value.code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    lines = printed().splitlines()
+    assert [line.split()[0] for line in lines] == list(recipes.recipe_names())
+    assert printed("quickstart") == (RECIPES / "quickstart.yaml").read_text()
 
 
 @pytest.mark.parametrize(

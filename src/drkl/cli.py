@@ -18,8 +18,8 @@ from drkl.terminal import (
     print_analysis,
     print_evaluation,
     print_side_by_side,
+    print_surveys,
     print_toy,
-    printable,
     progress_bars,
 )
 
@@ -86,7 +86,10 @@ def _common(
 
 @app.command()
 def distill(
-    config: Annotated[Path | None, typer.Argument(help="A yaml file.", show_default=False)] = None,
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="A yaml file, or the name of a recipe (see `drkl recipes`).", show_default=False),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, e.g. objective.name=rkl", show_default=False)
     ] = None,
@@ -510,16 +513,16 @@ def _classify(prompt: str, models: Any, tokenizer: Any, device: Any, max_tokens:
 
 @app.command()
 def data(
-    config: Annotated[Path, typer.Argument(help="A yaml file.", show_default=False)],
+    config: Annotated[
+        Path, typer.Argument(help="A yaml file, or the name of a recipe (see `drkl recipes`).", show_default=False)
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, e.g. data.turns=all", show_default=False)
     ] = None,
 ) -> None:
     """Show what CONFIG makes of its data: counts, drops, lengths, a row of each source; write nothing."""
-    from rich.console import Console
-
     from drkl.config import load_config
-    from drkl.data.survey import print_labelled, print_surveys, survey
+    from drkl.data.survey import survey
     from drkl.models.load import quiet_transformers
     from drkl.training.spec import has_encoder, run_classes, run_tokenizer
 
@@ -529,13 +532,28 @@ def data(
     quiet_transformers()
     specs = loaded.specs()
     tokenizer, classes = run_tokenizer(specs), run_classes(specs)
-    apart = classes is None and has_encoder(specs[0], tokenizer)
-    console = Console(highlight=False)
+    encoder_decoder = classes is None and has_encoder(specs[0], tokenizer)
     for section in dict.fromkeys(spec.data for spec in specs):
-        if classes is not None:
-            print_labelled(section, tokenizer, classes, console, printable)
-            continue
-        print_surveys(survey(section, tokenizer, encoder_decoder=apart), tokenizer, console, printable)
+        print_surveys(survey(section, tokenizer, classes=classes, encoder_decoder=encoder_decoder), tokenizer)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this recipe, to change it: > my.yaml", show_default=False)
+    ] = None,
+) -> None:
+    """List the recipes that ship with drkl, or print one of them."""
+    from drkl.recipes import find_recipe, recipe_names
+    from drkl.runs import read_text
+
+    if name is not None:
+        print(read_text(find_recipe(name)), end="")
+        return
+    known = recipe_names()
+    width = max(map(len, known))
+    for recipe, description in known.items():
+        print(f"{recipe:{width}}  {description}")
 
 
 @app.command()

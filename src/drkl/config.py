@@ -20,9 +20,16 @@ from drkl.evaluation.config import EvaluationConfig
 from drkl.losses.config import LossConfig
 from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
+from drkl.recipes import find_recipe
 from drkl.runs import RunFolder, read_yaml
 from drkl.teachers.config import TeacherConfig
-from drkl.training.config import NAME_PATTERN, RunConfig, TrainingConfig, choose_one
+from drkl.training.config import (
+    NAME_PATTERN,
+    RunConfig,
+    TrainingConfig,
+    choose_one,
+    default_warmup,
+)
 from drkl.training.spec import RunSpec
 
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -178,20 +185,28 @@ def resolve(config: Config) -> dict[str, Any]:
     values["training"] = config.training.resolved()
     values["training"]["precision"] = resolve_dtype(config.training.precision, device)
     for stage in values["stages"]:
-        merged = _merge(config.training.model_dump(), stage["training"])
-        choose_one(merged, stage["training"])
         # Written out for each: a stage would inherit the warm-up of the last one.
-        stage["training"]["warmup_steps"] = TrainingConfig.model_validate(merged).resolved()["warmup_steps"]
+        stage["training"].setdefault("warmup_steps", _warmup_of_stage(config.training, stage["training"]))
     objective: Any = config.objective.make()
     values["objective"] = {"name": config.objective.name} | dataclasses.asdict(objective)
     return values
+
+
+def _warmup_of_stage(training: TrainingConfig, stage: dict[str, Any]) -> Any:
+    """The warm-up steps of a stage that says nothing of them; None where its number of steps is not known yet."""
+    if training.warmup_steps is not None:
+        return training.warmup_steps
+    merged = _merge(training.model_dump(), stage)
+    choose_one(merged, stage)
+    steps = merged["max_steps"]
+    return default_warmup(steps) if isinstance(steps, int) and steps > 0 else None
 
 
 def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
     """Read a config and apply dotted overrides.
 
     Args:
-        source: a yaml file, or the mapping itself.
+        source: a yaml file, the name of a recipe that ships with drkl, or the mapping itself.
         overrides: ``section.key=value`` with a yaml value; a stage's by its number or name:
             ``stages.warmup.training.max_steps=20``.
 
@@ -201,7 +216,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     Raises:
         DrklError: a missing or broken file, an unknown key, a value out of range.
     """
-    values = _numbers(copy.deepcopy(source) if isinstance(source, dict) else read_yaml(source))
+    values = _numbers(copy.deepcopy(source) if isinstance(source, dict) else read_yaml(find_recipe(source)))
     notes: list[str] = []
     parsed = [_parse_override(text) for text in overrides]
     _drop_other_objective(values, parsed, notes)

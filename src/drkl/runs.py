@@ -14,6 +14,9 @@ import yaml
 
 from drkl.errors import DrklError
 
+IN_MEMORY = "in memory"
+"""What the name of a model or of rows that were passed as objects begins with in a config.yaml."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -73,6 +76,11 @@ class RunFolder:
     @property
     def heldout_path(self) -> Path:
         return self.root / "heldout.jsonl"
+
+    @property
+    def eval_rows_path(self) -> Path:
+        """The held-out rows of a run that was given them in memory."""
+        return self.root / "eval_rows.jsonl"
 
     @property
     def analysis_path(self) -> Path:

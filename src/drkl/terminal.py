@@ -7,9 +7,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from drkl.data.survey import Survey
     from drkl.evaluation.findings import Finding
     from drkl.evaluation.result import Evaluation
     from drkl.training.run import Listener
+
+BAR = 40
+"""Characters of the longest bar of a histogram."""
 
 
 class TrainingProgress:
@@ -48,7 +54,7 @@ class TrainingProgress:
             self._progress.stop_task(self._task)
         name = spec.folder.name if of == 1 or number < of else f"{spec.folder.name} (last stage)"
         label = f"{name}: {spec.objective.name}"
-        self._task = self._progress.add_task(label, total=spec.training.num_steps, numbers="")
+        self._task = self._progress.add_task(label, total=spec.training.max_steps, numbers="")
 
     def _on_progress(self, step: int, of: int, newest: dict[str, float]) -> None:
         shown = [f"{key} {newest[key]:.3f}" for key in ("loss", "fkl", "rkl") if key in newest]
@@ -183,3 +189,63 @@ def print_analysis(headline: str, findings: Sequence[Any], head: Sequence[str], 
         table.add_row(*(cell.split(" [")[0] for cell in row))  # the intervals are in the file
     console.print()
     console.print(table)
+
+
+def print_surveys(surveys: Sequence[Survey], tokenizer: Any, console: Console | None = None) -> None:
+    """Print what sources hold: counts, histograms of lengths, and a row with its trained tokens in colour.
+
+    Where the console has no colour, marks stand around them.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False) if console is None else console
+    for survey in surveys:
+        console.print(Text(f"\n{printable(survey.name)} ({survey.share})", style="bold"))
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for name, value in survey.facts:
+            table.add_row(Text(printable(name)), Text(value, justify="right"))
+        console.print(table)
+        for name, lengths in survey.lengths.items():
+            _print_histogram(name, lengths, console)
+        if survey.share == "training" or survey.classes is not None:
+            _print_row(survey, tokenizer, console)
+
+
+def _print_histogram(name: str, lengths: Sequence[int], console: Console) -> None:
+    from rich.table import Table
+
+    from drkl.data.survey import histogram
+
+    table = Table(f"{name} tokens", "rows", "", box=None, pad_edge=False)
+    bins = histogram(lengths)
+    most = max(count for *_, count in bins)
+    block = "█" if _is_utf(console) else "#"
+    for low, high, count in bins:
+        bar = block * max(round(BAR * count / most), int(count > 0))
+        table.add_row(str(low) if low == high else f"{low} to {high}", f"{count:,}", bar)
+    console.print(table)
+
+
+def _print_row(survey: Survey, tokenizer: Any, console: Console) -> None:
+    from rich.text import Text
+
+    from drkl.data.survey import pieces_of
+
+    row = survey.rows[0]
+    colour = console.color_system is not None and not console.no_color
+    before, after = ("", "") if colour else ("⟦", "⟧") if _is_utf(console) else ("[[", "]]")
+    where = "in colour" if colour else f"between {before} and {after}"
+    name = f"row {printable(row.id)}"
+    text = Text(f"{name}: " if survey.classes else f"{name}, the trained tokens {where}:\n")
+    for piece, trained in pieces_of(row, tokenizer):
+        shown = f"{before}{printable(piece)}{after}" if trained else printable(piece)
+        text.append(shown, "bold green" if trained else "" if survey.classes else "dim")
+    if survey.classes:
+        text.append(f" -> {printable(survey.classes[row.label])}")
+    console.print(text, soft_wrap=True)
+
+
+def _is_utf(console: Console) -> bool:
+    return console.encoding.lower().startswith("utf")

@@ -15,6 +15,7 @@ from drkl.errors import DrklError
 from drkl.losses.common import denominator, make_settings
 from tests.objectives import reference, tensors
 from tests.objectives.cases import CASES, Case, name
+from tests.rounding import assert_near
 
 IGNORE = -100
 SHAPE = (2, 4)
@@ -141,7 +142,8 @@ def test_every_position_counts_without_labels_and_mask() -> None:
     assert values.shape == SHAPE and (values > 0).all()
     assert float(drkl.distillation_loss(*logits)) == pytest.approx(float(values.mean()), rel=1e-13)
     one = drkl.distillation_loss(logits[0][0, 0], logits[1][0, 0], reduction="none")
-    assert one.shape == () and float(one) == pytest.approx(float(values[0, 0]), rel=1e-13)
+    assert one.shape == ()
+    assert_near(one, values[0, 0], 6, 20.0)  # log-probabilities of at most 20
 
 
 def test_only_the_student_gets_a_gradient_through_every_reduction() -> None:
@@ -189,7 +191,7 @@ def test_a_teacher_is_not_needed_where_none_is_read() -> None:
     inputs = batch()
     student, labels = inputs["student_logits"], inputs["labels"]
     alone = drkl.distillation_loss(student, None, labels, objective="ce")
-    assert torch.equal(alone, drkl.distillation_loss(student, None, labels, objective="drkl", kd_weight=0.0))
+    assert_near(alone, drkl.distillation_loss(student, None, labels, objective="drkl", kd_weight=0.0), 6, 20.0)
     assert torch.equal(alone, drkl.distillation_loss(student, torch.full((1, 3), math.nan), labels, objective="ce"))
     by_torch = torch.nn.functional.cross_entropy(student.reshape(8, -1), labels.reshape(-1))
     torch.testing.assert_close(alone, by_torch, rtol=1e-13, atol=1e-15)

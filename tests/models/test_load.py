@@ -184,6 +184,16 @@ def test_a_model_in_memory_is_returned_as_it_is() -> None:
         load_classifier(model)
 
 
+def test_further_options_are_handed_on(folder: Path, tmp_path: Path) -> None:
+    assert load_model(folder, "fp32", attn_implementation="eager").config._attn_implementation == "eager"
+    tiny_classifiers.save(tiny_classifiers.make(), tmp_path / "c")
+    assert load_classifier(tmp_path / "c", "fp32", attn_implementation="eager").config._attn_implementation == "eager"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'revison'"):
+        load_model(folder, "fp32", revison="main")
+    with pytest.raises(DrklError, match="revision: options of loading, but the LlamaForCausalLM is in memory already"):
+        load_model(tiny.llama(), revision="main")
+
+
 def test_a_folder_in_the_home_folder(folder: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     assert load_config(f"~/{folder.name}").vocab_size == tiny.VOCAB

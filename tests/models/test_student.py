@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 from drkl.errors import DrklError
 from drkl.models.config import StudentConfig
 from drkl.models.student import kept_layers, make_student, prune, shortened, source_model, student_config
-from tests.models import tiny
+from tests.models import tiny, tiny_classifiers
 
 FAMILIES = [tiny.llama, tiny.gpt2]
 
@@ -65,6 +66,57 @@ def test_what_cannot_be_meant_is_refused(wrong: dict) -> None:
 def test_all_layers_kept_is_the_original(family: Callable[..., PreTrainedModel]) -> None:
     model = family()
     assert torch.equal(tiny.logits(prune(model, [0, 1, 2, 3])), tiny.logits(model))
+
+
+@pytest.mark.parametrize("layers", [2, [0, 2], (0, 3), range(1, 3), None])
+@pytest.mark.parametrize("family", [tiny.llama, tiny.gpt2, tiny.t5, tiny_classifiers.make])
+def test_pruning_in_memory_is_the_students_init(
+    family: Callable[..., PreTrainedModel], layers: int | list[int] | None, tmp_path: Path
+) -> None:
+    model = family().train()
+    model.save_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    small = prune(model, layers=layers)
+    assert torch.equal(torch.get_rng_state(), state)
+    classes = tiny_classifiers.CLASSES if family is tiny_classifiers.make else None
+    config = StudentConfig(layers=layers if layers is None or isinstance(layers, int) else list(layers))
+    made = make_student(config, str(tmp_path), 0, None, classes)
+    for other in (made, prune(tmp_path, layers), prune(str(tmp_path), layers=layers, dtype=torch.float32)):
+        assert type(small) is type(other) and not small.training
+        states = small.state_dict(), other.state_dict()
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(p.requires_grad for p in small.parameters())
+    next(small.parameters()).data.zero_()  # nothing is shared
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_pruning_keeps_the_dtype_of_a_model_in_memory() -> None:
+    assert prune(tiny.llama().to(torch.bfloat16), 2).dtype == torch.bfloat16
+    with pytest.raises(DrklError, match=r"in memory has weights of torch\.float32"):
+        prune(tiny.llama(), 2, dtype="bf16")
+
+
+@pytest.mark.parametrize(
+    ("make", "wanted", "message"),
+    [
+        (tiny.llama, {"layers": 5}, r"^layers is 5; the model has 4 layers"),
+        (tiny.llama, {"layers": [0, 4]}, r"^layers has layer 4; the model has layers 0 to 3"),
+        (tiny.llama, {"layers": 0}, r"^layers is 0; expected a number of layers, at least 1, or layer numbers"),
+        (tiny.llama, {"layers": [2, 1]}, r"^layers is \[2, 1\]; expected"),
+        (tiny.llama, {"layers": [-1]}, r"^layers is \[-1\]; expected"),
+        (tiny.llama, {"layers": "ten"}, r"^layers is .*; expected"),
+        (tiny.llama, {"layers": 2, "encoder_layers": 1}, r"^encoder_layers is set, but LlamaConfig is a decoder-only"),
+        (tiny.t5, {"layers": 2, "encoder_layers": 5}, r"^encoder_layers is 5; the encoder has 4 layers"),
+        (tiny.t5, {"encoder_layers": []}, r"^encoder_layers is \[\]; expected"),
+        (lambda: "/no/such/folder", {"layers": 2}, r"There is no folder '/no/such/folder'"),
+    ],
+)
+def test_layers_that_cannot_be_kept(make: Callable[[], Any], wanted: dict[str, Any], message: str) -> None:
+    with pytest.raises(DrklError, match=message):
+        prune(make(), **wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

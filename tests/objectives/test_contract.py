@@ -12,6 +12,7 @@ from torch import Tensor
 import drkl
 from tests.objectives import tensors
 from tests.objectives.cases import CASES, CLOSED_FORMS, DIVERGENCES, LIMITS, Case, name
+from tests.rounding import assert_near, rounding
 
 every = pytest.mark.parametrize("case", CASES, ids=name)
 every_divergence = pytest.mark.parametrize("case", DIVERGENCES, ids=name)
@@ -46,8 +47,8 @@ def test_is_never_negative_and_zero_at_agreement(case: Case) -> None:
     values = tensors.value(case.objective, student, teacher, labels)
     assert (values >= 0).all() and (values > 1e-3).any()
     same, grad = tensors.value_and_grad(case.objective, teacher, teacher, labels)
-    assert same.abs().max() < 1e-14
-    assert grad.abs().max() < 1e-14
+    bound = rounding(tensors.VOCAB, scale=float(teacher.log_softmax(-1).abs().max()))
+    assert same.abs().max() < bound and grad.abs().max() < bound
 
 
 @every
@@ -58,7 +59,8 @@ def test_constants_added_to_the_logits_change_nothing(case: Case) -> None:
     shifted, shifted_grad = tensors.value_and_grad(case.objective, student + shift, teacher - 2 * shift, labels)
     torch.testing.assert_close(shifted, values, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(shifted_grad, grad, rtol=1e-11, atol=1e-12)
-    assert grad.sum(-1).abs().max() < 1e-13
+    # The gradients of a position sum to 0, up to the rounding of the constants that were added.
+    assert grad.sum(-1).abs().max() < rounding(tensors.VOCAB, scale=float(grad.abs().sum(-1).max() + 90))
 
 
 @every
@@ -79,8 +81,10 @@ def test_a_position_sees_no_other(case: Case) -> None:
     for i in range(6):
         row = slice(i, i + 1)
         alone, alone_grad = tensors.value_and_grad(case.objective, student[row], teacher[row], labels[row])
-        torch.testing.assert_close(alone, values[row], rtol=1e-14, atol=1e-15)
-        torch.testing.assert_close(alone_grad, grad[row], rtol=1e-13, atol=1e-15)
+        # A row by itself may go through another kernel: sums of as many terms as there are classes.
+        scale = float(student[row].log_softmax(-1).abs().max() + teacher[row].log_softmax(-1).abs().max())
+        assert_near(alone, values[row], tensors.VOCAB, scale * max(1.0, float(values[row].abs())))
+        assert_near(alone_grad, grad[row], tensors.VOCAB, scale * max(1.0, float(grad[row].abs().max())))
     student[2], teacher[2] = math.nan, math.nan
     spoilt, spoilt_grad = tensors.value_and_grad(case.objective, student, teacher, labels)
     others = torch.tensor([0, 1, 3, 4, 5])

@@ -12,6 +12,7 @@ from torch import Tensor
 import drkl
 from tests.objectives import reference, tensors
 from tests.objectives.cases import CASES, CLOSED_FORMS, DIVERGENCES, Case, name
+from tests.rounding import assert_near, rounding
 
 INF = math.inf
 every = pytest.mark.parametrize("case", CASES, ids=name)
@@ -31,6 +32,15 @@ def huge(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return student.to(dtype), teacher.to(dtype), torch.tensor([0, 1, 2, 3, 0])
 
 
+SIZE = 2e4
+"""The largest log-probabilities of `huge`."""
+
+
+def coarse(dtype: torch.dtype) -> float:
+    """Two units in the last place of such a log-probability: what is left of a tail is that coarse."""
+    return rounding(0, scale=SIZE / 2, dtype=dtype)
+
+
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_huge_logits(case: Case, dtype: torch.dtype) -> None:
@@ -38,9 +48,7 @@ def test_huge_logits(case: Case, dtype: torch.dtype) -> None:
     values, grad = tensors.value_and_grad(case.objective, student, teacher, labels)
     expected = tensors.by_hand(case, student, teacher, labels)
     assert np.isfinite(expected).all()
-    # In fp32 one unit in the last place of a log-probability of -2e4 is 2e-3: what is left of the tail is that coarse.
-    rtol = 1e-3 if dtype == torch.float32 else 1e-10
-    np.testing.assert_allclose(values, expected, rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(values, expected, rtol=coarse(dtype), atol=coarse(dtype))
     assert grad.isfinite().all()
 
 
@@ -50,9 +58,9 @@ def test_huge_logits_in_the_closed_form(case: Case, dtype: torch.dtype) -> None:
     student, teacher, labels = huge(dtype)
     _, grad = tensors.value_and_grad(case.objective, student.double(), teacher.double(), labels)
     values, closed_grad = tensors.closed_form(case.objective, student, teacher, labels)
-    rtol = 1e-3 if dtype == torch.float32 else 1e-10
-    np.testing.assert_allclose(values, tensors.by_hand(case, student, teacher, labels), rtol=rtol, atol=rtol)
-    np.testing.assert_allclose(closed_grad, grad, rtol=rtol, atol=max(rtol, 1e-8))
+    tolerance = {"rtol": coarse(dtype), "atol": coarse(dtype)}
+    np.testing.assert_allclose(values, tensors.by_hand(case, student, teacher, labels), **tolerance)
+    np.testing.assert_allclose(closed_grad / SIZE, grad / SIZE, **tolerance)
 
 
 def confident(log_odds_q: float, log_odds_p: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,10 +83,11 @@ def test_the_tail_of_a_confident_position_is_seen_in_fp32(student: float, teache
     for tail in ("rkl", "fkl", "gjs"):
         objective = drkl.make_objective("drkl", tail=tail, gamma=1.0)
         on_tail = float(reference.PARTS[tail](reference.split(q, 0)[1], reference.split(p, 0)[1]))
-        assert float(tensors.value(objective, z, y, labels)) == pytest.approx(float(b) + on_tail, rel=1e-5)
+        # Every log of a probability is off by up to a few units in the last place of the largest logit.
+        close = pytest.approx(float(b) + on_tail, rel=rounding(0, float(z.abs().max() + y.abs().max()), torch.float32))
+        assert float(tensors.value(objective, z, y, labels)) == close
         if objective.has_closed_form:
-            closed = tensors.closed_form(objective, z, y, labels)[0]
-            assert float(closed) == pytest.approx(float(b) + on_tail, rel=1e-5)
+            assert float(tensors.closed_form(objective, z, y, labels)[0]) == close
 
 
 @pytest.mark.parametrize(("student", "teacher"), CONFIDENT)
@@ -148,7 +157,7 @@ def test_empty_tails(student: list[float], teacher: list[float], drkl_value: flo
         assert grad.isfinite().all(), case.id
     if drkl_value is None:
         drkl_value = -float(torch.log_softmax(y, -1)[0, 0])  # B alone: the student has no tail to compare
-    assert float(tensors.value(DRKL, z, y, labels)) == pytest.approx(drkl_value, abs=1e-15)
+    assert float(tensors.value(DRKL, z, y, labels)) == pytest.approx(drkl_value, abs=rounding(3, scale=2.0))
 
 
 def test_a_part_without_weight_adds_nothing_even_where_it_is_infinite() -> None:
@@ -173,10 +182,10 @@ def test_the_lowest_index_is_the_target_on_ties(vocab: int, dtype: torch.dtype) 
     labels = torch.full((3,), first)
     by_teacher = tensors.value(DRKL, student, teacher, labels)
     at_label = drkl.make_objective("drkl", target="label")
-    assert torch.equal(by_teacher, tensors.value(at_label, student, teacher, labels))
+    assert_near(by_teacher, tensors.value(at_label, student, teacher, labels), vocab, 10.0)
     assert not torch.allclose(by_teacher, tensors.value(at_label, student, teacher, torch.full((3,), second)))
     closed = [tensors.closed_form(objective, student, teacher, labels)[1] for objective in (DRKL, at_label)]
-    assert torch.equal(*closed)
+    assert_near(*closed, vocab)
 
 
 def test_all_the_teachers_logits_tie() -> None:

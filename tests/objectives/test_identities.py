@@ -12,7 +12,10 @@ from torch import Tensor
 
 import drkl
 from tests.objectives import reference, tensors
+from tests.rounding import assert_near, rounding
 
+ZERO = rounding(6, scale=20.0)
+"""What rounding leaves of a gradient that is 0: a sum over 6 classes with log-probabilities of at most 20."""
 RKL = drkl.make_objective("rkl")
 DRKL = drkl.make_objective("drkl")
 
@@ -76,7 +79,7 @@ def test_reverse_kl_pushes_a_matched_target_and_drkl_does_not(log_odds: float) -
     assert autograd(RKL, student, teacher)[0, t] == pytest.approx(push, rel=1e-8)
     for params in ({}, {"weight": "student"}, {"weight": "floor"}, {"tail": "fkl"}, {"tail": "gjs"}):
         grad = autograd(drkl.make_objective("drkl", **params), student, teacher)[0]
-        assert abs(grad[t]) < 1e-14
+        assert abs(grad[t]) < ZERO
         assert abs(grad).max() > 1e-6
 
 
@@ -86,7 +89,7 @@ def test_reverse_kl_rests_k_nats_above_the_teacher_and_drkl_on_it() -> None:
     k = float(reference.parts(q, p, t)[1])
     overconfident = student.clone()
     overconfident[0, t] += k
-    assert abs(autograd(RKL, overconfident, teacher)[0, t]) < 1e-15
+    assert abs(autograd(RKL, overconfident, teacher)[0, t]) < ZERO
     assert autograd(DRKL, overconfident, teacher)[0, t] > 0.01
 
 
@@ -128,7 +131,8 @@ def test_the_operator_makes_drkl() -> None:
     spread: list[dict[str, Any]] = [{}, {"target": "label", "weight": "floor", "gamma": 0.2}]
     for params in spread:
         by_name = tensors.value(drkl.make_objective("drkl", tail="fkl", **params), student, teacher, labels)
-        assert torch.equal(by_name, tensors.value(drkl.decoupled("rkl", "fkl", **params), student, teacher, labels))
+        operator = tensors.value(drkl.decoupled("rkl", "fkl", **params), student, teacher, labels)
+        assert_near(by_name, operator, tensors.VOCAB, 40.0)
 
 
 def test_js_of_the_tails_is_symmetric_and_bounded() -> None:
@@ -151,5 +155,5 @@ def test_skew_counts_the_student_into_what_it_is_compared_with() -> None:
 
 def test_skew_makes_the_tail_act_on_the_target() -> None:
     student, teacher = matched_targets(2.0)
-    assert abs(autograd(DRKL, student, teacher)[0, 0]) < 1e-15
+    assert abs(autograd(DRKL, student, teacher)[0, 0]) < ZERO
     assert autograd(drkl.make_objective("drkl", skew=0.3), student, teacher)[0, 0] > 1e-3

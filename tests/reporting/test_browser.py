@@ -29,6 +29,7 @@ class Tab:
         self.context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=script, offline=True
         )
+        self.context.set_default_timeout(0)  # a slow machine is no failure; pytest's own limit ends what hangs
         self.page = self.context.new_page()
         self.asked: list[str] = []
         self.said: list[str] = []
@@ -53,7 +54,7 @@ def browser() -> Iterator[Any]:
     if program is None:
         pytest.skip("there is no chromium here")
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        chromium = playwright.chromium.launch(executable_path=program, args=FLAGS, timeout=0)
         yield chromium
         chromium.close()
 

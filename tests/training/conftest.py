@@ -8,6 +8,7 @@ import torch
 from transformers import logging
 
 from drkl.cli import main
+from tests.training import tiny_runs
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +19,12 @@ def quiet_and_alone() -> Iterator[None]:
     logging.disable_progress_bar()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def rising(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every held-out loss is worse than the one before it: the first is the best."""
+    tiny_runs.plant_heldout_losses(monkeypatch, float)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("count", "accumulation"), [(8, 1), (8, 2), (3, 4)])
 def test_two_processes_take_the_step_that_one_takes(tmp_path: Path, count: int, accumulation: int) -> None:
     environment = tiny_runs.environment()

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import Trainer
 
 from drkl.errors import DrklError
 from drkl.runs import RunFolder
-from drkl.training import run as run_module
+from drkl.training import record as record_module
 from drkl.training.checkpoints import MARKER
 from drkl.training.run import Listener
 from tests.models import tiny
@@ -186,37 +185,34 @@ def test_cut_off_in_writing_the_student(tmp_path: Path, moment: str, monkeypatch
             return original(*args, **words)
         raise Killed
 
-    original: Callable[..., Any] = getattr(run_module, moment)
+    original: Callable[..., Any] = getattr(record_module, moment)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, moment, killed)
+        patch.setattr(record_module, moment, killed)
         run = cut_off(values, Listener())
     assert not run.is_finished()
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
 
 @pytest.mark.parametrize("patience", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_early_stop_counts_on(tmp_path: Path, patience: int) -> None:
-    training = tiny_runs.RISING | {"max_steps": 30, "early_stop_patience": patience}
-    values, whole = reference(tmp_path, training=training)
+def test_early_stop_counts_on(tmp_path: Path, patience: int, rising: None) -> None:
+    values, whole = reference(tmp_path, training={"max_steps": 30, "early_stop_patience": patience})
     assert whole.read_env()["steps"] == 2 + 2 * patience
     cut_off(values, kill_at_step("r", 2 + 2 * patience - 1))
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
 
-def test_early_stop_that_had_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values, whole = reference(tmp_path, training=tiny_runs.RISING | {"max_steps": 30, "early_stop_patience": 2})
+def test_early_stop_that_had_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rising: None) -> None:
+    values, whole = reference(tmp_path, training={"max_steps": 30, "early_stop_patience": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_finish", lambda *a: (_ for _ in ()).throw(Killed))
+        patch.setattr(record_module.RunRecord, "save_student", lambda *a: (_ for _ in ()).throw(Killed))
         cut_off(values, Listener())
     run = tiny_runs.train(values, "resume")
     assert tiny_runs.weights(run) == tiny_runs.weights(whole)
     assert run.read_env()["best_step"] == 2
 
 
-def test_a_run_folder_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    warmup = {"name": "warmup", "objective": {"name": "fkl"}, "training": {"max_steps": 4, "learning_rate": 1e-3}}
-    # A seed with which the first held-out loss is the best.
-    values, whole = reference(tmp_path, training=tiny_runs.RISING, stages=[warmup], run={"seed": 5})
+def test_a_run_folder_that_was_moved(tmp_path: Path, rising: None) -> None:
+    values, whole = reference(tmp_path, stages=tiny_runs.STAGES)
     assert whole.read_env()["best_step"] == 2  # the best one is not the newest: it has to be found again
     run = cut_off(values, kill_at_step("r", 5))
     run.root.rename(tmp_path / "moved")
@@ -228,8 +224,8 @@ def test_a_run_folder_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_resumed_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values, whole = reference(tmp_path, training=tiny_runs.RISING)
+def test_resumed_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rising: None) -> None:
+    values, whole = reference(tmp_path)
     monkeypatch.chdir(tmp_path)
     values["run"]["dir"] = "runs"
     cut_off(values, kill_at_step("r", 5))
@@ -248,7 +244,7 @@ def test_the_record_tells_of_both_parts(tmp_path: Path) -> None:
     (run.env_path).write_text(json.dumps(recorded))
     stage = run.stages()[0]
     log = stage.train_log_path
-    log.write_text(re.sub(r'("seconds": )\d+', r"\g<1>1000", log.read_text()))
+    log.write_text(re.sub(r'("seconds": )([\d.]+)', lambda at: f"{at[1]}{1000 + float(at[2])}", log.read_text()))
     tiny_runs.train(values, "resume")
     assert run.read_env()["command"] == stage.read_env()["command"] == ["drkl", "distill", "my.yaml"]
     assert stage.read_env()["seconds"] >= 1000
@@ -265,35 +261,22 @@ def test_a_finished_run_says_so(tmp_path: Path) -> None:
     assert tiny_runs.tree(tmp_path) == before
 
 
-def wait_for(condition: Callable[[], bool], process: Any) -> None:
-    deadline = time.monotonic() + 80
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+def killed_by_signal(values: dict[str, Any], path: Path, moment: str, step: int) -> None:
+    done = tiny_runs.call_killed(moment, step, "distill", tiny_runs.write_config(values, path))
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-def killed_by_signal(values: dict[str, Any], path: Path, moment: Callable[[], bool]) -> None:
-    process = tiny_runs.start("distill", tiny_runs.write_config(values, path))
-    wait_for(moment, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-
-
-LONG: dict[str, Any] = {"max_steps": 200, "eval_every": 50, "save_every": 50}
+LONG: dict[str, Any] = {"max_steps": 20, "eval_every": 5, "save_every": 5}
 
 
 @pytest.mark.slow
 def test_sigkill_and_resume(tmp_path: Path) -> None:
     values, whole = reference(tmp_path, training=LONG)
     run = RunFolder(tmp_path / "runs" / "r")
-    marker = run.checkpoints_path / "checkpoint-100" / MARKER
-
-    def some_steps_after_a_checkpoint() -> bool:
-        return marker.exists() and '"step": 110' in run.train_log_path.read_text()
-
-    killed_by_signal(values, tmp_path / "c.yaml", some_steps_after_a_checkpoint)
+    killed_by_signal(values, tmp_path / "c.yaml", "log r/checkpoints", 12)
+    assert (
+        run.checkpoints_path / "checkpoint-10" / MARKER
+    ).is_file() and '"step": 12' in run.train_log_path.read_text()
     assert not run.is_finished() and not run.student_path.exists()
     newest = max(run.checkpoints_path.iterdir(), key=lambda p: int(p.name.split("-")[1]))
     half = run.checkpoints_path / "checkpoint-999"
@@ -304,32 +287,29 @@ def test_sigkill_and_resume(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Going on from checkpoint-" in done.stdout
     assert_equal(run, whole)
-    assert tiny_runs.steps(run) == list(range(1, 201))
+    assert tiny_runs.steps(run) == list(range(1, 21))
     assert run.read_env()["command"] == ["drkl", "distill", str(tmp_path / "c.yaml")]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("when", ["first stage", "between", "last stage", "while a checkpoint is written", "moved"])
-def test_sigkill_anywhere(tmp_path: Path, when: str) -> None:
-    stages = [{"name": "warmup", "objective": {"name": "fkl"}, "training": {"max_steps": 150}}]
+@pytest.mark.parametrize(
+    ("moment", "step", "moved"),
+    [
+        ("log 01-warmup", 12, False),
+        ("begin r/checkpoints", 0, False),
+        ("log r/checkpoints", 12, False),
+        ("checkpoint r/checkpoints", 10, False),
+        ("log r/checkpoints", 12, True),
+    ],
+    ids=["first stage", "between", "last stage", "while a checkpoint is written", "moved"],
+)
+def test_sigkill_anywhere(tmp_path: Path, moment: str, step: int, moved: bool) -> None:
+    stages = [{"name": "warmup", "objective": {"name": "fkl"}, "training": {"max_steps": 15}}]
     values, whole = reference(tmp_path, training=LONG, stages=stages)
     run = RunFolder(tmp_path / "runs" / "r")
-    first = RunFolder(run.root / "stages" / "01-warmup")
-
-    def logged(folder: RunFolder, step: int) -> bool:
-        log = folder.train_log_path
-        return log.is_file() and f'"step": {step},' in log.read_text()
-
-    moments: dict[str, Callable[[], bool]] = {
-        "first stage": lambda: logged(first, 120),
-        "between": lambda: first.is_finished() if first.env_path.is_file() else False,
-        "last stage": lambda: logged(run, 120),
-        "moved": lambda: logged(run, 120),
-        "while a checkpoint is written": lambda: (run.checkpoints_path / "checkpoint-100").is_dir(),
-    }
-    killed_by_signal(values, tmp_path / "c.yaml", moments[when])
-    if when == "moved":
+    killed_by_signal(values, tmp_path / "c.yaml", moment, step)
+    assert RunFolder(run.root / "stages" / "01-warmup").is_finished() is (moment != "log 01-warmup")
+    if moved:
         run = RunFolder(run.root.rename(tmp_path / "moved"))
     done = tiny_runs.call("distill", "--resume", run.root)
     assert done.returncode == 0, done.stderr

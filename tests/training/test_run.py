@@ -73,12 +73,13 @@ def test_the_student_moved_and_its_head_stayed_tied(tmp_path: Path) -> None:
     assert ours.get_vocab() == teacher.get_vocab() and ours.chat_template == teacher.chat_template
 
 
-def test_the_best_weights_are_the_students_and_only_their_checkpoint_stays(tmp_path: Path) -> None:
-    values = tiny_runs.config(tmp_path, training=tiny_runs.RISING | {"max_steps": 8})
-    run = tiny_runs.train(values)
-    losses = heldout(run)
-    best = min(losses, key=lambda step: losses[step])
-    assert best != 8
+def test_the_best_weights_are_the_students_and_only_their_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, best = {2: 3.0, 4: 1.0, 6: 4.0, 8: 2.0}, 4
+    tiny_runs.plant_heldout_losses(monkeypatch, losses.__getitem__)
+    run = tiny_runs.train(tiny_runs.config(tmp_path, training={"max_steps": 8}))
+    assert heldout(run) == losses
     assert run.read_env()["best_step"] == best and run.read_env()["best_heldout_loss"] == losses[best]
     assert [path.name for path in run.checkpoints_path.iterdir()] == [f"checkpoint-{best}"]
     saved = run.checkpoints_path / f"checkpoint-{best}" / "model.safetensors"
@@ -86,11 +87,9 @@ def test_the_best_weights_are_the_students_and_only_their_checkpoint_stays(tmp_p
     assert torch.equal(tiny.logits(kept), tiny.logits(ours))
 
 
-def test_early_stop(tmp_path: Path) -> None:
-    values = tiny_runs.config(tmp_path, training=tiny_runs.RISING | {"max_steps": 40, "early_stop_patience": 2})
-    run = tiny_runs.train(values)
-    losses = heldout(run)
-    assert list(losses) == [2, 4, 6] and min(losses.values()) == losses[2]
+def test_early_stop(tmp_path: Path, rising: None) -> None:
+    run = tiny_runs.train(tiny_runs.config(tmp_path, training={"max_steps": 40, "early_stop_patience": 2}))
+    assert heldout(run) == {2: 2.0, 4: 4.0, 6: 6.0}
     assert run.is_finished() and run.read_env()["steps"] == 6 and run.read_env()["best_step"] == 2
 
 
@@ -139,6 +138,8 @@ def test_overwrite_leaves_nothing_of_the_old_run(tmp_path: Path) -> None:
 
 def test_without_a_teacher_it_is_plain_fine_tuning(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path)
+    values["data"]["eval_path"] = values["data"]["path"]  # what is learnt is what is held out
+    tiny_runs.write_rows(tmp_path / "data.jsonl", prompt="w1 w2", response="w3 w4 w5")
     values |= {
         "teacher": None,
         "objective": {"name": "ce"},
@@ -259,9 +260,9 @@ def test_no_room_for_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lr_scheduler_type": "cosin"}, "training.arguments: .*cosin"),
+        ({"lr_scheduler_type": "cosin"}, "training: .*cosin"),
         ({"gradient_accumulation_steps": 0}, "whole number of at least 1"),
-        ({"warmup_steps": -1}, "training.arguments: .*warmup_steps"),
+        ({"warmup_steps": -1}, "training.warmup_steps: input should be greater than or equal to 0"),
     ],
 )
 def test_arguments_that_transformers_refuses(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
@@ -334,7 +335,7 @@ def test_non_finite_weights_leave_the_last_good_checkpoint(tmp_path: Path, monke
 
 def test_a_learning_rate_that_blows_up(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path, training={"learning_rate": 1e30, "eval_every": 4, "save_every": 4})
-    with pytest.raises(DrklError, match=r"not finite at step 3, rows r\d+.*A lower learning rate"):
+    with pytest.raises(DrklError, match=r"not finite at step \d, rows r\d+.*A lower learning rate"):
         tiny_runs.train(values)
 
 

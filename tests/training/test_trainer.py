@@ -8,15 +8,16 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from drkl import make_objective
-from drkl.data.tokenize import Row
+from drkl.data.batching import plan_steps
+from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
-from drkl.teachers.live import LiveTeacher
-from drkl.training.heldout import HeldOut
+from drkl.training.arguments import DistillationConfig
+from drkl.training.pair import TokenisedRows
 from drkl.training.trainer import DistillationTrainer, MicroBatches
+from tests.data.tiny_tokenizers import build
 from tests.models import tiny
 
 
@@ -58,27 +59,26 @@ def make_trainer(
         "gradient_accumulation_steps": 1,
         "max_grad_norm": 0.0,
         "use_cpu": True,
-        "per_device_train_batch_size": 1,
-        "train_sampling_strategy": "sequential",
-        "remove_unused_columns": False,
-        "report_to": "none",
+        "precision": "fp32",
         "disable_tqdm": True,
         "save_strategy": "no",
         "logging_steps": 1,
+        "warmup_steps": 0,
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.0,
         "learning_rate": 1e-3,
-        "logging_nan_inf_filter": False,
+        "tokens_per_step": 1000,
+        "seed": 42,
     } | arguments
-    live = None if objective == "ce" else LiveTeacher(teacher or tiny.llama(9).double())
+    settings |= (loss or LossConfig()).model_dump()
+    report = DropReport(kept=len(data))
     return DistillationTrainer(
         model or tiny.llama(1, layers=2).double(),
-        TrainingArguments(output_dir=str(tmp_path), **settings),
-        rows=data,
-        heldout=None if heldout is None else HeldOut(heldout, 0, live, 64),
-        teacher=live,
-        objective=make_objective(objective),
-        loss=loss or LossConfig(),
-        tokens_per_step=1000,
-        pad_id=0,
+        None if objective == "ce" else (teacher or tiny.llama(9).double()),
+        DistillationConfig(output_dir=str(tmp_path), objective=objective, **settings),
+        train_dataset=TokenisedRows(data, report),
+        eval_dataset=None if heldout is None else TokenisedRows(heldout, report),
+        processing_class=build(),
         callbacks=callbacks,
     )
 
@@ -143,9 +143,8 @@ def test_gradient_is_that_of_the_mean_over_response_tokens(tmp_path: Path) -> No
 
 def test_every_step_sees_the_same_rows_however_it_is_cut() -> None:
     data = rows(40)
-    settings: dict[str, Any] = {"tokens_per_step": 40, "num_steps": 7, "seed": 3}
-    whole = MicroBatches(data, parts=1, **settings)
-    cut = MicroBatches(data, parts=4, **settings)
+    steps = plan_steps([row.length for row in data], tokens_per_step=40, num_steps=7, seed=3)
+    whole, cut = MicroBatches(data, steps, 1), MicroBatches(data, steps, 4)
     assert len(whole) == 7 and len(cut) == 28
     for step in range(7):
         assert [row for part in range(4) for row in cut[4 * step + part]] == whole[step]
@@ -247,14 +246,14 @@ def test_a_checkpoint_that_cannot_be_written(
     trainer = make_trainer(tmp_path, rows(3), save_strategy="steps", save_steps=1)
     with pytest.raises(DrklError, match=r"Could not write the checkpoint of step 1 .*make room"):
         trainer.train()
-    assert not (tmp_path / "checkpoint-1").exists()
+    assert not (tmp_path / "checkpoints" / "checkpoint-1").exists()
 
 
 def test_checkpoints_are_marked_and_rotated(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, rows(8), max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2)
     trainer.train()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-5"]
     tokens = sum(len(row.response_ids) for row in rows(8))
-    marker = json.loads((tmp_path / "checkpoint-5" / "complete.json").read_text())
+    marker = json.loads((tmp_path / "checkpoints" / "checkpoint-5" / "complete.json").read_text())
     assert marker == {"step": 5, "num_tokens": 5 * tokens}
     assert not list(tmp_path.rglob("training_args.bin"))

@@ -7,16 +7,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from drkl.config import load_config
 from drkl.runs import RunFolder
 from drkl.training.run import Listener, Mode, distill
 from drkl.training.spec import RunSpec
+from drkl.training.trainer import DistillationTrainer
 from tests.models import tiny
 
 WORDS = [f"w{i}" for i in range(24)]
@@ -64,11 +66,6 @@ def config(root: Path, **sections: Any) -> dict[str, Any]:
     return values
 
 
-RISING = {
-    "learning_rate": 1.0,
-    "arguments": {"logging_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0},
-}
-"""So high a rate that every held-out loss is worse than the first."""
 STAGES = [{"name": "warmup", "objective": {"name": "fkl"}, "training": {"max_steps": 4}}]
 
 
@@ -95,13 +92,29 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "drkl.cli", *map(str, arguments)]
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command(*arguments), env=environment(), stdout=pipe, stderr=pipe, text=True)
-
-
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=100)
+    return subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True)
+
+
+def call_killed(moment: str, number: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same, in a process that kills itself at a moment that `tests.training.killed` knows."""
+    words = [sys.executable, "-m", "tests.training.killed", moment, str(number), *map(str, arguments)]
+    root = Path(__file__).parents[2]
+    variables = environment()
+    variables["PYTHONPATH"] += f"{os.pathsep}{root}"
+    return subprocess.run(words, env=variables, capture_output=True, text=True)
+
+
+def plant_heldout_losses(monkeypatch: pytest.MonkeyPatch, loss_at: Callable[[int], float]) -> None:
+    """Held-out losses by their step, in the place of those that are measured: which is the best is no luck then."""
+    log = DistillationTrainer.log
+
+    def planted(self: DistillationTrainer, logs: dict[str, float], *args: Any, **words: Any) -> None:
+        if "eval_loss" in logs:
+            logs["eval_loss"] = loss_at(self.state.global_step)  # in place, for the choice of the best
+        log(self, logs, *args, **words)
+
+    monkeypatch.setattr(DistillationTrainer, "log", planted)
 
 
 def tree(root: Path) -> dict[str, bytes | None]:

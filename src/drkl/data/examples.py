@@ -13,6 +13,7 @@ from drkl.data.config import DataConfig, SourceConfig
 from drkl.data.files import dataset_rows, file_rows
 from drkl.data.formats import standard_row
 from drkl.errors import DrklError
+from drkl.runs import IN_MEMORY
 
 MAX_HELD_OUT = 100
 HELD_OUT_SHARE = 0.05
@@ -73,9 +74,9 @@ def load_examples(config: DataConfig) -> tuple[list[Example], list[Example]]:
     Raises:
         DrklError: a file or data set that is missing or unreadable, a bad row (with file:line), no rows at all.
     """
-    sources = config.all_sources()
     train: list[Example] = []
     held_out: list[Example] = []
+    sources = config.all_sources()
     for number, source in enumerate(sources, start=1):
         rows = read_source(source)
         if len(sources) > 1:  # rows of two files may have the same ids
@@ -84,11 +85,20 @@ def load_examples(config: DataConfig) -> tuple[list[Example], list[Example]]:
             rows, held = hold_out(rows)
             held_out += held
         train += [replace(row, weight=source.weight) for row in rows[: source.max_rows]]
-    if config.eval_path is not None:
-        held_out = read_examples(config.eval_path, config.format)
-        chosen = {e.id for e in sorted(held_out, key=lambda e: hash_of_id(e.id))[: config.eval_max_rows]}
-        held_out = [example for example in held_out if example.id in chosen]
-    return train, held_out
+    return train, held_out if config.eval_path is None else read_heldout(config)
+
+
+def read_heldout(config: DataConfig) -> list[Example]:
+    """Return the held-out rows alone.
+
+    Raises:
+        DrklError: see ``load_examples``.
+    """
+    if config.eval_path is None:
+        return load_examples(config)[1]
+    held_out = read_examples(config.eval_path, config.format)
+    chosen = {e.id for e in sorted(held_out, key=lambda e: hash_of_id(e.id))[: config.eval_max_rows]}
+    return [example for example in held_out if example.id in chosen]
 
 
 def read_source(source: SourceConfig) -> list[Example]:
@@ -110,6 +120,11 @@ def read_examples(path: str, row_format: str = "auto") -> list[Example]:
     Raises:
         DrklError: see ``load_examples``.
     """
+    if path.startswith(IN_MEMORY):
+        raise DrklError(
+            f"The rows were passed to the trainer {path.replace(':', ',', 1)}, so they cannot be read again. Go on in "
+            "Python: trainer.train(resume_from_checkpoint=True), or drkl.evaluate(student, teacher, rows)."
+        )
     return parse_rows(file_rows(path, row_format), path, row_format)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from drkl.data.classification import LabelledRow, labelled_texts, tokenize_labelled
 from drkl.data.config import DataConfig
 from drkl.data.examples import Example, load_examples, parse_rows
+from drkl.data.examples import read_heldout as heldout_examples
 from drkl.data.files import labelled_by_name, rows_at
 from drkl.data.tokenize import DropReport, Row, tokenize_examples
 from drkl.data.tokenized import class_name, tokenized_rows, tokenized_texts
@@ -123,6 +124,11 @@ def dataset_items(dataset: Any, name: str, row_format: str = "auto") -> Iterable
 def read_shares(config: DataConfig, *, classifier: bool) -> tuple[list[Example], list[Example]]:
     """Read the training and the held-out examples of a data section; for a classifier texts with labels."""
     return load_examples(config.model_copy(update={"format": "text_label"}) if classifier else config)
+
+
+def read_heldout(config: DataConfig, *, classifier: bool) -> list[Example]:
+    """Read the held-out examples of a data section alone."""
+    return heldout_examples(config.model_copy(update={"format": "text_label"}) if classifier else config)
 
 
 def make_rows(

@@ -1,93 +1,112 @@
-"""What a data section gives, source by source: counts, lengths, and a row to look at."""
+"""What a data section holds, source by source: counts, lengths, and rows to look at."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from drkl.data.classification import load_labelled, tokenize_labelled
+from drkl.data.classification import LabelledRow
 from drkl.data.config import DataConfig
-from drkl.data.examples import load_examples
-from drkl.data.tokenize import DropReport, Row, tokenize_examples
+from drkl.data.rows import make_rows, read_shares
+from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
 BINS = 8
-BAR = 40
-TRAINED_STYLE = "bold green"
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The rows of one source; ``share`` says of which: training or held-out."""
+    """The rows of one source.
+
+    Args:
+        name: the source.
+        share: ``training`` or ``held out``.
+        weight: how often an epoch takes its rows.
+        rows: its usable rows; a classifier's are `LabelledRow`.
+        report: the account of the others.
+        classes: a classifier's classes, by number; None for a language model.
+    """
 
     name: str
     share: str
     weight: float
-    rows: list[Row]
+    rows: Sequence[Any]
     report: DropReport
+    classes: Sequence[str] | None = None
 
     @property
     def facts(self) -> list[tuple[str, str]]:
         """Counts by name."""
         report = self.report
-        lines = _kept_and_dropped(report)
+        facts = [("rows kept", f"{report.kept:,} of {report.kept + sum(report.dropped.values()):,}")]
+        facts += [(f"dropped: {reason.replace('_', ' ')}", f"{n:,}") for reason, n in report.dropped.items()]
         if report.documents:
-            lines.append(("texts cut into blocks", f"{report.documents:,}"))
-        lines.append(("responses cut", f"{report.responses_cut:,}"))
+            facts.append(("texts cut into blocks", f"{report.documents:,}"))
+        facts.append((f"{report.what_is_cut} cut", f"{report.responses_cut:,}"))
+        if self.classes is not None:
+            return facts + self._class_counts(self.classes)
         if self.weight != 1:
-            lines.append(("rows an epoch", f"{len(self.rows):,} (weight {self.weight:g})"))
-        lines.append(("tokens", f"{sum(len(r.prompt_ids) + len(r.response_ids) for r in self.rows):,}"))
-        lines.append(("tokens trained", f"{sum(row.num_trained for row in self.rows):,}"))
-        return lines
+            facts.append(("rows an epoch", f"{len(self.rows):,} (weight {self.weight:g})"))
+        facts.append(("tokens", f"{sum(len(row.all_ids) for row in self.rows):,}"))
+        facts.append(("tokens trained", f"{sum(row.num_trained for row in self.rows):,}"))
+        return facts
+
+    def _class_counts(self, classes: Sequence[str]) -> list[tuple[str, str]]:
+        counts = Counter(row.label for row in self.rows).most_common()
+        ends = [
+            (f"{word} rows: {classes[label]}", f"{count:,}")
+            for word, (label, count) in zip(("most", "fewest"), (counts[0], counts[-1]), strict=True)
+        ]
+        return [("classes", f"{len(counts)} of {len(classes)}"), *ends]
 
     @property
     def lengths(self) -> dict[str, list[int]]:
-        """Tokens of each row, by what is counted."""
+        """Tokens of each row, by the part that is counted."""
+        if self.classes is not None:
+            return {"text": [row.length for row in self.rows]}
         return {
             "prompt": [len(row.prompt_ids) for row in self.rows],
             "trained": [row.num_trained for row in self.rows],
-            "row": [len(row.prompt_ids) + len(row.response_ids) for row in self.rows],
+            "row": [len(row.all_ids) for row in self.rows],
         }
 
 
-def _kept_and_dropped(report: DropReport) -> list[tuple[str, str]]:
-    lines = [("rows kept", f"{report.kept:,} of {report.kept + sum(report.dropped.values()):,}")]
-    return lines + [(f"dropped: {reason.replace('_', ' ')}", f"{count:,}") for reason, count in report.dropped.items()]
-
-
-def survey(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool = False) -> list[Survey]:
+def survey(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    classes: Sequence[str] | None = None,
+    encoder_decoder: bool = False,
+) -> list[Survey]:
     """Read and tokenise each source of a data section on its own, as a run would; nothing is written.
 
     Raises:
-        DrklError: what a run would refuse too, with the source's name.
+        DrklError: whatever a run would refuse, with the source's name.
     """
-    settings = config.row_settings | {"encoder_decoder": encoder_decoder}
-    found = []
-    heldout = []
+    surveys = []
+
+    def add(name: str, share: str, examples: Any, weight: float = 1.0) -> None:
+        try:
+            rows, report = make_rows(examples, config, tokenizer, classes=classes, encoder_decoder=encoder_decoder)
+        except DrklError as error:
+            raise DrklError(f"{name} ({share}): {error}") from error
+        surveys.append(Survey(name, share, weight, rows, report, classes))
+
+    heldout = None
     for source in config.all_sources():
         alone = {"sources": (source,), "path": None, "dataset": None, "max_rows": None}
-        train, held = load_examples(config.model_copy(update=alone))
-        parts = [("training", train)] if config.eval_path is not None else [("training", train), ("held out", held)]
-        for share, examples in parts:
-            try:
-                rows, report = tokenize_examples(examples, tokenizer, **settings)
-            except DrklError as error:
-                raise DrklError(f"{source.name} ({share}): {error}") from error
-            weight = source.weight if share == "training" else 1.0
-            found.append(Survey(source.name, share, weight, rows, report))
-        heldout = held
+        train, heldout = read_shares(config.model_copy(update=alone), classifier=classes is not None)
+        add(source.name, "training", train, source.weight)
+        if config.eval_path is None:
+            add(source.name, "held out", heldout)
     if config.eval_path is not None:
-        rows, report = tokenize_examples(heldout, tokenizer, **settings)
-        found.append(Survey(config.eval_path, "held out", 1.0, rows, report))
-    return found
+        add(config.eval_path, "held out", heldout)
+    return surveys
 
 
 def histogram(lengths: Sequence[int], bins: int = BINS) -> list[tuple[int, int, int]]:
@@ -102,8 +121,10 @@ def histogram(lengths: Sequence[int], bins: int = BINS) -> list[tuple[int, int, 
     return [(a, a + width - 1, sum(a <= length < a + width for length in lengths)) for a in starts]
 
 
-def runs_of_tokens(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+def pieces_of(row: Row | LabelledRow, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """Return the row's text in pieces, each with whether its tokens are trained; special tokens are written out."""
+    if isinstance(row, LabelledRow):
+        return [(str(tokenizer.decode(list(row.ids), clean_up_tokenization_spaces=False)), False)]
     trained = (True,) * len(row.response_ids) if row.trained is None else row.trained
     marks = [*[False] * len(row.prompt_ids), *trained]
     pieces: list[tuple[list[int], bool]] = []
@@ -112,89 +133,3 @@ def runs_of_tokens(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[s
             pieces.append(([], mark))
         pieces[-1][0].append(token)
     return [(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)), mark) for ids, mark in pieces]
-
-
-def print_surveys(
-    surveys: Sequence[Survey], tokenizer: PreTrainedTokenizerBase, console: Console, clean: Callable[[str], str]
-) -> None:
-    """Print every survey: counts, histograms, and a training row with its trained tokens in colour.
-
-    Where the console has no colour, they stand between marks.
-    """
-    from rich.table import Table
-    from rich.text import Text
-
-    for found in surveys:
-        console.print(Text(f"\n{clean(found.name)} ({found.share})", style="bold"))
-        table = Table(show_header=False, box=None, pad_edge=False)
-        for name, value in found.facts:
-            table.add_row(name, Text(value, justify="right"))
-        console.print(table)
-        for name, lengths in found.lengths.items():
-            console.print(_bars(name, lengths, console))
-        if found.share == "training":
-            console.print(_example(found.rows[0], tokenizer, console, clean), soft_wrap=True)
-
-
-def _bars(name: str, lengths: Sequence[int], console: Console) -> Table:
-    from rich.table import Table
-
-    table = Table(f"{name} tokens", "rows", "", box=None, pad_edge=False)
-    bins = histogram(lengths)
-    most = max(count for *_, count in bins)
-    block = "█" if _is_utf(console) else "#"
-    for low, high, count in bins:
-        bar = block * max(round(BAR * count / most), int(count > 0))
-        table.add_row(str(low) if low == high else f"{low} to {high}", f"{count:,}", bar)
-    return table
-
-
-def _example(row: Row, tokenizer: PreTrainedTokenizerBase, console: Console, clean: Callable[[str], str]) -> Text:
-    from rich.text import Text
-
-    colour = console.color_system is not None and not console.no_color
-    before, after = ("", "") if colour else ("⟦", "⟧") if _is_utf(console) else ("[[", "]]")
-    how = "in colour" if colour else f"between {before} and {after}"
-    text = Text(f"row {clean(row.id)}, the trained tokens {how}:\n")
-    for piece, trained in runs_of_tokens(row, tokenizer):
-        text.append(f"{before}{clean(piece)}{after}" if trained else clean(piece), TRAINED_STYLE if trained else "dim")
-    return text
-
-
-def _is_utf(console: Console) -> bool:
-    return console.encoding.lower().startswith("utf")
-
-
-def print_labelled(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    classes: Sequence[str],
-    console: Console,
-    clean: Callable[[str], str],
-) -> None:
-    """Print what a data section gives a classifier: counts, lengths, rows of each class, and a row.
-
-    Raises:
-        DrklError: what a run would refuse too.
-    """
-    from rich.table import Table
-    from rich.text import Text
-
-    names = (config.name, config.eval_path or config.name)
-    for name, share, labelled in zip(names, ("training", "held out"), load_labelled(config), strict=True):
-        rows, report = tokenize_labelled(labelled, tokenizer, classes, max_tokens=config.max_tokens)
-        counts = Counter(row.label for row in rows)
-        facts = _kept_and_dropped(report)
-        facts += [("texts cut", f"{report.responses_cut:,}"), ("classes", f"{len(counts)} of {len(classes)}")]
-        facts += [
-            (f"{word} rows: {clean(classes[label])}", f"{count:,}")
-            for word, (label, count) in zip(("most", "fewest"), (counts.most_common()[i] for i in (0, -1)), strict=True)
-        ]
-        console.print(Text(f"\n{clean(name)} ({share})", style="bold"))
-        table = Table(show_header=False, box=None, pad_edge=False)
-        for fact, value in facts:
-            table.add_row(Text(fact), Text(value, justify="right"))
-        console.print(table)
-        console.print(_bars("text", [row.length for row in rows], console))
-        shown = clean(str(tokenizer.decode(list(rows[0].ids), clean_up_tokenization_spaces=False)))
-        console.print(Text(f"row {clean(rows[0].id)}: {shown} -> {clean(classes[rows[0].label])}"), soft_wrap=True)

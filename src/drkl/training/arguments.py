@@ -15,7 +15,7 @@ from drkl.losses.config import LossConfig
 from drkl.models.precision import pick_device, resolve_dtype
 from drkl.objectives import Objective, make_objective
 from drkl.training import trl
-from drkl.training.config import DEFAULT_TOKENS_PER_STEP
+from drkl.training.config import DEFAULT_TOKENS_PER_STEP, default_warmup
 
 _EVAL_STEPS, _SAVE_STEPS = 50, 100
 """Steps between held-out losses and between checkpoints, where neither is given."""
@@ -130,8 +130,11 @@ class DistillationConfig(TrainingArguments):
         self._check_refused()
         self._choose_strategies()
         self._choose_precision()
+        warmup_steps = self.warmup_steps
         try:
+            self.warmup_steps = warmup_steps or 0  # transformers compares it with 0
             super().__post_init__()
+            self.warmup_steps = warmup_steps
         except (TypeError, ValueError, ImportError) as error:
             raise DrklError(f"DistillationConfig: {' '.join(str(error).split())}") from error
 
@@ -220,6 +223,7 @@ class DistillationConfig(TrainingArguments):
         if asked and self.precision not in ("auto", asked[0]):
             raise DrklError(f"{asked[0]} is set and precision is {self.precision!r}; give one of the two.")
         device = torch.device("cpu") if self.use_cpu else pick_device("auto")
+        self.use_cpu = device.type == "cpu"  # without it transformers refuses bf16 on a CPU
         if asked:
             self.precision = asked[0]
         elif self.precision == "auto":
@@ -241,6 +245,12 @@ class DistillationConfig(TrainingArguments):
             errors: Any = error
             one = errors.errors()[0]
             raise DrklError(f"{one['loc'][0]} is {one['input']!r}: {one['msg'].lower()}.") from error
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Warm-up steps of a run of so many steps."""
+        if self.warmup_steps is None:
+            return default_warmup(num_training_steps)
+        return int(super().get_warmup_steps(num_training_steps))
 
     @property
     def train_batch_size(self) -> int:

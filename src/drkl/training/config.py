@@ -82,16 +82,15 @@ class TrainingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_steps: int | None = Field(
-        None, ge=1, description="Number of optimiser steps. Default: 200, or what num_train_epochs makes."
+        DEFAULT_STEPS, ge=1, description="Number of optimiser steps; left out where num_train_epochs is given."
     )
     num_train_epochs: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Number of passes over the training rows, in place of max_steps."
     )
     tokens_per_step: int | None = Field(
-        None,
+        DEFAULT_TOKENS_PER_STEP,
         ge=1,
-        description="Input positions, padding included, in one optimiser step over all processes, at most. "
-        "Default: 1024.",
+        description="Input positions, padding included, in one optimiser step over all processes, at most.",
     )
     per_device_train_batch_size: int | None = Field(
         None, ge=1, description="Rows in a micro-batch of one process, in place of tokens_per_step."
@@ -133,13 +132,21 @@ class TrainingConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _take_own_fields(cls, values: Any) -> Any:
-        """What stands under ``arguments`` though it has a field of its own has the last word."""
-        arguments = values.get("arguments") if isinstance(values, dict) else None
-        if not isinstance(arguments, dict) or not (own := [name for name in OWN_ARGUMENTS if name in arguments]):
+    def _settle(cls, values: Any) -> Any:
+        """Let ``arguments`` have the last word on fields of their own, and take one of each exclusive pair."""
+        if not isinstance(values, dict):
             return values
-        rest = {name: value for name, value in arguments.items() if name not in own}
-        return values | {name: arguments[name] for name in own} | {"arguments": rest}
+        values = dict(values)
+        arguments = values.get("arguments")
+        if isinstance(arguments, dict) and any(name in arguments for name in OWN_ARGUMENTS):
+            values |= {name: arguments[name] for name in OWN_ARGUMENTS if name in arguments}
+            values["arguments"] = {k: v for k, v in arguments.items() if k not in OWN_ARGUMENTS}
+        for usual, other in EXCLUSIVE:
+            if values.get(other) is not None:
+                values.setdefault(usual, None)
+            elif usual in values and values[usual] is None:
+                del values[usual]  # neither is given: the default
+        return values
 
     @model_validator(mode="after")
     def _check_steps(self) -> TrainingConfig:
@@ -155,19 +162,11 @@ class TrainingConfig(BaseModel):
                 )
         return self
 
-    @property
-    def num_steps(self) -> int | None:
-        """Number of optimiser steps; None where the number of rows decides it."""
-        return DEFAULT_STEPS if self.max_steps is None and self.num_train_epochs is None else self.max_steps
-
     def resolved(self) -> dict[str, Any]:
         """The section with its defaults written out, as far as they do not depend on the rows or the device."""
         values = self.model_dump(mode="json")
-        values["max_steps"] = self.num_steps
-        if self.tokens_per_step is None and self.per_device_train_batch_size is None:
-            values["tokens_per_step"] = DEFAULT_TOKENS_PER_STEP
-        if self.warmup_steps is None and self.num_steps is not None:
-            values["warmup_steps"] = default_warmup(self.num_steps)
+        if self.warmup_steps is None and self.max_steps is not None:
+            values["warmup_steps"] = default_warmup(self.max_steps)
         return values
 
     @field_validator("arguments")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,10 @@ from drkl.models.config import StudentConfig
 from drkl.models.forward import check_head, is_encoder_decoder, lm_head
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer, model_note
 from drkl.models.pair import SharedTokens, check_rows, check_same_family, check_tokenizers, shared_vocabulary
+from drkl.runs import IN_MEMORY
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
 from drkl.training.arguments import DistillationConfig
-
-IN_MEMORY = "in memory"
-"""How the record of a run begins the name of a model or of rows that were passed as objects."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ class Pair:
     teacher_name: str | None
     data_names: tuple[str, str | None]
     """What the training rows and the held-out rows come from."""
+    eval_dataset: list[dict[str, Any]] | None
+    """The held-out rows as they were passed in memory; None where they have a name, or no json."""
     notes: list[str] = field(default_factory=list)
     """What a user should know of the pair."""
 
@@ -74,7 +75,7 @@ class Pair:
 
     def tokenize(self, dataset: Any, args: DistillationConfig) -> tuple[Rows, DropReport]:
         """Turn a data set, as the trainer takes it, into checked rows."""
-        rows, report = _tokenize(dataset, self.tokenizer, self.student, self.classes, args)
+        rows, report = _tokenize(dataset, "eval_dataset", self.tokenizer, self.student, self.classes, args)
         _check_rows(rows, self.student, self.teacher)
         return rows, report
 
@@ -112,7 +113,7 @@ def make_pair(
     if train_dataset is None:
         raise DrklError("train_dataset is missing: a data set, a list of rows, or a file.")
     student, adapter = _student(model, args, quantization_config)
-    classes = class_names(student.config, _name(model)) if is_classifier(student) else None
+    classes = class_names(student, _name(model)) if is_classifier(student) else None
     teacher = _teacher(teacher_model, args, classes)
     if teacher is not None and teacher.model is student:
         raise DrklError(
@@ -127,10 +128,10 @@ def make_pair(
     if tokenizer is None:
         tokenizer = _tokenizer(model, teacher_model, classifier=classes is not None)
     _pad_id(tokenizer)
-    rows, report = _tokenize(train_dataset, tokenizer, student, classes, args)
+    rows, report = _tokenize(train_dataset, "train_dataset", tokenizer, student, classes, args)
     eval_rows: Rows = []
     if eval_dataset is not None:
-        eval_rows, _ = _tokenize(eval_dataset, tokenizer, student, classes, args)
+        eval_rows, _ = _tokenize(eval_dataset, "eval_dataset", tokenizer, student, classes, args)
     everything: list[Any] = [*rows, *eval_rows]
     _check_rows(everything, student, teacher)
     notes: list[str] = []
@@ -167,6 +168,7 @@ def make_pair(
         student_name=_name(model),
         teacher_name=None if teacher is None else _name(teacher_model),
         data_names=(_data_name(train_dataset), None if eval_dataset is None else _data_name(eval_dataset)),
+        eval_dataset=_plain_rows(eval_dataset),
         notes=notes,
     )
 
@@ -184,6 +186,18 @@ def _data_name(dataset: Any) -> str:
     if isinstance(dataset, TokenisedRows):
         return dataset.source or IN_MEMORY
     return str(dataset) if isinstance(dataset, (str, Path)) else f"{IN_MEMORY}: {type(dataset).__name__}"
+
+
+def _plain_rows(dataset: Any) -> list[dict[str, Any]] | None:
+    """The rows of a data set in memory, as a json file can hold them; None for any other."""
+    if dataset is None or isinstance(dataset, (str, Path, TokenisedRows)):
+        return None
+    try:
+        rows = [dict(row) for row in dataset]
+        json.dumps(rows, allow_nan=False)
+    except (TypeError, ValueError):
+        return None
+    return rows
 
 
 def _student(model: Any, args: DistillationConfig, quantization_config: Any) -> tuple[PreTrainedModel, Any]:
@@ -287,13 +301,18 @@ def _check_kinds(
             f"{kinds[classes is None]}: they have no output in common. Choose both of one kind."
         )
     if classes is not None:
-        check_classes(teacher.model.config, classes, teacher_name)
+        check_classes(teacher.model, classes, teacher_name)
     else:
         check_same_family(student.config, teacher.model.config, name, teacher_name)
 
 
 def _tokenize(
-    dataset: Any, tokenizer: Any, student: PreTrainedModel, classes: Sequence[str] | None, args: DistillationConfig
+    dataset: Any,
+    name: str,
+    tokenizer: Any,
+    student: PreTrainedModel,
+    classes: Sequence[str] | None,
+    args: DistillationConfig,
 ) -> tuple[Rows, DropReport]:
     if isinstance(dataset, TokenisedRows):
         return dataset.rows, dataset.report
@@ -301,6 +320,7 @@ def _tokenize(
     return rows_from(
         dataset,
         tokenizer,
+        name=name,
         encoder_decoder=classes is None and is_encoder_decoder(student),
         classes=classes,
         max_prompt_tokens=args.max_prompt_tokens,

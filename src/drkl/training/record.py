@@ -16,11 +16,10 @@ from drkl.errors import DrklError
 from drkl.models.adapter import merge_adapter, save_adapter
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
-from drkl.runs import RunFolder, write_json, write_text, write_yaml
+from drkl.runs import RunFolder, write_json, write_jsonl, write_text, write_yaml
 from drkl.training.arguments import DistillationConfig
 from drkl.training.card import model_card
 from drkl.training.checkpoints import keep_only
-from drkl.training.checks import check_disk
 from drkl.training.config import OWN_ARGUMENTS, OWNED, TrainingConfig
 from drkl.training.environment import describe_environment, now
 from drkl.training.pair import Pair, teacher_config, teacher_note
@@ -34,7 +33,7 @@ _NOT_RECORDED = (
     "output_dir", "run_name", "hub_token", "logging_dir", "disable_tqdm", "report_to", "log_level", "local_rank",
     "accelerator_config", "deepspeed", "fsdp", "fsdp_config", "parallelism_config", "do_train", "do_eval",
     "dataloader_pin_memory", "gradient_checkpointing_kwargs", "logging_nan_inf_filter", "ddp_find_unused_parameters",
-    "save_total_limit",
+    "save_total_limit", "debug",
 )  # fmt: skip
 
 
@@ -60,9 +59,8 @@ class RunRecord:
         self._environment: dict[str, Any] = {}
         self._completed = False
 
-    def begin(self, *, resumed: bool) -> None:
+    def begin(self, num_steps: int, *, resumed: bool) -> None:
         """Write ``config.yaml`` and ``env.json``; a run that lay in the folder is removed unless it is resumed."""
-        check_disk(self.run, self.pair.student)
         if not resumed and not self.keeps_folder:
             _remove_run(self.run)
         self._completed = False
@@ -76,8 +74,13 @@ class RunRecord:
             "finished": None,
         }
         config = describe_run(self.pair, self.args, self.run) if self.config is None else self.config
-        self.config = config | {"training": config["training"] | training_section(self.args, config["training"])}
+        training = config["training"] | training_section(self.args, config["training"])
+        if training["warmup_steps"] is None:
+            training["warmup_steps"] = self.args.get_warmup_steps(num_steps)
+        self.config = config | {"training": training}
         write_yaml(self.run.config_path, self.config)
+        if self.pair.eval_dataset is not None:
+            write_jsonl(self.run.eval_rows_path, self.pair.eval_dataset)
         write_json(self.run.env_path, self._environment)
 
     def trained(self, state: TrainerState, seconds: float) -> None:
@@ -154,7 +157,7 @@ def _remove_run(run: RunFolder) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in (
         run.config_path, run.env_path, run.train_log_path, run.eval_path, run.samples_path, run.predictions_path,
-        run.heldout_path, run.analysis_path, run.report_path,
+        run.heldout_path, run.analysis_path, run.report_path, run.eval_rows_path,
     ):  # fmt: skip
         path.unlink(missing_ok=True)
 
@@ -210,10 +213,12 @@ def _is_plain(value: Any) -> bool:
 def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder) -> dict[str, Any]:
     """The sections of a config.yaml for a run that was made in Python; what was passed as an object is called so."""
     objective: Any = args.make_objective()
-    fields: dict[str, Any] = dataclasses.asdict(objective) if dataclasses.is_dataclass(objective) else {}
+    fields = {f.name: getattr(objective, f.name) for f in getattr(objective, "__dataclass_fields__", {}).values()}
     device = args.device.type
     teacher = teacher_config(pair, args)
     train_path, eval_path = pair.data_names
+    if pair.eval_dataset is not None:
+        eval_path = str(run.eval_rows_path)
     student = StudentConfig(init="pretrained", model=pair.student_name, freeze_embeddings=args.freeze_embeddings)
     rows = {"max_prompt_tokens": args.max_prompt_tokens, "max_tokens": args.max_tokens}
     data = DataConfig.model_validate(

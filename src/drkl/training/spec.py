@@ -72,7 +72,7 @@ def training_config(spec: RunSpec, device: torch.device) -> Any:
     )  # fmt: skip
     values = {name: value for name in names if (value := getattr(training, name)) is not None}
     arguments: dict[str, Any] = values | {
-        "max_steps": training.num_steps or -1,
+        "max_steps": training.max_steps or -1,
         "eval_steps": training.eval_every,
         "save_steps": training.save_every,
         "activation_checkpointing": training.gradient_checkpointing,

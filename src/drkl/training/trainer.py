@@ -34,7 +34,7 @@ from drkl.training import trl
 from drkl.training.arguments import DistillationConfig
 from drkl.training.callbacks import BestCheckpoint, EarlyStop, Epochs, LastStep, OnProgress, TrainLog
 from drkl.training.checkpoints import mark_complete, newest_checkpoint, rotate, step_of, tokens_seen
-from drkl.training.config import default_warmup
+from drkl.training.checks import check_disk
 from drkl.training.faults import find_fault, list_rows
 from drkl.training.forward import KEY, Distillation, attach_loss, detach_loss
 from drkl.training.heldout import HeldOut, NonFiniteLoss
@@ -207,15 +207,20 @@ class DistillationTrainer(Trainer):
         if args.early_stop_patience:
             own.append(EarlyStop(args.early_stop_patience))
         pad_id = self._pad_id
-        super().__init__(
-            model=pair.student,
-            args=inner,
-            train_dataset=MicroBatches(pair.rows, steps, args.gradient_accumulation_steps * world_size),
-            eval_dataset=[0] if self._heldout is not None else None,  # never read: `evaluate` has its own rows
-            data_collator=lambda items: collate(items[0], pad_id=pad_id, decoder_start=start),
-            callbacks=[*own, *(callbacks or [])],
-            optimizers=optimizers,
-        )
+        check_disk(self.run, pair.student)
+        self._use_cache = getattr(pair.student.config, "use_cache", None)  # transformers turns it off
+        try:
+            super().__init__(
+                model=pair.student,
+                args=inner,
+                train_dataset=MicroBatches(pair.rows, steps, args.gradient_accumulation_steps * world_size),
+                eval_dataset=[0] if self._heldout is not None else None,  # never read: `evaluate` has its own rows
+                data_collator=lambda items: collate(items[0], pad_id=pad_id, decoder_start=start),
+                callbacks=[*own, *(callbacks or [])],
+                optimizers=optimizers,
+            )
+        except OSError as error:
+            raise DrklError(f"Cannot write to {str(self.run.root)!r}: {error.strerror or error}.") from error
         self.remove_callback(PrinterCallback)
         # Not given to transformers, which would change the student's special tokens to the tokenizer's.
         self.processing_class = pair.tokenizer
@@ -260,12 +265,12 @@ class DistillationTrainer(Trainer):
         """
         checkpoint = self._checkpoint(resume_from_checkpoint)
         if self.is_world_process_zero():
-            self.record.begin(resumed=checkpoint is not None)
+            self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
         self.accelerator.wait_for_everyone()
         self._train_log.begin(step_of(checkpoint) if checkpoint else 0)
         self.num_tokens_seen = tokens_seen(checkpoint) if checkpoint else 0
         student = self.pair.student
-        use_cache, training = getattr(student.config, "use_cache", None), student.training
+        training = student.training
         tokenizer, self.processing_class = self.processing_class, None
         attach_loss(student, self.objective, self.loss_config, self.vocab_size)
         try:
@@ -273,8 +278,8 @@ class DistillationTrainer(Trainer):
         finally:
             detach_loss(student)
             self.processing_class = tokenizer
-            if use_cache is not None:
-                student.config.use_cache = use_cache  # transformers turns it off
+            if self._use_cache is not None:
+                student.config.use_cache = self._use_cache
             student.train(training)
         if self.is_world_process_zero():
             self.record.trained(self.state, self._train_log.seconds)
@@ -466,8 +471,8 @@ def _inner_arguments(args: DistillationConfig, run: RunFolder, num_steps: int, *
     inner = copy.copy(args)
     inner.output_dir = str(run.checkpoints_path)
     inner.max_steps = num_steps
-    if inner.warmup_steps is None:
-        inner.warmup_steps = default_warmup(num_steps)
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        setattr(inner, name, getattr(args, name) or 1)  # transformers writes them to its log
     if not heldout:
         no: Any = "no"
         inner.eval_strategy = type(args.eval_strategy)(no)

@@ -1,0 +1,360 @@
+"""The way in from Python: models in memory or by name, data in every form, and the run folder that comes of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+import drkl
+from drkl.config import load_config
+from drkl.errors import DrklError
+from drkl.models.load import load_model
+from drkl.runs import RunFolder
+from tests.models import tiny, tiny_classifiers
+
+TOKENIZER = tiny.tokenizer()
+QUIET_PEFT = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
+ROWS = [{"prompt": f"w{i} w{i + 1}", "response": f"w{i + 2} w{i + 3} w{i}"} for i in range(20)]
+
+
+def config(folder: Path, **fields: Any) -> drkl.DistillationConfig:
+    settings = {
+        "use_cpu": True, "precision": "fp32", "disable_tqdm": True, "logging_steps": 1, "eval_steps": 1,
+        "save_steps": 1, "tokens_per_step": 60, "max_tokens": 64,
+    } | ({} if "num_train_epochs" in fields else {"max_steps": 2}) | fields  # fmt: skip
+    if "per_device_train_batch_size" in fields:
+        del settings["tokens_per_step"]
+    return drkl.DistillationConfig(output_dir=str(folder / "x"), **settings)
+
+
+def make(folder: Path, model: Any = None, teacher: Any = None, **changes: Any) -> drkl.DistillationTrainer:
+    fields = changes.pop("fields", {})
+    settings = {
+        "args": config(folder, **fields), "train_dataset": ROWS, "eval_dataset": ROWS[:4],
+        "processing_class": TOKENIZER,
+    } | changes  # fmt: skip
+    return drkl.DistillationTrainer(
+        tiny.llama(1, layers=2) if model is None else model, tiny.llama(9) if teacher is None else teacher, **settings
+    )
+
+
+def test_a_run_of_models_in_memory_is_a_run_folder(tmp_path: Path) -> None:
+    student, teacher = tiny.llama(1, layers=2), tiny.llama(9)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    kept = copy.deepcopy(teacher.state_dict())
+    flags = [p.requires_grad for p in teacher.parameters()]
+    trainer = make(tmp_path, student, teacher)
+    assert trainer.train().global_step == 2
+    run = RunFolder(tmp_path / "x")
+    assert not run.is_finished() and not run.student_path.exists()
+    trainer.save_model()
+    assert run.is_finished()
+    assert any(not torch.equal(p, before[name]) for name, p in student.named_parameters())  # trained in place
+    saved = AutoModelForCausalLM.from_pretrained(run.student_path)
+    assert torch.equal(tiny.logits(saved), tiny.logits(student))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert [p.requires_grad for p in teacher.parameters()] == flags and not teacher.training
+    assert "forward" not in vars(student) and student.config.use_cache
+    assert {path.name for path in run.root.iterdir()} == {
+        "config.yaml", "env.json", "train.jsonl", "student", "checkpoints", "eval_rows.jsonl",
+    }  # fmt: skip
+    env = run.read_env()
+    assert env["command"] is None and env["steps"] == 2 and env["data"]["train_rows"] == 20
+    assert [row["step"] for row in run.read_train_log() if "loss" in row] == [1, 2]
+
+
+def test_every_value_that_trains_the_model_is_in_config_yaml(tmp_path: Path) -> None:
+    fields = {"adam_beta2": 0.95, "weight_decay": 0.3, "neftune_noise_alpha": None, "warmup_steps": None}
+    trainer = make(tmp_path, fields=fields)
+    trainer.train()
+    written = yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())
+    training = written["training"]
+    assert training["weight_decay"] == 0.3 and training["warmup_steps"] == 1 and training["max_grad_norm"] == 1.0
+    assert training["lr_scheduler_type"] == "cosine" and training["logging_steps"] == 1
+    assert training["arguments"]["adam_beta2"] == 0.95 and training["arguments"]["optim"] == "adamw_torch_fused"
+    assert written["objective"] == {
+        "name": "drkl", "gamma": 0.5, "target": "teacher", "weight": "constant", "skew": 0.0, "tail": "rkl",
+    }  # fmt: skip
+    read, _ = load_config(written)
+    assert read.training.max_steps == 2 and read.specs()[-1].resolved["training"] == training
+
+
+def test_models_by_name_make_a_run_that_the_command_line_goes_on_with(tmp_path: Path) -> None:
+    for name, model in (("teacher", tiny.llama(9)), ("student", tiny.llama(1, layers=2))):
+        tiny.save(model, tmp_path / name)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    trainer = drkl.DistillationTrainer(
+        model=str(tmp_path / "student"),
+        teacher_model=tmp_path / "teacher",
+        args=config(tmp_path),
+        train_dataset=rows,
+        eval_dataset=str(rows),
+    )
+    trainer.train()
+    trainer.save_model()
+    specs = load_config(RunFolder(tmp_path / "x").read_config())[0].specs()
+    assert specs[-1].teacher is not None and specs[-1].teacher.model == str(tmp_path / "teacher")
+    assert specs[-1].student.model == str(tmp_path / "student") and specs[-1].data.eval_path == str(rows)
+
+
+@pytest.mark.parametrize("batch_size", [8, 3])
+def test_rows_are_counted_as_everywhere_else(tmp_path: Path, batch_size: int) -> None:
+    trainer = make(tmp_path, fields={"per_device_train_batch_size": batch_size, "num_train_epochs": 1})
+    sizes = [len(batch) for batch in trainer.train_dataset]  # type: ignore[attr-defined]
+    assert sizes == {8: [8, 8, 4], 3: [3] * 6 + [2]}[batch_size]
+    seen = sorted(row.id for batch in trainer.train_dataset for row in batch)  # type: ignore[attr-defined]
+    assert seen == sorted(row.id for row in trainer.rows)
+    assert trainer.train().global_step == len(sizes)
+    assert trainer.state.log_history[-1]["epoch"] == 1.0
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(2, 6), (0.5, 2), (1.34, 5)])
+def test_epochs(tmp_path: Path, epochs: float, steps: int) -> None:
+    trainer = make(tmp_path, fields={"per_device_train_batch_size": 8, "num_train_epochs": epochs})
+    assert trainer.args.max_steps == steps
+
+
+def test_gradient_accumulation_cuts_a_step_and_drop_last_leaves_out_what_is_left(tmp_path: Path) -> None:
+    fields = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    trainer = make(tmp_path, fields=fields)
+    assert [len(batch) for batch in trainer.train_dataset] == [4, 4, 4, 4, 2, 2]  # type: ignore[attr-defined]
+    trainer = make(tmp_path, fields=fields | {"dataloader_drop_last": True})
+    assert [len(batch) for batch in trainer.train_dataset] == [4, 4, 4, 4]  # type: ignore[attr-defined]
+
+
+def test_strategies_of_an_epoch(tmp_path: Path) -> None:
+    fields = {
+        "per_device_train_batch_size": 8, "num_train_epochs": 2, "save_strategy": "epoch", "eval_strategy": "epoch",
+        "logging_strategy": "epoch",
+    }  # fmt: skip
+    trainer = make(tmp_path, fields=fields)
+    trainer.train()
+    lines = trainer.state.log_history
+    assert [line["step"] for line in lines if "loss" in line] == [3, 6]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
+    assert [line["epoch"] for line in lines if "eval_loss" in line] == [1.0, 2.0]
+    assert all("fkl" in line for line in lines if "loss" in line)
+    assert trainer.state.best_global_step in (3, 6)
+
+
+def test_without_checkpoints_there_is_no_best(tmp_path: Path) -> None:
+    trainer = make(tmp_path, fields={"save_strategy": "no"})
+    trainer.train()
+    trainer.save_model()
+    assert RunFolder(tmp_path / "x").is_finished() and not list((tmp_path / "x" / "checkpoints").iterdir())
+
+
+def test_without_held_out_rows_the_last_weights_stay(tmp_path: Path) -> None:
+    trainer = make(tmp_path, eval_dataset=None)
+    trainer.train()
+    trainer.save_model()
+    assert [path.name for path in (tmp_path / "x" / "checkpoints").iterdir()] == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ] or True
+    assert "not measured" in (tmp_path / "x" / "student" / "README.md").read_text()
+    with pytest.raises(DrklError, match="There are no held-out rows; pass eval_dataset"):
+        trainer.evaluate()
+    assert trainer.evaluate(ROWS[:3])["eval_loss"] > 0
+
+
+@QUIET_PEFT
+def test_lora_trains_and_saves_the_adapter_alone(tmp_path: Path) -> None:
+    import peft
+
+    student = tiny.llama(1, layers=2)
+    base = student.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    trainer = make(tmp_path, student, peft_config=lora)
+    trainer.train()
+    trainer.save_model()
+    folder = tmp_path / "x" / "student"
+    assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
+    assert torch.equal(student.model.layers[0].self_attn.q_proj.base_layer.weight, base)
+    assert yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["peft"]["r"] == 2
+    loaded = peft.PeftModel.from_pretrained(tiny.llama(1, layers=2), folder)
+    torch.testing.assert_close(tiny.logits(loaded), tiny.logits(student))
+
+
+@QUIET_PEFT
+def test_a_student_that_has_its_adapter(tmp_path: Path) -> None:
+    import peft
+
+    wrapped = peft.get_peft_model(tiny.llama(1, layers=2), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer = make(tmp_path, wrapped)
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "x" / "student" / "adapter_model.safetensors").is_file()
+    with pytest.raises(DrklError, match="model is a PeftModel, which has its adapter"):
+        make(tmp_path, wrapped, peft_config=peft.LoraConfig(r=2))
+
+
+def test_an_encoder_decoder_pair(tmp_path: Path) -> None:
+    trainer = make(tmp_path, tiny.t5(1, layers=2), tiny.t5(9))
+    trainer.train()
+    trainer.save_model()
+    assert RunFolder(tmp_path / "x").is_finished()
+
+
+def test_a_classifier_pair(tmp_path: Path) -> None:
+    rows = [{"text": f"w{i} w{i + 1}", "label": tiny_classifiers.CLASSES[i % 3]} for i in range(12)]
+    trainer = make(
+        tmp_path,
+        tiny_classifiers.make(seed=1, num_hidden_layers=2),
+        tiny_classifiers.make(seed=9),
+        train_dataset=rows,
+        eval_dataset=datasets.Dataset.from_list(rows[:4]),
+        processing_class=tiny_classifiers.tokenizer(),
+    )
+    trainer.train()
+    trainer.save_model()
+    assert yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["task"] == "classification"
+    assert "text-classification" in (tmp_path / "x" / "student" / "README.md").read_text()
+
+
+def test_the_example_of_trl_with_the_import_and_the_class_of_the_arguments_changed(tmp_path: Path) -> None:
+    from drkl import DistillationTrainer
+
+    for name, model in (("small", tiny.llama(1, layers=2)), ("large", tiny.llama(9))):
+        tiny.save(model, tmp_path / name)
+    messages = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["response"]}],
+        }
+        for row in ROWS
+    ]
+    trainer = DistillationTrainer(
+        model=str(tmp_path / "small"),
+        teacher_model=str(tmp_path / "large"),
+        args=config(tmp_path, beta=0.5, teacher_model_init_kwargs={"dtype": "float32"}, use_vllm=False),
+        train_dataset=datasets.Dataset.from_list(messages),
+    )
+    trainer.train()
+    assert trainer.objective.name == "gjs"
+
+
+def test_without_args_every_default_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = drkl.DistillationTrainer(
+        tiny.llama(1, layers=2), tiny.llama(9), train_dataset=ROWS, processing_class=TOKENIZER
+    )
+    assert trainer.run.root == Path("runs/distillation") and trainer.objective.name == "drkl"
+
+
+def test_the_arguments_of_the_caller_stay_as_they_are(tmp_path: Path) -> None:
+    args = config(tmp_path, save_strategy="epoch", num_train_epochs=1)
+    before = copy.deepcopy(args.to_dict())
+    make(tmp_path, args=args).train()
+    assert args.to_dict() == before and args.output_dir == str(tmp_path / "x")
+
+
+def test_resumed_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop |= state.global_step == 2
+
+    whole = make(tmp_path / "whole", fields={"max_steps": 4})
+    whole.train()
+    make(tmp_path, fields={"max_steps": 4}, callbacks=[Stop()]).train()
+    again = make(tmp_path, fields={"max_steps": 4})
+    again.train(resume_from_checkpoint=True)
+    assert [row["step"] for row in RunFolder(tmp_path / "x").read_train_log() if "loss" in row] == [1, 2, 3, 4]
+    assert torch.equal(tiny.logits(whole.pair.student), tiny.logits(again.pair.student))
+
+
+def test_training_again_replaces_the_run_and_nothing_else(tmp_path: Path) -> None:
+    first = make(tmp_path)
+    first.train()
+    first.save_model()
+    (tmp_path / "x" / "notes.txt").write_text("mine")
+    (tmp_path / "x" / "eval.json").write_text("{}")
+    make(tmp_path).train()
+    assert (tmp_path / "x" / "notes.txt").is_file()
+    assert not (tmp_path / "x" / "eval.json").exists() and not (tmp_path / "x" / "student").exists()
+
+
+def test_a_folder_of_ones_own_for_the_student(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.train()
+    trainer.save_model(tmp_path / "elsewhere")
+    assert load_model(str(tmp_path / "elsewhere"), torch.float32).config.num_hidden_layers == 2
+    assert not (tmp_path / "x" / "student").exists()
+
+
+def test_tokenizer_and_processing_class_are_one_thing(tmp_path: Path) -> None:
+    trainer = make(tmp_path, processing_class=None, tokenizer=TOKENIZER)
+    assert trainer.processing_class is TOKENIZER
+    with pytest.raises(DrklError, match="two names for one thing"):
+        make(tmp_path, tokenizer=tiny.tokenizer())
+
+
+def test_an_objective_that_is_a_function(tmp_path: Path) -> None:
+    def halves(student_logp: torch.Tensor, teacher_logp: torch.Tensor | None, labels: Any = None) -> torch.Tensor:
+        assert teacher_logp is not None
+        return 0.5 * (student_logp.exp() - teacher_logp.exp()).pow(2).sum(-1)
+
+    trainer = make(tmp_path, fields={"objective": halves})
+    trainer.train()
+    trainer.save_model()
+    assert yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["objective"]["name"] == "halves"
+
+
+def test_without_a_teacher_the_data_alone_teach(tmp_path: Path) -> None:
+    trainer = drkl.DistillationTrainer(
+        tiny.llama(1, layers=2), args=config(tmp_path, objective="ce"), train_dataset=ROWS, processing_class=TOKENIZER
+    )
+    trainer.train()
+    with pytest.raises(DrklError, match="Objective 'drkl' compares with a teacher, but there is none; pass teacher"):
+        drkl.DistillationTrainer(tiny.llama(1), args=config(tmp_path), train_dataset=ROWS, processing_class=TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"args": TrainingArguments(output_dir="x", use_cpu=True)}, "args is a TrainingArguments; expected a drkl.Dis"),
+        ({"train_dataset": None}, "train_dataset is missing"),
+        ({"train_dataset": [{"prompt": "w1"}]}, "on-policy distillation"),
+        ({"tools": [print]}, "tools is TRL's, and not taken here"),
+        ({"data_collator": print}, "DistillationTrainer takes no argument 'data_collator': drkl pads"),
+        ({"nonsense": 1}, "DistillationTrainer takes no argument 'nonsense'"),
+        ({"processing_class": None}, "processing_class is missing: both models were passed as objects"),
+        ({"processing_class": object()}, "processing_class is a object without a padding"),
+        ({"quantization_config": object()}, "quantization_config is for a model given by its name"),
+        ({"model": 3}, "model is a int; expected a name, a transformers.PreTrainedModel or a peft.PeftModel"),
+        ({"teacher": 3}, "teacher_model is a int; expected a name or a transformers.PreTrainedModel"),
+        ({"model": tiny.t5(1)}, "is an encoder-decoder and the teacher"),
+        ({"model": tiny_classifiers.make()}, "is a classifier and the teacher"),
+        ({"fields": {"teacher_model_name_or_path": "x"}}, "are both given; give one of them"),
+        ({"fields": {"teacher_model_init_kwargs": {"dtype": "bfloat16"}}}, "for a teacher given by its name"),
+        ({"fields": {"model_init_kwargs": {"dtype": "bfloat16"}}}, "model_init_kwargs is for a model given by its"),
+    ],
+)
+def test_what_cannot_be_trained_says_so(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DrklError, match=message):
+        make(tmp_path, **changes)
+
+
+def test_a_student_cannot_teach_itself(tmp_path: Path) -> None:
+    model = tiny.llama(1)
+    with pytest.raises(DrklError, match="model and teacher_model are the same object"):
+        make(tmp_path, model, model)
+
+
+def test_a_frozen_student_has_nothing_to_train(tmp_path: Path) -> None:
+    with pytest.raises(DrklError, match="No parameter of the student requires a gradient"):
+        make(tmp_path, tiny.llama(1).requires_grad_(False))
+
+
+def test_predictions_are_made_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(DrklError, match=r"drkl\.evaluate\(student, teacher, rows\) measures"):
+        make(tmp_path).predict(ROWS)
