@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,7 +118,9 @@ def distill(
     for note in notes:
         print(note)
     if resume is not None:
-        loaded = _relocated(loaded, resume)
+        from drkl.run_models import relocated
+
+        loaded = relocated(loaded, resume)
     from drkl.models.load import quiet_transformers
 
     quiet_transformers()
@@ -126,12 +130,6 @@ def distill(
         _print_estimate(estimate(loaded.specs()))
         return
     _distill(loaded, "resume" if resume is not None else "overwrite" if overwrite else "new")
-
-
-def _relocated(config: Any, folder: Path) -> Any:
-    """A run that was moved is resumed where it lies now."""
-    run = config.run.model_copy(update={"dir": str(folder.parent), "name": folder.name})
-    return config.model_copy(update={"run": run})
 
 
 def _distill(config: Any, mode: Any) -> None:
@@ -198,49 +196,105 @@ def evaluate(
     fresh: Annotated[bool, typer.Option("--fresh", help="Use no finished parts of an earlier evaluation.")] = False,
 ) -> None:
     """Measure fidelity, diversity and calibration of a run, or of any student beside any teacher: eval.json."""
-    from drkl.evaluation import command
+    from drkl.evaluation.evaluate import evaluate as evaluate_pair
     from drkl.models.load import quiet_transformers
+    from drkl.run_models import evaluate_run
 
     if (run is None) == (student is None):
         raise DrklError("Give either a RUN, or `--student PATH --teacher PATH --data FILE --output DIR`.")
     pair = {"teacher": teacher, "data": data, "max_rows": max_rows, "max_prompt_tokens": max_prompt_tokens,
             "max_tokens": max_tokens, "template": template}  # fmt: skip
-    flags = command.Flags(prompts, samples, sampling_temperature, sweep, seeds, max_new_tokens, batch_size, protocol)
-    quiet_transformers()
-    suites = suite or []
+    settings = _evaluation_settings(
+        {"samples_per_prompt": samples, "sampling_temperature": sampling_temperature, "max_new_tokens": max_new_tokens,
+         "batch_size": batch_size}, prompts, sweep, seeds,
+    )  # fmt: skip
     if run is not None:
         _refuse_beside_a_run(pair, dtype, device)
-        folder, inputs, settings, _ = _run_evaluation(run, suites, protocol)
-        target = folder if output is None else command.output_folder(output)
     else:
-        target, settings = command.output_folder(output), command.default_settings()
-        inputs = command.pair(str(student), suites, flags.applied(settings), protocol, dtype, device, pair)
-    with progress_bars() as on_progress:
-        evaluation, keys = command.run(
-            inputs, flags.applied(settings), target, fresh=fresh, argv=sys.argv[1:], on_progress=on_progress
+        output = _output_folder(output)
+        if (data is None) == (not suite):
+            came = "neither" if data is None else "both"
+            raise DrklError(f"Expected exactly one of --data FILE and --suite NAME=WHERE; got {came}.")
+        _check_choices(dtype, device)
+    quiet_transformers()
+    shared: dict[str, Any] = {
+        "suites": suite or (), "protocol": protocol, "output_dir": output, "fresh": fresh,
+        "facts": {"command": ["drkl", *sys.argv[1:]]}, **settings,
+    }  # fmt: skip
+    with _options_named_as_flags(), progress_bars() as on_progress:
+        if run is not None:
+            found = evaluate_run(run, on_progress=on_progress, **shared)
+        else:
+            found = evaluate_pair(
+                str(student), teacher, data, max_rows=max_rows, max_prompt_tokens=max_prompt_tokens,
+                max_tokens=max_tokens, template=template or "auto", dtype=dtype, device=device,
+                on_progress=on_progress, **shared,
+            )  # fmt: skip
+    print_evaluation(found)
+    assert found.folder is not None
+    print(f"Written: {found.folder / 'eval.json'}. Next: drkl report {found.folder}")
+
+
+def _evaluation_settings(
+    given: dict[str, Any], prompts: str | None, sweep: str | None, seeds: str | None
+) -> dict[str, Any]:
+    """The fields of the evaluation's settings that were set by flags."""
+    settings = {name: value for name, value in given.items() if value is not None}
+    if prompts is not None:
+        settings["prompts"] = (
+            None if prompts == "all" else _numbers("--prompts", prompts, int, "a whole number, or all")
         )
-    print_evaluation(evaluation, keys)
-    print(f"Written: {target.eval_path}. Next: drkl report {target.root}")
+    for flag, text, kind in (("--sweep", sweep, float), ("--seeds", seeds, int)):
+        if text is not None:
+            wanted = "numbers with commas between them, or none"
+            parts = [] if text.strip() in ("", "none", "[]") else text.strip("[] ").replace(",", " ").split()
+            settings[flag[2:]] = tuple(_numbers(flag, part, kind, wanted, text) for part in parts)
+    return settings
 
 
-def _run_evaluation(run: Path, suites: list[str], protocol: str | None) -> tuple[Any, Any, Any, Any]:
-    """A finished run's folder, what is to be measured, its settings, and its objective."""
-    from drkl.config import load_config
-    from drkl.evaluation.inputs import run_inputs
-    from drkl.runs import RunFolder
-
-    folder = RunFolder.open(run)
-    config, _ = load_config(folder.read_config())
-    _check_finished(folder)
-    specs = _relocated(config, folder.root).specs()
-    return folder, run_inputs(specs, suites, protocol), config.evaluation, specs[-1].objective.make()
+def _numbers(flag: str, part: str, kind: Any, wanted: str, text: str | None = None) -> Any:
+    try:
+        return kind(part)
+    except ValueError as error:
+        raise DrklError(f"{flag} is {text or part!r}; expected {wanted}.") from error
 
 
-def _check_finished(folder: Any) -> None:
-    if not any((folder.student_path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise DrklError(
-            f"The run {str(folder.root)!r} has no student yet; `drkl distill --resume {folder.root}` goes on with it."
-        )
+def _output_folder(output: Path | None) -> Path:
+    """Where an evaluation or an analysis of a pair is written."""
+    from drkl.evaluation.evaluate import check_output
+
+    if output is None:
+        raise DrklError("--output is missing: the folder for the results.")
+    with _options_named_as_flags():
+        check_output(output)
+    return output
+
+
+def _check_choices(dtype: str, device: str) -> None:
+    for flag, value, allowed in (("dtype", dtype, "auto fp32 bf16 fp16"), ("device", device, "auto cpu cuda mps")):
+        if value not in allowed.split():
+            raise DrklError(f"--{flag} is {value!r}; expected one of {', '.join(allowed.split())}.")
+
+
+_OPTIONS = {
+    "output_dir": "--output", "data.max_prompt_tokens": "--max-prompt-tokens", "data.max_tokens": "--max-tokens",
+    "samples_per_prompt:": "--samples:", "device is": "--device is", "takes rows": "takes --data",
+    **{f"{name}:": f"--{name.replace('_', '-')}:" for name in
+       ("prompts", "sampling_temperature", "sweep", "seeds", "max_new_tokens", "batch_size")},
+}  # fmt: skip
+"""What the library calls an option, and the flag that sets it."""
+
+
+@contextmanager
+def _options_named_as_flags() -> Iterator[None]:
+    """Let the messages of errors inside the block speak of flags."""
+    try:
+        yield
+    except DrklError as error:
+        text = str(error)
+        for option, flag in _OPTIONS.items():
+            text = text.replace(option, flag)
+        raise DrklError(text) from error
 
 
 @app.command()
@@ -277,11 +331,11 @@ def analyze(
     """Does reverse KL make this student too sure? Its pushes on real text, every objective's, and a diagnosis."""
     from drkl.analysis import command
     from drkl.analysis.toy_sweep import split_list
-    from drkl.evaluation.command import default_settings, output_folder
-    from drkl.evaluation.command import pair as pair_inputs
+    from drkl.evaluation.pairs import pair_inputs
     from drkl.models.load import quiet_transformers
     from drkl.reporting import analysis as shown
-    from drkl.runs import write_json
+    from drkl.run_models import open_finished, run_inputs
+    from drkl.runs import RunFolder, write_json
 
     if (run is None) == (student is None):
         raise DrklError("Give either a RUN, or `--student PATH --teacher PATH --data FILE --output DIR`.")
@@ -292,14 +346,20 @@ def analyze(
     own = None
     if run is not None:
         _refuse_beside_a_run(pair, dtype, device)
-        folder, inputs, _, own = _run_evaluation(run, [], None)
-        target = folder if output is None else output_folder(output)
+        folder, _, specs_of_run = open_finished(run)
+        inputs, own = run_inputs(specs_of_run), specs_of_run[-1].objective.make()
+        target = folder if output is None else RunFolder(_output_folder(output))
     else:
         for name, value in (("teacher", teacher), ("data", data)):
             if value is None:
                 raise DrklError(f"--{name} is missing: a student is analysed beside its teacher, on held-out rows.")
-        target = output_folder(output)
-        inputs = pair_inputs(str(student), [], default_settings(), None, dtype, device, pair)
+        target = RunFolder(_output_folder(output))
+        _check_choices(dtype, device)
+        with _options_named_as_flags():
+            inputs = pair_inputs(
+                str(student), teacher, data, max_rows=max_rows, max_prompt_tokens=max_prompt_tokens,
+                max_tokens=max_tokens, template=template or "auto", dtype=dtype, device=device,
+            )  # fmt: skip
     weight = inputs.gamma if gamma is None else gamma
     command.check(inputs, weight, positions, temperature)
     chosen = command.named_objectives(specs, own=own, gamma=weight)
@@ -401,21 +461,17 @@ def generate(
     greedy: Annotated[bool, typer.Option("--greedy", help="The most probable token every time.")] = False,
 ) -> None:
     """Let the teacher and the student answer a prompt, or name a text's class, side by side."""
-    from drkl.config import load_config
     from drkl.data.tokenize import encode_for
     from drkl.models.forward import is_encoder_decoder
     from drkl.models.generate import sample_texts
     from drkl.models.load import quiet_transformers
-    from drkl.run_models import evaluation_models
-    from drkl.runs import RunFolder
+    from drkl.run_models import evaluation_models, open_finished
 
     if not prompt.strip():
         raise DrklError("--prompt is empty.")
-    folder = RunFolder.open(run)
-    config, _ = load_config(folder.read_config())
-    _check_finished(folder)
+    _, config, specs = open_finished(run)
     quiet_transformers()
-    models, tokenizer, device = evaluation_models(_relocated(config, folder.root).specs(), ("teacher", "after"))
+    models, tokenizer, device = evaluation_models(specs, ("teacher", "student"))
     if config.task == "classification":
         print_side_by_side(_classify(prompt, models, tokenizer, device, config.data.max_tokens))
         return
@@ -438,17 +494,17 @@ def generate(
             seed=seed,
             greedy=greedy,
         )
-        answers["student" if name == "after" else name] = [answer.text for answer in found[0]]
+        answers[name] = [answer.text for answer in found[0]]
     print_side_by_side(answers)
 
 
 def _classify(prompt: str, models: Any, tokenizer: Any, device: Any, max_tokens: int) -> dict[str, list[str]]:
-    from drkl.evaluation.classification import most_probable
+    from drkl.run_models import most_probable
 
     answers = {}
     for name, load in models.items():
         found = most_probable(load().to(device).eval(), tokenizer, prompt, max_tokens=max_tokens)
-        answers["student" if name == "after" else name] = ["\n".join(f"{p:.3f}  {label}" for label, p in found)]
+        answers[name] = ["\n".join(f"{p:.3f}  {label}" for label, p in found)]
     return answers
 
 

@@ -8,16 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from drkl.analysis.states import Observed, Reading, observe
 from drkl.analysis.tables import Setup, analysis, upward_force
 from drkl.analysis.toy_sweep import parse_variants
 from drkl.errors import DrklError
-from drkl.evaluation.classification import class_logits
-from drkl.evaluation.inputs import Inputs
-from drkl.evaluation.measure import TRAINED, Progress, free_memory, reporter, timed, versions
-from drkl.evaluation.positions import HeldOutStates, held_out_states
+from drkl.evaluation.bookkeeping import Progress, free_memory, placed, reporter, timed, versions
+from drkl.evaluation.pairs import Inputs
+from drkl.models.readout import read
 from drkl.objectives import OBJECTIVES, Objective
 from drkl.runs import RunFolder, write_text
 from drkl.training.environment import now
@@ -88,9 +85,8 @@ def run(
     check(inputs, gamma, positions, temperature)
     _claim(folder)
     started, seconds = time.perf_counter(), dict[str, float]()
-    trained = next(name for name in TRAINED if name in inputs.models)
     with timed(seconds, "reading"):
-        readings = [_read(name, inputs, report) for name, report in _reporters((trained, "teacher"), on_progress)]
+        readings = [_read(name, inputs, report) for name, report in _reporters(("student", "teacher"), on_progress)]
     count = len(readings[0].labels)
     with timed(seconds, "differentiating"):
         observed = observe(
@@ -101,7 +97,7 @@ def run(
     models = inputs.facts["models"]
     facts = {
         **({} if inputs.classes is None else {"task": "classification"}),
-        "models": {"teacher": models["teacher"], "student": models[trained]},
+        "models": {"teacher": models["teacher"], "student": models["student"]},
         "data": inputs.data,
         "template": inputs.facts["template"],
         "device": str(inputs.device),
@@ -154,31 +150,14 @@ def _reporters(names: Sequence[str], on_progress: Progress | None) -> list[tuple
 
 def _read(name: str, inputs: Inputs, report: Callable[[str, int], Any]) -> Reading:
     """One model over the rows; it is dropped afterwards, but for its head."""
-    model: Any = inputs.models[name]()
-    model.to(inputs.device).eval()
-    pad_id, rows = inputs.tokenizer.pad_token_id, inputs.rows
-    progress = report("reading", len(rows))
-    if inputs.classes is not None:
-        model.config.get_text_config().pad_token_id = pad_id
-        labelled: Any = rows
-        logits = class_logits(model, labelled, pad_id=pad_id, progress=progress)
-        labels = torch.tensor([row.label for row in labelled])
-        reading = Reading(labels, torch.arange(len(labels)), logits.__getitem__)
-    else:
-        unlabelled: Any = rows
-        states = held_out_states(model, unlabelled, pad_id=pad_id, vocab_size=inputs.vocab_size, progress=progress)
-        reading = _of_states(states)
+    with placed(inputs.models[name], inputs.device) as model:
+        found = read(
+            model, inputs.rows, pad_id=inputs.tokenizer.pad_token_id, vocab_size=inputs.vocab_size,
+            progress=report("reading", len(inputs.rows)),
+        )  # fmt: skip
     del model
     free_memory(inputs.device)
-    return reading
-
-
-def _of_states(states: HeldOutStates) -> Reading:
-    @torch.no_grad()
-    def logits(at: torch.Tensor) -> torch.Tensor:
-        return states.head.logits(states.hidden[at].to(states.head.weight.device))
-
-    return Reading(states.labels, states.row_index, logits)
+    return Reading(found.labels, found.row_index, found.logits)
 
 
 def positions_csv(observed: Observed, row_ids: Sequence[str]) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from drkl.evaluation import bootstrap
+from drkl.evaluation.bookkeeping import finite
 from drkl.evaluation.calibration import weighted_sums
-from drkl.evaluation.measure import finite
 
 MIN_ROWS = 5
 """Of fewer rows a resample says nothing."""
@@ -44,7 +44,7 @@ class Ratios:
         """``value`` and ``interval`` by name; None where there is none: infinite, over nothing, or of too few rows."""
         ones = np.ones((1, self._num_rows))
         values = {name: finite_or_none(value[0]) for name, value in self._metrics(ones).items()}
-        ends: dict[str, list[float] | None] = {}
+        ends: dict[str, bootstrap.Interval | None] = {}
         if self._num_rows >= MIN_ROWS:
             resampled = bootstrap.bootstrap(self._metrics, self._num_rows, seed)
             ends = {name: _interval(found) for name, found in resampled.items()}
@@ -61,7 +61,7 @@ class Ratios:
             return dict(zip(names, (over / under).T, strict=True))
 
 
-def _interval(resampled: np.ndarray) -> list[float] | None:
+def _interval(resampled: np.ndarray) -> bootstrap.Interval | None:
     known = resampled[~np.isnan(resampled)]
     return bootstrap.interval(known) if len(known) >= (1 - MISSED) * len(resampled) else None
 

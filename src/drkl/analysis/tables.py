@@ -194,5 +194,6 @@ def _reliability(observed: Observed) -> dict[str, Any]:
     for name, kind in (("teacher", "teacher_"), ("student", "")):
         confidence, correct = at[f"{kind}confidence"], at[f"{kind}correct"]
         bins = Bins.of(width_bins(confidence), confidence, correct, unit, 1)
-        tables[name] = {**bins.reliability("tokens"), "ece": finite_or_none(bins.ece(np.ones((1, 1)))[0])}
+        counts = dict(zip(("tokens", "confidence", "accuracy"), bins.reliability(), strict=True))
+        tables[name] = {**counts, "ece": finite_or_none(bins.ece(np.ones((1, 1)))[0])}
     return tables

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from drkl.evaluation.bootstrap import Interval, Resampled
@@ -98,14 +97,6 @@ class PositionTable:
         """95 % bootstrap intervals over the rows, by name, of the metrics that have one."""
         found = Resampled.of(self.metrics, self.num_rows, seed).intervals()
         return {key: ends for key, ends in found.items() if key != "num_tokens"}
-
-    def reliability(self, bins: str = "width") -> dict[str, list[Any]]:
-        """Per bin of confidence: ``tokens``, their mean ``confidence`` and ``accuracy`` (None in an empty bin).
-
-        ``bins`` is ``width`` or ``mass``.
-        """
-        sums = self.row_sums(self.num_rows)
-        return {"width": sums.width, "mass": sums.mass}[bins].reliability("tokens")
 
     def distributions(self, vocab_size: int) -> dict[str, list[int]]:
         """How many positions are in each bin of ``bin_edges``: of entropy and confidence and, with a teacher, q_t."""

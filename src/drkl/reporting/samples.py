@@ -58,7 +58,7 @@ class PromptSamples:
 
 @dataclass(frozen=True)
 class SampleTable:
-    """``shown`` prompts stand open, ``folded`` ones can be opened, ``left_out`` ones are in the file or the picker only.
+    """``shown`` prompts stand open, ``folded`` ones can be opened, ``left_out`` are in the file or the picker only.
 
     ``main`` is the temperature of the answers in the page; ``picker`` is the data of the prompt picker, safe inside a
     ``<script>``, and ``picker_note`` says what it leaves out.

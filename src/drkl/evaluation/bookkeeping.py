@@ -1,4 +1,4 @@
-"""What every evaluation does besides measuring: progress, times, versions, and infinities kept out of json."""
+"""What every evaluation does besides measuring: models on their device, progress, times, versions, finite numbers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,39 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from drkl._version import __version__
+from drkl.models.forward import in_eval_mode
 
 Progress = Callable[[str, int, int], None]
 """Called with ("teacher: sampling", done, total)."""
 Report = Callable[[str, int], Callable[[int], None] | None]
+Source = PreTrainedModel | Callable[[], PreTrainedModel]
+"""A model in memory, or a function that loads one."""
 
-MODELS = ("teacher", "before", "warmup", "after", "student")
-"""The models of an evaluation in their order: a run's teacher, its student before, between and after; or an outside
-pair's teacher and student."""
-TRAINED = ("after", "student")
+
+@contextmanager
+def placed(source: Source, device: str | torch.device) -> Iterator[PreTrainedModel]:
+    """A model on its device in eval mode. One in memory is afterwards where and as it was; a loaded one is dropped."""
+    if not isinstance(source, PreTrainedModel):
+        loaded: Any = source()
+        yield loaded.to(device).eval()
+        return
+    model: Any = source
+    before = next(model.parameters()).device
+    try:
+        with in_eval_mode(model):
+            yield model.to(device)
+    finally:
+        model.to(before)
 
 
 def reporter(name: str, on_progress: Progress | None) -> Report:
-    """Of (part, total) make what a loop calls with the number of things it has done."""
+    """From (part, total) to what a loop calls with the number of things that it has done."""
 
     def part(what: str, total: int) -> Callable[[int], None] | None:
         if on_progress is None:
@@ -65,7 +81,7 @@ def free_memory(device: str | torch.device) -> None:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The versions of drkl, Python and what the numbers come from."""
+    """The versions of drkl, Python and the packages that compute the numbers."""
     names = ("torch", "transformers", "tokenizers", "numpy", *packages)
     return {
         "drkl": __version__,
