@@ -68,6 +68,8 @@ IDS: tuple[str, ...] = (
     f"{BETTER}{AS_VARIED.key}",
 )
 """Every id that there is."""
+RENAMED = {"own_gap": "overconfidence"}
+"""Means of the first format of ``analysis.json``, by their present names."""
 SHARED = ("overconfident_by_teacher", "overconfident_by_data", "target_too_high")
 """The ids that stand in ``eval.json`` and in ``analysis.json``."""
 
@@ -236,7 +238,10 @@ def of_analysis(tables: Mapping[str, Any], *, shared: bool = True) -> list[Findi
         shared: whether to decide the ids in `SHARED`; False where an evaluation beside it measured other rows.
     """
     settings, counts = tables["settings"], tables["counts"]
-    totals = {name: Estimate(entry["value"], entry["interval"]) for name, entry in tables["totals"].items()}
+    totals = {
+        RENAMED.get(name, name): Estimate(entry["value"], None if entry["interval"] is None else (*entry["interval"],))
+        for name, entry in tables["totals"].items()
+    }
     rows, gamma = settings["rows"], settings["gamma"]
     found = sureness(totals, rows) if shared else []
     at_temperature = [
