@@ -24,7 +24,7 @@ from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from drkl.models.pair import check_rows, check_same_family, check_tokenizers, shared_vocabulary
 from drkl.models.precision import DtypeLike, has_device, pick_device, resolve_dtype
-from drkl.runs import RunFolder
+from drkl.runs import IN_MEMORY, RunFolder
 
 GAMMA = 0.5
 Model = str | os.PathLike[str] | PreTrainedModel
@@ -133,7 +133,7 @@ def pair_inputs(
             vocab_size = shared["shared"] if shared is not None else None
     return Inputs(
         sources, tokenizer, found, suite_names, picked, described, vocab_size, classes, GAMMA, facts,
-        Path(names["student"]).name,
+        Path(names["student"].removeprefix(f"{IN_MEMORY}: ")).name,
     )  # fmt: skip
 
 
@@ -196,12 +196,13 @@ def _rows(
 ) -> tuple[Rows, dict[str, Any]]:
     is_path = isinstance(rows, str | os.PathLike)
     name = str(rows) if is_path else "rows"
+    source = name if is_path else f"{IN_MEMORY}: {type(rows).__name__}"
     if max_rows is not None:
         rows = [row for _, row in itertools.islice(dataset_items(rows, name), max_rows)]
     found, report = rows_from(
         rows, tokenizer, classes=classes, encoder_decoder=encoder_decoder, name=name, **section.row_settings
     )
-    return found, {"path": name if is_path else None, **account(report)}
+    return found, {"path": source, **account(report)}
 
 
 def _device(device: str | torch.device | None, student: Model) -> torch.device:
@@ -238,9 +239,7 @@ def _unwrapped(model: Any) -> str | PreTrainedModel:
 
 
 def _name(model: str | PreTrainedModel) -> str:
-    if isinstance(model, str):
-        return model
-    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    return model if isinstance(model, str) else f"{IN_MEMORY}: {type(model).__name__}"
 
 
 def _kind_of(model: str | PreTrainedModel, config: Any) -> Any:
