@@ -22,6 +22,7 @@ import drkl
 from benchmarks.fused_loss import Case
 from benchmarks.rows import Row, commit, spread, write_rows
 from drkl.losses import fused as fused_module
+from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums
 
 RESULTS = Path(__file__).parent / "results" / "fused_loss_gpu.csv"
 SETTINGS = ("positions", "vocab", "hidden")
@@ -57,10 +58,8 @@ def fused(name: str, kernel: bool = True, stats: bool = False) -> Variant:
 
     def run(case: Case) -> None:
         fused_module.KERNEL_DEVICES = ("cuda",) if kernel else ()
-        if stats:
-            drkl.fused_distillation_loss(*tensors(case), case.labels, objective=name, return_stats=True)[0].backward()
-        else:
-            drkl.fused_distillation_loss(*tensors(case), case.labels, objective=name).backward()
+        observe = StatisticsSums(max(1, len(case.labels) // STATISTICS_POSITIONS)) if stats else None
+        drkl.fused_distillation_loss(*tensors(case), case.labels, objective=name, observe=observe).backward()
 
     return run
 

@@ -1,7 +1,8 @@
-"""A plain PyTorch fine-tuning loop, and the 12 lines (marked) that make it distil: `python examples/own_loop.py`.
+"""A plain PyTorch fine-tuning loop, and the two lines (marked) that make it distil: `python examples/own_loop.py`.
 
 It makes its own small models and data, so that it runs anywhere in seconds. With real ones, load teacher and student
-with `from_pretrained` and take the batches from your own loader; the marked lines stay as they are.
+with `from_pretrained` and take the batches from your own loader; the marked lines stay as they are. What they stand
+for, and what changes on several processes, is in docs/own-loop.md.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import drkl  # 1
+import drkl
 
 VOCAB, STEPS, BATCH, LENGTH = 512, 40, 8, 32
 
@@ -22,6 +23,14 @@ def small_model(layers: int, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def confident_model() -> LlamaForCausalLM:
+    """In the place of a trained teacher: an untrained model that is sure of what it predicts."""
+    model = small_model(layers=2, seed=0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)
+    return model
+
+
 def batches(steps: int) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, VOCAB, (BATCH, LENGTH), generator=generator) for _ in range(steps)]
@@ -30,28 +39,12 @@ def batches(steps: int) -> list[dict[str, torch.Tensor]]:
 
 def main() -> list[float]:
     student = small_model(layers=1, seed=1)
-    teacher = small_model(layers=2, seed=0).eval().requires_grad_(False)  # 2
-    with torch.no_grad():
-        teacher.lm_head.weight.mul_(30)  # an untrained model says nothing; this one is sure of what it says
+    teacher = confident_model()  # 1
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
-    objective = drkl.make_objective("drkl", gamma=0.5)  # 3
     losses = []
     for batch in batches(STEPS):
-        # The loop without a teacher had one line here:  loss = student(**batch).loss
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}  # 4
-        hidden = student.model(**inputs).last_hidden_state[:, :-1]  # 5: what position t predicts is token t + 1
-        with torch.no_grad():  # 6
-            teacher_hidden = teacher.model(**inputs).last_hidden_state[:, :-1]  # 7
-        labels = batch["labels"][:, 1:]  # 8: -100 where a token does not count
-        heads = student.lm_head.weight, teacher.lm_head.weight  # 9
-        loss = drkl.fused_distillation_loss(  # 10
-            hidden,
-            heads[0],
-            teacher_hidden,
-            heads[1],
-            labels,
-            objective=objective,  # 11
-        )  # 12
+        # Without a teacher:  loss = student(**batch).loss
+        loss = drkl.pair_loss(student, teacher, batch, objective="drkl")  # 2
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

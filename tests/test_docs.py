@@ -22,17 +22,23 @@ def test_the_objective_of_ones_own() -> None:
     assert tried > 5 and failed == 0
 
 
+def test_the_loop_of_ones_own() -> None:
+    failed, tried = doctest.testfile(str(DOCS / "own-loop.md"), module_relative=False)
+    assert tried > 10 and failed == 0
+
+
 def test_the_articles_statements() -> None:
     failed, tried = doctest.testfile(str(DOCS / "article.md"), module_relative=False)
     assert tried > 30 and failed == 0
 
 
-def test_every_objective_has_a_page() -> None:
+def test_pages_are_of_objectives_and_the_table_lists_all() -> None:
     pages = {path.name: path.read_text() for path in (DOCS / "objectives").glob("*.md")}
-    for name in drkl.OBJECTIVES:
-        assert any(f"`{name}`" in text.splitlines()[0] for text in pages.values()), name
-    for name in pages:
-        assert name == "README.md" or f"({name})" in pages["README.md"]
+    table = pages.pop("README.md")
+    for name, text in pages.items():
+        assert set(re.findall(r"`(\w+)`", text.splitlines()[0])) <= drkl.OBJECTIVES.keys(), name
+        assert f"({name})" in table
+    assert all(f"| `{name}` |" in table for name in drkl.OBJECTIVES)
 
 
 def test_what_is_written_from_the_program_and_the_rows_is_current() -> None:

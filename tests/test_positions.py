@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
 from drkl.objectives.divergences import GeneralizedJensenShannon
-from drkl.positions import comparison_statistics, most_probable, token_statistics
+from drkl.objectives.logspace import split
+from drkl.positions import (
+    TargetStatistics,
+    comparison_statistics,
+    distribution,
+    entropy,
+    most_probable,
+    target_statistics,
+    token_statistics,
+)
 from tests.objectives import tensors
 from tests.rounding import assert_near, rounding
 
@@ -269,6 +278,52 @@ def test_the_tail_at_high_confidence_keeps_its_digits() -> None:
     found = columns(comparison_statistics(student.float(), teacher.float(), torch.tensor([0, 0])))
     for key in ("tail_rkl", "tail_fkl", "target_log_odds_gap", "rest", "tail_mass"):
         np.testing.assert_allclose(found[key], [one[key] for one in expected], rtol=2e-5, err_msg=key)
+
+
+def at_target(z: torch.Tensor, y: torch.Tensor, target: torch.Tensor, temperature: float = 1.0) -> TargetStatistics:
+    student, teacher = (split(distribution(logits, temperature).logp, target) for logits in (z, y))
+    return target_statistics(student, teacher, target)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_statistics_at_any_target_and_temperature(temperature: float) -> None:
+    student, teacher, labels = tensors.logits(rows=20, vocab=30, seed=4)
+    found = at_target(student, teacher, labels, temperature)
+    rows, rest = np.arange(20), np.ones((20, 30), bool)
+    rest[rows, labels.numpy()] = False
+    q, p = (scipy.special.softmax(logits.numpy() / temperature, -1) for logits in (student, teacher))
+    tail_q, tail_p = (x[rest].reshape(20, 29) / x[rest].reshape(20, 29).sum(-1, keepdims=True) for x in (q, p))
+    pairs = [np.stack([x[rows, labels], 1 - x[rows, labels]], -1) for x in (q, p)]
+    expected = {
+        "q_t": pairs[0][:, 0],
+        "p_t": pairs[1][:, 0],
+        "rest": pairs[0][:, 1],
+        "B": scipy.stats.entropy(*pairs, axis=-1),
+        "K": scipy.stats.entropy(tail_q, tail_p, axis=-1),
+        "K_forward": scipy.stats.entropy(tail_p, tail_q, axis=-1),
+        "D": scipy.special.logit(pairs[0][:, 0]) - scipy.special.logit(pairs[1][:, 0]),
+    }
+    assert found._asdict().keys() == expected.keys()
+    for key, values in expected.items():
+        np.testing.assert_allclose(getattr(found, key), values, rtol=1e-9, atol=1e-13, err_msg=key)
+    np.testing.assert_allclose(entropy(distribution(student, temperature)), scipy.stats.entropy(q, axis=-1), rtol=1e-10)
+
+
+@pytest.mark.parametrize("odds", [0.0, 15.0, 22.0, 200.0])
+def test_target_statistics_keep_their_digits_at_high_confidence(odds: float) -> None:
+    # Target log-odds of exactly `odds` and odds + 1 over tails of two and three equal classes.
+    tails = ([0.0, 0.0, -1e4], [0.0, 0.0, 0.0])
+    logits = [[odds + c + math.log(n), *tail] for c, n, tail in zip((0.0, 1.0), (2, 3), tails, strict=True)]
+    student, teacher = (torch.tensor([row]) for row in logits)
+    found = at_target(student, teacher, torch.tensor([0]))
+    log_q, log_p = (scipy.special.log_expit([s, -s]) for s in (odds, odds + 1.0))
+    expected = float((np.exp(log_q) * (log_q - log_p)).sum())
+    # A log-probability of size `odds` is rounded to a few units in its last place.
+    close = 8 * (odds + 2) * torch.finfo(torch.float32).eps
+    assert float(found.D) == pytest.approx(-1.0, abs=close)
+    assert float(found.K) == pytest.approx(math.log(1.5), abs=close)
+    assert float(found.B) == pytest.approx(expected, rel=4 * close, abs=1e-37)
+    assert float(found.rest) == pytest.approx(float(np.exp(log_q[1])), rel=close, abs=1e-37)
 
 
 def test_js_is_the_objectives() -> None:

@@ -14,6 +14,7 @@ from .losses import LMHead as LMHead
 from .losses import as_gkd_loss as as_gkd_loss
 from .losses import distillation_loss as distillation_loss
 from .losses import fused_distillation_loss as fused_distillation_loss
+from .models.pair_loss import pair_loss as pair_loss
 from .objectives import OBJECTIVES as OBJECTIVES
 from .objectives import Objective as Objective
 from .objectives import decoupled as decoupled

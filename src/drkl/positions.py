@@ -1,4 +1,9 @@
-"""What one position says about two models, besides the loss."""
+"""Two distributions at one position: target probabilities, B, K, D, entropies, divergences, agreement.
+
+These are the only formulas of that kind outside the objectives. q = student, p = teacher, t = the target class, y* =
+argmax q; b = (target, rest) and q^, p^ = the rest renormalised (`logspace.split`). Values are in nats or probabilities,
+in fp32 or wider.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +18,119 @@ from torch import Tensor
 from drkl.losses.common import log_softmax
 from drkl.objectives.adaptive import head_mask, reached
 from drkl.objectives.divergences import GeneralizedJensenShannon
-from drkl.objectives.logspace import argmax, kl, split
+from drkl.objectives.logspace import Split, argmax, kl, split
+
+
+class Distribution(NamedTuple):
+    """One model's distributions at `[n]` positions."""
+
+    logp: Float[Tensor, "n vocab"]
+    probs: Float[Tensor, "n vocab"]
+    top: Int[Tensor, "n"]
+    """The most probable token, the lowest id on ties."""
+
+
+def distribution(logits: Float[Tensor, "n vocab"], temperature: float = 1.0) -> Distribution:
+    """Return the distributions of ``logits / temperature``."""
+    logp = log_softmax(logits, temperature)
+    return Distribution(logp, logp.exp(), argmax(logp))
+
+
+def entropy(model: Distribution, buffer: Tensor | None = None) -> Float[Tensor, "n"]:
+    """-sum q log q. ``buffer`` `[n, vocab]`, here and below, is overwritten; it saves an allocation."""
+    value = torch.mul(model.probs, model.logp, out=buffer).sum(-1)
+    if not _finite(value):  # a class is excluded
+        value = (model.probs * model.logp.masked_fill(model.logp == -math.inf, 0.0)).sum(-1)
+    return -value
+
+
+def both_kls(
+    a: Distribution, b: Distribution, buffer: Tensor | None = None
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """KL(a || b) and KL(b || a); +inf where the second excludes a class that the first does not."""
+    forth, back = _two_kls(a.probs, b.probs, a.logp - b.logp, buffer)
+    if not _finite(forth, back):
+        forth, back = kl(a.logp, b.logp), kl(b.logp, a.logp)
+    return forth, back
+
+
+def total_variation(a: Distribution, b: Distribution, buffer: Tensor | None = None) -> Float[Tensor, "n"]:
+    """1/2 sum |a - b|."""
+    return 0.5 * torch.sub(b.probs, a.probs, out=buffer).abs_().sum(-1)
+
+
+def jensen_shannon(student: Distribution, teacher: Distribution) -> Float[Tensor, "n"]:
+    """1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2; exactly 0 where q = p."""
+    # log p/m = log 2 - softplus(log q/p): no difference of logs of m.
+    difference = student.logp - teacher.logp
+    log_2 = F.softplus(difference.new_zeros(1))
+    of_teacher = (log_2 - F.softplus(difference)).mul_(teacher.probs).sum(-1)
+    of_student = (log_2 - F.softplus(difference.neg_())).mul_(student.probs).sum(-1)
+    value = 0.5 * (of_teacher + of_student)
+    if not _finite(value):
+        value = GeneralizedJensenShannon()(student.logp, teacher.logp)
+    return value
+
+
+def agreement(a: Distribution, b: Distribution) -> Float[Tensor, "n"]:
+    """1 where both have the same top token."""
+    return (a.top == b.top).to(a.logp.dtype)
+
+
+def at(values: Float[Tensor, "n vocab"], ids: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """``values`` at one token of each position."""
+    return values.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+class TargetStatistics(NamedTuple):
+    """Two distributions `[n]` seen from a target class t: RKL = B + (1 - q_t) K."""
+
+    q_t: Tensor
+    """q(t)."""
+    p_t: Tensor
+    """p(t)."""
+    rest: Tensor
+    """1 - q_t, from log-sum-exps."""
+    B: Tensor
+    """KL(b_q || b_p)."""
+    K: Tensor
+    """KL(q^ || p^); 0 where the student has no tail."""
+    K_forward: Tensor
+    """KL(p^ || q^); 0 where the teacher has no tail."""
+    D: Tensor
+    """logit q_t - logit p_t; 0 where both are infinite."""
+
+
+@torch.no_grad()
+def target_statistics(student: Split, teacher: Split, target: Int[Tensor, "n"]) -> TargetStatistics:
+    """Compare two distributions at a target class, exactly at any confidence.
+
+    ``student`` and ``teacher`` are `logspace.split` of log-probabilities `[n, vocab]` at ``target``: at temperature T
+    those of ``logits / T``. `objectives.decoupled.target_class` gives an objective's own target.
+    """
+    difference = (student.log_tail - teacher.log_tail).scatter_(-1, target.unsqueeze(-1), 0.0)  # there: -inf - -inf
+    K, K_forward = _two_kls(student.log_tail.exp(), teacher.log_tail.exp(), difference)
+    if not _finite(K, K_forward):
+        K, K_forward = kl(student.log_tail, teacher.log_tail), kl(teacher.log_tail, student.log_tail)
+    return TargetStatistics(
+        q_t=student.log_two[:, 0].exp(),
+        p_t=teacher.log_two[:, 0].exp(),
+        rest=student.log_two[:, 1].exp(),
+        B=kl(student.log_two, teacher.log_two),
+        # Without any mass beside the target there is no tail distribution to compare.
+        K=K.masked_fill(student.log_odds == math.inf, 0.0),
+        K_forward=K_forward.masked_fill(teacher.log_odds == math.inf, 0.0),
+        D=log_odds_gap(student, teacher),
+    )
+
+
+def log_odds_gap(student: Split, teacher: Split) -> Float[Tensor, "n"]:
+    """D = logit q_t - logit p_t, in nats; 0 where both are infinite."""
+    return (student.log_odds - teacher.log_odds).masked_fill(student.log_odds == teacher.log_odds, 0.0)
 
 
 class TokenStatistics(NamedTuple):
-    """Detached per-position values `[n]`, in nats or probabilities; teacher columns are None without a teacher.
-
-    q = student, p = teacher, y* = argmax q, t = argmax p.
-    """
+    """Per-position values `[n]`; those of a teacher are None without one. t = argmax p."""
 
     nll: Tensor
     """-log q(label)."""
@@ -49,11 +159,9 @@ class TokenStatistics(NamedTuple):
 
 
 class ComparisonStatistics(NamedTuple):
-    """What an evaluation asks of each position besides `TokenStatistics`; detached, None without a teacher but brier.
+    """What an evaluation asks of each position besides `TokenStatistics`; all but brier are None without a teacher.
 
-    t = argmax p; q^, p^ = the tails, both without t and renormalised, as `logspace.split` makes them. B, K and D of a
-    loss's own ``return_stats`` (`losses.position`) are of the same split and the same `logspace.kl`, there at the
-    loss's temperature and with the objective's target, here at temperature 1 with the teacher's top token.
+    t = argmax p; temperature 1.
     """
 
     tokens: TokenStatistics
@@ -83,15 +191,6 @@ class ComparisonStatistics(NamedTuple):
     """`[n, len(profile_ranks)]`: q of the teacher's 1st, 2nd, ... token; NaN past the end of the vocabulary."""
 
 
-class _Model(NamedTuple):
-    """One model's distributions, once."""
-
-    logp: Tensor
-    probs: Tensor
-    top: Tensor
-    """`[n, 1]`, the first of equals."""
-
-
 @torch.no_grad()
 def token_statistics(
     student_logits: Float[Tensor, "n vocab"], teacher_logits: Float[Tensor, "n vocab"] | None, labels: Int[Tensor, "n"]
@@ -103,8 +202,8 @@ def token_statistics(
         teacher_logits: `[n, vocab]`, or None.
         labels: `[n]`, the observed next token's id.
     """
-    teacher = None if teacher_logits is None else _model(teacher_logits)
-    return _token_statistics(_model(student_logits), teacher, labels)
+    teacher = None if teacher_logits is None else distribution(teacher_logits)
+    return _token_statistics(distribution(student_logits), teacher, labels)
 
 
 @torch.no_grad()
@@ -129,14 +228,14 @@ def comparison_statistics(
         ranks: the teacher's ranks, first and last, that the rank correlation is over; up to the vocabulary.
         profile_ranks: the teacher's ranks whose tokens' q is kept.
     """
-    student = _model(student_logits)
-    teacher = None if teacher_logits is None else _model(teacher_logits)
+    student = distribution(student_logits)
+    teacher = None if teacher_logits is None else distribution(teacher_logits)
     tokens = _token_statistics(student, teacher, labels)
     brier = brier_score(student.probs, labels)
     if teacher is None:
         return ComparisonStatistics(tokens, brier)
-    target = teacher.top.squeeze(-1)
-    tail_rkl, tail_fkl, gap, rest = _tails(student.logp, teacher.logp, target)
+    target = teacher.top
+    split_at = target_statistics(split(student.logp, target), split(teacher.logp, target), target)
     vocab_size = student.logp.shape[-1]
     reach = min(vocab_size, max(overlap, ranks[1], *profile_ranks))
     ranked = most_probable(teacher.logp, reach, spare=reach)
@@ -144,13 +243,13 @@ def comparison_statistics(
     return ComparisonStatistics(
         tokens=tokens,
         brier=brier,
-        js=_js(student, teacher),
-        tail_rkl=tail_rkl,
-        tail_fkl=tail_fkl,
-        target_log_odds_gap=gap,
-        q_t=student.probs.gather(-1, teacher.top).squeeze(-1),
-        p_t=teacher.probs.gather(-1, teacher.top).squeeze(-1),
-        rest=rest,
+        js=jensen_shannon(student, teacher),
+        tail_rkl=split_at.K,
+        tail_fkl=split_at.K_forward,
+        target_log_odds_gap=split_at.D,
+        q_t=at(student.probs, target),
+        p_t=at(teacher.probs, target),
+        rest=split_at.rest,
         tail_mass=_mass_outside(student.probs, teacher, ranked, head_mass),
         overlap=_overlap(student.logp, ranked.ids[:, :overlap]),
         rank_correlation=_spearman(student.logp.gather(-1, among), teacher.logp.gather(-1, among)),
@@ -191,46 +290,35 @@ def most_probable(logp: Float[Tensor, "n vocab"], count: int, *, spare: int) -> 
     return Ranked(ids[:, :count], ids)
 
 
-def _model(logits: Tensor) -> _Model:
-    logp = log_softmax(logits, 1.0)
-    return _Model(logp, logp.exp(), argmax(logp).unsqueeze(-1))
-
-
-def _token_statistics(student: _Model, teacher: _Model | None, labels: Tensor) -> TokenStatistics:
-    logq, q, best = student
-    nll = -logq.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    accuracy = (best.squeeze(-1) == labels).to(logq.dtype)
-    confidence = logq.gather(-1, best).exp().squeeze(-1)
-    room = torch.empty_like(q)
-    entropy = _entropy(q, logq, room)
+def _token_statistics(student: Distribution, teacher: Distribution | None, labels: Tensor) -> TokenStatistics:
+    nll, confidence = -at(student.logp, labels), at(student.logp, student.top).exp()
+    accuracy = (student.top == labels).to(student.logp.dtype)
+    buffer = torch.empty_like(student.probs)
+    student_entropy = entropy(student, buffer)
     if teacher is None:
-        return TokenStatistics(nll, accuracy, entropy, confidence)
-    logp, p, target = teacher
-    q_target, p_target = q.gather(-1, target).squeeze(-1), p.gather(-1, target).squeeze(-1)
-    rkl, fkl = _two_kls(student, teacher, room)
-    if not _finite(rkl, fkl):  # a class is excluded
-        rkl, fkl = kl(logq, logp), kl(logp, logq)
+        return TokenStatistics(nll, accuracy, student_entropy, confidence)
+    q_t, p_t = at(student.probs, teacher.top), at(teacher.probs, teacher.top)
+    rkl, fkl = both_kls(student, teacher, buffer)
     return TokenStatistics(
         nll=nll,
         accuracy=accuracy,
-        entropy=entropy,
+        entropy=student_entropy,
         confidence=confidence,
         fkl=fkl,
         rkl=rkl,
-        tvd=0.5 * torch.sub(p, q, out=room).abs_().sum(-1),
-        agreement=(best == target).squeeze(-1).to(logq.dtype),
-        overconfidence=confidence - p.gather(-1, best).squeeze(-1),
-        target_gap=q_target - p_target,
-        teacher_entropy=_entropy(p, logp, room),
-        teacher_confidence=p_target,
+        tvd=total_variation(student, teacher, buffer),
+        agreement=agreement(student, teacher),
+        overconfidence=confidence - at(teacher.probs, student.top),
+        target_gap=q_t - p_t,
+        teacher_entropy=entropy(teacher, buffer),
+        teacher_confidence=p_t,
     )
 
 
-def _two_kls(a: _Model, b: _Model, room: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(a || b) and KL(b || a) without the masks of `kl`, half of its time; ``room`` is overwritten."""
-    difference = a.logp - b.logp
-    forth = torch.mul(a.probs, difference, out=room).sum(-1)
-    back = torch.mul(b.probs, difference, out=room).sum(-1)
+def _two_kls(a: Tensor, b: Tensor, log_ratio: Tensor, buffer: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """KL(a || b) and KL(b || a) from log(a / b), without the masks of `kl`, in half of its time."""
+    forth = torch.mul(a, log_ratio, out=buffer).sum(-1)
+    back = torch.mul(b, log_ratio, out=buffer).sum(-1)
     return forth, back.neg_()
 
 
@@ -238,47 +326,7 @@ def _finite(*values: Tensor) -> bool:
     return all(bool(torch.isfinite(value).all()) for value in values)
 
 
-def _entropy(probs: Tensor, logp: Tensor, room: Tensor) -> Tensor:
-    value = torch.mul(probs, logp, out=room).sum(-1)
-    if not _finite(value):
-        value = (probs * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
-    return -value
-
-
-def _js(student: _Model, teacher: _Model) -> Tensor:
-    """log p/m = log 2 - softplus(log q/p): no difference of logs of m, and exactly 0 where q = p."""
-    difference = student.logp - teacher.logp
-    log_two = F.softplus(difference.new_zeros(1))
-    of_teacher = (log_two - F.softplus(difference)).mul_(teacher.probs).sum(-1)
-    of_student = (log_two - F.softplus(difference.neg_())).mul_(student.probs).sum(-1)
-    value = 0.5 * (of_teacher + of_student)
-    if not _finite(value):
-        value = GeneralizedJensenShannon()(student.logp, teacher.logp)
-    return value
-
-
-def _tails(logq: Tensor, logp: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL of the tails, reverse and forward; D; and 1 - q_t."""
-    student, teacher = split(logq, target), split(logp, target)
-    at_target = target.unsqueeze(-1)
-    q, p = student.log_tail.exp(), teacher.log_tail.exp()
-    # No mass is there any more, and -inf - -inf would be NaN.
-    tails = [
-        _Model(log.scatter_(-1, at_target, 0.0), probs, at_target)
-        for log, probs in ((student.log_tail, q), (teacher.log_tail, p))
-    ]
-    reverse, forward = _two_kls(tails[0], tails[1], torch.empty_like(q))
-    if not _finite(reverse, forward):
-        log_q, log_p = (tail.logp.scatter_(-1, at_target, -math.inf) for tail in tails)
-        reverse, forward = kl(log_q, log_p), kl(log_p, log_q)
-    # Without any mass beside the target there is no tail distribution to compare.
-    reverse = reverse.masked_fill(student.log_odds == math.inf, 0.0)
-    forward = forward.masked_fill(teacher.log_odds == math.inf, 0.0)
-    gap = (student.log_odds - teacher.log_odds).masked_fill(student.log_odds == teacher.log_odds, 0.0)
-    return reverse, forward, gap, student.log_two[:, 1].exp()
-
-
-def _mass_outside(probs: Tensor, teacher: _Model, ranked: Ranked, mass: float) -> Tensor:
+def _mass_outside(probs: Tensor, teacher: Distribution, ranked: Ranked, mass: float) -> Tensor:
     """q outside of the head, as a sum: 1 - q(head) has no digits left where little is outside."""
     best, listed = (values.gather(-1, ranked.taken) for values in (teacher.logp, teacher.probs))
     last = (listed.cumsum(-1) < reached(mass, listed.dtype)).sum(-1, keepdim=True)

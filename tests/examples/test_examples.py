@@ -18,7 +18,7 @@ def test_the_own_loop_learns() -> None:
     losses = runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"]()
     assert losses[-1] < 0.9 * losses[0]
     source = (EXAMPLES / "own_loop.py").read_text()
-    assert [int(number) for number in re.findall(r"  # (\d+)", source)] == list(range(1, 13))
+    assert [int(number) for number in re.findall(r"  # (\d+)", source)] == [1, 2]
 
 
 @pytest.mark.slow

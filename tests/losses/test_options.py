@@ -1,4 +1,4 @@
-"""What both losses take besides the objective: a shared vocabulary, weights of positions, statistics, sharded heads."""
+"""What both losses take besides the objective: a shared vocabulary, position weights, observers, sharded heads."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import drkl
 from drkl import DrklError, LMHead
-from drkl.losses import fused
+from drkl.losses import LogitChunk, fused
 from tests.losses.test_fused import POSITIONS, STUDENT, TEACHER, VOCAB, Pair, assert_equal, labels, tensor
-from tests.objectives import reference
 from tests.objectives.cases import FEW, Case, name
-from tests.rounding import assert_near, rounding
+from tests.rounding import assert_near
 
 every = pytest.mark.parametrize("case", FEW, ids=name)
 WEIGHTS = torch.linspace(0.0, 2.0, POSITIONS, dtype=torch.float64)
@@ -122,125 +122,125 @@ def test_a_label_outside_the_shared_vocabulary_is_refused() -> None:
         drkl.distillation_loss(torch.zeros(2, 12), torch.zeros(2, 12), torch.tensor([0, 11]), vocab_size=8)
 
 
+class Seen:
+    """An observer that keeps copies."""
+
+    def __init__(self) -> None:
+        self.chunks: list[LogitChunk] = []
+
+    def __call__(self, chunk: LogitChunk) -> None:
+        assert not torch.is_grad_enabled() and not chunk.student.requires_grad
+        self.chunks.append(LogitChunk(*(x.clone() if isinstance(x, Tensor) else x for x in chunk)))
+
+    def all(self, name: str) -> Tensor:
+        """A field of all chunks, in order and without gaps."""
+        starts = [0, *np.cumsum([len(chunk.student) for chunk in self.chunks])[:-1]]
+        assert [chunk.start for chunk in self.chunks] == starts
+        return torch.cat([getattr(chunk, name) for chunk in self.chunks])
+
+
 @every
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_statistics_by_hand(case: Case, temperature: float) -> None:
-    pair, observed = Pair(), labels()
-    student, teacher = pair.hidden @ pair.weight.T, pair.teacher.logits(pair.teacher_hidden)
-    words: dict[str, Any] = {"objective": case.objective, "temperature": temperature, "token_weights": WEIGHTS}
-    dense, by_dense = drkl.distillation_loss(student, teacher, observed, return_stats=True, **words)
-    loss, by_fused = drkl.fused_distillation_loss(
-        pair.hidden, pair.weight, pair.teacher_hidden, pair.teacher, observed, return_stats=True, **words
-    )
-    torch.testing.assert_close(loss, dense, rtol=1e-12, atol=1e-14)
-    for a, b in zip(by_fused, by_dense, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
-            assert not a.requires_grad and a.shape == (POSITIONS,) and (a[observed == -100] == 0).all()
-    has_target = hasattr(case.objective, "target")
-    assert (by_fused.B is not None) == (by_fused.K is not None) == has_target
-    for i in range(POSITIONS):
-        if observed[i] == -100:
-            continue
-        z, y, label = student[i].tolist(), teacher[i].tolist(), int(observed[i])
-        q, p = reference.softmax(z, temperature), reference.softmax(y, temperature)
-        t = label if case.objective.needs_labels and case.objective.needs_teacher else reference.top(y)
-        expected = {
-            "value": case.expected(z, y, label, temperature),
-            "student_entropy": -sum(x * reference.mp.log(x) for x in q),
-            "max_q": max(q),
-        }
-        if case.objective.needs_teacher:
-            expected |= {
-                "teacher_entropy": -sum(x * reference.mp.log(x) for x in p),
-                "max_p": max(p),
-                "q_t": q[t],
-                "p_t": p[t],
-            }
-        if has_target:
-            expected["B"], expected["K"], _ = reference.parts(q, p, t)
-        for column, number in expected.items():
-            np.testing.assert_allclose(float(getattr(by_fused, column)[i]), float(number), rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("which", ["fused", "dense"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("head", [{}, {"bias": True, "scale": 1.5, "softcap": 2.0}], ids=str)
+def test_an_observer_sees_the_logits_of_every_position_that_counts(
+    case: Case, which: str, reduction: Any, head: dict[str, Any]
+) -> None:
+    """Before the temperature, with the teacher's, whether or not the objective reads them."""
+    pair, seen, observed = Pair(**head), Seen(), labels()
+    student = LMHead(pair.weight, pair.bias, pair.scale, pair.softcap)
+    words: dict[str, Any] = {"objective": case.objective, "temperature": 2.0, "kd_weight": 0.7, "reduction": reduction}
+    words |= {"token_weights": WEIGHTS, "observe": seen}
+    logits = student.logits(pair.hidden), pair.teacher.logits(pair.teacher_hidden)
+    if which == "fused":
+        leaf = pair.hidden.clone().requires_grad_()
+        drkl.fused_distillation_loss(leaf, student, pair.teacher_hidden, pair.teacher, observed, **words)
+        assert len(seen.chunks) == 2
+    else:
+        drkl.distillation_loss(*logits, observed, **words)
+    keep = observed != -100
+    assert torch.equal(seen.all("labels"), observed[keep])
+    for side, expected in zip(("student", "teacher"), logits, strict=True):
+        torch.testing.assert_close(seen.all(side), expected[keep], rtol=1e-12, atol=1e-12)
 
 
-def test_statistics_do_not_change_the_gradient() -> None:
-    pair = Pair()
-    plain = pair.run("fused", labels=labels())
-    leaf = pair.hidden.clone().requires_grad_()
-    loss, statistics = drkl.fused_distillation_loss(
-        leaf, pair.weight, pair.teacher_hidden, pair.teacher, labels(), return_stats=True
-    )
-    loss.backward()
-    assert_near(plain[1], leaf.grad, VOCAB)
-    assert type(statistics).__name__ == "PositionStatistics"
-    with torch.no_grad():
-        again, same = drkl.fused_distillation_loss(
-            pair.hidden, pair.weight, pair.teacher_hidden, pair.teacher, labels(), return_stats=True
-        )
-    assert_near(again, loss.detach(), VOCAB + POSITIONS, 20.0)
-    assert_near(same.value, statistics.value, VOCAB, 20.0)
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_observing_changes_no_digit(case: Case, dtype: torch.dtype) -> None:
+    pair = Pair(bias=True)
+    for field in ("hidden", "weight", "bias", "teacher_hidden"):
+        setattr(pair, field, getattr(pair, field).to(dtype))
+    for which in ("fused", "dense"):
+        words: dict[str, Any] = {"labels": labels(), "objective": case.objective, "kd_weight": 0.7}
+        plain, observed = pair.run(which, **words), pair.run(which, observe=Seen(), **words)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(plain, observed, strict=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("objective", list(drkl.OBJECTIVES))
-def test_statistics_come_out_of_the_row_step(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_further_pass(*_: Any) -> None:
-        raise AssertionError("The rows were looked at twice.")
-
-    monkeypatch.setattr("drkl.losses.fused.position_statistics", no_further_pass)
-    pair = Pair()
-    words: dict[str, Any] = {"objective": objective, "return_stats": True, "kd_weight": 0.7}
-    drkl.fused_distillation_loss(pair.hidden, pair.weight, pair.teacher_hidden, pair.teacher, labels(), **words)
-
-
-@pytest.mark.parametrize("objective", list(drkl.OBJECTIVES))
-def test_statistics_where_two_tokens_are_the_teachers_best(objective: str) -> None:
-    pair = Pair()
-    pair.teacher.weight[[3, 9]] = 20 * pair.teacher_hidden.sum(0)
-    student, teacher = pair.hidden @ pair.weight.T, pair.teacher.logits(pair.teacher_hidden)
-    words: dict[str, Any] = {"objective": objective, "return_stats": True}
-    _, dense = drkl.distillation_loss(student, teacher, labels(), **words)
-    _, fused = drkl.fused_distillation_loss(
-        pair.hidden, pair.weight, pair.teacher_hidden, pair.teacher, labels(), **words
-    )
-    for a, b in zip(fused, dense, strict=True):
-        if a is not None and b is not None:
-            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+@pytest.mark.parametrize("which", ["fused", "dense"])
+def test_an_observer_of_a_loss_without_a_teacher(which: str) -> None:
+    for words in ({"objective": "ce"}, {"kd_weight": 0.0}):
+        pair, seen = Pair(), Seen()
+        plain = pair.run(which, labels=labels(), **words)
+        found = pair.run(which, labels=labels(), observe=seen, **words)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(plain, found, strict=True))  # type: ignore[arg-type]
+        expected = pair.teacher.logits(pair.teacher_hidden)[labels() != -100]
+        torch.testing.assert_close(seen.all("teacher"), expected, rtol=1e-12, atol=1e-12)
+        alone = Seen()
+        if which == "fused":
+            drkl.fused_distillation_loss(pair.hidden, pair.weight, None, None, labels(), observe=alone, **words)
+        else:
+            drkl.distillation_loss(pair.hidden @ pair.weight.T, None, labels(), observe=alone, **words)
+        assert {chunk.teacher for chunk in alone.chunks} == {None}
 
 
-def test_statistics_of_an_objective_that_does_not_fill_them() -> None:
-    class Plain(type(drkl.make_objective("fkl"))):  # type: ignore[misc]
-        def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-            return super().value_and_grad_(student_logits, teacher_logits, labels)  # type: ignore[no-any-return]
-
-    pair = Pair()
-    heads = (pair.hidden, pair.weight, pair.teacher_hidden, pair.teacher, labels())
-    found, expected = (
-        drkl.fused_distillation_loss(*heads, objective=o, return_stats=True)[1] for o in (Plain(), "fkl")
-    )
-    for a, b in zip(found, expected, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+@pytest.mark.parametrize("which", ["fused", "dense"])
+def test_an_observer_and_positions_that_all_count_or_none(which: str) -> None:
+    seen = Seen()
+    Pair().run(which, labels=torch.full((POSITIONS,), -100), observe=seen)
+    assert seen.chunks == []
+    Pair().run(which, observe=seen)
+    assert len(seen.all("student")) == POSITIONS and seen.chunks[0].labels is None
+    masked = Seen()
+    Pair().run(which, labels=labels(), token_mask=torch.arange(POSITIONS) > 6, observe=masked)
+    assert len(masked.all("student")) == 5
 
 
-@pytest.mark.parametrize("objective", list(drkl.OBJECTIVES))
-def test_statistics_in_fp32_of_confident_positions(objective: str) -> None:
-    student, teacher = tensor(6, 40, seed=1, scale=3.0), tensor(6, 40, seed=2, scale=3.0)
-    student[:, 5] += torch.linspace(-20, 40, 6)
-    teacher[:, 5] += torch.linspace(40, 0, 6)
-    eye = torch.eye(40, dtype=torch.float64)
-    observed = torch.tensor([5, 1, 5, 3, 5, 5])
-    words: dict[str, Any] = {"objective": objective, "return_stats": True}
-    _, gold = drkl.distillation_loss(student.float().double(), teacher.float().double(), observed, **words)
-    _, found = drkl.fused_distillation_loss(
-        student.float(), eye.float(), teacher.float(), eye.float(), observed, **words
-    )
-    # Every log of a probability is off by a few units in the last place of the largest logit.
-    close = rounding(0, float(student.abs().max() + teacher.abs().max()), torch.float32)
-    for a, b in zip(found, gold, strict=True):
-        if a is not None and b is not None:
-            torch.testing.assert_close(a.double(), b, rtol=close, atol=close)
+@pytest.mark.parametrize("objective", ["drkl", "ce"])
+def test_an_observer_of_a_shared_vocabulary(objective: str) -> None:
+    heads = [
+        tensor(*shape, seed=i) for i, shape in enumerate([(6, STUDENT), (VOCAB, STUDENT), (6, TEACHER), (19, TEACHER)])
+    ]
+    words: dict[str, Any] = {"labels": torch.tensor([0, 3, 11, -100, 7, 2]), "objective": objective}
+    seen = Seen()
+    drkl.fused_distillation_loss(*heads, vocab_size=SHARED, observe=seen, **words)
+    assert seen.all("student").shape == seen.all("teacher").shape == (5, SHARED)
+    with pytest.raises(DrklError, match="The teacher scores 19 tokens and the student 17"):
+        drkl.fused_distillation_loss(*heads, observe=seen, **words)
+
+
+class HeadProducts(TorchDispatchMode):
+    """Counts the matrix products that have the vocabulary in one of their dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.count += any(VOCAB in x.shape for x in args if isinstance(x, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("objective", "further"), [("drkl", 0), ("rkl", 0), ("ce", 2)])
+def test_an_observer_costs_no_further_product_with_a_head(objective: str, further: int) -> None:
+    """But where the loss reads no teacher: then the teacher's logits, once for each of the two chunks."""
+    counts = []
+    for words in ({}, {"observe": Seen()}):
+        with HeadProducts() as products:
+            Pair().run("fused", labels=labels(), objective=objective, **words)
+        counts.append(products.count)
+    assert counts[0] == (6 if objective == "ce" else 8)  # for each chunk the logits and the two gradients
+    assert counts[1] == counts[0] + further
 
 
 def test_a_frozen_head_gets_no_gradient_and_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_a_frozen_head_gets_no_gradient_and_none_is_made(monkeypatch: pytest.Mon
     monkeypatch.setattr(fused, "_run", watch)
     head = LMHead(pair.weight, pair.bias)
     drkl.fused_distillation_loss(leaf, head, pair.teacher_hidden, pair.teacher, labels()).backward()
-    _, grad_hidden, grad_weight, grad_bias = seen[0]
+    _, (grad_hidden, grad_weight, grad_bias) = seen[0]
     assert grad_hidden is not None and grad_weight is None and grad_bias is None
     torch.testing.assert_close(leaf.grad, pair.run("dense", labels=labels())[1], rtol=1e-10, atol=1e-12)
 

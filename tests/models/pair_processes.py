@@ -118,6 +118,7 @@ WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {
     "ddp, compiled": lambda model: ddp(torch.compile(model, backend="eager")),  # type: ignore[arg-type]
     "ddp, checkpointed": lambda model: checkpointed(model, ddp),
     "fsdp2 checkpointed": lambda model: checkpointed(model, sharded),
+    "fsdp2 teacher": sharded,
     "fsdp2 low": lambda model: sharded(model.float(), head, mp_policy=LOW),
 }
 QUICK = [
@@ -138,7 +139,7 @@ SLOW = [
     *[(name, wrapper) for name in UNTIED for wrapper in ("fsdp2 head", "fsdp2 reshards", "fsdp2 keeps")],
     *[(name, wrapper) for name in ("llama", "llama untied") for wrapper in ("fsdp1", "fsdp1 blocks")],
     *[("llama", wrapper) for wrapper in ("ddp, compiled", "ddp, checkpointed", "fsdp2 checkpointed")],
-    *[("llama untied", wrapper) for wrapper in ("fsdp2 norm and head", "fsdp2 low")],
+    *[("llama untied", wrapper) for wrapper in ("fsdp2 norm and head", "fsdp2 low", "fsdp2 teacher")],
 ]
 SLOW = [case for case in SLOW if case not in QUICK]
 
@@ -148,7 +149,7 @@ def make_student(name: str) -> Any:
 
 
 def make_teacher(name: str) -> Any:
-    return TEACHERS.get(name, lambda: tiny.llama(seed=5))().double()
+    return TEACHERS.get(name, lambda: tiny.llama(seed=5, tie_word_embeddings=False))().double()
 
 
 def make_batch(name: str) -> Batch:
@@ -191,12 +192,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def one_case(name: str, wrapper: str, rank: int) -> dict[str, Any]:
     student, teacher, batch = WRAPPERS[wrapper](make_student(name)), make_teacher(name), make_batch(name)
     teacher = teacher.float() if wrapper == "fsdp2 low" else teacher
+    teacher = sharded(teacher, head) if wrapper == "fsdp2 teacher" else teacher
     mine = part(batch, rows_of(rank))
     loss = pair_loss(student, teacher, mine, objective="rkl")
     loss.backward()
     found = {"loss": loss.detach().double().reshape(1), "gradients": gradients(student)}
     student.zero_grad()
-    if name == "classifier" or wrapper in ("fsdp2 low", "ddp, static"):
+    if name == "classifier" or wrapper in ("fsdp2 low", "fsdp2 teacher", "ddp, static"):
         return found
     return found | {"accumulated": accumulated(student, teacher, batch, rank), "given": given(student, teacher, mine)}
 

@@ -118,7 +118,7 @@ def test_the_teacher_remembers_by_what_its_decoder_read() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_layers_kept_is_the_original(family: Callable[..., PreTrainedModel]) -> None:
     model = family()
-    assert torch.equal(tiny.logits(prune(model, [0, 1, 2, 3], [0, 1, 2, 3])), tiny.logits(model))
+    tiny.assert_alike(prune(model, [0, 1, 2, 3], [0, 1, 2, 3]), model)
 
 
 def stack_layers(model: PreTrainedModel, which: str) -> torch.nn.ModuleList:
@@ -140,7 +140,7 @@ def test_layers_keep_their_weights_in_order_in_both_stacks(family: Callable[...,
     # By hand: the dropped layers taken out of the original.
     del stack_layers(model, "encoder")[1:3]
     del stack_layers(model, "decoder")[1]
-    assert torch.equal(tiny.logits(small), tiny.logits(model))
+    tiny.assert_alike(small, model)
 
 
 def test_the_position_bias_of_layer_0_goes_to_the_layer_that_comes_first() -> None:
@@ -160,8 +160,8 @@ def test_a_pruned_model_is_read_back_as_it_was(family: Callable[..., PreTrainedM
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert (small.get_output_embeddings().weight is small.get_input_embeddings().weight) is tied
     small.save_pretrained(tmp_path)
-    assert torch.equal(tiny.logits(AutoModelForSeq2SeqLM.from_pretrained(tmp_path)), tiny.logits(small))
-    assert torch.equal(tiny.logits(load_model(str(tmp_path), "fp32")), tiny.logits(small))
+    tiny.assert_alike(AutoModelForSeq2SeqLM.from_pretrained(tmp_path), small)
+    tiny.assert_alike(load_model(str(tmp_path), "fp32"), small)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_head_of_hidden_states_is_the_models_logits(name: str) -> None:
     with torch.no_grad():
         theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     keep = batch["labels"] != -100
-    torch.testing.assert_close(ours[keep], theirs[keep], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[keep], theirs[keep], rtol=1e-5, atol=1e-5)
     check_head(model)
 
 
@@ -74,7 +74,7 @@ def test_scale_and_softcap_are_read_from_the_config() -> None:
 
 
 def test_padding_changes_nothing() -> None:
-    model = tiny.gpt2()
+    model = tiny.gpt2().double()  # a batch of two is summed in another order than one of one
     together = hidden_states(model, collate(ROWS, pad_id=0))
     alone = hidden_states(model, collate(ROWS[1:], pad_id=0))
     torch.testing.assert_close(together[1, :2], alone[0])

@@ -99,7 +99,6 @@ def assert_like_one(found: list[dict[str, Any]], name: str, wrapper: str) -> Non
     torch.testing.assert_close(mean, loss, rtol=tolerance, atol=0)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("name", "wrapper"), pair.QUICK)
 def test_two_processes_give_the_gradients_of_one(quick: list[dict[str, Any]], name: str, wrapper: str) -> None:
     assert_like_one(quick, name, wrapper)
@@ -107,7 +106,6 @@ def test_two_processes_give_the_gradients_of_one(quick: list[dict[str, Any]], na
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("name", "wrapper"), pair.SLOW)
 def test_two_processes_give_the_gradients_of_one_in_every_wrapper(
     slow: list[dict[str, Any]], name: str, wrapper: str

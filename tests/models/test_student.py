@@ -65,7 +65,7 @@ def test_what_cannot_be_meant_is_refused(wrong: dict) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_layers_kept_is_the_original(family: Callable[..., PreTrainedModel]) -> None:
     model = family()
-    assert torch.equal(tiny.logits(prune(model, [0, 1, 2, 3])), tiny.logits(model))
+    tiny.assert_alike(prune(model, [0, 1, 2, 3]), model)
 
 
 @pytest.mark.parametrize("layers", [2, [0, 2], (0, 3), range(1, 3), None])
@@ -112,6 +112,11 @@ def test_pruning_keeps_the_dtype_of_a_model_in_memory() -> None:
         (tiny.t5, {"layers": 2, "encoder_layers": 5}, r"^encoder_layers is 5; the encoder has 4 layers"),
         (tiny.t5, {"encoder_layers": []}, r"^encoder_layers is \[\]; expected"),
         (lambda: "/no/such/folder", {"layers": 2}, r"There is no folder '/no/such/folder'"),
+        (
+            lambda: torch.nn.Linear(1, 1),
+            {"layers": 2},
+            r"Expected a folder, a Hugging Face id, or .* a Linear",
+        ),
     ],
 )
 def test_layers_that_cannot_be_kept(make: Callable[[], Any], wanted: dict[str, Any], message: str) -> None:
@@ -132,7 +137,7 @@ def test_layers_keep_their_weights_in_order(family: Callable[..., PreTrainedMode
     # By hand: the dropped layer taken out of the original.
     del layers[1]
     model.config.num_hidden_layers = 3
-    assert torch.equal(tiny.logits(small), tiny.logits(model))
+    tiny.assert_alike(small, model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -145,7 +150,7 @@ def test_embeddings_are_tied_as_in_the_original(
     small.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert is_tied(loaded) is tied
-    assert torch.equal(tiny.logits(loaded), tiny.logits(small))
+    tiny.assert_alike(loaded, small)
 
 
 def test_the_original_is_left_alone() -> None:
@@ -163,7 +168,7 @@ def test_the_original_is_left_alone() -> None:
 def test_make_student_prunes_the_teacher(layers: int | list[int], kept: list[int], tmp_path: Path) -> None:
     tiny.save(tiny.llama(), tmp_path)
     made = make_student(StudentConfig(layers=layers), str(tmp_path), seed=0)
-    assert torch.equal(tiny.logits(made), tiny.logits(prune(tiny.llama(), kept)))
+    tiny.assert_alike(made, prune(tiny.llama(), kept))
     assert not made.training
 
 
@@ -183,14 +188,14 @@ def test_gemma2_is_pruned_to_what_it_would_be_by_hand() -> None:
         num_key_value_heads=1, head_dim=8, sliding_window=3, layer_types=["sliding_attention", "full_attention"] * 2,
     )  # fmt: skip
     model = Gemma2ForCausalLM(config).eval()
-    assert torch.equal(tiny.logits(prune(model, [0, 1, 2, 3])), tiny.logits(model))
+    tiny.assert_alike(prune(model, [0, 1, 2, 3]), model)
     assert prune(model, [1, 2]).config.layer_types == ["full_attention", "sliding_attention"]
 
 
 def test_pretrained_is_the_model_as_it_is(tmp_path: Path) -> None:
     tiny.save(tiny.gpt2(3), tmp_path)
     made = make_student(StudentConfig(init="pretrained", model=str(tmp_path)), None, seed=0)
-    assert torch.equal(tiny.logits(made), tiny.logits(tiny.gpt2(3)))
+    tiny.assert_alike(made, tiny.gpt2(3))
 
 
 def test_random_is_seeded_and_leaves_the_generator_alone(tmp_path: Path) -> None:
@@ -201,7 +206,7 @@ def test_random_is_seeded_and_leaves_the_generator_alone(tmp_path: Path) -> None
     assert torch.equal(torch.get_rng_state(), state)
     again, other = make_student(config, str(tmp_path), seed=5), make_student(config, str(tmp_path), seed=6)
     assert first.config.num_hidden_layers == 2
-    assert torch.equal(tiny.logits(first), tiny.logits(again))
+    tiny.assert_alike(first, again)
     assert not torch.equal(tiny.logits(first), tiny.logits(other))
 
 

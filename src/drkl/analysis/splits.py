@@ -26,31 +26,13 @@ not their two terms: its summands are q log q/p - q + p and p log p/q - p + q.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from drkl.errors import DrklError
-from drkl.objectives import (
-    AdaptiveKL,
-    AlphaBeta,
-    CrossEntropy,
-    ForwardKL,
-    GeneralizedJensenShannon,
-    Objective,
-    ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
-    SymmetricKL,
-    TokenWiseKL,
-    TotalVariation,
-)
-from drkl.objectives.decoupled import Terms, target_class
-from drkl.objectives.logspace import Split, argmax, kl, mixture, split, weighted
+from drkl.objectives import OBJECTIVES, Objective
+from drkl.objectives.decoupled import target_class
+from drkl.objectives.terms import Terms, label_or_top
 
 
 def target_of(objective: Objective, teacher_logp: Tensor, labels: Tensor | None) -> Tensor:
@@ -58,7 +40,7 @@ def target_of(objective: Objective, teacher_logp: Tensor, labels: Tensor | None)
     own = getattr(objective, "target", None)
     if own is not None:
         return target_class(own, teacher_logp, labels)
-    return argmax(teacher_logp) if labels is None else labels
+    return label_or_top(teacher_logp, labels)
 
 
 def terms(
@@ -79,90 +61,11 @@ def terms(
         DrklError: an objective that has no two terms.
     """
     own = getattr(objective, "terms", None)
-    if own is not None:
-        return Terms(*own(student_logp, teacher_logp, labels))
-    if type(objective) not in SPLITS:
-        known = ", ".join(cls.name for cls in SPLITS)
+    if own is None:
+        known = ", ".join(name for name, cls in OBJECTIVES.items() if hasattr(cls, "terms"))
         raise DrklError(
             f"Objective {objective.name!r} does not say what its target term and its tail term are. Known: {known}, "
             "and whatever is decoupled; give one of your own a method terms(student_logp, teacher_logp, labels) that "
             "returns the two, each [n], which add up to its value."
         )
-    target = target_of(objective, teacher_logp, labels)
-    return SPLITS[type(objective)](objective, student_logp, teacher_logp.detach(), target)
-
-
-def _chained(a: Split, b: Split) -> Terms:
-    """KL(a || b) by the chain rule: KL of the pairs, and (1 - a_t) KL of the tails."""
-    on_tail, log_rest = kl(a.log_tail, b.log_tail), a.log_two[:, 1]
-    # As in `kl`, a mass that underflows is not 0: what the other one excludes stays +inf.
-    empty, infinite = log_rest == -math.inf, on_tail == math.inf
-    inside = log_rest.exp() * on_tail.masked_fill(empty | infinite, 0.0)
-    return Terms(kl(a.log_two, b.log_two), inside.masked_fill(infinite & ~empty, math.inf))
-
-
-def _sum(first_weight: Tensor | float, first: Terms, second: Terms) -> Terms:
-    """w first + (1 - w) second, term by term."""
-    pairs = zip(first, second, strict=True)
-    return Terms(*(weighted(first_weight, a) + weighted(1.0 - first_weight, b) for a, b in pairs))
-
-
-def _forward_kl(objective: Any, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    return _chained(split(logp, target), split(logq, target))
-
-
-def _reverse_kl(objective: Any, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    return _chained(split(logq, target), split(logp, target))
-
-
-def _symmetric_kl(objective: SymmetricKL, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    student, teacher = split(logq, target), split(logp, target)
-    return _sum(objective.forward_weight, _chained(teacher, student), _chained(student, teacher))
-
-
-def _adaptive_kl(objective: AdaptiveKL, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    student, teacher = split(logq, target), split(logp, target)
-    return _sum(objective.forward_share(logq, logp), _chained(teacher, student), _chained(student, teacher))
-
-
-def _skew_forward_kl(objective: SkewForwardKL, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    return _chained(split(logp, target), split(mixture(logp, logq, objective.skew), target))
-
-
-def _skew_reverse_kl(objective: SkewReverseKL, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    return _chained(split(logq, target), split(mixture(logq, logp, objective.skew), target))
-
-
-def _jensen_shannon(objective: GeneralizedJensenShannon, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    middle = split(mixture(logp, logq, objective.beta), target)
-    return _sum(objective.beta, _chained(split(logp, target), middle), _chained(split(logq, target), middle))
-
-
-def _summands(objective: Objective, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    """For an objective that is a sum over classes: itself on the target alone, and itself without the target."""
-    at_target = target.unsqueeze(-1)
-    alone = objective(logq.gather(-1, at_target), logp.gather(-1, at_target))
-    # A class that both exclude adds nothing, to the gradient either.
-    others = objective(logq.scatter(-1, at_target, -math.inf), logp.scatter(-1, at_target, -math.inf))
-    return Terms(alone, others)
-
-
-def _cross_entropy(objective: CrossEntropy, logq: Tensor, logp: Tensor, target: Tensor) -> Terms:
-    value = objective(logq, None, target)
-    return Terms(value, torch.zeros_like(value.detach()))
-
-
-SPLITS: dict[type[Objective], Callable[[Any, Tensor, Tensor, Tensor], Terms]] = {
-    CrossEntropy: _cross_entropy,
-    ForwardKL: _forward_kl,
-    ReverseKL: _reverse_kl,
-    SymmetricKL: _symmetric_kl,
-    GeneralizedJensenShannon: _jensen_shannon,
-    SkewForwardKL: _skew_forward_kl,
-    SkewReverseKL: _skew_reverse_kl,
-    TotalVariation: _summands,
-    AdaptiveKL: _adaptive_kl,
-    AlphaBeta: _summands,
-    TokenWiseKL: _summands,
-}
-"""The two terms of every objective that does not consist of them by definition, from (objective, log q, log p, t)."""
+    return Terms(*own(student_logp, teacher_logp.detach(), labels))

@@ -1,4 +1,4 @@
-"""Data: examples (jsonl, ``datasets``) to prompts and responses to batches; the rest is in the modules."""
+"""Data: examples from files and data sets, tokenised into rows, collated into batches."""
 
 from drkl.data.config import DataConfig
 from drkl.data.examples import Example, load_examples

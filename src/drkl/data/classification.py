@@ -1,4 +1,4 @@
-"""Texts with labels, for classification."""
+"""Rows for classification: texts with labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Labelled = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """One text as token ids, with the id of its class."""
+    """A tokenised text with the id of its class."""
 
     id: str
     ids: tuple[int, ...]
@@ -35,17 +35,17 @@ class LabelledRow:
 
     @property
     def num_trained(self) -> int:
-        """The loss is about one position: the text's class."""
+        """Number of positions that have a loss: one, the text's class."""
         return 1
 
     @property
     def length(self) -> int:
-        """How many positions the model is fed."""
+        """Number of positions the model is fed."""
         return len(self.ids)
 
 
 def read_labelled(path: str | None = None, dataset: str | None = None) -> list[Labelled]:
-    """Read ``(id, text, label)`` of every row of a file or of a data set; whole-number labels become text.
+    """Read ``(id, text, label)`` of every row of a file or a data set; whole-number labels become text.
 
     Raises:
         DrklError: a file or data set that is missing or unreadable, or a bad row (with file:line).
@@ -74,10 +74,10 @@ def labelled_texts(examples: Iterable[Example]) -> list[Labelled]:
 
 
 def label_set(labelled: Iterable[Labelled]) -> tuple[str, ...]:
-    """The labels of rows as class names: sorted, so that the order of the rows does not matter.
+    """Return the labels of rows as class names, sorted: the order of the rows does not matter.
 
     Raises:
-        DrklError: fewer than two, which leave nothing to tell apart.
+        DrklError: fewer than two labels.
     """
     labels = tuple(sorted({label for _, text, label in labelled if text.strip() and label.strip()}))
     if len(labels) < 2:
@@ -95,11 +95,11 @@ def tokenize_labelled(
 ) -> tuple[list[LabelledRow], DropReport]:
     """Return the usable rows, in order, and the account of the others.
 
-    A text is encoded as the tokenizer does it by itself, with its special tokens; one longer than ``max_tokens`` (or
-    than the tokenizer's own limit) is cut at its end and counted. Rows with an empty text or label are dropped.
+    A text is encoded with the tokenizer's special tokens. A text longer than ``max_tokens``, or than the tokenizer's
+    own limit, is cut at its end and counted. Rows with an empty text or label are dropped.
 
     Raises:
-        DrklError: a label that is no class, or no row left.
+        DrklError: an unknown label, or no row left.
     """
     ids_of = {name: number for number, name in enumerate(classes)}
     limit = min(max_tokens, tokenizer.model_max_length)
@@ -125,9 +125,9 @@ def tokenize_labelled(
 
 
 def _unknown_label(row_id: str, label: str, classes: Sequence[str]) -> DrklError:
-    shown = ", ".join(classes[:12]) + (f" and {len(classes) - 12} more" if len(classes) > 12 else "")
+    known = ", ".join(classes[:12]) + (f" and {len(classes) - 12} more" if len(classes) > 12 else "")
     return DrklError(
-        f"Row {row_id!r} has the label {label!r}, which is none of the {len(classes)} classes: {shown}."
+        f"Row {row_id!r} has the label {label!r}, which is none of the {len(classes)} classes: {known}."
         f"{did_you_mean(label, classes)} A teacher brings the classes (id2label of its config.json); without one they "
         "are the labels of the training rows. Rename the label, or take such rows out."
     )

@@ -10,26 +10,25 @@ from torch import Tensor
 
 from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
-
-IGNORE_INDEX = -100
+from drkl.losses.common import IGNORE_INDEX
 
 
 def collate(rows: Sequence[Row | LabelledRow], *, pad_id: int, decoder_start: int | None = None) -> dict[str, Any]:
     """Return a right-padded batch with aligned labels.
 
     Args:
-        rows: for an encoder-decoder, tokenised for it; for a classifier, labelled ones (see `_collate_labelled`).
-        pad_id: fills the batch; its value changes nothing.
-        decoder_start: None for a decoder-only model; for an encoder-decoder what its decoder is fed first
-            (see `_collate_apart`).
+        rows: for a classifier `LabelledRow` (see `_collate_labelled`), else `Row` of this kind of model.
+        pad_id: fills the batch; its value changes no result.
+        decoder_start: None for a decoder-only model; for an encoder-decoder the first token that its decoder is fed
+            (see `_collate_seq2seq`).
 
     ``input_ids``, ``attention_mask``, ``position_ids`` and ``labels`` are int64 ``[batch, time]``; ``time`` is the
-    longest ``row.length``. Fed is ``(prompt + response)[:-1]``; the last prompt position predicts the first response
-    token, and every other position that predicts no response token has the label ``IGNORE_INDEX``, and so has one that
-    predicts a token which ``row.trained`` leaves out. Which positions count follows from where the response stands,
-    never from token ids, so eos is learnt even where it is the padding token. ``row_ids`` is a list of the rows' ids.
+    longest ``row.length``. The model is fed ``(prompt + response)[:-1]``, and the last prompt position predicts the
+    first response token. The label is ``IGNORE_INDEX`` at every position that predicts no response token, or one that
+    ``row.trained`` leaves out. This follows from the place of the response, never from token ids: eos is learnt even
+    where it is the padding token. ``row_ids`` is a list of the rows' ids.
 
-    No rows give a batch of one ignored position: every process and micro-step needs a forward pass.
+    Without rows the batch is one ignored position: every process needs a forward pass in every micro-step.
 
     >>> row = Row("a", (5, 6), (7, 2), example=None)
     >>> batch = collate([row], pad_id=0)
@@ -44,7 +43,7 @@ def collate(rows: Sequence[Row | LabelledRow], *, pad_id: int, decoder_start: in
 def _collate_labelled(rows: Sequence[LabelledRow], pad_id: int) -> dict[str, Any]:
     """A batch for a classifier: ``input_ids`` and ``attention_mask`` ``[batch, time]``, ``labels`` ``[batch, 1]``.
 
-    A text is one position: its class is what the class logits ``[batch, 1, classes]`` predict.
+    A text is one position, whose class is predicted by the class logits ``[batch, 1, classes]``.
     """
     input_ids, attention_mask = _pad_right([row.ids for row in rows], pad_id)
     labels = torch.tensor([[row.label] for row in rows])
@@ -59,7 +58,7 @@ def _collate_labelled(rows: Sequence[LabelledRow], pad_id: int) -> dict[str, Any
 def _collate_causal(rows: Sequence[Row], pad_id: int, decoder_start: int | None) -> dict[str, Any]:
     assert all(row.encoder_decoder == (decoder_start is not None) for row in rows), "rows of the other kind of model"
     if decoder_start is not None:
-        return _collate_apart(rows, pad_id, decoder_start)
+        return _collate_seq2seq(rows, pad_id, decoder_start)
     shape = (max(1, len(rows)), max((row.length for row in rows), default=1))
     input_ids = torch.full(shape, pad_id)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -84,7 +83,7 @@ def _collate_causal(rows: Sequence[Row], pad_id: int, decoder_start: int | None)
     }
 
 
-def _collate_apart(rows: Sequence[Row], pad_id: int, decoder_start: int) -> dict[str, Any]:
+def _collate_seq2seq(rows: Sequence[Row], pad_id: int, decoder_start: int) -> dict[str, Any]:
     """A batch for an encoder-decoder: the encoder reads the prompt, the decoder ``[start] + response[:-1]``.
 
     ``input_ids`` and ``attention_mask`` are ``[batch, prompt time]``, ``decoder_input_ids``,
@@ -118,7 +117,7 @@ def _pad_right(sequences: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, T
 def collate_sources(prompts: Sequence[Sequence[int]], *, pad_id: int) -> dict[str, Tensor]:
     """Return right-padded ``input_ids`` and ``attention_mask``, int64 ``[batch, time]``, for an encoder.
 
-    An encoder with learnt positions counts them from the left edge: padding there would shift them.
+    Padding on the left would shift the learnt positions of an encoder, which count from the left edge.
 
     >>> collate_sources([[5], [6, 7]], pad_id=0)["attention_mask"].tolist()
     [[1, 0], [1, 1]]

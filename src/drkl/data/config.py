@@ -12,14 +12,16 @@ Format = Literal["auto", "prompt_response", "messages", "text_label", "text"]
 
 
 class TokenizerConfig(BaseModel):
-    """A tokenizer made from the run's own training text."""
+    """A tokenizer trained on the run's own training text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: Literal["bpe"] = Field(
-        "bpe", description="bpe: byte-level BPE learnt on the training text; for runs without a teacher"
+        "bpe", description="Tokenizer to train: bpe (byte-level BPE on the training text). For runs without a teacher."
     )
-    vocab_size: int = Field(8192, ge=257, description="tokens at most; 256 bytes and the special tokens are always in")
+    vocab_size: int = Field(
+        8192, ge=257, description="Largest vocabulary. The 256 bytes and the special tokens are always part of it."
+    )
 
 
 class SourceConfig(BaseModel):
@@ -27,16 +29,19 @@ class SourceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str | None = Field(default=None, description="a file, as data.path; exactly one of path and dataset")
-    dataset: str | None = Field(default=None, description="a `datasets` id or a local folder, as data.dataset")
-    format: Format | None = Field(default=None, description="its format where it is not data.format")
+    path: str | None = Field(default=None, description="A file, as data.path. Give exactly one of path and dataset.")
+    dataset: str | None = Field(default=None, description="A `datasets` id or a local folder, as data.dataset.")
+    format: Format | None = Field(default=None, description="Format of the rows (default: data.format).")
     weight: float = Field(
         default=1.0,
         gt=0,
         le=1000,
-        description="how often its rows are taken per epoch; of 1.5, every row and half of them (by a hash) again",
+        description="How often an epoch takes the rows. With 1.5 an epoch has every row once and half of the rows, "
+        "selected by a hash of the row id, twice.",
     )
-    max_rows: int | None = Field(default=None, gt=0, description="use its first so many training rows")
+    max_rows: int | None = Field(
+        default=None, gt=0, description="Number of training rows to use, from the start (default: all)."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
@@ -47,71 +52,74 @@ class SourceConfig(BaseModel):
 
     @property
     def name(self) -> str:
-        """The path or the id."""
+        """The path or the id of the source."""
         return self.path or self.dataset or ""
 
 
 class DataConfig(BaseModel):
-    """Where the rows come from, and how many tokens of each are used."""
+    """Where the rows come from, and how they are tokenised."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str | None = Field(
         default=None,
-        description="Training rows: a file (jsonl, json, csv, parquet, txt), or bundled:dolly and the like (ship with "
-        "drkl). Exactly one of path, dataset and sources.",
+        description="Training rows: a file (jsonl, json, csv, parquet, txt), or data that ships with drkl, such as "
+        "bundled:dolly. Give exactly one of path, dataset and sources.",
     )
     dataset: str | None = Field(
         default=None,
-        description="Training rows: a `datasets` id or a local folder, 'id' or 'id:config'; its split 'train' is used.",
+        description="Training rows: a `datasets` id ('id' or 'id:config') or a local folder. Split: train.",
     )
-    sources: tuple[SourceConfig, ...] = Field(default=(), description="Training rows from several places, mixed.")
+    sources: tuple[SourceConfig, ...] = Field(default=(), description="Training rows from several sources, mixed.")
     eval_path: str | None = Field(
         default=None,
-        description="Held-out rows: a file, or bundled:dolly-eval and the like; null holds out 5 % of each source's "
-        "training rows (at least 1, at most 100), picked by a hash of their ids; of few plain texts, their ends.",
+        description="Held-out rows: a file, or data that ships with drkl, such as bundled:dolly-eval. Default: 5 % of "
+        "each source's training rows (1 to 100), selected by a hash of the row id; with fewer than 20 plain texts, the "
+        "end of each.",
     )
     eval_max_rows: int | None = Field(
         default=None,
         gt=0,
-        description="Of eval_path, use so many rows, picked by a hash of their ids; all where left out.",
+        description="Number of held-out rows to use (default: all). Selected by a hash of the row id.",
     )
     max_rows: int | None = Field(
-        default=None, gt=0, description="Use the first so many training rows (texts, for text); all where left out."
+        default=None,
+        gt=0,
+        description="Number of training rows (of texts, for plain text) to use, from the start (default: all).",
     )
     format: Format = Field(
         default="auto",
-        description="Fields of a row: prompt and response (and input), messages, text and label (learnt as a "
-        "response), or text alone (plain text in blocks of max_tokens); auto takes what a row has.",
+        description="Fields of a row: prompt_response (and optional input), messages, text_label (the label is learnt "
+        "as a response) or text (plain text, in blocks of max_tokens). auto takes the first that fits the row.",
     )
     turns: Literal["last", "all"] = Field(
         default="last",
-        description="Of a conversation: learn the assistant's last turn, or all of them (each with its end of turn); "
-        "an encoder-decoder always learns the last.",
+        description="Turns of the assistant to learn in a conversation: the last, or all of them, each with its end of "
+        "turn. An encoder-decoder always learns the last.",
     )
     template: str = Field(
         default="auto",
-        description="How a prompt is written: chat (the tokenizer's template), alpaca, minillm, plain (as it is), or "
-        "jinja text with prompt or messages; auto is chat where the tokenizer has a template, else alpaca. An "
-        "encoder-decoder reads the prompt as it is.",
+        description="Prompt template: chat (the tokenizer's own), alpaca, minillm, plain (the prompt unchanged), or "
+        "jinja text that uses prompt or messages. auto is chat if the tokenizer has a template, else alpaca. An "
+        "encoder-decoder reads the prompt unchanged.",
     )
     max_prompt_tokens: int = Field(
         default=256,
         gt=0,
-        description="Rows whose prompt has more tokens than this are dropped (counted, never cut); of a max_tokens of "
-        "256 or less the default is half.",
+        description="Longest prompt in tokens. Rows with a longer prompt are dropped and counted, never cut. The "
+        "default is half of max_tokens where that is 256 or less.",
     )
     max_tokens: int = Field(
         default=512,
         gt=1,
-        description="Prompt and response together; a longer response is cut at its end (counted). In classification "
-        "the text, which is cut likewise.",
+        description="Longest row in tokens, prompt and response together. A longer response is cut at its end and "
+        "counted; so is a longer text in classification.",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _fit_prompts(cls, values: Any) -> Any:
-        """A small ``max_tokens`` alone is no contradiction to the other's default."""
+        """A small ``max_tokens`` alone lowers the default of ``max_prompt_tokens``."""
         longest = values.get("max_tokens") if isinstance(values, dict) else None
         if isinstance(longest, int) and 1 < longest <= 256 and "max_prompt_tokens" not in values:
             return {"max_prompt_tokens": longest // 2, **values}
@@ -144,22 +152,22 @@ class DataConfig(BaseModel):
         return self
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
-        """The sources, each with its format; of a lone path or dataset, that one."""
-        lone = self.sources or (SourceConfig(path=self.path, dataset=self.dataset, max_rows=self.max_rows),)
-        return tuple(source.model_copy(update={"format": source.format or self.format}) for source in lone)
+        """Return the sources, each with its format; a single path or dataset is one source."""
+        sources = self.sources or (SourceConfig(path=self.path, dataset=self.dataset, max_rows=self.max_rows),)
+        return tuple(source.model_copy(update={"format": source.format or self.format}) for source in sources)
 
     @property
     def name(self) -> str:
-        """What the training rows come from, in a few words."""
+        """The training sources in a few words."""
         return ", ".join(source.name for source in self.all_sources())
 
     @property
     def prompt_template(self) -> str:
-        """The template of a prompt that a person types: a model of plain text goes on from it as it is."""
+        """The template for a prompt that a person types; a model of plain text continues the prompt unchanged."""
         return "plain" if self.template == "auto" and self.format == "text" else self.template
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        """What ``tokenize_examples`` has to know."""
+        """The arguments of `rows_from` and ``tokenize_examples`` that this section sets."""
         names = ("max_prompt_tokens", "max_tokens", "turns", "template")
         return {name: getattr(self, name) for name in names}

@@ -24,7 +24,7 @@ Rows = Iterator[tuple[str, Any]]
 
 
 def file_rows(path: str, row_format: str = "auto") -> Rows:
-    """Yield ``(place, value)`` of every row of a file; its suffix says what it is, and any other is read as jsonl.
+    """Yield ``(place, value)`` of every row of a file, read as its suffix says; an unknown suffix is read as jsonl.
 
     ``.json`` is one list of objects (or json lines), ``.csv`` has a header, ``.txt`` is one plain text.
 
@@ -113,9 +113,9 @@ def _parquet(file: Path, name: str) -> Rows:
 
 
 def dataset_rows(name: str, *, split: str = "train", data_files: str | None = None) -> Rows:
-    """Yield ``(place, value)`` of every row of one split of a ``datasets`` id or folder; labels by name.
+    """Yield ``(place, value)`` of every row of one split of a ``datasets`` id or folder; class numbers become names.
 
-    ``data_files`` names the one file of a repository to read, as split ``train``.
+    ``data_files`` is the only file of a repository to read, as split ``train``.
 
     Raises:
         DrklError: no such data set.

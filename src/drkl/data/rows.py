@@ -90,12 +90,13 @@ def dataset_items(dataset: Any, name: str, row_format: str = "auto") -> Iterable
         return _numbered(dataset, name)
     import datasets
 
-    if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
+    splits = datasets.Dataset | datasets.IterableDataset
+    if isinstance(dataset, Mapping) and all(isinstance(split, splits) for split in dataset.values()):
         if len(dataset) != 1:
             some = next(iter(dataset), "train")
             raise DrklError(
                 f"{name} is a {type(dataset).__name__} with the splits {', '.join(map(str, dataset)) or 'none'}; pass "
-                f"one of them, as in dataset[{str(some)!r}]."
+                f"one of them, as in {name}[{str(some)!r}]."
             )
         return dataset_items(next(iter(dataset.values())), name, row_format)
     if isinstance(dataset, datasets.Dataset):

@@ -1,4 +1,4 @@
-"""Texts as token ids for an encoder-decoder, which reads the prompt and writes the response apart."""
+"""Tokenise prompts and responses for an encoder-decoder."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 def encode_source(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Return what the encoder reads: the user's text with the tokenizer's own special tokens (T5's eos at the end).
+    """Return the encoder's input: the user's text with the tokenizer's own special tokens (T5's eos at the end).
 
-    Of a longer conversation all turns, each after ``User:`` or ``Assistant:`` (a system message stands first, bare).
+    A longer conversation is written as `instruction_text` does.
     """
     # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
     return list(tokenizer(instruction_text(messages), verbose=False)["input_ids"])
 
 
 def encode_target(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return what the decoder writes: the text as the tokenizer encodes targets by itself, ended by eos.
+    """Return the decoder's target: the text as the tokenizer encodes targets by itself, ended by eos.
 
     Raises:
         DrklError: the tokenizer has no eos token.
@@ -38,6 +38,6 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def tokens_around(tokenizer: PreTrainedTokenizerBase, *, target: bool = False) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts before a text, and those after it."""
     text = {"text_target" if target else "text": "a"}
-    whole = tokenizer(**text, return_special_tokens_mask=True, verbose=False)
-    ids, special = list(whole["input_ids"]), list(whole["special_tokens_mask"])
+    encoded = tokenizer(**text, return_special_tokens_mask=True, verbose=False)
+    ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     return ids[: special.index(0)], ids[len(special) - special[::-1].index(0) :]

@@ -1,4 +1,4 @@
-"""Conversations as token ids: the tokenizer's chat template, or one of the templates of ``data.template``."""
+"""Tokenise conversations: by the tokenizer's chat template, or by one of the templates of ``data.template``."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _PROBE = "drkl0content0probe"
 
 
 class Turns(NamedTuple):
-    """A conversation's ids, and where in them each assistant turn stands (its end of turn included)."""
+    """A conversation's ids, and the (start, end) of every assistant turn in them, its end of turn included."""
 
     ids: list[int]
     spans: list[tuple[int, int]]
 
 
 def check_template(template: str) -> None:
-    """Refuse what is neither a name of ``NAMES`` nor a jinja template.
+    """Raise DrklError unless a template is a name of ``NAMES`` or a jinja template.
 
     Raises:
         DrklError: an unknown name, or jinja that does not parse (with its line).
@@ -71,10 +71,11 @@ def encode_prompt(
             writes ``bos_token``.
         messages: ``{"role", "content"}``, first to last.
         template: a name of ``NAMES``, or jinja text.
-        context_start: where in a lone user message its input begins, which minillm sets apart from the instruction.
+        context_start: the character at which the input of a single user message begins, which minillm separates from
+            the instruction.
 
     Raises:
-        DrklError: the template refuses the conversation, or there is none of that name.
+        DrklError: the template refuses the conversation, or is unknown.
     """
     return _encode_from_start(tokenizer, _prompt_text(tokenizer, messages, template, context_start), template)
 
@@ -86,15 +87,14 @@ def encode_response(
     *,
     context_start: int | None = None,
 ) -> list[int]:
-    """Return the ids of the last message, the assistant's, ended by the token that ends its turn.
+    """Return the ids of the last message, the assistant's, up to and including its end of turn.
 
-    ``encode_prompt(tokenizer, messages[:-1]) + encode_response(tokenizer, messages)`` is what the template gives for
-    the whole conversation, up to the end of turn: whatever it writes after that (often a newline) is left out. The
-    end of turn is the tokenizer's eos where the template writes it, else the first special token after the text,
-    else eos, appended.
+    ``encode_prompt(tokenizer, messages[:-1]) + encode_response(tokenizer, messages)`` is the templated conversation up
+    to the end of turn; what the template writes after that (often a newline) is left out. The end of turn is the
+    tokenizer's eos where the template writes it, else the first special token after the text, else an appended eos.
 
-    Where the tokenizer would merge the prompt's end with the response's beginning, the two are encoded apart: a
-    generating model sees the prompt alone, so the merged token could never be produced.
+    Where the tokenizer would merge the end of the prompt with the beginning of the response, the two are encoded
+    separately: a generating model sees the prompt alone and could never produce the merged token.
 
     Raises:
         DrklError: the chat template refuses the conversation, does not begin it with its own generation prompt, or
@@ -115,8 +115,8 @@ def encode_turns(
 ) -> Turns:
     """Return the ids of a whole conversation, which ends with the assistant's message, and the assistant's turns.
 
-    Each turn's ids are those that ``encode_response`` gives for the conversation up to there. Where a template ends no
-    turn, eos is put after each of the assistant's. In alpaca and minillm a later user message comes as a further
+    Each turn has the ids that ``encode_response`` gives for the conversation up to there. Where a template writes no
+    end of turn, eos is put after every turn of the assistant. In alpaca and minillm a later user message is a further
     ``### Instruction:``.
 
     Raises:
@@ -155,7 +155,7 @@ def encode_turns(
 def _prompt_before(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str, context_start: int | None, text: str
 ) -> str:
-    """The prompt of a turn, which goes on from the ``text`` of the turns before it."""
+    """The prompt of a turn, which continues the ``text`` of the turns before it."""
     kind = _kind(tokenizer, template)
     if text and kind in ("alpaca", "minillm"):
         return text + FOLLOW_UP.format(instruction=messages[-1]["content"])
@@ -170,7 +170,7 @@ def _prompt_before(
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids at which a generated response is over: eos, and the template's end of turn if that is another.
+    """Return the ids that end a generated response: eos, and the template's end of turn if that is another token.
 
     Raises:
         DrklError: as ``encode_response``.
@@ -215,7 +215,7 @@ def _prompt_text(
 
 
 def instruction_text(messages: Messages) -> str:
-    """The user's text; of a longer conversation all turns, each after ``User:`` or ``Assistant:`` (a system's bare)."""
+    """Return a single message's text; else all turns, after ``User:`` or ``Assistant:`` (a system message bare)."""
     if len(messages) == 1:
         return messages[0]["content"]
     names = {"user": "User: ", "assistant": "Assistant: "}
@@ -235,10 +235,10 @@ def _response_text(
             "there, so what the student should write after the prompt is undefined. Give the tokenizer another "
             "chat_template, or none for the Alpaca template."
         )
-    # What follows the content is found with a stand-in: the content itself may hold anything, special tokens too.
+    # A placeholder shows what follows the content, which may itself contain anything, special tokens too.
     probe = _render(tokenizer, [*messages[:-1], {**messages[-1], "content": _PROBE}], add_generation_prompt=False)
-    _, found, suffix = probe.rpartition(_PROBE)
-    if not found or not full.endswith(suffix):
+    _, placeholder, suffix = probe.rpartition(_PROBE)
+    if not placeholder or not full.endswith(suffix):
         raise DrklError("The chat template leaves the assistant's last message out; there is nothing to train on.")
     content = full[len(prompt) : len(full) - len(suffix)]
     end = _end_of_turn(tokenizer, suffix)
@@ -321,24 +321,24 @@ def _encode_pieces(
 ) -> list[list[int]]:
     """Encode pieces of one text as they stand in it, each with its own ids.
 
-    Where the tokenizer would merge a piece's beginning into the piece before, it is encoded apart.
+    Where the tokenizer would merge the beginning of a piece into the piece before, the piece is encoded by itself.
     """
 
     def encode(text: str) -> list[int]:
         return _encode_from_start(tokenizer, text, template) if begins else _encode(tokenizer, text)
 
-    apart = [encode(pieces[0]), *(_encode(tokenizer, piece) for piece in pieces[1:])]
-    if [token for ids in apart for token in ids] == encode("".join(pieces)):
-        return apart
-    found: list[list[int]] = []
+    separate = [encode(pieces[0]), *(_encode(tokenizer, piece) for piece in pieces[1:])]
+    if [token for ids in separate for token in ids] == encode("".join(pieces)):
+        return separate
+    result: list[list[int]] = []
     before: list[int] = []
     text = ""
-    for piece, alone in zip(pieces, apart, strict=True):
+    for piece, alone in zip(pieces, separate, strict=True):
         text += piece
         ids = encode(text)
-        found.append(ids[len(before) :] if ids[: len(before)] == before else alone)
+        result.append(ids[len(before) :] if ids[: len(before)] == before else alone)
         before = ids
-    return found
+    return result
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,4 +1,4 @@
-"""Examples to token ids; what cannot be used is dropped, counted and never cut in the middle."""
+"""Tokenise examples; those that cannot be used are dropped and counted."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _REASONS = {
 class Row:
     """One example as token ids; ``response_ids`` end with the end of turn unless they were cut.
 
-    With ``turns: all`` they hold the whole conversation from the first reply on, and ``trained`` says which of them
-    are the assistant's; None is all of them. ``sampling_context`` are the ids after which a model is asked for the
-    ``example``'s response, None where those are ``prompt_ids``.
+    With ``turns: all`` they hold the whole conversation from the first reply on, and ``trained`` marks those that are
+    the assistant's; None marks all of them. ``sampling_context`` are the ids after which a model samples the
+    ``example``'s response; None stands for ``prompt_ids``.
     """
 
     id: str
@@ -50,9 +50,9 @@ class Row:
 
     @property
     def length(self) -> int:
-        """How many positions the model is fed: the last response token is only predicted.
+        """Number of positions the model is fed (the last response token is only predicted).
 
-        Of an encoder-decoder the longer of the two sides.
+        For an encoder-decoder, the longer of source and target.
         """
         if self.encoder_decoder:
             return max(len(self.prompt_ids), len(self.response_ids))
@@ -60,28 +60,28 @@ class Row:
 
     @property
     def trained_ids(self) -> tuple[int, ...]:
-        """The tokens that the loss is about, in order."""
+        """The tokens that have a loss, in order."""
         if self.trained is None:
             return self.response_ids
         return tuple(token for token, counts in zip(self.response_ids, self.trained, strict=True) if counts)
 
     @property
     def num_trained(self) -> int:
-        """How many tokens the loss is about."""
+        """Number of tokens that have a loss."""
         return len(self.response_ids) if self.trained is None else sum(self.trained)
 
     @property
     def sampling_ids(self) -> tuple[int, ...]:
-        """The ids after which a model is asked for the example's response."""
+        """The ids after which a model samples the example's response."""
         return self.prompt_ids if self.sampling_context is None else self.sampling_context
 
 
 @dataclass
 class DropReport:
-    """How many rows were kept, how many were dropped for which reason, how many responses were cut.
+    """Number of rows kept, of rows dropped by reason, and of responses cut.
 
-    Of plain text a row is a block; ``documents`` says how many texts were cut into blocks. ``per_epoch`` is what the
-    weights of the sources make of the rows, None where all weigh 1.
+    A row of plain text is a block; ``documents`` is the number of texts that were cut into blocks. ``per_epoch`` is the
+    number of rows in an epoch after weighting, None where all weights are 1.
     """
 
     kept: int = 0
@@ -117,15 +117,15 @@ def tokenize_examples(
 ) -> tuple[list[Row], DropReport]:
     """Return the usable rows, in order, and the account of the others.
 
-    A prompt longer than ``max_prompt_tokens`` drops its row. Where prompt and response together pass ``max_tokens``
-    the response is cut at its end, and the end of turn with it. With ``turns="all"`` the prompt ends before the first
-    reply, and the rest of the conversation is the response, of which the assistant's tokens are trained.
+    A row with a prompt longer than ``max_prompt_tokens`` is dropped. A response that ends after ``max_tokens`` (prompt
+    included) is cut there, and loses its end of turn. With ``turns="all"`` the prompt ends before the first reply; the
+    rest of the conversation is the response, in which the assistant's tokens are trained.
 
-    Plain texts are joined to one stream, eos after each, and cut into rows of ``max_tokens``, after all the others. A
-    row's one-token prompt is the token before it (of the first, bos or eos): every token is trained once.
+    Plain texts come last. They are joined, eos after each, and cut into rows of ``max_tokens``. The prompt of such a
+    row is the token before it (bos or eos before the first), so every token is trained once.
 
-    ``encoder_decoder`` rows have the plain prompt and the last reply as the tokenizer encodes texts by itself, whatever
-    ``turns`` and ``template`` say. Of a block of plain text the encoder reads the first half and the decoder writes the
+    ``encoder_decoder`` rows have the prompt and the last reply as the tokenizer encodes texts by itself; ``turns`` and
+    ``template`` are ignored. The encoder reads the first half of a block of plain text and the decoder writes the
     second (prefix language modelling: Raffel et al. 2020, section 3.3.1).
 
     Raises:
@@ -182,14 +182,14 @@ def encode_for(
     *,
     encoder_decoder: bool,
 ) -> list[int]:
-    """Return the ids after which a model of this kind answers ``messages``; an encoder-decoder has no ``template``."""
+    """Return the ids after which a model answers ``messages``; an encoder-decoder ignores ``template``."""
     return encode_source(tokenizer, messages) if encoder_decoder else encode_prompt(tokenizer, messages, template)
 
 
 def weigh(rows: Sequence[Row]) -> list[Row]:
-    """Return every row as often as its example's weight says; ``#2`` and so on marks the ids of repeated rows.
+    """Repeat every row as often as its example's weight says; the ids of repeated rows end in ``#2`` and so on.
 
-    Of a weight's fraction that share of the rows is taken, picked by a hash of their ids.
+    With a fraction, as in 1.5, that share of the rows is repeated once more, selected by a hash of their ids.
 
     >>> rows = [Row(name, (1,), (2,), Example(name, (), weight=1.5)) for name in "abcd"]
     >>> [row.id for row in weigh(rows)]
@@ -201,17 +201,17 @@ def weigh(rows: Sequence[Row]) -> list[Row]:
         more = round((weight - int(weight)) * len(group))
         ranked = sorted(group, key=hash_of_id)
         share |= dict.fromkeys(group, int(weight)) | dict.fromkeys(ranked[:more], int(weight) + 1)
-    found = []
+    repeated = []
     for copy in range(max(share.values(), default=0)):
         chosen = [row for row in rows if share[row.id] > copy]
-        found += chosen if not copy else [replace(row, id=f"{row.id}#{copy + 1}") for row in chosen]
-    return found
+        repeated += chosen if not copy else [replace(row, id=f"{row.id}#{copy + 1}") for row in chosen]
+    return repeated
 
 
 def _encode(
     example: Example, tokenizer: PreTrainedTokenizerBase, turns: str, template: str, *, encoder_decoder: bool
 ) -> Turns:
-    """The ids of the whole conversation, and the turns of it that are learnt."""
+    """The ids of a conversation, and the turns that are learnt."""
     if encoder_decoder:
         source, target = encode_source(tokenizer, example.prompt_messages), encode_target(tokenizer, example.response)
         return Turns(source + target, [(len(source), len(source) + len(target))])
@@ -233,7 +233,7 @@ def row_of_spans(example: Example, ids: Sequence[int], spans: Sequence[tuple[int
             ``max_tokens``.
         max_tokens: the row ends there.
     """
-    # What is left of a user's turn at the end would be fed for nothing.
+    # The beginning of a user's turn at the end would have no loss.
     end = max(min(end, max_tokens) for start, end in spans if start < max_tokens)
     prompt_ids, response_ids = tuple(ids[: spans[0][0]]), tuple(ids[spans[0][0] : end])
     if len(spans) == 1:
@@ -241,19 +241,19 @@ def row_of_spans(example: Example, ids: Sequence[int], spans: Sequence[tuple[int
     trained = [False] * len(ids)
     for start, stop in spans:
         trained[start:stop] = [True] * (stop - start)
-    # Sampling answers the last turn that is here whole; an earlier one than the last has a shorter conversation.
-    whole = max(1, sum(stop <= end for _, stop in spans))
-    if whole < len(spans):
+    # Sampled is the last turn that was not cut; if that is not the last one, the conversation ends with it.
+    num_complete = max(1, sum(stop <= end for _, stop in spans))
+    if num_complete < len(spans):
         replies = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        example = replace(example, messages=example.messages[: replies[whole - 1] + 1])
-    context = tuple(ids[: spans[whole - 1][0]])
+        example = replace(example, messages=example.messages[: replies[num_complete - 1] + 1])
+    context = tuple(ids[: spans[num_complete - 1][0]])
     return Row(example.id, prompt_ids, response_ids, example, tuple(trained[len(prompt_ids) : end]), context)
 
 
 def _blocks(
     documents: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[tuple[Example, list[int]]]:
-    """Blocks of one stream, each with the last token of the one before, and the text that each begins in."""
+    """Cut the texts, joined by eos, into blocks that overlap by one token; each with the text that it begins in."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DrklError("Plain text is joined with the tokenizer's eos token, and it has none. Set its eos_token.")
@@ -273,13 +273,13 @@ def _continuations(
     max_prompt_tokens: int,
     first: int,
 ) -> list[Row]:
-    """Rows of a decoder-only model, which learns every token of a block after its first."""
+    """Rows for a decoder-only model, which learns every token of a block but the first."""
     rows = []
     for number, (document, ids) in enumerate(blocks, start=first):
-        # What is asked for in sampling: to go on from the block's beginning.
-        shown = max(1, min(len(ids) // 4, max_prompt_tokens))
-        block = _text_example(document, number, tokenizer, ids[:shown], ids[shown:])
-        rows.append(Row(block.id, tuple(ids[:1]), tuple(ids[1:]), block, sampling_context=tuple(ids[:shown])))
+        # A sample continues the beginning of the block.
+        num_shown = max(1, min(len(ids) // 4, max_prompt_tokens))
+        block = _text_example(document, number, tokenizer, ids[:num_shown], ids[num_shown:])
+        rows.append(Row(block.id, tuple(ids[:1]), tuple(ids[1:]), block, sampling_context=tuple(ids[:num_shown])))
     return rows
 
 
@@ -289,7 +289,7 @@ def _halves(
     max_prompt_tokens: int,
     first: int,
 ) -> list[Row]:
-    """Rows of an encoder-decoder: it reads a block's first half and learns its second."""
+    """Rows for an encoder-decoder, which reads the first half of a block and learns the second."""
     before, after = tokens_around(tokenizer)
     begin, _ = tokens_around(tokenizer, target=True)  # the stream has an end where a text ends, and only there
     rows = []
@@ -307,7 +307,7 @@ def _halves(
 def _text_example(
     document: Example, number: int, tokenizer: PreTrainedTokenizerBase, shown: list[int], rest: list[int]
 ) -> Example:
-    """A block as a conversation, for whoever shows it or samples from it."""
+    """A block as a conversation, for display and for sampling."""
     texts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in (shown, rest)]
     messages = ({"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]})
     return Example(f"{document.id}/{number}", messages, weight=document.weight)

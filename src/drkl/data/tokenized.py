@@ -60,12 +60,12 @@ def tokenized_rows(
             continue
         report.responses_cut += spans[-1][1] > max_tokens
         example = _example(row_id_of(place, row, number), tokenizer, ids, spans)
-        made = row_of_spans(example, ids, spans, max_tokens)
+        tokenised = row_of_spans(example, ids, spans, max_tokens)
         if is_text:  # there is no prompt: a sample goes on from the text's beginning
-            shown = max(1, min(len(made.all_ids) // 4, max_prompt_tokens))
-            example = _example(example.id, tokenizer, made.all_ids, [(shown, len(made.all_ids))])
-            made = replace(made, example=example, sampling_context=made.all_ids[:shown])
-        rows.append(replace(made, encoder_decoder=encoder_decoder))
+            num_shown = max(1, min(len(tokenised.all_ids) // 4, max_prompt_tokens))
+            example = _example(example.id, tokenizer, tokenised.all_ids, [(num_shown, len(tokenised.all_ids))])
+            tokenised = replace(tokenised, example=example, sampling_context=tokenised.all_ids[:num_shown])
+        rows.append(replace(tokenised, encoder_decoder=encoder_decoder))
     report.kept = len(rows)
     if not rows:
         raise DrklError(nothing_left(report, max_prompt_tokens, shortest))

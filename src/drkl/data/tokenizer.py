@@ -1,4 +1,4 @@
-"""A tokenizer made from the run's own text, where there is no teacher that brings one."""
+"""Train a tokenizer on the run's own text, for runs without a teacher."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 PAD, BEGIN, END = "[PAD]", "[CLS]", "[SEP]"
-"""Of a classifier's tokenizer, ids 0, 1 and 2."""
+"""The special tokens of a classifier's tokenizer, ids 0, 1 and 2."""
 
 
 def learn_tokenizer(
     config: TokenizerConfig, texts: Iterable[str], *, classifier: bool = False
 ) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE on texts; the same texts give the same tokenizer.
+    """Train a byte-level BPE tokenizer; the same texts give the same tokenizer.
 
-    Every byte is a token, so that no text is unknown; ``<|endoftext|>`` (id 0) begins, ends and pads. A classifier's
-    puts ``[CLS]`` and ``[SEP]`` around every text, for the model to pool, and pads with ``[PAD]``, which no text has.
+    Every byte is a token, so no text is unknown. ``<|endoftext|>`` (id 0) is bos, eos and padding. The tokenizer of a
+    classifier puts ``[CLS]`` and ``[SEP]`` around every text, for the model to pool, and pads with ``[PAD]``.
 
     Raises:
-        DrklError: texts without a character.
+        DrklError: the texts have no character.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -60,7 +60,7 @@ def learn_tokenizer(
 
 
 def texts_of(examples: Iterable[Example]) -> Iterator[str]:
-    """Every message's text."""
+    """Yield the text of every message."""
     for example in examples:
         for message in example.messages:
             yield message["content"]

@@ -1,32 +1,37 @@
-"""What the dense and the fused loss share: which positions count, what is checked, how a sum becomes a loss."""
+"""What the dense and the fused loss share: checks, the positions that count, the reduction."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from drkl.errors import DrklError
-from drkl.objectives import Objective, make_objective
+from drkl.objectives import Objective, ObjectiveLike, make_objective
 
 IGNORE_INDEX = -100
+"""The label of a position that does not count."""
 Reduction = Literal["mean", "sum", "none"]
 
 
-class LossArguments(TypedDict, total=False):
-    """What both losses take by name, for their types' sake."""
+class LogitChunk(NamedTuple):
+    """The logits of some positions that count, as a loss reads them; neither to be changed nor to be kept."""
 
-    objective: str | Objective
-    temperature: float
-    kd_weight: float
-    t2_scaling: bool
-    token_mask: Tensor | None
-    token_weights: Tensor | None
-    num_tokens: int | float | Tensor | None
-    reduction: Reduction
-    vocab_size: int | None
+    student: Tensor
+    """`[m, vocab]`, before the temperature, detached; in the dtype of the products or wider."""
+    teacher: Tensor | None
+    """`[m, vocab]`, likewise; None where no teacher is given. A loss without a teacher makes them for the observer."""
+    labels: Tensor | None
+    """`[m]`, or None where none are given."""
+    start: int
+    """How many of the positions that count come before these."""
+
+
+Observer = Callable[[LogitChunk], None]
+"""Called once with every position that counts, in order and in chunks."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class LossSettings:
 
 
 def make_settings(
-    objective: str | Objective, temperature: float, kd_weight: float, t2_scaling: bool, reduction: str
+    objective: ObjectiveLike, temperature: float, kd_weight: float, t2_scaling: bool, reduction: str
 ) -> LossSettings:
     """Check the numbers and names; raises DrklError."""
     if not (temperature > 0 and temperature < float("inf")):
@@ -77,8 +82,10 @@ def check_vocabularies(student: int, teacher: int) -> None:
     """Raise DrklError unless both models score the same number of tokens."""
     if student != teacher:
         raise DrklError(
-            f"The teacher scores {teacher} tokens and the student {student}. Every objective compares the two over one "
-            "vocabulary; distil between models that share a tokenizer, or cut both heads to the ids they share."
+            f"The teacher scores {teacher} tokens and the student {student}. Every objective compares the two over "
+            "one vocabulary. If the tokenizers agree up to padding, vocab_size (at most "
+            f"{min(student, teacher)}, the ids they share) cuts both before the softmax; if they differ, the two "
+            "cannot be compared."
         )
 
 
@@ -88,13 +95,8 @@ def shared_vocabulary(student: int, teacher: int | None, vocab_size: int | None)
     ``teacher`` is None where none is used.
     """
     if vocab_size is None:
-        if teacher is not None and student != teacher:
-            raise DrklError(
-                f"The teacher scores {teacher} tokens and the student {student}. Every objective compares the two over "
-                "one vocabulary. If the tokenizers agree up to padding, vocab_size (at most "
-                f"{min(student, teacher)}, the ids they share) cuts both before the softmax; if they differ, the two "
-                "cannot be compared."
-            )
+        if teacher is not None:
+            check_vocabularies(student, teacher)
         return student
     smallest = student if teacher is None else min(student, teacher)
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= smallest:

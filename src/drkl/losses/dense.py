@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, overload
-
 import torch
 from torch import Tensor
 
 from drkl.errors import DrklError
 from drkl.losses.common import (
-    LossArguments,
+    LogitChunk,
     LossSettings,
+    Observer,
     Reduction,
     denominator,
     log_softmax,
@@ -22,37 +21,17 @@ from drkl.losses.common import (
     spread,
     valid_positions,
 )
-from drkl.losses.position import PositionStatistics, empty_statistics, position_statistics, spread_statistics
-from drkl.objectives import Objective
+from drkl.objectives import ObjectiveLike
+from drkl.objectives.base import check_values
 from drkl.objectives.logspace import weighted
 
 
-@overload
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None = None,
     *,
-    return_stats: Literal[False] = False,
-    **settings: Unpack[LossArguments],
-) -> Tensor: ...
-@overload
-def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None = None,
-    *,
-    return_stats: Literal[True],
-    **settings: Unpack[LossArguments],
-) -> tuple[Tensor, PositionStatistics]: ...
-
-
-def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None = None,
-    *,
-    objective: str | Objective = "drkl",
+    objective: ObjectiveLike = "drkl",
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     t2_scaling: bool = False,
@@ -61,8 +40,8 @@ def distillation_loss(
     num_tokens: int | float | Tensor | None = None,
     reduction: Reduction = "mean",
     vocab_size: int | None = None,
-    return_stats: bool = False,
-) -> Tensor | tuple[Tensor, PositionStatistics]:
+    observe: Observer | None = None,
+) -> Tensor:
     """The distillation loss of a batch of positions, from logits.
 
     ``kd_weight * objective(log_softmax(student / T), log_softmax(teacher / T)) * (T**2 if t2_scaling else 1)
@@ -73,7 +52,8 @@ def distillation_loss(
         student_logits: `[..., vocab]`, any float dtype; the maths runs in fp32 or wider.
         teacher_logits: `[..., vocab]`, for the same positions; gets no gradient. None where the objective needs none.
         labels: `[...]`, already aligned: ``labels[..., t]`` is what ``logits[..., t]`` predict; -100 = ignore.
-        objective: a name in `drkl.OBJECTIVES`, or an objective.
+        objective: a name in `drkl.OBJECTIVES`, an objective, or a function
+            ``(student_logp, teacher_logp, labels) -> [n]`` of log-probabilities `[n, vocab]`.
         temperature: T > 0, divides both models' logits.
         kd_weight: in [0, 1].
         t2_scaling: multiply the objective by T squared.
@@ -84,13 +64,15 @@ def distillation_loss(
         reduction: ``mean``, ``sum``, or ``none`` (`[...]`, 0 at the positions that do not count).
         vocab_size: compare on the token ids below this only; both logits are cut before the softmax. For models whose
             vocabularies are one up to padding (Qwen2.5's 151,936 and 152,064).
-        return_stats: also return a `PositionStatistics` of detached values `[...]`.
+        observe: called with the logits (`drkl.losses.LogitChunk`) of the positions that count, for numbers beside the
+            loss. It gets the teacher's too where they are given, even if the objective needs none.
 
     Returns:
-        A scalar in nats per token. With no valid position it is 0 and has a graph. With ``return_stats``, a pair.
+        A scalar in nats per token. With no valid position it is 0 and has a graph.
 
     Raises:
-        DrklError: shapes or vocabularies that differ, labels missing or out of range, a value outside its domain.
+        DrklError: shapes or vocabularies that differ, labels missing or out of range, a value outside its domain, or
+            an objective that does not return one value per position.
 
     >>> student, teacher = torch.zeros(2, 4), torch.zeros(2, 4)
     >>> float(distillation_loss(student, teacher))
@@ -100,7 +82,7 @@ def distillation_loss(
     shape = student_logits.shape[:-1]
     if settings.uses_teacher and teacher_logits is None:
         raise DrklError(f"Objective {settings.objective.name!r} compares with a teacher, but teacher_logits is None.")
-    compared = teacher_logits if settings.uses_teacher else None
+    compared = teacher_logits if settings.uses_teacher or observe is not None else None
     size = shared_vocabulary(student_logits.shape[-1], None if compared is None else compared.shape[-1], vocab_size)
     if compared is not None and compared.shape[:-1] != shape:
         raise DrklError(
@@ -111,18 +93,15 @@ def distillation_loss(
     student = select(student_logits[..., :size], keep)
     teacher = None if compared is None else select(compared.detach()[..., :size], keep)
     kept_labels = select_labels(labels, keep)
+    if observe is not None and len(student):
+        with torch.no_grad():
+            observe(LogitChunk(student.detach(), teacher, kept_labels, 0))
     values = position_values(student, teacher, kept_labels, settings)
     weights = select_weights(token_weights, keep, values.dtype)
     result = values if weights is None else weighted(weights, values)
     if reduction == "none":
-        result = spread(result, keep, shape)
-    else:
-        result = result.sum() if reduction == "sum" else result.sum() / denominator(num_tokens, values.numel())
-    if not return_stats:
-        return result
-    statistics = empty_statistics(values.detach(), teacher is not None, settings)
-    position_statistics(statistics, slice(None), student.detach(), teacher, kept_labels, settings)
-    return result, spread_statistics(statistics, keep, shape)
+        return spread(result, keep, shape)
+    return result.sum() if reduction == "sum" else result.sum() / denominator(num_tokens, values.numel())
 
 
 def position_values(
@@ -132,8 +111,11 @@ def position_values(
     parts = []
     if settings.uses_objective:
         student_logp = log_softmax(student_logits, settings.temperature)
-        teacher_logp = None if teacher_logits is None else log_softmax(teacher_logits, settings.temperature)
+        teacher_logp = None
+        if settings.uses_teacher and teacher_logits is not None:
+            teacher_logp = log_softmax(teacher_logits, settings.temperature)
         value = settings.objective(student_logp, teacher_logp, labels)
+        check_values(settings.objective, value, student_logp.shape[0])
         parts.append(value if settings.kd_factor == 1.0 else settings.kd_factor * value)
     if settings.uses_cross_entropy:
         assert labels is not None

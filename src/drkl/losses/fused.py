@@ -1,17 +1,17 @@
 """The loss from hidden states and heads, without a [tokens, vocab] tensor.
 
-The positions go through both heads in chunks; each chunk's gradient is made in the forward pass, in the chunk's own
-logits, and carried on to the hidden states and the head at once, so that memory does not grow with the tokens.
+For each chunk of positions: both models' logits, the values, the gradient in place of the student's logits, and from it
+the gradients on the hidden states and the head. All of it happens in the forward pass, so memory does not grow with the
+tokens; the backward pass only scales.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import inspect
-import sys
 import warnings
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Unpack, overload
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from drkl.errors import DrklError
 from drkl.losses.common import (
-    LossArguments,
+    LogitChunk,
     LossSettings,
+    Observer,
     Reduction,
     denominator,
     make_settings,
@@ -33,15 +34,8 @@ from drkl.losses.common import (
 )
 from drkl.losses.dense import position_values
 from drkl.losses.head import LMHead, as_head
-from drkl.losses.position import (
-    PositionStatistics,
-    empty_statistics,
-    keep_moments,
-    position_statistics,
-    spread_statistics,
-)
-from drkl.objectives import CrossEntropy, Objective
-from drkl.objectives.closed_form import Moments
+from drkl.objectives import CrossEntropy, ObjectiveLike
+from drkl.objectives.base import check_values
 from drkl.objectives.logspace import weighted
 
 CHUNK_BYTES = 48 * 2**20
@@ -52,9 +46,25 @@ CUDA_CHUNK_BYTES, CUDA_BLOCK_BYTES = 512 * 2**20, 128 * 2**20
 """The same on a GPU, which wants more rows in a matrix product, and more work in a call, than a processor."""
 KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
 """Where the Triton kernel is used."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""On hidden states, weight and bias; None where not needed."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-@overload
+def _not_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Let torch.compile break its graph here once, instead of making a graph for every loop in ``function``."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        # Not torch.compiler.disable as the decorator: it loads torch._dynamo, which takes a second.
+        run = torch.compiler.disable(function) if torch.compiler.is_dynamo_compiling() else function
+        return run(*args, **kwargs)
+
+    return call
+
+
+@_not_compiled
 def fused_distillation_loss(
     student_hidden: Tensor,
     student_head: Tensor | LMHead,
@@ -62,28 +72,7 @@ def fused_distillation_loss(
     teacher_head: Tensor | LMHead | None,
     labels: Tensor | None = None,
     *,
-    return_stats: Literal[False] = False,
-    **settings: Unpack[LossArguments],
-) -> Tensor: ...
-@overload
-def fused_distillation_loss(
-    student_hidden: Tensor,
-    student_head: Tensor | LMHead,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | LMHead | None,
-    labels: Tensor | None = None,
-    *,
-    return_stats: Literal[True],
-    **settings: Unpack[LossArguments],
-) -> tuple[Tensor, PositionStatistics]: ...
-def fused_distillation_loss(
-    student_hidden: Tensor,
-    student_head: Tensor | LMHead,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | LMHead | None,
-    labels: Tensor | None = None,
-    *,
-    objective: str | Objective = "drkl",
+    objective: ObjectiveLike = "drkl",
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     t2_scaling: bool = False,
@@ -92,8 +81,8 @@ def fused_distillation_loss(
     num_tokens: int | float | Tensor | None = None,
     reduction: Reduction = "mean",
     vocab_size: int | None = None,
-    return_stats: bool = False,
-) -> Tensor | tuple[Tensor, PositionStatistics]:
+    observe: Observer | None = None,
+) -> Tensor:
     """`distillation_loss` of ``head.logits(hidden)``, in memory that does not grow with [tokens, vocab].
 
     The same values and gradients as the two naive lines it equals::
@@ -110,48 +99,22 @@ def fused_distillation_loss(
         labels, objective, temperature, kd_weight, t2_scaling, token_mask, token_weights, num_tokens, vocab_size: as in
             `distillation_loss`.
         reduction: ``mean``, ``sum``, or ``none`` (`[...]`, detached: values without a graph).
-        return_stats: also return a `PositionStatistics` of detached values `[...]`, made from the same logits while
-            they are there: no further matrix product.
+        observe: as in `distillation_loss`; called once per chunk with the logits that the loss is made from, so that
+            numbers beside the loss cost no further product with the heads.
 
     Returns:
-        A scalar in nats per token. With no valid position it is 0 and has a graph. With ``return_stats``, a pair.
+        A scalar in nats per token. With no valid position it is 0 and has a graph.
 
     Raises:
         DrklError: as `distillation_loss`.
     """
     settings = make_settings(objective, temperature, kd_weight, t2_scaling, reduction)
-    positions = _Positions(labels, token_mask, token_weights, num_tokens)
-    run = _fused_loss
-    if "torch._dynamo" in sys.modules:  # one break in a compiled graph, instead of a graph for every loop below
-        run = torch.compiler.disable(_fused_loss)
-    return run(
-        (student_hidden, student_head), (teacher_hidden, teacher_head), positions, settings, vocab_size, return_stats
-    )
-
-
-class _Positions(NamedTuple):
-    """What a caller says about the positions."""
-
-    labels: Tensor | None
-    token_mask: Tensor | None
-    token_weights: Tensor | None
-    num_tokens: int | float | Tensor | None
-
-
-def _fused_loss(
-    student: tuple[Tensor, Tensor | LMHead],
-    teacher_inputs: tuple[Tensor | None, Tensor | LMHead | None],
-    positions: _Positions,
-    settings: LossSettings,
-    vocab_size: int | None,
-    return_stats: bool,
-) -> Tensor | tuple[Tensor, PositionStatistics]:
-    (student_hidden, student_head), (labels, token_mask, token_weights, num_tokens) = student, positions
-    reduction = settings.reduction
     shape = student_hidden.shape[:-1]
     head = as_head(student_head).gathered()
     _check_hidden("student", student_hidden, head)
-    teacher = _teacher(*teacher_inputs, settings, shape)
+    teacher = None
+    if settings.uses_teacher or (observe is not None and teacher_hidden is not None and teacher_head is not None):
+        teacher = _checked_teacher(teacher_hidden, teacher_head, settings, shape)
     size = shared_vocabulary(head.vocab_size, None if teacher is None else teacher[1].vocab_size, vocab_size)
     head = head.trimmed(size)
     keep = valid_positions(shape, labels, token_mask, token_weights, settings, size)
@@ -160,48 +123,30 @@ def _fused_loss(
     hidden = select(student_hidden, keep)
     dtype = _compute_dtype(hidden, head.weight)
     wide = torch.promote_types(torch.float32, dtype)
-    inputs = _Inputs(
-        labels=select_labels(labels, keep),
-        token_weights=select_weights(token_weights, keep, wide),
-        teacher_hidden=None if teacher is None else select(teacher[0], keep),
-        teacher_head=None if teacher is None else teacher[1].trimmed(size),
-        settings=settings,
-        head=head.detached(),
-        compute_dtype=dtype,
-        teacher_dtype=dtype if teacher is None else _teacher_dtype(teacher[0], teacher[1].weight, dtype),
-        statistics=_room(hidden, wide, teacher is not None, settings) if return_stats else None,
+    scratch: dict[torch.dtype, Tensor] = {}
+    teacher_side = None
+    if teacher is not None:
+        # A student in low precision does not take the teacher's own precision from it.
+        teacher_dtype = torch.promote_types(_compute_dtype(teacher[0], teacher[1].weight), dtype)
+        teacher_side = _Side(select(teacher[0], keep), teacher[1].trimmed(size), teacher_dtype, wide, scratch)
+    run = functools.partial(
+        _run,
+        _Side(hidden.detach(), head.detached(), dtype, wide, scratch),
+        teacher_side,
+        select_labels(labels, keep),
+        select_weights(token_weights, keep, wide),
+        settings,
+        observe,
     )
     # The autograd function cannot see that grad mode is off: it would make gradients that nobody takes.
     result: Tensor
     if reduction == "none" or not torch.is_grad_enabled():
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            values, *_ = _run(hidden.detach(), inputs, needs=(False, False, False))
+            values, _ = run((False, False, False))
         result = spread(values, keep, shape) if reduction == "none" else values.sum()
     else:
-        result = _FusedSum.apply(hidden, head.weight, head.bias, inputs)
-    if reduction == "mean":
-        result = result / denominator(num_tokens, hidden.shape[0])
-    if inputs.statistics is None:
-        return result
-    return result, spread_statistics(inputs.statistics, keep, shape)
-
-
-def _room(hidden: Tensor, wide: torch.dtype, with_teacher: bool, settings: LossSettings) -> PositionStatistics:
-    return empty_statistics(torch.empty(hidden.shape[0], dtype=wide, device=hidden.device), with_teacher, settings)
-
-
-class _Inputs(NamedTuple):
-    """What the autograd function takes besides the tensors that get gradients."""
-
-    labels: Tensor | None
-    token_weights: Tensor | None
-    teacher_hidden: Tensor | None
-    teacher_head: LMHead | None
-    settings: LossSettings
-    head: LMHead
-    compute_dtype: torch.dtype
-    teacher_dtype: torch.dtype
-    statistics: PositionStatistics | None
+        result = _FusedSum.apply(hidden, head.weight, head.bias, run)
+    return result / denominator(num_tokens, hidden.shape[0]) if reduction == "mean" else result
 
 
 def _check_hidden(whose: str, hidden: Tensor, head: LMHead) -> None:
@@ -211,12 +156,10 @@ def _check_hidden(whose: str, hidden: Tensor, head: LMHead) -> None:
         )
 
 
-def _teacher(
+def _checked_teacher(
     hidden: Tensor | None, head: Tensor | LMHead | None, settings: LossSettings, shape: torch.Size
-) -> tuple[Tensor, LMHead] | None:
-    """The teacher's hidden states and head, detached; None where the loss does not use them."""
-    if not settings.uses_teacher:
-        return None
+) -> tuple[Tensor, LMHead]:
+    """The teacher's hidden states and head, detached."""
     if hidden is None or head is None:
         name = settings.objective.name
         raise DrklError(f"Objective {name!r} compares with a teacher, but teacher_hidden or teacher_head is None.")
@@ -237,20 +180,15 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def _teacher_dtype(hidden: Tensor, weight: Tensor, student: torch.dtype) -> torch.dtype:
-    """The same for the teacher; a student in low precision does not take the teacher's own precision from it."""
-    return torch.promote_types(_compute_dtype(hidden, weight), student)
-
-
 class _FusedSum(torch.autograd.Function):
     """The sum of the values; its gradients are made in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: _Inputs) -> Tensor:
-        needs = ctx.needs_input_grad[:3]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, run: Callable[..., tuple[Tensor, Gradients]]
+    ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            values, grad_hidden, grad_weight, grad_bias = _run(hidden.detach(), inputs, needs)
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+            values, ctx.grads = run(ctx.needs_input_grad[:3])
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return values.sum()
 
@@ -268,112 +206,155 @@ class _FusedSum(torch.autograd.Function):
         return (*scaled, None)
 
 
+class _Side:
+    """One model's logits, chunk by chunk: ``head.logits(hidden)`` of the positions that count, `[n, hidden]`.
+
+    The matrix product runs in ``dtype``, the rest in ``wide``. A chunk's logits overwrite those of the last one, and
+    both sides share ``scratch``: fresh memory costs a processor a twentieth of the whole time.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: LMHead,
+        dtype: torch.dtype,
+        wide: torch.dtype,
+        scratch: dict[torch.dtype, Tensor],
+    ) -> None:
+        self.hidden, self.head, self.dtype, self.wide = hidden, head, dtype, wide
+        self.weight = head.weight.to(dtype)
+        self._logits: dict[torch.dtype, Tensor] = {}
+        self._scratch = scratch
+
+    def states(self, rows: slice) -> Tensor:
+        """The hidden states of a chunk."""
+        return self.hidden[rows].to(self.dtype)
+
+    def product(self, rows: slice) -> Tensor:
+        """``hidden @ weight.T`` of a chunk, in ``dtype``."""
+        return self.states(rows) @ self.weight.T
+
+    def logits(self, rows: slice) -> Tensor:
+        """A chunk's logits, in ``wide``."""
+        states, head = self.states(rows), self.head
+        out = self._buffer(self._logits, self.wide, len(states))
+        if self.dtype == self.wide:
+            torch.mm(states, self.weight.T, out=out)
+        else:
+            out.copy_(torch.mm(states, self.weight.T, out=self._buffer(self._scratch, self.dtype, len(states))))
+        if head.bias is not None:
+            out += head.bias
+        if head.scale != 1.0:
+            out *= head.scale
+        return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
+
+    def through_head_(self, grad: Tensor, capped: Tensor | None) -> Tensor:
+        """From the gradient on the logits to that on ``hidden @ weight.T + bias``; ``capped`` is a copy of logits."""
+        if capped is not None and self.head.softcap is not None:
+            grad *= 1.0 - (capped / self.head.softcap) ** 2
+        return grad.mul_(self.head.scale) if self.head.scale != 1.0 else grad
+
+    def narrowed(self, grad: Tensor) -> Tensor:
+        """A chunk's gradient in ``dtype``, for the matrix products."""
+        return grad if grad.dtype == self.dtype else self._buffer(self._scratch, self.dtype, len(grad)).copy_(grad)
+
+    def _buffer(self, buffers: dict[torch.dtype, Tensor], dtype: torch.dtype, rows: int) -> Tensor:
+        """`[rows, vocab]` with arbitrary contents; the first chunk, for which it is made, is the largest."""
+        if dtype not in buffers:
+            buffers[dtype] = self.weight.new_empty(rows, self.weight.shape[0], dtype=dtype)
+        return buffers[dtype][:rows]
+
+
 def _run(
-    hidden: Tensor, inputs: _Inputs, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Values `[n]` and the gradients of their sum on hidden states, weight and bias (None where not needed)."""
-    count, dtype = hidden.shape[0], inputs.compute_dtype
-    wide = torch.promote_types(torch.float32, dtype)
+    student: _Side,
+    teacher: _Side | None,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    settings: LossSettings,
+    observe: Observer | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Gradients]:
+    """Values `[n]` and the gradients of their sum."""
+    hidden, head, wide = student.hidden, student.head, student.wide
+    count = hidden.shape[0]
     values = torch.empty(count, dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden, dtype=wide) if needs[0] else None
-    head = inputs.head
     grad_weight = torch.zeros_like(head.weight, dtype=wide) if needs[1] else None
     grad_bias = torch.zeros_like(head.bias, dtype=wide) if needs[2] and head.bias is not None else None
-    weight = head.weight.to(dtype)
-    teacher_weight = None if inputs.teacher_head is None else inputs.teacher_head.weight.to(inputs.teacher_dtype)
-    kernel = _row_kernel(hidden.device, inputs)
-    size = _even(count, chunk_rows(head.weight, (dtype if kernel else wide).itemsize))
-    rooms = None if kernel else _make_rooms(size, inputs, wide)
+    kernel = _row_kernel(student, teacher, settings)
+    size = _even(count, chunk_rows(head.weight, (student.dtype if kernel else wide).itemsize))
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
-        chunk = hidden[rows].to(dtype)
-        capped: Tensor | None = None
-        student_logits, done = None, None
-        if kernel is not None:
-            student_logits, done = _kernel_step(kernel, chunk, weight, teacher_weight, inputs, rows)
-        if student_logits is None or done is None:
-            student_logits = _logits(chunk, weight, head, wide, rooms)
-            capped = student_logits.clone() if head.softcap is not None and any(needs) else None
-            teacher_logits = _teacher_logits(teacher_weight, inputs, rows, wide, rooms)
-            labels = None if inputs.labels is None else inputs.labels[rows]
-            done = _values_and_grads_(student_logits, teacher_logits, labels, inputs, start)
-        values[rows] = done
+        chunk_labels = None if labels is None else labels[rows]
+        done = capped = None
+        if kernel is not None and teacher is not None:
+            grad, teacher_product = student.product(rows), teacher.product(rows)
+            _show(observe, grad, teacher_product, chunk_labels, start)
+            done = kernel.row_step_(grad, teacher_product, chunk_labels, settings)
+        if done is not None and bool(done.isfinite().all()):
+            values[rows] = done
+        else:
+            grad, teacher_logits = student.logits(rows), None if teacher is None else teacher.logits(rows)
+            if done is None:
+                _show(observe, grad, teacher_logits, chunk_labels, start)
+            capped = grad.clone() if head.softcap is not None and any(needs) else None
+            compared = teacher_logits if settings.uses_teacher else None
+            values[rows] = _values_and_grads_(grad, compared, chunk_labels, settings)
         if any(needs):
-            grad = _through_head_(student_logits, capped, head)
-            share = None if inputs.token_weights is None else inputs.token_weights[rows]
+            student.through_head_(grad, capped)
+            share = None if token_weights is None else token_weights[rows]
             if share is not None:
                 grad[share == 0] = 0  # 0 * inf: what has no weight may be infinite
             if grad_bias is not None:
                 grad_bias += grad.sum(0) if share is None else share @ grad
-            if rooms is not None and rooms.low is not None:
-                grad = rooms.low[: grad.shape[0]].copy_(grad)
-            _accumulate(grad.to(dtype), chunk, weight, rows, grad_hidden, grad_weight, share)
-    if inputs.statistics is not None:
-        inputs.statistics.value.copy_(values)
-    if inputs.token_weights is not None:
-        values = weighted(inputs.token_weights, values)
-    return values, grad_hidden, grad_weight, grad_bias
+            _accumulate(student.narrowed(grad), student, rows, grad_hidden, grad_weight, share)
+    if token_weights is not None:
+        values = weighted(token_weights, values)
+    return values, (grad_hidden, grad_weight, grad_bias)
 
 
-def _row_kernel(device: torch.device, inputs: _Inputs) -> Any:
-    """The module with the Triton kernel, where there is one for this loss on this device; else None."""
-    plain = [inputs.head] if inputs.teacher_head is None else [inputs.head, inputs.teacher_head]
-    if device.type not in KERNEL_DEVICES or torch.float64 in (inputs.compute_dtype, inputs.teacher_dtype):
+def _show(observe: Observer | None, student: Tensor, teacher: Tensor | None, labels: Tensor | None, start: int) -> None:
+    if observe is not None:
+        observe(LogitChunk(student, teacher, labels, start))
+
+
+def _row_kernel(student: _Side, teacher: _Side | None, settings: LossSettings) -> Any:
+    """The module with the Triton kernel, where it runs for this loss on this device; else None."""
+    device = student.hidden.device
+    if device.type not in KERNEL_DEVICES or teacher is None or torch.float64 in (student.dtype, teacher.dtype):
         return None
-    if any(h.bias is not None or h.scale != 1.0 or h.softcap is not None or h.vocab_size < 2 for h in plain):
+    heads = (student.head, teacher.head)
+    if any(h.bias is not None or h.scale != 1.0 or h.softcap is not None or h.vocab_size < 2 for h in heads):
         return None
     if importlib.util.find_spec("triton") is None:
         return None
     from drkl.losses import row_kernel
 
-    return row_kernel if row_kernel.supports(inputs.settings) else None
+    if not row_kernel.supports(settings):
+        return None
+    runs = _kernel_runs(settings, student.head.vocab_size, (student.dtype, teacher.dtype), device)
+    return row_kernel if runs else None
 
 
-def _kernel_step(
-    kernel: Any, chunk: Tensor, weight: Tensor, teacher_weight: Tensor | None, inputs: _Inputs, rows: slice
-) -> tuple[Tensor | None, Tensor | None]:
-    """A chunk's gradient on the logits and its values, by the kernel; (None, None) where a value is not finite."""
-    assert teacher_weight is not None and inputs.teacher_hidden is not None
-    student_logits = chunk @ weight.T
-    teacher_logits = inputs.teacher_hidden[rows].to(inputs.teacher_dtype) @ teacher_weight.T
-    labels = None if inputs.labels is None else inputs.labels[rows]
-    seen = None if inputs.statistics is None else Moments()
+@functools.lru_cache
+def _kernel_runs(
+    settings: LossSettings, vocab_size: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> bool:
+    """Whether the kernel runs on one row; warns where it does not. Triton builds it here, and keeps it."""
+    from drkl.losses import row_kernel
+
+    student, teacher = (torch.zeros(1, vocab_size, dtype=dtype, device=device) for dtype in dtypes)
     try:
-        values = kernel.row_step_(student_logits, teacher_logits, labels, inputs.settings, seen)
+        row_kernel.row_step_(student, teacher, torch.zeros(1, dtype=torch.long, device=device), settings)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # Triton builds at the first call; without a C compiler, say, it cannot
-        global KERNEL_DEVICES
-        KERNEL_DEVICES = ()
+    except Exception as error:  # without a C compiler, say, Triton cannot build it
         reason = " ".join(str(error).split())[:200]
         warnings.warn(
             f"The Triton kernel does not run here; the loss goes on without it, slower. {reason}", stacklevel=2
         )
-        return None, None
-    if not bool(values.isfinite().all()):
-        return None, None
-    if inputs.statistics is not None and seen is not None:
-        keep_moments(inputs.statistics, rows, seen)
-    return student_logits, values
-
-
-class _Rooms(NamedTuple):
-    """Memory for a chunk's logits, made once: fresh memory costs a processor a twentieth of the whole."""
-
-    student: Tensor | None
-    teacher: Tensor | None
-    low: Tensor | None
-    """For a product in low precision, on its way to or from fp32."""
-
-
-def _make_rooms(size: int, inputs: _Inputs, wide: torch.dtype) -> _Rooms:
-    weight = inputs.head.weight
-
-    def room(dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
-        return weight.new_empty(size, weight.shape[0], dtype=dtype) if wanted else None
-
-    dtype = inputs.compute_dtype
-    return _Rooms(room(wide), room(wide, inputs.teacher_head is not None), room(dtype, dtype != wide))
+        return False
+    return True
 
 
 def chunk_rows(weight: Tensor, itemsize: int) -> int:
@@ -393,42 +374,9 @@ def _even(count: int, most: int) -> int:
     return max(1, -(-count // max(1, -(-count // most))))
 
 
-def _teacher_logits(
-    weight: Tensor | None, inputs: _Inputs, rows: slice, wide: torch.dtype, rooms: _Rooms | None
-) -> Tensor | None:
-    if weight is None or inputs.teacher_hidden is None or inputs.teacher_head is None:
-        return None
-    states = inputs.teacher_hidden[rows].to(inputs.teacher_dtype)
-    return _logits(states, weight, inputs.teacher_head, wide, rooms and rooms._replace(student=rooms.teacher))
-
-
-def _logits(hidden: Tensor, weight: Tensor, head: LMHead, wide: torch.dtype, rooms: _Rooms | None) -> Tensor:
-    """A chunk's logits in ``wide``, in the student's room where there are rooms."""
-    if rooms is None or rooms.student is None:
-        out = (hidden @ weight.T).to(wide)
-    elif hidden.dtype == wide:
-        out = torch.mm(hidden, weight.T, out=rooms.student[: hidden.shape[0]])
-    else:
-        low = None if rooms.low is None else rooms.low[: hidden.shape[0]]
-        out = rooms.student[: hidden.shape[0]].copy_(torch.mm(hidden, weight.T, out=low))
-    if head.bias is not None:
-        out += head.bias
-    if head.scale != 1.0:
-        out *= head.scale
-    return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
-
-
-def _through_head_(grad: Tensor, capped: Tensor | None, head: LMHead) -> Tensor:
-    """From the gradient on the logits to that on ``hidden @ weight.T + bias``, in place."""
-    if capped is not None and head.softcap is not None:
-        grad *= 1.0 - (capped / head.softcap) ** 2
-    return grad.mul_(head.scale) if head.scale != 1.0 else grad
-
-
 def _accumulate(
     grad: Tensor,
-    chunk: Tensor,
-    weight: Tensor,
+    student: _Side,
     rows: slice,
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
@@ -436,53 +384,34 @@ def _accumulate(
 ) -> None:
     """Carry a chunk's gradient on; the positions' weights act on [rows, hidden], not on [rows, vocab]."""
     if grad_hidden is not None:
-        product = grad @ weight
+        product = grad @ student.weight
         grad_hidden[rows] = product if share is None else product * share.unsqueeze(-1)
     if grad_weight is not None:
-        states = chunk if share is None else (chunk * share.unsqueeze(-1)).to(grad.dtype)
+        states = student.states(rows)
+        if share is not None:
+            states = (states * share.unsqueeze(-1)).to(grad.dtype)
         if grad.dtype == grad_weight.dtype:
             grad_weight.addmm_(grad.T, states)
         else:
             grad_weight += grad.T @ states
 
 
-@lru_cache
-def _takes_seen(objective: type) -> bool:
-    """Whether an objective's closed form also notes the statistics."""
-    closed_form: Any = getattr(objective, "value_and_grad_", None)
-    return closed_form is not None and "seen" in inspect.signature(closed_form).parameters
-
-
 def _values_and_grads_(
-    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, inputs: _Inputs, offset: int
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, settings: LossSettings
 ) -> Tensor:
-    """Values `[n]`; ``student_logits`` `[n, vocab]` is overwritten with their gradient, block of rows by block.
-
-    ``offset`` is where these rows lie among all, for the statistics.
-    """
-    settings = inputs.settings
+    """Values `[n]`; ``student_logits`` `[n, vocab]` is overwritten with their gradient, block of rows by block."""
     count, vocab_size = student_logits.shape
     block_bytes = CUDA_BLOCK_BYTES if student_logits.is_cuda else BLOCK_BYTES
     size = max(1, block_bytes // (vocab_size * student_logits.element_size()))
     values = torch.empty(count, dtype=student_logits.dtype, device=student_logits.device)
-    notices = settings.uses_objective and _takes_seen(type(settings.objective))
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         student = student_logits[rows]
         teacher = None if teacher_logits is None else teacher_logits[rows]
-        block_labels = None if labels is None else labels[rows]
         closed = settings.objective.has_closed_form or not settings.uses_objective
         closed = closed and _all_finite(student) and (teacher is None or _all_finite(teacher))
-        seen = Moments() if inputs.statistics is not None and closed and notices else None
-        place = slice(offset + rows.start, offset + rows.stop)
-        if inputs.statistics is not None and seen is None:
-            position_statistics(inputs.statistics, place, student, teacher, block_labels, settings)
-        if closed:
-            values[rows] = _closed_form_(student, teacher, block_labels, settings, seen)
-        else:
-            values[rows] = _autograd_(student, teacher, block_labels, settings)
-        if inputs.statistics is not None and seen is not None:
-            keep_moments(inputs.statistics, place, seen)
+        step = _closed_form_ if closed else _autograd_
+        values[rows] = step(student, teacher, None if labels is None else labels[rows], settings)
     return values
 
 
@@ -491,9 +420,7 @@ def _all_finite(block: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _closed_form_(
-    student: Tensor, teacher: Tensor | None, labels: Tensor | None, settings: LossSettings, seen: Moments | None
-) -> Tensor:
+def _closed_form_(student: Tensor, teacher: Tensor | None, labels: Tensor | None, settings: LossSettings) -> Tensor:
     """The objective's own gradient, in place of the logits; cross-entropy beside it where it is asked for."""
     plain = student.clone() if settings.uses_cross_entropy and settings.uses_objective else student
     values: Tensor | None = None
@@ -503,10 +430,8 @@ def _closed_form_(
             student /= temperature
             if teacher is not None:
                 teacher /= temperature
-        if seen is None:
-            values = settings.objective.value_and_grad_(student, teacher, labels)
-        else:
-            values = settings.objective.value_and_grad_(student, teacher, labels, seen)
+        values = settings.objective.value_and_grad_(student, teacher, labels)
+        check_values(settings.objective, values, student.shape[0])
         if settings.kd_factor != 1.0:
             values = values * settings.kd_factor
         if settings.kd_factor != temperature:
@@ -528,6 +453,11 @@ def _autograd_(student: Tensor, teacher: Tensor | None, labels: Tensor | None, s
     with torch.enable_grad():
         leaf = student.detach().clone().requires_grad_()
         values = position_values(leaf, teacher, labels, settings)
+        if not values.requires_grad:
+            raise DrklError(
+                f"Objective {settings.objective.name!r} returned values that do not depend on student_logp through "
+                "differentiable operations, so there is nothing to minimise."
+            )
         (grad,) = torch.autograd.grad(values.sum(), leaf)
     student.copy_(grad)
     return values.detach()

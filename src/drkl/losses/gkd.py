@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from drkl.errors import DrklError
+from drkl.losses.common import IGNORE_INDEX
 from drkl.losses.dense import distillation_loss
-from drkl.objectives import Objective, make_objective
+from drkl.objectives import ObjectiveLike, make_objective
 
 
 def as_gkd_loss(
-    objective: str | Objective = "drkl", *, temperature: float | None = None, **params: Any
+    objective: ObjectiveLike = "drkl", *, temperature: float | None = None, **params: Any
 ) -> Callable[..., Tensor]:
     """Return a function with the signature of TRL's ``GKDTrainer.generalized_jsd_loss`` that computes ``objective``.
 
@@ -28,9 +29,10 @@ def as_gkd_loss(
     also divides by the vocabulary), and ``none`` gives one number per position that counts (there, one per token id).
 
     Args:
-        objective: a name in `drkl.OBJECTIVES`, or an objective.
+        objective: a name in `drkl.OBJECTIVES`, an objective, or a function
+            ``(student_logp, teacher_logp, labels) -> [n]``.
         temperature: None takes the caller's.
-        **params: the objective's hyper-parameters.
+        **params: the hyper-parameters of a named objective.
 
     Raises:
         DrklError: an unknown name or parameter, a value outside its domain, an unknown reduction.
@@ -66,6 +68,6 @@ def as_gkd_loss(
             num_tokens=num_items_in_batch,
             reduction="mean" if divided else "sum" if reduction == "sum" else "none",
         )
-        return values if divided or reduction == "sum" or labels is None else values[labels != -100]
+        return values if divided or reduction == "sum" or labels is None else values[labels != IGNORE_INDEX]
 
     return generalized_jsd_loss

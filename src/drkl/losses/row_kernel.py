@@ -7,8 +7,6 @@ and the caller goes back to the definition. Imported only where Triton is there 
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
@@ -16,10 +14,8 @@ from torch import Tensor
 
 from drkl.losses.common import LossSettings
 from drkl.objectives import DecoupledReverseKL, ForwardKL, ReverseKL, SkewReverseKL
-from drkl.objectives.closed_form import Moments
 
 BLOCK, WARPS = 8192, 16
-COLUMNS = tuple(field.name for field in dataclasses.fields(Moments))
 
 
 def supports(settings: LossSettings) -> bool:
@@ -31,13 +27,7 @@ def supports(settings: LossSettings) -> bool:
     return known and settings.uses_objective and not settings.uses_cross_entropy
 
 
-def row_step_(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None,
-    settings: LossSettings,
-    seen: Moments | None = None,
-) -> Tensor:
+def row_step_(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, settings: LossSettings) -> Tensor:
     """Return the values `[n]` in fp32 and overwrite ``student_logits`` with their gradient on it.
 
     Args:
@@ -45,7 +35,6 @@ def row_step_(
         teacher_logits: `[n, vocab]`, likewise; left as it is.
         labels: `[n]`, for ``target="label"``.
         settings: what `supports` accepts.
-        seen: filled from the same sweeps, where given.
     """
     count, vocab_size = student_logits.shape
     assert student_logits.is_contiguous() and teacher_logits.is_contiguous() and vocab_size > 1
@@ -56,15 +45,12 @@ def row_step_(
     elif isinstance(objective, SkewReverseKL):
         kind, skew = ("srkl", objective.skew) if objective.skew > 0 else ("rkl", skew)
     values = torch.empty(count, dtype=torch.float32, device=student_logits.device)
-    columns = torch.empty(0 if seen is None else len(COLUMNS), count, device=student_logits.device)
     if count:
         _row_step[(count,)](
             student_logits,
             teacher_logits,
             labels if at_label else values,
             values,
-            columns,
-            count,
             vocab_size,
             1.0 / settings.temperature,
             settings.kd_factor,
@@ -73,13 +59,9 @@ def row_step_(
             KIND=kind,
             AT_LABEL=at_label,
             WEIGHT=weight,
-            WITH_MOMENTS=seen is not None,
             BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)),
             num_warps=WARPS,
         )
-    if seen is not None:
-        for name, column in zip(COLUMNS, columns, strict=True):
-            setattr(seen, name, column.unsqueeze(-1))
     return values
 
 
@@ -112,8 +94,6 @@ def _row_step(  # type: ignore[no-untyped-def]
     teacher_pointer,
     label_pointer,
     value_pointer,
-    moments_pointer,
-    count,
     vocab_size,
     inverse_temperature,
     factor,
@@ -122,7 +102,6 @@ def _row_step(  # type: ignore[no-untyped-def]
     KIND: tl.constexpr,
     AT_LABEL: tl.constexpr,
     WEIGHT: tl.constexpr,
-    WITH_MOMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -148,11 +127,6 @@ def _row_step(  # type: ignore[no-untyped-def]
 
     # Log-sum-exps of both, and the sums of e^z (z - y) and e^y (z - y); the target left out.
     max_z, sum_z, gap_z, max_y, sum_y, gap_y = low, 0.0, 0.0, low, 0.0, 0.0
-    # The sums of e^z (z - max z) and e^y (y - max y), and the teacher's top token, for the moments.
-    mean_z, mean_y = 0.0, 0.0
-    if WITH_MOMENTS and KIND != "drkl":
-        best = tl.full((BLOCK,), low, tl.float32)
-        place = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, vocab_size, BLOCK):
         offsets = start + lanes
         z = _load(student_pointer, offsets, vocab_size, inverse_temperature, 0.0)
@@ -165,14 +139,6 @@ def _row_step(  # type: ignore[no-untyped-def]
         base_z, base_y = tl.where(new_z == low, 0.0, new_z), tl.where(new_y == low, 0.0, new_y)
         scale_z, scale_y = tl.exp(max_z - base_z), tl.exp(max_y - base_y)
         e_z, e_y = tl.exp(z - base_z), tl.exp(y - base_y)
-        if WITH_MOMENTS:
-            fall_z = tl.where(max_z == low, 0.0, max_z - base_z)
-            fall_y = tl.where(max_y == low, 0.0, max_y - base_y)
-            mean_z = (mean_z + fall_z * sum_z) * scale_z + tl.sum(e_z * tl.where(counted, z - base_z, 0.0), 0)
-            mean_y = (mean_y + fall_y * sum_y) * scale_y + tl.sum(e_y * tl.where(counted, y - base_y, 0.0), 0)
-            if KIND != "drkl":
-                place = tl.where(y > best, offsets, place)
-                best = tl.maximum(best, y)
         sum_z = sum_z * scale_z + tl.sum(e_z, 0)
         gap_z = gap_z * scale_z + tl.sum(e_z * difference, 0)
         sum_y = sum_y * scale_y + tl.sum(e_y, 0)
@@ -217,26 +183,6 @@ def _row_step(  # type: ignore[no-untyped-def]
         on_target = inside * (_log_sigmoid(s) - _log_sigmoid(u)) + outside * (_log_sigmoid(-s) - _log_sigmoid(-u))
         value = on_target + tail_weight * on_tail
     tl.store(value_pointer + row, value * factor)
-    if WITH_MOMENTS:
-        entropy_q, top_q = tl.log(sum_z) - mean_z / sum_z, 1.0 / sum_z
-        entropy_p, top_p = tl.log(sum_y) - mean_y / sum_y, 1.0 / sum_y
-        if KIND == "drkl":
-            q_t, p_t = inside, _sigmoid(u)
-            entropy_q = outside * (entropy_q - _log_sigmoid(-s)) - inside * _log_sigmoid(s)
-            entropy_p = _sigmoid(-u) * (entropy_p - _log_sigmoid(-u)) - p_t * _log_sigmoid(u)
-            top_q, top_p = tl.maximum(q_t, outside * top_q), tl.maximum(p_t, _sigmoid(-u) * top_p)
-            tl.store(moments_pointer + 6 * count + row, on_target)
-            tl.store(moments_pointer + 7 * count + row, on_tail)
-        else:
-            p_t = top_p
-            top = tl.min(tl.where(best == tl.max(best, 0), place, vocab_size), 0)
-            q_t = tl.exp(tl.load(student_pointer + top).to(tl.float32) * inverse_temperature - log_z)
-        tl.store(moments_pointer + row, entropy_q)
-        tl.store(moments_pointer + count + row, top_q)
-        tl.store(moments_pointer + 2 * count + row, entropy_p)
-        tl.store(moments_pointer + 3 * count + row, top_p)
-        tl.store(moments_pointer + 4 * count + row, q_t)
-        tl.store(moments_pointer + 5 * count + row, p_t)
 
     scale = factor * inverse_temperature
     for start in range(0, vocab_size, BLOCK):

@@ -1,1 +1,1 @@
-"""Load a teacher or a student, make a smaller student from a teacher, generate."""
+"""Models: load them, prune a student from a teacher, read their hidden states, generate."""

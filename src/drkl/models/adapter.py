@@ -1,4 +1,4 @@
-"""LoRA students: adapters put into a model, taken out again merged or alone, and read back; all of it peft's."""
+"""LoRA students: add an adapter with peft, save it, merge it, and read it back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_adapter(model: PreTrainedModel, config: Any, seed: int) -> Any:
     """Put LoRA layers into a model, in place, so that they alone are trained.
 
     Args:
-        model: stays the `PreTrainedModel` it is, with other layers inside.
+        model: stays this `PreTrainedModel`, with other layers inside.
         config: the `peft` section, a `peft.PeftConfig`, or a dict of fields of `peft.LoraConfig`.
         seed: random seed for the adapter's first weights; the model's function is unchanged by them.
 
@@ -52,6 +52,8 @@ def add_adapter(model: PreTrainedModel, config: Any, seed: int) -> Any:
         with torch.random.fork_rng(), _quiet_peft():
             torch.manual_seed(seed)
             adapter = get_peft_model(model, config)
+    except DrklError:
+        raise
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise DrklError(f"peft: {' '.join(str(error).split())[:400]}") from error
     what = {id(head): "the output head"}
@@ -67,19 +69,19 @@ def add_adapter(model: PreTrainedModel, config: Any, seed: int) -> Any:
 
 
 def save_adapter(adapter: Any, folder: Path) -> None:
-    """Write the adapter alone: with a config.json beside it transformers would look for a whole model's weights."""
+    """Save the adapter alone, without a config.json, for which transformers would expect a whole model's weights."""
     # Embeddings are never trained here; with "auto" peft would look for the base model's on the hub.
     adapter.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
 
 
 def merge_adapter(adapter: Any) -> PreTrainedModel:
-    """The model with the adapter added to its weights, and no trace of peft in it."""
+    """Return the model with the adapter added to its weights, and without peft's layers."""
     merged: PreTrainedModel = adapter.merge_and_unload()
     return merged
 
 
 def adapter_base(name: str) -> str | None:
-    """The model that the adapter in a folder belongs to; None where there is no adapter."""
+    """Return the base model of the adapter in a folder; None where there is no adapter."""
     path = Path(name) / CONFIG
     if not path.is_file():
         return None
@@ -90,7 +92,7 @@ def adapter_base(name: str) -> str | None:
 
 
 def read_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """The model with the adapter of a folder merged into it."""
+    """Return the model with the adapter of a folder merged into it."""
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -101,7 +103,7 @@ def read_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Without what a user can do nothing about: peft reads a property that newer transformers deprecate."""
+    """Hide peft's warning about a property that newer transformers deprecate; users cannot do anything about it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated", FutureWarning)
         # Tied layers with an adapter: refused below, by name.

@@ -132,17 +132,22 @@ def call_at_head(wrapped: nn.Module, inputs: Mapping[str, Any], at_head: AtHead,
         first = output.detach().flatten()[:1]
         return (first if first.numel() else output.new_zeros(1)).reshape(1, 1, 1)
 
-    def model_forward(*args: Any, **kwargs: Any) -> Tensor:
-        output = forward(*args, **kwargs)
+    def finish(output: Any) -> Tensor:
         if len(results) != 1:
             raise DrklError(
                 f"The {role} ({type(model).__name__}) called its output head {len(results)} times in one forward; "
                 "expected once. Use a model of another family."
             )
-        _uncompiled(_check_logits)(model, used[0], results[0], output, role)
+        _check_logits(model, used[0], results[0], output, role)
         return results[0]
 
-    handle = module.register_forward_hook(keep)
+    at_end = _uncompiled(finish)
+
+    def model_forward(*args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = at_end(forward(*args, **kwargs))
+        return result
+
+    handle = module.register_forward_hook(_uncompiled(keep))
     try:
         with _replaced(module, _uncompiled(head_forward)), _replaced(model, model_forward):
             result = wrapped(**inputs)
@@ -173,19 +178,6 @@ def head_of(model: PreTrainedModel, role: str, *, in_forward: bool = False) -> L
     return dataclasses.replace(
         head, weight=weight, bias=bias, scale=head.scale / decoder_scale(model.config.get_text_config())
     )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every part of a model in eval mode, and afterwards each in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

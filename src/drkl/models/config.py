@@ -37,27 +37,31 @@ class StudentConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     init: Literal["prune", "pretrained", "random"] = Field(
-        "prune", description="prune (layers of a larger model), pretrained (a model as it is) or random (a config)"
+        "prune",
+        description="Initial weights: prune (some layers of a larger model), pretrained (a model unchanged) or random.",
     )
-    model: str | None = Field(
-        None, description="Hugging Face id or folder; for prune and random the teacher's where left out"
-    )
+    model: str | None = Field(None, description="Hugging Face id or folder. Default for prune and random: the teacher.")
     layers: int | list[int] | None = Field(
-        None, description="prune, random: how many layers (prune: first, last, evenly between), or which; default half"
+        None,
+        description="For prune and random: number of layers, or their numbers from 0 (default: half). prune keeps the "
+        "first, the last and others evenly spaced.",
     )
     encoder_layers: int | list[int] | None = Field(
-        None, description="the same for the encoder of an encoder-decoder, whose decoder `layers` is; default as layers"
+        None,
+        description="Encoder layers of an encoder-decoder, as layers, which is then about the decoder (default: as "
+        "layers).",
     )
     config: dict[str, Any] = Field(
         default_factory=dict,
-        description="random: fields of the model's config to replace, e.g. hidden_size; with model_type (and no model) "
-        "a config of its own, e.g. {model_type: gpt2, n_embd: 128}",
+        description="For random: fields of the model config to replace, such as hidden_size; or, with model_type and "
+        "without model, a config of its own, such as {model_type: gpt2, n_embd: 128}.",
     )
     freeze_embeddings: bool = Field(
-        False, description="keep the token embeddings (and a head tied to them) as they are; for prune, the teacher's"
+        False,
+        description="Do not train the token embeddings, nor a head tied to them (with prune they are the teacher's).",
     )
     dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_dtype)] = Field(
-        "fp32", description="dtype of the student's weights, which the optimiser updates"
+        "fp32", description="Dtype of the student's weights, which the optimiser updates."
     )
 
     @model_validator(mode="after")
@@ -76,7 +80,7 @@ class StudentConfig(BaseModel):
 
     @property
     def model_type(self) -> str | None:
-        """The architecture of a student that is made from nothing but its config."""
+        """The architecture of a student that is made from its config alone."""
         kind = self.config.get("model_type")
         return None if kind is None else str(kind)
 
@@ -91,12 +95,13 @@ class StudentConfig(BaseModel):
 
 
 class PeftConfig(BaseModel):
-    """The `peft` section: fields of peft's own LoraConfig, and what is written at the end."""
+    """The `peft` section: fields of peft's own LoraConfig, and what is saved at the end."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     export: Literal["adapter", "merged"] = Field(
-        "merged", description="merged: an ordinary model; adapter: a peft folder beside the model it belongs to"
+        "merged",
+        description="What is saved: merged (an ordinary model) or adapter (a peft folder, which needs its base model).",
     )
 
     @model_validator(mode="after")

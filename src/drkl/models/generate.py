@@ -1,4 +1,8 @@
-"""Seeded sampling whose samples depend on the prompt and the seed, and not on how they were batched."""
+"""Seeded sampling whose samples depend on the prompt and the seed, and not on the batch.
+
+Each token is drawn by walking down a binary tree over the vocabulary: at every node a uniform random number decides
+between the probabilities of the left and the right half. The numbers are a function of (seed, prompt, sample, step).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
     Progress = Callable[[int], None]
 
 DEPTH = 24
-"""Random numbers per token: enough for 2**24 tokens, and the same for every vocabulary."""
+"""Random numbers per token: enough for a vocabulary of 2**24 tokens, and the same for every vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,13 @@ class Generation:
     text: str
     """Decoded, without special tokens."""
     token_ids: tuple[int, ...]
-    """What was generated, the stop token included, nothing after it."""
+    """The generated tokens up to the stop token, which is included."""
     finished: bool
-    """Whether a stop token came before ``max_new_tokens``."""
+    """Whether a stop token was generated within ``max_new_tokens``."""
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens were generated, the stop token included."""
+        """Number of generated tokens, the stop token included."""
         return len(self.token_ids)
 
 
@@ -63,25 +67,25 @@ def sample_texts(
     stop_ids: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> list[list[Generation]]:
-    """Sample answers from a language model, per prompt and per sample.
+    """Sample answers from a language model: for every prompt, ``samples_per_prompt`` of them.
 
-    The random numbers of a sample come from (seed, key of the prompt, number of the sample) alone, and are used so that
-    rounding hardly matters. So neither batch size nor the order of prompts changes a sample, but where rounding inside
-    the model (about 1e-5 of a logit) tips the scale; two models answer a prompt with the same random numbers; samples
-    are prefixes of those with a larger ``max_new_tokens``. The model's own ``generation_config`` plays no part, and
-    the model is left as it was.
+    The random numbers of a sample depend on (seed, key of the prompt, number of the sample) alone. Neither the batch
+    size nor the order of the prompts changes a sample, except where rounding inside the model (about 1e-5 of a logit)
+    decides between two tokens. Two models answer a prompt with the same random numbers. A sample is the beginning of
+    the one with a larger ``max_new_tokens``. The model's own ``generation_config`` is not used, and the model is left
+    as it was.
 
     Args:
-        model: on its device; switched to eval mode for the call.
-        tokenizer: decodes the answers, and says where they end.
-        prompts: token ids, none empty; of an encoder-decoder what its encoder reads.
-        samples_per_prompt: k >= 1.
-        first_sample: the number of the first of them; samples 2 and 3 are the same drawn alone or after 0 and 1.
+        model: on its device; in eval mode during the call.
+        tokenizer: decodes the answers and gives the default ``stop_ids``.
+        prompts: token ids, none empty; for an encoder-decoder the input of its encoder.
+        samples_per_prompt: at least 1.
+        first_sample: number of the first sample; samples 2 and 3 are the same whether or not 0 and 1 are drawn.
         sampling_temperature: > 0; softmax(logits / sampling_temperature) over the whole vocabulary.
-        max_new_tokens: >= 1, the stop token included.
-        seed: >= 0.
-        batch_size: sequences decoded at once; prompts of like length go together.
-        greedy: take the most probable token instead; the samples of a prompt are then all the same.
+        max_new_tokens: at least 1, the stop token included.
+        seed: at least 0.
+        batch_size: sequences decoded at once; prompts of similar length share a batch.
+        greedy: take the most probable token instead; all samples of a prompt are then equal.
         keys: a name per prompt (a row's id); by default the prompt's token ids.
         stop_ids: default ``stop_token_ids(tokenizer)``, and eos alone for an encoder-decoder.
         progress: called after each decoding step with the token slots done since the last call; they add up to
@@ -114,11 +118,11 @@ def sample_texts(
 
 
 class _Descent(LogitsProcessor):
-    """Leaves one token possible: the one at the end of a way down the binary tree over the ids.
+    """Samples a token by descending a binary tree over the vocabulary, and makes it the only possible one.
 
-    At each node a fresh uniform number is held against the left half's share of the probability. One number against
-    the cumulative sum would be simpler, but its 50,000 boundaries lie so close that rounding inside the model, which
-    does depend on the batch, moved one token in a thousand.
+    At each node a fresh uniform number is compared with the left half's share of the probability. One number compared
+    with the cumulative sum would be simpler, but its 50,000 boundaries lie so close together that rounding inside the
+    model, which depends on the batch, changed one token in a thousand.
     """
 
     def __init__(self, uniforms: np.ndarray, temperature: float) -> None:
@@ -147,9 +151,9 @@ class _Descent(LogitsProcessor):
 
 
 class _Watch(LogitsProcessor):
-    """Refuses logits that are no numbers, and reports the slots of a batch step by step.
+    """Refuses logits that are not finite, and reports the token slots of a batch step by step.
 
-    What is left when every row has stopped early is reported at the end.
+    The slots that are left when every row has stopped early are reported at the end.
     """
 
     def __init__(self, num_rows: int, num_steps: int, report: Progress | None) -> None:
@@ -187,8 +191,9 @@ def _generate(
 ) -> Tensor:
     """Return the new tokens `[prompts * num_samples, steps]`, the samples of a prompt in a row."""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    apart = is_encoder_decoder(model)
-    extra = _shared_encoding(model, batch, num_samples) if apart else _shared_prefix(model, batch, num_samples)
+    encoder_decoder = is_encoder_decoder(model)
+    share = _shared_encoding if encoder_decoder else _shared_prefix
+    extra = share(model, batch, num_samples)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -198,7 +203,7 @@ def _generate(
         pad_token_id=stops[0],
         decoder_start_token_id=decoder_start(model),
     )
-    if not apart:
+    if not encoder_decoder:
         extra["input_ids"] = batch["input_ids"].repeat_interleave(num_samples, 0)
     out = model.generate(
         attention_mask=batch["attention_mask"].repeat_interleave(num_samples, 0),
@@ -206,7 +211,7 @@ def _generate(
         logits_processor=processors,
         **extra,
     )
-    return out[:, 1 if apart else batch["input_ids"].shape[1] :]
+    return out[:, 1 if encoder_decoder else batch["input_ids"].shape[1] :]
 
 
 def _shared_encoding(model: Any, batch: dict[str, Tensor], num_samples: int) -> dict[str, Any]:
@@ -220,9 +225,9 @@ def _shared_encoding(model: Any, batch: dict[str, Tensor], num_samples: int) -> 
 
 
 def _shared_prefix(model: Any, batch: dict[str, Tensor], num_samples: int) -> dict[str, Any]:
-    """Read each prompt once for all its samples; nothing where that saves nothing or the model keeps another cache.
+    """Read each prompt once for all its samples, except for its last token, whose logits the decoding loop takes.
 
-    The last token is left to the decoding loop, which takes its logits.
+    Empty where that saves nothing, or where the model has a cache of another kind.
     """
     if num_samples == 1 or batch["input_ids"].shape[1] == 1 or not model._supports_default_dynamic_cache():
         return {}
@@ -236,7 +241,7 @@ def _shared_prefix(model: Any, batch: dict[str, Tensor], num_samples: int) -> di
 
 
 def sampling_batches(lengths: Sequence[int], num_samples: int, batch_size: int) -> Iterator[tuple[list[int], range]]:
-    """Prompts of like length and the samples to draw of each, at most ``batch_size`` sequences at a time."""
+    """Yield prompts of similar length and the samples to draw for each, at most ``batch_size`` sequences at a time."""
     together = min(num_samples, batch_size)
     width = batch_size // together
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -260,10 +265,10 @@ def _finish(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]
 
 @contextmanager
 def _plain_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, and no generation defaults of the model's own, until the block ends.
+    """Eval mode and no generation defaults of the model's own inside the block.
 
-    ``generate`` fills whatever the config it is given leaves out from ``model.generation_config``: top-k or a
-    repetition penalty would come in that way.
+    ``generate`` takes every setting that its config leaves out from ``model.generation_config``, such as top-k or a
+    repetition penalty.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig()
@@ -303,16 +308,16 @@ def _check_prompts(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], names: list[str], max_new_tokens: int
 ) -> None:
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    apart = is_encoder_decoder(model)
+    encoder_decoder = is_encoder_decoder(model)
     for name, prompt in zip(names, prompts, strict=True):
         if not prompt:
             raise DrklError(f"Prompt {name!r} has no tokens; expected at least one.")
-        if limit is not None and apart and max(len(prompt), max_new_tokens) > limit:
+        if limit is not None and encoder_decoder and max(len(prompt), max_new_tokens) > limit:
             raise DrklError(
                 f"A prompt of {len(prompt)} tokens or max_new_tokens ({max_new_tokens}) passes the {limit} positions "
                 "that the model's encoder and decoder have each. Shorten the prompt, or lower max_new_tokens."
             )
-        if limit is not None and not apart and len(prompt) + max_new_tokens > limit:
+        if limit is not None and not encoder_decoder and len(prompt) + max_new_tokens > limit:
             raise DrklError(
                 f"A prompt of {len(prompt)} tokens and max_new_tokens ({max_new_tokens}) pass the model's "
                 f"{limit} positions. Shorten the prompt, or lower max_new_tokens."

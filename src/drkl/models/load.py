@@ -207,6 +207,11 @@ def count_parameters(config: Any, *, classifier: bool = False) -> int:
 
 
 def _text(name: Name) -> str:
+    if not isinstance(name, str | os.PathLike):
+        raise DrklError(
+            "Expected a folder, a Hugging Face id, or an object of transformers (a PreTrainedModel, or a tokenizer); "
+            f"got a {type(name).__name__}."
+        )
     text = os.fspath(name)
     return str(Path(text).expanduser()) if text.startswith("~") else text
 

@@ -1,4 +1,4 @@
-"""Are these two models a pair: one kind, one vocabulary, and rows that both can read?"""
+"""Check that two models are a pair: one kind, one vocabulary, and rows that both can read."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_same_family(student: Any, teacher: Any, student_name: str, teacher_nam
 
 
 class SharedTokens(NamedTuple):
-    """How many ids, from 0, mean the same in both tokenizers, and whether one of the two has more."""
+    """The number of ids, from 0, that mean the same in both tokenizers, and whether one of the two has more."""
 
     num_ids: int
     one_has_more: bool
@@ -55,7 +55,7 @@ class SharedTokens(NamedTuple):
 def check_tokenizers(
     student: StudentConfig, teacher_name: str | None, *, classifier: bool = False
 ) -> SharedTokens | None:
-    """Compare the tokenizers of weights that were learnt apart; None where there is one tokenizer only.
+    """Compare the tokenizers of models that were trained separately; None where there is one tokenizer only.
 
     Raises:
         DrklError: an id that means one token to the student and another to the teacher.
@@ -70,17 +70,16 @@ def check_tokenizers(
 
 
 def shared_tokens(student: Any, teacher: Any, student_name: str, teacher_name: str) -> tuple[int, bool]:
-    """How many ids, from 0, mean the same token in two tokenizers, and whether one goes on where the other ends.
+    """Return how many ids, from 0, mean the same token in two tokenizers, and whether one continues after that.
 
     Raises:
-        DrklError: an id that means one token here and another there, or two tokenizers of which one is no beginning
-            of the other.
+        DrklError: an id that means different tokens, or two tokenizers neither of which is the beginning of the other.
     """
-    theirs, ours = ({i: token for token, i in one.get_vocab().items()} for one in (teacher, student))
+    theirs, ours = ({i: token for token, i in t.get_vocab().items()} for t in (teacher, student))
     if theirs == ours:
         return max(ours) + 1, False
     differ = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
-    # The ids that differ are all one tokenizer's, and come after all of the other's: tokens added at the end.
+    # All ids that differ belong to one tokenizer and come after all of the other's: tokens added at the end.
     if differ[0] and (differ[0] > max(ours) or differ[0] > max(theirs)):
         return differ[0], True
     first = ", ".join(f"{i}: student {ours.get(i)!r}, teacher {theirs.get(i)!r}" for i in differ[:3])
@@ -94,7 +93,7 @@ def shared_tokens(student: Any, teacher: Any, student_name: str, teacher_name: s
 def shared_vocabulary(
     student: int, teacher: int, tokens: SharedTokens | None, tokenizer: Any, rows: Sequence[Row | LabelledRow]
 ) -> dict[str, int] | None:
-    """The ids that two heads of these sizes are compared on; None for all of them.
+    """Return the ids that two heads of these sizes are compared on; None for all of them.
 
     Args:
         student: the ids that the student scores.
@@ -121,7 +120,7 @@ def shared_vocabulary(
 
 
 def check_rows(rows: Sequence[Row | LabelledRow], model_config: Any, whose: str) -> None:
-    """Raise DrklError where a model has no embedding for a row's tokens, or no room for them."""
+    """Raise DrklError if a model has no embedding for a row's tokens, or its context is too short for them."""
     text = model_config.get_text_config()
     longest = max(rows, key=lambda row: row.length)
     context = getattr(text, "max_position_embeddings", None)

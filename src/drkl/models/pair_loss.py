@@ -19,14 +19,14 @@ from drkl.models.at_head import (
     ENCODER_DECODER,
     Wrapped,
     call_at_head,
-    evaluating,
     head_of,
     is_fsdp1,
     kind_of,
     unwrap,
 )
 from drkl.models.classes import class_names
-from drkl.models.forward import decoder_start, output_head
+from drkl.models.forward import decoder_start, in_eval_mode, output_head
+from drkl.models.pair import check_same_family
 from drkl.objectives import Objective, make_objective
 
 NOT_INPUTS = frozenset(
@@ -73,7 +73,8 @@ def pair_loss(
             encoder-decoder the labels `[batch, decoder tokens]` are what the decoder writes, and
             ``decoder_input_ids`` are made from them where they are left out; for a classifier they are class numbers
             `[batch]`. ``attention_mask`` and whatever else a model's forward names are passed on; other keys are not.
-            With padding on the left, ``position_ids`` count from the first real token, as in ``generate``.
+            With padding on the left, ``position_ids`` count from the first real token, as in ``generate``; give that
+            token the label -100, for only padding comes before it.
         objective, temperature, kd_weight, t2_scaling, vocab_size: as in `drkl.distillation_loss`.
         objective_params: the parameters of an objective given by its name, e.g. ``{"gamma": 0.5}``.
         num_tokens: what the sum is divided by, in place of the tokens that count in this batch (on all processes): with
@@ -147,8 +148,9 @@ def _aligned_labels(batch: Mapping[str, Any], kind: str) -> Tensor:
     """Labels `[batch, positions]`: what is predicted at each position, -100 where that does not count."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
+        keys = ", ".join(repr(key) for key, value in batch.items() if value is not None)
         raise DrklError(
-            f"The batch has {', '.join(map(repr, batch)) or 'no keys'}; expected 'labels', token ids or class numbers "
+            f"The batch has {keys or 'no keys'}; expected 'labels', token ids or class numbers "
             "in a tensor, -100 where one does not count. transformers' DataCollatorForLanguageModeling(mlm=False), "
             "DataCollatorForSeq2Seq and DataCollatorWithPadding make them."
         )
@@ -264,7 +266,7 @@ def _run(
         _check_positions(hidden, keep, model, "teacher")
         return hidden[keep.to(hidden.device)]
 
-    with evaluating(teacher):
+    with in_eval_mode(teacher):
         hidden = call_at_head(teacher, _inputs(model, batch, "teacher"), at_head, "teacher")
     if kind_of(model, "teacher") == CLASSIFIER:
         return hidden, None
@@ -294,15 +296,8 @@ def _check_pair(student: PreTrainedModel, kind: str, teacher: PreTrainedModel, b
                 f"The student has the teacher's classes in another order (class {first}: {ours[first]!r}, its own "
                 f"{theirs[first]!r}), and the two are compared by number. Give the student the teacher's id2label."
             )
-    starts = [None, None]
-    if kind == ENCODER_DECODER and batch.get("decoder_input_ids") is None:
-        starts = [decoder_start(student), decoder_start(teacher)]
-    if starts[0] != starts[1]:
-        raise DrklError(
-            f"The student's decoder starts with the token {starts[0]} and the teacher's with {starts[1]}; one batch "
-            "feeds both. Set decoder_start_token_id to the same in both configs, or put decoder_input_ids into the "
-            "batch."
-        )
+    elif kind == ENCODER_DECODER and batch.get("decoder_input_ids") is None:
+        check_same_family(student.config, teacher.config, type(student).__name__, type(teacher).__name__)
 
 
 def _check_positions(hidden: Tensor, keep: Tensor, model: PreTrainedModel | None, role: str) -> None:

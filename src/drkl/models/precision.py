@@ -16,7 +16,7 @@ DtypeLike = str | torch.dtype
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA, then Apple's MPS, then the CPU."""
+    """Return the device of a name; ``auto`` is CUDA if there is one, else Apple's MPS, else the CPU."""
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():
@@ -25,24 +25,24 @@ def pick_device(name: str) -> torch.device:
 
 
 def has_device(name: str) -> bool:
-    """Whether this machine, and this build of torch, has the device."""
+    """Whether this machine and this build of torch have the device."""
     if name == "cuda":
         return torch.cuda.is_available()
     return name != "mps" or torch.backends.mps.is_available()
 
 
 def cpu_capabilities() -> dict[str, Any]:
-    """What the processor can do, as far as torch tells."""
+    """Return the instruction sets that torch reports for the processor."""
     return dict(getattr(torch.cpu, "get_capabilities", dict)())
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware; elsewhere bf16 is several times slower than fp32."""
+    """Whether the device multiplies bf16 matrices in hardware; otherwise bf16 is several times slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        able = cpu_capabilities()
-        return any(bool(able.get(flag)) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+        capabilities = cpu_capabilities()
+        return any(bool(capabilities.get(flag)) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
 
 

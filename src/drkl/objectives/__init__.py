@@ -2,12 +2,11 @@
 
 from drkl.objectives.adaptive import AdaptiveKL, TokenWiseKL
 from drkl.objectives.alpha_beta import AlphaBeta
-from drkl.objectives.base import Objective, make_objective
+from drkl.objectives.base import FunctionObjective, Objective
 from drkl.objectives.decoupled import (
     Decoupled,
     DecoupledKnowledgeDistillation,
     DecoupledReverseKL,
-    decoupled,
 )
 from drkl.objectives.divergences import (
     CrossEntropy,
@@ -19,7 +18,7 @@ from drkl.objectives.divergences import (
     SymmetricKL,
     TotalVariation,
 )
-from drkl.objectives.registry import OBJECTIVES
+from drkl.objectives.registry import OBJECTIVES, ObjectiveLike, decoupled, make_objective
 
 __all__ = [
     "OBJECTIVES",
@@ -30,8 +29,10 @@ __all__ = [
     "DecoupledKnowledgeDistillation",
     "DecoupledReverseKL",
     "ForwardKL",
+    "FunctionObjective",
     "GeneralizedJensenShannon",
     "Objective",
+    "ObjectiveLike",
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",

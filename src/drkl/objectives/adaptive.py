@@ -4,42 +4,38 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from drkl.objectives.base import check_number, help_text
-from drkl.objectives.closed_form import Moments, log_ratio_, through_softmax_, two_kls_
+from drkl.objectives.base import Objective, check_number, help_text
+from drkl.objectives.closed_form import log_ratio_, through_softmax_, two_kls_
 from drkl.objectives.logspace import kl, kl_terms, weighted
+from drkl.objectives.terms import Terms, kl_terms_of, label_or_top, mean_terms, splits, summands
 
 FIRST_TOKENS = 256
 """Of the teacher's best tokens, so many are looked at first; the head seldom needs more."""
 
 
 @dataclass(frozen=True)
-class AdaptiveKL:
+class AdaptiveKL(Objective):
     """g_h/(g_h + g_t) KL(p || q) + g_t/(g_h + g_t) KL(q || p): the KL of the part of the vocabulary that is worse off.
 
     The head is the shortest list of the teacher's most probable tokens (the lower index first on ties) with a mass of
     at least mu, the tail the rest; g = sum |p - q| over each. Both weights are 1/2 where the two agree everywhere.
     """
 
-    name: ClassVar[str] = "akl"
-    formula: ClassVar[str] = "(g_h KL(p || q) + g_t KL(q || p)) / (g_h + g_t), g = sg[sum |p - q|] over head / tail"
-    source: ClassVar[str] = "AKL, Wu et al. 2024, arXiv 2404.02657"
-    needs_teacher: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = False
-    has_closed_form: ClassVar[bool] = True
+    name = "akl"
+    formula = "(g_h KL(p || q) + g_t KL(q || p)) / (g_h + g_t), g = sg[sum |p - q|] over head / tail"
+    source = "AKL, Wu et al. 2024, arXiv 2404.02657"
 
     mu: float = field(default=0.5, metadata=help_text("the teacher's mass in the head, in (0, 1]"))
 
     def __post_init__(self) -> None:
         check_number(self.name, "mu", self.mu, "in (0, 1]", lambda mu: 0 < mu <= 1)
 
-    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
-        assert teacher_logp is not None
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Tensor:
         teacher_logp = teacher_logp.detach()
         share = self.forward_share(student_logp, teacher_logp)
         forward, reverse = kl(teacher_logp, student_logp), kl(student_logp, teacher_logp)
@@ -50,17 +46,15 @@ class AdaptiveKL:
         gap = (teacher_logp.detach().exp() - student_logp.detach().exp()).abs()
         return head_share(gap, head_mask(teacher_logp.detach(), self.mu)).squeeze(-1)
 
-    def value_and_grad_(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        labels: Tensor | None,
-        seen: Moments | None = None,
-    ) -> Tensor:
-        assert teacher_logits is not None
+    def terms(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Terms:
+        student, teacher = splits(student_logp, teacher_logp, label_or_top(teacher_logp, labels))
+        share = self.forward_share(student_logp, teacher_logp)
+        return mean_terms(share, kl_terms_of(teacher, student), kl_terms_of(student, teacher))
+
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
         best, places = teacher_logits.topk(min(FIRST_TOKENS, teacher_logits.shape[-1]), -1)
         kept = teacher_logits.clone()
-        log_ratio = log_ratio_(student_logits, teacher_logits, seen)
+        log_ratio = log_ratio_(student_logits, teacher_logits)
         gap = (teacher_logits - student_logits).abs_()
         listed = first_tokens(best, teacher_logits.gather(-1, places), self.mu)
         if listed is None:
@@ -124,36 +118,28 @@ def _share(in_head: Tensor, whole: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TokenWiseKL:
+class TokenWiseKL(Objective):
     """sum_v sg[sigma(log p/q)] p log p/q + sg[sigma(log q/p)] q log q/p: forward KL where the student is too low.
 
     sg stops the gradient. The value is KL(p || q) + KL(q || p); only the gradient differs from theirs.
     """
 
-    name: ClassVar[str] = "todi"
-    formula: ClassVar[str] = "sum sg[sigma(log p/q)] p log(p/q) + sg[sigma(log q/p)] q log(q/p)"
-    source: ClassVar[str] = "ToDi, Jung et al. 2025, arXiv 2505.16297"
-    needs_teacher: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = False
-    has_closed_form: ClassVar[bool] = True
+    name = "todi"
+    formula = "sum sg[sigma(log p/q)] p log(p/q) + sg[sigma(log q/p)] q log(q/p)"
+    source = "ToDi, Jung et al. 2025, arXiv 2505.16297"
 
-    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
-        assert teacher_logp is not None
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Tensor:
         teacher_logp = teacher_logp.detach()
         forward_weight = token_weights(student_logp, teacher_logp)
         forward = weighted(forward_weight, kl_terms(teacher_logp, student_logp))
         return (forward + weighted(1.0 - forward_weight, kl_terms(student_logp, teacher_logp))).sum(-1)
 
-    def value_and_grad_(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        labels: Tensor | None,
-        seen: Moments | None = None,
-    ) -> Tensor:
+    def terms(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Terms:
+        return summands(self, student_logp, teacher_logp, labels)
+
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
         # h = d value / d log q = -sigma(log p/q) p + sigma(log q/p) q (log q/p + 1)
-        assert teacher_logits is not None
-        log_ratio = log_ratio_(student_logits, teacher_logits, seen)
+        log_ratio = log_ratio_(student_logits, teacher_logits)
         value = torch.linalg.vecdot(student_logits - teacher_logits, log_ratio)
         forward_weight = torch.sigmoid(-log_ratio)
         reverse = log_ratio.add_(1.0).mul_(student_logits).mul_(1.0 - forward_weight)

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from drkl.errors import DrklError
-from drkl.objectives.base import check_number, help_text
-from drkl.objectives.closed_form import Moments, see_distributions, through_softmax_
+from drkl.objectives.base import Objective, check_number, help_text
+from drkl.objectives.closed_form import through_softmax_
+from drkl.objectives.terms import Terms, summands
 
 SMALL_SUM = 0.2
 """Below this s the two differences nearly cancel in the sum: small s |log p/q| take a series instead."""
@@ -28,7 +28,7 @@ SERIES_REACH, TERMS = 0.5, range(14)
 
 
 @dataclass(frozen=True)
-class AlphaBeta:
+class AlphaBeta(Objective):
     """-1/(ab) sum p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b), and its limits; a = alpha, b = beta.
 
     (1, 0) is forward KL, (0, 1) reverse KL, (1/2, 1/2) is 2 sum (sqrt p - sqrt q)^2, (1, 1) is 1/2 sum (p - q)^2 and
@@ -36,11 +36,9 @@ class AlphaBeta:
     the two differ by hundreds of nats; so does nothing else.
     """
 
-    name: ClassVar[str] = "ab"
-    formula: ClassVar[str] = "-1/(ab) sum p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b), with its limits"
-    source: ClassVar[str] = "ABKD, Wang et al. 2025, arXiv 2505.04560; Cichocki et al. 2011"
-    needs_teacher: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = False
+    name = "ab"
+    formula = "-1/(ab) sum p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b), with its limits"
+    source = "ABKD, Wang et al. 2025, arXiv 2505.04560; Cichocki et al. 2011"
 
     alpha: float = field(default=0.2, metadata=help_text("a, at least 0 (or -beta): larger, more forward"))
     beta: float = field(default=0.7, metadata=help_text("b, at least 0 (or -alpha): larger, more reverse"))
@@ -58,8 +56,7 @@ class AlphaBeta:
         # At s = 0 a class counts even where it has no mass, which the tail of a decoupled objective cannot express.
         return self.alpha + self.beta > 0
 
-    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
-        assert teacher_logp is not None
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Tensor:
         teacher_logp = teacher_logp.detach()
         no_student, no_teacher = student_logp == -math.inf, teacher_logp == -math.inf
         outside = no_student | no_teacher
@@ -79,22 +76,16 @@ class AlphaBeta:
             return torch.full_like(logp, math.inf)
         return (s * logp).exp() / (exponent * s)
 
-    def value_and_grad_(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        labels: Tensor | None,
-        seen: Moments | None = None,
-    ) -> Tensor:
-        assert teacher_logits is not None and self.has_closed_form
+    def terms(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Terms:
+        return summands(self, student_logp, teacher_logp, labels)
+
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
+        assert self.has_closed_form
         log_q, log_p = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
         terms, slope = terms_and_slope(log_q, log_p, self.alpha, self.beta)
         if self.alpha + self.beta < SMALL_SUM:
             terms = class_terms(log_q, log_p, self.alpha, self.beta)
         torch.exp(log_q, out=student_logits)
-        if seen is not None:
-            torch.exp(log_p, out=teacher_logits)
-            see_distributions(seen, student_logits, log_q, teacher_logits, log_p)
         values = terms.sum(-1)
         through_softmax_(student_logits, slope)
         return values

@@ -1,44 +1,50 @@
-"""The protocol of an objective, and making one by its name."""
+"""What an objective is, a plain function as an objective, and the checks that all of them share."""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from drkl.errors import DrklError, did_you_mean
-from drkl.objectives.closed_form import Moments
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What is minimised at one position; a frozen dataclass whose fields are its hyper-parameters.
+    """What is minimised at one position. A subclass gives a name and ``__call__``, and may give the rest.
 
-    It never masks, shifts, casts, scales or reduces: `drkl.losses` does, once for all objectives.
+    A subclass is a frozen dataclass whose fields are its hyper-parameters. It never masks, shifts, casts, scales or
+    reduces: `drkl.losses` does, once for all objectives. Two more methods are optional: `value_and_grad_`, and
+    ``terms``, which takes the arguments of ``__call__`` and returns a target term and a tail term, each `[n]`, that add
+    up to the value; `drkl.analysis` splits the gradient into theirs.
     """
 
-    name: ClassVar[str]
-    formula: ClassVar[str]
-    source: ClassVar[str]
+    name: str
+    formula: str = ""
+    source: str = ""
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher's distribution is read; where False, ``teacher_logp`` may be None."""
-        ...
+        return True
 
     @property
     def needs_labels(self) -> bool:
         """Whether the observed next token is read; where False, ``labels`` may be None."""
-        ...
+        return getattr(self, "target", None) == "label"
 
     @property
     def has_closed_form(self) -> bool:
         """Whether `value_and_grad_` may be called; otherwise the fused loss differentiates ``__call__``."""
-        ...
+        return type(self).value_and_grad_ is not Objective.value_and_grad_
 
-    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
+    # Subclasses narrow Any to what they read: a Tensor where they need it, Tensor | None where they do not.
+    def __call__(self, student_logp: Tensor, teacher_logp: Any, labels: Any = None) -> Tensor:
         """Return the value at each position.
 
         Args:
@@ -49,56 +55,68 @@ class Objective(Protocol):
         Returns:
             `[n]`, in nats.
         """
-        ...
+        raise NotImplementedError
 
-    def value_and_grad_(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        labels: Tensor | None,
-        seen: Moments | None = None,
-    ) -> Tensor:
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Any, labels: Any) -> Tensor:
         """Return the values `[n]` and overwrite ``student_logits`` with d value / d student_logits.
 
-        The same numbers as ``__call__`` on the log-softmax of both, without a graph. Both logits `[n, vocab]` must be
-        finite, fp32 or wider; ``teacher_logits`` is left with arbitrary contents. ``seen``, where given, is filled on
-        the way; an objective may do without this argument, and the loss then looks at the rows itself.
+        The same numbers as ``__call__`` on the log-softmax of both, without a graph. Both logits `[n, vocab]` are
+        finite, fp32 or wider; ``teacher_logits`` may be overwritten too.
         """
-        ...
+        raise NotImplementedError
 
 
-def make_objective(name: str | Objective, **params: Any) -> Objective:
-    """Make an objective by its registered name.
+@dataclass(frozen=True)
+class FunctionObjective(Objective):
+    """A plain function ``(student_logp, teacher_logp, labels) -> [n]`` as an objective.
 
-    Args:
-        name: a key of `drkl.OBJECTIVES`; an objective is returned as it is.
-        **params: its hyper-parameters; those left out take the default.
-
-    Raises:
-        DrklError: an unknown name or parameter, or a value outside its domain.
-
-    >>> make_objective("drkl", gamma=0.25).gamma
-    0.25
+    ``labels`` is None where the loss is given none. Attributes ``needs_teacher`` and ``needs_labels`` of the callable
+    are honoured; by default it needs the teacher and not the labels.
     """
-    from drkl.objectives.registry import OBJECTIVES
 
-    if not isinstance(name, str):
-        if params:
-            raise DrklError(f"Parameters {sorted(params)} were given beside an objective that is already made.")
-        if isinstance(name, type) or not isinstance(name, Objective):
-            raise DrklError(f"objective is {name!r}; expected a name in drkl.OBJECTIVES, or an objective made of one.")
-        return name
-    if name not in OBJECTIVES:
-        known = ", ".join(OBJECTIVES)
-        raise DrklError(f"There is no objective {name!r}.{did_you_mean(name, OBJECTIVES)} Known: {known}.")
-    cls: Any = OBJECTIVES[name]
-    fields = [f.name for f in dataclasses.fields(cls)]
-    for key in params:
-        if key not in fields:
-            has = f"it has {', '.join(fields)}" if fields else "it has none"
-            raise DrklError(f"Objective {name!r} has no parameter {key!r}; {has}.{did_you_mean(key, fields)}")
-    made: Objective = cls(**params)
-    return made
+    function: Callable[..., Tensor]
+    name: str
+
+    @classmethod
+    def of(cls, function: Callable[..., Tensor]) -> FunctionObjective:
+        """Wrap any callable; raises DrklError where it does not take the three arguments."""
+        bare = function.func if isinstance(function, functools.partial) else function
+        name = getattr(bare, "__name__", type(bare).__name__)
+        called = function.forward if isinstance(function, torch.nn.Module) else function
+        try:
+            signature = inspect.signature(called)
+        except ValueError:  # a built-in that does not tell
+            return cls(function, name)
+        try:
+            signature.bind(None, None, None)
+        except TypeError as error:
+            raise DrklError(
+                f"Objective {name!r} has the signature {signature}; expected a function of three positional arguments "
+                f"(student_logp, teacher_logp, labels) ({error})."
+            ) from None
+        return cls(function, name)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(getattr(self.function, "needs_teacher", True))
+
+    @property
+    def needs_labels(self) -> bool:
+        return bool(getattr(self.function, "needs_labels", False))
+
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        return check_values(self, self.function(student_logp, teacher_logp, labels), student_logp.shape[0])
+
+
+def check_values(objective: Objective, values: object, count: int) -> Tensor:
+    """Return ``values``; raises DrklError unless they are a tensor `[count]`."""
+    if isinstance(values, Tensor) and values.shape == (count,):
+        return values
+    came = f"shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+    raise DrklError(
+        f"Objective {objective.name!r} returned {came}; expected a tensor [{count}], one value per position (sum over "
+        "the vocabulary; the loss averages over positions)."
+    )
 
 
 def check_choice(owner: str, field: str, value: object, choices: Iterable[str] | Mapping[str, Any]) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from drkl.objectives.base import Objective, make_objective
+from drkl.objectives.base import Objective
+from drkl.objectives.registry import make_objective
 
 
 class ObjectiveConfig(BaseModel):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,59 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from drkl.errors import DrklError
-from drkl.objectives.adaptive import AdaptiveKL, TokenWiseKL
-from drkl.objectives.alpha_beta import AlphaBeta
-from drkl.objectives.base import Objective, check_choice, check_number, help_text
-from drkl.objectives.closed_form import (
-    EXCLUDED,
-    Moments,
-    Softmax,
-    log_share,
-    observed_softmax_,
-    see_split,
-    softmax_,
-)
-from drkl.objectives.divergences import (
-    ForwardKL,
-    GeneralizedJensenShannon,
-    ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
-    SymmetricKL,
-    TotalVariation,
-)
+from drkl.objectives.base import Objective, check_choice, check_number, check_values, help_text
+from drkl.objectives.closed_form import EXCLUDED, log_share, softmax_
+from drkl.objectives.divergences import ForwardKL, GeneralizedJensenShannon, ReverseKL
 from drkl.objectives.logspace import Split, argmax, kl, mixture, split, two_classes, weighted
+from drkl.objectives.terms import Terms
 
-DIVERGENCES: tuple[type[Objective], ...] = (
-    ForwardKL,
-    ReverseKL,
-    SymmetricKL,
-    GeneralizedJensenShannon,
-    SkewForwardKL,
-    SkewReverseKL,
-    TotalVariation,
-    AdaptiveKL,
-    AlphaBeta,
-    TokenWiseKL,
-)
-PARTS: dict[str, Objective] = {cls.name: cls() for cls in DIVERGENCES}
-"""The divergences that a decoupled objective takes by name, each with its defaults."""
-TAILS = ("rkl", "fkl", "gjs")
+TAILS = {"rkl": ReverseKL(), "fkl": ForwardKL(), "gjs": GeneralizedJensenShannon()}
+"""The tails of DRKL by name."""
 TARGETS = ("teacher", "label")
 WEIGHTS = ("constant", "student", "teacher", "floor")
-
-
-class Terms(NamedTuple):
-    """An objective at each position `[n]` as a sum of two, in nats."""
-
-    target: Tensor
-    tail: Tensor
-
-
-def _check_common(owner: str, gamma: object, target: object, weight: object) -> None:
-    check_number(owner, "gamma", gamma, "greater than 0", lambda value: value > 0)
-    check_choice(owner, "target", target, TARGETS)
-    check_choice(owner, "weight", weight, WEIGHTS)
 
 
 def target_class(
@@ -93,39 +49,35 @@ def _mask_empty_student_tail(value: Tensor, student: Split) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Decoupled:
+class Decoupled(Objective):
     """a F(b_q, b_p) + w G(q^, p^): one divergence on target-against-rest, another on the renormalised rest.
 
     b = (probability of the target, probability of the rest); q^, p^ = the tails, renormalised. With F = G = RKL, a = 1
     and a constant w = gamma it is DRKL; with w = 1 - q_t *not* detached it would be RKL again.
     """
 
-    name: ClassVar[str] = "decoupled"
-    formula: ClassVar[str] = "a F(b_q, b_p) + w G(q^, p^)"
-    source: ClassVar[str] = "the operator behind DKD (arXiv 2203.08679) and DRKL (arXiv 2604.00223)"
-    needs_teacher: ClassVar[bool] = True
+    name = "decoupled"
+    formula = "a F(b_q, b_p) + w G(q^, p^)"
+    source = "the operator behind DKD (arXiv 2203.08679) and DRKL (arXiv 2604.00223)"
 
-    on_target: Objective = PARTS["rkl"]
-    on_tail: Objective = PARTS["rkl"]
+    on_target: Objective = TAILS["rkl"]
+    on_tail: Objective = TAILS["rkl"]
     gamma: float = 0.5
     target_weight: float = 1.0
     target: str = "teacher"
     weight: str = "constant"
 
     def __post_init__(self) -> None:
-        _check_common("decoupled", self.gamma, self.target, self.weight)
-        check_number("decoupled", "target_weight", self.target_weight, "at least 0", lambda value: value >= 0)
-
-    @property
-    def needs_labels(self) -> bool:
-        return self.target == "label"
+        for name in ("gamma", "target_weight"):
+            check_number(self.name, name, getattr(self, name), "at least 0", lambda value: value >= 0)
+        check_choice(self.name, "target", self.target, TARGETS)
+        check_choice(self.name, "weight", self.weight, WEIGHTS)
 
     @property
     def has_closed_form(self) -> bool:
         return self.on_tail.has_closed_form
 
-    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
-        assert teacher_logp is not None
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Tensor:
         return torch.add(*self.terms(student_logp, teacher_logp, labels))
 
     def terms(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Terms:
@@ -133,31 +85,25 @@ class Decoupled:
         target = target_class(self.target, teacher_logp, labels)
         student, teacher = split(student_logp, target), split(teacher_logp.detach(), target)
         on_target = self.on_target(student.log_two, teacher.log_two)
-        on_tail = _mask_empty_student_tail(self.on_tail(student.log_tail, teacher.log_tail), student)
+        tails = [side.log_tail for side in (student, teacher)]
+        if not self.on_tail.has_closed_form:
+            # -inf at the target is for objectives that say what they do there; in a plain function it makes NaN.
+            tails = [tail.scatter(-1, target.unsqueeze(-1), EXCLUDED) for tail in tails]
+        on_tail = self.on_tail(*tails)
+        for part, values in ((self.on_target, on_target), (self.on_tail, on_tail)):
+            check_values(part, values, target.shape[0])
+        on_tail = _mask_empty_student_tail(on_tail, student)
         weight = tail_weight(self.weight, self.gamma, student.log_odds, teacher.log_odds)
         return Terms(weighted(self.target_weight, on_target), weighted(weight, on_tail))
 
-    def value_and_grad_(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        labels: Tensor | None,
-        seen: Moments | None = None,
-    ) -> Tensor:
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
         # With s the target's log-odds, d s / dz_t = 1 and d s / dz_j = -q^_j: the two classes' gradient is one number.
-        assert teacher_logits is not None and self.has_closed_form
+        assert self.has_closed_form
         at_target = target_class(self.target, teacher_logits, labels).unsqueeze(-1)
         z_t, y_t = student_logits.gather(-1, at_target), teacher_logits.gather(-1, at_target)
         tail_q = student_logits.scatter_(-1, at_target, EXCLUDED).clone()
         teacher_logits.scatter_(-1, at_target, EXCLUDED)
-        if seen is None:
-            s, u = z_t - softmax_(tail_q), y_t - teacher_logits.logsumexp(-1, keepdim=True)
-        else:
-            difference, tail_p = student_logits - teacher_logits, teacher_logits.clone()
-            q, p = observed_softmax_(tail_q), observed_softmax_(tail_p)
-            s, u = z_t - q.log_norm, y_t - p.log_norm
-            reverse = torch.linalg.vecdot(tail_q, difference).unsqueeze(-1) + (p.log_norm - q.log_norm)
-            see_split(seen, (q, p), (s, u), _two_class_reverse_kl(s, u), reverse)
+        s, u = z_t - softmax_(tail_q), y_t - teacher_logits.logsumexp(-1, keepdim=True)
         on_tail = self.on_tail.value_and_grad_(student_logits, teacher_logits, None)
         with torch.enable_grad():
             log_odds = s.squeeze(-1).detach().requires_grad_()
@@ -169,51 +115,8 @@ class Decoupled:
         return self.target_weight * on_target.detach() + weight.squeeze(-1) * on_tail
 
 
-class _Weighted(Decoupled):
-    """The operator without its own checks: DKD's tail may weigh nothing."""
-
-    def __post_init__(self) -> None:
-        pass
-
-
-def decoupled(
-    on_target: str | Objective = "rkl",
-    on_tail: str | Objective = "rkl",
-    gamma: float = 0.5,
-    target_weight: float = 1.0,
-    target: str = "teacher",
-    weight: str = "constant",
-) -> Decoupled:
-    """Compose a decoupled objective: ``target_weight * F(b_q, b_p) + w * G(q^, p^)``.
-
-    Args:
-        on_target: the divergence F on (target, rest): the name of one without a target of its own, or an objective.
-        on_tail: the divergence G on the renormalised tails, likewise.
-        gamma: the tail's weight, > 0.
-        target_weight: the factor a, >= 0.
-        target: ``teacher`` (its top token) or ``label`` (the observed token).
-        weight: ``constant`` (w = gamma), ``student`` (1 - q_t, detached), ``teacher`` (1 - p_t) or ``floor``
-            (max(gamma, 1 - q_t), detached).
-
-    Raises:
-        DrklError: an unknown part, or a value outside its domain.
-
-    >>> decoupled("rkl", "gjs", gamma=0.25).on_tail.name
-    'gjs'
-    """
-    parts = []
-    for place, part in (("on_target", on_target), ("on_tail", on_tail)):
-        if isinstance(part, str):
-            check_choice("decoupled", place, part, PARTS)
-            part = PARTS[part]
-        if part.needs_labels or not part.needs_teacher:
-            raise DrklError(f"decoupled.{place} is {part.name!r}; expected a divergence between student and teacher.")
-        parts.append(part)
-    return Decoupled(parts[0], parts[1], gamma, target_weight, target, weight)
-
-
 @dataclass(frozen=True)
-class DecoupledReverseKL:
+class DecoupledReverseKL(Objective):
     """B + gamma K: reverse KL without the push on an already matched target, and with a supervised tail.
 
     B = KL(b_q || b_p) on (target, rest), K = KL(q^ || p^) on the renormalised rest; RKL is B + (1 - q_t) K. The paper
@@ -221,10 +124,9 @@ class DecoupledReverseKL:
     With ``skew`` = s > 0, p is replaced by the mixture (1 - s) p + s q, gradient included.
     """
 
-    name: ClassVar[str] = "drkl"
-    formula: ClassVar[str] = "KL(b_q || b_p) + gamma KL(q^ || p^)"
-    source: ClassVar[str] = "DRKL, arXiv 2604.00223, Eq. 9"
-    needs_teacher: ClassVar[bool] = True
+    name = "drkl"
+    formula = "KL(b_q || b_p) + gamma KL(q^ || p^)"
+    source = "DRKL, arXiv 2604.00223, Eq. 9"
 
     gamma: float = field(default=0.5, metadata=help_text("weight of the tail, > 0"))
     target: str = field(default="teacher", metadata=help_text("teacher (its top token) or label (the observed token)"))
@@ -236,24 +138,18 @@ class DecoupledReverseKL:
     tail: str = field(default="rkl", metadata=help_text("divergence on the tail: rkl (the paper), fkl or gjs (ours)"))
 
     def __post_init__(self) -> None:
-        _check_common("drkl", self.gamma, self.target, self.weight)
-        check_choice("drkl", "tail", self.tail, TAILS)
+        check_number("drkl", "gamma", self.gamma, "greater than 0", lambda value: value > 0)
+        for name, choices in (("target", TARGETS), ("weight", WEIGHTS), ("tail", TAILS)):
+            check_choice("drkl", name, getattr(self, name), choices)
         check_number("drkl", "skew", self.skew, "in [0, 1)", lambda value: 0 <= value < 1)
         if self.skew > 0 and self.tail != "rkl":
             raise DrklError(f"drkl.skew is {self.skew} with tail {self.tail!r}; a skewed DRKL needs tail 'rkl'.")
 
     @property
-    def needs_labels(self) -> bool:
-        return self.target == "label"
-
-    has_closed_form: ClassVar[bool] = True
-
-    @property
     def _operator(self) -> Decoupled:
-        return Decoupled(PARTS["rkl"], PARTS[self.tail], self.gamma, 1.0, self.target, self.weight)
+        return Decoupled(TAILS["rkl"], TAILS[self.tail], self.gamma, 1.0, self.target, self.weight)
 
-    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
-        assert teacher_logp is not None
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Tensor:
         return torch.add(*self.terms(student_logp, teacher_logp, labels))
 
     def terms(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Terms:
@@ -269,43 +165,26 @@ class DecoupledReverseKL:
         weight = tail_weight(self.weight, self.gamma, student.log_odds, teacher.log_odds)
         return Terms(on_target, weighted(weight, on_tail))
 
-    def value_and_grad_(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        labels: Tensor | None,
-        seen: Moments | None = None,
-    ) -> Tensor:
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
         if self.tail == "gjs":
-            return self._operator.value_and_grad_(student_logits, teacher_logits, labels, seen)
+            return self._operator.value_and_grad_(student_logits, teacher_logits, labels)
         # d/dz_t = q_t (1 - q_t) D; reverse tail: d/dz_j = q^_j [w (d_j - K) - q_t (1 - q_t) D], d_j = log q^_j / p^_j.
-        assert teacher_logits is not None
         at_target = target_class(self.target, teacher_logits, labels).unsqueeze(-1)
         z_t, y_t = student_logits.gather(-1, at_target), teacher_logits.gather(-1, at_target)
         difference = (student_logits - teacher_logits).scatter_(-1, at_target, 0.0)
         student_logits.scatter_(-1, at_target, EXCLUDED)
         teacher_logits.scatter_(-1, at_target, EXCLUDED)
-        tails: tuple[Softmax, Softmax] | None = None
-        if seen is None:
-            log_rest_q, log_rest_p = softmax_(student_logits), softmax_(teacher_logits)
-        else:
-            tails = observed_softmax_(student_logits), observed_softmax_(teacher_logits)
-            log_rest_q, log_rest_p = tails[0].log_norm, tails[1].log_norm
+        log_rest_q, log_rest_p = softmax_(student_logits), softmax_(teacher_logits)
         s, u = z_t - log_rest_q, y_t - log_rest_p
         shift = log_rest_p - log_rest_q
         weight = tail_weight(self.weight, self.gamma, s, u)
         push = torch.sigmoid(s) * torch.sigmoid(-s) * (s - u)
         on_target = _two_class_reverse_kl(s, u)
-        reverse: Tensor | None = None
-        if self.tail == "rkl" or seen is not None:
-            reverse = torch.linalg.vecdot(student_logits, difference).unsqueeze(-1) + shift
-        if seen is not None and tails is not None and reverse is not None:
-            see_split(seen, tails, (s, u), on_target, reverse)
         if self.skew > 0:
             return self._skewed_(student_logits, difference.add_(shift), at_target, s, u)
-        if self.tail == "rkl" and reverse is not None:
-            on_tail = reverse
-            student_logits.mul_(difference.add_(shift - reverse).mul_(weight).sub_(push))
+        if self.tail == "rkl":
+            on_tail = torch.linalg.vecdot(student_logits, difference).unsqueeze(-1) + shift
+            student_logits.mul_(difference.add_(shift - on_tail).mul_(weight).sub_(push))
         else:
             on_tail = -torch.linalg.vecdot(teacher_logits, difference).unsqueeze(-1) - shift
             student_logits.mul_(weight - push).sub_(teacher_logits.mul_(weight))
@@ -340,17 +219,15 @@ def _two_class_reverse_kl(s: Tensor, u: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DecoupledKnowledgeDistillation:
+class DecoupledKnowledgeDistillation(Objective):
     """alpha KL(b_p || b_q) + beta KL(p^ || q^): the forward twin of DRKL.
 
     Zhao et al. take the label as the target; here, as for `drkl`, the teacher's top token is the default.
     """
 
-    name: ClassVar[str] = "dkd"
-    formula: ClassVar[str] = "alpha KL(b_p || b_q) + beta KL(p^ || q^)"
-    source: ClassVar[str] = "DKD, Zhao et al. 2022, arXiv 2203.08679"
-    needs_teacher: ClassVar[bool] = True
-    has_closed_form: ClassVar[bool] = True
+    name = "dkd"
+    formula = "alpha KL(b_p || b_q) + beta KL(p^ || q^)"
+    source = "DKD, Zhao et al. 2022, arXiv 2203.08679"
 
     alpha: float = field(default=1.0, metadata=help_text("weight of the target against the rest, at least 0"))
     beta: float = field(default=0.5, metadata=help_text("weight of the tail, at least 0; not both 0"))
@@ -364,25 +241,15 @@ class DecoupledKnowledgeDistillation:
             raise DrklError("dkd.alpha and dkd.beta are both 0; expected one of them above 0.")
 
     @property
-    def needs_labels(self) -> bool:
-        return self.target == "label"
-
-    @property
     def _operator(self) -> Decoupled:
-        return _Weighted(PARTS["fkl"], PARTS["fkl"], self.beta, self.alpha, self.target)
+        return Decoupled(TAILS["fkl"], TAILS["fkl"], self.beta, self.alpha, self.target)
 
-    def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
+    def __call__(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Tensor:
         return self._operator(student_logp, teacher_logp, labels)
 
     def terms(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Terms:
         """The two summands, weights included."""
         return self._operator.terms(student_logp, teacher_logp, labels)
 
-    def value_and_grad_(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        labels: Tensor | None,
-        seen: Moments | None = None,
-    ) -> Tensor:
-        return self._operator.value_and_grad_(student_logits, teacher_logits, labels, seen)
+    def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
+        return self._operator.value_and_grad_(student_logits, teacher_logits, labels)

@@ -1,1 +1,1 @@
-"""Where the teacher's signal comes from."""
+"""Teachers: the source of the distributions that a student learns to match."""

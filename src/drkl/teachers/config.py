@@ -8,18 +8,20 @@ from drkl.models.config import Dtype
 
 
 class TeacherConfig(BaseModel):
-    """The model whose distributions the student learns."""
+    """The model whose distributions the student learns to match."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(
         "smollm2-135m-instruct",
-        description="Hugging Face id, folder, or the embedded teacher's name; `teacher: null` for none",
+        description="Hugging Face id, folder, or the name of the embedded teacher. `teacher: null` is no teacher.",
     )
     remember_mb: int = Field(
         0,
         ge=0,
-        description="memory for the teacher's states of batches already seen: a later stage that trains on the same "
-        "batches does not run the teacher again",
+        description="Memory in MiB for the teacher's hidden states of batches already seen. An epoch or a stage that "
+        "trains on the same batches again does not run the teacher again.",
     )
-    dtype: Dtype = Field("auto", description="of the teacher's weights; auto: bf16 where the device has it, else fp32")
+    dtype: Dtype = Field(
+        "auto", description="Dtype of the teacher's weights. auto: bf16 if the hardware supports it, else fp32."
+    )

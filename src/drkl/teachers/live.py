@@ -1,4 +1,4 @@
-"""A teacher that runs beside the student."""
+"""A teacher model that runs during training, beside the student."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Computing the loss inside the student's own forward.
+"""The loss, computed inside the student's own forward.
 
-A classifier goes the same way as a language model: a text is one position, its "hidden states" are its class logits,
+A classifier takes the same path as a language model: a text is one position, its "hidden states" are its class logits,
 and it has no head.
 
 The model stays the `PreTrainedModel` it is (a wrapper around it would break the saving of tied heads), and DDP or FSDP
@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from drkl.losses import IGNORE_INDEX, LMHead, distillation_loss, fused_distillation_loss
-from drkl.losses.common import LossArguments
+from drkl.losses import IGNORE_INDEX, LMHead, LogitChunk, distillation_loss, fused_distillation_loss
 from drkl.losses.config import LossConfig
 from drkl.models.forward import hidden_states, output_head
 from drkl.objectives import Objective
 from drkl.positions import token_statistics
 
 STATISTICS_POSITIONS = 256
-"""Positions of a micro-batch, evenly spread, from which the logged entropies and KLs are taken."""
+"""At most this many positions of a micro-batch, evenly spread, give the logged entropies and KLs."""
 KEY = "distillation"
 
 
@@ -73,6 +72,8 @@ def _distil(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     keep = wanted.labels != IGNORE_INDEX
     hidden, labels, head = hidden_states(model, inputs)[keep], wanted.labels[keep], output_head(model)
+    every = -(-labels.numel() // STATISTICS_POSITIONS)
+    statistics = StatisticsSums(every) if wanted.with_statistics and every else None
     value = loss_of(
         hidden,
         head,
@@ -83,9 +84,9 @@ def _distil(
         objective=objective,
         num_tokens=wanted.num_tokens,
         vocab_size=vocab_size,
+        observe=statistics,
     )
-    statistics = _statistics(hidden, head, labels, wanted, vocab_size) if wanted.with_statistics else {}
-    return value, statistics, hidden.detach()
+    return value, {} if statistics is None else statistics.sums, hidden.detach()
 
 
 def loss_of(
@@ -95,9 +96,12 @@ def loss_of(
     teacher_head: LMHead | None,
     labels: Tensor,
     loss: LossConfig,
-    **settings: Unpack[LossArguments],
+    **settings: Any,
 ) -> Tensor:
-    """The fused loss of hidden states and heads; where there is no head, the dense one of class logits."""
+    """The fused loss of hidden states and heads; where there is no head, the dense one of class logits.
+
+    ``settings`` are further keyword arguments of both losses.
+    """
     settings |= {"temperature": loss.temperature, "kd_weight": loss.kd_weight, "t2_scaling": loss.t2_scaling}
     if head is None:
         return distillation_loss(hidden, teacher_hidden, labels, **settings)
@@ -111,29 +115,32 @@ def logits_of(hidden: Tensor, head: LMHead | None, vocab_size: int | None = None
     return (head if vocab_size is None else head.trimmed(vocab_size)).logits(hidden)
 
 
-@torch.no_grad()
-def _statistics(
-    hidden: Tensor, head: LMHead | None, labels: Tensor, wanted: Distillation, vocab_size: int | None
-) -> dict[str, Tensor]:
-    if labels.numel() == 0:
-        return {}
-    few = slice(None, None, -(-labels.numel() // STATISTICS_POSITIONS))
-    teacher = None
-    if wanted.teacher_hidden is not None:
-        teacher = logits_of(wanted.teacher_hidden[few], wanted.teacher_head, vocab_size)
-    values = token_statistics(logits_of(hidden[few], head, vocab_size), teacher, labels[few])
-    count = torch.tensor(labels[few].numel())
-    return {name: value.sum() for name, value in summed(values).items()} | {"positions": count}
+class StatisticsSums:
+    """Sums of token statistics over every ``every``-th position of a loss: an observer of its logits.
 
+    ``sums`` has those that training logs, by the names it logs them under, and the number of ``positions``.
+    """
 
-def summed(values: Any) -> dict[str, Tensor]:
-    """The statistics that training logs, by the names it logs them under."""
-    names = {
-        "nll": values.nll,
-        "student_entropy": values.entropy,
-        "fkl": values.fkl,
-        "rkl": values.rkl,
-        "agreement": values.agreement,
-        "teacher_entropy": values.teacher_entropy,
-    }
-    return {name: value for name, value in names.items() if value is not None}
+    def __init__(self, every: int = 1) -> None:
+        self.sums: dict[str, Tensor] = {"positions": torch.tensor(0)}
+        self._every = every
+
+    def __call__(self, chunk: LogitChunk) -> None:
+        assert chunk.labels is not None
+        some = slice(-chunk.start % self._every, None, self._every)
+        labels, teacher = chunk.labels[some], None if chunk.teacher is None else chunk.teacher[some]
+        if not labels.numel():
+            return
+        values = token_statistics(chunk.student[some], teacher, labels)
+        columns = {
+            "nll": values.nll,
+            "student_entropy": values.entropy,
+            "fkl": values.fkl,
+            "rkl": values.rkl,
+            "agreement": values.agreement,
+            "teacher_entropy": values.teacher_entropy,
+            "positions": torch.tensor(labels.numel()),
+        }
+        for name, value in columns.items():
+            if value is not None:
+                self.sums[name] = self.sums.get(name, 0) + value.sum()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,9 @@ from drkl.losses import IGNORE_INDEX
 from drkl.losses.config import LossConfig
 from drkl.models.forward import hidden_states, output_head
 from drkl.objectives import Objective
-from drkl.positions import token_statistics
 from drkl.teachers.live import LiveTeacher
 from drkl.training.faults import find_fault, list_rows
-from drkl.training.forward import logits_of, loss_of, summed
+from drkl.training.forward import StatisticsSums, loss_of
 
 CHUNK = 256
 
@@ -56,11 +54,13 @@ class HeldOut:
 
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel, objective: Objective, loss: LossConfig) -> dict[str, float]:
-        """Means over the response tokens of all rows: loss, nll, entropies and, with a teacher, KLs and agreement."""
+        """Means over the response tokens of all rows: loss, nll, entropies and, with a teacher, KLs and agreement.
+
+        All come from one product with each head.
+        """
         device = next(model.parameters()).device
         head = output_head(model)
         sums: dict[str, float] = {}
-        count = 0
         for index, batch in enumerate(self._batches):
             batch = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
             keep = batch["labels"] != IGNORE_INDEX
@@ -68,36 +68,27 @@ class HeldOut:
             teacher_hidden = self._teacher_states(index, batch, keep)
             for start in range(0, labels.numel(), CHUNK):
                 part = slice(start, start + CHUNK)
-                states = None if teacher_hidden is None else teacher_hidden[part]
-                for name, value in self._chunk(hidden[part], head, states, labels[part], objective, loss).items():
+                statistics = StatisticsSums()
+                values = loss_of(
+                    hidden[part],
+                    head,
+                    None if teacher_hidden is None else teacher_hidden[part],
+                    None if self._teacher is None else self._teacher.head,
+                    labels[part],
+                    loss,
+                    objective=objective,
+                    vocab_size=self._vocab_size,
+                    reduction="none",
+                    observe=statistics,
+                )
+                for name, value in (statistics.sums | {"loss": values.sum()}).items():
                     sums[name] = sums.get(name, 0.0) + float(value)
             if not math.isfinite(sums.get("loss", 0.0)):
                 rows = list_rows(self._batches[index]["row_ids"])
                 fault = find_fault(model, hidden, self._teacher, teacher_hidden, objective)
                 raise NonFiniteLoss(f"the held-out loss is not finite, rows {rows}. Not finite first: {fault}.")
-            count += labels.numel()
+        count = sums.pop("positions", 0.0)
         return {name: value / max(count, 1) for name, value in sums.items()}
-
-    def _chunk(
-        self, hidden: Tensor, head: Any, teacher_hidden: Tensor | None, labels: Tensor, objective: Any, loss: LossConfig
-    ) -> dict[str, Tensor]:
-        teacher_head = None if self._teacher is None else self._teacher.head
-        size = self._vocab_size
-        teacher = None if teacher_hidden is None else logits_of(teacher_hidden, teacher_head, size)
-        out = {k: v.sum() for k, v in summed(token_statistics(logits_of(hidden, head, size), teacher, labels)).items()}
-        values = loss_of(
-            hidden,
-            head,
-            teacher_hidden,
-            teacher_head,
-            labels,
-            loss,
-            objective=objective,
-            vocab_size=size,
-            reduction="none",
-        )
-        out["loss"] = values.sum()
-        return out
 
     def _teacher_states(self, index: int, batch: dict[str, Tensor], keep: Tensor) -> Tensor | None:
         if self._teacher is None:
