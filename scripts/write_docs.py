@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import table
 from drkl.evaluation.declared import CLASS_GROUPS, GROUPS, Group
 from drkl.objectives import describe
-from drkl.reporting.metrics import DIRECTIONS
+from drkl.reporting.tables import DIRECTIONS
 from scripts.oracles import CLASS_ORACLES, ORACLES, Oracle
 
 ROOT = Path(__file__).resolve().parents[1]

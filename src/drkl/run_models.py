@@ -9,6 +9,8 @@ from typing import Any, Unpack
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from drkl.analysis.analyze import analyze_inputs
+from drkl.analysis.result import Analysis
 from drkl.config import Config, load_config
 from drkl.data.classification import tokenize_labelled
 from drkl.data.rows import make_rows, read_shares
@@ -23,6 +25,7 @@ from drkl.models.load import load_config as load_model_config
 from drkl.models.precision import has_device, pick_device, resolve_dtype
 from drkl.models.readout import read
 from drkl.models.student import make_student
+from drkl.objectives import Objective
 from drkl.runs import RunFolder
 from drkl.training.spec import RunSpec, has_encoder
 
@@ -63,6 +66,53 @@ def evaluate_run(
         inputs, wanted, output_dir=target, fresh=fresh, facts=facts, on_progress=on_progress,
         name=config.run.name if output_dir is None else None,
     )  # fmt: skip
+
+
+def analyze_run(
+    run: str | Path,
+    *,
+    objectives: Sequence[str | Objective] | None = None,
+    positions: int = 512,
+    gamma: float | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    command: Sequence[str] | None = None,
+    on_progress: Progress | None = None,
+) -> Analysis:
+    """Analyse a finished run on its own held-out rows, with its own objective among the others; see `drkl.analyze`.
+
+    Args:
+        run: the run folder.
+        objectives: see `drkl.analyze`.
+        positions: see `drkl.analyze`.
+        gamma: DRKL's weight of the tail, used where an objective names none (default: that of the run's objective,
+            else 0.5).
+        temperature: see `drkl.analyze`.
+        seed: see `drkl.analyze`.
+        output_dir: where ``analysis.json`` and ``analysis/positions.csv`` are written (default: the run folder).
+        command: the command line that repeats the analysis, for the record.
+        on_progress: called with ("teacher: reading", done, total).
+
+    Raises:
+        DrklError: there is no run, it has no student or no teacher, or a value is outside its domain.
+    """
+    folder, config, specs = open_finished(run)
+    if output_dir is not None:
+        check_output(Path(output_dir))
+    return analyze_inputs(
+        run_inputs(specs),
+        objectives=objectives,
+        own=specs[-1].objective.make(),
+        positions=positions,
+        gamma=gamma,
+        temperature=temperature,
+        seed=seed,
+        evaluation_seed=config.evaluation.seed,
+        output_dir=folder.root if output_dir is None else output_dir,
+        command=command,
+        on_progress=on_progress,
+    )
 
 
 def open_finished(run: str | Path) -> tuple[RunFolder, Config, list[RunSpec]]:

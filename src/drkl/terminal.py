@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from drkl.data.survey import Survey
     from drkl.evaluation.findings import Finding
     from drkl.evaluation.result import Evaluation
+    from drkl.reporting.tables import PlainTable
     from drkl.training.run import Listener
 
 BAR = 40
@@ -159,36 +160,31 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
-def print_toy(ends: list[Any]) -> None:
-    """Where each objective ended, a table for each setting."""
+def print_toy(ends: Sequence[Any]) -> None:
+    """The end point of each objective, a table for each setting."""
     from rich.console import Console
     from rich.table import Table
 
-    shown = ("q_t", "p_t", "entropy", "agreement", "fkl", "rkl", "tvd")
+    metrics = ("q_t", "p_t", "entropy", "agreement", "fkl", "rkl", "tvd")
     for name in dict.fromkeys(end["setting"] for end in ends):
-        table = Table("objective", "gamma", *shown, title=name)
+        table = Table("objective", "gamma", *metrics, title=name)
         for end in ends:
             if end["setting"] == name:
                 gamma = "" if end["gamma"] == "" else f"{end['gamma']:g}"
-                table.add_row(end["objective"], gamma, *(f"{end[key]:.3f}" for key in shown))
+                table.add_row(end["objective"], gamma, *(f"{end[key]:.3f}" for key in metrics))
         Console().print(table)
 
 
-def print_analysis(headline: str, findings: Sequence[Any], head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The diagnosis in words, and every objective's pushes."""
+def print_analysis(findings: Iterable[Finding], pushes: PlainTable) -> None:
+    """The findings, and every objective's pushes."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    console.print(headline, markup=False, style="bold")
-    for one in findings:
-        console.print(f"\n{one.question} {one.answer.capitalize()}.", markup=False, style="bold")
-        console.print(one.text, markup=False)
-    table = Table(*head, title="Pushes: gradients on the logit of the teacher's top token; negative raises it")
-    for row in rows:
-        table.add_row(*(cell.split(" [")[0] for cell in row))  # the intervals are in the file
-    console.print()
-    console.print(table)
+    print_findings(findings)
+    table = Table(*pushes.head, title="Pushes: gradients on the logit of the teacher's top token; negative raises it")
+    for row in pushes.rows:
+        table.add_row(*(cell if isinstance(cell, str) else cell[0] for cell in row))  # the intervals are in the file
+    Console(highlight=False).print(table)
 
 
 def print_surveys(surveys: Sequence[Survey], tokenizer: Any, console: Console | None = None) -> None:

@@ -68,6 +68,8 @@ IDS: tuple[str, ...] = (
     f"{BETTER}{AS_VARIED.key}",
 )
 """Every id that there is."""
+RENAMED = {"own_gap": "overconfidence"}
+"""Means of the first format of ``analysis.json``, by their present names."""
 SHARED = ("overconfident_by_teacher", "overconfident_by_data", "target_too_high")
 """The ids that stand in ``eval.json`` and in ``analysis.json``."""
 
@@ -233,7 +235,7 @@ def of_analysis(tables: Mapping[str, Any], *, shared: bool = True) -> list[Findi
         shared: whether to decide the ids in `SHARED`; False where an evaluation beside it measured other rows.
     """
     settings, counts = tables["settings"], tables["counts"]
-    totals = {name: Estimate.from_json(entry) for name, entry in tables["totals"].items()}
+    totals = {RENAMED.get(name, name): Estimate.from_json(entry) for name, entry in tables["totals"].items()}
     rows, gamma = settings["rows"], settings["gamma"]
     found = sureness(totals, rows) if shared else []
     at_temperature = [

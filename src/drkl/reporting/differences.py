@@ -1,28 +1,27 @@
-"""A comparison of two runs as people and programs read it: text, Markdown, csv, json."""
+"""A comparison of two evaluations as people and programs read it: text, Markdown, csv, json."""
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from drkl.display import MINUS, number
 from drkl.evaluation.bootstrap import RESAMPLES
+from drkl.evaluation.comparison import Comparison, Table
 from drkl.evaluation.declared import groups_of
-from drkl.evaluation.paired import AS_VARIED
-from drkl.reporting.metrics import DIRECTIONS
-
-if TYPE_CHECKING:
-    from drkl.evaluation.comparison import Comparison, Difference, Table
+from drkl.evaluation.paired import Difference
+from drkl.reporting.tables import DIRECTIONS
+from drkl.reporting.text import clean, csv_text, markdown_table, markdown_text
 
 HEADER = ("metric", "A", "B", f"B {MINUS} A", "95 % interval", "verdict")
+COLUMNS = "suite sampling_temperature key metric unit better a b teacher difference low high verdict".split()
 
 
 def as_text(comparison: Comparison, width: int = 120) -> str:
-    """Tables, and what they decide in words."""
+    """Tables, and the summary of what they decide."""
     from rich.console import Console
     from rich.table import Table as Grid
 
@@ -41,43 +40,39 @@ def as_text(comparison: Comparison, width: int = 120) -> str:
                 grid.add_row(*_cells(difference))
         console.print(grid)
     for line in comparison.summary():
-        console.print(line)
+        console.print(clean(line))
     return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
 
 
 def as_markdown(comparison: Comparison) -> str:
     """The same with Markdown's tables."""
-    parts = ["\n".join(f"- {line}" for line in _head(comparison))]
+    parts = ["\n".join(f"- {markdown_text(line)}" for line in _head(comparison))]
     for table in comparison.tables:
-        parts.append(f"**{_title(table)}**")
-        lines = [f"| {' | '.join(HEADER)} |", "|---|---:|---:|---:|---:|---|"]
+        rows = []
         for title, differences in _grouped(comparison, table):
-            lines.append(f"| *{title}* | | | | | |")
-            lines += [f"| {' | '.join(c.replace('|', chr(92) + '|') for c in _cells(d))} |" for d in differences]
-        parts.append("\n".join(lines))
-    parts.append("\n".join(f"- {line}" for line in comparison.summary()))
+            rows.append([f"*{title}*", *[""] * (len(HEADER) - 1)])
+            rows += [[markdown_text(cell) for cell in _cells(difference)] for difference in differences]
+        parts += [f"**{markdown_text(_title(table))}**", markdown_table(HEADER, rows)]
+    parts.append("\n".join(f"- {markdown_text(line)}" for line in comparison.summary()))
     return "\n\n".join(parts) + "\n"
 
 
 def as_csv(comparison: Comparison) -> str:
     """A line per metric, set and temperature; the numbers as ``eval.json`` stores them."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow("suite sampling_temperature key metric unit better a b teacher difference low high verdict".split())
+    return csv_text(COLUMNS, _lines(comparison))
+
+
+def _lines(comparison: Comparison) -> Iterator[list[Any]]:
     for table in comparison.tables:
         for d in table.differences:
-            low, high = d.interval or (None, None)
-            m = d.metric
-            writer.writerow(
-                [table.suite, table.sampling_temperature, m.key, m.title, m.unit, m.better, d.a, d.b, d.teacher,
-                 d.difference, low, high, d.verdict]
-            )  # fmt: skip
-    return file.getvalue()
+            place, m = [table.suite, table.sampling_temperature], d.metric
+            interval = d.interval or (None, None)
+            yield [*place, m.key, m.title, m.unit, m.better, d.a, d.b, d.teacher, d.difference, *interval, d.verdict]
 
 
 def as_json(comparison: Comparison) -> str:
     """Everything, for programs; the numbers as ``eval.json`` stores them."""
-    found = {
+    content = {
         "a": str(comparison.a),
         "b": str(comparison.b),
         "task": comparison.task,
@@ -96,9 +91,10 @@ def as_json(comparison: Comparison) -> str:
             }
             for table in comparison.tables
         ],
+        "findings": [finding.to_json() for finding in comparison.findings],
         "summary": comparison.summary(),
     }
-    return json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 FORMATS: dict[str, Callable[[Comparison], str]] = {
@@ -110,27 +106,28 @@ FORMATS: dict[str, Callable[[Comparison], str]] = {
 
 
 def _head(comparison: Comparison) -> list[str]:
-    return [
+    lines = [
         f"A: {comparison.a}",
         f"B: {comparison.b}",
         f"Differences are B {MINUS} A, with 95 % intervals of {RESAMPLES:,} paired bootstrap resamples (seed "
         f"{comparison.seed}). Verdicts go by the distance from ideal: lower (↓), higher (↑), 0 or the teacher's (T).",
         *(f"Warning: {warning}" for warning in comparison.warnings),
     ]
+    return [clean(line) for line in lines]
 
 
 def _title(table: Table) -> str:
-    place = [table.place] if table.place else []
+    place = [clean(table.place)] if table.place else []
     return ", ".join([*place, *(f"{count:,} {name}" for name, count in table.units.items())])
 
 
 def _grouped(comparison: Comparison, table: Table) -> Iterator[tuple[str, list[Difference]]]:
-    by_key = {difference.metric.key: difference for difference in table.differences}
+    left = {difference.metric.key: difference for difference in table.differences}
     for group in groups_of(comparison.task):
-        if found := [by_key[metric.key] for metric in group.metrics if metric.key in by_key]:
-            yield group.title, found
-    if AS_VARIED.key in by_key:
-        yield "At matched variety", [by_key[AS_VARIED.key]]
+        if own := [left.pop(metric.key) for metric in group.metrics if metric.key in left]:
+            yield group.title, own
+    if left:
+        yield "Where both are as varied as the teacher", [*left.values()]
 
 
 def _cells(difference: Difference) -> tuple[str, ...]:

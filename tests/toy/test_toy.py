@@ -10,19 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from drkl.analysis.toy import ToyProblem, ToySetting, entropy_of, gradient_on_logits, teacher_logits, with_entropy
-from drkl.analysis.toy_metrics import METRICS, ToyTeacher, measure
-from drkl.analysis.toy_sweep import (
-    COLUMNS,
-    DEFAULT_OBJECTIVES,
-    ends,
-    parse_variant,
-    parse_variants,
-    read_csv,
-    sweep,
-)
 from drkl.errors import DrklError
 from drkl.objectives import OBJECTIVES, make_objective
+from drkl.objectives.variants import parse_variant, parse_variants
+from drkl.toy.dynamics import ToyProblem, ToySetting, entropy_of, gradient_on_logits, teacher_logits, with_entropy
+from drkl.toy.metrics import METRICS, ToyTeacher, measure
+from drkl.toy.sweep import COLUMNS, DEFAULT_OBJECTIVES, ends, read_csv, sweep
 from tests.command_line import Cli
 from tests.rounding import assert_near
 
@@ -136,7 +129,7 @@ def test_rows_are_differentiated_block_by_block(monkeypatch: pytest.MonkeyPatch)
     for name in ("rkl", "ce"):
         whole = gradient_on_logits(make_objective(name), student, teacher, labels)
         with monkeypatch.context() as patch:
-            patch.setattr("drkl.analysis.toy.BLOCK_ELEMENTS", 50)
+            patch.setattr("drkl.toy.dynamics.BLOCK_ELEMENTS", 50)
             in_blocks = gradient_on_logits(make_objective(name), student, teacher, labels)
         assert_near(in_blocks, whole, terms=20, scale=10.0)
 
@@ -146,7 +139,7 @@ def test_labels_are_drawn_from_the_teacher() -> None:
     generator = [torch.Generator().manual_seed(0)]
     drawn = torch.stack([problem._labels(generator) for _ in range(4000)])
     shares = torch.stack([(drawn == token).float().mean(0) for token in range(6)], -1)
-    assert torch.allclose(shares, problem.teacher.probs, atol=0.03)
+    assert torch.allclose(shares, problem.teacher.model.probs, atol=0.03)
 
 
 def test_metrics_against_numpy() -> None:
@@ -192,7 +185,7 @@ def test_a_sweep_writes_csv_and_goes_on_where_it_stopped(tmp_path: Path, monkeyp
     first, second = (setting.name for setting in settings)
     assert told == [(first, 2, 3), (first, 3, 3), (second, 2, 3), (second, 3, 3)]
 
-    monkeypatch.setattr("drkl.analysis.toy_sweep.ToyProblem", None)
+    monkeypatch.setattr("drkl.toy.sweep.ToyProblem", None)
     assert sweep(settings, variants, [0, 1], tmp_path) == rows == read_csv(tmp_path / "toy.csv")
     with (tmp_path / "toy.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -295,7 +288,7 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--setting", "fre"), "--setting has 'fre'; expected of free, capacity. Did you mean 'free'?"),
+        (("--setting", "fre"), "--setting has 'fre'; expected one or more of free, capacity. Did you mean 'free'?"),
         (("--init", "hot"), "--init has 'hot'"),
         (("--entropy", "high"), "--entropy is 'high'; expected numbers"),
         (("--entropy", "9"), "below log(1000)"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.colors import to_rgb
 
-from drkl.reporting.toy_map import FAR, HIGH, LOW, METRICS, _color, _number, can_map, write_map
+from drkl.toy.map import FAR, HIGH, LOW, METRICS, _color, _number, can_map, write_map
 
 Row = dict[str, object]
 

@@ -2,37 +2,35 @@
 
 `S` seeds x `C` contexts x `V` tokens. ``free``: every context has its own V logits. ``capacity``: the student's logits
 are A Bᵀ + b of a low rank over many contexts, so it cannot match a teacher of a higher rank, and objectives end in
-different places. Every random number is drawn from a generator of its own seed: a seed's path does not depend on
-which seeds stand beside it.
+different places. Each seed has its own random generators: its path does not depend on the other seeds of the run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from drkl.analysis.toy_metrics import METRICS, ToyTeacher, measure
 from drkl.errors import DrklError
 from drkl.objectives import Objective, make_objective
+from drkl.toy.metrics import METRICS, ToyTeacher, measure
 
 SETTINGS = ("free", "capacity")
 INITS = ("random", "warm")
 BLOCK_ELEMENTS = 2**18
-"""Rows are differentiated in blocks of about so many logits, which stay in the processor's cache."""
+"""Number of logits that are differentiated at a time: a block of them stays in the processor's cache."""
 ZIPF_SHARE = 0.25
-"""In a capacity teacher the shared Zipf marginal has this spread; the contexts' own logits have 1."""
+"""Spread of the Zipf marginal that the contexts of a capacity teacher share; their own logits have a spread of 1."""
 WARM_SHARE = 0.25
 """A warm start is forward KL for this share of the steps: distillation seldom starts from noise."""
 INITIAL_SPREAD = {"free": 1.0, "capacity": 0.1}
 LEARNING_RATE = {"free": 0.05, "capacity": 0.02}
 CONTEXTS = {"free": 32, "capacity": 192}
 STUDENT_RANK = 8
-"""A setting's name tells the rank where it is another."""
+"""The default rank; a setting's name includes the rank where it differs."""
 QUICK = {"vocab": 300, "steps": 100, "contexts": 32}
 
 
@@ -42,13 +40,18 @@ class ToySetting:
 
     Args:
         kind: ``free`` (a logit per context and token) or ``capacity`` (logits of a low rank).
-        vocab: tokens, at least 4.
+        vocab: number of tokens, at least 4.
         entropy: the teacher's entropy in every context, in nats, in (0, log vocab).
         init: ``random``, or ``warm``: after forward KL for a quarter of ``steps``.
-        contexts: positions; as many as `CONTEXTS` has where it is 0.
-        rank: of the student's logits; ``teacher_rank``: of the teacher's (both for ``capacity`` only).
-        steps: Adam's steps.
-        learning_rate: at the start, from where it falls to 0 along a cosine; that of `LEARNING_RATE` where it is 0.
+        contexts: number of positions; 0 is the default of the kind, in `CONTEXTS`.
+        rank: rank of the student's logits (``capacity`` only).
+        teacher_rank: rank of the teacher's logits (``capacity`` only).
+        steps: number of Adam steps.
+        learning_rate: initial learning rate, which falls to 0 along a cosine; 0 is the default of the kind, in
+            `LEARNING_RATE`.
+
+    Raises:
+        DrklError: a value outside its domain.
     """
 
     kind: str = "capacity"
@@ -80,16 +83,14 @@ class ToySetting:
         if self.kind == "capacity" and self.rank >= self.teacher_rank:
             raise DrklError(
                 f"toy: rank is {self.rank} and teacher_rank {self.teacher_rank}; a student of no lower rank has no "
-                "capacity gap. Lower --rank, or take the setting 'free'."
+                "capacity gap. Lower the rank, or take the setting 'free'."
             )
 
     @property
     def name(self) -> str:
+        """The setting as a file name."""
         rank = "" if self.rank == STUDENT_RANK or self.kind == "free" else f"-r{self.rank}"
         return f"{self.kind}-v{self.vocab}-h{self.entropy:g}-{self.init}{rank}"
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def entropy_of(logits: Tensor) -> Tensor:
@@ -110,14 +111,14 @@ def with_entropy(logits: Tensor, entropy: float, tolerance: float = 1e-5) -> Ten
     for _ in range(60):
         logp = torch.log_softmax(logits * scale.exp(), -1)
         probs = logp.exp()
-        found = -torch.linalg.vecdot(probs, logp).unsqueeze(-1)
-        off = found - entropy
+        current = -torch.linalg.vecdot(probs, logp).unsqueeze(-1)
+        off = current - entropy
         if bool((off.abs() < tolerance).all()):
             break
         scale_low = torch.where(off > 0, scale, scale_low)
         scale_high = torch.where(off > 0, scale_high, scale)
         # d entropy / d log scale = -Var_p(log p)
-        variance = torch.linalg.vecdot(probs, logp.square()).unsqueeze(-1) - found.square()
+        variance = torch.linalg.vecdot(probs, logp.square()).unsqueeze(-1) - current.square()
         step = scale + off / variance.clamp(min=1e-12)
         inside = (step > scale_low) & (step < scale_high)
         scale = torch.where(inside, step, (scale_low + scale_high) / 2)
@@ -125,20 +126,21 @@ def with_entropy(logits: Tensor, entropy: float, tolerance: float = 1e-5) -> Ten
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:
+    """Streams: 1 the teacher, 2 the student's start, 3 the labels."""
     return torch.Generator().manual_seed(1_000_003 * stream + seed)
 
 
 def zipf_logits(vocab: int) -> Tensor:
-    """-log rank, standardised: Zipf's law as logits; its exponent is the scale that `with_entropy` finds."""
+    """Zipf's law as logits `[vocab]`: -log rank, standardised; `with_entropy` sets the exponent."""
     logits = -torch.arange(1, vocab + 1, dtype=torch.float32).log()
     return (logits - logits.mean()) / logits.std()
 
 
 def teacher_logits(setting: ToySetting, seed: int) -> Tensor:
-    """The teacher `[contexts, vocab]`, each context with exactly the asked entropy.
+    """The teacher's logits `[contexts, vocab]`; each context has exactly the entropy of the setting.
 
-    ``free``: Zipf's law, permuted and perturbed for each context. ``capacity``: U Vᵀ with Gaussian factors, and one
-    column of U is all ones and meets Zipf's law in V: the marginal that all contexts share.
+    ``free``: Zipf's law, permuted and perturbed for each context. ``capacity``: U Vᵀ with Gaussian factors, plus
+    Zipf's law as a marginal that all contexts share (a column of ones in U).
     """
     generator = _generator(seed, 1)
     contexts, vocab = setting.contexts, setting.vocab
@@ -156,7 +158,7 @@ def teacher_logits(setting: ToySetting, seed: int) -> Tensor:
 
 
 class ToyStudent:
-    """The students of all seeds: ``parameters``, and `logits` `[S * C, vocab]` made of them."""
+    """The students of all seeds: ``parameters``, and the `logits` `[S * C, vocab]` computed from them."""
 
     def __init__(self, setting: ToySetting, seeds: Sequence[int]) -> None:
         spread = INITIAL_SPREAD[setting.kind]
@@ -166,13 +168,14 @@ class ToyStudent:
         drawn: list[list[Tensor]] = [[] for _ in shapes]
         for seed in seeds:
             generator = _generator(seed, 2)
-            for found, shape in zip(drawn, shapes, strict=True):
-                found.append(spread * torch.randn(shape, generator=generator))
-        self.parameters = [torch.stack(found).requires_grad_() for found in drawn]
+            for tensors, shape in zip(drawn, shapes, strict=True):
+                tensors.append(spread * torch.randn(shape, generator=generator))
+        self.parameters = [torch.stack(tensors).requires_grad_() for tensors in drawn]
         if setting.kind == "capacity":
             self.parameters.append(torch.zeros(len(seeds), 1, setting.vocab, requires_grad=True))
 
     def logits(self) -> Tensor:
+        """The logits `[S * C, vocab]`."""
         if len(self.parameters) == 1:
             return self.parameters[0].flatten(0, 1)
         left, right, bias = self.parameters
@@ -180,12 +183,13 @@ class ToyStudent:
 
     @torch.no_grad()
     def copy_from(self, other: ToyStudent) -> None:
-        for mine, its in zip(self.parameters, other.parameters, strict=True):
-            mine.copy_(its)
+        """Overwrite the parameters with those of ``other``."""
+        for parameter, source in zip(self.parameters, other.parameters, strict=True):
+            parameter.copy_(source)
 
 
 class ToyProblem:
-    """A setting with its seeds: the teachers and the start, made once and shared by all objectives."""
+    """A setting with its seeds: the teachers and the common start, built once for all objectives."""
 
     def __init__(self, setting: ToySetting, seeds: Sequence[int]) -> None:
         self.setting, self.seeds = setting, tuple(seeds)
@@ -205,13 +209,7 @@ class ToyProblem:
             student.copy_from(self._start)
         return student
 
-    def run(
-        self,
-        objective: Objective,
-        *,
-        points: int = 40,
-        on_step: Callable[[int], None] | None = None,
-    ) -> list[dict[str, float]]:
+    def run(self, objective: Objective, *, points: int = 40) -> list[dict[str, float]]:
         """Train; return a row for each seed at about ``points`` steps and at the last one: seed, step, the metrics."""
         student, steps = self.student(), self.setting.steps
         every = max(1, steps // points)
@@ -219,19 +217,16 @@ class ToyProblem:
         for step in self._descend(student, objective, steps):
             if step % every == 0 or step == steps:
                 rows += self._measured(student, step)
-            if on_step is not None:
-                on_step(step)
         return rows
 
     def _measured(self, student: ToyStudent, step: int) -> list[dict[str, float]]:
         with torch.no_grad():
             logits = student.logits()
             parts = [measure(logits[rows], self.teacher.rows(rows)) for rows in _blocks(logits)]
-        found = {key: torch.cat([part[key] for part in parts]) for key in METRICS}
-        per_seed = {key: found[key].view(len(self.seeds), -1).mean(-1).tolist() for key in METRICS}
+        columns = {key: torch.cat([part[key] for part in parts]) for key in METRICS}
+        means = {key: column.view(len(self.seeds), -1).mean(-1).tolist() for key, column in columns.items()}
         return [
-            {"seed": seed, "step": step} | {key: per_seed[key][i] for key in METRICS}
-            for i, seed in enumerate(self.seeds)
+            {"seed": seed, "step": step} | {key: means[key][i] for key in METRICS} for i, seed in enumerate(self.seeds)
         ]
 
     def _descend(self, student: ToyStudent, objective: Objective, steps: int) -> Iterator[int]:
@@ -253,11 +248,11 @@ class ToyProblem:
     def _labels(self, generators: list[torch.Generator]) -> Tensor:
         """One token per context, drawn from the teacher anew at each step, as data would be."""
         if self._cumulative is None:
-            self._cumulative = self.teacher.probs.double().cumsum(-1)
+            self._cumulative = self.teacher.model.probs.double().cumsum(-1)
         draws = torch.cat([torch.rand(self.setting.contexts, 1, generator=g, dtype=torch.float64) for g in generators])
-        # The last sum is 1 up to rounding only.
-        found = torch.searchsorted(self._cumulative, draws * self._cumulative[:, -1:])
-        return found.squeeze(-1).clamp(max=self.setting.vocab - 1)
+        # The last sum is 1 only up to rounding.
+        tokens = torch.searchsorted(self._cumulative, draws * self._cumulative[:, -1:])
+        return tokens.squeeze(-1).clamp(max=self.setting.vocab - 1)
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
@@ -266,15 +261,15 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
 
 
 def gradient_on_logits(objective: Objective, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-    """d value / d student logits `[n, vocab]`, by the closed form where the objective has one, else by autograd."""
+    """d value / d student logits `[n, vocab]`: the closed form where the objective has one, else autograd."""
     gradient = student.detach().clone()
     for part in _blocks(student):
-        block, some_labels = gradient[part], None if labels is None else labels[part]
+        block, block_labels = gradient[part], None if labels is None else labels[part]
         if objective.has_closed_form:
             with torch.no_grad():
-                objective.value_and_grad_(block, teacher[part].clone(), some_labels)
+                objective.value_and_grad_(block, teacher[part].clone(), block_labels)
             continue
         leaf = block.clone().requires_grad_()
-        values = objective(torch.log_softmax(leaf, -1), torch.log_softmax(teacher[part], -1), some_labels)
+        values = objective(torch.log_softmax(leaf, -1), torch.log_softmax(teacher[part], -1), block_labels)
         block.copy_(torch.autograd.grad(values.sum(), leaf)[0])
     return gradient

@@ -1,4 +1,4 @@
-"""A toy setting's figure (paths and end points, with their spread over seeds) and its animation."""
+"""The figures of a toy sweep: per setting the paths, the end points and an animation, and one map of the end points."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from drkl.errors import DrklError
 from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, new_figure, plot_style, svg_text, tidy
 from drkl.runs import write_text
+from drkl.toy.dynamics import ToySetting
+from drkl.toy.map import can_map, write_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 Key = tuple[str, Any]
 
-# Of Okabe and Ito's palette, for those whose end points tell the story; what is not here takes the spare colours.
+# Okabe and Ito's palette. Other objectives take the colours that are left over.
 HIGHLIGHTS: dict[Key, str] = {
     ("rkl", ""): "#d55e00", ("fkl", ""): "#0072b2", ("gjs", ""): "#56b4e9", ("drkl", 0.1): "#009e73",
     ("rkl+fkl", 0.1): "#cc79a7", ("rkl+gjs", 0.5): "#e69f00",
@@ -26,9 +28,33 @@ PATHS = {"q_t": "probability of the teacher's top token", "entropy": "entropy, n
 ENDS = {"q_t": "q: target, rival (open)", "entropy": "entropy", "agreement": "agreement", "fkl": "KL(p || q)",
         "rkl": "KL(q || p)"}  # fmt: skip
 FRAMES_HELD = 8
+"""Frames for which the animation stays on the last step."""
 
 
-def name_of(key: Key) -> str:
+def draw(rows: Sequence[Row], ends: Sequence[Row], settings: Sequence[ToySetting], folder: Path) -> None:
+    """Write ``SETTING.svg`` and ``SETTING.gif`` for each setting, and ``map-KIND.svg`` where there is enough for a map.
+
+    Args:
+        rows: what `drkl.toy.sweep.sweep` returned.
+        ends: what `drkl.toy.sweep.ends` makes of them.
+        settings: those of the sweep.
+        folder: the output folder.
+
+    Raises:
+        DrklError: the folder cannot be written to.
+    """
+    for kind in dict.fromkeys(setting.kind for setting in settings):
+        teachers = {setting.name: (setting.init, setting.entropy) for setting in settings if setting.kind == kind}
+        of_kind = [end for end in ends if end["setting"] in teachers]
+        if can_map(of_kind):
+            write_map(of_kind, teachers, folder / f"map-{kind}.svg")
+    for setting in settings:
+        of_setting = [row for row in rows if row["setting"] == setting.name]
+        write_figure(of_setting, setting.entropy, folder / f"{setting.name}.svg")
+        write_animation(of_setting, setting.entropy, folder / f"{setting.name}.gif")
+
+
+def _name(key: Key) -> str:
     objective, gamma = key
     return objective if gamma == "" else f"{objective}, γ {gamma:g}"
 
@@ -36,11 +62,11 @@ def name_of(key: Key) -> str:
 def write_figure(rows: Sequence[Row], teacher_entropy: float, path: Path) -> None:
     """Draw one setting's rows to an svg: paths above, the end points of every objective below.
 
-    The open marks are the student's most probable token but for the teacher's top one: right of the full mark, it has
-    overtaken.
+    The open marks are the rival, the student's most probable token apart from the teacher's top token. Where it is to
+    the right of the full mark, it has overtaken the target.
 
     Raises:
-        DrklError: nobody can write there.
+        DrklError: the file cannot be written.
     """
     series = _by_objective(rows)
     colors = _colors(list(series))
@@ -60,7 +86,7 @@ def write_figure(rows: Sequence[Row], teacher_entropy: float, path: Path) -> Non
             _draw_teacher(ax, metric, rows, teacher_entropy, along="x")
             _finish(ax, title, "", grid="both")
             ax.set_ylim(len(series) - 0.5, -0.5)
-            ax.set_yticks(range(len(series)), [name_of(key) for key in series])
+            ax.set_yticks(range(len(series)), [_name(key) for key in series])
             ax.tick_params(labelleft=ax is below[0])
         _legend(figure, colors, f"{rows[0]['setting']}, bands: lowest to highest of the seeds; dashed: the teacher")
         text = svg_text(figure)
@@ -68,10 +94,10 @@ def write_figure(rows: Sequence[Row], teacher_entropy: float, path: Path) -> Non
 
 
 def write_animation(rows: Sequence[Row], teacher_entropy: float, path: Path) -> None:
-    """Draw the walk of each highlighted objective through entropy and target probability, as a gif.
+    """Draw the path of each highlighted objective through entropy and target probability, as a gif.
 
     Raises:
-        DrklError: nobody can write there.
+        DrklError: the file cannot be written.
     """
     from matplotlib.animation import FuncAnimation, PillowWriter
 
@@ -85,7 +111,7 @@ def write_animation(rows: Sequence[Row], teacher_entropy: float, path: Path) -> 
             steps, x = _means(series[key], "entropy")
             _, y = _means(series[key], "q_t")
             (trail,) = ax.plot([], [], color=color, linewidth=1.4, alpha=0.6)
-            (dot,) = ax.plot([], [], "o", color=color, markersize=8, label=name_of(key))
+            (dot,) = ax.plot([], [], "o", color=color, markersize=8, label=_name(key))
             walks[key] = (x, y, trail, dot)
         _, target = _means(rows, "p_t")
         ax.plot([teacher_entropy], [target[-1]], "x", color=INK, markersize=12, markeredgewidth=2.5, label="teacher")
@@ -97,10 +123,10 @@ def write_animation(rows: Sequence[Row], teacher_entropy: float, path: Path) -> 
         clock = ax.text(0.02, 0.03, "", transform=ax.transAxes, color=MUTED, fontsize=11)
 
         figure.draw_without_rendering()
-        # The layout is found once: finding it again for each frame takes longer than drawing it.
+        # The layout is computed once: it takes longer than drawing a frame.
         figure.set_layout_engine("none")
 
-        def draw(frame: int) -> list[Any]:
+        def draw_frame(frame: int) -> list[Any]:
             last = min(frame, len(steps) - 1)
             clock.set_text(f"step {steps[last]}")
             for x, y, trail, dot in walks.values():
@@ -108,10 +134,10 @@ def write_animation(rows: Sequence[Row], teacher_entropy: float, path: Path) -> 
                 dot.set_data(x[last : last + 1], y[last : last + 1])
             return []
 
-        moving = FuncAnimation(figure, draw, frames=len(steps) + FRAMES_HELD, blit=False)
+        animation = FuncAnimation(figure, draw_frame, frames=len(steps) + FRAMES_HELD, blit=False)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            moving.save(path, writer=PillowWriter(fps=8), dpi=72)
+            animation.save(path, writer=PillowWriter(fps=8), dpi=72)
         except OSError as error:
             raise DrklError(f"Cannot write {str(path)!r}: {error.strerror or error}.") from error
 
@@ -124,10 +150,10 @@ def _by_objective(rows: Sequence[Row]) -> dict[Key, list[Row]]:
 
 
 def _colors(keys: list[Key]) -> dict[Key, str]:
-    """The colours of at most six: those of `HIGHLIGHTS` that are there, then the first of the others."""
-    found = {key: color for key, color in HIGHLIGHTS.items() if key in keys}
+    """The colours of at most six objectives: those of `HIGHLIGHTS` that are present, then the first of the others."""
+    colors = {key: color for key, color in HIGHLIGHTS.items() if key in keys}
     spare = [color for key, color in HIGHLIGHTS.items() if key not in keys]
-    return found | dict(zip((key for key in keys if key not in found), spare, strict=False))
+    return colors | dict(zip((key for key in keys if key not in colors), spare, strict=False))
 
 
 def _per_step(rows: Sequence[Row], metric: str) -> dict[int, list[float]]:
@@ -139,7 +165,7 @@ def _per_step(rows: Sequence[Row], metric: str) -> dict[int, list[float]]:
 
 def _means(rows: Sequence[Row], metric: str) -> tuple[list[int], list[float]]:
     values = _per_step(rows, metric)
-    return list(values), [sum(found) / len(found) for found in values.values()]
+    return list(values), [sum(seeds) / len(seeds) for seeds in values.values()]
 
 
 def _draw_path(ax: Axes, rows: Sequence[Row], metric: str, color: str) -> None:
@@ -167,9 +193,8 @@ def _draw_teacher(ax: Axes, metric: str, rows: Sequence[Row], teacher_entropy: f
 
 
 def _axes(num_objectives: int) -> tuple[Figure, tuple[list[Axes], list[Axes]]]:
-    """Three panels above, five below; a row of names takes 17 pixels."""
+    """Three panels above, five below (hence 15 columns); each objective's name takes 17 pixels."""
     below = 60 + 17 * num_objectives
-    # 15 columns are divided by three and by five.
     figure, unused = new_figure(1000, 60 + 250 + below)
     unused.remove()
     _opaque(figure)
@@ -197,7 +222,7 @@ def _legend(figure: Figure, colors: Mapping[Key, str], title: str) -> None:
     figure.text(0.012, 1 - 12 / height, title, fontsize=13, color=INK, fontweight="bold", va="top")
     lines = [Line2D([], [], color=color, linewidth=3) for color in colors.values()]
     figure.legend(
-        lines, [name_of(key) for key in colors], loc="upper left", bbox_to_anchor=(0.012, 1 - 34 / height),
+        lines, [_name(key) for key in colors], loc="upper left", bbox_to_anchor=(0.012, 1 - 34 / height),
         frameon=False, borderaxespad=0, borderpad=0, ncols=len(colors), fontsize=12, labelcolor=MUTED, handlelength=1.2,
         columnspacing=1.6,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The map of a toy sweep: how far decoupled objectives end from the teacher, over entropy, γ, tail and start."""
+"""The map of a toy sweep: the final distance of decoupled objectives to the teacher, by entropy, γ, tail and start."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 TAILS = {"drkl": "rkl", "rkl+fkl": "fkl", "rkl+gjs": "gjs"}
-"""Reverse KL on the target, with each of these tails: the decoupled objective, and its tail's divergence alone."""
+"""Decoupled objectives with reverse KL on the target, and the divergence of their tail on all tokens."""
 FAR, LOW, HIGH = "#4b2a7b", "#0072b2", "#c85200"
 CELL = (33, 19)
-"""Pixels of a number's cell."""
-APART = 0.4
-LEAST_WIDTH = 680
+"""Width and height of a cell in pixels."""
+GAP = 0.4
+"""Distance, in cells, of the row that is not decoupled."""
+MIN_WIDTH = 680
 """Pixels that the title needs."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of panels; ``best`` is the value that is drawn lightest, or None for the teacher's own (signed) error."""
+    """One row of panels.
+
+    Values are drawn from light at ``best`` to dark at ``worst``. ``best`` None means the signed difference from the
+    teacher's entropy, with a colour for each sign.
+    """
 
     key: str
     title: str
@@ -54,7 +59,7 @@ class Panel:
 
 
 def can_map(ends: Sequence[Row]) -> bool:
-    """Whether a decoupled objective of `TAILS` ended in more than one setting, or with more than one γ."""
+    """Whether the objectives of `TAILS` have end points in more than one setting or for more than one γ."""
     return len({(end["setting"], end["gamma"]) for end in ends if end["objective"] in TAILS}) > 1
 
 
@@ -63,25 +68,26 @@ def write_map(ends: Sequence[Row], teachers: Mapping[str, tuple[str, float]], pa
 
     Args:
         ends: the rows of ``ends.csv``.
-        teachers: each setting's start and teacher's entropy, by the setting's name; rows of others are left out.
-        path: of the svg.
+        teachers: each setting's start and teacher's entropy, by the setting's name; rows of other settings are left
+            out.
+        path: the svg file.
 
     Raises:
-        DrklError: nobody can write there.
+        DrklError: the file cannot be written.
     """
     cells = {
         (*teachers[end["setting"]], end["objective"], end["gamma"]): end for end in ends if end["setting"] in teachers
     }
     entropies = sorted({entropy for _, entropy in teachers.values()})
     gammas = sorted({gamma for *_, objective, gamma in cells if objective in TAILS})
-    here = {objective for *_, objective, _ in cells}
+    present = {objective for *_, objective, _ in cells}
     panels = [
         Panel(init, decoupled, alone)
         for init in dict.fromkeys(init for init, _ in teachers.values())
         for decoupled, alone in TAILS.items()
-        if decoupled in here
+        if decoupled in present
     ]
-    width = max(LEAST_WIDTH, 110 + len(panels) * (CELL[0] * len(entropies) + 14))
+    width = max(MIN_WIDTH, 110 + len(panels) * (CELL[0] * len(entropies) + 14))
     height = 100 + len(METRICS) * (CELL[1] * (len(gammas) + 1.4) + 44)
     with plot_style(text_as_paths=True):
         figure, axes = new_figure(width, height, nrows=len(METRICS), ncols=len(panels), squeeze=False)
@@ -102,9 +108,8 @@ def _fill(
     ax: Axes, cells: Mapping[tuple[Any, ...], Row], panel: Panel, metric: Metric, entropies: list[float],
     gammas: list[float],
 ) -> None:  # fmt: skip
-    # The objective without a gamma stands a little apart.
     lines = [(gamma, panel.decoupled, place) for place, gamma in enumerate(gammas)]
-    for gamma, objective, place in [*lines, ("", panel.alone, len(gammas) + APART)]:
+    for gamma, objective, place in [*lines, ("", panel.alone, len(gammas) + GAP)]:
         for column, entropy in enumerate(entropies):
             end = cells.get((panel.init, entropy, objective, gamma))
             if end is not None:
@@ -114,16 +119,16 @@ def _fill(
 def _cell(ax: Axes, column: float, place: float, metric: Metric, value: float, entropy: float) -> None:
     from matplotlib.patches import Rectangle
 
-    shown = value - entropy if metric.best is None else value
-    color = _color(metric, shown)
+    value = value - entropy if metric.best is None else value
+    color = _color(metric, value)
     ax.add_patch(Rectangle((column - 0.5, place - 0.5), 1, 1, facecolor=color, edgecolor=PAPER, linewidth=1))
     light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
-    ax.text(column, place, _number(metric, shown), ha="center", va="center", fontsize=9,
+    ax.text(column, place, _number(metric, value), ha="center", va="center", fontsize=9,
             color=INK if light > 0.6 else PAPER)  # fmt: skip
 
 
 def _number(metric: Metric, value: float) -> str:
-    """As few characters as tell: ".42", "1" and, of a signed error, "+.9" or "−1.3"."""
+    """The number in few characters: ".42", "1", and a signed difference as "+.9" or "−1.3"."""
     if metric.best is None:
         text = f"{value:+.1f}".replace("-", "−")
         return "0" if text[1:] == "0.0" else text[0] + text[1:].removeprefix("0")
@@ -152,9 +157,9 @@ def _finish(
     ax.grid(visible=False)
     ax.spines["bottom"].set_visible(False)
     ax.set_xlim(-0.5, len(entropies) - 0.5)
-    ax.set_ylim(len(gammas) + APART + 0.5, -0.5)
+    ax.set_ylim(len(gammas) + GAP + 0.5, -0.5)
     ax.set_xticks(range(len(entropies)), [f"{entropy:g}" for entropy in entropies])
-    ax.set_yticks([*range(len(gammas)), len(gammas) + APART], [*(f"γ {gamma:g}" for gamma in gammas), "not decoupled"])
+    ax.set_yticks([*range(len(gammas)), len(gammas) + GAP], [*(f"γ {gamma:g}" for gamma in gammas), "not decoupled"])
     ax.tick_params(labelleft=first, pad=2)
     ax.set_xlabel("teacher's entropy" if last else "")
     heading = f"{panel.alone} tail, {panel.init} start"
@@ -162,7 +167,7 @@ def _finish(
     if first:
         above = ax.annotate(metric.title, (0, 1), (0, 18), xycoords="axes fraction", textcoords="offset points",
                             fontsize=11, color=INK, fontweight="bold")  # fmt: skip
-        # It may reach over the next panel, and would squeeze its own.
+        # It may reach over the next panel; in the layout it would make its own panel narrower.
         above.set_in_layout(False)
 
 

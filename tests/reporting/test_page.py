@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from base64 import b64encode
+from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 from markupsafe import Markup
 
 from drkl.errors import DrklError
-from drkl.reporting import figures, write_report
-from drkl.reporting.html import emphasise
-from drkl.reporting.record import read_run
+from drkl.evaluation.result import Evaluation
+from drkl.reporting import report
+from drkl.reporting.inputs import read_run
+from drkl.reporting.page import emphasise
 from drkl.reporting.samples import sample_table
 from drkl.runs import RunFolder, read_json, write_json, write_jsonl, write_yaml
-from tests.reporting.conftest import TEMPERATURES, MakeRun, add_sample, write_pair, write_run
+from tests.reporting.conftest import TEMPERATURES, MakeRun, add_sample, write_heldout, write_pair, write_run
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 HOSTILE = "<script>alert(1)</script></style></pre>--><img src=x onerror=alert(2)> & \x00 \ud800 \u202e {{ 7*7 }} `ls`"
@@ -56,32 +58,38 @@ class Page(HTMLParser):
         else:
             self.text += data
 
+    @property
+    def words(self) -> str:
+        """The text with single blanks."""
+        return " ".join(self.text.split())
+
     def values(self, name: str) -> list[str]:
         return [value or "" for _, attribute, value in self.attributes if attribute == name]
 
 
 def _page(*runs: RunFolder, output: Path | None = None) -> Page:
-    return Page(write_report(list(runs), output).read_text(encoding="utf-8"))
+    return Page(report(list(runs), output).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The page of a whole run, with its real figures."""
     run = write_run(tmp_path_factory.mktemp("runs") / "quickstart")
-    assert write_report(run) == run.report_path
+    assert report(run) == run.report_path
     return run.report_path.read_text(encoding="utf-8")
 
 
 @pytest.fixture
 def sketchy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures without their drawing, which is what takes the time."""
-    monkeypatch.setattr(figures, "to_svg", lambda figure, name, alt: Markup("<svg></svg>"))
+    for module in ("figures", "curves", "tradeoff", "analysis"):
+        monkeypatch.setattr(f"drkl.reporting.{module}.to_svg", lambda figure, name, alt: Markup("<svg></svg>"))
 
 
 def test_a_whole_page(whole: str) -> None:
     page = Page(whole)
     for wanted in (
-        "After 350 steps the student is closer to its teacher", "Reverse KL", "lower is better", "Distinct-2",
+        "Is the student closer to its teacher than before training?", "Reverse KL", "lower is better", "Distinct-2",
         "bundled:dolly", "prompt too long: 24", "max_prompt_tokens: 256", "git commit", "0123abc",
         "drkl distill recipes/quickstart.yaml", "Mary Shelley", "2 more prompts", "stopped by the limit",
         "(empty answer)", "sacrebleu", "14 min 40 s",
@@ -122,13 +130,13 @@ def test_a_page_with_a_sweep_shows_what_is_new(make_run: MakeRun) -> None:
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     for wanted in (
-        "Faithful and varied at once?", "At matched diversity (the teacher's Distinct-2 at temperature 1, 0.930)",
-        "the data do not decide", "The best of k answers", "What becomes of the teacher's tail", "2.39 to 2.69",
+        "Faithful and varied at once?", "Does the student answer as well as its teacher where it is as varied?",
+        "Undecided", "The best of k answers", "What becomes of the teacher's tail", "2.39 to 2.69",
         "Is it right as often as it is sure?", "Probability of the teacher's top token", "in the prompt picker",
     ):  # fmt: skip
         assert wanted in page.text, wanted
     assert (
-        {"teacher", "before", "warmup", "after"} == set(page.values("data-series")) == set(page.values("data-toggle"))
+        {"teacher", "before", "warmup", "student"} == set(page.values("data-series")) == set(page.values("data-toggle"))
     )
     assert json.loads(page.scripts[0])["temperatures"] == ["0.5", "0.7", "1", "1.2", "1.5"]
 
@@ -138,12 +146,13 @@ def test_an_outside_pair_has_a_page_without_training(tmp_path: Path) -> None:
     pair = write_pair(tmp_path / "pair")
     page = _page(pair)
     for wanted in (
-        "org/teacher", "models/small", "Student and teacher", "Suite by suite", "vicuna", "teacher 23.0",
+        "org/teacher", "models/small", "Does the student answer as well as its teacher?", "Suite by suite",
+        "vicuna", "teacher 23.0",
         "drkl evaluate --student models/small --teacher org/teacher --data rows.jsonl --output out/pair",
         f"drkl report {pair.root}",
     ):  # fmt: skip
         assert wanted in page.text, wanted
-    for unwanted in ("How did it get there?", "Warm-up", "config.yaml", "/somewhere", "Is it the objective?"):
+    for unwanted in ("How did it get there?", "Warm-up", "config.yaml", "/somewhere", "what the objective contributes"):
         assert unwanted not in page.text, unwanted
     assert [column[0] for column in json.loads(page.scripts[0])["columns"]] == ["Teacher", "Student"]
 
@@ -151,26 +160,9 @@ def test_an_outside_pair_has_a_page_without_training(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("sketchy")
 def test_a_pair_beside_a_run(make_run: MakeRun, tmp_path: Path) -> None:
     page = _page(make_run(swept=True), write_pair(tmp_path / "pair"))
-    assert "models.teacher" in page.text and "These runs differ in data" in page.text
+    assert "models.teacher" in page.text and "are not comparable" in page.text
     columns = [column[0] for column in json.loads(page.scripts[0])["columns"]]
     assert columns == ["Teacher", "quickstart · drkl", "pair"]
-
-
-BROKEN = [None, 3, [], {}, {"after": None}, {"after": []}, {"after": [None, 3, {}]}, {"after": {"rkl": "x"}},
-          {"edges": 1, "ranks": {}, "after": {"tokens": [1], "samples": [1, "x"], "rouge_l_best": None}},
-          {"after": [{"sampling_temperature": 1e400, "rouge_l": 1}, {"sampling_temperature": 0.5, "rouge_l": None}]},
-          {"dolly": None, "vicuna": {"after": 3, "intervals": []}}]  # fmt: skip
-
-
-@pytest.mark.usefixtures("sketchy")
-@pytest.mark.parametrize("broken", BROKEN)
-def test_odd_sections_never_stop_a_report(make_run: MakeRun, broken: object) -> None:
-    run = make_run(swept=True)
-    found = json.loads(run.eval_path.read_text())
-    sections = ("intervals", "sweep", "coverage", "reliability", "distributions", "tail", "suites", "settings")
-    run.eval_path.write_text(json.dumps(found | dict.fromkeys(sections, broken)))
-    for output_format in ("html", "md", "csv"):
-        assert write_report([run, run], output_format=output_format).stat().st_size > 1_000
 
 
 @pytest.mark.slow
@@ -182,32 +174,34 @@ def test_a_large_evaluation_makes_a_small_page(make_run: MakeRun) -> None:
         {"model": model, "prompt_id": str(i), "prompt": f"prompt {i} {words}", "sampling_temperature": t, "sample": k,
          "text": f"{words} {k}", "reference": words, "num_tokens": 60}
         for i in range(500)
-        for model in ("teacher", "before", "warmup", "after") for t in TEMPERATURES for k in range(4)
+        for model in ("teacher", "before", "warmup", "student") for t in TEMPERATURES for k in range(4)
     ]  # fmt: skip
     write_jsonl(run.samples_path, rows)
-    path = write_report(run)
+    path = report(run)
     assert path.stat().st_size < 5_000_000
     page = Page(path.read_text(encoding="utf-8"))
-    assert "of the 40,000 answers" in page.text
     prompts = json.loads(page.scripts[0])["prompts"]
-    assert all(len(column[2]) == 1 for column in prompts[-1]["answers"])
+    assert f"Only the first {len(prompts)} of 500 prompts fit into this page" in page.text
+    assert all(len(column[2]) == 4 for column in prompts[-1]["answers"])
 
 
 @pytest.mark.usefixtures("sketchy")
-def test_first_answers_come_before_further_ones(make_run: MakeRun) -> None:
+def test_the_picker_holds_whole_prompts(make_run: MakeRun) -> None:
     record = read_run(make_run(swept=True))
-    whole = json.loads(sample_table([record]).picker)
-    assert [len(column[2]) for column in whole["prompts"][0]["answers"]] == [4] * 4
-    table = sample_table([record], picker_budget=12_000)
-    found = json.loads(table.picker)["prompts"]
-    assert len(found) == 10
-    assert all(len(column[2]) == 1 for prompt in found for column in prompt["answers"])
-    assert "of the 800 answers and 10 of the 10 prompts" in table.picker_note
-    assert sample_table([record], picker_budget=10).picker == ""
+    table = sample_table([record], {})
+    assert table is not None and table.picker_note == ""
+    assert [len(column[2]) for column in json.loads(table.picker)["prompts"][0]["answers"]] == [4] * 4
+    table = sample_table([record], {}, picker_budget=30_000)
+    assert table is not None
+    prompts = json.loads(table.picker)["prompts"]
+    assert 0 < len(prompts) < 10 and f"Only the first {len(prompts)} of 10 prompts" in table.picker_note
+    assert all([len(column[2]) for column in prompt["answers"]] == [4] * 4 for prompt in prompts)
+    table = sample_table([record], {}, picker_budget=10)
+    assert table is not None and table.picker == ""
 
 
 def test_the_same_run_gives_the_same_page(whole: str, tmp_path: Path) -> None:
-    again = write_report(write_run(tmp_path / "quickstart")).read_text(encoding="utf-8")
+    again = report(write_run(tmp_path / "quickstart")).read_text(encoding="utf-8")
     assert re.sub(r"\S+/quickstart", "", again) == re.sub(r"\S+/quickstart", "", whole)
 
 
@@ -245,13 +239,15 @@ def test_a_very_long_line_is_cut_with_a_note(make_run: MakeRun) -> None:
 @pytest.mark.usefixtures("sketchy")
 def test_too_many_prompts_are_named_not_shown(make_run: MakeRun) -> None:
     run = make_run()
-    table = sample_table([read_run(run)], budget=20_000)
+    table = sample_table([read_run(run)], {}, page_budget=20_000)
+    assert table is not None
     assert 0 < len(table.shown) < 8
     assert table.left_out == 10 - len(table.shown)
-    assert list(table.shown[0].answers) == ["teacher", "before", "warmup", "after"]
-    row = {"model": "after", "sample": 0, "text": "word " * 250, "reference": "r", "num_tokens": 3}
+    assert list(table.shown[0].answers) == ["teacher", "before", "warmup", "student"]
+    row = {"model": "student", "sampling_temperature": 1.0, "sample": 0, "text": "word " * 250, "reference": "r"}
+    row["num_tokens"] = 3
     write_jsonl(run.samples_path, [{**row, "prompt_id": str(i), "prompt": "p"} for i in range(900)])
-    text = write_report(run).read_text(encoding="utf-8")
+    text = report(run).read_text(encoding="utf-8")
     assert len(text) < 3_000_000
     assert "would make this page too large; they are in <code>samples.jsonl</code>" in text
 
@@ -268,7 +264,8 @@ def test_without_an_evaluation_the_page_says_how_to_get_one(make_run: MakeRun) -
 @pytest.mark.usefixtures("sketchy")
 def test_without_teacher_and_warmup_neither_is_spoken_of(make_run: MakeRun) -> None:
     page = _page(make_run(teacher=False, warmup=False))
-    assert "There was no teacher in this run." in page.text
+    assert "There is no teacher to compare the student with." in page.text
+    assert "Does the student predict the held-out data better than before training? Undecided" in page.words
     assert "Reverse KL" not in page.text
     assert "Warm-up" not in page.text
     assert "the teacher's is best" not in page.text
@@ -281,47 +278,63 @@ def test_a_bare_folder_is_enough(tmp_path: Path) -> None:
     page = _page(run)
     assert "has not been evaluated" in page.text
     write_json(run.eval_path, {})
-    assert "The evaluation holds no number" in _page(run).text
+    with pytest.raises(DrklError, match="the numbers of the student are missing"):
+        report(run)
 
 
 @pytest.mark.usefixtures("sketchy")
 def test_several_runs_side_by_side(make_run: MakeRun, tmp_path: Path) -> None:
-    first, other = make_run(), make_run("rkl", objective="rkl", changes={"after": {"rkl": 2.47}})
+    first, other = make_run(), make_run("rkl", objective="rkl", changes={"student": {"rkl": 2.47}})
     page = _page(first, other, output=tmp_path / "out" / "compare.html")
     assert "The runs side by side" in page.text
     assert "objective.name" in page.text
     assert "objective.gamma" in page.text
-    assert "run.name" not in page.text.split("On what their configurations differ")[1].split("How sure")[0]
+    assert "run.name" not in page.text.split("On what they differ")[1].split("How sure")[0]
     assert f"drkl report {first.root} {other.root}" in page.text
-    assert "not measured on the same thing" not in page.text
 
 
 @pytest.mark.usefixtures("sketchy")
 def test_runs_that_are_not_comparable_are_called_so(make_run: MakeRun) -> None:
-    first, other = make_run(), make_run("other")
-    config = other.read_config()
-    config["evaluation"]["sampling_temperature"] = 0.5
-    write_yaml(other.config_path, config)
-    assert "These runs differ in evaluation" in _page(first, other).text
-    # What an evaluation says it used decides, where all say it, and not what a configuration planned.
-    for run in (first, other):
-        evaluation = read_json(run.eval_path)
-        evaluation["settings"]["seeds"] = [0]
-        write_json(run.eval_path, evaluation)
-    assert "These runs differ" not in _page(first, other).text
-    evaluation["settings"]["max_new_tokens"] = 32
-    write_json(other.eval_path, evaluation)
-    assert "These runs differ in max new tokens: their numbers" in _page(first, other).text
-    assert "Not every run has been evaluated" in _page(first, make_run("new", evaluated=False)).text
+    first, other = write_heldout(make_run()), write_heldout(make_run("other"))
+    assert "are not comparable" not in _page(first, other).text
+    found = read_json(other.eval_path)
+    found["settings"]["max_new_tokens"] = 32
+    write_json(other.eval_path, found)
+    text = _page(first, other).text
+    assert "A is quickstart · drkl, B is other · drkl: max_new_tokens is 64 in A and 32 in B." in text
+    lines = (other.root / "heldout.jsonl").read_text()
+    (other.root / "heldout.jsonl").write_text(lines.replace("row-3", "line-3"))
+    text = _page(first, other).text
+    assert "quickstart · drkl and other · drkl are not comparable: The held-out rows differ" in text
+    assert "(best)" not in text and "2.54" in text
+    assert "new · drkl has not been evaluated" in _page(first, make_run("new", evaluated=False)).text
+
+
+@pytest.mark.usefixtures("sketchy")
+def test_evaluations_in_memory_and_run_folders_mix(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(swept=True)
+    evaluation = Evaluation.load(run.root)
+    memory = replace(evaluation, folder=None, name="in memory", lines={"samples": evaluation.samples})
+    target = tmp_path / "deep" / "page.html"
+    assert report(memory, target) == target
+    page = Page(target.read_text(encoding="utf-8"))
+    assert "in memory" in page.text and "Why do cats purr?" in page.text
+    for absent in ("How did it get there?", "config.yaml", "drkl report", "drkl distill"):
+        assert absent not in page.text, absent
+    page = Page(report([memory, run, str(run.root), evaluation], target).read_text(encoding="utf-8"))
+    labels = ["in memory", "quickstart · drkl", "quickstart (2) · drkl", "quickstart (3) · drkl"]
+    assert [column[0] for column in json.loads(page.scripts[0])["columns"]] == ["Teacher", *labels]
+    with pytest.raises(DrklError, match="only in memory: name the file"):
+        report(memory)
 
 
 @pytest.mark.usefixtures("sketchy")
 def test_no_run_and_no_room_are_errors(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(DrklError, match="no run to report on"):
-        write_report([])
+        report([])
     (tmp_path / "file").write_text("")
     with pytest.raises(DrklError, match="Cannot write "):
-        write_report(make_run(), tmp_path / "file" / "report.html")
+        report(make_run(), tmp_path / "file" / "report.html")
 
 
 @pytest.mark.parametrize(
@@ -341,9 +354,9 @@ def test_reporting_needs_no_torch_and_is_light_to_import(make_run: MakeRun) -> N
     run = make_run(evaluated=False)
     code = (
         "import sys; from pathlib import Path\n"
-        "from drkl.reporting import write_report; from drkl.runs import RunFolder\n"
+        "from drkl.reporting import report; from drkl.runs import RunFolder\n"
         "heavy = {'torch', 'transformers'} & set(sys.modules), {'matplotlib', 'jinja2'} & set(sys.modules)\n"
-        "write_report(RunFolder(Path(sys.argv[1])))\n"
+        "report(RunFolder(Path(sys.argv[1])))\n"
         "assert not any(heavy), heavy\n"
         "assert not {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)"
     )
