@@ -1,4 +1,4 @@
-"""What every number of ``eval.json`` is: declared once, for the file, the tables, the page and the docs.
+"""The metrics of ``eval.json``: declared once, for the file, the tables, the page and the docs.
 
 q = the model, p = the teacher, y* = argmax q, t = argmax p; temperature 1 but where a sampling temperature is named.
 """
@@ -15,18 +15,18 @@ Of = Literal["tokens", "answers", "texts"]
 
 NUM_CALIBRATION_BINS = 15
 HEAD_MASS = 0.9
-"""The teacher's head: its most probable tokens, up to the one that brings their mass here."""
+"""The teacher's head is its most probable tokens, up to the one with which their mass reaches this."""
 OVERLAP = 10
 RANKS = (2, 100)
-"""The teacher's ranks, first and last, that the rank correlation is over."""
+"""First and last of the teacher's ranks in the rank correlation."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number; ``scale`` turns the stored value into the shown one.
+    """One metric; shown is the stored value times ``scale``.
 
-    ``better``: ``zero`` is nearer to 0, ``teacher`` nearer to the teacher's value, ``none`` for what is no quality.
-    ``of`` says what it is taken over: held-out response tokens, sampled answers, or classified texts.
+    ``better``: ``zero`` is nearer to 0, ``teacher`` nearer to the teacher's value, ``none`` is no quality at all.
+    ``of``: what it is averaged over: held-out response tokens, sampled answers, or classified texts.
     """
 
     key: str

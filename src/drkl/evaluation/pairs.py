@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,7 +165,7 @@ def suite_rows(
             raise DrklError(f"Suite {suite.name!r}: {error}") from error
         rows += tokenised
         names += [suite.name] * len(tokenised)
-        described[suite.name] = {"from": where or suite.dataset, "rows": len(tokenised), **account(report)}
+        described[suite.name] = {"from": where or suite.dataset, "rows": len(tokenised), **account(report, tokenised)}
     return rows, names, {"suites": described}
 
 
@@ -180,9 +182,11 @@ def with_protocol(data: DataConfig, protocol: str | None) -> DataConfig:
     return data.model_copy(update={**MINILLM_DATA, "turns": "last"})
 
 
-def account(report: DropReport) -> dict[str, Any]:
-    """What became of the rows, for the record."""
-    return {"dropped": dict(report.dropped), "responses_cut": report.responses_cut}
+def account(report: DropReport, rows: Rows) -> dict[str, Any]:
+    """What became of the rows, and a digest of those that are used, for the record."""
+    ids = json.dumps([[row.id, *row.all_ids] for row in rows])
+    digest = hashlib.sha256(ids.encode()).hexdigest()[:16]
+    return {"dropped": dict(report.dropped), "responses_cut": report.responses_cut, "digest": digest}
 
 
 def _rows(
@@ -202,7 +206,7 @@ def _rows(
     found, report = rows_from(
         rows, tokenizer, classes=classes, encoder_decoder=encoder_decoder, name=name, **section.row_settings
     )
-    return found, {"path": source, **account(report)}
+    return found, {"path": source, **account(report, found)}
 
 
 def _device(device: str | torch.device | None, student: Model) -> torch.device:
