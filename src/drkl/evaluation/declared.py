@@ -180,14 +180,15 @@ GROUPS: tuple[Group, ...] = (
         "A good student is as confident as its teacher: neither more nor less.",
         (
             Metric("entropy", "Entropy", "H(q)", "nats", "teacher",
-                "−Σ q log q, mean: entropy of the next-token distribution; low is confident, high is undecided.", digits=2),
+                "−Σ q log q, mean: entropy of the next-token distribution; low is confident, high is undecided.",
+                digits=2),
             Metric("entropy_gap", "Entropy gap", "H(q) − H(p)", "nats", "zero",
                 "Student's mean entropy minus the teacher's.", digits=2),
             Metric("confidence", "Confidence", "max q", "0–1", "teacher",
                 "Mean probability of the model's own top token, max q."),
             *_against_the_teacher("tokens", "token"),
             Metric("target_log_odds_gap", "Target log-odds gap", "E[D]", "nats", "zero",
-                "Mean of D = logit q_t − logit p_t on the teacher's top token; above 0 the student is more confident of it.",
+                "Mean of D = logit q_t − logit p_t at the teacher's top token; above 0 the student gives it more.",
                 digits=2),
             Metric("stronger_tail_share", "Positions where DRKL strengthens the tail", "1 − q_t < γ", "%", "none",
                 "Share of positions with 1 − q_t < γ, where DRKL's force on the tail is more than reverse KL's; on the "
