@@ -25,10 +25,7 @@ from drkl.display import number
 from drkl.evaluation.declared import CLASS_GROUPS, GROUPS, Group
 from drkl.objectives import describe
 from drkl.reporting.tables import DIRECTIONS
-<<<<<<< HEAD
 from drkl.training.arguments import DistillationConfig
-=======
->>>>>>> reporting
 from scripts.oracles import CLASS_ORACLES, ORACLES, Oracle
 
 ROOT = Path(__file__).resolve().parents[1]
