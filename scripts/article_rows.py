@@ -16,9 +16,9 @@ from torch import Tensor
 
 import drkl
 from drkl.analysis import decompose
-from drkl.analysis.toy_sweep import to_csv
 from drkl.losses import distillation_loss
 from drkl.objectives import CrossEntropy, Objective, SkewReverseKL
+from drkl.toy.sweep import to_csv
 
 Row = dict[str, Any]
 

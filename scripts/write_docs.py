@@ -24,8 +24,12 @@ from drkl import cli
 from drkl.display import number
 from drkl.evaluation.declared import CLASS_GROUPS, GROUPS, Group
 from drkl.objectives import describe
+<<<<<<< HEAD
 from drkl.reporting.metrics import DIRECTIONS
 from drkl.training.arguments import DistillationConfig
+=======
+from drkl.reporting.tables import DIRECTIONS
+>>>>>>> reporting
 from scripts.oracles import CLASS_ORACLES, ORACLES, Oracle
 
 ROOT = Path(__file__).resolve().parents[1]

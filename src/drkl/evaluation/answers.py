@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from drkl.evaluation import bootstrap, text
+from drkl.evaluation import text
+from drkl.evaluation.bootstrap import Interval, Resampled
 from drkl.evaluation.declared import ANSWER_KEYS
 
 ORDERS = (1, 2, 3)
@@ -132,9 +133,9 @@ class AnswerTable:
             out[key] = np.array(found)
         return out
 
-    def intervals(self, seed: int) -> dict[str, list[float]]:
+    def intervals(self, seed: int) -> dict[str, Interval]:
         """95 % bootstrap intervals over the prompts, of the metrics that have one."""
-        return bootstrap.intervals(self.metrics, len(self), seed)
+        return Resampled.of(self.metrics, len(self), seed).intervals()
 
     def coverage(self) -> dict[str, list[Any]] | None:
         """What ``k`` of a prompt's answers bring, for ``k`` from 1 to the smallest pool; None without answers.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -67,13 +66,14 @@ class Bins:
         largest: np.ndarray = np.where(counts.any(-1), of_bins.max(-1), np.nan)
         return largest
 
-    def reliability(self, unit: str) -> dict[str, list[Any]]:
-        """Per bin: how many (under the name ``unit``), their mean confidence and their accuracy (None if empty)."""
+    def reliability(self) -> tuple[list[int], list[float | None], list[float | None]]:
+        """Of each bin: how many positions, their mean confidence and their accuracy (None in an empty bin)."""
         counts = self.counts.sum(0)
-        table: dict[str, list[Any]] = {unit: counts.astype(int).tolist()}
-        for name, sums in (("confidence", self.confidence.sum(0)), ("accuracy", self.accuracy.sum(0))):
-            table[name] = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
-        return table
+        confidence, accuracy = (
+            [float(total / count) if count else None for total, count in zip(sums.sum(0), counts, strict=True)]
+            for sums in (self.confidence, self.accuracy)
+        )
+        return counts.astype(int).tolist(), confidence, accuracy
 
 
 def weighted_sums(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
