@@ -425,12 +425,8 @@ def test_other_settings_are_warned_of(pair: tuple[Path, Path], settings: dict[st
     generation(pair[1], 0.5, "student", **settings)
     found = compare(*pair)
     assert found.warnings == [warning]
-    for name in ("text", "md", "json"):
-        assert (
-            warning in json.loads(FORMATS[name](found))["warnings"]
-            if name == "json"
-            else warning in FORMATS[name](found)
-        )
+    assert warning in FORMATS["text"](found) and warning in FORMATS["md"](found).replace("\\", "")
+    assert warning in json.loads(FORMATS["json"](found))["warnings"]
 
 
 def test_a_teacher_of_the_same_name_with_other_numbers_is_warned_of(pair: tuple[Path, Path]) -> None:

@@ -341,7 +341,8 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "heldout.jsonl", "samples.jsonl"]
     again = Evaluation.load(tmp_path)
-    assert json.dumps(again.to_json()) == json.dumps(found.to_json()) and again.samples == found.samples
+    assert json.loads(json.dumps(again.to_json())) == json.loads(json.dumps(found.to_json()))
+    assert again.samples == found.samples
     assert again["rkl"] == found["rkl"] and again.models == ["teacher", "student"]
 
 
