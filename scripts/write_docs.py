@@ -25,11 +25,15 @@ from drkl.display import number
 from drkl.evaluation.declared import CLASS_GROUPS, GROUPS, Group
 from drkl.objectives import describe
 <<<<<<< HEAD
+<<<<<<< HEAD
 from drkl.reporting.metrics import DIRECTIONS
 from drkl.training.arguments import DistillationConfig
 =======
 from drkl.reporting.tables import DIRECTIONS
 >>>>>>> reporting
+=======
+from drkl.reporting.tables import DIRECTIONS
+>>>>>>> analysis
 from scripts.oracles import CLASS_ORACLES, ORACLES, Oracle
 
 ROOT = Path(__file__).resolve().parents[1]
