@@ -90,8 +90,8 @@ def test_the_texts_are_the_disagreements_and_the_least_likely(tmp_path: Path) ->
     assert differ.lead.startswith(
         "They differ on 20 of 40 texts; of these the teacher is right on 10, the student on 0."
     )
-    assert [row.text.text[-2:] for row in hard.rows[:3]] == ["39", "37", "35"]
-    assert [one.right for one in hard.rows[0].by] == [False, True]
+    assert [text.text[-2:] for text, _, _ in hard.rows[:3]] == ["39", "37", "35"]
+    assert ["✓" in sure for _, sure in hard.rows[0][2]] == [False, True]
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from drkl.errors import DrklError
 from drkl.evaluation.result import Evaluation
 from drkl.reporting import analysis, curves, facts, figures, samples, tables, tradeoff
-from drkl.reporting.content import applicable, headline, questions, several
+from drkl.reporting.content import content_of
 from drkl.reporting.exports import as_csv, as_markdown
 from drkl.reporting.inputs import TITLES, Run, read_run, unique_names
 from drkl.reporting.text import clean, clip
@@ -94,32 +94,24 @@ def as_html(runs: Sequence[Run]) -> str:
     classifies = run.task == "classification"
     drawn_lines = figures.lines_of(runs)
     lines = {line.key: line for line, _, _ in drawn_lines}
-    beside = several(runs, lines)
-    head = headline(runs, beside)
-    asked = questions(runs, lambda one: one.findings, but=head.answer.finding.id if head.answer else "")
-    questions_shown, questions_without = applicable(asked)
     training, optimiser = curves.training_curves(run)
     tradeoffs = [] if classifies else tradeoff.pictures(runs)
     script = Markup(files("drkl.reporting").joinpath("templates", "page.js").read_text(encoding="utf-8"))
     template = _environment().get_template("report.html.j2")
     return template.render(
         run=run,
-        several=beside,
-        headline=head,
-        questions=questions_shown,
-        not_applicable=questions_without,
+        **vars(content_of(runs, lines)),
         notes=facts.notes(runs),
         facts=facts.facts(run),
         tiles=_tiles(run),
         lines=[*lines.values()],
         own_lines=[line for line, _, _ in figures.lines_of([run])],
-        run_figures=figures.run_dots(runs) if beside is not None else [],
+        run_figures=figures.run_dots(runs) if len(runs) > 1 else [],
         tradeoffs=tradeoffs,
         sweep=tradeoff.table(runs),
         confidence=figures.confidence(run),
         profiles=[] if classifies else figures.profiles(runs),
         analysis=analysis.section(run),
-        analysis_questions=questions(runs, lambda one: one.analysis_findings),
         curves=training,
         optimiser=optimiser,
         every_number=tables.every_number(run),
