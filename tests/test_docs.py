@@ -124,6 +124,14 @@ def stand_in(folder: Path) -> dict[str, str]:
     return {name: str(path) for name, path in (*paths.items(), ("trl-lib/tldr", data))}
 
 
+class ShortEvaluation(EvaluationConfig):
+    """Defaults that sample few tokens."""
+
+    samples_per_prompt: int = 2
+    sweep: tuple[float, ...] = ()
+    max_new_tokens: int = 8
+
+
 def assumed_names(ids: Mapping[str, str]) -> dict[str, Any]:
     """Return what reference pages take as given: two models, rows, a trainer; and make two runs in the folder runs/."""
     rows = str(Path(ids["trl-lib/tldr"]) / "test.jsonl")
@@ -138,7 +146,7 @@ def assumed_names(ids: Mapping[str, str]) -> dict[str, Any]:
         )
         trainer.train()
         trainer.save_model()
-    drkl.evaluate_run("runs/other")
+    drkl.evaluate_run("runs/other", samples_per_prompt=2, sweep=(), max_new_tokens=8)
     logits = torch.randn(2, 4, 20)
     return {
         "drkl": drkl, "student": student, "teacher": teacher, "rows": rows, "tokenizer": tokenizer, "trainer": trainer,
@@ -156,8 +164,7 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("DRKL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     torch.set_num_threads(1)
-    quick = EvaluationConfig(sweep=[], samples_per_prompt=2, max_new_tokens=8)
-    monkeypatch.setattr("drkl.evaluation.evaluate.EvaluationConfig", lambda: quick)
+    monkeypatch.setattr("drkl.evaluation.evaluate.EvaluationConfig", ShortEvaluation)
     source = "\n".join(block for block in PYTHON.findall(page.read_text()) if ">>>" not in block)
     ids = stand_in(tmp_path)
     for name, path in ids.items():
