@@ -201,7 +201,7 @@ def test_a_t5_pair_from_training_to_the_page(tmp_path: Path) -> None:
         done = runner.invoke(app, [command[0], str(run.root), *command[1:]], catch_exceptions=False)
         assert done.exit_code == 0, done.output
     evaluation = json.loads(run.eval_path.read_text())
-    assert evaluation["teacher"]["fkl"] == 0.0 and evaluation["after"]["fkl"] > 0
+    assert evaluation["teacher"]["fkl"] == 0.0 and evaluation["student"]["fkl"] > 0
     assert (run.root / "report.html").is_file()
 
 
@@ -238,7 +238,7 @@ def test_a_pair_that_differs_in_padding_is_compared_on_what_it_shares(tmp_path: 
     assert any(f"scores 80 ids and the teacher 64; their tokenizers share the first {known}" in text for text in said)
     done = CliRunner().invoke(app, ["evaluate", str(run.root)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    after = json.loads(run.eval_path.read_text())["after"]
+    after = json.loads(run.eval_path.read_text())["student"]
     assert after["rkl"] > 0 and after["num_tokens"] > 0
 
 
