@@ -397,7 +397,9 @@ def report(
     ] = "html",
     picture: Annotated[
         Path | None,
-        typer.Option(help="Also draw the numbers and curves of the first run to this .svg or .png.", show_default=False),
+        typer.Option(
+            help="Also draw the numbers and curves of the first run to this .svg or .png.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about a run, or about several side by side."""

@@ -161,7 +161,7 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
         rows, report = make_rows(heldout, data, tokenizer, classes=classes, encoder_decoder=encoder_decoder)
         described = {
             "path": data.path, "dataset": data.dataset, "sources": [source.name for source in data.sources],
-            "eval_path": data.eval_path, **account(report),
+            "eval_path": data.eval_path, **account(report, rows),
         }  # fmt: skip
     shared = (last.folder.read_env().get("vocabulary") or {}).get("shared")
     gamma = getattr(last.objective.make(), "gamma", GAMMA)

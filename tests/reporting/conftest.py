@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-from drkl.runs import RunFolder, write_json, write_jsonl, write_yaml
+from drkl.evaluation.findings import of_analysis
+from drkl.runs import RunFolder, read_json, write_json, write_jsonl, write_yaml
+
+ANALYSIS = Path(__file__).resolve().parents[2] / "docs" / "results" / "quickstart.analysis.json"
 
 WARMUP_STEPS, LAST_STEPS = 170, 180
 PROMPTS = [
@@ -278,6 +281,16 @@ def write_heldout(run: RunFolder, **changes: float) -> RunFolder:
             line = {"model": model, "row_id": f"row-{row}", "num_tokens": num_tokens, "sums": sums}
             lines.append(line | {"bins": {"width": filled, "mass": filled}})
     write_jsonl(run.root / "heldout.jsonl", lines)
+    return run
+
+
+def write_analysis(run: RunFolder, *, earlier: bool = False, **settings: Any) -> RunFolder:
+    """Write the quickstart's committed analysis; ``earlier``: as a drkl without findings wrote it."""
+    content = read_json(ANALYSIS)
+    if not earlier:
+        content["findings"] = [finding.to_json() for finding in of_analysis(content)]
+    content["settings"] |= settings
+    write_json(run.analysis_path, content)
     return run
 
 

@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 
 from drkl.reporting.curves import pushes, training_curves
-from drkl.reporting.plotting import Picture, plot_style
 from drkl.reporting.inputs import read_run
+from drkl.reporting.plotting import Picture, plot_style
 from drkl.runs import RunFolder, read_jsonl, write_jsonl
 from tests.reporting.conftest import MakeRun
 

@@ -51,7 +51,7 @@ def test_a_file_that_is_no_object_is_refused(make_run: MakeRun, name: str) -> No
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DrklError, match="There is no run folder"):
         read_run(tmp_path / "nothing")
-    with pytest.raises(DrklError, match="is not a run folder: it has no config.yaml"):
+    with pytest.raises(DrklError, match="is not a run folder: it has no config"):
         read_run(tmp_path)
 
 

@@ -146,7 +146,8 @@ def test_an_outside_pair_has_a_page_without_training(tmp_path: Path) -> None:
     pair = write_pair(tmp_path / "pair")
     page = _page(pair)
     for wanted in (
-        "org/teacher", "models/small", "Does the student answer as well as its teacher?", "Suite by suite", "vicuna", "teacher 23.0",
+        "org/teacher", "models/small", "Does the student answer as well as its teacher?", "Suite by suite",
+        "vicuna", "teacher 23.0",
         "drkl evaluate --student models/small --teacher org/teacher --data rows.jsonl --output out/pair",
         f"drkl report {pair.root}",
     ):  # fmt: skip

@@ -22,6 +22,12 @@ class Estimate(NamedTuple):
         """``{"value": ..., "interval": [low, high]}``."""
         return {"value": self.value, "interval": None if self.interval is None else list(self.interval)}
 
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Estimate:
+        """The estimate that ``to_json`` gave."""
+        ends = found["interval"]
+        return cls(found["value"], None if ends is None else (ends[0], ends[1]))
+
 
 RESAMPLES = 1000
 LEVEL = (2.5, 97.5)

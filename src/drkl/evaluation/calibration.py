@@ -1,4 +1,4 @@
-"""Is confidence deserved: bins of confidence, and how far from accuracy they are. Of tokens and of texts alike."""
+"""Calibration: bins of confidence, and how far the accuracy of each is from it; for tokens and texts alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EDGES = [i / NUM_BINS for i in range(NUM_BINS + 1)]
 
 
 def bin_of(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:
-    """The bin of each value, [a, b), the last with b; what lies outside of the edges goes to the bin next to it."""
+    """The bin of each value, [a, b), the last with b; values outside the edges go to the nearest bin."""
     bins: np.ndarray = np.searchsorted(np.asarray(edges[1:-1]), values, side="right")
     return bins
 
@@ -24,7 +24,7 @@ def width_bins(confidence: np.ndarray) -> np.ndarray:
 
 
 def mass_bins(confidence: np.ndarray) -> np.ndarray:
-    """Bins that hold equally many values, up to one; of equal values the earlier go to the lower bin."""
+    """Bins with equally many values, up to one; of equal values the earlier go to the lower bin."""
     bins = np.empty(len(confidence), dtype=np.int64)
     for number, members in enumerate(np.array_split(np.argsort(confidence, kind="stable"), NUM_BINS)):
         bins[members] = number
@@ -33,7 +33,7 @@ def mass_bins(confidence: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Bins:
-    """What each unit (row, text) has in each bin: three `[units, NUM_BINS]` arrays.
+    """Sums by unit (row, text) and bin of confidence: three `[units, NUM_BINS]` arrays.
 
     A bin's numbers are sums, and which bin a position is in does not change when units are counted more or less often.
     """

@@ -1,4 +1,4 @@
-"""What every number of ``eval.json`` is: declared once, for the file, the tables, the page and the docs.
+"""The metrics of ``eval.json``: declared once, for the file, the tables, the page and the docs.
 
 q = the model, p = the teacher, y* = argmax q, t = argmax p; temperature 1 but where a sampling temperature is named.
 """
@@ -15,18 +15,18 @@ Of = Literal["tokens", "answers", "texts"]
 
 NUM_CALIBRATION_BINS = 15
 HEAD_MASS = 0.9
-"""The teacher's head: its most probable tokens, up to the one that brings their mass here."""
+"""The teacher's head is its most probable tokens, up to the one with which their mass reaches this."""
 OVERLAP = 10
 RANKS = (2, 100)
-"""The teacher's ranks, first and last, that the rank correlation is over."""
+"""First and last of the teacher's ranks in the rank correlation."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number; ``scale`` turns the stored value into the shown one.
+    """One metric; shown is the stored value times ``scale``.
 
-    ``better``: ``zero`` is nearer to 0, ``teacher`` nearer to the teacher's value, ``none`` for what is no quality.
-    ``of`` says what it is taken over: held-out response tokens, sampled answers, or classified texts.
+    ``better``: ``zero`` is nearer to 0, ``teacher`` nearer to the teacher's value, ``none`` is no quality at all.
+    ``of``: what it is averaged over: held-out response tokens, sampled answers, or classified texts.
     """
 
     key: str
@@ -128,7 +128,7 @@ def _against_the_teacher(of: Of, thing: str) -> tuple[Metric, ...]:
             f"Mean of q − p at the teacher's top {thing}; above 0 the student overdoes what the teacher prefers.",
             of=of),
         Metric("overconfidence", "Overconfidence by the teacher", "q(y*) − p(y*)", "−1–1", "zero",
-            f"Mean of q − p at the student's own top {thing}; above 0 the teacher would be less sure there. It also "
+            f"Mean of q − p at the student's own top {thing}; above 0 the teacher is less confident there. It also "
             f"grows where the student prefers another {thing} than the teacher does.", of=of),
     )  # fmt: skip
 
@@ -166,7 +166,7 @@ GROUPS: tuple[Group, ...] = (
         ),
     ),
     Group(
-        "The held-out answers themselves",
+        "The held-out answers",
         "Measured against the token a person wrote, not against the teacher.",
         (
             Metric("nll", "Negative log-likelihood", "−log q(y)", "nats", "lower",
@@ -176,18 +176,19 @@ GROUPS: tuple[Group, ...] = (
         ),
     ),
     Group(
-        "How sure it is",
-        "A good student is as sure as its teacher: neither more nor less.",
+        "Confidence",
+        "A good student is as confident as its teacher: neither more nor less.",
         (
             Metric("entropy", "Entropy", "H(q)", "nats", "teacher",
-                "−Σ q log q, mean: entropy of the next-token distribution; low is sure, high is undecided.", digits=2),
+                "−Σ q log q, mean: entropy of the next-token distribution; low is confident, high is undecided.",
+                digits=2),
             Metric("entropy_gap", "Entropy gap", "H(q) − H(p)", "nats", "zero",
                 "Student's mean entropy minus the teacher's.", digits=2),
             Metric("confidence", "Confidence", "max q", "0–1", "teacher",
                 "Mean probability of the model's own top token, max q."),
             *_against_the_teacher("tokens", "token"),
             Metric("target_log_odds_gap", "Target log-odds gap", "E[D]", "nats", "zero",
-                "Mean of D = logit q_t − logit p_t on the teacher's top token; above 0 the student is surer of it.",
+                "Mean of D = logit q_t − logit p_t at the teacher's top token; above 0 the student gives it more.",
                 digits=2),
             Metric("stronger_tail_share", "Positions where DRKL strengthens the tail", "1 − q_t < γ", "%", "none",
                 "Share of positions with 1 − q_t < γ, where DRKL's force on the tail is more than reverse KL's; on the "
@@ -195,8 +196,8 @@ GROUPS: tuple[Group, ...] = (
         ),
     ),
     Group(
-        "Is its confidence deserved?",
-        "Its own top token against the observed one. A calibrated model is right on 80 % of the tokens to which it "
+        "Calibration",
+        "The model's top token against the observed one. A calibrated model is right on 80 % of the tokens to which it "
         "gives 80 %.",
         _calibration("tokens", "tokens"),
     ),
@@ -218,7 +219,7 @@ GROUPS: tuple[Group, ...] = (
         ),
     ),
     Group(
-        "What it writes, next to the reference",
+        "Quality of the answers",
         "Answers sampled for held-out prompts. At sampling temperature 1 these reward sharpness: see the sweep.",
         (
             *_rouge("L", "longest common subsequence"),
@@ -231,7 +232,7 @@ GROUPS: tuple[Group, ...] = (
         ),
     ),
     Group(
-        "How varied it is",
+        "Variety of the answers",
         "Random text is the most varied text there is, so variety is compared with the teacher's.",
         (
             *_distinct(1),
@@ -266,7 +267,7 @@ GROUPS: tuple[Group, ...] = (
 CLASS_GROUPS: tuple[Group, ...] = (
     Group(
         "The labels",
-        "Measured against the label in the data. Under each number: its 95 % bootstrap interval over the texts.",
+        "Measured against the label in the data. Intervals are 95 % bootstrap intervals over the texts.",
         (
             Metric("accuracy", "Accuracy", "y* = y", "%", "higher", "How often the most probable class is the label.",
                 of="texts", **_SHARE),
@@ -287,7 +288,7 @@ CLASS_GROUPS: tuple[Group, ...] = (
         ),
     ),
     Group(
-        "How sure it is",
+        "Confidence",
         "A calibrated model is right on 80 % of the texts for which it gives a class 80 %.",
         (
             *_calibration("texts", "texts"),
@@ -295,7 +296,7 @@ CLASS_GROUPS: tuple[Group, ...] = (
                 "Mean probability of the model's own top class, max q.", **_TEXTS),
             *_against_the_teacher("texts", "class"),
             Metric("entropy", "Entropy", "H(q)", "nats", "teacher",
-                "−Σ q log q, mean over texts; low is sure.", of="texts", digits=2),
+                "−Σ q log q, mean over texts; low is confident.", of="texts", digits=2),
         ),
     ),
     Group(

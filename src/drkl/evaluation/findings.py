@@ -92,10 +92,7 @@ class Finding:
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Finding:
         """The finding that ``to_json`` gave."""
-        numbers = {}
-        for name, entry in found["numbers"].items():
-            ends = entry["interval"]
-            numbers[name] = Estimate(entry["value"], None if ends is None else (ends[0], ends[1]))
+        numbers = {name: Estimate.from_json(entry) for name, entry in found["numbers"].items()}
         return cls(found["id"], found["question"], found["answer"], numbers, found["text"])
 
 
@@ -238,10 +235,7 @@ def of_analysis(tables: Mapping[str, Any], *, shared: bool = True) -> list[Findi
         shared: whether to decide the ids in `SHARED`; False where an evaluation beside it measured other rows.
     """
     settings, counts = tables["settings"], tables["counts"]
-    totals = {
-        RENAMED.get(name, name): Estimate(entry["value"], None if entry["interval"] is None else (*entry["interval"],))
-        for name, entry in tables["totals"].items()
-    }
+    totals = {RENAMED.get(name, name): Estimate.from_json(entry) for name, entry in tables["totals"].items()}
     rows, gamma = settings["rows"], settings["gamma"]
     found = sureness(totals, rows) if shared else []
     at_temperature = [

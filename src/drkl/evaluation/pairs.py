@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from drkl.models.pair import check_rows, check_same_family, check_tokenizers, shared_vocabulary
 from drkl.models.precision import DtypeLike, has_device, pick_device, resolve_dtype
-from drkl.runs import RunFolder
+from drkl.runs import IN_MEMORY, RunFolder
 
 GAMMA = 0.5
 Model = str | os.PathLike[str] | PreTrainedModel
@@ -133,7 +135,7 @@ def pair_inputs(
             vocab_size = shared["shared"] if shared is not None else None
     return Inputs(
         sources, tokenizer, found, suite_names, picked, described, vocab_size, classes, GAMMA, facts,
-        Path(names["student"]).name,
+        Path(names["student"].removeprefix(f"{IN_MEMORY}: ")).name,
     )  # fmt: skip
 
 
@@ -163,7 +165,7 @@ def suite_rows(
             raise DrklError(f"Suite {suite.name!r}: {error}") from error
         rows += tokenised
         names += [suite.name] * len(tokenised)
-        described[suite.name] = {"from": where or suite.dataset, "rows": len(tokenised), **account(report)}
+        described[suite.name] = {"from": where or suite.dataset, "rows": len(tokenised), **account(report, tokenised)}
     return rows, names, {"suites": described}
 
 
@@ -180,9 +182,11 @@ def with_protocol(data: DataConfig, protocol: str | None) -> DataConfig:
     return data.model_copy(update={**MINILLM_DATA, "turns": "last"})
 
 
-def account(report: DropReport) -> dict[str, Any]:
-    """What became of the rows, for the record."""
-    return {"dropped": dict(report.dropped), "responses_cut": report.responses_cut}
+def account(report: DropReport, rows: Rows) -> dict[str, Any]:
+    """What became of the rows, and a digest of those that are used, for the record."""
+    ids = json.dumps([[row.id, *row.all_ids] for row in rows])
+    digest = hashlib.sha256(ids.encode()).hexdigest()[:16]
+    return {"dropped": dict(report.dropped), "responses_cut": report.responses_cut, "digest": digest}
 
 
 def _rows(
@@ -196,12 +200,13 @@ def _rows(
 ) -> tuple[Rows, dict[str, Any]]:
     is_path = isinstance(rows, str | os.PathLike)
     name = str(rows) if is_path else "rows"
+    source = name if is_path else f"{IN_MEMORY}: {type(rows).__name__}"
     if max_rows is not None:
         rows = [row for _, row in itertools.islice(dataset_items(rows, name), max_rows)]
     found, report = rows_from(
         rows, tokenizer, classes=classes, encoder_decoder=encoder_decoder, name=name, **section.row_settings
     )
-    return found, {"path": name if is_path else None, **account(report)}
+    return found, {"path": source, **account(report, found)}
 
 
 def _device(device: str | torch.device | None, student: Model) -> torch.device:
@@ -238,9 +243,7 @@ def _unwrapped(model: Any) -> str | PreTrainedModel:
 
 
 def _name(model: str | PreTrainedModel) -> str:
-    if isinstance(model, str):
-        return model
-    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    return model if isinstance(model, str) else f"{IN_MEMORY}: {type(model).__name__}"
 
 
 def _kind_of(model: str | PreTrainedModel, config: Any) -> Any:

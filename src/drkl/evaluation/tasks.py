@@ -44,6 +44,8 @@ from drkl.models.generate import sample_texts, sampling_batches
 from drkl.models.readout import Readout, read
 from drkl.positions import brier_score, token_statistics
 
+ESTIMATES = tuple(key for key in KEYS if key not in ("num_tokens", "num_answers"))
+"""The metrics that have intervals: a size is no estimate."""
 SWEPT = ("teacher", "student")
 """The models that answer at every temperature of the sweep; the others answer at the main one."""
 KEPT_STATES_BYTES = 2**30
@@ -266,7 +268,7 @@ class Generation:
         evaluation = Evaluation(
             Numbers(
                 {name: _table(self._tables[name].compute() | main[name].compute()) for name in names},
-                {name: _ends(tokens[name].intervals() | own[name].intervals()) for name in names},
+                {name: _ends(tokens[name].intervals() | own[name].intervals(), ESTIMATES) for name in names},
             ),
             self._describe(facts, data),
             suites=self._suites(settings.seed) if self.has_suites else {},
@@ -393,7 +395,7 @@ def _table(values: Mapping[str, float | None], keys: Sequence[str] = KEYS) -> di
 
 
 def _ends(found: Mapping[str, Interval], keys: Sequence[str] = KEYS) -> dict[str, Interval]:
-    return {key: found[key] for key in keys if key in found and not key.startswith("num_")}
+    return {key: found[key] for key in keys if key in found}
 
 
 def _sweep(

@@ -1,4 +1,4 @@
-"""Tables, figures and the HTML page of evaluations: draws numbers and findings, decides nothing; never models or torch."""
+"""Page, tables and figures of evaluations: draws numbers and findings, decides nothing; never models, never torch."""
 
 from drkl.reporting.page import report
 from drkl.reporting.picture import write_picture

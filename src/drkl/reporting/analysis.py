@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from drkl.display import as_number, number
 from drkl.evaluation.bootstrap import Interval
-from drkl.reporting.inputs import Run, checked_analysis
+from drkl.reporting.inputs import Run, of_analysis_json
 from drkl.reporting.plotting import (
     COLORS,
     GRID,
@@ -70,18 +70,15 @@ class Section:
     note: str
 
 
+@of_analysis_json
 def section(run: Run) -> Section | None:
     """The figures and the table of a run's analysis; None without one.
 
     Raises:
         DrklError: the analysis is not what `drkl analyze` writes.
     """
-    if run.analysis is None:
+    if (analysis := run.analysis) is None:
         return None
-    return checked_analysis(lambda analysis: _section(run, analysis), run.analysis)
-
-
-def _section(run: Run, analysis: Analysis) -> Section:
     with plot_style():
         pictures = [
             Picture(to_svg(one.figure, f"analysis-{one.name}", one.alt), one.title, one.caption, one.alt, one.wide)
@@ -97,7 +94,7 @@ def _section(run: Run, analysis: Analysis) -> Section:
         "the gradient on the logit of the teacher's top token: a negative one raises it. In brackets: 95 % intervals "
         "over rows."
     )
-    return Section(_notice(run, analysis), pictures, _table(analysis), note)
+    return Section(_notice(run, analysis), pictures, table(analysis), note)
 
 
 def _notice(run: Run, analysis: Analysis) -> str:
@@ -114,6 +111,7 @@ def _notice(run: Run, analysis: Analysis) -> str:
     return ""
 
 
+@of_analysis_json
 def write_figures(analysis: Analysis, folder: Path) -> list[Path]:
     """Write every figure as an svg file into ``folder``; those that an earlier analysis left there are replaced.
 
@@ -122,7 +120,7 @@ def write_figures(analysis: Analysis, folder: Path) -> list[Path]:
     """
     written = []
     with plot_style(text_as_paths=True):
-        for drawn in checked_analysis(_drawn, analysis):
+        for drawn in _drawn(analysis):
             drawn.figure.patch.set(facecolor=PAPER, alpha=1.0)
             drawn.figure.suptitle(drawn.title, x=0.02, ha="left", fontsize=12, color=INK, fontweight="bold")
             path = folder / f"{drawn.name}.svg"
@@ -134,16 +132,13 @@ def write_figures(analysis: Analysis, folder: Path) -> list[Path]:
     return written
 
 
+@of_analysis_json
 def numbers(analysis: Analysis) -> list[tuple[str, float, Interval | None]]:
     """Name, value and interval of every mean over all positions, and of every objective's.
 
     Raises:
         DrklError: the analysis is not what `drkl analyze` writes.
     """
-    return checked_analysis(_numbers, analysis)
-
-
-def _numbers(analysis: Analysis) -> list[tuple[str, float, Interval | None]]:
     named = {f"analysis {name}": entry for name, entry in analysis["totals"].items()}
     for row in analysis["objectives"]:
         entries = {name: entry for name, entry in row.items() if isinstance(entry, Mapping)}
@@ -156,15 +151,6 @@ def _numbers(analysis: Analysis) -> list[tuple[str, float, Interval | None]]:
     return rows
 
 
-def table(analysis: Analysis) -> PlainTable:
-    """Every objective's pushes on the target's logit.
-
-    Raises:
-        DrklError: the analysis is not what `drkl analyze` writes.
-    """
-    return checked_analysis(_table, analysis)
-
-
 _PUSHES = {
     "target_push": "target's push",
     "tail_push": "tail's push",
@@ -174,7 +160,13 @@ _PUSHES = {
 }
 
 
-def _table(analysis: Analysis) -> PlainTable:
+@of_analysis_json
+def table(analysis: Analysis) -> PlainTable:
+    """Every objective's pushes on the target's logit.
+
+    Raises:
+        DrklError: the analysis is not what `drkl analyze` writes.
+    """
     rows: list[list[str | tuple[str, str]]] = []
     for row in analysis["objectives"]:
         sure = as_number(row["sure"]["value"])
@@ -294,8 +286,8 @@ def _objectives(analysis: Analysis) -> Drawn:
         ax.set_xlabel("\N{LEFTWARDS ARROW} raises the target  |  lowers it \N{RIGHTWARDS ARROW}")
         _name_rows(ax, [_name(row) for row in rows])
     handles = [axes[1].plot([], [], marker, color=c, markersize=5.5, label=name)[0] for _, name, c, marker, _ in kinds]
-    place = {"loc": "upper right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
-    figure.legend(handles=handles, ncols=2, frameon=False, fontsize=11, labelcolor=INK, **place)
+    corner: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+    figure.legend(handles=handles, ncols=2, frameon=False, fontsize=11, labelcolor=INK, **corner)
     said = [f"{_name(row)} {_value(row['matched_target_push'])} and {_value(row['matched_tail_push'])}" for row in rows]
     alt = f"Mean push on the target's logit where it is matched, from the target and from the tail: {'; '.join(said)}."
     caption = "mean gradient on the logit of the teacher's top token; hairlines are 95 % intervals"

@@ -51,6 +51,18 @@ class Headline:
 
 
 @dataclass(frozen=True)
+class Content:
+    """The findings and the comparisons of a report."""
+
+    headline: Headline
+    questions: list[Question]
+    not_applicable: list[Question]
+    """Questions that have no meaning for any of the runs."""
+    analysis_questions: list[Question]
+    several: SideBySide | None
+
+
+@dataclass(frozen=True)
 class SideBySide:
     """Several runs: the table, the paired test in words, and what makes numbers incomparable."""
 
@@ -62,7 +74,23 @@ class SideBySide:
     differences: PlainTable | None
 
 
-def headline(runs: Sequence[Run], beside: SideBySide | None) -> Headline:
+def content_of(runs: Sequence[Run], lines: Mapping[str, Line]) -> Content:
+    """What a report on ``runs`` says; ``lines`` are their curves by key, for the heads of columns."""
+    beside = _several(runs, lines)
+    head = _headline(runs, beside)
+    shown = head.answer.finding.id if head.answer else ""
+    asked = _questions(runs, lambda run: [finding for finding in run.findings if finding.id != shown])
+    applies = [any(one.finding.answer != "not_applicable" for one in question.answers) for question in asked]
+    return Content(
+        headline=head,
+        questions=[question for question, yes in zip(asked, applies, strict=True) if yes],
+        not_applicable=[question for question, yes in zip(asked, applies, strict=True) if not yes],
+        analysis_questions=_questions(runs, lambda run: run.analysis_findings),
+        several=beside,
+    )
+
+
+def _headline(runs: Sequence[Run], beside: SideBySide | None) -> Headline:
     """The finding, or the words, that head a report."""
     if beside is not None:
         return Headline(f"{count(len(runs), 'run')} side by side", (beside.standings or beside.notices or [""])[0])
@@ -76,14 +104,11 @@ def headline(runs: Sequence[Run], beside: SideBySide | None) -> Headline:
     return Headline(finding.question, finding.text, Answered(run.name, "", finding))
 
 
-def questions(runs: Sequence[Run], of: Callable[[Run], Sequence[Finding]], *, but: str = "") -> list[Question]:
-    """The findings of all runs by question; ``but`` is the id of one that is shown elsewhere."""
+def _questions(runs: Sequence[Run], of: Callable[[Run], Sequence[Finding]]) -> list[Question]:
+    """Findings of all runs, by question."""
     labels = run_labels(runs) if len(runs) > 1 else [""]
     answered = [
-        Answered(run.name, label, finding)
-        for run, label in zip(runs, labels, strict=True)
-        for finding in of(run)
-        if finding.id != but
+        Answered(run.name, label, finding) for run, label in zip(runs, labels, strict=True) for finding in of(run)
     ]
     order = {id: place for place, id in enumerate(dict.fromkeys(one.finding.id for one in answered))}
     answered.sort(key=lambda one: order[one.finding.id])
@@ -91,15 +116,7 @@ def questions(runs: Sequence[Run], of: Callable[[Run], Sequence[Finding]], *, bu
     return [Question(group[0].finding.question, group) for group in grouped]
 
 
-def applicable(asked: Sequence[Question]) -> tuple[list[Question], list[Question]]:
-    """The questions that have a meaning for at least one run, and the others."""
-    applies = [any(one.finding.answer != "not_applicable" for one in question.answers) for question in asked]
-    return tuple(  # type: ignore[return-value]
-        [question for question, yes in zip(asked, applies, strict=True) if yes is wanted] for wanted in (True, False)
-    )
-
-
-def several(runs: Sequence[Run], lines: Mapping[str, Line]) -> SideBySide | None:
+def _several(runs: Sequence[Run], lines: Mapping[str, Line]) -> SideBySide | None:
     """The runs side by side; None for one."""
     if len(runs) < 2:
         return None

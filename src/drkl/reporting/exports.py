@@ -9,7 +9,7 @@ from drkl.display import as_number
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import metrics_of
 from drkl.reporting import analysis, facts, tables, tradeoff
-from drkl.reporting.content import Question, applicable, headline, questions, several
+from drkl.reporting.content import Question, content_of
 from drkl.reporting.figures import lines_of
 from drkl.reporting.inputs import Run, run_labels
 from drkl.reporting.tables import Cell, MetricTable, PlainTable, Row
@@ -22,13 +22,12 @@ ANSWERS = {"yes": "Yes.", "no": "No.", "undecided": "Undecided.", "not_applicabl
 def as_markdown(runs: Sequence[Run]) -> str:
     """The findings, the tables with intervals, what the configurations differ on, and the commands."""
     run = runs[0]
-    beside = several(runs, {line.key: line for line, _, _ in lines_of(runs)})
-    head = headline(runs, beside)
+    content = content_of(runs, {line.key: line for line, _, _ in lines_of(runs)})
+    head, beside = content.headline, content.several
     answer = f" {ANSWERS[head.answer.finding.answer]}" if head.answer else ""
     parts = [f"# {markdown_text(run.title)}", f"**{_title(head.title)}**{answer} {markdown_words(head.text)}"]
     parts.append("\n".join(f"- {markdown_text(name)}: {markdown_text(value)}" for name, value in facts.facts(run)))
-    asked = questions(runs, lambda one: one.findings, but=head.answer.finding.id if head.answer else "")
-    parts += [_question(question) for group in applicable(asked) for question in group]
+    parts += [_question(question) for question in (*content.questions, *content.not_applicable)]
     parts += [markdown_words(note) for note in facts.notes(runs)]
     if beside is not None:
         parts += ["## The runs side by side", *(f"**{markdown_words(notice)}**" for notice in beside.notices)]
@@ -36,7 +35,7 @@ def as_markdown(runs: Sequence[Run]) -> str:
         parts += _metric_table(beside.table, level=3)
     if run.task != "classification" and (swept := tradeoff.table(runs)).rows:
         parts += ["## Fidelity and diversity over the sampling temperatures", _plain_table(swept)]
-    parts += _analysis(runs)
+    parts += _analysis(run, content.analysis_questions)
     if (table := tables.every_number(run)) is not None:
         parts += [f"## Every number of {markdown_text(run_labels(runs)[0])}", *_metric_table(table, level=3)]
     for table in tables.suite_tables(runs):
@@ -63,9 +62,9 @@ def _question(question: Question) -> str:
     return "\n".join([f"**{markdown_text(question.text)}**", "", *(f"- {text}" for text in said)])
 
 
-def _analysis(runs: Sequence[Run]) -> list[str]:
-    section = analysis.section(runs[0])
-    said = [_question(question) for question in questions(runs, lambda one: one.analysis_findings)]
+def _analysis(run: Run, questions: Sequence[Question]) -> list[str]:
+    section = analysis.section(run)
+    said = [_question(question) for question in questions]
     if section is None:
         return ["## The analysis", *said] if said else []
     notice = [markdown_words(section.notice)] if section.notice else []
@@ -115,18 +114,17 @@ def as_csv(runs: Sequence[Run]) -> str:
 def _lines(run: Run) -> Iterator[list[str]]:
     temperature = as_number(run.settings.get("sampling_temperature"))
     evaluation = run.evaluation
-    if evaluation is not None:
-        for name, numbers in {"": evaluation.numbers, **evaluation.suites}.items():
-            for model in numbers.models:
-                yield from _values(run, model, name, temperature, numbers.values[model], numbers.intervals.get(model))
+    sets = {} if evaluation is None else {"": evaluation.numbers, **evaluation.suites}
+    for name, numbers in sets.items():
+        for model in numbers.models:
+            yield from _values(run, model, name, temperature, numbers.values[model], numbers.intervals.get(model))
     for name, value, ends in analysis.numbers(run.analysis) if run.analysis is not None else ():
         yield ["student", "", "", name, repr(value), *map(repr, ends or ()), *([""] * (2 if ends else 4))]
     for model, points in evaluation.sweep.items() if evaluation is not None else ():
         for point in points:
-            own = evaluation.numbers.values.get(model, {}) if point.sampling_temperature == temperature else {}
-            # A number that the model's own already are does not stand here twice.
-            values = {key: value for key, value in point.values.items() if own.get(key) is None}
             at = point.sampling_temperature
+            # The numbers at the main temperature stand among the model's own already.
+            values = {k: v for k, v in point.values.items() if at != temperature or run.value(model, k) is None}
             yield from _values(run, model, "", at, values, point.intervals, answers_only=True)
 
 

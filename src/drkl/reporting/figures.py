@@ -20,7 +20,6 @@ from drkl.reporting.plotting import (
     Picture,
     histogram,
     new_figure,
-    percent_axis,
     plot_style,
     reliability_diagram,
     tidy,
@@ -115,7 +114,7 @@ _HISTOGRAMS = (
 def _histogram(run: Run, key: str, title: str, axis: str) -> Picture | None:
     """How often each value occurs over held-out tokens; the teacher is filled."""
     tables = run.evaluation.distributions if run.evaluation is not None else None
-    counts = {m: own[key] for m, own in tables.counts.items() if sum(own.get(key, ()))} if tables else {}
+    counts = {m: own[key] for m, own in tables.counts.items() if any(own.get(key, ()))} if tables else {}
     if tables is None or "student" not in counts:
         return None
     figure, ax = new_figure(*_SMALL)
@@ -149,11 +148,11 @@ def _mean(run: Run, model: str, key: str) -> float | None:
 def _confidence_of_texts(run: Run) -> Picture | None:
     """How often a classifier has each confidence."""
     bins = run.evaluation.reliability if run.evaluation is not None else None
-    if bins is None or not sum(bins.width["student"].counts if "student" in bins.width else ()):
+    if bins is None or "student" not in bins.width or not any(bins.width["student"].counts):
         return None
     figure, ax = new_figure(*_SQUARE)
     tidy(ax)
-    shown = [model for model in ("teacher", "student") if model in bins.width and sum(bins.width[model].counts)]
+    shown = [model for model in ("teacher", "student") if model in bins.width and any(bins.width[model].counts)]
     for model in shown:
         histogram(ax, bins.edges, bins.width[model].counts, filled=model == "teacher", color=COLORS[model])
     ax.set_xlim(0, 1)
@@ -190,10 +189,7 @@ def _gaps(run: Run) -> Picture | None:
         ("overconfidence", "The student's top token\n(overconfidence)"),
     ]
     values = {
-        (key, model): value
-        for key, _ in rows
-        for model in STUDENTS
-        if (value := run.value(model, key)) is not None
+        (key, model): value for key, _ in rows for model in STUDENTS if (value := run.value(model, key)) is not None
     }
     if not values:
         return None
@@ -336,4 +332,3 @@ def _dots(runs: Sequence[Run], metric: Metric) -> Picture | None:
     alt = f"{metric.title} of the students: {', '.join(shown)}."
     caption = f"{metric.unit}, the axis does not start at 0"
     return Picture(to_svg(figure, f"runs-{metric.key}", alt), metric.title, caption, alt)
-

@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from drkl.display import as_number
 from drkl.errors import DrklError
@@ -19,6 +19,7 @@ from drkl.reporting.text import short
 from drkl.runs import RunFolder, read_json, read_text
 
 T = TypeVar("T")
+Given = ParamSpec("Given")
 WATCHED = "watch_"
 MAX_POINTS = 300
 """Points of a curve on the page."""
@@ -43,7 +44,9 @@ class Curve:
         if width <= 1:
             return self
         cuts = [slice(i, i + width) for i in range(0, len(self.steps), width)]
-        means = [[sum(part) / len(part) for cut in cuts if (part := values[cut])] for values in (self.steps, self.values)]
+        means = [
+            [sum(part) / len(part) for cut in cuts if (part := values[cut])] for values in (self.steps, self.values)
+        ]
         return Curve(*means)
 
 
@@ -189,29 +192,29 @@ class Run:
 
     @cached_property
     def _analysis_findings(self) -> list[Finding]:
-        if self.analysis is None:
-            return []
-        return checked_analysis(_findings_of, self.analysis)
+        return [] if self.analysis is None else _findings_of(self.analysis)
 
 
+def of_analysis_json(make: Callable[Given, T]) -> Callable[Given, T]:
+    """Make a malformed ``analysis.json``, which ``make`` reads, the user's error."""
+
+    @wraps(make)
+    def checked(*args: Given.args, **choices: Given.kwargs) -> T:
+        try:
+            return make(*args, **choices)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+            raise DrklError(
+                f"analysis.json is not what `drkl analyze` writes ({type(error).__name__}: {error}); run it again."
+            ) from error
+
+    return checked
+
+
+@of_analysis_json
 def _findings_of(analysis: Mapping[str, Any]) -> list[Finding]:
     if "findings" in analysis:
         return [Finding.from_json(entry) for entry in analysis["findings"]]
     return of_analysis(analysis)
-
-
-def checked_analysis(make: Callable[[Mapping[str, Any]], T], analysis: Mapping[str, Any]) -> T:
-    """``make(analysis)``, where a malformed analysis is the user's error.
-
-    Raises:
-        DrklError: the analysis is not what `drkl analyze` writes.
-    """
-    try:
-        return make(analysis)
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise DrklError(
-            f"analysis.json is not what `drkl analyze` writes ({type(error).__name__}: {error}); run it again."
-        ) from error
 
 
 def read_run(source: str | Path | RunFolder | Evaluation) -> Run:

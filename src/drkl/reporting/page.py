@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from drkl.errors import DrklError
 from drkl.evaluation.result import Evaluation
 from drkl.reporting import analysis, curves, facts, figures, samples, tables, tradeoff
-from drkl.reporting.content import applicable, headline, questions, several
+from drkl.reporting.content import content_of
 from drkl.reporting.exports import as_csv, as_markdown
 from drkl.reporting.inputs import TITLES, Run, read_run, unique_names
 from drkl.reporting.text import clean, clip
@@ -31,16 +31,19 @@ TILES = {
     ("classification", False): ("accuracy", "macro_f1", "nll", "ece"),
 }
 """The large numbers, by task and by whether there is a teacher."""
-# Commands in backquotes; intervals in brackets; numbers that are results, so neither the 2 of "distinct-2" nor a count
-# of steps.
 _MARKED = re.compile(
-    r"(`[^`]*`|\[[\d.,\s\N{MINUS SIGN}]+\]|(?<![\w.-])[+\N{MINUS SIGN}]?\d++(?:,\d{3})*+(?:\.\d+)?+(?:\N{NO-BREAK SPACE}%)?(?![\w-])(?! steps?\b))"
+    r"(`[^`]*`"  # a command
+    r"|\[[\d.,\s\N{MINUS SIGN}]+\]"  # an interval
+    # A number that is a result: neither the 2 of "distinct-2" nor a count of steps.
+    r"|(?<![\w.-])[+\N{MINUS SIGN}]?\d++(?:,\d{3})*+(?:\.\d+)?+(?:\N{NO-BREAK SPACE}%)?(?![\w-])(?! steps?\b))"
 )
 
 Source = str | Path | RunFolder | Evaluation
 
 
-def report(runs: Source | Sequence[Source], path: str | Path | None = None, *, output_format: str | None = None) -> Path:
+def report(
+    runs: Source | Sequence[Source], path: str | Path | None = None, *, output_format: str | None = None
+) -> Path:
     """Write a report of one evaluation, or of several side by side.
 
     Args:
@@ -61,16 +64,16 @@ def report(runs: Source | Sequence[Source], path: str | Path | None = None, *, o
     if not sources:
         raise DrklError("There is no run to report on; name at least one run folder or evaluation.")
     ending = "" if path is None else Path(path).suffix.removeprefix(".")
-    write = FORMATS[checked_format(output_format or (ending if ending in FORMATS else "html"))]
+    chosen = checked_format(output_format or (ending if ending in FORMATS else "html"))
     read = unique_names(read_run(source) for source in sources)
     if len({run.task for run in read}) > 1:
         shown = ", ".join(f"{run.title} ({run.task})" for run in read)
         raise DrklError(f"Runs of different tasks have no number in common: {shown}. Report on each task by itself.")
     if path is None and read[0].folder is None:
         raise DrklError("This evaluation is only in memory: name the file to write the report to.")
-    name = {as_markdown: "report.md", as_csv: "report.csv"}.get(write, "report.html")
-    target = read[0].folder.root / name if path is None and read[0].folder is not None else Path(str(path))
-    write_text(target, write(read))
+    folder = read[0].folder
+    target = folder.report_path.with_suffix(f".{chosen}") if path is None and folder is not None else Path(str(path))
+    write_text(target, FORMATS[chosen](read))
     return target
 
 
@@ -91,31 +94,24 @@ def as_html(runs: Sequence[Run]) -> str:
     classifies = run.task == "classification"
     drawn_lines = figures.lines_of(runs)
     lines = {line.key: line for line, _, _ in drawn_lines}
-    beside = several(runs, lines)
-    head = headline(runs, beside)
-    asked = questions(runs, lambda one: one.findings, but=head.answer.finding.id if head.answer else "")
-    questions_shown, questions_without = applicable(asked)
     training, optimiser = curves.training_curves(run)
     tradeoffs = [] if classifies else tradeoff.pictures(runs)
     script = Markup(files("drkl.reporting").joinpath("templates", "page.js").read_text(encoding="utf-8"))
-    return _environment().get_template("report.html.j2").render(
+    template = _environment().get_template("report.html.j2")
+    return template.render(
         run=run,
-        several=beside,
-        headline=head,
-        questions=questions_shown,
-        not_applicable=questions_without,
+        **vars(content_of(runs, lines)),
         notes=facts.notes(runs),
         facts=facts.facts(run),
         tiles=_tiles(run),
         lines=[*lines.values()],
         own_lines=[line for line, _, _ in figures.lines_of([run])],
-        run_figures=figures.run_dots(runs) if beside is not None else [],
+        run_figures=figures.run_dots(runs) if len(runs) > 1 else [],
         tradeoffs=tradeoffs,
         sweep=tradeoff.table(runs),
         confidence=figures.confidence(run),
         profiles=[] if classifies else figures.profiles(runs),
         analysis=analysis.section(run),
-        analysis_questions=questions(runs, lambda one: one.analysis_findings),
         curves=training,
         optimiser=optimiser,
         every_number=tables.every_number(run),

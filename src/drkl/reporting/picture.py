@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from drkl.errors import DrklError
 from drkl.evaluation.declared import metrics_of
@@ -83,8 +83,14 @@ def _head(figure: Figure, run: Run) -> None:
     dots = [Line2D([], [], linestyle="", marker="o", markersize=10, color=COLORS[model]) for model in models]
     details = run.subtitles | {"teacher": ""}
     names = [TITLES[model] + (f": {short(details[model], 24)}" if details[model] else "") for model in models]
-    place = {"loc": "upper left", "bbox_to_anchor": (0.018, 0.905), "borderaxespad": 0, "borderpad": 0}
-    style = {"frameon": False, "fontsize": 14, "labelcolor": MUTED, "handlelength": 1, "handletextpad": 0.4}
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.018, 0.905), "borderaxespad": 0, "borderpad": 0}
+    style: dict[str, Any] = {
+        "frameon": False,
+        "fontsize": 14,
+        "labelcolor": MUTED,
+        "handlelength": 1,
+        "handletextpad": 0.4,
+    }
     figure.legend(dots, names, ncols=len(models), columnspacing=2, **place, **style)
     figure.add_artist(Line2D([0.018, 0.982], [0.855, 0.855], transform=figure.transFigure, color=GRID, linewidth=1))
 

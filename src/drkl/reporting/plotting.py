@@ -83,10 +83,7 @@ class Line:
     @classmethod
     def of_run(cls, place: int, label: str) -> Line:
         """The student of the run at ``place`` among several."""
-        color, marker, dash = (
-            cycle[place % len(cycle)]  # type: ignore[index]
-            for cycle in (RUN_COLORS, _RUN_MARKERS, _RUN_DASHES)
-        )
+        color, marker, dash = (cycle[place % len(cycle)] for cycle in (RUN_COLORS, _RUN_MARKERS, _RUN_DASHES))
         return cls(f"run-{place}", label, "", color, marker, dash)
 
     @property
@@ -194,7 +191,7 @@ def histogram(ax: Axes, edges: Sequence[float], counts: Sequence[float], *, fill
     else:
         style = {"color": color, "linewidth": 2} | style
     ax.stairs([value / total for value in counts], edges, **style)
-    ax.set_ylim(0, None)
+    ax.set_ylim(0, None, auto=True)  # another one on the same axes may be higher
     percent_axis(ax.yaxis)
 
 

@@ -58,7 +58,7 @@ class PromptSamples:
 
 @dataclass(frozen=True)
 class SampleTable:
-    """``shown`` prompts stand open, ``folded`` ones can be opened, ``left_out`` ones are only in the file or the picker.
+    """``shown`` prompts stand open, ``folded`` ones can be opened, ``left_out`` are in the file or the picker only.
 
     ``main`` is the temperature of the answers in the page; ``picker`` is the data of the prompt picker, safe inside a
     ``<script>``, and ``picker_note`` says what it leaves out.
@@ -147,7 +147,9 @@ def _sample(row: Mapping[str, Any], limit: float | None) -> Sample:
     return Sample(clip(str(row["text"]), TEXT_LIMIT), note)
 
 
-def _fitting(prompts: Sequence[PromptSamples], size: Callable[[PromptSamples], int], budget: int) -> list[PromptSamples]:
+def _fitting(
+    prompts: Sequence[PromptSamples], size: Callable[[PromptSamples], int], budget: int
+) -> list[PromptSamples]:
     """The first prompts whose sizes add up to no more than ``budget``."""
     kept: list[PromptSamples] = []
     for prompt in prompts:
@@ -220,31 +222,13 @@ def _json(value: Any) -> bytes:
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """A model's class for a text, and its probability."""
-
-    label: str
-    confidence: str
-    right: bool
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One text; ``by`` is in the order of the table's models."""
-
-    text: Clipped
-    label: str
-    by: list[Predicted]
-
-
-@dataclass(frozen=True)
 class PredictionTable:
-    """Texts of one kind."""
+    """Texts of one kind: each with its label and, for each of ``models``, the class, its probability and a tick."""
 
     title: str
     lead: str
     models: list[str]
-    rows: list[Prediction]
+    rows: list[tuple[Clipped, str, list[tuple[str, str]]]]
 
 
 def prediction_tables(run: Run) -> list[PredictionTable]:
@@ -278,14 +262,11 @@ def prediction_tables(run: Run) -> list[PredictionTable]:
 def _predictions(title: str, lead: str, models: list[str], lines: Sequence[Mapping[str, Any]]) -> PredictionTable:
     rows = []
     for line in lines[:PREDICTIONS]:
-        by = [
-            Predicted(
-                short(str(line.get(model)), 60),
-                percent(as_number(line.get(f"{model}_confidence")), 0),
-                line.get(model) == line["label"],
-            )
-            for model in models
-        ]
-        rows.append(Prediction(clip(str(line["text"]), 400), short(str(line["label"]), 60), by))
+        by = []
+        for model in models:
+            tick = " ✓" if line.get(model) == line["label"] else ""
+            sure = percent(as_number(line.get(f"{model}_confidence")), 0)
+            by.append((short(str(line.get(model)), 60), f"{sure}{tick}"))
+        rows.append((clip(str(line["text"]), 400), short(str(line["label"]), 60), by))
     more = f" {len(lines) - PREDICTIONS:,} more are in `predictions.jsonl`." if len(lines) > PREDICTIONS else ""
     return PredictionTable(title, lead + more, models, rows)

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
 from drkl.display import ABSENT
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import Better, Metric, groups_of, metrics_of
@@ -72,7 +70,7 @@ class Column:
     title: str
     subtitle: str = ""
     color: str = ""
-    sign: Markup = Markup("")
+    sign: str = ""
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ def run_table(
         if any(cell.text != ABSENT for cell in cells[1:]):
             rows.append(_row(metric, cells))
     names = ["teacher", *(f"run-{place}" for place in range(len(runs)))]
-    signs = [lines[name].sign if name in lines else Markup("") for name in names]
+    signs = [lines[name].sign if name in lines else "" for name in names]
     columns = [Column(title, sign=sign) for title, sign in zip(["Teacher", *run_labels(runs)], signs, strict=True)]
     return MetricTable("The runs side by side", columns, [RowGroup("", "", rows)]) if rows else None
 
@@ -227,4 +225,3 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
             flat |= _flatten(one, f"{prefix}.{key}" if prefix else str(key))
         return flat
     return {prefix: "null" if value is None else str(value)}
-

@@ -14,7 +14,7 @@ from drkl.display import ABSENT, number
 # Controls cannot stand in HTML, lone surrogates cannot be written as UTF-8, and the bidirectional overrides
 # would reorder what stands beside them. Plain RTL marks and letters are left alone.
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
+_SPECIAL = re.compile(r"([\\`*{}\[\]<>#|~$&]|(?<!\w)_|_(?!\w))")
 _NUMBER = re.compile(r"-?[\d.]+(?:e[+-]?\d+)?")
 _COMMANDS = re.compile(r"(`[^`]*`)")
 

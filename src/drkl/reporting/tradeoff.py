@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from drkl.display import ABSENT, as_number, number
 from drkl.evaluation.bootstrap import Interval
@@ -41,7 +41,7 @@ def sweep_of(run: Run, model: str) -> list[SweepPoint]:
     if model in run.evaluation.sweep:
         return run.evaluation.sweep[model]
     keys = (QUALITY, *VARIETIES)
-    values = {key: value for key in keys if (value := run.value(model, key)) is not None}
+    values: dict[str, float | None] = {key: value for key in keys if (value := run.value(model, key)) is not None}
     intervals = {key: ends for key in values if (ends := run.interval(model, key)) is not None}
     temperature = as_number(run.settings.get("sampling_temperature"))
     # NaN: an older file may not say at which temperature it sampled.
@@ -100,7 +100,7 @@ def _picture(curves: Sequence[tuple[Line, list[Point]]], variety: str) -> Pictur
         line.plot(ax, [p.x for p in points], [p.y for p in points], zorder=4 if line.key == "teacher" else 3)
         _temperatures(ax, line, points, above=place % 2 == 0)
         if ringed := [p for key, p in best if key == line.key]:
-            ring = {"s": 170, "facecolors": "none", "edgecolors": INK, "linewidths": 1.1, "zorder": 5}
+            ring: dict[str, Any] = {"s": 170, "facecolors": "none", "edgecolors": INK, "linewidths": 1.1, "zorder": 5}
             line.claim(ax.scatter([p.x for p in ringed], [p.y for p in ringed], **ring))
         if line.key == "teacher" and (goal := _goal(points)):
             line.plot(ax, [goal.x], [goal.y], size=20, marker="*", linestyle="none", zorder=6)
@@ -128,7 +128,7 @@ def _whiskers(ax: Axes, line: Line, points: Sequence[Point]) -> None:
 
 
 def _temperatures(ax: Axes, line: Line, points: Sequence[Point], *, above: bool) -> None:
-    place = {"xytext": (7, 6 if above else -6), "va": "bottom" if above else "top"}
+    place: dict[str, Any] = {"xytext": (7, 6 if above else -6), "va": "bottom" if above else "top"}
     for point in points:
         if point.temperature is not None:
             text = f"{point.temperature:g}"

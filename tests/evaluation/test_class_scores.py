@@ -12,16 +12,12 @@ import torch
 from scipy.special import log_softmax, rel_entr
 
 from drkl.data.classification import LabelledRow
-from drkl.evaluation.classification import (
-    KEYS,
-    evaluate_classes,
-    intervals,
-    reliability,
-    score,
-    write_classification,
-)
+from drkl.evaluation.bootstrap import Resampled
+from drkl.evaluation.calibration import width_bins
 from drkl.evaluation.config import EvaluationConfig
-from drkl.runs import RunFolder
+from drkl.evaluation.declared import CLASS_KEYS as KEYS
+from drkl.evaluation.evaluate import run_task
+from drkl.evaluation.tasks import Classification, class_scores
 from tests.models import tiny_classifiers
 from tests.models.tiny_classifiers import CLASSES
 
@@ -72,11 +68,13 @@ def by_hand(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> dic
         "fkl": float(rel_entr(p, q).sum(-1).mean()),
         "rkl": float(rel_entr(q, p).sum(-1).mean()),
         "confidence_gap": confidence - float(p.max(-1).mean()),
+        "overconfidence": float((q.max(-1) - p[np.arange(size), said]).mean()),
+        "target_gap": float((q[np.arange(size), p.argmax(-1)] - p.max(-1)).mean()),
     }
 
 
 def scored(student: np.ndarray, teacher: np.ndarray | None, labels: np.ndarray) -> Any:
-    return score(torch.tensor(student), torch.tensor(labels), None if teacher is None else torch.tensor(teacher))
+    return class_scores(torch.tensor(student), torch.tensor(labels), None if teacher is None else torch.tensor(teacher))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -118,9 +116,9 @@ def test_an_infinite_distance_counts_only_where_its_text_is_drawn() -> None:
 
 def test_bins_hold_every_text_once() -> None:
     student, teacher, labels = numbers()
-    table = reliability(scored(student, teacher, labels))
-    assert sum(table["rows"]) == 60 and len(table["rows"]) == 15
-    for rows, confidence, accuracy, low in zip(*table.values(), range(15), strict=True):
+    table = scored(student, teacher, labels).bins(width_bins).reliability()
+    assert sum(table[0]) == 60 and len(table[0]) == 15
+    for rows, confidence, accuracy, low in zip(*table, range(15), strict=True):
         if rows:
             assert low / 15 <= confidence < (low + 1) / 15 and (accuracy * rows) == pytest.approx(
                 round(accuracy * rows)
@@ -133,30 +131,30 @@ def test_intervals_are_as_wide_as_the_binomials() -> None:
     student, teacher, labels = numbers(400)
     scores = scored(student, teacher, labels)
     size = len(scores.labels)
-    found = intervals(scores.metrics, size, seed=0)
+    found = Resampled.of(scores.metrics, size, 0).intervals()
     accuracy = float(scores.metrics()["accuracy"][0])
     width = 2 * 1.96 * np.sqrt(accuracy * (1 - accuracy) / 400)
     low, high = found["accuracy"]
     assert low < accuracy < high and high - low == pytest.approx(width, rel=0.1)
-    assert found == intervals(scores.metrics, size, seed=0) != intervals(scores.metrics, size, seed=1)
+    assert (
+        found == Resampled.of(scores.metrics, size, 0).intervals() != Resampled.of(scores.metrics, size, 1).intervals()
+    )
     assert found["macro_f1"][0] < found["macro_f1"][1] and set(found) == set(KEYS) - {"num_rows"}
 
 
 def test_eval_json_and_predictions(tmp_path: Path) -> None:
     rows = [LabelledRow(f"r{i}", (1, *range(6, 7 + i % 5), 2), i % 3, f"text {i}") for i in range(12)]
-    models = {"teacher": lambda: tiny_classifiers.make(seed=1), "after": lambda: tiny_classifiers.make("llama", 2)}
+    models = {"teacher": lambda: tiny_classifiers.make(seed=1), "student": lambda: tiny_classifiers.make("llama", 2)}
     seen: list[tuple[str, int, int]] = []
-    evaluation, lines = evaluate_classes(
-        models, rows, CLASSES, EvaluationConfig(), pad_id=0, on_progress=lambda *args: seen.append(args)
-    )
-    write_classification(RunFolder(tmp_path), evaluation, lines)
+    task = Classification(rows, CLASSES, EvaluationConfig(), pad_id=0)
+    run_task(task, models, on_progress=lambda *args: seen.append(args)).save(tmp_path)
     table = json.loads((tmp_path / "eval.json").read_text())
-    assert table["after"].keys() == set(KEYS) and table["teacher"]["fkl"] == 0 and table["after"]["num_rows"] == 12
-    assert table["reliability"]["edges"][-1] == 1 and table["intervals"]["after"]["accuracy"]
-    assert seen[-1] == ("after: reading", 12, 12)
+    assert table["student"].keys() == set(KEYS) and table["teacher"]["fkl"] == 0 and table["student"]["num_rows"] == 12
+    assert table["reliability"]["edges"][-1] == 1 and table["intervals"]["student"]["accuracy"]
+    assert seen[-1] == ("student: reading", 12, 12)
     saved = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [line["id"] for line in saved] == [row.id for row in rows]
-    student = models["after"]()
+    student = models["student"]()
     for row, line in zip(rows, saved, strict=True):
         logits = student(input_ids=torch.tensor([row.ids])).logits[0].detach().numpy()
         q = np.exp(log_softmax(logits))
