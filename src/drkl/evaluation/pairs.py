@@ -81,8 +81,8 @@ def pair_inputs(
     """
     if (rows is None) == (not suites):
         raise DrklError(f"Expected exactly one of rows and suites; got {'neither' if rows is None else 'both'}.")
-    picked = _device(device, student)
     models = {"student": _unwrapped(student)} | ({} if teacher is None else {"teacher": _unwrapped(teacher)})
+    picked = _device(device, models["student"])
     names = {role: _name(model) for role, model in models.items()}
     configs = {role: load_config(model) for role, model in models.items()}
     classifiers = {role: _is_classifier(model, configs[role]) for role, model in models.items()}
@@ -209,7 +209,7 @@ def _rows(
     return found, {"path": source, **account(report, found)}
 
 
-def _device(device: str | torch.device | None, student: Model) -> torch.device:
+def _device(device: str | torch.device | None, student: str | PreTrainedModel) -> torch.device:
     """The device that was asked for; else that of a student in memory, or the best there is."""
     if device is None and isinstance(student, PreTrainedModel):
         return student.device
