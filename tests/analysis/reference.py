@@ -73,6 +73,10 @@ def whole(name: str, **params: Any) -> Callable[[Distribution, Distribution, Dis
     return lambda q, p, held: reference.PARTS[name](q, p, **params)
 
 
+NAMES = frozenset("ce rkl fkl symmetric_kl akl gjs sfkl srkl tvd ab todi dkd drkl decoupled".split())
+"""The objectives whose two terms have equations here."""
+
+
 def terms(name: str, **params: Any) -> Terms:
     """Of the objective of this name with these parameters, all of them given."""
     plain: dict[str, Terms] = {

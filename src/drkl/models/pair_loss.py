@@ -19,7 +19,9 @@ from drkl.models.at_head import (
     ENCODER_DECODER,
     Wrapped,
     call_at_head,
+    head_module,
     head_of,
+    is_deepspeed,
     is_fsdp1,
     kind_of,
     unwrap,
@@ -27,7 +29,7 @@ from drkl.models.at_head import (
 from drkl.models.classes import class_names
 from drkl.models.forward import decoder_start, in_eval_mode, output_head
 from drkl.models.pair import check_same_family
-from drkl.objectives import Objective, make_objective
+from drkl.objectives import ObjectiveLike, make_objective
 
 NOT_INPUTS = frozenset(
     {"labels", "past_key_values", "use_cache", "return_dict", "logits_to_keep", "num_items_in_batch"}
@@ -42,7 +44,7 @@ def pair_loss(
     teacher: nn.Module | None,
     batch: Mapping[str, Any],
     *,
-    objective: str | Objective = "drkl",
+    objective: ObjectiveLike = "drkl",
     objective_params: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
@@ -105,7 +107,7 @@ def pair_loss(
     ours = unwrap(student, "student")
     kind = kind_of(ours.model, "student")
     labels = _aligned_labels(batch, kind)
-    inputs = _inputs(ours.model, batch, "student")
+    inputs = model_inputs(ours.model, batch, "student")
     keep = labels != IGNORE_INDEX
     known: tuple[Tensor | None, LMHead | None] = (None, None)
     if kd_weight > 0 and chosen.needs_teacher:
@@ -177,7 +179,7 @@ def _aligned_labels(batch: Mapping[str, Any], kind: str) -> Tensor:
     return torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE_INDEX)], 1)
 
 
-def _inputs(model: PreTrainedModel, batch: Mapping[str, Any], role: str) -> dict[str, Any]:
+def model_inputs(model: PreTrainedModel, batch: Mapping[str, Any], role: str) -> dict[str, Any]:
     """What a model is called with: the keys of the batch that its forward names."""
     if batch.get("input_ids") is None:
         raise DrklError("The batch has no 'input_ids'; student and teacher read the same token ids.")
@@ -252,6 +254,7 @@ def _teacher(
     if kind == CLASSIFIER:
         return hidden.detach(), None
     if model is not None:
+        head_module(model, "teacher")  # refuses what `output_head` would misread
         head = output_head(model)
     if head is None:
         raise DrklError("teacher_hidden is given without a head. Pass the teacher, or its head as teacher_head.")
@@ -267,7 +270,7 @@ def _run(
         return hidden[keep.to(hidden.device)]
 
     with in_eval_mode(teacher):
-        hidden = call_at_head(teacher, _inputs(model, batch, "teacher"), at_head, "teacher")
+        hidden = call_at_head(teacher, model_inputs(model, batch, "teacher"), at_head, "teacher")
     if kind_of(model, "teacher") == CLASSIFIER:
         return hidden, None
     # Read anew: what FSDP2 gathered for the forward may be freed by now.
@@ -316,6 +319,11 @@ def _processes(
 
     None leaves the count to the loss itself, which has only its own tokens to count.
     """
+    if any(is_deepspeed(wrapper) for wrapper in student.wrappers):
+        raise DrklError(
+            "The student is in a DeepSpeedEngine, which scales and averages gradients in its own backward. Use "
+            "DistributedDataParallel or torch.distributed.fsdp.fully_shard."
+        )
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 1, num_tokens
     parallel = _data_parallel(student)
@@ -327,24 +335,28 @@ def _processes(
                 "with fully_shard. If you average the gradients yourself, say what to divide by: num_tokens."
             )
         return 1, num_tokens
-    groups, size = parallel
-    if size == 1 or num_tokens is not None:
-        return size, num_tokens
-    count = keep.sum().to(next(student.model.parameters()).device)
-    for group in groups:
+    if parallel.size == 1 or num_tokens is not None:
+        return parallel.size, num_tokens
+    count = keep.sum().to(parallel.device)
+    for group in parallel.groups:
         torch.distributed.all_reduce(count, group=group)
-    return size, count.clamp(min=1)
+    return parallel.size, count.clamp(min=1)
 
 
 class _DataParallel(NamedTuple):
+    """The processes over which DDP or FSDP averages gradients."""
+
     groups: list[Any]
     size: int
+    device: Any
+    """Where the groups' collectives run."""
 
 
 def _data_parallel(student: Wrapped) -> _DataParallel | None:
-    """The process groups over which DDP or FSDP2 averages gradients, and the number of their processes."""
+    """None of a student that nothing wraps."""
     from torch.distributed.fsdp import FSDPModule
 
+    wrapper: Any
     for wrapper in student.wrappers:
         if is_fsdp1(wrapper) and wrapper.sharding_strategy.name.startswith(("HYBRID", "_HYBRID")):
             raise DrklError(
@@ -352,7 +364,8 @@ def _data_parallel(student: Wrapped) -> _DataParallel | None:
             )
         if isinstance(wrapper, nn.parallel.DistributedDataParallel) or is_fsdp1(wrapper):
             group = wrapper.process_group
-            return _DataParallel([group], torch.distributed.get_world_size(group))
+            device = next(student.model.parameters()).device
+            return _DataParallel([group], torch.distributed.get_world_size(group), device)
     outermost = (*student.wrappers, student.model)[0]
     sharded = [module for module in outermost.modules() if isinstance(module, FSDPModule)]
     if not sharded:
@@ -378,4 +391,4 @@ def _data_parallel(student: Wrapped) -> _DataParallel | None:
     if len(meshes) != 1:
         raise DrklError(f"The student is sharded over {len(meshes)} device meshes; expected one for all of its parts.")
     mesh = meshes.pop()
-    return _DataParallel([mesh.get_group(dim) for dim in range(mesh.ndim)], mesh.size())
+    return _DataParallel([mesh.get_group(dim) for dim in range(mesh.ndim)], mesh.size(), mesh.device_type)
