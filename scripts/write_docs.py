@@ -24,7 +24,7 @@ from drkl import cli
 from drkl.display import number
 from drkl.evaluation.declared import CLASS_GROUPS, GROUPS, Group
 from drkl.objectives import describe
-from drkl.reporting.metrics import DIRECTIONS
+from drkl.reporting.tables import DIRECTIONS
 from drkl.training.arguments import DistillationConfig
 from scripts.oracles import CLASS_ORACLES, ORACLES, Oracle
 

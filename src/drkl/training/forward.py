@@ -49,40 +49,40 @@ def attach_loss(model: PreTrainedModel, objective: Objective, loss: LossConfig, 
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        wanted = kwargs.pop(KEY, None)
-        if wanted is None:
+        request = kwargs.pop(KEY, None)
+        if request is None:
             return original(*args, **kwargs)
-        return _distil(model, kwargs, Distillation(*wanted), objective, loss, vocab_size)
+        return _distil(model, kwargs, Distillation(*request), objective, loss, vocab_size)
 
     model.forward = forward
 
 
 def detach_loss(model: PreTrainedModel) -> None:
-    """Undo `attach_loss` (and whatever else was laid over the class's forward)."""
+    """Undo `attach_loss`, and any other replacement of the class's forward."""
     model.__dict__.pop("forward", None)
 
 
 def _distil(
     model: PreTrainedModel,
     inputs: dict[str, Any],
-    wanted: Distillation,
+    request: Distillation,
     objective: Objective,
     loss: LossConfig,
     vocab_size: int | None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    keep = wanted.labels != IGNORE_INDEX
-    hidden, labels, head = hidden_states(model, inputs)[keep], wanted.labels[keep], output_head(model)
+    keep = request.labels != IGNORE_INDEX
+    hidden, labels, head = hidden_states(model, inputs)[keep], request.labels[keep], output_head(model)
     every = -(-labels.numel() // STATISTICS_POSITIONS)
-    statistics = StatisticsSums(every) if wanted.with_statistics and every else None
+    statistics = StatisticsSums(every) if request.with_statistics and every else None
     value = loss_of(
         hidden,
         head,
-        wanted.teacher_hidden,
-        wanted.teacher_head,
+        request.teacher_hidden,
+        request.teacher_head,
         labels,
         loss,
         objective=objective,
-        num_tokens=wanted.num_tokens,
+        num_tokens=request.num_tokens,
         vocab_size=vocab_size,
         observe=statistics,
     )
