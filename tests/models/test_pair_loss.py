@@ -202,6 +202,15 @@ def test_the_options_are_those_of_distillation_loss() -> None:
     assert number(named) == number(pair_loss(student, teacher, batch, objective=drkl.make_objective("drkl", gamma=0.2)))
 
 
+def test_a_function_is_an_objective() -> None:
+    def reverse(student_logp: Tensor, teacher_logp: Tensor, labels: Tensor) -> Tensor:
+        return (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)
+
+    student, teacher, batch = pair_of("t5")
+    named = pair_loss(student, teacher, batch, objective="rkl")
+    assert_same(student, pair_loss(student, teacher, batch, objective=reverse), named)
+
+
 @pytest.mark.parametrize("options", [{"objective": "ce"}, {"kd_weight": 0.0}])
 def test_without_an_objective_that_compares_no_teacher_is_needed(options: dict[str, Any]) -> None:
     student, teacher, batch = pair_of("llama")
@@ -377,6 +386,9 @@ def test_adapters_that_cannot_be_read_are_refused() -> None:
     teacher, batch = make_teacher("llama"), make_batch("llama")
     with pytest.raises(DrklError, match=r"the head's weight itself \(an adapter on the head: leave it out"):
         pair_loss(adapted(LoraConfig(r=2, target_modules=["q_proj", "lm_head"])), teacher, batch)
+    on_head, states = adapted(LoraConfig(r=2, target_modules=["lm_head"])), torch.zeros(4, 8, 16, dtype=torch.float64)
+    with pytest.raises(DrklError, match="The teacher's output head is a peft"):
+        pair_loss(make_student("llama"), on_head, batch, teacher_hidden=states)
     prompts = adapted(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(DrklError, match="puts positions of its own before the batch's"):
         pair_loss(prompts, teacher, batch)
@@ -452,12 +464,14 @@ def test_a_batch_or_a_pair_that_does_not_fit_is_refused(
 
 def test_models_that_do_not_fit_are_refused() -> None:
     student, teacher, batch = pair_of("llama")
+    engine: Any = type("DeepSpeedEngine", (nn.Module,), {})()
+    engine.module = student
     masked = BertForMaskedLM(BertConfig(**tiny_classifiers.SIZES["bert"], vocab_size=64))
     for model, words in (
         (nn.DataParallel(student), "student is in a DataParallel, which copies the model in every step"),
         (nn.Linear(2, 2), "student is a Linear; expected a transformers PreTrainedModel"),
         (masked, "student is a BertForMaskedLM; expected a decoder-only language model"),
-        (type("DeepSpeedEngine", (nn.Module,), {})(), "student is in a DeepSpeedEngine, which scales"),
+        (engine, "student is in a DeepSpeedEngine, which scales"),
         (double(tiny.llama(vocab=60)), "The teacher scores 64 tokens and the student 60"),
     ):
         with pytest.raises(DrklError, match=words):

@@ -18,6 +18,7 @@ from drkl.config import load_config
 from drkl.errors import DrklError
 from drkl.models.load import load_model
 from drkl.runs import RunFolder
+from drkl.training.trainer import plan_run
 from tests.models import tiny, tiny_classifiers
 
 TOKENIZER = tiny.tokenizer()
@@ -115,6 +116,22 @@ def test_rows_are_counted_as_everywhere_else(tmp_path: Path, batch_size: int) ->
     assert seen == sorted(row.id for row in trainer.rows)
     assert trainer.train().global_step == len(sizes)
     assert trainer.state.log_history[-1]["epoch"] == 1.0
+
+
+def test_the_steps_are_those_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    counted = drkl.DistillationTrainer._get_num_items_in_batch
+
+    def record(self: Any, batch_samples: list[Any], device: Any) -> Any:
+        seen.append([row_id for batch in batch_samples for row_id in batch["row_ids"]])
+        return counted(self, batch_samples, device)
+
+    monkeypatch.setattr(drkl.DistillationTrainer, "_get_num_items_in_batch", record)
+    fields = {"max_steps": 6, "gradient_accumulation_steps": 2, "eval_steps": 6, "save_steps": 6}
+    trainer = make(tmp_path, fields=fields)
+    steps, _ = plan_run([row.length for row in trainer.rows], trainer.config, 1)
+    trainer.train()
+    assert seen == [[trainer.rows[i].id for i in step] for step in steps]
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(2, 6), (0.5, 2), (1.34, 5)])

@@ -44,7 +44,7 @@ class Wrapped(NamedTuple):
 
 
 def unwrap(model: Any, role: str = "model") -> Wrapped:
-    """Find the `PreTrainedModel` within DDP, FSDP (FSDP2 wraps nothing), `torch.compile` and peft's `PeftModel`.
+    """Find the `PreTrainedModel` within DDP, FSDP, DeepSpeed, `torch.compile` and peft's `PeftModel`.
 
     Args:
         model: any of these.
@@ -56,7 +56,7 @@ def unwrap(model: Any, role: str = "model") -> Wrapped:
     wrappers: list[nn.Module] = []
     while not isinstance(model, PreTrainedModel):
         wrappers.append(model)
-        if isinstance(model, nn.parallel.DistributedDataParallel) or is_fsdp1(model):
+        if isinstance(model, nn.parallel.DistributedDataParallel) or is_fsdp1(model) or is_deepspeed(model):
             model = model.module
         elif _is(model, "peft", "PeftModel"):
             if getattr(model.active_peft_config, "is_prompt_learning", False):
@@ -259,6 +259,11 @@ def is_fsdp1(module: Any) -> bool:
     return _is(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
 
 
+def is_deepspeed(module: Any) -> bool:
+    """Whether a module is DeepSpeed's engine, which need not be installed."""
+    return type(module).__name__ == "DeepSpeedEngine"
+
+
 def _is(value: Any, module: str, name: str) -> bool:
     """Whether ``value`` is of a class that need not be imported to find out."""
     cls = getattr(sys.modules.get(module), name, None)
@@ -271,11 +276,6 @@ def _refusal(model: Any, role: str) -> str:
         return (
             f"The {role} is in a DataParallel, which copies the model in every step. Use DistributedDataParallel or "
             "fully_shard, with one process for each device."
-        )
-    if name == "DeepSpeedEngine":
-        return (
-            f"The {role} is in a DeepSpeedEngine, which scales and averages gradients in its own backward. Use "
-            "DistributedDataParallel or torch.distributed.fsdp.fully_shard."
         )
     return (
         f"The {role} is a {name}; expected a transformers PreTrainedModel, as it is or in "

@@ -19,7 +19,9 @@ from drkl.models.at_head import (
     ENCODER_DECODER,
     Wrapped,
     call_at_head,
+    head_module,
     head_of,
+    is_deepspeed,
     is_fsdp1,
     kind_of,
     unwrap,
@@ -27,7 +29,7 @@ from drkl.models.at_head import (
 from drkl.models.classes import class_names
 from drkl.models.forward import decoder_start, in_eval_mode, output_head
 from drkl.models.pair import check_same_family
-from drkl.objectives import Objective, make_objective
+from drkl.objectives import ObjectiveLike, make_objective
 
 NOT_INPUTS = frozenset(
     {"labels", "past_key_values", "use_cache", "return_dict", "logits_to_keep", "num_items_in_batch"}
@@ -42,7 +44,7 @@ def pair_loss(
     teacher: nn.Module | None,
     batch: Mapping[str, Any],
     *,
-    objective: str | Objective = "drkl",
+    objective: ObjectiveLike = "drkl",
     objective_params: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
@@ -252,6 +254,7 @@ def _teacher(
     if kind == CLASSIFIER:
         return hidden.detach(), None
     if model is not None:
+        head_module(model, "teacher")  # refuses what `output_head` would misread
         head = output_head(model)
     if head is None:
         raise DrklError("teacher_hidden is given without a head. Pass the teacher, or its head as teacher_head.")
@@ -316,6 +319,11 @@ def _processes(
 
     None leaves the count to the loss itself, which has only its own tokens to count.
     """
+    if any(is_deepspeed(wrapper) for wrapper in student.wrappers):
+        raise DrklError(
+            "The student is in a DeepSpeedEngine, which scales and averages gradients in its own backward. Use "
+            "DistributedDataParallel or torch.distributed.fsdp.fully_shard."
+        )
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 1, num_tokens
     parallel = _data_parallel(student)

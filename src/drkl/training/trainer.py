@@ -490,6 +490,7 @@ def _inner_arguments(args: DistillationConfig, run: RunFolder, num_steps: int, *
     inner = copy.copy(args)
     inner.output_dir = str(run.checkpoints_path)
     inner.max_steps = num_steps
+    inner.train_sampling_strategy = "sequential"  # the plan is the order
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         setattr(inner, name, getattr(args, name) or 1)  # transformers writes them to its log
     if not heldout:
