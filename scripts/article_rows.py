@@ -16,9 +16,9 @@ from torch import Tensor
 
 import drkl
 from drkl.analysis import decompose
-from drkl.analysis.toy_sweep import to_csv
 from drkl.losses import distillation_loss
 from drkl.objectives import CrossEntropy, Objective, SkewReverseKL
+from drkl.toy.sweep import to_csv
 
 Row = dict[str, Any]
 
@@ -39,11 +39,11 @@ TEMPERATURES = (1.0, 2.0, 4.0)
 HEAT_TARGET = 0.6
 HEAT_SPREAD = 1.5
 EDGE = 10.0
-"""Log-odds between which a place of rest is looked for."""
+"""A place of rest is searched for between -EDGE and EDGE, in log-odds."""
 
 
 def tail_at(K: float, size: int = VOCAB - 1) -> Tensor:
-    """A student's tail q^ `[size]` with KL(q^ || uniform) = K: log q^_j falls linearly in j, as steeply as it takes."""
+    """A student's tail q^ `[size]` with KL(q^ || uniform) = K: log q^_j falls linearly in j, with the slope for K."""
     if K == 0:
         return uniform(size)
     place = torch.arange(size, dtype=torch.float64)
@@ -61,15 +61,15 @@ def uniform(size: int = VOCAB - 1) -> Tensor:
 
 
 def log_probs(target: Tensor, tail: Tensor) -> Tensor:
-    """Log-probabilities `[n, 1 + k]`: `target` `[n]` at index 0, the other mass shared as `tail` `[k]` or `[n, k]`."""
+    """Log-probabilities `[n, 1 + k]`: `target` `[n]` at index 0, the rest distributed as `tail` `[k]` or `[n, k]`."""
     rest = torch.log1p(-target).unsqueeze(-1) + tail.log()
     return torch.cat((target.log().unsqueeze(-1), rest), -1)
 
 
 def push(objective: Objective, student: Tensor, teacher: Tensor) -> Tensor:
     """The whole gradient on the target's logit `[n]`; negative raises it."""
-    found = decompose(student, teacher, objective=objective)
-    return found.target_push + found.tail_push
+    result = decompose(student, teacher, objective=objective)
+    return result.target_push + result.tail_push
 
 
 def rest(objective: Objective, p_t: Tensor, student_tail: Tensor, teacher_tail: Tensor) -> Tensor:
@@ -107,12 +107,10 @@ def aligned() -> list[Row]:
     for name in ("rkl", "drkl"):
         for q_t in PUSH_TARGETS:
             target = torch.full((len(mismatches),), q_t, dtype=torch.float64)
-            found = decompose(
-                log_probs(target, tails), log_probs(target, uniform()), objective=drkl.make_objective(name)
-            )
-            on_target = found.target_push + found.tail_push
-            on_tail = (found.target_grad + found.tail_grad)[:, 1:].norm(dim=-1)
-            rows += _rows({"objective": name, "q_t": q_t}, K=found.K, push=on_target, tail_norm=on_tail)
+            result = decompose(log_probs(target, tails), log_probs(target, uniform()), objective=name)
+            on_target = result.target_push + result.tail_push
+            on_tail = (result.target_grad + result.tail_grad)[:, 1:].norm(dim=-1)
+            rows += _rows({"objective": name, "q_t": q_t}, K=result.K, push=on_target, tail_norm=on_tail)
     return rows
 
 
@@ -246,11 +244,11 @@ def temperature() -> list[Row]:
 
 def _heat(named: Row, name: str, offset: Tensor, T: float) -> list[Row]:
     student, teacher = heat_logits(offset)
-    found = decompose(student, teacher, objective=name, temperature=T)
+    result = decompose(student, teacher, objective=name, temperature=T)
     values = distillation_loss(student, teacher, objective=name, temperature=T, reduction="none")
-    whole = (found.target_grad + found.tail_grad).norm(dim=-1)
-    return _rows(named, offset=offset, value=values, target_push=found.target_push, tail_push=found.tail_push,
-                 norm=whole, q_t=found.q_t, p_t=found.p_t, K=found.K)  # fmt: skip
+    norm = (result.target_grad + result.tail_grad).norm(dim=-1)
+    return _rows(named, offset=offset, value=values, target_push=result.target_push, tail_push=result.tail_push,
+                 norm=norm, q_t=result.q_t, p_t=result.p_t, K=result.K)  # fmt: skip
 
 
 def _halves(share: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,7 +283,7 @@ def _rows(named: Row, **columns: Tensor) -> list[Row]:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Six digits of each number; below 1e-12 it is the rounding of a zero, which differs between processors."""
+    """Six digits of each number; below 1e-12 it is a rounded zero, which differs between processors."""
     return to_csv([{key: _or_zero(value) for key, value in row.items()} for row in rows])
 
 
@@ -301,4 +299,4 @@ ROWS: dict[str, Callable[[], list[Row]]] = {
     "article-5-gamma": gamma_map,
     "article-6-temperature": temperature,
 }
-"""A figure's file name, and the function that gives its rows."""
+"""By a figure's file name, the function that returns its rows."""

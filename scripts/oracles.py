@@ -19,7 +19,7 @@ def _by(source: str, test: str, keys: str) -> dict[str, Oracle]:
 
 
 _EQUATIONS = "test_positions.py::test_metrics_are_those_of_their_equations"
-_LOOP = "test_classification.py::test_every_number_is_that_of_a_loop"
+_LOOP = "test_class_scores.py::test_every_number_is_that_of_a_loop"
 _BY_HAND = "test_answers.py::test_repetition_lengths_and_ends_by_hand"
 
 ORACLES: dict[str, Oracle] = {
@@ -52,9 +52,9 @@ ORACLES: dict[str, Oracle] = {
 }
 
 CLASS_ORACLES: dict[str, Oracle] = {
-    **_by("a loop in numpy", _LOOP, "accuracy macro_f1 agreement confidence confidence_gap"),
+    **_by("a loop in numpy", _LOOP, "accuracy macro_f1 agreement confidence confidence_gap target_gap overconfidence"),
     **_by("a loop in numpy", _LOOP, "ece ece_mass mce brier calibration_gap"),
     **_by("scipy log_softmax", _LOOP, "nll entropy"),
     **_by("scipy rel_entr", _LOOP, "fkl rkl"),
-    **_by("by hand", "test_classification.py::test_eval_json_and_predictions", "num_rows"),
+    **_by("by hand", "test_class_scores.py::test_eval_json_and_predictions", "num_rows"),
 }

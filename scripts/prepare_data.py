@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from drkl.data.examples import hash_of_id
 from drkl.data.formats import SUMMARISE
 from drkl.errors import DrklError
 from drkl.runs import read_jsonl, read_text, write_jsonl, write_text
@@ -172,7 +173,7 @@ def split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
 
 def by_hash(rows: list[Row]) -> list[Row]:
     """Order the rows by a hash of their ids."""
-    return sorted(rows, key=lambda row: digest(row["id"]))
+    return sorted(rows, key=lambda row: hash_of_id(row["id"]))
 
 
 def digest(text: str) -> str:

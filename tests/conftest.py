@@ -76,7 +76,8 @@ COMPUTING_FILES = {
     "training/test_trainer.py",
 }
 """And those files of the other rooms."""
-COMMAND_LINE = ("_command.py", "_config.py")
+OTHERS = ("_command.py", "_config.py", "_row_kernel.py", "_processes.py")
+"""In those rooms: the command line, configs, Triton's interpreter (numpy's kernels), and processes of their own."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -84,7 +85,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         path = item.path.relative_to(here)
-        in_room = path.parts[0] in COMPUTES and not path.name.endswith(COMMAND_LINE)
+        in_room = path.parts[0] in COMPUTES and not path.name.endswith(OTHERS)
         if in_room or path.as_posix() in COMPUTING_FILES:
             item.add_marker(pytest.mark.computes)
 

@@ -1,20 +1,47 @@
-"""The examples in the docs run, and every objective has its page."""
+"""The docs: their Python runs, their links lead somewhere, their numbers are those of committed results."""
 
 from __future__ import annotations
 
 import ast
 import doctest
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 import drkl
 from drkl.evaluation.declared import CLASS_KEYS, KEYS
+from drkl.training import trl
 from scripts import oracles, write_docs
+from tests.models import tiny, tiny_classifiers
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
+
+TRL_ARGUMENTS = (
+    "model", "teacher_model", "args", "train_dataset", "eval_dataset", "processing_class", "callbacks", "optimizers",
+    "quantization_config", "peft_config", "tools",
+)  # fmt: skip
+TRL_FIELDS = (
+    "beta", "cache_implementation", "chat_template_kwargs", "disable_dropout", "ds3_gather_for_generation",
+    "generation_kwargs", "log_completions", "log_unique_prompts", "max_completion_length",
+    "max_tool_calling_iterations", "min_p", "model_init_kwargs", "num_completions_to_print",
+    "pad_to_multiple_of", "remove_unused_columns", "repetition_penalty", "shuffle_dataset",
+    "teacher_model_init_kwargs", "teacher_model_name_or_path", "teacher_model_revision", "temperature", "top_k",
+    "top_p", "trust_remote_code", "use_vllm", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization",
+    "vllm_group_port", "vllm_max_model_length", "vllm_mode", "vllm_model_impl", "vllm_server_base_url",
+    "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_structured_outputs_regex",
+    "vllm_tensor_parallel_size",
+)  # fmt: skip
+"""The arguments of TRL 1.16's DistillationTrainer, and the fields that its config adds to TrainingArguments."""
+
+PYTHON = re.compile(r"(?<!-->\n)^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+"""A fenced block of Python; the line `<!-- not run: REASON -->` above one takes it out."""
 
 
 def test_the_objective_of_ones_own() -> None:
@@ -46,21 +73,91 @@ def test_what_is_written_from_the_program_and_the_rows_is_current() -> None:
         assert path.read_text() == text, f"{path.name} is not what `make docs` writes."
 
 
-@pytest.mark.parametrize(("keys", "found"), [(KEYS, oracles.ORACLES), (CLASS_KEYS, oracles.CLASS_ORACLES)])
-def test_every_metric_has_an_oracle_and_a_test_that_is_there(
-    keys: tuple[str, ...], found: Mapping[str, oracles.Oracle]
+@pytest.mark.parametrize(("keys", "table"), [(KEYS, oracles.ORACLES), (CLASS_KEYS, oracles.CLASS_ORACLES)])
+def test_every_metric_has_an_oracle_and_an_existing_test(
+    keys: tuple[str, ...], table: Mapping[str, oracles.Oracle]
 ) -> None:
-    assert sorted(found) == sorted(keys)
-    for key, oracle in found.items():
+    assert sorted(table) == sorted(keys)
+    for key, oracle in table.items():
         name, function = oracle.test.split("::")
         tree = ast.parse((DOCS.parent / oracles.TESTS / name).read_text())
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, key
 
 
-def test_every_figure_of_the_docs_is_there() -> None:
-    for path in DOCS.rglob("*.md"):
-        for name in re.findall(r"\]\(([^)]+\.(?:svg|gif|png))\)", path.read_text()):
-            assert (path.parent / name).is_file(), name
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_readme_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text()
+    for page in DOCS.glob("*.md"):
+        assert f"(docs/{page.name})" in text, page.name
+
+
+def stand_in(folder: Path) -> dict[str, str]:
+    """Write tiny models and rows into a folder, and return which hub id each of them stands in for."""
+    rows = [{"prompt": f"hello w{i}", "completion": f"w{i} w{i % 3} there ."} for i in range(12)]
+    data = folder / "tldr"
+    data.mkdir()
+    for split in ("train", "test"):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = [f"w{i} hello,{('yes', 'no', 'maybe')[i % 3]}" for i in range(12)]
+    (folder / "intents.csv").write_text("\n".join(["text,label", *labels]))
+    tokens = tiny.tokenizer()
+    for name, layers in (("small", 2), ("large", 4)):
+        classifier = tiny_classifiers.make(num_hidden_layers=layers, classes=("maybe", "no", "yes"))
+        tiny_classifiers.save(classifier, folder / "models" / f"{name}-classifier")
+    models = {
+        "facebook/opt-1.3b": tiny.llama(),
+        "Qwen/Qwen2.5-0.5B-Instruct": tiny.llama(seed=1, layers=2),
+        "Qwen/Qwen2.5-1.5B-Instruct": tiny.llama(layers=12),
+        "google/t5-v1_1-small": tiny.t5(seed=1, layers=2),
+        "google/t5-v1_1-base": tiny.t5(),
+    }
+    paths = {name: tiny.save(model, folder / name.replace("/", "--"), tokens) for name, model in models.items()}
+    return {name: str(path) for name, path in (*paths.items(), ("trl-lib/tldr", data))}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if any(">>>" not in block for block in PYTHON.findall(page.read_text()))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DRKL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    torch.set_num_threads(1)
+    source = "\n".join(block for block in PYTHON.findall(page.read_text()) if ">>>" not in block)
+    for name, path in stand_in(tmp_path).items():
+        source = source.replace(f'"{name}"', f'"{path}"')
+    exec(compile(source, str(page.relative_to(ROOT)), "exec"), {"__name__": "__main__"})
+
+
+def test_the_sentences_of_readme_have_the_numbers_of_the_rows() -> None:
+    text = (ROOT / "README.md").read_text()
+    drkl_, rkl, fkl = (write_docs.evaluation(f"quickstart{name}")["student"] for name in ("", "-rkl", "-fkl"))
+    for sentence in (
+        f"{100 * drkl_['overconfidence']:.1f} points of overconfidence instead of {100 * rkl['overconfidence']:.1f}, "
+        f"forward KL {drkl_['fkl']:.2f} nats instead of {rkl['fkl']:.2f}",
+        f"forward KL leaves {100 * fkl['overconfidence']:.1f} points, "
+        f"at a reverse KL of {fkl['rkl']:.2f} instead of {drkl_['rkl']:.2f}",
+    ):
+        assert sentence in text, sentence
+
+
+def test_the_trl_page_names_every_field_that_trl_adds() -> None:
+    text = (DOCS / "trl.md").read_text()
+    for name in {*TRL_ARGUMENTS, *TRL_FIELDS, *trl.REFUSED}:
+        assert f"`{name}`" in text, name
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == drkl.__version__
+    assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2604.00223"
 
 
 def test_a_mark_is_replaced_and_nothing_else() -> None:

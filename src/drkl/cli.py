@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from drkl._version import __version__
-from drkl.errors import DrklError
+from drkl.errors import DrklError, did_you_mean
 from drkl.terminal import (
     TrainingProgress,
     print_analysis,
@@ -116,7 +118,9 @@ def distill(
     for note in notes:
         print(note)
     if resume is not None:
-        loaded = _relocated(loaded, resume)
+        from drkl.run_models import relocated
+
+        loaded = relocated(loaded, resume)
     from drkl.models.load import quiet_transformers
 
     quiet_transformers()
@@ -126,12 +130,6 @@ def distill(
         _print_estimate(estimate(loaded.specs()))
         return
     _distill(loaded, "resume" if resume is not None else "overwrite" if overwrite else "new")
-
-
-def _relocated(config: Any, folder: Path) -> Any:
-    """A run that was moved is resumed where it lies now."""
-    run = config.run.model_copy(update={"dir": str(folder.parent), "name": folder.name})
-    return config.model_copy(update={"run": run})
 
 
 def _distill(config: Any, mode: Any) -> None:
@@ -198,49 +196,105 @@ def evaluate(
     fresh: Annotated[bool, typer.Option("--fresh", help="Use no finished parts of an earlier evaluation.")] = False,
 ) -> None:
     """Measure fidelity, diversity and calibration of a run, or of any student beside any teacher: eval.json."""
-    from drkl.evaluation import command
+    from drkl.evaluation.evaluate import evaluate as evaluate_pair
     from drkl.models.load import quiet_transformers
+    from drkl.run_models import evaluate_run
 
     if (run is None) == (student is None):
         raise DrklError("Give either a RUN, or `--student PATH --teacher PATH --data FILE --output DIR`.")
     pair = {"teacher": teacher, "data": data, "max_rows": max_rows, "max_prompt_tokens": max_prompt_tokens,
             "max_tokens": max_tokens, "template": template}  # fmt: skip
-    flags = command.Flags(prompts, samples, sampling_temperature, sweep, seeds, max_new_tokens, batch_size, protocol)
-    quiet_transformers()
-    suites = suite or []
+    settings = _evaluation_settings(
+        {"samples_per_prompt": samples, "sampling_temperature": sampling_temperature, "max_new_tokens": max_new_tokens,
+         "batch_size": batch_size}, prompts, sweep, seeds,
+    )  # fmt: skip
     if run is not None:
         _refuse_beside_a_run(pair, dtype, device)
-        folder, inputs, settings, _ = _run_evaluation(run, suites, protocol)
-        target = folder if output is None else command.output_folder(output)
     else:
-        target, settings = command.output_folder(output), command.default_settings()
-        inputs = command.pair(str(student), suites, flags.applied(settings), protocol, dtype, device, pair)
-    with progress_bars() as on_progress:
-        evaluation, keys = command.run(
-            inputs, flags.applied(settings), target, fresh=fresh, argv=sys.argv[1:], on_progress=on_progress
+        output = _output_folder(output)
+        if (data is None) == (not suite):
+            came = "neither" if data is None else "both"
+            raise DrklError(f"Expected exactly one of --data FILE and --suite NAME=WHERE; got {came}.")
+        _check_choices(dtype, device)
+    quiet_transformers()
+    shared: dict[str, Any] = {
+        "suites": suite or (), "protocol": protocol, "output_dir": output, "fresh": fresh,
+        "facts": {"command": ["drkl", *sys.argv[1:]]}, **settings,
+    }  # fmt: skip
+    with _options_named_as_flags(), progress_bars() as on_progress:
+        if run is not None:
+            found = evaluate_run(run, on_progress=on_progress, **shared)
+        else:
+            found = evaluate_pair(
+                str(student), teacher, data, max_rows=max_rows, max_prompt_tokens=max_prompt_tokens,
+                max_tokens=max_tokens, template=template or "auto", dtype=dtype, device=device,
+                on_progress=on_progress, **shared,
+            )  # fmt: skip
+    print_evaluation(found)
+    assert found.folder is not None
+    print(f"Written: {found.folder / 'eval.json'}. Next: drkl report {found.folder}")
+
+
+def _evaluation_settings(
+    given: dict[str, Any], prompts: str | None, sweep: str | None, seeds: str | None
+) -> dict[str, Any]:
+    """The fields of the evaluation's settings that were set by flags."""
+    settings = {name: value for name, value in given.items() if value is not None}
+    if prompts is not None:
+        settings["prompts"] = (
+            None if prompts == "all" else _numbers("--prompts", prompts, int, "a whole number, or all")
         )
-    print_evaluation(evaluation, keys)
-    print(f"Written: {target.eval_path}. Next: drkl report {target.root}")
+    for flag, text, kind in (("--sweep", sweep, float), ("--seeds", seeds, int)):
+        if text is not None:
+            wanted = "numbers with commas between them, or none"
+            parts = [] if text.strip() in ("", "none", "[]") else text.strip("[] ").replace(",", " ").split()
+            settings[flag[2:]] = tuple(_numbers(flag, part, kind, wanted, text) for part in parts)
+    return settings
 
 
-def _run_evaluation(run: Path, suites: list[str], protocol: str | None) -> tuple[Any, Any, Any, Any]:
-    """A finished run's folder, what is to be measured, its settings, and its objective."""
-    from drkl.config import load_config
-    from drkl.evaluation.inputs import run_inputs
-    from drkl.runs import RunFolder
-
-    folder = RunFolder.open(run)
-    config, _ = load_config(folder.read_config())
-    _check_finished(folder)
-    specs = _relocated(config, folder.root).specs()
-    return folder, run_inputs(specs, suites, protocol), config.evaluation, specs[-1].objective.make()
+def _numbers(flag: str, part: str, kind: Any, wanted: str, text: str | None = None) -> Any:
+    try:
+        return kind(part)
+    except ValueError as error:
+        raise DrklError(f"{flag} is {text or part!r}; expected {wanted}.") from error
 
 
-def _check_finished(folder: Any) -> None:
-    if not any((folder.student_path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise DrklError(
-            f"The run {str(folder.root)!r} has no student yet; `drkl distill --resume {folder.root}` goes on with it."
-        )
+def _output_folder(output: Path | None) -> Path:
+    """Where an evaluation or an analysis of a pair is written."""
+    from drkl.evaluation.evaluate import check_output
+
+    if output is None:
+        raise DrklError("--output is missing: the folder for the results.")
+    with _options_named_as_flags():
+        check_output(output)
+    return output
+
+
+def _check_choices(dtype: str, device: str) -> None:
+    for flag, value, allowed in (("dtype", dtype, "auto fp32 bf16 fp16"), ("device", device, "auto cpu cuda mps")):
+        if value not in allowed.split():
+            raise DrklError(f"--{flag} is {value!r}; expected one of {', '.join(allowed.split())}.")
+
+
+_OPTIONS = {
+    "output_dir": "--output", "data.max_prompt_tokens": "--max-prompt-tokens", "data.max_tokens": "--max-tokens",
+    "samples_per_prompt:": "--samples:", "device is": "--device is", "takes rows": "takes --data",
+    **{f"{name}:": f"--{name.replace('_', '-')}:" for name in
+       ("prompts", "sampling_temperature", "sweep", "seeds", "max_new_tokens", "batch_size")},
+}  # fmt: skip
+"""What the library calls an option, and the flag that sets it."""
+
+
+@contextmanager
+def _options_named_as_flags() -> Iterator[None]:
+    """Let the messages of errors inside the block speak of flags."""
+    try:
+        yield
+    except DrklError as error:
+        text = str(error)
+        for option, flag in _OPTIONS.items():
+            text = text.replace(option, flag)
+        raise DrklError(text) from error
 
 
 @app.command()
@@ -250,23 +304,24 @@ def analyze(
     teacher: TeacherOption = None,
     data: DataOption = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for analysis.json and analysis/; default RUN.", show_default=False)
+        Path | None, typer.Option(help="Folder for analysis.json and analysis/ (default: RUN).", show_default=False)
     ] = None,
     objectives: Annotated[
         str | None,
-        typer.Option(help="As rkl,drkl:0.1,drkl@student,rkl+gjs:0.5; default all, and more.", show_default=False),
+        typer.Option(help="As rkl,drkl:0.1,drkl@student,rkl+gjs:0.5 (default: all, and more).", show_default=False),
     ] = None,
     positions: Annotated[
-        int, typer.Option(help="At how many positions every objective is differentiated; the rest uses all.")
+        int, typer.Option(help="Number of positions at which every objective is differentiated; means use all.")
     ] = 512,
     gamma: Annotated[
         float | None,
         typer.Option(
-            help="DRKL's weight of the tail where none is named; default the run's, else 0.5.", show_default=False
+            help="DRKL's weight of the tail where an objective names none (default: the run's, else 0.5).",
+            show_default=False,
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of the losses: divides both models' logits.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the intervals.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Temperature of the losses; divides both models' logits.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the bootstrap intervals.")] = 0,
     max_rows: MaxRowsOption = None,
     max_prompt_tokens: MaxPromptOption = None,
     max_tokens: MaxTokensOption = None,
@@ -274,47 +329,47 @@ def analyze(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Does reverse KL make this student too sure? Its pushes on real text, every objective's, and a diagnosis."""
-    from drkl.analysis import command
-    from drkl.analysis.toy_sweep import split_list
-    from drkl.evaluation.command import default_settings, output_folder
-    from drkl.evaluation.command import pair as pair_inputs
+    """Measure whether reverse KL makes a student overconfident, and what every objective would do to it."""
+    from drkl.analysis.analyze import analyze as analyze_pair
     from drkl.models.load import quiet_transformers
-    from drkl.reporting import analysis as shown
-    from drkl.runs import write_json
+    from drkl.reporting import analysis as figures
+    from drkl.run_models import analyze_run
 
     if (run is None) == (student is None):
         raise DrklError("Give either a RUN, or `--student PATH --teacher PATH --data FILE --output DIR`.")
-    specs = command.DEFAULT_OBJECTIVES if objectives is None else split_list("--objectives", objectives)
     pair = {"teacher": teacher, "data": data, "max_rows": max_rows, "max_prompt_tokens": max_prompt_tokens,
             "max_tokens": max_tokens, "template": template}  # fmt: skip
-    quiet_transformers()
-    own = None
     if run is not None:
         _refuse_beside_a_run(pair, dtype, device)
-        folder, inputs, _, own = _run_evaluation(run, [], None)
-        target = folder if output is None else output_folder(output)
     else:
         for name, value in (("teacher", teacher), ("data", data)):
             if value is None:
                 raise DrklError(f"--{name} is missing: a student is analysed beside its teacher, on held-out rows.")
-        target = output_folder(output)
-        inputs = pair_inputs(str(student), [], default_settings(), None, dtype, device, pair)
-    weight = inputs.gamma if gamma is None else gamma
-    command.check(inputs, weight, positions, temperature)
-    chosen = command.named_objectives(specs, own=own, gamma=weight)
-    with progress_bars() as on_progress:
-        found = command.run(
-            inputs, chosen, target, gamma=weight, positions=positions, temperature=temperature, seed=seed,
-            argv=sys.argv[1:], on_progress=on_progress,
-        )  # fmt: skip
-    drawn = shown.write_figures(found, target.analysis_folder)
-    write_json(target.analysis_path, found)
-    print_analysis(found["headline"], shown.findings(found), *shown.table(found))
+        output = _output_folder(output)
+        _check_choices(dtype, device)
+    quiet_transformers()
+    shared: dict[str, Any] = {
+        "objectives": None if objectives is None else _split("--objectives", objectives), "positions": positions,
+        "gamma": gamma, "temperature": temperature, "seed": seed, "output_dir": output,
+        "command": ["drkl", *sys.argv[1:]],
+    }  # fmt: skip
+    with _options_named_as_flags(), progress_bars() as on_progress:
+        if run is not None:
+            result = analyze_run(run, on_progress=on_progress, **shared)
+        else:
+            result = analyze_pair(
+                str(student), str(teacher), data, max_rows=max_rows, max_prompt_tokens=max_prompt_tokens,
+                max_tokens=max_tokens, template=template or "auto", dtype=dtype, device=device,
+                on_progress=on_progress, **shared,
+            )  # fmt: skip
+    folder = output or run
+    assert folder is not None
+    drawn = figures.write_figures(result.to_json(), folder / "analysis")
+    print_analysis(result.findings, figures.table(result.to_json()))
     print(
-        f"Written: {target.analysis_path} and {len(drawn)} figures beside {target.analysis_folder / 'positions.csv'}."
+        f"Written: {folder / 'analysis.json'} and {len(drawn)} figures beside {folder / 'analysis' / 'positions.csv'}."
     )
-    print(f"Next: drkl report {target.root}")
+    print(f"Next: drkl report {folder}")
 
 
 def _refuse_beside_a_run(pair: dict[str, Any], dtype: str, device: str) -> None:
@@ -329,32 +384,31 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="A run folder, or the output of `drkl evaluate --student`; more are compared with the first.",
+            help="A run folder, or an output folder of `drkl evaluate --student`. Others are compared with the first.",
             show_default=False,
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Where to write it; default RUN/report.html (.md, .csv).", show_default=False),
+        typer.Option(help="File to write. Default: RUN/report.html (.md, .csv).", show_default=False),
     ] = None,
     output_format: Annotated[
-        str, typer.Option("--format", help="html, md (words and tables) or csv (a line per number).")
+        str, typer.Option("--format", help="html, md (words and tables) or csv (one line per number).")
     ] = "html",
     picture: Annotated[
         Path | None,
-        typer.Option(help="Also draw the first run's numbers and curves to this .svg or .png.", show_default=False),
+        typer.Option(
+            help="Also draw the numbers and curves of the first run to this .svg or .png.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page about a run, or several side by side."""
-    from drkl.reporting.html import check_format, write_report
-    from drkl.reporting.picture import write_picture
-    from drkl.reporting.record import open_run
+    """Write one self-contained HTML page about a run, or about several side by side."""
+    from drkl.reporting import page, write_picture
 
-    check_format(output_format)
-    folders = [open_run(run) for run in runs]
+    page.checked_format(output_format)
     # The picture first: it has more ways to be refused, and then nothing is written.
-    drawn = None if picture is None else write_picture(folders[0], picture)
-    print(f"The report is {write_report(folders, output, output_format=output_format)}")
+    drawn = None if picture is None else write_picture(runs[0], picture)
+    print(f"The report is {page.report(runs, output, output_format=output_format)}")
     if drawn is not None:
         print(f"The picture is {drawn}")
 
@@ -373,7 +427,7 @@ def compare(
     import shutil
 
     from drkl.evaluation.comparison import compare as paired_differences
-    from drkl.reporting.differences import FORMATS, as_text, summary
+    from drkl.reporting.differences import FORMATS, as_text
     from drkl.runs import write_text
 
     if output_format not in FORMATS:
@@ -382,7 +436,7 @@ def compare(
     if output_format in ("csv", "json") or output is not None:
         # What a program reads stays free of sentences; a person still gets them.
         notes = sys.stdout if output is not None else sys.stderr
-        for line in (*(f"Warning: {warning}" for warning in found.warnings), *summary(found)):
+        for line in (*(f"Warning: {warning}" for warning in found.warnings), *found.summary()):
             print(line, file=notes)
     if output is not None:
         write_text(output, FORMATS[output_format](found))
@@ -404,21 +458,17 @@ def generate(
     greedy: Annotated[bool, typer.Option("--greedy", help="The most probable token every time.")] = False,
 ) -> None:
     """Let the teacher and the student answer a prompt, or name a text's class, side by side."""
-    from drkl.config import load_config
     from drkl.data.tokenize import encode_for
     from drkl.models.forward import is_encoder_decoder
     from drkl.models.generate import sample_texts
     from drkl.models.load import quiet_transformers
-    from drkl.run_models import evaluation_models
-    from drkl.runs import RunFolder
+    from drkl.run_models import evaluation_models, open_finished
 
     if not prompt.strip():
         raise DrklError("--prompt is empty.")
-    folder = RunFolder.open(run)
-    config, _ = load_config(folder.read_config())
-    _check_finished(folder)
+    _, config, specs = open_finished(run)
     quiet_transformers()
-    models, tokenizer, device = evaluation_models(_relocated(config, folder.root).specs(), ("teacher", "after"))
+    models, tokenizer, device = evaluation_models(specs, ("teacher", "student"))
     if config.task == "classification":
         print_side_by_side(_classify(prompt, models, tokenizer, device, config.data.max_tokens))
         return
@@ -441,17 +491,17 @@ def generate(
             seed=seed,
             greedy=greedy,
         )
-        answers["student" if name == "after" else name] = [answer.text for answer in found[0]]
+        answers[name] = [answer.text for answer in found[0]]
     print_side_by_side(answers)
 
 
 def _classify(prompt: str, models: Any, tokenizer: Any, device: Any, max_tokens: int) -> dict[str, list[str]]:
-    from drkl.evaluation.classification import most_probable
+    from drkl.run_models import most_probable
 
     answers = {}
     for name, load in models.items():
         found = most_probable(load().to(device).eval(), tokenizer, prompt, max_tokens=max_tokens)
-        answers["student" if name == "after" else name] = ["\n".join(f"{p:.3f}  {label}" for label, p in found)]
+        answers[name] = ["\n".join(f"{p:.3f}  {label}" for label, p in found)]
     return answers
 
 
@@ -502,69 +552,85 @@ def recipes(
 
 @app.command()
 def toy(
-    output: Annotated[Path, typer.Option(help="Folder for csv files, figures and animations; what it holds is kept.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for csv files, figures and animations; finished results in it are kept.")
+    ],
     setting: Annotated[str, typer.Option(help="free, capacity, or both with a comma between.")] = "free,capacity",
-    vocab: Annotated[int, typer.Option(help="Tokens.")] = 1000,
-    entropy: Annotated[str, typer.Option(help="The teachers' entropies in nats.")] = "4.15,1.4",
+    vocab: Annotated[int, typer.Option(help="Vocabulary size.")] = 1000,
+    entropy: Annotated[str, typer.Option(help="Entropies of the teachers, in nats.")] = "4.15,1.4",
     init: Annotated[str, typer.Option(help="random, warm (after some forward KL), or both.")] = "random",
     objectives: Annotated[
         str | None,
-        typer.Option(help="As rkl,drkl:0.1,drkl@student,rkl+gjs:0.5; default all, and more.", show_default=False),
+        typer.Option(help="As rkl,drkl:0.1,drkl@student,rkl+gjs:0.5 (default: all, and more).", show_default=False),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...: how many.")] = 5,
-    steps: Annotated[int, typer.Option(help="Steps of Adam.")] = 400,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 5,
+    steps: Annotated[int, typer.Option(help="Number of Adam steps.")] = 400,
     contexts: Annotated[
-        int | None, typer.Option(min=1, help="Positions; default free 32, capacity 192.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Number of positions (default: free 32, capacity 192).", show_default=False),
     ] = None,
-    rank: Annotated[int, typer.Option(help="Of the student's logits, with a capacity gap; the teacher's is 64.")] = 8,
+    rank: Annotated[int, typer.Option(help="Rank of the student's logits in capacity; the teacher's is 64.")] = 8,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A small size in place of --vocab, --seeds, --steps and --contexts.")
+        bool, typer.Option("--quick", help="Use a small size in place of --vocab, --seeds, --steps and --contexts.")
     ] = False,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Processes, of one thread each; default one a core.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Number of single-thread processes (default: one per core).", show_default=False),
     ] = None,
 ) -> None:
-    """Let toy students follow a known teacher under every objective: where each of them ends, and how it gets there."""
-    from drkl.analysis import toy_sweep
-    from drkl.analysis.toy import INITS, QUICK, SETTINGS, ToySetting
+    """Train toy students on a known teacher under every objective; show where each ends, and how it gets there."""
+    from drkl.objectives.variants import parse_variants
+    from drkl.toy import sweep
+    from drkl.toy.dynamics import INITS, QUICK, SETTINGS, ToySetting
+    from drkl.toy.figures import draw
 
     sizes: dict[str, Any] = {"vocab": vocab, "steps": steps, "contexts": contexts or 0, "rank": rank}
     if quick:
         sizes |= QUICK
         seeds = 2
-    chosen = [
-        ToySetting(kind, entropy=height, init=start, **sizes)
-        for kind in toy_sweep.parse_words("--setting", setting, SETTINGS)
-        for height in toy_sweep.parse_numbers("--entropy", entropy)
-        for start in toy_sweep.parse_words("--init", init, INITS)
+    settings = [
+        ToySetting(kind, entropy=nats, init=start, **sizes)
+        for kind in _words("--setting", setting, SETTINGS)
+        for nats in _floats("--entropy", entropy)
+        for start in _words("--init", init, INITS)
     ]
-    specs = toy_sweep.DEFAULT_OBJECTIVES if objectives is None else toy_sweep.split_list("--objectives", objectives)
-    variants = toy_sweep.parse_variants(specs)
-    jobs = jobs or os.cpu_count() or 1
+    variants = parse_variants(sweep.DEFAULT_OBJECTIVES if objectives is None else _split("--objectives", objectives))
     with progress_bars() as on_progress:
-        rows = toy_sweep.sweep(chosen, variants, range(seeds), output, jobs=jobs, on_progress=on_progress)
-    ends = toy_sweep.ends(rows)
+        rows = sweep.sweep(
+            settings, variants, range(seeds), output, jobs=jobs or os.cpu_count() or 1, on_progress=on_progress
+        )
+    ends = sweep.ends(rows)
     print_toy(ends)
-    _draw_toy(rows, ends, chosen, output)
+    draw(rows, ends, settings, output)
     print(
         f"Written: {output / 'toy.csv'}, {output / 'ends.csv'}, a figure and an animation of each setting, and a map "
         "(map-SETTING.svg) where there are several entropies, starts or gammas."
     )
 
 
-def _draw_toy(rows: list[Any], ends: list[Any], settings: list[Any], output: Path) -> None:
-    from drkl.reporting.toy_figures import write_animation, write_figure
-    from drkl.reporting.toy_map import can_map, write_map
+def _split(option: str, text: str) -> list[str]:
+    """The parts of a comma-separated option, without repetitions."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise DrklError(f"{option} is {text!r}; expected one value, or several with commas between.")
+    return list(dict.fromkeys(parts))
 
-    for kind in dict.fromkeys(setting.kind for setting in settings):
-        teachers = {setting.name: (setting.init, setting.entropy) for setting in settings if setting.kind == kind}
-        ended = [end for end in ends if end["setting"] in teachers]
-        if can_map(ended):
-            write_map(ended, teachers, output / f"map-{kind}.svg")
-    for setting in settings:
-        some = [row for row in rows if row["setting"] == setting.name]
-        write_figure(some, setting.entropy, output / f"{setting.name}.svg")
-        write_animation(some, setting.entropy, output / f"{setting.name}.gif")
+
+def _floats(option: str, text: str) -> list[float]:
+    parts = _split(option, text)
+    try:
+        return [float(part) for part in parts]
+    except ValueError:
+        raise DrklError(f"{option} is {text!r}; expected numbers with commas between, as 4.15,1.4.") from None
+
+
+def _words(option: str, text: str, known: Sequence[str]) -> list[str]:
+    words = _split(option, text)
+    for word in words:
+        if word not in known:
+            expected = f"expected one or more of {', '.join(known)}.{did_you_mean(word, known)}"
+            raise DrklError(f"{option} has {word!r}; {expected}")
+    return words
 
 
 @app.command()

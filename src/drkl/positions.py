@@ -159,7 +159,7 @@ class TokenStatistics(NamedTuple):
 
 
 class ComparisonStatistics(NamedTuple):
-    """What an evaluation asks of each position besides `TokenStatistics`; all but brier are None without a teacher.
+    """What an evaluation measures at each position besides `TokenStatistics`; only brier needs no teacher.
 
     t = argmax p; temperature 1.
     """
@@ -217,7 +217,7 @@ def comparison_statistics(
     ranks: tuple[int, int] = (2, 100),
     profile_ranks: tuple[int, ...] = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500),
 ) -> ComparisonStatistics:
-    """Compare two models at `[n]` positions in every way that an evaluation asks for, at temperature 1.
+    """Compare two models at `[n]` positions in every way that an evaluation needs, at temperature 1.
 
     Args:
         student_logits: `[n, vocab]`.
@@ -269,14 +269,14 @@ class Ranked(NamedTuple):
 
     ids: Int[Tensor, "n k"]
     taken: Int[Tensor, "n m"]
-    """As far as they were looked at; past k, equal ones may be missing."""
+    """The candidates, in the same order; past k, tokens as probable as the last may be missing."""
 
 
 def most_probable(logp: Float[Tensor, "n vocab"], count: int, *, spare: int) -> Ranked:
-    """The ``count`` most probable tokens, best first, of equal ones the lower id first.
+    """The ``count`` most probable tokens, best first, the lower id first on ties.
 
-    topk leaves open which of equals it takes. So ``spare`` more are taken, and a row whose equals go on past those is
-    sorted whole.
+    topk does not say which of tied tokens it takes. So ``spare`` more are taken, and a row whose ties go on past those
+    is sorted in full.
     """
     vocab_size = logp.shape[-1]
     ids = logp.topk(min(vocab_size, count + spare), -1, sorted=False).indices.sort(-1).values
@@ -285,8 +285,8 @@ def most_probable(logp: Float[Tensor, "n vocab"], count: int, *, spare: int) -> 
     if ids.shape[-1] < vocab_size:
         open_ended = values[:, count - 1] == values[:, -1]
         if bool(open_ended.any()):
-            whole = logp[open_ended].sort(dim=-1, descending=True, stable=True).indices
-            ids[open_ended] = whole[:, : ids.shape[-1]]
+            full = logp[open_ended].sort(dim=-1, descending=True, stable=True).indices
+            ids[open_ended] = full[:, : ids.shape[-1]]
     return Ranked(ids[:, :count], ids)
 
 

@@ -1,29 +1,188 @@
-"""From the specs of a finished run back to its models, as an evaluation takes them."""
+"""From a finished run back to its models and rows: evaluate it, or let its models answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from drkl.analysis.analyze import analyze_inputs
+from drkl.analysis.result import Analysis
+from drkl.config import Config, load_config
+from drkl.data.classification import tokenize_labelled
+from drkl.data.rows import make_rows, read_shares
+from drkl.errors import DrklError
+from drkl.evaluation.bookkeeping import Progress, Source
+from drkl.evaluation.evaluate import Settings, check_output, configured, evaluate_inputs
+from drkl.evaluation.pairs import GAMMA, Inputs, account, suite_rows, with_protocol
+from drkl.evaluation.result import MODELS, Evaluation
 from drkl.models.classes import class_names
-from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
+from drkl.models.load import load_classifier, load_model, load_tokenizer
+from drkl.models.load import load_config as load_model_config
 from drkl.models.precision import has_device, pick_device, resolve_dtype
+from drkl.models.readout import read
 from drkl.models.student import make_student
-from drkl.training.spec import RunSpec
+from drkl.objectives import Objective
+from drkl.runs import RunFolder
+from drkl.training.spec import RunSpec, has_encoder
 
-Loader = Callable[[], PreTrainedModel]
+
+def evaluate_run(
+    run: str | Path,
+    *,
+    suites: Sequence[str] = (),
+    protocol: str | None = None,
+    output_dir: str | Path | None = None,
+    fresh: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    on_progress: Progress | None = None,
+    **settings: Unpack[Settings],
+) -> Evaluation:
+    """Evaluate a finished run on its own held-out rows, with the ``evaluation`` section of its config.
+
+    Args:
+        run: the run folder.
+        suites: named test sets in place of the held-out rows: ``NAME`` or ``NAME=WHERE``.
+        protocol: ``minillm`` for its prompt format, decoding and seeds; None for the run's own.
+        output_dir: where ``eval.json`` and the files beside it are written; default the run folder.
+        fresh: use no finished parts of an earlier evaluation.
+        facts: further settings for the record.
+        on_progress: called with ("teacher: reading", done, total).
+        **settings: fields of `EvaluationConfig` in place of the config's.
+
+    Raises:
+        DrklError: no run, or one without a student; a setting out of range; suites or a protocol for a classifier.
+    """
+    folder, config, specs = open_finished(run)
+    wanted = configured(config.evaluation, protocol, settings)
+    if output_dir is not None:
+        check_output(Path(output_dir))
+    inputs = run_inputs(specs, suites, protocol)
+    target = folder.root if output_dir is None else output_dir
+    return evaluate_inputs(
+        inputs, wanted, output_dir=target, fresh=fresh, facts=facts, on_progress=on_progress,
+        name=config.run.name if output_dir is None else None,
+    )  # fmt: skip
+
+
+def analyze_run(
+    run: str | Path,
+    *,
+    objectives: Sequence[str | Objective] | None = None,
+    positions: int = 512,
+    gamma: float | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    command: Sequence[str] | None = None,
+    on_progress: Progress | None = None,
+) -> Analysis:
+    """Analyse a finished run on its own held-out rows, with its own objective among the others; see `drkl.analyze`.
+
+    Args:
+        run: the run folder.
+        objectives: see `drkl.analyze`.
+        positions: see `drkl.analyze`.
+        gamma: DRKL's weight of the tail, used where an objective names none (default: that of the run's objective,
+            else 0.5).
+        temperature: see `drkl.analyze`.
+        seed: see `drkl.analyze`.
+        output_dir: where ``analysis.json`` and ``analysis/positions.csv`` are written (default: the run folder).
+        command: the command line that repeats the analysis, for the record.
+        on_progress: called with ("teacher: reading", done, total).
+
+    Raises:
+        DrklError: there is no run, it has no student or no teacher, or a value is outside its domain.
+    """
+    folder, config, specs = open_finished(run)
+    if output_dir is not None:
+        check_output(Path(output_dir))
+    return analyze_inputs(
+        run_inputs(specs),
+        objectives=objectives,
+        own=specs[-1].objective.make(),
+        positions=positions,
+        gamma=gamma,
+        temperature=temperature,
+        seed=seed,
+        evaluation_seed=config.evaluation.seed,
+        output_dir=folder.root if output_dir is None else output_dir,
+        command=command,
+        on_progress=on_progress,
+    )
+
+
+def open_finished(run: str | Path) -> tuple[RunFolder, Config, list[RunSpec]]:
+    """A run that has a student: its folder, its config, and the specs of its stages as they lie on disk now.
+
+    Raises:
+        DrklError: no run folder, or no student in it yet.
+    """
+    folder = RunFolder.open(run)
+    config, _ = load_config(folder.read_config())
+    if not any((folder.student_path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise DrklError(
+            f"The run {str(folder.root)!r} has no student yet; `drkl distill --resume {folder.root}` goes on with it."
+        )
+    return folder, config, relocated(config, folder.root).specs()
+
+
+def relocated(config: Config, folder: Path) -> Config:
+    """The config of a run that was moved, with the place where it lies now."""
+    run = config.run.model_copy(update={"dir": str(folder.parent), "name": folder.name})
+    return config.model_copy(update={"run": run})
+
+
+def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: str | None = None) -> Inputs:
+    """Models and rows of a finished run: its own held-out rows, or those of ``suites``.
+
+    Raises:
+        DrklError: suites or a protocol for a classification run, or rows that cannot be read.
+    """
+    first, last = specs[0], specs[-1]
+    models, tokenizer, device = evaluation_models(specs)
+    classes = trained_classes(last)
+    if classes is not None and (suites or protocol):
+        raise DrklError("Suites and protocols are about generated answers; a classification run has labels instead.")
+    if classes is not None and first.student.init == "random":
+        del models["before"]  # its numbers are chance, its calibration by chance perfect
+    data = with_protocol(last.data, protocol)
+    encoder_decoder = classes is None and has_encoder(first, tokenizer)
+    described: dict[str, Any]
+    names: list[str] | None = None
+    rows: Any
+    if suites:
+        rows, names, described = suite_rows(suites, data, tokenizer, encoder_decoder=encoder_decoder)
+    else:
+        heldout = read_shares(data, classifier=last.classifies)[1]
+        rows, report = make_rows(heldout, data, tokenizer, classes=classes, encoder_decoder=encoder_decoder)
+        described = {
+            "path": data.path, "dataset": data.dataset, "sources": [source.name for source in data.sources],
+            "eval_path": data.eval_path, **account(report, rows),
+        }  # fmt: skip
+    shared = (last.folder.read_env().get("vocabulary") or {}).get("shared")
+    gamma = getattr(last.objective.make(), "gamma", GAMMA)
+    descriptions = {
+        "teacher": last.teacher.model if last.teacher else None,
+        "before": f"{first.student.init} of {first.student.model or (first.teacher.model if first.teacher else '')}",
+        "warmup": str(specs[-2].folder.student_path) if len(specs) > 1 else None,
+        "student": str(last.folder.student_path),
+    }
+    facts = {"models": {name: descriptions[name] for name in models}, "protocol": protocol, "template": data.template}
+    name = str(last.run.name)
+    return Inputs(models, tokenizer, rows, names, device, described, shared, classes, float(gamma), facts, name)
 
 
 def evaluation_models(
-    specs: Sequence[RunSpec], names: Sequence[str] = ("teacher", "before", "warmup", "after")
-) -> tuple[dict[str, Loader], Any, torch.device]:
+    specs: Sequence[RunSpec], names: Sequence[str] = MODELS
+) -> tuple[dict[str, Source], Any, torch.device]:
     """Loaders by name, the tokenizer and the device.
 
     ``before`` is the first stage's init, made again from its config; ``warmup`` the student of the stage before the
-    last, where there is one; ``after`` the run's student.
+    last, where there is one; ``student`` the run's student.
     """
     first, last = specs[0], specs[-1]
     # A run may have been made on another machine.
@@ -31,8 +190,8 @@ def evaluation_models(
     device = pick_device(wanted if has_device(wanted) else "auto")
     tokenizer = load_tokenizer(str(last.folder.student_path), classifier=last.classifies)
     classes = trained_classes(last)
-    load = load_model if classes is None else load_classifier
-    loaders: dict[str, Loader] = {}
+    load: Callable[[str, str], PreTrainedModel] = load_model if classes is None else load_classifier
+    loaders: dict[str, Source] = {}
     if last.teacher is not None:
         teacher = last.teacher
         loaders["teacher"] = lambda: load(teacher.model, resolve_dtype(teacher.dtype, device))
@@ -40,7 +199,7 @@ def evaluation_models(
     loaders["before"] = lambda: make_student(first.student, teacher_name, first.run.seed, tokenizer, classes)
     if len(specs) > 1:
         loaders["warmup"] = lambda: load(str(specs[-2].folder.student_path), last.student.dtype)
-    loaders["after"] = lambda: load(str(last.folder.student_path), last.student.dtype)
+    loaders["student"] = lambda: load(str(last.folder.student_path), last.student.dtype)
     return {name: loaders[name] for name in names if name in loaders}, tokenizer, device
 
 
@@ -49,4 +208,17 @@ def trained_classes(last: RunSpec) -> tuple[str, ...] | None:
     if not last.classifies:
         return None
     folder = str(last.folder.student_path)
-    return class_names(load_config(folder), folder)
+    return class_names(load_model_config(folder), folder)
+
+
+def most_probable(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, max_tokens: int, count: int = 5
+) -> list[tuple[str, float]]:
+    """The ``count`` most probable classes of a text, with their probabilities; cut at ``max_tokens`` as in training."""
+    classes = class_names(model, type(model).__name__)
+    rows, _ = tokenize_labelled([("text", text, classes[0])], tokenizer, classes, max_tokens=max_tokens)
+    pad_id = tokenizer.pad_token_id
+    assert isinstance(pad_id, int)
+    probabilities = read(model, rows, pad_id=pad_id).hidden[0].softmax(-1)
+    best = probabilities.topk(min(count, len(classes)))
+    return [(classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]

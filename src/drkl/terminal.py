@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from drkl.data.survey import Survey
+    from drkl.evaluation.findings import Finding
+    from drkl.evaluation.result import Evaluation
+    from drkl.reporting.tables import PlainTable
     from drkl.training.run import Listener
 
 BAR = 40
@@ -96,35 +99,49 @@ def progress_bars() -> Iterator[Any]:
         yield on_progress
 
 
-def print_evaluation(evaluation: dict[str, Any], keys: Sequence[str]) -> None:
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Every metric of every model, the sweep, the suites, and the findings."""
     from rich.console import Console
     from rich.table import Table
 
     from drkl.evaluation.declared import metrics_of
-    from drkl.evaluation.measure import MODELS
 
-    metrics = metrics_of(evaluation["settings"].get("task", "generation"))
-    models = [name for name in MODELS if name in evaluation]
-    console = Console()
+    metrics, models = metrics_of(evaluation.task), evaluation.models
+    console = Console(highlight=False)
     table = Table("metric", *models)
-    for key in keys:
-        if any(evaluation[model][key] is not None for model in models):
-            table.add_row(key, *(metrics[key].show(evaluation[model][key]) for model in models))
+    for key, metric in metrics.items():
+        values = [evaluation.value(model, key) for model in models]
+        if any(value is not None for value in values):
+            table.add_row(key, *(metric.show(value) for value in values))
     console.print(table)
     shown = ("rouge_l", "rouge_l_best", "distinct_2", "self_bleu", "repetition")
-    if sweep := evaluation.get("sweep"):
+    if evaluation.sweep:
         swept = Table("sampling temperature", "model", *shown)
-        for model, rows in sweep.items():
-            for row in rows:
-                swept.add_row(f"{row['sampling_temperature']:g}", model, *(metrics[k].show(row[k]) for k in shown))
+        for model, points in evaluation.sweep.items():
+            for point in points:
+                cells = (metrics[key].show(point.values.get(key)) for key in shown)
+                swept.add_row(f"{point.sampling_temperature:g}", model, *cells)
         console.print(swept)
-    if suites := evaluation.get("suites"):
-        per_suite = Table("suite", "model", "rouge_l", "rkl", "fkl", "agreement", "entropy")
-        for suite, found in suites.items():
+    if evaluation.suites:
+        keys = ("rouge_l", "rkl", "fkl", "agreement", "entropy")
+        per_suite = Table("suite", "model", *keys)
+        for suite, numbers in evaluation.suites.items():
             for model in models:
-                cells = (metrics[k].show(found[model][k]) for k in ("rouge_l", "rkl", "fkl", "agreement", "entropy"))
-                per_suite.add_row(suite, model, *cells)
+                per_suite.add_row(suite, model, *(metrics[key].show(numbers.value(model, key)) for key in keys))
         console.print(per_suite)
+    print_findings(evaluation.findings)
+
+
+def print_findings(findings: Iterable[Finding]) -> None:
+    """Each question with its answer and the numbers that decide it; what does not apply is left out."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for finding in findings:
+        if finding.answer != "not_applicable":
+            console.print(f"\n{finding.question} {finding.answer.capitalize()}.", markup=False, style="bold")
+            console.print(finding.text, markup=False)
+    console.print()
 
 
 def print_side_by_side(answers: dict[str, list[str]]) -> None:
@@ -143,36 +160,31 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
-def print_toy(ends: list[Any]) -> None:
-    """Where each objective ended, a table for each setting."""
+def print_toy(ends: Sequence[Any]) -> None:
+    """The end point of each objective, a table for each setting."""
     from rich.console import Console
     from rich.table import Table
 
-    shown = ("q_t", "p_t", "entropy", "agreement", "fkl", "rkl", "tvd")
+    metrics = ("q_t", "p_t", "entropy", "agreement", "fkl", "rkl", "tvd")
     for name in dict.fromkeys(end["setting"] for end in ends):
-        table = Table("objective", "gamma", *shown, title=name)
+        table = Table("objective", "gamma", *metrics, title=name)
         for end in ends:
             if end["setting"] == name:
                 gamma = "" if end["gamma"] == "" else f"{end['gamma']:g}"
-                table.add_row(end["objective"], gamma, *(f"{end[key]:.3f}" for key in shown))
+                table.add_row(end["objective"], gamma, *(f"{end[key]:.3f}" for key in metrics))
         Console().print(table)
 
 
-def print_analysis(headline: str, findings: Sequence[Any], head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The diagnosis in words, and every objective's pushes."""
+def print_analysis(findings: Iterable[Finding], pushes: PlainTable) -> None:
+    """The findings, and every objective's pushes."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    console.print(headline, markup=False, style="bold")
-    for one in findings:
-        console.print(f"\n{one.question} {one.answer.capitalize()}.", markup=False, style="bold")
-        console.print(one.text, markup=False)
-    table = Table(*head, title="Pushes: gradients on the logit of the teacher's top token; negative raises it")
-    for row in rows:
-        table.add_row(*(cell.split(" [")[0] for cell in row))  # the intervals are in the file
-    console.print()
-    console.print(table)
+    print_findings(findings)
+    table = Table(*pushes.head, title="Pushes: gradients on the logit of the teacher's top token; negative raises it")
+    for row in pushes.rows:
+        table.add_row(*(cell if isinstance(cell, str) else cell[0] for cell in row))  # the intervals are in the file
+    Console(highlight=False).print(table)
 
 
 def print_surveys(surveys: Sequence[Survey], tokenizer: Any, console: Console | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Made-up states of a student and a teacher, of which everything is known."""
+"""Made-up logits of a student and a teacher with known properties."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
-from drkl.analysis.command import named_objectives
-from drkl.analysis.states import Observed, Reading, observe
-from drkl.analysis.tables import Setup, analysis
+from drkl.analysis.analyze import named_objectives
+from drkl.analysis.result import Analysis
+from drkl.analysis.states import Observed, observe
+from drkl.analysis.tables import make_tables
+from drkl.evaluation.findings import of_analysis
+from drkl.models.readout import Readout
 
 ROWS, PER_ROW, VOCAB = 40, 8, 24
 NAMES = ("rkl", "fkl", "drkl", "ce", "srkl", "drkl@student")
 
 
-def readings(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> tuple[Reading, Reading]:
+def readings(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> tuple[Readout, Readout]:
     rows = torch.arange(len(labels)) // PER_ROW
     both = [torch.from_numpy(logits).double() for logits in (student, teacher)]
-    return tuple(Reading(torch.from_numpy(labels), rows, logits.__getitem__) for logits in both)  # type: ignore[return-value]
+    return tuple(Readout(logits, torch.from_numpy(labels), rows, head=None) for logits in both)  # type: ignore[return-value]
 
 
 def teacher_logits(spread: float = 2.0) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
@@ -44,7 +47,10 @@ def with_other_tails(teacher: np.ndarray, generator: np.random.Generator, spread
     return student
 
 
-def found(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray, **choices: Any) -> tuple[Observed, Any]:
-    setup = Setup(gamma=choices.pop("gamma", 0.5), seed=1)
+def analysed(
+    student: np.ndarray, teacher: np.ndarray, labels: np.ndarray, *, gamma: float = 0.5, seed: int = 1, **choices: Any
+) -> tuple[Observed, Analysis]:
+    """The observations, and the analysis that is made of them."""
     observed = observe(*readings(student, teacher, labels), named_objectives(NAMES), **choices)
-    return observed, analysis(observed, setup)
+    tables = make_tables(observed, gamma=gamma, seed=seed)
+    return observed, Analysis(tables, of_analysis(tables))

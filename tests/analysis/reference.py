@@ -73,6 +73,10 @@ def whole(name: str, **params: Any) -> Callable[[Distribution, Distribution, Dis
     return lambda q, p, held: reference.PARTS[name](q, p, **params)
 
 
+NAMES = frozenset("ce rkl fkl symmetric_kl akl gjs sfkl srkl tvd ab todi dkd drkl decoupled".split())
+"""The objectives whose two terms have equations here."""
+
+
 def terms(name: str, **params: Any) -> Terms:
     """Of the objective of this name with these parameters, all of them given."""
     plain: dict[str, Terms] = {
@@ -152,3 +156,56 @@ def numbers(student: np.ndarray, teacher: np.ndarray, t: np.ndarray, temperature
     found["B"] = found["q_t"] * (np.logaddexp(0, -u) - np.logaddexp(0, -s))
     found["B"] += found["rest_q"] * (np.logaddexp(0, u) - np.logaddexp(0, s))
     return found
+
+
+WEIGHTS = {
+    "constant": lambda gamma, at: gamma,
+    "student": lambda gamma, at: at["rest_q"],
+    "teacher": lambda gamma, at: at["rest_p"],
+    "floor": lambda gamma, at: np.maximum(gamma, at["rest_q"]),
+}
+
+
+def equations(
+    name: str, student: np.ndarray, teacher: np.ndarray, t: np.ndarray, temperature: float, **params: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gradients `[n, vocab]` of the target term and of the tail term, from logits `[n, vocab]`.
+
+    At T = 1, with d_j = log q^_j/p^_j and j other than t, each is (entry at t; entry at j):
+
+        B                   q_t (1-q_t) D;    -q_t q_j D
+        (1-q_t) K           -q_t (1-q_t) K;   q_j (d_j - (1-q_t) K)
+        w K                 0;                w q^_j (d_j - K)
+        KL(b_p || b_q)      q_t - p_t;        -q^_j (q_t - p_t)
+        w KL(p^ || q^)      0;                w (q^_j - p^_j)
+        -log q_t            q_t - 1;          q_j
+
+    ``name`` is `rkl`, `fkl`, `symmetric_kl`, `akl`, `ce`, or `decoupled` with ``on_target`` and ``on_tail`` `rkl` or
+    `fkl`.
+    """
+    at = {key: value if value.ndim == 2 else value[:, None] for key, value in
+          numbers(student, teacher, t, temperature).items()}  # fmt: skip
+    is_target = np.arange(student.shape[1]) == t[:, None]
+    tails = {"rkl": at["tail_q"] * (at["log_ratio"] - at["K"]), "fkl": at["tail_q"] - at["tail_p"]}
+    # q_t - p_t, from whichever side is small.
+    gap = np.where(at["q_t"] > 0.5, at["rest_p"] - at["rest_q"], at["q_t"] - at["p_t"])
+    pushes = {"rkl": at["q_t"] * at["rest_q"] * at["D"], "fkl": gap, "ce": -at["rest_q"]}
+    targets = {key: np.where(is_target, push, -push * at["tail_q"]) for key, push in pushes.items()}
+    chained = {
+        "rkl": np.where(is_target, -at["q_t"] * at["rest_q"] * at["K"],
+                        at["rest_q"] * at["tail_q"] * (at["log_ratio"] - at["rest_q"] * at["K"])),
+        "fkl": at["rest_p"] * tails["fkl"],
+        "ce": np.zeros_like(student),
+    }  # fmt: skip
+    if name == "decoupled":
+        weight = WEIGHTS[params["weight"]](params["gamma"], at)
+        both = params["target_weight"] * targets[params["on_target"]], weight * tails[params["on_tail"]]
+    elif name in ("symmetric_kl", "akl"):
+        w: Any = params.get("forward_weight")
+        if name == "akl":
+            pairs = [[reference.softmax(row.tolist(), temperature) for row in logits] for logits in (student, teacher)]
+            w = np.array([[float(akl_weight(q, p, params["mu"]))] for q, p in zip(*pairs, strict=True)])
+        both = tuple(w * part["fkl"] + (1 - w) * part["rkl"] for part in (targets, chained))  # type: ignore[assignment]
+    else:
+        both = targets[name], chained[name]
+    return both[0] / temperature, both[1] / temperature

@@ -1,35 +1,32 @@
-"""What `drkl analyze` finds in made-up states: every number against its equation, every answer where it is known."""
+"""An analysis of made-up logits: every number against its equation, every answer where it is known."""
 
 from __future__ import annotations
 
 import csv
-import io
+import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from markupsafe import Markup
 from scipy.optimize import brentq
 from scipy.special import expit, log_softmax, logit, softmax
 
-from drkl.analysis.command import named_objectives, positions_csv
-from drkl.analysis.diagnosis import decide
+from drkl.analysis.analyze import _position_columns, named_objectives
 from drkl.analysis.ratios import Ratios
+from drkl.analysis.result import Analysis
 from drkl.analysis.states import MATCHED, evenly
 from drkl.analysis.tables import TARGET_EDGES, overshoot
 from drkl.errors import DrklError
+from drkl.evaluation.findings import SHARED
 from drkl.objectives import make_objective
 from drkl.reporting import analysis as shown_analysis
-from drkl.reporting.analysis import section, write_figures
-from drkl.reporting.exports import as_csv, as_markdown
-from drkl.reporting.html import write_report
-from drkl.reporting.record import open_run, read_run
-from drkl.runs import read_json, write_json
+from drkl.reporting.analysis import write_figures
+from drkl.runs import write_json
 from tests.analysis import reference
-from tests.analysis.made_states import PER_ROW, ROWS, VOCAB, found, teacher_logits, with_other_tails
-from tests.reporting.conftest import write_pair, write_run
+from tests.analysis.made_states import PER_ROW, ROWS, VOCAB, analysed, teacher_logits, with_other_tails
 from tests.rounding import rounding
 
 
@@ -47,9 +44,9 @@ def test_what_is_observed_is_what_the_equations_say(
     states: tuple[np.ndarray, np.ndarray, np.ndarray], temperature: float
 ) -> None:
     student, teacher, labels = states
-    observed, tables = found(student, teacher, labels, positions=48, temperature=temperature)
-    said = {name: one["text"].startswith("At temperature 2: ") for name, one in tables["diagnosis"].items()}
-    assert said == {name: temperature == 2 and name not in ("overconfident", "target") for name in said}
+    observed, analysis = analysed(student, teacher, labels, positions=48, temperature=temperature)
+    said = {finding.id: finding.text.startswith("At temperature 2: ") for finding in analysis.findings}
+    assert said == {name: temperature == 2 and name not in SHARED for name in said}
     top = teacher.argmax(-1)
     known = reference.numbers(student, teacher, top, temperature)
     at = observed.columns
@@ -63,7 +60,7 @@ def test_what_is_observed_is_what_the_equations_say(
     np.testing.assert_allclose(at["confidence"], q.max(-1))
     np.testing.assert_allclose(at["teacher_confidence"], p.max(-1))
     np.testing.assert_allclose(at["target_gap"], q[rows, top] - p[rows, top], rtol=1e-9, atol=1e-14)
-    np.testing.assert_allclose(at["own_gap"], q[rows, own] - p[rows, own], rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(at["overconfidence"], q[rows, own] - p[rows, own], rtol=1e-9, atol=1e-14)
     assert (at["correct"] == (own == labels)).all() and (at["teacher_correct"] == (top == labels)).all()
     assert (observed.matched == (np.abs(known["D"]) <= MATCHED)).all() and observed.matched.sum() >= 80
 
@@ -90,15 +87,15 @@ def test_what_is_observed_is_what_the_equations_say(
 def test_the_tables_are_sums_over_positions(states: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     student, teacher, labels = states
     gamma = 0.3
-    observed, tables = found(student, teacher, labels, positions=1000, gamma=gamma)
-    at = observed.columns
+    observed, analysis = analysed(student, teacher, labels, positions=1000, gamma=gamma)
+    at, tables = observed.columns, analysis.tables
     rkl, drkl, sure = at["B"] + at["rest"] * at["K"], at["B"] + gamma * at["K"], at["p_t"] > 0.99
     matched = np.abs(at["D"]) <= MATCHED
     force = at["q_t"] * at["rest"] * at["K"]
     expected = {
         "confidence": at["confidence"].mean(),
         "excess": (at["confidence"] - at["correct"] - at["teacher_confidence"] + at["teacher_correct"]).mean(),
-        "own_gap": at["own_gap"].mean(),
+        "overconfidence": at["overconfidence"].mean(),
         "calibration_gap": (at["confidence"] - at["correct"]).mean(),
         "target_gap": (at["q_t"] - at["p_t"]).mean(),
         "target_above": (at["target_gap"] > 0).mean(),
@@ -115,9 +112,10 @@ def test_the_tables_are_sums_over_positions(states: tuple[np.ndarray, np.ndarray
         "sure_drkl": drkl[sure].sum() / drkl.sum(),
     }
     for name, value in expected.items():
-        one = tables["totals"][name]
-        assert one["value"] == pytest.approx(value, rel=1e-9), name
-        low, high = one["interval"]
+        estimate = analysis[name]
+        assert estimate.value == pytest.approx(value, rel=1e-9), name
+        assert estimate.interval is not None
+        low, high = estimate.interval
         assert low <= value <= high and (low < high or value == 1), name
 
     edges = np.array(TARGET_EDGES)
@@ -137,7 +135,7 @@ def test_the_tables_are_sums_over_positions(states: tuple[np.ndarray, np.ndarray
     for row in tables["gammas"]:
         assert row["stronger"] == pytest.approx((at["rest"] < row["gamma"]).mean())
     gaps = {row["objective"]: row["closed_form_gap"] for row in tables["objectives"]}
-    assert gaps["srkl"] is None and all(gap < 1e-12 for name, gap in gaps.items() if name != "srkl")
+    assert all(gap < 1e-12 for gap in gaps.values())
     by_name = {row["objective"]: row for row in tables["objectives"]}
     assert list(by_name) == ["rkl", "fkl", "drkl, γ 0.5", "ce", "srkl", "drkl@student"]
     assert by_name["rkl"]["matched_tail_push"]["value"] == pytest.approx(-force[matched].mean(), rel=1e-6)
@@ -163,42 +161,51 @@ def test_reverse_kl_comes_to_rest_there(p_t: float, K: float) -> None:
     assert overshoot(np.array([p_t]), np.array([np.inf]))[0] == pytest.approx(1 - p_t, rel=1e-6)
 
 
-def answers(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> dict[str, str]:
-    _, tables = found(student, teacher, labels, positions=8)
-    return {name: one["answer"] for name, one in tables["diagnosis"].items()} | {"headline": tables["headline"]}
+def answers(analysis: Analysis) -> dict[str, str]:
+    return {finding.id: finding.answer for finding in analysis.findings}
+
+
+def analysis_of(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> Analysis:
+    return analysed(student, teacher, labels, positions=8)[1]
+
+
+def text(analysis: Analysis, id: str) -> str:
+    finding = analysis.finding(id)
+    assert finding is not None
+    return finding.text
 
 
 def test_a_student_that_was_made_overconfident_is_called_so() -> None:
     teacher, labels, _ = teacher_logits()
-    said = answers(1.8 * teacher, teacher, labels)
-    assert said["overconfident"] == "yes" and said["headline"].startswith("Yes: the student is overconfident")
+    said = answers(analysis_of(1.8 * teacher, teacher, labels))
+    assert (said["overconfident_by_teacher"], said["overconfident_by_data"]) == ("yes", "yes")
     # Among many tokens that are all unlikely, too.
     flat, labels, _ = teacher_logits(0.1)
-    assert answers(3 * flat, flat, labels)["overconfident"] == "yes"
+    assert answers(analysis_of(3 * flat, flat, labels))["overconfident_by_teacher"] == "yes"
 
 
 def test_a_calibrated_student_is_not() -> None:
     teacher, labels, _ = teacher_logits()
-    said = answers(teacher, teacher, labels)
-    assert (said["overconfident"], said["pushed"]) == ("no", "no")
-    assert said["headline"].startswith("No: the student is not overconfident")
-    said = answers(0.6 * teacher, teacher, labels)
-    assert said["overconfident"] == "no"
-    _, tables = found(0.6 * teacher, teacher, labels, positions=8)
-    assert "It is less sure than its teacher" in tables["diagnosis"]["overconfident"]["text"]
-    said = answers(3 * teacher, 3 * teacher, labels)
-    assert said["headline"].startswith("No: the student is not overconfident beyond what its teacher is, and")
+    said = answers(analysis_of(teacher, teacher, labels))
+    assert (said["overconfident_by_teacher"], said["pushed_when_matched"]) == ("no", "no")
+    assert said["overconfident_by_data"] != "yes"
+    underconfident = analysis_of(0.6 * teacher, teacher, labels)
+    said = answers(underconfident)
+    assert (said["overconfident_by_teacher"], said["overconfident_by_data"]) == ("no", "no")
+    assert "less probability than its teacher" in text(underconfident, "overconfident_by_teacher")
+    # As overconfident as its teacher: by the data, not by its teacher.
+    said = answers(analysis_of(3 * teacher, 3 * teacher, labels))
+    assert (said["overconfident_by_teacher"], said["overconfident_by_data"]) == ("no", "yes")
 
 
 def test_a_matched_target_over_another_tail_is_pushed() -> None:
     teacher, labels, generator = teacher_logits(1.0)
     student = with_other_tails(teacher, generator)
-    observed, tables = found(student, teacher, labels, positions=64)
+    observed, analysis = analysed(student, teacher, labels, positions=64)
     assert observed.matched.all() and np.abs(observed.columns["D"]).max() < 1e-9
-    pushed = tables["diagnosis"]["pushed"]
-    assert pushed["answer"] == "yes" and pushed["numbers"]["matched"]["value"] == 1
-    assert tables["diagnosis"]["tail"]["answer"] == "yes"  # the target adds nothing
-    pushes = {row["objective"]: row["tail_push"]["value"] for row in tables["objectives"]}
+    assert answers(analysis)["pushed_when_matched"] == "yes" and analysis["matched"].value == 1
+    assert answers(analysis)["tail_dominates"] == "yes"  # the target adds nothing
+    pushes = {row["objective"]: row["tail_push"]["value"] for row in analysis.tables["objectives"]}
     assert pushes["rkl"] < -0.01 and abs(pushes["drkl, γ 0.5"]) < 1e-12 and abs(pushes["fkl"]) < 1e-12
 
 
@@ -207,41 +214,29 @@ def test_too_sure_of_another_token_than_the_target() -> None:
     rows, other = np.arange(len(teacher)), teacher.argsort(-1)[:, -2]
     student = teacher.copy()
     student[rows, other] += 3.0
-    _, tables = found(student, teacher, labels, positions=8)
-    said = {name: one["answer"] for name, one in tables["diagnosis"].items()}
-    assert (said["overconfident"], said["target"]) == ("yes", "no")
-    assert "it is so of other tokens" in tables["diagnosis"]["target"]["text"]
-    assert answers(1.8 * teacher, teacher, labels)["target"] == "yes"
+    analysis = analysis_of(student, teacher, labels)
+    said = answers(analysis)
+    assert (said["overconfident_by_teacher"], said["target_too_high"]) == ("yes", "no")
+    assert "it is so of other tokens" in text(analysis, "target_too_high")
+    assert answers(analysis_of(1.8 * teacher, teacher, labels))["target_too_high"] == "yes"
 
 
 def test_the_two_yardsticks_may_disagree() -> None:
     teacher, labels, _ = teacher_logits()
-    said = answers(0.6 * teacher, 0.3 * teacher, labels)  # surer than its teacher, and right to be: not sure enough yet
-    assert said["overconfident"] == "partly" and said["headline"].startswith(
-        "In part: the student is overconfident by its teacher, not by the data"
-    )
+    # More confident than its teacher, and right to be: it is not confident enough yet.
+    said = answers(analysis_of(0.6 * teacher, 0.3 * teacher, labels))
+    assert (said["overconfident_by_teacher"], said["overconfident_by_data"]) == ("yes", "no")
 
 
 def test_few_rows_do_not_decide() -> None:
     teacher, labels, generator = teacher_logits()
     student = teacher + generator.normal(size=teacher.shape)
     few = 4 * PER_ROW
-    _, tables = found(student[:few], teacher[:few], labels[:few], positions=8)
-    assert {one["answer"] for one in tables["diagnosis"].values()} == {"undecided"}
-    assert all(one["text"].endswith("Fewer than 5 rows decide nothing.") for one in tables["diagnosis"].values())
-    assert tables["headline"].startswith("Undecided")
-    assert (
-        answers(teacher + 9 * np.eye(VOCAB)[teacher.argmax(-1)], teacher, labels)["pushed"] == "undecided"
-    )  # none match
-
-
-@pytest.mark.parametrize(
-    ("value", "interval", "answer"),
-    [(0.2, [0.1, 0.3], "yes"), (0.2, [0.0, 0.3], "undecided"), (0.0, [-0.1, 0.05], "no"), (0.05, [0.05, 0.05], "no"),
-     (None, None, "undecided"), (0.9, None, "undecided")],
-)  # fmt: skip
-def test_decide(value: float | None, interval: list[float] | None, answer: str) -> None:
-    assert decide({"value": value, "interval": interval}, 0.05) == answer
+    analysis = analysis_of(student[:few], teacher[:few], labels[:few])
+    assert set(answers(analysis).values()) == {"undecided"}
+    assert all("ewer than 5 rows decide nothing." in finding.text for finding in analysis.findings)
+    none_match = analysis_of(teacher + 9 * np.eye(VOCAB)[teacher.argmax(-1)], teacher, labels)
+    assert answers(none_match)["pushed_when_matched"] == "undecided"
 
 
 def test_ratios_are_over_rows() -> None:
@@ -276,13 +271,15 @@ def test_a_token_that_only_the_teacher_excludes_makes_k_infinite(
     student, teacher, labels = (values.copy() for values in states)
     place = np.argmin(teacher[0])
     teacher[0, place] = -np.inf
-    observed, tables = found(student, teacher, labels, positions=20)
-    assert observed.columns["K"][0] == np.inf and tables["distributions"]["K"]["infinite"] == 1
-    assert tables["totals"]["K"] == {"value": None, "interval": None} == tables["totals"]["sure_drkl"]
-    assert "K is infinite at 1 of the positions" in tables["diagnosis"]["tail"]["text"]
-    assert tables["diagnosis"]["sure"]["answer"] == tables["diagnosis"]["tail"]["answer"] == "undecided"
+    observed, analysis = analysed(student, teacher, labels, positions=20)
+    assert observed.columns["K"][0] == np.inf and analysis.tables["distributions"]["K"]["infinite"] == 1
+    assert analysis["K"] == (None, None) == analysis["sure_drkl"]
+    assert "K is infinite at 1 of the positions" in text(analysis, "tail_dominates")
+    said = answers(analysis)
+    assert said["sure_positions_dominate"] == said["tail_dominates"] == "undecided"
     q = log_softmax(student[1], -1)
-    assert np.isfinite(q).all() and tables["totals"]["confidence"]["value"] is not None
+    assert np.isfinite(q).all() and analysis["confidence"].value is not None
+    assert json.dumps(analysis.to_json(), allow_nan=False)
 
 
 def test_evenly() -> None:
@@ -314,9 +311,12 @@ def test_a_gamma_reaches_every_objective_that_names_none() -> None:
         named_objectives(["drkl~1..2"])
 
 
-def test_a_line_for_each_position(states: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    observed, _ = found(*states, positions=4)
-    lines = list(csv.DictReader(io.StringIO(positions_csv(observed, [f"={i}" for i in range(ROWS)]))))
+def test_a_line_for_each_position(states: tuple[np.ndarray, np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    observed, analysis = analysed(*states, positions=4)
+    columns = _position_columns(observed, [f"={i}" for i in range(ROWS)])
+    dataclasses.replace(analysis, positions=columns).save(tmp_path)
+    with (tmp_path / "analysis" / "positions.csv").open() as file:
+        lines = list(csv.DictReader(file))
     assert len(lines) == ROWS * PER_ROW and lines[PER_ROW]["row_id"] == "'=1"  # no spreadsheet runs it
     at = observed.columns
     assert float(lines[9]["K"]) == pytest.approx(at["K"][9], rel=1e-5)
@@ -324,70 +324,41 @@ def test_a_line_for_each_position(states: tuple[np.ndarray, np.ndarray, np.ndarr
     assert float(lines[9]["rkl_target_push"]) == pytest.approx((at["q_t"] * at["rest"] * at["D"])[9], rel=1e-5)
 
 
-def test_what_is_read_from_the_file_stays_text_on_the_page(
-    states: tuple[np.ndarray, np.ndarray, np.ndarray], tmp_path: Path
-) -> None:
-    _, tables = found(*states, positions=8)
-    tables["headline"] = tables["objectives"][0]["objective"] = "<script>alert(1)</script>"
-    tables["diagnosis"]["tail"]["text"] = "</style><script>\x00"
-    tables["settings"] |= {"models": {"teacher": "<b>t", "student": "s"}, "command": ["drkl", "analyze"]}
-    write_json(tmp_path / "analysis.json", tables)
-    page = write_report(open_run(tmp_path)).read_text()
-    assert "<script>alert" not in page and "</style><script>" not in page and "&lt;script&gt;alert(1)" in page
-    assert "<b>t" not in page
+def test_an_analysis_is_read_as_it_was_saved(states: tuple[np.ndarray, np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    observed, made = analysed(*states, positions=4)
+    made = dataclasses.replace(made, positions=_position_columns(observed, [str(i) for i in range(ROWS)]))
+    loaded = Analysis.load(made.save(tmp_path))
+    assert loaded.to_json() == json.loads((tmp_path / "analysis.json").read_text()) and loaded.findings == made.findings
+    assert loaded["K"] == made["K"] and list(loaded.positions) == list(made.positions)
+    np.testing.assert_allclose(loaded.positions["K"], observed.columns["K"], rtol=1e-5)
+    assert loaded.positions["label"].tolist() == observed.labels.tolist()
+    with pytest.raises(DrklError, match=r"has no mean 'KK'\. Did you mean 'K'"):
+        loaded["KK"]
+
+    # The format before: no findings, another name.
+    content = json.loads(json.dumps(loaded.to_json()))
+    for key in ("format", "findings"):
+        del content[key]
+    content["totals"]["own_gap"] = content["totals"].pop("overconfidence")
+    write_json(tmp_path / "analysis.json", {"headline": "Yes", "diagnosis": {}, **content})
+    old = Analysis.load(tmp_path)
+    assert old.findings == loaded.findings and old["overconfidence"] == loaded["overconfidence"]
 
 
-@pytest.fixture(scope="module")
-def tables(states: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, Any]:
-    """An analysis as its file holds it."""
-    _, made = found(*states, positions=8)
-    made["settings"] |= {"models": {"teacher": "org/teacher", "student": "models/small"}}
-    return made
-
-
-@pytest.fixture
-def sketchy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures without their drawing, which is what takes the time."""
-    monkeypatch.setattr(shown_analysis, "to_svg", lambda figure, name, alt: Markup("<svg></svg>"))
-
-
-@pytest.mark.usefixtures("sketchy")
-def test_the_page_says_whose_analysis_it_shows(tables: dict[str, Any], tmp_path: Path) -> None:
-    pair = write_pair(tmp_path / "pair")
-    write_json(pair.analysis_path, tables)
-    shown = section([read_run(pair)])
-    assert shown is not None and shown.notice == "" and shown.others == []
-    assert shown.note.startswith("models/small beside org/teacher: 320 positions of 40 rows")
-    tables = tables | {"settings": tables["settings"] | {"models": {"teacher": "org/teacher", "student": "another"}}}
-    write_json(pair.analysis_path, tables)
-    shown = section([read_run(pair)])
-    assert shown is not None and shown.notice.startswith("This analysis is of other models than the evaluation")
-
-    run = write_run(tmp_path / "run")
-    assert section([read_run(run)]) is None
-    finished = {"finished": "2026-01-02T10:00:00+00:00"}
-    write_json(run.analysis_path, tables | {"timing": finished})
-    for trained, stale in (("2026-01-02T09:00:00+00:00", False), ("2026-01-02T11:00:00+00:00", True)):
-        write_json(run.env_path, read_json(run.env_path) | {"finished": trained})
-        shown = section([read_run(run), read_run(pair)])
-        assert shown is not None and shown.notice.startswith("The student was trained anew") == stale
-        assert [headline for _, headline in shown.others] == [tables["headline"]] * 2
-    text = as_markdown([read_run(run), read_run(pair)])
-    assert "The student was trained anew" in text and text.count("## Does reverse KL make it too sure?") == 1
-
-
-@pytest.mark.usefixtures("sketchy")
-def test_the_csv_has_its_numbers(tables: dict[str, Any], tmp_path: Path) -> None:
-    write_json(tmp_path / "analysis.json", tables)
-    lines = list(csv.DictReader(io.StringIO(as_csv([read_run(open_run(tmp_path))]))))
-    named = {line["metric"]: line for line in lines}
-    one = tables["totals"]["own_gap"]
-    line = named["analysis own_gap"]
-    assert (float(line["value"]), float(line["low"]), float(line["high"])) == (one["value"], *one["interval"])
-    assert line["model"] == "student" and "analysis rkl tail_push" in named
-    assert sum(name.startswith("analysis drkl, γ 0.5 ") for name in named) >= 8
-    several = [read_run(open_run(tmp_path))] * 2
-    assert "The runs side by side" not in as_markdown(several)  # nothing was evaluated
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no analysis.json; `drkl analyze"),
+        ([], "holds a list; expected an object"),
+        ({"format": 3}, "has format 3, and this drkl reads 2 and the one before"),
+        ({"format": 2, "findings": []}, r"is not what `drkl analyze` writes \(KeyError: 'settings'\); run it again"),
+    ],
+)
+def test_files_that_are_no_analysis(tmp_path: Path, content: Any, message: str) -> None:
+    if content is not None:
+        write_json(tmp_path / "analysis.json", content)
+    with pytest.raises(DrklError, match=message):
+        Analysis.load(tmp_path)
 
 
 def test_what_has_no_figure_now_has_none(
@@ -395,10 +366,10 @@ def test_what_has_no_figure_now_has_none(
 ) -> None:
     monkeypatch.setattr(shown_analysis, "svg_text", lambda figure: "<svg></svg>")
     _, teacher, labels = states
-    _, matched = found(teacher, teacher, labels, positions=8)
-    drawn = {path.name for path in write_figures(matched, tmp_path)}
+    matched = analysis_of(teacher, teacher, labels)
+    drawn = {path.name for path in write_figures(matched.to_json(), tmp_path)}
     (tmp_path / "mine.svg").write_text("kept")
-    _, apart = found(teacher + 9 * np.eye(VOCAB)[teacher.argmax(-1)], teacher, labels, positions=8)
-    again = {path.name for path in write_figures(apart, tmp_path)}
+    far = analysis_of(teacher + 9 * np.eye(VOCAB)[teacher.argmax(-1)], teacher, labels)
+    again = {path.name for path in write_figures(far.to_json(), tmp_path)}
     assert drawn - again == {"push.svg", "rest.svg"} and not again - drawn
     assert {path.name for path in tmp_path.iterdir()} == again | {"mine.svg"}

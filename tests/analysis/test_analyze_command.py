@@ -7,9 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
+from drkl import make_objective
+from drkl.analysis.analyze import analyze
+from drkl.analysis.result import Analysis
+from drkl.evaluation.findings import SHARED
+from drkl.evaluation.result import Evaluation, Numbers
+from drkl.run_models import analyze_run, evaluate_run
 from tests.command_line import Cli
 from tests.models import tiny, tiny_classifiers
 from tests.training import tiny_runs
@@ -34,6 +42,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {**found, "rows": tiny_runs.write_rows(root / "rows.jsonl", 24)}
 
 
+def answers(analysis: dict[str, Any]) -> dict[str, str]:
+    return {finding["id"]: finding["answer"] for finding in analysis["findings"]}
+
+
 def pair(models: dict[str, Path], student: str) -> list[object]:
     return ["--student", models[student], "--teacher", models["teacher"], "--data", models["rows"]]
 
@@ -44,10 +56,10 @@ def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
     out = tmp_path / "surer"
     done = cli("analyze", *pair(models, "surer"), "--output", out, *QUICK)
     assert done.code == 0, done.err
-    assert "\nYes: the student is overconfident" in done.out
-    assert "Is the student overconfident? Yes." in done.out and "drkl, γ 0.5" in done.out
+    assert "overconfident, measured against its teacher? Yes." in done.out and "drkl, γ 0.5" in done.out
     found = read(out)
-    assert [found["diagnosis"][name]["answer"] for name in ("overconfident", "target")] == ["yes", "yes"]
+    said = answers(found)
+    assert [said[id] for id in SHARED] == ["yes", "yes", "yes"] and found["format"] == 2
     assert found["settings"]["models"] == {"teacher": str(models["teacher"]), "student": str(models["surer"])}
     assert found["settings"]["command"][:2] == ["drkl", "analyze"] and found["timing"]["total"] > 0
     assert [row["objective"] for row in found["objectives"]] == ["rkl", "drkl, γ 0.5", "fkl", "ce"]
@@ -60,15 +72,16 @@ def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
     same = tmp_path / "same"
     done = cli("analyze", *pair(models, "same"), "--output", same, *QUICK)
     assert done.code == 0, done.err
-    assert "\nNo: the student is not overconfident" in done.out and "overconfident? No." in done.out
-    found = read(same)
-    assert {name: one["answer"] for name, one in found["diagnosis"].items()} == {
-        "overconfident": "no", "target": "no", "pushed": "no", "tail": "undecided", "strengthens": "no",
-        "sure": "undecided",
+    assert "overconfident, measured against its teacher? No." in done.out
+    said = answers(read(same))
+    del said["overconfident_by_data"]  # the labels are not drawn from the teacher
+    assert said == {
+        "overconfident_by_teacher": "no", "target_too_high": "no", "pushed_when_matched": "no",
+        "tail_dominates": "undecided", "drkl_strengthens_tail": "no", "sure_positions_dominate": "undecided",
     }  # fmt: skip
     assert {path.stem for path in (same / "analysis").glob("*.svg")} == set(FILES)
 
-    # The same again gives the same but for the times.
+    # The same command gives the same numbers and figures, apart from the times.
     again = tmp_path / "again"
     assert cli("analyze", *pair(models, "same"), "--output", again, *QUICK).code == 0
     first, second = read(same), read(again)
@@ -82,11 +95,49 @@ def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
     done = cli("report", out)
     assert done.code == 0, done.err
     page = (out / "report.html").read_text()
-    assert "Does reverse KL make it too sure?" in page and "Yes: the student is overconfident" in page
+    assert 'data-finding="overconfident_by_teacher"' in page
     assert page.count('aria-label="Mean push') == 1 and "drkl analyze --student" in page
     assert cli("report", out, "--format", "md").code == 0
     text = (out / "report.md").read_text()
-    assert "## Does reverse KL make it too sure?" in text and "| rkl |" in text
+    assert "overconfident, measured against its teacher?" in text and "| rkl |" in text
+
+
+def test_models_in_memory(models: dict[str, Path], tmp_path: Path) -> None:
+    student, teacher = (LlamaForCausalLM.from_pretrained(models[name]) for name in ("surer", "teacher"))
+    student.train()
+    rows = [json.loads(line) for line in models["rows"].read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(models["teacher"])
+    settings: dict[str, Any] = {"objectives": ["rkl", make_objective("drkl", gamma=0.2)], "positions": 16}
+    made = analyze(student, teacher, rows, tokenizer, device="cpu", output_dir=tmp_path, **settings)
+    assert student.training and not teacher.training and all(p.requires_grad for p in student.parameters())
+    assert [row["objective"] for row in made.tables["objectives"]] == ["rkl", "drkl"]
+    assert "command" not in made.tables["settings"]
+    assert made.finding("overconfident_by_teacher").answer == "yes"  # type: ignore[union-attr]
+    named = analyze(models["surer"], models["teacher"], models["rows"], dtype="fp32", device="cpu", **settings)
+    assert named.tables["totals"] == made.tables["totals"] and named.findings == made.findings
+    loaded = Analysis.load(tmp_path)
+    assert loaded.findings == made.findings and len(loaded.positions["K"]) == made.tables["settings"]["positions"]
+
+
+@pytest.mark.parametrize(
+    ("change", "shared", "seed"),
+    [({}, True, 7), ({"seed": None}, True, 0), ({"models": {"teacher": "another", "student": "s"}}, False, 7),
+     ({"data": {"heldout_rows": 3}}, False, 7)],
+)  # fmt: skip
+def test_what_an_evaluation_beside_it_decides(
+    models: dict[str, Path], tmp_path: Path, change: dict[str, Any], shared: bool, seed: int
+) -> None:
+    call: dict[str, Any] = {"objectives": ["rkl"], "positions": 4, "device": "cpu", "output_dir": tmp_path}
+    first = analyze(models["surer"], models["teacher"], models["rows"], **call)
+    settings = first.tables["settings"]
+    described = {"seed": 7, "models": settings["models"], "data": settings["data"] | {"heldout_rows": settings["rows"]}}
+    described = {key: value for key, value in (described | change).items() if value is not None}
+    Evaluation(Numbers({"student": {"nll": 1.0}}), described).save(tmp_path)
+    again = analyze(models["surer"], models["teacher"], models["rows"], **call)
+    assert again.tables["settings"]["evaluation_seed"] == seed
+    assert {finding.id for finding in first.findings} - {finding.id for finding in again.findings} == (
+        set() if shared else set(SHARED)
+    )
 
 
 def test_settings_are_taken(cli: Cli, models: dict[str, Path], tmp_path: Path) -> None:
@@ -148,7 +199,7 @@ def test_a_run_and_its_page(cli: Cli, tmp_path: Path) -> None:
     assert found["objectives"][0]["objective"] == "this run's drkl"
     assert cli("report", run.root).code == 0
     page = run.report_path.read_text()
-    assert "Does reverse KL make it too sure?" in page and f"drkl analyze {run.root}" in page
+    assert 'data-finding="pushed_when_matched"' in page and f"drkl analyze {run.root}" in page
     assert "has not been evaluated" in page
 
     done = cli("analyze", run.root, "--output", tmp_path / "runs" / "r", *QUICK)
@@ -164,22 +215,39 @@ def test_a_run_and_its_page(cli: Cli, tmp_path: Path) -> None:
     assert done.code == 2 and "holds a list; expected an object" in done.err
 
 
+def test_what_stands_in_both_files_is_decided_once(tmp_path: Path) -> None:
+    heldout = tiny_runs.write_rows(tmp_path / "heldout.jsonl", 12)
+    run = tiny_runs.train(tiny_runs.config(tmp_path, data={"eval_path": str(heldout)}, evaluation={"seed": 3}))
+    before = analyze_run(run.root, objectives=["rkl"], positions=4)
+    evaluation = evaluate_run(run.root, prompts=0)
+    after = analyze_run(run.root, objectives=["rkl"], positions=4, seed=5)
+    for analysis in (before, after):
+        assert analysis.tables["settings"]["evaluation_seed"] == 3
+        for id in SHARED:
+            ours, theirs = analysis.finding(id), evaluation.finding(id)
+            assert ours is not None and theirs is not None and ours.answer == theirs.answer
+            assert ours.numbers.keys() == theirs.numbers.keys()
+            for name, number in theirs.numbers.items():
+                np.testing.assert_allclose(ours.numbers[name].value, number.value, rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(ours.numbers[name].interval, number.interval, rtol=1e-5, atol=1e-6)
+
+
 def test_a_run_without_a_teacher_is_refused(cli: Cli, tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path)
     model = values["teacher"]["model"]
     values |= {"teacher": None, "objective": {"name": "ce"}, "student": {"init": "pretrained", "model": model}}
     run = tiny_runs.train(values)
     done = cli("analyze", run.root, *QUICK)
-    assert done.code == 2 and "There is no teacher: the analysis compares the student with one" in done.err
+    assert done.code == 2 and "There is no teacher, and the analysis compares the student with one" in done.err
     assert not run.analysis_path.exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--gamma", 0), "--gamma is 0; expected a finite number above 0"),
-        (("--temperature", "-1"), "--temperature is -1; expected a finite number above 0"),
-        (("--positions", 0), "--positions is 0; expected at least 1"),
+        (("--gamma", 0), "gamma is 0; expected a finite number above 0"),
+        (("--temperature", "-1"), "temperature is -1; expected a finite number above 0"),
+        (("--positions", 0), "positions is 0; expected at least 1"),
         (("--objectives", "rlk"), "Did you mean 'rkl'?"),
         (("--objectives", ","), "--objectives is ','; expected one value"),
     ],

@@ -1,4 +1,4 @@
-"""The watched pushes against numpy from each model's own logits; training that does not notice; what is refused."""
+"""The watched pushes against numpy from each model's own logits; training is the same; what is refused."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.models.forward import decoder_start
-from drkl.reporting.figures import training_curves
-from drkl.reporting.record import read_run
+from drkl.reporting.curves import pushes
+from drkl.reporting.inputs import read_run
 from drkl.runs import RunFolder
 from drkl.teachers.live import LiveTeacher
 from drkl.training.run import Listener, distill
@@ -115,6 +115,15 @@ def test_the_objectives_own_target_is_used() -> None:
     assert only["watch_target_push"] == pytest.approx(-found["rest_q"].mean(), rel=1e-9)
 
 
+def test_a_teacher_in_memory_is_handed_back_as_it_was() -> None:
+    (student, teacher), data = pair("llama"), rows("llama")
+    teacher.train()
+    watch = GradientWatch(Probe(data, teacher, pad_id=0), "rkl", every=1)
+    assert teacher.training and all(p.requires_grad for p in teacher.parameters())
+    of_live = GradientWatch(Probe(data, LiveTeacher(teacher), pad_id=0), "rkl", every=1)
+    assert watch.measure(student) == of_live.measure(student)
+
+
 def test_only_the_ids_that_both_models_share() -> None:
     student, teacher = tiny.llama(1, vocab=70).double(), tiny.llama(2).double()
     data = rows("llama")
@@ -166,7 +175,8 @@ def test_training_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
         clock = {"tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
         lines = [(step, {k: v for k, v in line.items() if k not in clock}) for step, line in seen.lines]
         losses.append([line for line in lines if not KEYS & line[1].keys()])
-    assert losses[0] == losses[1] and len(losses[0]) == 6
+    # Training and held-out losses at steps 2, 4 and 5, and the summary at the end.
+    assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [2, 2, 4, 4, 5, 5, 5]
     assert torch.equal(*random)
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
     looks = [(step, line) for step, line in seen.lines if "watch_q_t" in line]
@@ -332,5 +342,5 @@ def test_the_command_line_watches_what_the_config_says(cli: Cli, tmp_path: Path)
     run = RunFolder(tmp_path / "runs" / "r")
     assert run.read_config()["analysis"] == {"watch_every": 1, "watch_positions": 4}
     assert list(looks(run)) == [1] and all(line["watch_tail_push"] < 0 for line in looks(run).values())
-    curves, _ = training_curves(read_run(run))
-    assert curves[-1].title == "What pushes the target"
+    picture = pushes(read_run(run))
+    assert picture is not None and picture.title == "What pushes the target"

@@ -28,9 +28,9 @@ def test_worked_by_hand() -> None:
     assert width.ece(once) == pytest.approx([(abs(1.82 - 1) + 0.5 + 0.1) / 4])
     assert width.mce(once) == pytest.approx([0.5])
     assert mass.ece(once) == pytest.approx([(0.1 + 0.92 + 0.5 + 0.1) / 4])
-    table = width.reliability("texts")
-    assert (table["texts"][13], table["confidence"][13], table["accuracy"][13]) == (2, pytest.approx(0.91), 0.5)
-    assert table["accuracy"][:3] == [None, 0.0, None]
+    counts, confidence, accuracy = width.reliability()
+    assert (counts[13], confidence[13], accuracy[13]) == (2, pytest.approx(0.91), 0.5)
+    assert accuracy[:3] == [None, 0.0, None]
 
 
 def test_edges_belong_to_the_bin_above_and_one_to_the_last() -> None:

@@ -142,7 +142,7 @@ def test_a_run_with_flags_and_elsewhere(cli: Cli, tmp_path: Path) -> None:
     done = cli("evaluate", root, "--output", out, *QUICK, "--seeds", "1,2")
     assert done.code == 0, done.err
     assert not (root / "eval.json").exists() and read(out)["settings"]["seeds"] == [1, 2]
-    assert list(read(out)["sweep"]) == ["teacher", "after"]
+    assert list(read(out)["sweep"]) == ["teacher", "student"]
     rows = tiny_runs.write_rows(tmp_path / "suite.jsonl", 4)
     assert cli("evaluate", root, "--suite", f"dolly={rows}", *QUICK).code == 0
     assert read(root)["settings"]["suites"] == ["dolly"] and not (root / ".evaluation").exists()

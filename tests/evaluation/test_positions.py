@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import load, save
 from scipy.spatial.distance import jensenshannon
 from scipy.special import log_softmax, logsumexp, rel_entr
 from scipy.stats import entropy as scipy_entropy
@@ -24,13 +23,13 @@ from drkl.evaluation.declared import TOKEN_KEYS
 from drkl.evaluation.positions import (
     NUM_BINS,
     PROFILE_RANKS,
-    HeldOutStates,
     PositionTable,
     bin_edges,
     compare,
-    held_out_states,
 )
+from drkl.evaluation.row_sums import RowSums
 from drkl.losses import LMHead
+from drkl.models.readout import Readout, read
 from tests.evaluation import tiny
 from tests.rounding import rounding
 
@@ -202,7 +201,10 @@ def test_no_positions_no_means() -> None:
     assert got.compute() == {**dict.fromkeys(TOKEN_KEYS), "num_tokens": 0}
     assert got.distributions(11) == {"entropy": [0] * NUM_BINS, "confidence": [0] * NUM_BINS}
     assert got.intervals(0) == {} and got.rows([]) == [] and got.tail_profile() == [None] * 10
-    assert got.reliability()["tokens"] == [0] * 15 and PositionTable.from_arrays(got.to_arrays()).num_tokens == 0
+    assert (
+        got.row_sums(0).width.reliability()[0] == [0] * 15
+        and PositionTable.from_arrays(got.to_arrays()).num_tokens == 0
+    )
 
 
 def test_tokens_that_both_exclude_count_nothing() -> None:
@@ -241,7 +243,7 @@ def test_an_infinite_row_counts_only_where_it_is_drawn() -> None:
     assert "rkl" not in table.intervals(0) and "fkl" in table.intervals(0)
     (line,) = [line for line in table.rows([f"r{i}" for i in range(ROWS)]) if line["row_id"] == "r2"]
     assert line["sums"]["rkl"] == "inf"
-    again = PositionTable.from_rows(table.rows([f"r{i}" for i in range(ROWS)])).metrics(weights)
+    again = RowSums.of_lines(table.rows([f"r{i}" for i in range(ROWS)])).metrics(weights)
     assert all(np.array_equal(again[key], found[key]) for key in found)
 
 
@@ -311,7 +313,7 @@ def test_order_and_merging_change_nothing(seed: int, count: int, vocab: int, coa
     for part in reversed(parts):
         merged.merge(PositionTable.from_arrays(part.to_arrays()))
     assert merged.compute() == expected.compute()
-    assert merged.reliability("mass") == expected.reliability("mass")
+    assert merged.row_sums(4).mass.reliability() == expected.row_sums(4).mass.reliability()
     names = [f"r{i}" for i in range(5)]
     assert merged.rows(names) == expected.rows(names)
     # Another numbering of the rows, and each of them twice.
@@ -329,14 +331,14 @@ def test_lines_hold_what_the_metrics_need() -> None:
     lines = [json.loads(line) for line in text]
     assert [line["row_id"] for line in lines] == names and lines[-1]["num_tokens"] == 0
     assert [line["num_tokens"] for line in lines] == np.bincount(rows_of(), minlength=ROWS).tolist()
-    again = PositionTable.from_rows(lines)
+    again = RowSums.of_lines(lines)
     weights = np.random.default_rng(2).integers(0, 3, (6, ROWS)).astype(float)
     found = table.metrics(weights)
     assert {key: value.tolist() for key, value in again.metrics(weights).items()} == {
         key: value.tolist() for key, value in found.items()
     }
     own = tabulate(logits(0), None, observed())
-    assert PositionTable.from_rows(own.rows(names)).metrics(weights).keys() == set(OWN)
+    assert RowSums.of_lines(own.rows(names)).metrics(weights).keys() == set(OWN)
 
 
 def test_a_table_survives_a_file(tmp_path: Path) -> None:
@@ -364,7 +366,11 @@ def test_reliability() -> None:
     table = tabulate(student, None, labels)
     q = np.exp(log_softmax(student.double().numpy(), -1))
     confidence, right = q.max(-1), q.argmax(-1) == labels.numpy()
-    width, mass = table.reliability(), table.reliability("mass")
+    sums = table.row_sums(table.num_rows)
+    width, mass = (
+        dict(zip(("tokens", "confidence", "accuracy"), bins.reliability(), strict=True))
+        for bins in (sums.width, sums.mass)
+    )
     assert width["tokens"] == np.histogram(confidence, np.arange(16) / 15)[0].tolist()
     assert mass["tokens"] == [len(part) for part in np.array_split(confidence, 15)]
     for number, members in enumerate(np.array_split(np.argsort(confidence), 15)):
@@ -398,7 +404,7 @@ def test_vocabularies_that_differ_are_refused() -> None:
     with pytest.raises(DrklError, match="The teacher scores 12 tokens and the student 11"):
         PositionTable().update(logits(0), logits(1, vocab=12), observed(), rows_of())
     zeros = torch.zeros(2, dtype=torch.long)
-    states = [HeldOutStates(torch.zeros(2, 3), zeros, zeros, LMHead(torch.zeros(v, 3))) for v in (5, 6)]
+    states = [Readout(torch.zeros(2, 3), zeros, zeros, LMHead(torch.zeros(v, 3))) for v in (5, 6)]
     with pytest.raises(DrklError, match="The teacher scores 6 tokens and the student 5"):
         compare(states[0], states[1])
 
@@ -410,64 +416,20 @@ def test_a_teacher_for_all_or_none() -> None:
         PositionTable(0.5).merge(PositionTable(0.2))
 
 
-def plain_logits(model: torch.nn.Module, rows: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row by row through the model's own forward."""
-    parts, labels = [], []
-    for row in rows:
-        ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
-        with torch.no_grad():
-            parts.append(model(ids).logits[0, len(row.prompt_ids) - 1 : -1])
-        labels.append(ids[0, len(row.prompt_ids) :])
-    return torch.cat(parts), torch.cat(labels)
-
-
-@pytest.mark.parametrize("tokens_per_batch", [1, 40, 10_000])
-def test_models_are_compared_at_the_response_tokens(tokens_per_batch: int) -> None:
+def test_models_are_compared_at_the_response_tokens() -> None:
     student, teacher, rows = tiny.gpt2(0), tiny.llama(1), tiny.rows()
-    read: list[int] = []
-    states = [
-        held_out_states(m, rows, pad_id=0, tokens_per_batch=tokens_per_batch, progress=read.append)
-        for m in (student, teacher)
-    ]
-    assert sum(read) == 2 * len(rows)
-    (z, labels), (y, _) = plain_logits(student, rows), plain_logits(teacher, rows)
-    assert states[0].labels.tolist() == labels.tolist()
-    torch.testing.assert_close(states[0].head.logits(states[0].hidden), z)
+    ours, theirs = (read(model, rows, pad_id=0) for model in (student, teacher))
     compared: list[int] = []
-    got = compare(states[0], states[1], chunk_tokens=7, progress=compared.append)
-    expected = reference(z, y, labels)
+    got = compare(ours, theirs, chunk_tokens=7, progress=compared.append)
+    everything = slice(None)
+    expected = reference(ours.logits(everything), theirs.logits(everything), ours.labels)
     assert got.compute() == {k: pytest.approx(v, rel=1e-9, abs=1e-9) for k, v in expected.items()}
     lengths = [len(row.response_ids) for row in rows]
     assert [line["num_tokens"] for line in got.rows([row.id for row in rows])] == lengths
-    assert sum(compared) == len(labels) == sum(len(row.response_ids) for row in rows)
-
-
-def test_padding_changes_nothing() -> None:
-    model, rows = tiny.llama(), tiny.rows()
-    first, second = (held_out_states(model, rows, pad_id=pad) for pad in (0, 7))
-    torch.testing.assert_close(first.hidden, second.hidden)
+    assert sum(compared) == len(ours.labels) == sum(lengths)
 
 
 def test_the_teacher_is_at_no_distance_from_itself() -> None:
-    states = held_out_states(tiny.llama(), tiny.rows(), pad_id=0)
+    states = read(tiny.llama(), tiny.rows(), pad_id=0)
     got = compare(states, states, chunk_tokens=5).compute()
     assert (got["fkl"], got["rkl"], got["tvd"], got["agreement"], got["entropy_gap"]) == (0, 0, 0, 1, 0)
-
-
-def test_the_model_must_be_in_eval_mode() -> None:
-    with pytest.raises(AssertionError, match="dropout"):
-        held_out_states(tiny.llama().train(), tiny.rows(), pad_id=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_states_survive_a_file(dtype: torch.dtype) -> None:
-    hidden, labels, rows = torch.randn(5, 3).to(dtype), torch.arange(5), torch.tensor([0, 0, 1, 1, 2])
-    weight = torch.randn(9, 3).to(dtype).requires_grad_()
-    heads = (LMHead(weight), LMHead(weight, torch.randn(9).to(dtype), 0.25, 30.0).trimmed(7))
-    for head in heads:
-        states = HeldOutStates(hidden, labels, rows, head)
-        again = HeldOutStates.from_tensors(load(save(states.to_tensors())))
-        assert torch.equal(again.head.logits(again.hidden), head.logits(hidden))
-        assert torch.equal(again.labels, labels) and torch.equal(again.row_index, rows)
-        few = {name: tensor for name, tensor in states.to_tensors().items() if not name.startswith("head.")}
-        assert HeldOutStates.from_tensors(few, head).head is head

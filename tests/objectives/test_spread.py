@@ -17,12 +17,8 @@ inside = st.floats(0.01, 0.99)
 weight = st.just(0.0) | st.floats(1e-6, 4.0)  # 40 digits are too few for less: the equation has 1 / (alpha beta)
 shares = st.sampled_from(["constant", "student", "teacher", "floor"])
 target = st.sampled_from(["teacher", "label"])
+# An objective that is not here is drawn with its defaults.
 PARAMS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
-    "ce": st.just({}),
-    "fkl": st.just({}),
-    "rkl": st.just({}),
-    "tvd": st.just({}),
-    "todi": st.just({}),
     "symmetric_kl": st.fixed_dictionaries({"forward_weight": unit}),
     "gjs": st.fixed_dictionaries({"beta": inside}),
     "sfkl": st.fixed_dictionaries({"skew": st.floats(0.0, 0.99)}),
@@ -43,8 +39,8 @@ PARAMS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
 
 @st.composite
 def objectives(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
-    name = draw(st.sampled_from(sorted(PARAMS)))
-    return name, draw(PARAMS[name])
+    name = draw(st.sampled_from(sorted(drkl.OBJECTIVES)))
+    return name, draw(PARAMS.get(name, st.just({})))
 
 
 @st.composite
@@ -65,10 +61,6 @@ def expected(name: str, params: dict[str, Any], student: Any, teacher: Any, labe
         words = {"on_tail": params["tail"], "gamma": params["gamma"], "weight": params["weight"]}
         return reference.decoupled(q, p, at, **words)
     return reference.PARTS[name](q, p, **params)
-
-
-def test_every_registered_objective_is_drawn() -> None:
-    assert set(PARAMS) == set(drkl.OBJECTIVES)
 
 
 @settings(max_examples=150, deadline=None)
@@ -116,6 +108,7 @@ def test_the_operator_on_any_two_parts(
         q, p = reference.softmax(student), reference.softmax(teacher)
         by_hand.append(float(reference.decoupled(q, p, t, **words, weight=share)))
     np.testing.assert_allclose(values, by_hand, rtol=1e-9, atol=1e-12)
-    closed, closed_grad = tensors.closed_form(objective, *rows)
-    torch.testing.assert_close(closed, values, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(closed_grad, grad, rtol=1e-9, atol=1e-12)
+    if objective.has_closed_form:
+        closed, closed_grad = tensors.closed_form(objective, *rows)
+        torch.testing.assert_close(closed, values, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(closed_grad, grad, rtol=1e-9, atol=1e-12)

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-from drkl.runs import RunFolder, write_json, write_jsonl, write_yaml
+from drkl.evaluation.findings import of_analysis
+from drkl.runs import RunFolder, read_json, write_json, write_jsonl, write_yaml
+
+ANALYSIS = Path(__file__).resolve().parents[2] / "docs" / "results" / "quickstart.analysis.json"
 
 WARMUP_STEPS, LAST_STEPS = 170, 180
 PROMPTS = [
@@ -31,7 +34,7 @@ METRICS = {
     "teacher": [0, 0, 0, 1.0, 2.71, 0.482, 2.32, 0.531, 0.0, 0.0, 0.0, 0.0, 23.9, 0.71, 0.93, 17.2],
     "before": [8.91, 11.73, 0.96, 0.021, 11.4, 0.017, 7.9, 0.113, 0.104, -0.418, 5.58, -0.517, 1.1, 0.93, 0.99, 1.4],
     "warmup": [2.34, 3.24, 0.61, 0.348, 4.43, 0.312, 4.57, 0.288, 0.071, -0.243, 2.25, -0.312, 11.8, 0.82, 0.97, 5.1],
-    "after": [2.62, 2.54, 0.59, 0.353, 4.62, 0.318, 3.05, 0.417, 0.128, -0.114, 0.73, -0.246, 13.2, 0.74, 0.94, 11.8],
+    "student": [2.62, 2.54, 0.59, 0.353, 4.62, 0.318, 3.05, 0.417, 0.128, -0.114, 0.73, -0.246, 13.2, 0.74, 0.94, 11.8],
 }
 KEYS = [
     "fkl", "rkl", "tvd", "agreement", "nll", "accuracy", "entropy", "confidence", "overconfidence", "confidence_gap",
@@ -86,10 +89,11 @@ def evaluation(*, teacher: bool = True, warmup: bool = True, changes: dict[str, 
     """What ``eval.json`` holds."""
     models = [model for model in METRICS if _present(model, teacher, warmup)]
     result: dict[str, Any] = {
+        "format": 2, "task": "generation",
         "settings": {
             "prompts": 24, "samples_per_prompt": 4, "sampling_temperature": 1.0, "max_new_tokens": 64, "seed": 0,
             "versions": {"rouge-score": "0.1.2", "sacrebleu": "2.5.1"},
-        }
+        },
     }  # fmt: skip
     for model in models:
         values: dict[str, Any] = dict(zip(KEYS, METRICS[model], strict=True)) | {"num_tokens": 6821}
@@ -132,7 +136,7 @@ def sweep(found: dict[str, Any], models: list[str]) -> dict[str, Any]:
     for model in models:
         found["distributions"][model]["target"] = _bell([i / 30 for i in range(31)], METRICS[model][7] * 0.8, 0.28)
     ranks = [1, 2, 3, 5, 10, 20, 50, 100, 200, 500]
-    steep = {"teacher": 1.7, "before": 0.1, "warmup": 1.1, "after": 1.4}
+    steep = {"teacher": 1.7, "before": 0.1, "warmup": 1.1, "student": 1.4}
     found["tail"] = {"ranks": ranks} | {m: [METRICS[m][7] * r ** -steep[m] / 2 for r in ranks] for m in models}
     return found
 
@@ -159,22 +163,22 @@ def _bins(counts: list[int], place: int) -> dict[str, Any]:
 
 
 def write_pair(root: Path, **changes: Any) -> RunFolder:
-    """The folder of an outside pair: no config.yaml, and the student's own name; ``changes`` goes into the file."""
-    found = sweep(evaluation(warmup=False), ["teacher", "after"])
+    """The folder of an outside pair, without config.yaml; ``changes`` goes into the file."""
+    found = sweep(evaluation(warmup=False), ["teacher", "student"])
     del found["before"], found["distributions"]["before"]
     found["settings"] |= {
         "models": {"teacher": "org/teacher", "student": "models/small"}, "data": {"path": "rows.jsonl", "rows": 100},
         "command": ["/somewhere/bin/drkl", "evaluate", "--student", "models/small", "--teacher", "org/teacher",
                     "--data", "rows.jsonl", "--output", "out/pair"],
     }  # fmt: skip
-    values = {key: found["after"][key] for key in ("rouge_l", "distinct_2", "rkl")}
-    suite = {"after": values, "teacher": {"rouge_l": 23.0}, "intervals": {"after": {"rouge_l": [12.0, 14.5]}}}
-    found["suites"] = {"dolly": suite, "vicuna": {"after": values}}
-    text = json.dumps(found | changes).replace('"after"', '"student"')
+    values = {key: found["student"][key] for key in ("rouge_l", "distinct_2", "rkl")}
+    suite = {"student": values, "teacher": {"rouge_l": 23.0}, "intervals": {"student": {"rouge_l": [12.0, 14.5]}}}
+    found["suites"] = {"dolly": suite, "vicuna": {"student": values}}
+    text = json.dumps(found | changes).replace('"student"', '"student"')
     run = RunFolder(root)
     write_json(run.eval_path, json.loads(text))
-    rows = _samples(["teacher", "after"], TEMPERATURES)
-    write_jsonl(run.samples_path, [row | {"model": row["model"].replace("after", "student")} for row in rows])
+    rows = _samples(["teacher", "student"], TEMPERATURES)
+    write_jsonl(run.samples_path, [row | {"model": row["model"].replace("student", "student")} for row in rows])
     return run
 
 
@@ -258,9 +262,41 @@ def _samples(models: list[str], temperatures: list[float]) -> list[dict[str, Any
     return rows
 
 
+def write_heldout(run: RunFolder, **changes: float) -> RunFolder:
+    """Write ``heldout.jsonl``: 40 rows with a mean of every metric; ``changes`` are added to the student's means."""
+    lines = []
+    for model in ("teacher", "student"):
+        noise = random.Random(3)
+        values = dict(zip(KEYS, METRICS[model], strict=True))
+        for row in range(40):
+            num_tokens = 20 + row % 7
+            shake = noise.gauss(0, 0.05)  # what makes a row hard is the same for every run
+            keys = ["rkl", "fkl", "tvd", "agreement", "nll", "accuracy", "entropy", "confidence", "overconfidence"]
+            means = {key: values[key] + shake + (changes.get(key, 0.0) if model == "student" else 0) for key in keys}
+            sums = {key: num_tokens * mean for key, mean in means.items()}
+            if model == "student":
+                sums |= {"teacher_entropy": num_tokens * (2.32 + shake)}
+                sums |= {"teacher_confidence": num_tokens * (0.531 + shake)}
+            filled = [[7, num_tokens, sums["confidence"], sums["accuracy"]]]
+            line = {"model": model, "row_id": f"row-{row}", "num_tokens": num_tokens, "sums": sums}
+            lines.append(line | {"bins": {"width": filled, "mass": filled}})
+    write_jsonl(run.root / "heldout.jsonl", lines)
+    return run
+
+
+def write_analysis(run: RunFolder, *, earlier: bool = False, **settings: Any) -> RunFolder:
+    """Write the quickstart's committed analysis; ``earlier``: as a drkl without findings wrote it."""
+    content = read_json(ANALYSIS)
+    if not earlier:
+        content["findings"] = [finding.to_json() for finding in of_analysis(content)]
+    content["settings"] |= settings
+    write_json(run.analysis_path, content)
+    return run
+
+
 def add_sample(run: RunFolder, **fields: Any) -> None:
     """Put one more row in front of ``samples.jsonl``."""
-    row = {"model": "after", "prompt_id": "odd", "prompt": "p", "sampling_temperature": 1.0, "sample": 0, "text": "t",
+    row = {"model": "student", "prompt_id": "odd", "prompt": "p", "sampling_temperature": 1.0, "sample": 0, "text": "t",
            "reference": "r", "num_tokens": 3}  # fmt: skip
     old = run.samples_path.read_text(encoding="utf-8")
     run.samples_path.write_text(json.dumps(row | fields) + "\n" + old, encoding="utf-8")

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from drkl.reporting import write_report
-from drkl.runs import read_json, write_json, write_jsonl, write_yaml
-from tests.analysis.made_states import found, teacher_logits, with_other_tails
+from drkl.reporting import report
+from drkl.runs import RunFolder, read_json, write_json, write_jsonl, write_yaml
 from tests.reporting import test_classification
-from tests.reporting.conftest import MakeRun, add_sample, write_pair
+from tests.reporting.conftest import MakeRun, add_sample, write_analysis, write_pair
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -59,15 +58,13 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-def analysed() -> dict[str, Any]:
-    """What `drkl analyze` finds in made-up states; its names are long, and hostile."""
-    teacher, labels, generator = teacher_logits()
-    _, tables = found(with_other_tails(teacher, generator), teacher, labels, positions=16)
-    tables["headline"] = tables["objectives"][0]["objective"] = HOSTILE
-    tables["settings"] |= {
-        "command": ["drkl", "analyze", "x" * 300], "models": {"student": HOSTILE, "teacher": "y" * 300},
-    }  # fmt: skip
-    return tables
+def hostile_analysis(run: RunFolder) -> None:
+    """An analysis whose names and sentences are long, and hostile."""
+    write_analysis(run, command=["drkl", "analyze", "x" * 300], models={"student": HOSTILE, "teacher": "y" * 300})
+    content = read_json(run.analysis_path)
+    content["objectives"][0]["objective"] = HOSTILE
+    content["findings"][-1] |= {"text": HOSTILE, "question": HOSTILE}
+    write_json(run.analysis_path, content)
 
 
 @pytest.mark.parametrize("swept", [True, False])
@@ -75,10 +72,10 @@ def test_the_page_fits_and_is_alone(make_run: MakeRun, tmp_path: Path, browser: 
     run = make_run(swept=swept)
     add_sample(run, prompt="<script>document.title='taken'</script>" + "x" * 3_000, text="y" * 3_000)
     if swept:
-        write_json(run.analysis_path, analysed())
+        hostile_analysis(run)
     several = [run, make_run("rkl", objective="rkl", swept=swept)]
     for runs in (several, [run], [write_pair(tmp_path / "pair")]):
-        path = write_report(runs, tmp_path / "page.html")
+        path = report(runs, tmp_path / "page.html")
         for width, scheme in ((1280, "light"), (390, "dark"), (1280, "dark"), (390, "light")):
             tab = Tab(browser, path, width=width, scheme=scheme)
             tab.page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
@@ -98,7 +95,7 @@ def test_the_page_fits_and_is_alone(make_run: MakeRun, tmp_path: Path, browser: 
 
 
 def test_sorting_by_click_and_keyboard_and_back(make_run: MakeRun, browser: Any) -> None:
-    tab = Tab(browser, write_report(make_run(swept=True)))
+    tab = Tab(browser, report(make_run(swept=True)))
     page = tab.page
     names = "[...document.querySelectorAll('.metrics tbody tr:not(.group) .metric')].map(one => one.textContent)"
     groups = page.locator(".metrics tr.group")
@@ -108,8 +105,7 @@ def test_sorting_by_click_and_keyboard_and_back(make_run: MakeRun, browser: Any)
     assert page.evaluate(names) == sorted(first, key=str.casefold)
     assert page.locator("[aria-sort]").get_attribute("aria-sort") == "ascending"
     assert groups.count() == 0
-    after = page.locator(".metrics thead th", has_text="After").locator("button")
-    after.focus()
+    page.locator(".metrics thead th", has_text="Student").locator("button").focus()
     page.keyboard.press("Enter")
     values = "[...document.querySelectorAll('.metrics tbody tr')].map(row => row.cells[4].dataset.value)"
     down = page.evaluate(values)
@@ -117,7 +113,7 @@ def test_sorting_by_click_and_keyboard_and_back(make_run: MakeRun, browser: Any)
     assert numbers == sorted(numbers, reverse=True) and down[: len(numbers)] == [value for value in down if value]
     page.keyboard.press("Space")
     assert page.locator("[aria-sort]").get_attribute("aria-sort") == "ascending"
-    assert "Sorted by After" in page.locator(".sorting [role=status]").inner_text()
+    assert "Sorted by Student" in page.locator(".sorting [role=status]").inner_text()
     page.get_by_role("button", name="Back to the groups").click()
     assert page.evaluate(names) == first and groups.count() == num_groups
     assert page.locator("[aria-sort]").count() == 0
@@ -125,7 +121,7 @@ def test_sorting_by_click_and_keyboard_and_back(make_run: MakeRun, browser: Any)
 
 
 def test_a_curve_can_be_hidden(make_run: MakeRun, browser: Any) -> None:
-    tab = Tab(browser, write_report([make_run(swept=True), make_run("rkl", objective="rkl", swept=True)]))
+    tab = Tab(browser, report([make_run(swept=True), make_run("rkl", objective="rkl", swept=True)]))
     curve = tab.page.locator("[data-series=run-1]").first
     assert curve.is_visible()
     box = tab.page.get_by_role("checkbox", name="rkl", exact=True)
@@ -138,7 +134,7 @@ def test_a_curve_can_be_hidden(make_run: MakeRun, browser: Any) -> None:
 
 
 def test_the_picker_changes_prompt_and_temperature(make_run: MakeRun, browser: Any) -> None:
-    tab = Tab(browser, write_report(make_run(swept=True)))
+    tab = Tab(browser, report(make_run(swept=True)))
     shown = tab.page.locator(".picker article")
     assert "Why do cats purr?" in shown.inner_text()
     assert tab.page.get_by_role("button", name="Previous").is_disabled()
@@ -157,11 +153,11 @@ def test_the_picker_changes_prompt_and_temperature(make_run: MakeRun, browser: A
 
 
 def test_without_a_script_all_is_readable(make_run: MakeRun, browser: Any) -> None:
-    tab = Tab(browser, write_report(make_run(swept=True)), script=False)
+    tab = Tab(browser, report(make_run(swept=True)), script=False)
     assert tab.page.locator(".static article").first.is_visible()
     for hidden in (".picker", ".sorting", ".toggle"):
         assert not tab.page.locator(hidden).first.is_visible()
-    assert tab.page.locator("[data-series=after]").first.is_visible()
+    assert tab.page.locator("[data-series=student]").first.is_visible()
     assert tab.page.locator(".metrics tr.group").first.is_visible()
 
 
@@ -179,7 +175,7 @@ def test_hostile_output_stays_text_and_runs_nothing(make_run: MakeRun, tmp_path:
     found["suites"] = {HOSTILE: {"student": {"rkl": 1.0}}}
     write_json(pair.eval_path, found)
     for runs in ([run], [run, pair], [pair]):
-        tab = Tab(browser, write_report(runs, tmp_path / "page.html"), width=390)
+        tab = Tab(browser, report(runs, tmp_path / "page.html"), width=390)
         assert tab.page.title().endswith(" – distillation report")
         assert tab.page.locator("img").count() == 0
         assert not tab.overflows()
@@ -194,9 +190,9 @@ def test_hostile_output_stays_text_and_runs_nothing(make_run: MakeRun, tmp_path:
 def test_the_page_of_a_classifier_fits(tmp_path: Path, browser: Any, width: int) -> None:
     long = "y" * 300
     runs = [test_classification.write_run(tmp_path / name, classes=[long, "x", "z"]) for name in ("drkl", "rkl")]
-    lines = [{"id": "a", "text": "x" * 3_000, "label": long, "student": "z" * 300, "teacher": long, "nll": 9.0}]
-    write_jsonl(runs[0].predictions_path, lines)
-    tab = Tab(browser, write_report(runs), width=width)
+    line = {"id": "a", "text": "x" * 3_000, "label": long, "student": "z" * 300, "student_confidence": 0.9}
+    write_jsonl(runs[0].predictions_path, [line | {"teacher": long, "nll": 9.0}])
+    tab = Tab(browser, report(runs), width=width)
     assert not tab.overflows()
     assert tab.page.locator(".predictions").count() == 2 and tab.page.locator("script").count() == 1
     tab.check()

@@ -22,7 +22,6 @@ from drkl.models.at_head import call_at_head
 from drkl.models.forward import decoder_start
 from drkl.models.pair_loss import model_inputs
 from drkl.teachers.live import LiveTeacher
-from drkl.training.arguments import checkpointing_field
 from drkl.training.estimate import estimate
 from drkl.training.forward import loss_of
 from drkl.training.heldout import HeldOut
@@ -176,9 +175,7 @@ def test_checkpointing_gives_the_same_gradients(name: str) -> None:
     teacher = pair(name)[1]
     batch = batch_of(student, rows(student))
     plain = gradients(student, fused(student, teacher, batch, "rkl", 10))
-    newer = checkpointing_field() == "activation_checkpointing"
-    enable = student.activation_checkpointing_enable if newer else student.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    student.activation_checkpointing_enable({"use_reentrant": False})
     runs: list[int] = []
     layer = student.get_decoder().block[1] if name == "t5" else student.base_model.h[1]
     inside = layer.layer[0] if name == "t5" else layer.attn

@@ -1,6 +1,6 @@
-"""Why an objective does what it does: its pushes on the target and on the tail, and toys where one sees them."""
+"""Gradients of objectives, split into pushes of target and tail, and the analysis of a trained student with them."""
 
-from drkl.analysis.gradients import Decomposition, closed_form, decompose
+from drkl.analysis.gradients import Decomposition, decompose
 from drkl.analysis.splits import terms
 
-__all__ = ["Decomposition", "closed_form", "decompose", "terms"]
+__all__ = ["Decomposition", "decompose", "terms"]

@@ -6,16 +6,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class AnalysisConfig(BaseModel):
-    """What is measured beside the training that it is not needed for; the student is the same with it."""
+    """Measurements during training that leave the student as it is."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     watch_every: int | None = Field(
         None,
         ge=1,
-        description="optimiser steps between two looks at what pushes the target (and at the first step and the last): "
-        "watch_* in train.jsonl; off where left out",
+        description="optimiser steps between two measurements of the pushes on the target, logged as watch_* in "
+        "train.jsonl; the first and the last step are measured too (default: off)",
     )
     watch_positions: int = Field(
-        256, ge=1, description="response positions of training.eval_rows for that, at most, evenly spread"
+        256, ge=1, description="maximum number of response positions in training.eval_rows to measure at, evenly spread"
     )

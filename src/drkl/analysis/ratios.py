@@ -1,4 +1,4 @@
-"""Means over positions, with intervals over the rows that the positions are of."""
+"""Means over positions, with intervals over the rows that the positions belong to."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 
 from drkl.evaluation import bootstrap
+from drkl.evaluation.bookkeeping import finite
 from drkl.evaluation.calibration import weighted_sums
-from drkl.evaluation.measure import finite
+from drkl.evaluation.findings import MIN_UNITS
 
-MIN_ROWS = 5
-"""Of fewer rows a resample says nothing."""
 MISSED = 0.1
-"""At most this share of the resamples may have none of the positions that a mean is over; they are left out."""
+"""Up to this share of the resamples may contain none of a mean's positions; they are left out of its interval."""
 
 
 class Ratios:
@@ -21,7 +20,7 @@ class Ratios:
 
     Args:
         row: `[n]`, the row of each position, from 0.
-        num_rows: how many rows there are.
+        num_rows: number of rows.
     """
 
     def __init__(self, row: np.ndarray, num_rows: int) -> None:
@@ -35,19 +34,19 @@ class Ratios:
         self.ratio(name, np.where(chosen > 0, values, 0.0), chosen)
 
     def ratio(self, name: str, over: np.ndarray, under: np.ndarray) -> None:
-        """The sum of ``over`` `[n]` by the sum of ``under`` `[n]`."""
-        assert name not in self._over, f"{name} was there already"
+        """The sum of ``over`` `[n]` divided by the sum of ``under`` `[n]`."""
+        assert name not in self._over, f"{name} is defined already"
         for sums, values in ((self._over, over), (self._under, under)):
             sums[name] = np.bincount(self._row, values, self._num_rows).astype(np.float64)
 
     def compute(self, seed: int) -> dict[str, dict[str, Any]]:
-        """``value`` and ``interval`` by name; None where there is none: infinite, over nothing, or of too few rows."""
+        """``value`` and ``interval`` by name; None where it is infinite, over no position, or over too few rows."""
         ones = np.ones((1, self._num_rows))
         values = {name: finite_or_none(value[0]) for name, value in self._metrics(ones).items()}
-        ends: dict[str, list[float] | None] = {}
-        if self._num_rows >= MIN_ROWS:
+        ends: dict[str, bootstrap.Interval | None] = {}
+        if self._num_rows >= MIN_UNITS:
             resampled = bootstrap.bootstrap(self._metrics, self._num_rows, seed)
-            ends = {name: _interval(found) for name, found in resampled.items()}
+            ends = {name: _interval(values) for name, values in resampled.items()}
         return {name: {"value": value, "interval": ends.get(name)} for name, value in values.items()}
 
     def _metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -61,11 +60,11 @@ class Ratios:
             return dict(zip(names, (over / under).T, strict=True))
 
 
-def _interval(resampled: np.ndarray) -> list[float] | None:
+def _interval(resampled: np.ndarray) -> bootstrap.Interval | None:
     known = resampled[~np.isnan(resampled)]
     return bootstrap.interval(known) if len(known) >= (1 - MISSED) * len(resampled) else None
 
 
 def finite_or_none(value: float) -> float | None:
-    """The value, or None for NaN and infinities, which json has not."""
+    """The value, or None for NaN and infinities, which json cannot hold."""
     return finite(float(value))

@@ -1,4 +1,4 @@
-"""What two models say at the positions of held-out text, and what every objective would do about it there."""
+"""Two models compared at the positions of held-out text, and the gradient of every objective there."""
 
 from __future__ import annotations
 
@@ -10,39 +10,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drkl.analysis.gradients import closed_form, decompose, has_closed_form, log_odds_gap
+from drkl.analysis.gradients import decompose
+from drkl.evaluation.bookkeeping import finite
 from drkl.losses.common import check_vocabularies, log_softmax
+from drkl.models.readout import Readout, read_logits
 from drkl.objectives import Objective
-from drkl.objectives.logspace import argmax, kl, split
-from drkl.positions import token_statistics
+from drkl.objectives.logspace import argmax, split
+from drkl.positions import at, target_statistics, token_statistics
 
 CHUNK = 128
-"""Positions whose logits are held at once."""
+"""Positions whose logits exist at once."""
 MATCHED = 0.25
-"""The target is matched where its log-odds differ by at most this, |D| in nats: in probability by .06 at most."""
+"""The target is matched where |D| is at most this, in nats of log-odds: in probability .06 at most."""
 
 Progress = Callable[[int], None] | None
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One model at `n` positions.
-
-    ``labels`` `[n]` are the observed tokens (or classes), ``row_index`` `[n]` says which row each position is of, from
-    0, and ``logits`` gives `[m, vocab]` for the positions `[m]` it is asked for.
-    """
-
-    labels: Tensor
-    row_index: Tensor
-    logits: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
 class Pushes:
-    """What one objective's gradient is at the positions ``at`` `[m]`; `[m]` each, negative = upwards.
+    """One objective at the positions ``at`` `[m]`: each field is `[m]`; a negative push raises the target's logit.
 
-    The pushes are the entries on the logit of the teacher's top token, whatever the objective's own target is; the
-    forces are the Euclidean norms of the two gradients over the vocabulary.
+    The pushes are the entries of the two gradients on the logit of the teacher's top token, whatever the objective's
+    own target is. The forces are the Euclidean norms of the two gradients over the vocabulary.
     """
 
     value: np.ndarray
@@ -51,41 +40,42 @@ class Pushes:
     target_force: np.ndarray
     tail_force: np.ndarray
     closed_form_gap: float | None
-    """The largest difference of the two gradients from their equations, at the first positions; None without any."""
+    """The largest difference between autograd's gradient and the objective's closed form over the first positions; None
+    where there is no closed form, or where it is not finite."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Everything that a diagnosis is made of; q = student, p = teacher, t = the teacher's top token, y* = argmax q.
+    """The numbers that an analysis is made of; q = student, p = teacher, t = the teacher's top token, y* = argmax q.
 
     ``columns`` has `[n]` by name. At the loss's temperature: ``q_t``, ``p_t``, ``rest`` (1 - q_t, from log-sum-exps),
-    ``B``, ``K``, ``D`` in nats, ``tail_slope`` (the norm of dK/dz over the tail, what a weight of the tail multiplies).
+    ``B``, ``K``, ``D`` in nats, ``tail_slope`` (the norm of dK/dz over the tail, which the tail's weight multiplies).
     At temperature 1: ``confidence`` (max q), ``correct`` (1 where y* is the label), ``teacher_confidence``,
-    ``teacher_correct``, ``own_gap`` (q - p at y*), ``target_gap`` (q - p at t).
+    ``teacher_correct``, ``overconfidence`` (q - p at y*), ``target_gap`` (q - p at t).
     """
 
     columns: Mapping[str, np.ndarray]
     row: np.ndarray
-    """`[n]`, from 0."""
+    """`[n]`, the row of each position, from 0."""
     num_rows: int
     labels: np.ndarray
     temperature: float
     at: np.ndarray
     """`[m]`, the positions at which every objective was differentiated, in order."""
     sampled: np.ndarray
-    """`[m]`, whether a position was taken evenly from all; the others were added because their target is matched."""
+    """`[m]`, whether a position is one of the evenly spaced; the others were added because their target is matched."""
     pushes: Mapping[str, Pushes]
 
     @property
     def matched(self) -> np.ndarray:
-        """`[n]`: the target's log-odds differ by no more than `MATCHED`."""
+        """`[n]`, whether the target's log-odds differ by no more than `MATCHED`."""
         close: np.ndarray = np.abs(self.columns["D"]) <= MATCHED
         return close
 
 
 def observe(
-    student: Reading,
-    teacher: Reading,
+    student: Readout,
+    teacher: Readout,
     objectives: Mapping[str, Objective],
     *,
     positions: int = 512,
@@ -96,64 +86,54 @@ def observe(
     """Compare two models position by position, and differentiate every objective at some of them.
 
     Args:
-        student: of at least one position.
-        teacher: of the same positions.
-        objectives: by the name they get in the result.
-        positions: at how many positions, evenly over all, each objective is differentiated; half as many again are
-            added of those where the target is matched, which are few.
-        temperature: T > 0, divides both models' logits in everything but confidence and accuracy.
-        on_reading: called with the number of positions after each part.
+        student: the student's readout, of at least one position.
+        teacher: the teacher's readout of the same positions.
+        objectives: the objectives by the names that the result uses.
+        positions: number of evenly spaced positions at which each objective is differentiated. Half as many are added
+            from the positions where the target is matched, which are few.
+        temperature: T > 0, divides both models' logits in everything except confidence and accuracy.
+        on_reading: called after each chunk with its number of positions.
         on_objective: called with 1 after each objective.
 
     Raises:
-        DrklError: vocabularies that differ, or what `decompose` refuses.
+        DrklError: the vocabularies differ, or `decompose` refuses an objective.
     """
-    assert torch.equal(student.labels, teacher.labels), "both models read the same positions"
-    size = len(student.labels)
+    check_vocabularies(student.num_outputs, teacher.num_outputs)
     parts = []
-    for start in range(0, size, CHUNK):
-        some = torch.arange(start, min(start + CHUNK, size))
-        parts.append(_columns(student.logits(some), teacher.logits(some), student.labels[some], temperature))
+    for _, student_logits, teacher_logits, labels in read_logits(student, teacher, CHUNK):
+        assert teacher_logits is not None
+        parts.append(_columns(student_logits, teacher_logits, labels, temperature))
         if on_reading is not None:
-            on_reading(len(some))
+            on_reading(len(labels))
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    at, sampled = _choose(np.abs(columns["D"]) <= MATCHED, positions)
+    chosen, sampled = _choose(np.abs(columns["D"]) <= MATCHED, positions)
     pushes = {}
     for name, objective in objectives.items():
-        pushes[name] = _pushes(student, teacher, objective, torch.from_numpy(at), temperature)
+        pushes[name] = _pushes(student, teacher, objective, torch.from_numpy(chosen), temperature)
         if on_objective is not None:
             on_objective(1)
     row = student.row_index.numpy()
-    return Observed(columns, row, int(row.max()) + 1, student.labels.numpy(), temperature, at, sampled, pushes)
+    return Observed(columns, row, int(row.max()) + 1, student.labels.numpy(), temperature, chosen, sampled, pushes)
 
 
 @torch.no_grad()
 def _columns(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float
 ) -> dict[str, np.ndarray]:
-    check_vocabularies(student_logits.shape[-1], teacher_logits.shape[-1])
-    teacher_logits = teacher_logits.to(student_logits.device)
-    labels = labels.to(student_logits.device)
-    plain = token_statistics(student_logits, teacher_logits, labels)
+    tokens = token_statistics(student_logits, teacher_logits, labels)
     target = argmax(teacher_logits)
     student, teacher = (split(log_softmax(logits, temperature), target) for logits in (student_logits, teacher_logits))
-    K = kl(student.log_tail, teacher.log_tail)
-    found = {
-        "q_t": student.log_two[:, 0].exp(),
-        "p_t": teacher.log_two[:, 0].exp(),
-        "rest": student.log_two[:, 1].exp(),
-        "B": kl(student.log_two, teacher.log_two),
-        "K": K,
-        "D": log_odds_gap(student, teacher),
-        "tail_slope": _tail_slope(student.log_tail, teacher.log_tail, K) / temperature,
-        "confidence": plain.confidence,
-        "correct": plain.accuracy,
-        "teacher_confidence": plain.teacher_confidence,
-        "teacher_correct": (target == labels),
-        "own_gap": plain.overconfidence,
-        "target_gap": plain.target_gap,
+    statistics = target_statistics(student, teacher, target)
+    columns = {name: getattr(statistics, name) for name in ("q_t", "p_t", "rest", "B", "K", "D")} | {
+        "tail_slope": _tail_slope(student.log_tail, teacher.log_tail, statistics.K) / temperature,
+        "confidence": tokens.confidence,
+        "correct": tokens.accuracy,
+        "teacher_confidence": tokens.teacher_confidence,
+        "teacher_correct": target == labels,
+        "overconfidence": tokens.overconfidence,
+        "target_gap": tokens.target_gap,
     }
-    return {name: value.double().cpu().numpy() for name, value in found.items() if value is not None}
+    return {name: value.double().cpu().numpy() for name, value in columns.items()}
 
 
 def _tail_slope(log_q: Tensor, log_p: Tensor, K: Tensor) -> Tensor:
@@ -167,8 +147,8 @@ def _tail_slope(log_q: Tensor, log_p: Tensor, K: Tensor) -> Tensor:
 def _choose(matched: np.ndarray, positions: int) -> tuple[np.ndarray, np.ndarray]:
     even = evenly(np.arange(len(matched)), positions)
     spare = np.setdiff1d(np.flatnonzero(matched), even)
-    at = np.union1d(even, evenly(spare, max(1, positions // 2)))
-    return at, np.isin(at, even)
+    chosen = np.union1d(even, evenly(spare, max(1, positions // 2)))
+    return chosen, np.isin(chosen, even)
 
 
 def evenly(values: np.ndarray, count: int) -> np.ndarray:
@@ -178,24 +158,33 @@ def evenly(values: np.ndarray, count: int) -> np.ndarray:
     return values[np.linspace(0, len(values) - 1, count).round().astype(np.int64)]
 
 
-def _pushes(student: Reading, teacher: Reading, objective: Objective, at: Tensor, temperature: float) -> Pushes:
+def _pushes(student: Readout, teacher: Readout, objective: Objective, chosen: Tensor, temperature: float) -> Pushes:
     parts: list[Sequence[Tensor]] = []
     gap: float | None = None
-    for number, some in enumerate(at.split(CHUNK)):
+    for number, some in enumerate(chosen.split(CHUNK)):
         student_logits = student.logits(some)
         teacher_logits = teacher.logits(some).to(student_logits.device)
-        # Given labels, an objective without a target of its own is split at those, not at the teacher's top token.
+        # With labels, the target of an objective that has none of its own would be the label.
         labels = student.labels[some].to(student_logits.device) if objective.needs_labels else None
-        found = decompose(student_logits, teacher_logits, labels, objective, temperature)
+        result = decompose(student_logits, teacher_logits, labels, objective, temperature)
         with torch.no_grad():
             logp = [log_softmax(logits, temperature) for logits in (student_logits, teacher_logits)]
             value = objective(logp[0], logp[1], labels)
-        top = argmax(teacher_logits).unsqueeze(-1)
-        grads = (found.target_grad, found.tail_grad)
-        if number == 0 and has_closed_form(objective):
-            equations = closed_form(student_logits, teacher_logits, labels, objective, temperature)
-            gap = max(float((ours - theirs).abs().max()) for ours, theirs in zip(grads, equations, strict=True))
-        at_top = [grad.gather(-1, top).squeeze(-1) for grad in grads]
-        parts.append((value, *at_top, *(grad.norm(dim=-1) for grad in grads)))
+        top = argmax(teacher_logits)
+        grads = (result.target_grad, result.tail_grad)
+        if number == 0 and objective.has_closed_form:
+            closed = _closed_form(objective, student_logits, teacher_logits, labels, temperature)
+            gap = finite(float((result.target_grad + result.tail_grad - closed).abs().max()))
+        parts.append((value, *(at(grad, top) for grad in grads), *(grad.norm(dim=-1) for grad in grads)))
     columns = [torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True)]
     return Pushes(columns[0], columns[1], columns[2], columns[3], columns[4], gap)
+
+
+@torch.no_grad()
+def _closed_form(
+    objective: Objective, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float
+) -> Tensor:
+    """The objective's gradient `[n, vocab]` on the student's logits, from its closed form."""
+    grad, teacher = (logits / temperature for logits in (student_logits, teacher_logits))  # overwritten
+    objective.value_and_grad_(grad, teacher, labels)
+    return grad / temperature

@@ -1,6 +1,8 @@
-"""Data: examples from files and data sets, tokenised into rows, collated into batches."""
+"""Data: examples from files and data sets, tokenised into rows, collated into batches.
 
-from drkl.data.config import DataConfig
-from drkl.data.examples import Example, load_examples
+The public names stand in ``__init__.pyi`` and load on first use.
+"""
 
-__all__ = ["DataConfig", "Example", "load_examples"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -185,7 +185,7 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
 
 
 def hash_of_id(row_id: str) -> bytes:
-    """Return the key by which rows are sorted before some of them are selected: independent of their order."""
+    """Return a hash of a row's id; rows selected in its order do not depend on the order of the file."""
     return hashlib.sha256(row_id.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -251,7 +251,7 @@ def _has_fields(row: Mapping[str, Any], row_format: str) -> bool:
 
 
 def _check_supported(place: str, row: Mapping[str, Any]) -> None:
-    """Refuse what a chat template would have to be told, rather than train on a prompt without it."""
+    """Raise DrklError for columns that only a chat template could use: training without them would be another task."""
     for name in UNSUPPORTED:
         value = row.get(name)
         if value is not None and (not hasattr(value, "__len__") or len(value)):
@@ -327,8 +327,8 @@ def _conversation(place: str, value: Any) -> tuple[dict[str, str], ...]:
     for index, message in enumerate(value):
         name = f"messages[{index}]"
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            found = _fields(message) if isinstance(message, Mapping) else _kind(message)
-            raise DrklError(f"{place}: {name} must have role and content; found {found}.")
+            fields = _fields(message) if isinstance(message, Mapping) else _kind(message)
+            raise DrklError(f"{place}: {name} must have role and content; found {fields}.")
         if message.get("tool_calls"):
             raise DrklError(f"{place}: {name} has tool_calls, which are not supported: a message is its content alone.")
         messages.append({"role": message["role"], "content": _text(place, f"{name}.content", message["content"])})

@@ -305,10 +305,10 @@ def _halves(
 
 
 def _text_example(
-    document: Example, number: int, tokenizer: PreTrainedTokenizerBase, shown: list[int], rest: list[int]
+    document: Example, number: int, tokenizer: PreTrainedTokenizerBase, beginning: list[int], rest: list[int]
 ) -> Example:
     """A block as a conversation, for display and for sampling."""
-    texts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in (shown, rest)]
+    texts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in (beginning, rest)]
     messages = ({"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]})
     return Example(f"{document.id}/{number}", messages, weight=document.weight)
 

@@ -9,10 +9,10 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.classification import LabelledRow
-from drkl.data.collate import IGNORE_INDEX
 from drkl.data.examples import Example, row_id_of
 from drkl.data.tokenize import DropReport, Row, nothing_left, row_of_spans
 from drkl.errors import DrklError
+from drkl.losses.common import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,1 +1,1 @@
-"""How faithful, how diverse and how confident a student is, next to its teacher."""
+"""Measure a student next to its teacher: closeness, variety, calibration; compare evaluations; draw conclusions."""

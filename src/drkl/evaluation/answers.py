@@ -1,4 +1,4 @@
-"""Every metric of sampled answers, as a function of how often each prompt counts."""
+"""Metrics of sampled answers, as functions of how often each prompt counts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from drkl.evaluation import bootstrap, text
+from drkl.evaluation import text
+from drkl.evaluation.bootstrap import Interval, Resampled
 from drkl.evaluation.declared import ANSWER_KEYS
 
 ORDERS = (1, 2, 3)
-"""Of the n-grams that Distinct is of."""
+"""The n of Distinct-n."""
 _CORPUS_SCORES = {"bleu": text.bleu, "chrf": text.chrf}
 _OF_ALL = ("num_answers", *(f"distinct_{n}_corpus" for n in ORDERS))
 _MEANS = tuple(key for key in ANSWER_KEYS if key not in (*_CORPUS_SCORES, *_OF_ALL))
@@ -31,27 +32,27 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Pool:
-    """The answers to one prompt, as far as any metric needs them."""
+    """What the metrics need of the answers to one prompt."""
 
     num_answers: int
     means: Mapping[str, tuple[float, int]]
-    """Of each mean the prompt's sum, and over how many: over none where nothing is defined."""
+    """By metric: the prompt's sum, and the number of values in it (0 where the metric is not defined)."""
     bleu: Sequence[int]
     chrf: Sequence[int]
     rouge_l: Sequence[float]
-    """Of each answer, ascending; of none without a reference."""
+    """ROUGE-L of each answer, ascending; empty without a reference."""
     copies: Sequence[int]
-    """How often each different text was answered."""
+    """How often each different text occurs."""
     words: Sequence[Sequence[str]]
-    """Of each answer, lower-cased."""
+    """The words of each answer, lower-cased."""
 
 
 class AnswerTable:
     """The answers of one model at one sampling temperature, prompt by prompt.
 
-    Metrics are weighted ratios of sums, or corpus scores of weighted sums of sufficient statistics; what a metric is
-    stands in ``declared``. A prompt on which a metric is not defined (no reference, one answer only, no n-gram) is left
-    out of that metric.
+    Metrics are weighted ratios of sums, or corpus scores of weighted sums of sufficient statistics; they are defined in
+    ``declared``. A prompt for which a metric is not defined (no reference, one answer only, no n-gram) is left out of
+    that metric.
 
     >>> table = AnswerTable()
     >>> table.update(["a cat"], [Answer("a cat", 3, True), Answer("a dog", 3, True)])
@@ -132,17 +133,17 @@ class AnswerTable:
             out[key] = np.array(found)
         return out
 
-    def intervals(self, seed: int) -> dict[str, list[float]]:
+    def intervals(self, seed: int) -> dict[str, Interval]:
         """95 % bootstrap intervals over the prompts, of the metrics that have one."""
-        return bootstrap.intervals(self.metrics, len(self), seed)
+        return Resampled.of(self.metrics, len(self), seed).intervals()
 
     def coverage(self) -> dict[str, list[Any]] | None:
-        """What ``k`` of a prompt's answers bring, for ``k`` from 1 to the smallest pool; None without answers.
+        """Expected quality and variety of ``k`` of a prompt's answers, for ``k`` from 1 to the smallest pool.
 
         ``rouge_l_best`` is the expected ROUGE-L of the best of ``k`` answers drawn without replacement from the pool,
         ``distinct_answers`` the expected number of different texts among them, both as means over prompts: with n
         answers of ascending scores s, Σᵢ sᵢ C(i−1, k−1) / C(n, k), and with each text cₐ times among them,
-        Σₐ 1 − C(n−cₐ, k) / C(n, k).
+        Σₐ 1 − C(n−cₐ, k) / C(n, k). None without answers.
         """
         most = min((pool.num_answers for pool in self.pools), default=0)
         if most == 0:

@@ -1,10 +1,9 @@
-"""Is confidence deserved: bins of confidence, and how far from accuracy they are. Of tokens and of texts alike."""
+"""Calibration: bins of confidence, and how far the accuracy of each is from it; for tokens and texts alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ EDGES = [i / NUM_BINS for i in range(NUM_BINS + 1)]
 
 
 def bin_of(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:
-    """The bin of each value, [a, b), the last with b; what lies outside of the edges goes to the bin next to it."""
+    """The bin of each value, [a, b), the last with b; values outside the edges go to the nearest bin."""
     bins: np.ndarray = np.searchsorted(np.asarray(edges[1:-1]), values, side="right")
     return bins
 
@@ -25,7 +24,7 @@ def width_bins(confidence: np.ndarray) -> np.ndarray:
 
 
 def mass_bins(confidence: np.ndarray) -> np.ndarray:
-    """Bins that hold equally many values, up to one; of equal values the earlier go to the lower bin."""
+    """Bins with equally many values, up to one; of equal values the earlier go to the lower bin."""
     bins = np.empty(len(confidence), dtype=np.int64)
     for number, members in enumerate(np.array_split(np.argsort(confidence, kind="stable"), NUM_BINS)):
         bins[members] = number
@@ -34,7 +33,7 @@ def mass_bins(confidence: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Bins:
-    """What each unit (row, text) has in each bin: three `[units, NUM_BINS]` arrays.
+    """Sums by unit (row, text) and bin of confidence: three `[units, NUM_BINS]` arrays.
 
     A bin's numbers are sums, and which bin a position is in does not change when units are counted more or less often.
     """
@@ -67,13 +66,14 @@ class Bins:
         largest: np.ndarray = np.where(counts.any(-1), of_bins.max(-1), np.nan)
         return largest
 
-    def reliability(self, unit: str) -> dict[str, list[Any]]:
-        """Per bin: how many (under the name ``unit``), their mean confidence and their accuracy (None if empty)."""
+    def reliability(self) -> tuple[list[int], list[float | None], list[float | None]]:
+        """Of each bin: how many positions, their mean confidence and their accuracy (None in an empty bin)."""
         counts = self.counts.sum(0)
-        table: dict[str, list[Any]] = {unit: counts.astype(int).tolist()}
-        for name, sums in (("confidence", self.confidence.sum(0)), ("accuracy", self.accuracy.sum(0))):
-            table[name] = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
-        return table
+        confidence, accuracy = (
+            [float(total / count) if count else None for total, count in zip(sums.sum(0), counts, strict=True)]
+            for sums in (self.confidence, self.accuracy)
+        )
+        return counts.astype(int).tolist(), confidence, accuracy
 
 
 def weighted_sums(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:

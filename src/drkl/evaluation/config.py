@@ -10,35 +10,44 @@ SWEEP = (0.5, 0.7, 1.0, 1.2, 1.5)
 
 
 class EvaluationConfig(BaseModel):
-    """How many answers are sampled, and how. The teacher-forced metrics use every held-out row."""
+    """How many answers are sampled, and how; teacher-forced metrics use every held-out row."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompts: int | None = Field(
-        24, ge=0, description="Held-out prompts to answer, picked by a hash of their ids; 0 for none, null for all."
+        24,
+        ge=0,
+        description="Number of held-out prompts to answer, selected by a hash of their ids; 0 for none, null for all.",
     )
     samples_per_prompt: int = Field(
-        4, ge=1, description="Answers per prompt and seed; with one in all there is no self_bleu, which compares them."
+        4,
+        ge=1,
+        description="Number of answers per prompt and seed. A single answer has no self_bleu, which compares answers.",
     )
     sampling_temperature: float = Field(
         1.0,
         gt=0,
         allow_inf_nan=False,
-        description="Divides the logits in sampling; the teacher-forced metrics are at 1.",
+        description="Sampling temperature: divides the logits. Teacher-forced metrics are always at temperature 1.",
     )
     sweep: tuple[float, ...] = Field(
         SWEEP,
-        description="Further sampling temperatures, of the teacher and the trained student: fidelity against "
-        "diversity; [] for none.",
+        description="Further sampling temperatures for teacher and student, to compare fidelity at equal diversity; [] "
+        "for none.",
     )
-    max_new_tokens: int = Field(64, ge=1, description="An answer is cut here if it has not ended.")
+    max_new_tokens: int = Field(64, ge=1, description="Maximum number of tokens in an answer; longer answers are cut.")
     seed: int = Field(
-        0, ge=0, description="Of the sampling and the intervals; the same random numbers for every model."
+        0,
+        ge=0,
+        description="Random seed for sampling and bootstrap intervals. Every model gets the same random numbers.",
     )
     seeds: tuple[int, ...] = Field(
-        (), description="Several seeds of the sampling, each with its samples_per_prompt answers; [] is the one seed."
+        (),
+        description="Several random seeds for sampling, each with samples_per_prompt answers; [] uses seed alone.",
     )
-    batch_size: int = Field(96, ge=1, description="Answers decoded at once; changes memory and speed, not the answers.")
+    batch_size: int = Field(
+        96, ge=1, description="Number of answers decoded at once. Changes memory and speed, not the answers."
+    )
 
     @field_validator("sweep")
     @classmethod
@@ -56,7 +65,7 @@ class EvaluationConfig(BaseModel):
 
     @property
     def all_seeds(self) -> tuple[int, ...]:
-        """The seeds of the sampling."""
+        """The random seeds for sampling."""
         return self.seeds or (self.seed,)
 
     @property

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from drkl.data.batching import bucket_by_length
-from drkl.data.collate import IGNORE_INDEX, collate
-from drkl.data.tokenize import Row
-from drkl.evaluation import bootstrap
-from drkl.evaluation.calibration import NUM_BINS as NUM_CALIBRATION_BINS
-from drkl.evaluation.calibration import Bins, bin_of, mass_bins, weighted_sums, width_bins
+from drkl.evaluation.bootstrap import Interval, Resampled
+from drkl.evaluation.calibration import Bins, bin_of, mass_bins, width_bins
 from drkl.evaluation.declared import HEAD_MASS, OVERLAP, RANKS, TOKEN_KEYS
-from drkl.losses import LMHead
+from drkl.evaluation.row_sums import RowSums
 from drkl.losses.common import check_vocabularies
-from drkl.models import forward
+from drkl.models.readout import CHUNK, Readout, read_logits
 from drkl.positions import comparison_statistics
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 NUM_BINS = 30
-"""Of the histograms."""
+"""Number of bins of the histograms."""
 PROFILE_RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500)
 AT_ONCE = 16
-"""Positions whose statistics are taken together: what a processor's cache holds of them."""
+"""Positions whose statistics are taken together: as many as fit into a processor's cache."""
 
 _OWN = ("nll", "accuracy", "entropy", "confidence", "brier")
 _TOKENS = ("fkl", "rkl", "tvd", "agreement", "overconfidence", "target_gap", "teacher_entropy", "teacher_confidence")
@@ -42,75 +33,12 @@ _PROFILE = tuple(f"profile_{rank}" for rank in PROFILE_RANKS)
 _SUMMED = tuple(
     name for name in (*_OWN, *_TOKENS, *_COMPARED) if name not in ("q_t", "p_t", "rest", "rank_correlation")
 )
-_RENAMED = {"overlap": f"overlap_{OVERLAP}"}
-
-
-@dataclass(frozen=True)
-class RowSums:
-    """What the metrics are made of, row by row: sums over a row's positions, and its positions in the bins.
-
-    ``sums`` has `[rows]` by name; ``num_tokens`` is `[rows]`.
-    """
-
-    num_tokens: np.ndarray
-    sums: Mapping[str, np.ndarray]
-    width: Bins
-    mass: Bins
-
-    def metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Every metric but those without a teacher's columns, `[m]` by name, for each of ``weights`` `[m, rows]`.
-
-        A row's weight says how often it counts. Means are over tokens; NaN over none.
-        """
-        assert weights.shape[-1] == len(self.num_tokens), "a weight for each row"
-        names = list(self.sums)
-        totals = weighted_sums(weights, np.stack([self.sums[name] for name in names], -1))
-        count = weights @ self.num_tokens
-        with np.errstate(invalid="ignore", divide="ignore"):
-            sums = dict(zip(names, totals.T, strict=True))
-            ranked = sums.pop("ranked", None)
-            correlation = sums.pop("rank_correlation", None)
-            means = {_RENAMED.get(name, name): total / count for name, total in sums.items()}
-            if ranked is not None and correlation is not None:
-                means["rank_correlation"] = np.where(ranked > 0, correlation / ranked, np.nan)
-            if "teacher_entropy" in means:
-                means["entropy_gap"] = means["entropy"] - means.pop("teacher_entropy")
-                means["confidence_gap"] = means["confidence"] - means.pop("teacher_confidence")
-        means["calibration_gap"] = means["confidence"] - means["accuracy"]
-        means |= {"ece": self.width.ece(weights), "mce": self.width.mce(weights), "ece_mass": self.mass.ece(weights)}
-        means["num_tokens"] = count
-        return {key: means[key] for key in TOKEN_KEYS if key in means}
-
-    def intervals(self, seed: int) -> dict[str, list[float]]:
-        """95 % bootstrap intervals over rows by name, of those that have one; the number of tokens is no estimate."""
-        found = bootstrap.intervals(self.metrics, len(self.num_tokens), seed)
-        return {name: ends for name, ends in found.items() if name != "num_tokens"}
-
-    def line(self, row: int, row_id: str) -> dict[str, Any]:
-        """A row as json: its sums, an infinite one as text, and the bins it fills: [bin, n, confidence, accuracy]."""
-        sums = {name: float(values[row]) for name, values in self.sums.items()}
-        return {
-            "row_id": row_id,
-            "num_tokens": int(self.num_tokens[row]),
-            "sums": {name: value if math.isfinite(value) else str(value) for name, value in sums.items()},
-            "bins": {"width": _filled(self.width, row), "mass": _filled(self.mass, row)},
-        }
-
-    @classmethod
-    def of_lines(cls, lines: Sequence[Mapping[str, Any]]) -> RowSums:
-        """The sums that ``line`` wrote, in the order of the lines."""
-        names = list(lines[0]["sums"]) if lines else [*_OWN]
-        sums = {name: np.array([float(line["sums"][name]) for line in lines]) for name in names}
-        num_tokens = np.array([float(line["num_tokens"]) for line in lines])
-        return cls(
-            num_tokens, sums, *(_read_bins([line["bins"][kind] for line in lines]) for kind in ("width", "mass"))
-        )
 
 
 class PositionTable:
-    """What every held-out response position says about two models, kept as a few dozen numbers each.
+    """Two models at every held-out response position, kept as a few dozen numbers for each.
 
-    Nothing of the size of a vocabulary is kept. Positions may come, and tables may be merged, in any order.
+    Nothing of the size of a vocabulary is kept. Positions may be added, and tables merged, in any order.
 
     Args:
         gamma: DRKL's weight of the tail, for the share of positions where it strengthens the tail.
@@ -120,6 +48,7 @@ class PositionTable:
         self.gamma = gamma
         self._parts: list[dict[str, np.ndarray]] = []
         self._in_order = False
+        self._row_sums: RowSums | None = None
 
     def update(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, rows: Tensor) -> None:
         """Add positions.
@@ -164,17 +93,10 @@ class PositionTable:
         """
         return self.row_sums(weights.shape[-1]).metrics(weights)
 
-    def intervals(self, seed: int) -> dict[str, list[float]]:
+    def intervals(self, seed: int) -> dict[str, Interval]:
         """95 % bootstrap intervals over the rows, by name, of the metrics that have one."""
-        return self.row_sums(self.num_rows).intervals(seed) if self.num_tokens else {}
-
-    def reliability(self, bins: str = "width") -> dict[str, list[Any]]:
-        """Per bin of confidence: ``tokens``, their mean ``confidence`` and ``accuracy`` (None in an empty bin).
-
-        ``bins`` is ``width`` or ``mass``.
-        """
-        sums = self.row_sums(self.num_rows)
-        return {"width": sums.width, "mass": sums.mass}[bins].reliability("tokens")
+        found = Resampled.of(self.metrics, self.num_rows, seed).intervals()
+        return {key: ends for key, ends in found.items() if key != "num_tokens"}
 
     def distributions(self, vocab_size: int) -> dict[str, list[int]]:
         """How many positions are in each bin of ``bin_edges``: of entropy and confidence and, with a teacher, q_t."""
@@ -196,13 +118,7 @@ class PositionTable:
 
     def rows(self, row_ids: Sequence[str]) -> list[dict[str, Any]]:
         """The lines of ``heldout.jsonl``, one for each of ``row_ids``, which name the rows from 0 on."""
-        sums = self.row_sums(len(row_ids))
-        return [sums.line(number, row_id) for number, row_id in enumerate(row_ids)]
-
-    @staticmethod
-    def from_rows(lines: Sequence[Mapping[str, Any]]) -> RowSums:
-        """Of the lines that ``rows`` gave, what has the same ``metrics``; row i is the i-th line."""
-        return RowSums.of_lines(lines)
+        return self.row_sums(len(row_ids)).lines(row_ids)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The whole table as arrays by name, for a file of safetensors."""
@@ -229,6 +145,11 @@ class PositionTable:
     def row_sums(self, num_rows: int) -> RowSums:
         """The sums by row, of as many rows (at least ``num_rows`` of the table)."""
         assert num_rows >= self.num_rows, "a position's row is beyond the rows"
+        if self._row_sums is None or len(self._row_sums) != num_rows:
+            self._row_sums = self._sum_rows(num_rows)
+        return self._row_sums
+
+    def _sum_rows(self, num_rows: int) -> RowSums:
         found = self._columns
         row, confidence, accuracy = found["row"], found["confidence"], found["accuracy"]
 
@@ -261,7 +182,7 @@ class PositionTable:
     def _add(self, part: dict[str, np.ndarray]) -> None:
         assert not self._parts or part.keys() == self._parts[0].keys(), "a teacher for all or none"
         self._parts.append(part)
-        self._in_order = False
+        self._in_order, self._row_sums = False, None
 
 
 def bin_edges(vocab_size: int) -> dict[str, list[float]]:
@@ -270,119 +191,29 @@ def bin_edges(vocab_size: int) -> dict[str, list[float]]:
     return {name: [top * i / NUM_BINS for i in range(NUM_BINS + 1)] for name, top in tops.items()}
 
 
-@dataclass(frozen=True)
-class HeldOutStates:
-    """What a model makes of the held-out responses: enough to get every logit, without the model's body.
-
-    ``hidden`` is `[n, hidden]` at the positions that predict a response token, ``labels`` `[n]` are those tokens and
-    ``row_index`` `[n]` says which of the rows each belongs to, from 0.
-    """
-
-    hidden: Tensor
-    labels: Tensor
-    row_index: Tensor
-    head: LMHead
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Everything as contiguous tensors by name, on the CPU, the head included: what safetensors saves."""
-        head = self.head
-        found = {"hidden": self.hidden, "labels": self.labels, "row_index": self.row_index, "head.weight": head.weight}
-        if head.bias is not None:
-            found["head.bias"] = head.bias
-        if head.softcap is not None:
-            found["head.softcap"] = torch.tensor(head.softcap, dtype=torch.float64)
-        found["head.scale"] = torch.tensor(head.scale, dtype=torch.float64)
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], head: LMHead | None = None) -> HeldOutStates:
-        """The states that ``to_tensors`` gave; with a ``head``, the names that start with ``head.`` may be missing."""
-        if head is None:
-            cap = tensors.get("head.softcap")
-            head = LMHead(
-                tensors["head.weight"],
-                tensors.get("head.bias"),
-                float(tensors["head.scale"]),
-                None if cap is None else float(cap),
-            )
-        return cls(tensors["hidden"], tensors["labels"], tensors["row_index"], head)
-
-
-@torch.no_grad()
-def held_out_states(
-    model: PreTrainedModel,
-    rows: Sequence[Row],
-    *,
-    pad_id: int,
-    tokens_per_batch: int = 2048,
-    vocab_size: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> HeldOutStates:
-    """Run a model over the rows once and keep the hidden states of the response positions, in the order of the rows.
-
-    Args:
-        model: on its device, in eval mode.
-        rows: at least one.
-        pad_id: fills batches; its value changes nothing.
-        tokens_per_batch: rows of like length go together, up to this many tokens with padding.
-        vocab_size: keep the head of the first so many ids only, those that the compared models share.
-        progress: called after each batch with the number of rows in it.
-    """
-    assert rows, "at least one held-out row"
-    assert not model.training, "dropout would make every number a random one"
-    kept: list[Tensor | None] = [None] * len(rows)
-    start, head = forward.decoder_start(model), forward.lm_head(model)
-    for group in bucket_by_length([row.length for row in rows], tokens_per_batch):
-        batch = collate([rows[i] for i in group], pad_id=pad_id, decoder_start=start)
-        inputs = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
-        hidden = forward.hidden_states(model, inputs)
-        for position, index in enumerate(group):
-            keep = inputs["labels"][position] != IGNORE_INDEX
-            # To the cpu: the states wait there while other models take the device.
-            kept[index] = hidden[position][keep].cpu()
-        if progress is not None:
-            progress(len(group))
-    labels = torch.tensor([token for row in rows for token in row.trained_ids])
-    row_index = torch.repeat_interleave(torch.tensor([len(row.trained_ids) for row in rows]))
-    head = head if vocab_size is None else head.trimmed(vocab_size)
-    return HeldOutStates(torch.cat([states for states in kept if states is not None]), labels, row_index, head)
-
-
-@torch.no_grad()
 def compare(
-    student: HeldOutStates,
-    teacher: HeldOutStates | None,
+    student: Readout,
+    teacher: Readout | None,
     *,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = CHUNK,
     progress: Callable[[int], None] | None = None,
     gamma: float = 0.5,
 ) -> PositionTable:
     """Compare two models at every position, ``chunk_tokens`` rows of logits at a time.
 
-    ``compare(teacher, teacher)`` is how the teacher gets its own column: its distances are exactly 0.
+    ``compare(teacher, teacher)`` gives the teacher its own column: its distances are exactly 0.
 
     Raises:
         DrklError: the vocabularies differ.
     """
     if teacher is not None:
-        check_vocabularies(student.head.vocab_size, teacher.head.vocab_size)
-        assert torch.equal(student.labels, teacher.labels), "both models read the same rows"
+        check_vocabularies(student.num_outputs, teacher.num_outputs)
     table = PositionTable(gamma)
-    for start in range(0, len(student.labels), chunk_tokens):
-        part = slice(start, start + chunk_tokens)
-        student_logits = _logits(student, part)
-        teacher_logits = None
-        if teacher is not None:
-            teacher_logits = student_logits if teacher is student else _logits(teacher, part).to(student_logits.device)
-        labels = student.labels[part].to(student_logits.device)
-        table.update(student_logits, teacher_logits, labels, student.row_index[part])
+    for part, logits, teacher_logits, labels in read_logits(student, teacher, chunk_tokens):
+        table.update(logits, teacher_logits, labels, student.row_index[part])
         if progress is not None:
             progress(len(labels))
     return table
-
-
-def _logits(states: HeldOutStates, part: slice) -> Tensor:
-    return states.head.logits(states.hidden[part].to(states.head.weight.device))
 
 
 def _values(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> dict[str, np.ndarray]:
@@ -401,23 +232,3 @@ def _values(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tenso
     if values.profile is not None:
         columns |= dict(zip(_PROFILE, values.profile.double().cpu().numpy().T, strict=True))
     return columns
-
-
-def _filled(bins: Bins, row: int) -> list[list[Any]]:
-    return [
-        [
-            int(number),
-            int(bins.counts[row, number]),
-            float(bins.confidence[row, number]),
-            float(bins.accuracy[row, number]),
-        ]
-        for number in np.flatnonzero(bins.counts[row])
-    ]
-
-
-def _read_bins(rows: Sequence[Sequence[Sequence[float]]]) -> Bins:
-    table = np.zeros((3, len(rows), NUM_CALIBRATION_BINS))
-    for row, filled in enumerate(rows):
-        for number, *sums in filled:
-            table[:, row, int(number)] = sums
-    return Bins(*table)

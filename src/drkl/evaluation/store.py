@@ -1,6 +1,6 @@
-"""Finished parts of an evaluation, kept on disk under a hash of everything they depend on.
+"""Finished parts of an evaluation on disk, each under a hash of everything it depends on.
 
-A part that is asked for again, after a kill or for another student, is read instead of made.
+A part that is needed again, after a kill or for another student, is read instead of computed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from drkl.errors import DrklError
 from drkl.runs import read_jsonl, write_jsonl
 
 CACHE_BYTES = 4 * 2**30
-"""The shared cache keeps its newest parts up to this size."""
+"""Size limit of the shared cache; the parts used longest ago are deleted first."""
 
 
 def fingerprint(**facts: Any) -> str:
-    """A hash of json-able facts, and of the versions that could change what follows from them."""
+    """A hash of json-able facts and of the versions of drkl, torch and transformers."""
     import transformers
 
     facts |= {"versions": [__version__, torch.__version__, transformers.__version__]}
@@ -54,10 +54,10 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 class Store:
-    """A folder of parts; each appears whole or not at all."""
+    """A folder of parts, each of which is written whole or not at all."""
 
     def __init__(self, folder: Path, *, limit: int | None = None) -> None:
-        """``limit``: bytes to keep; the parts used longest ago go first. None for all."""
+        """``limit``: bytes to keep, the parts used last; None for all."""
         self.folder, self.limit = folder, limit
 
     def read_tensors(self, key: str) -> dict[str, Tensor] | None:

@@ -56,7 +56,7 @@ def parse_suite(text: str) -> tuple[Suite, str | None]:
     if name not in SUITES:
         raise DrklError(f"There is no suite {name!r}; there is {', '.join(SUITES)}.{did_you_mean(name, SUITES)}")
     if equals and not where.strip():
-        raise DrklError(f"--suite {text}: expected a file, a folder or a hub id after '='.")
+        raise DrklError(f"The suite {text!r}: expected a file, a folder or a hub id after '='.")
     return SUITES[name], where.strip() or None
 
 

@@ -1,4 +1,4 @@
-"""What is measured on the answers to one prompt: likeness to its references, and variety among themselves."""
+"""Text metrics of the answers to one prompt: similarity to its references, and variety among themselves."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 Words = Sequence[str]
 
 ROUGE = {"rouge_l": "rougeL", "rouge_1": "rouge1", "rouge_2": "rouge2"}
-"""Ours and rouge-score's name of each ROUGE."""
+"""Our name and rouge-score's name of each ROUGE."""
 
 
 def tokens(text: str) -> list[str]:
-    """The words and marks of a text as sacrebleu's BLEU with the 13a tokenizer splits it."""
+    """The words and punctuation marks of a text, as sacrebleu's 13a tokenizer splits it."""
     return str(_corpus_bleu()._preprocess_segment(text)).split()
 
 
@@ -38,7 +38,7 @@ def rouge(references: Sequence[str], text: str) -> dict[str, float]:
 
 
 def bleu_statistics(references: Sequence[str], texts: Sequence[str]) -> list[int]:
-    """What corpus BLEU is computed from (lengths, n-grams matched, all n-grams), summed over the answers to one prompt.
+    """Sufficient statistics of corpus BLEU (lengths, matched n-grams, all n-grams), summed over one prompt's answers.
 
     Package ``sacrebleu``: 13a tokenizer, case kept, order 4. Zeros where there is no reference or no answer.
     """
@@ -56,7 +56,7 @@ def bleu(statistics_: Sequence[float]) -> float:
 
 
 def chrf_statistics(references: Sequence[str], texts: Sequence[str]) -> list[int]:
-    """What corpus chrF is computed from (character n-grams of answer, reference, both), summed as for BLEU."""
+    """Sufficient statistics of corpus chrF (character n-grams of answer, reference, both), summed as for BLEU."""
     metric = _chrf()
     return _summed(metric, references, texts, 3 * metric.order)
 

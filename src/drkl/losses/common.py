@@ -90,9 +90,9 @@ def check_vocabularies(student: int, teacher: int) -> None:
 
 
 def shared_vocabulary(student: int, teacher: int | None, vocab_size: int | None) -> int:
-    """How many token ids, from 0, both models are compared on; raises DrklError where that is not clear.
+    """The number of token ids, from 0, on which the models are compared; raises DrklError where that is not clear.
 
-    ``teacher`` is None where none is used.
+    ``teacher`` is None for a loss without a teacher.
     """
     if vocab_size is None:
         if teacher is not None:
@@ -114,7 +114,7 @@ def valid_positions(
     settings: LossSettings,
     vocab_size: int,
 ) -> Tensor | None:
-    """The flat boolean mask of the positions that count, or None where all do.
+    """Check shapes and labels; return the flat boolean mask of the positions that count, or None where all do.
 
     A position counts iff its label is not -100 and its mask is true.
     """
@@ -163,7 +163,7 @@ def select_weights(weights: Tensor | None, keep: Tensor | None, wide: torch.dtyp
 
 
 def denominator(num_tokens: int | float | Tensor | None, count: int) -> float | Tensor:
-    """What the sum is divided by: ``num_tokens``, or this call's own count (1 where nothing counts)."""
+    """The divisor of the sum: ``num_tokens``, or the number of positions of this call (1 where there are none)."""
     if num_tokens is None:
         return float(max(count, 1))
     if isinstance(num_tokens, Tensor):
@@ -174,7 +174,7 @@ def denominator(num_tokens: int | float | Tensor | None, count: int) -> float | 
 
 
 def spread(values: Tensor, keep: Tensor | None, shape: torch.Size) -> Tensor:
-    """Put per-position values back where they came from; 0 at the positions that do not count."""
+    """Put per-position values back into the shape of the labels, with 0 at the positions that do not count."""
     if keep is None:
         return values.reshape(shape)
     out = values.new_zeros(keep.shape)

@@ -10,6 +10,10 @@ class LossConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="divides both models' logits")
-    kd_weight: float = Field(1.0, ge=0, le=1, description="share of the objective; the rest is cross-entropy at 1")
+    temperature: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="temperature that divides both models' logits"
+    )
+    kd_weight: float = Field(
+        1.0, ge=0, le=1, description="weight of the objective; 1 - kd_weight is that of the labels' cross-entropy"
+    )
     t2_scaling: bool = Field(False, description="multiply the objective by temperature squared")

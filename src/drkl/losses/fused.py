@@ -39,9 +39,9 @@ from drkl.objectives.base import check_values
 from drkl.objectives.logspace import weighted
 
 CHUNK_BYTES = 48 * 2**20
-"""Logits of one model held at a time."""
+"""Bytes of logits that one model has at a time."""
 BLOCK_BYTES = 2**20
-"""Rows whose gradient is made at a time: small enough to stay in the processor's cache between passes."""
+"""Bytes of logits whose gradient is made at a time: small enough to stay in the processor's cache between passes."""
 CUDA_CHUNK_BYTES, CUDA_BLOCK_BYTES = 512 * 2**20, 128 * 2**20
 """The same on a GPU, which wants more rows in a matrix product, and more work in a call, than a processor."""
 KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
@@ -210,7 +210,7 @@ class _Side:
     """One model's logits, chunk by chunk: ``head.logits(hidden)`` of the positions that count, `[n, hidden]`.
 
     The matrix product runs in ``dtype``, the rest in ``wide``. A chunk's logits overwrite those of the last one, and
-    both sides share ``scratch``: fresh memory costs a processor a twentieth of the whole time.
+    both sides share ``scratch``: allocating afresh costs a processor a twentieth of the total time.
     """
 
     def __init__(
@@ -340,7 +340,7 @@ def _row_kernel(student: _Side, teacher: _Side | None, settings: LossSettings) -
 def _kernel_runs(
     settings: LossSettings, vocab_size: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
 ) -> bool:
-    """Whether the kernel runs on one row; warns where it does not. Triton builds it here, and keeps it."""
+    """Try the kernel on one row, which also compiles it; warn and return False where it fails."""
     from drkl.losses import row_kernel
 
     student, teacher = (torch.zeros(1, vocab_size, dtype=dtype, device=device) for dtype in dtypes)
@@ -358,7 +358,7 @@ def _kernel_runs(
 
 
 def chunk_rows(weight: Tensor, itemsize: int) -> int:
-    """How many positions go through the head `[vocab, hidden]` at a time; a logit has ``itemsize`` bytes.
+    """The number of positions that go through the head `[vocab, hidden]` at a time; a logit has ``itemsize`` bytes.
 
     Every chunk reads both heads and writes the head's gradient once more, so with a large vocabulary it takes more than
     CHUNK_BYTES: as many as make a quarter of the head's own size, and no more than 256 for that.

@@ -1,4 +1,4 @@
-"""Any objective in the place of TRL's generalized Jensen-Shannon loss."""
+"""Any objective in place of TRL's generalized Jensen-Shannon loss."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def as_gkd_loss(
     >>> float(loss(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), torch.tensor([[1, -100]])))
     0.0
     """
-    made = make_objective(objective, **params)
+    minimised = make_objective(objective, **params)
     ours = temperature
 
     def generalized_jsd_loss(
@@ -63,7 +63,7 @@ def as_gkd_loss(
             student_logits,
             teacher_logits,
             labels,
-            objective=made,
+            objective=minimised,
             temperature=temperature if ours is None else ours,
             num_tokens=num_items_in_batch,
             reduction="mean" if divided else "sum" if reduction == "sum" else "none",

@@ -47,7 +47,7 @@ class LMHead:
         return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
 
     def trimmed(self, vocab_size: int) -> LMHead:
-        """The head of the first ``vocab_size`` tokens; the gradient goes to the whole."""
+        """The head of the first ``vocab_size`` tokens; the gradient reaches the full head."""
         if vocab_size == self.vocab_size:
             return self
         bias = None if self.bias is None else self.bias[:vocab_size]
@@ -68,14 +68,14 @@ class LMHead:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """A DTensor as the whole ordinary tensor; any other tensor as it is."""
+    """Return a DTensor as one ordinary tensor, and any other tensor as it is."""
     if not hasattr(tensor, "full_tensor"):  # what it takes to import torch.distributed is not paid for a plain tensor
         return tensor
     from torch.distributed.tensor import DTensor, Partial
 
     assert isinstance(tensor, DTensor)
-    whole: Tensor = tensor.full_tensor(grad_placements=[Partial("sum")] * tensor.device_mesh.ndim)
-    return whole
+    full: Tensor = tensor.full_tensor(grad_placements=[Partial("sum")] * tensor.device_mesh.ndim)
+    return full
 
 
 def as_head(head: Tensor | LMHead) -> LMHead:

@@ -1,1 +1,8 @@
-"""Models: load them, prune a student from a teacher, read their hidden states, generate."""
+"""Models: load them, prune a student from a teacher, read their hidden states, generate.
+
+The public names stand in ``__init__.pyi`` and load on first use.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -6,7 +6,6 @@ between the probabilities of the left and the right half. The numbers are a func
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, Lo
 from transformers.modeling_outputs import BaseModelOutput
 
 from drkl.data.collate import collate_prompts, collate_sources
+from drkl.data.examples import hash_of_id
 from drkl.data.template import stop_token_ids
 from drkl.errors import DrklError
 from drkl.models.forward import decoder_start, in_eval_mode, is_encoder_decoder
@@ -251,7 +251,7 @@ def sampling_batches(lengths: Sequence[int], num_samples: int, batch_size: int) 
 
 
 def _uniforms(seed: int, key: str, sample: int, count: int) -> np.ndarray:
-    words = np.frombuffer(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest(), dtype="<u4")
+    words = np.frombuffer(hash_of_id(key), dtype="<u4")
     return np.random.default_rng([seed, sample, *words.tolist()]).random((count, DEPTH))
 
 

@@ -15,7 +15,7 @@ from drkl.objectives.logspace import kl, kl_terms, weighted
 from drkl.objectives.terms import Terms, kl_terms_of, label_or_top, mean_terms, splits, summands
 
 FIRST_TOKENS = 256
-"""Of the teacher's best tokens, so many are looked at first; the head seldom needs more."""
+"""How many of the teacher's most probable tokens are searched for the head first; it seldom has more."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,12 @@ def first_tokens(best: Float[Tensor, "n k"], probs: Float[Tensor, "n k"], mu: fl
 
 def head_share(gap: Float[Tensor, "n vocab"], head: Bool[Tensor, "n vocab"]) -> Float[Tensor, "n 1"]:
     """g_h / (g_h + g_t), and 1/2 where both are 0; overwrites ``gap`` = |p - q|."""
-    whole = gap.sum(-1, keepdim=True)
-    return _share(gap.mul_(head).sum(-1, keepdim=True), whole)
+    total = gap.sum(-1, keepdim=True)
+    return _share(gap.mul_(head).sum(-1, keepdim=True), total)
 
 
-def _share(in_head: Tensor, whole: Tensor) -> Tensor:
-    return torch.where(whole > 0, in_head / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0.5).clamp(max=1.0)
+def _share(in_head: Tensor, total: Tensor) -> Tensor:
+    return torch.where(total > 0, in_head / total.clamp(min=torch.finfo(total.dtype).tiny), 0.5).clamp(max=1.0)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ With s = alpha + beta, P = p^s, Q = q^s, M = p^alpha q^beta, each class adds
 
 which is the published form with its terms regrouped, so that neither 1/alpha nor 1/beta stands alone: as alpha goes to
 0, (M - Q) / alpha goes to Q log(p/q), as beta goes to 0, (P - M) / beta to P log(p/q), and these are the published
-limits. Only s = 0 is left to be treated apart. The slope is d / d log q = -(M - Q) / alpha.
+limits. Only s = 0 needs a case of its own. The slope is d / d log q = -(M - Q) / alpha.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class AlphaBeta(Objective):
         return terms.sum(-1)
 
     def _alone(self, logp: Tensor, exponent: float) -> Tensor:
-        """What a class adds that the other one excludes; ``exponent`` is the other one's."""
+        """The term of a class that the other model excludes; ``exponent`` is the other model's."""
         s = self.alpha + self.beta
         if s <= 0 or exponent <= 0:
             return torch.full_like(logp, math.inf)
@@ -92,9 +92,10 @@ class AlphaBeta(Objective):
 
 
 def terms_and_slope(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
-    """What each class adds, and d / d log q of it (as if free), for s > 0: `class_terms` with half of the exponentials.
+    """The term of each class, and d / d log q of it (as if free), for s > 0.
 
-    Of two neighbours in P, M, Q the larger is one exponential, and 1 - smaller / larger an expm1.
+    The same as `class_terms`, with half of the exponentials: the larger of two neighbours in P, M, Q is one
+    exponential, and 1 - smaller / larger an expm1.
     """
     s = alpha + beta
     difference = log_p - log_q
@@ -130,7 +131,7 @@ def rise(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
 
 
 def class_terms(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -> Tensor:
-    """What each class adds to the divergence; finite logs."""
+    """The term of each class, from finite logs."""
     difference, s = log_p - log_q, alpha + beta
     if s == 0.0:
         if alpha == 0.0:

@@ -1,4 +1,4 @@
-"""What an objective is, a plain function as an objective, and the checks that all of them share."""
+"""The base class of objectives, plain functions as objectives, and the checks that objectives share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from drkl.errors import DrklError, did_you_mean
 
 @runtime_checkable
 class Objective(Protocol):
-    """What is minimised at one position. A subclass gives a name and ``__call__``, and may give the rest.
+    """A function to minimise at one position. A subclass has a ``name`` and a ``__call__``; the rest has defaults.
 
     A subclass is a frozen dataclass whose fields are its hyper-parameters. It never masks, shifts, casts, scales or
     reduces: `drkl.losses` does, once for all objectives. Two more methods are optional: `value_and_grad_`, and

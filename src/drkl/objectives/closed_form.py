@@ -31,7 +31,7 @@ def log_ratio_(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def log_share(log_ratio: Tensor, weight_q: float, weight_p: float) -> Tensor:
     """log(q / m) `[n, k]` for m = ``weight_q`` q + ``weight_p`` p, from ``log_ratio`` = log(q / p).
 
-    Both weights, which add up to 1, since 1 - weight forgets a small one.
+    Both weights are given, though they add up to 1: 1 - weight rounds a small weight away.
     """
     if weight_q == 0.0:
         return log_ratio.clone()

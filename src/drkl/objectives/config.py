@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from drkl.objectives.base import Objective
 from drkl.objectives.registry import make_objective
 
 
 class ObjectiveConfig(BaseModel):
-    """The objective's name and, beside it, its own fields (`drkl objectives` lists them)."""
+    """The objective's name and, beside it, its parameters (`drkl objectives` lists them)."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str = Field("drkl", description="a name that `drkl objectives` lists; its own fields stand beside it")
+    name: str = Field("drkl", description="name of the objective; its parameters are further keys (`drkl objectives`)")
+    _objective: Objective = PrivateAttr()
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:
-        self.make()
+        self._objective = make_objective(self.name, **self.params)
         return self
 
     @property
@@ -27,9 +28,5 @@ class ObjectiveConfig(BaseModel):
         return dict(self.model_extra or {})
 
     def make(self) -> Objective:
-        """The objective itself.
-
-        Raises:
-            DrklError: an unknown name or field, or a value outside its domain.
-        """
-        return make_objective(self.name, **self.params)
+        """The objective itself, which was made and checked with this section."""
+        return self._objective

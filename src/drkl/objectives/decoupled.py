@@ -1,4 +1,4 @@
-"""The decoupling operator, and DRKL made with it."""
+"""The decoupling operator, and the two objectives made with it: DRKL and DKD."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every objective says about itself: for `drkl objectives`, and for the table in the docs."""
+"""Descriptions of the objectives, for `drkl objectives` and for the table in the docs."""
 
 from __future__ import annotations
 

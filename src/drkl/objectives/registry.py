@@ -1,4 +1,4 @@
-"""The one list of objectives, and making one by its name."""
+"""The list of objectives, and functions that make one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Tables, figures and the HTML page of a run: reads run folders, never models, never torch."""
+"""Page, tables and figures of evaluations: draws numbers and findings, decides nothing; never models, never torch."""
 
-from drkl.reporting.html import write_report
+from drkl.reporting.page import report
 from drkl.reporting.picture import write_picture
 
-__all__ = ["write_picture", "write_report"]
+__all__ = ["report", "write_picture"]

@@ -2,183 +2,147 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from drkl.display import as_number
-from drkl.reporting import analysis, classification, facts, tradeoff
-from drkl.reporting.answer import Answer, answer, run_labels
-from drkl.reporting.metrics import MODELS, metrics_of, span_of, value_of
-from drkl.reporting.record import RunRecord
-from drkl.reporting.tables import Cell, Row, metric_groups, run_table, suite_tables
-from drkl.reporting.text import clean
+from drkl.evaluation.bootstrap import Interval
+from drkl.evaluation.declared import metrics_of
+from drkl.reporting import analysis, facts, tables, tradeoff
+from drkl.reporting.content import Question, content_of
+from drkl.reporting.figures import lines_of
+from drkl.reporting.inputs import Run, run_labels
+from drkl.reporting.tables import Cell, MetricTable, PlainTable, Row
+from drkl.reporting.text import csv_text, markdown_code, markdown_table, markdown_text, markdown_words
 
-COLUMNS = (
-    "run", "model", "suite", "sampling_temperature", "metric", "value", "low", "high", "unit", "direction",
-)  # fmt: skip
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
-_COMMANDS = re.compile(r"(`[^`]*`)")
-
-
-def answer_of(records: Sequence[RunRecord]) -> Answer:
-    """The answer in words, of whichever task."""
-    make = classification.answer if records[0].task == "classification" else answer
-    return make(records[0], records[1:])
+COLUMNS = ("run", "model", "suite", "sampling_temperature", "metric", "value", "low", "high", "unit", "direction")
+ANSWERS = {"yes": "Yes.", "no": "No.", "undecided": "Undecided.", "not_applicable": "Not applicable."}
 
 
-def as_markdown(records: Sequence[RunRecord]) -> str:
-    """The answer, the tables with intervals, what the configurations differ on, and the commands."""
-    record = records[0]
-    said = answer_of(records)
-    parts = [f"# {_text(record.name)}", f"**{_text(said.verdict)}.** {_words(said.headline)}"]
-    parts.append("\n".join(f"- {_text(name)}: {_text(value)}" for name, value in facts.facts(record)))
-    parts += [f"**{_text(point.question)}** {_words(point.text)}" for point in said.points]
-    if len(records) > 1 and (runs := run_table(records)).rows:
-        parts += ["## The runs side by side", *([_words(runs.warning)] if runs.warning else [])]
-        parts.append(_metric_table(["Teacher", *runs.labels], runs.rows))
-    if record.task != "classification" and (swept := tradeoff.table(records)):
-        parts += ["## Fidelity and diversity over the sampling temperatures", _words(tradeoff.verdict(records))]
-        rows = [[_text(row.line.title), row.temperature, *(_both(*cell) for cell in row.cells)]
-                for row in swept]  # fmt: skip
-        parts.append(_table(["Model", "Temperature", "ROUGE-L ↑", "Distinct-2 → T", "Self-BLEU → T"], rows, left=1))
-    if (analysed := analysis.section(records)) is not None:
-        parts += _analysis(analysed)
-    groups = metric_groups(record) if record.evaluation is not None else []
-    if groups:
-        parts.append(f"## Every number of {_text(run_labels(records)[0])}")
-        titles = [record.titles[model] for model in record.models]
-        for group in groups:
-            parts += [f"### {_text(group.title)}", _metric_table(titles, group.rows)]
-    for suites in suite_tables(records):
-        parts += [f"## The suites: {_text(suites.title)}", _metric_table(suites.names, suites.rows)]
-    if len(records) > 1 and (found := run_table(records).differences):
-        parts.append("## On what they differ")
-        rows = [[_text(key), *(_text(value) for value in values)] for key, values in found]
-        parts.append(_table(["Key", *(_text(label) for label in run_labels(records))], rows, left=len(records) + 1))
-    parts += ["## How to repeat it", _code(facts.commands(records))]
+def as_markdown(runs: Sequence[Run]) -> str:
+    """The findings, the tables with intervals, what the configurations differ on, and the commands."""
+    run = runs[0]
+    content = content_of(runs, {line.key: line for line, _, _ in lines_of(runs)})
+    head, beside = content.headline, content.several
+    answer = f" {ANSWERS[head.answer.finding.answer]}" if head.answer else ""
+    parts = [f"# {markdown_text(run.title)}", f"**{_title(head.title)}**{answer} {markdown_words(head.text)}"]
+    parts.append("\n".join(f"- {markdown_text(name)}: {markdown_text(value)}" for name, value in facts.facts(run)))
+    parts += [_question(question) for question in (*content.questions, *content.not_applicable)]
+    parts += [markdown_words(note) for note in facts.notes(runs)]
+    if beside is not None:
+        parts += ["## The runs side by side", *(f"**{markdown_words(notice)}**" for notice in beside.notices)]
+        parts.append("\n".join(f"- {markdown_words(text)}" for text in beside.standings))
+        parts += _metric_table(beside.table, level=3)
+    if run.task != "classification" and (swept := tradeoff.table(runs)).rows:
+        parts += ["## Fidelity and diversity over the sampling temperatures", _plain_table(swept)]
+    parts += _analysis(run, content.analysis_questions)
+    if (table := tables.every_number(run)) is not None:
+        parts += [f"## Every number of {markdown_text(run_labels(runs)[0])}", *_metric_table(table, level=3)]
+    for table in tables.suite_tables(runs):
+        parts += [f"## The suites: {markdown_text(table.title)}", *_metric_table(table, level=3)]
+    if beside is not None and beside.differences is not None:
+        parts += ["## On what they differ", _plain_table(beside.differences)]
+    if commands := facts.commands(runs):
+        parts += ["## How to repeat it", markdown_code(commands)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _analysis(found: analysis.Section) -> list[str]:
-    rows = [[_text(cell) for cell in row] for row in found.rows]
-    said = [f"**{_text(one.question)}** {_text(one.answer)}. {_words(one.text)}" for one in found.findings]
-    return [
-        "## Does reverse KL make it too sure?", *([_words(found.notice)] if found.notice else []),
-        _words(found.headline), *(f"- {_text(label)}: {_text(headline)}" for label, headline in found.others), *said,
-        _table([_text(name) for name in found.head], rows, left=1), _text(found.note),
-    ]  # fmt: skip
+def _title(text: str) -> str:
+    return markdown_text(text if text.endswith("?") else f"{text}.")
 
 
-def _metric_table(titles: Sequence[str], rows: Sequence[Row]) -> str:
-    shown = []
-    for row in rows:
-        unit = f" ({_text(row.metric.unit)})" if row.metric.unit else ""
-        symbol = "" if row.metric.symbol in row.metric.title else f", {_text(row.metric.symbol)}"
-        name = f"{_text(row.metric.title)}{symbol}{unit} {row.arrow}".strip()
-        shown.append([name, *(_cell(cell) for cell in row.cells)])
-    return _table(["Metric", *(_text(title) for title in titles)], shown, left=1)
+def _question(question: Question) -> str:
+    said = [
+        f"{markdown_text(one.label) + ': ' if one.label else ''}{ANSWERS[one.finding.answer]} "
+        f"{markdown_words(one.finding.text)}"
+        for one in question.answers
+    ]
+    if len(said) == 1:
+        return f"**{markdown_text(question.text)}** {said[0]}"
+    return "\n".join([f"**{markdown_text(question.text)}**", "", *(f"- {text}" for text in said)])
+
+
+def _analysis(run: Run, questions: Sequence[Question]) -> list[str]:
+    section = analysis.section(run)
+    said = [_question(question) for question in questions]
+    if section is None:
+        return ["## The analysis", *said] if said else []
+    notice = [markdown_words(section.notice)] if section.notice else []
+    return ["## The analysis", *notice, *said, _plain_table(section.table), markdown_text(section.note)]
+
+
+def _metric_table(table: MetricTable | None, *, level: int) -> list[str]:
+    parts = []
+    for group in table.groups if table is not None else ():
+        parts += [f"{'#' * level} {markdown_text(group.title)}"] if group.title else []
+        heads = [markdown_text(column.title) for column in table.columns] if table is not None else []
+        parts.append(markdown_table(["Metric", *heads], [[_metric(row), *map(_cell, row.cells)] for row in group.rows]))
+    return parts
+
+
+def _metric(row: Row) -> str:
+    metric = row.metric
+    unit = f" ({markdown_text(metric.unit)})" if metric.unit else ""
+    symbol = "" if metric.symbol in metric.title else f", {markdown_text(metric.symbol)}"
+    return f"{markdown_text(metric.title)}{symbol}{unit} {row.arrow}".strip()
 
 
 def _cell(cell: Cell) -> str:
-    value = f"**{cell.text}**" if cell.best else cell.text
-    return _both(value, ", ".join(part for part in (cell.interval, cell.beside) if part))
+    verdict = tables.COMPARED[cell.finding.answer] if cell.finding else ""
+    below = ", ".join(part for part in (cell.interval, cell.beside, verdict) if part)
+    return _with(f"**{cell.text}**" if cell.best else cell.text, below)
 
 
-def _both(value: str, interval: str) -> str:
-    return f"{value} ({interval})" if interval else value
+def _with(value: str, below: str) -> str:
+    return f"{value} ({below})" if below else value
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
-    rule = [":--" if place < left else "--:" for place in range(len(head))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+def _plain_table(table: PlainTable) -> str:
+    rows = [
+        [markdown_text(cell) if isinstance(cell, str) else _with(*map(markdown_text, cell)) for cell in row]
+        for row in table.rows
+    ]
+    return markdown_table([markdown_text(name) for name in table.head], rows, left=table.names)
 
 
-def _text(text: str) -> str:
-    """One line in which nothing is Markdown or HTML."""
-    return _SPECIAL.sub(r"\\\1", " ".join(clean(text).split()))
-
-
-def _words(text: str) -> str:
-    """Text of ours with commands in backquotes, which stay."""
-    pieces = _COMMANDS.split(" ".join(clean(text).split()))
-    return "".join(piece if place % 2 else _SPECIAL.sub(r"\\\1", piece) for place, piece in enumerate(pieces))
-
-
-def _code(lines: Sequence[str]) -> str:
-    text = clean("\n".join(" ".join(line.split("\n")) for line in lines))
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
-    return f"{fence}bash\n{text}\n{fence}"
-
-
-def as_csv(records: Sequence[RunRecord]) -> str:
+def as_csv(runs: Sequence[Run]) -> str:
     """One line per number, in the unit that stands beside it; a temperature only where the number depends on it."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for record, label in zip(records, run_labels(records), strict=True):
-        for line in _numbers(record):
-            writer.writerow([_plain(label), *line])
-    return buffer.getvalue()
+    labels = run_labels(runs)
+    return csv_text(COLUMNS, ([label, *line] for run, label in zip(runs, labels, strict=True) for line in _lines(run)))
 
 
-def _plain(text: str) -> str:
-    """A name that no spreadsheet takes for a formula."""
-    return f"'{clean(text)}" if text.startswith(("=", "+", "-", "@", "\t")) else clean(text)
-
-
-def _numbers(record: RunRecord) -> Iterator[list[str]]:
-    evaluation = record.evaluation or {}
-    temperature = as_number(record.settings.get("sampling_temperature"))
-    intervals = evaluation.get("intervals")
-    for model in record.models:
-        yield from _values(record, model, "", temperature, evaluation[model], span_table(intervals, model))
-    suites = evaluation.get("suites")
-    for name, suite in suites.items() if isinstance(suites, Mapping) else ():
-        for model in MODELS:
-            values = suite.get(model) if isinstance(suite, Mapping) else None
-            if isinstance(values, Mapping):
-                spans = span_table(suite.get("intervals"), model)
-                yield from _values(record, model, _plain(str(name)), temperature, values, spans)
-    if record.analysis is not None:
-        model = "student" if record.is_pair else "after"
-        for name, number, ends in analysis.numbers(record.analysis):
-            span = ("", "") if ends is None else (repr(ends[0]), repr(ends[1]))
-            yield [model, "", "", _plain(name), repr(number), *span, "", ""]
-    if not isinstance(evaluation.get("sweep"), Mapping):
-        return
-    for model in record.models:
-        for row in tradeoff.sweep_rows(record, model):
-            at = as_number(row.get("sampling_temperature"))
-            # What the model's own numbers say already is not said twice.
-            known = {key for key in row if at == temperature and value_of(evaluation, model, key) is not None}
-            values = {key: value for key, value in row.items() if key not in known}
-            yield from _values(record, model, "", at, values, row.get("intervals"), swept=True)
-
-
-def span_table(intervals: Any, model: str) -> Any:
-    """The intervals of one model."""
-    return intervals.get(model) if isinstance(intervals, Mapping) else None
+def _lines(run: Run) -> Iterator[list[str]]:
+    temperature = as_number(run.settings.get("sampling_temperature"))
+    evaluation = run.evaluation
+    sets = {} if evaluation is None else {"": evaluation.numbers, **evaluation.suites}
+    for name, numbers in sets.items():
+        for model in numbers.models:
+            yield from _values(run, model, name, temperature, numbers.values[model], numbers.intervals.get(model))
+    for name, value, ends in analysis.numbers(run.analysis) if run.analysis is not None else ():
+        yield ["student", "", "", name, repr(value), *map(repr, ends or ()), *([""] * (2 if ends else 4))]
+    for model, points in evaluation.sweep.items() if evaluation is not None else ():
+        for point in points:
+            at = point.sampling_temperature
+            # The numbers at the main temperature stand among the model's own already.
+            values = {k: v for k, v in point.values.items() if at != temperature or run.value(model, k) is None}
+            yield from _values(run, model, "", at, values, point.intervals, answers_only=True)
 
 
 def _values(
-    record: RunRecord,
+    run: Run,
     model: str,
     suite: str,
     temperature: float | None,
     values: Mapping[str, Any],
-    spans: Any,
+    intervals: Mapping[str, Interval] | None,
     *,
-    swept: bool = False,
+    answers_only: bool = False,
 ) -> Iterator[list[str]]:
-    shown_model = "student" if record.is_pair and model == "after" else model
-    for metric in metrics_of(record.task).values():
-        value = as_number(values.get(metric.key))
-        if value is None or (swept and metric.of != "answers"):
+    for key, metric in metrics_of(run.task).items():
+        value = values.get(key)
+        if value is None or (answers_only and metric.of != "answers"):
             continue
-        span = span_of(spans, metric.key) or (None, None)
+        ends = (intervals or {}).get(key)
         at = f"{temperature:g}" if temperature is not None and metric.of == "answers" else ""
-        scaled = ["" if one is None else f"{one * metric.scale:.10g}" for one in (value, *span)]
-        yield [shown_model, suite, at, metric.key, *scaled, metric.unit, metric.better]
+        scaled = ["" if one is None else f"{one * metric.scale:.10g}" for one in (value, *(ends or (None, None)))]
+        yield [model, suite, at, key, *scaled, metric.unit, metric.better]

@@ -1,9 +1,9 @@
-"""What a report says about a run beside its numbers: what was distilled, on what, where, and by which commands."""
+"""What a report says about a run beside its numbers: what was distilled, on what data, where, and by which commands."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,54 +11,52 @@ from typing import Any
 import yaml
 
 from drkl.display import as_number
-from drkl.reporting.record import RunRecord
-from drkl.reporting.text import clip, count, duration, magnitude, short
+from drkl.reporting.inputs import Run
+from drkl.reporting.text import clip, count, duration, joined, magnitude, short
 
 CONFIG_LIMIT = 20_000
 
 
-def facts(record: RunRecord) -> list[tuple[str, str]]:
+def facts(run: Run) -> list[tuple[str, str]]:
     """The lines under the title: what was distilled, how, and on what."""
-    env, student = record.env, record.section("student")
+    env, student = run.env, run.section("student")
     parameters = _mapping(env.get("parameters"))
-    sizes = {name: as_number(parameters.get(name)) for name in ("student", "teacher")}
     rows = []
-    if record.teacher:
-        rows.append(("Teacher", record.teacher + _size(sizes["teacher"])))
-    if record.is_pair:
-        return [*rows, ("Student", record.subtitles["after"] or "student"), *_measured(record)]
+    if run.teacher:
+        rows.append(("Teacher", run.teacher + _size(parameters.get("teacher"))))
+    if run.is_pair:
+        return [*rows, ("Student", run.subtitles["student"] or "student"), *_measured(run)]
     layers, init = student.get("layers"), student.get("init", "?")
     made = f"{init}" + (f", {len(layers) if isinstance(layers, list) else layers} layers" if layers else "")
     if init == "pretrained" and student.get("model"):
         made = str(student["model"])
-    rows.append(("Student", short(made, 60) + _size(sizes["student"])))
+    rows.append(("Student", short(made, 60) + _size(parameters.get("student"))))
     plan = " \N{RIGHTWARDS ARROW} ".join(
         stage.objective + (f" ({count(stage.end - stage.start, 'step')})" if stage.end > stage.start else "")
-        for stage in record.stages
+        for stage in run.stages
     )
     rows.append(("Objective", plan))
-    seconds = [stage.seconds for stage in record.stages if stage.seconds is not None]
-    if len(seconds) == len(record.stages):
+    seconds = [stage.seconds for stage in run.stages if stage.seconds is not None]
+    if len(seconds) == len(run.stages):
         device = short(str(env.get("device_name") or env.get("device") or ""), 40)
         rows.append(("Trained in", duration(sum(seconds)) + (f" on {device}" if device else "")))
-    started = _date(env.get("started"))
-    if started:
+    if started := _date(env.get("started")):
         rows.append(("Started", started))
     return rows
 
 
-def _measured(record: RunRecord) -> list[tuple[str, str]]:
-    """How an outside pair was evaluated."""
+def _measured(run: Run) -> list[tuple[str, str]]:
+    """How a pair was evaluated."""
     rows = []
     for key, title in (("protocol", "Protocol"), ("suites", "Suites")):
-        said = record.settings.get(key)
-        if said:
-            rows.append((title, short(", ".join(map(str, said)) if isinstance(said, list) else str(said), 80)))
+        if value := run.settings.get(key):
+            rows.append((title, short(", ".join(map(str, value)) if isinstance(value, list) else str(value), 80)))
     return rows
 
 
-def _size(parameters: float | None) -> str:
-    return "" if parameters is None else f" \N{MIDDLE DOT} {magnitude(parameters)} parameters"
+def _size(parameters: Any) -> str:
+    known = as_number(parameters)
+    return "" if known is None else f" \N{MIDDLE DOT} {magnitude(known)} parameters"
 
 
 def _date(value: Any) -> str:
@@ -68,25 +66,77 @@ def _date(value: Any) -> str:
         return ""
 
 
-def data_of(record: RunRecord) -> list[tuple[str, str]]:
+def notes(runs: Sequence[Run]) -> list[str]:
+    """What to keep in mind with the numbers: what they rest on, and what they cannot show."""
+    run = runs[0]
+    lines = [_basis(run)] if run.evaluation is not None else []
+    if len(runs) == 1 and not run.is_pair and run.has_teacher and run.task != "classification":
+        lines.append(_other_objective(run))
+    return lines
+
+
+def _basis(run: Run) -> str:
+    parts = [
+        count(value, noun)
+        for key, noun in (("num_tokens", "held-out token"), ("num_rows", "held-out text"))
+        if (value := run.value("student", key)) is not None
+    ]
+    prompts, samples = (as_number(run.settings.get(key)) for key in ("prompts", "samples_per_prompt"))
+    if prompts and samples:
+        parts.append(f"{count(prompts, 'prompt')} with {count(samples, 'sample')} each")
+    parts.append("one student" if run.is_pair else "one training seed")
+    text = f"The numbers rest on {joined(parts)}."
+    if run.evaluation is not None and run.evaluation.numbers.intervals:
+        return f"{text} The intervals say what other rows and prompts would change, not what another seed would."
+    return f"{text} Without intervals, small differences between models or runs are not evidence."
+
+
+def _other_objective(run: Run) -> str:
+    assert run.folder is not None
+    other = "rkl" if run.objective != "rkl" else "drkl"
+    root = run.folder.root
+    beside = root.with_name(f"{root.name}-{other}")
+    config, name, own, new = (shlex.quote(str(x)) for x in (run.folder.config_path, beside.name, root, beside))
+    return (
+        f"One run cannot say what the objective contributes. To see it, train the same with {other} in the last stage "
+        f"and report on both: `drkl distill {config} objective.name={other} run.name={name}`, `drkl evaluate {new}`, "
+        f"`drkl report {own} {new}`."
+    )
+
+
+def unevaluated(run: Run) -> str:
+    """What the page says in place of an answer where there is no evaluation."""
+    if run.is_pair:
+        return "Student and teacher were analysed; what they write was not evaluated."
+    assert run.folder is not None
+    text = f"This run has not been evaluated. `drkl evaluate {run.folder.root}` does that; then write the report again."
+    for key, title in (("rkl", "reverse KL"), ("nll", "negative log-likelihood")):
+        curve = run.stages[-1].curve(key, heldout=True)
+        if curve:
+            return (
+                f"{text} At the last check on held-out rows during training, at step {curve.steps[-1]:,.0f}, its "
+                f"{title} was {curve.values[-1]:.2f} nats."
+            )
+    return text
+
+
+def data_of(run: Run) -> list[tuple[str, str]]:
     """Where the rows came from, and how many were left out."""
-    if record.is_pair:
-        known = _mapping(record.settings.get("data"))
-        filled = {key: value for key, value in known.items() if value not in (None, [], {})}
-        return [(short(str(key)).replace("_", " "), short(str(value), 120)) for key, value in filled.items()]
-    data = _mapping(record.env.get("data"))
+    if run.is_pair:
+        known = {key: value for key, value in _mapping(run.settings.get("data")).items() if value not in (None, [], {})}
+        return [(short(key).replace("_", " "), short(str(value), 120)) for key, value in known.items()]
+    data = _mapping(run.env.get("data"))
     rows = []
     for key, title in (("train_rows", "Training rows"), ("heldout_rows", "Held-out rows")):
-        if as_number(data.get(key)) is not None:
-            rows.append((title, count(data[key], "row").removesuffix(" rows").removesuffix(" row")))
-    dropped = {str(k): v for k, v in _mapping(data.get("dropped")).items() if as_number(v)}
+        if (rows_of := as_number(data.get(key))) is not None:
+            rows.append((title, f"{rows_of:,.0f}"))
     if "dropped" in data:
-        reasons = ", ".join(f"{short(reason).replace('_', ' ')}: {number:,}" for reason, number in dropped.items())
-        rows.append(("Rows dropped", reasons or "none"))
-    if as_number(data.get("responses_cut")) is not None:
-        what = "Texts" if record.task == "classification" else "Answers"
-        rows.append((f"{what} cut at the end", f"{data['responses_cut']:,}"))
-    section = record.section("data")
+        dropped = {short(k).replace("_", " "): as_number(v) for k, v in _mapping(data["dropped"]).items()}
+        rows.append(("Rows dropped", ", ".join(f"{k}: {v:,.0f}" for k, v in dropped.items() if v) or "none"))
+    if (cut := as_number(data.get("responses_cut"))) is not None:
+        what = "Texts" if run.task == "classification" else "Answers"
+        rows.append((f"{what} cut at the end", f"{cut:,.0f}"))
+    section = run.section("data")
     sources = section.get("sources")
     places = [place for place in sources if isinstance(place, dict)] if isinstance(sources, list) else []
     names = [place.get("path") or place.get("dataset") for place in places or [section]]
@@ -94,47 +144,48 @@ def data_of(record: RunRecord) -> list[tuple[str, str]]:
     return [("Source", short(source, 80)), *rows] if source else rows
 
 
-def settings_text(record: RunRecord) -> str:
+def settings_text(run: Run) -> str:
     """How it was evaluated, as yaml."""
-    if not record.settings:
-        return ""
     # The command stands among the commands, without the path of the program.
-    shown = {key: value for key, value in record.settings.items() if key != "command"}
-    return clip(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100), CONFIG_LIMIT).text
+    settings = {key: value for key, value in run.settings.items() if key != "command"}
+    if not settings:
+        return ""
+    return clip(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100), CONFIG_LIMIT).text
 
 
-def environment(record: RunRecord) -> list[tuple[str, str]]:
+def environment(run: Run) -> list[tuple[str, str]]:
     """Versions and the machine."""
-    skip = {"command", "data", "parameters"}
+    known = run.env or ({"versions": run.settings.get("versions")} if run.is_pair else {})
     rows = []
-    known = record.env or ({"versions": record.settings.get("versions")} if record.is_pair else {})
     for key, value in known.items():
-        if key not in skip and value is not None:
+        if key not in ("command", "data", "parameters") and value is not None:
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
             rows.append((short(str(key)).replace("_", " "), short(text, 120)))
     return rows
 
 
-def commands(records: Sequence[RunRecord]) -> list[str]:
-    """The lines that make this page again; names that a shell would take apart are quoted."""
+def commands(runs: Sequence[Run]) -> list[str]:
+    """The lines that make this page again, quoted for a shell; none where an evaluation is only in memory."""
+    roots = [run.folder.root for run in runs if run.folder is not None]
+    if len(roots) < len(runs):
+        return []
     lines = []
-    for record in records:
-        made = record.settings.get("command") if record.is_pair else record.env.get("command")
-        lines += _line(made)
-        if not record.is_pair:
-            lines.append(shlex.join(["drkl", "evaluate", str(record.run.root)]))
-        if record.analysis is not None:
-            lines += _line(_mapping(record.analysis.get("settings")).get("command"))
-    lines.append(shlex.join(["drkl", "report", *(str(record.run.root) for record in records)]))
+    for run, root in zip(runs, roots, strict=True):
+        lines += _line(run.settings.get("command") if run.is_pair else run.env.get("command"))
+        if not run.is_pair:
+            lines.append(shlex.join(["drkl", "evaluate", str(root)]))
+        if run.analysis is not None:
+            lines += _line(_mapping(run.analysis.get("settings")).get("command"))
+    lines.append(shlex.join(["drkl", "report", *map(str, roots)]))
     return list(dict.fromkeys(lines))
 
 
 def _line(command: Any) -> list[str]:
     if not isinstance(command, list) or not command:
         return []
-    # The path of the program says where it lay on one machine, which helps nobody.
+    # The path of the program says where it was on one machine, which helps nobody.
     return [shlex.join([Path(str(command[0])).name, *(str(word) for word in command[1:])])]
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    return dict(value) if isinstance(value, Mapping) else {}

@@ -1,273 +1,199 @@
-"""The report's figures, as inline svg."""
+"""Figures of an evaluation, as inline svg."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from drkl.display import as_number, number
-from drkl.reporting import pushes
-from drkl.reporting.lines import STYLES, lines_of
-from drkl.reporting.metrics import METRICS, MODELS, STUDENTS, Metric, metrics_of, value_of
-from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, Picture, new_figure, plot_style, tidy, to_svg
-from drkl.reporting.record import RunRecord, thin
+from drkl.evaluation.declared import Metric, metrics_of
+from drkl.evaluation.result import MODELS
+from drkl.reporting.inputs import STUDENTS, TITLES, Run, run_labels
+from drkl.reporting.plotting import (
+    COLORS,
+    GRID,
+    INK,
+    MUTED,
+    PAPER,
+    STYLES,
+    Line,
+    Picture,
+    histogram,
+    new_figure,
+    plot_style,
+    reliability_diagram,
+    tidy,
+    to_svg,
+)
 from drkl.reporting.text import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Pairs = list[tuple[float, float]]
+# At zero distance from itself the teacher says nothing, except where its own value is a goal.
+_TEACHER_BARS = ("nll", "accuracy", "rouge_l", "macro_f1", "ece")
+_SMALL, _SQUARE = (356, 220), (356, 300)
 
-def bars(record: RunRecord, key: str) -> Picture | None:
-    """Teacher, before, warm-up and after as bars with their values."""
-    metric = metrics_of(record.task)[key]
-    values = {model: value for model in MODELS if (value := value_of(record.evaluation, model, key)) is not None}
-    # At zero distance from itself the teacher says nothing, except where its own value is the yardstick.
-    if metric.better in ("lower", "higher") and key not in ("nll", "accuracy", "rouge_l", "macro_f1", "ece"):
+
+def lines_of(runs: Sequence[Run]) -> list[tuple[Line, Run, str]]:
+    """The curves that several figures share, each with its run and model.
+
+    Of one run: its evaluated models. Of several: the first run's teacher, and the student of each.
+    """
+    first = runs[0]
+    if len(runs) == 1:
+        return [(Line.of_model(model, TITLES[model], first.subtitles[model]), first, model) for model in first.models]
+    lines = [(Line.of_model("teacher", TITLES["teacher"], first.teacher or ""), first, "teacher")]
+    lines = [line for line in lines if "teacher" in first.models]
+    for place, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True)):
+        if "student" in run.models:
+            lines.append((Line.of_run(place, label), run, "student"))
+    return lines
+
+
+def bars(run: Run, metric: Metric) -> Picture | None:
+    """The models' values as horizontal bars; None without the student's."""
+    values = {model: value for model in MODELS if (value := run.value(model, metric.key)) is not None}
+    if metric.better in ("lower", "higher") and metric.key not in _TEACHER_BARS:
         values.pop("teacher", None)
-    if "after" not in values:
+    if "student" not in values:
         return None
     with plot_style():
         figure, ax = new_figure(250, 26 * len(values) + 8)
-        draw_bars(ax, metric, values, record.titles)
-        alt = f"{metric.title}: " + ", ".join(f"{record.titles[m]} {metric.show(v)}" for m, v in values.items())
-        return Picture(to_svg(figure, f"bars-{key}", alt), metric.title, metric.definition, alt)
+        draw_bars(ax, metric, values)
+        alt = f"{metric.title}: " + ", ".join(f"{TITLES[m]} {metric.show(v)}" for m, v in values.items())
+        return Picture(to_svg(figure, f"bars-{metric.key}", alt), metric.title, metric.definition, alt)
 
 
-def draw_bars(
-    ax: Axes, metric: Metric, values: Mapping[str, float], titles: Mapping[str, str], *, size: float = 12
-) -> None:
+def draw_bars(ax: Axes, metric: Metric, values: Mapping[str, float], *, size: float = 12) -> None:
     """Horizontal bars from zero, each with its name and value."""
     rows = list(range(len(values)))[::-1]
-    shown = [value * metric.scale for value in values.values()]
-    ax.barh(rows, shown, height=0.5, color=[COLORS[model] for model in values])
-    ax.set_yticks(rows, [titles[model] for model in values])
+    scaled = [value * metric.scale for value in values.values()]
+    ax.barh(rows, scaled, height=0.5, color=[COLORS[model] for model in values])
+    ax.set_yticks(rows, [TITLES[model] for model in values])
     tidy(ax, size=size)
     ax.grid(False)
     ax.spines["bottom"].set_visible(False)
     ax.axvline(0, color=MUTED, linewidth=0.8)
     ax.tick_params(axis="y", labelcolor=INK)
     ax.set_xticks([])
-    widest = max(max(shown), 0.0) - min(min(shown), 0.0) or 1.0
-    ax.set_xlim(min(min(shown), 0.0) * 1.35, widest * 1.3 + min(min(shown), 0.0))
-    for row, model, value in zip(rows, values, shown, strict=True):
+    lowest = min(*scaled, 0.0)
+    widest = max(*scaled, 0.0) - lowest or 1.0
+    ax.set_xlim(lowest * 1.35, widest * 1.3 + lowest)
+    for row, (model, value) in zip(rows, values.items(), strict=True):
         ax.annotate(
-            metric.show(values[model]), (max(value, 0.0), row), (4, 0), textcoords="offset points", va="center",
-            fontsize=size, color=INK, fontweight="bold" if model == "after" else "normal",
-        )  # fmt: skip
-
-
-def training_curves(record: RunRecord) -> tuple[list[Picture], list[Picture]]:
-    """The curves that answer a question, and those that only tell how the optimiser fared."""
-    top, unit, seen = "Top-token agreement", "tokens", "token"
-    if record.task == "classification":
-        top, unit, seen = "Agreement", "texts", "class"
-    wanted = [
-        ("rkl", "Reverse KL to the teacher", "KL(q‖p), nats, log scale"),
-        ("fkl", "Forward KL to the teacher", "KL(p‖q), nats, log scale"),
-        ("agreement", top, f"of the {unit}"),
-        ("entropy", "Entropy", "nats" + ("; the teacher is dashed" if record.has_teacher else "")),
-        ("nll", "Negative log-likelihood", f"of the observed {seen}, nats, log scale"),
-        ("loss", "Loss", "each stage's own, not comparable across stages"),
-    ]
-    rest = [
-        ("grad_norm", "Gradient norm", "before clipping"),
-        ("learning_rate", "Learning rate", "of the schedule"),
-        ("tokens_per_second", "Speed", "input tokens per second"),
-    ]
-    with plot_style():
-        drawn = [[_curve_picture(record, *item) for item in group] for group in (wanted, rest)]
-        drawn[0].append(pushes.picture(record))
-    return [p for p in drawn[0] if p], [p for p in drawn[1] if p]
-
-
-def _curve_picture(record: RunRecord, key: str, title: str, caption: str) -> Picture | None:
-    figure, ax = new_figure(356, 220)
-    if not draw_curve(ax, record, key):
-        return None
-    alt = f"{title} over {record.num_steps} optimiser steps"
-    heldout = [stage.curve(_log_key(key), heldout=True) for stage in record.stages]
-    ends = [(curve.values[0], curve.values[-1]) for curve in heldout if curve]
-    if ends:
-        alt += f"; on held-out rows from {ends[0][0]:.3g} at the first check to {ends[-1][1]:.3g} at the last"
-    return Picture(to_svg(figure, f"curve-{key}", alt + "."), title, caption, alt)
-
-
-def _log_key(key: str) -> str:
-    return "student_entropy" if key == "entropy" else key
-
-
-def draw_curve(ax: Axes, record: RunRecord, key: str, *, size: float = 11, names: bool = True) -> bool:
-    """One quantity over all stages: thin = training batches, dots = held-out rows. False if nothing was logged."""
-    seen: list[float] = []
-    tidy(ax, size=size)
-    for stage in record.stages:
-        color = COLORS[stage.model]
-        train, heldout = stage.curve(_log_key(key)), stage.curve(_log_key(key), heldout=True)
-        many = thin(train)
-        ax.plot(many.steps, many.values, color=color, linewidth=1, alpha=0.45 if heldout else 0.9)
-        alone = len(heldout.steps) == 1
-        ax.plot(heldout.steps, heldout.values, color=color, linewidth=2, marker="o", markersize=5 if alone else 3.5)
-        seen += many.values + heldout.values
-    if not seen:
-        return False
-    if key == "entropy":
-        seen += _draw_teacher_entropy(ax, record)
-    before = value_of(record.evaluation, "before", key)
-    if before is not None and seen:
-        ax.plot([0], [before], marker="o", markersize=6, color=COLORS["before"], clip_on=False, zorder=5)
-        seen.append(before)
-    if key in ("rkl", "fkl", "loss", "nll") and min(seen) > 0 and max(seen) > 2 * min(seen):
-        _log_axis(ax, min(seen), max(seen))
-    elif key in ("agreement", "entropy", "learning_rate", "tokens_per_second"):
-        ax.set_ylim(0, max(seen) * 1.12 or 1)
-        ax.locator_params(axis="y", nbins=6)
-    if key == "agreement":
-        ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    ax.set_xlim(-0.03 * max(record.num_steps, 1), max(record.num_steps, 1) * 1.02)
-    ax.set_xlabel("optimiser step")
-    ax.locator_params(axis="x", nbins=5, integer=True)
-    _mark_stages(ax, record, size=size, names=names)
-    return True
-
-
-def _draw_teacher_entropy(ax: Axes, record: RunRecord) -> list[float]:
-    # The teacher does not change from stage to stage, so its line runs through.
-    steps, values = [], []
-    for stage in record.stages:
-        curve = stage.curve("teacher_entropy", heldout=True) or thin(stage.curve("teacher_entropy"))
-        steps += curve.steps
-        values += curve.values
-    ax.plot(steps, values, color=COLORS["teacher"], linewidth=1.6, linestyle=(0, (4, 2)))
-    return values
-
-
-def _log_axis(ax: Axes, low: float, high: float) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    ax.set_yscale("log")
-    ax.set_ylim(low / 1.12, high * 1.2)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [leading * 10.0**power for power in powers for leading in range(1, 10)]
-    inside = [tick for tick in ticks if low / 1.12 <= tick <= high * 1.2]
-    for leading in ((1, 2, 3, 4, 6, 8), (1, 2, 3, 5), (1, 3), (1,)):
-        if len(inside) > 6:
-            inside = [tick for tick in inside if round(tick / 10 ** math.floor(math.log10(tick) + 1e-9)) in leading]
-    ax.yaxis.set_major_locator(FixedLocator(inside))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_locator(NullLocator())
-
-
-def _mark_stages(ax: Axes, record: RunRecord, *, size: float, names: bool) -> None:
-    for stage in record.stages:
-        if stage.start:
-            ax.axvline(stage.start, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-        if not names or len(record.stages) == 1 or stage.end - stage.start < 0.2 * record.num_steps:
-            continue
-        name = stage.title if stage.title == stage.objective else f"{stage.title}: {stage.objective}"
-        room = int(30 * (stage.end - stage.start) / max(record.num_steps, 1)) + 2
-        ax.annotate(
-            short(name, max(room, 4)),
-            (stage.start, 1.0),
-            (4 if stage.start else 8, 2),
-            xycoords=("data", "axes fraction"),
+            metric.show(value),
+            (max(value * metric.scale, 0.0), row),
+            (4, 0),
             textcoords="offset points",
-            va="bottom",
+            va="center",
             fontsize=size,
-            color=COLORS[stage.model],
+            color=INK,
+            fontweight="bold" if model == "student" else "normal",
         )
 
 
-def distributions(record: RunRecord) -> list[Picture]:
-    """Over held-out tokens: how often each entropy and each top probability occurs, student against teacher."""
-    pictures = []
+def confidence(run: Run) -> list[Picture]:
+    """How sure student and teacher are: histograms, and the student's gaps to the teacher."""
     with plot_style():
-        for key, title, axis in (
-            ("entropy", "Entropy per token", "nats; left is sure, right is undecided"),
-            ("confidence", "Probability of the top token", "max q; left is undecided, right is sure"),
-            ("target", "Probability of the teacher's top token", "q_t; the teacher's own is p_t"),
-        ):
-            shares = _shares(record, key)
-            if "after" not in shares:
-                continue
-            figure, ax = new_figure(356, 220)
-            tidy(ax)
-            edges = record.evaluation["distributions"]["edges"][key]  # type: ignore[index]
-            for model, values in shares.items():
-                style: dict[str, Any] = {
-                    "color": COLORS[model], "linewidth": 1.4 if model == "before" else 2, "linestyle": STYLES[model][1]
-                }  # fmt: skip
-                if model == "teacher":
-                    style = {"facecolor": COLORS[model], "edgecolor": COLORS[model], "fill": True, "alpha": 0.16}
-                ax.stairs([100 * value for value in values], edges, **style)
-            ax.set_ylim(0, None)
-            ax.set_xlim(edges[0], edges[-1])
-            ax.set_xlabel(axis)
-            ax.tick_params(axis="x", pad=7)
-            ax.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-            gamma = as_number(record.settings.get("gamma")) if key == "target" else None
-            if gamma is not None and 0 < gamma < 1:
-                ax.axvline(1 - gamma, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
-            means = ", ".join(f"{record.titles[m]} {number(_mean(record, m, key), 3)}" for m in shares)
-            alt = f"Histogram of {title[0].lower() + title[1:]} over held-out tokens. Means: {means}."
-            pictures.append(
-                Picture(
-                    to_svg(figure, f"dist-{key}", alt),
-                    title,
-                    "share of held-out tokens"
-                    + ("; the teacher is filled" if "teacher" in shares else "")
-                    + ("; dotted: 1 − γ" if gamma is not None else ""),
-                    alt,
-                )
-            )
-        gaps = _gap_picture(record)
-    return [*pictures, *([gaps] if gaps else [])]
+        if run.task == "classification":
+            drawn = [reliability(run), _confidence_of_texts(run)]
+        else:
+            drawn = [*(_histogram(run, *item) for item in _HISTOGRAMS), _gaps(run)]
+    return [picture for picture in drawn if picture]
 
 
-def _mean(record: RunRecord, model: str, key: str) -> float | None:
+_HISTOGRAMS = (
+    ("entropy", "Entropy per token", "nats; left is sure, right is undecided"),
+    ("confidence", "Probability of the top token", "max q; left is undecided, right is sure"),
+    ("target", "Probability of the teacher's top token", "q_t; the teacher's own is p_t"),
+)
+
+
+def _histogram(run: Run, key: str, title: str, axis: str) -> Picture | None:
+    """How often each value occurs over held-out tokens; the teacher is filled."""
+    tables = run.evaluation.distributions if run.evaluation is not None else None
+    counts = {m: own[key] for m, own in tables.counts.items() if any(own.get(key, ()))} if tables else {}
+    if tables is None or "student" not in counts:
+        return None
+    figure, ax = new_figure(*_SMALL)
+    tidy(ax)
+    edges = tables.edges[key]
+    for model in (model for model in MODELS if model in counts):
+        thin = {"linewidth": 1.4} if model == "before" else {}
+        dash = {} if model == "teacher" else {"linestyle": STYLES[model][1]}
+        histogram(ax, edges, counts[model], filled=model == "teacher", color=COLORS[model], **thin, **dash)
+    ax.set_xlim(edges[0], edges[-1])
+    ax.set_xlabel(axis)
+    ax.tick_params(axis="x", pad=7)
+    gamma = as_number(run.settings.get("gamma")) if key == "target" else None
+    if gamma is not None and 0 < gamma < 1:
+        ax.axvline(1 - gamma, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
+    means = ", ".join(f"{TITLES[m]} {number(_mean(run, m, key), 3)}" for m in MODELS if m in counts)
+    alt = f"Histogram of {title[0].lower() + title[1:]} over held-out tokens. Means: {means}."
+    caption = "share of held-out tokens" + ("; the teacher is filled" if "teacher" in counts else "")
+    caption += "" if gamma is None else "; dotted: 1 − γ"
+    return Picture(to_svg(figure, f"dist-{key}", alt), title, caption, alt)
+
+
+def _mean(run: Run, model: str, key: str) -> float | None:
     if key != "target":
-        return value_of(record.evaluation, model, key)
-    # E[q_t] = E[q_t - p_t] + E[p_t], and of the teacher p_t is its confidence.
-    sure, gap = (value_of(record.evaluation, m, k) for m, k in (("teacher", "confidence"), (model, "target_gap")))
-    return sure if model == "teacher" else None if sure is None or gap is None else sure + gap
+        return run.value(model, key)
+    # E[q_t] = E[q_t - p_t] + E[p_t], and p_t is the teacher's confidence.
+    p_t, gap = run.value("teacher", "confidence"), run.value(model, "target_gap")
+    return p_t if model == "teacher" else None if p_t is None or gap is None else p_t + gap
 
 
-def _shares(record: RunRecord, key: str) -> dict[str, list[float]]:
-    """Histogram counts as shares, for the models whose histogram is whole."""
-    found = (record.evaluation or {}).get("distributions")
-    tables = found if isinstance(found, dict) else {}
-    edges = tables.get("edges", {}).get(key) if isinstance(tables.get("edges"), dict) else None
-    shares = {}
-    for model in MODELS:
-        counts = tables[model].get(key) if isinstance(tables.get(model), dict) else None
-        if isinstance(edges, list) and isinstance(counts, list) and len(edges) == len(counts) + 1 and _rise(edges):
-            numbers = [as_number(value) or 0.0 for value in counts]
-            if sum(numbers) > 0:
-                shares[model] = [value / sum(numbers) for value in numbers]
-    return shares
+def _confidence_of_texts(run: Run) -> Picture | None:
+    """How often a classifier has each confidence."""
+    bins = run.evaluation.reliability if run.evaluation is not None else None
+    if bins is None or "student" not in bins.width or not any(bins.width["student"].counts):
+        return None
+    figure, ax = new_figure(*_SQUARE)
+    tidy(ax)
+    shown = [model for model in ("teacher", "student") if model in bins.width and any(bins.width[model].counts)]
+    for model in shown:
+        histogram(ax, bins.edges, bins.width[model].counts, filled=model == "teacher", color=COLORS[model])
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("confidence, max q")
+    metric = metrics_of(run.task)["confidence"]
+    means = ", ".join(f"{TITLES[model]} {metric.show(run.value(model, 'confidence'))}" for model in shown)
+    alt = f"Histogram of confidence over held-out texts. Means: {means}."
+    caption = "share of held-out texts" + ("; the teacher is filled" if "teacher" in shown else "")
+    return Picture(to_svg(figure, "confidence", alt), "Probability of the top class", caption, alt)
 
 
-def _rise(edges: list[Any]) -> bool:
-    numbers = [as_number(edge) for edge in edges]
-    return all(b is not None and a is not None and b > a for a, b in itertools.pairwise(numbers))
+def reliability(run: Run) -> Picture | None:
+    """Accuracy against confidence of student and teacher; None without the student's bins. Needs ``plot_style``."""
+    bins = run.evaluation.reliability if run.evaluation is not None else None
+    series = []
+    for line, _, model in lines_of([run]):
+        if bins is not None and model in ("teacher", "student") and model in bins.width:
+            own = bins.width[model]
+            series.append((line, model, list(zip(own.counts, own.confidence, own.accuracy, strict=True))))
+    if not any(model == "student" and any(row[0] for row in rows) for _, model, rows in series):
+        return None
+    figure, _ = reliability_diagram(_SQUARE, [(line, rows) for line, _, rows in series if any(r[0] for r in rows)])
+    ece = metrics_of(run.task)["ece"]
+    errors = ", ".join(f"{line.title} {ece.show(run.value(model, 'ece'))}" for line, model, _ in series)
+    alt = f"Accuracy by confidence in {len(series[-1][2])} bins. Calibration error: {errors}."
+    title = "Is it right as often as it is sure?"
+    return Picture(to_svg(figure, "reliability", alt), title, f"calibration error: {errors}", alt)
 
 
-def _gap_picture(record: RunRecord) -> Picture | None:
+def _gaps(run: Run) -> Picture | None:
     rows = [
         ("confidence_gap", "Each one's top token\n(confidence gap)"),
         ("target_gap", "The teacher's top token\n(target gap)"),
         ("overconfidence", "The student's top token\n(overconfidence)"),
     ]
     values = {
-        (key, model): value
-        for key, _ in rows
-        for model in STUDENTS
-        if (value := value_of(record.evaluation, model, key)) is not None
+        (key, model): value for key, _ in rows for model in STUDENTS if (value := run.value(model, key)) is not None
     }
     if not values:
         return None
-    figure, ax = new_figure(356, 220)
+    figure, ax = new_figure(*_SMALL)
     tidy(ax, grid="x")
     ax.axvline(0, color=COLORS["teacher"], linewidth=1.6, linestyle=(0, (4, 2)))
     for row, (key, _) in enumerate(rows):
@@ -275,8 +201,9 @@ def _gap_picture(record: RunRecord) -> Picture | None:
         if len(present) > 1:
             ax.plot([min(present.values()), max(present.values())], [-row, -row], color=GRID, linewidth=2, zorder=1)
         for model, value in present.items():
-            ax.plot([value], [-row], STYLES[model][0], markersize=9 if model == "after" else 7, color=COLORS[model],
-                    markeredgecolor=PAPER, zorder=4 if model == "after" else 3)  # fmt: skip
+            size, above = (9, 4) if model == "student" else (7, 3)
+            style = {"markersize": size, "color": COLORS[model], "markeredgecolor": PAPER, "zorder": above}
+            ax.plot([value], [-row], STYLES[model][0], **style)
     ax.set_yticks([-row for row in range(len(rows))], [label for _, label in rows])
     ax.tick_params(axis="y", labelcolor=INK, labelsize=10.5)
     ax.set_ylim(-len(rows) + 0.5, 0.5)
@@ -284,46 +211,124 @@ def _gap_picture(record: RunRecord) -> Picture | None:
     ax.set_xlim(-reach, reach)
     ax.locator_params(axis="x", nbins=5)
     ax.set_xlabel("less sure  ◂  teacher  ▸  surer")
-    shown = "; ".join(
-        f"{METRICS[key].title}: "
-        + ", ".join(f"{record.titles[m]} {METRICS[key].show(values[key, m])}" for m in STUDENTS if (key, m) in values)
+    metrics = metrics_of(run.task)
+    alt = "; ".join(
+        f"{metrics[key].title}: "
+        + ", ".join(f"{TITLES[m]} {metrics[key].show(values[key, m])}" for m in STUDENTS if (key, m) in values)
         for key, _ in rows
     )
-    caption = "probability by the student minus by the teacher, mean"
-    return Picture(to_svg(figure, "gaps", shown), "Surer or less sure than the teacher", caption, shown)
+    caption = "probability by the student minus probability by the teacher, mean"
+    return Picture(to_svg(figure, "gaps", alt), "Surer or less sure than the teacher", caption, alt)
 
 
-def run_comparison(records: Sequence[RunRecord], labels: Sequence[str]) -> list[Picture]:
-    """A dot per run for each of four numbers, with the teacher's where it is the yardstick."""
-    pictures = []
-    classifies = records[0].task == "classification"
-    lines = {line.key: line for line in lines_of(records)}
+def profiles(runs: Sequence[Run]) -> list[Picture]:
+    """Calibration by confidence, the probability of the teacher's ranks, and what more samples bring."""
+    with plot_style():
+        drawn = [reliability(runs[0]), _tail(runs)]
+        drawn.append(_coverage(runs, "rouge_l_best", "The best of k answers", _BEST_CAPTION, 1))
+        drawn.append(_coverage(runs, "distinct_answers", "Different answers among k", _DISTINCT_CAPTION, 2))
+    return [picture for picture in drawn if picture]
+
+
+_BEST_CAPTION = "ROUGE-L of the best of k samples, mean over prompts"
+_DISTINCT_CAPTION = "expected number; on the hairline all are different"
+
+
+def _curves(runs: Sequence[Run], of: Callable[[Run, str], Pairs]) -> list[tuple[Line, Pairs]]:
+    """The curves of at least two points; none where only the teacher has one."""
+    known = [(line, model, of(run, model)) for line, run, model in lines_of(runs)]
+    known = [(line, model, pairs) for line, model, pairs in known if len(pairs) > 1]
+    return [(line, pairs) for line, _, pairs in known] if any(model != "teacher" for _, model, _ in known) else []
+
+
+def _tail(runs: Sequence[Run]) -> Picture | None:
+    """Mean probability of the token at each of the teacher's ranks; both axes are logarithmic."""
+
+    def means(run: Run, model: str) -> Pairs:
+        tail = run.evaluation.tail if run.evaluation is not None else None
+        pairs = zip(tail.ranks, tail.means[model], strict=True) if tail is not None and model in tail.means else ()
+        return [(rank, mean) for rank, mean in pairs if mean]
+
+    if not (curves := _curves(runs, means)):
+        return None
+    figure, ax = new_figure(*_SQUARE)
+    tidy(ax, grid="both")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for line, pairs in curves:
+        line.plot(ax, *zip(*pairs, strict=True), size=5)
+    ax.minorticks_off()
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.9f}".rstrip("0"))
+    ax.set_xlabel("the teacher's rank")
+    ends = "; ".join(
+        f"{line.title}: {pairs[0][1]:.3g} at rank {pairs[0][0]:g}, {pairs[-1][1]:.2g} at rank {pairs[-1][0]:g}"
+        for line, pairs in curves
+    )
+    alt = f"Mean probability of the token at the teacher's rank. {ends}."
+    caption = "mean probability, log scales; below the teacher's curve a model gives up that part"
+    return Picture(to_svg(figure, "tail", alt), "What becomes of the teacher's tail", caption, alt)
+
+
+def _coverage(runs: Sequence[Run], key: str, title: str, caption: str, digits: int) -> Picture | None:
+    def values(run: Run, model: str) -> Pairs:
+        own = run.evaluation.coverage.get(model) if run.evaluation is not None else None
+        pairs = zip(own.samples, getattr(own, key), strict=True) if own is not None else ()
+        return [(count, value) for count, value in pairs if value is not None]
+
+    if not (curves := _curves(runs, values)):
+        return None
+    figure, ax = new_figure(*_SQUARE)
+    tidy(ax)
+    if key == "distinct_answers":
+        most = max(pairs[-1][0] for _, pairs in curves)
+        ax.plot([1, most], [1, most], color=MUTED, linewidth=1)
+    for line, pairs in curves:
+        line.plot(ax, *zip(*pairs, strict=True), size=6)
+    ax.set_xlabel("k, samples for a prompt")
+    ax.locator_params(axis="x", nbins=8, integer=True)
+    ends = "; ".join(
+        f"{line.title} {number(pairs[0][1], digits)} with {pairs[0][0]:g}, "
+        f"{number(pairs[-1][1], digits)} with {pairs[-1][0]:g}"
+        for line, pairs in curves
+    )
+    alt = f"{title}, {caption}: {ends}."
+    return Picture(to_svg(figure, f"coverage-{key}", alt), title, caption, alt)
+
+
+def run_dots(runs: Sequence[Run]) -> list[Picture]:
+    """A dot for each run for each of four numbers, with the teacher's where that is the goal."""
+    classifies = runs[0].task == "classification"
     keys = ("ece", "accuracy", "agreement", "rkl") if classifies else ("rkl", "fkl", "agreement", "entropy")
     with plot_style():
-        for key in keys:
-            metric = metrics_of(records[0].task)[key]
-            values = [value_of(record.evaluation, "after", key) for record in records]
-            known = [value * metric.scale for value in values if value is not None]
-            if len(known) < 2:
-                continue
-            figure, ax = new_figure(250, 26 * len(records) + 34)
-            tidy(ax, grid="x")
-            for row, value in enumerate(values):
-                line = lines.get(f"run-{row}")
-                if value is not None and line:
-                    ax.plot([value * metric.scale], [-row], line.marker, markersize=9, color=line.color)
-            teacher = value_of(records[0].evaluation, "teacher", key)
-            if metric.better == "teacher" and teacher is not None:
-                known.append(teacher)
-                ax.axvline(teacher, color=COLORS["teacher"], linewidth=1.6, linestyle=(0, (4, 2)))
-            ax.set_yticks([-row for row in range(len(records))], [short(label, 18) for label in labels])
-            ax.tick_params(axis="y", labelcolor=INK)
-            ax.set_ylim(-len(records) + 0.4, 0.6)
-            margin = 0.15 * (max(known) - min(known)) or 0.1
-            ax.set_xlim(min(known) - margin, max(known) + margin)
-            ax.locator_params(axis="x", nbins=4)
-            shown = [f"{label} {metric.show(v)}" for label, v in zip(labels, values, strict=True)]
-            alt = f"{metric.title} of the trained students: {', '.join(shown)}."
-            caption = f"{metric.unit}, the axis does not start at 0"
-            pictures.append(Picture(to_svg(figure, f"runs-{key}", alt), metric.title, caption, alt))
-    return pictures
+        drawn = [_dots(runs, metrics_of(runs[0].task)[key]) for key in keys]
+    return [picture for picture in drawn if picture]
+
+
+def _dots(runs: Sequence[Run], metric: Metric) -> Picture | None:
+    lines = {line.key: line for line, _, _ in lines_of(runs)}
+    labels = run_labels(runs)
+    values = [run.value("student", metric.key) for run in runs]
+    known = [value * metric.scale for value in values if value is not None]
+    if len(known) < 2:
+        return None
+    figure, ax = new_figure(250, 26 * len(runs) + 34)
+    tidy(ax, grid="x")
+    for row, value in enumerate(values):
+        if value is not None:
+            line = lines[f"run-{row}"]
+            ax.plot([value * metric.scale], [-row], line.marker, markersize=9, color=COLORS[line.color])
+    teacher = runs[0].value("teacher", metric.key)
+    if metric.better == "teacher" and teacher is not None:
+        known.append(teacher * metric.scale)
+        ax.axvline(known[-1], color=COLORS["teacher"], linewidth=1.6, linestyle=(0, (4, 2)))
+    ax.set_yticks([-row for row in range(len(runs))], [short(label, 18) for label in labels])
+    ax.tick_params(axis="y", labelcolor=INK)
+    ax.set_ylim(-len(runs) + 0.4, 0.6)
+    margin = 0.15 * (max(known) - min(known)) or 0.1
+    ax.set_xlim(min(known) - margin, max(known) + margin)
+    ax.locator_params(axis="x", nbins=4)
+    shown = [f"{label} {metric.show(value)}" for label, value in zip(labels, values, strict=True)]
+    alt = f"{metric.title} of the students: {', '.join(shown)}."
+    caption = f"{metric.unit}, the axis does not start at 0"
+    return Picture(to_svg(figure, f"runs-{metric.key}", alt), metric.title, caption, alt)

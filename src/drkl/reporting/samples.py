@@ -1,41 +1,42 @@
-"""Samples side by side: grouped by prompt; some stand in the page, more in the prompt picker's data."""
+"""What the models wrote, grouped by prompt; of a classification, the texts that went wrong."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup, escape
 
 from drkl.display import as_number
-from drkl.reporting.answer import run_labels
-from drkl.reporting.lines import lines_of
-from drkl.reporting.metrics import MODELS
-from drkl.reporting.record import RunRecord
-from drkl.reporting.text import Clipped, clean, clip, short
+from drkl.evaluation.result import MODELS
+from drkl.reporting.inputs import TITLES, Run, run_labels
+from drkl.reporting.plotting import Line
+from drkl.reporting.text import Clipped, clean, clip, count, percent, short
 
 PROMPTS_OPEN = 8
 TEXT_LIMIT = 1_500
-# Bytes: of the prompts that stand in the page, and of the picker's data.
+# Bytes of text: of the prompts that stand in the page, and of the prompt picker's data.
 PAGE_BUDGET = 450_000
 PICKER_BUDGET = 1_800_000
+PREDICTIONS = 12
+"""Rows of a table of predictions."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Whose answers: a model of the run, or a run's trained student; ``variable`` is its colour in the page."""
+    """Whose answers: a model of the run, or the student of one run; ``color`` is a CSS variable."""
 
-    key: str
     title: str
     subtitle: str
-    variable: str
+    color: str
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One generated text; ``note`` says its length, and that it was stopped by the limit."""
+    """One generated text; ``note`` says its length, and whether the limit stopped it."""
 
     text: Clipped
     note: str
@@ -43,29 +44,28 @@ class Sample:
 
 @dataclass
 class PromptSamples:
-    """What all models wrote for one prompt; ``answers`` by column and temperature."""
+    """What all models wrote for one prompt; ``answers`` by column and sampling temperature."""
 
     prompt: Clipped
     references: list[Clipped]
     suite: str = ""
-    answers: dict[str, dict[float | None, list[Sample]]] = field(default_factory=dict)
+    answers: dict[str, dict[float, list[Sample]]] = field(default_factory=dict)
 
-    def at(self, temperature: float | None) -> dict[str, list[Sample]]:
-        """The answers at one temperature; of a model that has none there, those it has."""
-        found = {key: by.get(temperature) or next(iter(by.values())) for key, by in self.answers.items()}
-        return {key: samples for key, samples in found.items() if samples}
+    def at(self, temperature: float) -> dict[str, list[Sample]]:
+        """The answers at one temperature; of a model that has none there, those at its first."""
+        return {key: by.get(temperature) or next(iter(by.values())) for key, by in self.answers.items()}
 
 
 @dataclass(frozen=True)
 class SampleTable:
-    """``shown`` stands open, ``folded`` can be opened, ``left_out`` prompts are only in the file or the picker.
+    """``shown`` prompts stand open, ``folded`` ones can be opened, ``left_out`` are in the file or the picker only.
 
-    ``main`` is the temperature at which answers stand in the page; ``picker`` the data of the rest, safe inside a
-    ``<script>``, and ``picker_note`` what of the file it does not hold.
+    ``main`` is the temperature of the answers in the page; ``picker`` is the data of the prompt picker, safe inside a
+    ``<script>``, and ``picker_note`` says what it leaves out.
     """
 
     columns: dict[str, Column]
-    main: float | None
+    main: float
     shown: list[PromptSamples]
     folded: list[PromptSamples]
     left_out: int
@@ -73,185 +73,139 @@ class SampleTable:
     picker: Markup
     picker_note: str
 
-    @property
-    def main_shown(self) -> str:
-        """The temperature of the page in words."""
-        return "" if self.main is None else f"{self.main:g}"
-
 
 def sample_table(
-    records: Sequence[RunRecord], *, budget: int = PAGE_BUDGET, picker_budget: int = PICKER_BUDGET
-) -> SampleTable:
-    """Group the rows of ``samples.jsonl`` by prompt, in the file's order, up to so many bytes.
+    runs: Sequence[Run],
+    lines: Mapping[str, Line],
+    *,
+    page_budget: int = PAGE_BUDGET,
+    picker_budget: int = PICKER_BUDGET,
+) -> SampleTable | None:
+    """Group the lines of ``samples.jsonl`` by prompt, in the file's order, up to a number of bytes; None without any.
 
-    Of several runs: the first run's teacher and the trained student of each, for the prompts with the same id and text.
+    Of several runs: the first run's teacher and the student of each, for the prompts with the same id and text.
     """
-    columns = _columns(records)
     groups: dict[Any, PromptSamples] = {}
-    temperatures: set[float] = set()
-    for record, row, column in _rows(records):
-        key = (str(row.get("suite")), str(row.get("prompt_id")), row.get("prompt") if len(records) > 1 else None)
-        group = groups.setdefault(str(key), _new_group(row))
-        temperature = as_number(row.get("sampling_temperature"))
-        temperatures |= {temperature} - {None}  # type: ignore[arg-type]
-        limit = as_number(record.settings.get("max_new_tokens"))
-        group.answers.setdefault(column, {}).setdefault(temperature, []).append(_sample(row, limit))
-    for group in groups.values():
+    for run, row, column in _rows(runs):
+        key = (row.get("suite"), row["prompt_id"], row["prompt"] if len(runs) > 1 else None)
+        group = groups.setdefault(key, _new_group(row))
+        answers = group.answers.setdefault(column, {})
+        limit = as_number(run.settings.get("max_new_tokens"))
+        answers.setdefault(float(row["sampling_temperature"]), []).append(_sample(row, limit))
+    if not groups:
+        return None
+    prompts = [*groups.values()]
+    columns = {key: one for key, one in _columns(runs, lines).items() if any(key in group.answers for group in prompts)}
+    for group in prompts:
         group.answers = {key: group.answers[key] for key in columns if key in group.answers}
-    main = _main_temperature(records[0], temperatures)
-    kept: list[PromptSamples] = []
-    used = 0
-    for group in groups.values():
-        used += _size(group, main)
-        if used > budget and kept:
-            break
-        kept.append(group)
-    present = {key: one for key, one in columns.items() if any(key in group.answers for group in groups.values())}
-    picker, note = _picker(list(groups.values()), present, sorted(temperatures), main, picker_budget)
-    return SampleTable(
-        columns=present,
-        main=main,
-        shown=kept[:PROMPTS_OPEN],
-        folded=kept[PROMPTS_OPEN:],
-        left_out=len(groups) - len(kept),
-        temperatures=sorted(temperatures),
-        picker=picker,
-        picker_note=note,
-    )
+    temperatures = sorted({t for group in prompts for by in group.answers.values() for t in by})
+    goal = as_number(runs[0].settings.get("sampling_temperature"))
+    main = min(temperatures, key=lambda t: (abs(t - (1.0 if goal is None else goal)), t))
+    kept = _fitting(prompts, lambda group: _size(group, main), page_budget) or prompts[:1]
+    picker, note = _picker(prompts, columns, temperatures, main, picker_budget)
+    left_out = len(prompts) - len(kept)
+    return SampleTable(columns, main, kept[:PROMPTS_OPEN], kept[PROMPTS_OPEN:], left_out, temperatures, picker, note)
 
 
-def _columns(records: Sequence[RunRecord]) -> dict[str, Column]:
-    if len(records) == 1:
-        titles, subtitles = records[0].titles, records[0].subtitles
-        details = subtitles | {"teacher": "", "before": ""}
-        return {model: Column(model, titles[model], details[model], model) for model in MODELS}
-    columns = {"teacher": Column("teacher", "Teacher", "", "teacher")}
-    colors = {line.key: line.variable for line in lines_of(records)}
-    for place, label in enumerate(run_labels(records)):
-        columns[f"run-{place}"] = Column(f"run-{place}", label, "", colors.get(f"run-{place}", "before"))
+def _columns(runs: Sequence[Run], lines: Mapping[str, Line]) -> dict[str, Column]:
+    if len(runs) == 1:
+        details = runs[0].subtitles | {"teacher": "", "before": ""}
+        return {model: Column(TITLES[model], details[model], model) for model in MODELS}
+    columns = {"teacher": Column(TITLES["teacher"], "", "teacher")}
+    for place, label in enumerate(run_labels(runs)):
+        key = f"run-{place}"
+        columns[key] = Column(label, "", lines[key].color if key in lines else "before")
     return columns
 
 
-def _rows(records: Sequence[RunRecord]) -> Iterator[tuple[RunRecord, dict[str, Any], str]]:
-    for place, record in enumerate(records):
-        for row in record.samples:
-            model = row.get("model")
-            if not isinstance(model, str) or model not in MODELS:
-                continue
-            if len(records) == 1:
-                yield record, row, model
-            elif model == "after":
-                yield record, row, f"run-{place}"
-            elif model == "teacher" and place == 0:
-                yield record, row, model
+def _rows(runs: Sequence[Run]) -> Iterator[tuple[Run, Mapping[str, Any], str]]:
+    for place, run in enumerate(runs):
+        for row in run.evaluation.samples if run.evaluation is not None else ():
+            model = row["model"]
+            if len(runs) == 1 or (model == "teacher" and place == 0):
+                yield run, row, model
+            elif model == "student":
+                yield run, row, f"run-{place}"
 
 
-def _main_temperature(record: RunRecord, temperatures: set[float]) -> float | None:
-    wanted = as_number(record.settings.get("sampling_temperature"))
-    goal = 1.0 if wanted is None else wanted
-    return min(temperatures, key=lambda one: (abs(one - goal), one), default=None)
-
-
-def _new_group(row: dict[str, Any]) -> PromptSamples:
-    reference = row.get("reference")
+def _new_group(row: Mapping[str, Any]) -> PromptSamples:
+    reference = row["reference"]
     several = reference if isinstance(reference, list) else [] if reference is None else [reference]
     suite = row.get("suite")
     return PromptSamples(
-        prompt=clip(_text(row.get("prompt")), TEXT_LIMIT),
-        references=[clip(_text(one), TEXT_LIMIT) for one in several[:5]],
+        prompt=clip(str(row["prompt"]), TEXT_LIMIT),
+        references=[clip(str(one), TEXT_LIMIT) for one in several[:5]],
         suite=short(str(suite), 40) if suite else "",
     )
 
 
-def _sample(row: dict[str, Any], limit: float | None) -> Sample:
-    tokens = as_number(row.get("num_tokens"))
-    note = "" if tokens is None else f"{tokens:.0f} token" + ("" if tokens == 1 else "s")
+def _sample(row: Mapping[str, Any], limit: float | None) -> Sample:
+    tokens = as_number(row["num_tokens"])
+    note = "" if tokens is None else count(tokens, "token")
     if tokens is not None and limit is not None and tokens >= limit:
         note += ", stopped by the limit"
-    return Sample(clip(_text(row.get("text")), TEXT_LIMIT), note)
+    return Sample(clip(str(row["text"]), TEXT_LIMIT), note)
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else "" if value is None else str(value)
+def _fitting(
+    prompts: Sequence[PromptSamples], size: Callable[[PromptSamples], int], budget: int
+) -> list[PromptSamples]:
+    """The first prompts whose sizes add up to no more than ``budget``."""
+    kept: list[PromptSamples] = []
+    for prompt in prompts:
+        budget -= size(prompt)
+        if budget < 0:
+            break
+        kept.append(prompt)
+    return kept
 
 
-def _size(group: PromptSamples, main: float | None) -> int:
+def _size(group: PromptSamples, main: float) -> int:
     answers = [sample.text for samples in group.at(main).values() for sample in samples]
     # Markup around a text weighs about as much as a short answer.
     return sum(len(escape(clean(text.text)).encode()) + 250 for text in (group.prompt, *group.references, *answers))
 
 
 def _picker(
-    groups: Sequence[PromptSamples],
-    columns: dict[str, Column],
+    prompts: Sequence[PromptSamples],
+    columns: Mapping[str, Column],
     temperatures: Sequence[float],
-    main: float | None,
+    main: float,
     budget: int,
 ) -> tuple[Markup, str]:
-    """The picker's data, and a sentence on what did not fit.
-
-    First every prompt with each model's first answer at the main temperature, then the first answers at the others,
-    then the other answers; of each kind as many prompts as there is room for, so that columns stay comparable.
-    """
-    axis: list[float | None] = [*temperatures] or [None]
-    prompts: list[dict[str, Any]] = []
-    kept = 0
-    for tier in range(4):
-        for place, group in enumerate(groups if tier == 0 else groups[: len(prompts)]):
-            added = {}
-            cost = 0
-            for key, temperature, samples in _of_tier(group, list(columns), axis, main, tier):
-                texts = [[*_pair(sample.text), sample.note] for sample in samples]
-                added[key, temperature] = texts
-                cost += len(_json(texts)) + 8
-            head = {} if tier else _head(group, place)
-            cost += len(_json(head)) if head else 0
-            if cost > budget:
-                # What comes later in this tier might fit, but then which prompts are whole would be a matter of luck.
-                budget = 0
-                break
-            budget -= cost
-            if head:
-                prompts.append(head | {"answers": [[[] for _ in axis] for _ in columns]})
-            for (key, temperature), texts in added.items():
-                prompts[place]["answers"][list(columns).index(key)][axis.index(temperature)] += texts
-                kept += len(texts)
-    if not prompts:
+    """The picker's data, of as many prompts as fit, and a sentence on what does not."""
+    entries = {id(group): _entry(group, place, columns, temperatures) for place, group in enumerate(prompts)}
+    kept = _fitting(prompts, lambda group: len(_json(entries[id(group)])), budget)
+    if not kept:
         return Markup(""), ""
     data = {
-        "columns": [[clean(one.title), clean(one.subtitle), one.variable] for one in columns.values()],
+        "columns": [[clean(one.title), clean(one.subtitle), one.color] for one in columns.values()],
         "temperatures": [f"{one:g}" for one in temperatures],
-        "main": axis.index(main) if main in axis else 0,
-        "prompts": prompts,
+        "main": temperatures.index(main),
+        "prompts": [entries[id(group)] for group in kept],
     }
-    total = sum(len(samples) for group in groups for by in group.answers.values() for samples in by.values())
     note = ""
-    if kept < total or len(prompts) < len(groups):
+    if len(kept) < len(prompts):
         note = (
-            f"There is room here for {kept:,} of the {total:,} answers and {len(prompts):,} of the {len(groups):,} "
-            "prompts: first answers before further ones, the main temperature before the others. All are in "
+            f"Only the first {len(kept):,} of {count(len(prompts), 'prompt')} fit into this page; all of them are in "
             "`samples.jsonl`."
         )
     return Markup(_json(data).decode()), note
 
 
-def _of_tier(
-    group: PromptSamples, columns: Sequence[str], axis: Sequence[float | None], main: float | None, tier: int
-) -> Iterator[tuple[str, float | None, list[Sample]]]:
-    for key in columns:
-        for temperature, samples in group.answers.get(key, {}).items():
-            if temperature in axis and (temperature != main) == bool(tier % 2):
-                wanted = samples[1:] if tier >= 2 else samples[:1]
-                if wanted:
-                    yield key, temperature, wanted
-
-
-def _head(group: PromptSamples, place: int) -> dict[str, Any]:
+def _entry(
+    group: PromptSamples, place: int, columns: Mapping[str, Column], temperatures: Sequence[float]
+) -> dict[str, Any]:
     suite = f"{group.suite}: " if group.suite else ""
+    answers = [
+        [[[*_pair(one.text), one.note] for one in group.answers.get(key, {}).get(t, ())] for t in temperatures]
+        for key in columns
+    ]
     return {
         "label": clean(f"{place + 1}. {suite}{short(group.prompt.text, 70)}"),
         "prompt": _pair(group.prompt),
         "references": [_pair(one) for one in group.references],
+        "answers": answers,
     }
 
 
@@ -265,3 +219,54 @@ _ESCAPES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"
 def _json(value: Any) -> bytes:
     """JSON that cannot end the ``<script>`` around it, nor open a comment in it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).translate(_ESCAPES).encode()
+
+
+@dataclass(frozen=True)
+class PredictionTable:
+    """Texts of one kind: each with its label and, for each of ``models``, the class, its probability and a tick."""
+
+    title: str
+    lead: str
+    models: list[str]
+    rows: list[tuple[Clipped, str, list[tuple[str, str]]]]
+
+
+def prediction_tables(run: Run) -> list[PredictionTable]:
+    """The texts where student and teacher differ, and those whose label the student finds least likely."""
+    lines = run.evaluation.predictions if run.evaluation is not None else []
+    models = ["student", "teacher"] if any("teacher" in line for line in lines) else ["student"]
+    tables = []
+    differ = [line for line in lines if "teacher" in models and line["student"] != line.get("teacher")]
+    if differ:
+        differ.sort(key=lambda line: -(as_number(line["student_confidence"]) or 0.0))
+        right = Counter(model for line in differ for model in models if line.get(model) == line["label"])
+        lead = (
+            f"They differ on {len(differ):,} of {count(len(lines), 'text')}; of these the teacher is right on "
+            f"{right['teacher']:,}, the student on {right['student']:,}. The texts on which the student is surest come "
+            "first."
+        )
+        tables.append(_predictions("Where student and teacher differ", lead, models, differ))
+    wrong = [line for line in lines if line["student"] != line["label"]]
+    if wrong:
+        wrong.sort(key=lambda line: -(as_number(line["nll"]) or 0.0))
+        pairs = Counter((short(str(line["label"])), short(str(line["student"]))) for line in wrong).most_common(3)
+        confused = "; ".join(f"{label} as {said} ({times})" for (label, said), times in pairs)
+        lead = (
+            f"The student is wrong on {len(wrong):,} of {count(len(lines), 'text')}, most often: {confused}. The texts "
+            "whose label it finds least likely come first; the label in the data may be the mistake."
+        )
+        tables.append(_predictions("The hardest texts", lead, models, wrong))
+    return tables
+
+
+def _predictions(title: str, lead: str, models: list[str], lines: Sequence[Mapping[str, Any]]) -> PredictionTable:
+    rows = []
+    for line in lines[:PREDICTIONS]:
+        by = []
+        for model in models:
+            tick = " ✓" if line.get(model) == line["label"] else ""
+            sure = percent(as_number(line.get(f"{model}_confidence")), 0)
+            by.append((short(str(line.get(model)), 60), f"{sure}{tick}"))
+        rows.append((clip(str(line["text"]), 400), short(str(line["label"]), 60), by))
+    more = f" {len(lines) - PREDICTIONS:,} more are in `predictions.jsonl`." if len(lines) > PREDICTIONS else ""
+    return PredictionTable(title, lead + more, models, rows)

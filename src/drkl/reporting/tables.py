@@ -1,4 +1,4 @@
-"""The report's tables: every metric of one run, and the trained students of several runs."""
+"""The report's tables as data; page, Markdown and terminal draw the same ones."""
 
 from __future__ import annotations
 
@@ -7,52 +7,56 @@ from dataclasses import dataclass
 from typing import Any
 
 from drkl.display import ABSENT
-from drkl.reporting.answer import run_labels
-from drkl.reporting.metrics import (
-    DIRECTIONS,
-    Metric,
-    best_student,
-    groups_of,
-    metrics_of,
-    span_of,
-    value_of,
-)
-from drkl.reporting.record import RunRecord
+from drkl.evaluation.bootstrap import Interval
+from drkl.evaluation.declared import Better, Metric, groups_of, metrics_of
+from drkl.evaluation.findings import Finding
+from drkl.evaluation.result import Numbers
+from drkl.reporting.inputs import TITLES, Run, run_labels
+from drkl.reporting.plotting import Line
 from drkl.reporting.text import short
+
+DIRECTIONS: dict[Better, tuple[str, str]] = {
+    "lower": ("\N{DOWNWARDS ARROW}", "lower is better"),
+    "higher": ("\N{UPWARDS ARROW}", "higher is better"),
+    "zero": ("\N{RIGHTWARDS ARROW}\N{THIN SPACE}0", "nearer to 0 is better"),
+    "teacher": ("\N{RIGHTWARDS ARROW}\N{THIN SPACE}T", "nearer to the teacher's is better"),
+    "none": ("", ""),
+}
+
+COMPARED = {"yes": "better", "no": "worse", "undecided": "undecided", "not_applicable": ABSENT}
+"""How a cell says whether a run is better than the first."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number; ``best`` marks the student nearest to ideal, ``interval`` says how exact the number is.
+    """One number as text, with what stands below it; ``value`` is what a column is sorted by.
 
-    ``value`` is what a column is sorted by, ``beside`` another model's number for the eye.
+    ``finding`` is what the paired test says of the number, for the run named ``run``.
     """
 
-    model: str
-    title: str
     text: str
-    best: bool = False
-    interval: str = ""
     value: float | None = None
+    interval: str = ""
     beside: str = ""
+    best: bool = False
+    style: str = ""
+    finding: Finding | None = None
+    run: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric over the models; ``change`` compares the last student with the one before it."""
+    """One metric with its cells."""
 
     metric: Metric
     arrow: str
     direction: str
     cells: list[Cell]
-    change: str = ""
-    verdict: str = ""
-    change_value: float | None = None
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows under one heading."""
+    """Rows under one heading, or under none."""
 
     title: str
     note: str
@@ -60,179 +64,158 @@ class RowGroup:
 
 
 @dataclass(frozen=True)
-class SuiteTable:
-    """A model's numbers on several sets of prompts; cells in the order of ``names``."""
+class Column:
+    """The head of a column; ``color`` is a CSS variable, ``sign`` a piece of the run's curve."""
 
     title: str
-    names: list[str]
-    rows: list[Row]
+    subtitle: str = ""
+    color: str = ""
+    sign: str = ""
 
 
 @dataclass(frozen=True)
-class RunTable:
-    """Several runs side by side; ``differences`` are the configuration keys on which they differ."""
+class MetricTable:
+    """A row for each metric; ``defined``: each with its definition."""
 
-    labels: list[str]
-    rows: list[Row]
-    differences: list[tuple[str, list[str]]]
-    warning: str
+    title: str
+    columns: list[Column]
+    groups: list[RowGroup]
+    defined: bool = False
 
 
-def metric_groups(record: RunRecord) -> list[RowGroup]:
-    """Every metric that at least one model has, in groups."""
+@dataclass(frozen=True)
+class PlainTable:
+    """Text and numbers; a cell is a text, or a number with its interval. The first ``names`` columns hold names."""
+
+    head: list[str]
+    rows: list[list[str | tuple[str, str]]]
+    names: int = 1
+
+
+def show_interval(metric: Metric, ends: Interval | None) -> str:
+    """An interval as "85.1 to 87.6"; empty where there is none, or one of no width."""
+    return f"{metric.show(ends[0])} to {metric.show(ends[1])}" if ends and ends[0] < ends[1] else ""
+
+
+def number_cell(numbers: Numbers, model: str, metric: Metric, **more: Any) -> Cell:
+    """One number with its interval."""
+    value = numbers.value(model, metric.key)
+    return Cell(metric.show(value), value, show_interval(metric, numbers.interval(model, metric.key)), **more)
+
+
+def _row(metric: Metric, cells: list[Cell], *, has_teacher: bool = True) -> Row:
+    # Without a teacher's value there is no better and worse for what should be like the teacher's.
+    aimless = metric.better == "teacher" and not has_teacher
+    return Row(metric, *DIRECTIONS["none" if aimless else metric.better], cells)
+
+
+def _filled(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if any(cell.text != ABSENT for cell in row.cells)]
+
+
+def changed_from(run: Run) -> str | None:
+    """The model with which the table of all numbers compares the student: the one after warm-up, or before training."""
+    if run.task == "classification":
+        return None  # there the question is how near the student is to its teacher
+    return next((model for model in ("warmup", "before") if {model, "student"} <= {*run.models}), None)
+
+
+def every_number(run: Run) -> MetricTable | None:
+    """Every metric that at least one model has, in groups; None without an evaluation."""
+    if run.evaluation is None:
+        return None
+    numbers, base = run.evaluation.numbers, changed_from(run)
     groups = []
-    for group in groups_of(record.task):
-        rows = [_row(record, metric) for metric in group.metrics]
-        rows = [row for row in rows if any(cell.text != ABSENT for cell in row.cells)]
+    for group in groups_of(run.task):
+        rows = []
+        for metric in group.metrics:
+            has_teacher = numbers.value("teacher", metric.key) is not None
+            cells = [number_cell(numbers, model, metric, style=f"of-{model}") for model in run.models]
+            if any(cell.text != ABSENT for cell in cells):
+                cells += [_change(numbers, base, metric)] if base else []
+                rows.append(_row(metric, cells, has_teacher=has_teacher))
         if rows:
             groups.append(RowGroup(group.title, group.note, rows))
-    return groups
-
-
-def change_from(record: RunRecord) -> str | None:
-    """The student with which ``after`` is compared: the warm-up's, or the one before training."""
-    if record.task == "classification":
-        return None  # what is asked there is how near the student is to its teacher
-    return next((model for model in ("warmup", "before") if model in record.models and "after" in record.models), None)
-
-
-def _row(record: RunRecord, metric: Metric) -> Row:
-    evaluation = record.evaluation or {}
-    best = best_student(metric, evaluation)
-    cells = [
-        Cell(
-            model,
-            record.titles[model],
-            metric.show(value_of(evaluation, model, metric.key)),
-            model == best,
-            interval_of(record, model, metric),
-            value_of(evaluation, model, metric.key),
-        )
-        for model in record.models
+    columns = [
+        Column(TITLES[model], run.subtitles[model] if model in ("warmup", "student") else "", model)
+        for model in run.models
     ]
-    # Without a teacher's value there is no better and worse for what should be like the teacher's.
-    aimless = metric.better == "teacher" and value_of(evaluation, "teacher", metric.key) is None
-    arrow, direction = DIRECTIONS["none" if aimless else metric.better]
-    change, verdict, base, moved = "", "", change_from(record), None
-    if base and metric.better != "none":
-        old, new = (value_of(evaluation, model, metric.key) for model in (base, "after"))
-        if old is not None and new is not None:
-            moved = new - old
-            change = metric.show(moved, signed=True)
-            verdict = metric.verdict(old, new, value_of(evaluation, "teacher", metric.key)) or ""
-    return Row(metric, arrow, direction, cells, change, verdict, moved)
+    columns += [Column("Change", f"from {TITLES[base].lower()}")] if base else []
+    return MetricTable("Every number", columns, groups, defined=True) if groups else None
 
 
-def interval_of(record: RunRecord, model: str, metric: Metric) -> str:
-    """The interval of one number as "85.1 to 87.6"; empty where there is none (or of no width)."""
-    return _span_text(metric, span_of(record.evaluation, "intervals", model, metric.key))
+def _change(numbers: Numbers, base: str, metric: Metric) -> Cell:
+    old, new = (numbers.value(model, metric.key) for model in (base, "student"))
+    if old is None or new is None or metric.better == "none":
+        return Cell("")
+    return Cell(metric.show(new - old, signed=True), new - old)
 
 
-def _span_text(metric: Metric, span: tuple[float, float] | None) -> str:
-    return f"{metric.show(span[0])} to {metric.show(span[1])}" if span else ""
-
-
-def suite_tables(records: Sequence[RunRecord]) -> list[SuiteTable]:
-    """Per run, its trained student on each suite, the teacher's number beside; only where ``eval.json`` has suites."""
+def suite_tables(runs: Sequence[Run]) -> list[MetricTable]:
+    """For each run with suites its student's numbers on each of them, the teacher's below."""
     tables = []
-    for record, label in zip(records, run_labels(records), strict=True):
-        found = (record.evaluation or {}).get("suites")
-        suites = {name: one for name, one in found.items() if isinstance(one, dict)} if isinstance(found, dict) else {}
-        rows = []
-        for metric in metrics_of(record.task).values():
-            cells = [_suite_cell(short(str(name)), one, metric) for name, one in suites.items()]
-            if any(cell.text != ABSENT for cell in cells):
-                arrow, direction = DIRECTIONS[metric.better]
-                rows.append(Row(metric, arrow, direction, cells))
-        if rows:
-            tables.append(SuiteTable(label, [short(str(name)) for name in suites], rows))
+    for run, label in zip(runs, run_labels(runs), strict=True):
+        suites = run.evaluation.suites if run.evaluation is not None else {}
+        rows = [
+            _row(metric, [_suite_cell(numbers, metric) for numbers in suites.values()])
+            for metric in metrics_of(run.task).values()
+        ]
+        if rows := _filled(rows):
+            columns = [Column(short(name)) for name in suites]
+            tables.append(MetricTable(label, columns, [RowGroup("", "", rows)]))
     return tables
 
 
-def _suite_cell(name: str, suite: Mapping[str, Any], metric: Metric) -> Cell:
-    value, teacher = (value_of(suite, model, metric.key) for model in ("after", "teacher"))
-    interval = _span_text(metric, span_of(suite, "intervals", "after", metric.key))
+def _suite_cell(numbers: Numbers, metric: Metric) -> Cell:
+    teacher = numbers.value("teacher", metric.key)
     # At zero distance from itself the teacher says nothing.
-    of_teacher = teacher is not None and metric.better in ("teacher", "higher", "lower") and teacher not in (0.0, 1.0)
-    beside = f"teacher {metric.show(teacher)}" if of_teacher else ""
-    return Cell("after", name, metric.show(value), False, interval, value, beside)
+    says = teacher not in (None, 0.0, 1.0) and metric.better in ("teacher", "higher", "lower")
+    return number_cell(numbers, "student", metric, beside=f"teacher {metric.show(teacher)}" if says else "")
 
 
-def run_table(records: Sequence[RunRecord]) -> RunTable:
-    """The ``after`` of several runs side by side."""
-    labels, rows = run_labels(records), []
-    for metric in metrics_of(records[0].task).values():
-        values = [value_of(record.evaluation, "after", metric.key) for record in records]
-        away = [
-            None if value is None else metric.distance(value, value_of(record.evaluation, "teacher", metric.key))
-            for value, record in zip(values, records, strict=True)
-        ]
-        rounded = [None if one is None else round(one * metric.scale, metric.digits) for one in away]
-        known = [one for one in rounded if one is not None]
-        alone = len(known) > 1 and known.count(min(known)) == 1
-        teacher = value_of(records[0].evaluation, "teacher", metric.key)
-        of_teacher = interval_of(records[0], "teacher", metric)
-        cells = [Cell("teacher", "Teacher", metric.show(teacher), False, of_teacher, teacher)]
-        cells += [
-            Cell(
-                "after",
-                label,
-                metric.show(value),
-                alone and one == min(known),
-                interval_of(record, "after", metric),
-                value,
-            )
-            for label, value, one, record in zip(labels, values, rounded, records, strict=True)
-        ]
-        if any(value is not None for value in values):
-            arrow, direction = DIRECTIONS[metric.better]
-            rows.append(Row(metric, arrow, direction, cells))
-    return RunTable(labels, rows, _differences(records), _warning(records))
+def run_table(
+    runs: Sequence[Run],
+    lines: Mapping[str, Line],
+    winners: Mapping[str, int | None],
+    findings: Mapping[tuple[int, str], Finding],
+) -> MetricTable | None:
+    """The students of several runs side by side, beside the first run's teacher; None without any number.
+
+    Args:
+        runs: the first one is what the others are compared with.
+        lines: the runs' curves by key, for the heads of the columns.
+        winners: by metric, the place of the run that the paired test calls better than every other.
+        findings: by place and metric, whether a run is better than the first.
+    """
+    evaluated = [run.evaluation.numbers if run.evaluation is not None else Numbers({}) for run in runs]
+    rows = []
+    for metric in metrics_of(runs[0].task).values():
+        best = winners.get(metric.key)
+        cells = [number_cell(evaluated[0], "teacher", metric, style="of-teacher")]
+        for place, (run, numbers) in enumerate(zip(runs, evaluated, strict=True)):
+            finding = findings.get((place, metric.key))
+            cells.append(number_cell(numbers, "student", metric, best=place == best, finding=finding, run=run.name))
+        if any(cell.text != ABSENT for cell in cells[1:]):
+            rows.append(_row(metric, cells))
+    names = ["teacher", *(f"run-{place}" for place in range(len(runs)))]
+    signs = [lines[name].sign if name in lines else "" for name in names]
+    columns = [Column(title, sign=sign) for title, sign in zip(["Teacher", *run_labels(runs)], signs, strict=True)]
+    return MetricTable("The runs side by side", columns, [RowGroup("", "", rows)]) if rows else None
 
 
-def _differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    flat = _compared(records)
+def config_differences(runs: Sequence[Run]) -> PlainTable | None:
+    """The configuration keys on which the runs differ; where one has no configuration, the evaluation's settings."""
+    if any(run.is_pair for run in runs):
+        unsaid = ("definitions", "versions", "command", "decoding", "intervals")
+        flat = [_flatten({k: v for k, v in run.settings.items() if k not in unsaid}) for run in runs]
+    else:
+        flat = [_flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one if key not in ("run.name", "run.dir"))
-    rows = [(key, [one.get(key, ABSENT) for one in flat]) for key in keys]
-    return [(key, [short(value, 60) for value in values]) for key, values in rows if len(set(values)) > 1]
-
-
-def _compared(records: Sequence[RunRecord]) -> list[dict[str, str]]:
-    """The configurations; where a pair has none, the settings of all evaluations."""
-    if not any(record.is_pair for record in records):
-        return [_flatten(record.config) for record in records]
-    told = ("definitions", "versions", "command", "decoding", "intervals")
-    return [_flatten({k: v for k, v in record.settings.items() if k not in told}) for record in records]
-
-
-def _warning(records: Sequence[RunRecord]) -> str:
-    """What makes numbers of different runs incomparable."""
-    flat = [_flatten(record.config) for record in records]
-    used = [_flatten(record.settings) for record in records]
-    pairs = any(record.is_pair for record in records)
-    # What was used is in eval.json; a configuration may have been written before a setting was there.
-    known = pairs or all("seeds" in record.settings for record in records)
-    different = [] if pairs else _differing(flat, ("teacher", "data"))
-    different += _differing(used, _MEASURED) if known else _differing(flat, ("evaluation",))
-    if any(record.evaluation is None for record in records):
-        return "Not every run has been evaluated; `drkl evaluate RUN` does that."
-    if different:
-        named = " and ".join(dict.fromkeys(different))
-        return f"These runs differ in {named}: their numbers are not measured on the same thing."
-    return ""
-
-
-_MEASURED = (
-    "data", "prompts", "samples_per_prompt", "sampling_temperature", "max_new_tokens", "seeds", "protocol", "suites",
-)  # fmt: skip
-
-
-def _differing(flat: Sequence[Mapping[str, str]], sections: Sequence[str]) -> list[str]:
-    return [
-        section.replace("_", " ")
-        for section in sections
-        if len({repr({k: v for k, v in one.items() if k.split(".")[0] == section}) for one in flat}) > 1
+    values = {key: [one.get(key, ABSENT) for one in flat] for key in keys}
+    rows: list[list[Any]] = [
+        [key, *(short(value, 60) for value in row)] for key, row in values.items() if len(set(row)) > 1
     ]
+    return PlainTable(["Key", *run_labels(runs)], rows, names=len(runs) + 1) if rows else None
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:

@@ -1,15 +1,22 @@
-"""Making untrusted text and numbers fit to be shown."""
+"""Making untrusted text and numbers fit to be shown, in HTML, in Markdown and in csv."""
 
 from __future__ import annotations
 
+import csv
+import io
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from drkl.display import ABSENT, number
 
 # Controls cannot stand in HTML, lone surrogates cannot be written as UTF-8, and the bidirectional overrides
 # would reorder what stands beside them. Plain RTL marks and letters are left alone.
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
+_SPECIAL = re.compile(r"([\\`*{}\[\]<>#|~$&]|(?<!\w)_|_(?!\w))")
+_NUMBER = re.compile(r"-?[\d.]+(?:e[+-]?\d+)?")
+_COMMANDS = re.compile(r"(`[^`]*`)")
 
 
 @dataclass(frozen=True)
@@ -41,21 +48,23 @@ def short(text: str, limit: int = 40) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
+def joined(parts: Sequence[str]) -> str:
+    """``["a", "b", "c"]`` as "a, b and c"."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     """A share between 0 and 1 as a percentage."""
     return ABSENT if value is None else f"{number(100 * value, digits)}\N{NO-BREAK SPACE}%"
 
 
-def count(value: float | None, noun: str, plural: str | None = None) -> str:
+def count(value: float, noun: str) -> str:
     """``count(1, "row")`` is "1 row", ``count(2000, "row")`` is "2,000 rows"."""
-    many = plural or noun + "s"
-    return f"{number(value, 0)} {noun if value == 1 else many}"
+    return f"{number(value, 0)} {noun if value == 1 else noun + 's'}"
 
 
-def magnitude(value: float | None) -> str:
+def magnitude(value: float) -> str:
     """A large count in short: 134515008 is "135M"."""
-    if value is None:
-        return ABSENT
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             scaled = value / size
@@ -63,12 +72,49 @@ def magnitude(value: float | None) -> str:
     return f"{value:.0f}"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float) -> str:
     """Seconds as people say them: "13 min 46 s"."""
-    if seconds is None:
-        return ABSENT
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def markdown_text(text: str) -> str:
+    """One line in which nothing is Markdown or HTML."""
+    return _SPECIAL.sub(r"\\\1", " ".join(clean(text).split()))
+
+
+def markdown_words(text: str) -> str:
+    """Our own text with commands in backquotes, which stay."""
+    pieces = _COMMANDS.split(" ".join(clean(text).split()))
+    return "".join(piece if place % 2 else _SPECIAL.sub(r"\\\1", piece) for place, piece in enumerate(pieces))
+
+
+def markdown_code(lines: Iterable[str]) -> str:
+    """A fenced block of shell commands, a line each."""
+    text = clean("\n".join(" ".join(line.split("\n")) for line in lines))
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}bash\n{text}\n{fence}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table of escaped cells; all but the first ``left`` columns are aligned to the right."""
+    rule = [":--" if place < left else "--:" for place in range(len(head))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+
+
+def csv_text(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A csv file; no text in it is a formula to a spreadsheet. None becomes an empty cell."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows([_csv_cell(cell) for cell in row] for row in rows)
+    return buffer.getvalue()
+
+
+def _csv_cell(cell: Any) -> Any:
+    if not isinstance(cell, str) or _NUMBER.fullmatch(cell):
+        return cell
+    return f"'{clean(cell)}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else clean(cell)

@@ -1,1 +1,8 @@
-"""Teachers: the source of the distributions that a student learns to match."""
+"""Teachers: the source of the distributions that a student learns to match.
+
+The public names stand in ``__init__.pyi`` and load on first use.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

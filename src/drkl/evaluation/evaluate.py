@@ -1,0 +1,238 @@
+"""Evaluate a student: one loop over models for every kind of task, and `drkl.evaluate`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import torch
+from pydantic import ValidationError
+
+from drkl.errors import DrklError, did_you_mean
+from drkl.evaluation.bookkeeping import Progress, Source, free_memory, placed, reporter
+from drkl.evaluation.config import MINILLM, EvaluationConfig
+from drkl.evaluation.pairs import Inputs, Model, pair_inputs
+from drkl.evaluation.result import MODELS, Evaluation
+from drkl.evaluation.store import CACHE_BYTES, Store
+from drkl.evaluation.tasks import Classification, Generation, Parts, Task
+from drkl.models.precision import DtypeLike
+from drkl.models.smollm2 import cache_dir
+from drkl.runs import RunFolder
+
+
+class Settings(TypedDict, total=False):
+    """The fields of `EvaluationConfig`, as keyword arguments."""
+
+    prompts: int | None
+    samples_per_prompt: int
+    sampling_temperature: float
+    sweep: Sequence[float]
+    max_new_tokens: int
+    seed: int
+    seeds: Sequence[int]
+    batch_size: int
+
+
+def evaluate(
+    student: Model,
+    teacher: Model | None,
+    rows: Any = None,
+    processing_class: Any = None,
+    *,
+    suites: Sequence[str] = (),
+    protocol: str | None = None,
+    template: str = "auto",
+    max_prompt_tokens: int | None = None,
+    max_tokens: int | None = None,
+    max_rows: int | None = None,
+    dtype: DtypeLike = "auto",
+    device: str | torch.device | None = None,
+    output_dir: str | Path | None = None,
+    fresh: bool = False,
+    name: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+    on_progress: Progress | None = None,
+    **settings: Unpack[Settings],
+) -> Evaluation:
+    """Measure how close a student is to its teacher, how varied its answers are, and how calibrated its confidence is.
+
+    Models in memory are handed back as they were: device, training mode, gradients and config.
+
+    >>> result = drkl.evaluate(student, teacher, rows, tokenizer, prompts=8)    # doctest: +SKIP
+    >>> result["rkl"].value, result["rkl"].interval                            # doctest: +SKIP
+
+    Args:
+        student: a model in memory, or the folder or Hub id of one: decoder-only, encoder-decoder or a classifier.
+        teacher: likewise, of the same kind and vocabulary; None leaves out what is measured against one.
+        rows: held-out rows: a path, a ``datasets.Dataset``, a list of dicts, or tokenised rows; see
+            `drkl.data.rows.rows_from`.
+        processing_class: the tokenizer that both models share; default the one saved with the student, else the
+            teacher's.
+        suites: named test sets in place of ``rows``: ``NAME`` or ``NAME=WHERE``.
+        protocol: ``minillm`` for its prompt format, decoding and seeds; None for ours.
+        template: how a prompt is written, as ``data.template``.
+        max_prompt_tokens: rows with a longer prompt are dropped and counted; default 256, or what the models' context
+            leaves beside an answer.
+        max_tokens: longer responses are cut; default 512, or the context.
+        max_rows: use only the first rows of each file.
+        dtype: of models that are loaded; ``auto`` is bf16 where the device is fast at it, else fp32.
+        device: default that of a student in memory, else CUDA, MPS or the CPU, the first there is.
+        output_dir: write ``eval.json`` and the files beside it there. An evaluation that was killed goes on from the
+            parts that were finished.
+        fresh: use no finished parts of an earlier evaluation.
+        name: what a page calls it; default that of ``output_dir``, else of the student.
+        facts: further settings for the record.
+        on_progress: called with ("teacher: reading", done, total); the unit is that of the total.
+        **settings: the fields of `EvaluationConfig`: ``prompts``, ``samples_per_prompt``, ``sampling_temperature``,
+            ``sweep``, ``max_new_tokens``, ``seed``, ``seeds``, ``batch_size``.
+
+    Raises:
+        DrklError: a setting out of range, models of two kinds or vocabularies, classes that differ, a token outside the
+            vocabulary, no rows, or an ``output_dir`` that belongs to a run.
+    """
+    config = configured(EvaluationConfig(), protocol, settings)
+    if output_dir is not None:
+        check_output(Path(output_dir))
+    inputs = pair_inputs(
+        student,
+        teacher,
+        rows,
+        processing_class,
+        suites=suites,
+        protocol=protocol,
+        template=template,
+        max_prompt_tokens=max_prompt_tokens,
+        max_tokens=max_tokens,
+        max_rows=max_rows,
+        max_new_tokens=config.max_new_tokens,
+        dtype=dtype,
+        device=device,
+    )
+    return evaluate_inputs(
+        inputs, config, output_dir=output_dir, fresh=fresh, name=name, facts=facts, on_progress=on_progress
+    )
+
+
+def evaluate_inputs(
+    inputs: Inputs,
+    settings: EvaluationConfig,
+    *,
+    output_dir: str | Path | None = None,
+    fresh: bool = False,
+    name: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+    on_progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate models on rows that are ready; the arguments are those of `evaluate`.
+
+    Finished parts lie in the output folder's ``.evaluation`` until the files are written. The teacher's stay in the
+    user's cache, for other students.
+    """
+    task: Task
+    folder = None if output_dir is None else RunFolder(Path(output_dir))
+    own = None if folder is None else Store(folder.parts_path)
+    if inputs.classes is not None:
+        rows: Any = inputs.rows
+        task = Classification(rows, inputs.classes, settings, pad_id=inputs.tokenizer.pad_token_id)
+    else:
+        parts = None
+        if own is not None:
+            if fresh:
+                own.remove()
+            parts = Parts(own, own if fresh else Store(cache_dir() / "evaluation", limit=CACHE_BYTES))
+        rows = inputs.rows
+        task = Generation(
+            inputs.tokenizer, rows, settings, suites=inputs.suites, vocab_size=inputs.vocab_size, gamma=inputs.gamma,
+            parts=parts,
+        )  # fmt: skip
+    found = run_task(
+        task, inputs.models, device=inputs.device, data=inputs.data, facts={**inputs.facts, **(facts or {})},
+        on_progress=on_progress,
+    )  # fmt: skip
+    found = replace(found, name=name or inputs.name)
+    if folder is None or own is None:
+        return found
+    found = replace(found, folder=found.save(folder.root), name=name or folder.name)
+    own.remove()
+    return found
+
+
+def run_task(
+    task: Task,
+    models: Mapping[str, Source],
+    *,
+    device: str | torch.device = "cpu",
+    data: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    on_progress: Progress | None = None,
+) -> Evaluation:
+    """Measure every model, one at a time, the teacher first.
+
+    Args:
+        task: what is measured.
+        models: by the names in `MODELS`; each is loaded once and dropped before the next one is.
+        device: each model is moved there.
+        data: where the rows come from, for the record.
+        facts: further settings for the record.
+        on_progress: see `evaluate`.
+    """
+    assert "student" in models and set(models) <= set(MODELS), f"models are named {MODELS}"
+    started = time.perf_counter()
+    seconds: dict[str, dict[str, float]] = {}
+    for name in (model for model in MODELS if model in models):
+        seconds[name] = {}
+        _measure(task, name, models[name], device, seconds[name], on_progress)
+        # Two models at once may not fit.
+        free_memory(device)
+        task.score(name, seconds[name])
+    found = task.evaluation({**(facts or {}), "device": str(device)}, data or {}, seconds)
+    found.timing["total"] = round(time.perf_counter() - started, 2)
+    return found
+
+
+def _measure(
+    task: Task,
+    name: str,
+    source: Source,
+    device: str | torch.device,
+    seconds: dict[str, float],
+    on_progress: Progress | None,
+) -> None:
+    started = time.perf_counter()
+    with placed(source, device) as model:
+        seconds["load"] = time.perf_counter() - started
+        task.measure(name, model, reporter(name, on_progress), seconds)
+
+
+def configured(settings: EvaluationConfig, protocol: str | None, changes: Mapping[str, Any]) -> EvaluationConfig:
+    """The settings with a protocol's in their place, and ``changes`` over both.
+
+    Raises:
+        DrklError: a field that there is not, or a value out of range.
+    """
+    if unknown := [key for key in changes if key not in EvaluationConfig.model_fields]:
+        known = list(EvaluationConfig.model_fields)
+        raise DrklError(
+            f"There is no setting {unknown[0]!r} of an evaluation; expected {', '.join(known)}."
+            f"{did_you_mean(unknown[0], known)}"
+        )
+    values = {**settings.model_dump(), **(MINILLM if protocol is not None else {}), **changes}
+    try:
+        return EvaluationConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        raise DrklError(f"{first['loc'][0]}: {reason[:1].lower()}{reason[1:]}; got {first['input']!r}.") from error
+
+
+def check_output(path: Path) -> None:
+    """Raise DrklError unless an evaluation that is no run's own may be written there."""
+    if path.exists() and not path.is_dir():
+        raise DrklError(f"output_dir {str(path)!r} is a file; expected a folder, or a name for a new one.")
+    if RunFolder(path).config_path.is_file():
+        raise DrklError(
+            f"output_dir {str(path)!r} is a run folder, whose own evaluation would be lost. Name another folder."
+        )

@@ -1,0 +1,312 @@
+"""A student, a teacher and held-out rows, checked and ready to be evaluated or analysed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from drkl.data.config import DataConfig
+from drkl.data.rows import Rows, dataset_items, rows_from
+from drkl.data.tokenize import DropReport, tokenize_examples
+from drkl.errors import DrklError
+from drkl.evaluation.bookkeeping import Source
+from drkl.evaluation.config import MINILLM_DATA
+from drkl.evaluation.suites import name_rows, parse_suite, read_suite
+from drkl.models.classes import check_classes, class_names, is_classifier
+from drkl.models.config import StudentConfig
+from drkl.models.forward import is_encoder_decoder
+from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
+from drkl.models.pair import check_rows, check_same_family, check_tokenizers, shared_vocabulary
+from drkl.models.precision import DtypeLike, has_device, pick_device, resolve_dtype
+from drkl.runs import IN_MEMORY, RunFolder
+
+GAMMA = 0.5
+Model = str | os.PathLike[str] | PreTrainedModel
+"""A model in memory, or the folder or Hub id of one."""
+
+
+class Inputs(NamedTuple):
+    """Everything that is measured, and on what."""
+
+    models: dict[str, Source]
+    """By the names in `drkl.evaluation.result.MODELS`."""
+    tokenizer: Any
+    rows: Rows
+    suites: list[str] | None
+    """The suite of each row, where named suites were asked for."""
+    device: torch.device
+    data: dict[str, Any]
+    """Where the rows come from, and how many were dropped."""
+    vocab_size: int | None
+    """How many ids the models are compared on, where that is not all."""
+    classes: tuple[str, ...] | None
+    """The names of a classifier's classes, by number."""
+    gamma: float
+    """DRKL's, of the run's objective."""
+    facts: dict[str, Any]
+    """Settings for the record: what the models are, the template, the protocol."""
+    name: str = "evaluation"
+    """The run's, or the student's."""
+
+
+def pair_inputs(
+    student: Model,
+    teacher: Model | None,
+    rows: Any,
+    processing_class: Any = None,
+    *,
+    suites: Sequence[str] = (),
+    protocol: str | None = None,
+    template: str = "auto",
+    max_prompt_tokens: int | None = None,
+    max_tokens: int | None = None,
+    max_rows: int | None = None,
+    max_new_tokens: int = 64,
+    dtype: DtypeLike = "auto",
+    device: str | torch.device | None = None,
+) -> Inputs:
+    """Check that two models are a pair, and tokenise the rows for them; see `drkl.evaluate`.
+
+    Raises:
+        DrklError: neither rows nor suites, or both; models of two kinds or vocabularies, classes that differ, a token
+            outside the vocabulary, or no rows.
+    """
+    if (rows is None) == (not suites):
+        raise DrklError(f"Expected exactly one of rows and suites; got {'neither' if rows is None else 'both'}.")
+    picked = _device(device, student)
+    models = {"student": _unwrapped(student)} | ({} if teacher is None else {"teacher": _unwrapped(teacher)})
+    names = {role: _name(model) for role, model in models.items()}
+    configs = {role: load_config(model) for role, model in models.items()}
+    classifiers = {role: _is_classifier(model, configs[role]) for role, model in models.items()}
+    classifier = classifiers["student"]
+    if classifiers.get("teacher", classifier) != classifier:
+        kinds = {True: "a classifier", False: "a language model"}
+        raise DrklError(
+            f"The student {names['student']!r} is {kinds[classifier]} and the teacher {names['teacher']!r} "
+            f"{kinds[not classifier]}: they have no output in common. Choose both of one kind."
+        )
+    if classifier and (suites or protocol):
+        raise DrklError("Suites and protocols are about generated answers; a classifier takes rows with labels.")
+    tokenizer = _tokenizer(processing_class, list(models.values()), classifier=classifier)
+    lengths = _lengths(list(configs.values()), max_prompt_tokens, max_tokens, max_new_tokens)
+    section = with_protocol(_section(template, lengths), protocol)
+    wanted = resolve_dtype(dtype, picked)
+    sources: dict[str, Source] = {
+        role: _source(models[role], wanted, classifier) for role in ("teacher", "student") if role in models
+    }
+    facts = {
+        "models": {role: names[role] for role in sources}, "protocol": protocol, "template": section.template,
+        "dtype": wanted,
+    }  # fmt: skip
+    tokens = None
+    if teacher is not None and all(isinstance(model, str) for model in models.values()):
+        pair = StudentConfig(init="pretrained", model=names["student"])
+        tokens = check_tokenizers(pair, names["teacher"], classifier=classifier)
+    classes = None
+    if classifier:
+        classes = class_names(_kind_of(models["student"], configs["student"]), names["student"])
+        if teacher is not None:
+            check_classes(_kind_of(models["teacher"], configs["teacher"]), classes, names["teacher"])
+    elif teacher is not None:
+        check_same_family(configs["student"], configs["teacher"], names["student"], names["teacher"])
+    encoder_decoder = not classifier and is_encoder_decoder(configs["student"])
+    suite_names: list[str] | None = None
+    if suites:
+        found, suite_names, described = suite_rows(
+            suites, section, tokenizer, encoder_decoder=encoder_decoder, max_rows=max_rows
+        )
+    else:
+        found, described = _rows(rows, section, tokenizer, classes, max_rows, encoder_decoder=encoder_decoder)
+    vocab_size = None
+    if not classifier:
+        for role, config in configs.items():
+            check_rows(found, config, role)
+        if teacher is not None:
+            sizes = [configs[role].get_text_config().vocab_size for role in ("student", "teacher")]
+            shared = shared_vocabulary(sizes[0], sizes[1], tokens, tokenizer, found)
+            vocab_size = shared["shared"] if shared is not None else None
+    return Inputs(
+        sources, tokenizer, found, suite_names, picked, described, vocab_size, classes, GAMMA, facts,
+        Path(names["student"].removeprefix(f"{IN_MEMORY}: ")).name,
+    )  # fmt: skip
+
+
+def suite_rows(
+    suites: Sequence[str], config: DataConfig, tokenizer: Any, *, encoder_decoder: bool, max_rows: int | None = None
+) -> tuple[list[Any], list[str], dict[str, Any]]:
+    """The rows of named suites one after the other, the suite of each, and the account of them for the record.
+
+    Raises:
+        DrklError: an unknown suite, one named twice, or one without a row that can be used.
+    """
+    rows: list[Any] = []
+    names: list[str] = []
+    described: dict[str, Any] = {}
+    for text in suites:
+        suite, where = parse_suite(text)
+        if suite.name in described:
+            raise DrklError(f"The suite {suite.name!r} was named twice.")
+        examples = read_suite(suite, where, tokenizer)[:max_rows]
+        if len(suites) > 1:
+            examples = name_rows(examples, suite.name)
+        try:
+            tokenised, report = tokenize_examples(
+                examples, tokenizer, **config.row_settings, encoder_decoder=encoder_decoder
+            )
+        except DrklError as error:
+            raise DrklError(f"Suite {suite.name!r}: {error}") from error
+        rows += tokenised
+        names += [suite.name] * len(tokenised)
+        described[suite.name] = {"from": where or suite.dataset, "rows": len(tokenised), **account(report, tokenised)}
+    return rows, names, {"suites": described}
+
+
+def with_protocol(data: DataConfig, protocol: str | None) -> DataConfig:
+    """The data section in a protocol's prompt format.
+
+    Raises:
+        DrklError: there is no such protocol.
+    """
+    if protocol is None:
+        return data
+    if protocol != "minillm":
+        raise DrklError(f"There is no protocol {protocol!r}; there is minillm.")
+    return data.model_copy(update={**MINILLM_DATA, "turns": "last"})
+
+
+def account(report: DropReport, rows: Rows) -> dict[str, Any]:
+    """What became of the rows, and a digest of those that are used, for the record."""
+    ids = json.dumps([[row.id, *row.all_ids] for row in rows])
+    digest = hashlib.sha256(ids.encode()).hexdigest()[:16]
+    return {"dropped": dict(report.dropped), "responses_cut": report.responses_cut, "digest": digest}
+
+
+def _rows(
+    rows: Any,
+    section: DataConfig,
+    tokenizer: Any,
+    classes: Sequence[str] | None,
+    max_rows: int | None,
+    *,
+    encoder_decoder: bool,
+) -> tuple[Rows, dict[str, Any]]:
+    is_path = isinstance(rows, str | os.PathLike)
+    name = str(rows) if is_path else "rows"
+    source = name if is_path else f"{IN_MEMORY}: {type(rows).__name__}"
+    if max_rows is not None:
+        rows = [row for _, row in itertools.islice(dataset_items(rows, name), max_rows)]
+    found, report = rows_from(
+        rows, tokenizer, classes=classes, encoder_decoder=encoder_decoder, name=name, **section.row_settings
+    )
+    return found, {"path": source, **account(report, found)}
+
+
+def _device(device: str | torch.device | None, student: Model) -> torch.device:
+    """The device that was asked for; else that of a student in memory, or the best there is."""
+    if device is None and isinstance(student, PreTrainedModel):
+        return student.device
+    if isinstance(device, torch.device):
+        return device
+    name = device or "auto"
+    if not has_device(name):
+        raise DrklError(f"device is {name!r}, which this machine (or this torch) does not have; try auto or cpu.")
+    return pick_device(name)
+
+
+def _unwrapped(model: Any) -> str | PreTrainedModel:
+    """A path as text; the model inside of peft's wrapper."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    if hasattr(model, "get_base_model"):
+        base: PreTrainedModel = model.get_base_model()
+        return base
+    if not isinstance(model, str | os.PathLike):
+        raise DrklError(
+            f"A {type(model).__name__} came as a model; expected a transformers PreTrainedModel, or the folder or Hub "
+            "id of one."
+        )
+    name = os.fspath(model)
+    if RunFolder(Path(name)).config_path.is_file() and not (Path(name) / "config.json").is_file():
+        raise DrklError(
+            f"{name!r} is a run folder. drkl.evaluate_run({name!r}) evaluates it on its own held-out rows; its student "
+            f"alone is {str(RunFolder(Path(name)).student_path)!r}."
+        )
+    return name
+
+
+def _name(model: str | PreTrainedModel) -> str:
+    return model if isinstance(model, str) else f"{IN_MEMORY}: {type(model).__name__}"
+
+
+def _kind_of(model: str | PreTrainedModel, config: Any) -> Any:
+    """What says whether it is a classifier: a model in memory, whose config may not have been saved, or a config."""
+    return config if isinstance(model, str) else model
+
+
+def _is_classifier(model: str | PreTrainedModel, config: Any) -> bool:
+    return is_classifier(_kind_of(model, config))
+
+
+def _source(model: str | PreTrainedModel, dtype: str, classifier: bool) -> Source:
+    if not isinstance(model, str):
+        return model
+    name, load = model, load_classifier if classifier else load_model
+    return lambda: load(name, dtype)
+
+
+def _tokenizer(given: Any, models: Sequence[str | PreTrainedModel], *, classifier: bool) -> Any:
+    """The tokenizer that was given, else the student's, else the teacher's."""
+    if given is not None:
+        return load_tokenizer(given, classifier=classifier)
+    names = [model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "")) for model in models]
+    first: DrklError | None = None
+    for name in filter(None, names):
+        try:
+            return load_tokenizer(name, classifier=classifier)
+        except DrklError as error:
+            first = first or error
+    if first is not None and isinstance(models[0], str):
+        raise first
+    raise DrklError(
+        "processing_class is missing: a model in memory brings no tokenizer. Pass the tokenizer that both models share."
+    )
+
+
+def _lengths(
+    configs: Sequence[Any], max_prompt_tokens: int | None, max_tokens: int | None, max_new_tokens: int
+) -> dict[str, int]:
+    """The limits that were given, and for the others what fits into the smallest context."""
+    decoders = [config.get_text_config(decoder=True) for config in configs]
+    known = [getattr(config, "max_position_embeddings", None) for config in decoders]
+    context = min((length for length in known if isinstance(length, int)), default=None)
+    total = max_tokens or max(512, 256 + (max_prompt_tokens or 0))
+    prompt = max_prompt_tokens or min(256, total // 2)
+    if context is not None:
+        total = max_tokens or min(total, context)
+        prompt = max_prompt_tokens or max(1, min(prompt, context - max_new_tokens, total - 1))
+    return {"max_prompt_tokens": prompt, "max_tokens": total}
+
+
+def _section(template: str, lengths: dict[str, int]) -> DataConfig:
+    try:
+        return DataConfig.model_validate({"path": "rows", "template": template, **lengths})
+    except ValueError as error:
+        raise DrklError(_reason(error)) from error
+
+
+def _reason(error: ValueError) -> str:
+    errors: Any = getattr(error, "errors", None)
+    if errors is None:
+        return str(error)
+    return "; ".join(
+        f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg'].removeprefix('Value error, ')}"
+        for entry in errors()
+    )

@@ -1,0 +1,517 @@
+"""The two kinds of task that are evaluated: generating answers, and classifying texts.
+
+`drkl.evaluation.evaluate` runs one loop over models for either of them: ``measure`` while a model is on its device,
+``score`` once it is gone, and ``evaluation`` at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from drkl.data.classification import LabelledRow
+from drkl.data.examples import hash_of_id
+from drkl.data.tokenize import Row
+from drkl.evaluation.answers import Answer, AnswerTable
+from drkl.evaluation.bookkeeping import Report, finite, timed, versions
+from drkl.evaluation.bootstrap import RESAMPLES, Interval, Metrics, Resampled
+from drkl.evaluation.calibration import EDGES, mass_bins, width_bins
+from drkl.evaluation.class_scores import ClassScores
+from drkl.evaluation.config import EvaluationConfig
+from drkl.evaluation.declared import ANSWER_KEYS, CLASS_KEYS, KEYS, NUM_CALIBRATION_BINS, definitions
+from drkl.evaluation.findings import Differences, of_evaluation
+from drkl.evaluation.paired import Curve
+from drkl.evaluation.positions import PROFILE_RANKS, PositionTable, bin_edges, compare
+from drkl.evaluation.result import (
+    Coverage,
+    Distributions,
+    Evaluation,
+    Numbers,
+    Reliability,
+    ReliabilityBins,
+    SweepPoint,
+    TailProfile,
+)
+from drkl.evaluation.store import Store, fingerprint, model_fingerprint
+from drkl.losses.common import log_softmax
+from drkl.models.forward import lm_head
+from drkl.models.generate import sample_texts, sampling_batches
+from drkl.models.readout import Readout, read
+from drkl.positions import brier_score, token_statistics
+
+ESTIMATES = tuple(key for key in KEYS if key not in ("num_tokens", "num_answers"))
+"""The metrics that have intervals: a size is no estimate."""
+SWEPT = ("teacher", "student")
+"""The models that answer at every temperature of the sweep; the others answer at the main one."""
+KEPT_STATES_BYTES = 2**30
+"""Larger held-out states of a teacher are not kept for later students."""
+OTHERS = ("teacher", "before", "warmup")
+"""The models that the student is compared with in findings."""
+
+
+class Task(Protocol):
+    """What is measured of each model, and how the numbers become an evaluation."""
+
+    settings: EvaluationConfig
+
+    def measure(self, name: str, model: PreTrainedModel, report: Report, seconds: dict[str, float]) -> None:
+        """Run a model, which is on its device in eval mode; the teacher comes first."""
+
+    def score(self, name: str, seconds: dict[str, float]) -> None:
+        """Compute what needs no model, once it is gone."""
+
+    def evaluation(self, facts: Mapping[str, Any], data: Mapping[str, Any], seconds: Seconds) -> Evaluation:
+        """The numbers of all models, with findings.
+
+        Args:
+            facts: settings for the record: what the models are, the device, the command.
+            data: where the rows come from.
+            seconds: by model and part.
+        """
+
+
+Seconds = Mapping[str, dict[str, float]]
+
+
+class Parts(NamedTuple):
+    """Where finished parts are kept; ``shared`` outlasts the evaluation and holds the teacher's."""
+
+    own: Store
+    shared: Store
+
+
+# Generation -------------------------------------------------------------------------------------------------------
+
+
+class Generation:
+    """Teacher-forced metrics on every held-out row, and metrics of answers sampled for some of their prompts.
+
+    Args:
+        tokenizer: the one that the rows were made with, and that all models share.
+        rows: the held-out rows, of different ids.
+        settings: how many answers are sampled, and how.
+        suites: the name of each row's suite; prompts are then picked from each, and each has numbers of its own.
+        vocab_size: how many ids, from 0, the models are compared on where their padding differs; None for all.
+        gamma: DRKL's, for the share of positions where it strengthens the tail.
+        parts: where finished parts are kept and looked for; an evaluation that was killed goes on from them.
+        pad_id: fills batches; default the tokenizer's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Row],
+        settings: EvaluationConfig,
+        *,
+        suites: Sequence[str] | None = None,
+        vocab_size: int | None = None,
+        gamma: float = 0.5,
+        parts: Parts | None = None,
+        pad_id: int | None = None,
+    ) -> None:
+        self.tokenizer, self.rows, self.settings = tokenizer, rows, settings
+        self.vocab_size, self.gamma, self.parts = vocab_size, gamma, parts
+        self.pad_id: int = tokenizer.pad_token_id if pad_id is None else pad_id
+        self.prompts = choose_prompts(rows, settings.prompts, suites)
+        self.has_suites = suites is not None
+        self.suite_of = {row.id: suite for row, suite in zip(rows, suites or [""] * len(rows), strict=True)}
+        self._teacher: tuple[str, Readout] | None = None
+        self._num_outputs = 0
+        self._tables: dict[str, PositionTable] = {}
+        self._pools: dict[str, dict[float, list[list[Answer]]]] = {}
+        self._answers: dict[str, dict[float, dict[str, AnswerTable]]] = {}
+
+    def measure(self, name: str, model: PreTrainedModel, report: Report, seconds: dict[str, float]) -> None:
+        """Read the rows and sample the answers."""
+        with timed(seconds, "load"):
+            mark = model_fingerprint(model) if self.parts is not None else ""
+        with timed(seconds, "teacher_forced"):
+            self._tables[name] = self._read(name, model, mark, report)
+        with timed(seconds, "samples"):
+            self._pools[name] = self._sample(name, model, mark, report)
+
+    def score(self, name: str, seconds: dict[str, float]) -> None:
+        """Compare the answers with the references and with each other."""
+        with timed(seconds, "text"):
+            self._answers[name] = {
+                temperature: self._answer_tables(pools) for temperature, pools in self._pools[name].items()
+            }
+
+    def _read(self, name: str, model: PreTrainedModel, mark: str, report: Report) -> PositionTable:
+        """The teacher-forced numbers of a model; the teacher's states stay for those that follow."""
+        store = self._store(name)
+        facts = {
+            "rows": fingerprint(value=[[row.id, row.prompt_ids, row.response_ids, row.trained] for row in self.rows]),
+            "model": mark, "vocab": self.vocab_size, "device": model.device.type,
+        }  # fmt: skip
+        states_key = fingerprint(kind="states", **facts)
+        kept = store.read_tensors(states_key) if store is not None and name == "teacher" else None
+        if kept is not None:
+            head = lm_head(model)
+            states = Readout.from_tensors(kept, head if self.vocab_size is None else head.trimmed(self.vocab_size))
+        else:
+            progress = report("reading", len(self.rows))
+            states = read(model, self.rows, pad_id=self.pad_id, vocab_size=self.vocab_size, progress=progress)
+            if store is not None and name == "teacher" and states.hidden.nbytes <= KEPT_STATES_BYTES:
+                # The head is the model's own, which is there whenever its states are.
+                kept = {part: tensor for part, tensor in states.to_tensors().items() if not part.startswith("head.")}
+                store.write_tensors(states_key, kept)
+        self._num_outputs = states.num_outputs
+        if name == "teacher":
+            self._teacher = mark, states
+        against, teacher = self._teacher or ("", None)
+        key = fingerprint(kind="positions", against=against, gamma=self.gamma, **facts)
+        arrays = store.read_tensors(key) if store is not None else None
+        if arrays is not None:
+            return PositionTable.from_arrays({column: tensor.numpy() for column, tensor in arrays.items()})
+        table = compare(states, teacher, gamma=self.gamma, progress=report("comparing", len(states.labels)))
+        if store is not None:
+            store.write_tensors(key, {column: torch.from_numpy(array) for column, array in table.to_arrays().items()})
+        return table
+
+    def _sample(self, name: str, model: PreTrainedModel, mark: str, report: Report) -> dict[float, list[list[Answer]]]:
+        """Every prompt's answers by temperature; a batch that was finished before is read instead."""
+        settings, prompts = self.settings, self.prompts
+        if not prompts:
+            return {}
+        found: dict[float, list[list[Answer]]] = {}
+        lengths = [len(row.sampling_ids) for row in prompts]
+        for temperature in settings.temperatures if name in SWEPT else settings.temperatures[:1]:
+            pools: list[list[Answer]] = [[] for _ in prompts]
+            total = len(prompts) * len(settings.all_seeds) * settings.samples_per_prompt * settings.max_new_tokens
+            advance = report(f"sampling at {temperature:g}", total)
+            for seed in settings.all_seeds:
+                for group, numbers in sampling_batches(lengths, settings.samples_per_prompt, settings.batch_size):
+                    rows = [prompts[i] for i in group]
+                    answers = self._batch(name, model, mark, rows, numbers, temperature, seed, advance)
+                    for place, pool in zip(group, answers, strict=True):
+                        pools[place] += pool
+            found[temperature] = pools
+        return found
+
+    def _batch(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        mark: str,
+        rows: Sequence[Row],
+        numbers: range,
+        temperature: float,
+        seed: int,
+        advance: Callable[[int], None] | None,
+    ) -> list[list[Answer]]:
+        """The answers of one batch: samples ``numbers`` of each row."""
+        store, length = self._store(name), self.settings.max_new_tokens
+        key = fingerprint(
+            kind="answers", model=mark, prompts=fingerprint(value=[[row.id, row.sampling_ids] for row in rows]),
+            seed=seed, temperature=temperature, samples=[numbers.start, numbers.stop], device=model.device.type,
+            max_new_tokens=length,
+        )  # fmt: skip
+        lines = store.read_lines(key) if store is not None else None
+        if lines is not None and len(lines) == len(rows) * len(numbers):
+            if advance is not None:
+                advance(len(lines) * length)
+            flat = [Answer(line["text"], line["num_tokens"], line["ended"]) for line in lines]
+            return [flat[i : i + len(numbers)] for i in range(0, len(flat), len(numbers))]
+        generations = sample_texts(
+            model,
+            self.tokenizer,
+            [row.sampling_ids for row in rows],
+            samples_per_prompt=len(numbers),
+            first_sample=numbers.start,
+            sampling_temperature=temperature,
+            max_new_tokens=length,
+            seed=seed,
+            batch_size=len(rows) * len(numbers),
+            keys=[row.id for row in rows],
+            progress=advance,
+        )
+        answers = [[Answer(one.text, one.num_tokens, one.finished) for one in pool] for pool in generations]
+        if store is not None:
+            store.write_lines(key, [answer._asdict() for pool in answers for answer in pool])
+        return answers
+
+    def _store(self, name: str) -> Store | None:
+        if self.parts is None:
+            return None
+        return self.parts.shared if name == "teacher" else self.parts.own
+
+    def _answer_tables(self, pools: Sequence[Sequence[Answer]]) -> dict[str, AnswerTable]:
+        """The answers' table of each suite."""
+        tables: dict[str, AnswerTable] = {}
+        for row, pool in zip(self.prompts, pools, strict=True):
+            tables.setdefault(self.suite_of[row.id], AnswerTable()).update(row.example.all_references, pool)
+        return tables
+
+    # From here on there are no models.
+
+    def evaluation(self, facts: Mapping[str, Any], data: Mapping[str, Any], seconds: Seconds) -> Evaluation:
+        """The numbers of all models, with findings."""
+        settings, names, size = self.settings, list(self._tables), len(self.rows)
+        sums = {name: table.row_sums(size) for name, table in self._tables.items()}
+        tokens = {name: Resampled.of(sums[name].metrics, size, settings.seed) for name in names}
+        merged = {name: {t: _merged(tables) for t, tables in self._answers[name].items()} for name in names}
+        answers = {
+            name: {t: Resampled.of(table.metrics, len(table), settings.seed) for t, table in tables.items()}
+            for name, tables in merged.items()
+        }
+        main = {name: merged[name].get(settings.sampling_temperature, AnswerTable()) for name in names}
+        own = {name: answers[name].get(settings.sampling_temperature, Resampled({}, {})) for name in names}
+        coverage = {name: found for name in names if (found := main[name].coverage())}
+        profile = {name: table.tail_profile() for name, table in self._tables.items()}
+        profile = {name: means for name, means in profile.items() if any(mean is not None for mean in means)}
+        evaluation = Evaluation(
+            Numbers(
+                {name: _table(self._tables[name].compute() | main[name].compute()) for name in names},
+                {name: _ends(tokens[name].intervals() | own[name].intervals(), ESTIMATES) for name in names},
+            ),
+            self._describe(facts, data),
+            suites=self._suites(settings.seed) if self.has_suites else {},
+            sweep={name: points for name in names if (points := _sweep(settings, merged[name], answers[name]))},
+            coverage={name: Coverage(**found) for name, found in coverage.items()},
+            tail=TailProfile(list(PROFILE_RANKS), profile) if profile else None,
+            reliability=Reliability(
+                [i / NUM_CALIBRATION_BINS for i in range(NUM_CALIBRATION_BINS + 1)],
+                {name: ReliabilityBins(*own_sums.width.reliability()) for name, own_sums in sums.items()},
+                {name: ReliabilityBins(*own_sums.mass.reliability()) for name, own_sums in sums.items()},
+            ),
+            distributions=Distributions(
+                bin_edges(self._num_outputs),
+                {name: table.distributions(self._num_outputs) for name, table in self._tables.items()},
+            ),
+            timing=self._timing(seconds),
+            lines={"samples": list(self._sample_lines()), "heldout": list(self._heldout_lines())},
+        )
+        differences: Differences = {
+            ("student", other): tokens["student"].minus(tokens[other]) | own["student"].minus(own[other])
+            for other in OTHERS
+            if other in tokens and "student" in tokens
+        }
+        curves = {name: Curve.of(answers.get(name, {})) for name in SWEPT}
+        evaluation.findings.extend(of_evaluation(evaluation, differences, curves))
+        return evaluation
+
+    def _suites(self, seed: int) -> dict[str, Numbers]:
+        """Every suite's own numbers: the same tables, of its rows alone."""
+        result: dict[str, Numbers] = {}
+        suites = list(self.suite_of.values())
+        for suite in dict.fromkeys(suites):
+            here = np.array([name == suite for name in suites])
+            values, ends = {}, {}
+            for name, table in self._tables.items():
+                found = Resampled.of(_of_rows(table.row_sums(len(here)).metrics, here), int(here.sum()), seed)
+                at_main = self._answers[name].get(self.settings.sampling_temperature, {})
+                answers = at_main.get(suite, AnswerTable())
+                values[name] = _table({**found.points, **answers.compute()})
+                ends[name] = _ends({**found.intervals(), **answers.intervals(seed)})
+            result[suite] = Numbers(values, ends)
+        return result
+
+    def _timing(self, seconds: Seconds) -> dict[str, Any]:
+        timing: dict[str, Any] = {
+            name: {part: round(value, 2) for part, value in own.items()} for name, own in seconds.items()
+        }
+        for name, pools in self._pools.items():
+            count = sum(len(pool) for pool_of in pools.values() for pool in pool_of)
+            spent = seconds[name]["samples"]
+            timing[name]["answers_per_minute"] = round(60 * count / spent, 1) if spent > 0 else None
+        return timing
+
+    def _describe(self, facts: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "task": "generation",
+            **settings.model_dump(mode="json"),
+            "prompts": len(self.prompts),
+            "seeds": list(settings.all_seeds),
+            "gamma": self.gamma,
+            "suites": [name for name in dict.fromkeys(self.suite_of.values()) if name],
+            **facts,
+            "data": {**data, "heldout_rows": len(self.rows)},
+            "decoding": "sampling from the whole distribution at sampling_temperature (no top-k, top-p or penalties)",
+            "intervals": f"95 %, percentiles of {RESAMPLES} bootstrap resamples of the held-out rows (of the prompts, "
+            "for metrics of answers), the same resamples for every model; not of training seeds",
+            "versions": versions("rouge-score", "sacrebleu"),
+            "definitions": definitions("generation"),
+        }
+
+    def _heldout_lines(self) -> Iterator[dict[str, Any]]:
+        row_ids = [row.id for row in self.rows]
+        for name, table in self._tables.items():
+            for row_id, line in zip(row_ids, table.rows(row_ids), strict=True):
+                yield {"model": name, **({"suite": self.suite_of[row_id]} if self.has_suites else {}), **line}
+
+    def _sample_lines(self) -> Iterator[dict[str, Any]]:
+        seeds, per_seed = self.settings.all_seeds, self.settings.samples_per_prompt
+        for name, by_temperature in self._pools.items():
+            for temperature, pools in by_temperature.items():
+                for row, pool in zip(self.prompts, pools, strict=True):
+                    references = row.example.all_references
+                    for number, answer in enumerate(pool):
+                        yield {
+                            "model": name,
+                            "prompt_id": row.id,
+                            "prompt": row.example.prompt_text,
+                            "sampling_temperature": temperature,
+                            "sample": number,
+                            "text": answer.text,
+                            "reference": references[0] if len(references) == 1 else list(references),
+                            "num_tokens": answer.num_tokens,
+                            "ended": answer.ended,
+                            **({"seed": seeds[number // per_seed]} if len(seeds) > 1 else {}),
+                            **({"suite": self.suite_of[row.id]} if self.has_suites else {}),
+                        }
+
+
+def choose_prompts(rows: Sequence[Row], count: int | None, suites: Sequence[str] | None = None) -> list[Row]:
+    """Return ``count`` rows (of each suite; all, if there are fewer) selected by a hash of their ids, in their order.
+
+    A file sorted by subject would otherwise give the first subject only; the choice does not depend on any seed.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, name in enumerate(suites or [""] * len(rows)):
+        groups.setdefault(name, []).append(number)
+    chosen: list[int] = []
+    for members in groups.values():
+        chosen += sorted(members, key=lambda i: hash_of_id(rows[i].id))[:count]
+    return [rows[i] for i in sorted(chosen)]
+
+
+def _merged(tables: Mapping[str, AnswerTable]) -> AnswerTable:
+    """The tables of several suites as one."""
+    merged = AnswerTable()
+    for table in tables.values():
+        merged.merge(table)
+    return merged
+
+
+def _table(values: Mapping[str, float | None], keys: Sequence[str] = KEYS) -> dict[str, float | None]:
+    return {key: finite(values.get(key)) for key in keys}
+
+
+def _ends(found: Mapping[str, Interval], keys: Sequence[str] = KEYS) -> dict[str, Interval]:
+    return {key: found[key] for key in keys if key in found}
+
+
+def _sweep(
+    settings: EvaluationConfig, tables: Mapping[float, AnswerTable], resampled: Mapping[float, Resampled]
+) -> list[SweepPoint]:
+    points = [
+        SweepPoint(
+            temperature,
+            _table(tables[temperature].compute(), ANSWER_KEYS),
+            _ends(resampled[temperature].intervals(), ANSWER_KEYS),
+        )
+        for temperature in sorted(tables.keys() & {*settings.sweep})
+    ]
+    return points if len(points) > 1 else []
+
+
+def _of_rows(metrics: Metrics, here: np.ndarray) -> Metrics:
+    """The metrics of some rows alone, as functions of how often each of them counts."""
+
+    def of_these(weights: np.ndarray) -> Mapping[str, np.ndarray]:
+        spread = np.zeros((len(weights), len(here)))
+        spread[:, here] = weights
+        return metrics(spread)
+
+    return of_these
+
+
+# Classification ---------------------------------------------------------------------------------------------------
+
+_MEANS = ("accuracy", "nll", "confidence", "entropy")
+_TEACHER_MEANS = ("agreement", "fkl", "rkl", "overconfidence", "target_gap", "teacher_confidence")
+
+
+class Classification:
+    """Metrics of class probabilities on every held-out text.
+
+    Args:
+        rows: the held-out texts.
+        classes: the names of the classes, by number.
+        settings: the ``seed`` of the resampling; nothing is sampled.
+        pad_id: fills batches.
+    """
+
+    def __init__(
+        self, rows: Sequence[LabelledRow], classes: Sequence[str], settings: EvaluationConfig, *, pad_id: int
+    ) -> None:
+        self.rows, self.classes, self.settings, self.pad_id = rows, classes, settings, pad_id
+        self._logits: dict[str, Tensor] = {}
+        self._scores: dict[str, ClassScores] = {}
+
+    def measure(self, name: str, model: PreTrainedModel, report: Report, seconds: dict[str, float]) -> None:
+        """Read the texts."""
+        with timed(seconds, "reading"):
+            readout = read(model, self.rows, pad_id=self.pad_id, progress=report("reading", len(self.rows)))
+        self._logits[name] = readout.hidden
+        self._scores[name] = class_scores(readout.hidden, readout.labels, self._logits.get("teacher"))
+
+    def score(self, name: str, seconds: dict[str, float]) -> None:
+        """There is nothing to compute without the model."""
+
+    def evaluation(self, facts: Mapping[str, Any], data: Mapping[str, Any], seconds: Seconds) -> Evaluation:
+        """The numbers of all models, with findings."""
+        size, seed = len(self.rows), self.settings.seed
+        resampled = {name: Resampled.of(scores.metrics, size, seed) for name, scores in self._scores.items()}
+        numbers = Numbers(
+            {name: _table({**found.points, "num_rows": size}, CLASS_KEYS) for name, found in resampled.items()},
+            {name: _ends(found.intervals(), CLASS_KEYS) for name, found in resampled.items()},
+        )
+        settings = {
+            "task": "classification",
+            "seed": seed,
+            **facts,
+            "data": {**data, "heldout_rows": size},
+            "intervals": f"95 %, percentiles of {RESAMPLES} bootstrap resamples of the held-out texts; not of seeds",
+            "versions": versions(),
+            "definitions": definitions("classification"),
+        }
+        width, mass = (
+            {name: ReliabilityBins(*scores.bins(bins).reliability()) for name, scores in self._scores.items()}
+            for bins in (width_bins, mass_bins)
+        )
+        evaluation = Evaluation(
+            numbers,
+            settings,
+            "classification",
+            classes=list(self.classes),
+            reliability=Reliability(EDGES, width, mass),
+            timing={name: {part: round(value, 2) for part, value in own.items()} for name, own in seconds.items()},
+            lines={"predictions": list(self._prediction_lines())},
+        )
+        differences = {
+            ("student", other): resampled["student"].minus(resampled[other]) for other in OTHERS if other in resampled
+        }
+        evaluation.findings.extend(of_evaluation(evaluation, differences))
+        return evaluation
+
+    def _prediction_lines(self) -> Iterator[dict[str, Any]]:
+        """A line for each text: the classes of student and teacher, their confidence, and the student's numbers."""
+        logp = {name: log_softmax(self._logits[name], 1.0) for name in ("student", "teacher") if name in self._logits}
+        columns = self._scores["student"].columns
+        for number, row in enumerate(self.rows):
+            line: dict[str, Any] = {"id": row.id, "text": row.text, "label": self.classes[row.label]}
+            for name, values in logp.items():
+                best = int(values[number].argmax())
+                line |= {name: self.classes[best], f"{name}_confidence": round(float(values[number, best].exp()), 4)}
+            line["nll"] = finite(round(-float(logp["student"][number, row.label]), 4))
+            for key in ("overconfidence", "target_gap"):
+                if key in columns:
+                    line[key] = round(float(columns[key][number]), 4)
+            yield line
+
+
+def class_scores(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> ClassScores:
+    """Per-text numbers of class logits `[n, classes]` (the teacher's likewise, or None) and labels `[n]`."""
+    values = token_statistics(logits.double(), None if teacher_logits is None else teacher_logits.double(), labels)
+    names = _MEANS if teacher_logits is None else (*_MEANS, *_TEACHER_MEANS)
+    columns = {name: getattr(values, name).double().numpy() for name in names}
+    columns["brier"] = brier_score(logits.double().softmax(-1), labels).numpy()
+    return ClassScores(columns, logits.argmax(-1).numpy(), labels.numpy(), logits.shape[-1])

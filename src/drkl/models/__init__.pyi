@@ -1,0 +1,10 @@
+from .config import PeftConfig as PeftConfig
+from .config import StudentConfig as StudentConfig
+from .generate import Generation as Generation
+from .generate import sample_texts as sample_texts
+from .load import load_classifier as load_classifier
+from .load import load_config as load_config
+from .load import load_model as load_model
+from .load import load_tokenizer as load_tokenizer
+from .student import make_student as make_student
+from .student import prune as prune

@@ -1,0 +1,227 @@
+"""Reads models over held-out rows: the only loop from rows through batches and hidden states to logits.
+
+Every pass over held-out rows is made of the same steps::
+
+    for batch in batches(rows, pad_id=0):              # rows of like length together, each position with its label
+        hidden = batch.states(model)                   # [n, hidden] at the positions that count
+        for part in chunks(len(hidden), CHUNK):        # no [tokens, vocab] tensor ever exists whole
+            logits = logits_of(hidden[part], output_head(model))
+
+`read` does it once and keeps the states, so that a second model can take the device before the two are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from drkl.data.batching import bucket_by_length
+from drkl.data.classification import LabelledRow
+from drkl.data.collate import IGNORE_INDEX, collate
+from drkl.data.tokenize import Row
+from drkl.losses import LMHead
+from drkl.models.classes import is_classifier
+from drkl.models.forward import decoder_start as decoder_start_of
+from drkl.models.forward import hidden_states, output_head
+
+TOKENS_PER_BATCH = 4096
+"""Rows of like length are read together, up to this many tokens with padding."""
+CHUNK = 256
+"""Positions whose logits exist at once."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows, padded, and the positions of them that are read; everything on the CPU."""
+
+    rows: list[int]
+    """Which of the rows these are."""
+    inputs: dict[str, Tensor]
+    """What `drkl.models.forward.hidden_states` takes, `[batch, tokens]` each."""
+    keep: Tensor
+    """`[batch, tokens]`, true at the `n` positions that are read."""
+    labels: Tensor
+    """`[n]`, the observed tokens (or classes) there."""
+    row_ids: list[str]
+
+    def states(self, model: PreTrainedModel) -> Tensor:
+        """The model's last hidden states `[n, hidden]`, on its device; of a classifier its class logits."""
+        device = next(model.parameters()).device
+        hidden = hidden_states(model, {name: value.to(device) for name, value in self.inputs.items()})
+        return hidden[self.keep.to(device)]
+
+
+def batches(
+    rows: Sequence[Row | LabelledRow],
+    *,
+    pad_id: int,
+    decoder_start: int | None = None,
+    positions: Mapping[int, Sequence[int]] | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+) -> Iterator[Batch]:
+    """Yield the rows in batches, the shortest rows first.
+
+    Args:
+        rows: tokenised for the kind of model that reads them.
+        pad_id: fills batches; its value changes nothing.
+        decoder_start: of an encoder-decoder, `drkl.models.forward.decoder_start` of it; None for others.
+        positions: by row, which of its trained positions are read, from 0; rows without an entry are left out.
+            None reads every trained position of every row.
+        tokens_per_batch: a batch has at most this many tokens with padding; a longer row is alone.
+    """
+    used = list(range(len(rows))) if positions is None else [row for row in positions if positions[row]]
+    for group in bucket_by_length([rows[i].length for i in used], tokens_per_batch):
+        members = [used[i] for i in group]
+        batch = collate([rows[i] for i in members], pad_id=pad_id, decoder_start=decoder_start)
+        labels, row_ids = batch.pop("labels"), batch.pop("row_ids")
+        keep = labels != IGNORE_INDEX
+        if positions is not None:
+            trained, keep = keep, torch.zeros_like(keep)
+            for line, row in enumerate(members):
+                keep[line, trained[line].nonzero().squeeze(1)[list(positions[row])]] = True
+        yield Batch(members, batch, keep, labels[keep], row_ids)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What a model computed at the positions of held-out rows: enough for every logit, without the model's body.
+
+    Attributes:
+        hidden: `[n, hidden]`, the states that predict the labels; of a classifier its class logits `[n, classes]`.
+        labels: `[n]`, the observed tokens or classes.
+        row_index: `[n]`, which of the rows each position belongs to, from 0.
+        head: makes logits of ``hidden``; None where ``hidden`` are the logits.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    row_index: Tensor
+    head: LMHead | None
+
+    @property
+    def num_outputs(self) -> int:
+        """The size of the vocabulary, or the number of classes."""
+        return int(self.hidden.shape[-1]) if self.head is None else self.head.vocab_size
+
+    @torch.no_grad()
+    def logits(self, at: slice | Tensor) -> Tensor:
+        """The logits `[m, vocab]` at some positions, in fp32 or wider, on the head's device."""
+        if self.head is None:
+            return self.hidden[at]
+        return self.head.logits(self.hidden[at].to(self.head.weight.device))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything as contiguous tensors by name, on the CPU, the head included: what safetensors saves."""
+        found = {"hidden": self.hidden, "labels": self.labels, "row_index": self.row_index}
+        if (head := self.head) is not None:
+            found["head.weight"] = head.weight
+            found["head.scale"] = torch.tensor(head.scale, dtype=torch.float64)
+            if head.bias is not None:
+                found["head.bias"] = head.bias
+            if head.softcap is not None:
+                found["head.softcap"] = torch.tensor(head.softcap, dtype=torch.float64)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], head: LMHead | None = None) -> Readout:
+        """The readout that ``to_tensors`` gave; with a ``head``, the names that start with ``head.`` may be missing."""
+        if head is None and "head.weight" in tensors:
+            cap = tensors.get("head.softcap")
+            head = LMHead(
+                tensors["head.weight"],
+                tensors.get("head.bias"),
+                float(tensors["head.scale"]),
+                None if cap is None else float(cap),
+            )
+        return cls(tensors["hidden"], tensors["labels"], tensors["row_index"], head)
+
+
+@torch.no_grad()
+def read(
+    model: PreTrainedModel,
+    rows: Sequence[Row | LabelledRow],
+    *,
+    pad_id: int,
+    vocab_size: int | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: Callable[[int], None] | None = None,
+) -> Readout:
+    """Run a model over the rows once and keep what it computed at every trained position, in the order of the rows.
+
+    Args:
+        model: on its device, in eval mode; a decoder-only model, an encoder-decoder or a classifier.
+        rows: at least one, tokenised for this kind of model.
+        pad_id: fills batches; its value changes nothing.
+        vocab_size: keep the head of the first so many ids only, those that the compared models share.
+        tokens_per_batch: see `batches`.
+        progress: called after each batch with the number of rows in it.
+    """
+    assert rows, "at least one held-out row"
+    assert not model.training, "dropout would make every number a random one"
+    hidden: list[Tensor] = [torch.empty(0)] * len(rows)
+    labels: list[Tensor] = [torch.empty(0)] * len(rows)
+    start = decoder_start_of(model)
+    with _padded_with(model, pad_id):
+        for batch in batches(rows, pad_id=pad_id, decoder_start=start, tokens_per_batch=tokens_per_batch):
+            counts = batch.keep.sum(1).tolist()
+            # To the CPU: the states wait there while other models take the device.
+            states = batch.states(model).cpu().split(counts)
+            for row, own, observed in zip(batch.rows, states, batch.labels.split(counts), strict=True):
+                hidden[row], labels[row] = own, observed
+            if progress is not None:
+                progress(len(batch.rows))
+    row_index = torch.repeat_interleave(torch.tensor([len(own) for own in labels]))
+    head = output_head(model)
+    states_of_all = torch.cat(hidden)
+    if head is None:
+        states_of_all = states_of_all.float()
+    elif vocab_size is not None:
+        head = head.trimmed(vocab_size)
+    return Readout(states_of_all, torch.cat(labels), row_index, head)
+
+
+@torch.no_grad()
+def read_logits(
+    student: Readout, teacher: Readout | None, chunk: int = CHUNK
+) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
+    """Yield the positions, both models' logits there `[m, vocab]`, and the labels `[m]`, on the student's device.
+
+    The teacher's logits are None without a teacher, and the student's own tensor where both readouts are one object.
+    """
+    assert teacher is None or torch.equal(student.labels, teacher.labels), "both models read the same rows"
+    for part in chunks(len(student.labels), chunk):
+        logits = student.logits(part)
+        teacher_logits = None
+        if teacher is not None:
+            teacher_logits = logits if teacher is student else teacher.logits(part).to(logits.device)
+        yield part, logits, teacher_logits, student.labels[part].to(logits.device)
+
+
+def chunks(count: int, size: int = CHUNK) -> Iterator[slice]:
+    """Slices of ``size`` that cover ``count`` positions."""
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def logits_of(hidden: Tensor, head: LMHead | None, vocab_size: int | None = None) -> Tensor:
+    """The logits `[n, ids]` of states `[n, hidden]`; states without a head are logits already."""
+    if head is None:
+        return hidden
+    return (head if vocab_size is None else head.trimmed(vocab_size)).logits(hidden)
+
+
+@contextmanager
+def _padded_with(model: PreTrainedModel, pad_id: int) -> Iterator[None]:
+    """Inside, a classifier that looks for the last token of a text knows what the padding is."""
+    config = model.config.get_text_config()
+    before = config.pad_token_id
+    if is_classifier(model):
+        config.pad_token_id = pad_id
+    try:
+        yield
+    finally:
+        config.pad_token_id = before

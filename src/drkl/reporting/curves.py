@@ -1,0 +1,194 @@
+"""Figures of the training log: every stage on one axis, and what pushed the target where that was watched."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from drkl.reporting.inputs import Curve, Run, Stage
+from drkl.reporting.plotting import COLORS, INK, MUTED, Picture, new_figure, percent_axis, plot_style, tidy, to_svg
+from drkl.reporting.text import short
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT = 356, 220
+_LOG_SCALE = ("rkl", "fkl", "loss", "nll")
+_FROM_ZERO = ("agreement", "entropy", "learning_rate", "tokens_per_second")
+PUSHES: dict[str, dict[str, Any]] = {
+    "target term": {"color": COLORS["run-2"], "marker": "s", "linestyle": (0, (5, 1.6)), "zorder": 3},
+    "tail": {"color": COLORS["run-1"], "marker": "^", "linestyle": (0, (1, 1.4)), "zorder": 4},
+    # Wide and below: where the tail pushes nothing, this is the target term's curve.
+    "both": {"color": INK, "marker": "o", "linewidth": 5, "alpha": 0.3, "solid_capstyle": "round", "zorder": 2},
+}
+"""How each curve of the gradients on the target's logit is drawn."""
+
+
+def training_curves(run: Run) -> tuple[list[Picture], list[Picture]]:
+    """The curves of losses and distances, and those of the optimiser."""
+    classifies = run.task == "classification"
+    unit, observed = ("texts", "class") if classifies else ("tokens", "token")
+    distances = [
+        ("rkl", "Reverse KL to the teacher", "KL(q‖p), nats, log scale"),
+        ("fkl", "Forward KL to the teacher", "KL(p‖q), nats, log scale"),
+        ("agreement", "Agreement" if classifies else "Top-token agreement", f"share of the {unit}"),
+        ("entropy", "Entropy", "nats" + ("; the teacher is dashed" if run.has_teacher else "")),
+        ("nll", "Negative log-likelihood", f"of the observed {observed}, nats, log scale"),
+        ("loss", "Loss", "each stage has its own loss: not comparable across stages"),
+    ]
+    optimiser = [
+        ("grad_norm", "Gradient norm", "before clipping"),
+        ("learning_rate", "Learning rate", "as scheduled"),
+        ("tokens_per_second", "Speed", "input tokens per second"),
+    ]
+    with plot_style():
+        drawn = [[_picture(run, *item) for item in group] for group in (distances, optimiser)]
+        drawn[0].append(pushes(run))
+    return [p for p in drawn[0] if p], [p for p in drawn[1] if p]
+
+
+def _picture(run: Run, key: str, title: str, caption: str) -> Picture | None:
+    figure, ax = new_figure(WIDTH, HEIGHT)
+    if not draw_curve(ax, run, key):
+        return None
+    alt = f"{title} over {run.num_steps} optimiser steps"
+    heldout = [stage.curve(_log_key(key), heldout=True) for stage in run.stages]
+    if ends := [(curve.values[0], curve.values[-1]) for curve in heldout if curve]:
+        alt += f"; on held-out rows from {ends[0][0]:.3g} at the first check to {ends[-1][1]:.3g} at the last"
+    return Picture(to_svg(figure, f"curve-{key}", alt + "."), title, caption, alt)
+
+
+def _log_key(key: str) -> str:
+    return "student_entropy" if key == "entropy" else key
+
+
+def draw_curve(ax: Axes, run: Run, key: str, *, size: float = 11, names: bool = True) -> bool:
+    """One quantity over all stages: thin = training batches, dots = held-out rows. False if nothing was logged."""
+    seen: list[float] = []
+    tidy(ax, size=size)
+    for stage in run.stages:
+        color = COLORS[stage.model]
+        train, heldout = stage.curve(_log_key(key)).thinned(), stage.curve(_log_key(key), heldout=True)
+        ax.plot(train.steps, train.values, color=color, linewidth=1, alpha=0.45 if heldout else 0.9)
+        size_of_dot = 5 if len(heldout.steps) == 1 else 3.5
+        ax.plot(heldout.steps, heldout.values, color=color, linewidth=2, marker="o", markersize=size_of_dot)
+        seen += train.values + heldout.values
+    if not seen:
+        return False
+    if key == "entropy":
+        seen += _draw_teacher_entropy(ax, run)
+    before = run.value("before", key)
+    if before is not None:
+        ax.plot([0], [before], marker="o", markersize=6, color=COLORS["before"], clip_on=False, zorder=5)
+        seen.append(before)
+    if key in _LOG_SCALE and min(seen) > 0 and max(seen) > 2 * min(seen):
+        _log_axis(ax, min(seen), max(seen))
+    elif key in _FROM_ZERO:
+        ax.set_ylim(0, max(seen) * 1.12 or 1)
+        ax.locator_params(axis="y", nbins=6)
+    if key == "agreement":
+        percent_axis(ax.yaxis)
+    _step_axis(ax, run)
+    _name_stages(ax, run, size=size, names=names)
+    return True
+
+
+def _draw_teacher_entropy(ax: Axes, run: Run) -> list[float]:
+    # The teacher is the same in every stage, so its line runs through.
+    steps, values = [], []
+    for stage in run.stages:
+        curve = stage.curve("teacher_entropy", heldout=True) or stage.curve("teacher_entropy").thinned()
+        steps += curve.steps
+        values += curve.values
+    ax.plot(steps, values, color=COLORS["teacher"], linewidth=1.6, linestyle=(0, (4, 2)))
+    return values
+
+
+def _log_axis(ax: Axes, low: float, high: float) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    ax.set_yscale("log")
+    ax.set_ylim(low / 1.12, high * 1.2)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [leading * 10.0**power for power in powers for leading in range(1, 10)]
+    inside = [tick for tick in ticks if low / 1.12 <= tick <= high * 1.2]
+    for leading in ((1, 2, 3, 4, 6, 8), (1, 2, 3, 5), (1, 3), (1,)):
+        if len(inside) > 6:
+            inside = [tick for tick in inside if round(tick / 10 ** math.floor(math.log10(tick) + 1e-9)) in leading]
+    ax.yaxis.set_major_locator(FixedLocator(inside))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _step_axis(ax: Axes, run: Run) -> None:
+    ax.set_xlim(-0.03 * max(run.num_steps, 1), max(run.num_steps, 1) * 1.02)
+    ax.set_xlabel("optimiser step")
+    ax.locator_params(axis="x", nbins=5, integer=True)
+    for stage in run.stages[1:]:
+        ax.axvline(stage.start, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+
+
+def _name_stages(ax: Axes, run: Run, *, size: float, names: bool) -> None:
+    for stage in run.stages:
+        steps = stage.end - stage.start
+        if not names or len(run.stages) == 1 or steps < 0.2 * run.num_steps:
+            continue
+        name = stage.title if stage.title == stage.objective else f"{stage.title}: {stage.objective}"
+        letters = int(30 * steps / max(run.num_steps, 1)) + 2
+        ax.annotate(
+            short(name, max(letters, 4)),
+            (stage.start, 1.0),
+            (4 if stage.start else 8, 2),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="bottom",
+            fontsize=size,
+            color=COLORS[stage.model],
+        )
+
+
+def pushes(run: Run) -> Picture | None:
+    """The mean gradients on the target's logit: the target term's, the tail's, and their sum; None if not watched."""
+    figure, ax = new_figure(WIDTH, HEIGHT)
+    tidy(ax)
+    ax.axhline(0, color=MUTED, linewidth=1)
+    ends = []
+    for name, style in PUSHES.items():
+        values: list[float] = []
+        for stage in run.stages:
+            curve = _push(stage, name).thinned()
+            marks = {"markevery": max(1, len(curve.steps) // 12), "markersize": 4.5, "markeredgewidth": 0}
+            label = name if stage is run.stages[0] else None
+            ax.plot(curve.steps, curve.values, label=label, **({"linewidth": 1.8} | marks | style))
+            values += curve.values
+        if not values:
+            return None
+        first, last = (round(value, 4) + 0.0 for value in (values[0], values[-1]))
+        ends.append(f"{name} from {first:g} to {last:g}")
+    _step_axis(ax, run)
+    ax.locator_params(axis="y", nbins=6)
+    ax.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=3,
+        frameon=False,
+        fontsize=11,
+        labelcolor=INK,
+        borderaxespad=0.2,
+        borderpad=0,
+        handlelength=2.4,
+        handletextpad=0.5,
+        columnspacing=1.4,
+    )
+    alt = f"Mean gradient on the target's logit over {run.num_steps} optimiser steps: {', '.join(ends)}."
+    caption = "gradient on its logit, mean over held-out positions; below 0: training raises it"
+    return Picture(to_svg(figure, "curve-push", alt), "What pushes the target", caption, alt)
+
+
+def _push(stage: Stage, name: str) -> Curve:
+    target, tail = stage.curve("watch_target_push"), stage.curve("watch_tail_push")
+    if name != "both":
+        return target if name == "target term" else tail
+    tails = dict(zip(tail.steps, tail.values, strict=True))
+    both = {step: value + tails[step] for step, value in zip(target.steps, target.values, strict=True) if step in tails}
+    return Curve([*both], [*both.values()])

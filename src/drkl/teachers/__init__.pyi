@@ -1,0 +1,2 @@
+from .config import TeacherConfig as TeacherConfig
+from .live import LiveTeacher as LiveTeacher

@@ -1,0 +1,85 @@
+import re
+from typing import Any
+
+import pytest
+
+from drkl.reporting.curves import pushes, training_curves
+from drkl.reporting.inputs import read_run
+from drkl.reporting.plotting import Picture, plot_style
+from drkl.runs import RunFolder, read_jsonl, write_jsonl
+from tests.reporting.conftest import MakeRun
+
+
+def add_looks(run: RunFolder, *looks: dict[str, Any]) -> RunFolder:
+    """Before the lines of the same steps, as training writes them."""
+    rows = [*looks, *read_jsonl(run.train_log_path)]
+    write_jsonl(run.train_log_path, sorted(rows, key=lambda row: row["step"]))
+    return run
+
+
+def look(step: int, target: Any, tail: Any) -> dict[str, Any]:
+    return {"step": step, "watch_target_push": target, "watch_tail_push": tail, "watch_q_t": 0.5, "seconds": 1.0}
+
+
+def drawn(run: RunFolder) -> Picture | None:
+    with plot_style():
+        return pushes(read_run(run))
+
+
+def test_the_pushes_of_every_stage_on_one_axis(make_run: MakeRun) -> None:
+    run = make_run()
+    plain = read_run(run).stages
+    add_looks(run.stages()[0], look(1, -0.25, 0.0), look(170, -0.125, 0.0))
+    add_looks(run, look(1, 0.0625, -0.25), look(90, 0.0625, -0.125), look(180, 0.03125, -0.0625))
+    for ours, theirs in zip(read_run(run).stages, plain, strict=True):
+        # The lines of the same steps are still those of the training batches and the held-out rows.
+        assert (ours.train, ours.heldout, ours.end) == (theirs.train, theirs.heldout, theirs.end)
+    picture = drawn(run)
+    assert picture is not None
+    assert picture.title == "What pushes the target" and picture.caption.endswith("below 0: training raises it")
+    assert picture.alt == (
+        "Mean gradient on the target's logit over 350 optimiser steps: target term from -0.25 to 0.0312, tail from 0 "
+        "to -0.0625, both from -0.25 to -0.0312."
+    )
+    for name in ("target term", "tail", "both"):
+        assert len(re.findall(f">{name}</text>", picture.svg)) == 1
+    assert all(f"var(--{name})" in picture.svg for name in ("run-1", "run-2", "ink"))
+
+
+def test_a_stage_without_looks_and_a_single_look_can_be_drawn(make_run: MakeRun) -> None:
+    picture = drawn(add_looks(make_run(), look(1, -0.5, -0.25)))
+    assert picture is not None
+    assert "both from -0.75 to -0.75" in picture.alt and picture.svg.count(">both</text>") == 1
+
+
+def test_a_run_that_was_not_watched_has_no_such_picture(make_run: MakeRun) -> None:
+    assert drawn(make_run()) is None
+
+
+@pytest.mark.parametrize(("target", "tail"), [("x", -0.1), (-0.1, None)])
+def test_looks_that_are_no_numbers_are_left_out(make_run: MakeRun, target: Any, tail: Any) -> None:
+    assert drawn(add_looks(make_run(), look(1, target, tail))) is None
+
+
+def test_text_of_users_is_never_maths_nor_markup(make_run: MakeRun) -> None:
+    run = make_run(objective="$\\frac{<script>&")
+    curves, _ = training_curves(read_run(run))
+    assert "<script>" not in curves[0].svg
+    assert "$\\frac{&lt;script&gt;" in curves[0].svg
+
+
+def test_letters_that_the_font_lacks_are_no_warning(make_run: MakeRun) -> None:
+    curves, _ = training_curves(read_run(make_run(objective="蒸馏")))
+    assert "蒸馏" in curves[0].svg
+
+
+def test_an_empty_log_has_no_curves(make_run: MakeRun) -> None:
+    run = make_run(warmup=False)
+    write_jsonl(run.train_log_path, [])
+    assert training_curves(read_run(run)) == ([], [])
+
+
+def test_one_line_and_zero_values_can_be_drawn(make_run: MakeRun) -> None:
+    run = make_run(warmup=False, evaluated=False)
+    write_jsonl(run.train_log_path, [{"step": 1, "loss": 0.0, "rkl": 0.0, "agreement": 0.0}])
+    assert len(training_curves(read_run(run))[0]) == 3
