@@ -18,10 +18,12 @@ from drkl.data.collate import collate
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
+from drkl.models.at_head import call_at_head
 from drkl.models.forward import decoder_start
+from drkl.models.pair_loss import model_inputs
 from drkl.teachers.live import LiveTeacher
 from drkl.training.estimate import estimate
-from drkl.training.forward import KEY, Distillation, attach_loss
+from drkl.training.forward import loss_of
 from drkl.training.heldout import HeldOut
 from tests.data.tiny_tokenizers import build
 from tests.models import tiny
@@ -58,12 +60,15 @@ def batch_of(model: PreTrainedModel, data: list[Row], pad_id: int = 0) -> dict[s
 def fused(
     student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Any], objective: str, num_tokens: float
 ) -> Tensor:
-    attach_loss(student, make_objective(objective), LossConfig())
-    live = LiveTeacher(teacher)
+    live, keep = LiveTeacher(teacher), batch["labels"] != -100
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "row_ids")}
-    hidden = live.hidden_at(inputs, batch["labels"] != -100)
-    wanted = Distillation(batch["labels"], hidden, live.head, num_tokens, False)
-    loss: Tensor = student(**inputs, **{KEY: tuple(wanted)})[0]
+    hidden = live.hidden_at(inputs, keep)
+    settings: dict[str, Any] = {"objective": make_objective(objective), "num_tokens": num_tokens}
+
+    def at_head(states: Tensor, head: Any) -> Tensor:
+        return loss_of(states[keep], head, hidden, live.head, batch["labels"][keep], LossConfig(), **settings)
+
+    loss = call_at_head(student, model_inputs(student, inputs, "student"), at_head)
     return loss
 
 
