@@ -72,6 +72,7 @@ def test_models_in_memory_are_measured_and_handed_back_as_they_were(kind: str, t
     assert Evaluation.load(tmp_path / "out").numbers == named.numbers
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_a_student_with_an_adapter_is_measured_with_it() -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -58,18 +58,6 @@ class Metric:
             return None
         return {"lower": value, "higher": -value, "zero": abs(value)}[self.better]
 
-    def verdict(self, old: Any, new: Any, teacher: Any = None) -> Literal["better", "worse", "same"] | None:
-        """Whether ``new`` is nearer to ideal than ``old``; "same" where the shown digits cannot tell."""
-        before, after = as_number(old), as_number(new)
-        if before is None or after is None:
-            return None
-        first, second = (self.distance(value, as_number(teacher)) for value in (before, after))
-        if first is None or second is None:
-            return None
-        if abs(first - second) * self.scale < 0.5 * 10.0**-self.digits:
-            return "same"
-        return "better" if second < first else "worse"
-
 
 @dataclass(frozen=True)
 class Group:

@@ -95,32 +95,44 @@ def draw_bars(ax: Axes, metric: Metric, values: Mapping[str, float], *, size: fl
 
 
 def confidence(run: Run) -> list[Picture]:
-    """How sure student and teacher are: histograms, and the student's gaps to the teacher."""
+    """How sure student and teacher are: histograms, and the student's gaps to the teacher or its reliability."""
+    if run.evaluation is None:
+        return []
+    drawn: list[Picture | None] = []
     with plot_style():
-        if run.task == "classification":
-            drawn = [reliability(run), _confidence_of_texts(run)]
-        else:
-            drawn = [*(_histogram(run, *item) for item in _HISTOGRAMS), _gaps(run)]
+        if (bins := run.evaluation.reliability) is not None and run.task == "classification":
+            both: list[str] = ["teacher", "student"]
+            counts: Counts = {model: bins.width[model].counts for model in both if model in bins.width}
+            words = ("Probability of the top class", _HISTOGRAMS["confidence"][1])
+            drawn += [reliability(run), _histogram(run, "confidence", words, bins.edges, counts)]
+        for key, words in _HISTOGRAMS.items():
+            if (tables := run.evaluation.distributions) is None:
+                break
+            counts = {model: own[key] for model, own in tables.counts.items() if key in own}
+            drawn.append(_histogram(run, key, words, tables.edges.get(key, []), counts))
+        if run.task != "classification":
+            drawn.append(_gaps(run))
     return [picture for picture in drawn if picture]
 
 
-_HISTOGRAMS = (
-    ("entropy", "Entropy per token", "nats; left is sure, right is undecided"),
-    ("confidence", "Probability of the top token", "max q; left is undecided, right is sure"),
-    ("target", "Probability of the teacher's top token", "q_t; the teacher's own is p_t"),
-)
+Counts = dict[str, list[int]]
+_HISTOGRAMS = {
+    "entropy": ("Entropy per token", "nats; left is sure, right is undecided"),
+    "confidence": ("Probability of the top token", "max q; left is undecided, right is sure"),
+    "target": ("Probability of the teacher's top token", "q_t; the teacher's own is p_t"),
+}
+"""The title and the axis of each."""
 
 
-def _histogram(run: Run, key: str, title: str, axis: str) -> Picture | None:
-    """How often each value occurs over held-out tokens; the teacher is filled."""
-    tables = run.evaluation.distributions if run.evaluation is not None else None
-    counts = {m: own[key] for m, own in tables.counts.items() if any(own.get(key, ()))} if tables else {}
-    if tables is None or "student" not in counts:
+def _histogram(run: Run, key: str, words: tuple[str, str], edges: Sequence[float], counts: Counts) -> Picture | None:
+    """How often each value occurs over held-out tokens or texts; the teacher is filled. None without the student's."""
+    title, axis = words
+    models = [model for model in MODELS if any(counts.get(model, ()))]
+    if "student" not in models:
         return None
-    figure, ax = new_figure(*_SMALL)
+    figure, ax = new_figure(*(_SQUARE if run.task == "classification" else _SMALL))
     tidy(ax)
-    edges = tables.edges[key]
-    for model in (model for model in MODELS if model in counts):
+    for model in models:
         thin = {"linewidth": 1.4} if model == "before" else {}
         dash = {} if model == "teacher" else {"linestyle": STYLES[model][1]}
         histogram(ax, edges, counts[model], filled=model == "teacher", color=COLORS[model], **thin, **dash)
@@ -130,9 +142,10 @@ def _histogram(run: Run, key: str, title: str, axis: str) -> Picture | None:
     gamma = as_number(run.settings.get("gamma")) if key == "target" else None
     if gamma is not None and 0 < gamma < 1:
         ax.axvline(1 - gamma, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
-    means = ", ".join(f"{TITLES[m]} {number(_mean(run, m, key), 3)}" for m in MODELS if m in counts)
-    alt = f"Histogram of {title[0].lower() + title[1:]} over held-out tokens. Means: {means}."
-    caption = "share of held-out tokens" + ("; the teacher is filled" if "teacher" in counts else "")
+    unit = "texts" if run.task == "classification" else "tokens"
+    means = ", ".join(f"{TITLES[model]} {number(_mean(run, model, key), 3)}" for model in models)
+    alt = f"Histogram of {title[0].lower() + title[1:]} over held-out {unit}. Means: {means}."
+    caption = f"share of held-out {unit}" + ("; the teacher is filled" if "teacher" in models else "")
     caption += "" if gamma is None else "; dotted: 1 − γ"
     return Picture(to_svg(figure, f"dist-{key}", alt), title, caption, alt)
 
@@ -143,25 +156,6 @@ def _mean(run: Run, model: str, key: str) -> float | None:
     # E[q_t] = E[q_t - p_t] + E[p_t], and p_t is the teacher's confidence.
     p_t, gap = run.value("teacher", "confidence"), run.value(model, "target_gap")
     return p_t if model == "teacher" else None if p_t is None or gap is None else p_t + gap
-
-
-def _confidence_of_texts(run: Run) -> Picture | None:
-    """How often a classifier has each confidence."""
-    bins = run.evaluation.reliability if run.evaluation is not None else None
-    if bins is None or "student" not in bins.width or not any(bins.width["student"].counts):
-        return None
-    figure, ax = new_figure(*_SQUARE)
-    tidy(ax)
-    shown = [model for model in ("teacher", "student") if model in bins.width and any(bins.width[model].counts)]
-    for model in shown:
-        histogram(ax, bins.edges, bins.width[model].counts, filled=model == "teacher", color=COLORS[model])
-    ax.set_xlim(0, 1)
-    ax.set_xlabel("confidence, max q")
-    metric = metrics_of(run.task)["confidence"]
-    means = ", ".join(f"{TITLES[model]} {metric.show(run.value(model, 'confidence'))}" for model in shown)
-    alt = f"Histogram of confidence over held-out texts. Means: {means}."
-    caption = "share of held-out texts" + ("; the teacher is filled" if "teacher" in shown else "")
-    return Picture(to_svg(figure, "confidence", alt), "Probability of the top class", caption, alt)
 
 
 def reliability(run: Run) -> Picture | None:

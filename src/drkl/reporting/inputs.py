@@ -115,7 +115,8 @@ class Run:
         """``generation`` or ``classification``."""
         if self.evaluation is not None:
             return self.evaluation.task
-        return "classification" if self.config.get("task") == "classification" else "generation"
+        given = self.settings if self.is_pair else self.config
+        return "classification" if given.get("task") == "classification" else "generation"
 
     @property
     def objective(self) -> str:
