@@ -59,6 +59,11 @@ class Drawn:
     alt: str
     wide: bool = False
 
+    def picture(self) -> Picture:
+        """The figure for the page."""
+        svg = to_svg(self.figure, f"analysis-{self.name}", self.alt)
+        return Picture(svg, self.title, self.caption, self.alt, self.wide)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -80,16 +85,7 @@ def section(run: Run) -> Section | None:
     if (analysis := run.analysis) is None:
         return None
     with plot_style():
-        pictures = [
-            Picture(
-                to_svg(drawn.figure, f"analysis-{drawn.name}", drawn.alt),
-                drawn.title,
-                drawn.caption,
-                drawn.alt,
-                drawn.wide,
-            )
-            for drawn in _drawn(analysis)
-        ]
+        pictures = [drawn.picture() for drawn in _drawn(analysis)]
     settings = analysis["settings"]
     asked = settings["differentiated"]
     models = " beside ".join(short(str(settings["models"][name]), 60) for name in ("student", "teacher"))

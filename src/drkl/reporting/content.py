@@ -93,7 +93,10 @@ def content_of(runs: Sequence[Run], lines: Mapping[str, Line]) -> Content:
 def _headline(runs: Sequence[Run], beside: SideBySide | None) -> Headline:
     """The finding, or the words, that head a report."""
     if beside is not None:
-        return Headline(f"{count(len(runs), 'run')} side by side", (beside.standings or beside.notices or [""])[0])
+        return Headline(
+            f"{count(len(runs), 'run')} side by side",
+            (beside.standings or beside.notices or ["They have no number in common."])[0],
+        )
     run = runs[0]
     if run.evaluation is None:
         return Headline("Not evaluated", unevaluated(run))
@@ -142,7 +145,7 @@ def _several(runs: Sequence[Run], lines: Mapping[str, Line]) -> SideBySide | Non
     winners = {key: standing.winner for key, standing in standings.items()}
     known = [standings[key] for key in STANDINGS[runs[0].task] if key in standings]
     # Where no pair could be tested, the notices say why, once.
-    texts = [standing.text(labels) for standing in known if standing.better or not standing.reason]
+    texts = [standing.text(labels) for standing in known if standing.better or not (standing.reason and notices)]
     return SideBySide(
         notices=notices,
         standings=texts,
