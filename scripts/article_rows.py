@@ -67,7 +67,7 @@ def log_probs(target: Tensor, tail: Tensor) -> Tensor:
 
 
 def push(objective: Objective, student: Tensor, teacher: Tensor) -> Tensor:
-    """The whole gradient on the target's logit `[n]`; negative raises it."""
+    """The full gradient on the target's logit `[n]`; negative raises it."""
     result = decompose(student, teacher, objective=objective)
     return result.target_push + result.tail_push
 

@@ -54,7 +54,7 @@ def distinct(rows: Iterable[Row], key: str) -> list[Any]:
 def panels(
     width: float, height: float, title: str, note: str, legend_row: float = 0, **subplots: Any
 ) -> tuple[Any, Any]:
-    """A figure on paper and its axes, below a title that says what is seen, the conditions, and room for a legend."""
+    """A figure on paper and its axes, below a title, a note on the conditions, and space for a legend."""
     head = 46 + 16 * (note.count("\n") + 1) + legend_row
     figure, axes = new_figure(width, height, **subplots)
     figure.patch.set(facecolor=PAPER, alpha=1.0)
@@ -104,8 +104,8 @@ def draw_flow(rows: Sequence[Row]) -> Any:
         "length as its square root. V = 50, τ = 1, γ = 0.5.",
         legend_row=24, ncols=len(mismatches) + 1, sharey=True,
     )  # fmt: skip
-    shown = [("rkl", K, f"reverse KL, K = {K:g}") for K in mismatches] + [("drkl", mismatches[-1], "DRKL, every K")]
-    for ax, (name, K, title) in zip(axes, shown, strict=True):
+    fields = [("rkl", K, f"reverse KL, K = {K:g}") for K in mismatches] + [("drkl", mismatches[-1], "DRKL, every K")]
+    for ax, (name, K, title) in zip(axes, fields, strict=True):
         _draw_field(ax, where(rows, objective=name, K=K))
         finish(ax, title, "p_t, teacher", "q_t, student" if ax is axes[0] else "")
         ax.grid(visible=False)

@@ -36,8 +36,8 @@ def plain_numbers(*axes: Any) -> None:
 
 def comparing() -> dict[str, Objective]:
     """Every registered objective that compares with a teacher, at its defaults."""
-    made = {name: drkl.make_objective(name) for name in drkl.OBJECTIVES}
-    return {name: objective for name, objective in made.items() if objective.needs_teacher}
+    objectives = {name: drkl.make_objective(name) for name in drkl.OBJECTIVES}
+    return {name: objective for name, objective in objectives.items() if objective.needs_teacher}
 
 
 def two_hills() -> Tensor:
@@ -49,7 +49,7 @@ def two_hills() -> Tensor:
 
 
 def fitted(objective: Objective, teacher: Tensor, steps: int = 4000) -> Tensor:
-    """The one hill `[TOKENS]` that gradient descent comes to from a wide start; its centre and width are free."""
+    """The single hill `[TOKENS]` that gradient descent reaches from a wide start; its centre and width are free."""
     place = torch.arange(TOKENS, dtype=torch.float64)
     centre = torch.tensor(22.0, dtype=torch.float64, requires_grad=True)
     log_width = torch.tensor(2.3, dtype=torch.float64, requires_grad=True)
@@ -64,15 +64,15 @@ def fitted(objective: Objective, teacher: Tensor, steps: int = 4000) -> Tensor:
 
 
 def draw_fits() -> Any:
-    """Which part of two hills a student that has only one takes, objective by objective."""
+    """The part of two hills that a student with one hill fits, for each objective."""
     teacher = two_hills()
-    shown = comparing()
+    objectives = comparing()
     columns = 4
-    rows = -(-len(shown) // columns)
+    rows = -(-len(objectives) // columns)
     figure, axes = new_figure(820, 150 * rows, nrows=rows, ncols=columns, sharex=True, sharey=True, squeeze=False)
-    for ax in axes.flat[len(shown) :]:
+    for ax in axes.flat[len(objectives) :]:
         ax.set_visible(False)
-    for ax, (name, objective) in zip(axes.flat, shown.items(), strict=False):
+    for ax, (name, objective) in zip(axes.flat, objectives.items(), strict=False):
         tidy(ax, size=9)
         ax.fill_between(range(TOKENS), teacher.exp()[0], color=GRID, step="mid", label="teacher")
         ax.plot(fitted(objective, teacher), color=COLORS[0], linewidth=1.8, label="student")
@@ -135,21 +135,21 @@ def draw_push() -> Any:
 
 
 def draw_tail() -> Any:
-    """How much harder the tail is supervised than by reverse KL, against the target's probability."""
+    """The force on the tail as a multiple of reverse KL's, against the target's probability."""
     inside, student, teacher = matched_target()
     reverse = gradient(drkl.make_objective("rkl"), student, teacher)
     target_part = student.softmax(-1) * reverse[:, :1] / (1 - inside).unsqueeze(-1)
-    tail = (reverse + target_part)[:, 1:].norm(dim=-1)  # what is left in the tail without its share of the target
+    tail = (reverse + target_part)[:, 1:].norm(dim=-1)  # the tail without its share of the target's gradient
     figure, ax = new_figure(560, 330)
     tidy(ax)
-    shown: list[tuple[str, dict[str, Any]]] = [
+    forms: list[tuple[str, dict[str, Any]]] = [
         ("gamma = 1", {"gamma": 1.0}),
         ("gamma = 0.5", {}),
         ("gamma = 0.1", {"gamma": 0.1}),
         ('weight = "student"', {"weight": "student"}),
         ('weight = "floor"', {"weight": "floor"}),
     ]
-    for (label, params), color, dash in zip(shown, COLORS, DASHES, strict=False):
+    for (label, params), color, dash in zip(forms, COLORS, DASHES, strict=False):
         force = gradient(drkl.make_objective("drkl", **params), student, teacher)[:, 1:].norm(dim=-1)
         ax.plot(inside, force / tail, color=color, linestyle=dash, linewidth=1.8, label=label)
     ax.set_yscale("log")

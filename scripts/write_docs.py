@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -23,6 +21,7 @@ from benchmarks import table
 from drkl import cli
 from drkl.display import number
 from drkl.evaluation.declared import CLASS_GROUPS, GROUPS, Group
+from drkl.evaluation.result import Evaluation
 from drkl.objectives import describe
 from drkl.reporting.tables import DIRECTIONS
 from drkl.training.arguments import DistillationConfig
@@ -134,22 +133,16 @@ RECIPES = {
 }
 
 
-def evaluation(run: str) -> dict[str, Any]:
-    """Return docs/results/RUN.eval.json."""
-    content: dict[str, Any] = json.loads((RESULTS / f"{run}.eval.json").read_text(encoding="utf-8"))
-    for numbers in (content, content.get("intervals", {})):
-        numbers["student"] = numbers.pop("after", None) or numbers.get("student")
-    return content
-
-
 def cell(run: str, model: str, column: str, *, with_interval: bool = False) -> str:
-    """Return one number of one model as the tables print it, on request with its 95 % interval."""
+    """Return a number in docs/results/RUN.eval.json as the tables print it, or with its 95 % interval."""
     metric, factor, digits = COLUMNS[column]
-    content = evaluation(run)
-    text = number(factor * float(content[model][metric]), digits)
+    result = Evaluation.load(RESULTS / f"{run}.eval.json")
+    value, interval = result.value(model, metric), result.interval(model, metric)
+    assert value is not None, (run, model, metric)
+    text = number(factor * value, digits)
     if with_interval:
-        low, high = (number(factor * end, digits) for end in content["intervals"][model][metric])
-        text += f" [{low}, {high}]"
+        assert interval is not None, (run, model, metric)
+        text += f" [{number(factor * interval[0], digits)}, {number(factor * interval[1], digits)}]"
     return text
 
 

@@ -106,15 +106,15 @@ def test_distill_evaluate_report_generate(cli: Cli, tmp_path: Path) -> None:
     done = cli("evaluate", root)
     assert done.code == 0, done.err
     evaluation = json.loads((root / "eval.json").read_text())
-    assert list(evaluation)[:5] == ["settings", "teacher", "before", "warmup", "after"]
-    for model in ("teacher", "before", "warmup", "after"):
+    assert list(evaluation)[:5] == ["settings", "teacher", "before", "warmup", "student"]
+    for model in ("teacher", "before", "warmup", "student"):
         assert list(evaluation[model]) == list(KEYS) and set(EVAL_KEYS) <= set(KEYS)
         assert evaluation[model]["num_tokens"] > 0
     assert evaluation["teacher"]["fkl"] == pytest.approx(0, abs=1e-6) and evaluation["teacher"]["agreement"] == 1
     assert evaluation["settings"]["prompts"] == 2
     samples = [json.loads(line) for line in (root / "samples.jsonl").read_text().splitlines()]
     assert len([row for row in samples if row["sampling_temperature"] == 1]) == 4 * 2 * 2
-    assert {row["model"] for row in samples if row["sampling_temperature"] == 0.5} == {"teacher", "after"}
+    assert {row["model"] for row in samples if row["sampling_temperature"] == 0.5} == {"teacher", "student"}
     assert "self_bleu" in done.out
 
     done = cli("report", root, "--picture", tmp_path / "p" / "r.svg")
@@ -136,10 +136,10 @@ def test_distill_evaluate_report_generate(cli: Cli, tmp_path: Path) -> None:
     moved = root.rename(tmp_path / "moved")
     assert cli("evaluate", moved / "stages" / "01-warmup").code == 0
     stage = json.loads((moved / "stages" / "01-warmup" / "eval.json").read_text())
-    assert stage["after"]["fkl"] == pytest.approx(evaluation["warmup"]["fkl"], rel=1e-6)
+    assert stage["student"]["fkl"] == pytest.approx(evaluation["warmup"]["fkl"], rel=1e-6)
     assert cli("evaluate", moved).code == 0
     again = json.loads((moved / "eval.json").read_text())
-    assert again["after"] == evaluation["after"]
+    assert again["student"] == evaluation["student"]
 
 
 def test_without_a_teacher(cli: Cli, tmp_path: Path) -> None:
@@ -153,8 +153,8 @@ def test_without_a_teacher(cli: Cli, tmp_path: Path) -> None:
     root = tmp_path / "runs" / "r"
     assert cli("evaluate", root).code == 0
     evaluation = json.loads((root / "eval.json").read_text())
-    assert "teacher" not in evaluation and set(EVAL_KEYS) <= set(evaluation["after"])
-    assert evaluation["after"]["fkl"] is None and evaluation["after"]["nll"] > 0
+    assert "teacher" not in evaluation and set(EVAL_KEYS) <= set(evaluation["student"])
+    assert evaluation["student"]["fkl"] is None and evaluation["student"]["nll"] > 0
     assert cli("report", root).code == 0
     done = cli("generate", root, "--prompt", "w1", "--max-new-tokens", 5)
     assert done.code == 0 and "teacher" not in done.out

@@ -8,13 +8,17 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 import drkl
+from drkl.evaluation.config import EvaluationConfig
 from drkl.evaluation.declared import CLASS_KEYS, KEYS
+from drkl.evaluation.result import Evaluation
 from drkl.training import trl
 from scripts import oracles, write_docs
 from tests.models import tiny, tiny_classifiers
@@ -101,8 +105,8 @@ def stand_in(folder: Path) -> dict[str, str]:
     rows = [{"prompt": f"hello w{i}", "completion": f"w{i} w{i % 3} there ."} for i in range(12)]
     data = folder / "tldr"
     data.mkdir()
-    for split in ("train", "test"):
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split, count in (("train", 12), ("test", 3)):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
     labels = [f"w{i} hello,{('yes', 'no', 'maybe')[i % 3]}" for i in range(12)]
     (folder / "intents.csv").write_text("\n".join(["text,label", *labels]))
     tokens = tiny.tokenizer()
@@ -120,6 +124,36 @@ def stand_in(folder: Path) -> dict[str, str]:
     return {name: str(path) for name, path in (*paths.items(), ("trl-lib/tldr", data))}
 
 
+class ShortEvaluation(EvaluationConfig):
+    """Defaults that sample few tokens."""
+
+    samples_per_prompt: int = 2
+    sweep: tuple[float, ...] = ()
+    max_new_tokens: int = 8
+
+
+def assumed_names(ids: Mapping[str, str]) -> dict[str, Any]:
+    """Return what reference pages take as given: two models, rows, a trainer; and make two runs in the folder runs/."""
+    rows = str(Path(ids["trl-lib/tldr"]) / "test.jsonl")
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(ids[f"Qwen/Qwen2.5-{size}B-Instruct"]) for size in ("0.5", "1.5")
+    )
+    tokenizer = tiny.tokenizer()
+    for name in ("quickstart", "other"):
+        args = drkl.DistillationConfig(output_dir=f"runs/{name}", max_steps=1, report_to="none")
+        trainer = drkl.DistillationTrainer(
+            ids["Qwen/Qwen2.5-0.5B-Instruct"], ids["Qwen/Qwen2.5-1.5B-Instruct"], args, rows, rows
+        )
+        trainer.train()
+        trainer.save_model()
+    drkl.evaluate_run("runs/other", samples_per_prompt=2, sweep=(), max_new_tokens=8)
+    logits = torch.randn(2, 4, 20)
+    return {
+        "drkl": drkl, "student": student, "teacher": teacher, "rows": rows, "tokenizer": tokenizer, "trainer": trainer,
+        "heldout_rows": trainer.eval_rows, "student_logits": logits[0], "teacher_logits": logits[1],
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if any(">>>" not in block for block in PYTHON.findall(page.read_text()))],
@@ -130,20 +164,27 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("DRKL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     torch.set_num_threads(1)
+    monkeypatch.setattr("drkl.evaluation.evaluate.EvaluationConfig", ShortEvaluation)
     source = "\n".join(block for block in PYTHON.findall(page.read_text()) if ">>>" not in block)
-    for name, path in stand_in(tmp_path).items():
+    ids = stand_in(tmp_path)
+    for name, path in ids.items():
         source = source.replace(f'"{name}"', f'"{path}"')
-    exec(compile(source, str(page.relative_to(ROOT)), "exec"), {"__name__": "__main__"})
+    names = assumed_names(ids) if page.name in ("evaluate.md", "analyze.md") else {}
+    exec(compile(source, str(page.relative_to(ROOT)), "exec"), {"__name__": "__main__"} | names)
 
 
 def test_the_sentences_of_readme_have_the_numbers_of_the_rows() -> None:
     text = (ROOT / "README.md").read_text()
-    drkl_, rkl, fkl = (write_docs.evaluation(f"quickstart{name}")["student"] for name in ("", "-rkl", "-fkl"))
+    results = [Evaluation.load(write_docs.RESULTS / f"quickstart{name}.eval.json") for name in ("", "-rkl", "-fkl")]
+    values = [
+        {key: result.value("student", key) or 0.0 for key in ("overconfidence", "rkl", "fkl")} for result in results
+    ]
+    points = [f"{100 * value['overconfidence']:.1f}" for value in values]
     for sentence in (
-        f"{100 * drkl_['overconfidence']:.1f} points of overconfidence instead of {100 * rkl['overconfidence']:.1f}, "
-        f"forward KL {drkl_['fkl']:.2f} nats instead of {rkl['fkl']:.2f}",
-        f"forward KL leaves {100 * fkl['overconfidence']:.1f} points, "
-        f"at a reverse KL of {fkl['rkl']:.2f} instead of {drkl_['rkl']:.2f}",
+        f"{points[0]} points of overconfidence instead of {points[1]}, "
+        f"forward KL {values[0]['fkl']:.2f} nats instead of {values[1]['fkl']:.2f}",
+        f"forward KL leaves {points[2]} points, "
+        f"at a reverse KL of {values[2]['rkl']:.2f} instead of {values[0]['rkl']:.2f}",
     ):
         assert sentence in text, sentence
 

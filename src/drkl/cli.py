@@ -36,15 +36,18 @@ RunArgument = Annotated[Path, typer.Argument(help="A run folder that `drkl disti
 # Of the commands that take a run, or any two models.
 OptionalRun = Annotated[Path | None, typer.Argument(help="A run folder that `drkl distill` made.", show_default=False)]
 StudentOption = Annotated[
-    str | None, typer.Option(help="In place of RUN: any model's folder or id, with --output.", show_default=False)
+    str | None, typer.Option(help="In place of RUN: path or Hub id of a student; needs --output.", show_default=False)
 ]
-TeacherOption = Annotated[str | None, typer.Option(help="Its teacher's, of the same vocabulary.", show_default=False)]
+TeacherOption = Annotated[
+    str | None,
+    typer.Option(help="Path or Hub id of the teacher. Must share the student's vocabulary.", show_default=False),
+]
 DataOption = Annotated[
     str | None,
-    typer.Option(help="Its held-out rows: a file, or bundled:dolly-eval and the like.", show_default=False),
+    typer.Option(help="Held-out rows: a file, or bundled:dolly-eval and the like.", show_default=False),
 ]
 MaxRowsOption = Annotated[
-    int | None, typer.Option(min=1, help="Without RUN: the first so many rows.", show_default=False)
+    int | None, typer.Option(min=1, help="Without RUN: use only this many rows, the first ones.", show_default=False)
 ]
 MaxPromptOption = Annotated[
     int | None, typer.Option(help="Without RUN: rows with a longer prompt are left out.", show_default=False)
@@ -160,40 +163,52 @@ def evaluate(
     teacher: TeacherOption = None,
     data: DataOption = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for eval.json and samples.jsonl; default RUN.", show_default=False)
+        Path | None, typer.Option(help="Folder for eval.json and the files beside it; default RUN.", show_default=False)
     ] = None,
     suite: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME[=WHERE]",
             help="A named test set in place of the held-out rows: dolly, self-instruct, vicuna, sni, unni, scitldr or "
-            "dialogue, from a file, a hub id, or `bundled`; may be repeated.",
+            "dialogue; WHERE is a file, a Hub id, or `bundled`. May be repeated.",
             show_default=False,
         ),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="minillm: its prompt format, decoding and seeds.", show_default=False)
+        str | None, typer.Option(help="minillm: the prompt format, decoding and seeds of MiniLLM.", show_default=False)
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="Prompts to answer (of each suite); or all.", show_default=False)
+        str | None, typer.Option(help="Number of prompts to answer (in each suite), or all.", show_default=False)
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Answers per prompt and seed.", show_default=False)] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Number of answers per prompt and seed.", show_default=False)
+    ] = None,
     sampling_temperature: Annotated[
-        float | None, typer.Option(help="The main sampling temperature.", show_default=False)
+        float | None, typer.Option(help="Main sampling temperature.", show_default=False)
     ] = None,
     sweep: Annotated[
-        str | None, typer.Option(help="Further temperatures, as 0.5,0.7,1.0,1.2,1.5; or none.", show_default=False)
+        str | None,
+        typer.Option(help="Further sampling temperatures, as 0.5,0.7,1.0,1.2,1.5; or none.", show_default=False),
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds of the sampling, as 10,20,30.", show_default=False)] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="An answer's length at most.", show_default=False)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Answers decoded at once.", show_default=False)] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Random seeds for sampling, as 10,20,30.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Maximum number of tokens in an answer.", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Number of answers decoded at once.", show_default=False)
+    ] = None,
     max_rows: MaxRowsOption = None,
     max_prompt_tokens: MaxPromptOption = None,
     max_tokens: MaxTokensOption = None,
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Use no finished parts of an earlier evaluation.")] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Compute everything again, without parts that an earlier evaluation finished."),
+    ] = False,
 ) -> None:
     """Measure fidelity, diversity and calibration of a run, or of any student beside any teacher: eval.json."""
     from drkl.evaluation.evaluate import evaluate as evaluate_pair
@@ -415,15 +430,18 @@ def report(
 
 @app.command()
 def compare(
-    run_a: Annotated[Path, typer.Argument(help="An evaluated run, or pair of models: A.", show_default=False)],
-    run_b: Annotated[Path, typer.Argument(help="Another on the same data: B.", show_default=False)],
+    run_a: Annotated[Path, typer.Argument(help="A: an evaluated run, or pair of models.", show_default=False)],
+    run_b: Annotated[Path, typer.Argument(help="B: another one, evaluated on the same data.", show_default=False)],
     output_format: Annotated[str, typer.Option("--format", help="text, md, csv or json")] = "text",
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write it there instead of printing it.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the comparison to this file instead of printing it.", show_default=False
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for the resampling.")] = 0,
 ) -> None:
-    """Say where B's student differs from A's on the same prompts, and where the data do not decide: B - A."""
+    """Compare two evaluated students on the same rows and prompts, B - A, and say which differences the data decide."""
     import shutil
 
     from drkl.evaluation.comparison import compare as paired_differences
@@ -450,14 +468,16 @@ def compare(
 @app.command()
 def generate(
     run: RunArgument,
-    prompt: Annotated[str, typer.Option(help="What the user says.")],
-    samples: Annotated[int, typer.Option(min=1, help="Answers of each model.")] = 1,
-    sampling_temperature: Annotated[float, typer.Option(min=1e-3, help="1 is the models' own distribution.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer's length at most.")] = 128,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same answers.")] = 0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="The most probable token every time.")] = False,
+    prompt: Annotated[str, typer.Option(help="The user's message.")],
+    samples: Annotated[int, typer.Option(min=1, help="Number of answers of each model.")] = 1,
+    sampling_temperature: Annotated[
+        float, typer.Option(min=1e-3, help="Sampling temperature; 1 is the models' own distribution.")
+    ] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed; the same seed gives the same answers.")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the most probable token every time.")] = False,
 ) -> None:
-    """Let the teacher and the student answer a prompt, or name a text's class, side by side."""
+    """Print answers of teacher and student to a prompt side by side (of classifiers: the classes of a text)."""
     from drkl.data.tokenize import encode_for
     from drkl.models.forward import is_encoder_decoder
     from drkl.models.generate import sample_texts

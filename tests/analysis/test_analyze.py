@@ -304,11 +304,6 @@ def test_a_gamma_reaches_every_objective_that_names_none() -> None:
         "srkl+srkl, γ 0.2", "dkd",
     ]  # fmt: skip
     assert found["drkl~0.1, γ 0.2"] == make_objective("drkl", skew=0.1, gamma=0.2)
-    for spec in ("rkl~0.1", "rkl+gjs~0.1"):
-        with pytest.raises(DrklError, match="has no skew; drkl, srkl and sfkl have"):
-            named_objectives([spec])
-    with pytest.raises(DrklError, match=r"'1\.\.2' is no number; expected a skew, as in drkl~0.1"):
-        named_objectives(["drkl~1..2"])
 
 
 def test_a_line_for_each_position(states: tuple[np.ndarray, np.ndarray, np.ndarray], tmp_path: Path) -> None:

@@ -72,6 +72,21 @@ def test_models_in_memory_are_measured_and_handed_back_as_they_were(kind: str, t
     assert Evaluation.load(tmp_path / "out").numbers == named.numbers
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_student_with_an_adapter_is_measured_with_it() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    student, teacher, tokenizer, rows = pairs("llama")
+    plain = evaluate(student, teacher, rows, tokenizer, prompts=0)["rkl"].value or 0
+    wrapped: Any = get_peft_model(student, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    unchanged = evaluate(wrapped, teacher, rows, tokenizer, prompts=0)["rkl"].value
+    assert unchanged == pytest.approx(plain, abs=1e-6), "an adapter begins as nothing"
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 0.5)
+    assert abs((evaluate(wrapped, teacher, rows, tokenizer, prompts=0)["rkl"].value or 0) - plain) > 1e-4
+
+
 def test_rows_of_every_kind() -> None:
     student, teacher, tokenizer, rows = pairs("llama")
     ids = [{"id": f"row-{i + 1}", **row} for i, row in enumerate(rows)]

@@ -68,8 +68,8 @@ def test_the_table_of_the_contract() -> None:
     assert (
         list(result)
         == (
-            "format task settings teacher before warmup student intervals findings sweep coverage tail reliability "
-            "distributions timing"
+            "settings teacher before warmup student intervals findings sweep coverage tail reliability distributions "
+            "timing format"
         ).split()
     )
     for name in ("teacher", "before", "warmup", "student"):

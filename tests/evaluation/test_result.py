@@ -21,7 +21,6 @@ OLD = sorted((ROOT / "docs" / "results").glob("*.eval.json"))
 BINS = {"tokens": [3, 0], "confidence": [0.2, None], "accuracy": [0.1, None]}
 FILE: dict[str, Any] = {
     "format": 2,
-    "task": "generation",
     "settings": {"sampling_temperature": 1.0, "prompts": 7, "models": {"student": "s"}, "data": {"heldout_rows": 9}},
     "teacher": {"rkl": 0.0, "entropy": 1.0},
     "student": {"rkl": 0.5, "entropy": 2, "fkl": None},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -327,6 +327,17 @@ def test_autocast_reaches_the_student() -> None:
     assert dtypes == [torch.bfloat16] and student.lm_head.weight.grad.dtype == torch.float32
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps one state in a process, and a trainer of another test may have set its precision."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_what_accelerate_puts_around_the_forward_stays_there() -> None:
     from accelerate import Accelerator
 

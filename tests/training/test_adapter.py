@@ -45,7 +45,7 @@ def test_a_run_trains_the_adapter_and_exports_it(tmp_path: Path, export: str) ->
     evaluation = json.loads(run.eval_path.read_text())
     # What was trained is what is evaluated.
     losses = {row["step"]: row["eval_rkl"] for row in run.read_train_log() if "eval_rkl" in row}
-    assert evaluation["after"]["rkl"] == pytest.approx(losses[run.read_env()["best_step"]], rel=1e-4)
+    assert evaluation["student"]["rkl"] == pytest.approx(losses[run.read_env()["best_step"]], rel=1e-4)
 
 
 def test_a_pruned_student_in_two_stages_ends_as_an_ordinary_model(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_a_teacher_from_the_rows_and_its_students(tmp_path: Path, drkl: Callable
     assert "accuracy" in drkl("evaluate", run.root)
     table = json.loads(run.eval_path.read_text())
     assert table["classes"] == list(CLASSES) and table["teacher"]["agreement"] == 1
-    assert {"teacher", "before", "warmup", "after"} <= table.keys() and table["after"]["num_rows"] == 3
+    assert {"teacher", "before", "warmup", "student"} <= table.keys() and table["student"]["num_rows"] == 3
     lines = [json.loads(line) for line in run.predictions_path.read_text().splitlines()]
     assert len(lines) == 3 and {"id", "text", "label", "student", "teacher", "teacher_confidence"} <= lines[0].keys()
     shown = drkl("generate", run.root, "--prompt", "my card number")

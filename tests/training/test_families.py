@@ -18,10 +18,12 @@ from drkl.data.collate import collate
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
+from drkl.models.at_head import call_at_head
 from drkl.models.forward import decoder_start
+from drkl.models.pair_loss import model_inputs
 from drkl.teachers.live import LiveTeacher
 from drkl.training.estimate import estimate
-from drkl.training.forward import KEY, Distillation, attach_loss
+from drkl.training.forward import loss_of
 from drkl.training.heldout import HeldOut
 from tests.data.tiny_tokenizers import build
 from tests.models import tiny
@@ -58,12 +60,15 @@ def batch_of(model: PreTrainedModel, data: list[Row], pad_id: int = 0) -> dict[s
 def fused(
     student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Any], objective: str, num_tokens: float
 ) -> Tensor:
-    attach_loss(student, make_objective(objective), LossConfig())
-    live = LiveTeacher(teacher)
+    live, keep = LiveTeacher(teacher), batch["labels"] != -100
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "row_ids")}
-    hidden = live.hidden_at(inputs, batch["labels"] != -100)
-    wanted = Distillation(batch["labels"], hidden, live.head, num_tokens, False)
-    loss: Tensor = student(**inputs, **{KEY: tuple(wanted)})[0]
+    hidden = live.hidden_at(inputs, keep)
+    settings: dict[str, Any] = {"objective": make_objective(objective), "num_tokens": num_tokens}
+
+    def at_head(states: Tensor, head: Any) -> Tensor:
+        return loss_of(states[keep], head, hidden, live.head, batch["labels"][keep], LossConfig(), **settings)
+
+    loss = call_at_head(student, model_inputs(student, inputs, "student"), at_head)
     return loss
 
 
@@ -201,7 +206,7 @@ def test_a_t5_pair_from_training_to_the_page(tmp_path: Path) -> None:
         done = runner.invoke(app, [command[0], str(run.root), *command[1:]], catch_exceptions=False)
         assert done.exit_code == 0, done.output
     evaluation = json.loads(run.eval_path.read_text())
-    assert evaluation["teacher"]["fkl"] == 0.0 and evaluation["after"]["fkl"] > 0
+    assert evaluation["teacher"]["fkl"] == 0.0 and evaluation["student"]["fkl"] > 0
     assert (run.root / "report.html").is_file()
 
 
@@ -238,7 +243,7 @@ def test_a_pair_that_differs_in_padding_is_compared_on_what_it_shares(tmp_path: 
     assert any(f"scores 80 ids and the teacher 64; their tokenizers share the first {known}" in text for text in said)
     done = CliRunner().invoke(app, ["evaluate", str(run.root)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    after = json.loads(run.eval_path.read_text())["after"]
+    after = json.loads(run.eval_path.read_text())["student"]
     assert after["rkl"] > 0 and after["num_tokens"] > 0
 
 

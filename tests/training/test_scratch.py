@@ -59,7 +59,7 @@ def test_a_teacher_from_scratch_and_its_student(tmp_path: Path, drkl: Callable[.
     run = tiny_runs.train(distilled)
     drkl("evaluate", run.root)
     table = json.loads(run.eval_path.read_text())
-    assert table["teacher"]["fkl"] == 0 and table["after"]["fkl"] > 0 and table["after"]["num_tokens"] > 10
+    assert table["teacher"]["fkl"] == 0 and table["student"]["fkl"] > 0 and table["student"]["num_tokens"] > 10
     drkl("generate", run.root, "--prompt", "Alice saw", "--max-new-tokens", 4)
     drkl("evaluate", made.root)
 
@@ -138,7 +138,7 @@ def test_an_encoder_decoder_from_scratch_and_its_student(tmp_path: Path, drkl: C
     }
     run = tiny_runs.train(distilled)
     drkl("evaluate", run.root)
-    assert json.loads(run.eval_path.read_text())["after"]["fkl"] > 0
+    assert json.loads(run.eval_path.read_text())["student"]["fkl"] > 0
     with pytest.raises(
         DrklError, match=r"student 'gpt2' is a decoder-only model and the teacher .* an encoder-decoder"
     ):

@@ -71,8 +71,8 @@ def decompose(
 
     >>> student = torch.tensor([[1.0, 0.5, -1.5]])
     >>> teacher = torch.tensor([[1.0, -1.5, 0.5]])  # the same probability of class 0, the others exchanged
-    >>> found = decompose(student, teacher, objective="rkl")
-    >>> bool(torch.isclose(found.tail_push, -found.q_t * (1 - found.q_t) * found.K))
+    >>> result = decompose(student, teacher, objective="rkl")
+    >>> bool(torch.isclose(result.tail_push, -result.q_t * (1 - result.q_t) * result.K))
     True
     >>> round(abs(float(decompose(student, teacher, objective="drkl").tail_push)), 6)
     0.0

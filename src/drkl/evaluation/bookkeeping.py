@@ -32,12 +32,15 @@ def placed(source: Source, device: str | torch.device) -> Iterator[PreTrainedMod
         yield loaded.to(device).eval()
         return
     model: Any = source
-    before = next(model.parameters()).device
+    before, wanted = next(model.parameters()).device, torch.device(device)
+    # A quantised model refuses every move, even one to where it is.
+    moves = before.type != wanted.type or wanted.index not in (None, before.index)
     try:
         with in_eval_mode(model):
-            yield model.to(device)
+            yield model.to(wanted) if moves else model
     finally:
-        model.to(before)
+        if moves:
+            model.to(before)
 
 
 def reporter(name: str, on_progress: Progress | None) -> Report:

@@ -81,11 +81,13 @@ def pair_inputs(
     """
     if (rows is None) == (not suites):
         raise DrklError(f"Expected exactly one of rows and suites; got {'neither' if rows is None else 'both'}.")
-    picked = _device(device, student)
     models = {"student": _unwrapped(student)} | ({} if teacher is None else {"teacher": _unwrapped(teacher)})
+    picked = _device(device, models["student"])
     names = {role: _name(model) for role, model in models.items()}
     configs = {role: load_config(model) for role, model in models.items()}
-    classifiers = {role: _is_classifier(model, configs[role]) for role, model in models.items()}
+    # A model in memory says by its class what it is; a config only once it was saved.
+    kinds_of = {role: configs[role] if isinstance(model, str) else model for role, model in models.items()}
+    classifiers = {role: is_classifier(kind) for role, kind in kinds_of.items()}
     classifier = classifiers["student"]
     if classifiers.get("teacher", classifier) != classifier:
         kinds = {True: "a classifier", False: "a language model"}
@@ -112,9 +114,9 @@ def pair_inputs(
         tokens = check_tokenizers(pair, names["teacher"], classifier=classifier)
     classes = None
     if classifier:
-        classes = class_names(_kind_of(models["student"], configs["student"]), names["student"])
+        classes = class_names(kinds_of["student"], names["student"])
         if teacher is not None:
-            check_classes(_kind_of(models["teacher"], configs["teacher"]), classes, names["teacher"])
+            check_classes(kinds_of["teacher"], classes, names["teacher"])
     elif teacher is not None:
         check_same_family(configs["student"], configs["teacher"], names["student"], names["teacher"])
     encoder_decoder = not classifier and is_encoder_decoder(configs["student"])
@@ -209,7 +211,7 @@ def _rows(
     return found, {"path": source, **account(report, found)}
 
 
-def _device(device: str | torch.device | None, student: Model) -> torch.device:
+def _device(device: str | torch.device | None, student: str | PreTrainedModel) -> torch.device:
     """The device that was asked for; else that of a student in memory, or the best there is."""
     if device is None and isinstance(student, PreTrainedModel):
         return student.device
@@ -244,15 +246,6 @@ def _unwrapped(model: Any) -> str | PreTrainedModel:
 
 def _name(model: str | PreTrainedModel) -> str:
     return model if isinstance(model, str) else f"{IN_MEMORY}: {type(model).__name__}"
-
-
-def _kind_of(model: str | PreTrainedModel, config: Any) -> Any:
-    """What says whether it is a classifier: a model in memory, whose config may not have been saved, or a config."""
-    return config if isinstance(model, str) else model
-
-
-def _is_classifier(model: str | PreTrainedModel, config: Any) -> bool:
-    return is_classifier(_kind_of(model, config))
 
 
 def _source(model: str | PreTrainedModel, dtype: str, classifier: bool) -> Source:

@@ -208,7 +208,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """What ``eval.json`` holds: the models at its top level, everything else beside them."""
         sections: dict[str, Any] = {
-            "suites": {name: _numbers_json(numbers) for name, numbers in self.suites.items()},
+            "findings": [finding.to_json() for finding in self.findings],
             "sweep": {
                 model: [
                     {"sampling_temperature": point.sampling_temperature, **point.values, "intervals": point.intervals}
@@ -217,10 +217,10 @@ class Evaluation:
                 for model, points in self.sweep.items()
             },
             "coverage": {model: vars(coverage) for model, coverage in self.coverage.items()},
-            "classes": self.classes,
         }
         if self.tail is not None:
             sections["tail"] = {"ranks": self.tail.ranks, **self.tail.means}
+        sections["suites"] = {name: _numbers_json(numbers) for name, numbers in self.suites.items()}
         if (bins := self.reliability) is not None:
             unit = "rows" if self.task == "classification" else "tokens"
             width, mass = (
@@ -233,14 +233,15 @@ class Evaluation:
             sections["reliability"] = {"edges": bins.edges, **width} | ({"mass": mass} if mass else {})
         if self.distributions is not None:
             sections["distributions"] = {"edges": self.distributions.edges, **self.distributions.counts}
+        classification = {"task": self.task} if self.task == "classification" else {}
         return {
-            "format": FORMAT,
-            "task": self.task,
+            **classification,
             "settings": self.settings,
+            **({"classes": self.classes} if self.classes else {}),
             **_numbers_json(self.numbers),
-            "findings": [finding.to_json() for finding in self.findings],
             **{name: section for name, section in sections.items() if section},
             "timing": self.timing,
+            "format": FORMAT,
         }
 
     def save(self, folder: str | Path) -> Path:

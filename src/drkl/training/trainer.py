@@ -25,8 +25,10 @@ from drkl.data.collate import collate
 from drkl.data.rows import Rows
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
-from drkl.losses import IGNORE_INDEX
+from drkl.losses import IGNORE_INDEX, LMHead
+from drkl.models.at_head import call_at_head
 from drkl.models.forward import decoder_start
+from drkl.models.pair_loss import model_inputs
 from drkl.objectives import Objective
 from drkl.runs import RunFolder
 from drkl.teachers.live import LiveTeacher
@@ -36,7 +38,7 @@ from drkl.training.callbacks import BestCheckpoint, EarlyStop, Epochs, LastStep,
 from drkl.training.checkpoints import mark_complete, newest_checkpoint, rotate, step_of, tokens_seen
 from drkl.training.checks import check_disk
 from drkl.training.faults import find_fault, list_rows
-from drkl.training.forward import KEY, Distillation, attach_loss, detach_loss
+from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of
 from drkl.training.heldout import HeldOut, NonFiniteLoss
 from drkl.training.pair import Pair, make_pair
 from drkl.training.record import RunRecord
@@ -272,11 +274,10 @@ class DistillationTrainer(Trainer):
         student = self.pair.student
         training = student.training
         tokenizer, self.processing_class = self.processing_class, None
-        attach_loss(student, self.objective, self.loss_config, self.vocab_size)
         try:
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
-            detach_loss(student)
+            student.__dict__.pop("forward", None)  # accelerate's, with autocast
             self.processing_class = tokenizer
             if self._use_cache is not None:
                 student.config.use_cache = self._use_cache
@@ -324,20 +325,38 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The summed loss of a micro-batch over the valid tokens of the whole optimiser step, all ranks together."""
         row_ids, labels = inputs.pop("row_ids"), inputs.pop("labels")
-        count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+        keep = labels != IGNORE_INDEX
+        num_tokens = torch.as_tensor(
+            keep.sum() if num_items_in_batch is None else num_items_in_batch, device=labels.device
+        )
         teacher_hidden = teacher_head = None
         if self._uses_teacher:
             assert self.teacher is not None
-            teacher_hidden = self.teacher.hidden_at(inputs, labels != IGNORE_INDEX)
-            teacher_head = self.teacher.head
-        wanted = Distillation(
-            labels, teacher_hidden, teacher_head, torch.as_tensor(count, device=labels.device), self._will_log()
-        )
-        # A plain tuple: data-parallel wrappers move tensors through containers they know.
-        loss, statistics, hidden = model(**inputs, **{KEY: tuple(wanted)})
+            teacher_hidden, teacher_head = self.teacher.hidden_at(inputs, keep), self.teacher.head
+        every = -(-int(keep.sum()) // STATISTICS_POSITIONS)
+        statistics = StatisticsSums(every) if every and self._will_log() else None
+        seen: list[Tensor] = []
+
+        def at_head(hidden: Tensor, head: LMHead | None) -> Tensor:
+            states = hidden[keep]
+            seen.append(states.detach())
+            return loss_of(
+                states,
+                head,
+                teacher_hidden,
+                teacher_head,
+                labels[keep],
+                self.loss_config,
+                objective=self.objective,
+                num_tokens=num_tokens,
+                vocab_size=self.vocab_size,
+                observe=statistics,
+            )
+
+        loss = call_at_head(model, model_inputs(self.pair.student, inputs, "student"), at_head, "student")
         if not torch.isfinite(loss):
-            self._stop_non_finite(loss, row_ids, hidden, teacher_hidden)
-        for name, value in statistics.items():
+            self._stop_non_finite(loss, row_ids, seen[0], teacher_hidden)
+        for name, value in (statistics.sums if statistics else {}).items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
         self._input_tokens += sum(int(inputs[name].sum()) for name in MASKS if name in inputs)
         # Ranks' gradients are averaged; the sum over ranks is what was divided by the global count.
