@@ -15,7 +15,10 @@ from drkl.reporting.plotting import Line
 from drkl.reporting.tables import MetricTable, PlainTable, config_differences, run_table
 from drkl.reporting.text import count
 
-HEADLINES = ("closer", "better_on_data", "as_good")
+HEADLINES = {
+    "generation": ("closer", "better_on_data", "as_good"),
+    "classification": ("as_good", "better_on_data", "closer"),
+}
 """Ids of the findings that can head a page; the first that applies does."""
 STANDINGS = {
     "generation": ("rkl", "fkl", "agreement", "entropy", "rouge_l", "rouge_l_when_as_varied"),
@@ -101,7 +104,7 @@ def _headline(runs: Sequence[Run], beside: SideBySide | None) -> Headline:
     if run.evaluation is None:
         return Headline("Not evaluated", unevaluated(run))
     known = {finding.id: finding for finding in run.findings if finding.answer != "not_applicable"}
-    finding = next((known[id] for id in HEADLINES if id in known), None)
+    finding = next((known[id] for id in HEADLINES[run.task] if id in known), None)
     if finding is None:
         return Headline("Evaluated", "Only the student was evaluated, so there is nothing to compare it with.")
     return Headline(finding.question, finding.text, RunAnswer(run.name, "", finding))
