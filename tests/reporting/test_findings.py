@@ -216,3 +216,16 @@ def test_classifiers_are_compared_by_their_texts(tmp_path: Path) -> None:
     found = answers(*runs)
     check(found, *map(read_run, runs))
     assert ("b", "b_better_accuracy", "undecided") in found.found and found.best == []
+
+
+def test_runs_with_suites_are_compared_suite_by_suite(tmp_path: Path) -> None:
+    pairs = [write_heldout(write_pair(tmp_path / name)) for name in ("a", "b")]
+    for run in pairs:
+        lines = (run.root / "heldout.jsonl").read_text().splitlines()
+        text = "".join(line.replace("{", f'{{"suite": "{name}", ', 1) + "\n" for name in ("x", "y") for line in lines)
+        (run.root / "heldout.jsonl").write_text(text)
+    path = report(pairs, tmp_path / "page.html")
+    text = path.read_text(encoding="utf-8")
+    found = Answers(text)
+    check(found, *map(read_run, pairs))
+    assert found.best == [] and "each suite is compared by itself" in text and "The paired test of" in text

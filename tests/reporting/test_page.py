@@ -241,9 +241,9 @@ def test_too_many_prompts_are_named_not_shown(make_run: MakeRun) -> None:
     run = make_run()
     table = sample_table([read_run(run)], {}, page_budget=20_000)
     assert table is not None
-    assert 0 < len(table.shown) < 8
-    assert table.left_out == 10 - len(table.shown)
-    assert list(table.shown[0].answers) == ["teacher", "before", "warmup", "student"]
+    assert 0 < len(table.unfolded) < 8
+    assert table.left_out == 10 - len(table.unfolded)
+    assert list(table.unfolded[0].answers) == ["teacher", "before", "warmup", "student"]
     row = {"model": "student", "sampling_temperature": 1.0, "sample": 0, "text": "word " * 250, "reference": "r"}
     row["num_tokens"] = 3
     write_jsonl(run.samples_path, [{**row, "prompt_id": str(i), "prompt": "p"} for i in range(900)])

@@ -59,6 +59,11 @@ class Drawn:
     alt: str
     wide: bool = False
 
+    def picture(self) -> Picture:
+        """The figure for the page."""
+        svg = to_svg(self.figure, f"analysis-{self.name}", self.alt)
+        return Picture(svg, self.title, self.caption, self.alt, self.wide)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -80,10 +85,7 @@ def section(run: Run) -> Section | None:
     if (analysis := run.analysis) is None:
         return None
     with plot_style():
-        pictures = [
-            Picture(to_svg(one.figure, f"analysis-{one.name}", one.alt), one.title, one.caption, one.alt, one.wide)
-            for one in _drawn(analysis)
-        ]
+        pictures = [drawn.picture() for drawn in _drawn(analysis)]
     settings = analysis["settings"]
     asked = settings["differentiated"]
     models = " beside ".join(short(str(settings["models"][name]), 60) for name in ("student", "teacher"))
@@ -186,7 +188,7 @@ def _drawn(analysis: Analysis) -> list[Drawn]:
 
 
 MatchedBin = tuple[float, float, Interval | None, int]
-"""Of the matched positions of one bin of p_t: mean p_t, value, interval, number of positions."""
+"""Mean p_t, value, interval and number of the matched positions in one bin of p_t."""
 
 
 def _matched_bins(analysis: Analysis, key: str) -> list[MatchedBin]:
@@ -205,8 +207,8 @@ def _push(analysis: Analysis) -> Drawn | None:
     figure, ax = _axes("q_t (1-q_t) K")
     _draw_bins(ax, bins)
     ax.set_ylim(0, max(max(y, (ends or (y, y))[1]) for _, y, ends, _ in bins) * 1.1 or 1)
-    shown = ", ".join(f"{y:.3f} at p_t {x:.2f} ({count})" for x, y, _, count in bins)
-    alt = f"Mean upward force of reverse KL's tail where the target is matched: {shown}."
+    values = ", ".join(f"{y:.3f} at p_t {x:.2f} ({count})" for x, y, _, count in bins)
+    alt = f"Mean upward force of reverse KL's tail where the target is matched: {values}."
     caption = "mean of q_t (1-q_t) K, upwards; DRKL's is 0. The area of a dot is the number of positions"
     return Drawn("push", figure, "How hard reverse KL pushes a matched target up", caption, alt)
 
@@ -221,29 +223,29 @@ def _rest(analysis: Analysis) -> Drawn | None:
         ax.plot([x, x], [x, y], color=TAIL, linewidth=1, alpha=0.6)
     _draw_bins(ax, bins)
     ax.set_ylim(0, 1.04)
-    shown = ", ".join(f"{y:.2f} for {x:.2f}" for x, y, _, _ in bins)
-    alt = f"The target probability at which reverse KL comes to rest with the tail as it is: {shown}."
+    values = ", ".join(f"{y:.2f} for {x:.2f}" for x, y, _, _ in bins)
+    alt = f"The target probability at which reverse KL comes to rest with the tail as it is: {values}."
     caption = "with the tail held fixed; dashed: the teacher's own probability, where DRKL comes to rest"
     return Drawn("rest", figure, "Where reverse KL comes to rest", caption, alt)
 
 
 def _histogram(symbol: str) -> Callable[[Analysis], Drawn | None]:
     def draw(analysis: Analysis) -> Drawn | None:
-        found = analysis["distributions"][symbol]
-        if found["histogram"] is None:
+        entry = analysis["distributions"][symbol]
+        if entry["histogram"] is None:
             return None
         figure, ax = _axes("share of positions", 200)
-        counts = found["histogram"]["positions"]
-        histogram(ax, found["histogram"]["edges"], counts, filled=True, color=TARGET, alpha=0.55, edgecolor="none")
-        quantiles = found["quantiles"]
+        counts = entry["histogram"]["positions"]
+        histogram(ax, entry["histogram"]["edges"], counts, filled=True, color=TARGET, alpha=0.55, edgecolor="none")
+        quantiles = entry["quantiles"]
         ax.axvline(quantiles["0.5"], color=INK, linewidth=1.4)
         ax.set_xlabel("nats")
         ax.locator_params(axis="x", nbins=6)
         title, meaning = SYMBOLS[symbol]
         quarters = f"a quarter below {quantiles['0.25']:.2f}, a quarter above {quantiles['0.75']:.2f}"
         alt = f"{title}: median {quantiles['0.5']:.2f}, {quarters} nats."
-        beyond = f"; infinite at {found['infinite']} positions" if found["infinite"] else ""
-        centre = f"median {number(quantiles['0.5'], 2)}, mean {number(as_number(found['mean']), 2)}"
+        beyond = f"; infinite at {entry['infinite']} positions" if entry["infinite"] else ""
+        centre = f"median {number(quantiles['0.5'], 2)}, mean {number(as_number(entry['mean']), 2)}"
         return Drawn(symbol, figure, title, f"{meaning}; line: {centre}{beyond}", alt)
 
     return draw
@@ -288,8 +290,12 @@ def _objectives(analysis: Analysis) -> Drawn:
     handles = [axes[1].plot([], [], marker, color=c, markersize=5.5, label=name)[0] for _, name, c, marker, _ in kinds]
     corner: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
     figure.legend(handles=handles, ncols=2, frameon=False, fontsize=11, labelcolor=INK, **corner)
-    said = [f"{_name(row)} {_value(row['matched_target_push'])} and {_value(row['matched_tail_push'])}" for row in rows]
-    alt = f"Mean push on the target's logit where it is matched, from the target and from the tail: {'; '.join(said)}."
+    pushes = [
+        f"{_name(row)} {_value(row['matched_target_push'])} and {_value(row['matched_tail_push'])}" for row in rows
+    ]
+    alt = (
+        f"Mean push on the target's logit where it is matched, from the target and from the tail: {'; '.join(pushes)}."
+    )
     caption = "mean gradient on the logit of the teacher's top token; hairlines are 95 % intervals"
     return Drawn("objectives", figure, "What every objective would do to the target", caption, alt, wide=True)
 
@@ -325,8 +331,8 @@ def _sure(analysis: Analysis) -> Drawn | None:
     ax.axvline(share, color=INK, linewidth=1.4)
     _name_rows(ax, [name for name, *_ in known])
     percent_axis(ax.xaxis)
-    shown = ", ".join(f"{name} {100 * value:.0f} %" for name, value, _ in known)
-    alt = f"Share of each loss from positions with p_t above .99, which are {100 * share:.0f} %: {shown}."
+    values = ", ".join(f"{name} {100 * value:.0f} %" for name, value, _ in known)
+    alt = f"Share of each loss from positions with p_t above .99, which are {100 * share:.0f} %: {values}."
     caption = (
         f"share of the loss from p_t > .99, with 95 % intervals; line: {number(100 * share, 1)} % of the positions"
     )
@@ -334,10 +340,10 @@ def _sure(analysis: Analysis) -> Drawn | None:
 
 
 def _reliability(analysis: Analysis) -> Drawn | None:
-    found = analysis["reliability"]
+    tables = analysis["reliability"]
     series = []
     for name in ("teacher", "student"):
-        columns = [found[name][key] for key in ("tokens", "confidence", "accuracy")]
+        columns = [tables[name][key] for key in ("tokens", "confidence", "accuracy")]
         if not sum(columns[0]):
             return None
         series.append((Line.of_model(name, name), list(zip(*columns, strict=True))))
@@ -346,7 +352,7 @@ def _reliability(analysis: Analysis) -> Drawn | None:
     legend = ax.legend(frameon=False, fontsize=10, labelcolor=INK, loc="upper left")
     for handle in legend.legend_handles:
         handle.set_sizes([36])  # type: ignore[union-attr]
-    errors = ", ".join(f"{name} {number(as_number(found[name]['ece']), 3)}" for name in ("teacher", "student"))
+    errors = ", ".join(f"{name} {number(as_number(tables[name]['ece']), 3)}" for name in ("teacher", "student"))
     alt = f"Accuracy by confidence of student and teacher. Calibration error: {errors}."
     caption = f"accuracy of the top token; below the dashed line: surer than right. Calibration error: {errors}"
     return Drawn("reliability", figure, "Are they right as often as they are sure?", caption, alt)

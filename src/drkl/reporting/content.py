@@ -15,7 +15,10 @@ from drkl.reporting.plotting import Line
 from drkl.reporting.tables import MetricTable, PlainTable, config_differences, run_table
 from drkl.reporting.text import count
 
-HEADLINES = ("closer", "better_on_data", "as_good")
+HEADLINES = {
+    "generation": ("closer", "better_on_data", "as_good"),
+    "classification": ("as_good", "better_on_data", "closer"),
+}
 """Ids of the findings that can head a page; the first that applies does."""
 STANDINGS = {
     "generation": ("rkl", "fkl", "agreement", "entropy", "rouge_l", "rouge_l_when_as_varied"),
@@ -25,7 +28,7 @@ STANDINGS = {
 
 
 @dataclass(frozen=True)
-class Answered:
+class RunAnswer:
     """One answer to a question: of the run ``run``, which the page calls ``label`` (empty: it is about one run)."""
 
     run: str
@@ -38,7 +41,7 @@ class Question:
     """A question with the answer of each run that has one."""
 
     text: str
-    answers: list[Answered]
+    answers: list[RunAnswer]
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Headline:
 
     title: str
     text: str
-    answer: Answered | None = None
+    answer: RunAnswer | None = None
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,9 @@ def content_of(runs: Sequence[Run], lines: Mapping[str, Line]) -> Content:
     """What a report on ``runs`` says; ``lines`` are their curves by key, for the heads of columns."""
     beside = _several(runs, lines)
     head = _headline(runs, beside)
-    shown = head.answer.finding.id if head.answer else ""
-    asked = _questions(runs, lambda run: [finding for finding in run.findings if finding.id != shown])
-    applies = [any(one.finding.answer != "not_applicable" for one in question.answers) for question in asked]
+    headlined = head.answer.finding.id if head.answer else ""
+    asked = _questions(runs, lambda run: [finding for finding in run.findings if finding.id != headlined])
+    applies = [any(answer.finding.answer != "not_applicable" for answer in question.answers) for question in asked]
     return Content(
         headline=head,
         questions=[question for question, yes in zip(asked, applies, strict=True) if yes],
@@ -93,26 +96,29 @@ def content_of(runs: Sequence[Run], lines: Mapping[str, Line]) -> Content:
 def _headline(runs: Sequence[Run], beside: SideBySide | None) -> Headline:
     """The finding, or the words, that head a report."""
     if beside is not None:
-        return Headline(f"{count(len(runs), 'run')} side by side", (beside.standings or beside.notices or [""])[0])
+        return Headline(
+            f"{count(len(runs), 'run')} side by side",
+            (beside.standings or beside.notices or ["They have no number in common."])[0],
+        )
     run = runs[0]
     if run.evaluation is None:
         return Headline("Not evaluated", unevaluated(run))
     known = {finding.id: finding for finding in run.findings if finding.answer != "not_applicable"}
-    finding = next((known[id] for id in HEADLINES if id in known), None)
+    finding = next((known[id] for id in HEADLINES[run.task] if id in known), None)
     if finding is None:
         return Headline("Evaluated", "Only the student was evaluated, so there is nothing to compare it with.")
-    return Headline(finding.question, finding.text, Answered(run.name, "", finding))
+    return Headline(finding.question, finding.text, RunAnswer(run.name, "", finding))
 
 
 def _questions(runs: Sequence[Run], of: Callable[[Run], Sequence[Finding]]) -> list[Question]:
     """Findings of all runs, by question."""
     labels = run_labels(runs) if len(runs) > 1 else [""]
     answered = [
-        Answered(run.name, label, finding) for run, label in zip(runs, labels, strict=True) for finding in of(run)
+        RunAnswer(run.name, label, finding) for run, label in zip(runs, labels, strict=True) for finding in of(run)
     ]
-    order = {id: place for place, id in enumerate(dict.fromkeys(one.finding.id for one in answered))}
-    answered.sort(key=lambda one: order[one.finding.id])
-    grouped = [list(group) for _, group in groupby(answered, key=lambda one: one.finding.id)]
+    order = {id: place for place, id in enumerate(dict.fromkeys(answer.finding.id for answer in answered))}
+    answered.sort(key=lambda answer: order[answer.finding.id])
+    grouped = [list(group) for _, group in groupby(answered, key=lambda answer: answer.finding.id)]
     return [Question(group[0].finding.question, group) for group in grouped]
 
 
@@ -142,12 +148,14 @@ def _several(runs: Sequence[Run], lines: Mapping[str, Line]) -> SideBySide | Non
     winners = {key: standing.winner for key, standing in standings.items()}
     known = [standings[key] for key in STANDINGS[runs[0].task] if key in standings]
     # Where no pair could be tested, the notices say why, once.
-    texts = [standing.text(labels) for standing in known if standing.better or not standing.reason]
+    texts = [standing.text(labels) for standing in known if standing.better or not (standing.reason and notices)]
     return SideBySide(
         notices=notices,
         standings=texts,
         table=run_table(runs, lines, winners, findings),
-        pairs=[(f"{labels[0]} (A) and {labels[place]} (B)", one.summary()) for place, one in compared.items()],
+        pairs=[
+            (f"{labels[0]} (A) and {labels[place]} (B)", comparison.summary()) for place, comparison in compared.items()
+        ],
         differences=config_differences(runs),
     )
 
@@ -162,9 +170,9 @@ def _standings(runs: Sequence[Run]) -> dict[str, Standing]:
     evaluations = [run.evaluation for run in runs if run.evaluation is not None]
     if len(evaluations) < 2:
         return {}
-    found = {}
+    by_metric = {}
     for standing in side_by_side(evaluations):
         values = {places[run]: value for run, value in standing.values.items()}
         better = {(places[near], places[far]): decided for (near, far), decided in standing.better.items()}
-        found[standing.metric.key] = Standing(standing.metric, values, better, standing.reason)
-    return found
+        by_metric[standing.metric.key] = Standing(standing.metric, values, better, standing.reason)
+    return by_metric

@@ -52,23 +52,23 @@ def _title(text: str) -> str:
 
 
 def _question(question: Question) -> str:
-    said = [
-        f"{markdown_text(one.label) + ': ' if one.label else ''}{ANSWERS[one.finding.answer]} "
-        f"{markdown_words(one.finding.text)}"
-        for one in question.answers
+    answers = [
+        f"{markdown_text(answer.label) + ': ' if answer.label else ''}{ANSWERS[answer.finding.answer]} "
+        f"{markdown_words(answer.finding.text)}"
+        for answer in question.answers
     ]
-    if len(said) == 1:
-        return f"**{markdown_text(question.text)}** {said[0]}"
-    return "\n".join([f"**{markdown_text(question.text)}**", "", *(f"- {text}" for text in said)])
+    if len(answers) == 1:
+        return f"**{markdown_text(question.text)}** {answers[0]}"
+    return "\n".join([f"**{markdown_text(question.text)}**", "", *(f"- {text}" for text in answers)])
 
 
 def _analysis(run: Run, questions: Sequence[Question]) -> list[str]:
     section = analysis.section(run)
-    said = [_question(question) for question in questions]
+    answers = [_question(question) for question in questions]
     if section is None:
-        return ["## The analysis", *said] if said else []
+        return ["## The analysis", *answers] if answers else []
     notice = [markdown_words(section.notice)] if section.notice else []
-    return ["## The analysis", *notice, *said, _plain_table(section.table), markdown_text(section.note)]
+    return ["## The analysis", *notice, *answers, _plain_table(section.table), markdown_text(section.note)]
 
 
 def _metric_table(table: MetricTable | None, *, level: int) -> list[str]:
@@ -144,5 +144,7 @@ def _values(
             continue
         ends = (intervals or {}).get(key)
         at = f"{temperature:g}" if temperature is not None and metric.of == "answers" else ""
-        scaled = ["" if one is None else f"{one * metric.scale:.10g}" for one in (value, *(ends or (None, None)))]
+        scaled = [
+            "" if number is None else f"{number * metric.scale:.10g}" for number in (value, *(ends or (None, None)))
+        ]
         yield [model, suite, at, key, *scaled, metric.unit, metric.better]

@@ -27,10 +27,10 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if run.is_pair:
         return [*rows, ("Student", run.subtitles["student"] or "student"), *_measured(run)]
     layers, init = student.get("layers"), student.get("init", "?")
-    made = f"{init}" + (f", {len(layers) if isinstance(layers, list) else layers} layers" if layers else "")
+    origin = f"{init}" + (f", {len(layers) if isinstance(layers, list) else layers} layers" if layers else "")
     if init == "pretrained" and student.get("model"):
-        made = str(student["model"])
-    rows.append(("Student", short(made, 60) + _size(parameters.get("student"))))
+        origin = str(student["model"])
+    rows.append(("Student", short(origin, 60) + _size(parameters.get("student"))))
     plan = " \N{RIGHTWARDS ARROW} ".join(
         stage.objective + (f" ({count(stage.end - stage.start, 'step')})" if stage.end > stage.start else "")
         for stage in run.stages

@@ -322,7 +322,7 @@ def _dots(runs: Sequence[Run], metric: Metric) -> Picture | None:
     margin = 0.15 * (max(known) - min(known)) or 0.1
     ax.set_xlim(min(known) - margin, max(known) + margin)
     ax.locator_params(axis="x", nbins=4)
-    shown = [f"{label} {metric.show(value)}" for label, value in zip(labels, values, strict=True)]
-    alt = f"{metric.title} of the students: {', '.join(shown)}."
+    values_of = [f"{label} {metric.show(value)}" for label, value in zip(labels, values, strict=True)]
+    alt = f"{metric.title} of the students: {', '.join(values_of)}."
     caption = f"{metric.unit}, the axis does not start at 0"
     return Picture(to_svg(figure, f"runs-{metric.key}", alt), metric.title, caption, alt)

@@ -67,8 +67,8 @@ def report(
     chosen = checked_format(output_format or (ending if ending in FORMATS else "html"))
     read = unique_names(read_run(source) for source in sources)
     if len({run.task for run in read}) > 1:
-        shown = ", ".join(f"{run.title} ({run.task})" for run in read)
-        raise DrklError(f"Runs of different tasks have no number in common: {shown}. Report on each task by itself.")
+        tasks = ", ".join(f"{run.title} ({run.task})" for run in read)
+        raise DrklError(f"Runs of different tasks have no number in common: {tasks}. Report on each task by itself.")
     if path is None and read[0].folder is None:
         raise DrklError("This evaluation is only in memory: name the file to write the report to.")
     folder = read[0].folder

@@ -191,7 +191,7 @@ def histogram(ax: Axes, edges: Sequence[float], counts: Sequence[float], *, fill
     else:
         style = {"color": color, "linewidth": 2} | style
     ax.stairs([value / total for value in counts], edges, **style)
-    ax.set_ylim(0, None, auto=True)  # another one on the same axes may be higher
+    ax.set_ylim(0, None, auto=True)  # another histogram on the same axes may be higher
     percent_axis(ax.yaxis)
 
 

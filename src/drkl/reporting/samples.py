@@ -58,7 +58,7 @@ class PromptSamples:
 
 @dataclass(frozen=True)
 class SampleTable:
-    """``shown`` prompts stand open, ``folded`` ones can be opened, ``left_out`` are in the file or the picker only.
+    """``unfolded`` prompts stand open, ``folded`` ones can be opened, ``left_out`` are in the file or the picker only.
 
     ``main`` is the temperature of the answers in the page; ``picker`` is the data of the prompt picker, safe inside a
     ``<script>``, and ``picker_note`` says what it leaves out.
@@ -66,7 +66,7 @@ class SampleTable:
 
     columns: dict[str, Column]
     main: float
-    shown: list[PromptSamples]
+    unfolded: list[PromptSamples]
     folded: list[PromptSamples]
     left_out: int
     temperatures: list[float]
@@ -95,7 +95,9 @@ def sample_table(
     if not groups:
         return None
     prompts = [*groups.values()]
-    columns = {key: one for key, one in _columns(runs, lines).items() if any(key in group.answers for group in prompts)}
+    columns = {
+        key: column for key, column in _columns(runs, lines).items() if any(key in group.answers for group in prompts)
+    }
     for group in prompts:
         group.answers = {key: group.answers[key] for key in columns if key in group.answers}
     temperatures = sorted({t for group in prompts for by in group.answers.values() for t in by})
@@ -134,7 +136,7 @@ def _new_group(row: Mapping[str, Any]) -> PromptSamples:
     suite = row.get("suite")
     return PromptSamples(
         prompt=clip(str(row["prompt"]), TEXT_LIMIT),
-        references=[clip(str(one), TEXT_LIMIT) for one in several[:5]],
+        references=[clip(str(text), TEXT_LIMIT) for text in several[:5]],
         suite=short(str(suite), 40) if suite else "",
     )
 
@@ -179,8 +181,8 @@ def _picker(
     if not kept:
         return Markup(""), ""
     data = {
-        "columns": [[clean(one.title), clean(one.subtitle), one.color] for one in columns.values()],
-        "temperatures": [f"{one:g}" for one in temperatures],
+        "columns": [[clean(column.title), clean(column.subtitle), column.color] for column in columns.values()],
+        "temperatures": [f"{temperature:g}" for temperature in temperatures],
         "main": temperatures.index(main),
         "prompts": [entries[id(group)] for group in kept],
     }
@@ -198,13 +200,13 @@ def _entry(
 ) -> dict[str, Any]:
     suite = f"{group.suite}: " if group.suite else ""
     answers = [
-        [[[*_pair(one.text), one.note] for one in group.answers.get(key, {}).get(t, ())] for t in temperatures]
+        [[[*_pair(sample.text), sample.note] for sample in group.answers.get(key, {}).get(t, ())] for t in temperatures]
         for key in columns
     ]
     return {
         "label": clean(f"{place + 1}. {suite}{short(group.prompt.text, 70)}"),
         "prompt": _pair(group.prompt),
-        "references": [_pair(one) for one in group.references],
+        "references": [_pair(text) for text in group.references],
         "answers": answers,
     }
 
@@ -250,7 +252,7 @@ def prediction_tables(run: Run) -> list[PredictionTable]:
     if wrong:
         wrong.sort(key=lambda line: -(as_number(line["nll"]) or 0.0))
         pairs = Counter((short(str(line["label"])), short(str(line["student"]))) for line in wrong).most_common(3)
-        confused = "; ".join(f"{label} as {said} ({times})" for (label, said), times in pairs)
+        confused = "; ".join(f"{label} as {predicted} ({times})" for (label, predicted), times in pairs)
         lead = (
             f"The student is wrong on {len(wrong):,} of {count(len(lines), 'text')}, most often: {confused}. The texts "
             "whose label it finds least likely come first; the label in the data may be the mistake."

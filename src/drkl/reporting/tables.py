@@ -210,8 +210,8 @@ def config_differences(runs: Sequence[Run]) -> PlainTable | None:
         flat = [_flatten({k: v for k, v in run.settings.items() if k not in unsaid}) for run in runs]
     else:
         flat = [_flatten(run.config) for run in runs]
-    keys = dict.fromkeys(key for one in flat for key in one if key not in ("run.name", "run.dir"))
-    values = {key: [one.get(key, ABSENT) for one in flat] for key in keys}
+    keys = dict.fromkeys(key for config in flat for key in config if key not in ("run.name", "run.dir"))
+    values = {key: [config.get(key, ABSENT) for config in flat] for key in keys}
     rows: list[list[Any]] = [
         [key, *(short(value, 60) for value in row)] for key, row in values.items() if len(set(row)) > 1
     ]
@@ -221,7 +221,7 @@ def config_differences(runs: Sequence[Run]) -> PlainTable | None:
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(value, Mapping) and value:
         flat: dict[str, str] = {}
-        for key, one in value.items():
-            flat |= _flatten(one, f"{prefix}.{key}" if prefix else str(key))
+        for key, entry in value.items():
+            flat |= _flatten(entry, f"{prefix}.{key}" if prefix else str(key))
         return flat
     return {prefix: "null" if value is None else str(value)}

@@ -69,9 +69,9 @@ def frontier(curves: Mapping[str, Sequence[Point]]) -> list[tuple[str, Point]]:
     """The points that no other point equals or beats on both axes (and beats on one), from left to right."""
     every = [(key, point) for key, points in curves.items() for point in points]
     kept = [
-        (key, one)
-        for key, one in every
-        if not any(other.x >= one.x and other.y >= one.y and (other.x > one.x or other.y > one.y) for _, other in every)
+        (key, point)
+        for key, point in every
+        if not any(p.x >= point.x and p.y >= point.y and (p.x > point.x or p.y > point.y) for _, p in every)
     ]
     return sorted(kept, key=lambda item: (item[1].x, item[1].y))
 
@@ -142,12 +142,12 @@ def _goal(points: Sequence[Point]) -> Point | None:
 
 
 def _in_words(line: Line, points: Sequence[Point], digits: int) -> str:
-    shown = [
+    values = [
         (f"at {point.temperature:g}: " if point.temperature is not None else "")
         + f"{number(point.y, 1)} and {number(point.x, digits)}"
         for point in points
     ]
-    return f"{line.title}: {'; '.join(shown)}."
+    return f"{line.title}: {'; '.join(values)}."
 
 
 def table(runs: Sequence[Run]) -> PlainTable:
