@@ -261,7 +261,7 @@ def test_save_every_is_a_multiple_of_eval_every() -> None:
         ("per_device_train_batch_size=4", "is set by training.per_device_train_batch_size"),
         ("bf16=true", "bf16 is set by training.precision"),
         ("load_best_model_at_end=false", "which is always kept"),
-        ("resume_from_checkpoint=x", "is set by --resume"),
+        ("resume_from_checkpoint=x", "is set by resuming the run"),
         ("wait_decay=1", "has no field 'wait_decay'. Did you mean 'weight_decay'?"),
         ("save_total_limit=1", "has to be at least 2"),
     ],

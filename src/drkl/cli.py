@@ -138,16 +138,24 @@ def distill(
 
 def _distill(config: Any, mode: Any) -> None:
     from drkl.analysis.watch import watcher
+    from drkl.training.checks import RunExists
     from drkl.training.run import distill as train
 
-    with TrainingProgress() as listener:
-        run = train(
-            config.specs(),
-            mode=mode,
-            listener=listener,
-            on_trainer=watcher(config.analysis),
-            command=["drkl", *sys.argv[1:]],
-        )
+    try:
+        with TrainingProgress() as listener:
+            run = train(
+                config.specs(),
+                mode=mode,
+                listener=listener,
+                on_trainer=watcher(config.analysis),
+                command=["drkl", *sys.argv[1:]],
+            )
+    except RunExists as error:
+        folder = Path(config.run.dir) / config.run.name
+        raise DrklError(
+            f"The run folder {str(folder)!r} exists. `--overwrite` replaces it, `--resume {folder}` continues it, "
+            "run.name=OTHER makes another."
+        ) from error
     print(f"The student is in {run.student_path}. Next: drkl evaluate {run.root}")
 
 

@@ -10,19 +10,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from drkl import make_objective
 from drkl.config import load_config
 from drkl.data.classification import LabelledRow
 from drkl.data.config import TokenizerConfig
+from drkl.data.tokenize import DropReport
 from drkl.data.tokenizer import learn_tokenizer
 from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.runs import RunFolder
-from drkl.teachers.live import LiveTeacher
+from drkl.training.arguments import DistillationConfig
 from drkl.training.estimate import estimate
-from drkl.training.heldout import HeldOut
+from drkl.training.pair import TokenisedRows
 from drkl.training.run import Listener
 from drkl.training.trainer import DistillationTrainer
 from tests.models import tiny, tiny_classifiers
@@ -68,20 +69,17 @@ def no_dropout(seed: int, layers: int) -> Any:
 
 
 def trainer_of(root: Path, student: Any, teacher: Any, objective: Any, loss: LossConfig, parts: int) -> Any:
-    live, rows = LiveTeacher(teacher), labelled(9)
+    rows = TokenisedRows(labelled(9), DropReport(kept=9))
     settings: dict[str, Any] = {"max_steps": 1, "max_grad_norm": 0.0, "use_cpu": True, "save_strategy": "no"}
-    settings |= {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential", "report_to": "none"}
-    settings |= {"remove_unused_columns": False, "disable_tqdm": True, "logging_steps": 1}
+    settings |= {"precision": "fp32", "disable_tqdm": True, "logging_steps": 1, "tokens_per_step": 1000}
+    settings |= {"objective": objective, "gradient_accumulation_steps": parts, **loss.model_dump()}
     return DistillationTrainer(
         student,
-        TrainingArguments(output_dir=str(root), gradient_accumulation_steps=parts, **settings),
-        rows=rows,
-        heldout=HeldOut(rows, 0, live, 16),
-        teacher=live,
-        objective=objective,
-        loss=loss,
-        tokens_per_step=1000,
-        pad_id=0,
+        teacher,
+        DistillationConfig(output_dir=str(root), **settings),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tiny_classifiers.tokenizer(),
         callbacks=[Gradients()],
     )
 

@@ -161,7 +161,7 @@ def test_an_empty_part_of_a_step_costs_nothing() -> None:
 
 def test_held_out_loss_is_the_same_number() -> None:
     student, teacher = pair("t5")
-    heldout = HeldOut(rows(student), 0, LiveTeacher(teacher), 8, decoder_start=0)
+    heldout = HeldOut(rows(student), 0, LiveTeacher(teacher), rows_per_batch=1, decoder_start=0)
     values = heldout.evaluate(student, make_objective("rkl"), LossConfig())
     assert values["loss"] == pytest.approx(float(by_hand(student, teacher, "rkl").detach()), rel=1e-5)
     assert values["rkl"] == pytest.approx(values["loss"], rel=1e-5)
@@ -250,7 +250,7 @@ def test_a_pair_that_differs_in_padding_is_compared_on_what_it_shares(tmp_path: 
 def test_the_trimmed_loss_is_that_of_the_shared_ids() -> None:
     student, teacher = tiny.llama(1, vocab=80, layers=2).double(), tiny.llama(2).double()
     data = rows(student)
-    heldout = HeldOut(data, 0, LiveTeacher(teacher), 64, vocab_size=60)
+    heldout = HeldOut(data, 0, LiveTeacher(teacher), vocab_size=60)
     values = heldout.evaluate(student, make_objective("fkl"), LossConfig())
     total = 0.0
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):

@@ -78,7 +78,7 @@ class HeadProducts(TorchDispatchMode):
 def test_held_out_rows_are_projected_once(objective: str, loss: LossConfig, vocab_size: int | None) -> None:
     """And the distances from a teacher are there whether or not the loss reads it."""
     student, teacher, data = tiny.llama(1, layers=2).double(), tiny.llama(9).double(), rows(9)
-    heldout = HeldOut(data, 0, LiveTeacher(teacher), 1000, vocab_size=vocab_size)
+    heldout = HeldOut(data, 0, LiveTeacher(teacher), vocab_size=vocab_size)
     with HeadProducts(vocab_size or student.config.vocab_size) as products:
         found = heldout.evaluate(student, drkl.make_objective(objective), loss)
     assert products.count == 2, "one for each model"

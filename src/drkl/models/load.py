@@ -220,8 +220,7 @@ def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
     if name.startswith(IN_MEMORY):
         raise DrklError(
             f"The {what} was passed {name.replace(':', ',', 1)}, so it cannot be loaded again by a name. "
-            "Measure the student in Python, drkl.evaluate(student, teacher, rows), or name the models: drkl evaluate "
-            "--student RUN/student --teacher NAME --data FILE --output DIR."
+            "Measure the student in Python: drkl.evaluate(student, teacher, rows)."
         )
     source = resolve_model(name)
     if not Path(source).is_dir() and name.startswith((".", "/", "~")):

@@ -63,6 +63,7 @@ def batches(
     decoder_start: int | None = None,
     positions: Mapping[int, Sequence[int]] | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
+    rows_per_batch: int | None = None,
 ) -> Iterator[Batch]:
     """Yield the rows in batches, the shortest rows first.
 
@@ -73,9 +74,14 @@ def batches(
         positions: by row, which of its trained positions are read, from 0; rows without an entry are left out.
             None reads every trained position of every row.
         tokens_per_batch: a batch has at most this many tokens with padding; a longer row is alone.
+        rows_per_batch: a batch has this many rows, whatever their tokens; None counts tokens.
     """
     used = list(range(len(rows))) if positions is None else [row for row in positions if positions[row]]
-    for group in bucket_by_length([rows[i].length for i in used], tokens_per_batch):
+    groups = bucket_by_length([rows[i].length for i in used], tokens_per_batch)
+    if rows_per_batch is not None:
+        order = [i for group in groups for i in group]
+        groups = [order[part] for part in chunks(len(order), rows_per_batch)]
+    for group in groups:
         members = [used[i] for i in group]
         batch = collate([rows[i] for i in members], pad_id=pad_id, decoder_start=decoder_start)
         labels, row_ids = batch.pop("labels"), batch.pop("row_ids")

@@ -12,6 +12,10 @@ from drkl.models.precision import has_device
 from drkl.runs import RunFolder
 
 
+class RunExists(DrklError):
+    """A run folder is there already."""
+
+
 def check_folder(run: RunFolder, mode: str) -> None:
     """Raise DrklError where a run of this mode (new, overwrite, resume) must not touch the folder."""
     if mode == "resume":
@@ -21,10 +25,7 @@ def check_folder(run: RunFolder, mode: str) -> None:
     if not (run.root.exists() or run.root.is_symlink()):
         return
     if mode == "new":
-        raise DrklError(
-            f"The run folder {str(run.root)!r} exists. `--overwrite` replaces it, `--resume {run.root}` continues it, "
-            "run.name=OTHER makes another."
-        )
+        raise RunExists(f"The run folder {str(run.root)!r} exists. Replace it, resume it, or choose another run.name.")
     if run.root.is_symlink() or not run.root.is_dir():
         raise DrklError(f"{str(run.root)!r} is no folder, so it is not replaced.")
     if any(run.root.iterdir()) and not run.config_path.is_file():

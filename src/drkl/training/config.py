@@ -42,8 +42,8 @@ OWNED = {
     "gradient_checkpointing": "training.gradient_checkpointing",
     "remove_unused_columns": "the batches themselves",
     "label_smoothing_factor": "the objective",
-    "resume_from_checkpoint": "--resume",
-    "save_only_model": "--resume, which needs the optimiser's state",
+    "resume_from_checkpoint": "resuming the run",
+    "save_only_model": "the checkpoints, which hold the optimiser's state to resume from",
 }
 
 

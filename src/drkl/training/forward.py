@@ -34,13 +34,6 @@ def loss_of(
     return fused_distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, **settings)
 
 
-def logits_of(hidden: Tensor, head: LMHead | None, vocab_size: int | None = None) -> Tensor:
-    """The logits `[n, ids]` of states `[n, hidden]`; states without a head are logits already."""
-    if head is None:
-        return hidden
-    return (head if vocab_size is None else head.trimmed(vocab_size)).logits(hidden)
-
-
 class StatisticsSums:
     """Sums of token statistics over every ``every``-th position of a loss: an observer of its logits.
 

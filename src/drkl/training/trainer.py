@@ -45,9 +45,6 @@ from drkl.training.record import RunRecord
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 REMEDY = "A lower learning rate, a warm-up, or training.precision=fp32 often help."
-HELD_OUT_POSITIONS = 4096
-"""Input positions in a held-out batch, where no number of rows is given."""
-
 _log = logging.getLogger("drkl")
 
 
@@ -238,7 +235,6 @@ class DistillationTrainer(Trainer):
             rows,
             self._pad_id,
             self.teacher,
-            HELD_OUT_POSITIONS,
             rows_per_batch=self.config.per_device_eval_batch_size,
             decoder_start=decoder_start(self.pair.student),
             vocab_size=self.vocab_size,
