@@ -14,6 +14,7 @@ import pytest
         ("data", ("DataConfig", "Example", "Row", "rows_from")),
         ("models", ("StudentConfig", "load_model", "load_tokenizer", "prune", "sample_texts")),
         ("teachers", ("LiveTeacher", "TeacherConfig")),
+        ("analysis", ("Analysis", "AnalysisConfig", "GradientWatch", "Probe", "decompose", "terms")),
     ],
 )
 def test_the_names_of_a_room_are_reachable(room: str, names: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -309,6 +310,11 @@ def _options_named_as_flags() -> Iterator[None]:
         text = str(error)
         for option, flag in _OPTIONS.items():
             text = text.replace(option, flag)
+        text = re.sub(
+            r"(The run '(.*)' has no student yet); resume its training first\.",
+            r"\1; `drkl distill --resume \2` goes on with it.",
+            text,
+        )
         raise DrklError(text) from error
 
 
@@ -486,7 +492,8 @@ def generate(
 
     if not prompt.strip():
         raise DrklError("--prompt is empty.")
-    _, config, specs = open_finished(run)
+    with _options_named_as_flags():
+        _, config, specs = open_finished(run)
     quiet_transformers()
     models, tokenizer, device = evaluation_models(specs, ("teacher", "student"))
     if config.task == "classification":

@@ -124,9 +124,7 @@ def open_finished(run: str | Path) -> tuple[RunFolder, Config, list[RunSpec]]:
     folder = RunFolder.open(run)
     config, _ = load_config(folder.read_config())
     if not any((folder.student_path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise DrklError(
-            f"The run {str(folder.root)!r} has no student yet; `drkl distill --resume {folder.root}` goes on with it."
-        )
+        raise DrklError(f"The run {str(folder.root)!r} has no student yet; resume its training first.")
     return folder, config, relocated(config, folder.root).specs()
 
 

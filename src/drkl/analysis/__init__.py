@@ -1,6 +1,8 @@
-"""Gradients of objectives, split into pushes of target and tail, and the analysis of a trained student with them."""
+"""Gradients of objectives, split into pushes of target and tail, and the analysis of a trained student with them.
 
-from drkl.analysis.gradients import Decomposition, decompose
-from drkl.analysis.splits import terms
+The public names stand in ``__init__.pyi`` and load on first use.
+"""
 
-__all__ = ["Decomposition", "decompose", "terms"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

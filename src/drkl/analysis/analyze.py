@@ -154,8 +154,8 @@ def analyze_inputs(
     chosen = named_objectives(DEFAULT_OBJECTIVES if objectives is None else objectives, own=own, gamma=gamma)
     shared = True
     if output_dir is not None:
-        claim_folder(RunFolder(Path(output_dir)))
         evaluation_seed, shared = _evaluation_beside(RunFolder(Path(output_dir)), inputs, evaluation_seed)
+        claim_folder(RunFolder(Path(output_dir)))
     started, seconds = time.perf_counter(), dict[str, float]()
     with timed(seconds, "reading"):
         student, teacher = (_read(name, inputs, on_progress) for name in ("student", "teacher"))

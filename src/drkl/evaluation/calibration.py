@@ -67,7 +67,7 @@ class Bins:
         return largest
 
     def reliability(self) -> tuple[list[int], list[float | None], list[float | None]]:
-        """Of each bin: how many positions, their mean confidence and their accuracy (None in an empty bin)."""
+        """Three lists by bin: number of positions, mean confidence, accuracy (None in an empty bin)."""
         counts = self.counts.sum(0)
         confidence, accuracy = (
             [float(total / count) if count else None for total, count in zip(sums.sum(0), counts, strict=True)]

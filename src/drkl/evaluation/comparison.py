@@ -47,7 +47,7 @@ class Unit:
     id: str
     same: tuple[str, ...]
     keys: tuple[str, ...]
-    """Of the metrics."""
+    """The keys of the metrics."""
     lacking: str
     """Why a number of ``eval.json`` has no paired difference."""
     metrics: Callable[[list[Line], Evaluation, str], Metrics]

@@ -32,7 +32,7 @@ ROUNDING = 1e-5
 PUSHED = 0.02
 """In probability. Any tail pushes a matched target up by something, so a bar of 0 would always be passed."""
 PUSHED_SHARE = 0.1
-"""Of the mean matched p_t, where that makes a lower bar: a push of .02 is no small one for a target of .05."""
+"""Share of the mean matched p_t that is the bar where it is lower: .02 is no small push for a target of .05."""
 HALF = 0.5
 """The bar of questions that ask about the greater part."""
 

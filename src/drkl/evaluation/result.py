@@ -17,7 +17,7 @@ from drkl.evaluation.findings import Answer, Finding, of_evaluation
 from drkl.runs import RunFolder, read_json, read_jsonl, write_json, write_jsonl
 
 FORMAT = 2
-"""Of ``eval.json``. Format 1 has no ``format`` and calls the student of a run ``after``; it is still read."""
+"""The format of ``eval.json``. Format 1 has no ``format`` and calls a run's student ``after``; it is still read."""
 MODELS = ("teacher", "before", "warmup", "student")
 """The models of an evaluation in their order: a run's teacher, its student before training, after the warm-up stage,
 and as trained; two models from elsewhere are ``teacher`` and ``student``."""
@@ -85,7 +85,7 @@ class TailProfile:
 
 @dataclass(frozen=True)
 class ReliabilityBins:
-    """Of each bin of confidence: how many tokens (or texts), mean confidence, accuracy (None in an empty bin)."""
+    """By bin of confidence: number of tokens (or texts), mean confidence, accuracy (None in an empty bin)."""
 
     counts: list[int]
     confidence: list[float | None]

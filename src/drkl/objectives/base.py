@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -63,10 +62,10 @@ class Objective(Protocol):
         The same numbers as ``__call__`` on the log-softmax of both, without a graph. Both logits `[n, vocab]` are
         finite, fp32 or wider; ``teacher_logits`` may be overwritten too.
         """
-        raise NotImplementedError
+        message = f"Objective {self.name!r} has no closed form; has_closed_form says so."
+        raise NotImplementedError(message)
 
 
-@dataclass(frozen=True)
 class FunctionObjective(Objective):
     """A plain function ``(student_logp, teacher_logp, labels) -> [n]`` as an objective.
 
@@ -74,27 +73,31 @@ class FunctionObjective(Objective):
     are honoured; by default it needs the teacher and not the labels.
     """
 
-    function: Callable[..., Tensor]
-    name: str
-
-    @classmethod
-    def of(cls, function: Callable[..., Tensor]) -> FunctionObjective:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         """Wrap any callable; raises DrklError where it does not take the three arguments."""
         bare = function.func if isinstance(function, functools.partial) else function
-        name = getattr(bare, "__name__", type(bare).__name__)
+        self.function, self.name = function, getattr(bare, "__name__", type(bare).__name__)
         called = function.forward if isinstance(function, torch.nn.Module) else function
         try:
             signature = inspect.signature(called)
         except ValueError:  # a built-in that does not tell
-            return cls(function, name)
+            return
         try:
             signature.bind(None, None, None)
         except TypeError as error:
             raise DrklError(
-                f"Objective {name!r} has the signature {signature}; expected a function of three positional arguments "
-                f"(student_logp, teacher_logp, labels) ({error})."
+                f"Objective {self.name!r} has the signature {signature}; expected a function of three positional "
+                f"arguments (student_logp, teacher_logp, labels) ({error})."
             ) from None
-        return cls(function, name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FunctionObjective) and self.function == other.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+    def __repr__(self) -> str:
+        return f"FunctionObjective({self.name})"
 
     @property
     def needs_teacher(self) -> bool:

@@ -58,7 +58,7 @@ def make_objective(name: ObjectiveLike, **params: Any) -> Objective:
         if isinstance(name, Objective):
             return name
         if callable(name):
-            return FunctionObjective.of(name)
+            return FunctionObjective(name)
         raise DrklError(
             f"objective is {name!r}; expected a name in drkl.OBJECTIVES, an objective, or a function of "
             "(student_logp, teacher_logp, labels)."

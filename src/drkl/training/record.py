@@ -248,7 +248,7 @@ def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder) -> dict[s
         "peft": None if pair.adapter is None else {"export": "adapter"} | _adapter_fields(pair.adapter),
         "tokenizer": None,
         "data": data.model_dump(mode="json"),
-        "objective": {"name": objective.name} | fields,
+        "objective": {name: value for name, value in fields.items() if _is_plain(value)} | {"name": objective.name},
         "loss": args.loss_config.model_dump(mode="json"),
         "training": training.resolved(),
         "stages": [],
