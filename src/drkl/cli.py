@@ -247,16 +247,16 @@ def evaluate(
     }  # fmt: skip
     with _options_named_as_flags(), progress_bars() as on_progress:
         if run is not None:
-            found = evaluate_run(run, on_progress=on_progress, **shared)
+            evaluation = evaluate_run(run, on_progress=on_progress, **shared)
         else:
-            found = evaluate_pair(
+            evaluation = evaluate_pair(
                 str(student), teacher, data, max_rows=max_rows, max_prompt_tokens=max_prompt_tokens,
                 max_tokens=max_tokens, template=template or "auto", dtype=dtype, device=device,
                 on_progress=on_progress, **shared,
             )  # fmt: skip
-    print_evaluation(found)
-    assert found.folder is not None
-    print(f"Written: {found.folder / 'eval.json'}. Next: drkl report {found.folder}")
+    print_evaluation(evaluation)
+    assert evaluation.folder is not None
+    print(f"Written: {evaluation.folder / 'eval.json'}. Next: drkl report {evaluation.folder}")
 
 
 def _evaluation_settings(
@@ -284,7 +284,7 @@ def _numbers(flag: str, part: str, kind: Any, wanted: str, text: str | None = No
 
 
 def _output_folder(output: Path | None) -> Path:
-    """Where an evaluation or an analysis of a pair is written."""
+    """Return the folder for an evaluation or an analysis of a pair."""
     from drkl.evaluation.evaluate import check_output
 
     if output is None:
@@ -464,19 +464,19 @@ def compare(
 
     if output_format not in FORMATS:
         raise DrklError(f"--format is {output_format!r}; expected {', '.join(FORMATS)}.")
-    found = paired_differences(run_a, run_b, seed=seed)
+    comparison = paired_differences(run_a, run_b, seed=seed)
     if output_format in ("csv", "json") or output is not None:
         # What a program reads stays free of sentences; a person still gets them.
         notes = sys.stdout if output is not None else sys.stderr
-        for line in (*(f"Warning: {warning}" for warning in found.warnings), *found.summary()):
+        for line in (*(f"Warning: {warning}" for warning in comparison.warnings), *comparison.summary()):
             print(line, file=notes)
     if output is not None:
-        write_text(output, FORMATS[output_format](found))
+        write_text(output, FORMATS[output_format](comparison))
         print(f"Written: {output}")
     elif output_format == "text":
-        print(as_text(found, width=shutil.get_terminal_size((120, 24)).columns), end="")
+        print(as_text(comparison, width=shutil.get_terminal_size((120, 24)).columns), end="")
     else:
-        print(FORMATS[output_format](found), end="")
+        print(FORMATS[output_format](comparison), end="")
 
 
 @app.command()
@@ -516,7 +516,7 @@ def generate(
             config.data.prompt_template,
             encoder_decoder=is_encoder_decoder(model),
         )
-        found = sample_texts(
+        generations = sample_texts(
             model.to(device).eval(),
             tokenizer,
             [ids],
@@ -526,7 +526,7 @@ def generate(
             seed=seed,
             greedy=greedy,
         )
-        answers[name] = [answer.text for answer in found[0]]
+        answers[name] = [answer.text for answer in generations[0]]
     print_side_by_side(answers)
 
 
@@ -535,8 +535,8 @@ def _classify(prompt: str, models: Any, tokenizer: Any, device: Any, max_tokens:
 
     answers = {}
     for name, load in models.items():
-        found = most_probable(load().to(device).eval(), tokenizer, prompt, max_tokens=max_tokens)
-        answers[name] = ["\n".join(f"{p:.3f}  {label}" for label, p in found)]
+        classes = most_probable(load().to(device).eval(), tokenizer, prompt, max_tokens=max_tokens)
+        answers[name] = ["\n".join(f"{p:.3f}  {label}" for label, p in classes)]
     return answers
 
 

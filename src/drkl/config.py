@@ -108,7 +108,7 @@ class Config(BaseModel):
         return self
 
     def _check_classification(self) -> None:
-        """What does not go with ``task: classification``."""
+        """Refuse settings that contradict ``task: classification``."""
         if self.task != "classification":
             return
         formats = {source.format for source in self.data.all_sources()}
@@ -379,8 +379,8 @@ def _describe(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, s
             yield from _describe(section, f"{prefix}{name}{'[]' if many else ''}.")
             continue
         default = info.get_default(call_default_factory=True)
-        shown = "required" if info.is_required() else "null" if default is None else _yaml(default)
-        yield f"{prefix}{name}", shown, info.description or ""
+        text = "required" if info.is_required() else "null" if default is None else _yaml(default)
+        yield f"{prefix}{name}", text, info.description or ""
 
 
 def _yaml(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What the dense and the fused loss share: checks, the positions that count, the reduction."""
+"""Code that the dense and the fused loss share: checks, the positions that count, the reduction."""
 
 from __future__ import annotations
 

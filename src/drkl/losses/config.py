@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class LossConfig(BaseModel):
-    """How the objective becomes the loss."""
+    """Settings of the loss around the objective."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

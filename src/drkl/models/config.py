@@ -32,7 +32,7 @@ Dtype = Annotated[Literal["auto", "fp32", "bf16", "fp16"], BeforeValidator(short
 
 
 class StudentConfig(BaseModel):
-    """Where the student comes from."""
+    """The source of the student."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

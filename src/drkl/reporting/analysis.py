@@ -1,4 +1,4 @@
-"""What `drkl analyze` measured, as figures and tables: for the page, for the terminal, and as svg files."""
+"""Figures and tables of an analysis, for the page, the terminal and svg files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ WIDTH, HEIGHT = 356, 260
 SYMBOLS = {
     "B": ("B, the target's part", "KL of the pairs (target, rest), nats"),
     "K": ("K, the tail's divergence", "KL of the renormalised tails, nats"),
-    "D": ("D, the target's log-odds gap", "logit q_t minus logit p_t, nats; above 0 the student is surer"),
+    "D": ("D, the target's log-odds gap", "logit q_t minus logit p_t, nats; above 0 the student is more confident"),
 }
 NAMES = ("push", "rest", *SYMBOLS, "gamma", "objectives", "sure", "reliability")
 """The figures' files."""
@@ -67,7 +67,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Section:
-    """What the page shows of an analysis beside its findings; ``notice`` warns that it is of other models."""
+    """The figures and tables of an analysis on the page; ``notice`` warns if it measured other models."""
 
     notice: str
     pictures: list[Picture]
@@ -336,7 +336,7 @@ def _sure(analysis: Analysis) -> Drawn | None:
     caption = (
         f"share of the loss from p_t > .99, with 95 % intervals; line: {number(100 * share, 1)} % of the positions"
     )
-    return Drawn("sure", figure, "How much comes from where the teacher is almost certain", caption, alt)
+    return Drawn("sure", figure, "Share of the loss where the teacher is almost certain", caption, alt)
 
 
 def _reliability(analysis: Analysis) -> Drawn | None:
@@ -354,8 +354,8 @@ def _reliability(analysis: Analysis) -> Drawn | None:
         handle.set_sizes([36])  # type: ignore[union-attr]
     errors = ", ".join(f"{name} {number(as_number(tables[name]['ece']), 3)}" for name in ("teacher", "student"))
     alt = f"Accuracy by confidence of student and teacher. Calibration error: {errors}."
-    caption = f"accuracy of the top token; below the dashed line: surer than right. Calibration error: {errors}"
-    return Drawn("reliability", figure, "Are they right as often as they are sure?", caption, alt)
+    caption = f"accuracy of the top token; below the dashed line: overconfident. Calibration error: {errors}"
+    return Drawn("reliability", figure, "Is their confidence equal to their accuracy?", caption, alt)
 
 
 def _name(row: Value) -> str:

@@ -95,7 +95,7 @@ def draw_bars(ax: Axes, metric: Metric, values: Mapping[str, float], *, size: fl
 
 
 def confidence(run: Run) -> list[Picture]:
-    """How sure student and teacher are: histograms, and the student's gaps to the teacher or its reliability."""
+    """Return the figures of confidence: histograms, and the student's gaps to the teacher or its reliability."""
     if run.evaluation is None:
         return []
     drawn: list[Picture | None] = []
@@ -117,15 +117,15 @@ def confidence(run: Run) -> list[Picture]:
 
 Counts = dict[str, list[int]]
 _HISTOGRAMS = {
-    "entropy": ("Entropy per token", "nats; left is sure, right is undecided"),
-    "confidence": ("Probability of the top token", "max q; left is undecided, right is sure"),
+    "entropy": ("Entropy per token", "nats; left: confident, right: uncertain"),
+    "confidence": ("Probability of the top token", "max q; left: uncertain, right: confident"),
     "target": ("Probability of the teacher's top token", "q_t; the teacher's own is p_t"),
 }
 """The title and the axis of each."""
 
 
 def _histogram(run: Run, key: str, words: tuple[str, str], edges: Sequence[float], counts: Counts) -> Picture | None:
-    """How often each value occurs over held-out tokens or texts; the teacher is filled. None without the student's."""
+    """Draw a histogram over held-out tokens or texts, with the teacher filled; None without the student's counts."""
     title, axis = words
     models = [model for model in MODELS if any(counts.get(model, ()))]
     if "student" not in models:
@@ -172,13 +172,13 @@ def reliability(run: Run) -> Picture | None:
     ece = metrics_of(run.task)["ece"]
     errors = ", ".join(f"{line.title} {ece.show(run.value(model, 'ece'))}" for line, model, _ in series)
     alt = f"Accuracy by confidence in {len(series[-1][2])} bins. Calibration error: {errors}."
-    title = "Is it right as often as it is sure?"
+    title = "Is its confidence equal to its accuracy?"
     return Picture(to_svg(figure, "reliability", alt), title, f"calibration error: {errors}", alt)
 
 
 def _gaps(run: Run) -> Picture | None:
     rows = [
-        ("confidence_gap", "Each one's top token\n(confidence gap)"),
+        ("confidence_gap", "Each model's own top token\n(confidence gap)"),
         ("target_gap", "The teacher's top token\n(target gap)"),
         ("overconfidence", "The student's top token\n(overconfidence)"),
     ]
@@ -204,7 +204,7 @@ def _gaps(run: Run) -> Picture | None:
     reach = max(0.05, *(abs(value) for value in values.values())) * 1.15
     ax.set_xlim(-reach, reach)
     ax.locator_params(axis="x", nbins=5)
-    ax.set_xlabel("less sure  ◂  teacher  ▸  surer")
+    ax.set_xlabel("less confident  ◂  teacher  ▸  more confident")
     metrics = metrics_of(run.task)
     alt = "; ".join(
         f"{metrics[key].title}: "
@@ -212,7 +212,7 @@ def _gaps(run: Run) -> Picture | None:
         for key, _ in rows
     )
     caption = "probability by the student minus probability by the teacher, mean"
-    return Picture(to_svg(figure, "gaps", alt), "Surer or less sure than the teacher", caption, alt)
+    return Picture(to_svg(figure, "gaps", alt), "Confidence compared with the teacher", caption, alt)
 
 
 def profiles(runs: Sequence[Run]) -> list[Picture]:
@@ -260,8 +260,8 @@ def _tail(runs: Sequence[Run]) -> Picture | None:
         for line, pairs in curves
     )
     alt = f"Mean probability of the token at the teacher's rank. {ends}."
-    caption = "mean probability, log scales; below the teacher's curve a model gives up that part"
-    return Picture(to_svg(figure, "tail", alt), "What becomes of the teacher's tail", caption, alt)
+    caption = "mean probability, log scales; below its curve, a student gives these tokens less than the teacher"
+    return Picture(to_svg(figure, "tail", alt), "Probability along the teacher's ranks", caption, alt)
 
 
 def _coverage(runs: Sequence[Run], key: str, title: str, caption: str, digits: int) -> Picture | None:

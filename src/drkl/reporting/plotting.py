@@ -1,4 +1,4 @@
-"""How figures look: colours and line styles of the models, the axes, and matplotlib's svg made fit for a page."""
+"""The style of figures: colours and line styles of the models, the axes, and svg that fits into a page."""
 
 from __future__ import annotations
 

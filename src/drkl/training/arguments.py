@@ -215,17 +215,17 @@ class DistillationConfig(TrainingArguments):
 
     def _choose_precision(self) -> None:
         flags = {"bf16": self.bf16, "fp16": self.fp16}
-        asked = [name for name, value in flags.items() if value]
-        if len(asked) == 2:
+        chosen = [name for name, value in flags.items() if value]
+        if len(chosen) == 2:
             raise DrklError("bf16 and fp16 are both set; choose one.")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise DrklError(f"precision is {self.precision!r}; expected auto, fp32, bf16 or fp16.")
-        if asked and self.precision not in ("auto", asked[0]):
-            raise DrklError(f"{asked[0]} is set and precision is {self.precision!r}; give one of the two.")
+        if chosen and self.precision not in ("auto", chosen[0]):
+            raise DrklError(f"{chosen[0]} is set and precision is {self.precision!r}; give one of the two.")
         device = torch.device("cpu") if self.use_cpu else pick_device("auto")
         self.use_cpu = device.type == "cpu"  # without it transformers refuses bf16 on a CPU
-        if asked:
-            self.precision = asked[0]
+        if chosen:
+            self.precision = chosen[0]
         elif self.precision == "auto":
             self.precision = "fp32" if self.bf16 is False else resolve_dtype("auto", device)
         if self.precision == "fp16" and device.type != "cuda":
@@ -243,8 +243,8 @@ class DistillationConfig(TrainingArguments):
             return LossConfig(temperature=self.temperature, kd_weight=self.kd_weight, t2_scaling=self.t2_scaling)
         except ValueError as error:
             errors: Any = error
-            one = errors.errors()[0]
-            raise DrklError(f"{one['loc'][0]} is {one['input']!r}: {one['msg'].lower()}.") from error
+            first = errors.errors()[0]
+            raise DrklError(f"{first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}.") from error
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Warm-up steps of a run of so many steps."""
@@ -254,7 +254,7 @@ class DistillationConfig(TrainingArguments):
 
     @property
     def train_batch_size(self) -> int:
-        """What the data loader takes at a time: an item of the training data is a micro-batch already."""
+        """The data loader's batch size, 1: an item of the training data is a micro-batch already."""
         return 1
 
     @property

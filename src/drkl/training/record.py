@@ -186,7 +186,7 @@ def describe_data(pair: Pair) -> dict[str, Any]:
 
 
 def training_section(args: DistillationConfig, section: dict[str, Any]) -> dict[str, Any]:
-    """What a config.yaml's ``training`` says beside ``section``, so that every value that trains the model is in it."""
+    """Return the keys that complete ``section``, so that config.yaml has every value that trains the model."""
     arguments = dict(section.get("arguments") or {})
     defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     for name, default in defaults.items():
@@ -204,9 +204,9 @@ def _plain(value: Any) -> Any:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     if isinstance(value, list):
-        return all(_is_plain(one) for one in value)
+        return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, (str, int, float))
 
 
