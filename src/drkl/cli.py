@@ -82,7 +82,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Distil a language model into a smaller one that is faithful to its teacher, and as diverse."""
@@ -98,11 +98,12 @@ def distill(
         list[str] | None, typer.Argument(help="section.key=value, e.g. objective.name=rkl", show_default=False)
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Go on with this interrupted run.", show_default=False)
+        Path | None, typer.Option(metavar="RUN", help="Continue this interrupted run.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would run, how large and how long; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print the config, sizes, and estimates of memory and time; write nothing."),
     ] = False,
 ) -> None:
     """Distil a student as CONFIG says; stages one after the other."""
@@ -172,7 +173,7 @@ def evaluate(
     teacher: TeacherOption = None,
     data: DataOption = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for eval.json and the files beside it; default RUN.", show_default=False)
+        Path | None, typer.Option(help="Folder for eval.json and its files. Default: RUN.", show_default=False)
     ] = None,
     suite: Annotated[
         list[str] | None,
@@ -184,7 +185,7 @@ def evaluate(
         ),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="minillm: the prompt format, decoding and seeds of MiniLLM.", show_default=False)
+        str | None, typer.Option(help="minillm: use MiniLLM's prompt format, decoding and seeds.", show_default=False)
     ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="Number of prompts to answer (in each suite), or all.", show_default=False)
@@ -216,7 +217,7 @@ def evaluate(
     device: DeviceOption = "auto",
     fresh: Annotated[
         bool,
-        typer.Option("--fresh", help="Compute everything again, without parts that an earlier evaluation finished."),
+        typer.Option("--fresh", help="Compute everything again; do not reuse parts of an earlier evaluation."),
     ] = False,
 ) -> None:
     """Measure fidelity, diversity and calibration of a run, or of any student beside any teacher: eval.json."""
@@ -337,15 +338,18 @@ def analyze(
     ] = None,
     objectives: Annotated[
         str | None,
-        typer.Option(help="As rkl,drkl:0.1,drkl@student,rkl+gjs:0.5 (default: all, and more).", show_default=False),
+        typer.Option(
+            help="Objectives, e.g. rkl,drkl:0.1,drkl@student,rkl+gjs:0.5. Default: all, and more.", show_default=False
+        ),
     ] = None,
     positions: Annotated[
-        int, typer.Option(help="Number of positions at which every objective is differentiated; means use all.")
+        int,
+        typer.Option(help="Number of positions at which to differentiate every objective; means use all positions."),
     ] = 512,
     gamma: Annotated[
         float | None,
         typer.Option(
-            help="DRKL's weight of the tail where an objective names none (default: the run's, else 0.5).",
+            help="gamma of decoupled objectives that name none. Default: the run's, else 0.5.",
             show_default=False,
         ),
     ] = None,
@@ -413,7 +417,7 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="A run folder, or an output folder of `drkl evaluate --student`. Others are compared with the first.",
+            help="A run folder, or an output folder of `drkl evaluate --student`. Several are shown side by side.",
             show_default=False,
         ),
     ],
@@ -445,7 +449,9 @@ def report(
 @app.command()
 def compare(
     run_a: Annotated[Path, typer.Argument(help="A: an evaluated run, or pair of models.", show_default=False)],
-    run_b: Annotated[Path, typer.Argument(help="B: another one, evaluated on the same data.", show_default=False)],
+    run_b: Annotated[
+        Path, typer.Argument(help="B: another run or pair, evaluated on the same data.", show_default=False)
+    ],
     output_format: Annotated[str, typer.Option("--format", help="text, md, csv or json")] = "text",
     output: Annotated[
         Path | None,
@@ -455,7 +461,7 @@ def compare(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for the resampling.")] = 0,
 ) -> None:
-    """Compare two evaluated students on the same rows and prompts, B - A, and say which differences the data decide."""
+    """Compare two evaluated students on the same rows and prompts, with paired intervals for B - A."""
     import shutil
 
     from drkl.evaluation.comparison import compare as paired_differences
@@ -489,9 +495,9 @@ def generate(
     ] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Random seed; the same seed gives the same answers.")] = 0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Take the most probable token every time.")] = False,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most probable token.")] = False,
 ) -> None:
-    """Print answers of teacher and student to a prompt side by side (of classifiers: the classes of a text)."""
+    """Print the answers of teacher and student to a prompt side by side (for classifiers, the classes of a text)."""
     from drkl.data.tokenize import encode_for
     from drkl.models.forward import is_encoder_decoder
     from drkl.models.generate import sample_texts
@@ -549,7 +555,7 @@ def data(
         list[str] | None, typer.Argument(help="section.key=value, e.g. data.turns=all", show_default=False)
     ] = None,
 ) -> None:
-    """Show what CONFIG makes of its data: counts, drops, lengths, a row of each source; write nothing."""
+    """Show the rows that CONFIG trains on: counts, drops, lengths, and one row of each source; write nothing."""
     from drkl.config import load_config
     from drkl.data.survey import survey
     from drkl.models.load import quiet_transformers
@@ -569,7 +575,8 @@ def data(
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="Print this recipe, to change it: > my.yaml", show_default=False)
+        str | None,
+        typer.Argument(help="Print this recipe; redirect it to a file to change it: > my.yaml", show_default=False),
     ] = None,
 ) -> None:
     """List the recipes that ship with drkl, or print one of them."""
@@ -590,13 +597,15 @@ def toy(
     output: Annotated[
         Path, typer.Option(help="Folder for csv files, figures and animations; finished results in it are kept.")
     ],
-    setting: Annotated[str, typer.Option(help="free, capacity, or both with a comma between.")] = "free,capacity",
+    setting: Annotated[str, typer.Option(help="free, capacity, or both, separated by a comma.")] = "free,capacity",
     vocab: Annotated[int, typer.Option(help="Vocabulary size.")] = 1000,
     entropy: Annotated[str, typer.Option(help="Entropies of the teachers, in nats.")] = "4.15,1.4",
     init: Annotated[str, typer.Option(help="random, warm (after some forward KL), or both.")] = "random",
     objectives: Annotated[
         str | None,
-        typer.Option(help="As rkl,drkl:0.1,drkl@student,rkl+gjs:0.5 (default: all, and more).", show_default=False),
+        typer.Option(
+            help="Objectives, e.g. rkl,drkl:0.1,drkl@student,rkl+gjs:0.5. Default: all, and more.", show_default=False
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 5,
     steps: Annotated[int, typer.Option(help="Number of Adam steps.")] = 400,
@@ -613,7 +622,7 @@ def toy(
         typer.Option(min=1, help="Number of single-thread processes (default: one per core).", show_default=False),
     ] = None,
 ) -> None:
-    """Train toy students on a known teacher under every objective; show where each ends, and how it gets there."""
+    """Train toy students of a known teacher with every objective, and show their paths and end points."""
     from drkl.objectives.variants import parse_variants
     from drkl.toy import sweep
     from drkl.toy.dynamics import INITS, QUICK, SETTINGS, ToySetting
