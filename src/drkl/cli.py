@@ -307,7 +307,7 @@ _OPTIONS = {
     **{f"{name}:": f"--{name.replace('_', '-')}:" for name in
        ("prompts", "sampling_temperature", "sweep", "seeds", "max_new_tokens", "batch_size")},
 }  # fmt: skip
-"""What the library calls an option, and the flag that sets it."""
+"""Names of options in the library, and the flags that set them."""
 
 
 @contextmanager
@@ -397,10 +397,10 @@ def analyze(
             )  # fmt: skip
     folder = output or run
     assert folder is not None
-    drawn = figures.write_figures(result.to_json(), folder / "analysis")
+    paths = figures.write_figures(result.to_json(), folder / "analysis")
     print_analysis(result.findings, figures.table(result.to_json()))
     print(
-        f"Written: {folder / 'analysis.json'} and {len(drawn)} figures beside {folder / 'analysis' / 'positions.csv'}."
+        f"Written: {folder / 'analysis.json'} and {len(paths)} figures beside {folder / 'analysis' / 'positions.csv'}."
     )
     print(f"Next: drkl report {folder}")
 
@@ -440,10 +440,10 @@ def report(
 
     page.checked_format(output_format)
     # The picture first: it has more ways to be refused, and then nothing is written.
-    drawn = None if picture is None else write_picture(runs[0], picture)
+    picture_path = None if picture is None else write_picture(runs[0], picture)
     print(f"The report is {page.report(runs, output, output_format=output_format)}")
-    if drawn is not None:
-        print(f"The picture is {drawn}")
+    if picture_path is not None:
+        print(f"The picture is {picture_path}")
 
 
 @app.command()

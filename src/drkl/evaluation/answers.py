@@ -42,7 +42,7 @@ class Pool:
     rouge_l: Sequence[float]
     """ROUGE-L of each answer, ascending; empty without a reference."""
     copies: Sequence[int]
-    """How often each different text occurs."""
+    """The number of times that each different text occurs."""
     words: Sequence[Sequence[str]]
     """The words of each answer, lower-cased."""
 
@@ -168,8 +168,8 @@ class AnswerTable:
         pools: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
         for line in lines:
             pools.setdefault((line.get("suite"), line["prompt_id"]), []).append(line)
-        asked = {(line.get("model"), line.get("sampling_temperature")) for pool in pools.values() for line in pool}
-        assert len(asked) <= 1, f"lines of one model at one sampling temperature, not of {sorted(map(str, asked))}"
+        sources = {(line.get("model"), line.get("sampling_temperature")) for pool in pools.values() for line in pool}
+        assert len(sources) <= 1, f"lines of one model at one sampling temperature, not of {sorted(map(str, sources))}"
         table = cls()
         for pool in pools.values():
             pool.sort(key=lambda line: (line.get("seed") or 0, line["sample"]))

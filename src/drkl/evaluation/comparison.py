@@ -24,7 +24,7 @@ from drkl.evaluation.row_sums import RowSums
 
 SIZES = ("num_tokens", "num_answers", "num_rows")
 CHANCE = 0.05
-"""How often a 95 % interval leaves out the truth."""
+"""The share of 95 % intervals that leave out the truth."""
 SAMPLING = (
     "sampling_temperature", "max_new_tokens", "samples_per_prompt", "seeds", "seed", "protocol", "template", "gamma",
 )  # fmt: skip
@@ -79,7 +79,7 @@ class Table:
     suite: str | None
     sampling_temperature: float | None
     units: dict[str, int] = field(default_factory=dict)
-    """How many held-out rows, prompts or texts were resampled."""
+    """The number of held-out rows, prompts or texts that were resampled."""
     differences: list[Difference] = field(default_factory=list)
     not_compared: dict[str, str] = field(default_factory=dict)
     """Metrics that cannot be paired, and why."""

@@ -44,9 +44,9 @@ class Inputs(NamedTuple):
     """The suite of each row, where named suites were asked for."""
     device: torch.device
     data: dict[str, Any]
-    """Where the rows come from, and how many were dropped."""
+    """The source of the rows, and the number of dropped rows."""
     vocab_size: int | None
-    """How many ids the models are compared on, where that is not all."""
+    """The number of token ids on which the models are compared; None for all."""
     classes: tuple[str, ...] | None
     """The names of a classifier's classes, by number."""
     gamma: float

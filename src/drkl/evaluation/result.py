@@ -120,14 +120,14 @@ class Evaluation:
 
     numbers: Numbers
     settings: dict[str, Any]
-    """How it was measured: the fields of `EvaluationConfig`, the models, the data, versions, definitions."""
+    """The settings of the evaluation: the fields of `EvaluationConfig`, the models, the data, versions, definitions."""
     task: str = "generation"
     """``generation`` or ``classification``."""
     name: str = "evaluation"
     """The run's ``run.name``; of a pair the name of its folder."""
     classes: list[str] = field(default_factory=list)
     suites: dict[str, Numbers] = field(default_factory=dict)
-    """Where named suites were evaluated: each one's own numbers."""
+    """The numbers of each named suite, if suites were evaluated."""
     sweep: dict[str, list[SweepPoint]] = field(default_factory=dict)
     """By model, from the lowest sampling temperature to the highest."""
     coverage: dict[str, Coverage] = field(default_factory=dict)
@@ -138,11 +138,11 @@ class Evaluation:
     """Seconds, by model and part, and in ``total``."""
     findings: list[Finding] = field(default_factory=list)
     folder: Path | None = None
-    """Where it was loaded from or saved to; None for one in memory."""
+    """The folder that it was loaded from or saved to; None in memory."""
     lines: dict[str, Lines] = field(default_factory=dict, repr=False, compare=False)
     """The lines that are in memory, by the names in `FILES`."""
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What `drkl.evaluation.comparison` made of the lines, for the next comparison."""
+    """Resampled metrics that `drkl.evaluation.comparison` keeps for the next comparison."""
 
     def __str__(self) -> str:
         return self.name if self.folder is None else str(self.folder)

@@ -301,10 +301,12 @@ class Generation:
         result: dict[str, Numbers] = {}
         suites = list(self.suite_of.values())
         for suite in dict.fromkeys(suites):
-            here = np.array([name == suite for name in suites])
+            in_suite = np.array([name == suite for name in suites])
             values, ends = {}, {}
             for name, table in self._tables.items():
-                resampled = Resampled.of(_of_rows(table.row_sums(len(here)).metrics, here), int(here.sum()), seed)
+                resampled = Resampled.of(
+                    _of_rows(table.row_sums(len(in_suite)).metrics, in_suite), int(in_suite.sum()), seed
+                )
                 at_main = self._answers[name].get(self.settings.sampling_temperature, {})
                 answers = at_main.get(suite, AnswerTable())
                 values[name] = _table({**resampled.points, **answers.compute()})
@@ -412,12 +414,12 @@ def _sweep(
     return points if len(points) > 1 else []
 
 
-def _of_rows(metrics: Metrics, here: np.ndarray) -> Metrics:
+def _of_rows(metrics: Metrics, selected: np.ndarray) -> Metrics:
     """The metrics of some rows alone, as functions of how often each of them counts."""
 
     def of_these(weights: np.ndarray) -> Mapping[str, np.ndarray]:
-        spread = np.zeros((len(weights), len(here)))
-        spread[:, here] = weights
+        spread = np.zeros((len(weights), len(selected)))
+        spread[:, selected] = weights
         return metrics(spread)
 
     return of_these

@@ -27,7 +27,7 @@ class LogitChunk(NamedTuple):
     labels: Tensor | None
     """`[m]`, or None where none are given."""
     start: int
-    """How many of the positions that count come before these."""
+    """The number of counted positions before these."""
 
 
 Observer = Callable[[LogitChunk], None]

@@ -36,7 +36,7 @@ NOT_INPUTS = frozenset(
 )
 """Keys of a batch that change what a model returns, not what it reads."""
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""What describes packed sequences, which models take without naming it."""
+"""Keys that describe packed sequences, which models accept without naming them."""
 
 
 def pair_loss(
@@ -349,7 +349,7 @@ class _DataParallel(NamedTuple):
     groups: list[Any]
     size: int
     device: Any
-    """Where the groups' collectives run."""
+    """The devices on which the groups' collectives run."""
 
 
 def _data_parallel(student: Wrapped) -> _DataParallel | None:

@@ -40,9 +40,9 @@ class Batch:
     """Some rows, padded, and the positions of them that are read; everything on the CPU."""
 
     rows: list[int]
-    """Which of the rows these are."""
+    """The places of these rows among all rows."""
     inputs: dict[str, Tensor]
-    """What `drkl.models.forward.hidden_states` takes, `[batch, tokens]` each."""
+    """The arguments of `drkl.models.forward.hidden_states`, `[batch, tokens]` each."""
     keep: Tensor
     """`[batch, tokens]`, true at the `n` positions that are read."""
     labels: Tensor

@@ -15,7 +15,7 @@ from drkl.objectives.logspace import kl, kl_terms, weighted
 from drkl.objectives.terms import Terms, kl_terms_of, label_or_top, mean_terms, splits, summands
 
 FIRST_TOKENS = 256
-"""How many of the teacher's most probable tokens are searched for the head first; it seldom has more."""
+"""The number of the teacher's most probable tokens that are searched for the head first; it seldom has more."""
 
 
 @dataclass(frozen=True)

@@ -87,13 +87,13 @@ def section(run: Run) -> Section | None:
     with plot_style():
         pictures = [drawn.picture() for drawn in _drawn(analysis)]
     settings = analysis["settings"]
-    asked = settings["differentiated"]
+    counts = settings["differentiated"]
     models = " beside ".join(short(str(settings["models"][name]), 60) for name in ("student", "teacher"))
     note = (
         f"{models}: {number(settings['positions'], 0)} positions of {number(settings['rows'], 0)} rows, temperature "
-        f"{settings['temperature']:g}. Each objective was differentiated at {number(asked['evenly'], 0)} evenly spaced "
-        f"positions and at {number(asked['matched'], 0)} more with a matched target ({settings['matched']}). A push is "
-        "the gradient on the logit of the teacher's top token: a negative one raises it. In brackets: 95 % intervals "
+        f"{settings['temperature']:g}. Each objective was differentiated at {number(counts['evenly'], 0)} evenly "
+        f"spaced positions and at {number(counts['matched'], 0)} more with a matched target ({settings['matched']}). "
+        "A push is the gradient on the logit of the teacher's top token: a negative one raises it. In brackets: 95 % intervals "
         "over rows."
     )
     return Section(_notice(run, analysis), pictures, table(analysis), note)

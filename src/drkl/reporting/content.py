@@ -82,12 +82,12 @@ def content_of(runs: Sequence[Run], lines: Mapping[str, Line]) -> Content:
     beside = _several(runs, lines)
     head = _headline(runs, beside)
     headlined = head.answer.finding.id if head.answer else ""
-    asked = _questions(runs, lambda run: [finding for finding in run.findings if finding.id != headlined])
-    applies = [any(answer.finding.answer != "not_applicable" for answer in question.answers) for question in asked]
+    questions = _questions(runs, lambda run: [finding for finding in run.findings if finding.id != headlined])
+    applies = [any(answer.finding.answer != "not_applicable" for answer in question.answers) for question in questions]
     return Content(
         headline=head,
-        questions=[question for question, yes in zip(asked, applies, strict=True) if yes],
-        not_applicable=[question for question, yes in zip(asked, applies, strict=True) if not yes],
+        questions=[question for question, yes in zip(questions, applies, strict=True) if yes],
+        not_applicable=[question for question, yes in zip(questions, applies, strict=True) if not yes],
         analysis_questions=_questions(runs, lambda run: run.analysis_findings),
         several=beside,
     )

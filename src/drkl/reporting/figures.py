@@ -98,21 +98,21 @@ def confidence(run: Run) -> list[Picture]:
     """Return the figures of confidence: histograms, and the student's gaps to the teacher or its reliability."""
     if run.evaluation is None:
         return []
-    drawn: list[Picture | None] = []
+    pictures: list[Picture | None] = []
     with plot_style():
         if (bins := run.evaluation.reliability) is not None and run.task == "classification":
             both: list[str] = ["teacher", "student"]
             counts: Counts = {model: bins.width[model].counts for model in both if model in bins.width}
             words = ("Probability of the top class", _HISTOGRAMS["confidence"][1])
-            drawn += [reliability(run), _histogram(run, "confidence", words, bins.edges, counts)]
+            pictures += [reliability(run), _histogram(run, "confidence", words, bins.edges, counts)]
         for key, words in _HISTOGRAMS.items():
             if (tables := run.evaluation.distributions) is None:
                 break
             counts = {model: own[key] for model, own in tables.counts.items() if key in own}
-            drawn.append(_histogram(run, key, words, tables.edges.get(key, []), counts))
+            pictures.append(_histogram(run, key, words, tables.edges.get(key, []), counts))
         if run.task != "classification":
-            drawn.append(_gaps(run))
-    return [picture for picture in drawn if picture]
+            pictures.append(_gaps(run))
+    return [picture for picture in pictures if picture]
 
 
 Counts = dict[str, list[int]]
@@ -218,10 +218,10 @@ def _gaps(run: Run) -> Picture | None:
 def profiles(runs: Sequence[Run]) -> list[Picture]:
     """Calibration by confidence, the probability of the teacher's ranks, and what more samples bring."""
     with plot_style():
-        drawn = [reliability(runs[0]), _tail(runs)]
-        drawn.append(_coverage(runs, "rouge_l_best", "The best of k answers", _BEST_CAPTION, 1))
-        drawn.append(_coverage(runs, "distinct_answers", "Different answers among k", _DISTINCT_CAPTION, 2))
-    return [picture for picture in drawn if picture]
+        pictures = [reliability(runs[0]), _tail(runs)]
+        pictures.append(_coverage(runs, "rouge_l_best", "The best of k answers", _BEST_CAPTION, 1))
+        pictures.append(_coverage(runs, "distinct_answers", "Different answers among k", _DISTINCT_CAPTION, 2))
+    return [picture for picture in pictures if picture]
 
 
 _BEST_CAPTION = "ROUGE-L of the best of k samples, mean over prompts"
@@ -295,8 +295,8 @@ def run_dots(runs: Sequence[Run]) -> list[Picture]:
     classifies = runs[0].task == "classification"
     keys = ("ece", "accuracy", "agreement", "rkl") if classifies else ("rkl", "fkl", "agreement", "entropy")
     with plot_style():
-        drawn = [_dots(runs, metrics_of(runs[0].task)[key]) for key in keys]
-    return [picture for picture in drawn if picture]
+        pictures = [_dots(runs, metrics_of(runs[0].task)[key]) for key in keys]
+    return [picture for picture in pictures if picture]
 
 
 def _dots(runs: Sequence[Run], metric: Metric) -> Picture | None:

@@ -65,7 +65,7 @@ class Picture:
 
 @dataclass
 class Line:
-    """How one model, or the student of one run, is drawn; ``color`` is a name in ``COLORS`` and a CSS variable."""
+    """The line style of a model, or of the student of a run; ``color`` is a name in ``COLORS`` and a CSS variable."""
 
     key: str
     title: str

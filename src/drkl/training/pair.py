@@ -57,11 +57,11 @@ class Pair:
     student_name: str
     teacher_name: str | None
     data_names: tuple[str, str | None]
-    """What the training rows and the held-out rows come from."""
+    """The sources of the training rows and of the held-out rows."""
     eval_dataset: list[dict[str, Any]] | None
     """The held-out rows as they were passed in memory; None where they have a name, or no json."""
     notes: list[str] = field(default_factory=list)
-    """What a user should know of the pair."""
+    """Notes on the pair for the user."""
 
     @property
     def vocab_size(self) -> int | None:

@@ -49,11 +49,11 @@ class RunRecord:
     def __init__(self, run: RunFolder, pair: Pair, args: DistillationConfig) -> None:
         self.run, self.pair, self.args = run, pair, args
         self.config: dict[str, Any] | None = None
-        """What config.yaml holds; None describes the pair and the arguments."""
+        """The content of config.yaml; None: describe the pair and the arguments."""
         self.command: list[str] | None = None
         """The command that repeats the run, where one made it."""
         self.export = "adapter"
-        """What is saved of a student with an adapter: ``adapter``, or the ``merged`` model."""
+        """The saved form of a student with an adapter: ``adapter``, or the ``merged`` model."""
         self.keeps_folder = False
         """Whether the folder was prepared for this run already."""
         self._environment: dict[str, Any] = {}

@@ -43,7 +43,7 @@ class RunSpec:
     peft: PeftConfig | None = None
     task: str = "generation"
     tokenizer: TokenizerConfig | None = None
-    """How to make the tokenizer, in the first of several stages; None where a model brings one."""
+    """The tokenizer to train, in the first of several stages; None if a model has its own."""
 
     @property
     def classifies(self) -> bool:
