@@ -93,8 +93,8 @@ def section(run: Run) -> Section | None:
         f"{models}: {number(settings['positions'], 0)} positions of {number(settings['rows'], 0)} rows, temperature "
         f"{settings['temperature']:g}. Each objective was differentiated at {number(counts['evenly'], 0)} evenly "
         f"spaced positions and at {number(counts['matched'], 0)} more with a matched target ({settings['matched']}). "
-        "A push is the gradient on the logit of the teacher's top token: a negative one raises it. In brackets: 95 % intervals "
-        "over rows."
+        "A push is the gradient on the logit of the teacher's top token: a negative one raises it. In brackets: 95 % "
+        "intervals over rows."
     )
     return Section(_notice(run, analysis), pictures, table(analysis), note)
 
