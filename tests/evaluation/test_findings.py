@@ -203,7 +203,7 @@ def test_closer_and_better_are_decided_by_paired_differences_where_there_are_som
     paired["student", "before"]["fkl"] = Estimate(0.5, (0.1, 1.0))
     contradiction = next(f for f in of_evaluation(wide, paired) if f.id == "closer")
     assert contradiction.answer == "undecided" and "contradict each other" in contradiction.text
-    assert "Reverse KL 2.00 nats, before 5.00 nats (−3.000 [−4.000, −2.000])" in contradiction.text
+    assert "Reverse KL 2.00 nats, before training 5.00 nats (−3.000 [−4.000, −2.000])" in contradiction.text
     assert contradiction.numbers["rkl_difference"] == paired["student", "before"]["rkl"]
     assert answers(of_evaluation(replace(wide, settings={"data": {"heldout_rows": 2}}), paired))["closer"] == (
         "undecided"
