@@ -29,8 +29,10 @@ from drkl.models.classes import is_classifier
 from drkl.models.forward import decoder_start as decoder_start_of
 from drkl.models.forward import hidden_states, output_head
 
-TOKENS_PER_BATCH = 4096
-"""Rows of like length are read together, up to this many tokens with padding."""
+TOKENS_PER_BATCH = 2048
+"""Rows of like length are read together, up to this many tokens with padding. In bf16 another number moves last digits."""
+SHORT_TOKENS_PER_BATCH = 4096
+"""The same for texts to classify, and for the few rows of a held-out loss during training."""
 CHUNK = 256
 """Positions whose logits exist at once."""
 
@@ -154,7 +156,7 @@ def read(
     *,
     pad_id: int,
     vocab_size: int | None = None,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_batch: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Readout:
     """Run a model over the rows once and keep what it computed at every trained position, in the order of the rows.
@@ -164,7 +166,7 @@ def read(
         rows: at least one, tokenised for this kind of model.
         pad_id: fills batches; its value changes nothing.
         vocab_size: keep the head of the first so many ids only, those that the compared models share.
-        tokens_per_batch: see `batches`.
+        tokens_per_batch: see `batches`; default `TOKENS_PER_BATCH`, or `SHORT_TOKENS_PER_BATCH` for a classifier.
         progress: called after each batch with the number of rows in it.
     """
     assert rows, "at least one held-out row"
@@ -172,8 +174,9 @@ def read(
     hidden: list[Tensor] = [torch.empty(0)] * len(rows)
     labels: list[Tensor] = [torch.empty(0)] * len(rows)
     start = decoder_start_of(model)
+    size = tokens_per_batch or (SHORT_TOKENS_PER_BATCH if is_classifier(model) else TOKENS_PER_BATCH)
     with _padded_with(model, pad_id):
-        for batch in batches(rows, pad_id=pad_id, decoder_start=start, tokens_per_batch=tokens_per_batch):
+        for batch in batches(rows, pad_id=pad_id, decoder_start=start, tokens_per_batch=size):
             counts = batch.keep.sum(1).tolist()
             # To the CPU: the states wait there while other models take the device.
             states = batch.states(model).cpu().split(counts)
