@@ -30,7 +30,7 @@ from drkl.models.forward import decoder_start as decoder_start_of
 from drkl.models.forward import hidden_states, output_head
 
 TOKENS_PER_BATCH = 2048
-"""Tokens of a batch, with padding, at most; rows of like length are together. In bf16 another size moves last digits."""
+"""Tokens of a batch at most, with padding; rows of like length go together. In bf16 another size moves digits."""
 SHORT_TOKENS_PER_BATCH = 4096
 """The same for texts to classify, and for the few rows of a held-out loss during training."""
 CHUNK = 256
