@@ -9,7 +9,7 @@ import numpy as np
 from drkl.evaluation import bootstrap
 from drkl.evaluation.bookkeeping import finite
 from drkl.evaluation.calibration import weighted_sums
-from drkl.evaluation.findings import MIN_UNITS
+from drkl.evaluation.paired import MIN_UNITS
 
 MISSED = 0.1
 """Up to this share of the resamples may contain none of a mean's positions; they are left out of its interval."""

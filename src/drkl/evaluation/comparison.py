@@ -18,7 +18,19 @@ from drkl.evaluation.bootstrap import RESAMPLES, Metrics, Resampled
 from drkl.evaluation.class_scores import ClassScores
 from drkl.evaluation.declared import ANSWER_KEYS, CLASS_KEYS, TOKEN_KEYS, Metric, metrics_of
 from drkl.evaluation.findings import Finding, of_comparison
-from drkl.evaluation.paired import AS_VARIED, Curve, Difference, Side, Verdict, decide, mostly, paired, when_as_varied
+from drkl.evaluation.paired import (
+    AS_VARIED,
+    MIN_UNITS,
+    Curve,
+    Difference,
+    Side,
+    Verdict,
+    decide,
+    mostly,
+    paired,
+    settled,
+    when_as_varied,
+)
 from drkl.evaluation.result import Evaluation
 from drkl.evaluation.row_sums import RowSums
 
@@ -168,6 +180,8 @@ def compare(a: Evaluation | str | Path, b: Evaluation | str | Path, *, seed: int
         heldout, samples = [_sets(run, ROWS) for run in pair], [_sets(run, PROMPTS) for run in pair]
         warnings += [*_only_in_one("held-out rows", heldout), *_only_in_one("answers", samples)]
         tables = _compare_generation(pair, heldout, samples, seed)
+    few = {f"{count} {name}" for table in tables for name, count in table.units.items() if count < MIN_UNITS}
+    warnings += [f"{what} decide nothing; it takes {MIN_UNITS} or more." for what in sorted(few)]
     return Comparison(first, second, seed, tables, warnings)
 
 
@@ -241,7 +255,7 @@ def _compared(pair: Pair, unit: Unit, lines: Sequence[Mapping[str, list[Line]]],
         start.suite,
         start.sampling_temperature,
         start.units | {unit.plural: len(ids)},
-        start.differences + differences,
+        start.differences + [settled(difference, len(ids)) for difference in differences],
         start.not_compared | missing,
     )
 
@@ -251,8 +265,10 @@ def _when_as_varied(
 ) -> Difference | None:
     """ROUGE-L where each student is as varied as its teacher; None where one cannot be brought there."""
     curves: list[dict[str, dict[float, Resampled]]] = [{"student": {}, "teacher": {}} for _ in pair]
+    units = 0
     for temperature in temperatures:
-        _, sides = _paired_sides(pair, PROMPTS, [sets[suite, temperature] for sets in samples], seed)
+        ids, sides = _paired_sides(pair, PROMPTS, [sets[suite, temperature] for sets in samples], seed)
+        units = len(ids)
         for curve, side in zip(curves, sides, strict=True):
             curve["student"][temperature] = side.student
             if side.teacher.points:
@@ -265,7 +281,7 @@ def _when_as_varied(
     known = ~(np.isnan(a) | np.isnan(b))
     change = mostly(b - a)
     verdict: Verdict = "undecided" if change.interval is None else decide(-a[1:][known[1:]], -b[1:][known[1:]])
-    return Difference(AS_VARIED, float(a[0]), float(b[0]), change.interval, verdict)
+    return settled(Difference(AS_VARIED, float(a[0]), float(b[0]), change.interval, verdict), units)
 
 
 def _paired_sides(

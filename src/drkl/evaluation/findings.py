@@ -21,12 +21,10 @@ import numpy as np
 from drkl.display import number
 from drkl.evaluation.bootstrap import Estimate, Interval
 from drkl.evaluation.declared import Metric, metrics_of
-from drkl.evaluation.paired import AS_VARIED, Curve, Difference, mostly, when_as_varied
+from drkl.evaluation.paired import AS_VARIED, MIN_UNITS, Curve, Difference, mostly, when_as_varied
 
 Answer = Literal["yes", "no", "undecided", "not_applicable"]
 
-MIN_UNITS = 5
-"""Fewer rows, prompts or texts decide nothing: a resample of so few says little about others."""
 ROUNDING = 1e-5
 """Two passes of one model over the same rows agree to this. It is the bar in place of 0: rounding is no finding."""
 PUSHED = 0.02

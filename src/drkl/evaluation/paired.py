@@ -24,6 +24,8 @@ from drkl.evaluation.bootstrap import Estimate, Interval, Resampled, interval
 from drkl.evaluation.declared import METRICS, Metric
 
 Verdict = Literal["A better", "B better", "undecided"]
+MIN_UNITS = 5
+"""Fewer rows, prompts or texts decide nothing: a resample of so few says little about others."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,13 @@ def paired(metrics: Mapping[str, Metric], a: Side, b: Side) -> tuple[list[Differ
             )
         )
     return differences, missing
+
+
+def settled(difference: Difference, units: int) -> Difference:
+    """Return the difference with its verdict, which fewer than `MIN_UNITS` units leave undecided."""
+    if difference.verdict is None or units >= MIN_UNITS:
+        return difference
+    return replace(difference, verdict="undecided")
 
 
 def decide(a: np.ndarray, b: np.ndarray) -> Verdict:
