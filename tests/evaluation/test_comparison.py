@@ -381,6 +381,17 @@ def test_runs_on_other_data_are_refused(pair: tuple[Path, Path], name: str, chan
         compare(*pair)
 
 
+def test_fewer_than_five_units_decide_nothing(pair: tuple[Path, Path]) -> None:
+    rows = {line["row_id"] for line in lines_of(pair[0] / "heldout.jsonl")[:3]}
+    for run in pair:
+        rewrite(run / "heldout.jsonl", lambda line: line if line["row_id"] in rows else None)
+    found = compare(*pair)
+    keys = [key for key in by_key(found) if key in TOKEN_KEYS]
+    assert {by_key(found)[key].verdict for key in keys} == {"undecided", None}
+    assert by_key(found)["rkl"].verdict == "undecided" and by_key(found)["distinct_2"].verdict is not None
+    assert "3 held-out rows decide nothing; it takes 5 or more." in found.warnings
+
+
 def test_texts_that_differ_are_refused(tmp_path: Path) -> None:
     runs = [classified(tmp_path / name, 0.8) for name in "ab"]
     rewrite(runs[1] / "predictions.jsonl", lambda line: line | {"label": "hot"})
@@ -421,17 +432,6 @@ def test_sets_that_share_nothing_are_refused(pair: tuple[Path, Path]) -> None:
         ({"models": {"teacher": "bigger"}}, "The teachers differ: 'big' in A, 'bigger' in B."),
     ],
 )
-def test_fewer_than_five_units_decide_nothing(pair: tuple[Path, Path]) -> None:
-    rows = {line["row_id"] for line in lines_of(pair[0] / "heldout.jsonl")[:3]}
-    for run in pair:
-        rewrite(run / "heldout.jsonl", lambda line: line if line["row_id"] in rows else None)
-    found = compare(*pair)
-    keys = [key for key in by_key(found) if key in TOKEN_KEYS]
-    assert {by_key(found)[key].verdict for key in keys} == {"undecided", None}
-    assert by_key(found)["rkl"].verdict == "undecided" and by_key(found)["distinct_2"].verdict is not None
-    assert "3 held-out rows decide nothing; it takes 5 or more." in found.warnings
-
-
 def test_other_settings_are_warned_of(pair: tuple[Path, Path], settings: dict[str, Any], warning: str) -> None:
     generation(pair[1], 0.5, "student", **settings)
     found = compare(*pair)
