@@ -1,0 +1,20 @@
+"""Two small models in memory, distilled, evaluated, compared and reported: `python examples/quickest.py`, in seconds."""
+
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import drkl
+
+letters = Tokenizer(models.BPE({chr(code): code for code in range(128)}, []))
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token=chr(0), eos_token=chr(1))
+size = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "eos_token_id": 1}
+teacher, student = (LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **size)) for layers in (4, 2))
+rows = [{"prompt": f"{i}, {i + 1}, ", "response": f"{i + 2}, {i + 3}"} for i in range(96)]
+args = drkl.DistillationConfig("runs/quickest", num_train_epochs=2, per_device_train_batch_size=8)
+trainer = drkl.DistillationTrainer(student, teacher, args, rows[:80], rows[80:], processing_class=tokenizer)
+before = drkl.evaluate(student, teacher, rows[80:], tokenizer, max_new_tokens=8, name="before")
+trainer.train()
+trainer.save_model()
+after = drkl.evaluate(student, teacher, rows[80:], tokenizer, max_new_tokens=8, name="after")
+print(*drkl.compare(before, after).summary(), sep="\n")
+drkl.report([before, after], "runs/quickest.html")
