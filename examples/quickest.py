@@ -1,4 +1,4 @@
-"""Two small models in memory, distilled, evaluated, compared and reported: `python examples/quickest.py`, in seconds."""
+"""Two small models in memory, distilled, evaluated, compared, reported: `python examples/quickest.py`, in seconds."""
 
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -7,8 +7,7 @@ import drkl
 
 letters = Tokenizer(models.BPE({chr(code): code for code in range(128)}, []))
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token=chr(0), eos_token=chr(1))
-size = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "eos_token_id": 1}
-teacher, student = (LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **size)) for layers in (4, 2))
+teacher, student = (LlamaForCausalLM(LlamaConfig(128, 32, 64, layers, 2)) for layers in (4, 2))
 rows = [{"prompt": f"{i}, {i + 1}, ", "response": f"{i + 2}, {i + 3}"} for i in range(96)]
 args = drkl.DistillationConfig("runs/quickest", num_train_epochs=2, per_device_train_batch_size=8)
 trainer = drkl.DistillationTrainer(student, teacher, args, rows[:80], rows[80:], processing_class=tokenizer)
