@@ -429,7 +429,7 @@ def test_an_objective_that_is_a_function(tmp_path: Path) -> None:
     trainer = make(tmp_path, fields={"objective": halves})
     trainer.train()
     trainer.save_model()
-    assert yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["objective"]["name"] == "halves"
+    assert yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["objective"]["name"] == "in memory: halves"
 
 
 def test_without_a_teacher_the_data_alone_teach(tmp_path: Path) -> None:
