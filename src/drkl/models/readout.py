@@ -1,4 +1,4 @@
-"""Reads models over held-out rows: the only loop from rows through batches and hidden states to logits.
+"""Run models over held-out rows: the only loop from rows through batches and hidden states to logits.
 
 Every pass over held-out rows is made of the same steps::
 
@@ -40,9 +40,9 @@ class Batch:
     """Some rows, padded, and the positions of them that are read; everything on the CPU."""
 
     rows: list[int]
-    """Which of the rows these are."""
+    """The places of these rows among all rows."""
     inputs: dict[str, Tensor]
-    """What `drkl.models.forward.hidden_states` takes, `[batch, tokens]` each."""
+    """The arguments of `drkl.models.forward.hidden_states`, `[batch, tokens]` each."""
     keep: Tensor
     """`[batch, tokens]`, true at the `n` positions that are read."""
     labels: Tensor
@@ -95,7 +95,7 @@ def batches(
 
 @dataclass(frozen=True)
 class Readout:
-    """What a model computed at the positions of held-out rows: enough for every logit, without the model's body.
+    """A model's states at the positions of held-out rows: enough for every logit, without the model's body.
 
     Attributes:
         hidden: `[n, hidden]`, the states that predict the labels; of a classifier its class logits `[n, classes]`.
@@ -123,15 +123,15 @@ class Readout:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything as contiguous tensors by name, on the CPU, the head included: what safetensors saves."""
-        found = {"hidden": self.hidden, "labels": self.labels, "row_index": self.row_index}
+        tensors = {"hidden": self.hidden, "labels": self.labels, "row_index": self.row_index}
         if (head := self.head) is not None:
-            found["head.weight"] = head.weight
-            found["head.scale"] = torch.tensor(head.scale, dtype=torch.float64)
+            tensors["head.weight"] = head.weight
+            tensors["head.scale"] = torch.tensor(head.scale, dtype=torch.float64)
             if head.bias is not None:
-                found["head.bias"] = head.bias
+                tensors["head.bias"] = head.bias
             if head.softcap is not None:
-                found["head.softcap"] = torch.tensor(head.softcap, dtype=torch.float64)
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+                tensors["head.softcap"] = torch.tensor(head.softcap, dtype=torch.float64)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], head: LMHead | None = None) -> Readout:
