@@ -260,7 +260,7 @@ def test_save_every_is_a_multiple_of_eval_every() -> None:
         ("output_dir=x", "output_dir is set by run.dir and run.name"),
         ("per_device_train_batch_size=4", "is set by training.per_device_train_batch_size"),
         ("bf16=true", "bf16 is set by training.precision"),
-        ("load_best_model_at_end=false", "which is always kept"),
+        ("metric_for_best_model=eval_rkl", "is set by the held-out loss"),
         ("resume_from_checkpoint=x", "is set by resuming the run"),
         ("wait_decay=1", "has no field 'wait_decay'. Did you mean 'weight_decay'?"),
         ("save_total_limit=1", "has to be at least 2"),

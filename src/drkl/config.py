@@ -188,7 +188,8 @@ def resolve(config: Config) -> dict[str, Any]:
         # Written out for each: a stage would inherit the warm-up of the last one.
         stage["training"].setdefault("warmup_steps", _warmup_of_stage(config.training, stage["training"]))
     objective: Any = config.objective.make()
-    values["objective"] = {"name": config.objective.name} | dataclasses.asdict(objective)
+    params = config.objective.params if config.objective.in_memory else dataclasses.asdict(objective)
+    values["objective"] = {"name": config.objective.name} | params
     return values
 
 

@@ -13,6 +13,7 @@ from drkl.analysis.analyze import analyze_inputs
 from drkl.analysis.result import Analysis
 from drkl.config import Config, load_config
 from drkl.data.classification import tokenize_labelled
+from drkl.data.config import NO_ROWS
 from drkl.data.rows import make_rows, read_shares
 from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import Progress, Source
@@ -103,7 +104,7 @@ def analyze_run(
     return analyze_inputs(
         run_inputs(specs),
         objectives=objectives,
-        own=specs[-1].objective.make(),
+        own=None if specs[-1].objective.in_memory else specs[-1].objective.make(),
         positions=positions,
         gamma=gamma,
         temperature=temperature,
@@ -155,6 +156,11 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
     if suites:
         rows, names, described = suite_rows(suites, data, tokenizer, encoder_decoder=encoder_decoder)
     else:
+        if data.eval_path == NO_ROWS:
+            raise DrklError(
+                f"The run {str(last.folder.root)!r} has no held-out rows: it was trained without an eval_dataset. Name "
+                "a test set in suites, or measure its student on other rows: drkl.evaluate(student, teacher, rows)."
+            )
         heldout = read_shares(data, classifier=last.classifies)[1]
         rows, report = make_rows(heldout, data, tokenizer, classes=classes, encoder_decoder=encoder_decoder)
         described = {
@@ -188,11 +194,13 @@ def evaluation_models(
     device = pick_device(wanted if has_device(wanted) else "auto")
     tokenizer = load_tokenizer(str(last.folder.student_path), classifier=last.classifies)
     classes = trained_classes(last)
-    load: Callable[[str, str], PreTrainedModel] = load_model if classes is None else load_classifier
+    load: Callable[..., PreTrainedModel] = load_model if classes is None else load_classifier
     loaders: dict[str, Source] = {}
     if last.teacher is not None:
         teacher = last.teacher
-        loaders["teacher"] = lambda: load(teacher.model, resolve_dtype(teacher.dtype, device))
+        loaders["teacher"] = lambda: load(
+            teacher.model, resolve_dtype(teacher.dtype, device), **teacher.model_init_kwargs
+        )
     teacher_name = first.teacher.model if first.teacher else None
     loaders["before"] = lambda: make_student(first.student, teacher_name, first.run.seed, tokenizer, classes)
     if len(specs) > 1:

@@ -184,3 +184,8 @@ def test_one_in_memory_has_no_folder(tmp_path: Path) -> None:
     found = Evaluation(Numbers({"student": {"rkl": 1.0}}), {})
     assert str(found) == "evaluation" and found.folder is None and found.samples == []
     assert Evaluation.load(found.save(tmp_path / "x")).name == "x"
+
+
+def test_what_is_no_folder_is_refused() -> None:
+    with pytest.raises(DrklError, match="Expected an Evaluation, or the folder of one; got a int"):
+        Evaluation.load(3)  # type: ignore[arg-type]

@@ -21,6 +21,18 @@ def test_the_own_loop_learns() -> None:
     assert [int(number) for number in re.findall(r"  # (\d+)", source)] == [1, 2]
 
 
+def test_the_quickest_way_takes_fifteen_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = (EXAMPLES / "quickest.py").read_text()
+    assert len([line for line in source.splitlines()[1:] if line.strip()]) <= 15
+    names = runpy.run_path(str(EXAMPLES / "quickest.py"))
+    before, after = names["before"], names["after"]
+    assert after["rkl"].value != before["rkl"].value and after["rkl"].interval is not None
+    run = tmp_path / "runs" / "quickest"
+    assert (run / "student" / "config.json").is_file() and (run / "config.yaml").is_file()
+    assert (tmp_path / "runs" / "quickest.html").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # TRL's own
 def test_trls_trainer_with_another_loss(tmp_path: Any) -> None:

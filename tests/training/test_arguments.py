@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 import drkl
 from drkl.errors import DrklError
@@ -152,3 +153,38 @@ def test_an_objective_of_ones_own(tmp_path: Path) -> None:
 def test_an_objective_object(tmp_path: Path) -> None:
     config = make(tmp_path, objective=drkl.make_objective("drkl", gamma=0.2))
     assert config.make_objective().gamma == 0.2 and config.to_dict()["objective"] == "drkl"
+
+
+def test_a_command_line_of_transformers_is_read() -> None:
+    line = "--output_dir x --objective drkl --lr_scheduler_type linear --eval_strategy no"
+    params = ["--objective_params", '{"gamma": 0.1}']
+    (config,) = HfArgumentParser(DistillationConfig).parse_args_into_dataclasses([*line.split(), *params])
+    assert config.lr_scheduler_type == "linear"
+    assert config.make_objective().gamma == 0.1
+    assert config.eval_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learning_rate": 0}, "learning_rate is 0; expected a number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"max_grad_norm": -1}, "max_grad_norm is -1; expected a number of at least 0"),
+        ({"weight_decay": -1}, "weight_decay is -1"),
+        ({"eval_steps": 0}, "eval_steps is 0; expected a number above 0"),
+        ({"save_steps": 0}, "save_steps is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"objective_params": "gamma"}, "objective_params is 'gamma'; expected a dict"),
+        ({"metric_for_best_model": "eval_agreement"}, "the held-out loss, eval_loss, decides"),
+        ({"greater_is_better": True}, "greater_is_better=True means nothing here"),
+        ({"early_stop_patience": 1, "eval_strategy": "no"}, "early_stop_patience counts held-out losses"),
+    ],
+)
+def test_numbers_outside_their_domain(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(DrklError, match=re.escape(message)):
+        DistillationConfig("x", use_cpu=True, **fields)
+
+
+def test_the_loss_may_be_named_as_what_decides() -> None:
+    for name in ("loss", "eval_loss", None):
+        assert DistillationConfig("x", metric_for_best_model=name, greater_is_better=False).greater_is_better is False

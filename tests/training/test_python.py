@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 import drkl
@@ -18,6 +19,7 @@ from drkl.config import load_config
 from drkl.errors import DrklError
 from drkl.models.load import load_model
 from drkl.runs import RunFolder
+from drkl.training.run import distill
 from drkl.training.trainer import plan_run
 from tests.models import tiny, tiny_classifiers
 
@@ -86,6 +88,110 @@ def test_every_value_that_trains_the_model_is_in_config_yaml(tmp_path: Path) -> 
     }  # fmt: skip
     read, _ = load_config(written)
     assert read.training.max_steps == 2 and read.specs()[-1].resolved["training"] == training
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "student" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"data_seed": 7},
+        {"load_best_model_at_end": False, "learning_rate": 1.0, "max_steps": 5},
+        {"save_strategy": "best", "learning_rate": 1.0, "max_steps": 5},
+        {"save_strategy": "no", "eval_strategy": "epoch", "num_train_epochs": 1},
+        {"eval_steps": 0.2, "save_steps": 0.4, "learning_rate": 0.5, "max_steps": 10},
+        {"eval_steps": 3, "save_steps": 2, "max_steps": 4},
+        {"disable_dropout": True},
+        {"model_init_kwargs": {"dtype": torch.bfloat16, "resid_pdrop": 0.4}},
+        {"held_out": False, "num_train_epochs": 1},
+        {"optim": "adafactor", "adam_beta1": 0.8, "lr_scheduler_type": "linear", "per_device_train_batch_size": 4},
+    ],
+)
+def test_the_config_yaml_of_a_run_makes_the_same_weights_again(tmp_path: Path, fields: dict[str, Any]) -> None:
+    student = tiny.save(tiny.gpt2(1, layers=2), tmp_path / "student")
+    teacher = tiny.save(tiny.gpt2(9), tmp_path / "teacher")
+    data, heldout = tmp_path / "rows.jsonl", tmp_path / "heldout.jsonl"
+    for path, rows in ((data, ROWS), (heldout, ROWS[:4])):
+        path.write_text("\n".join(map(json.dumps, rows)))
+    eval_dataset = str(heldout) if fields.pop("held_out", True) else None
+    trainer = make(
+        tmp_path, str(student), str(teacher), train_dataset=str(data), eval_dataset=eval_dataset, processing_class=None,
+        fields=fields,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    again, _ = load_config(tmp_path / "x" / "config.yaml", ["run.name=again"])
+    distill(again.specs())
+    first, second = weights(tmp_path / "x"), weights(tmp_path / "again")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_was_an_object_is_named_in_config_yaml_and_refused_there(tmp_path: Path) -> None:
+    student = tiny.save(tiny.llama(1, layers=2), tmp_path / "student")
+    teacher = tiny.save(tiny.llama(9), tmp_path / "teacher")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, ROWS)))
+
+    def drkl_of_mine(student_logp: Any, teacher_logp: Any, labels: Any) -> Any:
+        return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(-1)
+
+    drkl_of_mine.__name__ = "drkl"  # a name of ours, and still another objective
+    settings = {"train_dataset": str(data), "eval_dataset": None, "processing_class": None}
+    trainer = make(tmp_path, str(student), str(teacher), fields={"objective": drkl_of_mine}, **settings)
+    trainer.train()
+    trainer.save_model()
+    again, _ = load_config(tmp_path / "x" / "config.yaml", ["run.name=again"])
+    assert again.objective.name == "in memory: drkl"
+    with pytest.raises(DrklError, match="objective was passed in memory, drkl, so it cannot be made again"):
+        distill(again.specs())
+    with pytest.raises(DrklError, match="has no held-out rows: it was trained without an eval_dataset"):
+        drkl.evaluate_run(tmp_path / "x")
+
+    model = tiny.llama(1, layers=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings |= {"processing_class": TOKENIZER, "optimizers": (optimizer, None)}
+    make(tmp_path, model, str(teacher), **settings).train()
+    again, _ = load_config(tmp_path / "x" / "config.yaml", ["run.name=again", f"student.model={student}"])
+    with pytest.raises(DrklError, match="optim is 'in memory: SGD'"):
+        distill(again.specs())
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_optimiser_of_another_model_is_refused(tmp_path: Path) -> None:
+    other = torch.optim.SGD(tiny.llama(3).parameters(), lr=0.1)
+    with pytest.raises(DrklError, match="the optimiser holds no parameter of the student that is trained"):
+        make(tmp_path, optimizers=(other, None))
+
+
+def test_early_stopping_needs_held_out_rows(tmp_path: Path) -> None:
+    with pytest.raises(DrklError, match="early_stop_patience counts held-out losses; pass eval_dataset"):
+        make(tmp_path, eval_dataset=None, fields={"early_stop_patience": 1})
+
+
+def test_what_transformers_refuses_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(DrklError, match=r"Trainer refuses the arguments: .*nothing-there"):
+        make(tmp_path, fields={"report_to": "nothing-there"})
+
+
+def test_padding_of_classifiers_is_that_of_the_tokenizer(tmp_path: Path) -> None:
+    rows = [{"text": "w1 w2"[: 2 + 3 * (i % 2)], "label": i % 3} for i in range(9)]
+    kind = {"train_dataset": rows, "eval_dataset": None}
+    losses = []
+    for pads in ((0, 0), (None, 3)):
+        student = tiny_classifiers.make("llama", 1, pad_token_id=pads[0])
+        teacher = tiny_classifiers.make("llama", 2, pad_token_id=pads[1])
+        trainer = make(tmp_path, student, teacher, processing_class=tiny_classifiers.tokenizer(), **kind)
+        losses.append(trainer.train().training_loss)
+        assert teacher.config.pad_token_id == pads[1]
+    assert losses[0] == losses[1]
+
+
+def test_the_students_cache_is_left_on(tmp_path: Path) -> None:
+    student = tiny.llama(1, layers=2)
+    make(tmp_path, student).evaluate()
+    assert student.config.use_cache
 
 
 def test_models_by_name_make_a_run_that_the_command_line_goes_on_with(tmp_path: Path) -> None:
@@ -323,7 +429,7 @@ def test_an_objective_that_is_a_function(tmp_path: Path) -> None:
     trainer = make(tmp_path, fields={"objective": halves})
     trainer.train()
     trainer.save_model()
-    assert yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["objective"]["name"] == "halves"
+    assert yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["objective"]["name"] == "in memory: halves"
 
 
 def test_without_a_teacher_the_data_alone_teach(tmp_path: Path) -> None:

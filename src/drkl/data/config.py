@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from drkl.data.template import check_template
 
+NO_ROWS = "none"
+"""What ``eval_path`` says where nothing is held out."""
 Format = Literal["auto", "prompt_response", "messages", "text_label", "text"]
 
 
@@ -75,7 +77,7 @@ class DataConfig(BaseModel):
         default=None,
         description="Held-out rows: a file, or data that ships with drkl, such as bundled:dolly-eval. Default: 5 % of "
         "each source's training rows (1 to 100), selected by a hash of the row id; with fewer than 20 plain texts, the "
-        "end of each.",
+        "end of each. none: no held-out rows, so every row is trained on and the last weights are kept.",
     )
     eval_max_rows: int | None = Field(
         default=None,
@@ -142,7 +144,7 @@ class DataConfig(BaseModel):
             )
         if self.sources and self.max_rows is not None:
             raise ValueError("max_rows is set beside sources; each source has a max_rows of its own.")
-        if self.eval_max_rows is not None and self.eval_path is None:
+        if self.eval_max_rows is not None and self.eval_path in (None, NO_ROWS):
             raise ValueError("eval_max_rows is set, but eval_path, whose rows it counts, is not.")
         if self.max_tokens <= self.max_prompt_tokens:
             raise ValueError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
-from drkl.data.config import DataConfig, SourceConfig
+from drkl.data.config import NO_ROWS, DataConfig, SourceConfig
 from drkl.data.files import dataset_rows, file_rows
 from drkl.data.formats import standard_row
 from drkl.errors import DrklError
@@ -96,6 +96,8 @@ def read_heldout(config: DataConfig) -> list[Example]:
     """
     if config.eval_path is None:
         return load_examples(config)[1]
+    if config.eval_path == NO_ROWS:
+        return []
     held_out = read_examples(config.eval_path, config.format)
     chosen = {e.id for e in sorted(held_out, key=lambda e: hash_of_id(e.id))[: config.eval_max_rows]}
     return [example for example in held_out if example.id in chosen]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.classification import LabelledRow
-from drkl.data.config import DataConfig
+from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.rows import make_rows, read_shares
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
@@ -104,7 +104,7 @@ def survey(
         add(source.name, "training", train, source.weight)
         if config.eval_path is None:
             add(source.name, "held out", heldout)
-    if config.eval_path is not None:
+    if config.eval_path not in (None, NO_ROWS):
         add(config.eval_path, "held out", heldout)
     return surveys
 

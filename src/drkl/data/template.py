@@ -303,7 +303,12 @@ def _render_jinja(
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:
+        if type(error) is not Exception:  # what tokenizers raises, for instance for a word without an unknown token
+            raise
+        raise DrklError(f"The tokenizer cannot encode {text[:60]!r}: {error}.") from error
     return list(ids)
 
 

@@ -266,6 +266,8 @@ class Evaluation:
         Raises:
             DrklError: there is none, it is malformed (the message names file and key), or its format is newer.
         """
+        if not isinstance(path, str | Path):
+            raise DrklError(f"Expected an Evaluation, or the folder of one; got a {type(path).__name__}.")
         path = Path(path)
         file = path if path.is_file() else path / "eval.json"
         if not path.exists():

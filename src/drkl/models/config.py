@@ -63,6 +63,10 @@ class StudentConfig(BaseModel):
     dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_dtype)] = Field(
         "fp32", description="Dtype of the student's weights, which the optimiser updates."
     )
+    disable_dropout: bool = Field(False, description="Set the student's dropout to 0.")
+    model_init_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of from_pretrained for the model, such as revision."
+    )
 
     @model_validator(mode="after")
     def _check_used(self) -> StudentConfig:

@@ -77,6 +77,7 @@ def load_model(model: Name | PreTrainedModel, dtype: DtypeLike = "auto", **optio
     if isinstance(model, PreTrainedModel):
         return _in_memory(model, dtype, options)
     name, wanted = _text(model), torch_dtype(dtype)
+    _check_options(options, name)
     if (base := adapter_base(name)) is not None:
         return read_adapter(load_model(base, wanted, **options), name).eval()
 
@@ -111,6 +112,7 @@ def load_classifier(
         check_classes(model, class_names(model, name) if classes is None else classes, name)
         return _in_memory(model, dtype, options)
     name, wanted = _text(model), torch_dtype(dtype)
+    _check_options(options, name)
     if adapter_base(name) is not None:
         raise DrklError(f"{name!r} is a LoRA adapter; a classifier has to be a whole model. Merge it first.")
     config = load_config(name, **_hub_options(options))
@@ -216,10 +218,19 @@ def _text(name: Name) -> str:
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
+def _check_options(options: Mapping[str, Any], name: str) -> None:
+    for key, value in options.items():
+        if str(value).startswith(IN_MEMORY):
+            raise DrklError(
+                f"{name!r} was loaded with {key} as an object ({value}), which a config.yaml cannot hold. Go on in "
+                "Python, with the model in memory."
+            )
+
+
 def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
     if name.startswith(IN_MEMORY):
         raise DrklError(
-            f"The {what} was passed {name.replace(':', ',', 1)}, so it cannot be loaded again by a name. "
+            f"The model was passed {name.replace(':', ',', 1)}, so it cannot be loaded again by a name. "
             "Measure the student in Python: drkl.evaluate(student, teacher, rows)."
         )
     source = resolve_model(name)

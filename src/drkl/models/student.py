@@ -56,7 +56,11 @@ def _make(
         student: PreTrainedModel = family.from_config(model_config, dtype=torch_dtype(config.dtype))
         return student
     source = source_model(config, teacher_name)
-    base = load_model(source, config.dtype) if classes is None else load_classifier(source, config.dtype, classes)
+    options = config.model_init_kwargs
+    if classes is None:
+        base = load_model(source, config.dtype, **options)
+    else:
+        base = load_classifier(source, config.dtype, classes, **options)
     return base if config.init == "pretrained" else _pruned(base, *_kept(config, base.config))
 
 

@@ -12,6 +12,7 @@ from drkl.errors import DrklError, did_you_mean
 from drkl.objectives import adaptive, alpha_beta, divergences
 from drkl.objectives.base import FunctionObjective, Objective, check_choice, check_number
 from drkl.objectives.decoupled import Decoupled, DecoupledKnowledgeDistillation, DecoupledReverseKL
+from drkl.runs import IN_MEMORY
 
 CLASSES: tuple[type[Objective], ...] = (
     divergences.CrossEntropy,
@@ -62,6 +63,11 @@ def make_objective(name: ObjectiveLike, **params: Any) -> Objective:
         raise DrklError(
             f"objective is {name!r}; expected a name in drkl.OBJECTIVES, an objective, or a function of "
             "(student_logp, teacher_logp, labels)."
+        )
+    if name.startswith(IN_MEMORY):
+        raise DrklError(
+            f"The objective was passed {name.replace(':', ',', 1)}, so it cannot be made again by a name. Train in "
+            "Python: drkl.DistillationConfig(output_dir=..., objective=your_function)."
         )
     if name not in OBJECTIVES:
         known = ", ".join(OBJECTIVES)

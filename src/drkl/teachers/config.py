@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from drkl.models.config import Dtype
@@ -25,3 +27,9 @@ class TeacherConfig(BaseModel):
     dtype: Dtype = Field(
         "auto", description="Dtype of the teacher's weights. auto: bf16 if the hardware supports it, else fp32."
     )
+    model_init_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of from_pretrained for the model, such as revision."
+    )
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())

@@ -35,6 +35,8 @@ class LiveTeacher:
         self.model = model
         if not is_classifier(model):
             check_head(model)
+        self.pad_id: int | None = None
+        """What batches are padded with, where it is not the model's own: a decoder that classifies looks for it."""
         self._memory: dict[bytes, Tensor] = {}
         self._bytes_left = remember_mb * 2**20
 
@@ -42,7 +44,7 @@ class LiveTeacher:
     def load(cls, config: TeacherConfig, device: torch.device, *, classifier: bool = False) -> LiveTeacher:
         """Load the teacher of a config onto a device."""
         load = load_classifier if classifier else load_model
-        model = load(config.model, resolve_dtype(config.dtype, device))
+        model = load(config.model, resolve_dtype(config.dtype, device), **config.model_init_kwargs)
         return cls(model.to(device), config.remember_mb)  # type: ignore[arg-type]
 
     @property
@@ -54,8 +56,16 @@ class LiveTeacher:
     @torch.no_grad()
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the last hidden states `[batch, tokens, hidden]`, without dropout."""
-        with in_eval_mode(self.model):
-            return hidden_states(self.model, batch)
+        config = self.model.config.get_text_config()
+        own = getattr(config, "pad_token_id", None)
+        if self.pad_id is not None:
+            config.pad_token_id = self.pad_id
+        try:
+            with in_eval_mode(self.model):
+                return hidden_states(self.model, batch)
+        finally:
+            if self.pad_id is not None:
+                config.pad_token_id = own
 
     def hidden_at(self, batch: Mapping[str, Tensor], keep: Tensor) -> Tensor:
         """Return the last hidden states `[n, hidden]` at the positions where ``keep`` `[batch, tokens]` is true.

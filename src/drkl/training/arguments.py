@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +25,8 @@ _EVAL_STEPS, _SAVE_STEPS = 50, 100
 
 # What transformers would do with these, drkl does otherwise: a value other than the default is refused by name.
 _REFUSED = {
+    "metric_for_best_model": "the held-out loss, eval_loss, decides which checkpoint is the best",
+    "greater_is_better": "the held-out loss, eval_loss, decides which checkpoint is the best",
     "label_smoothing_factor": "the objective is the whole loss; kd_weight adds a cross-entropy",
     "auto_find_batch_size": "a step's size follows from tokens_per_step; gradient_accumulation_steps cuts it smaller",
     "remove_unused_columns": "rows are tokenised when the trainer is made, and columns that are not read are left out",
@@ -31,6 +36,14 @@ _REFUSED = {
     "batch_eval_metrics": "an evaluation during training returns no predictions; drkl.evaluate measures a student",
     "use_liger_kernel": "the loss is fused already, and liger's patches replace the forward that it reads",
 }
+
+
+# Numbers, and whether they have to be above 0.
+_NUMBERS = {
+    "learning_rate": True, "weight_decay": False, "max_grad_norm": False, "eval_steps": True, "save_steps": True,
+    "logging_steps": True,
+}  # fmt: skip
+_TEXTS = ("objective_params", "model_init_kwargs", "teacher_model_init_kwargs")
 
 
 @dataclass
@@ -137,6 +150,8 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise DrklError("output_dir is missing: name the run folder, for instance output_dir='runs/x'.")
+        for name in _TEXTS:
+            self._read_json(name)
         self._check_objective()
         self._check_sizes()
         self._check_refused()
@@ -149,6 +164,16 @@ class DistillationConfig(TrainingArguments):
             self.warmup_steps = warmup_steps
         except (TypeError, ValueError, ImportError) as error:
             raise DrklError(f"DistillationConfig: {' '.join(str(error).split())}") from error
+
+    def _read_json(self, name: str) -> None:
+        """Read a mapping that a command line has as text, as transformers does with its own."""
+        if not isinstance(value := getattr(self, name), str):
+            return
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+        if not isinstance(value, dict):
+            raise DrklError(f"{name} is {value!r}; expected a dict, or the json text of one.")
+        setattr(self, name, value)
 
     def _check_objective(self) -> None:
         if self.beta is not None:
@@ -174,6 +199,17 @@ class DistillationConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
                 raise DrklError(f"{name} is {value!r}; expected a whole number of at least {lowest}.")
+        for name, positive in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is None and name in ("eval_steps", "save_steps"):
+                continue
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or value < 0 or (positive and value == 0):
+                raise DrklError(f"{name} is {value!r}; expected a number {'above 0' if positive else 'of at least 0'}.")
+        if not 0 <= self.seed < 2**32:
+            raise DrklError(f"seed is {self.seed}; expected a whole number from 0 to 2**32 - 1.")
+        if self.early_stop_patience and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            raise DrklError("early_stop_patience counts held-out losses, but eval_strategy is 'no'.")
         if self.per_device_train_batch_size is None and self.tokens_per_step is None:
             self.tokens_per_step = DEFAULT_TOKENS_PER_STEP
         if self.max_steps == 0 or self.max_steps < -1:
@@ -192,9 +228,12 @@ class DistillationConfig(TrainingArguments):
 
     def _check_refused(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-        defaults["remove_unused_columns"] = False
+        defaults |= {"remove_unused_columns": False, "metric_for_best_model": "eval_loss"}
+        if self.metric_for_best_model in (None, "loss"):
+            self.metric_for_best_model = "eval_loss"
         for name, why in _REFUSED.items():
-            if (value := getattr(self, name)) != defaults[name]:
+            value = getattr(self, name)
+            if value != defaults[name] and not (name == "greater_is_better" and value is False):
                 raise DrklError(f"{name}={value!r} means nothing here: {why}. Leave it out.")
         if self.dataloader_drop_last and self.per_device_train_batch_size is None:
             raise DrklError(
@@ -222,8 +261,7 @@ class DistillationConfig(TrainingArguments):
             )
         if save == "no" or evaluate == "no":
             self.load_best_model_at_end = False
-        if self.greater_is_better is None and self.metric_for_best_model == "eval_loss":
-            self.greater_is_better = False
+        self.greater_is_better = False
 
     def _choose_precision(self) -> None:
         flags = {"bf16": self.bf16, "fp16": self.fp16}
@@ -319,3 +357,6 @@ def _init(self: DistillationConfig, *args: Any, **kwargs: Any) -> None:
 
 # The generated one says of a name from TRL only that it is unexpected.
 DistillationConfig.__init__ = _init  # type: ignore[method-assign]
+# HfArgumentParser makes a flag of a field by its annotation; on a command line these are texts.
+for _field in ("objective", "lr_scheduler_type", "eval_strategy", *_TEXTS):
+    DistillationConfig.__annotations__[_field] = "dict[str, Any] | str | None"

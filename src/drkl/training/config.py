@@ -20,20 +20,16 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 OWNED = {
     "output_dir": "run.dir and run.name",
     "seed": "run.seed",
-    "data_seed": "run.seed",
     "use_cpu": "run.device",
     "max_steps": "training.max_steps",
     "num_train_epochs": "training.num_train_epochs",
     "learning_rate": "training.learning_rate",
     "bf16": "training.precision",
     "fp16": "training.precision",
-    "eval_strategy": "training.eval_every",
     "eval_steps": "training.eval_every",
-    "save_strategy": "training.save_every",
     "save_steps": "training.save_every",
-    "load_best_model_at_end": "the best checkpoint, which is always kept",
-    "metric_for_best_model": "the best checkpoint, which is always kept",
-    "greater_is_better": "the best checkpoint, which is always kept",
+    "metric_for_best_model": "the held-out loss",
+    "greater_is_better": "the held-out loss",
     "per_device_train_batch_size": "training.per_device_train_batch_size",
     "per_device_eval_batch_size": "training.tokens_per_step",
     "train_sampling_strategy": "training.tokens_per_step",
@@ -150,7 +146,9 @@ class TrainingConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_steps(self) -> TrainingConfig:
-        if self.save_every % self.eval_every:
+        by_steps = all(self.arguments.get(f"{name}_strategy", "steps") == "steps" for name in ("eval", "save"))
+        keeps_best = by_steps and self.arguments.get("load_best_model_at_end") is not False
+        if keeps_best and self.save_every % self.eval_every:
             raise ValueError(
                 f"save_every is {self.save_every} and eval_every {self.eval_every}; save_every has to be a multiple of "
                 "eval_every, so that the best checkpoint is known"

@@ -60,6 +60,8 @@ class Pair:
     """The sources of the training rows and of the held-out rows."""
     eval_dataset: list[dict[str, Any]] | None
     """The held-out rows as they were passed in memory; None where they have a name, or no json."""
+    student_options: dict[str, Any] = field(default_factory=dict)
+    """What a student given by its name was loaded with, as a config.yaml has it."""
     notes: list[str] = field(default_factory=list)
     """Notes on the pair for the user."""
 
@@ -136,11 +138,13 @@ def make_pair(
     _check_rows(everything, student, teacher)
     notes: list[str] = []
     vocabulary = None
+    if classes is not None:
+        student.config.get_text_config().pad_token_id = _pad_id(tokenizer)  # decoders find a text's end by it
     if classes is None:
         check_head(student)
         vocabulary = _compare_vocabularies(student, teacher, shared, tokenizer, everything, notes)
     elif teacher is not None:
-        teacher.model.config.get_text_config().pad_token_id = _pad_id(tokenizer)  # what the batches are padded with
+        teacher.pad_id = _pad_id(tokenizer)
     if args.disable_dropout:
         for module in student.modules():
             if isinstance(module, nn.Dropout):
@@ -169,6 +173,10 @@ def make_pair(
         teacher_name=None if teacher is None else _name(teacher_model),
         data_names=(_data_name(train_dataset), None if eval_dataset is None else _data_name(eval_dataset)),
         eval_dataset=_plain_rows(eval_dataset),
+        student_options=plain_options(
+            {**(args.model_init_kwargs or {})}
+            | ({} if quantization_config is None else {"quantization_config": quantization_config})
+        ),
         notes=notes,
     )
 
@@ -208,7 +216,13 @@ def _student(model: Any, args: DistillationConfig, quantization_config: Any) -> 
             if "quantization_config" in options:
                 raise DrklError("quantization_config is given twice: to the trainer, and in model_init_kwargs.")
             options["quantization_config"] = quantization_config
-        return _load(str(model), options, "fp32", torch.device("cpu"), "model_init_kwargs"), None
+        student = _load(str(model), options, "fp32", torch.device("cpu"), "model_init_kwargs")
+        if "quantization_config" not in options and student.dtype not in (torch.float32, torch.bfloat16):
+            raise DrklError(
+                f"model_init_kwargs asks for weights in {student.dtype}; expected float32 or bfloat16, which an "
+                "optimiser can update. To compute in fp16, set precision='fp16'."
+            )
+        return student, None
     for name, value in (("model_init_kwargs", args.model_init_kwargs), ("quantization_config", quantization_config)):
         if value is not None:
             raise DrklError(f"{name} is for a model given by its name, and model is a {type(model).__name__} already.")
@@ -367,4 +381,18 @@ def teacher_config(pair: Pair, args: DistillationConfig) -> TeacherConfig | None
         return None
     names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
     dtype: Any = names.get(str(pair.teacher.model.dtype), "auto")
-    return TeacherConfig(model=pair.teacher_name, remember_mb=args.teacher_remember_mb, dtype=dtype)
+    options = plain_options(args.teacher_model_init_kwargs)
+    if args.teacher_model_revision is not None:
+        options.setdefault("revision", args.teacher_model_revision)
+    return TeacherConfig(
+        model=pair.teacher_name, remember_mb=args.teacher_remember_mb, dtype=dtype, model_init_kwargs=options
+    )
+
+
+def plain_options(options: dict[str, Any] | None) -> dict[str, Any]:
+    """The arguments of ``from_pretrained`` as a config.yaml has them: dtype is a key of its own, a token is secret."""
+    kept = {name: value for name, value in (options or {}).items() if name not in ("dtype", "torch_dtype", "token")}
+    return {
+        name: value if isinstance(value, (str, int, float, bool, type(None), list, dict)) else f"{IN_MEMORY}: {value!r}"
+        for name, value in kept.items()
+    }

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import TrainerState, TrainingArguments
 
-from drkl.data.config import DataConfig
+from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
 from drkl.models.adapter import merge_adapter, save_adapter
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
-from drkl.runs import RunFolder, write_json, write_jsonl, write_text, write_yaml
+from drkl.objectives import OBJECTIVES
+from drkl.runs import IN_MEMORY, RunFolder, write_json, write_jsonl, write_text, write_yaml
 from drkl.training.arguments import DistillationConfig
 from drkl.training.card import model_card
 from drkl.training.checkpoints import keep_only
@@ -29,6 +33,8 @@ _SETTLED = (
     "full_determinism",
 )  # fmt: skip
 """Arguments of transformers that move the weights, written to config.yaml whatever they are."""
+_STRATEGIES = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True}
+"""What a config.yaml that says nothing of these means."""
 _NOT_RECORDED = (
     "output_dir", "run_name", "hub_token", "logging_dir", "disable_tqdm", "report_to", "log_level", "local_rank",
     "accelerator_config", "deepspeed", "fsdp", "fsdp_config", "parallelism_config", "do_train", "do_eval",
@@ -54,6 +60,8 @@ class RunRecord:
         """The command that repeats the run, where one made it."""
         self.export = "adapter"
         """The saved form of a student with an adapter: ``adapter``, or the ``merged`` model."""
+        self.optimizers: tuple[Any, Any] = (None, None)
+        """The optimiser and the schedule that were passed as objects."""
         self.keeps_folder = False
         """Whether the folder was prepared for this run already."""
         self._environment: dict[str, Any] = {}
@@ -73,10 +81,15 @@ class RunRecord:
             "started": self.run.read_env().get("started", now()) if resumed else now(),
             "finished": None,
         }
-        config = describe_run(self.pair, self.args, self.run) if self.config is None else self.config
+        config = describe_run(self.pair, self.args, self.run, num_steps) if self.config is None else self.config
         training = config["training"] | training_section(self.args, config["training"])
         if training["warmup_steps"] is None:
             training["warmup_steps"] = self.args.get_warmup_steps(num_steps)
+        optimizer, schedule = self.optimizers
+        if optimizer is not None:
+            training["arguments"]["optim"] = f"{IN_MEMORY}: {type(optimizer).__name__}"
+        if schedule is not None:
+            training["lr_scheduler_type"] = f"{IN_MEMORY}: {type(schedule).__name__}"
         self.config = config | {"training": training}
         write_yaml(self.run.config_path, self.config)
         if self.pair.eval_dataset is not None:
@@ -188,7 +201,7 @@ def describe_data(pair: Pair) -> dict[str, Any]:
 def training_section(args: DistillationConfig, section: dict[str, Any]) -> dict[str, Any]:
     """Return the keys that complete ``section``, so that config.yaml has every value that trains the model."""
     arguments = dict(section.get("arguments") or {})
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)} | _STRATEGIES
     for name, default in defaults.items():
         known = name in OWNED or name in OWN_ARGUMENTS or name in _NOT_RECORDED or name.startswith(("hub_", "trackio"))
         value = _plain(getattr(args, name))
@@ -210,19 +223,38 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float))
 
 
-def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder) -> dict[str, Any]:
+def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder, num_steps: int | None = None) -> dict[str, Any]:
     """The sections of a config.yaml for a run that was made in Python; what was passed as an object is called so."""
     objective: Any = args.make_objective()
+    name = objective.name
+    if OBJECTIVES.get(name) is not type(objective):
+        name = f"{IN_MEMORY}: {name}"
     fields = {f.name: getattr(objective, f.name) for f in getattr(objective, "__dataclass_fields__", {}).values()}
     device = args.device.type
     teacher = teacher_config(pair, args)
     train_path, eval_path = pair.data_names
     if pair.eval_dataset is not None:
         eval_path = str(run.eval_rows_path)
-    student = StudentConfig(init="pretrained", model=pair.student_name, freeze_embeddings=args.freeze_embeddings)
+    elif not pair.eval_rows:
+        eval_path = NO_ROWS
+    is_file = train_path.startswith((IN_MEMORY, "bundled:")) or Path(train_path).expanduser().is_file()
+    student = StudentConfig(
+        init="pretrained",
+        model=pair.student_name,
+        freeze_embeddings=args.freeze_embeddings,
+        disable_dropout=args.disable_dropout,
+        dtype="bf16" if pair.student.dtype == torch.bfloat16 else "fp32",
+        model_init_kwargs=pair.student_options,
+    )
     rows = {"max_prompt_tokens": args.max_prompt_tokens, "max_tokens": args.max_tokens}
     data = DataConfig.model_validate(
-        {"path": train_path, "eval_path": eval_path, "turns": args.turns, "template": args.template} | rows
+        {
+            "path" if is_file else "dataset": train_path,
+            "eval_path": eval_path,
+            "turns": args.turns,
+            "template": args.template,
+        }
+        | rows
     )
     training = TrainingConfig.model_validate(
         {
@@ -238,31 +270,38 @@ def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder) -> dict[s
             "early_stop_patience": args.early_stop_patience,
         }
         | {name: _plain(getattr(args, name)) for name in OWN_ARGUMENTS}
-        | _intervals(args)
+        | _intervals(args, num_steps)
+        | {"arguments": training_section(args, {})["arguments"]}
     )
     return {
-        "run": {"name": run.name, "dir": str(run.root.parent), "seed": args.seed, "device": device},
+        "run": {
+            "name": re.sub("[^A-Za-z0-9._-]", "-", run.name).lstrip("-._") or "run",
+            "dir": str(run.root.parent),
+            "seed": args.seed,
+            "device": device,
+        },
         "task": "generation" if pair.classes is None else "classification",
         "teacher": None if teacher is None else teacher.model_dump(mode="json"),
         "student": student.model_dump(mode="json"),
         "peft": None if pair.adapter is None else {"export": "adapter"} | _adapter_fields(pair.adapter),
         "tokenizer": None,
         "data": data.model_dump(mode="json"),
-        "objective": {name: value for name, value in fields.items() if _is_plain(value)} | {"name": objective.name},
+        "objective": {name: value for name, value in fields.items() if _is_plain(value)} | {"name": name},
         "loss": args.loss_config.model_dump(mode="json"),
         "training": training.resolved(),
         "stages": [],
     }
 
 
-def _intervals(args: DistillationConfig) -> dict[str, int]:
-    """``eval_every`` and ``save_every``, where they are numbers of steps that a config can have."""
-    if any(_plain(getattr(args, f"{name}_strategy")) != "steps" for name in ("eval", "save")):
-        return {}
-    evaluate, save = args.eval_steps, args.save_steps
-    if evaluate is None or save is None or evaluate < 1 or save % evaluate:
-        return {}
-    return {"eval_every": int(evaluate), "save_every": int(save)}
+def _intervals(args: DistillationConfig, num_steps: int | None) -> dict[str, int]:
+    """``eval_every`` and ``save_every``; a share of the steps is counted as transformers counts it."""
+    every: dict[str, int] = {}
+    for name in ("eval", "save"):
+        steps = getattr(args, f"{name}_steps")
+        if steps < 1 and num_steps is None:
+            return {}
+        every[f"{name}_every"] = int(steps) if steps >= 1 else math.ceil(num_steps * steps)
+    return every
 
 
 def _adapter_fields(adapter: Any) -> dict[str, Any]:

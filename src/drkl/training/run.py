@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from drkl.data.config import DataConfig
+from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.rows import Rows, make_rows, read_shares
 from drkl.data.tokenize import DropReport
 from drkl.models.load import load_tokenizer, model_note
@@ -93,10 +93,13 @@ class Resources:
         if key not in self._rows:
             shares = read_shares(config, classifier=self.classes is not None)
             kind: dict[str, Any] = {"classes": self.classes, "encoder_decoder": encoder_decoder}
-            (train, report), (heldout, heldout_report) = (
-                make_rows(share, config, self.tokenizer(tokenizer_name), **kind) for share in shares
-            )
-            self.listener.on_message(f"Training data: {report.summary()} Held out: {heldout_report.summary()}")
+            train, report = make_rows(shares[0], config, self.tokenizer(tokenizer_name), **kind)
+            message = f"Training data: {report.summary()}"
+            heldout: Rows = []
+            if config.eval_path != NO_ROWS:
+                heldout, heldout_report = make_rows(shares[1], config, self.tokenizer(tokenizer_name), **kind)
+                message += f" Held out: {heldout_report.summary()}"
+            self.listener.on_message(message)
             self._rows[key] = Loaded(train, heldout, report)
         return self._rows[key]
 
@@ -174,12 +177,13 @@ def _make_trainer(
     teacher_name = spec.teacher.model if spec.teacher else None
     student = make_student(spec.student, teacher_name, spec.run.seed, tokenizer, resources.classes)
     loaded = resources.rows(spec.data, tokenizer_name, encoder_decoder=encoder_decoder)
+    heldout = TokenisedRows(loaded.heldout, loaded.report, shared, spec.data.eval_path) if loaded.heldout else None
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher,
         args=training_config(spec, resources.device),
         train_dataset=TokenisedRows(loaded.train, loaded.report, shared, spec.data.name),
-        eval_dataset=TokenisedRows(loaded.heldout, loaded.report, shared, spec.data.eval_path),
+        eval_dataset=heldout,
         processing_class=tokenizer,
         peft_config=spec.peft,
     )

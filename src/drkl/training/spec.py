@@ -16,7 +16,7 @@ from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
-from drkl.runs import RunFolder
+from drkl.runs import IN_MEMORY, RunFolder
 from drkl.teachers.config import TeacherConfig
 from drkl.training.config import RunConfig, TrainingConfig
 
@@ -78,6 +78,7 @@ def training_config(spec: RunSpec, device: torch.device) -> Any:
         "activation_checkpointing": training.gradient_checkpointing,
         "disable_tqdm": True,
         "freeze_embeddings": spec.student.freeze_embeddings,
+        "disable_dropout": spec.student.disable_dropout,
         "max_prompt_tokens": spec.data.max_prompt_tokens,
         "max_tokens": spec.data.max_tokens,
         "turns": spec.data.turns,
@@ -85,6 +86,13 @@ def training_config(spec: RunSpec, device: torch.device) -> Any:
         "teacher_remember_mb": 0 if spec.teacher is None else spec.teacher.remember_mb,
         **spec.loss.model_dump(),
     }
+    for name in ("optim", "lr_scheduler_type"):
+        value = str((arguments | training.arguments).get(name))
+        if value.startswith(IN_MEMORY):
+            raise DrklError(
+                f"training: {name} is {value!r}, which was passed to a trainer as an object and cannot be made again "
+                "from a config. Train in Python, or name one of transformers' own."
+            )
     try:
         return DistillationConfig(
             output_dir=str(spec.folder.root),

@@ -197,6 +197,9 @@ class DistillationTrainer(Trainer):
         inner = _inner_arguments(args, self.run, len(steps), heldout=bool(self.eval_rows))
         # Old checkpoints are removed here: transformers does so before the new one is marked whole.
         self._keep_checkpoints, inner.save_total_limit = inner.save_total_limit, None
+        _check_optimizer(optimizers[0], pair.student)
+        if args.early_stop_patience and not self.eval_rows:
+            raise DrklError("early_stop_patience counts held-out losses; pass eval_dataset, or leave it out.")
         start = decoder_start(pair.student)
         self._pad_id = pair.pad_id
         self._heldout = self._held_out(self.eval_rows) if self.eval_rows else None
@@ -220,10 +223,17 @@ class DistillationTrainer(Trainer):
             )
         except OSError as error:
             raise DrklError(f"Cannot write to {str(self.run.root)!r}: {error.strerror or error}.") from error
+        except (ValueError, RuntimeError, ImportError) as error:
+            if isinstance(error, DrklError):
+                raise
+            raise DrklError(f"transformers.Trainer refuses the arguments: {' '.join(str(error).split())}") from error
+        if self._use_cache is not None:
+            pair.student.config.use_cache = self._use_cache
         self.remove_callback(PrinterCallback)
         # Not given to transformers, which would change the student's special tokens to the tokenizer's.
         self.processing_class = pair.tokenizer
         self.record = RunRecord(self.run, pair, args)
+        self.record.optimizers = optimizers
         self._sums: dict[str, float] = {}
         self._since = time.monotonic()
         self._input_tokens = 0
@@ -270,6 +280,8 @@ class DistillationTrainer(Trainer):
         student = self.pair.student
         training = student.training
         tokenizer, self.processing_class = self.processing_class, None
+        if self._use_cache is not None:
+            student.config.use_cache = False
         try:
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
@@ -402,6 +414,13 @@ class DistillationTrainer(Trainer):
         self._row_ids = [row_id for batch in batch_samples for row_id in batch["row_ids"]]
         return total
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; an optimiser that is not installed is a DrklError."""
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ImportError, ValueError) as error:
+            raise DrklError(f"optim is {self.args.optim!r}: {' '.join(str(error).split())}") from error
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -479,6 +498,18 @@ class DistillationTrainer(Trainer):
             if self._keep_checkpoints:
                 best = self.state.best_model_checkpoint
                 rotate(folder.parent, self._keep_checkpoints, Path(best) if best else None)
+
+
+def _check_optimizer(optimizer: Any, student: nn.Module) -> None:
+    """Raise DrklError for an optimiser that would train nothing of the student."""
+    if optimizer is None:
+        return
+    own = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise DrklError(
+            "optimizers: the optimiser holds no parameter of the student that is trained, so nothing would change. "
+            "Make it from the model that is passed, and with peft_config pass a model that peft has wrapped already."
+        )
 
 
 def _inner_arguments(args: DistillationConfig, run: RunFolder, num_steps: int, *, heldout: bool) -> DistillationConfig:
