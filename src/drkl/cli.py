@@ -82,7 +82,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Distil a language model into a smaller one that is faithful to its teacher, and as diverse."""
@@ -98,11 +98,12 @@ def distill(
         list[str] | None, typer.Argument(help="section.key=value, e.g. objective.name=rkl", show_default=False)
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Go on with this interrupted run.", show_default=False)
+        Path | None, typer.Option(metavar="RUN", help="Continue this interrupted run.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would run, how large and how long; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print the config, sizes, and estimates of memory and time; write nothing."),
     ] = False,
 ) -> None:
     """Distil a student as CONFIG says; stages one after the other."""
@@ -172,7 +173,7 @@ def evaluate(
     teacher: TeacherOption = None,
     data: DataOption = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for eval.json and the files beside it; default RUN.", show_default=False)
+        Path | None, typer.Option(help="Folder for eval.json and its files. Default: RUN.", show_default=False)
     ] = None,
     suite: Annotated[
         list[str] | None,
@@ -184,7 +185,7 @@ def evaluate(
         ),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="minillm: the prompt format, decoding and seeds of MiniLLM.", show_default=False)
+        str | None, typer.Option(help="minillm: use MiniLLM's prompt format, decoding and seeds.", show_default=False)
     ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="Number of prompts to answer (in each suite), or all.", show_default=False)
@@ -216,7 +217,7 @@ def evaluate(
     device: DeviceOption = "auto",
     fresh: Annotated[
         bool,
-        typer.Option("--fresh", help="Compute everything again, without parts that an earlier evaluation finished."),
+        typer.Option("--fresh", help="Compute everything again; do not reuse parts of an earlier evaluation."),
     ] = False,
 ) -> None:
     """Measure fidelity, diversity and calibration of a run, or of any student beside any teacher: eval.json."""
@@ -247,16 +248,16 @@ def evaluate(
     }  # fmt: skip
     with _options_named_as_flags(), progress_bars() as on_progress:
         if run is not None:
-            found = evaluate_run(run, on_progress=on_progress, **shared)
+            evaluation = evaluate_run(run, on_progress=on_progress, **shared)
         else:
-            found = evaluate_pair(
+            evaluation = evaluate_pair(
                 str(student), teacher, data, max_rows=max_rows, max_prompt_tokens=max_prompt_tokens,
                 max_tokens=max_tokens, template=template or "auto", dtype=dtype, device=device,
                 on_progress=on_progress, **shared,
             )  # fmt: skip
-    print_evaluation(found)
-    assert found.folder is not None
-    print(f"Written: {found.folder / 'eval.json'}. Next: drkl report {found.folder}")
+    print_evaluation(evaluation)
+    assert evaluation.folder is not None
+    print(f"Written: {evaluation.folder / 'eval.json'}. Next: drkl report {evaluation.folder}")
 
 
 def _evaluation_settings(
@@ -284,7 +285,7 @@ def _numbers(flag: str, part: str, kind: Any, wanted: str, text: str | None = No
 
 
 def _output_folder(output: Path | None) -> Path:
-    """Where an evaluation or an analysis of a pair is written."""
+    """Return the folder for an evaluation or an analysis of a pair."""
     from drkl.evaluation.evaluate import check_output
 
     if output is None:
@@ -306,7 +307,7 @@ _OPTIONS = {
     **{f"{name}:": f"--{name.replace('_', '-')}:" for name in
        ("prompts", "sampling_temperature", "sweep", "seeds", "max_new_tokens", "batch_size")},
 }  # fmt: skip
-"""What the library calls an option, and the flag that sets it."""
+"""Names of options in the library, and the flags that set them."""
 
 
 @contextmanager
@@ -337,15 +338,18 @@ def analyze(
     ] = None,
     objectives: Annotated[
         str | None,
-        typer.Option(help="As rkl,drkl:0.1,drkl@student,rkl+gjs:0.5 (default: all, and more).", show_default=False),
+        typer.Option(
+            help="Objectives, e.g. rkl,drkl:0.1,drkl@student,rkl+gjs:0.5. Default: all, and more.", show_default=False
+        ),
     ] = None,
     positions: Annotated[
-        int, typer.Option(help="Number of positions at which every objective is differentiated; means use all.")
+        int,
+        typer.Option(help="Number of positions at which to differentiate every objective; means use all positions."),
     ] = 512,
     gamma: Annotated[
         float | None,
         typer.Option(
-            help="DRKL's weight of the tail where an objective names none (default: the run's, else 0.5).",
+            help="gamma of decoupled objectives that name none. Default: the run's, else 0.5.",
             show_default=False,
         ),
     ] = None,
@@ -393,10 +397,10 @@ def analyze(
             )  # fmt: skip
     folder = output or run
     assert folder is not None
-    drawn = figures.write_figures(result.to_json(), folder / "analysis")
+    paths = figures.write_figures(result.to_json(), folder / "analysis")
     print_analysis(result.findings, figures.table(result.to_json()))
     print(
-        f"Written: {folder / 'analysis.json'} and {len(drawn)} figures beside {folder / 'analysis' / 'positions.csv'}."
+        f"Written: {folder / 'analysis.json'} and {len(paths)} figures beside {folder / 'analysis' / 'positions.csv'}."
     )
     print(f"Next: drkl report {folder}")
 
@@ -413,7 +417,7 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="A run folder, or an output folder of `drkl evaluate --student`. Others are compared with the first.",
+            help="A run folder, or an output folder of `drkl evaluate --student`. Several are shown side by side.",
             show_default=False,
         ),
     ],
@@ -436,16 +440,18 @@ def report(
 
     page.checked_format(output_format)
     # The picture first: it has more ways to be refused, and then nothing is written.
-    drawn = None if picture is None else write_picture(runs[0], picture)
+    picture_path = None if picture is None else write_picture(runs[0], picture)
     print(f"The report is {page.report(runs, output, output_format=output_format)}")
-    if drawn is not None:
-        print(f"The picture is {drawn}")
+    if picture_path is not None:
+        print(f"The picture is {picture_path}")
 
 
 @app.command()
 def compare(
     run_a: Annotated[Path, typer.Argument(help="A: an evaluated run, or pair of models.", show_default=False)],
-    run_b: Annotated[Path, typer.Argument(help="B: another one, evaluated on the same data.", show_default=False)],
+    run_b: Annotated[
+        Path, typer.Argument(help="B: another run or pair, evaluated on the same data.", show_default=False)
+    ],
     output_format: Annotated[str, typer.Option("--format", help="text, md, csv or json")] = "text",
     output: Annotated[
         Path | None,
@@ -455,7 +461,7 @@ def compare(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for the resampling.")] = 0,
 ) -> None:
-    """Compare two evaluated students on the same rows and prompts, B - A, and say which differences the data decide."""
+    """Compare two evaluated students on the same rows and prompts, with paired intervals for B - A."""
     import shutil
 
     from drkl.evaluation.comparison import compare as paired_differences
@@ -464,19 +470,19 @@ def compare(
 
     if output_format not in FORMATS:
         raise DrklError(f"--format is {output_format!r}; expected {', '.join(FORMATS)}.")
-    found = paired_differences(run_a, run_b, seed=seed)
+    comparison = paired_differences(run_a, run_b, seed=seed)
     if output_format in ("csv", "json") or output is not None:
         # What a program reads stays free of sentences; a person still gets them.
         notes = sys.stdout if output is not None else sys.stderr
-        for line in (*(f"Warning: {warning}" for warning in found.warnings), *found.summary()):
+        for line in (*(f"Warning: {warning}" for warning in comparison.warnings), *comparison.summary()):
             print(line, file=notes)
     if output is not None:
-        write_text(output, FORMATS[output_format](found))
+        write_text(output, FORMATS[output_format](comparison))
         print(f"Written: {output}")
     elif output_format == "text":
-        print(as_text(found, width=shutil.get_terminal_size((120, 24)).columns), end="")
+        print(as_text(comparison, width=shutil.get_terminal_size((120, 24)).columns), end="")
     else:
-        print(FORMATS[output_format](found), end="")
+        print(FORMATS[output_format](comparison), end="")
 
 
 @app.command()
@@ -489,9 +495,9 @@ def generate(
     ] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Random seed; the same seed gives the same answers.")] = 0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Take the most probable token every time.")] = False,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most probable token.")] = False,
 ) -> None:
-    """Print answers of teacher and student to a prompt side by side (of classifiers: the classes of a text)."""
+    """Print the answers of teacher and student to a prompt side by side (for classifiers, the classes of a text)."""
     from drkl.data.tokenize import encode_for
     from drkl.models.forward import is_encoder_decoder
     from drkl.models.generate import sample_texts
@@ -516,7 +522,7 @@ def generate(
             config.data.prompt_template,
             encoder_decoder=is_encoder_decoder(model),
         )
-        found = sample_texts(
+        generations = sample_texts(
             model.to(device).eval(),
             tokenizer,
             [ids],
@@ -526,7 +532,7 @@ def generate(
             seed=seed,
             greedy=greedy,
         )
-        answers[name] = [answer.text for answer in found[0]]
+        answers[name] = [answer.text for answer in generations[0]]
     print_side_by_side(answers)
 
 
@@ -535,8 +541,8 @@ def _classify(prompt: str, models: Any, tokenizer: Any, device: Any, max_tokens:
 
     answers = {}
     for name, load in models.items():
-        found = most_probable(load().to(device).eval(), tokenizer, prompt, max_tokens=max_tokens)
-        answers[name] = ["\n".join(f"{p:.3f}  {label}" for label, p in found)]
+        classes = most_probable(load().to(device).eval(), tokenizer, prompt, max_tokens=max_tokens)
+        answers[name] = ["\n".join(f"{p:.3f}  {label}" for label, p in classes)]
     return answers
 
 
@@ -549,7 +555,7 @@ def data(
         list[str] | None, typer.Argument(help="section.key=value, e.g. data.turns=all", show_default=False)
     ] = None,
 ) -> None:
-    """Show what CONFIG makes of its data: counts, drops, lengths, a row of each source; write nothing."""
+    """Show the rows that CONFIG trains on: counts, drops, lengths, and one row of each source; write nothing."""
     from drkl.config import load_config
     from drkl.data.survey import survey
     from drkl.models.load import quiet_transformers
@@ -569,7 +575,8 @@ def data(
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="Print this recipe, to change it: > my.yaml", show_default=False)
+        str | None,
+        typer.Argument(help="Print this recipe; redirect it to a file to change it: > my.yaml", show_default=False),
     ] = None,
 ) -> None:
     """List the recipes that ship with drkl, or print one of them."""
@@ -590,13 +597,15 @@ def toy(
     output: Annotated[
         Path, typer.Option(help="Folder for csv files, figures and animations; finished results in it are kept.")
     ],
-    setting: Annotated[str, typer.Option(help="free, capacity, or both with a comma between.")] = "free,capacity",
+    setting: Annotated[str, typer.Option(help="free, capacity, or both, separated by a comma.")] = "free,capacity",
     vocab: Annotated[int, typer.Option(help="Vocabulary size.")] = 1000,
     entropy: Annotated[str, typer.Option(help="Entropies of the teachers, in nats.")] = "4.15,1.4",
     init: Annotated[str, typer.Option(help="random, warm (after some forward KL), or both.")] = "random",
     objectives: Annotated[
         str | None,
-        typer.Option(help="As rkl,drkl:0.1,drkl@student,rkl+gjs:0.5 (default: all, and more).", show_default=False),
+        typer.Option(
+            help="Objectives, e.g. rkl,drkl:0.1,drkl@student,rkl+gjs:0.5. Default: all, and more.", show_default=False
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 5,
     steps: Annotated[int, typer.Option(help="Number of Adam steps.")] = 400,
@@ -613,7 +622,7 @@ def toy(
         typer.Option(min=1, help="Number of single-thread processes (default: one per core).", show_default=False),
     ] = None,
 ) -> None:
-    """Train toy students on a known teacher under every objective; show where each ends, and how it gets there."""
+    """Train toy students of a known teacher with every objective, and show their paths and end points."""
     from drkl.objectives.variants import parse_variants
     from drkl.toy import sweep
     from drkl.toy.dynamics import INITS, QUICK, SETTINGS, ToySetting

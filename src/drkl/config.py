@@ -40,11 +40,11 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(description="the stage's name; its run is stages/NN-name/", pattern=NAME_PATTERN)
-    data: dict[str, Any] = Field(default_factory=dict, description="fields of data that differ in this stage")
-    objective: dict[str, Any] = Field(default_factory=dict, description="the stage's objective")
-    loss: dict[str, Any] = Field(default_factory=dict, description="fields of loss that differ in this stage")
-    training: dict[str, Any] = Field(default_factory=dict, description="fields of training that differ in this stage")
+    name: str = Field(description="Name of the stage; its run folder is stages/NN-name/.", pattern=NAME_PATTERN)
+    data: dict[str, Any] = Field(default_factory=dict, description="Fields of data that differ in this stage.")
+    objective: dict[str, Any] = Field(default_factory=dict, description="Objective of the stage.")
+    loss: dict[str, Any] = Field(default_factory=dict, description="Fields of loss that differ in this stage.")
+    training: dict[str, Any] = Field(default_factory=dict, description="Fields of training that differ in this stage.")
 
 
 class Config(BaseModel):
@@ -54,17 +54,17 @@ class Config(BaseModel):
 
     run: RunConfig = Field(default_factory=RunConfig)
     task: Literal["generation", "classification"] = Field(
-        "generation", description="classification: give a text with a label its class, with a sequence classifier"
+        "generation", description="generation, or classification of texts by sequence classifiers."
     )
     teacher: TeacherConfig | None = Field(default_factory=TeacherConfig)
     student: StudentConfig = Field(default_factory=StudentConfig)
-    peft: PeftConfig | None = Field(None, description="a LoRA student: fields of peft.LoraConfig; null for none")
+    peft: PeftConfig | None = Field(None, description="Fields of peft.LoraConfig for a LoRA student; null for none.")
     tokenizer: TokenizerConfig | None = None
     data: DataConfig
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
-    stages: list[StageConfig] = Field(default_factory=list, description="runs before this one, first to last")
+    stages: list[StageConfig] = Field(default_factory=list, description="Runs before this one, first to last.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     analysis: AnalysisConfig = Field(default_factory=AnalysisConfig)
 
@@ -108,7 +108,7 @@ class Config(BaseModel):
         return self
 
     def _check_classification(self) -> None:
-        """What does not go with ``task: classification``."""
+        """Refuse settings that contradict ``task: classification``."""
         if self.task != "classification":
             return
         formats = {source.format for source in self.data.all_sources()}
@@ -379,8 +379,8 @@ def _describe(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, s
             yield from _describe(section, f"{prefix}{name}{'[]' if many else ''}.")
             continue
         default = info.get_default(call_default_factory=True)
-        shown = "required" if info.is_required() else "null" if default is None else _yaml(default)
-        yield f"{prefix}{name}", shown, info.description or ""
+        text = "required" if info.is_required() else "null" if default is None else _yaml(default)
+        yield f"{prefix}{name}", text, info.description or ""
 
 
 def _yaml(value: Any) -> str:

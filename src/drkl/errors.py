@@ -1,4 +1,4 @@
-"""What goes wrong for reasons a user can mend."""
+"""The error for mistakes that a user can correct."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ class TokenStatistics(NamedTuple):
 
 
 class ComparisonStatistics(NamedTuple):
-    """What an evaluation measures at each position besides `TokenStatistics`; only brier needs no teacher.
+    """The statistics of an evaluation at each position besides `TokenStatistics`; only brier needs no teacher.
 
     t = argmax p; temperature 1.
     """

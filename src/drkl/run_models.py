@@ -1,4 +1,4 @@
-"""From a finished run back to its models and rows: evaluate it, or let its models answer."""
+"""Load the models and rows of a finished run: evaluate it, or let its models answer."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def analyze_run(
 
 
 def open_finished(run: str | Path) -> tuple[RunFolder, Config, list[RunSpec]]:
-    """A run that has a student: its folder, its config, and the specs of its stages as they lie on disk now.
+    """Open a run that has a student: return its folder, its config, and the specs of its stages at their present paths.
 
     Raises:
         DrklError: no run folder, or no student in it yet.
@@ -130,7 +130,7 @@ def open_finished(run: str | Path) -> tuple[RunFolder, Config, list[RunSpec]]:
 
 
 def relocated(config: Config, folder: Path) -> Config:
-    """The config of a run that was moved, with the place where it lies now."""
+    """Return the config of a moved run with its present path."""
     run = config.run.model_copy(update={"dir": str(folder.parent), "name": folder.name})
     return config.model_copy(update={"run": run})
 

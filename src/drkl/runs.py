@@ -15,7 +15,7 @@ import yaml
 from drkl.errors import DrklError
 
 IN_MEMORY = "in memory"
-"""What the name of a model or of rows that were passed as objects begins with in a config.yaml."""
+"""The prefix, in a config.yaml, of the name of a model or of rows that were passed as objects."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the command line shows: bars while it works, tables at the end."""
+"""The output of the command line: progress bars and tables."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class TrainingProgress:
         self._task = self._progress.add_task(label, total=spec.training.max_steps, numbers="")
 
     def _on_progress(self, step: int, of: int, newest: dict[str, float]) -> None:
-        shown = [f"{key} {newest[key]:.3f}" for key in ("loss", "fkl", "rkl") if key in newest]
+        texts = [f"{key} {newest[key]:.3f}" for key in ("loss", "fkl", "rkl") if key in newest]
         if "tokens_per_second" in newest:
-            shown.append(f"{newest['tokens_per_second']:.0f} tokens/s")
-        self._progress.update(self._task, completed=step, total=of, numbers="  ".join(shown))
+            texts.append(f"{newest['tokens_per_second']:.0f} tokens/s")
+        self._progress.update(self._task, completed=step, total=of, numbers="  ".join(texts))
         heldout = (step, newest.get("eval_loss"))
         if "eval_loss" in newest and heldout[1] != (self._last_heldout or (0, None))[1]:
             self._last_heldout = heldout
@@ -114,12 +114,12 @@ def print_evaluation(evaluation: Evaluation) -> None:
         if any(value is not None for value in values):
             table.add_row(key, *(metric.show(value) for value in values))
     console.print(table)
-    shown = ("rouge_l", "rouge_l_best", "distinct_2", "self_bleu", "repetition")
+    keys = ("rouge_l", "rouge_l_best", "distinct_2", "self_bleu", "repetition")
     if evaluation.sweep:
-        swept = Table("sampling temperature", "model", *shown)
+        swept = Table("sampling temperature", "model", *keys)
         for model, points in evaluation.sweep.items():
             for point in points:
-                cells = (metrics[key].show(point.values.get(key)) for key in shown)
+                cells = (metrics[key].show(point.values.get(key)) for key in keys)
                 swept.add_row(f"{point.sampling_temperature:g}", model, *cells)
         console.print(swept)
     if evaluation.suites:
@@ -236,8 +236,8 @@ def _print_row(survey: Survey, tokenizer: Any, console: Console) -> None:
     name = f"row {printable(row.id)}"
     text = Text(f"{name}: " if survey.classes else f"{name}, the trained tokens {where}:\n")
     for piece, trained in pieces_of(row, tokenizer):
-        shown = f"{before}{printable(piece)}{after}" if trained else printable(piece)
-        text.append(shown, "bold green" if trained else "" if survey.classes else "dim")
+        content = f"{before}{printable(piece)}{after}" if trained else printable(piece)
+        text.append(content, "bold green" if trained else "" if survey.classes else "dim")
     if survey.classes:
         text.append(f" -> {printable(survey.classes[row.label])}")
     console.print(text, soft_wrap=True)

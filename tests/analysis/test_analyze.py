@@ -217,7 +217,7 @@ def test_too_sure_of_another_token_than_the_target() -> None:
     analysis = analysis_of(student, teacher, labels)
     said = answers(analysis)
     assert (said["overconfident_by_teacher"], said["target_too_high"]) == ("yes", "no")
-    assert "it is so of other tokens" in text(analysis, "target_too_high")
+    assert "overconfident about other tokens" in text(analysis, "target_too_high")
     assert answers(analysis_of(1.8 * teacher, teacher, labels))["target_too_high"] == "yes"
 
 

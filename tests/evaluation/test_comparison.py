@@ -299,7 +299,7 @@ def test_the_sweep_is_compared_where_both_have_it(pair: tuple[Path, Path]) -> No
     rewrite(pair[1] / "samples.jsonl", lambda line: None if line["sampling_temperature"] == 0.5 else line)
     found = compare(*pair)
     assert [table.sampling_temperature for table in found.tables] == [1.0, 1.5]
-    assert found.tables[0].not_compared == {"distinct_2_corpus": "no function of how often a prompt counts"}
+    assert found.tables[0].not_compared == {"distinct_2_corpus": "cannot be resampled by prompt"}
     assert found.tables[0].units == {"held-out rows": ROWS, "prompts": PROMPTS}
     assert found.tables[1].not_compared == {}
     assert found.tables[1].units == {"prompts": PROMPTS}

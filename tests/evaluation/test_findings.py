@@ -80,9 +80,9 @@ def test_a_student_less_sure_than_its_teacher_is_not_overconfident_by_it() -> No
     found = sureness(numbers, 40)
     assert answers(found) == dict(zip(SHARED, ("no", "yes", "undecided"), strict=True))
     by_teacher, by_data, target = (finding.text for finding in found)
-    assert "gives 10.0 points [8.0, 12.0] less probability than its teacher does" in by_teacher
+    assert "10.0 points [8.0, 12.0] less probability than its teacher does" in by_teacher
     assert "confidence (50.0 %) is 5.0 points [4.0, 6.0] above its accuracy (45.0 %)" in by_data
-    assert "its teacher's is 20.0 points [10.0, 30.0] above its own" in by_data
+    assert "the teacher's is 20.0 points [10.0, 30.0] above the teacher's accuracy" in by_data
     assert "2.0 points [−1.0, 5.0] more probability" in target
     alone = answers(sureness({key: numbers[key] for key in ("calibration_gap", "confidence", "accuracy")}, 40,
                              has_teacher=False))  # fmt: skip
@@ -203,7 +203,7 @@ def test_closer_and_better_are_decided_by_paired_differences_where_there_are_som
     paired["student", "before"]["fkl"] = Estimate(0.5, (0.1, 1.0))
     contradiction = next(f for f in of_evaluation(wide, paired) if f.id == "closer")
     assert contradiction.answer == "undecided" and "contradict each other" in contradiction.text
-    assert "Reverse KL 2.00 nats, before 5.00 nats (−3.000 [−4.000, −2.000])" in contradiction.text
+    assert "Reverse KL 2.00 nats, before training 5.00 nats (−3.000 [−4.000, −2.000])" in contradiction.text
     assert contradiction.numbers["rkl_difference"] == paired["student", "before"]["rkl"]
     assert answers(of_evaluation(replace(wide, settings={"data": {"heldout_rows": 2}}), paired))["closer"] == (
         "undecided"

@@ -19,6 +19,6 @@ def test_evaluations_in_memory_become_a_page(kind: str, tmp_path: Path) -> None:
     assert drkl.report([a, b], str(tmp_path / "two.html")) == tmp_path / "two.html"
     text = (tmp_path / "two.html").read_text(encoding="utf-8")
     assert "The runs side by side" in text and 'data-finding="b_better_agreement"' in text
-    assert "How did it get there?" not in text and "drkl report" not in text
+    assert "How did training go?" not in text and "drkl report" not in text
     assert drkl.report([a.save(tmp_path / "saved"), b], tmp_path / "mixed.md").read_text().startswith("# saved")
     assert len(drkl.report((a, b), tmp_path / "two.csv").read_text().splitlines()) > 20

@@ -72,7 +72,7 @@ def page(*runs: RunFolder) -> str:
 
 def test_the_page_has_the_numbers_the_diagrams_and_the_texts(tmp_path: Path) -> None:
     text = page(write_run(tmp_path / "a"))
-    for expected in ("Calibration error (ECE)", "85.1", "83.0 to 87.0", "Is it right as often as it is sure?",
+    for expected in ("Calibration error (ECE)", "85.1", "83.0 to 87.0", "Is its confidence equal to its accuracy?",
                      "Where student and teacher differ", "The hardest texts", "Texts cut at the end",
                      "Does the student answer as well as its teacher?", "Macro-F1", "most often: "):  # fmt: skip
         assert expected in text, expected
@@ -126,7 +126,7 @@ def test_without_bins_there_is_no_diagram(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "a"))
     assert run.evaluation is not None
     assert [picture.title for picture in figures.confidence(run)] == [
-        "Is it right as often as it is sure?", "Probability of the top class",
+        "Is its confidence equal to its accuracy?", "Probability of the top class",
     ]  # fmt: skip
     assert figures.confidence(replace(run, evaluation=replace(run.evaluation, reliability=None))) == []
 

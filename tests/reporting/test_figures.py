@@ -14,7 +14,7 @@ def test_the_figures_of_a_whole_run(make_run: MakeRun) -> None:
     assert titles == [
         "Reverse KL to the teacher", "Forward KL to the teacher", "Top-token agreement", "Entropy",
         "Negative log-likelihood", "Loss", "Gradient norm", "Learning rate", "Speed",
-        "Entropy per token", "Probability of the top token", "Surer or less sure than the teacher",
+        "Entropy per token", "Probability of the top token", "Confidence compared with the teacher",
     ]  # fmt: skip
     for picture in training:
         assert 'role="img"' in picture.svg
@@ -44,7 +44,7 @@ def test_missing_and_empty_histograms_are_left_out(make_run: MakeRun, distributi
     run = make_run()
     write_json(run.eval_path, evaluation() | {"distributions": distributions})
     titles = [picture.title for picture in figures.confidence(read_run(run))]
-    assert titles == ["Surer or less sure than the teacher"]
+    assert titles == ["Confidence compared with the teacher"]
 
 
 def test_several_runs_are_drawn_in_their_own_colours(make_run: MakeRun) -> None:

@@ -130,9 +130,9 @@ def test_a_page_with_a_sweep_shows_what_is_new(make_run: MakeRun) -> None:
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     for wanted in (
-        "Faithful and varied at once?", "Does the student answer as well as its teacher where it is as varied?",
-        "Undecided", "The best of k answers", "What becomes of the teacher's tail", "2.39 to 2.69",
-        "Is it right as often as it is sure?", "Probability of the teacher's top token", "in the prompt picker",
+        "Faithful and varied at once?", "Does the student answer as well as its teacher when both are equally varied?",
+        "Undecided", "The best of k answers", "Probability along the teacher's ranks", "2.39 to 2.69",
+        "Is its confidence equal to its accuracy?", "Probability of the teacher's top token", "in the prompt picker",
     ):  # fmt: skip
         assert wanted in page.text, wanted
     assert (
@@ -152,7 +152,7 @@ def test_an_outside_pair_has_a_page_without_training(tmp_path: Path) -> None:
         f"drkl report {pair.root}",
     ):  # fmt: skip
         assert wanted in page.text, wanted
-    for unwanted in ("How did it get there?", "Warm-up", "config.yaml", "/somewhere", "what the objective contributes"):
+    for unwanted in ("How did training go?", "Warm-up", "config.yaml", "/somewhere", "what the objective contributes"):
         assert unwanted not in page.text, unwanted
     assert [column[0] for column in json.loads(page.scripts[0])["columns"]] == ["Teacher", "Student"]
 
@@ -289,7 +289,7 @@ def test_several_runs_side_by_side(make_run: MakeRun, tmp_path: Path) -> None:
     assert "The runs side by side" in page.text
     assert "objective.name" in page.text
     assert "objective.gamma" in page.text
-    assert "run.name" not in page.text.split("On what they differ")[1].split("How sure")[0]
+    assert "run.name" not in page.text.split("Configuration keys that differ")[1].split("How confident")[0]
     assert f"drkl report {first.root} {other.root}" in page.text
 
 
@@ -319,7 +319,7 @@ def test_evaluations_in_memory_and_run_folders_mix(make_run: MakeRun, tmp_path: 
     assert report(memory, target) == target
     page = Page(target.read_text(encoding="utf-8"))
     assert "in memory" in page.text and "Why do cats purr?" in page.text
-    for absent in ("How did it get there?", "config.yaml", "drkl report", "drkl distill"):
+    for absent in ("How did training go?", "config.yaml", "drkl report", "drkl distill"):
         assert absent not in page.text, absent
     page = Page(report([memory, run, str(run.root), evaluation], target).read_text(encoding="utf-8"))
     labels = ["in memory", "quickstart · drkl", "quickstart (2) · drkl", "quickstart (3) · drkl"]

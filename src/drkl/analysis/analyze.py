@@ -211,7 +211,7 @@ def named_objectives(
 
 
 def _evaluation_beside(folder: RunFolder, inputs: Inputs, seed: int) -> tuple[int, bool]:
-    """How to decide the findings that ``eval.json`` in the same folder decides too.
+    """Return how to decide the findings that ``eval.json`` in the same folder has too.
 
     Returns:
         The seed of the evaluation (``seed`` where there is none yet), and whether the findings are to be decided: False

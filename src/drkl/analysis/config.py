@@ -13,9 +13,11 @@ class AnalysisConfig(BaseModel):
     watch_every: int | None = Field(
         None,
         ge=1,
-        description="optimiser steps between two measurements of the pushes on the target, logged as watch_* in "
-        "train.jsonl; the first and the last step are measured too (default: off)",
+        description="Optimiser steps between two measurements of the pushes on the target, logged as watch_* in "
+        "train.jsonl; the first and the last step are measured too. Default: off.",
     )
     watch_positions: int = Field(
-        256, ge=1, description="maximum number of response positions in training.eval_rows to measure at, evenly spread"
+        256,
+        ge=1,
+        description="Maximum number of response positions to measure at, evenly spread over training.eval_rows.",
     )

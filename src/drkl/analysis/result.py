@@ -23,7 +23,7 @@ SECTIONS = ("settings", "counts", "totals", "by_target", "distributions", "gamma
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `drkl.analyze` measured.
+    """The result of `drkl.analyze`.
 
     ``analysis["K"]`` is a mean over all positions with its 95 % interval; `tables` has everything else.
     """
@@ -50,11 +50,11 @@ class Analysis:
         return Estimate(totals[name]["value"], None if ends is None else (ends[0], ends[1]))
 
     def finding(self, id: str) -> Finding | None:
-        """The finding with this id; None where it was not made."""
+        """Return the finding with this id, or None."""
         return next((finding for finding in self.findings if finding.id == id), None)
 
     def to_json(self) -> dict[str, Any]:
-        """What ``analysis.json`` holds."""
+        """Return the content of ``analysis.json``."""
         return {"format": FORMAT, "findings": [finding.to_json() for finding in self.findings], **self.tables}
 
     def save(self, folder: str | Path) -> Path:

@@ -46,7 +46,7 @@ class Pushes:
 
 @dataclass(frozen=True)
 class Observed:
-    """The numbers that an analysis is made of; q = student, p = teacher, t = the teacher's top token, y* = argmax q.
+    """The numbers of an analysis; q = student, p = teacher, t = the teacher's top token, y* = argmax q.
 
     ``columns`` has `[n]` by name. At the loss's temperature: ``q_t``, ``p_t``, ``rest`` (1 - q_t, from log-sum-exps),
     ``B``, ``K``, ``D`` in nats, ``tail_slope`` (the norm of dK/dz over the tail, which the tail's weight multiplies).

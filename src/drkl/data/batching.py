@@ -1,4 +1,4 @@
-"""Which rows go into which optimiser step: steps of about equal cost, rows of about equal length."""
+"""Divide rows into optimiser steps of about equal cost, each with rows of about equal length."""
 
 from __future__ import annotations
 

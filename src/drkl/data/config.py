@@ -57,7 +57,7 @@ class SourceConfig(BaseModel):
 
 
 class DataConfig(BaseModel):
-    """Where the rows come from, and how they are tokenised."""
+    """The sources of the rows, and their tokenisation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

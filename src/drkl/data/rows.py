@@ -1,4 +1,4 @@
-"""From what a caller has (a data set, a list, a path, tokenised rows) to the rows that a model is trained on."""
+"""Turn a data set, a list, a path or tokenised rows into the rows that a model is trained on."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _numbered(rows: Iterable[Any], name: str) -> Iterable[tuple[str, Any]]:
 
 
 def _kind(items: Sequence[tuple[str, Any]]) -> Any:
-    """What the rows are: a class of drkl's, ``tokenised``, or None for mappings of text; one kind for all."""
+    """Return the kind of the rows: a class of drkl, ``tokenised``, or None for mappings of text. All have one kind."""
 
     def of(row: Any) -> Any:
         if isinstance(row, Row | LabelledRow | Example):

@@ -1,4 +1,4 @@
-"""What a data section holds, source by source: counts, lengths, and rows to look at."""
+"""Summarise a data section source by source: counts, lengths, and rows to look at."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Pool:
-    """What the metrics need of the answers to one prompt."""
+    """The numbers of the answers to one prompt that metrics need."""
 
     num_answers: int
     means: Mapping[str, tuple[float, int]]
@@ -42,7 +42,7 @@ class Pool:
     rouge_l: Sequence[float]
     """ROUGE-L of each answer, ascending; empty without a reference."""
     copies: Sequence[int]
-    """How often each different text occurs."""
+    """The number of times that each different text occurs."""
     words: Sequence[Sequence[str]]
     """The words of each answer, lower-cased."""
 
@@ -70,9 +70,9 @@ class AnswerTable:
         """Add a prompt: its references (none, one or several) and the answers to it."""
         assert not isinstance(references, str), "a string would be taken for references of one letter each"
         texts = [answer.text for answer in answers]
-        words = [[sys.intern(word) for word in text.tokens(one.lower())] for one in texts]
+        words = [[sys.intern(word) for word in text.tokens(answer.lower())] for answer in texts]
         copies = list(Counter(texts).values())
-        rouge = [text.rouge(references, one) for one in texts] if references else []
+        rouge = [text.rouge(references, answer) for answer in texts] if references else []
         means = {
             "self_bleu": _defined([text.pool_self_bleu(texts)]),
             "distinct_answers": _defined([len(copies) / len(texts)] if texts else []),
@@ -104,8 +104,8 @@ class AnswerTable:
 
     def compute(self) -> dict[str, float | None]:
         """Every metric of ``declared.ANSWER_KEYS``; None where no prompt defines it."""
-        found = {key: float(value[0]) for key, value in self.metrics(np.ones((1, len(self)))).items()}
-        table: dict[str, float | None] = {key: None if math.isnan(value) else value for key, value in found.items()}
+        values = {key: float(value[0]) for key, value in self.metrics(np.ones((1, len(self)))).items()}
+        table: dict[str, float | None] = {key: None if math.isnan(value) else value for key, value in values.items()}
         for n in ORDERS:
             everything = (words for pool in self.pools for words in pool.words)
             table[f"distinct_{n}_corpus"] = text.pool_distinct(everything, n)
@@ -129,8 +129,8 @@ class AnswerTable:
         scored = counts[:, _MEANS.index("rouge_l")] > 0
         for key, score in _CORPUS_SCORES.items():
             sums = weights @ np.array([getattr(pool, key) for pool in self.pools], dtype=np.float64)
-            found = [score(row) if some else np.nan for row, some in zip(sums.tolist(), scored, strict=True)]
-            out[key] = np.array(found)
+            scores = [score(row) if some else np.nan for row, some in zip(sums.tolist(), scored, strict=True)]
+            out[key] = np.array(scores)
         return out
 
     def intervals(self, seed: int) -> dict[str, Interval]:
@@ -168,8 +168,8 @@ class AnswerTable:
         pools: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
         for line in lines:
             pools.setdefault((line.get("suite"), line["prompt_id"]), []).append(line)
-        asked = {(line.get("model"), line.get("sampling_temperature")) for pool in pools.values() for line in pool}
-        assert len(asked) <= 1, f"lines of one model at one sampling temperature, not of {sorted(map(str, asked))}"
+        sources = {(line.get("model"), line.get("sampling_temperature")) for pool in pools.values() for line in pool}
+        assert len(sources) <= 1, f"lines of one model at one sampling temperature, not of {sorted(map(str, sources))}"
         table = cls()
         for pool in pools.values():
             pool.sort(key=lambda line: (line.get("seed") or 0, line["sample"]))
@@ -187,8 +187,8 @@ def _answer(line: Mapping[str, Any], max_new_tokens: int) -> Answer:
 
 
 def _defined(values: Iterable[float | None]) -> tuple[float, int]:
-    found = [value for value in values if value is not None]
-    return math.fsum(found), len(found)
+    known = [value for value in values if value is not None]
+    return math.fsum(known), len(known)
 
 
 def _expected_best(ascending: Sequence[float], k: int) -> float:

@@ -1,4 +1,4 @@
-"""What every evaluation does besides measuring: models on their device, progress, times, versions, finite numbers."""
+"""Helpers of every evaluation: models on their device, progress, times, versions, finite numbers."""
 
 from __future__ import annotations
 

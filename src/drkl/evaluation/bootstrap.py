@@ -23,10 +23,10 @@ class Estimate(NamedTuple):
         return {"value": self.value, "interval": None if self.interval is None else list(self.interval)}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Estimate:
+    def from_json(cls, entry: Mapping[str, Any]) -> Estimate:
         """The estimate that ``to_json`` gave."""
-        ends = found["interval"]
-        return cls(found["value"], None if ends is None else (ends[0], ends[1]))
+        ends = entry["interval"]
+        return cls(entry["value"], None if ends is None else (ends[0], ends[1]))
 
 
 RESAMPLES = 1000
@@ -56,11 +56,11 @@ def bootstrap(metrics: Metrics, size: int, seed: int, resamples: int = RESAMPLES
     """Every metric on every resample, `[resamples]` by name; nothing for no units."""
     if size == 0:
         return {}
-    found: dict[str, list[np.ndarray]] = {}
+    columns: dict[str, list[np.ndarray]] = {}
     for weights in resample_weights(size, seed, resamples):
         for name, values in metrics(weights).items():
-            found.setdefault(name, []).append(values)
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+            columns.setdefault(name, []).append(values)
+    return {name: np.concatenate(parts) for name, parts in columns.items()}
 
 
 def interval(values: np.ndarray) -> Interval | None:
@@ -92,14 +92,14 @@ class Resampled:
 
     def intervals(self) -> dict[str, Interval]:
         """95 % intervals by metric, of those that have one."""
-        found = {key: interval(values) for key, values in self.values.items()}
-        return {key: ends for key, ends in found.items() if ends is not None}
+        intervals = {key: interval(values) for key, values in self.values.items()}
+        return {key: ends for key, ends in intervals.items() if ends is not None}
 
     def minus(self, other: Resampled) -> dict[str, Estimate]:
         """The paired differences, this minus the other, of the metrics that are finite in both."""
-        found = {}
+        differences = {}
         for key in self.points.keys() & other.points.keys():
             difference = self.points[key] - other.points[key]
             if math.isfinite(difference):
-                found[key] = Estimate(difference, interval(self.values[key] - other.values[key]))
-        return found
+                differences[key] = Estimate(difference, interval(self.values[key] - other.values[key]))
+        return differences

@@ -79,16 +79,16 @@ class Bins:
 def weighted_sums(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
     """``weights`` `[m, units]` times ``sums`` `[units, k]`, where 0 times an infinite sum is 0.
 
-    A distance is infinite where one model excludes what the other does not; a unit that is not drawn has no say.
+    A distance is infinite where one model excludes what the other does not; a unit of weight 0 has no effect.
     """
     good = np.isfinite(sums)
     if good.all():
         product: np.ndarray = weights @ sums
         return product
     out = weights @ np.where(good, sums, 0.0)
-    drawn = (weights > 0).astype(np.float64)
+    counted = (weights > 0).astype(np.float64)
     up, down, unknown = (
-        drawn @ mask.astype(np.float64) > 0 for mask in (sums == np.inf, sums == -np.inf, sums != sums)
+        counted @ mask.astype(np.float64) > 0 for mask in (sums == np.inf, sums == -np.inf, sums != sums)
     )
     out[up] = np.inf
     out[down] = -np.inf

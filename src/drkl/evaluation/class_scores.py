@@ -1,4 +1,4 @@
-"""What a classifier's metrics are made of: numbers of each held-out text."""
+"""The numbers of each held-out text from which a classifier's metrics are computed."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from drkl.evaluation.row_sums import RowSums
 
 SIZES = ("num_tokens", "num_answers", "num_rows")
 CHANCE = 0.05
-"""How often a 95 % interval leaves out the truth."""
+"""The share of 95 % intervals that leave out the truth."""
 SAMPLING = (
     "sampling_temperature", "max_new_tokens", "samples_per_prompt", "seeds", "seed", "protocol", "template", "gamma",
 )  # fmt: skip
@@ -40,7 +40,7 @@ Sets = dict[Place, dict[str, list[Line]]]
 
 @dataclass(frozen=True)
 class Unit:
-    """What is resampled: where its lines are, how a line names it, and what has to be the same in both evaluations."""
+    """A unit of resampling: the file of its lines, the field that names it, and fields that both evaluations share."""
 
     plural: str
     file: str
@@ -64,7 +64,7 @@ ROWS = Unit(
 )  # fmt: skip
 PROMPTS = Unit(
     "prompts", "samples", "prompt_id", ("prompt", "reference"), ANSWER_KEYS,
-    "no function of how often a prompt counts", _answers,
+    "cannot be resampled by prompt", _answers,
 )  # fmt: skip
 TEXTS = Unit(
     "texts", "predictions", "id", ("text", "label"), CLASS_KEYS, "not in predictions.jsonl",
@@ -74,12 +74,12 @@ TEXTS = Unit(
 
 @dataclass(frozen=True)
 class Table:
-    """What was compared on one set, at one sampling temperature (None: nothing sampled)."""
+    """The comparison on one set at one sampling temperature (None: nothing sampled)."""
 
     suite: str | None
     sampling_temperature: float | None
     units: dict[str, int] = field(default_factory=dict)
-    """How many held-out rows, prompts or texts were resampled."""
+    """The number of held-out rows, prompts or texts that were resampled."""
     differences: list[Difference] = field(default_factory=list)
     not_compared: dict[str, str] = field(default_factory=dict)
     """Metrics that cannot be paired, and why."""
@@ -119,7 +119,7 @@ class Comparison:
         ]
 
     def summary(self) -> list[str]:
-        """What is decided, what is not, and how far that goes, in words."""
+        """Return sentences: what is decided, what is not, and the limits of that."""
         lines = [sentence for table in self.tables for sentence in _decided(table)]
         verdicts = [d.verdict for table in self.tables for d in table.differences if d.verdict is not None]
         units = " and ".join(dict.fromkeys(name for table in self.tables for name in table.units))
@@ -189,12 +189,12 @@ def _sets(run: Evaluation, unit: Unit) -> Sets:
     """The lines of each model on each set; sets without lines of the student are left out."""
     if unit is PROMPTS and not run.samples and not run.settings.get("prompts"):
         return {}  # nothing was sampled
-    found: Sets = {}
+    sets: Sets = {}
     for line in _lines(run, unit):
         temperature = line.get("sampling_temperature")
         place = line.get("suite"), None if temperature is None else float(temperature)
-        found.setdefault(place, {}).setdefault(line["model"], []).append(line)
-    return {place: models for place, models in found.items() if "student" in models}
+        sets.setdefault(place, {}).setdefault(line["model"], []).append(line)
+    return {place: models for place, models in sets.items() if "student" in models}
 
 
 def _predicted(run: Evaluation) -> dict[str, list[Line]]:
@@ -226,9 +226,9 @@ def _compare_generation(pair: Pair, heldout: Sequence[Sets], samples: Sequence[S
     return tables
 
 
-def _compared(pair: Pair, unit: Unit, found: Sequence[Mapping[str, list[Line]]], start: Table, seed: int) -> Table:
+def _compared(pair: Pair, unit: Unit, lines: Sequence[Mapping[str, list[Line]]], start: Table, seed: int) -> Table:
     """``start``, and what these lines add to it."""
-    ids, sides = _paired_sides(pair, unit, found, seed)
+    ids, sides = _paired_sides(pair, unit, lines, seed)
     metrics = {key: metrics_of(pair[0].task)[key] for key in unit.keys if key not in SIZES}
     differences, missing = paired(metrics, *sides)
     known = {difference.metric.key for difference in differences}
@@ -257,8 +257,8 @@ def _when_as_varied(
             curve["student"][temperature] = side.student
             if side.teacher.points:
                 curve["teacher"][temperature] = side.teacher
-    found = [when_as_varied(Curve.of(curve["student"]), Curve.of(curve["teacher"])) for curve in curves]
-    scores = [scores[1] for scores in found if not isinstance(scores, str)]
+    matched = [when_as_varied(Curve.of(curve["student"]), Curve.of(curve["teacher"])) for curve in curves]
+    scores = [scores[1] for scores in matched if not isinstance(scores, str)]
     if len(scores) < 2:
         return None
     a, b = scores
@@ -269,12 +269,12 @@ def _when_as_varied(
 
 
 def _paired_sides(
-    pair: Pair, unit: Unit, found: Sequence[Mapping[str, list[Line]]], seed: int
+    pair: Pair, unit: Unit, lines: Sequence[Mapping[str, list[Line]]], seed: int
 ) -> tuple[list[Any], list[Side]]:
     """The units that both were evaluated on, and both students with their teachers, resampled over those."""
-    ids = same_units(pair, unit, [models["student"] for models in found])
+    ids = same_units(pair, unit, [models["student"] for models in lines])
     sides = []
-    for models, run in zip(found, pair, strict=True):
+    for models, run in zip(lines, pair, strict=True):
         both = [
             _resampled(run, unit, models[model], model, ids, seed) if model in models else Resampled({}, {})
             for model in ("student", "teacher")
@@ -286,14 +286,14 @@ def _paired_sides(
 def _resampled(
     run: Evaluation, unit: Unit, lines: Sequence[Line], model: str, ids: Sequence[Any], seed: int
 ) -> Resampled:
-    """A model's metrics over the units in this order; made once for each evaluation, whomever it is compared with."""
+    """Return a model's metrics over the units in this order, cached in its evaluation."""
     place = lines[0].get("suite"), lines[0].get("sampling_temperature")
     key = (unit.plural, place, model, seed, tuple(ids))
     if key not in run.cache:
         metrics = unit.metrics(in_order(lines, unit, ids, run), run, model)
         run.cache[key] = Resampled.of(metrics, len(ids), seed)
-    found: Resampled = run.cache[key]
-    return found
+    resampled: Resampled = run.cache[key]
+    return resampled
 
 
 def same_units(pair: Pair, unit: Unit, lines: Sequence[Sequence[Line]]) -> list[Any]:
@@ -373,8 +373,8 @@ def _decided(table: Table) -> Iterator[str]:
     place = table.place
     at = f"{place[:1].upper()}{place[1:]}: " if place else ""
     for verdict in ("A better", "B better"):
-        if found := [d.metric.title for d in table.differences if d.verdict == verdict]:
-            yield f"{at}{verdict} in {len(found)}: {'; '.join(found)}."
+        if titles := [d.metric.title for d in table.differences if d.verdict == verdict]:
+            yield f"{at}{verdict} in {len(titles)}: {'; '.join(titles)}."
     judged = [d for d in table.differences if d.verdict is not None]
     if open_ := [d.metric.title for d in judged if d.verdict == "undecided"]:
         if len(open_) == len(judged):
@@ -402,7 +402,7 @@ def _differs(difference: Difference) -> bool:
 
 @dataclass(frozen=True)
 class Standing:
-    """How several students compare by one metric; a run is named by its place in the list that was given."""
+    """The comparison of several students by one metric; a run is named by its place in the given list."""
 
     metric: Metric
     values: dict[int, float]
@@ -464,8 +464,8 @@ def side_by_side(
     known = {key: metric for run in evaluations for key, metric in metrics_of(run.task).items()}
     known[AS_VARIED.key] = AS_VARIED
     wanted = keys if keys is not None else [key for key, metric in known.items() if metric.better != "none"]
-    found = [_standing(evaluations, known[key], tested, reasons) for key in wanted]
-    return [standing for standing in found if standing.values]
+    standings = [_standing(evaluations, known[key], tested, reasons) for key in wanted]
+    return [standing for standing in standings if standing.values]
 
 
 def _standing(

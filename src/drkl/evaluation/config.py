@@ -10,7 +10,7 @@ SWEEP = (0.5, 0.7, 1.0, 1.2, 1.5)
 
 
 class EvaluationConfig(BaseModel):
-    """How many answers are sampled, and how; teacher-forced metrics use every held-out row."""
+    """The number of sampled answers and the sampling settings; teacher-forced metrics use every held-out row."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -23,7 +23,7 @@ RANKS = (2, 100)
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric; shown is the stored value times ``scale``.
+    """One metric. Tables show the stored value times ``scale``.
 
     ``better``: ``zero`` is nearer to 0, ``teacher`` nearer to the teacher's value, ``none`` is no quality at all.
     ``of``: what it is averaged over: held-out response tokens, sampled answers, or classified texts.
@@ -46,7 +46,7 @@ class Metric:
         return number(None if stored is None else stored * self.scale, self.digits, signed=signed)
 
     def distance(self, value: Any, teacher: Any) -> Any:
-        """How far from ideal (smaller is better), of a number or an array; None where there is no ideal."""
+        """Return the distance of a number or an array from its ideal (smaller is better), or None without an ideal."""
         if self.better == "teacher":
             return None if teacher is None else abs(value - teacher)
         if self.better == "none":
@@ -72,15 +72,15 @@ _TEXTS: dict[str, Any] = {"of": "texts"}
 
 
 def _rouge(name: str, what: str) -> tuple[Metric, Metric]:
-    key, shown = f"rouge_{name.lower()}", f"ROUGE-{name}"
+    key, title = f"rouge_{name.lower()}", f"ROUGE-{name}"
     mean = (
         f"F-measure of the {what} shared with the reference (stemmed, lower-cased; the best reference where there are "
         "several), mean over answers."
     )
-    best = f"{shown} of the best of a prompt's answers, mean over prompts; grows with the number of samples."
+    best = f"{title} of the best of a prompt's answers, mean over prompts; grows with the number of samples."
     return (
-        Metric(key, shown, shown, "0–100", "higher", mean, **_ROUGE),
-        Metric(f"{key}_best", f"{shown}, best of k", f"{shown} max", "0–100", "higher", best, **_ROUGE),
+        Metric(key, title, title, "0–100", "higher", mean, **_ROUGE),
+        Metric(f"{key}_best", f"{title}, best of k", f"{title} max", "0–100", "higher", best, **_ROUGE),
     )
 
 
@@ -101,7 +101,7 @@ _RELIABLE = f"{NUM_CALIBRATION_BINS} bins of confidence (max q)"
 
 
 def _against_the_teacher(of: Of, thing: str) -> tuple[Metric, ...]:
-    """How much surer than its teacher a student is, in three ways of looking."""
+    """Return three measures of how much more confident than its teacher a student is."""
     return (
         Metric("confidence_gap", "Confidence minus the teacher's", "E[max q − max p]", "−1–1", "zero",
             "Mean max q minus mean max p; above 0 the student's distributions are sharper than the teacher's.",

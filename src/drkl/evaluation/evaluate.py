@@ -148,16 +148,16 @@ def evaluate_inputs(
             inputs.tokenizer, rows, settings, suites=inputs.suites, vocab_size=inputs.vocab_size, gamma=inputs.gamma,
             parts=parts,
         )  # fmt: skip
-    found = run_task(
+    result = run_task(
         task, inputs.models, device=inputs.device, data=inputs.data, facts={**inputs.facts, **(facts or {})},
         on_progress=on_progress,
     )  # fmt: skip
-    found = replace(found, name=name or inputs.name)
+    result = replace(result, name=name or inputs.name)
     if folder is None or own is None:
-        return found
-    found = replace(found, folder=found.save(folder.root), name=name or folder.name)
+        return result
+    result = replace(result, folder=result.save(folder.root), name=name or folder.name)
     own.remove()
-    return found
+    return result
 
 
 def run_task(
@@ -188,9 +188,9 @@ def run_task(
         # Two models at once may not fit.
         free_memory(device)
         task.score(name, seconds[name])
-    found = task.evaluation({**(facts or {}), "device": str(device)}, data or {}, seconds)
-    found.timing["total"] = round(time.perf_counter() - started, 2)
-    return found
+    result = task.evaluation({**(facts or {}), "device": str(device)}, data or {}, seconds)
+    result.timing["total"] = round(time.perf_counter() - started, 2)
+    return result
 
 
 def _measure(

@@ -1,4 +1,4 @@
-"""The questions people ask of the numbers, and their answers: the only place that turns numbers into sentences.
+"""Findings: questions, and the answers that the numbers give. Only this module turns numbers into sentences.
 
 Each finding is decided by a 95 % interval: ``yes`` or ``no`` where the interval lies on one side of the bar,
 ``undecided`` where it holds the bar, ``not_applicable`` where the question has no meaning for what was measured.
@@ -47,7 +47,7 @@ QUESTIONS: dict[str, str] = {
     "better_on_data": "Does the student predict the held-out data better than before training?",
     "as_good": "Does the student answer as well as its teacher?",
     "varied": "Are the student's answers as varied as its teacher's?",
-    "as_good_when_as_varied": "Does the student answer as well as its teacher where it is as varied?",
+    "as_good_when_as_varied": "Does the student answer as well as its teacher when both are equally varied?",
     # Of an analysis.
     "pushed_when_matched": "Where its target already matches the teacher's, would reverse KL push it further up?",
     "tail_dominates": "Do student and teacher differ mostly in the tail?",
@@ -85,19 +85,19 @@ class Finding:
     text: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in ``eval.json`` and ``analysis.json``."""
+        """Return the entry for ``eval.json`` and ``analysis.json``."""
         numbers = {name: estimate.to_json() for name, estimate in self.numbers.items()}
         return {"id": self.id, "question": self.question, "answer": self.answer, "numbers": numbers, "text": self.text}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Finding:
+    def from_json(cls, raw: Mapping[str, Any]) -> Finding:
         """The finding that ``to_json`` gave."""
-        numbers = {name: Estimate.from_json(entry) for name, entry in found["numbers"].items()}
-        return cls(found["id"], found["question"], found["answer"], numbers, found["text"])
+        numbers = {name: Estimate.from_json(entry) for name, entry in raw["numbers"].items()}
+        return cls(raw["id"], raw["question"], raw["answer"], numbers, raw["text"])
 
 
 class Measured(Protocol):
-    """The numbers that findings are made of; `drkl.evaluation.result.Evaluation` has them."""
+    """The numbers from which findings are computed; `drkl.evaluation.result.Evaluation` has them."""
 
     @property
     def task(self) -> str: ...
@@ -141,12 +141,13 @@ def of_evaluation(
     }
     sure["teacher_calibration_gap"] = numbers.estimate("teacher", "calibration_gap")
     has_teacher = "teacher" in evaluation.models
-    found = sureness(sure, numbers.units("texts" if numbers.classifies else "tokens"), has_teacher=has_teacher)
-    found += [_closer(numbers, "closer", "before"), _closer(numbers, "closer_than_warmup", "warmup")]
-    found += [_better_on_data(numbers), _as_good(numbers), _varied(numbers), _as_good_when_as_varied(numbers, curves)]
+    findings = sureness(sure, numbers.units("texts" if numbers.classifies else "tokens"), has_teacher=has_teacher)
+    findings += [_closer(numbers, "closer", "before"), _closer(numbers, "closer_than_warmup", "warmup")]
+    findings += [_better_on_data(numbers), _as_good(numbers), _varied(numbers)]
+    findings.append(_as_good_when_as_varied(numbers, curves))
     if numbers.classifies and len(evaluation.classes) == 2:
-        found.append(_not_applicable("tail_dominates", TWO_CLASSES))
-    return found
+        findings.append(_not_applicable("tail_dominates", TWO_CLASSES))
+    return findings
 
 
 TWO_CLASSES = (
@@ -167,32 +168,32 @@ def sureness(numbers: Mapping[str, Estimate], units: int | None, *, has_teacher:
     """
     known = {key: _settled(estimate, units) for key, estimate in numbers.items() if estimate.value is not None}
     few = f"; fewer than {MIN_UNITS} rows decide nothing" if units is not None and units < MIN_UNITS else ""
-    found = []
+    findings = []
     for id, key in zip(SHARED, ("overconfidence", "calibration_gap", "target_gap"), strict=True):
         if key != "calibration_gap" and not has_teacher:
-            found.append(_not_applicable(id, "There is no teacher to compare the student with."))
+            findings.append(_not_applicable(id, "There is no teacher to compare the student with."))
             continue
         if key not in known:
-            found.append(_not_applicable(id, "An earlier drkl did not measure this; `drkl evaluate` does."))
+            findings.append(_not_applicable(id, "An earlier drkl did not measure this; `drkl evaluate` does."))
             continue
         estimate, more = known[key], {}
         if key == "overconfidence":
-            text = f"To its own top token the student gives {_more(estimate)} than its teacher does{few}."
+            text = f"The student gives its own top token {_more(estimate)} its teacher does{few}."
         elif key == "target_gap":
-            text = f"To its teacher's top token the student gives {_more(estimate)} than its teacher does{few}."
-            if above(estimate) == "no" and found[0].answer == "yes":
-                text += " Where it is overconfident, it is so of other tokens, which its teacher does not put first."
+            text = f"The student gives its teacher's top token {_more(estimate)} its teacher does{few}."
+            if above(estimate) == "no" and findings[0].answer == "yes":
+                text += " It is overconfident about other tokens, which its teacher does not rank first."
         else:
             more = {
                 name: known[name] for name in ("confidence", "accuracy", "teacher_calibration_gap") if name in known
             }
             confidence, accuracy = (_share(more[name]) for name in ("confidence", "accuracy"))
-            text = f"The student's confidence ({confidence}) is {_apart(estimate)} its accuracy ({accuracy})"
+            text = f"The student's confidence ({confidence}) is {_above_or_below(estimate)} its accuracy ({accuracy})"
             if "teacher_calibration_gap" in more:
-                text += f"; its teacher's is {_apart(more['teacher_calibration_gap'])} its own"
+                text += f"; the teacher's is {_above_or_below(more['teacher_calibration_gap'])} the teacher's accuracy"
             text += f"{few}."
-        found.append(_finding(id, above(estimate), text, **{key: estimate}, **more))
-    return found
+        findings.append(_finding(id, above(estimate), text, **{key: estimate}, **more))
+    return findings
 
 
 def of_comparison(differences: Sequence[Difference], place: str = "") -> list[Finding]:
@@ -202,27 +203,27 @@ def of_comparison(differences: Sequence[Difference], place: str = "") -> list[Fi
         differences: of one set and one sampling temperature.
         place: what they were measured on, where that has to be said.
     """
-    found = []
+    findings = []
     where = f" ({place})" if place else ""
     for difference in differences:
         metric, verdict = difference.metric, difference.verdict
         if verdict is None:
             continue
         answers: dict[str, Answer] = {"B better": "yes", "A better": "no", "undecided": "undecided"}
-        said = {
+        conclusions = {
             "B better": "B is better",
             "A better": "A is better",
             "undecided": "these data do not decide which is better",
         }
         change = Estimate(difference.difference, difference.interval)
         a, b = (_of_metric(metric, value) for value in (difference.a, difference.b))
-        text = f"{metric.title}{where}: {a} in A, {b} in B ({_signed(metric, change)}); {said[verdict]}."
+        text = f"{metric.title}{where}: {a} in A, {b} in B ({_signed(metric, change)}); {conclusions[verdict]}."
         numbers = {"a": Estimate(difference.a), "b": Estimate(difference.b), "difference": change}
         if difference.teacher is not None:
             numbers["teacher"] = Estimate(difference.teacher)
         question = f"Is B better than A by {metric.title}{where}?"
-        found.append(Finding(f"{BETTER}{metric.key}", question, answers[verdict], numbers, text))
-    return found
+        findings.append(Finding(f"{BETTER}{metric.key}", question, answers[verdict], numbers, text))
+    return findings
 
 
 def of_analysis(tables: Mapping[str, Any], *, shared: bool = True) -> list[Finding]:
@@ -237,7 +238,7 @@ def of_analysis(tables: Mapping[str, Any], *, shared: bool = True) -> list[Findi
     settings, counts = tables["settings"], tables["counts"]
     totals = {RENAMED.get(name, name): Estimate.from_json(entry) for name, entry in tables["totals"].items()}
     rows, gamma = settings["rows"], settings["gamma"]
-    found = sureness(totals, rows) if shared else []
+    findings = sureness(totals, rows) if shared else []
     at_temperature = [
         _pushed(totals, counts, settings["positions"]),
         _tail_dominates(totals),
@@ -255,8 +256,8 @@ def of_analysis(tables: Mapping[str, Any], *, shared: bool = True) -> list[Findi
             )
         if finding.answer == "undecided" and rows < MIN_UNITS:
             text += f" Fewer than {MIN_UNITS} rows decide nothing."
-        found.append(replace(finding, text=text))
-    return found
+        findings.append(replace(finding, text=text))
+    return findings
 
 
 # Decisions --------------------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def not_below(estimate: Estimate) -> Answer:
 
 
 def together(answers: Sequence[Answer]) -> Answer:
-    """One answer of several measures: that of those that decide; undecided where they contradict each other."""
+    """The joint answer of several measures: that of those that decide; undecided where they contradict each other."""
     decided = {answer for answer in answers if answer in ("yes", "no")}
     return decided.pop() if len(decided) == 1 else "undecided"
 
@@ -316,8 +317,8 @@ class _Numbers:
 
     def compared(self, other: str, keys: Sequence[str]) -> dict[str, Estimate]:
         """The differences that there are, by key."""
-        found = {key: self.difference(other, key) for key in keys if key in self.metrics}
-        return {key: difference for key, difference in found.items() if difference.value is not None}
+        differences = {key: self.difference(other, key) for key in keys if key in self.metrics}
+        return {key: difference for key, difference in differences.items() if difference.value is not None}
 
     def sentence(self, other: str, name: str, key: str, difference: Estimate) -> str:
         """The student's number, the other's, and how far they are from each other."""
@@ -329,7 +330,7 @@ class _Numbers:
 def _compare_models(
     numbers: _Numbers, id: str, other: str, name: str, keys: Sequence[str], better: Callable[[Metric, Estimate], Answer]
 ) -> Finding:
-    """Whether the student is better than another model by ``keys``, decided together."""
+    """Decide whether the student is better than another model by all of ``keys`` together."""
     differences = numbers.compared(other, keys)
     if not differences:
         return _not_applicable(id, "None of the metrics that decide this was measured, or they are infinite.")
@@ -362,7 +363,7 @@ def _closer(numbers: _Numbers, id: str, other: str) -> Finding:
             "warmup": "The student was trained in one stage.",
         }
         return _not_applicable(id, reasons[other])
-    name = {"before": "before", "warmup": "after the warm-up"}[other]
+    name = {"before": "before training", "warmup": "after the warm-up"}[other]
     return _compare_models(numbers, id, other, name, ("rkl", "fkl", "agreement"), _improved)
 
 
@@ -371,7 +372,7 @@ def _better_on_data(numbers: _Numbers) -> Finding:
     if not numbers.has("before"):
         return _not_applicable(id, "The student before training was not evaluated.")
     return _compare_models(
-        numbers, id, "before", "before", ("accuracy",) if numbers.classifies else ("nll",), _improved
+        numbers, id, "before", "before training", ("accuracy",) if numbers.classifies else ("nll",), _improved
     )
 
 
@@ -413,10 +414,10 @@ def _as_good_when_as_varied(numbers: _Numbers, curves: Mapping[str, Curve] | Non
         return _not_applicable(id, reason)
     paired = curves is not None
     curves = curves or {model: _sweep_curve(numbers.evaluation, model) for model in ("student", "teacher")}
-    found = when_as_varied(curves["student"], curves["teacher"])
-    if isinstance(found, str):
-        return _not_applicable(id, found)
-    goal, *scores = found
+    matched = when_as_varied(curves["student"], curves["teacher"])
+    if isinstance(matched, str):
+        return _not_applicable(id, matched)
+    goal, *scores = matched
     if paired:
         ours, theirs, difference = (mostly(values) for values in (*scores, scores[0] - scores[1]))
     else:
@@ -424,10 +425,10 @@ def _as_good_when_as_varied(numbers: _Numbers, curves: Mapping[str, Curve] | Non
         difference = _unpaired(ours, theirs)
     difference = _settled(difference, numbers.units("answers"))
     metric = numbers.metrics["rouge_l"]
-    shown = [_of_metric(metric, found.value) for found in (ours, theirs)]
+    scores_text = [_of_metric(metric, estimate.value) for estimate in (ours, theirs)]
     text = (
         f"Where each is as varied as the teacher at temperature 1 (Distinct-2 {number(float(goal[0]), 3)}), the "
-        f"student's ROUGE-L is {shown[0]} and the teacher's {shown[1]} ({_signed(metric, difference)})."
+        f"student's ROUGE-L is {scores_text[0]} and the teacher's {scores_text[1]} ({_signed(metric, difference)})."
     )
     return _finding(
         id, not_below(difference), text, student_rouge_l=ours, teacher_rouge_l=theirs, rouge_l_difference=difference
@@ -480,7 +481,7 @@ def _pushed(totals: Mapping[str, Estimate], counts: Mapping[str, Any], positions
         f"a mean force of {_plain(totals['matched_force'], 4)}, more than the target's own push at "
         f"{_share(totals['matched_outweighs'])} of them. With the tail held as it is (K {_plain(totals['matched_K'])} "
         f"nats), reverse KL comes to rest {_points(overshoot)} above the teacher's {_share(totals['matched_p_t'])}. "
-        "DRKL's push there is 0 from the tail, whatever K is."
+        "The tail of DRKL does not push the target there, whatever K is."
     )
     if overshoot.interval is None:
         where = f"{number(counts['matched'], 0)} positions in {number(counts['matched_rows'], 0)} rows"
@@ -518,13 +519,11 @@ def _sure_positions(totals: Mapping[str, Estimate], gamma: float) -> Finding:
     drkl, rkl = totals["sure_drkl"], totals["sure_rkl"]
     answer = above(drkl, HALF)
     text = (
-        f"The teacher's p_t is above .99 at {_share(totals['sure'])} of the positions; they make {_share(drkl)} of the "
-        f"DRKL loss (gamma = {gamma:g}) and {_share(rkl)} of reverse KL's."
+        f"The teacher's p_t is above .99 at {_share(totals['sure'])} of the positions. They account for {_share(drkl)} "
+        f"of the DRKL loss (gamma = {gamma:g}) and {_share(rkl)} of reverse KL's."
     )
     if answer == "yes" and (drkl.value or 0.0) > (rkl.value or 0.0):
-        text += (
-            " There it is a mismatch over next to no probability: noise of a low precision counts. A lower gamma helps."
-        )
+        text += " There the tail holds almost no probability, so DRKL also weighs rounding errors. A lower gamma helps."
     return _finding("sure_positions_dominate", answer, text, sure=totals["sure"], sure_drkl=drkl, sure_rkl=rkl)
 
 
@@ -546,11 +545,11 @@ def _negative(estimate: Estimate) -> Estimate:
 
 
 def _more(estimate: Estimate) -> str:
-    """``14.0 points [12.8, 15.2] more probability``."""
-    return _way(estimate, "more probability", "less probability", "as much probability")
+    """``14.0 points [12.8, 15.2] more probability than``."""
+    return _way(estimate, "more probability than", "less probability than", "as much probability as")
 
 
-def _apart(estimate: Estimate) -> str:
+def _above_or_below(estimate: Estimate) -> str:
     """``15.4 points [14.1, 16.8] above``."""
     return _way(estimate, "above", "below", "as high as")
 
@@ -585,8 +584,8 @@ def _of_metric(metric: Metric, value: float | None) -> str:
 def _signed(metric: Metric, difference: Estimate) -> str:
     """A difference with its interval, a digit finer than the metric's own: it may be smaller than the last one."""
     value, digits = difference.value, metric.digits + 1
-    shown = number(None if value is None else metric.scale * value, digits, signed=True)
-    return shown + _between(difference.interval, metric.scale, digits)
+    text = number(None if value is None else metric.scale * value, digits, signed=True)
+    return text + _between(difference.interval, metric.scale, digits)
 
 
 def _between(ends: Interval | None, scale: float, digits: int) -> str:

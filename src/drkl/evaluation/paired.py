@@ -51,10 +51,10 @@ class Side(NamedTuple):
     teacher: Resampled = Resampled({}, {})
 
     def distance(self, metric: Metric) -> np.ndarray | None:
-        """How far from ideal every resample is; None where there is no ideal."""
+        """Return the distance of every resample from its ideal, or None without an ideal."""
         ideal = self.teacher.values.get(metric.key)
-        found: np.ndarray | None = metric.distance(self.student.values[metric.key], ideal)
-        return found
+        result: np.ndarray | None = metric.distance(self.student.values[metric.key], ideal)
+        return result
 
 
 def paired(metrics: Mapping[str, Metric], a: Side, b: Side) -> tuple[list[Difference], dict[str, str]]:
@@ -110,10 +110,11 @@ class Curve(NamedTuple):
         """The curve of what was resampled at each temperature; without those at which either metric is undefined."""
         columns: dict[float, list[np.ndarray]] = {}
         for temperature in sorted(by_temperature):
-            found = by_temperature[temperature]
-            if all(isfinite(found.points.get(key, nan)) for key in ("distinct_2", "rouge_l")):
+            resampled = by_temperature[temperature]
+            if all(isfinite(resampled.points.get(key, nan)) for key in ("distinct_2", "rouge_l")):
                 columns[temperature] = [
-                    np.concatenate([[found.points[key]], found.values[key]]) for key in ("distinct_2", "rouge_l")
+                    np.concatenate([[resampled.points[key]], resampled.values[key]])
+                    for key in ("distinct_2", "rouge_l")
                 ]
         size = (0, 1)
         variety, quality = (
@@ -184,12 +185,12 @@ def at_variety(variety: np.ndarray, quality: np.ndarray, goal: np.ndarray) -> np
         variety, quality: `[temperatures, m]`, from the lowest temperature to the highest.
         goal: `[m]`.
     """
-    found = np.where(variety == goal, quality, np.nan)
+    exact = np.where(variety == goal, quality, np.nan)
     low, high = variety[:-1], variety[1:]
     inside = (np.minimum(low, high) < goal) & (goal < np.maximum(low, high))
     with np.errstate(invalid="ignore", divide="ignore"):
         share = (goal - low) / (high - low)
         between = np.where(inside, (1 - share) * quality[:-1] + share * quality[1:], np.nan)
-    candidates = np.concatenate([found, between])
+    candidates = np.concatenate([exact, between])
     best: np.ndarray = np.where(np.isnan(candidates).all(0), np.nan, np.fmax.reduce(candidates, axis=0))
     return best

@@ -44,9 +44,9 @@ class Inputs(NamedTuple):
     """The suite of each row, where named suites were asked for."""
     device: torch.device
     data: dict[str, Any]
-    """Where the rows come from, and how many were dropped."""
+    """The source of the rows, and the number of dropped rows."""
     vocab_size: int | None
-    """How many ids the models are compared on, where that is not all."""
+    """The number of token ids on which the models are compared; None for all."""
     classes: tuple[str, ...] | None
     """The names of a classifier's classes, by number."""
     gamma: float
@@ -122,21 +122,21 @@ def pair_inputs(
     encoder_decoder = not classifier and is_encoder_decoder(configs["student"])
     suite_names: list[str] | None = None
     if suites:
-        found, suite_names, described = suite_rows(
+        examples, suite_names, described = suite_rows(
             suites, section, tokenizer, encoder_decoder=encoder_decoder, max_rows=max_rows
         )
     else:
-        found, described = _rows(rows, section, tokenizer, classes, max_rows, encoder_decoder=encoder_decoder)
+        examples, described = _rows(rows, section, tokenizer, classes, max_rows, encoder_decoder=encoder_decoder)
     vocab_size = None
     if not classifier:
         for role, config in configs.items():
-            check_rows(found, config, role)
+            check_rows(examples, config, role)
         if teacher is not None:
             sizes = [configs[role].get_text_config().vocab_size for role in ("student", "teacher")]
-            shared = shared_vocabulary(sizes[0], sizes[1], tokens, tokenizer, found)
+            shared = shared_vocabulary(sizes[0], sizes[1], tokens, tokenizer, examples)
             vocab_size = shared["shared"] if shared is not None else None
     return Inputs(
-        sources, tokenizer, found, suite_names, picked, described, vocab_size, classes, GAMMA, facts,
+        sources, tokenizer, examples, suite_names, picked, described, vocab_size, classes, GAMMA, facts,
         Path(names["student"].removeprefix(f"{IN_MEMORY}: ")).name,
     )  # fmt: skip
 
@@ -185,7 +185,7 @@ def with_protocol(data: DataConfig, protocol: str | None) -> DataConfig:
 
 
 def account(report: DropReport, rows: Rows) -> dict[str, Any]:
-    """What became of the rows, and a digest of those that are used, for the record."""
+    """Return counts of kept and dropped rows and a digest of the kept ones, for the record."""
     ids = json.dumps([[row.id, *row.all_ids] for row in rows])
     digest = hashlib.sha256(ids.encode()).hexdigest()[:16]
     return {"dropped": dict(report.dropped), "responses_cut": report.responses_cut, "digest": digest}
@@ -205,10 +205,10 @@ def _rows(
     source = name if is_path else f"{IN_MEMORY}: {type(rows).__name__}"
     if max_rows is not None:
         rows = [row for _, row in itertools.islice(dataset_items(rows, name), max_rows)]
-    found, report = rows_from(
+    examples, report = rows_from(
         rows, tokenizer, classes=classes, encoder_decoder=encoder_decoder, name=name, **section.row_settings
     )
-    return found, {"path": source, **account(report, found)}
+    return examples, {"path": source, **account(report, examples)}
 
 
 def _device(device: str | torch.device | None, student: str | PreTrainedModel) -> torch.device:

@@ -82,8 +82,8 @@ class PositionTable:
         """Every metric by its key (``TOKEN_KEYS``): infinite where it is, None without a teacher or over nothing."""
         if not self.num_tokens:
             return {**dict.fromkeys(TOKEN_KEYS), "num_tokens": 0}
-        found = self.metrics(np.ones((1, self.num_rows)))
-        values = {name: float(value[0]) for name, value in found.items()}
+        metrics = self.metrics(np.ones((1, self.num_rows)))
+        values = {name: float(value[0]) for name, value in metrics.items()}
         table = {key: None if math.isnan(values.get(key, math.nan)) else values[key] for key in TOKEN_KEYS}
         return {**table, "num_tokens": self.num_tokens}
 
@@ -96,25 +96,25 @@ class PositionTable:
 
     def intervals(self, seed: int) -> dict[str, Interval]:
         """95 % bootstrap intervals over the rows, by name, of the metrics that have one."""
-        found = Resampled.of(self.metrics, self.num_rows, seed).intervals()
-        return {key: ends for key, ends in found.items() if key != "num_tokens"}
+        intervals = Resampled.of(self.metrics, self.num_rows, seed).intervals()
+        return {key: ends for key, ends in intervals.items() if key != "num_tokens"}
 
     def distributions(self, vocab_size: int) -> dict[str, list[int]]:
-        """How many positions are in each bin of ``bin_edges``: of entropy and confidence and, with a teacher, q_t."""
-        found, edges = self._columns, bin_edges(vocab_size)
+        """Count the positions in each bin of ``bin_edges``: by entropy, by confidence and, with a teacher, by q_t."""
+        columns, edges = self._columns, bin_edges(vocab_size)
         names = {"entropy": "entropy", "confidence": "confidence", "target": "q_t"}
         return {
-            name: np.bincount(bin_of(found[column], edges[name]), minlength=NUM_BINS).tolist()
+            name: np.bincount(bin_of(columns[column], edges[name]), minlength=NUM_BINS).tolist()
             for name, column in names.items()
-            if column in found
+            if column in columns
         }
 
     def tail_profile(self) -> list[float | None]:
         """Mean q of the tokens at the teacher's ``PROFILE_RANKS``; None past the vocabulary and without a teacher."""
-        found = self._columns
-        if not self.num_tokens or _PROFILE[0] not in found:
+        columns = self._columns
+        if not self.num_tokens or _PROFILE[0] not in columns:
             return [None] * len(_PROFILE)
-        means = [float(found[name].mean()) for name in _PROFILE]
+        means = [float(columns[name].mean()) for name in _PROFILE]
         return [None if math.isnan(value) else value for value in means]
 
     def rows(self, row_ids: Sequence[str]) -> list[dict[str, Any]]:
@@ -135,7 +135,7 @@ class PositionTable:
 
     @property
     def num_tokens(self) -> int:
-        """How many positions there are."""
+        """The number of positions."""
         return sum(len(part["row"]) for part in self._parts)
 
     @property
@@ -151,18 +151,18 @@ class PositionTable:
         return self._row_sums
 
     def _sum_rows(self, num_rows: int) -> RowSums:
-        found = self._columns
-        row, confidence, accuracy = found["row"], found["confidence"], found["accuracy"]
+        columns = self._columns
+        row, confidence, accuracy = columns["row"], columns["confidence"], columns["accuracy"]
 
         def by_row(values: np.ndarray) -> np.ndarray:
             return np.bincount(row, values, num_rows).astype(np.float64)
 
-        sums = {name: by_row(found[name]) for name in _SUMMED if name in found}
-        if "rank_correlation" in found:
-            ranked = ~np.isnan(found["rank_correlation"])
-            sums["rank_correlation"] = by_row(np.where(ranked, found["rank_correlation"], 0.0))
+        sums = {name: by_row(columns[name]) for name in _SUMMED if name in columns}
+        if "rank_correlation" in columns:
+            ranked = ~np.isnan(columns["rank_correlation"])
+            sums["rank_correlation"] = by_row(np.where(ranked, columns["rank_correlation"], 0.0))
             sums["ranked"] = by_row(ranked.astype(np.float64))
-            sums["stronger_tail_share"] = by_row((found["rest"] < self.gamma).astype(np.float64))
+            sums["stronger_tail_share"] = by_row((columns["rest"] < self.gamma).astype(np.float64))
         width, mass = (
             Bins.of(bins(confidence), confidence, accuracy, row, num_rows) for bins in (width_bins, mass_bins)
         )
@@ -174,10 +174,10 @@ class PositionTable:
             return {"row": np.empty(0, np.int64), **{name: np.empty(0) for name in _OWN}}
         if not self._in_order:
             names = sorted(self._parts[0])  # a file may have them in another order
-            whole = {name: np.concatenate([part[name] for part in self._parts]) for name in names}
+            columns = {name: np.concatenate([part[name] for part in self._parts]) for name in names}
             # By every column, so that neither sums nor the bins of equals depend on who came first.
-            order = np.lexsort([whole[name] for name in reversed(names)])
-            self._parts, self._in_order = [{name: values[order] for name, values in whole.items()}], True
+            order = np.lexsort([columns[name] for name in reversed(names)])
+            self._parts, self._in_order = [{name: values[order] for name, values in columns.items()}], True
         return self._parts[0]
 
     def _add(self, part: dict[str, np.ndarray]) -> None:
@@ -227,9 +227,9 @@ def _values(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tenso
         ranks=RANKS,
         profile_ranks=PROFILE_RANKS,
     )
-    found = {**values.tokens._asdict(), **values._asdict()}
+    statistics = {**values.tokens._asdict(), **values._asdict()}
     names = _OWN if teacher_logits is None else (*_OWN, *_TOKENS, *_COMPARED)
-    columns = {name: found[name].double().cpu().numpy() for name in names}
+    columns = {name: statistics[name].double().cpu().numpy() for name in names}
     if values.profile is not None:
         columns |= dict(zip(_PROFILE, values.profile.double().cpu().numpy().T, strict=True))
     return columns

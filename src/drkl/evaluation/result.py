@@ -68,7 +68,7 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What ``samples[i]`` answers to a prompt bring; see `drkl.evaluation.answers.AnswerTable.coverage`."""
+    """Metrics of ``samples[i]`` answers to a prompt; see `drkl.evaluation.answers.AnswerTable.coverage`."""
 
     samples: list[int]
     rouge_l_best: list[float | None]
@@ -112,7 +112,7 @@ class Distributions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `drkl.evaluate` measured.
+    """The result of `drkl.evaluate`.
 
     ``result["rkl"]`` is the student's; ``result.value("teacher", "entropy")`` is any model's. The lines behind the
     numbers are in memory, or read from the folder when they are first asked for.
@@ -120,14 +120,14 @@ class Evaluation:
 
     numbers: Numbers
     settings: dict[str, Any]
-    """How it was measured: the fields of `EvaluationConfig`, the models, the data, versions, definitions."""
+    """The settings of the evaluation: the fields of `EvaluationConfig`, the models, the data, versions, definitions."""
     task: str = "generation"
     """``generation`` or ``classification``."""
     name: str = "evaluation"
     """The run's ``run.name``; of a pair the name of its folder."""
     classes: list[str] = field(default_factory=list)
     suites: dict[str, Numbers] = field(default_factory=dict)
-    """Where named suites were evaluated: each one's own numbers."""
+    """The numbers of each named suite, if suites were evaluated."""
     sweep: dict[str, list[SweepPoint]] = field(default_factory=dict)
     """By model, from the lowest sampling temperature to the highest."""
     coverage: dict[str, Coverage] = field(default_factory=dict)
@@ -138,11 +138,11 @@ class Evaluation:
     """Seconds, by model and part, and in ``total``."""
     findings: list[Finding] = field(default_factory=list)
     folder: Path | None = None
-    """Where it was loaded from or saved to; None for one in memory."""
+    """The folder that it was loaded from or saved to; None in memory."""
     lines: dict[str, Lines] = field(default_factory=dict, repr=False, compare=False)
     """The lines that are in memory, by the names in `FILES`."""
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What `drkl.evaluation.comparison` made of the lines, for the next comparison."""
+    """Resampled metrics that `drkl.evaluation.comparison` keeps for the next comparison."""
 
     def __str__(self) -> str:
         return self.name if self.folder is None else str(self.folder)
@@ -172,17 +172,17 @@ class Evaluation:
         return self.numbers.estimate("student", key)
 
     def finding(self, id: str) -> Finding | None:
-        """The finding with this id; None where it was not made."""
+        """Return the finding with this id, or None."""
         return next((finding for finding in self.findings if finding.id == id), None)
 
     def num_units(self, of: str) -> int | None:
-        """How many units metrics ``of`` tokens, answers or texts are resampled over; None where the file does not say.
+        """Return the number of units over which metrics ``of`` tokens, answers or texts are resampled, if known.
 
         They are held-out rows, prompts and texts.
         """
         data = self.settings.get("data") or {}
-        found: int | None = self.settings.get("prompts") if of == "answers" else data.get("heldout_rows")
-        return found
+        size: int | None = self.settings.get("prompts") if of == "answers" else data.get("heldout_rows")
+        return size
 
     @property
     def samples(self) -> Lines:
@@ -206,7 +206,7 @@ class Evaluation:
         return self.lines[name]
 
     def to_json(self) -> dict[str, Any]:
-        """What ``eval.json`` holds: the models at its top level, everything else beside them."""
+        """Return the content of ``eval.json``: the models at its top level, everything else beside them."""
         sections: dict[str, Any] = {
             "findings": [finding.to_json() for finding in self.findings],
             "sweep": {
@@ -449,9 +449,9 @@ def _read(path: Path, name: str, folder: Path | None) -> Evaluation:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
-        shown = repr(first["input"])
+        value = repr(first["input"])
         raise DrklError(
-            f"{path}: {place}: {reason[:1].lower()}{reason[1:]}; got {shown[:60]}{'...' * (len(shown) > 60)}. {_ANEW}"
+            f"{path}: {place}: {reason[:1].lower()}{reason[1:]}; got {value[:60]}{'...' * (len(value) > 60)}. {_ANEW}"
         ) from error
     numbers, bins, tail, histograms = file.numbers(), file.reliability, file.tail, file.distributions
     evaluation = Evaluation(

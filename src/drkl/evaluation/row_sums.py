@@ -1,4 +1,4 @@
-"""What teacher-forced metrics are made of: sums over the positions of each held-out row."""
+"""Sums over the positions of each held-out row, from which teacher-forced metrics are computed."""
 
 from __future__ import annotations
 

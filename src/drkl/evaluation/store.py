@@ -66,11 +66,11 @@ class Store:
         if not path.is_file():
             return None
         try:
-            found = load_file(path)
+            tensors = load_file(path)
         except (SafetensorError, OSError):
             return None  # broken: it is made anew
         self._touch(path)
-        return found
+        return tensors
 
     def write_tensors(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under ``key``."""
@@ -83,11 +83,11 @@ class Store:
         if not path.is_file():
             return None
         try:
-            found = read_jsonl(path)
+            lines = read_jsonl(path)
         except DrklError:
             return None
         self._touch(path)
-        return found
+        return lines
 
     def write_lines(self, key: str, lines: list[dict[str, Any]]) -> None:
         """Keep lines under ``key``."""

@@ -56,7 +56,7 @@ OTHERS = ("teacher", "before", "warmup")
 
 
 class Task(Protocol):
-    """What is measured of each model, and how the numbers become an evaluation."""
+    """A kind of evaluation: measures each model and collects the numbers."""
 
     settings: EvaluationConfig
 
@@ -80,7 +80,7 @@ Seconds = Mapping[str, dict[str, float]]
 
 
 class Parts(NamedTuple):
-    """Where finished parts are kept; ``shared`` outlasts the evaluation and holds the teacher's."""
+    """Stores of finished parts; ``shared`` outlasts the evaluation and holds the teacher's."""
 
     own: Store
     shared: Store
@@ -180,7 +180,7 @@ class Generation:
         settings, prompts = self.settings, self.prompts
         if not prompts:
             return {}
-        found: dict[float, list[list[Answer]]] = {}
+        by_temperature: dict[float, list[list[Answer]]] = {}
         lengths = [len(row.sampling_ids) for row in prompts]
         for temperature in settings.temperatures if name in SWEPT else settings.temperatures[:1]:
             pools: list[list[Answer]] = [[] for _ in prompts]
@@ -192,8 +192,8 @@ class Generation:
                     answers = self._batch(name, model, mark, rows, numbers, temperature, seed, advance)
                     for place, pool in zip(group, answers, strict=True):
                         pools[place] += pool
-            found[temperature] = pools
-        return found
+            by_temperature[temperature] = pools
+        return by_temperature
 
     def _batch(
         self,
@@ -232,7 +232,7 @@ class Generation:
             keys=[row.id for row in rows],
             progress=advance,
         )
-        answers = [[Answer(one.text, one.num_tokens, one.finished) for one in pool] for pool in generations]
+        answers = [[Answer(text.text, text.num_tokens, text.finished) for text in pool] for pool in generations]
         if store is not None:
             store.write_lines(key, [answer._asdict() for pool in answers for answer in pool])
         return answers
@@ -263,7 +263,7 @@ class Generation:
         }
         main = {name: merged[name].get(settings.sampling_temperature, AnswerTable()) for name in names}
         own = {name: answers[name].get(settings.sampling_temperature, Resampled({}, {})) for name in names}
-        coverage = {name: found for name in names if (found := main[name].coverage())}
+        coverage = {name: values for name in names if (values := main[name].coverage())}
         profile = {name: table.tail_profile() for name, table in self._tables.items()}
         profile = {name: means for name, means in profile.items() if any(mean is not None for mean in means)}
         evaluation = Evaluation(
@@ -274,7 +274,7 @@ class Generation:
             self._describe(facts, data),
             suites=self._suites(settings.seed) if self.has_suites else {},
             sweep={name: points for name in names if (points := _sweep(settings, merged[name], answers[name]))},
-            coverage={name: Coverage(**found) for name, found in coverage.items()},
+            coverage={name: Coverage(**values) for name, values in coverage.items()},
             tail=TailProfile(list(PROFILE_RANKS), profile) if profile else None,
             reliability=Reliability(
                 [i / NUM_CALIBRATION_BINS for i in range(NUM_CALIBRATION_BINS + 1)],
@@ -302,14 +302,16 @@ class Generation:
         result: dict[str, Numbers] = {}
         suites = list(self.suite_of.values())
         for suite in dict.fromkeys(suites):
-            here = np.array([name == suite for name in suites])
+            in_suite = np.array([name == suite for name in suites])
             values, ends = {}, {}
             for name, table in self._tables.items():
-                found = Resampled.of(_of_rows(table.row_sums(len(here)).metrics, here), int(here.sum()), seed)
+                resampled = Resampled.of(
+                    _of_rows(table.row_sums(len(in_suite)).metrics, in_suite), int(in_suite.sum()), seed
+                )
                 at_main = self._answers[name].get(self.settings.sampling_temperature, {})
                 answers = at_main.get(suite, AnswerTable())
-                values[name] = _table({**found.points, **answers.compute()})
-                ends[name] = _ends({**found.intervals(), **answers.intervals(seed)})
+                values[name] = _table({**resampled.points, **answers.compute()})
+                ends[name] = _ends({**resampled.intervals(), **answers.intervals(seed)})
             result[suite] = Numbers(values, ends)
         return result
 
@@ -395,8 +397,8 @@ def _table(values: Mapping[str, float | None], keys: Sequence[str] = KEYS) -> di
     return {key: finite(values.get(key)) for key in keys}
 
 
-def _ends(found: Mapping[str, Interval], keys: Sequence[str] = KEYS) -> dict[str, Interval]:
-    return {key: found[key] for key in keys if key in found}
+def _ends(intervals: Mapping[str, Interval], keys: Sequence[str] = KEYS) -> dict[str, Interval]:
+    return {key: intervals[key] for key in keys if key in intervals}
 
 
 def _sweep(
@@ -413,12 +415,12 @@ def _sweep(
     return points if len(points) > 1 else []
 
 
-def _of_rows(metrics: Metrics, here: np.ndarray) -> Metrics:
+def _of_rows(metrics: Metrics, selected: np.ndarray) -> Metrics:
     """The metrics of some rows alone, as functions of how often each of them counts."""
 
     def of_these(weights: np.ndarray) -> Mapping[str, np.ndarray]:
-        spread = np.zeros((len(weights), len(here)))
-        spread[:, here] = weights
+        spread = np.zeros((len(weights), len(selected)))
+        spread[:, selected] = weights
         return metrics(spread)
 
     return of_these
@@ -462,8 +464,8 @@ class Classification:
         size, seed = len(self.rows), self.settings.seed
         resampled = {name: Resampled.of(scores.metrics, size, seed) for name, scores in self._scores.items()}
         numbers = Numbers(
-            {name: _table({**found.points, "num_rows": size}, CLASS_KEYS) for name, found in resampled.items()},
-            {name: _ends(found.intervals(), CLASS_KEYS) for name, found in resampled.items()},
+            {name: _table({**metrics.points, "num_rows": size}, CLASS_KEYS) for name, metrics in resampled.items()},
+            {name: _ends(metrics.intervals(), CLASS_KEYS) for name, metrics in resampled.items()},
         )
         settings = {
             "task": "classification",

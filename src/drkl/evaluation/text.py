@@ -33,8 +33,8 @@ def rouge(references: Sequence[str], text: str) -> dict[str, float]:
     >>> rouge(["a cat sat", "the cat sits"], "the cat sat")["rouge_2"]
     50.0
     """
-    found = _rouge_scorer().score_multi(references, text)
-    return {key: 100 * float(found[name].fmeasure) for key, name in ROUGE.items()}
+    scores = _rouge_scorer().score_multi(references, text)
+    return {key: 100 * float(scores[name].fmeasure) for key, name in ROUGE.items()}
 
 
 def bleu_statistics(references: Sequence[str], texts: Sequence[str]) -> list[int]:
@@ -116,8 +116,8 @@ def _summed(metric: Any, references: Sequence[str], texts: Sequence[str], size: 
         return [0] * size
     # sacrebleu's own steps of `corpus_score`; the references' n-grams are made once for all the answers.
     ours = metric._cache_references([[reference] for reference in references])[0]
-    found = [metric._compute_segment_statistics(metric._preprocess_segment(text), ours) for text in texts]
-    return [sum(column) for column in zip(*found, strict=True)]
+    statistics = [metric._compute_segment_statistics(metric._preprocess_segment(text), ours) for text in texts]
+    return [sum(column) for column in zip(*statistics, strict=True)]
 
 
 # Loaded on first use: these packages bring nltk and the like with them.

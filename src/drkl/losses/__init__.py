@@ -1,4 +1,4 @@
-"""How an objective becomes a loss: mask, vocabulary, temperature, dtype, reduction, memory; once, for all."""
+"""Losses compute an objective on a batch: mask, vocabulary, temperature, dtype, reduction and memory."""
 
 from drkl.losses.common import IGNORE_INDEX, LogitChunk, Observer
 from drkl.losses.dense import distillation_loss

@@ -1,4 +1,4 @@
-"""What the dense and the fused loss share: checks, the positions that count, the reduction."""
+"""Code that the dense and the fused loss share: checks, the positions that count, the reduction."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LogitChunk(NamedTuple):
     labels: Tensor | None
     """`[m]`, or None where none are given."""
     start: int
-    """How many of the positions that count come before these."""
+    """The number of counted positions before these."""
 
 
 Observer = Callable[[LogitChunk], None]

@@ -45,7 +45,7 @@ BLOCK_BYTES = 2**20
 CUDA_CHUNK_BYTES, CUDA_BLOCK_BYTES = 512 * 2**20, 128 * 2**20
 """The same on a GPU, which wants more rows in a matrix product, and more work in a call, than a processor."""
 KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
-"""Where the Triton kernel is used."""
+"""The devices on which the Triton kernel runs."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """On hidden states, weight and bias; None where not needed."""
 P = ParamSpec("P")

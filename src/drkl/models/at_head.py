@@ -1,4 +1,4 @@
-"""Call a model, whatever is wrapped around it, with a function of one's own in the place of its output head.
+"""Call a model, through any wrapper, with another function in place of its output head.
 
 A loss that needs hidden states and a head has two ways to get them. Read from outside (``model.base_model(...)``,
 ``model.lm_head.weight``), they bypass what DDP and FSDP2 do in a forward call: DDP then averages no gradient, and FSDP2
@@ -73,7 +73,7 @@ def unwrap(model: Any, role: str = "model") -> Wrapped:
 
 
 def kind_of(model: PreTrainedModel, role: str) -> str:
-    """How a model reads a batch: `CLASSIFIER`, `ENCODER_DECODER` or `DECODER_ONLY`.
+    """Return the kind of a model: `CLASSIFIER`, `ENCODER_DECODER` or `DECODER_ONLY`.
 
     Raises:
         DrklError: none of these.
@@ -220,7 +220,7 @@ def head_module(model: PreTrainedModel, role: str) -> nn.Linear:
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What torch.compile runs as it is, in one break of its graph."""
+    """Run a function outside torch.compile, in one graph break."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
         return function
     disabled: Callable[..., Any] = torch.compiler.disable(function)

@@ -32,7 +32,7 @@ Dtype = Annotated[Literal["auto", "fp32", "bf16", "fp16"], BeforeValidator(short
 
 
 class StudentConfig(BaseModel):
-    """Where the student comes from."""
+    """The source of the student."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,8 +48,8 @@ class StudentConfig(BaseModel):
     )
     encoder_layers: int | list[int] | None = Field(
         None,
-        description="Encoder layers of an encoder-decoder, as layers, which is then about the decoder (default: as "
-        "layers).",
+        description="Encoder layers of an encoder-decoder, in the form of layers, which then selects decoder layers. "
+        "Default: the same as layers.",
     )
     config: dict[str, Any] = Field(
         default_factory=dict,
@@ -101,7 +101,7 @@ class PeftConfig(BaseModel):
 
     export: Literal["adapter", "merged"] = Field(
         "merged",
-        description="What is saved: merged (an ordinary model) or adapter (a peft folder, which needs its base model).",
+        description="Saved student: merged (an ordinary model) or adapter (a peft folder, which needs its base model).",
     )
 
     @model_validator(mode="after")

@@ -107,7 +107,7 @@ def lm_head(model: PreTrainedModel) -> LMHead:
 
 
 def decoder_scale(config: Any) -> float:
-    """What the T5 family multiplies the decoder's states with before the head."""
+    """Return the factor by which the T5 family scales the decoder's states before the head."""
     scales = getattr(config, "scale_decoder_outputs", None)
     if scales is None:
         scales = config.model_type in ("umt5", "switch_transformers") and config.tie_word_embeddings

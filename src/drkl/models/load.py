@@ -224,7 +224,7 @@ def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
         )
     source = resolve_model(name)
     if not Path(source).is_dir() and name.startswith((".", "/", "~")):
-        raise DrklError(f"There is no folder {name!r}, from which the {what} was to be loaded.")
+        raise DrklError(f"There is no folder {name!r} to load the {what} from.")
     try:
         return load(source)
     except DrklError:

@@ -1,4 +1,4 @@
-"""The distillation loss of two models on a batch, for a training loop of one's own."""
+"""The distillation loss of two models on a batch, for custom training loops."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NOT_INPUTS = frozenset(
 )
 """Keys of a batch that change what a model returns, not what it reads."""
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""What describes packed sequences, which models take without naming it."""
+"""Keys that describe packed sequences, which models accept without naming them."""
 
 
 def pair_loss(
@@ -135,7 +135,7 @@ def pair_loss(
 
 
 def count_tokens(batch: Mapping[str, Any], student: nn.Module) -> Tensor:
-    """How many tokens of a batch count in `pair_loss`, as a scalar int64 tensor.
+    """Count the tokens of a batch that have a loss in `pair_loss`, as a scalar int64 tensor.
 
     A decoder-only model predicts no first token, so the first column of its labels never counts.
 
@@ -180,7 +180,7 @@ def _aligned_labels(batch: Mapping[str, Any], kind: str) -> Tensor:
 
 
 def model_inputs(model: PreTrainedModel, batch: Mapping[str, Any], role: str) -> dict[str, Any]:
-    """What a model is called with: the keys of the batch that its forward names."""
+    """Return the inputs of a model: the keys of the batch that its forward accepts."""
     if batch.get("input_ids") is None:
         raise DrklError("The batch has no 'input_ids'; student and teacher read the same token ids.")
     names, takes_more = _parameters(type(model).forward)
@@ -349,7 +349,7 @@ class _DataParallel(NamedTuple):
     groups: list[Any]
     size: int
     device: Any
-    """Where the groups' collectives run."""
+    """The devices on which the groups' collectives run."""
 
 
 def _data_parallel(student: Wrapped) -> _DataParallel | None:

@@ -1,4 +1,4 @@
-"""Reads models over held-out rows: the only loop from rows through batches and hidden states to logits.
+"""Run models over held-out rows: the only loop from rows through batches and hidden states to logits.
 
 Every pass over held-out rows is made of the same steps::
 
@@ -29,8 +29,10 @@ from drkl.models.classes import is_classifier
 from drkl.models.forward import decoder_start as decoder_start_of
 from drkl.models.forward import hidden_states, output_head
 
-TOKENS_PER_BATCH = 4096
-"""Rows of like length are read together, up to this many tokens with padding."""
+TOKENS_PER_BATCH = 2048
+"""Tokens of a batch at most, with padding; rows of like length go together. In bf16 another size moves digits."""
+SHORT_TOKENS_PER_BATCH = 4096
+"""The same for texts to classify, and for the few rows of a held-out loss during training."""
 CHUNK = 256
 """Positions whose logits exist at once."""
 
@@ -40,9 +42,9 @@ class Batch:
     """Some rows, padded, and the positions of them that are read; everything on the CPU."""
 
     rows: list[int]
-    """Which of the rows these are."""
+    """The places of these rows among all rows."""
     inputs: dict[str, Tensor]
-    """What `drkl.models.forward.hidden_states` takes, `[batch, tokens]` each."""
+    """The arguments of `drkl.models.forward.hidden_states`, `[batch, tokens]` each."""
     keep: Tensor
     """`[batch, tokens]`, true at the `n` positions that are read."""
     labels: Tensor
@@ -95,7 +97,7 @@ def batches(
 
 @dataclass(frozen=True)
 class Readout:
-    """What a model computed at the positions of held-out rows: enough for every logit, without the model's body.
+    """A model's states at the positions of held-out rows: enough for every logit, without the model's body.
 
     Attributes:
         hidden: `[n, hidden]`, the states that predict the labels; of a classifier its class logits `[n, classes]`.
@@ -123,15 +125,15 @@ class Readout:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything as contiguous tensors by name, on the CPU, the head included: what safetensors saves."""
-        found = {"hidden": self.hidden, "labels": self.labels, "row_index": self.row_index}
+        tensors = {"hidden": self.hidden, "labels": self.labels, "row_index": self.row_index}
         if (head := self.head) is not None:
-            found["head.weight"] = head.weight
-            found["head.scale"] = torch.tensor(head.scale, dtype=torch.float64)
+            tensors["head.weight"] = head.weight
+            tensors["head.scale"] = torch.tensor(head.scale, dtype=torch.float64)
             if head.bias is not None:
-                found["head.bias"] = head.bias
+                tensors["head.bias"] = head.bias
             if head.softcap is not None:
-                found["head.softcap"] = torch.tensor(head.softcap, dtype=torch.float64)
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+                tensors["head.softcap"] = torch.tensor(head.softcap, dtype=torch.float64)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], head: LMHead | None = None) -> Readout:
@@ -154,7 +156,7 @@ def read(
     *,
     pad_id: int,
     vocab_size: int | None = None,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_batch: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Readout:
     """Run a model over the rows once and keep what it computed at every trained position, in the order of the rows.
@@ -164,7 +166,7 @@ def read(
         rows: at least one, tokenised for this kind of model.
         pad_id: fills batches; its value changes nothing.
         vocab_size: keep the head of the first so many ids only, those that the compared models share.
-        tokens_per_batch: see `batches`.
+        tokens_per_batch: see `batches`; default `TOKENS_PER_BATCH`, or `SHORT_TOKENS_PER_BATCH` for a classifier.
         progress: called after each batch with the number of rows in it.
     """
     assert rows, "at least one held-out row"
@@ -172,8 +174,9 @@ def read(
     hidden: list[Tensor] = [torch.empty(0)] * len(rows)
     labels: list[Tensor] = [torch.empty(0)] * len(rows)
     start = decoder_start_of(model)
+    size = tokens_per_batch or (SHORT_TOKENS_PER_BATCH if is_classifier(model) else TOKENS_PER_BATCH)
     with _padded_with(model, pad_id):
-        for batch in batches(rows, pad_id=pad_id, decoder_start=start, tokens_per_batch=tokens_per_batch):
+        for batch in batches(rows, pad_id=pad_id, decoder_start=start, tokens_per_batch=size):
             counts = batch.keep.sum(1).tolist()
             # To the CPU: the states wait there while other models take the device.
             states = batch.states(model).cpu().split(counts)

@@ -1,4 +1,4 @@
-"""What is minimised: log-probabilities in, one number per position out."""
+"""Objectives: functions of log-probabilities that return one number per position."""
 
 from drkl.objectives.adaptive import AdaptiveKL, TokenWiseKL
 from drkl.objectives.alpha_beta import AlphaBeta

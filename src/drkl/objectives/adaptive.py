@@ -15,7 +15,7 @@ from drkl.objectives.logspace import kl, kl_terms, weighted
 from drkl.objectives.terms import Terms, kl_terms_of, label_or_top, mean_terms, splits, summands
 
 FIRST_TOKENS = 256
-"""How many of the teacher's most probable tokens are searched for the head first; it seldom has more."""
+"""The number of the teacher's most probable tokens that are searched for the head first; it seldom has more."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def reached(mu: float, dtype: torch.dtype) -> float:
 
 
 def first_tokens(best: Float[Tensor, "n k"], probs: Float[Tensor, "n k"], mu: float) -> Bool[Tensor, "n k"] | None:
-    """Which of the teacher's k best tokens, in descending order, are its head; None where these do not tell.
+    """Mark which of the teacher's k best tokens, in descending order, are its head; None where k is too small to know.
 
     They do not where the head may reach beyond them, or where a token outside of it ties with its last.
     """

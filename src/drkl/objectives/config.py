@@ -15,7 +15,7 @@ class ObjectiveConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str = Field("drkl", description="name of the objective; its parameters are further keys (`drkl objectives`)")
+    name: str = Field("drkl", description="Name of the objective; its parameters are further keys (`drkl objectives`).")
     _objective: Objective = PrivateAttr()
 
     @model_validator(mode="after")

@@ -9,8 +9,8 @@ from drkl.objectives.registry import OBJECTIVES
 
 
 def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
-    made: Any = cls
-    return dataclasses.fields(made)
+    dataclass: Any = cls
+    return dataclasses.fields(dataclass)
 
 
 def as_text() -> str:

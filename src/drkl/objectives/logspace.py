@@ -57,17 +57,17 @@ def argmax(logits: Float[Tensor, "n vocab"]) -> Int[Tensor, "n"]:
     torch.argmax goes value by value there, amax in vectors: find the first block that has the highest, then its place.
     """
     count, vocab_size = logits.shape
-    whole = vocab_size // ARGMAX_WIDTH * ARGMAX_WIDTH
-    if count == 0 or whole < 4 * ARGMAX_WIDTH or logits.device.type != "cpu":
+    aligned = vocab_size // ARGMAX_WIDTH * ARGMAX_WIDTH
+    if count == 0 or aligned < 4 * ARGMAX_WIDTH or logits.device.type != "cpu":
         return logits.argmax(-1)
-    first = logits[:, :whole].unflatten(-1, (-1, ARGMAX_WIDTH)).amax(-1).argmax(-1, keepdim=True)
+    first = logits[:, :aligned].unflatten(-1, (-1, ARGMAX_WIDTH)).amax(-1).argmax(-1, keepdim=True)
     block = logits.gather(-1, first * ARGMAX_WIDTH + torch.arange(ARGMAX_WIDTH))
     best, inside = block.max(-1)
     place = first.squeeze(-1) * ARGMAX_WIDTH + inside
-    if whole == vocab_size:
+    if aligned == vocab_size:
         return place
-    rest, beyond = logits[:, whole:].max(-1)
-    return torch.where(rest > best, beyond + whole, place)
+    rest, beyond = logits[:, aligned:].max(-1)
+    return torch.where(rest > best, beyond + aligned, place)
 
 
 class Split(NamedTuple):

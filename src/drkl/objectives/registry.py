@@ -72,8 +72,8 @@ def make_objective(name: ObjectiveLike, **params: Any) -> Objective:
         if key not in fields:
             has = f"it has {', '.join(fields)}" if fields else "it has none"
             raise DrklError(f"Objective {name!r} has no parameter {key!r}; {has}.{did_you_mean(key, fields)}")
-    made: Objective = cls(**params)
-    return made
+    objective: Objective = cls(**params)
+    return objective
 
 
 def is_divergence(objective: Objective) -> bool:

@@ -1,4 +1,4 @@
-"""Target terms and tail terms, of which an objective without a target of its own is the sum.
+"""Target term and tail term of objectives that have no target of their own.
 
 The target class t of such an objective is the label where there are labels, else the teacher's top token.
 `drkl.analysis.splits` has the table of all objectives.

@@ -1,4 +1,4 @@
-"""What `drkl analyze` measured, as figures and tables: for the page, for the terminal, and as svg files."""
+"""Figures and tables of an analysis, for the page, the terminal and svg files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ WIDTH, HEIGHT = 356, 260
 SYMBOLS = {
     "B": ("B, the target's part", "KL of the pairs (target, rest), nats"),
     "K": ("K, the tail's divergence", "KL of the renormalised tails, nats"),
-    "D": ("D, the target's log-odds gap", "logit q_t minus logit p_t, nats; above 0 the student is surer"),
+    "D": ("D, the target's log-odds gap", "logit q_t minus logit p_t, nats; above 0 the student is more confident"),
 }
 NAMES = ("push", "rest", *SYMBOLS, "gamma", "objectives", "sure", "reliability")
 """The figures' files."""
@@ -67,7 +67,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Section:
-    """What the page shows of an analysis beside its findings; ``notice`` warns that it is of other models."""
+    """The figures and tables of an analysis on the page; ``notice`` warns if it measured other models."""
 
     notice: str
     pictures: list[Picture]
@@ -87,14 +87,14 @@ def section(run: Run) -> Section | None:
     with plot_style():
         pictures = [drawn.picture() for drawn in _drawn(analysis)]
     settings = analysis["settings"]
-    asked = settings["differentiated"]
+    counts = settings["differentiated"]
     models = " beside ".join(short(str(settings["models"][name]), 60) for name in ("student", "teacher"))
     note = (
         f"{models}: {number(settings['positions'], 0)} positions of {number(settings['rows'], 0)} rows, temperature "
-        f"{settings['temperature']:g}. Each objective was differentiated at {number(asked['evenly'], 0)} evenly spaced "
-        f"positions and at {number(asked['matched'], 0)} more with a matched target ({settings['matched']}). A push is "
-        "the gradient on the logit of the teacher's top token: a negative one raises it. In brackets: 95 % intervals "
-        "over rows."
+        f"{settings['temperature']:g}. Each objective was differentiated at {number(counts['evenly'], 0)} evenly "
+        f"spaced positions and at {number(counts['matched'], 0)} more with a matched target ({settings['matched']}). "
+        "A push is the gradient on the logit of the teacher's top token: a negative one raises it. In brackets: 95 % "
+        "intervals over rows."
     )
     return Section(_notice(run, analysis), pictures, table(analysis), note)
 
@@ -336,7 +336,7 @@ def _sure(analysis: Analysis) -> Drawn | None:
     caption = (
         f"share of the loss from p_t > .99, with 95 % intervals; line: {number(100 * share, 1)} % of the positions"
     )
-    return Drawn("sure", figure, "How much comes from where the teacher is almost certain", caption, alt)
+    return Drawn("sure", figure, "Share of the loss where the teacher is almost certain", caption, alt)
 
 
 def _reliability(analysis: Analysis) -> Drawn | None:
@@ -354,8 +354,8 @@ def _reliability(analysis: Analysis) -> Drawn | None:
         handle.set_sizes([36])  # type: ignore[union-attr]
     errors = ", ".join(f"{name} {number(as_number(tables[name]['ece']), 3)}" for name in ("teacher", "student"))
     alt = f"Accuracy by confidence of student and teacher. Calibration error: {errors}."
-    caption = f"accuracy of the top token; below the dashed line: surer than right. Calibration error: {errors}"
-    return Drawn("reliability", figure, "Are they right as often as they are sure?", caption, alt)
+    caption = f"accuracy of the top token; below the dashed line: overconfident. Calibration error: {errors}"
+    return Drawn("reliability", figure, "Is their confidence equal to their accuracy?", caption, alt)
 
 
 def _name(row: Value) -> str:

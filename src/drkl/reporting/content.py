@@ -1,4 +1,4 @@
-"""What a report says, as data: page and Markdown draw it. Every answer in it is a finding of `drkl.evaluation`."""
+"""The content of a report as data, which page and Markdown draw. Every answer is a finding of `drkl.evaluation`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Headline:
-    """What heads the report: a finding of its only run, or words about several runs or about none evaluated."""
+    """The headline of the report: a finding of its only run, or words about several runs or about none evaluated."""
 
     title: str
     text: str
@@ -78,16 +78,16 @@ class SideBySide:
 
 
 def content_of(runs: Sequence[Run], lines: Mapping[str, Line]) -> Content:
-    """What a report on ``runs`` says; ``lines`` are their curves by key, for the heads of columns."""
+    """Return the content of a report on ``runs``; ``lines`` are their curves by key, for the heads of columns."""
     beside = _several(runs, lines)
     head = _headline(runs, beside)
     headlined = head.answer.finding.id if head.answer else ""
-    asked = _questions(runs, lambda run: [finding for finding in run.findings if finding.id != headlined])
-    applies = [any(answer.finding.answer != "not_applicable" for answer in question.answers) for question in asked]
+    questions = _questions(runs, lambda run: [finding for finding in run.findings if finding.id != headlined])
+    applies = [any(answer.finding.answer != "not_applicable" for answer in question.answers) for question in questions]
     return Content(
         headline=head,
-        questions=[question for question, yes in zip(asked, applies, strict=True) if yes],
-        not_applicable=[question for question, yes in zip(asked, applies, strict=True) if not yes],
+        questions=[question for question, yes in zip(questions, applies, strict=True) if yes],
+        not_applicable=[question for question, yes in zip(questions, applies, strict=True) if not yes],
         analysis_questions=_questions(runs, lambda run: run.analysis_findings),
         several=beside,
     )

@@ -21,7 +21,7 @@ PUSHES: dict[str, dict[str, Any]] = {
     # Wide and below: where the tail pushes nothing, this is the target term's curve.
     "both": {"color": INK, "marker": "o", "linewidth": 5, "alpha": 0.3, "solid_capstyle": "round", "zorder": 2},
 }
-"""How each curve of the gradients on the target's logit is drawn."""
+"""Style of each curve of the gradients on the target's logit."""
 
 
 def training_curves(run: Run) -> tuple[list[Picture], list[Picture]]:
@@ -42,9 +42,9 @@ def training_curves(run: Run) -> tuple[list[Picture], list[Picture]]:
         ("tokens_per_second", "Speed", "input tokens per second"),
     ]
     with plot_style():
-        drawn = [[_picture(run, *item) for item in group] for group in (distances, optimiser)]
-        drawn[0].append(pushes(run))
-    return [p for p in drawn[0] if p], [p for p in drawn[1] if p]
+        groups = [[_picture(run, *item) for item in group] for group in (distances, optimiser)]
+        groups[0].append(pushes(run))
+    return [p for p in groups[0] if p], [p for p in groups[1] if p]
 
 
 def _picture(run: Run, key: str, title: str, caption: str) -> Picture | None:

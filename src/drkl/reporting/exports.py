@@ -41,7 +41,7 @@ def as_markdown(runs: Sequence[Run]) -> str:
     for table in tables.suite_tables(runs):
         parts += [f"## The suites: {markdown_text(table.title)}", *_metric_table(table, level=3)]
     if beside is not None and beside.differences is not None:
-        parts += ["## On what they differ", _plain_table(beside.differences)]
+        parts += ["## Configuration keys that differ", _plain_table(beside.differences)]
     if commands := facts.commands(runs):
         parts += ["## How to repeat it", markdown_code(commands)]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,4 +1,4 @@
-"""What a report says about a run beside its numbers: what was distilled, on what data, where, and by which commands."""
+"""The facts about a run that a report shows beside its numbers: models, data, hardware and commands."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _measured(run: Run) -> list[tuple[str, str]]:
-    """How a pair was evaluated."""
+    """Return the settings with which a pair was evaluated."""
     rows = []
     for key, title in (("protocol", "Protocol"), ("suites", "Suites")):
         if value := run.settings.get(key):
@@ -67,7 +67,7 @@ def _date(value: Any) -> str:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """What to keep in mind with the numbers: what they rest on, and what they cannot show."""
+    """Return notes on the numbers: their sample sizes and limits."""
     run = runs[0]
     lines = [_basis(run)] if run.evaluation is not None else []
     if len(runs) == 1 and not run.is_pair and run.has_teacher and run.task != "classification":
@@ -105,7 +105,7 @@ def _other_objective(run: Run) -> str:
 
 
 def unevaluated(run: Run) -> str:
-    """What the page says in place of an answer where there is no evaluation."""
+    """Return the text that replaces the answers where there is no evaluation."""
     if run.is_pair:
         return "Student and teacher were analysed; what they write was not evaluated."
     assert run.folder is not None
@@ -121,7 +121,7 @@ def unevaluated(run: Run) -> str:
 
 
 def data_of(run: Run) -> list[tuple[str, str]]:
-    """Where the rows came from, and how many were left out."""
+    """Return the source of the rows, and how many were left out."""
     if run.is_pair:
         known = {key: value for key, value in _mapping(run.settings.get("data")).items() if value not in (None, [], {})}
         return [(short(key).replace("_", " "), short(str(value), 120)) for key, value in known.items()]
@@ -145,7 +145,7 @@ def data_of(run: Run) -> list[tuple[str, str]]:
 
 
 def settings_text(run: Run) -> str:
-    """How it was evaluated, as yaml."""
+    """Return the evaluation's settings as yaml."""
     # The command stands among the commands, without the path of the program.
     settings = {key: value for key, value in run.settings.items() if key != "command"}
     if not settings:

@@ -95,37 +95,37 @@ def draw_bars(ax: Axes, metric: Metric, values: Mapping[str, float], *, size: fl
 
 
 def confidence(run: Run) -> list[Picture]:
-    """How sure student and teacher are: histograms, and the student's gaps to the teacher or its reliability."""
+    """Return the figures of confidence: histograms, and the student's gaps to the teacher or its reliability."""
     if run.evaluation is None:
         return []
-    drawn: list[Picture | None] = []
+    pictures: list[Picture | None] = []
     with plot_style():
         if (bins := run.evaluation.reliability) is not None and run.task == "classification":
             both: list[str] = ["teacher", "student"]
             counts: Counts = {model: bins.width[model].counts for model in both if model in bins.width}
             words = ("Probability of the top class", _HISTOGRAMS["confidence"][1])
-            drawn += [reliability(run), _histogram(run, "confidence", words, bins.edges, counts)]
+            pictures += [reliability(run), _histogram(run, "confidence", words, bins.edges, counts)]
         for key, words in _HISTOGRAMS.items():
             if (tables := run.evaluation.distributions) is None:
                 break
             counts = {model: own[key] for model, own in tables.counts.items() if key in own}
-            drawn.append(_histogram(run, key, words, tables.edges.get(key, []), counts))
+            pictures.append(_histogram(run, key, words, tables.edges.get(key, []), counts))
         if run.task != "classification":
-            drawn.append(_gaps(run))
-    return [picture for picture in drawn if picture]
+            pictures.append(_gaps(run))
+    return [picture for picture in pictures if picture]
 
 
 Counts = dict[str, list[int]]
 _HISTOGRAMS = {
-    "entropy": ("Entropy per token", "nats; left is sure, right is undecided"),
-    "confidence": ("Probability of the top token", "max q; left is undecided, right is sure"),
+    "entropy": ("Entropy per token", "nats; left: confident, right: uncertain"),
+    "confidence": ("Probability of the top token", "max q; left: uncertain, right: confident"),
     "target": ("Probability of the teacher's top token", "q_t; the teacher's own is p_t"),
 }
 """The title and the axis of each."""
 
 
 def _histogram(run: Run, key: str, words: tuple[str, str], edges: Sequence[float], counts: Counts) -> Picture | None:
-    """How often each value occurs over held-out tokens or texts; the teacher is filled. None without the student's."""
+    """Draw a histogram over held-out tokens or texts, with the teacher filled; None without the student's counts."""
     title, axis = words
     models = [model for model in MODELS if any(counts.get(model, ()))]
     if "student" not in models:
@@ -172,13 +172,13 @@ def reliability(run: Run) -> Picture | None:
     ece = metrics_of(run.task)["ece"]
     errors = ", ".join(f"{line.title} {ece.show(run.value(model, 'ece'))}" for line, model, _ in series)
     alt = f"Accuracy by confidence in {len(series[-1][2])} bins. Calibration error: {errors}."
-    title = "Is it right as often as it is sure?"
+    title = "Is its confidence equal to its accuracy?"
     return Picture(to_svg(figure, "reliability", alt), title, f"calibration error: {errors}", alt)
 
 
 def _gaps(run: Run) -> Picture | None:
     rows = [
-        ("confidence_gap", "Each one's top token\n(confidence gap)"),
+        ("confidence_gap", "Each model's own top token\n(confidence gap)"),
         ("target_gap", "The teacher's top token\n(target gap)"),
         ("overconfidence", "The student's top token\n(overconfidence)"),
     ]
@@ -204,7 +204,7 @@ def _gaps(run: Run) -> Picture | None:
     reach = max(0.05, *(abs(value) for value in values.values())) * 1.15
     ax.set_xlim(-reach, reach)
     ax.locator_params(axis="x", nbins=5)
-    ax.set_xlabel("less sure  ◂  teacher  ▸  surer")
+    ax.set_xlabel("less confident  ◂  teacher  ▸  more confident")
     metrics = metrics_of(run.task)
     alt = "; ".join(
         f"{metrics[key].title}: "
@@ -212,16 +212,16 @@ def _gaps(run: Run) -> Picture | None:
         for key, _ in rows
     )
     caption = "probability by the student minus probability by the teacher, mean"
-    return Picture(to_svg(figure, "gaps", alt), "Surer or less sure than the teacher", caption, alt)
+    return Picture(to_svg(figure, "gaps", alt), "Confidence compared with the teacher", caption, alt)
 
 
 def profiles(runs: Sequence[Run]) -> list[Picture]:
     """Calibration by confidence, the probability of the teacher's ranks, and what more samples bring."""
     with plot_style():
-        drawn = [reliability(runs[0]), _tail(runs)]
-        drawn.append(_coverage(runs, "rouge_l_best", "The best of k answers", _BEST_CAPTION, 1))
-        drawn.append(_coverage(runs, "distinct_answers", "Different answers among k", _DISTINCT_CAPTION, 2))
-    return [picture for picture in drawn if picture]
+        pictures = [reliability(runs[0]), _tail(runs)]
+        pictures.append(_coverage(runs, "rouge_l_best", "The best of k answers", _BEST_CAPTION, 1))
+        pictures.append(_coverage(runs, "distinct_answers", "Different answers among k", _DISTINCT_CAPTION, 2))
+    return [picture for picture in pictures if picture]
 
 
 _BEST_CAPTION = "ROUGE-L of the best of k samples, mean over prompts"
@@ -260,8 +260,8 @@ def _tail(runs: Sequence[Run]) -> Picture | None:
         for line, pairs in curves
     )
     alt = f"Mean probability of the token at the teacher's rank. {ends}."
-    caption = "mean probability, log scales; below the teacher's curve a model gives up that part"
-    return Picture(to_svg(figure, "tail", alt), "What becomes of the teacher's tail", caption, alt)
+    caption = "mean probability, log scales; below its curve, a student gives these tokens less than the teacher"
+    return Picture(to_svg(figure, "tail", alt), "Probability along the teacher's ranks", caption, alt)
 
 
 def _coverage(runs: Sequence[Run], key: str, title: str, caption: str, digits: int) -> Picture | None:
@@ -295,8 +295,8 @@ def run_dots(runs: Sequence[Run]) -> list[Picture]:
     classifies = runs[0].task == "classification"
     keys = ("ece", "accuracy", "agreement", "rkl") if classifies else ("rkl", "fkl", "agreement", "entropy")
     with plot_style():
-        drawn = [_dots(runs, metrics_of(runs[0].task)[key]) for key in keys]
-    return [picture for picture in drawn if picture]
+        pictures = [_dots(runs, metrics_of(runs[0].task)[key]) for key in keys]
+    return [picture for picture in pictures if picture]
 
 
 def _dots(runs: Sequence[Run], metric: Metric) -> Picture | None:

@@ -1,4 +1,4 @@
-"""What a report is made of: run folders, folders of an evaluated pair, and evaluations in memory."""
+"""The inputs of a report: run folders, folders of an evaluated pair, and evaluations in memory."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Run:
 
     @property
     def is_pair(self) -> bool:
-        """Whether nothing is known of its training: an evaluated pair, or an evaluation in memory."""
+        """Whether its training is unknown: an evaluated pair, or an evaluation in memory."""
         return not self.stages
 
     @property
@@ -105,7 +105,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How it was evaluated; where it was only analysed, how that was done."""
+        """The settings of the evaluation or, without one, of the analysis."""
         if self.evaluation is not None:
             return self.evaluation.settings
         return _mapping((self.analysis or {}).get("settings"))
@@ -136,12 +136,12 @@ class Run:
 
     @property
     def pair_names(self) -> dict[str, Any]:
-        """What the settings call the models."""
+        """The models' names in the settings."""
         return _mapping(self.settings.get("models"))
 
     @property
     def subtitles(self) -> dict[str, str]:
-        """What each model is, in a word or two."""
+        """A short description of each model."""
         if self.is_pair:
             student = short(str(self.pair_names.get("student") or ""), 60)
             return {"teacher": self.teacher or "", "before": "", "warmup": "", "student": student}

@@ -1,4 +1,4 @@
-"""How figures look: colours and line styles of the models, the axes, and matplotlib's svg made fit for a page."""
+"""The style of figures: colours and line styles of the models, the axes, and svg that fits into a page."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Picture:
 
 @dataclass
 class Line:
-    """How one model, or the student of one run, is drawn; ``color`` is a name in ``COLORS`` and a CSS variable."""
+    """The line style of a model, or of the student of a run; ``color`` is a name in ``COLORS`` and a CSS variable."""
 
     key: str
     title: str

@@ -1,4 +1,4 @@
-"""What the models wrote, grouped by prompt; of a classification, the texts that went wrong."""
+"""The models' answers, grouped by prompt; for classifiers, the misclassified texts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Sample:
 
 @dataclass
 class PromptSamples:
-    """What all models wrote for one prompt; ``answers`` by column and sampling temperature."""
+    """All models' answers to one prompt; ``answers`` by column and sampling temperature."""
 
     prompt: Clipped
     references: list[Clipped]
@@ -244,8 +244,8 @@ def prediction_tables(run: Run) -> list[PredictionTable]:
         right = Counter(model for line in differ for model in models if line.get(model) == line["label"])
         lead = (
             f"They differ on {len(differ):,} of {count(len(lines), 'text')}; of these the teacher is right on "
-            f"{right['teacher']:,}, the student on {right['student']:,}. The texts on which the student is surest come "
-            "first."
+            f"{right['teacher']:,}, the student on {right['student']:,}. The texts on which the student is most "
+            "confident come first."
         )
         tables.append(_predictions("Where student and teacher differ", lead, models, differ))
     wrong = [line for line in lines if line["student"] != line["label"]]

@@ -24,7 +24,7 @@ DIRECTIONS: dict[Better, tuple[str, str]] = {
 }
 
 COMPARED = {"yes": "better", "no": "worse", "undecided": "undecided", "not_applicable": ABSENT}
-"""How a cell says whether a run is better than the first."""
+"""Words in a cell that say whether a run is better than the first."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Making untrusted text and numbers fit to be shown, in HTML, in Markdown and in csv."""
+"""Format numbers and escape untrusted text for HTML, Markdown and csv."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def magnitude(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as people say them: "13 min 46 s"."""
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    total = round(seconds)
+    hours, minutes, rest = total // 3600, total % 3600 // 60, total % 60
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -78,14 +78,14 @@ def frontier(curves: Mapping[str, Sequence[Point]]) -> list[tuple[str, Point]]:
 
 def pictures(runs: Sequence[Run]) -> list[Picture]:
     """ROUGE-L against Distinct-2 and against negated Self-BLEU; empty where nothing was sampled."""
-    drawn = []
+    figures = []
     with plot_style():
         for variety in VARIETIES:
             curves = [(line, points_of(run, model, variety)) for line, run, model in lines_of(runs)]
             curves = [(line, points) for line, points in curves if points]
             if any(line.key != "teacher" for line, _ in curves):
-                drawn.append(_picture(curves, variety))
-    return drawn
+                figures.append(_picture(curves, variety))
+    return figures
 
 
 def _picture(curves: Sequence[tuple[Line, list[Point]]], variety: str) -> Picture:

@@ -159,12 +159,12 @@ class ToyStudent:
         shapes = [(setting.contexts, setting.vocab)]
         if setting.kind == "capacity":
             shapes = [(setting.contexts, setting.rank), (setting.vocab, setting.rank)]
-        drawn: list[list[Tensor]] = [[] for _ in shapes]
+        samples: list[list[Tensor]] = [[] for _ in shapes]
         for seed in seeds:
             generator = _generator(seed, 2)
-            for tensors, shape in zip(drawn, shapes, strict=True):
+            for tensors, shape in zip(samples, shapes, strict=True):
                 tensors.append(spread * torch.randn(shape, generator=generator))
-        self.parameters = [torch.stack(tensors).requires_grad_() for tensors in drawn]
+        self.parameters = [torch.stack(tensors).requires_grad_() for tensors in samples]
         if setting.kind == "capacity":
             self.parameters.append(torch.zeros(len(seeds), 1, setting.vocab, requires_grad=True))
 

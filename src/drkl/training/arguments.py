@@ -49,16 +49,16 @@ class DistillationConfig(TrainingArguments):
         temperature: divides both models' logits in the loss; nothing is sampled here.
         kd_weight: weight of the objective, in [0, 1]; the rest is cross-entropy with the data, at temperature 1.
         t2_scaling: multiply the objective by the temperature squared.
-        per_device_train_batch_size: rows in a micro-batch of one device; in its place:
-        tokens_per_step: input positions, padding included, in one optimiser step over all devices. Neither is 1024.
-        same_batches: every epoch has the batches of the first, in another order.
-        max_prompt_tokens: rows with a longer prompt are left out (and counted); of a smaller ``max_tokens`` half.
+        per_device_train_batch_size: rows in a micro-batch of one device, in place of ``tokens_per_step``.
+        tokens_per_step: input positions, padding included, in a step over all devices; 1024 if neither is set.
+        same_batches: give every epoch the batches of the first one, in another order.
+        max_prompt_tokens: rows with a longer prompt are dropped. Default: 256, or half of a smaller ``max_tokens``.
         max_tokens: prompt and response together; a longer response is cut at its end (and counted).
         turns: "last" (learn the last assistant turn of a conversation) or "all".
         template: how a prompt is written: auto, chat, alpaca, minillm, plain, or jinja text.
         freeze_embeddings: keep the token embeddings, and a head tied to them, as they are.
         eval_rows: rows of ``eval_dataset`` for the losses during training, at most.
-        early_stop_patience: stop after so many held-out losses without a new best; None never does.
+        early_stop_patience: stop after this number of held-out losses without a new best; None: never.
         teacher_remember_mb: memory, in MiB, for the teacher's states of batches already seen (see ``same_batches``).
         precision: auto, fp32, bf16 or fp16; the same as transformers' ``bf16`` and ``fp16`` flags.
         model_init_kwargs: for a ``model`` given by its name: ``dtype``, and what ``from_pretrained`` takes.
@@ -75,15 +75,19 @@ class DistillationConfig(TrainingArguments):
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: Any = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Warm-up: steps, or a share below 1. Default: a twentieth of the steps."}
+        default=None, metadata={"help": "Warm-up: number of steps, or a share below 1. Default: 5 % of the steps."}
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     logging_steps: float = field(default=10, metadata={"help": "Optimiser steps between two lines of train.jsonl."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave losses that are not finite out of the log."}
+    )
     seed: int = field(default=0, metadata={"help": "Random seed for data order and weight initialisation."})
-    bf16: bool | None = field(default=None, metadata={"help": "Compute in bf16. Default: where it is fast."})  # type: ignore[assignment]
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Compute in bf16. Default: if the hardware is fast at it."}
+    )  # type: ignore[assignment]
     per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Rows in a micro-batch of one device; in place of tokens_per_step."}
+        default=None, metadata={"help": "Rows in a micro-batch of one device, in place of tokens_per_step."}
     )
     per_device_eval_batch_size: int | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Rows in a held-out batch. Default: batches of 4096 positions."}
@@ -91,34 +95,42 @@ class DistillationConfig(TrainingArguments):
     eval_strategy: Any = field(default=None, metadata={"help": "no, steps or epoch. Default: as save_strategy."})
     eval_steps: float | None = field(default=None, metadata={"help": "Steps between held-out losses. Default: 50."})
     save_steps: float | None = field(default=None, metadata={"help": "Steps between checkpoints. Default: 100."})  # type: ignore[assignment]
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best among them."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, with the best."})
     load_best_model_at_end: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "End with the best held-out loss. Default: where it is known."}
+        default=None, metadata={"help": "End with the weights of the best held-out loss. Default: if it is known."}
     )
-    metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "What decides the best."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Means nothing here."})
+    metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "Number that selects the best."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "False only: unread columns are ignored."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "As in transformers."})
 
     objective: Any = field(default="drkl", metadata={"help": "Name of the objective, an objective, or a function."})
-    objective_params: dict[str, Any] | None = field(default=None, metadata={"help": "Its hyper-parameters."})
+    objective_params: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Hyper-parameters of the objective."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Divides both models' logits in the loss."})
     kd_weight: float = field(default=1.0, metadata={"help": "Weight of the objective; the rest is cross-entropy."})
     t2_scaling: bool = field(default=False, metadata={"help": "Multiply the objective by temperature squared."})
-    tokens_per_step: int | None = field(default=None, metadata={"help": "Input positions in an optimiser step."})
-    same_batches: bool = field(default=False, metadata={"help": "Every epoch has the batches of the first."})
+    tokens_per_step: int | None = field(
+        default=None, metadata={"help": "Input positions in an optimiser step. Default: 1024."}
+    )
+    same_batches: bool = field(default=False, metadata={"help": "Give every epoch the same batches."})
     max_prompt_tokens: int | None = field(default=None, metadata={"help": "Longest prompt, in tokens. Default: 256."})
-    max_tokens: int = field(default=512, metadata={"help": "Prompt and response together, in tokens."})
-    turns: str = field(default="last", metadata={"help": "last or all: the turns of a conversation that are learnt."})
-    template: str = field(default="auto", metadata={"help": "How a prompt is written."})
-    freeze_embeddings: bool = field(default=False, metadata={"help": "Keep the token embeddings as they are."})
-    eval_rows: int = field(default=48, metadata={"help": "Held-out rows for the losses during training, at most."})
-    early_stop_patience: int | None = field(default=None, metadata={"help": "Held-out losses without a new best."})
-    teacher_remember_mb: int = field(default=0, metadata={"help": "Memory for the teacher's states, in MiB."})
-    precision: str = field(default="auto", metadata={"help": "auto, fp32, bf16 or fp16."})
-    model_init_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "For loading the student."})
-    teacher_model_init_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "The same, teacher."})
+    max_tokens: int = field(default=512, metadata={"help": "Longest row in tokens, prompt and response together."})
+    turns: str = field(default="last", metadata={"help": "Turns of the assistant to learn: last or all."})
+    template: str = field(default="auto", metadata={"help": "Prompt template, as data.template."})
+    freeze_embeddings: bool = field(default=False, metadata={"help": "Do not train the token embeddings."})
+    eval_rows: int = field(default=48, metadata={"help": "Maximum number of rows in a held-out loss."})
+    early_stop_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many losses without a new best."}
+    )
+    teacher_remember_mb: int = field(default=0, metadata={"help": "Memory in MiB for the teacher's states."})
+    precision: str = field(default="auto", metadata={"help": "Compute precision: auto, fp32, bf16, fp16."})
+    model_init_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "For from_pretrained (student)."})
+    teacher_model_init_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "For from_pretrained (teacher)."}
+    )
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "The teacher's id or folder."})
-    teacher_model_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the id."})
     beta: float | None = field(default=None, metadata={"help": "TRL's divergence: 0 fkl, 1 rkl, between gjs."})
     disable_dropout: bool = field(default=False, metadata={"help": "Set the student's dropout to 0."})
 
@@ -215,17 +227,17 @@ class DistillationConfig(TrainingArguments):
 
     def _choose_precision(self) -> None:
         flags = {"bf16": self.bf16, "fp16": self.fp16}
-        asked = [name for name, value in flags.items() if value]
-        if len(asked) == 2:
+        chosen = [name for name, value in flags.items() if value]
+        if len(chosen) == 2:
             raise DrklError("bf16 and fp16 are both set; choose one.")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise DrklError(f"precision is {self.precision!r}; expected auto, fp32, bf16 or fp16.")
-        if asked and self.precision not in ("auto", asked[0]):
-            raise DrklError(f"{asked[0]} is set and precision is {self.precision!r}; give one of the two.")
+        if chosen and self.precision not in ("auto", chosen[0]):
+            raise DrklError(f"{chosen[0]} is set and precision is {self.precision!r}; give one of the two.")
         device = torch.device("cpu") if self.use_cpu else pick_device("auto")
         self.use_cpu = device.type == "cpu"  # without it transformers refuses bf16 on a CPU
-        if asked:
-            self.precision = asked[0]
+        if chosen:
+            self.precision = chosen[0]
         elif self.precision == "auto":
             self.precision = "fp32" if self.bf16 is False else resolve_dtype("auto", device)
         if self.precision == "fp16" and device.type != "cuda":
@@ -243,8 +255,8 @@ class DistillationConfig(TrainingArguments):
             return LossConfig(temperature=self.temperature, kd_weight=self.kd_weight, t2_scaling=self.t2_scaling)
         except ValueError as error:
             errors: Any = error
-            one = errors.errors()[0]
-            raise DrklError(f"{one['loc'][0]} is {one['input']!r}: {one['msg'].lower()}.") from error
+            first = errors.errors()[0]
+            raise DrklError(f"{first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}.") from error
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Warm-up steps of a run of so many steps."""
@@ -254,7 +266,7 @@ class DistillationConfig(TrainingArguments):
 
     @property
     def train_batch_size(self) -> int:
-        """What the data loader takes at a time: an item of the training data is a micro-batch already."""
+        """The data loader's batch size, 1: an item of the training data is a micro-batch already."""
         return 1
 
     @property

@@ -1,4 +1,4 @@
-"""What happens beside the training loop: the log file, the last evaluation, progress."""
+"""Callbacks of the training loop: the log file, the last evaluation, progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoints are whole, which is the newest, and how one is thrown away."""
+"""Find the newest complete checkpoint, and delete checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def mark_complete(checkpoint: Path, step: int, num_tokens: int) -> None:
 
 
 def tokens_seen(checkpoint: Path) -> int:
-    """How many tokens had been trained on."""
+    """Return the number of tokens trained on up to a checkpoint."""
     return int(read_json(checkpoint / MARKER)["num_tokens"])
 
 

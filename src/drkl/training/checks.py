@@ -1,4 +1,4 @@
-"""What is checked before a run writes anything."""
+"""Checks before a run writes anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from drkl.runs import RunFolder
 
 
 class RunExists(DrklError):
-    """A run folder is there already."""
+    """The run folder exists already."""
 
 
 def check_folder(run: RunFolder, mode: str) -> None:

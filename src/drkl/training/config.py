@@ -56,15 +56,15 @@ def choose_one(values: dict[str, Any], chosen: Iterable[str]) -> list[str]:
     """Set the other of each `EXCLUSIVE` pair to null in a training section; return the names that had a value."""
     dropped = []
     for pair in EXCLUSIVE:
-        for one, other in (pair, pair[::-1]):
-            if one in chosen and values.get(one) is not None and other not in chosen and values.get(other) is not None:
+        for key, other in (pair, pair[::-1]):
+            if key in chosen and values.get(key) is not None and other not in chosen and values.get(other) is not None:
                 values[other] = None
                 dropped.append(other)
     return dropped
 
 
 class RunConfig(BaseModel):
-    """Which run this is."""
+    """The run's name, folder, seed and device."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -77,7 +77,7 @@ class RunConfig(BaseModel):
 
 
 class TrainingConfig(BaseModel):
-    """How the student is trained."""
+    """The settings of training."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -155,10 +155,10 @@ class TrainingConfig(BaseModel):
                 f"save_every is {self.save_every} and eval_every {self.eval_every}; save_every has to be a multiple of "
                 "eval_every, so that the best checkpoint is known"
             )
-        for one, other in EXCLUSIVE:
-            if getattr(self, one) is not None and getattr(self, other) is not None:
+        for name, other in EXCLUSIVE:
+            if getattr(self, name) is not None and getattr(self, other) is not None:
                 raise ValueError(
-                    f"{one} is {getattr(self, one)} and {other} {getattr(self, other)}: give one of the two"
+                    f"{name} is {getattr(self, name)} and {other} {getattr(self, other)}: give one of the two"
                 )
         return self
 

@@ -1,4 +1,4 @@
-"""What a run would take, from its config and a small measurement; nothing is written."""
+"""Estimate the memory and time of a run from its config and a small measurement; nothing is written."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     }
     rates: dict[str, float] = {}
     seen: set[tuple[str, ...]] = set()
-    stages, apart = [], is_encoder_decoder(student)
+    stages, encoder_decoder = [], is_encoder_decoder(student)
     for spec in specs:
         train, _ = read_shares(spec.data, classifier=first.classifies)
-        rows, report = make_rows(train, spec.data, tokenizer, classes=classes, encoder_decoder=apart)
+        rows, report = make_rows(train, spec.data, tokenizer, classes=classes, encoder_decoder=encoder_decoder)
         check_rows(rows, student, "student")
         if teacher is not None:
             check_rows(rows, teacher, "teacher")

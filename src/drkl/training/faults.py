@@ -1,4 +1,4 @@
-"""Naming the tensor at fault when a loss is not a finite number."""
+"""Name the tensor at fault when a loss is not a finite number."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.losses.config import LossConfig
 from drkl.models.forward import output_head
-from drkl.models.readout import batches, chunks
+from drkl.models.readout import SHORT_TOKENS_PER_BATCH, batches, chunks
 from drkl.objectives import Objective
 from drkl.teachers.live import LiveTeacher
 from drkl.training.faults import find_fault, list_rows
@@ -38,7 +38,15 @@ class HeldOut:
         vocab_size: int | None = None,
     ) -> None:
         self._teacher, self._vocab_size = teacher, vocab_size
-        self._batches = list(batches(rows, pad_id=pad_id, decoder_start=decoder_start, rows_per_batch=rows_per_batch))
+        self._batches = list(
+            batches(
+                rows,
+                pad_id=pad_id,
+                decoder_start=decoder_start,
+                tokens_per_batch=SHORT_TOKENS_PER_BATCH,
+                rows_per_batch=rows_per_batch,
+            )
+        )
         self._teacher_hidden: list[Tensor | None] = [None] * len(self._batches)
 
     @torch.no_grad()

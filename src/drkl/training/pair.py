@@ -1,4 +1,4 @@
-"""A student, its teacher, their tokenizer and their rows: loaded where they were named, and checked together."""
+"""Load a student, its teacher, their tokenizer and their rows where they are given by name, and check them together."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TokenisedRows:
 
 @dataclass
 class Pair:
-    """What a trainer works with; everything in it fits together."""
+    """The models, tokenizer and rows of a trainer, checked against each other."""
 
     student: PreTrainedModel
     teacher: LiveTeacher | None
@@ -57,20 +57,20 @@ class Pair:
     student_name: str
     teacher_name: str | None
     data_names: tuple[str, str | None]
-    """What the training rows and the held-out rows come from."""
+    """The sources of the training rows and of the held-out rows."""
     eval_dataset: list[dict[str, Any]] | None
     """The held-out rows as they were passed in memory; None where they have a name, or no json."""
     notes: list[str] = field(default_factory=list)
-    """What a user should know of the pair."""
+    """Notes on the pair for the user."""
 
     @property
     def vocab_size(self) -> int | None:
-        """How many ids, from 0, the two models are compared on; None for all."""
+        """The number of token ids, from 0, on which the models are compared; None for all."""
         return None if self.vocabulary is None else self.vocabulary["shared"]
 
     @property
     def pad_id(self) -> int:
-        """What fills batches; its value changes nothing."""
+        """The padding id of batches; its value changes nothing."""
         return _pad_id(self.tokenizer)
 
     def tokenize(self, dataset: Any, args: DistillationConfig) -> tuple[Rows, DropReport]:
@@ -174,7 +174,7 @@ def make_pair(
 
 
 def _name(model: Any) -> str:
-    """What a record calls a model: the name it was loaded by, or what it is."""
+    """Return a model's name for the record: the name it was loaded by, or its class."""
     if model is None or isinstance(model, (str, Path)):
         return str(model)
     if isinstance(model, LiveTeacher):
@@ -357,7 +357,7 @@ def _compare_vocabularies(
 
 
 def teacher_note(pair: Pair) -> str | None:
-    """What a reader of results has to know of the teacher, or None."""
+    """A note on the teacher for readers of results, or None."""
     return None if pair.teacher_name is None else model_note(pair.teacher_name)
 
 

@@ -49,11 +49,11 @@ class RunRecord:
     def __init__(self, run: RunFolder, pair: Pair, args: DistillationConfig) -> None:
         self.run, self.pair, self.args = run, pair, args
         self.config: dict[str, Any] | None = None
-        """What config.yaml holds; None describes the pair and the arguments."""
+        """The content of config.yaml; None: describe the pair and the arguments."""
         self.command: list[str] | None = None
         """The command that repeats the run, where one made it."""
         self.export = "adapter"
-        """What is saved of a student with an adapter: ``adapter``, or the ``merged`` model."""
+        """The saved form of a student with an adapter: ``adapter``, or the ``merged`` model."""
         self.keeps_folder = False
         """Whether the folder was prepared for this run already."""
         self._environment: dict[str, Any] = {}
@@ -186,7 +186,7 @@ def describe_data(pair: Pair) -> dict[str, Any]:
 
 
 def training_section(args: DistillationConfig, section: dict[str, Any]) -> dict[str, Any]:
-    """What a config.yaml's ``training`` says beside ``section``, so that every value that trains the model is in it."""
+    """Return the keys that complete ``section``, so that config.yaml has every value that trains the model."""
     arguments = dict(section.get("arguments") or {})
     defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     for name, default in defaults.items():
@@ -204,9 +204,9 @@ def _plain(value: Any) -> Any:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     if isinstance(value, list):
-        return all(_is_plain(one) for one in value)
+        return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, (str, int, float))
 
 

@@ -40,7 +40,7 @@ Mode = Literal["new", "overwrite", "resume"]
 
 @dataclass
 class Listener:
-    """What a front end may want to show; every hook has a default that does nothing."""
+    """Hooks for a front end; each does nothing by default."""
 
     on_message: Callable[[str], None] = lambda text: None
     on_stage: Callable[[RunSpec, int, int], None] = lambda spec, number, of: None
@@ -58,7 +58,7 @@ class Loaded:
 
 @dataclass
 class Resources:
-    """What stages share: the teacher, the tokenizer and the rows are loaded once."""
+    """Resources that stages share: the teacher, the tokenizer and the rows are loaded once."""
 
     device: torch.device
     listener: Listener

@@ -1,4 +1,4 @@
-"""One run, fully described, and what follows from it before anything is loaded."""
+"""The full description of one run, and facts that follow from it before anything is loaded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RunSpec:
     peft: PeftConfig | None = None
     task: str = "generation"
     tokenizer: TokenizerConfig | None = None
-    """How to make the tokenizer, in the first of several stages; None where a model brings one."""
+    """The tokenizer to train, in the first of several stages; None if a model has its own."""
 
     @property
     def classifies(self) -> bool:
@@ -130,7 +130,7 @@ def is_two_class(specs: Sequence[RunSpec], classes: Sequence[str] | None) -> boo
 
 
 def tokenizer_name(first: RunSpec) -> str:
-    """Where the tokenizer of a run comes from; ``LEARNT`` where it is made."""
+    """Return the source of a run's tokenizer; ``LEARNT`` if the run trains one."""
     from drkl.models.student import source_model
 
     if first.tokenizer is not None:

@@ -363,7 +363,7 @@ class DistillationTrainer(Trainer):
         return self.teacher is not None and self.loss_config.kd_weight > 0 and self.objective.needs_teacher
 
     def _will_log(self) -> bool:
-        """Whether the step that is being made ends with a line in the log."""
+        """Whether the present step ends with a line in the log."""
         step = self.state.global_step + 1
         every = max(1, int(self.state.logging_steps))
         first = step == 1 and self.args.logging_first_step

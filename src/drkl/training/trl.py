@@ -1,4 +1,4 @@
-"""What TRL's `DistillationTrainer` and its config (TRL 1.16) take, in drkl's words: mapped, or refused by name."""
+"""Map the arguments of TRL's `DistillationTrainer` and its config (TRL 1.16) to drkl's, or refuse them by name."""
 
 from __future__ import annotations
 
