@@ -18,7 +18,7 @@ from drkl.data.rows import make_rows, read_shares
 from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import Progress, Source
 from drkl.evaluation.evaluate import Settings, check_output, configured, evaluate_inputs
-from drkl.evaluation.pairs import GAMMA, Inputs, account, suite_rows, with_protocol
+from drkl.evaluation.pairs import Inputs, account, suite_rows, with_protocol
 from drkl.evaluation.result import MODELS, Evaluation
 from drkl.models.classes import class_names
 from drkl.models.load import load_classifier, load_model, load_tokenizer
@@ -27,6 +27,7 @@ from drkl.models.precision import has_device, pick_device, resolve_dtype
 from drkl.models.readout import read
 from drkl.models.student import make_student
 from drkl.objectives import Objective
+from drkl.objectives.decoupled import GAMMA
 from drkl.runs import RunFolder
 from drkl.training.spec import RunSpec, has_encoder
 

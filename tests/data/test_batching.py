@@ -1,16 +1,22 @@
 from __future__ import annotations
 
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drkl.data.batching import bucket_by_length, plan_steps, split_rows
+from drkl.data.batching import bucket_by_length, plan_epochs, split_rows
 from drkl.errors import DrklError
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
+
+
+def plan_steps(lengths: list[int], *, num_steps: int, **settings: Any) -> list[list[int]]:
+    """The first steps of a plan, over as many epochs as that takes."""
+    return list(islice(chain.from_iterable(plan_epochs(lengths, **settings)), num_steps))
 
 
 @given(LENGTHS, st.integers(1, 200), st.integers(0, 60), st.integers(0, 5))

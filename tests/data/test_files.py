@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from drkl.data import DataConfig, Example, load_examples
-from drkl.data.classification import load_labelled, read_labelled
+from drkl.data.classification import labelled_texts, load_labelled
 from drkl.data.examples import read_examples
 from drkl.data.tokenize import tokenize_examples
 from drkl.errors import DrklError
@@ -181,14 +181,13 @@ def test_weights_that_leave_nothing(two: tuple[str, str]) -> None:
 def test_texts_with_labels(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,label,id\nhi,greet,1\na b,other,2\nc,3,3\n")
-    assert read_labelled(str(path)) == [("1", "hi", "greet"), ("2", "a b", "other"), ("3", "c", "3")]
+    texts = labelled_texts(read_examples(str(path), "text_label"))
+    assert texts == [("1", "hi", "greet"), ("2", "a b", "other"), ("3", "c", "3")]
     train, held_out = load_labelled(DataConfig(path=str(path)))
-    assert sorted(train + held_out) == read_labelled(str(path)) and len(held_out) == 1
+    assert sorted(train + held_out) == texts and len(held_out) == 1
     path.write_text("text,labl\nhi,greet\n")
     with pytest.raises(DrklError, match=r"a\.csv:2: expected the fields text and label; found text, labl"):
-        read_labelled(str(path))
-    with pytest.raises(DrklError, match="Expected exactly one of path and dataset"):
-        read_labelled()
+        load_labelled(DataConfig(path=str(path)))
 
 
 def test_labels_of_a_data_set_are_read_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,4 +195,5 @@ def test_labels_of_a_data_set_are_read_by_name(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]))
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features).save_to_disk(tmp_path / "d")
-    assert read_labelled(dataset=str(tmp_path / "d")) == [("row-1", "a", "yes"), ("row-2", "b", "no")]
+    train, held_out = load_labelled(DataConfig(dataset=str(tmp_path / "d")))
+    assert sorted(train + held_out) == [("row-1", "a", "yes"), ("row-2", "b", "no")]

@@ -262,3 +262,24 @@ def test_an_objective_that_inherits_nothing_is_taken_as_it_is() -> None:
     assert drkl.make_objective(made) is made  # type: ignore[arg-type]
     assert not isinstance(drkl.make_objective(Callme()), Callme)
     assert isinstance(drkl.make_objective(Callme()), FunctionObjective)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_function_that_lacks_its_labels_says_so(decoupled: bool) -> None:
+    logits = torch.zeros(2, 5)
+    chosen = drkl.decoupled(observed, "rkl") if decoupled else observed
+    with pytest.raises(DrklError, match=r"Objective 'observed' failed, and it was given no labels"):
+        drkl.distillation_loss(logits, logits, None, objective=chosen)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_values_without_a_gradient_are_refused_where_one_is_asked_for(decoupled: bool) -> None:
+    def detached(student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None) -> Tensor:
+        return reverse_kl(student_logp, teacher_logp, labels).detach()
+
+    chosen = drkl.decoupled(detached, "rkl") if decoupled else detached
+    logits, teacher = torch.randn(2, 5, requires_grad=True), torch.zeros(2, 5)
+    with pytest.raises(DrklError, match=r"Objective 'detached' returned values that do not depend on student_logp"):
+        drkl.distillation_loss(logits, teacher, objective=chosen)
+    with torch.no_grad():
+        assert drkl.distillation_loss(logits, teacher, objective=chosen).isfinite()

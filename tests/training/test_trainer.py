@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from drkl.data.batching import plan_steps
+from drkl.data.batching import plan_epochs
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
@@ -143,7 +143,7 @@ def test_gradient_is_that_of_the_mean_over_response_tokens(tmp_path: Path) -> No
 
 def test_every_step_sees_the_same_rows_however_it_is_cut() -> None:
     data = rows(40)
-    steps = plan_steps([row.length for row in data], tokens_per_step=40, num_steps=7, seed=3)
+    steps = next(plan_epochs([row.length for row in data], tokens_per_step=40, seed=3))[:7]
     whole, cut = MicroBatches(data, steps, 1), MicroBatches(data, steps, 4)
     assert len(whole) == 7 and len(cut) == 28
     for step in range(7):

@@ -15,32 +15,6 @@ _WINDOW_STEPS = 32
 _WINDOW_SHARE = 0.5
 
 
-def plan_steps(
-    lengths: Sequence[int], *, tokens_per_step: int, num_steps: int, seed: int, same_batches: bool = False
-) -> list[list[int]]:
-    """Return the row indices of every optimiser step.
-
-    Each epoch sees every row once, in another shuffle. A step's rows, padded to its longest, have at most
-    ``tokens_per_step`` positions; a row longer than that is a step of its own. No step spans two epochs. The plan
-    depends on the arguments alone, and fewer steps are the beginning of more.
-
-    Args:
-        lengths: positions each row feeds (``Row.length``).
-        tokens_per_step: padded positions, at most, in one optimiser step.
-        num_steps: how many steps to plan, over as many epochs as that takes.
-        seed: of the shuffles.
-        same_batches: every epoch has the first one's steps, in another order.
-
-    Raises:
-        DrklError: no rows, or ``tokens_per_step`` below 1.
-    """
-    epochs = plan_epochs(lengths, tokens_per_step=tokens_per_step, seed=seed, same_batches=same_batches)
-    steps: list[list[int]] = []
-    while len(steps) < num_steps:
-        steps += next(epochs)
-    return steps[:num_steps]
-
-
 def plan_epochs(
     lengths: Sequence[int],
     *,
@@ -52,9 +26,13 @@ def plan_epochs(
 ) -> Iterator[list[list[int]]]:
     """Yield the optimiser steps of one epoch after the other, without end; a step is a list of row indices.
 
+    Each epoch sees every row once, in another shuffle, and no step spans two epochs. The plan depends on the arguments
+    alone.
+
     Args:
         lengths: positions each row feeds (``Row.length``).
-        tokens_per_step: as in `plan_steps`; exactly one of this and ``rows_per_step``.
+        tokens_per_step: padded positions in one optimiser step, at most; a row longer than that is a step of its own.
+            Exactly one of this and ``rows_per_step``.
         rows_per_step: rows in an optimiser step, drawn at random; the last step of an epoch has what is left.
         seed: seed of the shuffles.
         same_batches: every epoch has the first one's steps, in another order.

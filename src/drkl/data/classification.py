@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from drkl.data.config import DataConfig
-from drkl.data.examples import Example, load_examples, parse_rows, read_examples
-from drkl.data.files import dataset_rows
+from drkl.data.examples import Example, load_examples
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError, did_you_mean
 
@@ -44,25 +43,13 @@ class LabelledRow:
         return len(self.ids)
 
 
-def read_labelled(path: str | None = None, dataset: str | None = None) -> list[Labelled]:
-    """Read ``(id, text, label)`` of every row of a file or a data set; whole-number labels become text.
-
-    Raises:
-        DrklError: a file or data set that is missing or unreadable, or a bad row (with file:line).
-    """
-    if (path is None) == (dataset is None):
-        raise DrklError("Expected exactly one of path and dataset for rows with text and label.")
-    if path is not None:
-        return labelled_texts(read_examples(path, "text_label"))
-    assert dataset is not None
-    return labelled_texts(parse_rows(dataset_rows(dataset), dataset, "text_label"))
-
-
 def load_labelled(config: DataConfig) -> tuple[list[Labelled], list[Labelled]]:
     """Return the training rows and the held-out rows of a data section, by the same rules as ``load_examples``.
 
+    Each row is ``(id, text, label)``; whole-number labels become text.
+
     Raises:
-        DrklError: as ``read_labelled``.
+        DrklError: a file or data set that is missing or unreadable, or a bad row (with file:line).
     """
     train, held_out = load_examples(config.model_copy(update={"format": "text_label"}))
     return labelled_texts(train), labelled_texts(held_out)

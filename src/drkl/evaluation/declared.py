@@ -40,11 +40,6 @@ class Metric:
     digits: int = 3
     scale: float = 1.0
 
-    @property
-    def higher_is_better(self) -> bool | None:
-        """True or False; None where neither way is better as such."""
-        return {"higher": True, "lower": False}.get(self.better)
-
     def show(self, value: Any, *, signed: bool = False) -> str:
         """The value as it stands in a table, without its unit."""
         stored = as_number(value)
@@ -70,7 +65,6 @@ class Group:
 
 _AGREEMENT = "How often student and teacher rank the same {} first: argmax q = argmax p."
 _SHARE: dict[str, Any] = {"digits": 1, "scale": 100.0}
-_ANSWERS: dict[str, Any] = {"of": "answers"}
 _ROUGE: dict[str, Any] = {"of": "answers", "library": "rouge-score", "digits": 1}
 _BLEU: dict[str, Any] = {"of": "answers", "library": "sacrebleu", "digits": 1}
 _DISTINCT: dict[str, Any] = {"of": "answers", "library": "drkl; tokens by sacrebleu"}

@@ -26,9 +26,9 @@ from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from drkl.models.pair import check_rows, check_same_family, check_tokenizers, shared_vocabulary
 from drkl.models.precision import DtypeLike, has_device, pick_device, resolve_dtype
+from drkl.objectives.decoupled import GAMMA
 from drkl.runs import IN_MEMORY, RunFolder
 
-GAMMA = 0.5
 Model = str | os.PathLike[str] | PreTrainedModel
 """A model in memory, or the folder or Hub id of one."""
 

@@ -15,6 +15,7 @@ from drkl.evaluation.declared import HEAD_MASS, OVERLAP, RANKS, TOKEN_KEYS
 from drkl.evaluation.row_sums import RowSums
 from drkl.losses.common import check_vocabularies
 from drkl.models.readout import CHUNK, Readout, read_logits
+from drkl.objectives.decoupled import GAMMA
 from drkl.positions import comparison_statistics
 
 NUM_BINS = 30
@@ -44,7 +45,7 @@ class PositionTable:
         gamma: DRKL's weight of the tail, for the share of positions where it strengthens the tail.
     """
 
-    def __init__(self, gamma: float = 0.5) -> None:
+    def __init__(self, gamma: float = GAMMA) -> None:
         self.gamma = gamma
         self._parts: list[dict[str, np.ndarray]] = []
         self._in_order = False
@@ -197,7 +198,7 @@ def compare(
     *,
     chunk_tokens: int = CHUNK,
     progress: Callable[[int], None] | None = None,
-    gamma: float = 0.5,
+    gamma: float = GAMMA,
 ) -> PositionTable:
     """Compare two models at every position, ``chunk_tokens`` rows of logits at a time.
 

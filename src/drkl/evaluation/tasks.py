@@ -42,6 +42,7 @@ from drkl.losses.common import log_softmax
 from drkl.models.forward import lm_head
 from drkl.models.generate import sample_texts, sampling_batches
 from drkl.models.readout import Readout, read
+from drkl.objectives.decoupled import GAMMA
 from drkl.positions import brier_score, token_statistics
 
 ESTIMATES = tuple(key for key in KEYS if key not in ("num_tokens", "num_answers"))
@@ -110,7 +111,7 @@ class Generation:
         *,
         suites: Sequence[str] | None = None,
         vocab_size: int | None = None,
-        gamma: float = 0.5,
+        gamma: float = GAMMA,
         parts: Parts | None = None,
         pad_id: int | None = None,
     ) -> None:

@@ -108,7 +108,22 @@ class FunctionObjective(Objective):
         return bool(getattr(self.function, "needs_labels", False))
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor | None, labels: Tensor | None = None) -> Tensor:
-        return check_values(self, self.function(student_logp, teacher_logp, labels), student_logp.shape[0])
+        try:
+            values = self.function(student_logp, teacher_logp, labels)
+        except (TypeError, AttributeError) as error:
+            if labels is not None:
+                raise
+            raise DrklError(
+                f"Objective {self.name!r} failed, and it was given no labels ({error}). Pass labels, or, if it has to "
+                "have them, set its attribute needs_labels = True; as a part of a decoupled objective it has none."
+            ) from error
+        values = check_values(self, values, student_logp.shape[0])
+        if torch.is_grad_enabled() and student_logp.requires_grad and not values.requires_grad:
+            raise DrklError(
+                f"Objective {self.name!r} returned values that do not depend on student_logp through differentiable "
+                "operations, so there is nothing to minimise."
+            )
+        return values
 
 
 def check_values(objective: Objective, values: object, count: int) -> Tensor:

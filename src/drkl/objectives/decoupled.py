@@ -20,6 +20,8 @@ from drkl.objectives.terms import Terms
 TAILS = {"rkl": ReverseKL(), "fkl": ForwardKL(), "gjs": GeneralizedJensenShannon()}
 """The tails of DRKL by name."""
 TARGETS = ("teacher", "label")
+GAMMA = 0.5
+"""The tail's weight where none is given."""
 WEIGHTS = ("constant", "student", "teacher", "floor")
 
 
@@ -62,7 +64,7 @@ class Decoupled(Objective):
 
     on_target: Objective = TAILS["rkl"]
     on_tail: Objective = TAILS["rkl"]
-    gamma: float = 0.5
+    gamma: float = GAMMA
     target_weight: float = 1.0
     target: str = "teacher"
     weight: str = "constant"

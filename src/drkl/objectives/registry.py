@@ -11,7 +11,7 @@ from torch import Tensor
 from drkl.errors import DrklError, did_you_mean
 from drkl.objectives import adaptive, alpha_beta, divergences
 from drkl.objectives.base import FunctionObjective, Objective, check_choice, check_number
-from drkl.objectives.decoupled import Decoupled, DecoupledKnowledgeDistillation, DecoupledReverseKL
+from drkl.objectives.decoupled import GAMMA, Decoupled, DecoupledKnowledgeDistillation, DecoupledReverseKL
 from drkl.runs import IN_MEMORY
 
 CLASSES: tuple[type[Objective], ...] = (
@@ -90,7 +90,7 @@ def is_divergence(objective: Objective) -> bool:
 def decoupled(
     on_target: ObjectiveLike = "rkl",
     on_tail: ObjectiveLike = "rkl",
-    gamma: float = 0.5,
+    gamma: float = GAMMA,
     target_weight: float = 1.0,
     target: str = "teacher",
     weight: str = "constant",

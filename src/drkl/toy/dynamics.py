@@ -93,12 +93,6 @@ class ToySetting:
         return f"{self.kind}-v{self.vocab}-h{self.entropy:g}-{self.init}{rank}"
 
 
-def entropy_of(logits: Tensor) -> Tensor:
-    """-sum p log p of the softmax, over the last dimension, in nats."""
-    logp = torch.log_softmax(logits, -1)
-    return -(logp.exp() * logp).sum(-1)
-
-
 @torch.no_grad()
 def with_entropy(logits: Tensor, entropy: float, tolerance: float = 1e-5) -> Tensor:
     """Scale each row of ``logits`` `[n, vocab]` so that its softmax has this ``entropy``, in nats.
