@@ -358,7 +358,7 @@ def _closer(numbers: _Numbers, id: str, other: str) -> Finding:
     if not numbers.has(other):
         reasons = {
             "before": "The student before training was not evaluated.",
-            "warmup": "The student was trained in one stage.",
+            "warmup": "No student of an earlier stage was evaluated.",
         }
         return _not_applicable(id, reasons[other])
     name = {"before": "before training", "warmup": "after the warm-up"}[other]
