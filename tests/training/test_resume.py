@@ -120,8 +120,10 @@ def test_cut_off_twice(tmp_path: Path) -> None:
     run = cut_off(values, kill_at_step("r", 3))
     with pytest.raises(Killed):
         tiny_runs.train(values, "resume", kill_at_step("r", 5))
-    assert run.read_env()["command"]
+    # The line that made the run is what repeats it, also after a resume.
+    assert run.read_env()["command"] == ["drkl", "distill", "new"]
     assert_equal(tiny_runs.train(values, "resume"), whole)
+    assert run.read_env()["command"] == ["drkl", "distill", "new"]
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def specs(values: dict[str, Any], overrides: Sequence[str] = ()) -> list[RunSpec
 
 
 def train(values: dict[str, Any], mode: Mode = "new", listener: Listener | None = None) -> RunFolder:
-    return distill(specs(values), mode=mode, listener=listener)
+    return distill(specs(values), mode=mode, listener=listener, command=["drkl", "distill", mode])
 
 
 def write_config(values: dict[str, Any], path: Path) -> Path:
