@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from drkl.analysis.analyze import analyze
 from drkl.errors import DrklError
 from drkl.evaluation.comparison import compare
 from drkl.evaluation.config import EvaluationConfig
@@ -156,3 +157,12 @@ def test_a_run_by_name(tmp_path: Path) -> None:
     assert found.models == ["teacher", "before", "student"] and found.name == "r"
     assert (run.root / "eval.json").is_file() and found.settings["sampling_temperature"] == 1
     assert Evaluation.load(run.root).name == "r"
+
+
+def test_tokenizer_is_another_name_for_processing_class() -> None:
+    student, teacher, tokenizer, rows = pairs("llama")
+    quick: Any = {"prompts": 1, "samples_per_prompt": 1, "max_new_tokens": 2, "sweep": ()}
+    assert evaluate(student, teacher, rows[:2], tokenizer=tokenizer, **quick)["rkl"].value is not None
+    for call in (evaluate, analyze):
+        with pytest.raises(DrklError, match="tokenizer and processing_class are two names for one thing"):
+            call(student, teacher, rows, tokenizer, tokenizer=copy.copy(tokenizer))  # type: ignore[operator]

@@ -20,6 +20,7 @@ from drkl.evaluation.evaluate import check_output
 from drkl.evaluation.findings import of_analysis
 from drkl.evaluation.pairs import Inputs, Model, pair_inputs
 from drkl.evaluation.result import Evaluation
+from drkl.models.load import one_tokenizer
 from drkl.models.precision import DtypeLike
 from drkl.models.readout import Readout, read
 from drkl.objectives import OBJECTIVES, Objective, make_objective
@@ -37,6 +38,7 @@ def analyze(
     rows: Any,
     processing_class: Any = None,
     *,
+    tokenizer: Any = None,
     objectives: Sequence[str | Objective] | None = None,
     positions: int = 512,
     gamma: float | None = None,
@@ -68,6 +70,7 @@ def analyze(
             `drkl.data.rows.rows_from`.
         processing_class: the tokenizer that both models share (default: the one saved with the student, else the
             teacher's).
+        tokenizer: another name for ``processing_class``.
         objectives: the objectives to differentiate: objectives, or short names as ``drkl:0.1`` (see
             `drkl.objectives.variants`). Default: all, and some decoupled ones.
         positions: number of evenly spaced positions at which every objective is differentiated. Half as many are added
@@ -95,7 +98,7 @@ def analyze(
         student,
         teacher,
         rows,
-        processing_class,
+        one_tokenizer(processing_class, tokenizer),
         template=template,
         max_prompt_tokens=max_prompt_tokens,
         max_tokens=max_tokens,

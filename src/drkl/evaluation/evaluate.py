@@ -18,6 +18,7 @@ from drkl.evaluation.pairs import Inputs, Model, pair_inputs
 from drkl.evaluation.result import MODELS, Evaluation
 from drkl.evaluation.store import CACHE_BYTES, Store
 from drkl.evaluation.tasks import Classification, Generation, Parts, Task
+from drkl.models.load import one_tokenizer
 from drkl.models.precision import DtypeLike
 from drkl.models.smollm2 import cache_dir
 from drkl.runs import RunFolder
@@ -42,6 +43,7 @@ def evaluate(
     rows: Any = None,
     processing_class: Any = None,
     *,
+    tokenizer: Any = None,
     suites: Sequence[str] = (),
     protocol: str | None = None,
     template: str = "auto",
@@ -71,6 +73,7 @@ def evaluate(
             `drkl.data.rows.rows_from`.
         processing_class: the tokenizer that both models share; default the one saved with the student, else the
             teacher's.
+        tokenizer: another name for ``processing_class``.
         suites: named test sets in place of ``rows``: ``NAME`` or ``NAME=WHERE``.
         protocol: ``minillm`` for its prompt format, decoding and seeds; None for ours.
         template: how a prompt is written, as ``data.template``.
@@ -100,7 +103,7 @@ def evaluate(
         student,
         teacher,
         rows,
-        processing_class,
+        one_tokenizer(processing_class, tokenizer),
         suites=suites,
         protocol=protocol,
         template=template,

@@ -201,6 +201,17 @@ def _checked_tokenizer(tokenizer: Any, name: str, classifier: bool) -> Any:
     return tokenizer
 
 
+def one_tokenizer(processing_class: Any, tokenizer: Any) -> Any:
+    """Return what was passed under one of its two names, ``processing_class`` and ``tokenizer``.
+
+    Raises:
+        DrklError: two objects that differ.
+    """
+    if processing_class is not None and tokenizer is not None and processing_class is not tokenizer:
+        raise DrklError("tokenizer and processing_class are two names for one thing; give one of them.")
+    return processing_class if tokenizer is None else tokenizer
+
+
 def count_parameters(config: Any, *, classifier: bool = False) -> int:
     """Parameters of a model of this config, tied weights once; no memory is used."""
     with torch.device("meta"):

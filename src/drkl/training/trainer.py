@@ -28,6 +28,7 @@ from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX, LMHead
 from drkl.models.at_head import call_at_head
 from drkl.models.forward import decoder_start
+from drkl.models.load import one_tokenizer
 from drkl.models.pair_loss import model_inputs
 from drkl.objectives import Objective
 from drkl.runs import RunFolder
@@ -158,15 +159,13 @@ class DistillationTrainer(Trainer):
                 f"args is a {type(args).__name__}; expected a drkl.DistillationConfig, which has every field of "
                 "transformers.TrainingArguments and those of the distillation."
             )
-        if processing_class is not None and tokenizer is not None and processing_class is not tokenizer:
-            raise DrklError("tokenizer and processing_class are two names for one thing; give one of them.")
         pair = make_pair(
             model,
             teacher_model,
             args,
             train_dataset,
             eval_dataset,
-            processing_class if tokenizer is None else tokenizer,
+            one_tokenizer(processing_class, tokenizer),
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
