@@ -22,6 +22,7 @@ from drkl.models.config import StudentConfig
 from drkl.models.forward import check_head, is_encoder_decoder, lm_head
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer, model_note
 from drkl.models.pair import SharedTokens, check_rows, check_same_family, check_tokenizers, shared_vocabulary
+from drkl.models.precision import resolve_dtype
 from drkl.runs import IN_MEMORY
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
@@ -271,8 +272,6 @@ def _load(name: str, options: dict[str, Any], dtype: str, device: torch.device, 
         raise DrklError(f"{where} has trust_remote_code: drkl never runs code that comes with a model.")
     wanted = options.pop("dtype", options.pop("torch_dtype", dtype))
     load = load_classifier if is_classifier(load_config(name)) else load_model
-    from drkl.models.precision import resolve_dtype
-
     return load(name, resolve_dtype(wanted, device), **options)
 
 

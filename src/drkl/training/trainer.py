@@ -179,7 +179,7 @@ class DistillationTrainer(Trainer):
         optimizers: tuple[Any, Any],
     ) -> None:
         self.pair, self.config = pair, args
-        self.teacher, self.tokenizer, self.adapter = pair.teacher, pair.tokenizer, pair.adapter
+        self.teacher, self.tokenizer = pair.teacher, pair.tokenizer
         self.rows, self.eval_rows, self.vocab_size = pair.rows, pair.eval_rows[: args.eval_rows], pair.vocab_size
         self.objective: Objective = args.make_objective()
         self.loss_config = args.loss_config
@@ -200,14 +200,13 @@ class DistillationTrainer(Trainer):
         if args.early_stop_patience and not self.eval_rows:
             raise DrklError("early_stop_patience counts held-out losses; pass eval_dataset, or leave it out.")
         start = decoder_start(pair.student)
-        self._pad_id = pair.pad_id
         self._heldout = self._held_out(self.eval_rows) if self.eval_rows else None
         self._train_log = TrainLog(self.run)
         self._epochs = Epochs(ends, args)
         own: list[TrainerCallback] = [self._train_log, self._epochs, LastStep(), BestCheckpoint()]
         if args.early_stop_patience:
             own.append(EarlyStop(args.early_stop_patience))
-        pad_id = self._pad_id
+        pad_id = pair.pad_id
         check_disk(self.run, pair.student)
         self._use_cache = getattr(pair.student.config, "use_cache", None)  # transformers turns it off
         try:
@@ -242,7 +241,7 @@ class DistillationTrainer(Trainer):
     def _held_out(self, rows: Rows) -> HeldOut:
         return HeldOut(
             rows,
-            self._pad_id,
+            self.pair.pad_id,
             self.teacher,
             rows_per_batch=self.config.per_device_eval_batch_size,
             decoder_start=decoder_start(self.pair.student),
