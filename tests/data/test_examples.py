@@ -77,8 +77,8 @@ GOOD = '{"prompt": "p", "response": "r"}\n'
         ('{"prompt": "p", "response": "\\ud83d"}', ":2: response has half a surrogate pair at character 0"),
         ('{"prompt": "p", "response": "r", "id": true}', ":2: id must be text; found true or false"),
         (
-            '{"prompt": "p", "response": "r", "id": "row-1"}',
-            r":2: the id 'row-1' was seen before, at .*:1; ids must be unique",
+            '{"prompt": "p", "response": "r", "id": "a"}\n{"prompt": "p", "response": "r", "id": "a"}',
+            r":3: the id 'a' was seen before, at .*:2; ids must be unique",
         ),
         ('{"messages": []}', r":2: messages must be a list of \{role, content\} objects; found an empty list"),
         ('{"messages": {"role": "user"}}', ":2: messages must be a list .*; found an object"),

@@ -117,7 +117,7 @@ def read_source(source: SourceConfig) -> list[Example]:
 
 
 def read_examples(path: str, row_format: str = "auto") -> list[Example]:
-    """Read one file (jsonl, json, csv, parquet, txt), or a bundled one by its name.
+    """Read one file (jsonl, json, csv, tsv, parquet, txt), or a bundled one by its name.
 
     Raises:
         DrklError: see ``load_examples``.
@@ -139,21 +139,18 @@ def parse_rows(rows: Iterable[tuple[str, Any]], source: str, row_format: str = "
         DrklError: a bad row, two rows of one id, or no rows.
     """
     examples: list[Example] = []
-    seen: dict[str, str] = {}
-    for number, (place, row) in enumerate(rows, start=1):
+    ids: list[tuple[str, str | None]] = []
+    for place, row in rows:
         if not isinstance(row, Mapping):
             raise DrklError(f"{place}: expected an object with prompt and response, or messages; found {_kind(row)}.")
         row, own_format = _standardised(place, row, row_format)
-        row_id = row_id_of(place, row, number)
-        if row_id in seen:
-            raise DrklError(f"{place}: the id {row_id!r} was seen before, at {seen[row_id]}; ids must be unique.")
-        seen[row_id] = place
-        examples.append(_example(place, row_id, row, own_format))
+        ids.append((place, written_id(place, row)))
+        examples.append(_example(place, "", row, own_format))
     if not examples:
         raise DrklError(
             f"{source} has no rows; expected one json object per line, with prompt and response or messages."
         )
-    return examples
+    return [replace(example, id=row_id) for example, row_id in zip(examples, row_ids(ids), strict=True)]
 
 
 def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -302,7 +299,7 @@ def _references(place: str, row: Mapping[str, Any], response: str) -> tuple[str,
 
 def _label(place: str, value: Any) -> str:
     if _is_whole_number(value):
-        return str(value)
+        return _number(place, "label", value)
     return _text(place, "label", value)
 
 
@@ -365,22 +362,56 @@ def _text(place: str, name: str, value: Any) -> str:
     return value
 
 
-def row_id_of(place: str, row: Mapping[str, Any], number: int) -> str:
-    """Return a row's own ``id`` as text, or ``row-N`` where it has none."""
+def written_id(place: str, row: Mapping[str, Any]) -> str | None:
+    """Return a row's own ``id`` as text, or None where it has none; csv has "" for none."""
     value = row.get("id")
-    if value is None:
-        return f"row-{number}"
-    if _is_whole_number(value):
-        return str(value)
-    return _text(place, "id", value)
+    if value is None or value == "":
+        return None
+    return _number(place, "id", value) if _is_whole_number(value) else _text(place, "id", value)
+
+
+def row_ids(written: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Return the ids of rows, in order, from their places and own ids; a row without one is called ``row-N``.
+
+    Where that is another row's own, marks are added to it.
+
+    >>> row_ids([("a:1", "row-2"), ("a:2", None), ("a:3", None)])
+    ['row-2', "row-2'", 'row-3']
+
+    Raises:
+        DrklError: two rows have the same id of their own.
+    """
+    places: dict[str, str] = {}
+    for place, own in written:
+        if own is not None and own in places:
+            raise DrklError(f"{place}: the id {own[:99]!r} was seen before, at {places[own]}; ids must be unique.")
+        if own is not None:
+            places[own] = place
+    ids = []
+    for number, (_, own) in enumerate(written, start=1):
+        made_up = f"row-{number}"
+        while made_up in places:
+            made_up += "'"
+        ids.append(made_up if own is None else own)
+    return ids
 
 
 def _is_whole_number(value: Any) -> bool:
     return isinstance(value, Integral) and type(value) is not bool
 
 
+def _number(place: str, name: str, value: Any) -> str:
+    """A whole number as text."""
+    try:
+        return str(value)
+    except ValueError as error:  # Python writes no more than 4,300 digits
+        raise DrklError(f"{place}: {name} is a number of too many digits; write it as text.") from error
+
+
 def _fields(row: Mapping[str, Any]) -> str:
-    return ", ".join(str(name) for name in row) if row else "no fields"
+    # A blank beside a name would not be seen.
+    names = [repr(name) if isinstance(name, str) and name != name.strip() else str(name) for name in row]
+    return ", ".join(names) or "no fields"
 
 
 def _kind(value: Any) -> str:
