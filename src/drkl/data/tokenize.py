@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from drkl.data.examples import Example, hash_of_id
+from drkl.data.lengths import NO_LIMIT, Lengths, Room, no_prompt_fits
 from drkl.data.seq2seq import encode_source, encode_target, tokens_around
 from drkl.data.template import Turns, encode_prompt, encode_response, encode_turns
 from drkl.errors import DrklError
@@ -114,6 +115,7 @@ def tokenize_examples(
     turns: str = "last",
     template: str = "auto",
     encoder_decoder: bool = False,
+    room: Room = NO_LIMIT,
 ) -> tuple[list[Row], DropReport]:
     """Return the usable rows, in order, and the account of the others.
 
@@ -125,8 +127,9 @@ def tokenize_examples(
     row is the token before it (bos or eos before the first), so every token is trained once.
 
     ``encoder_decoder`` rows have the prompt and the last reply as the tokenizer encodes texts by itself; ``turns`` and
-    ``template`` are ignored. The encoder reads the first half of a block of plain text and the decoder writes the
-    second (prefix language modelling: Raffel et al. 2020, section 3.3.1).
+    ``template`` are ignored, and a target longer than ``room.decoder`` is cut. The encoder reads the first half of a
+    block of plain text and the decoder writes the second (prefix language modelling: Raffel et al. 2020, section
+    3.3.1).
 
     Raises:
         DrklError: no row is left, or a row that the chat template refuses (with its id).
@@ -151,8 +154,9 @@ def tokenize_examples(
             length = spans[0][0]
             shortest = length if shortest is None else min(shortest, length)
             if length <= max_prompt_tokens:
-                report.responses_cut += len(ids) > max_tokens
-                row = row_of_spans(example, ids, spans, max_tokens)
+                limit = longest_row(length, max_tokens, room)
+                report.responses_cut += len(ids) > limit
+                row = row_of_spans(example, ids, spans, limit)
                 rows.append(replace(row, encoder_decoder=True) if encoder_decoder else row)
                 continue
             reason = "prompt_too_long"
@@ -166,7 +170,7 @@ def tokenize_examples(
         report.documents += len(documents)
     report.kept = len(rows)
     if not rows:
-        raise DrklError(nothing_left(report, max_prompt_tokens, shortest))
+        raise DrklError(nothing_left(report, shortest, Lengths(max_prompt_tokens, max_tokens), room))
     if any(row.example.weight != 1 for row in rows):
         rows = weigh(rows)
         report.per_epoch = len(rows)
@@ -221,6 +225,11 @@ def _encode(
     prompt = encode_prompt(tokenizer, example.prompt_messages, template, context_start=start)
     response = encode_response(tokenizer, example.messages, template, context_start=start)
     return Turns(prompt + response, [(len(prompt), len(prompt) + len(response))])
+
+
+def longest_row(prompt: int, max_tokens: int, room: Room) -> int:
+    """The tokens of a row that are kept, by those of its prompt: a target has to fit its decoder."""
+    return min(max_tokens, prompt + room.decoder) if room.separate and room.decoder is not None else max_tokens
 
 
 def row_of_spans(example: Example, ids: Sequence[int], spans: Sequence[tuple[int, int]], max_tokens: int) -> Row:
@@ -323,15 +332,15 @@ def _empty(example: Example, turns: str) -> str | None:
     return None if all(reply.strip() for reply in checked) else "empty_response"
 
 
-def nothing_left(report: DropReport, max_prompt_tokens: int, shortest: int | None) -> str:
+def nothing_left(report: DropReport, shortest: int | None, lengths: Lengths, room: Room = NO_LIMIT) -> str:
     """Return the error for a data set of which no row is left; ``shortest`` is its shortest prompt."""
     total = sum(report.dropped.values())
     if not total:
         return "The data set has no rows."
     reasons = ", ".join(f"{count} {_REASONS[reason]}" for reason, count in report.dropped.items())
     message = f"None of the {total} rows can be used: {reasons}."
-    if "prompt_too_long" in report.dropped:
-        message += f" The shortest prompt has {shortest} tokens; raise data.max_prompt_tokens ({max_prompt_tokens})."
+    if shortest is not None and "prompt_too_long" in report.dropped:
+        message += no_prompt_fits(shortest, lengths, room)
     if report.dropped.keys() - {"prompt_too_long"}:
         message += " Fill the empty fields, or use other data."
     return message

@@ -7,6 +7,8 @@ import math
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 SWEEP = (0.5, 0.7, 1.0, 1.2, 1.5)
+MAX_NEW_TOKENS = 64
+"""Tokens of an answer where neither the user nor a model sets a limit."""
 
 
 class EvaluationConfig(BaseModel):
@@ -35,7 +37,12 @@ class EvaluationConfig(BaseModel):
         description="Further sampling temperatures for teacher and student, to compare fidelity at equal diversity; [] "
         "for none.",
     )
-    max_new_tokens: int = Field(64, ge=1, description="Maximum number of tokens in an answer; longer answers are cut.")
+    max_new_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum number of tokens in an answer; longer answers are cut. Default: 64, or half of a "
+        "shorter context; prompts that leave no room for that are not answered.",
+    )
     seed: int = Field(
         0,
         ge=0,

@@ -31,7 +31,7 @@ class Settings(TypedDict, total=False):
     samples_per_prompt: int
     sampling_temperature: float
     sweep: Sequence[float]
-    max_new_tokens: int
+    max_new_tokens: int | None
     seed: int
     seeds: Sequence[int]
     batch_size: int
@@ -77,9 +77,9 @@ def evaluate(
         suites: named test sets in place of ``rows``: ``NAME`` or ``NAME=WHERE``.
         protocol: ``minillm`` for its prompt format, decoding and seeds; None for ours.
         template: how a prompt is written, as ``data.template``.
-        max_prompt_tokens: rows with a longer prompt are dropped and counted; default 256, or what the models' context
-            leaves beside an answer.
-        max_tokens: longer responses are cut; default 512, or the context.
+        max_prompt_tokens: rows with a longer prompt are dropped and counted; default 256, or half of a smaller
+            ``max_tokens``, or what the models' context leaves beside a response and a given ``max_new_tokens``.
+        max_tokens: longer responses are cut; default 512, or the models' context.
         max_rows: use only the first rows of each file.
         dtype: of models that are loaded; ``auto`` is bf16 where the device is fast at it, else fp32.
         device: default that of a student in memory, else CUDA, MPS or the CPU, the first there is.
@@ -149,7 +149,7 @@ def evaluate_inputs(
         rows = inputs.rows
         task = Generation(
             inputs.tokenizer, rows, settings, suites=inputs.suites, vocab_size=inputs.vocab_size, gamma=inputs.gamma,
-            parts=parts,
+            parts=parts, room=inputs.room,
         )  # fmt: skip
     result = run_task(
         task, inputs.models, device=inputs.device, data=inputs.data, facts={**inputs.facts, **(facts or {})},
