@@ -150,6 +150,8 @@ class Config(BaseModel):
         for length in Lengths._fields:
             if length not in self.data.given_lengths:
                 del values["data"][length]
+        if "max_new_tokens" not in self.evaluation.model_fields_set:
+            del values["evaluation"]["max_new_tokens"]
         values["run"] |= {"name": folder.name, "dir": str(folder.root.parent)}
         values["student"] = student.model_dump()
         values["stages"] = []
@@ -182,6 +184,8 @@ def resolve(config: Config) -> dict[str, Any]:
     from drkl.models.precision import pick_device, resolve_dtype
 
     values = config.model_dump(mode="json")
+    if "max_new_tokens" not in config.evaluation.model_fields_set:
+        del values["evaluation"]["max_new_tokens"]  # an evaluation fits it to the models and the prompts
     device = pick_device(config.run.device)
     values["run"]["device"] = device.type
     if config.teacher is not None:

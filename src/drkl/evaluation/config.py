@@ -7,8 +7,6 @@ import math
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 SWEEP = (0.5, 0.7, 1.0, 1.2, 1.5)
-MAX_NEW_TOKENS = 64
-"""Tokens of an answer where neither the user nor a model sets a limit."""
 
 
 class EvaluationConfig(BaseModel):
@@ -37,11 +35,11 @@ class EvaluationConfig(BaseModel):
         description="Further sampling temperatures for teacher and student, to compare fidelity at equal diversity; [] "
         "for none.",
     )
-    max_new_tokens: int | None = Field(
-        None,
+    max_new_tokens: int = Field(
+        64,
         ge=1,
-        description="Maximum number of tokens in an answer; longer answers are cut. Default: 64, or half of a "
-        "shorter context; prompts that leave no room for that are not answered.",
+        description="Maximum number of tokens in an answer; longer answers are cut. Where it is left out it fits the "
+        "models: half of a shorter context, and prompts that leave no room for that are not answered.",
     )
     seed: int = Field(
         0,

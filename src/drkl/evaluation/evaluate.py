@@ -31,7 +31,7 @@ class Settings(TypedDict, total=False):
     samples_per_prompt: int
     sampling_temperature: float
     sweep: Sequence[float]
-    max_new_tokens: int | None
+    max_new_tokens: int
     seed: int
     seeds: Sequence[int]
     batch_size: int
@@ -110,7 +110,7 @@ def evaluate(
         max_prompt_tokens=max_prompt_tokens,
         max_tokens=max_tokens,
         max_rows=max_rows,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=config.max_new_tokens if "max_new_tokens" in config.model_fields_set else None,
         dtype=dtype,
         device=device,
     )
@@ -222,7 +222,8 @@ def configured(settings: EvaluationConfig, protocol: str | None, changes: Mappin
             f"There is no setting {unknown[0]!r} of an evaluation; expected {', '.join(known)}."
             f"{did_you_mean(unknown[0], known)}"
         )
-    values = {**settings.model_dump(), **(MINILLM if protocol is not None else {}), **changes}
+    # Without defaults: what was not given fits the models.
+    values = {**settings.model_dump(exclude_unset=True), **(MINILLM if protocol is not None else {}), **changes}
     try:
         return EvaluationConfig.model_validate(values)
     except ValidationError as error:

@@ -23,7 +23,7 @@ from drkl.evaluation.bookkeeping import Report, finite, timed, versions
 from drkl.evaluation.bootstrap import RESAMPLES, Interval, Metrics, Resampled
 from drkl.evaluation.calibration import EDGES, mass_bins, width_bins
 from drkl.evaluation.class_scores import ClassScores
-from drkl.evaluation.config import MAX_NEW_TOKENS, EvaluationConfig
+from drkl.evaluation.config import EvaluationConfig
 from drkl.evaluation.declared import ANSWER_KEYS, CLASS_KEYS, KEYS, NUM_CALIBRATION_BINS, definitions
 from drkl.evaluation.findings import Differences, of_evaluation
 from drkl.evaluation.paired import Curve
@@ -127,7 +127,7 @@ class Generation:
         self.pad_id: int = tokenizer.pad_token_id if pad_id is None else pad_id
         self.has_suites = suites is not None
         self.suite_of = {row.id: suite for row, suite in zip(rows, suites or [""] * len(rows), strict=True)}
-        self.max_new_tokens, answerable = _answerable(rows, settings.max_new_tokens, room)
+        self.max_new_tokens, answerable = _answerable(rows, settings, room)
         self.settings = settings.model_copy(update={"max_new_tokens": self.max_new_tokens})
         self.num_too_long = len(rows) - len(answerable)
         self.prompts = choose_prompts(answerable, settings.prompts, [self.suite_of[row.id] for row in answerable])
@@ -397,11 +397,11 @@ def choose_prompts(rows: Sequence[Row], count: int | None, suites: Sequence[str]
     return [rows[i] for i in sorted(chosen)]
 
 
-def _answerable(rows: Sequence[Row], max_new_tokens: int | None, room: Room) -> tuple[int, Sequence[Row]]:
+def _answerable(rows: Sequence[Row], settings: EvaluationConfig, room: Room) -> tuple[int, Sequence[Row]]:
     """The length of an answer, and the rows that can be answered; a given length holds for all of them."""
-    if max_new_tokens is not None:
-        return max_new_tokens, rows
-    length = fit_answer(MAX_NEW_TOKENS, room, min((len(row.sampling_ids) for row in rows), default=0))
+    if "max_new_tokens" in settings.model_fields_set:
+        return settings.max_new_tokens, rows
+    length = fit_answer(settings.max_new_tokens, room, min((len(row.sampling_ids) for row in rows), default=0))
     if room.separate or room.decoder is None:
         return length, rows
     return length, [row for row in rows if len(row.sampling_ids) + length <= room.decoder]
