@@ -7,7 +7,8 @@ import pytest
 from drkl.config import load_config
 from drkl.data import DataConfig, Example
 from drkl.data.examples import parse_rows
-from drkl.data.template import ALPACA, encode_prompt, encode_response, encode_turns
+from drkl.data.rendering import ALPACA
+from drkl.data.template import encode_prompt, encode_response, encode_turns
 from drkl.data.tokenize import tokenize_examples
 from drkl.errors import DrklError
 from tests.data.tiny_tokenizers import CHATML, build

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from drkl.data.template import check_template
+from drkl.data.rendering import check_template
 
 NO_ROWS = "none"
 """What ``eval_path`` says where nothing is held out."""

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drkl.errors import DrklError, did_you_mean
+from drkl.data.rendering import FOLLOW_UP, Writer
+from drkl.errors import DrklError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    Messages = Sequence[Mapping[str, str]]
+    from drkl.data.rendering import Messages
 
-ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-MINILLM_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-FOLLOW_UP = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-NAMES = ("auto", "chat", "alpaca", "minillm", "plain")
 _PROBE = "drkl0content0probe"
 
 
@@ -35,28 +23,14 @@ class Turns(NamedTuple):
     spans: list[tuple[int, int]]
 
 
-def check_template(template: str) -> None:
-    """Raise DrklError unless a template is a name of ``NAMES`` or a jinja template.
-
-    Raises:
-        DrklError: an unknown name, or jinja that does not parse (with its line).
-    """
-    if template in NAMES:
-        return
-    if "{{" not in template and "{%" not in template:
-        raise DrklError(
-            f"there is no template {template!r}; expected {', '.join(NAMES)}, or jinja text with {{{{ prompt }}}} or "
-            f"messages in it.{did_you_mean(template, NAMES)}"
-        )
-    _compiled(template)
-
-
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
     template: str = "auto",
     *,
     context_start: int | None = None,
+    tools: Sequence[Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the ids after which the model answers ``messages`` (which end with the user's).
 
@@ -69,15 +43,19 @@ def encode_prompt(
     Args:
         tokenizer: its bos stands first where it adds one itself, except in chat, minillm and in jinja text that
             writes ``bos_token``.
-        messages: ``{"role", "content"}``, first to last.
-        template: a name of ``NAMES``, or jinja text.
+        messages: ``{"role", "content"}``, first to last, and other fields, which a chat template and jinja text are
+            given too.
+        template: a name of ``NAMES``, ``chat:NAME`` for one of several chat templates, or jinja text.
         context_start: the character at which the input of a single user message begins, which minillm separates from
             the instruction.
+        tools: what a chat template or jinja text is given as ``tools``: json schemas.
+        template_kwargs: what it is given besides, by name.
 
     Raises:
-        DrklError: the template refuses the conversation, or is unknown.
+        DrklError: the template refuses the conversation, fails, or is unknown.
     """
-    return _encode_from_start(tokenizer, _prompt_text(tokenizer, messages, template, context_start), template)
+    writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
+    return _encode_from_start(writer, writer.prompt(messages))
 
 
 def encode_response(
@@ -86,6 +64,8 @@ def encode_response(
     template: str = "auto",
     *,
     context_start: int | None = None,
+    tools: Sequence[Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the ids of the last message, the assistant's, up to and including its end of turn.
 
@@ -100,9 +80,10 @@ def encode_response(
         DrklError: the chat template refuses the conversation, does not begin it with its own generation prompt, or
             leaves the response out; the tokenizer has no eos token and the template ends no turn.
     """
-    prompt = _prompt_text(tokenizer, messages[:-1], template, context_start)
-    text, ended = _response_text(tokenizer, prompt, messages, template)
-    ids = _encode_pieces(tokenizer, [prompt, text], template, begins=True)[1]
+    writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
+    prompt = writer.prompt(messages[:-1])
+    text, ended = _response_text(writer, prompt, messages)
+    ids = _encode_pieces(writer, [prompt, text], begins=True)[1]
     return ids if ended else [*ids, _eos(tokenizer)]
 
 
@@ -112,6 +93,8 @@ def encode_turns(
     template: str = "auto",
     *,
     context_start: int | None = None,
+    tools: Sequence[Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Turns:
     """Return the ids of a whole conversation, which ends with the assistant's message, and the assistant's turns.
 
@@ -122,6 +105,7 @@ def encode_turns(
     Raises:
         DrklError: as ``encode_response``; a template that writes an earlier turn differently once others follow it.
     """
+    writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
     runs: list[list[str]] = [[]]  # pieces of text, broken where an eos that is no text comes between
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     text = ""
@@ -129,20 +113,20 @@ def encode_turns(
     for index, message in enumerate(messages[: last + 1]):
         if message["role"] != "assistant":
             continue
-        prompt = _prompt_before(tokenizer, messages[:index], template, context_start, text)
+        prompt = _prompt_before(writer, messages[:index], text)
         between = prompt[len(text) :]
         if not ended and tokenizer.eos_token and between.startswith(tokenizer.eos_token):
             runs[-1][-1] += tokenizer.eos_token
             between, ended = between.removeprefix(tokenizer.eos_token), True
         if not ended:
             runs.append([])
-        reply, ended = _response_text(tokenizer, prompt, messages[: index + 1], template)
+        reply, ended = _response_text(writer, prompt, messages[: index + 1])
         runs[-1] += [between, reply]
         text = prompt + reply
     ids: list[int] = []
     spans: list[tuple[int, int]] = []
     for number, run in enumerate(runs):
-        for place, piece in enumerate(_encode_pieces(tokenizer, run, template, begins=number == 0)):
+        for place, piece in enumerate(_encode_pieces(writer, run, begins=number == 0)):
             if place % 2:
                 spans.append((len(ids), len(ids) + len(piece)))
             ids += piece
@@ -152,16 +136,14 @@ def encode_turns(
     return Turns(ids, spans)
 
 
-def _prompt_before(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str, context_start: int | None, text: str
-) -> str:
+def _prompt_before(writer: Writer, messages: Messages, text: str) -> str:
     """The prompt of a turn, which continues the ``text`` of the turns before it."""
-    kind = _kind(tokenizer, template)
+    kind = writer.kind
     if text and kind in ("alpaca", "minillm"):
         return text + FOLLOW_UP.format(instruction=messages[-1]["content"])
-    prompt = _prompt_text(tokenizer, messages, template, context_start)
+    prompt = writer.prompt(messages)
     if not prompt.startswith(text):
-        what = "chat template" if kind == "chat" else f"template {template!r}"
+        what = "chat template" if kind == "chat" else f"template {writer.template!r}"
         raise DrklError(
             f"The {what} writes the assistant's earlier turns differently once others follow, so a conversation cannot "
             "be learnt in one piece: set data.turns: last, or choose another data.template."
@@ -181,54 +163,11 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [last] if eos is None or eos == last else [eos, last]
 
 
-def _kind(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    if template == "auto":
-        return "chat" if tokenizer.chat_template else "alpaca"
-    if template == "chat" and not tokenizer.chat_template:
-        raise DrklError(
-            "data.template is 'chat', but the tokenizer has no chat template; use alpaca, minillm, plain or jinja text."
-        )
-    check_template(template)
-    return template if template in NAMES else "jinja"
-
-
-def _prompt_text(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str, context_start: int | None
-) -> str:
-    kind = _kind(tokenizer, template)
-    if kind == "chat":
-        return _render(tokenizer, messages, add_generation_prompt=True)
-    instruction, context = instruction_text(messages), ""
-    if kind in ("minillm", "jinja") and context_start is not None and len(messages) == 1:
-        context = instruction[context_start:]
-        instruction = instruction[:context_start].removesuffix("\n\n")
-    if kind == "jinja":
-        words = {"prompt": instruction_text(messages), "instruction": instruction, "input": context}
-        return _render_jinja(tokenizer, template, messages, words)
-    if kind == "plain":
-        return instruction
-    return (
-        MINILLM_INPUT.format(instruction=instruction, input=context)
-        if context
-        else ALPACA.format(instruction=instruction)
-    )
-
-
-def instruction_text(messages: Messages) -> str:
-    """Return a single message's text; else all turns, after ``User:`` or ``Assistant:`` (a system message bare)."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    names = {"user": "User: ", "assistant": "Assistant: "}
-    return "\n\n".join(names.get(m["role"], "") + m["content"] for m in messages)
-
-
-def _response_text(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, messages: Messages, template: str
-) -> tuple[str, bool]:
+def _response_text(writer: Writer, prompt: str, messages: Messages) -> tuple[str, bool]:
     """Return the text from the prompt's end to the end of turn, and whether it holds the end of turn."""
-    if _kind(tokenizer, template) != "chat":
+    if writer.kind != "chat":
         return messages[-1]["content"], False
-    full = _render(tokenizer, messages, add_generation_prompt=False)
+    full = writer.conversation(messages)
     if not full.startswith(prompt):
         raise DrklError(
             f"The chat template ends a prompt with {prompt[-40:]!r}, but a whole conversation does not go on from "
@@ -236,12 +175,12 @@ def _response_text(
             "chat_template, or none for the Alpaca template."
         )
     # A placeholder shows what follows the content, which may itself contain anything, special tokens too.
-    probe = _render(tokenizer, [*messages[:-1], {**messages[-1], "content": _PROBE}], add_generation_prompt=False)
+    probe = writer.conversation([*messages[:-1], {**messages[-1], "content": _PROBE}])
     _, placeholder, suffix = probe.rpartition(_PROBE)
     if not placeholder or not full.endswith(suffix):
         raise DrklError("The chat template leaves the assistant's last message out; there is nothing to train on.")
     content = full[len(prompt) : len(full) - len(suffix)]
-    end = _end_of_turn(tokenizer, suffix)
+    end = _end_of_turn(writer.tokenizer, suffix)
     return content + suffix[:end], end > 0
 
 
@@ -259,48 +198,6 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, suffix: str) -> int:
     return start - negative_length
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool) -> str:
-    import jinja2
-
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-    except jinja2.TemplateError as error:
-        roles = ", ".join(m["role"] for m in messages)
-        raise DrklError(f"The tokenizer's chat template refuses the roles {roles}: {error}") from error
-    assert isinstance(text, str)
-    return text
-
-
-@lru_cache(maxsize=8)
-def _compiled(template: str) -> Any:
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise DrklError(f"data.template is not valid jinja (line {error.lineno}): {error.message}") from error
-
-
-def _render_jinja(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages, words: Mapping[str, str]
-) -> str:
-    compiled = _compiled(template)
-    tokens = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
-    try:
-        text = compiled.render(messages=[dict(m) for m in messages], **words, **tokens)
-    # A template is the user's code: it may fail in any way.
-    except Exception as error:
-        raise DrklError(
-            f"data.template failed: {type(error).__name__}: {error}. It is given messages, prompt, instruction, input, "
-            "bos_token and eos_token."
-        ) from error
-    return str(text)
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
     try:
@@ -312,27 +209,26 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(ids)
 
 
-def _encode_from_start(tokenizer: PreTrainedTokenizerBase, text: str, template: str) -> list[int]:
+def _encode_from_start(writer: Writer, text: str) -> list[int]:
     """Encode text that begins a sequence; some templates write their own bos, or want none."""
+    tokenizer = writer.tokenizer
     ids = _encode(tokenizer, text)
-    if tokenizer.bos_token_id is None or _kind(tokenizer, template) in ("chat", "minillm") or "bos_token" in template:
+    if tokenizer.bos_token_id is None or writer.kind in ("chat", "minillm") or "bos_token" in writer.template:
         return ids
     adds_bos = tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
     return [tokenizer.bos_token_id, *ids] if adds_bos else ids
 
 
-def _encode_pieces(
-    tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], template: str, *, begins: bool
-) -> list[list[int]]:
+def _encode_pieces(writer: Writer, pieces: Sequence[str], *, begins: bool) -> list[list[int]]:
     """Encode pieces of one text as they stand in it, each with its own ids.
 
     Where the tokenizer would merge the beginning of a piece into the piece before, the piece is encoded by itself.
     """
 
     def encode(text: str) -> list[int]:
-        return _encode_from_start(tokenizer, text, template) if begins else _encode(tokenizer, text)
+        return _encode_from_start(writer, text) if begins else _encode(writer.tokenizer, text)
 
-    separate = [encode(pieces[0]), *(_encode(tokenizer, piece) for piece in pieces[1:])]
+    separate = [encode(pieces[0]), *(_encode(writer.tokenizer, piece) for piece in pieces[1:])]
     if [token for ids in separate for token in ids] == encode("".join(pieces)):
         return separate
     result: list[list[int]] = []
