@@ -84,13 +84,16 @@ def read_message(place: str, name: str, value: Any, *, sharegpt: bool = False) -
     for key in REASONING:
         if key in extra:
             extra[key] = text_of(place, f"{name}.{key}", extra[key])
+    if len({extra[key] for key in REASONING if key in extra}) > 1:
+        several = " and ".join(key for key in REASONING if key in extra)
+        raise DrklError(f"{place}: {name} has {several}, which say different things. Remove one.")
     return Message({"role": fields["role"], "content": text} | extra | ({"tool_calls": calls} if calls else {}), learnt)
 
 
 def check_columns(place: str, row: Mapping[str, Any]) -> None:
     """Raise DrklError for columns that would change what is learnt, and that nothing here can obey."""
     for name in MEDIA:
-        refuse_media(place, name, row.get(name))
+        refuse_media(place, f"the column {name!r}", row.get(name))
     for name in WEIGHTS:
         value = row.get(name)
         items = value if isinstance(value, list | tuple) else [value]

@@ -70,6 +70,8 @@ def shape_of(place: str, row: Mapping[str, Any], row_format: str = "auto") -> Sh
         if row_format != "auto":
             wanted = (row_format, *_STANDS_IN.get(row_format, ()))
             found = [shape for name in wanted for shape in SHAPES if shape.name == name and shape.fits(names)]
+            if row_format == "messages":  # a pair is one where it is made of messages
+                found = [shape for shape in found if not shape.name.startswith("prompt") or _has_messages(row)]
             found += [shape for shape in _public(row) if shape.name == row_format]
             found = [shape for shape in found if shape.name == found[0].name]
         else:
@@ -108,7 +110,7 @@ def standard_row(row: Mapping[str, Any], shape: Shape) -> tuple[str, Mapping[str
         context = row.get("input") or (row.get("context") if "output" not in row else None)  # Dolly's word for it
         return "pair", {**row, "prompt": row["instruction"], "input": context} | _answers(answer)
     answer = row["completion" if shape.name == "prompt_completion" else "response"]
-    if _is_messages(row["prompt"]) or _is_messages(answer):
+    if _has_messages(row):
         return "messages", {**row, "messages": [*_messages(row["prompt"], "user"), *_messages(answer, "assistant")]}
     return "pair", {**row, **_answers(answer)}
 
@@ -140,11 +142,10 @@ def _public(row: Mapping[str, Any]) -> list[Shape]:
 
 
 def _two_shapes(place: str, one: Shape, other: Shape) -> DrklError:
-    choose = "" if one.name == other.name else f"Set data.format (in Python row_format) to {one.name} or {other.name}, or r"
-    return DrklError(
-        f"{place}: the columns fit two shapes: {one.title}, and {other.title}. {choose or 'R'}emove the columns of one "
-        "of them."
-    )
+    way_out = "Remove the columns of one of them."
+    if one.name != other.name:
+        way_out = f"Set data.format to {one.name} or {other.name} (in Python row_format), or r{way_out[1:]}"
+    return DrklError(f"{place}: the columns fit two shapes: {one.title}, and {other.title}. {way_out}")
 
 
 def _no_shape(place: str, row: Mapping[str, Any], row_format: str) -> DrklError:
@@ -181,6 +182,10 @@ def _is_void(value: Any) -> bool:
 
 def _is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(message, Mapping) for message in value)
+
+
+def _has_messages(row: Mapping[str, Any]) -> bool:
+    return any(_is_messages(row.get(name)) for name in ("prompt", "response", "completion"))
 
 
 def _messages(value: Any, role: str) -> Sequence[Any]:

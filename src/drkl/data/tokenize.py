@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from drkl.data.examples import Example, free_id, hash_of_id
 from drkl.data.seq2seq import encode_source, encode_target, tokens_around
 from drkl.data.template import Turns, encode_prompt, encode_response, encode_turns
+from drkl.data.written import as_written, has_more
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def tokenize_examples(
     texts: dict[float, list[Example]] = {}
     report = DropReport()
     shortest: int | None = None
+    written: set[str] = set()
     for example in examples:
         reason = _empty(example, turns)
         if reason is None and example.is_text:
@@ -146,6 +148,7 @@ def tokenize_examples(
             continue
         if reason is None:
             try:
+                example = as_written(example, tokenizer, template, written, encoder_decoder=encoder_decoder)
                 ids, spans = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder)
             except DrklError as error:
                 raise DrklError(f"Row {example.id!r}: {error}") from error
@@ -154,6 +157,8 @@ def tokenize_examples(
             if length <= max_prompt_tokens:
                 report.responses_cut += spans[-1][1] > max_tokens
                 row = row_of_spans(example, ids, spans, max_tokens)
+                if has_more(row.example.messages[-1]):
+                    row = _with_written_reference(row, tokenizer)
                 rows.append(replace(row, encoder_decoder=True) if encoder_decoder else row)
                 continue
             reason = "prompt_too_long"
@@ -225,6 +230,17 @@ def _encode(
     prompt = encode_prompt(tokenizer, example.prompt_messages, template, **given)
     response = encode_response(tokenizer, example.messages, template, **given)
     return Turns(prompt + response, [(len(prompt), len(prompt) + len(response))])
+
+
+def _with_written_reference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """A row whose samples are compared with all that the template writes of the reply, calls and reasoning too."""
+    start = len(row.sampling_ids)
+    ids = row.all_ids[start:]
+    if row.trained is not None:
+        marks = row.trained[start - len(row.prompt_ids) :]
+        ids = ids[: marks.index(False)] if False in marks else ids
+    answer = str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return replace(row, example=replace(row.example, references=(answer, *row.example.references)))
 
 
 def row_of_spans(example: Example, ids: Sequence[int], spans: Sequence[tuple[int, int]], max_tokens: int) -> Row:
