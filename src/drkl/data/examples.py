@@ -360,6 +360,7 @@ def _conversation(place: str, row: Mapping[str, Any]) -> tuple[Messages, tuple[i
     value = row["messages"]
     column = "conversations" if value is row.get("conversations") else "messages"
     column = "conversation" if value is row.get("conversation") else column
+    value = _as_list(from_json(value))
     if not isinstance(value, list | tuple) or not value:
         what = "{from, value}" if column != "messages" else "{role, content}"
         raise DrklError(f"{place}: {column} must be a list of {what} objects; found {kind_of(value)}.")
@@ -376,6 +377,14 @@ def _conversation(place: str, row: Mapping[str, Any]) -> tuple[Messages, tuple[i
                 "the assistant's messages are learnt. Remove the weight."
             )
     return messages, tuple(i for i, (f, learnt) in enumerate(read) if f["role"] == "assistant" and learnt is False)
+
+
+def _as_list(value: Any) -> Any:
+    """A list of objects also where `datasets` has it as an object of lists."""
+    columns = list(value.values()) if isinstance(value, Mapping) else []
+    if not columns or not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return value
+    return [dict(zip(value, message, strict=True)) for message in zip(*columns, strict=True)]
 
 
 _AFTER = {

@@ -52,7 +52,7 @@ _STANDS_IN = {
 _PAIRS = (
     ("question", "answer"), ("query", "response"), ("question", "response"), ("problem", "solution"),
     ("input", "output"), ("inputs", "targets"), ("document", "summary"), ("article", "highlights"),
-    ("dialogue", "summary"), ("instruction", "completion"), ("question", "answers"), ("query", "answers"),
+    ("dialogue", "summary"), ("instruction", "completion"), ("query", "answer"),
 )  # fmt: skip
 _PROMPT_ALONE = (
     " A prompt alone is not enough: on-policy distillation, in which the student writes the responses, is not there "
@@ -157,9 +157,9 @@ def _no_shape(place: str, row: Mapping[str, Any], row_format: str) -> DrklError:
         )
     if "prompt" in row and "response" not in row and row_format in ("auto", "prompt_response"):
         return DrklError(message + _PROMPT_ALONE)
-    pair = next((pair for pair in _PAIRS if all(name in row for name in pair)), None)
+    pair = next((pair for pair in _PAIRS if all(isinstance(row.get(name), str) for name in pair)), None)
     if pair is not None:
-        message += f" If {pair[0]} is the prompt and {pair[1]} the response, give the columns these names."
+        message += f" If {pair[0]} is what is asked and {pair[1]} the answer, name the columns prompt and response."
     return DrklError(message)
 
 

@@ -266,18 +266,16 @@ def _without_each(message: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, A
             yield name, {k: v for k, v in message.items() if k not in _REASONING or v != value}
         else:
             yield name, {k: v for k, v in message.items() if k != name}
-    calls = message.get("tool_calls")
-    for number, call in enumerate(calls if isinstance(calls, list) else ()):
+    calls: list[Any] = message.get("tool_calls") or []
+    for number, call in enumerate(calls):
         function = call.get("function", {})
         others = [{**function, "name": _PROBE}]
         if arguments := function.get("arguments"):
             probe = {_PROBE: _PROBE}
             others.append({**function, "arguments": json.dumps(probe) if isinstance(arguments, str) else probe})
         for other in others:
-            yield (
-                "tool_calls",
-                {**message, "tool_calls": [*calls[:number], {**call, "function": other}, *calls[number + 1 :]]},
-            )
+            changed = [*calls[:number], {**call, "function": other}, *calls[number + 1 :]]
+            yield "tool_calls", {**message, "tool_calls": changed}
 
 
 _PROBE = "drkl0field0probe"
