@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from drkl.data.examples import Example, hash_of_id
 from drkl.data.seq2seq import encode_source, encode_target, tokens_around
-from drkl.data.template import Turns, encode_prompt, encode_response, encode_turns
+from drkl.data.template import Turns, encode_last, encode_prompt, encode_turns
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -145,14 +145,15 @@ def tokenize_examples(
             continue
         if reason is None:
             try:
-                ids, spans = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder)
+                encoded = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder)
             except DrklError as error:
                 raise DrklError(f"Row {example.id!r}: {error}") from error
-            length = spans[0][0]
+            ids, spans, openings = encoded
+            length = spans[0][0] + len(openings[0])
             shortest = length if shortest is None else min(shortest, length)
             if length <= max_prompt_tokens:
                 report.responses_cut += len(ids) > max_tokens
-                row = row_of_spans(example, ids, spans, max_tokens)
+                row = row_of_spans(example, ids, spans, max_tokens, openings)
                 rows.append(replace(row, encoder_decoder=True) if encoder_decoder else row)
                 continue
             reason = "prompt_too_long"
@@ -214,16 +215,20 @@ def _encode(
     """The ids of a conversation, and the turns that are learnt."""
     if encoder_decoder:
         source, target = encode_source(tokenizer, example.prompt_messages), encode_target(tokenizer, example.response)
-        return Turns(source + target, [(len(source), len(source) + len(target))])
+        return Turns(source + target, [(len(source), len(source) + len(target))], [[]])
     start = example.context_start
     if turns == "all":
         return encode_turns(tokenizer, example.messages, template, context_start=start)
-    prompt = encode_prompt(tokenizer, example.prompt_messages, template, context_start=start)
-    response = encode_response(tokenizer, example.messages, template, context_start=start)
-    return Turns(prompt + response, [(len(prompt), len(prompt) + len(response))])
+    return encode_last(tokenizer, example.messages, template, context_start=start)
 
 
-def row_of_spans(example: Example, ids: Sequence[int], spans: Sequence[tuple[int, int]], max_tokens: int) -> Row:
+def row_of_spans(
+    example: Example,
+    ids: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    max_tokens: int,
+    openings: Sequence[Sequence[int]] = (),
+) -> Row:
     """Return the row of a tokenised conversation.
 
     Args:
@@ -232,12 +237,15 @@ def row_of_spans(example: Example, ids: Sequence[int], spans: Sequence[tuple[int
         spans: the tokens to learn, as (start, end) of each of the assistant's turns; the first starts before
             ``max_tokens``.
         max_tokens: the row ends there.
+        openings: for each turn what a model is given besides the ids before it; nothing by default.
     """
     # The beginning of a user's turn at the end would have no loss.
     end = max(min(end, max_tokens) for start, end in spans if start < max_tokens)
     prompt_ids, response_ids = tuple(ids[: spans[0][0]]), tuple(ids[spans[0][0] : end])
+    openings = openings or [()] * len(spans)
     if len(spans) == 1:
-        return Row(example.id, prompt_ids, response_ids, example)
+        context = (*prompt_ids, *openings[0]) if openings[0] else None
+        return Row(example.id, prompt_ids, response_ids, example, sampling_context=context)
     trained = [False] * len(ids)
     for start, stop in spans:
         trained[start:stop] = [True] * (stop - start)
@@ -246,7 +254,7 @@ def row_of_spans(example: Example, ids: Sequence[int], spans: Sequence[tuple[int
     if num_complete < len(spans):
         replies = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
         example = replace(example, messages=example.messages[: replies[num_complete - 1] + 1])
-    context = tuple(ids[: spans[num_complete - 1][0]])
+    context = (*ids[: spans[num_complete - 1][0]], *openings[num_complete - 1])
     return Row(example.id, prompt_ids, response_ids, example, tuple(trained[len(prompt_ids) : end]), context)
 
 
