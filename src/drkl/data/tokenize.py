@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from drkl.data.examples import Example, hash_of_id
+from drkl.data.examples import Example, free_id, hash_of_id
 from drkl.data.seq2seq import encode_source, encode_target, tokens_around
 from drkl.data.template import Turns, encode_last, encode_prompt, encode_turns
 from drkl.errors import DrklError
@@ -21,6 +21,7 @@ _REASONS = {
     "empty_text": "empty text",
     "empty_label": "empty label",
     "no_labels": "no token to learn",
+    "weight_0": "weight 0, so no reply to learn",
     "text_too_long": "text longer than max_tokens",
 }
 
@@ -152,7 +153,7 @@ def tokenize_examples(
             length = spans[0][0] + len(openings[0])
             shortest = length if shortest is None else min(shortest, length)
             if length <= max_prompt_tokens:
-                report.responses_cut += len(ids) > max_tokens
+                report.responses_cut += spans[-1][1] > max_tokens
                 row = row_of_spans(example, ids, spans, max_tokens, openings)
                 rows.append(replace(row, encoder_decoder=True) if encoder_decoder else row)
                 continue
@@ -205,7 +206,7 @@ def weigh(rows: Sequence[Row]) -> list[Row]:
     repeated = []
     for copy in range(max(share.values(), default=0)):
         chosen = [row for row in rows if share[row.id] > copy]
-        repeated += chosen if not copy else [replace(row, id=f"{row.id}#{copy + 1}") for row in chosen]
+        repeated += chosen if not copy else [replace(row, id=free_id(f"{row.id}#{copy + 1}", share)) for row in chosen]
     return repeated
 
 
@@ -217,9 +218,14 @@ def _encode(
         source, target = encode_source(tokenizer, example.prompt_messages), encode_target(tokenizer, example.response)
         return Turns(source + target, [(len(source), len(source) + len(target))], [[]])
     start = example.context_start
+    given: dict[str, Any] = {"tools": example.tools, "template_kwargs": example.template_kwargs, "context_start": start}
     if turns == "all":
-        return encode_turns(tokenizer, example.messages, template, context_start=start)
-    return encode_last(tokenizer, example.messages, template, context_start=start)
+        encoded = encode_turns(tokenizer, example.messages, template, **given)
+        replies = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        learnt = [place for place, index in enumerate(replies) if index not in example.unlearnt]
+        spans, openings = [encoded.spans[place] for place in learnt], [encoded.openings[place] for place in learnt]
+        return Turns(encoded.ids, spans, openings)
+    return encode_last(tokenizer, example.messages, template, **given)
 
 
 def row_of_spans(
@@ -243,17 +249,17 @@ def row_of_spans(
     end = max(min(end, max_tokens) for start, end in spans if start < max_tokens)
     prompt_ids, response_ids = tuple(ids[: spans[0][0]]), tuple(ids[spans[0][0] : end])
     openings = openings or [()] * len(spans)
+    # Sampled is the last turn that was not cut; if that is not the last one, the conversation ends with it.
+    num_complete = max(1, sum(stop <= end for _, stop in spans))
+    replies = _learnt(example)
+    if num_complete < len(spans) or (replies and replies[-1] + 1 < len(example.messages)):
+        example = replace(example, messages=example.messages[: replies[num_complete - 1] + 1])
     if len(spans) == 1:
         context = (*prompt_ids, *openings[0]) if openings[0] else None
         return Row(example.id, prompt_ids, response_ids, example, sampling_context=context)
     trained = [False] * len(ids)
     for start, stop in spans:
         trained[start:stop] = [True] * (stop - start)
-    # Sampled is the last turn that was not cut; if that is not the last one, the conversation ends with it.
-    num_complete = max(1, sum(stop <= end for _, stop in spans))
-    if num_complete < len(spans):
-        replies = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        example = replace(example, messages=example.messages[: replies[num_complete - 1] + 1])
     context = (*ids[: spans[num_complete - 1][0]], *openings[num_complete - 1])
     return Row(example.id, prompt_ids, response_ids, example, tuple(trained[len(prompt_ids) : end]), context)
 
@@ -324,11 +330,25 @@ def _text_example(
 def _empty(example: Example, turns: str) -> str | None:
     if example.is_text:
         return None if example.response.strip() else "empty_text"
-    if not example.prompt_text.strip():
+    # A tool may well answer nothing.
+    if example.messages[-2]["role"] == "user" and not example.prompt_text.strip():
         return "empty_prompt"
-    replies = [m["content"] for m in example.messages if m["role"] == "assistant"]
-    checked = replies if turns == "all" else replies[-1:]
-    return None if all(reply.strip() for reply in checked) else "empty_response"
+    replies = _learnt(example)
+    if turns == "last":
+        replies = replies[-1:] if replies[-1:] == [len(example.messages) - 1] else []
+    if not replies:
+        return "weight_0"
+    checked = [example.messages[index] for index in replies]
+    return None if all(reply["content"].strip() or reply.get("tool_calls") for reply in checked) else "empty_response"
+
+
+def _learnt(example: Example) -> list[int]:
+    """The numbers of the assistant's messages that are learnt where all turns are."""
+    return [
+        index
+        for index, message in enumerate(example.messages)
+        if message["role"] == "assistant" and index not in example.unlearnt
+    ]
 
 
 def nothing_left(report: DropReport, max_prompt_tokens: int, shortest: int | None) -> str:
