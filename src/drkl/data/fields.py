@@ -244,7 +244,7 @@ def _call(place: str, name: str, value: Any) -> dict[str, Any]:
             f"found {short(value)}."
         )
     arguments = from_json(function.get("arguments", function.get("parameters", {})))
-    return {**call, "function": {"name": function["name"], "arguments": without_nulls(arguments)}}
+    return {"type": "function", **call, "function": {"name": function["name"], "arguments": without_nulls(arguments)}}
 
 
 def from_json(value: Any) -> Any:

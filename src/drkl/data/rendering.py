@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ FOLLOW_UP = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 NAMES = ("auto", "chat", "alpaca", "minillm", "plain")
 CHAT_NAMED = "chat:"
 """``chat:NAME`` is the chat template of that name, where a tokenizer has several."""
+DATE = datetime(2024, 7, 26)
+"""What chat templates write as today, so that a row is the same every day; the date that Llama 3's templates have."""
 
 
 def check_template(template: str) -> None:
@@ -122,14 +125,14 @@ class Writer:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=None if self.tools is None else list(self.tools),
-                chat_template=self.chat_template,
+                chat_template=_with_fixed_date(self.chat_template),
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **(self.template_kwargs or {}),
             )
         except jinja2.TemplateSyntaxError as error:
             raise DrklError(
-                f"The tokenizer's chat template is not valid jinja (line {error.lineno}): {error.message}.{_WAY_OUT}"
+                f"The tokenizer's chat template is not valid jinja: {str(error).rstrip('.')}.{_WAY_OUT}"
             ) from error
         except jinja2.TemplateError as error:
             raise DrklError(f"The tokenizer's chat template refuses the roles {roles}: {error}") from error
@@ -180,6 +183,17 @@ class Writer:
         return str(text)
 
 
+def _with_fixed_date(template: str) -> str:
+    """A chat template in which ``strftime_now`` writes `DATE`: arguments of a template cannot be functions."""
+    if CLOCK not in template:
+        return template
+    codes = "".join(f"|replace('%{code}', '{DATE.strftime(f'%{code}')}')" for code in _CODES)
+    return f"{{% macro {CLOCK}(format) %}}{{{{ format{codes} }}}}{{% endmacro %}}\n{template}"
+
+
+CLOCK = "strftime_now"
+"""The function by which a chat template asks for the date."""
+_CODES = ("-d", "-m", *"aAbBcdDeFfGHIjmMpSuUVwWxXyYzZ")
 _WAY_OUT = " Give the tokenizer another chat_template, or set data.template to alpaca, plain or jinja text."
 
 

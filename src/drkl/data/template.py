@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drkl.data.rendering import FOLLOW_UP, Writer
+from drkl.data.rendering import FOLLOW_UP, Writer, instruction_text
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -13,14 +13,29 @@ if TYPE_CHECKING:
 
     from drkl.data.rendering import Messages
 
-_PROBE = "drkl0content0probe"
+# Digits alone: the same in capitals.
+_PROBE = "8406295137084062951370"
 
 
 class Turns(NamedTuple):
-    """A conversation's ids, and the (start, end) of every assistant turn in them, its end of turn included."""
+    """A conversation's ids, and the (start, end) of every assistant turn in them, its end of turn included.
+
+    ``openings`` has for each turn what the template's generation prompt goes on with after ``ids[:start]`` and the
+    conversation does not, such as ``<think>``: a model samples the turn after both.
+    """
 
     ids: list[int]
     spans: list[tuple[int, int]]
+    openings: list[list[int]]
+
+
+class _Turn(NamedTuple):
+    """A turn as text: all before it, what is learnt, whether that has the end of turn, and the opening."""
+
+    before: str
+    reply: str
+    ended: bool = False
+    opening: str = ""
 
 
 def encode_prompt(
@@ -69,22 +84,44 @@ def encode_response(
 ) -> list[int]:
     """Return the ids of the last message, the assistant's, up to and including its end of turn.
 
-    ``encode_prompt(tokenizer, messages[:-1]) + encode_response(tokenizer, messages)`` is the templated conversation up
-    to the end of turn; what the template writes after that (often a newline) is left out. The end of turn is the
-    tokenizer's eos where the template writes it, else the first special token after the text, else an appended eos.
+    They are those of the turn in `encode_last`, which has the same arguments.
+
+    Raises:
+        DrklError: as `encode_last`.
+    """
+    given: dict[str, Any] = {"context_start": context_start, "tools": tools, "template_kwargs": template_kwargs}
+    ids, ((start, _),), _ = encode_last(tokenizer, messages, template, **given)
+    return ids[start:]
+
+
+def encode_last(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    template: str = "auto",
+    *,
+    context_start: int | None = None,
+    tools: Sequence[Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Turns:
+    """Return the ids of a conversation up to the end of its last turn, the assistant's, which is the only span.
+
+    They are the conversation as the template writes it, without what it writes after the end of turn (often a newline).
+    The end of turn is the tokenizer's eos where the template writes it, else the first special token after the text,
+    else an appended eos. The turn begins where ``encode_prompt(tokenizer, messages[:-1])`` ends, or where that begins
+    an opening.
 
     Where the tokenizer would merge the end of the prompt with the beginning of the response, the two are encoded
     separately: a generating model sees the prompt alone and could never produce the merged token.
 
+    An answer whose text begins as the opening does goes on after the generation prompt, also where the template would
+    leave its reasoning out: that is for earlier turns.
+
     Raises:
-        DrklError: the chat template refuses the conversation, does not begin it with its own generation prompt, or
-            leaves the response out; the tokenizer has no eos token and the template ends no turn.
+        DrklError: the chat template refuses the conversation, writes the prompt differently once the response follows,
+            or leaves the response out, or a part of it; the tokenizer has no eos token and the template ends no turn.
     """
     writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
-    prompt = writer.prompt(messages[:-1])
-    text, ended = _response_text(writer, prompt, messages)
-    ids = _encode_pieces(writer, [prompt, text], begins=True)[1]
-    return ids if ended else [*ids, _eos(tokenizer)]
+    return _encode_turns(writer, [_turn(writer, messages, None)])
 
 
 def encode_turns(
@@ -98,57 +135,59 @@ def encode_turns(
 ) -> Turns:
     """Return the ids of a whole conversation, which ends with the assistant's message, and the assistant's turns.
 
-    Each turn has the ids that ``encode_response`` gives for the conversation up to there. Where a template writes no
+    Each turn has the ids that `encode_last` gives for the conversation up to there. Where a template writes no
     end of turn, eos is put after every turn of the assistant. In alpaca and minillm a later user message is a further
     ``### Instruction:``.
 
     Raises:
-        DrklError: as ``encode_response``; a template that writes an earlier turn differently once others follow it.
+        DrklError: as `encode_last`; a template that writes an earlier turn differently once others follow it.
     """
     writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
-    runs: list[list[str]] = [[]]  # pieces of text, broken where an eos that is no text comes between
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    turns: list[_Turn] = []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            turns.append(_turn(writer, messages[: index + 1], turns[-1] if turns else None))
+    return _encode_turns(writer, turns)
+
+
+def _encode_turns(writer: Writer, turns: Sequence[_Turn]) -> Turns:
+    """Encode the turns of one conversation; eos is put after those that the template does not end."""
+    stream = _Stream(writer)
+    result = Turns(stream.ids, [], [])
     text = ""
     ended = True
-    for index, message in enumerate(messages[: last + 1]):
-        if message["role"] != "assistant":
-            continue
-        prompt = _prompt_before(writer, messages[:index], text)
-        between = prompt[len(text) :]
-        if not ended and tokenizer.eos_token and between.startswith(tokenizer.eos_token):
-            runs[-1][-1] += tokenizer.eos_token
-            between, ended = between.removeprefix(tokenizer.eos_token), True
-        if not ended:
-            runs.append([])
-        reply, ended = _response_text(writer, prompt, messages[: index + 1])
-        runs[-1] += [between, reply]
-        text = prompt + reply
-    ids: list[int] = []
-    spans: list[tuple[int, int]] = []
-    for number, run in enumerate(runs):
-        for place, piece in enumerate(_encode_pieces(writer, run, begins=number == 0)):
-            if place % 2:
-                spans.append((len(ids), len(ids) + len(piece)))
-            ids += piece
-        if number < len(runs) - 1 or not ended:
-            ids.append(_eos(tokenizer))
-            spans[-1] = (spans[-1][0], len(ids))
-    return Turns(ids, spans)
+    for turn in turns:
+        between = turn.before[len(text) :]
+        # Jinja text may write the eos that stands there already.
+        stream.add(between if ended else between.removeprefix(writer.tokenizer.eos_token or ""))
+        start = len(stream.ids)
+        stream.add(turn.reply)
+        if not turn.ended and stream.ids[start:][-1:] != [_eos(writer.tokenizer)]:
+            stream.end()
+        result.spans.append((start, len(stream.ids)))
+        prompt = _encode_from_start(writer, turn.before + turn.opening) if turn.opening else []
+        result.openings.append(prompt[len(_encode_from_start(writer, turn.before)) :] if turn.opening else [])
+        text, ended = turn.before + turn.reply, turn.ended
+    return result
 
 
-def _prompt_before(writer: Writer, messages: Messages, text: str) -> str:
-    """The prompt of a turn, which continues the ``text`` of the turns before it."""
+def _turn(writer: Writer, messages: Messages, previous: _Turn | None) -> _Turn:
+    """The last turn of a conversation, the assistant's; ``previous`` is the one before it, if that is learnt too."""
+    text = previous.before + previous.reply if previous else ""
     kind = writer.kind
-    if text and kind in ("alpaca", "minillm"):
-        return text + FOLLOW_UP.format(instruction=messages[-1]["content"])
-    prompt = writer.prompt(messages)
-    if not prompt.startswith(text):
+    if previous and kind in ("alpaca", "minillm"):
+        last = max(i for i, message in enumerate(messages[:-1]) if message["role"] == "assistant")
+        prompt = text + FOLLOW_UP.format(instruction=instruction_text(messages[last + 1 : -1]))
+    else:
+        prompt = writer.prompt(messages[:-1])
+    turn = _chat_turn(writer, messages, prompt) if kind == "chat" else _Turn(prompt, messages[-1].get("content") or "")
+    if not turn.before.startswith(text):
         what = "chat template" if kind == "chat" else f"template {writer.template!r}"
         raise DrklError(
             f"The {what} writes the assistant's earlier turns differently once others follow, so a conversation cannot "
             "be learnt in one piece: set data.turns: last, or choose another data.template."
         )
-    return prompt
+    return turn
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -163,25 +202,73 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [last] if eos is None or eos == last else [eos, last]
 
 
-def _response_text(writer: Writer, prompt: str, messages: Messages) -> tuple[str, bool]:
-    """Return the text from the prompt's end to the end of turn, and whether it holds the end of turn."""
-    if writer.kind != "chat":
-        return messages[-1]["content"], False
+def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
+    """The last turn as the chat template writes it; ``prompt`` ends with its generation prompt."""
     full = writer.conversation(messages)
-    if not full.startswith(prompt):
+    head, tail = _around(writer, messages, full)
+    cut = len(prompt) if full.startswith(prompt) else min(_num_common(prompt, full), _num_common(prompt, head))
+    if _lacks(full[: len(full) - len(tail)], cut, messages[-1].get("content")):
+        # What the template leaves out of an answer may be what its generation prompt opens.
+        whole = f"{head}{messages[-1]['content']}{tail}"
+        if cut == len(prompt) or not whole.startswith(prompt):
+            raise DrklError(
+                "The chat template leaves out a part of the answer. Put reasoning into the field reasoning_content if "
+                "the template writes that, or set data.template to jinja text."
+            )
+        full, cut = whole, len(prompt)
+    before = prompt[: _border(writer, messages, prompt, cut)]
+    end = _end_of_turn(writer.tokenizer, tail)
+    reply = full[len(before) : len(full) - len(tail) + end]
+    return _Turn(before, reply, ended=end > 0, opening=prompt[len(before) :])
+
+
+def _around(writer: Writer, messages: Messages, full: str) -> tuple[str, str]:
+    """What the chat template writes before the last message's content and after it."""
+    # A placeholder shows it: the content itself may contain anything, special tokens too. Some templates write either
+    # content or calls of tools.
+    last = messages[-1]
+    said = {"role": last["role"]} if last.get("tool_calls") else last
+    probe = writer.conversation([*messages[:-1], {**said, "content": _PROBE}])
+    head, placeholder, tail = probe.rpartition(_PROBE)
+    if placeholder and full.endswith(tail):
+        return head, tail
+    if probe == full:
+        raise DrklError("The chat template leaves the assistant's last message out; there is nothing to train on.")
+    # The end depends on the message, as where calls of tools end in a token of their own.
+    rest = full.rstrip()
+    token = max((token for token in _special_tokens(writer.tokenizer) if rest.endswith(token)), key=len, default="")
+    return full[: _num_common(full, probe)], full[len(rest) - len(token) :] if token else ""
+
+
+def _border(writer: Writer, messages: Messages, prompt: str, cut: int) -> int:
+    """The character at which the row's prompt ends: ``cut``, or the next place before it where a token ends."""
+    if cut == len(prompt):
+        return cut
+    least = _num_common(prompt, writer.conversation(messages[:-1]))
+    ids = _encode_from_start(writer, prompt)
+    while cut > least and (part := _encode_from_start(writer, prompt[:cut])) != ids[: len(part)]:
+        cut -= 1
+    if cut <= least:
         raise DrklError(
             f"The chat template ends a prompt with {prompt[-40:]!r}, but a whole conversation does not go on from "
             "there, so what the student should write after the prompt is undefined. Give the tokenizer another "
-            "chat_template, or none for the Alpaca template."
+            "chat_template, or set data.template to alpaca, plain or jinja text."
         )
-    # A placeholder shows what follows the content, which may itself contain anything, special tokens too.
-    probe = writer.conversation([*messages[:-1], {**messages[-1], "content": _PROBE}])
-    _, placeholder, suffix = probe.rpartition(_PROBE)
-    if not placeholder or not full.endswith(suffix):
-        raise DrklError("The chat template leaves the assistant's last message out; there is nothing to train on.")
-    content = full[len(prompt) : len(full) - len(suffix)]
-    end = _end_of_turn(writer.tokenizer, suffix)
-    return content + suffix[:end], end > 0
+    return cut
+
+
+def _num_common(text: str, other: str) -> int:
+    """The number of characters that two texts begin with alike."""
+    length = min(len(text), len(other))
+    return next((place for place in range(length) if text[place] != other[place]), length)
+
+
+def _lacks(text: str, start: int, content: Any) -> bool:
+    """Whether a part of the content is neither in a text nor, written in another way, in what follows ``start``."""
+    if not isinstance(content, str):
+        return False
+    wanted, written = "".join(content.split()), "".join(text[start:].split())
+    return len(written) < len(wanted) and wanted not in "".join(text.split())
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, suffix: str) -> int:
@@ -189,13 +276,16 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, suffix: str) -> int:
     eos = tokenizer.eos_token
     if eos and eos in suffix:
         return suffix.index(eos) + len(eos)
-    specials = {str(token) for token in tokenizer.all_special_tokens}
-    specials |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    hits = [(suffix.index(token), -len(token)) for token in specials if token in suffix]
+    hits = [(suffix.index(token), -len(token)) for token in _special_tokens(tokenizer) if token in suffix]
     if not hits:
         return 0
     start, negative_length = min(hits)
     return start - negative_length
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    named = {str(token) for token in tokenizer.all_special_tokens}
+    return named | {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -219,27 +309,48 @@ def _encode_from_start(writer: Writer, text: str) -> list[int]:
     return [tokenizer.bos_token_id, *ids] if adds_bos else ids
 
 
-def _encode_pieces(writer: Writer, pieces: Sequence[str], *, begins: bool) -> list[list[int]]:
-    """Encode pieces of one text as they stand in it, each with its own ids.
+class _Stream:
+    """Encodes one text piece by piece, each piece to ids of its own.
 
     Where the tokenizer would merge the beginning of a piece into the piece before, the piece is encoded by itself.
     """
 
-    def encode(text: str) -> list[int]:
-        return _encode_from_start(writer, text) if begins else _encode(writer.tokenizer, text)
+    def __init__(self, writer: Writer) -> None:
+        self.ids: list[int] = []
+        self._writer = writer
+        self._text = ""
+        self._whole: list[int] = []
 
-    separate = [encode(pieces[0]), *(_encode(writer.tokenizer, piece) for piece in pieces[1:])]
-    if [token for ids in separate for token in ids] == encode("".join(pieces)):
-        return separate
-    result: list[list[int]] = []
-    before: list[int] = []
-    text = ""
-    for piece, alone in zip(pieces, separate, strict=True):
-        text += piece
-        ids = encode(text)
-        result.append(ids[len(before) :] if ids[: len(before)] == before else alone)
-        before = ids
-    return result
+    def add(self, piece: str) -> None:
+        """Append the ids of a piece."""
+        self._text += piece
+        known = self._whole
+        self._whole = _encode_from_start(self._writer, self._text)
+        if self._whole[: len(known)] == known:
+            self.ids += self._whole[len(known) :]
+        else:
+            self.ids += self._apart(piece)
+
+    def end(self) -> None:
+        """Append eos."""
+        self.ids.append(_eos(self._writer.tokenizer))
+        self._text += str(self._writer.tokenizer.eos_token)
+        self._whole = _encode_from_start(self._writer, self._text)
+
+    def _apart(self, piece: str) -> list[int]:
+        """The ids of a piece by itself; sentencepiece writes a blank before a text, which the piece does not have."""
+        tokenizer = self._writer.tokenizer
+        alone = _encode(tokenizer, piece)
+        text = _decode(tokenizer, self._whole)
+        for context in ("", "\n", "a", "."):
+            start, ids = _encode(tokenizer, context), _encode(tokenizer, context + piece)
+            if ids[: len(start)] == start and _decode(tokenizer, self.ids + ids[len(start) :]) == text:
+                return ids[len(start) :]
+        return alone
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from drkl.data.examples import Example, free_id, hash_of_id
 from drkl.data.seq2seq import encode_source, encode_target, tokens_around
-from drkl.data.template import Turns, encode_prompt, encode_response, encode_turns
+from drkl.data.template import Turns, encode_last, encode_prompt, encode_turns
 from drkl.data.written import as_written, has_more
 from drkl.errors import DrklError
 
@@ -149,16 +149,21 @@ def tokenize_examples(
         if reason is None:
             try:
                 example = as_written(example, tokenizer, template, written, encoder_decoder=encoder_decoder)
-                ids, spans = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder)
+                encoded = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder)
             except DrklError as error:
                 raise DrklError(f"Row {example.id!r}: {error}") from error
-            length = spans[0][0]
+            ids, spans, openings = encoded
+            length = spans[0][0] + len(openings[0])
             shortest = length if shortest is None else min(shortest, length)
             if length <= max_prompt_tokens:
                 report.responses_cut += spans[-1][1] > max_tokens
-                row = row_of_spans(example, ids, spans, max_tokens)
+                row = row_of_spans(example, ids, spans, max_tokens, openings)
                 if has_more(row.example.messages[-1]):
-                    row = _with_written_reference(row, tokenizer)
+                    # A sample is compared with all that the template writes, calls and reasoning too.
+                    start, stop = spans[len(_learnt(row.example)) - 1 if turns == "all" else -1]
+                    answer = tokenizer.decode(ids[start:stop], skip_special_tokens=True)
+                    references = (str(answer), *example.references)
+                    row = replace(row, example=replace(row.example, references=references))
                 rows.append(replace(row, encoder_decoder=True) if encoder_decoder else row)
                 continue
             reason = "prompt_too_long"
@@ -220,30 +225,25 @@ def _encode(
     """The ids of a conversation, and the turns that are learnt."""
     if encoder_decoder:
         source, target = encode_source(tokenizer, example.prompt_messages), encode_target(tokenizer, example.response)
-        return Turns(source + target, [(len(source), len(source) + len(target))])
+        return Turns(source + target, [(len(source), len(source) + len(target))], [[]])
     start = example.context_start
     given: dict[str, Any] = {"tools": example.tools, "template_kwargs": example.template_kwargs, "context_start": start}
     if turns == "all":
-        ids, spans = encode_turns(tokenizer, example.messages, template, **given)
+        encoded = encode_turns(tokenizer, example.messages, template, **given)
         replies = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        return Turns(ids, [span for i, span in zip(replies, spans, strict=True) if i not in example.unlearnt])
-    prompt = encode_prompt(tokenizer, example.prompt_messages, template, **given)
-    response = encode_response(tokenizer, example.messages, template, **given)
-    return Turns(prompt + response, [(len(prompt), len(prompt) + len(response))])
+        learnt = [place for place, index in enumerate(replies) if index not in example.unlearnt]
+        spans, openings = [encoded.spans[place] for place in learnt], [encoded.openings[place] for place in learnt]
+        return Turns(encoded.ids, spans, openings)
+    return encode_last(tokenizer, example.messages, template, **given)
 
 
-def _with_written_reference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
-    """A row whose samples are compared with all that the template writes of the reply, calls and reasoning too."""
-    start = len(row.sampling_ids)
-    ids = row.all_ids[start:]
-    if row.trained is not None:
-        marks = row.trained[start - len(row.prompt_ids) :]
-        ids = ids[: marks.index(False)] if False in marks else ids
-    answer = str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return replace(row, example=replace(row.example, references=(answer, *row.example.references)))
-
-
-def row_of_spans(example: Example, ids: Sequence[int], spans: Sequence[tuple[int, int]], max_tokens: int) -> Row:
+def row_of_spans(
+    example: Example,
+    ids: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    max_tokens: int,
+    openings: Sequence[Sequence[int]] = (),
+) -> Row:
     """Return the row of a tokenised conversation.
 
     Args:
@@ -252,21 +252,24 @@ def row_of_spans(example: Example, ids: Sequence[int], spans: Sequence[tuple[int
         spans: the tokens to learn, as (start, end) of each of the assistant's turns; the first starts before
             ``max_tokens``.
         max_tokens: the row ends there.
+        openings: for each turn what a model is given besides the ids before it; nothing by default.
     """
     # The beginning of a user's turn at the end would have no loss.
     end = max(min(end, max_tokens) for start, end in spans if start < max_tokens)
     prompt_ids, response_ids = tuple(ids[: spans[0][0]]), tuple(ids[spans[0][0] : end])
+    openings = openings or [()] * len(spans)
     # Sampled is the last turn that was not cut; if that is not the last one, the conversation ends with it.
     num_complete = max(1, sum(stop <= end for _, stop in spans))
     replies = _learnt(example)
     if num_complete < len(spans) or (replies and replies[-1] + 1 < len(example.messages)):
         example = replace(example, messages=example.messages[: replies[num_complete - 1] + 1])
     if len(spans) == 1:
-        return Row(example.id, prompt_ids, response_ids, example)
+        context = (*prompt_ids, *openings[0]) if openings[0] else None
+        return Row(example.id, prompt_ids, response_ids, example, sampling_context=context)
     trained = [False] * len(ids)
     for start, stop in spans:
         trained[start:stop] = [True] * (stop - start)
-    context = tuple(ids[: spans[num_complete - 1][0]])
+    context = (*ids[: spans[num_complete - 1][0]], *openings[num_complete - 1])
     return Row(example.id, prompt_ids, response_ids, example, tuple(trained[len(prompt_ids) : end]), context)
 
 
