@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from drkl.data.ends import as_ids, end_of_turn, opening_tag
 from drkl.errors import DrklError, did_you_mean
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ MINILLM_INPUT = (
 FOLLOW_UP = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 NAMES = ("auto", "chat", "alpaca", "minillm", "plain")
 _PROBE = "drkl0content0probe"
+_NEXT = "drkl0next0probe"
 
 
 class Turns(NamedTuple):
@@ -86,12 +88,14 @@ def encode_response(
     template: str = "auto",
     *,
     context_start: int | None = None,
+    ends: Sequence[int] = (),
 ) -> list[int]:
     """Return the ids of the last message, the assistant's, up to and including its end of turn.
 
     ``encode_prompt(tokenizer, messages[:-1]) + encode_response(tokenizer, messages)`` is the templated conversation up
     to the end of turn; what the template writes after that (often a newline) is left out. The end of turn is the
-    tokenizer's eos where the template writes it, else the first special token after the text, else an appended eos.
+    first special token after the text; where the template writes none, the tag of the user's next turn if ``ends`` has
+    it, else an appended eos (see `drkl.data.ends`). ``ends`` are the ids that the model's own settings list as ends.
 
     Where the tokenizer would merge the end of the prompt with the beginning of the response, the two are encoded
     separately: a generating model sees the prompt alone and could never produce the merged token.
@@ -102,8 +106,9 @@ def encode_response(
     """
     prompt = _prompt_text(tokenizer, messages[:-1], template, context_start)
     text, ended = _response_text(tokenizer, prompt, messages, template)
-    ids = _encode_pieces(tokenizer, [prompt, text], template, begins=True)[1]
-    return ids if ended else [*ids, _eos(tokenizer)]
+    closing = "" if ended else _closing(tokenizer, messages, template, ends)
+    ids = _encode_pieces(tokenizer, [prompt, text + closing], template, begins=True)[1]
+    return ids if ended or closing else [*ids, _eos(tokenizer)]
 
 
 def encode_turns(
@@ -112,6 +117,7 @@ def encode_turns(
     template: str = "auto",
     *,
     context_start: int | None = None,
+    ends: Sequence[int] = (),
 ) -> Turns:
     """Return the ids of a whole conversation, which ends with the assistant's message, and the assistant's turns.
 
@@ -131,14 +137,17 @@ def encode_turns(
             continue
         prompt = _prompt_before(tokenizer, messages[:index], template, context_start, text)
         between = prompt[len(text) :]
-        if not ended and tokenizer.eos_token and between.startswith(tokenizer.eos_token):
-            runs[-1][-1] += tokenizer.eos_token
-            between, ended = between.removeprefix(tokenizer.eos_token), True
+        if not ended and (tag := opening_tag(tokenizer, between, [*as_ids(tokenizer.eos_token_id), *ends])):
+            runs[-1][-1] += tag
+            between, ended = between.removeprefix(tag), True
         if not ended:
             runs.append([])
         reply, ended = _response_text(tokenizer, prompt, messages[: index + 1], template)
         runs[-1] += [between, reply]
         text = prompt + reply
+    if not ended and (tag := _closing(tokenizer, messages[: last + 1], template, ends)):
+        runs[-1][-1] += tag
+        ended = True
     ids: list[int] = []
     spans: list[tuple[int, int]] = []
     for number, run in enumerate(runs):
@@ -169,16 +178,27 @@ def _prompt_before(
     return prompt
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end a generated response: eos, and the template's end of turn if that is another token.
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str = "auto", ends: Sequence[int] = ()) -> list[int]:
+    """Return the ids that end a generated answer: eos, the template's end of turn, and those of ``ends``.
+
+    Args:
+        tokenizer: the run's.
+        template: as for ``encode_prompt``.
+        ends: the ids that a model's own settings list as ends.
 
     Raises:
         DrklError: as ``encode_response``.
     """
-    messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
-    last = encode_response(tokenizer, messages)[-1]
-    eos = tokenizer.eos_token_id
-    return [last] if eos is None or eos == last else [eos, last]
+    if _kind(tokenizer, template) != "chat":
+        taught = _eos(tokenizer)
+    else:
+        messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+        try:
+            taught = encode_response(tokenizer, messages, template, ends=ends)[-1]
+        except DrklError:  # some templates take no conversation without a system message
+            system = {"role": "system", "content": _PROBE}
+            taught = encode_response(tokenizer, [system, *messages], template, ends=ends)[-1]
+    return list(dict.fromkeys([*as_ids(tokenizer.eos_token_id), taught, *ends]))
 
 
 def _kind(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
@@ -241,22 +261,30 @@ def _response_text(
     if not placeholder or not full.endswith(suffix):
         raise DrklError("The chat template leaves the assistant's last message out; there is nothing to train on.")
     content = full[len(prompt) : len(full) - len(suffix)]
-    end = _end_of_turn(tokenizer, suffix)
+    end = end_of_turn(tokenizer, suffix, lambda: _continuation(tokenizer, messages))
     return content + suffix[:end], end > 0
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, suffix: str) -> int:
-    """Return the offset in ``suffix`` just past the token that ends the turn; 0 if none does."""
-    eos = tokenizer.eos_token
-    if eos and eos in suffix:
-        return suffix.index(eos) + len(eos)
-    specials = {str(token) for token in tokenizer.all_special_tokens}
-    specials |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    hits = [(suffix.index(token), -len(token)) for token in specials if token in suffix]
-    if not hits:
-        return 0
-    start, negative_length = min(hits)
-    return start - negative_length
+def _closing(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str, ends: Sequence[int]) -> str:
+    """What ends the last turn where the template writes no end after it: the next turn's tag, or nothing."""
+    if _kind(tokenizer, template) != "chat":
+        return ""
+    between = _continuation(tokenizer, messages) or ""
+    return opening_tag(tokenizer, between, [*as_ids(tokenizer.eos_token_id), *ends])
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str | None:
+    """What the template writes between the assistant's last message and a next one of the user's; None if it refuses.
+
+    Another rendering of every row, so it is asked for only where the template's own end leaves a question.
+    """
+    replaced = [*messages[:-1], {**messages[-1], "content": _PROBE}, {"role": "user", "content": _NEXT}]
+    try:
+        text = _render(tokenizer, replaced, add_generation_prompt=False)
+    except DrklError:
+        return None
+    before, found, _ = text.rpartition(_NEXT)
+    return before.rpartition(_PROBE)[2] if found and _PROBE in before else None
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool) -> str:

@@ -114,6 +114,7 @@ def tokenize_examples(
     turns: str = "last",
     template: str = "auto",
     encoder_decoder: bool = False,
+    ends: Sequence[int] = (),
 ) -> tuple[list[Row], DropReport]:
     """Return the usable rows, in order, and the account of the others.
 
@@ -127,6 +128,9 @@ def tokenize_examples(
     ``encoder_decoder`` rows have the prompt and the last reply as the tokenizer encodes texts by itself; ``turns`` and
     ``template`` are ignored. The encoder reads the first half of a block of plain text and the decoder writes the
     second (prefix language modelling: Raffel et al. 2020, section 3.3.1).
+
+    ``ends`` are the ids that the model's own settings list as ends, for templates that write none
+    (`drkl.data.ends`).
 
     Raises:
         DrklError: no row is left, or a row that the chat template refuses (with its id).
@@ -145,7 +149,7 @@ def tokenize_examples(
             continue
         if reason is None:
             try:
-                ids, spans = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder)
+                ids, spans = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder, ends=ends)
             except DrklError as error:
                 raise DrklError(f"Row {example.id!r}: {error}") from error
             length = spans[0][0]
@@ -209,7 +213,13 @@ def weigh(rows: Sequence[Row]) -> list[Row]:
 
 
 def _encode(
-    example: Example, tokenizer: PreTrainedTokenizerBase, turns: str, template: str, *, encoder_decoder: bool
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: str,
+    template: str,
+    *,
+    encoder_decoder: bool,
+    ends: Sequence[int],
 ) -> Turns:
     """The ids of a conversation, and the turns that are learnt."""
     if encoder_decoder:
@@ -217,9 +227,9 @@ def _encode(
         return Turns(source + target, [(len(source), len(source) + len(target))])
     start = example.context_start
     if turns == "all":
-        return encode_turns(tokenizer, example.messages, template, context_start=start)
+        return encode_turns(tokenizer, example.messages, template, context_start=start, ends=ends)
     prompt = encode_prompt(tokenizer, example.prompt_messages, template, context_start=start)
-    response = encode_response(tokenizer, example.messages, template, context_start=start)
+    response = encode_response(tokenizer, example.messages, template, context_start=start, ends=ends)
     return Turns(prompt + response, [(len(prompt), len(prompt) + len(response))])
 
 
