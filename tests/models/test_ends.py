@@ -163,7 +163,9 @@ def test_a_language_that_the_model_does_not_begin_with_is_refused() -> None:
         check_languages(old, {"student": None, "teacher": bart})
     check_languages(new, {"teacher": bart})
     bart.generation_config.forced_bos_token_id = german
-    with pytest.raises(DrklError, match=r"student begins its answers in 'de_DE' \(forced_bos_token_id\).*data\.tgt_lang"):
+    with pytest.raises(
+        DrklError, match=r"student begins its answers in 'de_DE' \(forced_bos_token_id\).*data\.tgt_lang"
+    ):
         check_languages(new, {"student": bart})
     bart.generation_config.forced_bos_token_id = romanian
     check_languages(new, {"student": bart})
