@@ -22,7 +22,8 @@ def chain(tokenizer: Any, following: Mapping[str, str], *, layers: int = 1, **ch
     settings: dict[str, Any] = {
         "vocab_size": size, "hidden_size": width, "intermediate_size": 4, "num_hidden_layers": layers,
         "num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 128,
-        "tie_word_embeddings": False, "rms_norm_eps": 0.0, "bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0,
+        "tie_word_embeddings": False, "rms_norm_eps": 0.0, "bos_token_id": 1,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0,
     }  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
     with torch.no_grad():
