@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
@@ -121,6 +122,13 @@ def _difference(
         f"The weights of {name!r} are not those of a {type(model).__name__} by its config.json: {'; '.join(parts)}. "
         f"Nothing is put in their place at random. {cure}"
     )
+
+
+def not_loaded(model: nn.Module, missing: Collection[str]) -> list[str]:
+    """Of the names that a file lacks, those of weights that it has under no other name either."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+    return [name for name in missing if id(parameters.get(name)) not in loaded]
 
 
 def listed(keys: Collection[str], count: int = 3) -> str:
