@@ -164,9 +164,20 @@ def nudged(model: PreTrainedModel) -> torch.Tensor:
     return tiny.logits(model)
 
 
+def assert_same(model: Any, expected: torch.Tensor) -> None:
+    """The same function; products of two low ranks are summed in another order once they are merged."""
+    torch.testing.assert_close(tiny.logits(model), expected, rtol=1e-4, atol=2e-5)
+
+
 STARTS: list[dict[str, Any]] = [
-    {"init_lora_weights": start} for start in ("pissa", "pissa_niter_2", "olora", "orthogonal", "gaussian", "mica", "lora_ga", False)
-] + [
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa_niter_2"},
+    {"init_lora_weights": "olora"},
+    {"init_lora_weights": "orthogonal"},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "mica"},
+    {"init_lora_weights": "lora_ga"},
+    {"init_lora_weights": False},
     {"init_lora_weights": "pissa", "use_rslora": True},
     {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3}},
     {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3}},
@@ -183,7 +194,7 @@ STARTS: list[dict[str, Any]] = [
     {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3}},
     {"layers_to_transform": [1]},
     {"bias": "lora_only"},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("fields", STARTS, ids=str)
@@ -197,11 +208,11 @@ def test_lora_is_one_model_in_memory_saved_and_merged(tmp_path: Path, fields: di
     save_adapter(adapter, tmp_path / "adapter", start)
     base = untied(tmp_path)
     assert not torch.allclose(tiny.logits(base), expected, atol=1e-3)
-    torch.testing.assert_close(tiny.logits(load_model(str(tmp_path / "adapter"), "fp32")), expected, rtol=1e-4, atol=2e-5)
+    assert_same(load_model(str(tmp_path / "adapter"), "fp32"), expected)
     by_peft = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    torch.testing.assert_close(tiny.logits(by_peft), expected, rtol=1e-4, atol=2e-5)
+    assert_same(by_peft, expected)
     merge_adapter(adapter).save_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(tiny.logits(load_model(str(tmp_path / "merged"), "fp32")), expected, rtol=1e-4, atol=2e-5)
+    assert_same(load_model(str(tmp_path / "merged"), "fp32"), expected)
 
 
 @pytest.mark.slow
@@ -227,8 +238,8 @@ def test_the_kin_of_lora(tmp_path: Path, kind: Any) -> None:
     adapter = add_adapter(model, kind, seed=1)
     expected = nudged(model)
     save_adapter(adapter, tmp_path / "adapter", adapter_start(adapter))
-    torch.testing.assert_close(tiny.logits(load_model(str(tmp_path / "adapter"), "fp32")), expected, rtol=1e-4, atol=2e-5)
-    torch.testing.assert_close(tiny.logits(merge_adapter(adapter)), expected, rtol=1e-4, atol=2e-5)
+    assert_same(load_model(str(tmp_path / "adapter"), "fp32"), expected)
+    assert_same(merge_adapter(adapter), expected)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +249,10 @@ def test_the_kin_of_lora(tmp_path: Path, kind: Any) -> None:
         (config(layer_replication=[(0, 2), (1, 2)]), "layer_replication repeats layers of the model"),
         (config(alora_invocation_tokens=[3]), "aLoRA does not support merging"),
         (config(init_lora_weights="corda"), "`eigens` attribute not found"),
-        (AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"), "cannot be merged into its base"),
+        (
+            AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"),
+            "cannot be merged into its base",
+        ),
         (PolyConfig(r=2, target_modules=["q_proj"], n_tasks=1), "task_ids"),
         (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "puts prompts before the input"),
         (PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "puts prompts before the input"),
@@ -291,13 +305,13 @@ def test_a_folder_of_prompts_is_refused(tmp_path: Path, kind: Any, load: Any) ->
         load(str(tmp_path / "prompts"))
 
 
-@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("target", [False, True])
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to:UserWarning")  # peft's own
-def test_an_adapter_with_another_vocabulary(tmp_path: Path, head: bool) -> None:
+def test_an_adapter_with_another_vocabulary(tmp_path: Path, target: bool) -> None:
     model = untied(tmp_path)
     model.resize_token_embeddings(tiny.VOCAB + 6, mean_resizing=False)
-    fields = {"target_modules": ["q_proj", "embed_tokens"]} if head else {"modules_to_save": ["embed_tokens", "lm_head"]}
-    folder = adapter_folder(tmp_path, model, **fields)
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    folder = adapter_folder(tmp_path, model, **({"target_modules": ["q_proj", "embed_tokens"]} if target else saved))
     with pytest.raises(DrklError, match=r"another vocabulary than its base model|does not fit its base model"):
         load_model(str(folder), "fp32")
 
@@ -374,7 +388,7 @@ def test_a_broken_adapter_config(tmp_path: Path, text: str, words: str, load: An
     [
         ({"base_model_name_or_path": None}, r"does not say which model it belongs to: set base_model_name_or_path in"),
         ({"base_model_name_or_path": "/no/such/base"}, r"needs its base model '/no/such/base', .*There is no folder"),
-        ({"base_model_name_or_path": "gone/base"}, r"needs its base model 'gone/base', which cannot be loaded: There is"),
+        ({"base_model_name_or_path": "gone/base"}, r"needs its base model 'gone/base', which cannot be loaded: T"),
         ({"peft_type": "NOBODY"}, r"does not fit its base model\. \("),
         ({"r": 3}, r"does not fit its base model\. \(RuntimeError: .*size mismatch"),
         ({"r": "two"}, r"does not fit its base model\. \("),

@@ -90,7 +90,9 @@ def check_adapter(adapter: Any) -> None:
     """
     if len(adapter.peft_config) > 1:
         names = ", ".join(repr(name) for name in adapter.peft_config)
-        raise DrklError(f"The student has several adapters ({names}); keep the one to train: model.delete_adapter(NAME).")
+        raise DrklError(
+            f"The student has several adapters ({names}); keep the one to train: model.delete_adapter(NAME)."
+        )
     _check_kind(adapter.peft_config[_name(adapter)])
     model = adapter.get_base_model()
     _check_head(model)
@@ -120,8 +122,8 @@ def _check_head(model: PreTrainedModel) -> None:
     for role, module in what.items():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise DrklError(
-                f"peft puts an adapter on {names[id(module)]!r}, {role}. The loss reads the head's weight itself, chunk "
-                "by chunk, and would miss it. Leave it out of peft.target_modules and peft.modules_to_save."
+                f"peft puts an adapter on {names[id(module)]!r}, {role}. The loss reads the head's weight itself, "
+                "chunk by chunk, and would miss it. Leave it out of peft.target_modules and peft.modules_to_save."
             )
 
 
@@ -262,13 +264,13 @@ def adapter_base(name: str) -> str | None:
     base = values.get("base_model_name_or_path")
     if not base:
         raise DrklError(
-            f"The adapter in {name!r} does not say which model it belongs to: set base_model_name_or_path in its {CONFIG} "
-            "to that model's folder or Hugging Face id."
+            f"The adapter in {name!r} does not say which model it belongs to: set base_model_name_or_path in its "
+            f"{CONFIG} to that model's folder or Hugging Face id."
         )
     if any((Path(name) / file).is_file() for file in _WHOLE_MODEL):
         raise DrklError(
-            f"{name!r} holds a whole model and an adapter ({CONFIG}), so which of the two is meant is unknown. Move one "
-            "of them to a folder of its own."
+            f"{name!r} holds a whole model and an adapter ({CONFIG}), so which of the two is meant is unknown. Move "
+            "one of them to a folder of its own."
         )
     if Path(base).is_dir() and Path(base).resolve() == Path(name).resolve():
         raise DrklError(f"The adapter in {name!r} names its own folder as its base model; set another in {CONFIG}.")

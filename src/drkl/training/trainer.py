@@ -498,11 +498,10 @@ class DistillationTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that is not this student's; transformers only warns, of tied weights too."""
         student = self.student
-        missing = not_loaded(student, set(load_result.missing_keys))
-        if missing or load_result.unexpected_keys:
+        missing, foreign = not_loaded(student, set(load_result.missing_keys)), load_result.unexpected_keys
+        if missing or foreign:
             parts = [f"{len(missing)} of its weights are missing ({listed(missing)})"] if missing else []
-            if load_result.unexpected_keys:
-                parts.append(f"{len(load_result.unexpected_keys)} are not its own ({listed(load_result.unexpected_keys)})")
+            parts += [f"{len(foreign)} are not its own ({listed(foreign)})"] if foreign else []
             raise DrklError(f"they are not those of the student, a {type(student).__name__}: {'; '.join(parts)}.")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
