@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from drkl.data.ends import as_ids, end_of_turn, opening_tag, special_tokens
 from drkl.data.rendering import FOLLOW_UP, Writer, instruction_text
 from drkl.errors import DrklError
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 # Digits alone: the same in capitals.
 _PROBE = "8406295137084062951370"
+_NEXT = "5173840296251738402962"
 
 
 class Turns(NamedTuple):
@@ -81,6 +84,7 @@ def encode_response(
     context_start: int | None = None,
     tools: Sequence[Any] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    ends: Sequence[int] = (),
 ) -> list[int]:
     """Return the ids of the last message, the assistant's, up to and including its end of turn.
 
@@ -90,6 +94,7 @@ def encode_response(
         DrklError: as `encode_last`.
     """
     given: dict[str, Any] = {"context_start": context_start, "tools": tools, "template_kwargs": template_kwargs}
+    given["ends"] = ends
     ids, ((start, _),), _ = encode_last(tokenizer, messages, template, **given)
     return ids[start:]
 
@@ -102,13 +107,14 @@ def encode_last(
     context_start: int | None = None,
     tools: Sequence[Any] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    ends: Sequence[int] = (),
 ) -> Turns:
     """Return the ids of a conversation up to the end of its last turn, the assistant's, which is the only span.
 
     They are the conversation as the template writes it, without what it writes after the end of turn (often a newline).
-    The end of turn is the tokenizer's eos where the template writes it, else the first special token after the text,
-    else an appended eos. The turn begins where ``encode_prompt(tokenizer, messages[:-1])`` ends, or where that begins
-    an opening.
+    The end of turn is the first special token after the text; where the template writes none, the tag of the user's
+    next turn if ``ends`` has it, else an appended eos (see `drkl.data.ends`). The turn begins where
+    ``encode_prompt(tokenizer, messages[:-1])`` ends, or where that begins an opening.
 
     Where the tokenizer would merge the end of the prompt with the beginning of the response, the two are encoded
     separately: a generating model sees the prompt alone and could never produce the merged token.
@@ -116,12 +122,14 @@ def encode_last(
     An answer whose text begins as the opening does goes on after the generation prompt, also where the template would
     leave its reasoning out: that is for earlier turns.
 
+    ``ends`` are the ids that the model's own settings list as ends; the other arguments are those of `encode_prompt`.
+
     Raises:
         DrklError: the chat template refuses the conversation, writes the prompt differently once the response follows,
             or leaves the response out, or a part of it; the tokenizer has no eos token and the template ends no turn.
     """
     writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
-    return _encode_turns(writer, [_turn(writer, messages, None)])
+    return _encode_turns(writer, messages, [_turn(writer, messages, None)], ends)
 
 
 def encode_turns(
@@ -132,6 +140,7 @@ def encode_turns(
     context_start: int | None = None,
     tools: Sequence[Any] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    ends: Sequence[int] = (),
 ) -> Turns:
     """Return the ids of a whole conversation, which ends with the assistant's message, and the assistant's turns.
 
@@ -147,28 +156,38 @@ def encode_turns(
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             turns.append(_turn(writer, messages[: index + 1], turns[-1] if turns else None))
-    return _encode_turns(writer, turns)
+            last = messages[: index + 1]
+    return _encode_turns(writer, last, turns, ends)
 
 
-def _encode_turns(writer: Writer, turns: Sequence[_Turn]) -> Turns:
-    """Encode the turns of one conversation; eos is put after those that the template does not end."""
+def _encode_turns(writer: Writer, messages: Messages, turns: Sequence[_Turn], ends: Sequence[int]) -> Turns:
+    """Encode the turns of one conversation, which ends with the last; eos is put after those that nothing ends."""
     stream = _Stream(writer)
     result = Turns(stream.ids, [], [])
+    eos = as_ids(writer.tokenizer.eos_token_id)
     text = ""
-    ended = True
-    for turn in turns:
-        between = turn.before[len(text) :]
-        # Jinja text may write the eos that stands there already.
-        stream.add(between if ended else between.removeprefix(writer.tokenizer.eos_token or ""))
+    for turn, following in zip_longest(turns, turns[1:]):
+        stream.add(turn.before[len(text) :])
         start = len(stream.ids)
-        stream.add(turn.reply)
-        if not turn.ended and stream.ids[start:][-1:] != [_eos(writer.tokenizer)]:
+        text = turn.before + turn.reply
+        closing = ""
+        if not turn.ended:
+            between = following.before[len(text) :] if following else _continuation(writer, messages) or ""
+            closing = opening_tag(writer.tokenizer, between, [*eos, *ends])
+        stream.add(turn.reply + closing)
+        text += closing
+        if not (turn.ended or closing or stream.ids[start:][-1:] == eos):
             stream.end()
         result.spans.append((start, len(stream.ids)))
-        prompt = _encode_from_start(writer, turn.before + turn.opening) if turn.opening else []
-        result.openings.append(prompt[len(_encode_from_start(writer, turn.before)) :] if turn.opening else [])
-        text, ended = turn.before + turn.reply, turn.ended
+        result.openings.append(_opening_ids(writer, turn))
     return result
+
+
+def _opening_ids(writer: Writer, turn: _Turn) -> list[int]:
+    if not turn.opening:
+        return []
+    before = _encode_from_start(writer, turn.before)
+    return _encode_from_start(writer, turn.before + turn.opening)[len(before) :]
 
 
 def _turn(writer: Writer, messages: Messages, previous: _Turn | None) -> _Turn:
@@ -190,16 +209,27 @@ def _turn(writer: Writer, messages: Messages, previous: _Turn | None) -> _Turn:
     return turn
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end a generated response: eos, and the template's end of turn if that is another token.
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str = "auto", ends: Sequence[int] = ()) -> list[int]:
+    """Return the ids that end a generated answer: eos, the template's end of turn, and those of ``ends``.
+
+    Args:
+        tokenizer: the run's.
+        template: as for ``encode_prompt``.
+        ends: the ids that a model's own settings list as ends.
 
     Raises:
         DrklError: as ``encode_response``.
     """
-    messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
-    last = encode_response(tokenizer, messages)[-1]
-    eos = tokenizer.eos_token_id
-    return [last] if eos is None or eos == last else [eos, last]
+    if Writer(tokenizer, template).kind != "chat":
+        taught = _eos(tokenizer)
+    else:
+        messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+        try:
+            taught = encode_response(tokenizer, messages, template, ends=ends)[-1]
+        except DrklError:  # some templates take no conversation without a system message
+            system = {"role": "system", "content": _PROBE}
+            taught = encode_response(tokenizer, [system, *messages], template, ends=ends)[-1]
+    return list(dict.fromkeys([*as_ids(tokenizer.eos_token_id), taught, *ends]))
 
 
 def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
@@ -217,7 +247,7 @@ def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
             )
         full, cut = whole, len(prompt)
     before = prompt[: _border(writer, messages, prompt, cut)]
-    end = _end_of_turn(writer.tokenizer, tail)
+    end = end_of_turn(writer.tokenizer, tail, lambda: _continuation(writer, messages))
     reply = full[len(before) : len(full) - len(tail) + end]
     return _Turn(before, reply, ended=end > 0, opening=prompt[len(before) :])
 
@@ -236,7 +266,7 @@ def _around(writer: Writer, messages: Messages, full: str) -> tuple[str, str]:
         raise DrklError("The chat template leaves the assistant's last message out; there is nothing to train on.")
     # The end depends on the message, as where calls of tools end in a token of their own.
     rest = full.rstrip()
-    token = max((token for token in _special_tokens(writer.tokenizer) if rest.endswith(token)), key=len, default="")
+    token = max((token for token in special_tokens(writer.tokenizer) if rest.endswith(token)), key=len, default="")
     return full[: _num_common(full, probe)], full[len(rest) - len(token) :] if token else ""
 
 
@@ -271,21 +301,21 @@ def _lacks(text: str, start: int, content: Any) -> bool:
     return len(written) < len(wanted) and wanted not in "".join(text.split())
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, suffix: str) -> int:
-    """Return the offset in ``suffix`` just past the token that ends the turn; 0 if none does."""
-    eos = tokenizer.eos_token
-    if eos and eos in suffix:
-        return suffix.index(eos) + len(eos)
-    hits = [(suffix.index(token), -len(token)) for token in _special_tokens(tokenizer) if token in suffix]
-    if not hits:
-        return 0
-    start, negative_length = min(hits)
-    return start - negative_length
+def _continuation(writer: Writer, messages: Messages) -> str | None:
+    """What the template writes between the assistant's last message and a next one of the user's; None if it refuses.
 
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    named = {str(token) for token in tokenizer.all_special_tokens}
-    return named | {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    Another rendering of every row, so it is asked for only where the template's own end leaves a question.
+    """
+    if writer.kind != "chat":
+        return None
+    try:
+        text = writer.conversation(
+            [*messages[:-1], {**messages[-1], "content": _PROBE}, {"role": "user", "content": _NEXT}]
+        )
+    except DrklError:
+        return None
+    before, found, _ = text.rpartition(_NEXT)
+    return before.rpartition(_PROBE)[2] if found and _PROBE in before else None
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from drkl.errors import DrklError
 from drkl.models.config import PeftConfig
@@ -98,7 +98,10 @@ def read_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     except ImportError as error:
         raise DrklError(f"{folder!r} holds a LoRA adapter, which takes the package peft: {INSTALL}.") from error
     with _quiet_peft():
-        return merge_adapter(PeftModel.from_pretrained(model, folder))
+        merged = merge_adapter(PeftModel.from_pretrained(model, folder))
+    if (Path(folder) / "generation_config.json").is_file():  # where it was taught to stop, which its base was not
+        merged.generation_config = GenerationConfig.from_pretrained(folder)
+    return merged
 
 
 @contextmanager
