@@ -123,7 +123,7 @@ def test_an_answer_stops_there_at_eos_and_at_what_is_listed(name: str) -> None:
 @pytest.mark.parametrize("name", [kind for kind in KINDS if kind not in ("gpt-oss", "eos after the whole")])
 def test_every_turn_of_a_conversation_ends_so(name: str) -> None:
     tokenizer, listed = made(name)
-    ids, spans = encode_turns(tokenizer, TURNS, ends=listed)
+    ids, spans, _ = encode_turns(tokenizer, TURNS, ends=listed)
     end = KINDS[name][3].split("·")
     replies = [tokenizer.convert_ids_to_tokens(ids[start:stop]) for start, stop in spans]
     assert [reply[-len(end) :] for reply in replies] == [end, end]
