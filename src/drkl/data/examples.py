@@ -75,6 +75,13 @@ class Example:
         return len(self.messages) == 1
 
     @property
+    def given(self) -> tuple[str, ...]:
+        """The names of what the row has beside texts: what its template is given, and ``weight 0``."""
+        names = {"tools": self.tools} | (self.template_kwargs or {}) | ({"weight 0": True} if self.unlearnt else {})
+        fields = (name for message in self.messages for name in (*REASONING, "tool_calls") if name in message)
+        return tuple(dict.fromkeys((*(name for name, value in names.items() if value is not None), *fields)))
+
+    @property
     def prompt_messages(self) -> Messages:
         """All messages but the response."""
         return self.messages[:-1]
@@ -169,7 +176,7 @@ def parse_rows(rows: Iterable[tuple[str, Any]], source: str, row_format: str = "
         kind, row = standard_row(row, shape)
         title = f"{shape.title}, as messages" if kind == "messages" and shape.name.startswith("prompt") else shape.title
         read.append((place, title, kind, row))
-    ids = ids_of([(place, row) for place, _, _, row in read])
+    ids = row_ids([(place, written_id(place, row)) for place, _, _, row in read])
     examples = [
         _example(place, row_id, kind, row, title) for row_id, (place, title, kind, row) in zip(ids, read, strict=True)
     ]
@@ -234,14 +241,16 @@ def _hold_out_ends(examples: Sequence[Example]) -> tuple[list[Example], list[Exa
 def _example(place: str, row_id: str, kind: str, row: Mapping[str, Any], title: str) -> Example:
     if kind in ("text", "text_label"):
         for name in MEDIA:  # a text is an image's address, perhaps
-            refuse_media(place, name, None if isinstance(row.get(name), str) else row.get(name))
+            refuse_media(place, f"the column {name!r}", None if isinstance(row.get(name), str) else row.get(name))
     if kind == "text":
         return Example(row_id, ({"role": "assistant", "content": text_of(place, "text", row["text"])},), shape=title)
     if kind == "text_label":
         label = _label(place, row["label"])
         return Example(row_id, _pair(text_of(place, "text", row["text"]), label), label=label, shape=title)
     check_columns(place, row)
-    context_start, references, unlearnt = None, (), ()
+    context_start: int | None = None
+    references: tuple[str, ...] = ()
+    unlearnt: tuple[int, ...] = ()
     if kind == "messages":
         messages, unlearnt = _conversation(place, row)
     else:
@@ -273,8 +282,8 @@ def _prompt_and_response(place: str, row: Mapping[str, Any]) -> tuple[Messages, 
 def _with_columns(place: str, row: Mapping[str, Any], messages: Messages) -> tuple[Messages, int]:
     """Messages with what other columns say of them, and by how many places they moved.
 
-    ``system`` (or ``system_prompt``) stands first, ``history`` has earlier turns as in LLaMA-Factory, and a reasoning or
-    calls of tools are the last message's.
+    ``system`` (or ``system_prompt``) stands first, ``history`` has earlier turns as in LLaMA-Factory, and a reasoning
+    and calls of tools are the last message's.
     """
     beside = {name: row[name] for name in (*REASONING, "tool_calls", "function_call") if not is_void(row.get(name))}
     if beside:
@@ -326,7 +335,7 @@ def _references(place: str, row: Mapping[str, Any], response: str) -> tuple[str,
 
 def _label(place: str, value: Any) -> str:
     if _is_whole_number(value):
-        return str(value)
+        return _number(place, "label", value)
     return text_of(place, "label", value)
 
 
@@ -351,6 +360,7 @@ def _conversation(place: str, row: Mapping[str, Any]) -> tuple[Messages, tuple[i
     value = row["messages"]
     column = "conversations" if value is row.get("conversations") else "messages"
     column = "conversation" if value is row.get("conversation") else column
+    value = _as_list(from_json(value))
     if not isinstance(value, list | tuple) or not value:
         what = "{from, value}" if column != "messages" else "{role, content}"
         raise DrklError(f"{place}: {column} must be a list of {what} objects; found {kind_of(value)}.")
@@ -367,6 +377,14 @@ def _conversation(place: str, row: Mapping[str, Any]) -> tuple[Messages, tuple[i
                 "the assistant's messages are learnt. Remove the weight."
             )
     return messages, tuple(i for i, (f, learnt) in enumerate(read) if f["role"] == "assistant" and learnt is False)
+
+
+def _as_list(value: Any) -> Any:
+    """A list of objects also where `datasets` has it as an object of lists."""
+    columns = list(value.values()) if isinstance(value, Mapping) else []
+    if not columns or not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return value
+    return [dict(zip(value, message, strict=True)) for message in zip(*columns, strict=True)]
 
 
 _AFTER = {
@@ -397,42 +415,52 @@ def _check_roles(place: str, column: str, messages: Messages) -> None:
         )
 
 
-def ids_of(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Return the id of every row as text: its own ``id``, or ``row-N`` where it has none.
-
-    Where another row is called so, ``row-N`` becomes ``row-N-2`` (or ``-3``, and so on).
-
-    Raises:
-        DrklError: an id that is no text or whole number, or that two rows have (with their places).
-    """
-    written = [_written_id(place, row) for place, row in rows]
-    seen: dict[str, str] = {}
-    for (place, _), row_id in zip(rows, written, strict=True):
-        if row_id is not None and seen.setdefault(row_id, place) is not place:
-            raise DrklError(
-                f"{place}: the id {short(row_id)} was seen before, at {seen[row_id]}; ids must be unique. Change one, "
-                "or remove (or rename) the column id: rows without one are numbered."
-            )
-    return [free_id(f"row-{n}", seen) if row_id is None else row_id for n, row_id in enumerate(written, start=1)]
-
-
-def free_id(wanted: str, taken: Container[str]) -> str:
-    """Return an id, with a number at its end if it is taken."""
-    others = (f"{wanted}-{number}" for number in count(2))
-    return wanted if wanted not in taken else next(other for other in others if other not in taken)
-
-
-def _written_id(place: str, row: Mapping[str, Any]) -> str | None:
+def written_id(place: str, row: Mapping[str, Any]) -> str | None:
+    """Return a row's own ``id`` as text, or None where it has none; csv has "" for none."""
     value = row.get("id")
     if value is None or value == "":
         return None
-    if not _is_whole_number(value):
-        return text_of(place, "id", value)
-    try:
-        return str(value)
-    except ValueError as error:  # Python's limit
-        raise DrklError(f"{place}: id is a number of more than 4,300 digits; write it as text.") from error
+    return _number(place, "id", value) if _is_whole_number(value) else text_of(place, "id", value)
+
+
+def row_ids(written: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Return the ids of rows, in order, from their places and own ids; a row without one is called ``row-N``.
+
+    Where that is another row's own, marks are added to it.
+
+    >>> row_ids([("a:1", "row-2"), ("a:2", None), ("a:3", None)])
+    ['row-2', "row-2'", 'row-3']
+
+    Raises:
+        DrklError: two rows have the same id of their own.
+    """
+    places: dict[str, str] = {}
+    for place, own in written:
+        if own is not None and own in places:
+            raise DrklError(
+                f"{place}: the id {short(own)} was seen before, at {places[own]}; ids must be unique. Change one, or "
+                "remove the column id: rows without one are numbered."
+            )
+        if own is not None:
+            places[own] = place
+    made_up = (free_id(f"row-{number}", places) for number in count(1))
+    return [name if own is None else own for name, (_, own) in zip(made_up, written, strict=False)]
+
+
+def free_id(wanted: str, taken: Container[str]) -> str:
+    """Return an id, with as many marks after it as make it new."""
+    while wanted in taken:
+        wanted += "'"
+    return wanted
 
 
 def _is_whole_number(value: Any) -> bool:
     return isinstance(value, Integral) and type(value) is not bool
+
+
+def _number(place: str, name: str, value: Any) -> str:
+    """A whole number as text."""
+    try:
+        return str(value)
+    except ValueError as error:  # Python writes no more than 4,300 digits
+        raise DrklError(f"{place}: {name} is a number of too many digits; write it as text.") from error

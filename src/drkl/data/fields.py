@@ -76,7 +76,7 @@ def read_message(place: str, name: str, value: Any, *, sharegpt: bool = False) -
         fields["role"] = TOOL
     calls = _calls(place, name, fields)
     if "content" not in fields and not calls:
-        if "content" in value:
+        if {"content", "value"} & value.keys():
             raise DrklError(f"{place}: {name}.content must be text; found null.")
         raise DrklError(f"{place}: {name} must have {_wanted(sharegpt)}; found {names_of(value)}.")
     text = text_of(place, f"{name}.content", fields.pop("content", ""))
@@ -84,13 +84,16 @@ def read_message(place: str, name: str, value: Any, *, sharegpt: bool = False) -
     for key in REASONING:
         if key in extra:
             extra[key] = text_of(place, f"{name}.{key}", extra[key])
+    if len({extra[key] for key in REASONING if key in extra}) > 1:
+        several = " and ".join(key for key in REASONING if key in extra)
+        raise DrklError(f"{place}: {name} has {several}, which say different things. Remove one.")
     return Message({"role": fields["role"], "content": text} | extra | ({"tool_calls": calls} if calls else {}), learnt)
 
 
 def check_columns(place: str, row: Mapping[str, Any]) -> None:
     """Raise DrklError for columns that would change what is learnt, and that nothing here can obey."""
     for name in MEDIA:
-        refuse_media(place, name, row.get(name))
+        refuse_media(place, f"the column {name!r}", row.get(name))
     for name in WEIGHTS:
         value = row.get(name)
         items = value if isinstance(value, list | tuple) else [value]
@@ -241,7 +244,7 @@ def _call(place: str, name: str, value: Any) -> dict[str, Any]:
             f"found {short(value)}."
         )
     arguments = from_json(function.get("arguments", function.get("parameters", {})))
-    return {**call, "function": {"name": function["name"], "arguments": without_nulls(arguments)}}
+    return {"type": "function", **call, "function": {"name": function["name"], "arguments": without_nulls(arguments)}}
 
 
 def from_json(value: Any) -> Any:

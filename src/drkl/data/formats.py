@@ -52,7 +52,7 @@ _STANDS_IN = {
 _PAIRS = (
     ("question", "answer"), ("query", "response"), ("question", "response"), ("problem", "solution"),
     ("input", "output"), ("inputs", "targets"), ("document", "summary"), ("article", "highlights"),
-    ("dialogue", "summary"), ("instruction", "completion"), ("question", "answers"), ("query", "answers"),
+    ("dialogue", "summary"), ("instruction", "completion"), ("query", "answer"),
 )  # fmt: skip
 _PROMPT_ALONE = (
     " A prompt alone is not enough: on-policy distillation, in which the student writes the responses, is not there "
@@ -70,8 +70,11 @@ def shape_of(place: str, row: Mapping[str, Any], row_format: str = "auto") -> Sh
         if row_format != "auto":
             wanted = (row_format, *_STANDS_IN.get(row_format, ()))
             found = [shape for name in wanted for shape in SHAPES if shape.name == name and shape.fits(names)]
+            if row_format == "messages":  # a pair is one where it is made of messages
+                found = [shape for shape in found if not shape.name.startswith("prompt") or _has_messages(row)]
             found += [shape for shape in _public(row) if shape.name == row_format]
-            found = [shape for shape in found if shape.name == found[0].name]
+            # Beside a prompt, a response is that prompt's answer.
+            found = [shape for shape in found if shape.name == found[0].name][: 1 if "prompt" in names else None]
         else:
             found = _all_shapes(row, names) or _public(row)
         if len(found) > 1:
@@ -108,7 +111,7 @@ def standard_row(row: Mapping[str, Any], shape: Shape) -> tuple[str, Mapping[str
         context = row.get("input") or (row.get("context") if "output" not in row else None)  # Dolly's word for it
         return "pair", {**row, "prompt": row["instruction"], "input": context} | _answers(answer)
     answer = row["completion" if shape.name == "prompt_completion" else "response"]
-    if _is_messages(row["prompt"]) or _is_messages(answer):
+    if _has_messages(row):
         return "messages", {**row, "messages": [*_messages(row["prompt"], "user"), *_messages(answer, "assistant")]}
     return "pair", {**row, **_answers(answer)}
 
@@ -140,13 +143,10 @@ def _public(row: Mapping[str, Any]) -> list[Shape]:
 
 
 def _two_shapes(place: str, one: Shape, other: Shape) -> DrklError:
-    choose = (
-        "" if one.name == other.name else f"Set data.format (in Python row_format) to {one.name} or {other.name}, or r"
-    )
-    return DrklError(
-        f"{place}: the columns fit two shapes: {one.title}, and {other.title}. {choose or 'R'}emove the columns of one "
-        "of them."
-    )
+    way_out = "Remove the columns of one of them."
+    if one.name != other.name:
+        way_out = f"Set data.format to {one.name} or {other.name} (in Python row_format), or r{way_out[1:]}"
+    return DrklError(f"{place}: the columns fit two shapes: {one.title}, and {other.title}. {way_out}")
 
 
 def _no_shape(place: str, row: Mapping[str, Any], row_format: str) -> DrklError:
@@ -158,9 +158,9 @@ def _no_shape(place: str, row: Mapping[str, Any], row_format: str) -> DrklError:
         )
     if "prompt" in row and "response" not in row and row_format in ("auto", "prompt_response"):
         return DrklError(message + _PROMPT_ALONE)
-    pair = next((pair for pair in _PAIRS if all(name in row for name in pair)), None)
+    pair = next((pair for pair in _PAIRS if all(isinstance(row.get(name), str) for name in pair)), None)
     if pair is not None:
-        message += f" If {pair[0]} is the prompt and {pair[1]} the response, give the columns these names."
+        message += f" If {pair[0]} is what is asked and {pair[1]} the answer, name the columns prompt and response."
     return DrklError(message)
 
 
@@ -183,6 +183,10 @@ def _is_void(value: Any) -> bool:
 
 def _is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(message, Mapping) for message in value)
+
+
+def _has_messages(row: Mapping[str, Any]) -> bool:
+    return any(_is_messages(row.get(name)) for name in ("prompt", "response", "completion"))
 
 
 def _messages(value: Any, role: str) -> Sequence[Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
@@ -222,6 +224,8 @@ def compile_jinja(template: str) -> Any:
 
 _NOT_WRITTEN = ("role", "id", "name", "tool_call_id")
 """Fields of a message that say whose it is; templates write it by their own words."""
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of one thing, each of which transformers copies to another."""
 
 
 def unused_fields(
@@ -235,30 +239,60 @@ def unused_fields(
     """Return the names of what a conversation has and the template does not write.
 
     Looked at are ``tools``, ``template_kwargs`` by name, each message's fields besides its content (but for its id and
-    name), and the text of messages that are neither the user's nor the assistant's, named by their role. The template
-    may write a field of an earlier message where that message is the last: templates leave out the reasoning of earlier
-    turns on purpose.
+    name), every call's name and arguments, and the text of messages that are neither the user's nor the assistant's,
+    named by their role. A field is written where its reply is the last one: templates leave out the reasoning of
+    earlier turns on purpose.
 
     Raises:
         DrklError: the template refuses the conversation, or fails.
     """
     writer = Writer(tokenizer, template, None, tools, template_kwargs)
     is_chat = writer.kind == "chat"
-    source = writer.chat_template if is_chat else template
-    unused = [name for name in template_kwargs or () if name not in source]
+    source = writer.chat_template if is_chat else template if writer.kind == "jinja" else ""
+    unused = [name for name in template_kwargs or () if not re.search(rf"\b{re.escape(name)}\b", source)]
     if tools and not _differs(writer, replace(writer, tools=None), messages, messages):
         unused.insert(0, "tools")
     for index, message in enumerate(messages):
-        start, end = messages[:index], () if is_chat else messages[index + 1 :]
-        for name, value in message.items():
-            spoken = name == "content" and message["role"] in ("user", "assistant")
-            label = str(message["role"]) if name == "content" else name
-            if name in _NOT_WRITTEN or spoken or value in (None, "", [], {}) or label in unused:
-                continue
-            without = {**message, name: ""} if name == "content" else {k: v for k, v in message.items() if k != name}
-            if not _differs(writer, writer, [*start, message, *end], [*start, without, *end]):
+        end = _reply_after(messages, index) if is_chat else len(messages)
+        for label, changed in _without_each(message):
+            if label not in unused and not _differs(
+                writer, writer, messages[:end], [*messages[:index], changed, *messages[index + 1 : end]]
+            ):
                 unused.append(label)
     return unused
+
+
+def _reply_after(messages: Messages, index: int) -> int:
+    """The number of messages up to the next reply, that of ``index`` itself included."""
+    replies = (i + 1 for i in range(index, len(messages)) if messages[i]["role"] == "assistant")
+    return next(replies, len(messages))
+
+
+def _without_each(message: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A message without each of its fields, or with another one in its place; each with the field's name."""
+    for name, value in message.items():
+        if name in _NOT_WRITTEN or value in (None, "", [], {}):
+            continue
+        if name == "content":
+            if message["role"] not in ("user", "assistant"):
+                yield str(message["role"]), {**message, name: _PROBE}
+        elif name in _REASONING:
+            yield name, {k: v for k, v in message.items() if k not in _REASONING or v != value}
+        else:
+            yield name, {k: v for k, v in message.items() if k != name}
+    calls: list[Any] = message.get("tool_calls") or []
+    for number, call in enumerate(calls):
+        function = call.get("function", {})
+        others = [{**function, "name": _PROBE}]
+        if arguments := function.get("arguments"):
+            probe = {_PROBE: _PROBE}
+            others.append({**function, "arguments": json.dumps(probe) if isinstance(arguments, str) else probe})
+        for other in others:
+            changed = [*calls[:number], {**call, "function": other}, *calls[number + 1 :]]
+            yield "tool_calls", {**message, "tool_calls": changed}
+
+
+_PROBE = "drkl0field0probe"
 
 
 def _differs(writer: Writer, other: Writer, messages: Messages, changed: Messages) -> bool:

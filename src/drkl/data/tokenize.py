@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from drkl.data.examples import Example, free_id, hash_of_id
 from drkl.data.seq2seq import encode_source, encode_target, tokens_around
 from drkl.data.template import Turns, encode_last, encode_prompt, encode_turns
+from drkl.data.written import as_written, has_more
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def tokenize_examples(
     texts: dict[float, list[Example]] = {}
     report = DropReport()
     shortest: int | None = None
+    written: set[str] = set()
     for example in examples:
         reason = _empty(example, turns)
         if reason is None and example.is_text:
@@ -150,6 +152,7 @@ def tokenize_examples(
             continue
         if reason is None:
             try:
+                example = as_written(example, tokenizer, template, written, encoder_decoder=encoder_decoder)
                 encoded = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder, ends=ends)
             except DrklError as error:
                 raise DrklError(f"Row {example.id!r}: {error}") from error
@@ -159,6 +162,12 @@ def tokenize_examples(
             if length <= max_prompt_tokens:
                 report.responses_cut += spans[-1][1] > max_tokens
                 row = row_of_spans(example, ids, spans, max_tokens, openings)
+                if has_more(row.example.messages[-1]):
+                    # A sample is compared with all that the template writes, calls and reasoning too.
+                    start, stop = spans[len(_learnt(row.example)) - 1 if turns == "all" else -1]
+                    answer = tokenizer.decode(ids[start:stop], skip_special_tokens=True)
+                    references = (str(answer), *example.references)
+                    row = replace(row, example=replace(row.example, references=references))
                 rows.append(replace(row, encoder_decoder=True) if encoder_decoder else row)
                 continue
             reason = "prompt_too_long"
