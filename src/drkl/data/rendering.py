@@ -191,6 +191,17 @@ def _with_fixed_date(template: str) -> str:
     return f"{{% macro {CLOCK}(format) %}}{{{{ format{codes} }}}}{{% endmacro %}}\n{template}"
 
 
+def date_told(tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> str | None:
+    """Return `DATE` in words where a chat template asks for today's date, else None.
+
+    Raises:
+        DrklError: as `Writer.kind`.
+    """
+    templates = tokenizer.chat_template if Writer(tokenizer, template).kind == "chat" else None
+    text = "".join(templates.values()) if isinstance(templates, Mapping) else templates or ""
+    return f"{DATE:%d %B %Y}" if CLOCK in text else None
+
+
 CLOCK = "strftime_now"
 """The function by which a chat template asks for the date."""
 _CODES = ("-d", "-m", *"aAbBcdDeFfGHIjmMpSuUVwWxXyYzZ")

@@ -234,6 +234,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str = "auto", e
 
 def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
     """The last turn as the chat template writes it; ``prompt`` ends with its generation prompt."""
+    _check_written(writer, messages[:-1], prompt)
     full = writer.conversation(messages)
     head, tail = _around(writer, messages, full)
     cut = len(prompt) if full.startswith(prompt) else min(_num_common(prompt, full), _num_common(prompt, head))
@@ -250,6 +251,24 @@ def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
     end = end_of_turn(writer.tokenizer, tail, lambda: _continuation(writer, messages))
     reply = full[len(before) : len(full) - len(tail) + end]
     return _Turn(before, reply, ended=end > 0, opening=prompt[len(before) :])
+
+
+def _check_written(writer: Writer, messages: Messages, prompt: str) -> None:
+    """Raise DrklError where the prompt does not depend on a message at all."""
+    for place, message in enumerate(messages):
+        content = message.get("content")
+        if message["role"] == "assistant" or not isinstance(content, str) or content.strip() in prompt:
+            continue
+        try:
+            changed = writer.prompt([*messages[:place], {**message, "content": _PROBE}, *messages[place + 1 :]])
+        except DrklError:
+            continue  # a template that refuses the placeholder reads it
+        if changed == prompt:
+            raise DrklError(
+                f"The chat template leaves out what the {message['role']} says in message {place + 1}, so the models "
+                "would not see it. Give the tokenizer another chat_template, or set data.template to alpaca, plain or "
+                "jinja text."
+            )
 
 
 def _around(writer: Writer, messages: Messages, full: str) -> tuple[str, str]:
