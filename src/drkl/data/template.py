@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
+from itertools import product, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drkl.data.ends import as_ids, end_of_turn, opening_tag, special_tokens
@@ -387,19 +388,23 @@ class _Stream:
         self._whole = _encode_from_start(self._writer, self._text)
 
     def _apart(self, piece: str) -> list[int]:
-        """The ids of a piece by itself; sentencepiece writes a blank before a text, which the piece does not have."""
+        """The ids of a piece by itself.
+
+        Sentencepiece writes a blank before a text, which the piece does not have, so a context is encoded with it. What
+        follows the context is right if the row then reads as the whole text does.
+        """
         tokenizer = self._writer.tokenizer
-        alone = _encode(tokenizer, piece)
         text = _decode(tokenizer, self._whole)
-        for context in ("", "\n", "a", "."):
-            start, ids = _encode(tokenizer, context), _encode(tokenizer, context + piece)
+        for context, part in product(("", "\n", "a", "."), (piece, piece.lstrip())):
+            start, ids = _encode(tokenizer, context), _encode(tokenizer, context + part)
             if ids[: len(start)] == start and _decode(tokenizer, self.ids + ids[len(start) :]) == text:
                 return ids[len(start) :]
-        return alone
+        return _encode(tokenizer, piece)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    # Composed: an accent may stand in another piece than its letter.
+    return unicodedata.normalize("NFC", str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
