@@ -76,7 +76,7 @@ def read_message(place: str, name: str, value: Any, *, sharegpt: bool = False) -
         fields["role"] = TOOL
     calls = _calls(place, name, fields)
     if "content" not in fields and not calls:
-        if "content" in value:
+        if {"content", "value"} & value.keys():
             raise DrklError(f"{place}: {name}.content must be text; found null.")
         raise DrklError(f"{place}: {name} must have {_wanted(sharegpt)}; found {names_of(value)}.")
     text = text_of(place, f"{name}.content", fields.pop("content", ""))

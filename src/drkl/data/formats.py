@@ -74,7 +74,8 @@ def shape_of(place: str, row: Mapping[str, Any], row_format: str = "auto") -> Sh
             if row_format == "messages":  # a pair is one where it is made of messages
                 found = [shape for shape in found if not shape.name.startswith("prompt") or _has_messages(row)]
             found += [shape for shape in _public(row) if shape.name == row_format]
-            found = [shape for shape in found if shape.name == found[0].name]
+            # Beside a prompt, a response is that prompt's answer.
+            found = [shape for shape in found if shape.name == found[0].name][: 1 if "prompt" in names else None]
         else:
             found = _all_shapes(row, names) or _public(row)
         if len(found) > 1:
