@@ -106,6 +106,13 @@ def test_weights_of_messages(name: str, no: Any, yes: Any) -> None:
     assert all(set(message) == {"role", "content"} for message in example.messages)
 
 
+def deep(levels: int) -> Any:
+    value: Any = "x"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 
 
@@ -131,6 +138,10 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         ({"prompt": "q", "response": "a", "train": False}, "the column 'train' is False"),
         (assistant(reasoning="r", thinking="t"), r"messages\[1\] has reasoning and thinking, which say different"),
         (assistant(reasoning_content=["r"]), r"messages\[1\]\.reasoning_content must be text; found a list"),
+        (assistant(content=[], tool_calls=[{"name": "f", "arguments": {"x": "\ud83d"}}]), "half a surrogate pair: not"),
+        (assistant(tool_calls=[{"name": "f", "arguments": {"x": 10**5000}}]), "messages.* cannot be written as json"),
+        ({"messages": [ASK, SAY], "tools": [{"name": "f", "deep": deep(2000)}]}, "tools cannot be written as json"),
+        ({"messages": [ASK, SAY], "documents": [{"text": "\ud83d"}]}, "documents has half a surrogate pair"),
         (assistant(tool_calls=[1]), r"messages\[1\]\.tool_calls\[0\] must be a call, as in .*; found 1"),
         (assistant(tool_calls="f(x)"), r"messages\[1\]\.tool_calls must be a list; found text"),
         ({"messages": [{**ASK, "tool_calls": [CALL]}, SAY]}, r"messages\[0\] has tool_calls and the role 'user'"),
