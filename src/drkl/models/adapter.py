@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from drkl.errors import DrklError
 from drkl.models.config import PeftConfig
@@ -90,7 +90,9 @@ def check_adapter(adapter: Any) -> None:
     """
     if len(adapter.peft_config) > 1:
         names = ", ".join(repr(name) for name in adapter.peft_config)
-        raise DrklError(f"The student has several adapters ({names}); keep the one to train: model.delete_adapter(NAME).")
+        raise DrklError(
+            f"The student has several adapters ({names}); keep the one to train: model.delete_adapter(NAME)."
+        )
     _check_kind(adapter.peft_config[_name(adapter)])
     model = adapter.get_base_model()
     _check_head(model)
@@ -332,7 +334,10 @@ def read_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
         raise DrklError(
             f"The adapter in {folder!r} does not fit its base model: {'; '.join(parts) or 'its file is empty'}. {cure}"
         )
-    return merge_adapter(adapter)
+    merged = merge_adapter(adapter)
+    if (Path(folder) / "generation_config.json").is_file():  # where it was taught to stop, which its base was not
+        merged.generation_config = GenerationConfig.from_pretrained(folder)
+    return merged
 
 
 def _read_weights(folder: str) -> dict[str, Tensor]:

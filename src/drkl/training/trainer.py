@@ -192,6 +192,8 @@ class DistillationTrainer(Trainer):
             )
         for note in pair.notes:
             _log.info(note)
+        if pair.ends is not None and pair.ends.differ and args.process_index == 0:
+            _log.warning("Warning: %s", pair.ends.warning())
         self.run = RunFolder(Path(str(args.output_dir)))
         world_size = args.world_size
         steps, ends = plan_run([row.length for row in pair.rows], args, world_size)
@@ -504,7 +506,9 @@ class DistillationTrainer(Trainer):
         if missing or load_result.unexpected_keys:
             parts = [f"{len(missing)} of its weights are missing ({listed(missing)})"] if missing else []
             if load_result.unexpected_keys:
-                parts.append(f"{len(load_result.unexpected_keys)} are not its own ({listed(load_result.unexpected_keys)})")
+                parts.append(
+                    f"{len(load_result.unexpected_keys)} are not its own ({listed(load_result.unexpected_keys)})"
+                )
             raise DrklError(f"they are not those of the student, a {type(student).__name__}: {'; '.join(parts)}.")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
