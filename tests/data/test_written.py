@@ -105,6 +105,7 @@ NO_TOOL = "{% for m in messages if m.role != 'tool' and m.role != 'system' %}{{ 
         ([ASK, {**SAY, "thinking": "because"}, ASK, SAY], CHATML, {}, "leaves out thinking"),
         ([ASK, {**SAY, "refusal": "no"}], CHATML, {}, "leaves out refusal"),
         ([ASK, SAY], CHATML, {"tools": TOOLS}, "leaves out tools"),
+        ([{"role": "system", "content": "a", "tools": TOOLS}, ASK, SAY], CHATML, {}, "leaves out tools"),
         ([ASK, SAY], CHATML, {"documents": [{"text": "x"}]}, "leaves out documents"),
         ([ASK, SAY], CHATML, {"chat_template_kwargs": {"mode": "x"}}, "leaves out mode"),
         (TALK, NO_TOOL + CALLING + END, {}, "leaves out messages of the role 'tool'"),

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LEARNT = (*REASONING, "tool_calls", "refusal")
 """Fields of a message that are part of what the assistant says."""
+GIVEN = (*LEARNT, "tools", "functions", "documents")
+"""Fields of a message that change what the models see."""
 
 
 def has_more(message: Mapping[str, Any]) -> bool:
@@ -45,11 +47,12 @@ def as_written(
         DrklError: the template leaves out something that changes what is learnt, or fails.
     """
     roles = {str(message["role"]) for message in example.messages} - {"user", "assistant"}
-    is_plain = not (example.tools or example.template_kwargs or any(map(has_more, example.messages)))
+    has_fields = any(name in message for message in example.messages for name in GIVEN)
+    is_plain = not (example.tools or example.template_kwargs or has_fields)
     if is_plain and all((role,) in known for role in roles):
         return example
     given: dict[str, Any] = {"tools": example.tools, "template_kwargs": example.template_kwargs}
-    checked = {"tools", *(example.template_kwargs or ()), *LEARNT, *roles}
+    checked = {*(example.template_kwargs or ()), *GIVEN, *roles}
     problem: DrklError | None = None
     template = "plain" if encoder_decoder else template
     is_text = Writer(tokenizer, template).kind in ("alpaca", "minillm", "plain")
