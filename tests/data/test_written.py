@@ -91,6 +91,7 @@ def test_two_names_of_one_reasoning() -> None:
 
 ONE_CALL = CALLING.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
 NAME_ALONE = CALLING.replace(" {{ c.function.arguments | tojson }}", "")
+CALLS_ALONE = END.replace("m.content", "('' if m.tool_calls else m.content)", 1)
 NO_TOOL = "{% for m in messages if m.role != 'tool' and m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' }}"
 
 
@@ -100,6 +101,7 @@ NO_TOOL = "{% for m in messages if m.role != 'tool' and m.role != 'system' %}{{ 
         (TALK, CHATML, {}, "The tokenizer's chat template leaves out tool_calls, which the row has"),
         (TALK[:2], CHATML, {}, "leaves out tool_calls"),
         (TALK, BEGIN + NAME_ALONE + END, {}, "leaves out tool_calls"),
+        ([ASK, {**CALLS, "content": "hello"}], BEGIN + CALLING + CALLS_ALONE, {}, "out the content beside tool_calls"),
         ([ASK, {**CALLS, "tool_calls": [CALL, CALL]}], BEGIN + ONE_CALL + END, {}, "leaves out tool_calls"),
         ([ASK, {**SAY, "reasoning_content": "because"}], CHATML, {}, "leaves out reasoning_content"),
         ([ASK, {**SAY, "thinking": "because"}, ASK, SAY], CHATML, {}, "leaves out thinking"),

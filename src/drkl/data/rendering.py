@@ -226,6 +226,7 @@ def compile_jinja(template: str) -> Any:
 
 _NOT_WRITTEN = ("role", "id", "name", "tool_call_id")
 """Fields of a message that say whose it is; templates write it by their own words."""
+BESIDE_CALLS = "the content beside tool_calls"
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of one thing, each of which transformers copies to another."""
 
@@ -279,13 +280,15 @@ def _reply_after(messages: Messages, index: int) -> int:
 
 def _without_each(message: Mapping[str, Any]) -> Iterator[tuple[Sign, dict[str, Any]]]:
     """A message without each of its fields, or with another one in its place; each with the field's sign."""
-    place = (str(message["role"]), bool(message.get("content")))
+    place = (str(message["role"]), bool(message.get("content")), bool(message.get("tool_calls")))
     for name, value in message.items():
         if name in _NOT_WRITTEN or value in (None, "", [], {}):
             continue
         if name == "content":
             if message["role"] not in ("user", "assistant"):
                 yield place[:1], {**message, name: _PROBE}
+            elif message["role"] == "assistant" and message.get("tool_calls"):
+                yield (BESIDE_CALLS, *place), {**message, name: _PROBE}
         elif name in _REASONING:
             yield (name, *place), {k: v for k, v in message.items() if k not in _REASONING or v != value}
         else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from drkl.data.examples import Example, Messages
 from drkl.data.fields import REASONING, TOOL
-from drkl.data.rendering import Sign, Writer, unused_fields
+from drkl.data.rendering import BESIDE_CALLS, Sign, Writer, unused_fields
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def as_written(
     if is_plain and all((role,) in known for role in roles):
         return example
     given: dict[str, Any] = {"tools": example.tools, "template_kwargs": example.template_kwargs}
-    checked = {*(example.template_kwargs or ()), *GIVEN, *roles}
+    checked = {*(example.template_kwargs or ()), *GIVEN, BESIDE_CALLS, *roles}
     problem: DrklError | None = None
     template = "plain" if encoder_decoder else template
     is_text = Writer(tokenizer, template).kind in ("alpaca", "minillm", "plain")
