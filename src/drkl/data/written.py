@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.examples import Example, Messages
-from drkl.data.fields import REASONING
-from drkl.data.rendering import unused_fields
+from drkl.data.fields import REASONING, TOOL
+from drkl.data.rendering import BESIDE_CALLS, Sign, Writer, unused_fields
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LEARNT = (*REASONING, "tool_calls", "refusal")
 """Fields of a message that are part of what the assistant says."""
+GIVEN = (*LEARNT, "tools", "functions", "documents")
+"""Fields of a message that change what the models see."""
 
 
 def has_more(message: Mapping[str, Any]) -> bool:
@@ -28,7 +30,7 @@ def as_written(
     example: Example,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-    known: set[str],
+    known: set[Sign],
     *,
     encoder_decoder: bool = False,
 ) -> Example:
@@ -38,30 +40,32 @@ def as_written(
         example: the conversation.
         tokenizer: whose chat template it is.
         template: as ``data.template``; an encoder-decoder has none.
-        known: the roles that the template is known to write; others are added once they are.
+        known: what the template is known to write, as `unused_fields` has it; what is found is added.
         encoder_decoder: whether an encoder reads the prompt.
 
     Raises:
         DrklError: the template leaves out something that changes what is learnt, or fails.
     """
     roles = {str(message["role"]) for message in example.messages} - {"user", "assistant"}
-    is_plain = not (example.tools or example.template_kwargs or any(map(has_more, example.messages)))
-    if is_plain and roles <= known:
+    has_fields = any(name in message for message in example.messages for name in GIVEN)
+    is_plain = not (example.tools or example.template_kwargs or has_fields)
+    if is_plain and all((role,) in known for role in roles):
         return example
     given: dict[str, Any] = {"tools": example.tools, "template_kwargs": example.template_kwargs}
-    checked = {"tools", *(example.template_kwargs or ()), *LEARNT, *roles}
+    checked = {*(example.template_kwargs or ()), *GIVEN, BESIDE_CALLS, *roles}
     problem: DrklError | None = None
+    template = "plain" if encoder_decoder else template
+    is_text = Writer(tokenizer, template).kind in ("alpaca", "minillm", "plain")
     for messages in (example.messages, with_json_arguments(example.messages)):
         try:
-            unused = unused_fields(tokenizer, messages, "plain" if encoder_decoder else template, **given)
+            unused = unused_fields(tokenizer, messages, template, known=known, **given)
         except DrklError as error:
             problem = problem or error
             continue
-        left_out = [name for name in unused if name in checked]
+        left_out = [name for name in unused if name in checked] + ([TOOL] if is_text and TOOL in roles else [])
         if not left_out:
-            known |= roles
             return replace(example, messages=messages)
-        where = "An encoder-decoder reads texts alone" if encoder_decoder else _name(tokenizer, template)
+        where = "The prompt of an encoder-decoder" if encoder_decoder else _name(tokenizer, template)
         problem = problem or _left_out(left_out, roles, where)
         if "tool_calls" not in left_out:
             break
@@ -95,6 +99,6 @@ def _name(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 def _left_out(names: list[str], roles: set[str], where: str) -> DrklError:
     what = [f"messages of the role {name!r}" if name in roles else name for name in names]
     return DrklError(
-        f"{where} does not write {', '.join(what)}, which the row has, so the models would not see it. Choose a "
-        f"tokenizer (or data.template) that does, write it into the texts, or remove it from the rows."
+        f"{where} leaves out {', '.join(what)}, which the row has, so the models would not see it. Choose a tokenizer "
+        "(or data.template) that writes it, put it into the texts, or remove it from the rows."
     )
