@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from drkl.errors import DrklError
 from drkl.models.config import PeftConfig
@@ -347,7 +347,10 @@ def read_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
         raise DrklError(
             f"The adapter in {folder!r} does not fit its base model: {'; '.join(parts) or 'its file is empty'}. {cure}"
         )
-    return merge_adapter(adapter)
+    merged = merge_adapter(adapter)
+    if (Path(folder) / "generation_config.json").is_file():  # where it was taught to stop, which its base was not
+        merged.generation_config = GenerationConfig.from_pretrained(folder)
+    return merged
 
 
 def _read_weights(folder: str) -> dict[str, Tensor]:

@@ -192,6 +192,8 @@ class DistillationTrainer(Trainer):
             )
         for note in pair.notes:
             _log.info(note)
+        if pair.ends is not None and pair.ends.differ and args.process_index == 0:
+            _log.warning("Warning: %s", pair.ends.warning())
         self.run = RunFolder(Path(str(args.output_dir)))
         world_size = args.world_size
         steps, ends = plan_run([row.length for row in pair.rows], args, world_size)
