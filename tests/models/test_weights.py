@@ -288,7 +288,9 @@ def test_a_pooler_that_no_part_uses_stays_in_the_file(tmp_path: Path) -> None:
 
 def test_a_classifier_is_no_language_model(tmp_path: Path) -> None:
     model = LlamaForSequenceClassification(tiny.llama().config)
-    with pytest.raises(DrklError, match=r"no place for \(score\.weight\).*train a classifier with task: classification"):
+    with pytest.raises(
+        DrklError, match=r"no place for \(score\.weight\).*train a classifier with task: classification"
+    ):
         load_model(saved(tmp_path, model), "fp32")
 
 

@@ -60,9 +60,7 @@ def own_report() -> Iterator[None]:
         logger.removeFilter(is_other)
 
 
-def check_weights(
-    model: PreTrainedModel, report: Mapping[str, Any], name: str, *, new_head: bool = False
-) -> list[str]:
+def check_weights(model: PreTrainedModel, report: Mapping[str, Any], name: str, *, new_head: bool = False) -> list[str]:
     """Raise DrklError unless every weight of a loaded model came from its file, and is a finite number.
 
     What the family ties or makes anew (a tied head, buffers, masks) is left out of the report by transformers.
@@ -169,7 +167,7 @@ def _rename(what: str, new_name: str, name: str) -> str:
     folder = name if Path(name).is_dir() else "FOLDER"
     line = (
         "import pathlib, safetensors.torch as s; "
-        f"[s.save_file({{{new_name}: v for k, v in s.load(f.read_bytes()).items()}}, f, {{\"format\": \"pt\"}}) "
+        f'[s.save_file({{{new_name}: v for k, v in s.load(f.read_bytes()).items()}}, f, {{"format": "pt"}}) '
         f'for f in pathlib.Path({_quoted(folder)}).glob("*.safetensors")]'
     )
     first = "" if folder == name else f" (after hf download {name} --local-dir FOLDER)"
