@@ -123,11 +123,12 @@ class Writer:
         import jinja2
 
         roles = ", ".join(str(message.get("role")) for message in messages)
+        template = _with_fixed_date(self.chat_template)
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=None if self.tools is None else list(self.tools),
-                chat_template=_with_fixed_date(self.chat_template),
+                chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **(self.template_kwargs or {}),
@@ -137,7 +138,10 @@ class Writer:
                 f"The tokenizer's chat template is not valid jinja: {str(error).rstrip('.')}.{_WAY_OUT}"
             ) from error
         except jinja2.TemplateError as error:
-            raise DrklError(f"The tokenizer's chat template refuses the roles {roles}: {error}") from error
+            raise DrklError(
+                f"The tokenizer's chat template refuses the roles {roles}: {str(error).rstrip('.')}. Change such rows, "
+                "or set data.template to alpaca, plain or jinja text."
+            ) from error
         # A template is somebody's code: it may fail in any way.
         except Exception as error:
             raise DrklError(
@@ -191,6 +195,17 @@ def _with_fixed_date(template: str) -> str:
         return template
     codes = "".join(f"|replace('%{code}', '{DATE.strftime(f'%{code}')}')" for code in _CODES)
     return f"{{% macro {CLOCK}(format) %}}{{{{ format{codes} }}}}{{% endmacro %}}\n{template}"
+
+
+def date_told(tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> str | None:
+    """Return `DATE` in words where a chat template asks for today's date, else None.
+
+    Raises:
+        DrklError: as `Writer.kind`.
+    """
+    templates = tokenizer.chat_template if Writer(tokenizer, template).kind == "chat" else None
+    text = "".join(templates.values()) if isinstance(templates, Mapping) else templates or ""
+    return f"{DATE:%d %B %Y}" if CLOCK in text else None
 
 
 CLOCK = "strftime_now"
