@@ -72,6 +72,12 @@ def test_a_template_that_puts_texts_together_is_given_arguments_as_text() -> Non
     assert text(row.trained_ids) == 'CALL f {"x": 1}<|im_end|>hello<|im_end|>'
 
 
+def test_a_template_that_would_write_an_object_as_python_does_is_given_json() -> None:
+    template = FULL.replace("{{ c.function.arguments | tojson }}", "{{ c.function.arguments }}")
+    (row,), _ = rows(TALK, template, turns="all")
+    assert text(row.trained_ids) == 'CALL f {"x": 1}<|im_end|>hello<|im_end|>'
+
+
 def test_a_tool_that_answers_nothing_is_no_empty_prompt() -> None:
     assert rows([ASK, CALLS, {**ANSWER, "content": ""}, SAY])[1].kept == 1
 
