@@ -61,7 +61,7 @@ def encode_prompt(
 
     Args:
         tokenizer: its bos stands first where it adds one itself, except in chat, minillm and in jinja text that
-            writes ``bos_token``.
+            writes ``bos_token``; never twice.
         messages: ``{"role", "content"}``, first to last, and other fields, which a chat template and jinja text are
             given too.
         template: a name of ``NAMES``, ``chat:NAME`` for one of several chat templates, or jinja text.
@@ -350,13 +350,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _encode_from_start(writer: Writer, text: str) -> list[int]:
-    """Encode text that begins a sequence; some templates write their own bos, or want none."""
+    """Encode text that begins a sequence; some templates and texts write their own bos, or want none."""
     tokenizer = writer.tokenizer
     ids = _encode(tokenizer, text)
-    if tokenizer.bos_token_id is None or writer.kind in ("chat", "minillm") or "bos_token" in writer.template:
+    bos = as_ids(tokenizer.bos_token_id)
+    if not bos or ids[:1] == bos or writer.kind in ("chat", "minillm") or "bos_token" in writer.template:
         return ids
-    adds_bos = tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id, *ids] if adds_bos else ids
+    adds_bos = tokenizer("a", verbose=False)["input_ids"][:1] == bos
+    return [*bos, *ids] if adds_bos else ids
 
 
 class _Stream:
