@@ -284,7 +284,9 @@ def is_number(value: Any) -> bool:
 
 def names_of(row: Mapping[str, Any]) -> str:
     """Return the names of an object's fields, for errors."""
-    return ", ".join(str(name) for name in row) if row else "no fields"
+    # A blank beside a name would not be seen.
+    names = [repr(name) if isinstance(name, str) and name != name.strip() else str(name) for name in row]
+    return ", ".join(names) or "no fields"
 
 
 def kind_of(value: Any) -> str:

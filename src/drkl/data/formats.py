@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from drkl.data.fields import names_of
 from drkl.errors import DrklError
 
 SUMMARISE = "Summarize the following abstract in one sentence."
@@ -150,7 +151,7 @@ def _two_shapes(place: str, one: Shape, other: Shape) -> DrklError:
 
 
 def _no_shape(place: str, row: Mapping[str, Any], row_format: str) -> DrklError:
-    message = f"{place}: expected {_EXPECTED[row_format]}; found {', '.join(map(str, row)) if row else 'no fields'}."
+    message = f"{place}: expected {_EXPECTED[row_format]}; found {names_of(row)}."
     if "chosen" in row or "rejected" in row:
         return DrklError(
             f"{message} Pairs of a chosen and a rejected answer are for preference training, which is not here. To "

@@ -39,20 +39,32 @@ def listed_ends(model: Name | PreTrainedModel, tokenizer: Any, **options: Any) -
     where = {name: options[name] for name in _PLACES if name in options}
     settings = model.generation_config if isinstance(model, PreTrainedModel) else _settings_of(model, where)
     ids = [token for token in as_ids(getattr(settings, "eos_token_id", None)) if token < len(tokenizer)]
-    if not isinstance(settings, GenerationConfig) or getattr(settings, "_from_model_config", False):
+    if _derived(settings):
         specials = set(special_tokens(tokenizer).values())
         ids = [token for token in ids if token in specials]
     return ids
 
 
 def _settings_of(name: Name, options: dict[str, Any]) -> Any:
-    if name != smollm2.NAME or smollm2.is_converted():  # converting takes a while, and its config says the same
-        for source in (resolve_model(name), adapter_base(str(name))):
-            try:
-                return GenerationConfig.from_pretrained(source, **options) if source is not None else None
-            except OSError:  # none there
-                continue
+    """The generation_config of a folder or id (of an adapter its own, or its base's), or else its config."""
+    if name == smollm2.NAME and not smollm2.is_converted():
+        return load_config(name)  # converting takes a while, and the config says the same
+    source = resolve_model(name)
+    for place in (source, adapter_base(source)):
+        try:
+            if place is not None:
+                return GenerationConfig.from_pretrained(place, **options)
+        except OSError:  # none there
+            continue
     return load_config(name, **options)
+
+
+def _derived(settings: Any) -> bool:
+    """Whether the settings are a config's, untouched."""
+    if not isinstance(settings, GenerationConfig):
+        return True
+    untouched = getattr(settings, "_original_object_hash", None) == hash(settings)
+    return bool(getattr(settings, "_from_model_config", False)) and untouched
 
 
 def stops_of(model: PreTrainedModel, tokenizer: Any, template: str = "auto", taught: Iterable[int] = ()) -> list[int]:
