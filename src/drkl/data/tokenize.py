@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.examples import Example, free_id, hash_of_id
-from drkl.data.rendering import date_told
+from drkl.data.rendering import Sign, date_told
 from drkl.data.seq2seq import encode_source, encode_target, tokens_around
 from drkl.data.template import Turns, encode_last, encode_prompt, encode_turns
 from drkl.data.written import as_written, has_more
@@ -161,7 +161,7 @@ def tokenize_examples(
     texts: dict[float, list[Example]] = {}
     report = DropReport()
     shortest: int | None = None
-    written: set[str] = set()
+    written: set[Sign] = set()
     for example in examples:
         reason = _empty(example, turns)
         if reason is None and example.is_text:
