@@ -548,6 +548,7 @@ def generate(
             max_new_tokens=length,
             seed=seed,
             greedy=greedy,
+            template=config.data.prompt_template,
         )
         answers[name] = [answer.text for answer in generations[0]]
     print_side_by_side(answers)
@@ -577,7 +578,7 @@ def data(
     from drkl.data.survey import survey
     from drkl.models.load import quiet_transformers
     from drkl.models.pair import check_rows
-    from drkl.training.spec import fitted, run_classes, run_configs, run_room, run_tokenizer
+    from drkl.training.spec import fitted, run_classes, run_configs, run_ends, run_room, run_tokenizer
 
     loaded, notes = load_config(config, overrides or [])
     for note in notes:
@@ -587,8 +588,10 @@ def data(
     tokenizer, classes = run_tokenizer(specs), run_classes(specs)
     configs = run_configs(specs[0], tokenizer, classes)
     room = run_room(configs, classes)
+    kind: dict[str, Any] = {"classes": classes, "encoder_decoder": room.separate, "room": room}
+    kind["ends"] = () if classes is not None else run_ends(specs[0], tokenizer)
     for section in dict.fromkeys(spec.data for spec in fitted(specs, room)):
-        surveys = survey(section, tokenizer, classes=classes, encoder_decoder=room.separate, room=room)
+        surveys = survey(section, tokenizer, **kind)
         for part in surveys:
             check_rows(part.rows, configs)
         print_surveys(surveys, tokenizer)

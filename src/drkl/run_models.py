@@ -30,7 +30,7 @@ from drkl.models.student import make_student
 from drkl.objectives import Objective
 from drkl.objectives.decoupled import GAMMA
 from drkl.runs import RunFolder
-from drkl.training.spec import RunSpec, has_encoder, run_room
+from drkl.training.spec import RunSpec, has_encoder, run_ends, run_room
 
 
 def evaluate_run(
@@ -154,11 +154,14 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
     room = run_room(configs, classes)
     data = with_protocol(last.data.fitted(room), protocol)
     encoder_decoder = classes is None and has_encoder(first, tokenizer)
+    ends = () if classes is not None else run_ends(first, tokenizer)
     described: dict[str, Any]
     names: list[str] | None = None
     rows: Any
     if suites:
-        rows, names, described = suite_rows(suites, data, tokenizer, encoder_decoder=encoder_decoder, room=room)
+        rows, names, described = suite_rows(
+            suites, data, tokenizer, encoder_decoder=encoder_decoder, ends=ends, room=room
+        )
     else:
         if data.eval_path == NO_ROWS:
             raise DrklError(
@@ -166,7 +169,9 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
                 "a test set in suites, or measure its student on other rows: drkl.evaluate(student, teacher, rows)."
             )
         heldout = read_shares(data, classifier=last.classifies)[1]
-        rows, report = make_rows(heldout, data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, room=room)
+        rows, report = make_rows(
+            heldout, data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends, room=room
+        )
         described = {
             "path": data.path, "dataset": data.dataset, "sources": [source.name for source in data.sources],
             "eval_path": data.eval_path, **account(report, rows),
@@ -182,7 +187,10 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
     }
     facts = {"models": {name: descriptions[name] for name in models}, "protocol": protocol, "template": data.template}
     name = str(last.run.name)
-    return Inputs(models, tokenizer, rows, names, device, described, shared, classes, float(gamma), facts, name, room)
+    return Inputs(
+        models, tokenizer, rows, names, device, described, shared, classes, float(gamma), facts, name,
+        data.template, room,
+    )  # fmt: skip
 
 
 def evaluation_models(

@@ -38,9 +38,11 @@ def test_messages(tmp_path: Path) -> None:
     assert (row.prompt_text, row.response) == ("user 3", "assistant 4")
 
 
-def test_auto_takes_messages_where_a_row_has_both(tmp_path: Path) -> None:
+def test_the_format_says_which_of_two_shapes_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"prompt": "p", "response": "r", **messages("user", "assistant")})
-    assert read_examples(path)[0].prompt_text == "user 0"
+    with pytest.raises(DrklError, match=r"a\.jsonl:1: the columns fit two shapes: messages \(OpenAI\), and prompt and"):
+        read_examples(path)
+    assert read_examples(path, "messages")[0].prompt_text == "user 0"
     assert read_examples(path, "prompt_response")[0].prompt_text == "p"
 
 

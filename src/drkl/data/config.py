@@ -7,11 +7,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from drkl.data.lengths import MAX_PROMPT_TOKENS, MAX_TOKENS, NO_LIMIT, Lengths, Room, fit_lengths
-from drkl.data.template import check_template
+from drkl.data.rendering import check_template
 
 NO_ROWS = "none"
 """What ``eval_path`` says where nothing is held out."""
-Format = Literal["auto", "prompt_response", "messages", "text_label", "text"]
+Format = Literal[
+    "auto", "prompt_response", "prompt_completion", "instruction", "messages", "conversations", "text_label", "text"
+]
 
 
 class TokenizerConfig(BaseModel):
@@ -92,8 +94,9 @@ class DataConfig(BaseModel):
     )
     format: Format = Field(
         default="auto",
-        description="Fields of a row: prompt_response (and optional input), messages, text_label (the label is learnt "
-        "as a response) or text (plain text, in blocks of max_tokens). auto takes the first that fits the row.",
+        description="Fields of a row: prompt_response (and optional input), prompt_completion (TRL), instruction (with "
+        "output: Alpaca), messages (OpenAI), conversations (ShareGPT), text_label (the label is learnt as a response) "
+        "or text (plain text, in blocks of max_tokens). auto takes the one that fits the row; needed where two fit.",
     )
     turns: Literal["last", "all"] = Field(
         default="last",
@@ -106,6 +109,12 @@ class DataConfig(BaseModel):
         "jinja text that uses prompt or messages. auto is chat if the tokenizer has a template, else alpaca. An "
         "encoder-decoder reads the prompt unchanged.",
     )
+    src_lang: str | None = Field(
+        default=None,
+        description="Source language of a translation model, as its tokenizer spells it: en_XX (mBART), eng_Latn "
+        "(NLLB), en (M2M-100). Default: the tokenizer's own.",
+    )
+    tgt_lang: str | None = Field(default=None, description="Target language of a translation model, likewise.")
     max_prompt_tokens: int = Field(
         default=MAX_PROMPT_TOKENS,
         gt=0,

@@ -178,6 +178,12 @@ def _runs(learnt: Sequence[bool]) -> Spans:
 
 def _unpadded(place: str, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """The tokens that are no padding, and the attention mask."""
+    for name in ("completion_mask", "assistant_masks", "loss_mask", "loss_weights"):
+        if row.get(name) is not None:
+            raise DrklError(
+                f"{place}: {name} is not read: labels alone say what is learnt. Set them to -100 where {name} is 0, "
+                "and remove the column."
+            )
     ids = _ids(place, row, "input_ids", least=0)
     mask = [1] * len(ids) if row.get("attention_mask") is None else _ids(place, row, "attention_mask", least=0)
     if len(mask) != len(ids):

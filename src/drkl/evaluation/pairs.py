@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from drkl.data.config import DataConfig
 from drkl.data.lengths import NO_LIMIT, Room, fit_lengths
 from drkl.data.rows import Rows, dataset_items, rows_from
+from drkl.data.seq2seq import set_languages
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import Source
@@ -24,6 +25,7 @@ from drkl.evaluation.suites import name_rows, parse_suite, read_suite
 from drkl.models.classes import check_classes, class_names, is_classifier
 from drkl.models.config import StudentConfig
 from drkl.models.context import room_of
+from drkl.models.ends import listed_ends
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from drkl.models.pair import check_rows, check_same_family, check_tokenizers, shared_vocabulary
@@ -57,6 +59,8 @@ class Inputs(NamedTuple):
     """Settings for the record: what the models are, the template, the protocol."""
     name: str = "evaluation"
     """The run's, or the student's."""
+    template: str = "auto"
+    """How the prompts are written, as `DataConfig.template`."""
     room: Room = NO_LIMIT
     """The models' context."""
 
@@ -125,15 +129,13 @@ def pair_inputs(
             check_classes(kinds_of["teacher"], classes, names["teacher"])
     elif teacher is not None:
         check_same_family(configs["student"], configs["teacher"], names["student"], names["teacher"])
+    ends = [] if classifier else listed_ends(models.get("teacher", models["student"]), tokenizer)
+    kind: dict[str, Any] = {"encoder_decoder": encoder_decoder, "ends": ends, "room": room}
     suite_names: list[str] | None = None
     if suites:
-        examples, suite_names, described = suite_rows(
-            suites, section, tokenizer, encoder_decoder=encoder_decoder, room=room, max_rows=max_rows
-        )
+        examples, suite_names, described = suite_rows(suites, section, tokenizer, **kind, max_rows=max_rows)
     else:
-        examples, described = _rows(
-            rows, section, tokenizer, classes, max_rows, encoder_decoder=encoder_decoder, room=room
-        )
+        examples, described = _rows(rows, section, tokenizer, classes, max_rows, **kind)
     vocab_size = None
     check_rows(examples, configs)
     if not classifier and teacher is not None:
@@ -142,7 +144,7 @@ def pair_inputs(
         vocab_size = shared["shared"] if shared is not None else None
     return Inputs(
         sources, tokenizer, examples, suite_names, picked, described, vocab_size, classes, GAMMA, facts,
-        Path(names["student"].removeprefix(f"{IN_MEMORY}: ")).name, room,
+        Path(names["student"].removeprefix(f"{IN_MEMORY}: ")).name, section.template, room,
     )  # fmt: skip
 
 
@@ -152,6 +154,7 @@ def suite_rows(
     tokenizer: Any,
     *,
     encoder_decoder: bool,
+    ends: Sequence[int] = (),
     room: Room = NO_LIMIT,
     max_rows: int | None = None,
 ) -> tuple[list[Any], list[str], dict[str, Any]]:
@@ -160,6 +163,7 @@ def suite_rows(
     Raises:
         DrklError: an unknown suite, one named twice, or one without a row that can be used.
     """
+    set_languages(tokenizer, config.src_lang, config.tgt_lang)
     rows: list[Any] = []
     names: list[str] = []
     described: dict[str, Any] = {}
@@ -172,7 +176,7 @@ def suite_rows(
             examples = name_rows(examples, suite.name)
         try:
             tokenised, report = rows_from(
-                examples, tokenizer, **config.row_settings, encoder_decoder=encoder_decoder, room=room
+                examples, tokenizer, **config.row_settings, encoder_decoder=encoder_decoder, ends=ends, room=room
             )
         except DrklError as error:
             raise DrklError(f"Suite {suite.name!r}: {error}") from error
@@ -210,6 +214,7 @@ def _rows(
     max_rows: int | None,
     *,
     encoder_decoder: bool,
+    ends: Sequence[int],
     room: Room,
 ) -> tuple[Rows, dict[str, Any]]:
     is_path = isinstance(rows, str | os.PathLike)
@@ -218,8 +223,9 @@ def _rows(
     if max_rows is not None:
         rows = [row for _, row in itertools.islice(dataset_items(rows, name), max_rows)]
     examples, report = rows_from(
-        rows, tokenizer, classes=classes, encoder_decoder=encoder_decoder, name=name, room=room, **section.row_settings
-    )
+        rows, tokenizer, classes=classes, encoder_decoder=encoder_decoder, name=name, ends=ends, room=room,
+        **section.row_settings,
+    )  # fmt: skip
     return examples, {"path": source, **account(report, examples)}
 
 

@@ -33,6 +33,7 @@ from drkl.training.spec import (
     is_two_class,
     run_classes,
     run_configs,
+    run_ends,
     run_room,
     run_tokenizer,
     tokenizer_name,
@@ -95,11 +96,14 @@ class Resources:
         self.listener.on_message(f"Learnt a tokenizer of {len(learnt)} tokens from the training text.")
         self._tokenizers[tokenizer_name(specs[0])] = learnt
 
-    def rows(self, config: DataConfig, tokenizer_name: str, *, encoder_decoder: bool) -> Loaded:
+    def rows(
+        self, config: DataConfig, tokenizer_name: str, *, encoder_decoder: bool, ends: Sequence[int] = ()
+    ) -> Loaded:
         key = (config, tokenizer_name, encoder_decoder)
         if key not in self._rows:
             shares = read_shares(config, classifier=self.classes is not None)
-            kind: dict[str, Any] = {"classes": self.classes, "encoder_decoder": encoder_decoder, "room": self.room}
+            kind: dict[str, Any] = {"classes": self.classes, "encoder_decoder": encoder_decoder, "ends": ends}
+            kind["room"] = self.room
             train, report = make_rows(shares[0], config, self.tokenizer(tokenizer_name), **kind)
             message = f"Training data: {report.summary()}"
             heldout: Rows = []
@@ -152,9 +156,10 @@ def distill(
     encoder_decoder = resources.classes is None and has_encoder(first, resources.tokenizer(name))
     resources.room = run_room(run_configs(first, resources.tokenizer(name), resources.classes), resources.classes)
     specs = fitted(specs, resources.room)
+    ends = () if resources.classes is not None else run_ends(first, resources.tokenizer(name))
     for spec in specs:
         training_config(spec, resources.device)
-        resources.rows(spec.data, name, encoder_decoder=encoder_decoder)
+        resources.rows(spec.data, name, encoder_decoder=encoder_decoder, ends=ends)
     # The line that made the run is what repeats it, also where another one finished it.
     made_by = last.read_env().get("command") if mode == "resume" else None
     command = made_by or (None if command is None else list(command))
