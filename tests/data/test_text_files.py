@@ -175,6 +175,7 @@ BROKEN = [
         r"a\.jsonl:1: not valid JSON: a comma follows an object\. Write",
     ),
     ("a.jsonl", '{"id": ' + "9" * 5000 + "}", r"a\.jsonl:1: a number has too many digits; write it as text, in quotes"),
+    ("a.jsonl", "[1]", r"a\.jsonl:1: expected an object .*; found a list"),
     ("a.jsonl", '\n{"a": {"b": 1, "b": 2}}', r"a\.jsonl:2: an object has two keys 'b'; rename one of them"),
     ("a.json", '[{"a": 1, "a": 2}]', r"a\.json:1: an object has two keys 'a'"),
 ]
@@ -198,7 +199,8 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, name: str, text: str, me
         ),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", r"is not UTF-8 text .* Unpack it first; \.gz, \.bz2 and \.xz are read"),
         ("data.arrow", b"\xff\xff", r"is not UTF-8 text .* Name the folder that it lies in as data\.dataset"),
-        ("a.csv", b"\xff\xfea", r"begins as UTF-16 and is not: "),
+        ("a.csv", b"\xff\xfea\0,", r"is not UTF-16 text \(byte \d\), in line 1\. Save it as UTF-8"),
+        ("a.jsonl", b"\xff\xfe{}", r"is not UTF-8 text \(byte 0\), in line 1\. Save it as UTF-8"),
     ],
 )
 def test_files_that_are_no_text(tmp_path: Path, name: str, content: bytes, message: str) -> None:

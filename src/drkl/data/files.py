@@ -31,6 +31,7 @@ _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
+_ASCII = re.compile(r"[\x01-\x7f]")
 _WAYS_OUT = {
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "Save the sheet as csv (UTF-8)."),
     **dict.fromkeys((".zip", ".zst", ".tar", ".7z"), "Unpack it first; .gz, .bz2 and .xz are read as they are."),
@@ -94,13 +95,17 @@ def _text(file: Path) -> str:
         raise DrklError(f"Cannot read {name!r}: {getattr(error, 'strerror', None) or error}.{way_out}") from error
     encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
     try:
-        return data.decode(encoding)
+        text = data.decode(encoding)
+        if encoding in ("utf-16", "utf-32") and not _ASCII.search(text):
+            # Every format has some ASCII, a comma or a line break: the bytes were no mark.
+            encoding = "utf-8"
+            text = data.decode(encoding)
+        return text
     except UnicodeDecodeError as error:
-        if encoding != "utf-8":
-            raise DrklError(f"{name!r} begins as {encoding.upper()} and is not: {error.reason}.") from error
         line = data.count(b"\n", 0, error.start) + 1
         way_out = _WAYS_OUT.get(suffix, "Save it as UTF-8, or name a text file.")
-        raise DrklError(f"{name!r} is not UTF-8 text (byte {error.start}), in line {line}. {way_out}") from error
+        kind = encoding.removesuffix("-sig").upper()
+        raise DrklError(f"{name!r} is not {kind} text (byte {error.start}), in line {line}. {way_out}") from error
 
 
 # json -------------------------------------------------------------------------------------------------------------
@@ -183,7 +188,8 @@ def _only_value(value: Any, place: str, name: str) -> Rows:
             value = value[lists[0]]
         elif columns:
             value = [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
-    if not isinstance(value, list):
+    one_a_line = _suffix(Path(name)) != ".json"
+    if not isinstance(value, list) or (one_a_line and value and not isinstance(value[0], dict)):
         yield place, value
         return
     for number, row in enumerate(value, start=1):
