@@ -141,7 +141,9 @@ def test_the_date_is_told_and_said() -> None:
     )
 
 
-@pytest.mark.parametrize("code", ["%d %b %Y", "%B %d, %Y", "%Y-%m-%d", "%A", "%-d/%-m/%y", "%H:%M:%S", "%j", "%x"])
+@pytest.mark.parametrize(
+    "code", ["%d %b %Y", "%B %d, %Y", "%Y-%m-%d", "%A", "%-d/%-m/%y", "%H:%M:%S", "%e %F %D", "%x"]
+)
 def test_every_way_to_write_the_date(code: str) -> None:
     from datetime import datetime
 

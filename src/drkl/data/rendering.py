@@ -193,7 +193,8 @@ def _with_fixed_date(template: str) -> str:
     """A chat template in which ``strftime_now`` writes `DATE`: arguments of a template cannot be functions."""
     if CLOCK not in template:
         return template
-    codes = "".join(f"|replace('%{code}', '{DATE.strftime(f'%{code}')}')" for code in _CODES)
+    words = {code: DATE.strftime(code) for code in map("%{}".format, _CODES)} | _WORDS
+    codes = "".join(f"|replace('{code}', '{word}')" for code, word in words.items())
     return f"{{% macro {CLOCK}(format) %}}{{{{ format{codes} }}}}{{% endmacro %}}\n{template}"
 
 
@@ -210,7 +211,9 @@ def date_told(tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> str
 
 CLOCK = "strftime_now"
 """The function by which a chat template asks for the date."""
-_CODES = ("-d", "-m", *"aAbBcdDeFfGHIjmMpSuUVwWxXyYzZ")
+_CODES = "aAbBcdfGHIjmMpSuUVwWxXyYzZ"
+# Those that not every system knows.
+_WORDS = {"%-d": "26", "%-m": "7", "%e": "26", "%D": "07/26/24", "%F": "2024-07-26", "%T": "00:00:00"}
 _WAY_OUT = " Give the tokenizer another chat_template, or set data.template to alpaca, plain or jinja text."
 
 
