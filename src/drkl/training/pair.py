@@ -18,10 +18,11 @@ from drkl.data.rows import Rows, rows_from
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
 from drkl.models.adapter import adapter_start, add_adapter, changes_base, check_adapter
+from drkl.models.check import check_student
 from drkl.models.classes import check_classes, class_names, is_classifier
 from drkl.models.config import StudentConfig
 from drkl.models.ends import check_languages, listed_ends, set_ends, stops_of
-from drkl.models.forward import check_head, is_encoder_decoder, lm_head
+from drkl.models.forward import is_encoder_decoder, lm_head
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer, model_note
 from drkl.models.pair import SharedTokens, check_rows, check_same_family, check_tokenizers, shared_vocabulary
 from drkl.models.precision import resolve_dtype
@@ -155,7 +156,7 @@ def make_pair(
     if classes is not None:
         student.config.get_text_config().pad_token_id = _pad_id(tokenizer)  # decoders find a text's end by it
     if classes is None:
-        check_head(student)
+        check_student(student)
         vocabulary = _compare_vocabularies(student, teacher, shared, tokenizer, everything, notes)
         check_languages(tokenizer, {"student": student, "teacher": None if teacher is None else teacher.model})
         language_rows: Any = rows
