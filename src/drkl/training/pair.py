@@ -149,7 +149,8 @@ def make_pair(
         eval_rows, _ = _tokenize(eval_dataset, "eval_dataset", tokenizer, student, classes, args, ends)
     everything: list[Any] = [*rows, *eval_rows]
     _check_rows(everything, student, teacher)
-    notes: list[str] = []
+    # The command line says what there is to say of its rows where it reads them.
+    notes = [] if isinstance(train_dataset, TokenisedRows) else list(report.notes)
     vocabulary = None
     if classes is not None:
         student.config.get_text_config().pad_token_id = _pad_id(tokenizer)  # decoders find a text's end by it
