@@ -410,6 +410,8 @@ def nothing_left(report: DropReport, max_prompt_tokens: int, shortest: int | Non
     message = f"None of the {total} rows can be used: {reasons}."
     if "prompt_too_long" in report.dropped:
         message += f" The shortest prompt has {shortest} tokens; raise data.max_prompt_tokens ({max_prompt_tokens})."
-    if report.dropped.keys() - {"prompt_too_long"}:
+    if "weight_0" in report.dropped:
+        message += " Give a reply the weight 1, or set data.turns: all if an earlier one has it."
+    if report.dropped.keys() - {"prompt_too_long", "weight_0"}:
         message += " Fill the empty fields, or use other data."
     return message
