@@ -67,8 +67,8 @@ class DataConfig(BaseModel):
 
     path: str | None = Field(
         default=None,
-        description="Training rows: a file (jsonl, json, csv, tsv, parquet, txt), or data that ships with drkl, such as "
-        "bundled:dolly. Give exactly one of path, dataset and sources.",
+        description="Training rows: a file (jsonl, json, csv, tsv, parquet, txt), or data that ships with drkl, such "
+        "as bundled:dolly. Give exactly one of path, dataset and sources.",
     )
     dataset: str | None = Field(
         default=None,
