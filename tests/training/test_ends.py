@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    pipeline,
+)
 
 import drkl
 from drkl.data import Example
@@ -152,7 +159,8 @@ def test_an_encoder_decoder_keeps_its_ends(tmp_path: Path) -> None:
     teacher.generation_config.eos_token_id = [4, 2]
     trainer = train(tmp_path, tiny.bart(3, layers=1), teacher, tokenizer, fields={"max_steps": 1})
     assert trainer.pair.ends is not None and trainer.pair.ends.taught == "<|im_end|>"
-    assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [4, 2]
+    saved = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "student")
+    assert saved.generation_config.eos_token_id == [4, 2] and saved.config.eos_token_id == 4
 
 
 def test_rows_that_are_tokenised_say_where_a_turn_ends(tmp_path: Path) -> None:
