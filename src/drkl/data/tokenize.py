@@ -187,7 +187,7 @@ def tokenize_examples(
                 place = len(_learnt(row.example)) - 1 if turns == "all" else -1
                 rows.append(_with_written_references(row, tokenizer, ids[slice(*spans[place])]))
                 if opening := max(openings, key=len):
-                    text = str(tokenizer.decode(opening))
+                    text = str(tokenizer.decode(opening, clean_up_tokenization_spaces=False))
                     report.openings[text] = report.openings.get(text, 0) + 1
                 continue
             reason = "prompt_too_long" if length else "empty_prompt"  # the tokenizer leaves nothing of some texts

@@ -149,7 +149,8 @@ def make_pair(
     if tokenizer is None:
         tokenizer = _tokenizer(model, teacher_model, classifier=classes is not None)
     _pad_id(tokenizer)
-    ends = [] if classes is not None else listed_ends(student if teacher is None else teacher.model, tokenizer)
+    words = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    ends = [] if classes is not None else listed_ends(student if teacher is None else teacher.model, words)
     room = _room(student, teacher, classes)
     lengths = fit_lengths(args.max_prompt_tokens, args.max_tokens, room)
     rows, report = _tokenize(train_dataset, "train_dataset", tokenizer, classes, args, ends, lengths, room)
@@ -158,7 +159,8 @@ def make_pair(
         eval_rows, _ = _tokenize(eval_dataset, "eval_dataset", tokenizer, classes, args, ends, lengths, room)
     everything: list[Any] = [*rows, *eval_rows]
     _check_rows(everything, student, teacher)
-    notes: list[str] = []
+    # The command line says what there is to say of its rows where it reads them.
+    notes = [] if isinstance(train_dataset, TokenisedRows) else list(report.notes)
     vocabulary = None
     compared = None
     if classes is not None:
@@ -166,13 +168,13 @@ def make_pair(
     if classes is None:
         check_student(student)
         vocabulary = _compare_vocabularies(student, teacher, shared, tokenizer, everything, notes)
-        check_languages(tokenizer, {"student": student, "teacher": None if teacher is None else teacher.model})
+        check_languages(words, {"student": student, "teacher": None if teacher is None else teacher.model})
         language_rows: Any = rows
-        taught = [*taught_ends(language_rows, tokenizer), *ends]
-        compared = None if teacher is None else _ends(teacher, rows, tokenizer, args)
+        taught = [*taught_ends(language_rows, words), *ends]
+        compared = None if teacher is None else _ends(teacher, rows, words, args)
         if compared is not None and compared.differ and compared.own_id is not None:
             taught.append(compared.own_id)
-        notes += set_ends(student, tokenizer, stops_of(student, tokenizer, args.template, taught))
+        notes += set_ends(student, words, stops_of(student, words, args.template, taught))
     elif teacher is not None:
         teacher.pad_id = _pad_id(tokenizer)
     if args.disable_dropout:
