@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from drkl.data.examples import parse_rows
-from drkl.data.formats import SUMMARISE, standard_row
+from drkl.data.formats import SUMMARISE
 from drkl.errors import DrklError
 
 ASK, SAY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -58,21 +58,10 @@ def test_the_ids_of_public_rows_are_kept() -> None:
     assert found[0].prompt_text == f"{SUMMARISE}\n\nOne. Two."
 
 
-def test_our_own_fields_come_first() -> None:
-    assert messages({"text": "t", "instruction": "q", "output": "a"}) == [("assistant", "t")]
-    assert messages({"text": "t", "prompt": "q", "completion": "a"}) == [("user", "q"), ("assistant", "a")]
-    assert messages({"messages": [ASK, SAY], "prompt": "x", "completion": "y"})[0] == ("user", "q")
-
-
 def test_a_demanded_format_may_be_met_by_a_public_one() -> None:
     assert messages({"prompt": "q", "completion": "a"}, "prompt_response")[1] == ("assistant", "a")
     assert messages({"prompt": [ASK], "completion": [SAY]}, "messages")[1] == ("assistant", "a")
     assert messages({"text": "t", "prompt": "q", "completion": "a"}, "text") == [("assistant", "t")]
-
-
-def test_other_rows_stay_as_they_are() -> None:
-    for row in ({"question": "?"}, {"prompt": "q"}, {"text": "t", "label": 1}, {}):
-        assert standard_row(row) is row
 
 
 @pytest.mark.parametrize(
@@ -82,17 +71,14 @@ def test_other_rows_stay_as_they_are() -> None:
          "enough: on-policy distillation.* is not there yet. Add a column response"),
         ({"prompt": [ASK]}, "A prompt alone is not enough"),
         ({"prompt": "q", "answer": "a"}, "found prompt, answer. A prompt alone is not enough"),
-        ({"chosen": "a", "rejected": "b"}, r"completion, or instruction and output; found chosen, rejected\.$"),
+        ({"chosen": "a", "rejected": "b"}, r"found chosen, rejected\. Pairs of a chosen .* name it response"),
         ({"messages": [ASK]}, "the last message has the role 'user'"),
         ({"prompt": "q", "completion": None}, "response must be text; found null"),
         ({"prompt": "q", "completion": []}, "response must be text; found an empty list"),
         ({"prompt": [], "completion": "a"}, "prompt must be text; found an empty list"),
         ({"prompt": [ASK], "completion": [ASK]}, r"messages\[1\] has the role 'user', expected 'assistant'"),
-        ({"prompt": "q", "response": "a", "tools": [{"name": "f"}]}, "row 1: the column 'tools' is not supported"),
         ({"messages": [ASK, SAY], "images": [b"png"]}, "the column 'images' is not supported"),
         ({"prompt": "q", "completion": "a", "image": object()}, "the column 'image' is not supported"),
-        ({"prompt": "q", "completion": "a", "chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
-        ({"messages": [ASK, SAY | {"tool_calls": [1]}]}, r"messages\[1\] has tool_calls, which are not supported"),
     ],
 )  # fmt: skip
 def test_what_is_refused(row: dict[str, Any], message: str) -> None:

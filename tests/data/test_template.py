@@ -112,9 +112,10 @@ def test_text_that_the_template_writes_before_the_answer_is_the_response() -> No
 def test_templates_that_refuse_or_contradict_themselves() -> None:
     with pytest.raises(DrklError, match="chat template refuses the roles system, user: Only user and assistant"):
         encode_prompt(build(LLAMA2), turns("hi", system="a"))
-    thinking = CHATML.replace("assistant\n' }}", "assistant\na\n' }}")
+    reminder = "{% if m['role'] == 'user' and loop.last %} a{% endif %}"
+    changing = "{% for m in messages %}{{ m['content'] }}" + reminder + "<|im_end|>{% endfor %}"
     with pytest.raises(DrklError, match="a whole conversation does not go on from there"):
-        encode_response(build(thinking), turns("hi", "hello"))
+        encode_response(build(changing), turns("hi", "hello"))
     deaf = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(DrklError, match="leaves the assistant's last message out"):
         encode_response(build(deaf), turns("hi", "hello"))

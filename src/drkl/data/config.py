@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from drkl.data.template import check_template
+from drkl.data.rendering import check_template
 
 NO_ROWS = "none"
 """What ``eval_path`` says where nothing is held out."""
-Format = Literal["auto", "prompt_response", "messages", "text_label", "text"]
+Format = Literal[
+    "auto", "prompt_response", "prompt_completion", "instruction", "messages", "conversations", "text_label", "text"
+]
 
 
 class TokenizerConfig(BaseModel):
@@ -65,8 +67,8 @@ class DataConfig(BaseModel):
 
     path: str | None = Field(
         default=None,
-        description="Training rows: a file (jsonl, json, csv, parquet, txt), or data that ships with drkl, such as "
-        "bundled:dolly. Give exactly one of path, dataset and sources.",
+        description="Training rows: a file (jsonl, json, csv, tsv, parquet, txt), or data that ships with drkl, such "
+        "as bundled:dolly. Give exactly one of path, dataset and sources.",
     )
     dataset: str | None = Field(
         default=None,
@@ -91,8 +93,9 @@ class DataConfig(BaseModel):
     )
     format: Format = Field(
         default="auto",
-        description="Fields of a row: prompt_response (and optional input), messages, text_label (the label is learnt "
-        "as a response) or text (plain text, in blocks of max_tokens). auto takes the first that fits the row.",
+        description="Fields of a row: prompt_response (and optional input), prompt_completion (TRL), instruction (with "
+        "output: Alpaca), messages (OpenAI), conversations (ShareGPT), text_label (the label is learnt as a response) "
+        "or text (plain text, in blocks of max_tokens). auto takes the one that fits the row; needed where two fit.",
     )
     turns: Literal["last", "all"] = Field(
         default="last",

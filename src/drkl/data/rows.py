@@ -104,7 +104,7 @@ def dataset_items(dataset: Any, name: str, row_format: str = "auto") -> Iterable
         plain = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
         return labelled_by_name(plain, name)
     if type(dataset).__module__.startswith("pandas"):
-        return _numbered(dataset.to_dict("records"), name)
+        return _numbered(dataset.astype(object).where(dataset.notna(), None).to_dict("records"), name)
     if isinstance(dataset, Mapping):
         raise DrklError(
             f"{name} is one dict with the keys {', '.join(map(str, dataset)) or 'none'}; expected a list of dicts, one "

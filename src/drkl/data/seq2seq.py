@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from drkl.data.template import instruction_text
+from drkl.data.rendering import instruction_text
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:

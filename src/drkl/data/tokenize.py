@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from drkl.data.examples import Example, hash_of_id
+from drkl.data.examples import Example, free_id, hash_of_id
 from drkl.data.seq2seq import encode_source, encode_target, tokens_around
-from drkl.data.template import Turns, encode_prompt, encode_response, encode_turns
+from drkl.data.template import Turns, encode_last, encode_prompt, encode_turns
+from drkl.data.written import as_written, has_more
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _REASONS = {
     "empty_text": "empty text",
     "empty_label": "empty label",
     "no_labels": "no token to learn",
+    "weight_0": "weight 0, so no reply to learn",
     "text_too_long": "text longer than max_tokens",
 }
 
@@ -138,6 +140,7 @@ def tokenize_examples(
     texts: dict[float, list[Example]] = {}
     report = DropReport()
     shortest: int | None = None
+    written: set[str] = set()
     for example in examples:
         reason = _empty(example, turns)
         if reason is None and example.is_text:
@@ -145,14 +148,22 @@ def tokenize_examples(
             continue
         if reason is None:
             try:
-                ids, spans = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder)
+                example = as_written(example, tokenizer, template, written, encoder_decoder=encoder_decoder)
+                encoded = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder)
             except DrklError as error:
                 raise DrklError(f"Row {example.id!r}: {error}") from error
-            length = spans[0][0]
+            ids, spans, openings = encoded
+            length = spans[0][0] + len(openings[0])
             shortest = length if shortest is None else min(shortest, length)
             if length <= max_prompt_tokens:
-                report.responses_cut += len(ids) > max_tokens
-                row = row_of_spans(example, ids, spans, max_tokens)
+                report.responses_cut += spans[-1][1] > max_tokens
+                row = row_of_spans(example, ids, spans, max_tokens, openings)
+                if has_more(row.example.messages[-1]):
+                    # A sample is compared with all that the template writes, calls and reasoning too.
+                    start, stop = spans[len(_learnt(row.example)) - 1 if turns == "all" else -1]
+                    answer = tokenizer.decode(ids[start:stop], skip_special_tokens=True)
+                    references = (str(answer), *example.references)
+                    row = replace(row, example=replace(row.example, references=references))
                 rows.append(replace(row, encoder_decoder=True) if encoder_decoder else row)
                 continue
             reason = "prompt_too_long"
@@ -204,7 +215,7 @@ def weigh(rows: Sequence[Row]) -> list[Row]:
     repeated = []
     for copy in range(max(share.values(), default=0)):
         chosen = [row for row in rows if share[row.id] > copy]
-        repeated += chosen if not copy else [replace(row, id=f"{row.id}#{copy + 1}") for row in chosen]
+        repeated += chosen if not copy else [replace(row, id=free_id(f"{row.id}#{copy + 1}", share)) for row in chosen]
     return repeated
 
 
@@ -214,16 +225,25 @@ def _encode(
     """The ids of a conversation, and the turns that are learnt."""
     if encoder_decoder:
         source, target = encode_source(tokenizer, example.prompt_messages), encode_target(tokenizer, example.response)
-        return Turns(source + target, [(len(source), len(source) + len(target))])
+        return Turns(source + target, [(len(source), len(source) + len(target))], [[]])
     start = example.context_start
+    given: dict[str, Any] = {"tools": example.tools, "template_kwargs": example.template_kwargs, "context_start": start}
     if turns == "all":
-        return encode_turns(tokenizer, example.messages, template, context_start=start)
-    prompt = encode_prompt(tokenizer, example.prompt_messages, template, context_start=start)
-    response = encode_response(tokenizer, example.messages, template, context_start=start)
-    return Turns(prompt + response, [(len(prompt), len(prompt) + len(response))])
+        encoded = encode_turns(tokenizer, example.messages, template, **given)
+        replies = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        learnt = [place for place, index in enumerate(replies) if index not in example.unlearnt]
+        spans, openings = [encoded.spans[place] for place in learnt], [encoded.openings[place] for place in learnt]
+        return Turns(encoded.ids, spans, openings)
+    return encode_last(tokenizer, example.messages, template, **given)
 
 
-def row_of_spans(example: Example, ids: Sequence[int], spans: Sequence[tuple[int, int]], max_tokens: int) -> Row:
+def row_of_spans(
+    example: Example,
+    ids: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    max_tokens: int,
+    openings: Sequence[Sequence[int]] = (),
+) -> Row:
     """Return the row of a tokenised conversation.
 
     Args:
@@ -232,21 +252,24 @@ def row_of_spans(example: Example, ids: Sequence[int], spans: Sequence[tuple[int
         spans: the tokens to learn, as (start, end) of each of the assistant's turns; the first starts before
             ``max_tokens``.
         max_tokens: the row ends there.
+        openings: for each turn what a model is given besides the ids before it; nothing by default.
     """
     # The beginning of a user's turn at the end would have no loss.
     end = max(min(end, max_tokens) for start, end in spans if start < max_tokens)
     prompt_ids, response_ids = tuple(ids[: spans[0][0]]), tuple(ids[spans[0][0] : end])
+    openings = openings or [()] * len(spans)
+    # Sampled is the last turn that was not cut; if that is not the last one, the conversation ends with it.
+    num_complete = max(1, sum(stop <= end for _, stop in spans))
+    replies = _learnt(example)
+    if num_complete < len(spans) or (replies and replies[-1] + 1 < len(example.messages)):
+        example = replace(example, messages=example.messages[: replies[num_complete - 1] + 1])
     if len(spans) == 1:
-        return Row(example.id, prompt_ids, response_ids, example)
+        context = (*prompt_ids, *openings[0]) if openings[0] else None
+        return Row(example.id, prompt_ids, response_ids, example, sampling_context=context)
     trained = [False] * len(ids)
     for start, stop in spans:
         trained[start:stop] = [True] * (stop - start)
-    # Sampled is the last turn that was not cut; if that is not the last one, the conversation ends with it.
-    num_complete = max(1, sum(stop <= end for _, stop in spans))
-    if num_complete < len(spans):
-        replies = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        example = replace(example, messages=example.messages[: replies[num_complete - 1] + 1])
-    context = tuple(ids[: spans[num_complete - 1][0]])
+    context = (*ids[: spans[num_complete - 1][0]], *openings[num_complete - 1])
     return Row(example.id, prompt_ids, response_ids, example, tuple(trained[len(prompt_ids) : end]), context)
 
 
@@ -316,11 +339,25 @@ def _text_example(
 def _empty(example: Example, turns: str) -> str | None:
     if example.is_text:
         return None if example.response.strip() else "empty_text"
-    if not example.prompt_text.strip():
+    # A tool may well answer nothing.
+    if example.messages[-2]["role"] == "user" and not example.prompt_text.strip():
         return "empty_prompt"
-    replies = [m["content"] for m in example.messages if m["role"] == "assistant"]
-    checked = replies if turns == "all" else replies[-1:]
-    return None if all(reply.strip() for reply in checked) else "empty_response"
+    replies = _learnt(example)
+    if turns == "last":
+        replies = replies[-1:] if replies[-1:] == [len(example.messages) - 1] else []
+    if not replies:
+        return "weight_0"
+    checked = [example.messages[index] for index in replies]
+    return None if all(reply["content"].strip() or reply.get("tool_calls") for reply in checked) else "empty_response"
+
+
+def _learnt(example: Example) -> list[int]:
+    """The numbers of the assistant's messages that are learnt where all turns are."""
+    return [
+        index
+        for index, message in enumerate(example.messages)
+        if message["role"] == "assistant" and index not in example.unlearnt
+    ]
 
 
 def nothing_left(report: DropReport, max_prompt_tokens: int, shortest: int | None) -> str:

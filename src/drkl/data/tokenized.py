@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.classification import LabelledRow
-from drkl.data.examples import Example, row_id_of
+from drkl.data.examples import Example, row_ids, written_id
 from drkl.data.tokenize import DropReport, Row, nothing_left, row_of_spans
 from drkl.errors import DrklError
 from drkl.losses.common import IGNORE_INDEX
@@ -47,7 +47,7 @@ def tokenized_rows(
     rows: list[Row] = []
     report = DropReport()
     shortest: int | None = None
-    for number, (place, row) in enumerate(items, start=1):
+    for row_id, place, row in _with_ids(items):
         ids, spans, is_text = (_source_and_target if encoder_decoder else _causal)(place, row)
         reason = None if spans else "no_labels"
         if spans and spans[0][0] == 0:
@@ -59,7 +59,7 @@ def tokenized_rows(
             report.dropped[reason] = report.dropped.get(reason, 0) + 1
             continue
         report.responses_cut += spans[-1][1] > max_tokens
-        example = _example(row_id_of(place, row, number), tokenizer, ids, spans)
+        example = _example(row_id, tokenizer, ids, spans)
         tokenised = row_of_spans(example, ids, spans, max_tokens)
         if is_text:  # there is no prompt: a sample goes on from the text's beginning
             num_shown = max(1, min(len(tokenised.all_ids) // 4, max_prompt_tokens))
@@ -85,7 +85,7 @@ def tokenized_texts(
     """
     rows: list[LabelledRow] = []
     report = DropReport(what_is_cut="texts")
-    for number, (place, row) in enumerate(items, start=1):
+    for row_id, place, row in _with_ids(items):
         ids, _ = _unpadded(place, row)
         name = "labels" if row.get("labels") is not None else "label"
         value = _plain(row.get(name))
@@ -100,16 +100,25 @@ def tokenized_texts(
             report.dropped[reason] = report.dropped.get(reason, 0) + 1
             continue
         text = _decode(tokenizer, ids)
-        rows.append(LabelledRow(row_id_of(place, row, number), tuple(ids), list(classes).index(label), text))
+        rows.append(LabelledRow(row_id, tuple(ids), list(classes).index(label), text))
     report.kept = len(rows)
     if not rows:
         raise DrklError(nothing_left(report, max_tokens, None))
     return rows, report
 
 
+def _with_ids(items: Items) -> list[tuple[str, str, Any]]:
+    """``(id, place, row)`` of every row."""
+    items = list(items)
+    ids = row_ids([(place, written_id(place, row)) for place, row in items])
+    return [(row_id, place, row) for row_id, (place, row) in zip(ids, items, strict=True)]
+
+
 def class_name(label: Any, classes: Sequence[str]) -> Any:
     """Return the name of a class that is given by number; anything else, a class called by a number too, as it is."""
     is_number = isinstance(label, Integral) and not isinstance(label, bool)
+    if is_number and abs(label) >= 10**18:  # no class, and Python may refuse to write it
+        return label
     if is_number and str(label) not in classes and 0 <= label < len(classes):
         return classes[int(label)]
     return str(label) if is_number else label
@@ -165,6 +174,12 @@ def _runs(learnt: Sequence[bool]) -> Spans:
 
 def _unpadded(place: str, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """The tokens that are no padding, and the attention mask."""
+    for name in ("completion_mask", "assistant_masks", "loss_mask", "loss_weights"):
+        if row.get(name) is not None:
+            raise DrklError(
+                f"{place}: {name} is not read: labels alone say what is learnt. Set them to -100 where {name} is 0, "
+                "and remove the column."
+            )
     ids = _ids(place, row, "input_ids", least=0)
     mask = [1] * len(ids) if row.get("attention_mask") is None else _ids(place, row, "attention_mask", least=0)
     if len(mask) != len(ids):

@@ -127,6 +127,24 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _probe(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A batch of one row of four tokens."""
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 5, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if is_encoder_decoder(model):
+        batch |= {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
+    return batch
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel) -> Tensor:
+    """The model's own fp32 logits `[1, 4, vocab]` of a few tokens, without dropout, to compare it with itself."""
+    with in_eval_mode(model):
+        logits: Tensor = model(**_probe(model), use_cache=False).logits.float()
+    return logits
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """Raise DrklError unless `lm_head` of `hidden_states` gives the model's own logits.
@@ -134,14 +152,9 @@ def check_head(model: PreTrainedModel) -> None:
     A family that changes its logits in a way unknown here would otherwise be distilled on other numbers than it
     generates with.
     """
-    device = next(model.parameters()).device
-    ids = torch.arange(1, 5, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if is_encoder_decoder(model):
-        batch |= {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
+    theirs = probe_logits(model)
     with in_eval_mode(model):
-        theirs = model(**batch, use_cache=False).logits.float()
-        ours = lm_head(model).logits(hidden_states(model, batch)).float()
+        ours = lm_head(model).logits(hidden_states(model, _probe(model))).float()
     spread = float(theirs.abs().max())
     tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2
     if ours.shape != theirs.shape or float((ours - theirs).abs().max()) > tolerance * max(spread, 1.0):

@@ -22,6 +22,7 @@ from drkl.data.collate import collate_prompts, collate_sources
 from drkl.data.examples import hash_of_id
 from drkl.data.template import stop_token_ids
 from drkl.errors import DrklError
+from drkl.models.context import contexts_of
 from drkl.models.forward import decoder_start, in_eval_mode, is_encoder_decoder
 
 if TYPE_CHECKING:
@@ -307,18 +308,21 @@ def _check(samples_per_prompt: int, temperature: float, max_new_tokens: int, see
 def _check_prompts(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], names: list[str], max_new_tokens: int
 ) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    encoder_positions, positions = contexts_of(model.config)
     encoder_decoder = is_encoder_decoder(model)
     for name, prompt in zip(names, prompts, strict=True):
         if not prompt:
             raise DrklError(f"Prompt {name!r} has no tokens; expected at least one.")
-        if limit is not None and encoder_decoder and max(len(prompt), max_new_tokens) > limit:
+        if encoder_decoder and encoder_positions is not None and len(prompt) > encoder_positions:
             raise DrklError(
-                f"A prompt of {len(prompt)} tokens or max_new_tokens ({max_new_tokens}) passes the {limit} positions "
-                "that the model's encoder and decoder have each. Shorten the prompt, or lower max_new_tokens."
+                f"Prompt {name!r} ({len(prompt)} tokens) passes the {encoder_positions} positions of the model's "
+                "encoder. Shorten it."
             )
-        if limit is not None and not encoder_decoder and len(prompt) + max_new_tokens > limit:
+        needed = max_new_tokens if encoder_decoder else len(prompt) + max_new_tokens
+        if positions is not None and needed > positions:
             raise DrklError(
-                f"A prompt of {len(prompt)} tokens and max_new_tokens ({max_new_tokens}) pass the model's "
-                f"{limit} positions. Shorten the prompt, or lower max_new_tokens."
+                f"max_new_tokens ({max_new_tokens}) passes the {positions} positions of the model's decoder. Lower it."
+                if encoder_decoder
+                else f"A prompt of {len(prompt)} tokens and max_new_tokens ({max_new_tokens}) pass the model's "
+                f"{positions} positions. Shorten the prompt, or lower max_new_tokens."
             )

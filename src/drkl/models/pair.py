@@ -9,6 +9,7 @@ from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.models.config import StudentConfig
+from drkl.models.context import context_of
 from drkl.models.forward import decoder_start, is_encoder_decoder
 from drkl.models.load import load_config, load_tokenizer
 from drkl.models.student import source_model, student_config
@@ -123,8 +124,8 @@ def check_rows(rows: Sequence[Row | LabelledRow], model_config: Any, whose: str)
     """Raise DrklError if a model has no embedding for a row's tokens, or its context is too short for them."""
     text = model_config.get_text_config()
     longest = max(rows, key=lambda row: row.length)
-    context = getattr(text, "max_position_embeddings", None)
-    if isinstance(context, int) and longest.length > context:
+    context = context_of(model_config)
+    if context is not None and longest.length > context:
         raise DrklError(
             f"Row {longest.id!r} has {longest.length} tokens and the {whose}'s context {context}. Set data.max_tokens "
             f"to at most {context}."

@@ -83,7 +83,7 @@ def student_config(
     """Return the model config of the student, without loading any weights."""
     if config.model_type is not None:
         return _own_config(config, config.model_type, teacher_name, tokenizer, classes)
-    base = load_config(source_model(config, teacher_name))
+    base = load_config(source_model(config, teacher_name), **config.model_init_kwargs)
     for key, value in (label_fields(classes) if classes is not None else {}).items():
         setattr(base, key, value)
     if config.init == "pretrained":
@@ -279,6 +279,7 @@ def _pruned(model: PreTrainedModel, layers: list[int], encoder_layers: list[int]
         name = next(name for name, module in small.named_modules() if module is head)
         small.all_tied_weights_keys.pop(f"{name}.weight", None)
     small.load_state_dict(_kept_state(model, small, _stacks(model, layers, encoder_layers)))
+    small.name_or_path = small.config.name_or_path = ""  # an adapter of it would name the teacher as its base
     if not is_classifier(model):
         small.generation_config = copy.deepcopy(model.generation_config)
     return small.eval()

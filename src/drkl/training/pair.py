@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from drkl.data.classification import LabelledRow
 from drkl.data.rows import Rows, rows_from
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
-from drkl.models.adapter import add_adapter
+from drkl.models.adapter import adapter_start, add_adapter, changes_base, check_adapter
 from drkl.models.classes import check_classes, class_names, is_classifier
 from drkl.models.config import StudentConfig
 from drkl.models.forward import check_head, is_encoder_decoder, lm_head
@@ -55,6 +55,8 @@ class Pair:
     """Where the two heads are compared on fewer ids than they have: how many are ``shared``, of how many."""
     adapter: Any
     """peft's handle on the student, or None."""
+    adapter_start: dict[str, Tensor]
+    """First weights of an adapter whose start changed the base model; empty for any other."""
     student_name: str
     teacher_name: str | None
     data_names: tuple[str, str | None]
@@ -170,6 +172,7 @@ def make_pair(
         classes=classes,
         vocabulary=vocabulary,
         adapter=adapter,
+        adapter_start={} if adapter is None else adapter_start(adapter),
         student_name=_name(model),
         teacher_name=None if teacher is None else _name(teacher_model),
         data_names=(_data_name(train_dataset), None if eval_dataset is None else _data_name(eval_dataset)),
@@ -234,6 +237,13 @@ def _student(model: Any, args: DistillationConfig, quantization_config: Any) -> 
                 "model has prompts that peft puts before its input; only adapters inside the layers (LoRA and its kin) "
                 "can be distilled."
             )
+        if changes_base(config := model.active_peft_config):
+            raise DrklError(
+                f"model is a PeftModel whose start ({config.init_lora_weights!r}) changed its base model, so what is "
+                "saved would not be what was trained. Pass the base model, and the same config as peft_config."
+            )
+        if not is_classifier(model.get_base_model()):
+            check_adapter(model)
         return model.get_base_model(), model
     if not isinstance(model, PreTrainedModel):
         raise DrklError(
@@ -271,7 +281,7 @@ def _load(name: str, options: dict[str, Any], dtype: str, device: torch.device, 
     if options.pop("trust_remote_code", False):
         raise DrklError(f"{where} has trust_remote_code: drkl never runs code that comes with a model.")
     wanted = options.pop("dtype", options.pop("torch_dtype", dtype))
-    load = load_classifier if is_classifier(load_config(name)) else load_model
+    load = load_classifier if is_classifier(load_config(name, **options)) else load_model
     return load(name, resolve_dtype(wanted, device), **options)
 
 

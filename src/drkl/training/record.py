@@ -144,7 +144,7 @@ class RunRecord:
         if self.pair.adapter is None:
             self.pair.student.save_pretrained(folder)
         elif self.export == "adapter":
-            save_adapter(self.pair.adapter, folder)
+            save_adapter(self.pair.adapter, folder, self.pair.adapter_start)
         else:
             merge_adapter(self.pair.adapter).save_pretrained(folder)
 
