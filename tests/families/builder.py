@@ -23,9 +23,9 @@ from transformers.models.auto.modeling_auto import (
 VOCAB, PAD, BOS, EOS = 262, 0, 1, 5
 LAYERS = 4
 
-CAUSAL, SEQ2SEQ = "causal", "sequence-to-sequence"
+CAUSAL, SEQ2SEQ = "causal", "seq2seq"
 ARCHITECTURES: dict[str, tuple[str, str, str]] = {
-    f"{model_type} {kind}" if model_type in other else model_type: (kind, model_type, name)
+    f"{model_type}-{kind}" if model_type in other else model_type: (kind, model_type, name)
     for kind, registry, other in (
         (CAUSAL, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, {}),
         (SEQ2SEQ, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -35,10 +35,10 @@ ARCHITECTURES: dict[str, tuple[str, str, str]] = {
 """By the name of its row: the registry, the model type, the class."""
 
 _WIDTHS = """hidden_size d_model n_embd emb_dim embedding_dim embedding_size input_embedding_size output_embedding_size
-    word_embed_proj_dim lru_width backbone_hidden_size projection_dim vision_output_dim
-    output_channels cross_attention_hidden_size encoder_hidden_size hidden_dim out_hidden_size adapter_out_dim
-    projector_input_dim projector_output_dim adapter_in_dim adapter_input_size pronunciation_embed_dim shape_embed_dim lang_embed_dim unit_embed_dim
-    spkr_embed_dim hidden_size_global audio_hidden_size ple_embed_dim"""
+    word_embed_proj_dim lru_width backbone_hidden_size projection_dim vision_output_dim output_channels
+    cross_attention_hidden_size encoder_hidden_size hidden_dim out_hidden_size adapter_in_dim adapter_out_dim
+    adapter_input_size projector_input_dim projector_output_dim pronunciation_embed_dim shape_embed_dim lang_embed_dim
+    unit_embed_dim spkr_embed_dim hidden_size_global audio_hidden_size ple_embed_dim"""
 _INNER = """intermediate_size moe_intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff dff dim_ff d_inner
     n_inner ffn_hidden_size shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp
     shared_experts_intermediate_size expert_ffn_hidden_size dense_intermediate_size mlp_dim feed_forward_size
@@ -94,7 +94,8 @@ _SLIDING_HEADS = {
     "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
 }  # fmt: skip
 _INDEXER = {
-    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2,
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
 }  # fmt: skip
 _GLOBAL_HEADS = {"global_head_dim": 16, "num_global_key_value_heads": 1}
 
