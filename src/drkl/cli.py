@@ -531,6 +531,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             seed=seed,
             greedy=greedy,
+            template=config.data.prompt_template,
         )
         answers[name] = [answer.text for answer in generations[0]]
     print_side_by_side(answers)
@@ -559,7 +560,7 @@ def data(
     from drkl.config import load_config
     from drkl.data.survey import survey
     from drkl.models.load import quiet_transformers
-    from drkl.training.spec import has_encoder, run_classes, run_tokenizer
+    from drkl.training.spec import has_encoder, run_classes, run_ends, run_tokenizer
 
     loaded, notes = load_config(config, overrides or [])
     for note in notes:
@@ -568,8 +569,10 @@ def data(
     specs = loaded.specs()
     tokenizer, classes = run_tokenizer(specs), run_classes(specs)
     encoder_decoder = classes is None and has_encoder(specs[0], tokenizer)
+    kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder}
+    kind["ends"] = () if classes is not None else run_ends(specs[0], tokenizer)
     for section in dict.fromkeys(spec.data for spec in specs):
-        print_surveys(survey(section, tokenizer, classes=classes, encoder_decoder=encoder_decoder), tokenizer)
+        print_surveys(survey(section, tokenizer, **kind), tokenizer)
 
 
 @app.command()

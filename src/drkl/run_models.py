@@ -29,7 +29,7 @@ from drkl.models.student import make_student
 from drkl.objectives import Objective
 from drkl.objectives.decoupled import GAMMA
 from drkl.runs import RunFolder
-from drkl.training.spec import RunSpec, has_encoder
+from drkl.training.spec import RunSpec, has_encoder, run_ends
 
 
 def evaluate_run(
@@ -151,11 +151,12 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
         del models["before"]  # its numbers are chance, its calibration by chance perfect
     data = with_protocol(last.data, protocol)
     encoder_decoder = classes is None and has_encoder(first, tokenizer)
+    ends = () if classes is not None else run_ends(first, tokenizer)
     described: dict[str, Any]
     names: list[str] | None = None
     rows: Any
     if suites:
-        rows, names, described = suite_rows(suites, data, tokenizer, encoder_decoder=encoder_decoder)
+        rows, names, described = suite_rows(suites, data, tokenizer, encoder_decoder=encoder_decoder, ends=ends)
     else:
         if data.eval_path == NO_ROWS:
             raise DrklError(
@@ -163,7 +164,7 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
                 "a test set in suites, or measure its student on other rows: drkl.evaluate(student, teacher, rows)."
             )
         heldout = read_shares(data, classifier=last.classifies)[1]
-        rows, report = make_rows(heldout, data, tokenizer, classes=classes, encoder_decoder=encoder_decoder)
+        rows, report = make_rows(heldout, data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends)
         described = {
             "path": data.path, "dataset": data.dataset, "sources": [source.name for source in data.sources],
             "eval_path": data.eval_path, **account(report, rows),
@@ -178,7 +179,10 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
     }
     facts = {"models": {name: descriptions[name] for name in models}, "protocol": protocol, "template": data.template}
     name = str(last.run.name)
-    return Inputs(models, tokenizer, rows, names, device, described, shared, classes, float(gamma), facts, name)
+    return Inputs(
+        models, tokenizer, rows, names, device, described, shared, classes, float(gamma), facts, name,
+        data.template,
+    )  # fmt: skip
 
 
 def evaluation_models(

@@ -79,11 +79,11 @@ def test_end_of_turn_that_is_not_eos() -> None:
     assert tokens(tokenizer, stop_token_ids(build(CHATML))) == ["<|im_end|>"]
 
 
-def test_eos_after_the_end_of_turn_is_written_too() -> None:
+def test_eos_after_the_end_of_turn_is_no_part_of_the_turn() -> None:
     template = CHATML.replace("{% if add_generation_prompt %}", "{% if not add_generation_prompt %}</s>{% else %}")
     tokenizer = build(template, eos="</s>")
-    assert tokens(tokenizer, encode_response(tokenizer, turns("hi", "hello"))) == ["hello", "<|im_end|>", "\n", "</s>"]
-    assert tokens(tokenizer, stop_token_ids(tokenizer)) == ["</s>"]
+    assert tokens(tokenizer, encode_response(tokenizer, turns("hi", "hello"))) == ["hello", "<|im_end|>"]
+    assert tokens(tokenizer, stop_token_ids(tokenizer)) == ["</s>", "<|im_end|>"]
 
 
 def test_a_template_that_ends_no_turn_gets_eos() -> None:

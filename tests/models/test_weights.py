@@ -111,7 +111,9 @@ def test_the_cure_is_one_line_for_a_shell(tmp_path: Path) -> None:
 
 
 def test_wrappers_inside_the_names_are_named_too(tmp_path: Path) -> None:
-    change: Change = lambda w: {re.sub(r"(layers\.\d+\.)", r"\1_orig_mod.", key): v for key, v in w.items()}
+    def change(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {re.sub(r"(layers\.\d+\.)", r"\1_orig_mod.", key): tensor for key, tensor in weights.items()}
+
     with pytest.raises(DrklError, match=r"Every name has '_orig_mod\.' in it"):
         load_model(saved(tmp_path, tiny.llama(), change), "fp32")
 
@@ -133,17 +135,17 @@ def add(key: str, *shape: int, dtype: torch.dtype = torch.float32) -> Change:
     ("change", "config", "words"),
     [
         (without("lm_head"), {}, r"1 of 39 weights are not in the file \(lm_head\.weight\)"),
-        (without("layers.2."), {}, r"9 of 39 weights are not in the file \(model\.layers\.2\.input_layernorm\.weight, "),
+        (without("layers.2."), {}, r"9 of 39 weights are not in the file \(model\.layers\.2\.input_layernorm\.weight"),
         (without("model.norm"), {}, r"1 of 39 weights are not in the file \(model\.norm\.weight\)"),
-        (dict, {"num_hidden_layers": 3}, r"the file has 9 that the model has no place for \(model\.layers\.3\.input_la"),
+        (dict, {"num_hidden_layers": 3}, r"the file has 9 that the model has no place for \(model\.layers\.3\.in"),
         (dict, {"num_hidden_layers": 5}, r"9 of 48 weights are not in the file \(model\.layers\.4\."),
-        (dict, {"vocab_size": 70}, r"lm_head\.weight is \[64, 16\] in the file and \[70, 16\] by config\.json and 1 more"),
+        (dict, {"vocab_size": 70}, r"lm_head\.weight is \[64, 16\] in the file and \[70, 16\] by config\.json and 1"),
         (dict, {"attention_bias": True}, r"16 of 55 weights are not in the file .*k_proj\.bias"),
         (lambda w: {}, {}, r"39 of 39 weights are not in the file"),
-        (add("model.layers.0.self_attn.q_proj.weight_scale", 1), {}, r"belong to quantised weights, and config\.json has"),
+        (add("model.layers.0.self_attn.q_proj.weight_scale", 1), {}, r"belong to quantised weights, and config"),
         (add("model.layers.0.self_attn.q_proj.weight_scale_inv", 1), {}, r"no quantization_config: put it back"),
         (renamed("q_proj.weight", "q_proj.qweight"), {}, r"4 of 39 .*has 4 .*These belong to quantised weights"),
-        (add("model.layers.0.self_attn.q_proj.lora_A.default.weight", 2, 16), {}, r"layers of peft that were not merged"),
+        (add("model.layers.0.self_attn.q_proj.lora_A.default.weight", 2, 16), {}, r"layers of peft that were not"),
         (renamed("q_proj.weight", "q_proj.base_layer.weight"), {}, r"layers of peft that were not merged: call merge"),
         (add("score.weight", 3, 16), {}, r"another task's head"),
         (add("v_head.summary.weight", 1, 16), {}, r"another task's head"),
@@ -288,7 +290,7 @@ def test_a_pooler_that_no_part_uses_stays_in_the_file(tmp_path: Path) -> None:
 
 def test_a_classifier_is_no_language_model(tmp_path: Path) -> None:
     model = LlamaForSequenceClassification(tiny.llama().config)
-    with pytest.raises(DrklError, match=r"no place for \(score\.weight\).*train a classifier with task: classification"):
+    with pytest.raises(DrklError, match=r"no place for \(score\.weight\).*train a classifier with task: class"):
         load_model(saved(tmp_path, model), "fp32")
 
 

@@ -108,6 +108,12 @@ class DataConfig(BaseModel):
         "jinja text that uses prompt or messages. auto is chat if the tokenizer has a template, else alpaca. An "
         "encoder-decoder reads the prompt unchanged.",
     )
+    src_lang: str | None = Field(
+        default=None,
+        description="Source language of a translation model, as its tokenizer spells it: en_XX (mBART), eng_Latn "
+        "(NLLB), en (M2M-100). Default: the tokenizer's own.",
+    )
+    tgt_lang: str | None = Field(default=None, description="Target language of a translation model, likewise.")
     max_prompt_tokens: int = Field(
         default=256,
         gt=0,

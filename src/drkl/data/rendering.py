@@ -61,6 +61,7 @@ class Writer:
         context_start: the character at which the input of a single user message begins.
         tools: the tools that a chat template or jinja text is given, as json schemas.
         template_kwargs: what it is given besides, by name.
+        ends: the ids that the model's own settings list as ends of an answer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -68,6 +69,7 @@ class Writer:
     context_start: int | None = None
     tools: Sequence[Any] | None = None
     template_kwargs: Mapping[str, Any] | None = None
+    ends: Sequence[int] = ()
 
     @property
     def kind(self) -> str:

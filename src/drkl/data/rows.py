@@ -11,6 +11,7 @@ from drkl.data.config import DataConfig
 from drkl.data.examples import Example, load_examples, parse_rows
 from drkl.data.examples import read_heldout as heldout_examples
 from drkl.data.files import labelled_by_name, rows_at
+from drkl.data.seq2seq import set_languages
 from drkl.data.tokenize import DropReport, Row, tokenize_examples
 from drkl.data.tokenized import class_name, tokenized_rows, tokenized_texts
 from drkl.errors import DrklError
@@ -33,6 +34,7 @@ def rows_from(
     max_tokens: int = 512,
     turns: str = "last",
     template: str = "auto",
+    ends: Sequence[int] = (),
 ) -> tuple[Rows, DropReport]:
     """Return the tokenised rows of a data set, in order, and the account of those that were dropped.
 
@@ -52,6 +54,7 @@ def rows_from(
         max_tokens: prompt and response together; a longer response is cut at its end and counted.
         turns: ``last`` or ``all`` of the assistant's turns are learnt.
         template: how a prompt is written, as `DataConfig.template`; ``plain`` is the prompt as it is.
+        ends: the ids that the model's own settings list as ends, for chat templates that write none after a turn.
 
     Raises:
         DrklError: a data set of another kind, a row that is not understood (with its place), or no row left.
@@ -75,6 +78,7 @@ def rows_from(
     if classes is not None:
         return tokenize_labelled(labelled_texts(examples), tokenizer, classes, max_tokens=max_tokens)
     settings: dict[str, Any] = {"turns": turns, "template": template, "encoder_decoder": encoder_decoder, **lengths}
+    settings["ends"] = ends
     return tokenize_examples(examples, tokenizer, **settings)
 
 
@@ -139,9 +143,14 @@ def make_rows(
     *,
     classes: Sequence[str] | None,
     encoder_decoder: bool = False,
+    ends: Sequence[int] = (),
 ) -> tuple[Rows, DropReport]:
-    """Tokenise one share of `read_shares` with the settings of its section; arguments as for `rows_from`."""
-    kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder}
+    """Tokenise one share of `read_shares` with the settings of its section; arguments as for `rows_from`.
+
+    The section's languages are set on the tokenizer.
+    """
+    set_languages(tokenizer, config.src_lang, config.tgt_lang)
+    kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder, "ends": ends}
     return rows_from(examples, tokenizer, name=config.name, **kind, **config.row_settings)
 
 

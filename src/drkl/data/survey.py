@@ -90,6 +90,7 @@ def survey(
     *,
     classes: Sequence[str] | None = None,
     encoder_decoder: bool = False,
+    ends: Sequence[int] = (),
 ) -> list[Survey]:
     """Read and tokenise each source of a data section on its own, as a run would; nothing is written.
 
@@ -100,7 +101,9 @@ def survey(
 
     def add(name: str, share: str, examples: Any, weight: float = 1.0) -> None:
         try:
-            rows, report = make_rows(examples, config, tokenizer, classes=classes, encoder_decoder=encoder_decoder)
+            rows, report = make_rows(
+                examples, config, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends
+            )
         except DrklError as error:
             raise DrklError(f"{name} ({share}): {error}") from error
         shapes = Counter(example.shape for example in examples)

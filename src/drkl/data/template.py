@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from drkl.data.ends import as_ids, end_of_turn, opening_tag, special_tokens
 from drkl.data.rendering import FOLLOW_UP, Writer, instruction_text
 from drkl.errors import DrklError
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # Digits alone: the same in capitals.
 _PROBE = "8406295137084062951370"
+_NEXT = "5173840629517384062951"
 
 
 class Turns(NamedTuple):
@@ -81,6 +83,7 @@ def encode_response(
     context_start: int | None = None,
     tools: Sequence[Any] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    ends: Sequence[int] = (),
 ) -> list[int]:
     """Return the ids of the last message, the assistant's, up to and including its end of turn.
 
@@ -90,6 +93,7 @@ def encode_response(
         DrklError: as `encode_last`.
     """
     given: dict[str, Any] = {"context_start": context_start, "tools": tools, "template_kwargs": template_kwargs}
+    given["ends"] = ends
     ids, ((start, _),), _ = encode_last(tokenizer, messages, template, **given)
     return ids[start:]
 
@@ -102,13 +106,16 @@ def encode_last(
     context_start: int | None = None,
     tools: Sequence[Any] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    ends: Sequence[int] = (),
 ) -> Turns:
     """Return the ids of a conversation up to the end of its last turn, the assistant's, which is the only span.
 
     They are the conversation as the template writes it, without what it writes after the end of turn (often a newline).
-    The end of turn is the tokenizer's eos where the template writes it, else the first special token after the text,
-    else an appended eos. The turn begins where ``encode_prompt(tokenizer, messages[:-1])`` ends, or where that begins
-    an opening.
+    The end of turn is the first special token after the text; where the template writes none, the tag of the next turn
+    if ``ends`` has it, else an appended eos (see `drkl.data.ends`). The turn begins where
+    ``encode_prompt(tokenizer, messages[:-1])`` ends, or where that begins an opening.
+
+    Other arguments are those of `encode_prompt`; ``ends`` are the ids that the model's own settings list as ends.
 
     Where the tokenizer would merge the end of the prompt with the beginning of the response, the two are encoded
     separately: a generating model sees the prompt alone and could never produce the merged token.
@@ -120,7 +127,7 @@ def encode_last(
         DrklError: the chat template refuses the conversation, writes the prompt differently once the response follows,
             or leaves the response out, or a part of it; the tokenizer has no eos token and the template ends no turn.
     """
-    writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
+    writer = Writer(tokenizer, template, context_start, tools, template_kwargs, ends)
     return _encode_turns(writer, [_turn(writer, messages, None)])
 
 
@@ -132,6 +139,7 @@ def encode_turns(
     context_start: int | None = None,
     tools: Sequence[Any] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    ends: Sequence[int] = (),
 ) -> Turns:
     """Return the ids of a whole conversation, which ends with the assistant's message, and the assistant's turns.
 
@@ -142,11 +150,12 @@ def encode_turns(
     Raises:
         DrklError: as `encode_last`; a template that writes an earlier turn differently once others follow it.
     """
-    writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
+    writer = Writer(tokenizer, template, context_start, tools, template_kwargs, ends)
     turns: list[_Turn] = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            turns.append(_turn(writer, messages[: index + 1], turns[-1] if turns else None))
+            following = messages[index + 1] if index + 1 < len(messages) else None
+            turns.append(_turn(writer, messages[: index + 1], turns[-1] if turns else None, following))
     return _encode_turns(writer, turns)
 
 
@@ -171,8 +180,13 @@ def _encode_turns(writer: Writer, turns: Sequence[_Turn]) -> Turns:
     return result
 
 
-def _turn(writer: Writer, messages: Messages, previous: _Turn | None) -> _Turn:
-    """The last turn of a conversation, the assistant's; ``previous`` is the one before it, if that is learnt too."""
+def _turn(
+    writer: Writer, messages: Messages, previous: _Turn | None, following: Mapping[str, Any] | None = None
+) -> _Turn:
+    """The last turn of a conversation, the assistant's.
+
+    ``previous`` is the one before it, if that is learnt too, and ``following`` the message after it, if there is one.
+    """
     text = previous.before + previous.reply if previous else ""
     kind = writer.kind
     if previous and kind in ("alpaca", "minillm"):
@@ -180,7 +194,10 @@ def _turn(writer: Writer, messages: Messages, previous: _Turn | None) -> _Turn:
         prompt = text + FOLLOW_UP.format(instruction=instruction_text(messages[last + 1 : -1]))
     else:
         prompt = writer.prompt(messages[:-1])
-    turn = _chat_turn(writer, messages, prompt) if kind == "chat" else _Turn(prompt, messages[-1].get("content") or "")
+    if kind == "chat":
+        turn = _chat_turn(writer, messages, prompt, following)
+    else:
+        turn = _Turn(prompt, messages[-1].get("content") or "")
     if not turn.before.startswith(text):
         what = "chat template" if kind == "chat" else f"template {writer.template!r}"
         raise DrklError(
@@ -190,20 +207,32 @@ def _turn(writer: Writer, messages: Messages, previous: _Turn | None) -> _Turn:
     return turn
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end a generated response: eos, and the template's end of turn if that is another token.
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str = "auto", ends: Sequence[int] = ()) -> list[int]:
+    """Return the ids that end a generated answer: eos, the template's end of turn, and those of ``ends``.
+
+    Args:
+        tokenizer: the run's.
+        template: as for ``encode_prompt``.
+        ends: the ids that a model's own settings list as ends.
 
     Raises:
         DrklError: as ``encode_response``.
     """
-    messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
-    last = encode_response(tokenizer, messages)[-1]
-    eos = tokenizer.eos_token_id
-    return [last] if eos is None or eos == last else [eos, last]
+    if Writer(tokenizer, template).kind != "chat":
+        taught = _eos(tokenizer)
+    else:
+        messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+        try:
+            taught = encode_response(tokenizer, messages, template, ends=ends)[-1]
+        except DrklError:  # some templates take no conversation without a system message
+            system = {"role": "system", "content": _PROBE}
+            taught = encode_response(tokenizer, [system, *messages], template, ends=ends)[-1]
+    return list(dict.fromkeys([*as_ids(tokenizer.eos_token_id), taught, *ends]))
 
 
-def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
+def _chat_turn(writer: Writer, messages: Messages, prompt: str, following: Mapping[str, Any] | None) -> _Turn:
     """The last turn as the chat template writes it; ``prompt`` ends with its generation prompt."""
+    tokenizer = writer.tokenizer
     full = writer.conversation(messages)
     head, tail = _around(writer, messages, full)
     cut = len(prompt) if full.startswith(prompt) else min(_num_common(prompt, full), _num_common(prompt, head))
@@ -217,9 +246,28 @@ def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
             )
         full, cut = whole, len(prompt)
     before = prompt[: _border(writer, messages, prompt, cut)]
-    end = _end_of_turn(writer.tokenizer, tail)
+    end = end_of_turn(tokenizer, tail, lambda: _continuation(writer, messages, following))
     reply = full[len(before) : len(full) - len(tail) + end]
+    if not end:
+        between = _continuation(writer, messages, following) or ""
+        tag = opening_tag(tokenizer, between, [*as_ids(tokenizer.eos_token_id), *writer.ends])
+        reply, end = reply + tag, len(tag)
     return _Turn(before, reply, ended=end > 0, opening=prompt[len(before) :])
+
+
+def _continuation(writer: Writer, messages: Messages, following: Mapping[str, Any] | None) -> str | None:
+    """What the template writes between the last message and the ``following`` one; None if it refuses.
+
+    Without a following one, one of the user's. This is another rendering of every row, so it is asked for only where
+    the template's own end leaves a question.
+    """
+    after = {**(following or {"role": "user"}), "content": _NEXT}
+    try:
+        text = writer.conversation([*messages[:-1], {**messages[-1], "content": _PROBE}, after])
+    except DrklError:
+        return None
+    before, found, _ = text.rpartition(_NEXT)
+    return before.rpartition(_PROBE)[2] if found and _PROBE in before else None
 
 
 def _around(writer: Writer, messages: Messages, full: str) -> tuple[str, str]:
@@ -236,7 +284,7 @@ def _around(writer: Writer, messages: Messages, full: str) -> tuple[str, str]:
         raise DrklError("The chat template leaves the assistant's last message out; there is nothing to train on.")
     # The end depends on the message, as where calls of tools end in a token of their own.
     rest = full.rstrip()
-    token = max((token for token in _special_tokens(writer.tokenizer) if rest.endswith(token)), key=len, default="")
+    token = max((token for token in special_tokens(writer.tokenizer) if rest.endswith(token)), key=len, default="")
     return full[: _num_common(full, probe)], full[len(rest) - len(token) :] if token else ""
 
 
@@ -269,23 +317,6 @@ def _lacks(text: str, start: int, content: Any) -> bool:
         return False
     wanted, written = "".join(content.split()), "".join(text[start:].split())
     return len(written) < len(wanted) and wanted not in "".join(text.split())
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, suffix: str) -> int:
-    """Return the offset in ``suffix`` just past the token that ends the turn; 0 if none does."""
-    eos = tokenizer.eos_token
-    if eos and eos in suffix:
-        return suffix.index(eos) + len(eos)
-    hits = [(suffix.index(token), -len(token)) for token in _special_tokens(tokenizer) if token in suffix]
-    if not hits:
-        return 0
-    start, negative_length = min(hits)
-    return start - negative_length
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    named = {str(token) for token in tokenizer.all_special_tokens}
-    return named | {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -116,6 +116,7 @@ def tokenize_examples(
     turns: str = "last",
     template: str = "auto",
     encoder_decoder: bool = False,
+    ends: Sequence[int] = (),
 ) -> tuple[list[Row], DropReport]:
     """Return the usable rows, in order, and the account of the others.
 
@@ -129,6 +130,9 @@ def tokenize_examples(
     ``encoder_decoder`` rows have the prompt and the last reply as the tokenizer encodes texts by itself; ``turns`` and
     ``template`` are ignored. The encoder reads the first half of a block of plain text and the decoder writes the
     second (prefix language modelling: Raffel et al. 2020, section 3.3.1).
+
+    ``ends`` are the ids that the model's own settings list as ends, for templates that write none
+    (`drkl.data.ends`).
 
     Raises:
         DrklError: no row is left, or a row that the chat template refuses (with its id).
@@ -149,7 +153,7 @@ def tokenize_examples(
         if reason is None:
             try:
                 example = as_written(example, tokenizer, template, written, encoder_decoder=encoder_decoder)
-                encoded = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder)
+                encoded = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder, ends=ends)
             except DrklError as error:
                 raise DrklError(f"Row {example.id!r}: {error}") from error
             ids, spans, openings = encoded
@@ -220,7 +224,13 @@ def weigh(rows: Sequence[Row]) -> list[Row]:
 
 
 def _encode(
-    example: Example, tokenizer: PreTrainedTokenizerBase, turns: str, template: str, *, encoder_decoder: bool
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: str,
+    template: str,
+    *,
+    encoder_decoder: bool,
+    ends: Sequence[int],
 ) -> Turns:
     """The ids of a conversation, and the turns that are learnt."""
     if encoder_decoder:
@@ -228,6 +238,7 @@ def _encode(
         return Turns(source + target, [(len(source), len(source) + len(target))], [[]])
     start = example.context_start
     given: dict[str, Any] = {"tools": example.tools, "template_kwargs": example.template_kwargs, "context_start": start}
+    given["ends"] = ends
     if turns == "all":
         encoded = encode_turns(tokenizer, example.messages, template, **given)
         replies = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]

@@ -149,7 +149,7 @@ def evaluate_inputs(
         rows = inputs.rows
         task = Generation(
             inputs.tokenizer, rows, settings, suites=inputs.suites, vocab_size=inputs.vocab_size, gamma=inputs.gamma,
-            parts=parts,
+            parts=parts, template=inputs.template,
         )  # fmt: skip
     result = run_task(
         task, inputs.models, device=inputs.device, data=inputs.data, facts={**inputs.facts, **(facts or {})},

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from drkl.data.config import DataConfig
 from drkl.data.rows import Rows, dataset_items, rows_from
+from drkl.data.seq2seq import set_languages
 from drkl.data.tokenize import DropReport, tokenize_examples
 from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import Source
@@ -22,6 +23,7 @@ from drkl.evaluation.config import MINILLM_DATA
 from drkl.evaluation.suites import name_rows, parse_suite, read_suite
 from drkl.models.classes import check_classes, class_names, is_classifier
 from drkl.models.config import StudentConfig
+from drkl.models.ends import listed_ends
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from drkl.models.pair import check_rows, check_same_family, check_tokenizers, shared_vocabulary
@@ -55,6 +57,8 @@ class Inputs(NamedTuple):
     """Settings for the record: what the models are, the template, the protocol."""
     name: str = "evaluation"
     """The run's, or the student's."""
+    template: str = "auto"
+    """How the prompts are written, as `DataConfig.template`."""
 
 
 def pair_inputs(
@@ -120,13 +124,16 @@ def pair_inputs(
     elif teacher is not None:
         check_same_family(configs["student"], configs["teacher"], names["student"], names["teacher"])
     encoder_decoder = not classifier and is_encoder_decoder(configs["student"])
+    ends = [] if classifier else listed_ends(models.get("teacher", models["student"]), tokenizer)
     suite_names: list[str] | None = None
     if suites:
         examples, suite_names, described = suite_rows(
-            suites, section, tokenizer, encoder_decoder=encoder_decoder, max_rows=max_rows
+            suites, section, tokenizer, encoder_decoder=encoder_decoder, ends=ends, max_rows=max_rows
         )
     else:
-        examples, described = _rows(rows, section, tokenizer, classes, max_rows, encoder_decoder=encoder_decoder)
+        examples, described = _rows(
+            rows, section, tokenizer, classes, max_rows, encoder_decoder=encoder_decoder, ends=ends
+        )
     vocab_size = None
     if not classifier:
         for role, config in configs.items():
@@ -137,18 +144,25 @@ def pair_inputs(
             vocab_size = shared["shared"] if shared is not None else None
     return Inputs(
         sources, tokenizer, examples, suite_names, picked, described, vocab_size, classes, GAMMA, facts,
-        Path(names["student"].removeprefix(f"{IN_MEMORY}: ")).name,
+        Path(names["student"].removeprefix(f"{IN_MEMORY}: ")).name, section.template,
     )  # fmt: skip
 
 
 def suite_rows(
-    suites: Sequence[str], config: DataConfig, tokenizer: Any, *, encoder_decoder: bool, max_rows: int | None = None
+    suites: Sequence[str],
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    encoder_decoder: bool,
+    ends: Sequence[int] = (),
+    max_rows: int | None = None,
 ) -> tuple[list[Any], list[str], dict[str, Any]]:
     """The rows of named suites one after the other, the suite of each, and the account of them for the record.
 
     Raises:
         DrklError: an unknown suite, one named twice, or one without a row that can be used.
     """
+    set_languages(tokenizer, config.src_lang, config.tgt_lang)
     rows: list[Any] = []
     names: list[str] = []
     described: dict[str, Any] = {}
@@ -161,7 +175,7 @@ def suite_rows(
             examples = name_rows(examples, suite.name)
         try:
             tokenised, report = tokenize_examples(
-                examples, tokenizer, **config.row_settings, encoder_decoder=encoder_decoder
+                examples, tokenizer, **config.row_settings, encoder_decoder=encoder_decoder, ends=ends
             )
         except DrklError as error:
             raise DrklError(f"Suite {suite.name!r}: {error}") from error
@@ -199,6 +213,7 @@ def _rows(
     max_rows: int | None,
     *,
     encoder_decoder: bool,
+    ends: Sequence[int],
 ) -> tuple[Rows, dict[str, Any]]:
     is_path = isinstance(rows, str | os.PathLike)
     name = str(rows) if is_path else "rows"
@@ -206,8 +221,9 @@ def _rows(
     if max_rows is not None:
         rows = [row for _, row in itertools.islice(dataset_items(rows, name), max_rows)]
     examples, report = rows_from(
-        rows, tokenizer, classes=classes, encoder_decoder=encoder_decoder, name=name, **section.row_settings
-    )
+        rows, tokenizer, classes=classes, encoder_decoder=encoder_decoder, name=name, ends=ends,
+        **section.row_settings,
+    )  # fmt: skip
     return examples, {"path": source, **account(report, examples)}
 
 

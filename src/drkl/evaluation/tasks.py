@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drkl.data.classification import LabelledRow
+from drkl.data.ends import taught_ends
 from drkl.data.examples import hash_of_id
 from drkl.data.tokenize import Row
 from drkl.evaluation.answers import Answer, AnswerTable
@@ -39,6 +40,7 @@ from drkl.evaluation.result import (
 )
 from drkl.evaluation.store import Store, fingerprint, model_fingerprint
 from drkl.losses.common import log_softmax
+from drkl.models.ends import stops_of
 from drkl.models.forward import lm_head
 from drkl.models.generate import sample_texts, sampling_batches
 from drkl.models.readout import Readout, read
@@ -101,6 +103,7 @@ class Generation:
         gamma: DRKL's, for the share of positions where it strengthens the tail.
         parts: where finished parts are kept and looked for; an evaluation that was killed goes on from them.
         pad_id: fills batches; default the tokenizer's.
+        template: how the prompts were written, which says what ends an answer.
     """
 
     def __init__(
@@ -114,10 +117,12 @@ class Generation:
         gamma: float = GAMMA,
         parts: Parts | None = None,
         pad_id: int | None = None,
+        template: str = "auto",
     ) -> None:
         self.tokenizer, self.rows, self.settings = tokenizer, rows, settings
         self.vocab_size, self.gamma, self.parts = vocab_size, gamma, parts
         self.pad_id: int = tokenizer.pad_token_id if pad_id is None else pad_id
+        self.template, self.taught = template, taught_ends(rows, tokenizer)
         self.prompts = choose_prompts(rows, settings.prompts, suites)
         self.has_suites = suites is not None
         self.suite_of = {row.id: suite for row, suite in zip(rows, suites or [""] * len(rows), strict=True)}
@@ -208,10 +213,11 @@ class Generation:
     ) -> list[list[Answer]]:
         """The answers of one batch: samples ``numbers`` of each row."""
         store, length = self._store(name), self.settings.max_new_tokens
+        stops = stops_of(model, self.tokenizer, self.template, self.taught)
         key = fingerprint(
             kind="answers", model=mark, prompts=fingerprint(value=[[row.id, row.sampling_ids] for row in rows]),
             seed=seed, temperature=temperature, samples=[numbers.start, numbers.stop], device=model.device.type,
-            max_new_tokens=length,
+            max_new_tokens=length, stops=stops,
         )  # fmt: skip
         lines = store.read_lines(key) if store is not None else None
         if lines is not None and len(lines) == len(rows) * len(numbers):
@@ -230,6 +236,7 @@ class Generation:
             seed=seed,
             batch_size=len(rows) * len(numbers),
             keys=[row.id for row in rows],
+            stop_ids=stops,
             progress=advance,
         )
         answers = [[Answer(text.text, text.num_tokens, text.finished) for text in pool] for pool in generations]

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from drkl.errors import DrklError
 from drkl.models.config import PeftConfig
 from drkl.models.forward import is_encoder_decoder, probe_logits
-from drkl.models.weights import listed, rename_cure
+from drkl.models.weights import listed, not_loaded, rename_cure
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -54,12 +54,12 @@ def add_adapter(model: PreTrainedModel, config: Any, seed: int) -> Any:
 
     task = "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
     try:
-        if isinstance(config, (PeftConfig, dict)):
-            fields = config if isinstance(config, dict) else config.lora
-            config = LoraConfig(**{"task_type": task} | fields)
-        _check_kind(config)
         with torch.random.fork_rng(), _quiet_peft():
             torch.manual_seed(seed)
+            if isinstance(config, (PeftConfig, dict)):
+                fields = config if isinstance(config, dict) else config.lora
+                config = LoraConfig(**{"task_type": task} | fields)
+            _check_kind(config)
             adapter = get_peft_model(model, config)
     except DrklError:
         raise
@@ -90,14 +90,16 @@ def check_adapter(adapter: Any) -> None:
     """
     if len(adapter.peft_config) > 1:
         names = ", ".join(repr(name) for name in adapter.peft_config)
-        raise DrklError(f"The student has several adapters ({names}); keep the one to train: model.delete_adapter(NAME).")
+        raise DrklError(
+            f"The student has several adapters ({names}); keep the one to train: model.delete_adapter(NAME)."
+        )
     _check_kind(adapter.peft_config[_name(adapter)])
     model = adapter.get_base_model()
     _check_head(model)
     if not hasattr(adapter.base_model, "merge_and_unload"):
         raise DrklError(
-            f"peft: a {type(adapter.peft_config[_name(adapter)]).__name__} cannot be merged into its base, so no "
-            "student without peft could come of it. Use LoRA or one of its kin."
+            f"peft: what a {type(adapter.peft_config[_name(adapter)]).__name__} describes cannot be merged into its "
+            "base, so no student without peft could come of it. Use LoRA or one of its kin."
         )
     try:
         with _quiet_peft():
@@ -120,8 +122,8 @@ def _check_head(model: PreTrainedModel) -> None:
     for role, module in what.items():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise DrklError(
-                f"peft puts an adapter on {names[id(module)]!r}, {role}. The loss reads the head's weight itself, chunk "
-                "by chunk, and would miss it. Leave it out of peft.target_modules and peft.modules_to_save."
+                f"peft puts an adapter on {names[id(module)]!r}, {role}. The loss reads the head's weight itself, "
+                "chunk by chunk, and would miss it. Leave it out of peft.target_modules and peft.modules_to_save."
             )
 
 
@@ -262,13 +264,13 @@ def adapter_base(name: str) -> str | None:
     base = values.get("base_model_name_or_path")
     if not base:
         raise DrklError(
-            f"The adapter in {name!r} does not say which model it belongs to: set base_model_name_or_path in its {CONFIG} "
-            "to that model's folder or Hugging Face id."
+            f"The adapter in {name!r} does not say which model it belongs to: set base_model_name_or_path in its "
+            f"{CONFIG} to that model's folder or Hugging Face id."
         )
     if any((Path(name) / file).is_file() for file in _WHOLE_MODEL):
         raise DrklError(
-            f"{name!r} holds a whole model and an adapter ({CONFIG}), so which of the two is meant is unknown. Move one "
-            "of them to a folder of its own."
+            f"{name!r} holds a whole model and an adapter ({CONFIG}), so which of the two is meant is unknown. Move "
+            "one of them to a folder of its own."
         )
     if Path(base).is_dir() and Path(base).resolve() == Path(name).resolve():
         raise DrklError(f"The adapter in {name!r} names its own folder as its base model; set another in {CONFIG}.")
@@ -323,7 +325,9 @@ def read_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     except _FAILURES as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise DrklError(f"The adapter in {folder!r} does not fit its base model. ({reason})") from error
-    missing, unexpected = report.missing_keys, report.unexpected_keys
+    # A file's names are those in memory without the adapter's own.
+    missing = [key.replace(f".{_name(adapter)}", "") for key in not_loaded(adapter, set(report.missing_keys))]
+    unexpected = report.unexpected_keys
     if missing or unexpected or not weights:
         parts = [f"{len(missing)} of its weights are not in the file ({listed(missing)})"] if missing else []
         if unexpected:
@@ -332,7 +336,10 @@ def read_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
         raise DrklError(
             f"The adapter in {folder!r} does not fit its base model: {'; '.join(parts) or 'its file is empty'}. {cure}"
         )
-    return merge_adapter(adapter)
+    merged = merge_adapter(adapter)
+    if (Path(folder) / "generation_config.json").is_file():  # where it was taught to stop, which its base was not
+        merged.generation_config = GenerationConfig.from_pretrained(folder)
+    return merged
 
 
 def _read_weights(folder: str) -> dict[str, Tensor]:
@@ -389,5 +396,7 @@ def _quiet_peft() -> Iterator[None]:
         warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter", UserWarning)
         warnings.filterwarnings("ignore", ".*merging LoRA weights won't be possible", UserWarning)
         warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
+        # `save_adapter` makes the conversion itself that this says peft cannot make.
+        warnings.filterwarnings("ignore", "Using Rank-Stabilized LoRA with rank_pattern", UserWarning)
         warnings.filterwarnings("ignore", ".*eva initialization used with low_cpu_mem_usage", UserWarning)
         yield

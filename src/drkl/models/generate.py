@@ -20,9 +20,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from drkl.data.collate import collate_prompts, collate_sources
 from drkl.data.examples import hash_of_id
-from drkl.data.template import stop_token_ids
 from drkl.errors import DrklError
 from drkl.models.context import contexts_of
+from drkl.models.ends import answer_start, stops_of
 from drkl.models.forward import decoder_start, in_eval_mode, is_encoder_decoder
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def sample_texts(
     greedy: bool = False,
     keys: Sequence[str] | None = None,
     stop_ids: Sequence[int] | None = None,
+    template: str = "auto",
     progress: Progress | None = None,
 ) -> list[list[Generation]]:
     """Sample answers from a language model: for every prompt, ``samples_per_prompt`` of them.
@@ -73,8 +74,8 @@ def sample_texts(
     The random numbers of a sample depend on (seed, key of the prompt, number of the sample) alone. Neither the batch
     size nor the order of the prompts changes a sample, except where rounding inside the model (about 1e-5 of a logit)
     decides between two tokens. Two models answer a prompt with the same random numbers. A sample is the beginning of
-    the one with a larger ``max_new_tokens``. The model's own ``generation_config`` is not used, and the model is left
-    as it was.
+    the one with a larger ``max_new_tokens``. Of the model's own ``generation_config`` the ends alone are used, and
+    the model is left as it was.
 
     Args:
         model: on its device; in eval mode during the call.
@@ -88,7 +89,9 @@ def sample_texts(
         batch_size: sequences decoded at once; prompts of similar length share a batch.
         greedy: take the most probable token instead; all samples of a prompt are then equal.
         keys: a name per prompt (a row's id); by default the prompt's token ids.
-        stop_ids: default ``stop_token_ids(tokenizer)``, and eos alone for an encoder-decoder.
+        stop_ids: default what ends a turn in ``template``, eos, and what the model's generation_config lists; for an
+            encoder-decoder eos and that list.
+        template: how the prompts were written, as `drkl.data.template.encode_prompt` takes it.
         progress: called after each decoding step with the token slots done since the last call; they add up to
             ``len(prompts) * samples_per_prompt * max_new_tokens``.
 
@@ -99,8 +102,9 @@ def sample_texts(
     _check(samples_per_prompt, sampling_temperature, max_new_tokens, seed, batch_size)
     names = [",".join(map(str, prompt)) for prompt in prompts] if keys is None else list(keys)
     assert len(names) == len(prompts), "one key per prompt"
-    _check_prompts(model, prompts, names, max_new_tokens)
-    stops = _default_stops(model, tokenizer) if stop_ids is None else list(stop_ids)
+    begin = answer_start(model, tokenizer)
+    _check_prompts(model, prompts, names, max_new_tokens, len(begin))
+    stops = stops_of(model, tokenizer, template) if stop_ids is None else list(stop_ids)
     pad = collate_sources if is_encoder_decoder(model) else collate_prompts
     answers: list[list[Generation]] = [[] for _ in prompts]
     with _plain_decoding(model):
@@ -111,7 +115,7 @@ def sample_texts(
             if not greedy:
                 draws = [_uniforms(seed, names[i], first_sample + s, max_new_tokens) for i in group for s in samples]
                 processors.append(_Descent(np.stack(draws), sampling_temperature))
-            new = _generate(model, batch, len(samples), stops, max_new_tokens, processors).tolist()
+            new = _generate(model, batch, len(samples), stops, max_new_tokens, processors, begin).tolist()
             for row, ids in enumerate(new):
                 answers[group[row // len(samples)]].append(_finish(tokenizer, ids, stops))
             watch.finish()
@@ -189,8 +193,12 @@ def _generate(
     stops: list[int],
     max_new_tokens: int,
     processors: list[LogitsProcessor],
+    begin: list[int],
 ) -> Tensor:
-    """Return the new tokens `[prompts * num_samples, steps]`, the samples of a prompt in a row."""
+    """Return the new tokens `[prompts * num_samples, steps]`, the samples of a prompt in a row.
+
+    ``begin`` are the tokens that an encoder-decoder's answers begin with.
+    """
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     encoder_decoder = is_encoder_decoder(model)
     share = _shared_encoding if encoder_decoder else _shared_prefix
@@ -204,7 +212,10 @@ def _generate(
         pad_token_id=stops[0],
         decoder_start_token_id=decoder_start(model),
     )
-    if not encoder_decoder:
+    if encoder_decoder:
+        first = torch.tensor([[decoder_start(model), *begin]], device=model.device)
+        extra["decoder_input_ids"] = first.repeat(len(batch["input_ids"]) * num_samples, 1)
+    else:
         extra["input_ids"] = batch["input_ids"].repeat_interleave(num_samples, 0)
     out = model.generate(
         attention_mask=batch["attention_mask"].repeat_interleave(num_samples, 0),
@@ -212,7 +223,7 @@ def _generate(
         logits_processor=processors,
         **extra,
     )
-    return out[:, 1 if encoder_decoder else batch["input_ids"].shape[1] :]
+    return out[:, 1 + len(begin) if encoder_decoder else batch["input_ids"].shape[1] :]
 
 
 def _shared_encoding(model: Any, batch: dict[str, Tensor], num_samples: int) -> dict[str, Any]:
@@ -280,11 +291,6 @@ def _plain_decoding(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _default_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # An encoder-decoder is trained on plain targets: whatever ends a turn in a chat template is not among them.
-    return [int(tokenizer.eos_token_id)] if is_encoder_decoder(model) else list(stop_token_ids(tokenizer))
-
-
 def _pad_id(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
     return stops[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
@@ -306,7 +312,7 @@ def _check(samples_per_prompt: int, temperature: float, max_new_tokens: int, see
 
 
 def _check_prompts(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], names: list[str], max_new_tokens: int
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], names: list[str], max_new_tokens: int, given: int
 ) -> None:
     encoder_positions, positions = contexts_of(model.config)
     encoder_decoder = is_encoder_decoder(model)
@@ -318,7 +324,7 @@ def _check_prompts(
                 f"Prompt {name!r} ({len(prompt)} tokens) passes the {encoder_positions} positions of the model's "
                 "encoder. Shorten it."
             )
-        needed = max_new_tokens if encoder_decoder else len(prompt) + max_new_tokens
+        needed = given + max_new_tokens if encoder_decoder else len(prompt) + max_new_tokens
         if positions is not None and needed > positions:
             raise DrklError(
                 f"max_new_tokens ({max_new_tokens}) passes the {positions} positions of the model's decoder. Lower it."

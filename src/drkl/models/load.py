@@ -321,9 +321,9 @@ def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
         if not (broken := conversion_errors(error)) or any("memory" in str(cause) for cause in _causes(error)):
             raise
         raise DrklError(
-            f"The weights of {name!r} are not those of its config.json: {len(broken)} cannot be put together from their "
-            f"parts in the file, such as a layer's experts ({listed(broken)}). Some parts are missing, or have another "
-            "shape. Save the model again whole."
+            f"The weights of {name!r} are not those of its config.json: {len(broken)} cannot be put together from "
+            f"their parts in the file, such as a layer's experts ({listed(broken)}). Some parts are missing, or have "
+            "another shape. Save the model again whole."
         ) from error
 
 

@@ -99,9 +99,10 @@ def _convert(source: Path, target: Path) -> None:
 
     # A model loaded from GGUF refuses to be saved or trained; one made from its config does not.
     with open(os.devnull, "w") as devnull, contextlib.redirect_stderr(devnull):  # its bar takes no other switch
-        quantised, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=GGUF, dtype=torch.float32, output_loading_info=True
         )
+    quantised, report = loaded
     check_weights(quantised, report, NAME)
     config = clean_config(quantised.config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

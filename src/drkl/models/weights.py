@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
@@ -60,9 +61,7 @@ def own_report() -> Iterator[None]:
         logger.removeFilter(is_other)
 
 
-def check_weights(
-    model: PreTrainedModel, report: Mapping[str, Any], name: str, *, new_head: bool = False
-) -> list[str]:
+def check_weights(model: PreTrainedModel, report: Mapping[str, Any], name: str, *, new_head: bool = False) -> list[str]:
     """Raise DrklError unless every weight of a loaded model came from its file, and is a finite number.
 
     What the family ties or makes anew (a tied head, buffers, masks) is left out of the report by transformers.
@@ -123,6 +122,13 @@ def _difference(
     )
 
 
+def not_loaded(model: nn.Module, missing: Collection[str]) -> list[str]:
+    """Of the names that a file lacks, those of weights that it has under no other name either."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+    return [name for name in missing if id(parameters.get(name)) not in loaded]
+
+
 def listed(keys: Collection[str], count: int = 3) -> str:
     """The first few of some names."""
     names = sorted(keys)
@@ -138,11 +144,11 @@ def rename_cure(missing: Collection[str], unexpected: Collection[str], name: str
         if all(part in key for key in unexpected) and any(key.replace(part, "") in missing for key in unexpected):
             what = f"Every name has {part!r} in it: the model was saved while {cause}"
             return _rename(what, f'k.replace({_quoted(part)}, "")', name)
-    if part := _prefix(unexpected, missing):
-        what = f"Every name begins with {part!r}, which the model does not know"
-        return _rename(what, f"k.removeprefix({_quoted(part)})", name)
-    if part := _prefix(missing, unexpected):
-        return _rename(f"Every name lacks {part!r} at its beginning", f"{_quoted(part)} + k", name)
+    if (extra := _prefix(unexpected, missing)) is not None:
+        what = f"Every name begins with {extra!r}, which the model does not know"
+        return _rename(what, f"k.removeprefix({_quoted(extra)})", name)
+    if (lost := _prefix(missing, unexpected)) is not None:
+        return _rename(f"Every name lacks {lost!r} at its beginning", f"{_quoted(lost)} + k", name)
     return None
 
 
@@ -161,15 +167,16 @@ def _prefix(longer: Collection[str], shorter: Collection[str]) -> str | None:
             if rest in shorter:
                 found.add(key[: len(key) - len(rest)])
                 break
-    prefix = found.pop() if len(found) == 1 else None
-    return prefix if prefix and all(key.startswith(prefix) for key in longer) else None
+    if len(found) != 1 or not all(key.startswith(tuple(found)) for key in longer):
+        return None
+    return found.pop()
 
 
 def _rename(what: str, new_name: str, name: str) -> str:
     folder = name if Path(name).is_dir() else "FOLDER"
     line = (
         "import pathlib, safetensors.torch as s; "
-        f"[s.save_file({{{new_name}: v for k, v in s.load(f.read_bytes()).items()}}, f, {{\"format\": \"pt\"}}) "
+        f'[s.save_file({{{new_name}: v for k, v in s.load(f.read_bytes()).items()}}, f, {{"format": "pt"}}) '
         f'for f in pathlib.Path({_quoted(folder)}).glob("*.safetensors")]'
     )
     first = "" if folder == name else f" (after hf download {name} --local-dir FOLDER)"
@@ -179,10 +186,10 @@ def _rename(what: str, new_name: str, name: str) -> str:
 def _check_numbers(model: PreTrainedModel, name: str) -> None:
     bad = [key for key, parameter in model.named_parameters() if not _is_finite(parameter)]
     if bad:
+        dtype = str(model.dtype).removeprefix("torch.")
         raise DrklError(
-            f"{name!r} has weights that are not finite numbers in {str(model.dtype).removeprefix('torch.')}: {len(bad)} "
-            f"tensors ({listed(bad)}). Every loss would be NaN. Take a model from before it broke; fp16 overflows where "
-            "bf16 does not."
+            f"{name!r} has weights that are not finite numbers in {dtype}: {len(bad)} tensors ({listed(bad)}). Every "
+            "loss would be NaN. Take a model from before it broke; fp16 overflows where bf16 does not."
         )
 
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from drkl.data.classification import LabelledRow
+from drkl.data.ends import taught_ends
 from drkl.data.rows import Rows, rows_from
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
 from drkl.models.adapter import adapter_start, add_adapter, changes_base, check_adapter
 from drkl.models.classes import check_classes, class_names, is_classifier
 from drkl.models.config import StudentConfig
+from drkl.models.ends import check_languages, listed_ends, set_ends, stops_of
 from drkl.models.forward import check_head, is_encoder_decoder, lm_head
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer, model_note
 from drkl.models.pair import SharedTokens, check_rows, check_same_family, check_tokenizers, shared_vocabulary
@@ -27,6 +29,7 @@ from drkl.runs import IN_MEMORY
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
 from drkl.training.arguments import DistillationConfig
+from drkl.training.ends import Ends, compare_ends
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class Pair:
     """What a student given by its name was loaded with, as a config.yaml has it."""
     notes: list[str] = field(default_factory=list)
     """Notes on the pair for the user."""
+    listed_ends: Sequence[int] = ()
+    """The ids that end an answer by the teacher's own settings, or by the student's where there is no teacher."""
+    ends: Ends | None = None
+    """Where the teacher ends an answer, and where the rows do."""
 
     @property
     def vocab_size(self) -> int | None:
@@ -80,7 +87,9 @@ class Pair:
 
     def tokenize(self, dataset: Any, args: DistillationConfig) -> tuple[Rows, DropReport]:
         """Turn a data set, as the trainer takes it, into checked rows."""
-        rows, report = _tokenize(dataset, "eval_dataset", self.tokenizer, self.student, self.classes, args)
+        rows, report = _tokenize(
+            dataset, "eval_dataset", self.tokenizer, self.student, self.classes, args, self.listed_ends
+        )
         _check_rows(rows, self.student, self.teacher)
         return rows, report
 
@@ -133,10 +142,11 @@ def make_pair(
     if tokenizer is None:
         tokenizer = _tokenizer(model, teacher_model, classifier=classes is not None)
     _pad_id(tokenizer)
-    rows, report = _tokenize(train_dataset, "train_dataset", tokenizer, student, classes, args)
+    ends = [] if classes is not None else listed_ends(student if teacher is None else teacher.model, tokenizer)
+    rows, report = _tokenize(train_dataset, "train_dataset", tokenizer, student, classes, args, ends)
     eval_rows: Rows = []
     if eval_dataset is not None:
-        eval_rows, _ = _tokenize(eval_dataset, "eval_dataset", tokenizer, student, classes, args)
+        eval_rows, _ = _tokenize(eval_dataset, "eval_dataset", tokenizer, student, classes, args, ends)
     everything: list[Any] = [*rows, *eval_rows]
     _check_rows(everything, student, teacher)
     notes: list[str] = []
@@ -146,6 +156,10 @@ def make_pair(
     if classes is None:
         check_head(student)
         vocabulary = _compare_vocabularies(student, teacher, shared, tokenizer, everything, notes)
+        check_languages(tokenizer, {"student": student, "teacher": None if teacher is None else teacher.model})
+        language_rows: Any = rows
+        taught = taught_ends(language_rows, tokenizer)
+        notes += set_ends(student, tokenizer, [*stops_of(student, tokenizer, args.template, taught), *ends])
     elif teacher is not None:
         teacher.pad_id = _pad_id(tokenizer)
     if args.disable_dropout:
@@ -182,7 +196,16 @@ def make_pair(
             | ({} if quantization_config is None else {"quantization_config": quantization_config})
         ),
         notes=notes,
+        listed_ends=ends,
+        ends=None if teacher is None or classes is not None else _ends(teacher, rows, tokenizer, args),
     )
+
+
+def _ends(teacher: LiveTeacher, rows: Any, tokenizer: Any, args: DistillationConfig) -> Ends | None:
+    """Where the teacher ends an answer; unread where its probabilities teach nothing."""
+    if args.kd_weight == 0 or not args.make_objective().needs_teacher:
+        return None
+    return compare_ends(teacher, rows, tokenizer, pad_id=_pad_id(tokenizer))
 
 
 def _name(model: Any) -> str:
@@ -336,6 +359,7 @@ def _tokenize(
     student: PreTrainedModel,
     classes: Sequence[str] | None,
     args: DistillationConfig,
+    ends: Sequence[int],
 ) -> tuple[Rows, DropReport]:
     if isinstance(dataset, TokenisedRows):
         return dataset.rows, dataset.report
@@ -350,6 +374,7 @@ def _tokenize(
         max_tokens=args.max_tokens,
         turns=args.turns,
         template=args.template,
+        ends=ends,
     )
 
 

@@ -77,6 +77,7 @@ class RunRecord:
             "teacher_note": teacher_note(self.pair),
             "data": describe_data(self.pair),
             "vocabulary": self.pair.vocabulary,
+            "ends": None if self.pair.ends is None else self.pair.ends.as_record(),
             "parameters": count_parameters(self.pair),
             "started": self.run.read_env().get("started", now()) if resumed else now(),
             "finished": None,
@@ -145,6 +146,7 @@ class RunRecord:
             self.pair.student.save_pretrained(folder)
         elif self.export == "adapter":
             save_adapter(self.pair.adapter, folder, self.pair.adapter_start)
+            self.pair.student.generation_config.save_pretrained(folder)
         else:
             merge_adapter(self.pair.adapter).save_pretrained(folder)
 

@@ -29,6 +29,7 @@ from drkl.training.spec import (
     has_encoder,
     is_two_class,
     run_classes,
+    run_ends,
     run_tokenizer,
     tokenizer_name,
     training_config,
@@ -88,11 +89,13 @@ class Resources:
         self.listener.on_message(f"Learnt a tokenizer of {len(learnt)} tokens from the training text.")
         self._tokenizers[tokenizer_name(specs[0])] = learnt
 
-    def rows(self, config: DataConfig, tokenizer_name: str, *, encoder_decoder: bool) -> Loaded:
+    def rows(
+        self, config: DataConfig, tokenizer_name: str, *, encoder_decoder: bool, ends: Sequence[int] = ()
+    ) -> Loaded:
         key = (config, tokenizer_name, encoder_decoder)
         if key not in self._rows:
             shares = read_shares(config, classifier=self.classes is not None)
-            kind: dict[str, Any] = {"classes": self.classes, "encoder_decoder": encoder_decoder}
+            kind: dict[str, Any] = {"classes": self.classes, "encoder_decoder": encoder_decoder, "ends": ends}
             train, report = make_rows(shares[0], config, self.tokenizer(tokenizer_name), **kind)
             message = f"Training data: {report.summary()}"
             heldout: Rows = []
@@ -140,9 +143,10 @@ def distill(
         check_families(first.student, teacher_name, resources.tokenizer(name))
     shared = check_tokenizers(first.student, teacher_name, classifier=first.classifies)
     encoder_decoder = resources.classes is None and has_encoder(first, resources.tokenizer(name))
+    ends = () if resources.classes is not None else run_ends(first, resources.tokenizer(name))
     for spec in specs:
         training_config(spec, resources.device)
-        resources.rows(spec.data, name, encoder_decoder=encoder_decoder)
+        resources.rows(spec.data, name, encoder_decoder=encoder_decoder, ends=ends)
     # The line that made the run is what repeats it, also where another one finished it.
     made_by = last.read_env().get("command") if mode == "resume" else None
     command = made_by or (None if command is None else list(command))

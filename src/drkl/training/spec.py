@@ -164,6 +164,15 @@ def run_tokenizer(specs: Sequence[RunSpec]) -> Any:
     return learn_tokenizer(config, (text for data in sections for text in texts_of(load_examples(data)[0])))
 
 
+def run_ends(first: RunSpec, tokenizer: Any) -> Sequence[int]:
+    """The ids that end an answer by the settings of the teacher, or of the model that a student starts from."""
+    from drkl.models.ends import listed_ends
+
+    if first.teacher is not None:
+        return listed_ends(first.teacher.model, tokenizer, **first.teacher.model_init_kwargs)
+    return () if first.student.model is None else listed_ends(first.student.model, tokenizer)
+
+
 def has_encoder(first: RunSpec, tokenizer: Any) -> bool:
     """Whether the models of a run are encoder-decoders; student and teacher are of one kind."""
     from drkl.models.forward import is_encoder_decoder

@@ -31,7 +31,7 @@ from drkl.models.at_head import call_at_head
 from drkl.models.forward import decoder_start
 from drkl.models.load import one_tokenizer
 from drkl.models.pair_loss import model_inputs
-from drkl.models.weights import listed
+from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
 from drkl.runs import RunFolder
 from drkl.teachers.live import LiveTeacher
@@ -192,6 +192,8 @@ class DistillationTrainer(Trainer):
             )
         for note in pair.notes:
             _log.info(note)
+        if pair.ends is not None and pair.ends.differ and args.process_index == 0:
+            _log.warning("Warning: %s", pair.ends.warning())
         self.run = RunFolder(Path(str(args.output_dir)))
         world_size = args.world_size
         steps, ends = plan_run([row.length for row in pair.rows], args, world_size)
@@ -498,13 +500,10 @@ class DistillationTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that is not this student's; transformers only warns, of tied weights too."""
         student = self.student
-        parameters = dict(student.named_parameters(remove_duplicate=False))
-        loaded = {id(parameter) for name, parameter in parameters.items() if name not in load_result.missing_keys}
-        missing = [name for name in load_result.missing_keys if id(parameters.get(name)) not in loaded]
-        if missing or load_result.unexpected_keys:
+        missing, foreign = not_loaded(student, set(load_result.missing_keys)), load_result.unexpected_keys
+        if missing or foreign:
             parts = [f"{len(missing)} of its weights are missing ({listed(missing)})"] if missing else []
-            if load_result.unexpected_keys:
-                parts.append(f"{len(load_result.unexpected_keys)} are not its own ({listed(load_result.unexpected_keys)})")
+            parts += [f"{len(foreign)} are not its own ({listed(foreign)})"] if foreign else []
             raise DrklError(f"they are not those of the student, a {type(student).__name__}: {'; '.join(parts)}.")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
