@@ -147,6 +147,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hash_seed": 0,
     },
     "roc_bert": {"pronunciation_vocab_size": VOCAB, "shape_vocab_size": VOCAB},
+    # Without a mask it leaves every padding token out, and so the start.
+    "t5gemma": {"decoder_start_token_id": BOS},
     "vibevoice_asr": {
         f"{kind}_tokenizer_encoder_config": {"depths": [1, 1], "downsampling_ratios": [2], "num_filters": 4}
         for kind in ("acoustic", "semantic")
