@@ -203,6 +203,8 @@ def print_surveys(surveys: Sequence[Survey], tokenizer: Any, console: Console | 
         for name, value in survey.facts:
             table.add_row(Text(printable(name)), Text(value, justify="right"))
         console.print(table)
+        for note in survey.report.notes:
+            console.print(Text(note))
         for name, lengths in survey.lengths.items():
             _print_histogram(name, lengths, console)
         if survey.share == "training" or survey.classes is not None:

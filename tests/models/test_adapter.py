@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from drkl.errors import DrklError
 from drkl.models.adapter import adapter_base, adapter_start, add_adapter, check_adapter, merge_adapter, save_adapter
 from drkl.models.config import PeftConfig
-from drkl.models.load import load_classifier, load_config, load_model
+from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from tests.models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
@@ -183,6 +183,7 @@ STARTS: list[dict[str, Any]] = [
     {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3}},
     {"init_lora_weights": "pissa_niter_2", "use_dora": True},
     {"init_lora_weights": "olora", "modules_to_save": ["norm"]},
+    {"init_lora_weights": "pissa", "target_modules": ["embed_tokens", "q_proj"]},
     {"use_dora": True},
     {"use_rslora": True},
     {"target_modules": "all-linear"},
@@ -248,6 +249,7 @@ def test_the_kin_of_lora(tmp_path: Path, kind: Any) -> None:
         (config(lora_bias=True), "Impossible to merge LoRA with `lora_bias=True`"),
         (config(layer_replication=[(0, 2), (1, 2)]), "layer_replication repeats layers of the model"),
         (config(alora_invocation_tokens=[3]), "aLoRA does not support merging"),
+        (config(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), "'loftq' puts quantised weights in the"),
         (config(init_lora_weights="corda"), "`eigens` attribute not found"),
         (
             AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"),
@@ -280,6 +282,10 @@ def adapter_folder(tmp_path: Path, model: PreTrainedModel | None = None, **field
     nudged(adapter.get_base_model())
     adapter.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+def test_an_adapter_without_a_tokenizer_is_read_with_its_base_models(tmp_path: Path) -> None:
+    assert load_tokenizer(adapter_folder(tmp_path)).get_vocab() == tiny.tokenizer().get_vocab()
 
 
 def edit(folder: Path, **values: Any) -> str:

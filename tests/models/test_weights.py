@@ -206,6 +206,17 @@ def test_half_of_the_shards(tmp_path: Path) -> None:
     lost.unlink()
     with pytest.raises(DrklError, match=rf"its index names 1 file\(s\) that are not there \({lost.name}\)"):
         load_model(str(tmp_path), "fp32")
+    for text in ("{", "{}"):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(DrklError, match=r"no usable model was found"):
+            load_model(str(tmp_path), "fp32")
+
+
+def test_a_pointer_in_the_place_of_a_file(tmp_path: Path) -> None:
+    tiny.save(tiny.llama(), tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(DrklError, match=r"model\.safetensors is a pointer of git-lfs .*git lfs pull"):
+        load_model(str(tmp_path), "fp32")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
+from itertools import product, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drkl.data.ends import as_ids, end_of_turn, opening_tag, special_tokens
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 # Digits alone: the same in capitals.
 _PROBE = "8406295137084062951370"
-_NEXT = "5173840629517384062951"
+_NEXT = "5173840296251738402962"
 
 
 class Turns(NamedTuple):
@@ -59,7 +61,7 @@ def encode_prompt(
 
     Args:
         tokenizer: its bos stands first where it adds one itself, except in chat, minillm and in jinja text that
-            writes ``bos_token``.
+            writes ``bos_token``; never twice.
         messages: ``{"role", "content"}``, first to last, and other fields, which a chat template and jinja text are
             given too.
         template: a name of ``NAMES``, ``chat:NAME`` for one of several chat templates, or jinja text.
@@ -111,11 +113,9 @@ def encode_last(
     """Return the ids of a conversation up to the end of its last turn, the assistant's, which is the only span.
 
     They are the conversation as the template writes it, without what it writes after the end of turn (often a newline).
-    The end of turn is the first special token after the text; where the template writes none, the tag of the next turn
-    if ``ends`` has it, else an appended eos (see `drkl.data.ends`). The turn begins where
+    The end of turn is the first special token after the text; where the template writes none, the tag of the user's
+    next turn if ``ends`` has it, else an appended eos (see `drkl.data.ends`). The turn begins where
     ``encode_prompt(tokenizer, messages[:-1])`` ends, or where that begins an opening.
-
-    Other arguments are those of `encode_prompt`; ``ends`` are the ids that the model's own settings list as ends.
 
     Where the tokenizer would merge the end of the prompt with the beginning of the response, the two are encoded
     separately: a generating model sees the prompt alone and could never produce the merged token.
@@ -123,12 +123,14 @@ def encode_last(
     An answer whose text begins as the opening does goes on after the generation prompt, also where the template would
     leave its reasoning out: that is for earlier turns.
 
+    ``ends`` are the ids that the model's own settings list as ends; the other arguments are those of `encode_prompt`.
+
     Raises:
         DrklError: the chat template refuses the conversation, writes the prompt differently once the response follows,
             or leaves the response out, or a part of it; the tokenizer has no eos token and the template ends no turn.
     """
-    writer = Writer(tokenizer, template, context_start, tools, template_kwargs, ends)
-    return _encode_turns(writer, [_turn(writer, messages, None)])
+    writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
+    return _encode_turns(writer, messages, [_turn(writer, messages, None)], ends)
 
 
 def encode_turns(
@@ -150,43 +152,47 @@ def encode_turns(
     Raises:
         DrklError: as `encode_last`; a template that writes an earlier turn differently once others follow it.
     """
-    writer = Writer(tokenizer, template, context_start, tools, template_kwargs, ends)
+    writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
     turns: list[_Turn] = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            following = messages[index + 1] if index + 1 < len(messages) else None
-            turns.append(_turn(writer, messages[: index + 1], turns[-1] if turns else None, following))
-    return _encode_turns(writer, turns)
+            turns.append(_turn(writer, messages[: index + 1], turns[-1] if turns else None))
+            last = messages[: index + 1]
+    return _encode_turns(writer, last, turns, ends)
 
 
-def _encode_turns(writer: Writer, turns: Sequence[_Turn]) -> Turns:
-    """Encode the turns of one conversation; eos is put after those that the template does not end."""
+def _encode_turns(writer: Writer, messages: Messages, turns: Sequence[_Turn], ends: Sequence[int]) -> Turns:
+    """Encode the turns of one conversation, which ends with the last; eos is put after those that nothing ends."""
     stream = _Stream(writer)
     result = Turns(stream.ids, [], [])
+    eos = as_ids(writer.tokenizer.eos_token_id)
     text = ""
-    ended = True
-    for turn in turns:
-        between = turn.before[len(text) :]
-        # Jinja text may write the eos that stands there already.
-        stream.add(between if ended else between.removeprefix(writer.tokenizer.eos_token or ""))
+    for turn, following in zip_longest(turns, turns[1:]):
+        stream.add(turn.before[len(text) :])
         start = len(stream.ids)
-        stream.add(turn.reply)
-        if not turn.ended and stream.ids[start:][-1:] != [_eos(writer.tokenizer)]:
+        text = turn.before + turn.reply
+        closing = ""
+        if not turn.ended:
+            between = following.before[len(text) :] if following else _continuation(writer, messages, text) or ""
+            closing = opening_tag(writer.tokenizer, between, [*eos, *ends])
+        stream.add(turn.reply + closing)
+        text += closing
+        if not (turn.ended or closing or stream.ids[start:][-1:] == eos):
             stream.end()
         result.spans.append((start, len(stream.ids)))
-        prompt = _encode_from_start(writer, turn.before + turn.opening) if turn.opening else []
-        result.openings.append(prompt[len(_encode_from_start(writer, turn.before)) :] if turn.opening else [])
-        text, ended = turn.before + turn.reply, turn.ended
+        result.openings.append(_opening_ids(writer, turn))
     return result
 
 
-def _turn(
-    writer: Writer, messages: Messages, previous: _Turn | None, following: Mapping[str, Any] | None = None
-) -> _Turn:
-    """The last turn of a conversation, the assistant's.
+def _opening_ids(writer: Writer, turn: _Turn) -> list[int]:
+    if not turn.opening:
+        return []
+    before = _encode_from_start(writer, turn.before)
+    return _encode_from_start(writer, turn.before + turn.opening)[len(before) :]
 
-    ``previous`` is the one before it, if that is learnt too, and ``following`` the message after it, if there is one.
-    """
+
+def _turn(writer: Writer, messages: Messages, previous: _Turn | None) -> _Turn:
+    """The last turn of a conversation, the assistant's; ``previous`` is the one before it, if that is learnt too."""
     text = previous.before + previous.reply if previous else ""
     kind = writer.kind
     if previous and kind in ("alpaca", "minillm"):
@@ -194,10 +200,7 @@ def _turn(
         prompt = text + FOLLOW_UP.format(instruction=instruction_text(messages[last + 1 : -1]))
     else:
         prompt = writer.prompt(messages[:-1])
-    if kind == "chat":
-        turn = _chat_turn(writer, messages, prompt, following)
-    else:
-        turn = _Turn(prompt, messages[-1].get("content") or "")
+    turn = _chat_turn(writer, messages, prompt) if kind == "chat" else _Turn(prompt, messages[-1].get("content") or "")
     if not turn.before.startswith(text):
         what = "chat template" if kind == "chat" else f"template {writer.template!r}"
         raise DrklError(
@@ -230,13 +233,13 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str = "auto", e
     return list(dict.fromkeys([*as_ids(tokenizer.eos_token_id), taught, *ends]))
 
 
-def _chat_turn(writer: Writer, messages: Messages, prompt: str, following: Mapping[str, Any] | None) -> _Turn:
+def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
     """The last turn as the chat template writes it; ``prompt`` ends with its generation prompt."""
-    tokenizer = writer.tokenizer
+    _check_written(writer, messages[:-1], prompt)
     full = writer.conversation(messages)
     head, tail = _around(writer, messages, full)
     cut = len(prompt) if full.startswith(prompt) else min(_num_common(prompt, full), _num_common(prompt, head))
-    if _lacks(full[: len(full) - len(tail)], cut, messages[-1].get("content")):
+    if _lacks(full.removesuffix(tail), cut, messages[-1].get("content")):
         # What the template leaves out of an answer may be what its generation prompt opens.
         whole = f"{head}{messages[-1]['content']}{tail}"
         if cut == len(prompt) or not whole.startswith(prompt):
@@ -246,28 +249,28 @@ def _chat_turn(writer: Writer, messages: Messages, prompt: str, following: Mappi
             )
         full, cut = whole, len(prompt)
     before = prompt[: _border(writer, messages, prompt, cut)]
-    end = end_of_turn(tokenizer, tail, lambda: _continuation(writer, messages, following))
-    reply = full[len(before) : len(full) - len(tail) + end]
-    if not end:
-        between = _continuation(writer, messages, following) or ""
-        tag = opening_tag(tokenizer, between, [*as_ids(tokenizer.eos_token_id), *writer.ends])
-        reply, end = reply + tag, len(tag)
+    said = full.removesuffix(tail)
+    end = end_of_turn(writer.tokenizer, tail, lambda: _continuation(writer, messages, said))
+    reply = said[len(before) :] + tail[:end]
     return _Turn(before, reply, ended=end > 0, opening=prompt[len(before) :])
 
 
-def _continuation(writer: Writer, messages: Messages, following: Mapping[str, Any] | None) -> str | None:
-    """What the template writes between the last message and the ``following`` one; None if it refuses.
-
-    Without a following one, one of the user's. This is another rendering of every row, so it is asked for only where
-    the template's own end leaves a question.
-    """
-    after = {**(following or {"role": "user"}), "content": _NEXT}
-    try:
-        text = writer.conversation([*messages[:-1], {**messages[-1], "content": _PROBE}, after])
-    except DrklError:
-        return None
-    before, found, _ = text.rpartition(_NEXT)
-    return before.rpartition(_PROBE)[2] if found and _PROBE in before else None
+def _check_written(writer: Writer, messages: Messages, prompt: str) -> None:
+    """Raise DrklError where the prompt does not depend on a message at all."""
+    for place, message in enumerate(messages):
+        content = message.get("content")
+        if message["role"] == "assistant" or not isinstance(content, str) or content.strip() in prompt:
+            continue
+        try:
+            changed = writer.prompt([*messages[:place], {**message, "content": _PROBE}, *messages[place + 1 :]])
+        except DrklError:
+            continue  # a template that refuses the placeholder reads it
+        if changed == prompt:
+            raise DrklError(
+                f"The chat template leaves out what the {message['role']} says in message {place + 1}, so the models "
+                "would not see it. Give the tokenizer another chat_template, or set data.template to alpaca, plain or "
+                "jinja text."
+            )
 
 
 def _around(writer: Writer, messages: Messages, full: str) -> tuple[str, str]:
@@ -319,6 +322,26 @@ def _lacks(text: str, start: int, content: Any) -> bool:
     return len(written) < len(wanted) and wanted not in "".join(text.split())
 
 
+def _continuation(writer: Writer, messages: Messages, said: str) -> str | None:
+    """What the template writes between the assistant's last message and a next one; None if it refuses.
+
+    The next one is the user's, or a tool's where the message calls tools; ``said`` is all text up to the end of the
+    calls. Another rendering of every row, so it is asked for only where the template's own end leaves a question.
+    """
+    if writer.kind != "chat":
+        return None
+    last = messages[-1]
+    calls = last.get("tool_calls")
+    spoken = last if calls else {**last, "content": _PROBE}
+    try:
+        text = writer.conversation([*messages[:-1], spoken, {"role": "tool" if calls else "user", "content": _NEXT}])
+    except DrklError:
+        return None
+    before, found, _ = text.rpartition(_NEXT)
+    start = before.find(said) + len(said) if calls else before.rfind(_PROBE) + len(_PROBE)
+    return before[start:] if found and before[:start].endswith(said if calls else _PROBE) else None
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
     try:
@@ -331,13 +354,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _encode_from_start(writer: Writer, text: str) -> list[int]:
-    """Encode text that begins a sequence; some templates write their own bos, or want none."""
+    """Encode text that begins a sequence; some templates and texts write their own bos, or want none."""
     tokenizer = writer.tokenizer
     ids = _encode(tokenizer, text)
-    if tokenizer.bos_token_id is None or writer.kind in ("chat", "minillm") or "bos_token" in writer.template:
+    bos = as_ids(tokenizer.bos_token_id)
+    if not bos or ids[:1] == bos or writer.kind in ("chat", "minillm") or "bos_token" in writer.template:
         return ids
-    adds_bos = tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id, *ids] if adds_bos else ids
+    adds_bos = tokenizer("a", verbose=False)["input_ids"][:1] == bos
+    return [*bos, *ids] if adds_bos else ids
 
 
 class _Stream:
@@ -369,19 +393,23 @@ class _Stream:
         self._whole = _encode_from_start(self._writer, self._text)
 
     def _apart(self, piece: str) -> list[int]:
-        """The ids of a piece by itself; sentencepiece writes a blank before a text, which the piece does not have."""
+        """The ids of a piece by itself.
+
+        Sentencepiece writes a blank before a text, which the piece does not have, so a context is encoded with it. What
+        follows the context is right if the row then reads as the whole text does.
+        """
         tokenizer = self._writer.tokenizer
-        alone = _encode(tokenizer, piece)
         text = _decode(tokenizer, self._whole)
-        for context in ("", "\n", "a", "."):
-            start, ids = _encode(tokenizer, context), _encode(tokenizer, context + piece)
+        for context, part in product(("", "\n", "a", "."), (piece, piece.lstrip())):
+            start, ids = _encode(tokenizer, context), _encode(tokenizer, context + part)
             if ids[: len(start)] == start and _decode(tokenizer, self.ids + ids[len(start) :]) == text:
                 return ids[len(start) :]
-        return alone
+        return _encode(tokenizer, piece)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    # Composed: an accent may stand in another piece than its letter.
+    return unicodedata.normalize("NFC", str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:

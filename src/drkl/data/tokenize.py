@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.examples import Example, free_id, hash_of_id
+from drkl.data.rendering import Sign, date_told
 from drkl.data.seq2seq import encode_source, encode_target, tokens_around
 from drkl.data.template import Turns, encode_last, encode_prompt, encode_turns
 from drkl.data.written import as_written, has_more
@@ -83,7 +84,9 @@ class DropReport:
     """Number of rows kept, of rows dropped by reason, and of responses cut.
 
     A row of plain text is a block; ``documents`` is the number of texts that were cut into blocks. ``per_epoch`` is the
-    number of rows in an epoch after weighting, None where all weights are 1.
+    number of rows in an epoch after weighting, None where all weights are 1. ``openings`` counts the rows that do not
+    have what the prompts end with (such as ``<think>``), by that text; ``date`` is the day that the chat template is
+    told is today, if it asks.
     """
 
     kept: int = 0
@@ -92,9 +95,11 @@ class DropReport:
     documents: int = 0
     what_is_cut: str = "responses"
     per_epoch: int | None = None
+    openings: dict[str, int] = field(default_factory=dict)
+    date: str | None = None
 
     def summary(self) -> str:
-        """Return one sentence for people."""
+        """Return a sentence for people, and one for each thing that the template does."""
         total = self.kept + sum(self.dropped.values())
         parts = [f"{self.kept} of {total} rows kept"]
         if self.documents:
@@ -104,7 +109,19 @@ class DropReport:
             parts.append(f"{self.responses_cut} {self.what_is_cut} cut at max_tokens")
         if self.per_epoch is not None:
             parts.append(f"{self.per_epoch} an epoch by their weights")
-        return ", ".join(parts) + "."
+        return " ".join([", ".join(parts) + ".", *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """What the template does that the rows do not show, in sentences."""
+        notes = [
+            f"The template's prompts end with {text!r}, which {count} row(s) do not have: these are learnt as the "
+            "template writes conversations, and samples follow the whole prompt."
+            for text, count in self.openings.items()
+        ]
+        if self.date:
+            notes.append(f"The template asks for today's date; it is told {self.date}, so that rows never change.")
+        return notes
 
 
 def tokenize_examples(
@@ -144,7 +161,7 @@ def tokenize_examples(
     texts: dict[float, list[Example]] = {}
     report = DropReport()
     shortest: int | None = None
-    written: set[str] = set()
+    written: set[Sign] = set()
     for example in examples:
         reason = _empty(example, turns)
         if reason is None and example.is_text:
@@ -162,16 +179,16 @@ def tokenize_examples(
             if length <= max_prompt_tokens:
                 report.responses_cut += spans[-1][1] > max_tokens
                 row = row_of_spans(example, ids, spans, max_tokens, openings)
-                if has_more(row.example.messages[-1]):
-                    # A sample is compared with all that the template writes, calls and reasoning too.
-                    start, stop = spans[len(_learnt(row.example)) - 1 if turns == "all" else -1]
-                    answer = tokenizer.decode(ids[start:stop], skip_special_tokens=True)
-                    references = (str(answer), *example.references)
-                    row = replace(row, example=replace(row.example, references=references))
-                rows.append(replace(row, encoder_decoder=True) if encoder_decoder else row)
+                row = replace(row, encoder_decoder=encoder_decoder)
+                place = len(_learnt(row.example)) - 1 if turns == "all" else -1
+                rows.append(_with_written_references(row, tokenizer, ids[slice(*spans[place])]))
+                if opening := max(openings, key=len):
+                    text = str(tokenizer.decode(opening))
+                    report.openings[text] = report.openings.get(text, 0) + 1
                 continue
             reason = "prompt_too_long"
         report.dropped[reason] = report.dropped.get(reason, 0) + 1
+    report.date = date_told(tokenizer, template) if rows and not encoder_decoder else None
     for documents in texts.values():
         blocks = _blocks(documents, tokenizer, max_tokens)
         if encoder_decoder:
@@ -236,9 +253,8 @@ def _encode(
     if encoder_decoder:
         source, target = encode_source(tokenizer, example.prompt_messages), encode_target(tokenizer, example.response)
         return Turns(source + target, [(len(source), len(source) + len(target))], [[]])
-    start = example.context_start
-    given: dict[str, Any] = {"tools": example.tools, "template_kwargs": example.template_kwargs, "context_start": start}
-    given["ends"] = ends
+    given: dict[str, Any] = {"context_start": example.context_start, "tools": example.tools}
+    given |= {"template_kwargs": example.template_kwargs, "ends": ends}
     if turns == "all":
         encoded = encode_turns(tokenizer, example.messages, template, **given)
         replies = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
@@ -246,6 +262,20 @@ def _encode(
         spans, openings = [encoded.spans[place] for place in learnt], [encoded.openings[place] for place in learnt]
         return Turns(encoded.ids, spans, openings)
     return encode_last(tokenizer, example.messages, template, **given)
+
+
+def _with_written_references(row: Row, tokenizer: PreTrainedTokenizerBase, reply: Sequence[int]) -> Row:
+    """A row whose samples are compared with all that the template writes of a reply: calls, reasoning, tags."""
+    example = row.example
+    content = example.response.strip()
+    written = str(tokenizer.decode(list(reply), skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+    if has_more(example.messages[-1]):
+        references = (written, *example.references)
+    elif content and written != content and written.endswith(content):
+        references = tuple(written.removesuffix(content) + text for text in example.all_references)
+    else:
+        return row
+    return replace(row, example=replace(example, references=references))
 
 
 def row_of_spans(

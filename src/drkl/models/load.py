@@ -32,8 +32,8 @@ from drkl.models.weights import (
     check_stored_dtypes,
     check_weights,
     conversion_errors,
+    file_faults,
     listed,
-    missing_shards,
     own_report,
 )
 from drkl.runs import IN_MEMORY
@@ -78,7 +78,8 @@ def model_note(name: Name) -> str | None:
 def load_model(model: Name | PreTrainedModel, dtype: DtypeLike = "auto", **options: Any) -> PreTrainedModel:
     """Load a language model, decoder-only or encoder-decoder as its config says, in eval mode, on the CPU.
 
-    A folder with a LoRA adapter gives its base model with the adapter merged.
+    A folder with a LoRA adapter gives its base model with the adapter merged. Every weight comes from the files: where
+    one is missing, has no place or another shape, or is no finite number, nothing is loaded.
 
     Args:
         model: ``smollm2-135m-instruct``, a local folder or a Hugging Face id; a model in memory is returned as it is.
@@ -88,7 +89,8 @@ def load_model(model: Name | PreTrainedModel, dtype: DtypeLike = "auto", **optio
             or ``quantization_config``.
 
     Raises:
-        DrklError: no such model, not a language model, no safetensors, or an unknown dtype.
+        DrklError: no such model, not a language model, no safetensors, weights that are not the model's, or an unknown
+            dtype.
     """
     if isinstance(model, PreTrainedModel):
         return _in_memory(model, dtype, options)
@@ -136,7 +138,7 @@ def _pretrained(
             f"can be checked: hf download {name} --local-dir FOLDER, then name that folder."
         )
     new = check_weights(model, report, name, new_head=new_head)
-    if Path(source).is_dir():
+    if Path(source).is_dir() and "variant" not in options:
         check_stored_dtypes(model, source, options.get("subfolder") or "")
     if new:
         _log.warning(f"{name!r} has no head for these classes: {listed(new)} are new, drawn at random.")
@@ -155,11 +157,12 @@ def load_classifier(
         model: a local folder or a Hugging Face id; a model in memory is checked and returned as it is.
         dtype: as for `load_model`.
         classes: the names it has to have, by number; None for its own. A model without a head for classes gets a new
-            one for these, at random.
+            one for these, at random, and a warning in the log says so.
         options: as for `load_model`.
 
     Raises:
-        DrklError: no such model, no classifier where ``classes`` is None, other classes, or an unknown dtype.
+        DrklError: no such model, no classifier where ``classes`` is None, other classes, weights that are not the
+            model's, or an unknown dtype.
     """
     if isinstance(model, PreTrainedModel):
         name = type(model).__name__
@@ -231,7 +234,7 @@ def load_config(model: Name | PreTrainedModel, **options: Any) -> Any:
 
 
 def load_tokenizer(tokenizer: Name | PreTrainedTokenizerBase, *, classifier: bool = False) -> Any:
-    """Load a tokenizer; one in memory is checked and returned.
+    """Load a tokenizer, that of its base model for an adapter without one; one in memory is checked and returned.
 
     A tokenizer without a padding token is given its end-of-sequence token for that (masks never look at ids). A
     classifier writes nothing, so its tokenizer needs no end of sequence.
@@ -242,6 +245,8 @@ def load_tokenizer(tokenizer: Name | PreTrainedTokenizerBase, *, classifier: boo
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return _checked_tokenizer(tokenizer, tokenizer.name_or_path or type(tokenizer).__name__, classifier)
     name = _text(tokenizer)
+    if (base := adapter_base(name)) is not None and not any(Path(name).glob("tokenizer*.json")):
+        return load_tokenizer(base, classifier=classifier)
     if name == smollm2.NAME and not smollm2.is_converted():
         loaded = AutoTokenizer.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
     else:
@@ -336,11 +341,8 @@ def _explained(name: str, what: str, error: Exception) -> DrklError:
         where = f"Cannot read the {what} {name!r}"
     elif folder.is_dir():
         where = f"The folder {name!r} is there, but no usable {what} was found in it"
-        if lost := missing_shards(name):
-            return DrklError(
-                f"The folder {name!r} holds a part of a model only: its index names {len(lost)} file(s) that are not "
-                f"there ({listed(lost)}). Copy or download them, too."
-            )
+        if fault := file_faults(folder):
+            return DrklError(f"The folder {name!r} holds no whole {what}: {fault}")
         if "safetensors" in reason and any(folder.glob("*.bin")):
             where += " (it has .bin weights; those are pickle files, convert them to safetensors first)"
     elif any(isinstance(cause, hub_errors.GatedRepoError) for cause in causes):

@@ -215,7 +215,7 @@ def check_stored_dtypes(model: PreTrainedModel, folder: str, subfolder: str = ""
         return
     prefix = f"{model.base_model_prefix}."
     floats = {key for key, parameter in model.named_parameters() if parameter.is_floating_point()}
-    for path in sorted(Path(folder, subfolder).glob("*.safetensors")):
+    for path in _weight_files(Path(folder, subfolder)):
         codes = [key for key, dtype in _stored_dtypes(path).items() if dtype[0] in "IU"]
         if bad := [key for key in codes if floats & {key, prefix + key, key.removeprefix(prefix)}]:
             raise DrklError(
@@ -242,10 +242,27 @@ def conversion_errors(error: BaseException) -> list[str]:
     return []
 
 
-def missing_shards(folder: str | os.PathLike[str]) -> list[str]:
-    """The files that the index of sharded weights names and that are not there."""
-    index = Path(folder, "model.safetensors.index.json")
-    if not index.is_file() or Path(folder, "model.safetensors").is_file():
+def file_faults(folder: str | os.PathLike[str]) -> str | None:
+    """What is wrong with the weight files of a folder that cannot be loaded, and the way out; None where unknown."""
+    files = _weight_files(Path(folder))
+    if lost := [path.name for path in files if not path.is_file()]:
+        return f"its index names {len(lost)} file(s) that are not there ({listed(lost)}). Copy or download them, too."
+    for path in files:
+        with open(path, "rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                return f"{path.name} is a pointer of git-lfs and not the file itself. Fetch it: git lfs pull."
+    return None
+
+
+_POINTER = b"version https://git-lfs"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads: the whole one, else those that the index names, there or not."""
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
-    files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return sorted(file for file in files if not Path(folder, file).is_file())
