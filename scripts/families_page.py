@@ -60,7 +60,7 @@ def messages(cells: Cells) -> str:
     places: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
         if cell["column"] and cell["status"] != "works":
-            words = cell["message"].replace(cell["class"], "The model")
+            words = cell["message"].replace(cell["class"], "CLASS")
             places.setdefault((cell["status"], words), []).append(f"`{cell['row']}` {cell['column']}")
     rows = [[", ".join(where), status, words.replace("|", "\\|")] for (status, words), where in places.items()]
     return markdown(["where", "status", "message"], rows)

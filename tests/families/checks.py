@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import re
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import drkl
@@ -175,7 +177,7 @@ def check(row: str, folder: Path) -> dict[str, Cell]:
     finally:
         gc.unfreeze()
     for cell in cells.values():
-        cell.message = cell.message.replace(f"{folder}/", "")
+        cell.message = re.sub(rf"{re.escape(str(folder))}[\w/.-]*", "FOLDER", cell.message)
     return cells
 
 
@@ -278,7 +280,7 @@ class Work:
         student = self._student()
         student.save_pretrained(base)
         self.tokens.save_pretrained(base)
-        adapter = LoraConfig(r=4, lora_alpha=8, target_modules=linear_names(student))
+        adapter = LoraConfig(r=4, lora_alpha=8, target_modules=linear_names(student, stacks_of(self.teacher)))
         trainer = self._trainer(str(base), "lora", peft_config=adapter)
         trainer.train()
         trainer.save_model()
@@ -393,30 +395,25 @@ def check_layers(teacher: PreTrainedModel, small: PreTrainedModel, kept: list[in
                 same("logits of the pruned model on the teacher's last states", logits, expected)
 
 
-def stacks_of(model: PreTrainedModel, depth: int = LAYERS) -> dict[str, nn.ModuleList]:
-    """The lists of so many layers of the text model, outermost first: of an encoder-decoder two."""
+def stacks_of(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """The lists of layers of the text model, outermost first: of an encoder-decoder two."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module) == depth
-            and not inside
-            and not _APART & {*name.split(".")}
-        ):
+        apart = inside or _APART & {*name.split(".")}
+        if isinstance(module, nn.ModuleList) and len(module) == LAYERS and not apart:
             found[name] = module
     return found
 
 
-def linear_names(model: PreTrainedModel) -> list[str]:
-    """The matrices within the layers of the text model, but for one that peft refuses beside Mamba's fused kernel."""
-    depth = max(len(module) for module in model.modules() if isinstance(module, nn.ModuleList))
+def linear_names(model: PreTrainedModel, stacks: Iterable[str]) -> list[str]:
+    """The matrices within these lists of layers, but for one that peft refuses beside Mamba's fused kernel."""
     has_mamba = any(name.endswith("conv1d") for name, _ in model.named_modules())
     return [
         f"{stack}.{name}"
-        for stack in stacks_of(model, depth)
+        for stack in stacks
         for name, module in model.get_submodule(stack).named_modules()
-        if type(module) in (nn.Linear, Conv1D) and not (has_mamba and name.endswith("out_proj"))
+        if type(module) in (nn.Linear, Conv1D, FalconLinear) and not (has_mamba and name.endswith("out_proj"))
     ]
 
 
