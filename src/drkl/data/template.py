@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import product, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -213,6 +214,9 @@ def _turn(writer: Writer, messages: Messages, previous: _Turn | None) -> _Turn:
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str = "auto", ends: Sequence[int] = ()) -> list[int]:
     """Return the ids that end a generated answer: eos, the template's end of turn, and those of ``ends``.
 
+    Rows of another template end with eos, but the end of a turn in the tokenizer's chat template, which an instruct
+    model may write there all the same, ends an answer too.
+
     Args:
         tokenizer: the run's.
         template: as for ``encode_prompt``.
@@ -221,16 +225,23 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str = "auto", e
     Raises:
         DrklError: as ``encode_response``.
     """
-    if Writer(tokenizer, template).kind != "chat":
-        taught = _eos(tokenizer)
+    if Writer(tokenizer, template).kind == "chat":
+        taught = [_chat_end(tokenizer, template, ends)]
     else:
-        messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
-        try:
-            taught = encode_response(tokenizer, messages, template, ends=ends)[-1]
-        except DrklError:  # some templates take no conversation without a system message
-            system = {"role": "system", "content": _PROBE}
-            taught = encode_response(tokenizer, [system, *messages], template, ends=ends)[-1]
-    return list(dict.fromkeys([*as_ids(tokenizer.eos_token_id), taught, *ends]))
+        taught = [_eos(tokenizer)]
+        if tokenizer.chat_template:
+            with suppress(DrklError):  # it writes no row here
+                taught.append(_chat_end(tokenizer, "auto", ends))
+    return list(dict.fromkeys([*as_ids(tokenizer.eos_token_id), *taught, *ends]))
+
+
+def _chat_end(tokenizer: PreTrainedTokenizerBase, template: str, ends: Sequence[int]) -> int:
+    messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+    try:
+        return encode_response(tokenizer, messages, template, ends=ends)[-1]
+    except DrklError:  # some templates take no conversation without a system message
+        system = {"role": "system", "content": _PROBE}
+        return encode_response(tokenizer, [system, *messages], template, ends=ends)[-1]
 
 
 def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
