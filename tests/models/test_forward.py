@@ -6,8 +6,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertLMHeadModel,
     BloomConfig,
     CohereConfig,
     Gemma2Config,
