@@ -102,7 +102,7 @@ def test_a_base_student_of_an_instruct_teacher_stops_in_plain_transformers(tmp_p
 
 @NO_LENGTH
 @pytest.mark.parametrize("kind", ["phi 3", "glm"])
-@pytest.mark.parametrize("turns", ["last", "all"])
+@pytest.mark.parametrize("turns", [pytest.param("last", marks=pytest.mark.slow), "all"])
 def test_ends_that_are_not_eos_are_taught_and_kept(tmp_path: Path, kind: str, turns: str) -> None:
     tokenizer, end = (build(PHI3, eos="</s>"), "<|im_end|>") if kind == "phi 3" else (glm(), "<|user|>")
     teacher = teacher_of(tokenizer, end)
@@ -117,7 +117,7 @@ def test_ends_that_are_not_eos_are_taught_and_kept(tmp_path: Path, kind: str, tu
 
 
 @QUIET_PEFT
-@pytest.mark.parametrize("export", ["adapter", "merged"])
+@pytest.mark.parametrize("export", ["adapter", pytest.param("merged", marks=pytest.mark.slow)])
 def test_a_lora_student_keeps_its_ends(tmp_path: Path, export: str) -> None:
     tokenizer = build(CHATML)
     base = tmp_path / "base"
@@ -142,7 +142,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", [pytest.param("prune", marks=pytest.mark.slow), "random", "own config"])
 def test_the_teachers_ends_are_all_kept(tmp_path: Path, student: str) -> None:
     values = tiny_runs.config(tmp_path, training={"max_steps": 1})
     values["student"] = STUDENTS[student]
@@ -215,7 +215,7 @@ def test_a_teacher_with_another_end_is_named_with_both_probabilities(
     assert found["own_probability"] == pytest.approx(1 - (len(tokenizer) - 1) * rest, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["the same", "random", "goes on", "two turns"])
+@pytest.mark.parametrize("kind", ["random", "goes on", "two turns"])
 def test_a_teacher_of_the_same_end_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     tokenizer = build(PHI3, eos="</s>")
     teacher = teacher_of(tokenizer, "<|im_end|>")
