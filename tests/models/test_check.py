@@ -28,7 +28,7 @@ from drkl.errors import DrklError
 from drkl.models.check import check_forward, check_student
 from drkl.models.forward import decoder_start, hidden_states, lm_head
 from tests.models import tiny
-from tests.models.tiny_families import FAMILIES, SIZES, TOKENS
+from tests.models.cache_families import FAMILIES, SIZES, TOKENS
 
 QUICK = ("mamba", "falcon h1", "minicpm3", "recurrent gemma", "xlstm", "gpt", "roberta", "bert", "fsmt", "bert to bert")
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM, LogitsProcessor, PreTrainedModel
 from drkl.models.decoding import WITHOUT_CACHE, Way, decode, plain_decoding, way_of
 from drkl.models.generate import sample_texts
 from tests.models import tiny
-from tests.models.tiny_families import EOS, FAMILIES
+from tests.models.cache_families import EOS, FAMILIES
 
 PROMPTS = [[20, 21, 22, 23, 24, 25, 26], [31], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51], [33, 34]]
 NEW = 5

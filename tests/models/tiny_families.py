@@ -1,174 +1,127 @@
-"""A tiny model of each kind of cache and forward: states, windows, shared keys, no cache, other positions."""
+"""Random models of every architecture of transformers that can be built small: its defaults, with small sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    BartConfig,
-    BertConfig,
-    EncoderDecoderConfig,
-    EncoderDecoderModel,
-    FalconH1Config,
-    FSMTConfig,
-    Gemma3nTextConfig,
-    Gemma3TextConfig,
-    GraniteMoeHybridConfig,
-    JambaConfig,
-    LEDConfig,
-    Lfm2Config,
-    LlamaConfig,
-    Mamba2Config,
-    MambaConfig,
-    MiniCPM3Config,
-    MiniMaxConfig,
-    MptConfig,
-    OpenAIGPTConfig,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen3NextConfig,
-    RecurrentGemmaConfig,
-    RobertaConfig,
-    RwkvConfig,
-    SwitchTransformersConfig,
-    Zamba2Config,
-    xLSTMConfig,
 )
+from transformers.models.auto import modeling_auto
 
-VOCAB, PAD, BOS, EOS = 64, 0, 1, 4
-TOKENS = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-SIZES = {
-    **TOKENS, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 64,
+CAUSAL = sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+SEQ_TO_SEQ = sorted(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+CLASSIFIERS = sorted(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+
+VOCAB = 64
+DEPTH = 6
+_SMALL = {
+    64: "vocab_size vocab_size_per_layer_input max_position_embeddings n_positions max_encoder_position_embeddings "
+    "max_decoder_position_embeddings n_ctx max_seq_len seq_length context_length max_sequence_length mamba_d_ssm",
+    48: "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim n_inner d_inner hidden_dim ffn_hidden_size dff "
+    "dense_intermediate_size intermediate_size_mlp prefix_dense_intermediate_size",
+    32: "hidden_size d_model n_embd dim emb_dim n_embed embedding_size embed_dim attention_hidden_size lru_width "
+    "conv_dim word_embed_proj_dim",
+    16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size q_lora_rank kv_lora_rank "
+    "moe_shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size qk_head_dim "
+    "o_lora_rank",
+    8: "head_dim d_kv d_head kv_channels attention_head_size qk_rope_head_dim qk_nope_head_dim v_head_dim "
+    "mamba_d_state relative_attention_num_buckets hidden_size_per_layer_input mamba_n_heads mamba_d_head "
+    "mamba_num_heads mamba_head_dim ssm_state_size state_size linear_key_head_dim linear_value_head_dim dim_head index_head_dim",
+    6: "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_decoder_layers "
+    "num_encoder_layers num_blocks sliding_window attention_chunk_size attention_window local_attention",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads laurel_rank "
+    "num_encoder_attention_heads num_decoder_attention_heads num_experts num_local_experts n_routed_experts "
+    "moe_num_experts rotary_dim mamba_dt_rank time_step_rank linear_num_value_heads index_topk hash_length num_buckets "
+    "global_block_size chunk_size",
+    2: "num_key_value_heads num_kv_heads num_experts_per_tok moe_topk moe_k mamba_n_groups n_groups n_mamba_heads "
+    "mamba_expand linear_num_key_heads index_n_heads first_k_dense_replace num_dense_layers zero_expert_num "
+    "num_sparse_encoder_layers num_sparse_decoder_layers",
+    1: "n_group topk_group moe_num_shared_experts",
+}
+SIZES = {name: size for size, names in _SMALL.items() for name in names.split()}
+SIZES["block_auto_adjust_ff_dim"] = False
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+
+_LATENT: dict[str, Any] = {"head_dim": 8, "qk_rope_head_dim": 8, "num_key_value_heads": 4}
+_SHARED = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3}
+OTHERS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa kimi_linear "
+        "longcat_flash minicpm3 youtu".split(),
+        _LATENT,
+    ),
+    "bailing_hybrid": {**_LATENT, "layer_types": None, "partial_rotary_factor": 1.0},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {**_LATENT, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_shared_experts": 1, "num_experts_per_tok": 2, "n_routed_experts": 4},
+    "gemma3n_text": {**_SHARED, "intermediate_size": 48, "activation_sparsity_pattern": [0.9, 0.9, 0.0, 0.0, 0.0, 0.0]},
+    "gemma4_text": _SHARED,
+    "gpt_neo": {"attention_types": [[["global", "local"], 3]], "window_size": 5},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 3},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
+    "mamba2": {"head_dim": 8, "num_heads": 8, "n_groups": 2},
+    "ministral": {"head_dim": 8},
+    "mllama": {"text_config": {"cross_attention_layers": [1, 4]}},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"layers_block_type": "linear_attention mlp full_attention moe linear_attention mlp".split()},
+    "reformer": {
+        "is_decoder": True, "attn_layers": ["local", "lsh"] * 3, "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [16, 16], "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4,
+    },
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 3, "hybrid_layer_ids": [1, 3, 5],
+        "attention_hidden_size": 64, "attention_head_dim": 16,
+    },
+    "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
-SSD = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}
-BOTH_STACKS: dict[str, Any] = {
-    **TOKENS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64,
-    "decoder_start_token_id": EOS,
-}  # fmt: skip
+OTHERS["kimi_linear"] = {**_LATENT, "n_group": 1, "topk_group": 1, "num_experts_per_token": 2}
 
 
-def _made(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with weights large enough that a wrong state shows in the most probable tokens."""
-    torch.manual_seed(0)
-    family: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model: PreTrainedModel = EncoderDecoderModel(config) if "encoder" in vars(config) else family.from_config(config)
+def config(kind: str, **changes: Any) -> Any:
+    """The family's default config with small sizes; parts such as ``text_config`` likewise."""
+    base = AutoConfig.for_model(kind)
+    return type(base)(**_fields(base, OTHERS.get(kind, {}) | changes))
+
+
+def _fields(base: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = {name: SIZES[name] for name in vars(base) if name in SIZES and _is_size(vars(base)[name])}
+    for name, value in vars(base).items():
+        if name.endswith("_token_id") and isinstance(value, int):
+            fields[name] = TOKENS.get(name, 3 + len(name) % 5)
+    for name in base.sub_configs:
+        if isinstance(part := getattr(base, name, None), PreTrainedConfig):
+            fields[name] = {**_fields(part, changes.get(name, {})), "model_type": part.model_type}
+    return fields | {name: value for name, value in changes.items() if name not in base.sub_configs}
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) in (int, bool)
+
+
+def model(kind: str, task: str = "causal", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """With weights large enough that each layer matters."""
+    torch.manual_seed(seed)
+    families: dict[str, Any] = {
+        "causal": AutoModelForCausalLM,
+        "seq2seq": AutoModelForSeq2SeqLM,
+        "classifier": AutoModelForSequenceClassification,
+    }
+    made: PreTrainedModel = families[task].from_config(config(kind, **changes))
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.add_(torch.randn(parameter.shape) * 0.2)
-    return model.eval()
-
-
-def _bert_to_bert() -> PreTrainedModel:
-    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**SIZES), BertConfig(**SIZES))
-    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = BOS, PAD, EOS
-    return _made(config)
-
-
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: _made(LlamaConfig(**GROUPED)),
-    "mpt": lambda: _made(MptConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)),
-    "mamba": lambda: _made(MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, state_size=8)),
-    "mamba2": lambda: _made(
-        Mamba2Config(
-            **TOKENS, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=8, head_dim=8, n_groups=1,
-            chunk_size=4,
-        )
-    ),
-    "lfm2": lambda: _made(Lfm2Config(**SIZES, num_key_value_heads=2, layer_types=["conv", "full_attention"])),
-    "jamba": lambda: _made(
-        JambaConfig(
-            **SIZES, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, num_experts=2,
-            expert_layer_period=2, expert_layer_offset=1, use_mamba_kernels=False,
-        )
-    ),
-    "granite hybrid": lambda: _made(
-        GraniteMoeHybridConfig(
-            **SIZES, **SSD, num_key_value_heads=2, layer_types=["linear_attention", "full_attention"],
-            num_local_experts=2, num_experts_per_tok=1, shared_intermediate_size=32, logits_scaling=2.0,
-        )
-    ),
-    "falcon h1": lambda: _made(
-        FalconH1Config(**SIZES, **SSD, num_key_value_heads=2, mamba_d_ssm=64, lm_head_multiplier=0.5)
-    ),
-    "zamba2": lambda: _made(
-        Zamba2Config(
-            **SIZES, num_key_value_heads=4, layers_block_type=["linear_attention", "hybrid"], mamba_d_state=8,
-            mamba_headdim=8, n_mamba_heads=8, mamba_ngroups=1, chunk_size=4, num_mem_blocks=1,
-        )
-    ),
-    "qwen3 next": lambda: _made(
-        Qwen3NextConfig(
-            **GROUPED, layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4,
-            linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2,
-            num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
-        )
-    ),
-    "gemma3": lambda: _made(
-        Gemma3TextConfig(**GROUPED, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
-    ),
-    "gemma3n": lambda: _made(
-        Gemma3nTextConfig(
-            **(GROUPED | {"num_hidden_layers": 4, "intermediate_size": [32] * 4}), sliding_window=4,
-            layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
-            activation_sparsity_pattern=[0.0] * 4, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8,
-            laurel_rank=4,
-        )
-    ),
-    "minimax": lambda: _made(
-        MiniMaxConfig(
-            **GROUPED, layer_types=["linear_attention", "full_attention"], block_size=4, num_local_experts=2,
-            num_experts_per_tok=1,
-        )
-    ),
-    "minicpm3": lambda: _made(
-        MiniCPM3Config(
-            **SIZES, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8,
-            v_head_dim=8, dim_model_base=16,
-        )
-    ),
-    "recurrent gemma": lambda: _made(
-        RecurrentGemmaConfig(
-            **(SIZES | {"num_hidden_layers": 3}), num_key_value_heads=2, attention_window_size=4, lru_width=32,
-            logits_soft_cap=2.0,
-        )
-    ),
-    "rwkv": lambda: _made(
-        RwkvConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, intermediate_size=32, context_length=64)
-    ),
-    "xlstm": lambda: _made(
-        xLSTMConfig(
-            **TOKENS, hidden_size=32, num_blocks=2, num_heads=4, ffn_round_up_to_multiple_of=8, chunk_size=4,
-            qk_dim_factor=0.5, v_dim_factor=1.0,
-        )
-    ),
-    "gpt": lambda: _made(OpenAIGPTConfig(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
-    "roberta": lambda: _made(RobertaConfig(**(SIZES | {"pad_token_id": 2}), is_decoder=True)),
-    "bert": lambda: _made(BertConfig(**SIZES, is_decoder=True)),
-    "bart": lambda: _made(BartConfig(**BOTH_STACKS)),
-    "led": lambda: _made(
-        LEDConfig(
-            **BOTH_STACKS, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64, attention_window=4
-        )
-    ),
-    "switch": lambda: _made(
-        SwitchTransformersConfig(
-            **TOKENS, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=2,
-            num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=PAD, expert_capacity=8,
-        )
-    ),
-    "fsmt": lambda: _made(
-        FSMTConfig(
-            **{name: value for name, value in BOTH_STACKS.items() if name != "vocab_size"}, langs=["en", "de"],
-            src_vocab_size=VOCAB, tgt_vocab_size=VOCAB,
-        )
-    ),
-    "bert to bert": _bert_to_bert,
-}  # fmt: skip
+        for parameter in made.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.2 * (parameter.dim() > 1))
+    return made.eval()

@@ -165,6 +165,7 @@ def decode(
     max_new_tokens: int,
     processors: list[LogitsProcessor],
     pad_id: int,
+    begin: Sequence[int] = (),
 ) -> Tensor:
     """Return the most probable new tokens `[prompts * num_samples, steps]`, the samples of a prompt in a row.
 
@@ -177,10 +178,13 @@ def decode(
         max_new_tokens: at least 1.
         processors: change the logits `[prompts * num_samples, vocab]` of each step.
         pad_id: fills batches.
+        begin: the tokens that an encoder-decoder's answers begin with; they are not returned.
     """
+    start = decoder_start(model)
+    first = None if start is None else [start, *begin]
     if not way.cache:
         rows = [list(prompt) for prompt in prompts for _ in range(num_samples)]
-        return _read_again(model, rows, stops, max_new_tokens, processors, pad_id)
+        return _read_again(model, rows, first, stops, max_new_tokens, processors, pad_id)
     encoder_decoder = is_encoder_decoder(model)
     batch = (collate_sources if encoder_decoder else collate_prompts)(prompts, pad_id=pad_id)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -199,10 +203,12 @@ def decode(
         use_cache=True,
         eos_token_id=stops or None,
         pad_token_id=pad_id,
-        decoder_start_token_id=decoder_start(model),
+        decoder_start_token_id=start,
     )
+    if first is not None:
+        inputs["decoder_input_ids"] = torch.tensor([first], device=model.device).repeat(len(prompts) * num_samples, 1)
     out = model.generate(**inputs, generation_config=config, logits_processor=processors)
-    new: Tensor = out[:, 1 if encoder_decoder else batch["input_ids"].shape[1] :]
+    new: Tensor = out[:, batch["input_ids"].shape[1] if first is None else len(first) :]
     return new
 
 
@@ -240,18 +246,19 @@ def _new_cache(model: PreTrainedModel) -> DynamicCache:
 def _read_again(
     model: PreTrainedModel,
     prompts: list[list[int]],
+    first: list[int] | None,
     stops: list[int],
     max_new_tokens: int,
     processors: list[LogitsProcessor],
     pad_id: int,
 ) -> Tensor:
-    """Read the whole of each sequence again for each new token."""
-    start, head = decoder_start(model), lm_head(model)
-    rows = prompts if start is None else [[start] for _ in prompts]
+    """Read the whole of each sequence again for each new token; ``first`` is what a decoder is fed at first."""
+    head = lm_head(model)
+    rows = prompts if first is None else [list(first) for _ in prompts]
     ended = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
     new: list[Tensor] = []
     while len(new) < max_new_tokens and not bool(ended.all()):
-        batch = right_padded(model, rows, None if start is None else prompts, pad_id)
+        batch = right_padded(model, rows, None if first is None else prompts, pad_id)
         last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
         scores = head.logits(hidden_states(model, batch)[torch.arange(len(rows), device=model.device), last])
         for processor in processors:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -203,3 +204,21 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _probe(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A batch of one row of four tokens."""
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 5, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if is_encoder_decoder(model):
+        batch |= {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
+    return batch
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel) -> Tensor:
+    """The model's own fp32 logits `[1, 4, vocab]` of a few tokens, without dropout, to compare it with itself."""
+    with in_eval_mode(model):
+        logits: Tensor = model(**_probe(model), use_cache=False).logits.float()
+    return logits

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from drkl.data.examples import hash_of_id
-from drkl.data.template import stop_token_ids
 from drkl.errors import DrklError
 from drkl.models.context import contexts_of
 from drkl.models.decoding import decode, plain_decoding, way_of
+from drkl.models.ends import answer_start, stops_of
 from drkl.models.forward import is_encoder_decoder
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def sample_texts(
     greedy: bool = False,
     keys: Sequence[str] | None = None,
     stop_ids: Sequence[int] | None = None,
+    template: str = "auto",
     progress: Progress | None = None,
 ) -> list[list[Generation]]:
     """Sample answers from a language model: for every prompt, ``samples_per_prompt`` of them.
@@ -70,8 +71,8 @@ def sample_texts(
     The random numbers of a sample depend on (seed, key of the prompt, number of the sample) alone. Neither the batch
     size nor the order of the prompts changes a sample, except where rounding inside the model (about 1e-5 of a logit)
     decides between two tokens. Two models answer a prompt with the same random numbers. A sample is the beginning of
-    the one with a larger ``max_new_tokens``. The model's own ``generation_config`` is not used, and the model is left
-    as it was.
+    the one with a larger ``max_new_tokens``. Of the model's own ``generation_config`` the ends alone are used, and
+    the model is left as it was.
 
     Args:
         model: on its device; in eval mode during the call.
@@ -85,7 +86,9 @@ def sample_texts(
         batch_size: sequences decoded at once; prompts of similar length share a batch.
         greedy: take the most probable token instead; all samples of a prompt are then equal.
         keys: a name per prompt (a row's id); by default the prompt's token ids.
-        stop_ids: default ``stop_token_ids(tokenizer)``, and eos alone for an encoder-decoder.
+        stop_ids: default what ends a turn in ``template``, eos, and what the model's generation_config lists; for an
+            encoder-decoder eos and that list.
+        template: how the prompts were written, as `drkl.data.template.encode_prompt` takes it.
         progress: called after each decoding step with the token slots done since the last call; they add up to
             ``len(prompts) * samples_per_prompt * max_new_tokens``.
 
@@ -96,8 +99,9 @@ def sample_texts(
     _check(samples_per_prompt, sampling_temperature, max_new_tokens, seed, batch_size)
     names = [",".join(map(str, prompt)) for prompt in prompts] if keys is None else list(keys)
     assert len(names) == len(prompts), "one key per prompt"
-    _check_prompts(model, prompts, names, max_new_tokens)
-    stops = _default_stops(model, tokenizer) if stop_ids is None else list(stop_ids)
+    begin = answer_start(model, tokenizer)
+    _check_prompts(model, prompts, names, max_new_tokens, len(begin))
+    stops = stops_of(model, tokenizer, template) if stop_ids is None else list(stop_ids)
     lengths = [len(prompt) for prompt in prompts]
     way = way_of(model, min(lengths, default=1), max_new_tokens)
     answers: list[list[Generation]] = [[] for _ in prompts]
@@ -117,6 +121,7 @@ def sample_texts(
                 max_new_tokens=max_new_tokens,
                 processors=processors,
                 pad_id=_pad_id(tokenizer, stops),
+                begin=begin,
             )
             for row, ids in enumerate(new.tolist()):
                 answers[group[row // len(samples)]].append(_finish(tokenizer, ids, stops))
@@ -218,11 +223,6 @@ def _finish(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]
     return Generation(text, tuple(ids if end is None else ids[: end + 1]), end is not None)
 
 
-def _default_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # An encoder-decoder is trained on plain targets: whatever ends a turn in a chat template is not among them.
-    return [int(tokenizer.eos_token_id)] if is_encoder_decoder(model) else list(stop_token_ids(tokenizer))
-
-
 def _pad_id(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
     return stops[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
@@ -244,7 +244,7 @@ def _check(samples_per_prompt: int, temperature: float, max_new_tokens: int, see
 
 
 def _check_prompts(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], names: list[str], max_new_tokens: int
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], names: list[str], max_new_tokens: int, given: int
 ) -> None:
     encoder_positions, positions = contexts_of(model.config)
     encoder_decoder = is_encoder_decoder(model)
@@ -256,7 +256,7 @@ def _check_prompts(
                 f"Prompt {name!r} ({len(prompt)} tokens) passes the {encoder_positions} positions of the model's "
                 "encoder. Shorten it."
             )
-        needed = max_new_tokens if encoder_decoder else len(prompt) + max_new_tokens
+        needed = given + max_new_tokens if encoder_decoder else len(prompt) + max_new_tokens
         if positions is not None and needed > positions:
             raise DrklError(
                 f"max_new_tokens ({max_new_tokens}) passes the {positions} positions of the model's decoder. Lower it."
