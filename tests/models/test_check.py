@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "cpmant": (lambda: CpmAntForCausalLM(CPMANT), r"CpmAntForCausalLM gives a row other logits in a padded batch than"),
     "random": (llama_as(OtherEachTime), r"OtherEachTime gives other logits each time it reads the same tokens"),
     "company": (llama_as(Averaged), r"Averaged gives a row other logits in a padded batch than alone"),
-    "image": (llama_as(WantsAnImage), r"WantsAnImage cannot be run on token ids alone.*\(AttributeError: "),
+    "image": (llama_as(WantsAnImage), r"WantsAnImage in float32 cannot be run on token ids alone.*\(AttributeError: "),
 }
 
 

@@ -52,8 +52,8 @@ def check_forward(model: PreTrainedModel) -> None:
     except FAILURES as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise DrklError(
-            f"{type(model).__name__} cannot be run on token ids alone, as a language model is. Use a model of another "
-            f"family. ({reason})"
+            f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')} cannot be run on token ids alone, as "
+            f"a language model is. Load it in another dtype, or use a model of another family. ({reason})"
         ) from error
     _CHECKED.add(model)
 
@@ -139,19 +139,21 @@ def own_logits(model: PreTrainedModel, ids: Sequence[int], source: Sequence[int]
 
 
 def same_logits(ours: Tensor, theirs: Tensor, dtype: torch.dtype, *, strict: bool = False) -> bool:
-    """Whether logits differ by rounding only; True where one is not a number, which is another fault.
+    """Whether logits differ by rounding only; True where theirs are not numbers, which is another fault.
 
     Args:
         ours: `[tokens, vocab]`.
-        theirs: the same, computed in another order.
+        theirs: what they should be, computed in another order.
         dtype: that of the model.
         strict: at every position. Else at most of them: a wrong mask or state changes most, but rounding that a sharp
             attention or a router amplifies a few.
     """
-    if ours.shape != theirs.shape:
-        return False
     ours, theirs = ours.float(), theirs.float()
+    if not torch.isfinite(theirs).all():
+        return True
+    if ours.shape != theirs.shape or not torch.isfinite(ours).all():
+        return False
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 3e-2
     errors = (ours - theirs).abs().amax(-1)
     error = float(errors.max() if strict else errors.median())
-    return not error > tolerance * max(float(theirs.abs().max()), 1.0)
+    return error <= tolerance * max(float(theirs.abs().max()), 1.0)

@@ -127,13 +127,12 @@ def _is_right(model: PreTrainedModel, batches: list[list[list[int]]], way: Way) 
         new = decode(model, prompts, 2, way, stops=[], max_new_tokens=_TOKENS, processors=[scores], pad_id=0).tolist()
         answers += [(prompts[row // 2], tokens, torch.stack(scores.seen, 1)[row]) for row, tokens in enumerate(new)]
     known: dict[tuple[int, ...], Tensor] = {}
-    for prompt, tokens, theirs in answers:
+    for prompt, tokens, logits in answers:
         source, fed = (None, prompt) if start is None else (prompt, [start])
         key = (*prompt, *tokens[:-1])
         if key not in known:
             known[key] = own_logits(model, [*fed, *tokens[:-1]], source)[-_TOKENS:]
-        ours = known[key]
-        if not same_logits(theirs.to(ours.device), ours, model.dtype, strict=True):
+        if not same_logits(logits.to(known[key].device), known[key], model.dtype, strict=True):
             return False
     return True
 
