@@ -56,10 +56,10 @@ def table(cells: Cells) -> str:
 
 
 def messages(cells: Cells) -> str:
-    """Return what is said where a column does not work, the same words once."""
+    """Return what is said where a column, or a choice within it, does not work; the same words once."""
     places: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
-        if cell["column"] and cell["status"] != "works":
+        if cell["column"] and cell["message"]:
             words = cell["message"].replace(cell["class"], "CLASS")
             places.setdefault((cell["status"], words), []).append(f"`{cell['row']}` {cell['column']}")
     rows = [[", ".join(where), status, words.replace("|", "\\|")] for (status, words), where in places.items()]

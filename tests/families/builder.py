@@ -114,6 +114,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note": {"text_config": _SLIDING_HEADS, "vision_config": {"pyramid_num_routed": [-1] * LAYERS}},
     "dots3_note_text": _SLIDING_HEADS,
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2, "intermediate_size": 48,
@@ -135,8 +136,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
     "longcat_flash": {"zero_expert_num": 2},
-    # Else an expert takes as many tokens as the evaluation before had, in training too.
-    "nllb-moe": {"moe_eval_capacity_token_fraction": -1.0},
+    "nemo_speechlm": {
+        "audio_config": {
+            "asr_config": {"num_key_value_heads": 4},
+            "diarization_config": {"audio_config": {"num_key_value_heads": 4}},
+        },
+        "word_timestamp_config": {"num_key_value_heads": 4},
+    },
     "phi4_multimodal": {"audio_config": {"nemo_conv_channels": 16, "ext_pw_out_channel": 16}},
     "qwen3_asr": {"audio_config": {"downsample_hidden_size": 8, "output_dim": 32}},
     "qwen4_exp": {"text_config": _INDEXER},
@@ -153,6 +159,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         f"{kind}_tokenizer_encoder_config": {"depths": [1, 1], "downsampling_ratios": [2], "num_filters": 4}
         for kind in ("acoustic", "semantic")
     },
+    "xlm": {"causal": True},
     "xlstm": {"ffn_round_up_to_multiple_of": 8, "num_blocks": LAYERS},
     "xmod": {"default_language": "en_XX"},
     "zamba": {

@@ -181,9 +181,9 @@ def check(row: str, folder: Path) -> dict[str, Cell]:
     return cells
 
 
-def attempt(column: Callable[[], None]) -> Cell:
+def attempt(column: Callable[[], str | None]) -> Cell:
     try:
-        column()
+        note = column()
     except drkl.DrklError as error:
         return Cell(REFUSED, one_line(error))
     except Different as error:
@@ -193,7 +193,7 @@ def attempt(column: Callable[[], None]) -> Cell:
         ours = next((f for f in reversed(frames) if "/drkl/" in f.filename), frames[-1])
         where = " > ".join(dict.fromkeys(f"{Path(f.filename).name}:{f.lineno}" for f in (ours, frames[-1])))
         return Cell(FAILS, f"{type(error).__name__}: {one_line(error)} ({where})")
-    return Cell(WORKS)
+    return Cell(WORKS, note or "")
 
 
 def one_line(error: Exception) -> str:
@@ -229,13 +229,22 @@ class Work:
         for pair in HELD_OUT:
             same("logits of the loaded model", logits_of(loaded, pair), logits_of(self.teacher, pair))
 
-    def prune(self) -> None:
-        wanted: list[tuple[Any, list[int]]] = [(2, [0, LAYERS - 1]), ([1, 2], [1, 2])]
+    def prune(self) -> str:
+        """Some layers have to work; others may be refused where a config cannot say what they compute."""
+        wanted: list[tuple[Any, list[int]]] = [(2, [0, LAYERS - 1]), ([1, 2], [1, 2]), ([0, 1], [0, 1])]
+        refused: list[str] = []
         for layers, kept in wanted:
-            small = drkl.prune(self.teacher, layers=layers)
+            try:
+                small = drkl.prune(self.teacher, layers=layers)
+            except drkl.DrklError as error:
+                refused.append(one_line(error))
+                continue
             check_layers(self.teacher, small, kept)
             read_back(small, self.folder / "pruned")
             self.student = self.student or small
+        if self.student is None:
+            raise drkl.DrklError(refused[0])
+        return " ".join(refused)
 
     def distil(self) -> None:
         student = self._student()
@@ -403,7 +412,8 @@ def stacks_of(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
         apart = inside or _APART & {*name.split(".")}
         if isinstance(module, nn.ModuleList) and len(module) == LAYERS and not apart:
             found[name] = module
-    return found
+    # Beside an encoder for speech the text model says what it is.
+    return {name: stack for name, stack in found.items() if "language_model" in name} or found
 
 
 def linear_names(model: PreTrainedModel, stacks: Iterable[str]) -> list[str]:
