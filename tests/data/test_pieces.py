@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from drkl.data import Example
 from drkl.data.rendering import Writer
 from drkl.data.template import encode_last, encode_prompt, encode_turns
+from drkl.data.tokenize import tokenize_examples
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<pad>"]
 LETTERS = [chr(code) for code in range(33, 127)]
@@ -187,6 +189,15 @@ def test_a_row_never_has_two_beginnings_or_two_ends(kind: str, template: str, co
         ids, _, _ = encode_last(tokens, talk("a", answer), template)
         assert ids.count(1) == count and (ids[0] == 1) == bool(count)
         assert ids.count(2) == 1 and ids[-1] == 2
+
+
+def test_a_prompt_of_which_the_tokenizer_leaves_nothing_is_dropped() -> None:
+    tokens = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(normalizer=normalizers.Replace("\u200b", "")), eos_token="</s>"
+    )
+    examples = [Example(text, tuple(talk(text, "he"))) for text in ("a", "\u200b")]
+    rows, report = tokenize_examples(examples, tokens, max_prompt_tokens=9, max_tokens=20, template="plain")
+    assert [row.id for row in rows] == ["a"] and report.dropped == {"empty_prompt": 1}
 
 
 def test_a_prompt_that_brings_its_own_beginning() -> None:

@@ -191,6 +191,13 @@ def test_rows_without_a_learnt_turn_are_dropped_and_counted() -> None:
     assert [row.id for row in found] == ["row-2", "row-3"] and report.dropped == {"weight_0": 1}
 
 
+def test_where_no_row_has_a_learnt_turn_the_way_out_is_said() -> None:
+    with pytest.raises(
+        DrklError, match=r"1 weight 0, so no reply to learn\. Give a reply the weight 1, or set data.turns"
+    ):
+        rows(WEIGHED[:2])
+
+
 def test_a_turn_of_weight_0_may_be_empty() -> None:
     messages = [ASK, {**SAY, "content": "", "weight": 0}, ASK, SAY]
     assert rows(messages, turns="all")[1].kept == 1

@@ -12,6 +12,7 @@ from drkl.errors import DrklError
 from drkl.models import precision
 from drkl.models.load import count_parameters, load_classifier, load_config, load_model, load_tokenizer, model_note
 from tests.data.tiny_tokenizers import build
+from tests.families import builder
 from tests.models import tiny, tiny_classifiers
 
 
@@ -252,3 +253,9 @@ def test_parameters_are_counted_without_making_them(tied: bool) -> None:
 def test_only_the_embedded_teacher_has_a_note(folder: Path) -> None:
     assert model_note(str(folder)) is None
     assert "4 bits" in str(model_note("smollm2-135m-instruct"))
+
+
+def test_a_decoder_that_also_hears_is_loaded(tmp_path: Path) -> None:
+    """transformers registers it with the encoder-decoders, whose config it has not."""
+    model = builder.build("qwen2_audio")
+    tiny.assert_alike(load_model(tiny.save(model, tmp_path), "fp32"), model)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    pipeline,
+)
 
 import drkl
 from drkl.data import Example
@@ -94,7 +102,7 @@ def test_a_base_student_of_an_instruct_teacher_stops_in_plain_transformers(tmp_p
 
 @NO_LENGTH
 @pytest.mark.parametrize("kind", ["phi 3", "glm"])
-@pytest.mark.parametrize("turns", ["last", "all"])
+@pytest.mark.parametrize("turns", [pytest.param("last", marks=pytest.mark.slow), "all"])
 def test_ends_that_are_not_eos_are_taught_and_kept(tmp_path: Path, kind: str, turns: str) -> None:
     tokenizer, end = (build(PHI3, eos="</s>"), "<|im_end|>") if kind == "phi 3" else (glm(), "<|user|>")
     teacher = teacher_of(tokenizer, end)
@@ -109,7 +117,7 @@ def test_ends_that_are_not_eos_are_taught_and_kept(tmp_path: Path, kind: str, tu
 
 
 @QUIET_PEFT
-@pytest.mark.parametrize("export", ["adapter", "merged"])
+@pytest.mark.parametrize("export", ["adapter", pytest.param("merged", marks=pytest.mark.slow)])
 def test_a_lora_student_keeps_its_ends(tmp_path: Path, export: str) -> None:
     tokenizer = build(CHATML)
     base = tmp_path / "base"
@@ -134,7 +142,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", [pytest.param("prune", marks=pytest.mark.slow), "random", "own config"])
 def test_the_teachers_ends_are_all_kept(tmp_path: Path, student: str) -> None:
     values = tiny_runs.config(tmp_path, training={"max_steps": 1})
     values["student"] = STUDENTS[student]
@@ -152,7 +160,8 @@ def test_an_encoder_decoder_keeps_its_ends(tmp_path: Path) -> None:
     teacher.generation_config.eos_token_id = [4, 2]
     trainer = train(tmp_path, tiny.bart(3, layers=1), teacher, tokenizer, fields={"max_steps": 1})
     assert trainer.pair.ends is not None and trainer.pair.ends.taught == "<|im_end|>"
-    assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [4, 2]
+    saved = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "student")
+    assert saved.generation_config.eos_token_id == [4, 2] and saved.config.eos_token_id == 4
 
 
 def test_rows_that_are_tokenised_say_where_a_turn_ends(tmp_path: Path) -> None:
@@ -162,6 +171,17 @@ def test_rows_that_are_tokenised_say_where_a_turn_ends(tmp_path: Path) -> None:
     teacher = teacher_of(tokenizer, "<|im_end|>")
     train(tmp_path, blank(tokenizer), teacher, tokenizer, rows=rows, fields={"max_steps": 1})
     assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [2, 4]
+
+
+def test_a_processor_brings_its_tokenizer(tmp_path: Path) -> None:
+    tokenizer = build(CHATML)
+    processor = SimpleNamespace(tokenizer=tokenizer, decode=tokenizer.decode, save_pretrained=tokenizer.save_pretrained)
+    ids = tokenizer.convert_tokens_to_ids(["hi", "\n", "hello", "<|im_end|>"])
+    rows = [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for _ in range(8)]
+    teacher = teacher_of(tokenizer, "<|im_end|>")
+    trainer = train(tmp_path, blank(tokenizer), teacher, processor, rows=rows, fields={"max_steps": 1})
+    assert trainer.pair.ends is not None and trainer.pair.ends.taught == "<|im_end|>"
+    assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == 4
 
 
 def test_settings_that_cannot_be_saved_do_not_stop_a_run(tmp_path: Path) -> None:
@@ -190,10 +210,12 @@ def test_a_teacher_with_another_end_is_named_with_both_probabilities(
     found = json.loads((tmp_path / "env.json").read_text())["ends"]
     assert (found["taught"], found["own"], found["num_ends"], found["differ"]) == ("</s>", "<|im_end|>", 8, True)
     assert found["taught_probability"] == pytest.approx(rest, rel=1e-4)
+    # The student learns the teacher's end, so it stops there.
+    assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [2, 4]
     assert found["own_probability"] == pytest.approx(1 - (len(tokenizer) - 1) * rest, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["the same", "random", "goes on", "two turns"])
+@pytest.mark.parametrize("kind", ["random", "goes on", "two turns"])
 def test_a_teacher_of_the_same_end_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     tokenizer = build(PHI3, eos="</s>")
     teacher = teacher_of(tokenizer, "<|im_end|>")
@@ -215,7 +237,7 @@ def test_the_probabilities_are_those_of_a_plain_loop() -> None:
     messages = [{"role": ("user", "assistant")[i % 2], "content": f"w{i} w{i + 3}"} for i in range(4)]
     examples = [Example(str(i), tuple(messages[: 2 + 2 * (i % 2)])) for i in range(5)]
     rows, _ = tokenize_examples(examples, tokenizer, max_prompt_tokens=60, max_tokens=90, turns="all")
-    found = compare_ends(LiveTeacher(teacher), rows, tokenizer, pad_id=0)
+    found = compare_ends(LiveTeacher(teacher), rows, tokenizer, range(6), pad_id=0)
     at_ends = []
     for row in rows:
         ids = list(row.all_ids)
@@ -227,6 +249,21 @@ def test_the_probabilities_are_those_of_a_plain_loop() -> None:
     assert found is not None and found.num_ends == len(at_ends) == 7 and found.taught == "<|im_end|>"
     assert found.taught_probability == pytest.approx(float(mean[4]), rel=1e-4)
     assert found.own_probability == pytest.approx(float(mean[[0, 1, 2, 3, 5]].max()), rel=1e-4)
+
+
+def test_a_special_token_that_nothing_calls_an_end_has_to_be_sure(tmp_path: Path) -> None:
+    tokenizer = build(None, eos="</s>")
+    example = Example("x", ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}))
+    rows, _ = tokenize_examples([example], tokenizer, max_prompt_tokens=20, max_tokens=40, template="plain")
+    teacher = chain(tokenizer, {"hello": "<|im_end|>"})
+    found = compare_ends(LiveTeacher(teacher), rows, tokenizer, [2], pad_id=0)
+    assert found is not None and found.own == "<|im_end|>" and found.differ
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(0.25)  # exp(3) among 30: 0.4
+    found = compare_ends(LiveTeacher(teacher), rows, tokenizer, [2], pad_id=0)
+    assert found is not None and found.own is None and not found.differ
+    found = compare_ends(LiveTeacher(teacher), rows, tokenizer, [2, 4], pad_id=0)
+    assert found is not None and found.own == "<|im_end|>" and found.differ
 
 
 def test_nothing_is_read_where_there_is_nothing_to_compare(tmp_path: Path) -> None:

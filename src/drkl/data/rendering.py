@@ -184,7 +184,7 @@ class Writer:
         except Exception as error:
             raise DrklError(
                 f"data.template failed: {type(error).__name__}: {error}. It is given messages, prompt, instruction, "
-                "input, tools, bos_token and eos_token."
+                f"input, tools, bos_token and eos_token.{_ONLY_PROMPTS}"
             ) from error
         return str(text)
 
@@ -214,6 +214,7 @@ CLOCK = "strftime_now"
 _CODES = "aAbBcdfGHIjmMpSuUVwWxXyYzZ"
 # Those that not every system knows.
 _WORDS = {"%-d": "26", "%-m": "7", "%e": "26", "%D": "07/26/24", "%F": "2024-07-26", "%T": "00:00:00"}
+_ONLY_PROMPTS = " It writes the prompt alone; a chat template belongs in the tokenizer, as its chat_template."
 _WAY_OUT = " Give the tokenizer another chat_template, or set data.template to alpaca, plain or jinja text."
 
 
@@ -239,7 +240,9 @@ def compile_jinja(template: str) -> Any:
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
-        raise DrklError(f"data.template is not valid jinja (line {error.lineno}): {error.message}") from error
+        raise DrklError(
+            f"data.template is not valid jinja (line {error.lineno}): {str(error.message).rstrip('.')}.{_ONLY_PROMPTS}"
+        ) from error
 
 
 _NOT_WRITTEN = ("role", "id", "name", "tool_call_id")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
-from itertools import product, zip_longest
+from contextlib import suppress
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drkl.data.ends import as_ids, end_of_turn, opening_tag, special_tokens
+from drkl.data.pieces import Stream, encode_from_start, eos_of
 from drkl.data.rendering import FOLLOW_UP, Writer, instruction_text
 from drkl.errors import DrklError
 
@@ -74,7 +75,7 @@ def encode_prompt(
         DrklError: the template refuses the conversation, fails, or is unknown.
     """
     writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
-    return _encode_from_start(writer, writer.prompt(messages))
+    return encode_from_start(writer, writer.prompt(messages))
 
 
 def encode_response(
@@ -163,7 +164,7 @@ def encode_turns(
 
 def _encode_turns(writer: Writer, messages: Messages, turns: Sequence[_Turn], ends: Sequence[int]) -> Turns:
     """Encode the turns of one conversation, which ends with the last; eos is put after those that nothing ends."""
-    stream = _Stream(writer)
+    stream = Stream(writer)
     result = Turns(stream.ids, [], [])
     eos = as_ids(writer.tokenizer.eos_token_id)
     text = ""
@@ -187,8 +188,8 @@ def _encode_turns(writer: Writer, messages: Messages, turns: Sequence[_Turn], en
 def _opening_ids(writer: Writer, turn: _Turn) -> list[int]:
     if not turn.opening:
         return []
-    before = _encode_from_start(writer, turn.before)
-    return _encode_from_start(writer, turn.before + turn.opening)[len(before) :]
+    before = encode_from_start(writer, turn.before)
+    return encode_from_start(writer, turn.before + turn.opening)[len(before) :]
 
 
 def _turn(writer: Writer, messages: Messages, previous: _Turn | None) -> _Turn:
@@ -213,6 +214,9 @@ def _turn(writer: Writer, messages: Messages, previous: _Turn | None) -> _Turn:
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str = "auto", ends: Sequence[int] = ()) -> list[int]:
     """Return the ids that end a generated answer: eos, the template's end of turn, and those of ``ends``.
 
+    Rows of another template end with eos, but the end of a turn in the tokenizer's chat template, which an instruct
+    model may write there all the same, ends an answer too.
+
     Args:
         tokenizer: the run's.
         template: as for ``encode_prompt``.
@@ -221,16 +225,23 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str = "auto", e
     Raises:
         DrklError: as ``encode_response``.
     """
-    if Writer(tokenizer, template).kind != "chat":
-        taught = _eos(tokenizer)
+    if Writer(tokenizer, template).kind == "chat":
+        taught = [_chat_end(tokenizer, template, ends)]
     else:
-        messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
-        try:
-            taught = encode_response(tokenizer, messages, template, ends=ends)[-1]
-        except DrklError:  # some templates take no conversation without a system message
-            system = {"role": "system", "content": _PROBE}
-            taught = encode_response(tokenizer, [system, *messages], template, ends=ends)[-1]
-    return list(dict.fromkeys([*as_ids(tokenizer.eos_token_id), taught, *ends]))
+        taught = [eos_of(tokenizer)]
+        if tokenizer.chat_template:
+            with suppress(DrklError):  # it writes no row here
+                taught.append(_chat_end(tokenizer, "auto", ends))
+    return list(dict.fromkeys([*as_ids(tokenizer.eos_token_id), *taught, *ends]))
+
+
+def _chat_end(tokenizer: PreTrainedTokenizerBase, template: str, ends: Sequence[int]) -> int:
+    messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+    try:
+        return encode_response(tokenizer, messages, template, ends=ends)[-1]
+    except DrklError:  # some templates take no conversation without a system message
+        system = {"role": "system", "content": _PROBE}
+        return encode_response(tokenizer, [system, *messages], template, ends=ends)[-1]
 
 
 def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
@@ -296,8 +307,8 @@ def _border(writer: Writer, messages: Messages, prompt: str, cut: int) -> int:
     if cut == len(prompt):
         return cut
     least = _num_common(prompt, writer.conversation(messages[:-1]))
-    ids = _encode_from_start(writer, prompt)
-    while cut > least and (part := _encode_from_start(writer, prompt[:cut])) != ids[: len(part)]:
+    ids = encode_from_start(writer, prompt)
+    while cut > least and (part := encode_from_start(writer, prompt[:cut])) != ids[: len(part)]:
         cut -= 1
     if cut <= least:
         raise DrklError(
@@ -340,82 +351,3 @@ def _continuation(writer: Writer, messages: Messages, said: str) -> str | None:
     before, found, _ = text.rpartition(_NEXT)
     start = before.find(said) + len(said) if calls else before.rfind(_PROBE) + len(_PROBE)
     return before[start:] if found and before[:start].endswith(said if calls else _PROBE) else None
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
-    try:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as error:
-        if type(error) is not Exception:  # what tokenizers raises, for instance for a word without an unknown token
-            raise
-        raise DrklError(f"The tokenizer cannot encode {text[:60]!r}: {error}.") from error
-    return list(ids)
-
-
-def _encode_from_start(writer: Writer, text: str) -> list[int]:
-    """Encode text that begins a sequence; some templates and texts write their own bos, or want none."""
-    tokenizer = writer.tokenizer
-    ids = _encode(tokenizer, text)
-    bos = as_ids(tokenizer.bos_token_id)
-    if not bos or ids[:1] == bos or writer.kind in ("chat", "minillm") or "bos_token" in writer.template:
-        return ids
-    adds_bos = tokenizer("a", verbose=False)["input_ids"][:1] == bos
-    return [*bos, *ids] if adds_bos else ids
-
-
-class _Stream:
-    """Encodes one text piece by piece, each piece to ids of its own.
-
-    Where the tokenizer would merge the beginning of a piece into the piece before, the piece is encoded by itself.
-    """
-
-    def __init__(self, writer: Writer) -> None:
-        self.ids: list[int] = []
-        self._writer = writer
-        self._text = ""
-        self._whole: list[int] = []
-
-    def add(self, piece: str) -> None:
-        """Append the ids of a piece."""
-        self._text += piece
-        known = self._whole
-        self._whole = _encode_from_start(self._writer, self._text)
-        if self._whole[: len(known)] == known:
-            self.ids += self._whole[len(known) :]
-        else:
-            self.ids += self._apart(piece)
-
-    def end(self) -> None:
-        """Append eos."""
-        self.ids.append(_eos(self._writer.tokenizer))
-        self._text += str(self._writer.tokenizer.eos_token)
-        self._whole = _encode_from_start(self._writer, self._text)
-
-    def _apart(self, piece: str) -> list[int]:
-        """The ids of a piece by itself.
-
-        Sentencepiece writes a blank before a text, which the piece does not have, so a context is encoded with it. What
-        follows the context is right if the row then reads as the whole text does.
-        """
-        tokenizer = self._writer.tokenizer
-        text = _decode(tokenizer, self._whole)
-        for context, part in product(("", "\n", "a", "."), (piece, piece.lstrip())):
-            start, ids = _encode(tokenizer, context), _encode(tokenizer, context + part)
-            if ids[: len(start)] == start and _decode(tokenizer, self.ids + ids[len(start) :]) == text:
-                return ids[len(start) :]
-        return _encode(tokenizer, piece)
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    # Composed: an accent may stand in another piece than its letter.
-    return unicodedata.normalize("NFC", str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise DrklError(
-            "The tokenizer has no eos token and its template ends no turn with a special token: the student could "
-            "never learn to stop. Set the tokenizer's eos_token."
-        )
-    return int(tokenizer.eos_token_id)

@@ -179,7 +179,7 @@ def tokenize_examples(
             ids, spans, openings = encoded
             length = spans[0][0] + len(openings[0])
             shortest = length if shortest is None else min(shortest, length)
-            if length <= max_prompt_tokens:
+            if 0 < length <= max_prompt_tokens:
                 limit = longest_row(length, max_tokens, room)
                 report.responses_cut += spans[-1][1] > limit
                 row = row_of_spans(example, ids, spans, limit, openings)
@@ -187,10 +187,10 @@ def tokenize_examples(
                 place = len(_learnt(row.example)) - 1 if turns == "all" else -1
                 rows.append(_with_written_references(row, tokenizer, ids[slice(*spans[place])]))
                 if opening := max(openings, key=len):
-                    text = str(tokenizer.decode(opening))
+                    text = str(tokenizer.decode(opening, clean_up_tokenization_spaces=False))
                     report.openings[text] = report.openings.get(text, 0) + 1
                 continue
-            reason = "prompt_too_long"
+            reason = "prompt_too_long" if length else "empty_prompt"  # the tokenizer leaves nothing of some texts
         report.dropped[reason] = report.dropped.get(reason, 0) + 1
     report.date = date_told(tokenizer, template) if rows and not encoder_decoder else None
     for documents in texts.values():
@@ -419,6 +419,8 @@ def nothing_left(report: DropReport, shortest: int | None, lengths: Lengths, roo
     message = f"None of the {total} rows can be used: {reasons}."
     if shortest is not None and "prompt_too_long" in report.dropped:
         message += no_prompt_fits(shortest, lengths, room)
-    if report.dropped.keys() - {"prompt_too_long"}:
+    if "weight_0" in report.dropped:
+        message += " Give a reply the weight 1, or set data.turns: all if an earlier one has it."
+    if report.dropped.keys() - {"prompt_too_long", "weight_0"}:
         message += " Fill the empty fields, or use other data."
     return message

@@ -166,7 +166,7 @@ class Generation:
             "rows": fingerprint(value=[[row.id, row.prompt_ids, row.response_ids, row.trained] for row in self.rows]),
             "model": mark, "vocab": self.vocab_size, "device": model.device.type,
         }  # fmt: skip
-        states_key = fingerprint(kind="states", **facts)
+        states_key = fingerprint(kind="states at the head", **facts)
         kept = store.read_tensors(states_key) if store is not None and name == "teacher" else None
         if kept is not None:
             head = lm_head(model)

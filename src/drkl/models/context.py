@@ -64,6 +64,8 @@ def _positions(config: Any, names: tuple[str, ...]) -> int | None:
     length = next((value for value in found if isinstance(value, int) and value > 0), None)
     if length is None:
         return None
+    if (kept := getattr(config, "keep_window_size", None)) is not None:
+        length = min(length, kept)  # Doge chooses the tokens that a longer row attends to by looking at all of it
     if config.model_type in _COUNT_AFTER_PAD:
         length -= 1 + (config.pad_token_id or 0)
     window = getattr(config, "attention_window", None)

@@ -12,6 +12,8 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -208,7 +210,10 @@ def model_class(config: Any, *, classifier: bool = False) -> Any:
     """The Auto class of classifiers, or of language models of this config's kind."""
     if classifier:
         return AutoModelForSequenceClassification
-    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+    # Decoders that also hear (Qwen2-Audio, Voxtral) are registered there, though no encoder reads their prompt.
+    kind = type(config)
+    hears = kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) or hears else AutoModelForCausalLM
 
 
 def load_config(model: Name | PreTrainedModel, **options: Any) -> Any:

@@ -19,11 +19,12 @@ from drkl.data.rows import Rows, rows_from
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
 from drkl.models.adapter import adapter_start, add_adapter, changes_base, check_adapter
+from drkl.models.check import check_student
 from drkl.models.classes import check_classes, class_names, is_classifier
 from drkl.models.config import StudentConfig
 from drkl.models.context import room_of
 from drkl.models.ends import check_languages, listed_ends, set_ends, stops_of
-from drkl.models.forward import check_head, is_encoder_decoder, lm_head
+from drkl.models.forward import is_encoder_decoder, lm_head
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer, model_note
 from drkl.models.pair import SharedTokens, check_rows, check_same_family, check_tokenizers, shared_vocabulary
 from drkl.models.precision import resolve_dtype
@@ -148,7 +149,8 @@ def make_pair(
     if tokenizer is None:
         tokenizer = _tokenizer(model, teacher_model, classifier=classes is not None)
     _pad_id(tokenizer)
-    ends = [] if classes is not None else listed_ends(student if teacher is None else teacher.model, tokenizer)
+    words = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    ends = [] if classes is not None else listed_ends(student if teacher is None else teacher.model, words)
     room = _room(student, teacher, classes)
     lengths = fit_lengths(args.max_prompt_tokens, args.max_tokens, room)
     rows, report = _tokenize(train_dataset, "train_dataset", tokenizer, classes, args, ends, lengths, room)
@@ -157,17 +159,22 @@ def make_pair(
         eval_rows, _ = _tokenize(eval_dataset, "eval_dataset", tokenizer, classes, args, ends, lengths, room)
     everything: list[Any] = [*rows, *eval_rows]
     _check_rows(everything, student, teacher)
-    notes: list[str] = []
+    # The command line says what there is to say of its rows where it reads them.
+    notes = [] if isinstance(train_dataset, TokenisedRows) else list(report.notes)
     vocabulary = None
+    compared = None
     if classes is not None:
         student.config.get_text_config().pad_token_id = _pad_id(tokenizer)  # decoders find a text's end by it
     if classes is None:
-        check_head(student)
+        check_student(student)
         vocabulary = _compare_vocabularies(student, teacher, shared, tokenizer, everything, notes)
-        check_languages(tokenizer, {"student": student, "teacher": None if teacher is None else teacher.model})
+        check_languages(words, {"student": student, "teacher": None if teacher is None else teacher.model})
         language_rows: Any = rows
-        taught = taught_ends(language_rows, tokenizer)
-        notes += set_ends(student, tokenizer, [*stops_of(student, tokenizer, args.template, taught), *ends])
+        taught = [*taught_ends(language_rows, words), *ends]
+        compared = None if teacher is None else _ends(teacher, rows, words, args)
+        if compared is not None and compared.differ and compared.own_id is not None:
+            taught.append(compared.own_id)
+        notes += set_ends(student, words, stops_of(student, words, args.template, taught))
     elif teacher is not None:
         teacher.pad_id = _pad_id(tokenizer)
     if args.disable_dropout:
@@ -207,7 +214,7 @@ def make_pair(
         ),
         notes=notes,
         listed_ends=ends,
-        ends=None if teacher is None or classes is not None else _ends(teacher, rows, tokenizer, args),
+        ends=compared,
     )
 
 
@@ -215,7 +222,8 @@ def _ends(teacher: LiveTeacher, rows: Any, tokenizer: Any, args: DistillationCon
     """Where the teacher ends an answer; unread where its probabilities teach nothing."""
     if args.kd_weight == 0 or not args.make_objective().needs_teacher:
         return None
-    return compare_ends(teacher, rows, tokenizer, pad_id=_pad_id(tokenizer))
+    known = stops_of(teacher.model, tokenizer, args.template)
+    return compare_ends(teacher, rows, tokenizer, known, pad_id=_pad_id(tokenizer))
 
 
 def _name(model: Any) -> str:
