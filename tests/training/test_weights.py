@@ -18,7 +18,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     TrainerCallback,
 )
@@ -32,6 +31,7 @@ from drkl.models.load import load_model
 from drkl.runs import RunFolder
 from drkl.training.record import RunRecord
 from drkl.training.run import distill
+from drkl.training.spec import run_classes
 from tests.models import tiny, tiny_classifiers
 from tests.training import tiny_runs
 from tests.training.test_resume import comparable, cut_off, kill_at_step, reference
@@ -219,16 +219,30 @@ def test_an_adapter_of_a_pruned_student_does_not_name_the_teacher(tmp_path: Path
         load_model(tmp_path / "run" / "student", "fp32")
 
 
-def test_a_revision_decides_what_a_name_is(tmp_path: Path) -> None:
-    """In one repository, the branch ``classes`` holds a classifier, and ``main`` a language model."""
-    repository = tmp_path / "models--some--model"
+def two_branches(cache: Path) -> dict[str, Any]:
+    """A repository whose branch ``classes`` holds a classifier and ``main`` a language model; options for the first."""
+    repository = cache / "models--some--model"
     models = {"main": tiny.llama(layers=2), "classes": tiny_classifiers.make("llama")}
     for number, (branch, model) in enumerate(models.items()):
         commit = str(number) * 40
         tiny.save(model, repository / "snapshots" / commit)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / branch).write_text(commit)
-    options = {"revision": "classes", "cache_dir": str(tmp_path), "local_files_only": True}
+    return {"revision": "classes", "cache_dir": str(cache), "local_files_only": True}
+
+
+def test_a_revision_decides_what_a_name_is_in_a_config(tmp_path: Path) -> None:
+    options = two_branches(tmp_path)
+    values = tiny_runs.config(tmp_path, teacher={"model": "some/model", "model_init_kwargs": options})
+    assert run_classes(tiny_runs.specs(values | {"task": "classification"})) == tiny_classifiers.CLASSES
+    own = {"init": "pretrained", "model": "some/model", "model_init_kwargs": options, "layers": None}
+    values = tiny_runs.config(tmp_path, student=own) | {"teacher": None, "task": "classification"}
+    values["objective"] = {"name": "ce"}
+    assert run_classes(tiny_runs.specs(values)) == tiny_classifiers.CLASSES
+
+
+def test_a_revision_decides_what_a_name_is(tmp_path: Path) -> None:
+    options = two_branches(tmp_path)
     rows = [{"text": f"w{i}", "label": tiny_classifiers.CLASSES[i % 3]} for i in range(12)]
     args = drkl.DistillationConfig(
         output_dir=str(tmp_path / "run"), use_cpu=True, precision="fp32", max_steps=1, tokens_per_step=60,
@@ -237,5 +251,5 @@ def test_a_revision_decides_what_a_name_is(tmp_path: Path) -> None:
     made = drkl.DistillationTrainer(
         "some/model", "some/model", args, rows, processing_class=tiny_classifiers.tokenizer(),
     )  # fmt: skip
-    assert isinstance(made.pair.student, type(AutoModelForSequenceClassification.from_config(models["classes"].config)))
+    assert isinstance(made.pair.student, type(tiny_classifiers.make("llama")))
     assert made.pair.classes == tiny_classifiers.CLASSES

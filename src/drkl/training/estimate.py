@@ -37,11 +37,12 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     teacher_name = first.teacher.model if first.teacher else None
     tokenizer = run_tokenizer(specs)
     classes = run_classes(specs)
+    options = first.teacher.model_init_kwargs if first.teacher else {}
     if classes is None:
-        check_families(first.student, teacher_name, tokenizer)
+        check_families(first.student, teacher_name, tokenizer, **options)
     tokens = check_tokenizers(first.student, teacher_name, classifier=first.classifies)
     student = student_config(first.student, teacher_name, tokenizer, classes)
-    teacher = load_config(teacher_name) if teacher_name else None
+    teacher = load_config(teacher_name, **options) if teacher_name else None
     sizes = {
         "student": count_parameters(student, classifier=first.classifies),
         "teacher": count_parameters(teacher, classifier=first.classifies) if teacher else None,

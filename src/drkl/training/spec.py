@@ -122,10 +122,11 @@ def run_classes(specs: Sequence[RunSpec]) -> tuple[str, ...] | None:
     if first.task != "classification":
         return None
     if first.teacher is not None:
-        return class_names(load_config(first.teacher.model), first.teacher.model)
+        config = load_config(first.teacher.model, **first.teacher.model_init_kwargs)
+        return class_names(config, first.teacher.model)
     student = first.student
     if student.model is not None and student.init != "random":
-        config = load_config(student.model)
+        config = load_config(student.model, **student.model_init_kwargs)
         if is_classifier(config):
             return class_names(config, student.model)
     return label_set(row for data in dict.fromkeys(spec.data for spec in specs) for row in load_labelled(data)[0])
@@ -180,5 +181,5 @@ def has_encoder(first: RunSpec, tokenizer: Any) -> bool:
     from drkl.models.student import student_config
 
     if first.teacher is not None:
-        return is_encoder_decoder(load_config(first.teacher.model))
+        return is_encoder_decoder(load_config(first.teacher.model, **first.teacher.model_init_kwargs))
     return is_encoder_decoder(student_config(first.student, None, tokenizer))
