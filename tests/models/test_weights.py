@@ -66,8 +66,8 @@ def held_out_loss(model: PreTrainedModel) -> float:
     return sum(terms) / len(terms)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shards", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

@@ -78,7 +78,13 @@ def test_a_compiled_teacher_is_refused_and_teaches_the_same_once_it_is_renamed(t
 
 
 @pytest.mark.usefixtures("rising")
-@pytest.mark.parametrize("kind", ["llama", "mixture", "t5", "untied", "lora of a mixture"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "mixture",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "t5", "untied", "lora of a mixture")),
+    ],
+)
 def test_the_best_checkpoint_is_what_is_saved(tmp_path: Path, kind: str, capfd, monkeypatch) -> None:
     models = {"llama": tiny.llama(layers=2), "t5": tiny.t5(layers=2), "untied": tiny.llama(tie_word_embeddings=False)}
     model = models.get(kind) or mixture()
@@ -115,6 +121,7 @@ def test_the_best_checkpoint_is_what_is_saved(tmp_path: Path, kind: str, capfd, 
         assert all(torch.equal(saved[key], states[2][key]) for key in states[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft", [None, PEFT | {"init_lora_weights": "pissa_niter_2"}])
 def test_a_mixture_goes_on_from_its_checkpoint(tmp_path: Path, peft: dict[str, Any] | None) -> None:
     tiny.save(mixture(), tmp_path / "student")
@@ -134,9 +141,9 @@ def test_a_mixture_goes_on_from_its_checkpoint(tmp_path: Path, peft: dict[str, A
     [
         (lambda w: {k: v for k, v in w.items() if "layers.1." not in k}, r"9 of its weights are missing \(model\.lay"),
         (lambda w: {f"_orig_mod.{k}": v for k, v in w.items()}, r"21 of its weights are missing .*20 are not its own"),
-        (lambda w: w | {"extra": torch.ones(2)}, r"1 are not its own \(extra\)"),
-        (lambda w: w | {"model.norm.weight": torch.ones(8)}, r"size mismatch for model\.norm\.weight"),
-        (lambda w: {}, r"of its weights are missing"),
+        pytest.param(lambda w: w | {"extra": torch.ones(2)}, r"1 are not its own \(extra\)", marks=pytest.mark.slow),
+        pytest.param(lambda w: w | {"model.norm.weight": torch.ones(8)}, r"size mismatch for model", marks=pytest.mark.slow),
+        pytest.param(lambda w: {}, r"of its weights are missing", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path, change: Any, words: str) -> None:
@@ -188,7 +195,9 @@ def named(tmp_path: Path) -> PreTrainedModel:
     return load_model(str(tmp_path / "base"), "fp32")
 
 
-@pytest.mark.parametrize("start", [True, "pissa_niter_2", "olora"])
+@pytest.mark.parametrize(
+    "start", ["pissa_niter_2", *(pytest.param(start, marks=pytest.mark.slow) for start in (True, "olora"))]
+)
 def test_an_adapter_made_in_python_is_saved_as_trained(tmp_path: Path, start: Any) -> None:
     model = named(tmp_path)
     made = trainer(tmp_path, model, peft_config=LoraConfig(init_lora_weights=start, **PEFT))
