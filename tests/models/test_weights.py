@@ -270,7 +270,9 @@ def test_a_new_head_is_said_and_only_a_head_is_new(
     folder = saved(tmp_path / "whole", bert(kind))
     with caplog.at_level("WARNING", "drkl"):
         loaded = load_classifier(folder, "fp32", ("a", "b"))
-    assert "has no head for these classes: " in caplog.text and "classifier.bias" in caplog.text
+    assert (
+        "has no head for these classes. New, and drawn at random: " in caplog.text and "classifier.bias" in caplog.text
+    )
     body, own = loaded.bert.encoder.state_dict(), bert(kind).base_model.encoder.state_dict()
     assert all(torch.equal(body[key], own[key]) for key in own)
     for name, change, config in (

@@ -149,7 +149,7 @@ def _pretrained(
     if Path(source).is_dir() and "variant" not in options:
         check_stored_dtypes(model, source, options.get("subfolder") or "")
     if new:
-        _log.warning(f"{name!r} has no head for these classes: {listed(new)} are new, drawn at random.")
+        _log.warning(f"{name!r} has no head for these classes. New, and drawn at random: {listed(new)}.")
     return model
 
 
