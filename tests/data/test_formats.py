@@ -153,6 +153,9 @@ def test_a_demanded_format_may_be_met_by_a_public_one() -> None:
     assert messages({"prompt": "q", "completion": "a"}, "prompt_response")[1] == ("assistant", "a")
     assert messages({"prompt": [ASK], "completion": [SAY]}, "messages")[1] == ("assistant", "a")
     assert messages({"text": "t", "prompt": "q", "completion": "a"}, "text") == [("assistant", "t")]
+    for name in ("prompt_response", "prompt_completion", "instruction"):
+        assert messages({"prompt": "q", "response": "a"}, name) == messages({"instruction": "q", "output": "a"}, name)
+    assert messages({"messages": [ASK, SAY]}, "conversations") == messages({"conversations": [ASK, SAY]}, "messages")
 
 
 @pytest.mark.parametrize(

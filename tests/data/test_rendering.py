@@ -104,6 +104,12 @@ def test_jinja_text_of_the_users_own_is_given_tools_and_arguments() -> None:
         Writer(build(CHATML), template).prompt(QUESTION)
 
 
+def test_a_chat_template_in_the_place_of_jinja_text_is_told_from_it() -> None:
+    for template in (CHATML, "{% generation %}{{ prompt }}{% endgeneration %}"):
+        with pytest.raises(DrklError, match=r"a chat template belongs in the tokenizer, as its chat_template"):
+            Writer(build(CHATML), template).prompt(QUESTION)
+
+
 def test_an_argument_that_is_no_argument_of_a_template() -> None:
     with pytest.raises(DrklError, match=r"chat template failed on the roles user: TypeError: .*tokenize"):
         encode_prompt(build(CHATML), QUESTION, template_kwargs={"tokenize": True})
@@ -141,7 +147,9 @@ def test_the_date_is_told_and_said() -> None:
     )
 
 
-@pytest.mark.parametrize("code", ["%d %b %Y", "%B %d, %Y", "%Y-%m-%d", "%A", "%-d/%-m/%y", "%H:%M:%S", "%j", "%x"])
+@pytest.mark.parametrize(
+    "code", ["%d %b %Y", "%B %d, %Y", "%Y-%m-%d", "%A", "%-d/%-m/%y", "%H:%M:%S", "%e %F %D", "%x"]
+)
 def test_every_way_to_write_the_date(code: str) -> None:
     from datetime import datetime
 

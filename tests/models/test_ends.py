@@ -52,8 +52,9 @@ def test_each_model_stops_at_its_own_ends_too() -> None:
     eos, stop, word = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>", "c"])
     assert stops_of(model_with(None), tokenizer) == [eos, stop]
     assert stops_of(model_with([word]), tokenizer) == [eos, stop, word]
-    assert stops_of(model_with([word]), tokenizer, "plain") == [eos, word]
-    assert stops_of(model_with(None), tokenizer, "plain", [stop]) == [eos, stop]
+    bare = build(None, eos="</s>")
+    assert stops_of(model_with([word]), bare, "plain") == [eos, word]
+    assert stops_of(model_with(None), bare, "plain", [stop]) == [eos, stop]
     of_a_decoder = tiny.bart(layers=1)
     of_a_decoder.generation_config.eos_token_id = [word]
     assert stops_of(of_a_decoder, tokenizer) == [eos, word]
@@ -65,10 +66,11 @@ def test_a_sample_ends_where_the_template_ends_a_turn() -> None:
     model = chain(tokenizer, {"\n": "hello", "hello": "<|im_end|>", "<|im_end|>": "\n"})
     (answer,) = sample_texts(model, tokenizer, [encode_prompt(tokenizer, HI)], max_new_tokens=8)[0]
     assert answer.text == "hello" and answer.finished and answer.num_tokens == 2
-    (longer,) = sample_texts(model, tokenizer, [encode_prompt(tokenizer, HI)], max_new_tokens=8, template="plain")[0]
+    prompt, bare = encode_prompt(tokenizer, HI), build(None, eos="</s>")
+    (longer,) = sample_texts(model, bare, [prompt], max_new_tokens=8)[0]
     assert not longer.finished
     model.generation_config.eos_token_id = [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    (again,) = sample_texts(model, tokenizer, [encode_prompt(tokenizer, HI)], max_new_tokens=8, template="plain")[0]
+    (again,) = sample_texts(model, bare, [prompt], max_new_tokens=8)[0]
     assert again == answer
 
 

@@ -190,6 +190,8 @@ def test_a_teacher_with_another_end_is_named_with_both_probabilities(
     found = json.loads((tmp_path / "env.json").read_text())["ends"]
     assert (found["taught"], found["own"], found["num_ends"], found["differ"]) == ("</s>", "<|im_end|>", 8, True)
     assert found["taught_probability"] == pytest.approx(rest, rel=1e-4)
+    # The student learns the teacher's end, so it stops there.
+    assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [2, 4]
     assert found["own_probability"] == pytest.approx(1 - (len(tokenizer) - 1) * rest, rel=1e-4)
 
 
@@ -215,7 +217,7 @@ def test_the_probabilities_are_those_of_a_plain_loop() -> None:
     messages = [{"role": ("user", "assistant")[i % 2], "content": f"w{i} w{i + 3}"} for i in range(4)]
     examples = [Example(str(i), tuple(messages[: 2 + 2 * (i % 2)])) for i in range(5)]
     rows, _ = tokenize_examples(examples, tokenizer, max_prompt_tokens=60, max_tokens=90, turns="all")
-    found = compare_ends(LiveTeacher(teacher), rows, tokenizer, pad_id=0)
+    found = compare_ends(LiveTeacher(teacher), rows, tokenizer, range(6), pad_id=0)
     at_ends = []
     for row in rows:
         ids = list(row.all_ids)
@@ -227,6 +229,21 @@ def test_the_probabilities_are_those_of_a_plain_loop() -> None:
     assert found is not None and found.num_ends == len(at_ends) == 7 and found.taught == "<|im_end|>"
     assert found.taught_probability == pytest.approx(float(mean[4]), rel=1e-4)
     assert found.own_probability == pytest.approx(float(mean[[0, 1, 2, 3, 5]].max()), rel=1e-4)
+
+
+def test_a_special_token_that_nothing_calls_an_end_has_to_be_sure(tmp_path: Path) -> None:
+    tokenizer = build(None, eos="</s>")
+    example = Example("x", ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}))
+    rows, _ = tokenize_examples([example], tokenizer, max_prompt_tokens=20, max_tokens=40, template="plain")
+    teacher = chain(tokenizer, {"hello": "<|im_end|>"})
+    found = compare_ends(LiveTeacher(teacher), rows, tokenizer, [2], pad_id=0)
+    assert found is not None and found.own == "<|im_end|>" and found.differ
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(0.25)  # exp(3) among 30: 0.4
+    found = compare_ends(LiveTeacher(teacher), rows, tokenizer, [2], pad_id=0)
+    assert found is not None and found.own is None and not found.differ
+    found = compare_ends(LiveTeacher(teacher), rows, tokenizer, [2, 4], pad_id=0)
+    assert found is not None and found.own == "<|im_end|>" and found.differ
 
 
 def test_nothing_is_read_where_there_is_nothing_to_compare(tmp_path: Path) -> None:

@@ -104,9 +104,9 @@ class DataConfig(BaseModel):
     )
     template: str = Field(
         default="auto",
-        description="Prompt template: chat (the tokenizer's own), alpaca, minillm, plain (the prompt unchanged), or "
-        "jinja text that uses prompt or messages. auto is chat if the tokenizer has a template, else alpaca. An "
-        "encoder-decoder reads the prompt unchanged.",
+        description="Prompt template: chat (the tokenizer's own), chat:NAME (one of several), alpaca, minillm, plain "
+        "(the prompt unchanged), or jinja text that uses prompt or messages. auto is chat if the tokenizer has a "
+        "template, else alpaca. An encoder-decoder reads the prompt unchanged.",
     )
     src_lang: str | None = Field(
         default=None,

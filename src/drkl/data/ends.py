@@ -5,7 +5,8 @@ A turn ends with the first special token that the template writes after its cont
 of the user's. Where a template writes no end, the tag of the user's next turn is it, if models of that template list
 it as one (GLM-4's ``<|user|>``); else eos is put there, as in every template that is no chat template.
 
-An answer is over at the first of these: the end that is taught, eos, and what a model's own generation_config lists.
+An answer is over at the first of these: the end that is taught, the end of a turn in the tokenizer's chat template,
+eos, and what a model's own generation_config lists.
 """
 
 from __future__ import annotations

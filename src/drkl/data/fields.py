@@ -74,12 +74,15 @@ def read_message(place: str, name: str, value: Any, *, sharegpt: bool = False) -
         fields["role"] = ROLES.get(fields["role"].lower(), fields["role"].lower())
     if fields["role"] == "function":
         fields["role"] = TOOL
+    check_json(place, name, {key: item for key, item in fields.items() if key != "content"})
     calls = _calls(place, name, fields)
-    if "content" not in fields and not calls:
+    if calls and is_void(fields.get("content")):
+        fields["content"] = ""
+    if "content" not in fields:
         if {"content", "value"} & value.keys():
             raise DrklError(f"{place}: {name}.content must be text; found null.")
         raise DrklError(f"{place}: {name} must have {_wanted(sharegpt)}; found {names_of(value)}.")
-    text = text_of(place, f"{name}.content", fields.pop("content", ""))
+    text = text_of(place, f"{name}.content", fields.pop("content"))
     extra = {key: without_nulls(item) for key, item in fields.items() if key != "role" and not is_void(item)}
     for key in REASONING:
         if key in extra:
@@ -106,7 +109,7 @@ def check_columns(place: str, row: Mapping[str, Any]) -> None:
     if row.get("label") is False:
         raise DrklError(
             f"{place}: the column 'label' is false: an answer that should not be learnt, as for preference training "
-            "(KTO), which is not here. Keep the rows with true."
+            "(KTO), which is not here. Keep the rows with true, or rename the column if it says something else."
         )
 
 
@@ -129,6 +132,7 @@ def read_tools(place: str, row: Mapping[str, Any]) -> tuple[Any, ...] | None:
     value = from_json(row.get(name))
     if is_void(value):
         return None
+    check_json(place, name, value)
     tools = [without_nulls(from_json(tool)) for tool in value] if isinstance(value, list | tuple) else [None]
     tools = [{"type": "function", "function": t} if isinstance(t, Mapping) and "name" in t else t for t in tools]
     for tool in tools:
@@ -147,6 +151,8 @@ def read_template_kwargs(place: str, row: Mapping[str, Any]) -> dict[str, Any] |
     Raises:
         DrklError: columns of another kind.
     """
+    for name in ("chat_template_kwargs", "documents"):
+        check_json(place, name, row.get(name))
     value = from_json(row.get("chat_template_kwargs"))
     if not is_void(value) and not isinstance(value, Mapping):
         raise DrklError(f"{place}: chat_template_kwargs must be an object; found {kind_of(value)}.")
@@ -245,6 +251,16 @@ def _call(place: str, name: str, value: Any) -> dict[str, Any]:
         )
     arguments = from_json(function.get("arguments", function.get("parameters", {})))
     return {"type": "function", **call, "function": {"name": function["name"], "arguments": without_nulls(arguments)}}
+
+
+def check_json(place: str, name: str, value: Any) -> None:
+    """Raise DrklError for what a template could not write: half a surrogate pair, a number of thousands of digits."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise DrklError(f"{place}: {name} has half a surrogate pair: not valid text.") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DrklError(f"{place}: {name} cannot be written as json: {error}.") from error
 
 
 def from_json(value: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drkl.data.fields import names_of
+from drkl.data.fields import is_void, names_of
 from drkl.errors import DrklError
 
 SUMMARISE = "Summarize the following abstract in one sentence."
@@ -45,9 +45,11 @@ SHAPES = (
 MINILLM = Shape("prompt_response", "prompt and output (MiniLLM)", (("prompt", "output"),))
 SCITLDR = Shape("prompt_response", "source and target (SciTLDR)", (("source", "target"),))
 DIALOGUE = Shape("messages", "turns (Schema-Guided Dialogue)", (("turns",),))
+_PAIR_NAMES = ("prompt_response", "prompt_completion", "instruction")
 _STANDS_IN = {
     "messages": ("conversations", "prompt_completion", "prompt_response"),
-    "prompt_response": ("prompt_completion", "instruction"),
+    "conversations": ("messages",),
+    **dict.fromkeys(_PAIR_NAMES, _PAIR_NAMES),
 }
 """The shapes that are read, too, where a format is demanded that a row does not have."""
 _PAIRS = (
@@ -67,22 +69,30 @@ def shape_of(place: str, row: Mapping[str, Any], row_format: str = "auto") -> Sh
     Raises:
         DrklError: columns of two shapes, or of none (with the place).
     """
-    for names in (frozenset(name for name, value in row.items() if not _is_void(value)), frozenset(row)):
-        if row_format != "auto":
-            wanted = (row_format, *_STANDS_IN.get(row_format, ()))
-            found = [shape for name in wanted for shape in SHAPES if shape.name == name and shape.fits(names)]
-            if row_format == "messages":  # a pair is one where it is made of messages
-                found = [shape for shape in found if not shape.name.startswith("prompt") or _has_messages(row)]
-            found += [shape for shape in _public(row) if shape.name == row_format]
-            # Beside a prompt, a response is that prompt's answer.
-            found = [shape for shape in found if shape.name == found[0].name][: 1 if "prompt" in names else None]
-        else:
-            found = _all_shapes(row, names) or _public(row)
-        if len(found) > 1:
-            raise _two_shapes(place, found[0], found[1])
-        if found:
-            return found[0]
-    raise _no_shape(place, row, row_format)
+    if row_format != "auto":
+        found = _demanded(row, row_format)
+    else:
+        filled = frozenset(name for name, value in row.items() if not is_void(value))
+        found = _all_shapes(row, filled) or _public(row) or _all_shapes(row, row.keys())
+    if len(found) > 1:
+        raise _two_shapes(place, found[0], found[1])
+    if not found:
+        raise _no_shape(place, row, row_format)
+    return found[0]
+
+
+def _demanded(row: Mapping[str, Any], row_format: str) -> list[Shape]:
+    """The shapes of one format that a row has; of another that stands in for it where it has none."""
+    there = frozenset(name for name, value in row.items() if value is not None)
+    for names in (there, row.keys()):
+        for name in dict.fromkeys((row_format, *_STANDS_IN.get(row_format, ()))):
+            if row_format == "messages" and name.startswith("prompt") and not _has_messages(row):
+                continue  # a pair of texts is no conversation
+            found = [shape for shape in (*SHAPES, *_public(row)) if shape.name == name and shape.fits(names)]
+            if found:
+                # Beside a prompt, a response is that prompt's answer.
+                return found[:1] if "prompt" in names else found
+    return []
 
 
 def standard_row(row: Mapping[str, Any], shape: Shape) -> tuple[str, Mapping[str, Any]]:
@@ -122,7 +132,7 @@ def conversations_column(row: Mapping[str, Any]) -> str:
     return "conversations" if "conversations" in row else "conversation"
 
 
-def _all_shapes(row: Mapping[str, Any], names: frozenset[str]) -> list[Shape]:
+def _all_shapes(row: Mapping[str, Any], names: Collection[str]) -> list[Shape]:
     found = [shape for shape in SHAPES if shape.fits(names)]
     if any(shape.name == "text_label" for shape in found):  # a text with a label is a text, too
         found = [shape for shape in found if shape.name != "text"]
@@ -146,7 +156,7 @@ def _public(row: Mapping[str, Any]) -> list[Shape]:
 def _two_shapes(place: str, one: Shape, other: Shape) -> DrklError:
     way_out = "Remove the columns of one of them."
     if one.name != other.name:
-        way_out = f"Set data.format to {one.name} or {other.name} (in Python row_format), or r{way_out[1:]}"
+        way_out = f"Set data.format to {one.name} or {other.name} in the run's yaml, or r{way_out[1:]}"
     return DrklError(f"{place}: the columns fit two shapes: {one.title}, and {other.title}. {way_out}")
 
 
@@ -176,10 +186,6 @@ _EXPECTED = {
     "text_label": "the fields text and label",
     "text": "the field text",
 }
-
-
-def _is_void(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | tuple) and not value)
 
 
 def _is_messages(value: Any) -> bool:

@@ -184,7 +184,7 @@ class Writer:
         except Exception as error:
             raise DrklError(
                 f"data.template failed: {type(error).__name__}: {error}. It is given messages, prompt, instruction, "
-                "input, tools, bos_token and eos_token."
+                f"input, tools, bos_token and eos_token.{_ONLY_PROMPTS}"
             ) from error
         return str(text)
 
@@ -193,7 +193,8 @@ def _with_fixed_date(template: str) -> str:
     """A chat template in which ``strftime_now`` writes `DATE`: arguments of a template cannot be functions."""
     if CLOCK not in template:
         return template
-    codes = "".join(f"|replace('%{code}', '{DATE.strftime(f'%{code}')}')" for code in _CODES)
+    words = {code: DATE.strftime(code) for code in map("%{}".format, _CODES)} | _WORDS
+    codes = "".join(f"|replace('{code}', '{word}')" for code, word in words.items())
     return f"{{% macro {CLOCK}(format) %}}{{{{ format{codes} }}}}{{% endmacro %}}\n{template}"
 
 
@@ -210,7 +211,10 @@ def date_told(tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> str
 
 CLOCK = "strftime_now"
 """The function by which a chat template asks for the date."""
-_CODES = ("-d", "-m", *"aAbBcdDeFfGHIjmMpSuUVwWxXyYzZ")
+_CODES = "aAbBcdfGHIjmMpSuUVwWxXyYzZ"
+# Those that not every system knows.
+_WORDS = {"%-d": "26", "%-m": "7", "%e": "26", "%D": "07/26/24", "%F": "2024-07-26", "%T": "00:00:00"}
+_ONLY_PROMPTS = " It writes the prompt alone; a chat template belongs in the tokenizer, as its chat_template."
 _WAY_OUT = " Give the tokenizer another chat_template, or set data.template to alpaca, plain or jinja text."
 
 
@@ -236,11 +240,14 @@ def compile_jinja(template: str) -> Any:
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
-        raise DrklError(f"data.template is not valid jinja (line {error.lineno}): {error.message}") from error
+        raise DrklError(
+            f"data.template is not valid jinja (line {error.lineno}): {str(error.message).rstrip('.')}.{_ONLY_PROMPTS}"
+        ) from error
 
 
 _NOT_WRITTEN = ("role", "id", "name", "tool_call_id")
 """Fields of a message that say whose it is; templates write it by their own words."""
+BESIDE_CALLS = "the content beside tool_calls"
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of one thing, each of which transformers copies to another."""
 
@@ -252,13 +259,15 @@ def unused_fields(
     *,
     tools: Sequence[Any] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    known: set[Sign] | None = None,
 ) -> list[str]:
     """Return the names of what a conversation has and the template does not write.
 
     Looked at are ``tools``, ``template_kwargs`` by name, each message's fields besides its content (but for its id and
     name), every call's name and arguments, and the text of messages that are neither the user's nor the assistant's,
     named by their role. A field is written where its reply is the last one: templates leave out the reasoning of
-    earlier turns on purpose.
+    earlier turns on purpose. ``known`` is what the template was seen to write in other conversations, so that it is not
+    looked for again; what is found is added.
 
     Raises:
         DrklError: the template refuses the conversation, or fails.
@@ -267,15 +276,20 @@ def unused_fields(
     is_chat = writer.kind == "chat"
     source = writer.chat_template if is_chat else template if writer.kind == "jinja" else ""
     unused = [name for name in template_kwargs or () if not re.search(rf"\b{re.escape(name)}\b", source)]
-    if tools and not _differs(writer, replace(writer, tools=None), messages, messages):
+    known = set() if known is None else known
+    if tools and ("tools",) not in known and not _differs(writer, replace(writer, tools=None), messages, messages):
         unused.insert(0, "tools")
     for index, message in enumerate(messages):
         end = _reply_after(messages, index) if is_chat else len(messages)
-        for label, changed in _without_each(message):
-            if label not in unused and not _differs(
-                writer, writer, messages[:end], [*messages[:index], changed, *messages[index + 1 : end]]
-            ):
-                unused.append(label)
+        for sign, changed in _without_each(message):
+            if sign in known or sign[0] in unused:
+                continue
+            if _differs(writer, writer, messages[:end], [*messages[:index], changed, *messages[index + 1 : end]]):
+                known.add(sign)
+            else:
+                unused.append(sign[0])
+    if tools and "tools" not in unused:
+        known.add(("tools",))
     return unused
 
 
@@ -285,18 +299,21 @@ def _reply_after(messages: Messages, index: int) -> int:
     return next(replies, len(messages))
 
 
-def _without_each(message: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A message without each of its fields, or with another one in its place; each with the field's name."""
+def _without_each(message: Mapping[str, Any]) -> Iterator[tuple[Sign, dict[str, Any]]]:
+    """A message without each of its fields, or with another one in its place; each with the field's sign."""
+    place = (str(message["role"]), bool(message.get("content")), bool(message.get("tool_calls")))
     for name, value in message.items():
         if name in _NOT_WRITTEN or value in (None, "", [], {}):
             continue
         if name == "content":
             if message["role"] not in ("user", "assistant"):
-                yield str(message["role"]), {**message, name: _PROBE}
+                yield place[:1], {**message, name: _PROBE}
+            elif message["role"] == "assistant" and message.get("tool_calls"):
+                yield (BESIDE_CALLS, *place), {**message, name: _PROBE}
         elif name in _REASONING:
-            yield name, {k: v for k, v in message.items() if k not in _REASONING or v != value}
+            yield (name, *place), {k: v for k, v in message.items() if k not in _REASONING or v != value}
         else:
-            yield name, {k: v for k, v in message.items() if k != name}
+            yield (name, *place), {k: v for k, v in message.items() if k != name}
     calls: list[Any] = message.get("tool_calls") or []
     for number, call in enumerate(calls):
         function = call.get("function", {})
@@ -304,12 +321,15 @@ def _without_each(message: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, A
         if arguments := function.get("arguments"):
             probe = {_PROBE: _PROBE}
             others.append({**function, "arguments": json.dumps(probe) if isinstance(arguments, str) else probe})
-        for other in others:
+        for what, other in enumerate(others):
             changed = [*calls[:number], {**call, "function": other}, *calls[number + 1 :]]
-            yield "tool_calls", {**message, "tool_calls": changed}
+            sign = ("tool_calls", *place, len(calls), number, what, type(arguments).__name__)
+            yield sign, {**message, "tool_calls": changed}
 
 
 _PROBE = "drkl0field0probe"
+Sign = tuple[Any, ...]
+"""What a field is, and where: its name (or a role) first. A template writes all fields of one sign, or none."""
 
 
 def _differs(writer: Writer, other: Writer, messages: Messages, changed: Messages) -> bool:

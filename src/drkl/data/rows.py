@@ -42,9 +42,10 @@ def rows_from(
         dataset: a ``datasets.Dataset`` (or a ``DatasetDict`` of one split), a list or any other sequence of rows, a
             pandas ``DataFrame``, the path of a file, ``bundled:dolly`` and the like, a folder or id of ``datasets``.
             A row is a mapping with ``prompt`` and ``response`` (or ``completion``; as texts or as lists of messages),
-            ``messages``, ``instruction`` and ``output``, ``text``, ``text`` and ``label`` (for a classifier), or is
-            tokenised: ``input_ids`` and unshifted ``labels``. Rows that are `Example`, `Row` or `LabelledRow` already
-            are taken as they are. A row's ``id`` is its own, or else its number; other columns are ignored.
+            ``messages``, ``conversations``, ``instruction`` and ``output``, ``text``, ``text`` and ``label`` (for a
+            classifier), or is tokenised: ``input_ids`` and unshifted ``labels``. Rows that are `Example`, `Row` or
+            `LabelledRow` already are taken as they are. A row's ``id`` is its own, or else its number; ``docs/data.md``
+            says which other columns are read.
         tokenizer: the one that both models share.
         classes: a classifier's classes, by number; None for a language model.
         encoder_decoder: whether the language model is one.

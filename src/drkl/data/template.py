@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import product, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,7 +62,7 @@ def encode_prompt(
 
     Args:
         tokenizer: its bos stands first where it adds one itself, except in chat, minillm and in jinja text that
-            writes ``bos_token``.
+            writes ``bos_token``; never twice.
         messages: ``{"role", "content"}``, first to last, and other fields, which a chat template and jinja text are
             given too.
         template: a name of ``NAMES``, ``chat:NAME`` for one of several chat templates, or jinja text.
@@ -173,7 +174,7 @@ def _encode_turns(writer: Writer, messages: Messages, turns: Sequence[_Turn], en
         text = turn.before + turn.reply
         closing = ""
         if not turn.ended:
-            between = following.before[len(text) :] if following else _continuation(writer, messages) or ""
+            between = following.before[len(text) :] if following else _continuation(writer, messages, text) or ""
             closing = opening_tag(writer.tokenizer, between, [*eos, *ends])
         stream.add(turn.reply + closing)
         text += closing
@@ -213,6 +214,9 @@ def _turn(writer: Writer, messages: Messages, previous: _Turn | None) -> _Turn:
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str = "auto", ends: Sequence[int] = ()) -> list[int]:
     """Return the ids that end a generated answer: eos, the template's end of turn, and those of ``ends``.
 
+    Rows of another template end with eos, but the end of a turn in the tokenizer's chat template, which an instruct
+    model may write there all the same, ends an answer too.
+
     Args:
         tokenizer: the run's.
         template: as for ``encode_prompt``.
@@ -221,16 +225,23 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str = "auto", e
     Raises:
         DrklError: as ``encode_response``.
     """
-    if Writer(tokenizer, template).kind != "chat":
-        taught = _eos(tokenizer)
+    if Writer(tokenizer, template).kind == "chat":
+        taught = [_chat_end(tokenizer, template, ends)]
     else:
-        messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
-        try:
-            taught = encode_response(tokenizer, messages, template, ends=ends)[-1]
-        except DrklError:  # some templates take no conversation without a system message
-            system = {"role": "system", "content": _PROBE}
-            taught = encode_response(tokenizer, [system, *messages], template, ends=ends)[-1]
-    return list(dict.fromkeys([*as_ids(tokenizer.eos_token_id), taught, *ends]))
+        taught = [_eos(tokenizer)]
+        if tokenizer.chat_template:
+            with suppress(DrklError):  # it writes no row here
+                taught.append(_chat_end(tokenizer, "auto", ends))
+    return list(dict.fromkeys([*as_ids(tokenizer.eos_token_id), *taught, *ends]))
+
+
+def _chat_end(tokenizer: PreTrainedTokenizerBase, template: str, ends: Sequence[int]) -> int:
+    messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+    try:
+        return encode_response(tokenizer, messages, template, ends=ends)[-1]
+    except DrklError:  # some templates take no conversation without a system message
+        system = {"role": "system", "content": _PROBE}
+        return encode_response(tokenizer, [system, *messages], template, ends=ends)[-1]
 
 
 def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
@@ -239,7 +250,7 @@ def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
     full = writer.conversation(messages)
     head, tail = _around(writer, messages, full)
     cut = len(prompt) if full.startswith(prompt) else min(_num_common(prompt, full), _num_common(prompt, head))
-    if _lacks(full[: len(full) - len(tail)], cut, messages[-1].get("content")):
+    if _lacks(full.removesuffix(tail), cut, messages[-1].get("content")):
         # What the template leaves out of an answer may be what its generation prompt opens.
         whole = f"{head}{messages[-1]['content']}{tail}"
         if cut == len(prompt) or not whole.startswith(prompt):
@@ -249,8 +260,9 @@ def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
             )
         full, cut = whole, len(prompt)
     before = prompt[: _border(writer, messages, prompt, cut)]
-    end = end_of_turn(writer.tokenizer, tail, lambda: _continuation(writer, messages))
-    reply = full[len(before) : len(full) - len(tail) + end]
+    said = full.removesuffix(tail)
+    end = end_of_turn(writer.tokenizer, tail, lambda: _continuation(writer, messages, said))
+    reply = said[len(before) :] + tail[:end]
     return _Turn(before, reply, ended=end > 0, opening=prompt[len(before) :])
 
 
@@ -321,21 +333,24 @@ def _lacks(text: str, start: int, content: Any) -> bool:
     return len(written) < len(wanted) and wanted not in "".join(text.split())
 
 
-def _continuation(writer: Writer, messages: Messages) -> str | None:
-    """What the template writes between the assistant's last message and a next one of the user's; None if it refuses.
+def _continuation(writer: Writer, messages: Messages, said: str) -> str | None:
+    """What the template writes between the assistant's last message and a next one; None if it refuses.
 
-    Another rendering of every row, so it is asked for only where the template's own end leaves a question.
+    The next one is the user's, or a tool's where the message calls tools; ``said`` is all text up to the end of the
+    calls. Another rendering of every row, so it is asked for only where the template's own end leaves a question.
     """
     if writer.kind != "chat":
         return None
+    last = messages[-1]
+    calls = last.get("tool_calls")
+    spoken = last if calls else {**last, "content": _PROBE}
     try:
-        text = writer.conversation(
-            [*messages[:-1], {**messages[-1], "content": _PROBE}, {"role": "user", "content": _NEXT}]
-        )
+        text = writer.conversation([*messages[:-1], spoken, {"role": "tool" if calls else "user", "content": _NEXT}])
     except DrklError:
         return None
     before, found, _ = text.rpartition(_NEXT)
-    return before.rpartition(_PROBE)[2] if found and _PROBE in before else None
+    start = before.find(said) + len(said) if calls else before.rfind(_PROBE) + len(_PROBE)
+    return before[start:] if found and before[:start].endswith(said if calls else _PROBE) else None
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -350,13 +365,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _encode_from_start(writer: Writer, text: str) -> list[int]:
-    """Encode text that begins a sequence; some templates write their own bos, or want none."""
+    """Encode text that begins a sequence; some templates and texts write their own bos, or want none."""
     tokenizer = writer.tokenizer
     ids = _encode(tokenizer, text)
-    if tokenizer.bos_token_id is None or writer.kind in ("chat", "minillm") or "bos_token" in writer.template:
+    bos = as_ids(tokenizer.bos_token_id)
+    if not bos or ids[:1] == bos or writer.kind in ("chat", "minillm") or "bos_token" in writer.template:
         return ids
-    adds_bos = tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id, *ids] if adds_bos else ids
+    adds_bos = tokenizer("a", verbose=False)["input_ids"][:1] == bos
+    return [*bos, *ids] if adds_bos else ids
 
 
 class _Stream:

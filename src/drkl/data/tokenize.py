@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.examples import Example, free_id, hash_of_id
-from drkl.data.rendering import date_told
+from drkl.data.rendering import Sign, date_told
 from drkl.data.seq2seq import encode_source, encode_target, tokens_around
 from drkl.data.template import Turns, encode_last, encode_prompt, encode_turns
 from drkl.data.written import as_written, has_more
@@ -161,7 +161,7 @@ def tokenize_examples(
     texts: dict[float, list[Example]] = {}
     report = DropReport()
     shortest: int | None = None
-    written: set[str] = set()
+    written: set[Sign] = set()
     for example in examples:
         reason = _empty(example, turns)
         if reason is None and example.is_text:
@@ -176,7 +176,7 @@ def tokenize_examples(
             ids, spans, openings = encoded
             length = spans[0][0] + len(openings[0])
             shortest = length if shortest is None else min(shortest, length)
-            if length <= max_prompt_tokens:
+            if 0 < length <= max_prompt_tokens:
                 report.responses_cut += spans[-1][1] > max_tokens
                 row = row_of_spans(example, ids, spans, max_tokens, openings)
                 row = replace(row, encoder_decoder=encoder_decoder)
@@ -186,7 +186,7 @@ def tokenize_examples(
                     text = str(tokenizer.decode(opening))
                     report.openings[text] = report.openings.get(text, 0) + 1
                 continue
-            reason = "prompt_too_long"
+            reason = "prompt_too_long" if length else "empty_prompt"  # the tokenizer leaves nothing of some texts
         report.dropped[reason] = report.dropped.get(reason, 0) + 1
     report.date = date_told(tokenizer, template) if rows and not encoder_decoder else None
     for documents in texts.values():
@@ -410,6 +410,8 @@ def nothing_left(report: DropReport, max_prompt_tokens: int, shortest: int | Non
     message = f"None of the {total} rows can be used: {reasons}."
     if "prompt_too_long" in report.dropped:
         message += f" The shortest prompt has {shortest} tokens; raise data.max_prompt_tokens ({max_prompt_tokens})."
-    if report.dropped.keys() - {"prompt_too_long"}:
+    if "weight_0" in report.dropped:
+        message += " Give a reply the weight 1, or set data.turns: all if an earlier one has it."
+    if report.dropped.keys() - {"prompt_too_long", "weight_0"}:
         message += " Fill the empty fields, or use other data."
     return message

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.examples import Example, Messages
-from drkl.data.fields import REASONING
-from drkl.data.rendering import unused_fields
+from drkl.data.fields import REASONING, TOOL
+from drkl.data.rendering import BESIDE_CALLS, Sign, Writer, unused_fields
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LEARNT = (*REASONING, "tool_calls", "refusal")
 """Fields of a message that are part of what the assistant says."""
+GIVEN = (*LEARNT, "tools", "functions", "documents")
+"""Fields of a message that change what the models see."""
 
 
 def has_more(message: Mapping[str, Any]) -> bool:
@@ -28,7 +30,7 @@ def as_written(
     example: Example,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-    known: set[str],
+    known: set[Sign],
     *,
     encoder_decoder: bool = False,
 ) -> Example:
@@ -38,38 +40,67 @@ def as_written(
         example: the conversation.
         tokenizer: whose chat template it is.
         template: as ``data.template``; an encoder-decoder has none.
-        known: the roles that the template is known to write; others are added once they are.
+        known: what the template is known to write, as `unused_fields` has it; what is found is added.
         encoder_decoder: whether an encoder reads the prompt.
 
     Raises:
         DrklError: the template leaves out something that changes what is learnt, or fails.
     """
     roles = {str(message["role"]) for message in example.messages} - {"user", "assistant"}
-    is_plain = not (example.tools or example.template_kwargs or any(map(has_more, example.messages)))
-    if is_plain and roles <= known:
+    has_fields = any(name in message for message in example.messages for name in GIVEN)
+    is_plain = not (example.tools or example.template_kwargs or has_fields)
+    if is_plain and all((role,) in known for role in roles):
         return example
-    given: dict[str, Any] = {"tools": example.tools, "template_kwargs": example.template_kwargs}
-    checked = {"tools", *(example.template_kwargs or ()), *LEARNT, *roles}
-    problem: DrklError | None = None
-    for messages in (example.messages, with_json_arguments(example.messages)):
+    template = "plain" if encoder_decoder else template
+    writer = Writer(tokenizer, template, example.context_start, example.tools, example.template_kwargs)
+    problems = []
+    for messages in (example.messages, _with_json_arguments(example.messages)):
         try:
-            unused = unused_fields(tokenizer, messages, "plain" if encoder_decoder else template, **given)
+            left_out = _left_out(writer, messages, roles, known)
         except DrklError as error:
-            problem = problem or error
+            problems.append(error)
             continue
-        left_out = [name for name in unused if name in checked]
         if not left_out:
-            known |= roles
             return replace(example, messages=messages)
-        where = "An encoder-decoder reads texts alone" if encoder_decoder else _name(tokenizer, template)
-        problem = problem or _left_out(left_out, roles, where)
-        if "tool_calls" not in left_out:
-            break
-    assert problem is not None
-    raise problem
+        where = "The prompt of an encoder-decoder" if encoder_decoder else _name(writer)
+        problems.append(
+            DrklError(
+                f"{where} leaves out {', '.join(left_out)}, which the row has, so the models would not see it. Choose "
+                "a tokenizer (or data.template) that writes it, put it into the texts, or remove it from the rows."
+            )
+        )
+    raise problems[0]
 
 
-def with_json_arguments(messages: Messages) -> Messages:
+def _left_out(writer: Writer, messages: Messages, roles: set[str], known: set[Sign]) -> list[str]:
+    """The names of what is left out and changes what is learnt."""
+    kwargs = writer.template_kwargs or {}
+    unused = unused_fields(
+        writer.tokenizer, messages, writer.template, tools=writer.tools, template_kwargs=kwargs, known=known
+    )
+    names = [name for name in unused if name in {*kwargs, *GIVEN, BESIDE_CALLS, *roles}]
+    if TOOL in roles and writer.kind in ("alpaca", "minillm", "plain"):  # they would write it as anyone's text
+        names.append(TOOL)
+    if not names and (_AS_JSON,) not in known:
+        arguments = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
+        objects = [str(value) for value in arguments if isinstance(value, Mapping) and value]
+        text = (
+            (writer.conversation(messages) if writer.kind == "chat" else writer.prompt(messages[:-1]))
+            if objects
+            else ""
+        )
+        if any(value in text for value in objects):
+            names.append(_AS_JSON)
+        elif objects:
+            known.add((_AS_JSON,))
+    return [f"messages of the role {name!r}" if name in roles else name for name in names]
+
+
+_AS_JSON = "the arguments of tool_calls as json"
+"""What a template that writes an object as Python does, with single quotes, does not write."""
+
+
+def _with_json_arguments(messages: Messages) -> Messages:
     """Return messages with the arguments of their calls as json text, which some templates put together themselves."""
 
     def texts(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,23 +109,15 @@ def with_json_arguments(messages: Messages) -> Messages:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         return {**call, "function": {**function, "arguments": text}}
 
-    return tuple(
-        {**message, "tool_calls": [texts(call) for call in message["tool_calls"]]}
-        if "tool_calls" in message
-        else message
-        for message in messages
-    )
+    calls = ([texts(call) for call in message.get("tool_calls", ())] for message in messages)
+    return tuple({**m, "tool_calls": c} if c else m for m, c in zip(messages, calls, strict=True))
 
 
-def _name(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    is_chat = template.startswith("chat") or (template == "auto" and tokenizer.chat_template)
-    name = "The tokenizer's chat template" if is_chat else f"The template {template!r}"
-    return "The tokenizer has no chat template, and alpaca" if template == "auto" and not is_chat else name
-
-
-def _left_out(names: list[str], roles: set[str], where: str) -> DrklError:
-    what = [f"messages of the role {name!r}" if name in roles else name for name in names]
-    return DrklError(
-        f"{where} does not write {', '.join(what)}, which the row has, so the models would not see it. Choose a "
-        f"tokenizer (or data.template) that does, write it into the texts, or remove it from the rows."
+def _name(writer: Writer) -> str:
+    if writer.kind == "chat":
+        return "The tokenizer's chat template"
+    return (
+        "The tokenizer has no chat template, and alpaca"
+        if writer.template == "auto"
+        else f"The template {writer.template!r}"
     )

@@ -68,7 +68,7 @@ class DistillationConfig(TrainingArguments):
         max_prompt_tokens: rows with a longer prompt are dropped. Default: 256, or half of a smaller ``max_tokens``.
         max_tokens: prompt and response together; a longer response is cut at its end (and counted).
         turns: "last" (learn the last assistant turn of a conversation) or "all".
-        template: how a prompt is written: auto, chat, alpaca, minillm, plain, or jinja text.
+        template: how a prompt is written: auto, chat, chat:NAME, alpaca, minillm, plain, or jinja text.
         freeze_embeddings: keep the token embeddings, and a head tied to them, as they are.
         eval_rows: rows of ``eval_dataset`` for the losses during training, at most.
         early_stop_patience: stop after this number of held-out losses without a new best; None: never.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +19,12 @@ ROWS = 16
 FACTOR = 10.0
 """The teacher means another end where it gives that one so many times the probability of the taught one, and so many
 times what a token has on average; a teacher that would go on writing means none."""
+SURE = 0.5
+"""A special token that nothing calls an end is one where the teacher gives it at least this."""
 
 
 class Ends(NamedTuple):
-    """What the teacher gives the taught ends, and its own most probable other special token, where a turn is over."""
+    """The probabilities that the teacher gives the taught ends, and its own most probable other, after a turn."""
 
     taught: str
     taught_probability: float
@@ -30,6 +32,7 @@ class Ends(NamedTuple):
     own_probability: float
     num_ends: int
     vocab_size: int
+    own_id: int | None = None
 
     @property
     def differ(self) -> bool:
@@ -42,24 +45,29 @@ class Ends(NamedTuple):
         return (
             f"The rows end a turn with {self.taught!r}, and the teacher with {self.own!r}: at the ends of "
             f"{self.num_ends} turns it gives {self.taught!r} a mean probability of {self.taught_probability:.2g} and "
-            f"{self.own!r} {self.own_probability:.2g}. The student is taught two ends at once and may heed neither. "
-            "Write the rows as the teacher writes its turns: data.template: chat with the teacher's tokenizer and chat "
-            "template, or set the tokenizer's eos_token."
+            f"{self.own!r} {self.own_probability:.2g}. The student learns the teacher's, which is added to those that "
+            "stop it. To teach one end alone, write the rows as the teacher writes its turns: data.template: chat with "
+            "the teacher's tokenizer and chat template, or set the tokenizer's eos_token."
         )
 
     def as_record(self) -> dict[str, Any]:
         """For ``env.json``."""
-        return self._asdict() | {"differ": self.differ}
+        record = self._asdict() | {"differ": self.differ}
+        del record["own_id"]
+        return record
 
 
 @torch.no_grad()
-def compare_ends(teacher: LiveTeacher, rows: Sequence[Row], tokenizer: Any, *, pad_id: int) -> Ends | None:
+def compare_ends(
+    teacher: LiveTeacher, rows: Sequence[Row], tokenizer: Any, known: Iterable[int], *, pad_id: int
+) -> Ends | None:
     """Read the ends of a few turns with the teacher; None where no row has a whole turn.
 
     Args:
         teacher: a language model, on its device.
         rows: the training rows; the first `ROWS` that end with a special token are read.
         tokenizer: names the special tokens.
+        known: the ids that end an answer by the teacher's settings and the template.
         pad_id: fills batches; its value changes nothing.
     """
     specials = {number: text for text, number in special_tokens(tokenizer).items()}
@@ -80,7 +88,12 @@ def compare_ends(teacher: LiveTeacher, rows: Sequence[Row], tokenizer: Any, *, p
     size = probabilities.shape[1]
     taught = sorted(set(observed.tolist()), key=observed.tolist().count, reverse=True)
     mean = probabilities.mean(0)
-    others = [token for token in specials if token < size and token not in taught]
+    ends = set(known)
+    others = [
+        token
+        for token in specials
+        if token < size and token not in taught and (token in ends or float(mean[token]) >= SURE)
+    ]
     own = max(others, key=lambda token: float(mean[token]), default=None)
     return Ends(
         taught=" or ".join(specials[token] for token in taught),
@@ -89,4 +102,5 @@ def compare_ends(teacher: LiveTeacher, rows: Sequence[Row], tokenizer: Any, *, p
         own_probability=0.0 if own is None else float(mean[own]),
         num_ends=len(observed),
         vocab_size=size,
+        own_id=own,
     )

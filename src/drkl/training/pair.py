@@ -151,6 +151,7 @@ def make_pair(
     _check_rows(everything, student, teacher)
     notes: list[str] = []
     vocabulary = None
+    compared = None
     if classes is not None:
         student.config.get_text_config().pad_token_id = _pad_id(tokenizer)  # decoders find a text's end by it
     if classes is None:
@@ -158,8 +159,11 @@ def make_pair(
         vocabulary = _compare_vocabularies(student, teacher, shared, tokenizer, everything, notes)
         check_languages(tokenizer, {"student": student, "teacher": None if teacher is None else teacher.model})
         language_rows: Any = rows
-        taught = taught_ends(language_rows, tokenizer)
-        notes += set_ends(student, tokenizer, [*stops_of(student, tokenizer, args.template, taught), *ends])
+        taught = [*taught_ends(language_rows, tokenizer), *ends]
+        compared = None if teacher is None else _ends(teacher, rows, tokenizer, args)
+        if compared is not None and compared.differ and compared.own_id is not None:
+            taught.append(compared.own_id)
+        notes += set_ends(student, tokenizer, stops_of(student, tokenizer, args.template, taught))
     elif teacher is not None:
         teacher.pad_id = _pad_id(tokenizer)
     if args.disable_dropout:
@@ -197,7 +201,7 @@ def make_pair(
         ),
         notes=notes,
         listed_ends=ends,
-        ends=None if teacher is None or classes is not None else _ends(teacher, rows, tokenizer, args),
+        ends=compared,
     )
 
 
@@ -205,7 +209,8 @@ def _ends(teacher: LiveTeacher, rows: Any, tokenizer: Any, args: DistillationCon
     """Where the teacher ends an answer; unread where its probabilities teach nothing."""
     if args.kd_weight == 0 or not args.make_objective().needs_teacher:
         return None
-    return compare_ends(teacher, rows, tokenizer, pad_id=_pad_id(tokenizer))
+    known = stops_of(teacher.model, tokenizer, args.template)
+    return compare_ends(teacher, rows, tokenizer, known, pad_id=_pad_id(tokenizer))
 
 
 def _name(model: Any) -> str:

@@ -155,7 +155,11 @@ class RunRecord:
         note = teacher_note(pair)
         if pair.adapter is not None and self.export == "adapter":
             base = (self.config or {}).get("student", {}).get("model") or pair.student_name
-            adapter_note = f"It is a LoRA adapter for `{base}`; to load it, install `peft` too."
+            adapter_note = (
+                f"It is a LoRA adapter for `{base}`; to load it, install `peft` too. Where its answers "
+                "end stands in its generation_config.json, which peft does not read: set `model.generation_config = "
+                "GenerationConfig.from_pretrained(FOLDER)`."
+            )
             note = f"{note}\n\n{adapter_note}" if note else adapter_note
         kind = "classifier" if pair.classes else "encoder_decoder" if is_encoder_decoder(pair.student) else "decoder"
         config = describe_run(pair, self.args, self.run) if self.config is None else self.config
