@@ -27,7 +27,8 @@ from drkl.models.forward import lm_head
 from drkl.models.load import load_model, load_tokenizer, quiet_transformers
 from drkl.models.precision import pick_device
 from drkl.models.readout import Batch, batches
-from drkl.models.student import kept_layers, layers_prefix
+from drkl.models.shorten import layer_lists, stacks_of
+from drkl.models.student import kept_layers
 
 Layers = tuple[int, ...]
 
@@ -37,9 +38,11 @@ class Distance:
 
     def __init__(self, model: PreTrainedModel, batch: Batch) -> None:
         self._model, self._batch = model, batch
-        parent, _, self._name = layers_prefix(model).rpartition(".")
+        (stack,) = stacks_of(model.config)
+        ((name, layers),) = layer_lists(model, model, stack, stack.available)[0].items()
+        parent, _, self._name = name.rpartition(".")
         self._parent = model.get_submodule(parent)
-        self._all = list(model.get_submodule(layers_prefix(model)).children())
+        self._all = list(layers)
         self._teacher = self._logits(tuple(range(len(self._all))))
         self._known: dict[Layers, float] = {}
         self._bar = tqdm(unit=" trials", mininterval=5)

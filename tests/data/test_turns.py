@@ -268,7 +268,7 @@ def loss_of(model: Any, batches: list[dict[str, Any]]) -> tuple[Tensor, list[Ten
     model.zero_grad()
     total = torch.zeros(())
     for batch in batches:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
         total = total + distillation_loss(
             model(**inputs, use_cache=False).logits, None, batch["labels"], objective="ce", reduction="sum"
         )

@@ -57,9 +57,12 @@ def test_pruning_keeps_the_layers_and_the_head(kind: str, tmp_path: Path) -> Non
         torch.testing.assert_close(again.eval()(**inputs).logits, student(**inputs).logits)
 
 
-def test_a_modern_bert_without_its_first_layer_has_a_norm_before_its_new_first() -> None:
-    small = prune(tiny_classifiers.make("modernbert"), [1, 3])
-    assert small(**batch([1, 7, 2])).logits.isfinite().all()
+def test_a_modern_bert_keeps_its_first_layer_which_alone_has_no_norm() -> None:
+    assert prune(tiny_classifiers.make("modernbert"), [0, 3])(**batch([1, 7, 2])).logits.isfinite().all()
+    with pytest.raises(
+        DrklError, match=r"layers keeps \[1, 3\], and ModernBertConfig settles .*attn_norm.*layers=\[0, 1\]"
+    ):
+        prune(tiny_classifiers.make("modernbert"), [1, 3])
 
 
 def test_a_bare_encoder_gets_a_head_for_the_classes(tmp_path: Path) -> None:

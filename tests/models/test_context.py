@@ -20,7 +20,8 @@ from transformers import (
     XLNetConfig,
 )
 
-from drkl.models.context import context_of, contexts_of
+from drkl.data.lengths import Room
+from drkl.models.context import context_of, contexts_of, room_of
 
 CONFIGS: list[tuple[PreTrainedConfig, tuple[int | None, int | None]]] = [
     (LlamaConfig(max_position_embeddings=30), (30, 30)),
@@ -50,3 +51,14 @@ CONFIGS: list[tuple[PreTrainedConfig, tuple[int | None, int | None]]] = [
 def test_contexts(config: PreTrainedConfig, contexts: tuple[int | None, int | None]) -> None:
     assert contexts_of(config) == contexts
     assert context_of(config) == (None if None in contexts else min(contexts))  # type: ignore[type-var]
+
+
+def test_several_models_have_the_room_of_the_smallest() -> None:
+    long, short, endless = LlamaConfig(max_position_embeddings=64), GPT2Config(n_positions=30), BloomConfig()
+    assert room_of([long, endless, short], encoder_decoder=False) == Room(30, 30)
+    assert room_of([endless], encoder_decoder=False) == Room()
+    led = LEDConfig(max_encoder_position_embeddings=64, max_decoder_position_embeddings=30, attention_window=16)
+    bart = BartConfig(max_position_embeddings=48)
+    assert room_of([led, bart], encoder_decoder=True) == Room(48, 30, separate=True)
+    # A classifier's encoder and decoder both read the text.
+    assert room_of([led], encoder_decoder=False) == Room(30, 30)

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 
 from drkl.errors import DrklError
 from drkl.models.config import StudentConfig
-from drkl.models.student import kept_layers, make_student, prune, shortened, source_model, student_config
+from drkl.models.shorten import lengthened, shortened
+from drkl.models.student import kept_layers, make_student, prune, source_model, student_config
 from tests.models import tiny, tiny_classifiers
 
 FAMILIES = [tiny.llama, tiny.gpt2]
@@ -175,7 +176,7 @@ def test_make_student_prunes_the_teacher(layers: int | list[int], kept: list[int
 def test_per_layer_settings_follow_the_layers() -> None:
     kinds = ["sliding_attention", "full_attention"] * 3
     config = Gemma2Config(num_hidden_layers=6, layer_types=kinds, eos_token_id=[1, 2, 3, 4, 5, 6])
-    small = shortened(config, [0, 3, 5])
+    small = shortened(config, [0, 3, 5], build=AutoModelForCausalLM.from_config)
     assert small.layer_types == ["sliding_attention", "full_attention", "full_attention"]
     assert small.eos_token_id == [1, 2, 3, 4, 5, 6]
     assert config.layer_types == kinds and config.num_hidden_layers == 6
@@ -238,7 +239,7 @@ def test_a_deeper_random_model_repeats_the_pattern_of_layers() -> None:
     config = Qwen2Config(
         num_hidden_layers=2, use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]
     )
-    assert shortened(config, [0, 1, 2, 3]).layer_types == ["full_attention", "sliding_attention"] * 2
+    assert lengthened(config, 4).layer_types == ["full_attention", "sliding_attention"] * 2
 
 
 @pytest.mark.parametrize("init", ["prune", "pretrained", "random"])

@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    pipeline,
+)
 
 import drkl
 from drkl.data import Example
@@ -152,7 +160,8 @@ def test_an_encoder_decoder_keeps_its_ends(tmp_path: Path) -> None:
     teacher.generation_config.eos_token_id = [4, 2]
     trainer = train(tmp_path, tiny.bart(3, layers=1), teacher, tokenizer, fields={"max_steps": 1})
     assert trainer.pair.ends is not None and trainer.pair.ends.taught == "<|im_end|>"
-    assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [4, 2]
+    saved = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "student")
+    assert saved.generation_config.eos_token_id == [4, 2] and saved.config.eos_token_id == 4
 
 
 def test_rows_that_are_tokenised_say_where_a_turn_ends(tmp_path: Path) -> None:
@@ -162,6 +171,17 @@ def test_rows_that_are_tokenised_say_where_a_turn_ends(tmp_path: Path) -> None:
     teacher = teacher_of(tokenizer, "<|im_end|>")
     train(tmp_path, blank(tokenizer), teacher, tokenizer, rows=rows, fields={"max_steps": 1})
     assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [2, 4]
+
+
+def test_a_processor_brings_its_tokenizer(tmp_path: Path) -> None:
+    tokenizer = build(CHATML)
+    processor = SimpleNamespace(tokenizer=tokenizer, decode=tokenizer.decode, save_pretrained=tokenizer.save_pretrained)
+    ids = tokenizer.convert_tokens_to_ids(["hi", "\n", "hello", "<|im_end|>"])
+    rows = [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for _ in range(8)]
+    teacher = teacher_of(tokenizer, "<|im_end|>")
+    trainer = train(tmp_path, blank(tokenizer), teacher, processor, rows=rows, fields={"max_steps": 1})
+    assert trainer.pair.ends is not None and trainer.pair.ends.taught == "<|im_end|>"
+    assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == 4
 
 
 def test_settings_that_cannot_be_saved_do_not_stop_a_run(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from drkl.data.lengths import MAX_PROMPT_TOKENS, MAX_TOKENS, NO_LIMIT, Lengths, Room, fit_lengths
 from drkl.data.rendering import check_template
 
 NO_ROWS = "none"
@@ -115,26 +116,18 @@ class DataConfig(BaseModel):
     )
     tgt_lang: str | None = Field(default=None, description="Target language of a translation model, likewise.")
     max_prompt_tokens: int = Field(
-        default=256,
+        default=MAX_PROMPT_TOKENS,
         gt=0,
-        description="Longest prompt in tokens. Rows with a longer prompt are dropped and counted, never cut. The "
-        "default is half of max_tokens where that is 256 or less.",
+        description="Longest prompt in tokens. Rows with a longer prompt are dropped and counted, never cut. Where it "
+        "is left out it fits the models: half of a given max_tokens of 256 or less, else what leaves room to respond.",
     )
     max_tokens: int = Field(
-        default=512,
+        default=MAX_TOKENS,
         gt=1,
         description="Longest row in tokens, prompt and response together. A longer response is cut at its end and "
-        "counted; so is a longer text in classification.",
+        "counted; so is a longer text in classification. Where it is left out it fits the models: their context where "
+        "that is shorter.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fit_prompts(cls, values: Any) -> Any:
-        """A small ``max_tokens`` alone lowers the default of ``max_prompt_tokens``."""
-        longest = values.get("max_tokens") if isinstance(values, dict) else None
-        if isinstance(longest, int) and 1 < longest <= 256 and "max_prompt_tokens" not in values:
-            return {"max_prompt_tokens": longest // 2, **values}
-        return values
 
     @field_validator("template")
     @classmethod
@@ -155,12 +148,31 @@ class DataConfig(BaseModel):
             raise ValueError("max_rows is set beside sources; each source has a max_rows of its own.")
         if self.eval_max_rows is not None and self.eval_path in (None, NO_ROWS):
             raise ValueError("eval_max_rows is set, but eval_path, whose rows it counts, is not.")
+        # Not through the fields' setters: what the user did not give stays known as such.
+        self.__dict__ |= self._fitting(NO_LIMIT)._asdict()
         if self.max_tokens <= self.max_prompt_tokens:
             raise ValueError(
                 f"max_tokens ({self.max_tokens}) must be larger than max_prompt_tokens ({self.max_prompt_tokens}): "
                 "it counts prompt and response together, and a row without a response teaches nothing."
             )
         return self
+
+    @property
+    def given_lengths(self) -> dict[str, int]:
+        """The limits of length that the user gave; whatever else there is fits the models."""
+        return {name: getattr(self, name) for name in Lengths._fields if name in self.model_fields_set}
+
+    def fitted(self, room: Room) -> DataConfig:
+        """The section with the limits of length that the user did not give, as they fit the models.
+
+        Raises:
+            DrklError: the given length of a prompt leaves no room for a response.
+        """
+        return self.model_copy(update=self._fitting(room)._asdict())
+
+    def _fitting(self, room: Room) -> Lengths:
+        given = self.given_lengths
+        return fit_lengths(given.get("max_prompt_tokens"), given.get("max_tokens"), room)
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """Return the sources, each with its format; a single path or dataset is one source."""

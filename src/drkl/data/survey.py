@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from drkl.data.classification import LabelledRow
 from drkl.data.config import NO_ROWS, DataConfig
+from drkl.data.lengths import NO_LIMIT, Room
 from drkl.data.rows import make_rows, read_shares
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
@@ -91,6 +92,7 @@ def survey(
     classes: Sequence[str] | None = None,
     encoder_decoder: bool = False,
     ends: Sequence[int] = (),
+    room: Room = NO_LIMIT,
 ) -> list[Survey]:
     """Read and tokenise each source of a data section on its own, as a run would; nothing is written.
 
@@ -102,7 +104,7 @@ def survey(
     def add(name: str, share: str, examples: Any, weight: float = 1.0) -> None:
         try:
             rows, report = make_rows(
-                examples, config, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends
+                examples, config, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends, room=room
             )
         except DrklError as error:
             raise DrklError(f"{name} ({share}): {error}") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.examples import Example, free_id, hash_of_id
+from drkl.data.lengths import NO_LIMIT, Lengths, Room, no_prompt_fits
 from drkl.data.rendering import Sign, date_told
 from drkl.data.seq2seq import encode_source, encode_target, tokens_around
 from drkl.data.template import Turns, encode_last, encode_prompt, encode_turns
@@ -133,6 +134,7 @@ def tokenize_examples(
     turns: str = "last",
     template: str = "auto",
     encoder_decoder: bool = False,
+    room: Room = NO_LIMIT,
     ends: Sequence[int] = (),
 ) -> tuple[list[Row], DropReport]:
     """Return the usable rows, in order, and the account of the others.
@@ -145,8 +147,9 @@ def tokenize_examples(
     row is the token before it (bos or eos before the first), so every token is trained once.
 
     ``encoder_decoder`` rows have the prompt and the last reply as the tokenizer encodes texts by itself; ``turns`` and
-    ``template`` are ignored. The encoder reads the first half of a block of plain text and the decoder writes the
-    second (prefix language modelling: Raffel et al. 2020, section 3.3.1).
+    ``template`` are ignored, and a target longer than ``room.decoder`` is cut. The encoder reads the first half of a
+    block of plain text and the decoder writes the second (prefix language modelling: Raffel et al. 2020, section
+    3.3.1).
 
     ``ends`` are the ids that the model's own settings list as ends, for templates that write none
     (`drkl.data.ends`).
@@ -177,13 +180,14 @@ def tokenize_examples(
             length = spans[0][0] + len(openings[0])
             shortest = length if shortest is None else min(shortest, length)
             if 0 < length <= max_prompt_tokens:
-                report.responses_cut += spans[-1][1] > max_tokens
-                row = row_of_spans(example, ids, spans, max_tokens, openings)
+                limit = longest_row(length, max_tokens, room)
+                report.responses_cut += spans[-1][1] > limit
+                row = row_of_spans(example, ids, spans, limit, openings)
                 row = replace(row, encoder_decoder=encoder_decoder)
                 place = len(_learnt(row.example)) - 1 if turns == "all" else -1
                 rows.append(_with_written_references(row, tokenizer, ids[slice(*spans[place])]))
                 if opening := max(openings, key=len):
-                    text = str(tokenizer.decode(opening))
+                    text = str(tokenizer.decode(opening, clean_up_tokenization_spaces=False))
                     report.openings[text] = report.openings.get(text, 0) + 1
                 continue
             reason = "prompt_too_long" if length else "empty_prompt"  # the tokenizer leaves nothing of some texts
@@ -198,7 +202,7 @@ def tokenize_examples(
         report.documents += len(documents)
     report.kept = len(rows)
     if not rows:
-        raise DrklError(nothing_left(report, max_prompt_tokens, shortest))
+        raise DrklError(nothing_left(report, shortest, Lengths(max_prompt_tokens, max_tokens), room))
     if any(row.example.weight != 1 for row in rows):
         rows = weigh(rows)
         report.per_epoch = len(rows)
@@ -262,6 +266,11 @@ def _encode(
         spans, openings = [encoded.spans[place] for place in learnt], [encoded.openings[place] for place in learnt]
         return Turns(encoded.ids, spans, openings)
     return encode_last(tokenizer, example.messages, template, **given)
+
+
+def longest_row(prompt: int, max_tokens: int, room: Room) -> int:
+    """The tokens of a row that are kept, by those of its prompt: a target has to fit its decoder."""
+    return min(max_tokens, prompt + room.decoder) if room.separate and room.decoder is not None else max_tokens
 
 
 def _with_written_references(row: Row, tokenizer: PreTrainedTokenizerBase, reply: Sequence[int]) -> Row:
@@ -401,15 +410,15 @@ def _learnt(example: Example) -> list[int]:
     ]
 
 
-def nothing_left(report: DropReport, max_prompt_tokens: int, shortest: int | None) -> str:
+def nothing_left(report: DropReport, shortest: int | None, lengths: Lengths, room: Room = NO_LIMIT) -> str:
     """Return the error for a data set of which no row is left; ``shortest`` is its shortest prompt."""
     total = sum(report.dropped.values())
     if not total:
         return "The data set has no rows."
     reasons = ", ".join(f"{count} {_REASONS[reason]}" for reason, count in report.dropped.items())
     message = f"None of the {total} rows can be used: {reasons}."
-    if "prompt_too_long" in report.dropped:
-        message += f" The shortest prompt has {shortest} tokens; raise data.max_prompt_tokens ({max_prompt_tokens})."
+    if shortest is not None and "prompt_too_long" in report.dropped:
+        message += no_prompt_fits(shortest, lengths, room)
     if "weight_0" in report.dropped:
         message += " Give a reply the weight 1, or set data.turns: all if an earlier one has it."
     if report.dropped.keys() - {"prompt_too_long", "weight_0"}:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from drkl.data.classification import LabelledRow
 from drkl.data.examples import Example, row_ids, written_id
-from drkl.data.tokenize import DropReport, Row, nothing_left, row_of_spans
+from drkl.data.lengths import NO_LIMIT, Lengths, Room
+from drkl.data.tokenize import DropReport, Row, longest_row, nothing_left, row_of_spans
 from drkl.errors import DrklError
 from drkl.losses.common import IGNORE_INDEX
 
@@ -27,6 +28,7 @@ def tokenized_rows(
     encoder_decoder: bool,
     max_prompt_tokens: int,
     max_tokens: int,
+    room: Room = NO_LIMIT,
 ) -> tuple[list[Row], DropReport]:
     """Return the usable rows of a language model, in order, and the account of the others.
 
@@ -40,6 +42,7 @@ def tokenized_rows(
         encoder_decoder: which kind of language model.
         max_prompt_tokens: rows with a longer prompt are dropped.
         max_tokens: prompt and response together; a longer response is cut at its end.
+        room: a target longer than the decoder's is cut, too.
 
     Raises:
         DrklError: a row whose fields do not go together (with its place), or no row left.
@@ -58,9 +61,10 @@ def tokenized_rows(
         if reason is not None:
             report.dropped[reason] = report.dropped.get(reason, 0) + 1
             continue
-        report.responses_cut += spans[-1][1] > max_tokens
+        limit = longest_row(spans[0][0], max_tokens, room)
+        report.responses_cut += spans[-1][1] > limit
         example = _example(row_id, tokenizer, ids, spans)
-        tokenised = row_of_spans(example, ids, spans, max_tokens)
+        tokenised = row_of_spans(example, ids, spans, limit)
         if is_text:  # there is no prompt: a sample goes on from the text's beginning
             num_shown = max(1, min(len(tokenised.all_ids) // 4, max_prompt_tokens))
             example = _example(example.id, tokenizer, tokenised.all_ids, [(num_shown, len(tokenised.all_ids))])
@@ -68,7 +72,7 @@ def tokenized_rows(
         rows.append(replace(tokenised, encoder_decoder=encoder_decoder))
     report.kept = len(rows)
     if not rows:
-        raise DrklError(nothing_left(report, max_prompt_tokens, shortest))
+        raise DrklError(nothing_left(report, shortest, Lengths(max_prompt_tokens, max_tokens), room))
     return rows, report
 
 
@@ -103,7 +107,7 @@ def tokenized_texts(
         rows.append(LabelledRow(row_id, tuple(ids), list(classes).index(label), text))
     report.kept = len(rows)
     if not rows:
-        raise DrklError(nothing_left(report, max_tokens, None))
+        raise DrklError(nothing_left(report, None, Lengths(1, max_tokens)))
     return rows, report
 
 

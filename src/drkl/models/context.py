@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+from drkl.data.lengths import Room
 
 _BOTH = ("max_position_embeddings", "max_seq_len", "context_length")
 _ENCODER = (*_BOTH, "max_encoder_position_embeddings", "max_source_positions")
@@ -37,12 +40,32 @@ def contexts_of(config: Any) -> tuple[int | None, int | None]:
     return _positions(encoder.get_text_config(), _ENCODER), _positions(decoder.get_text_config(), _DECODER)
 
 
+def room_of(configs: Iterable[Any], *, encoder_decoder: bool) -> Room:
+    """The room that several models have together.
+
+    Args:
+        configs: their transformers configs.
+        encoder_decoder: whether an encoder reads the prompt and a decoder writes the response. A classifier reads one
+            text, whatever its config says.
+    """
+    contexts = [contexts_of(config) for config in configs]
+    encoder, decoder = (
+        min((length for length in side if length is not None), default=None) for side in zip(*contexts, strict=True)
+    )
+    if encoder_decoder:
+        return Room(encoder, decoder, separate=True)
+    shortest = min((length for length in (encoder, decoder) if length is not None), default=None)
+    return Room(shortest, shortest)
+
+
 def _positions(config: Any, names: tuple[str, ...]) -> int | None:
     # Some configs hold -1 or None for "any length".
     found = (getattr(config, name, None) for name in names)
     length = next((value for value in found if isinstance(value, int) and value > 0), None)
     if length is None:
         return None
+    if (kept := getattr(config, "keep_window_size", None)) is not None:
+        length = min(length, kept)  # Doge chooses the tokens that a longer row attends to by looking at all of it
     if config.model_type in _COUNT_AFTER_PAD:
         length -= 1 + (config.pad_token_id or 0)
     window = getattr(config, "attention_window", None)

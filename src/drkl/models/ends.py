@@ -145,8 +145,8 @@ def set_ends(student: PreTrainedModel, tokenizer: Any, ends: Sequence[int]) -> l
         if len(begin) == 1:  # what every target begins with, as the language of NLLB's and mBART-50's
             settings.forced_bos_token_id = begin[0]
     student.generation_config, notes = _savable(settings)
-    for config in {id(c): c for c in (student.config, student.config.get_text_config(decoder=True))}.values():
-        _set_eos(config, student.generation_config.eos_token_id)
+    for config in (student.config, student.config.get_text_config(decoder=True)):
+        _set_eos(config, all_ends)
     return notes
 
 
@@ -169,11 +169,15 @@ def _savable(settings: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
     return plain, [note]
 
 
-def _set_eos(config: Any, ends: Any) -> None:
+def _set_eos(config: Any, ends: Sequence[int]) -> None:
     """Write the ends into a model config too, for programs that read no other file."""
     if not hasattr(config, "eos_token_id"):
         return
+    if is_encoder_decoder(config):  # its classifier looks for the one eos of a text
+        if not set(as_ids(config.eos_token_id)) & set(ends):
+            config.eos_token_id = ends[0]
+        return
     try:
-        config.eos_token_id = ends
+        config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
     except StrictDataclassError:  # a family whose config takes a single one
-        config.eos_token_id = as_ids(ends)[0]
+        config.eos_token_id = ends[0]

@@ -6,24 +6,22 @@ between the probabilities of the left and the right half. The numbers are a func
 
 from __future__ import annotations
 
-import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, LogitsProcessor
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import LogitsProcessor
 
-from drkl.data.collate import collate_prompts, collate_sources
 from drkl.data.examples import hash_of_id
 from drkl.errors import DrklError
 from drkl.models.context import contexts_of
+from drkl.models.decoding import decode, plain_decoding, way_of
 from drkl.models.ends import answer_start, stops_of
-from drkl.models.forward import decoder_start, in_eval_mode, is_encoder_decoder
+from drkl.models.forward import is_encoder_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +49,6 @@ class Generation:
         return len(self.token_ids)
 
 
-@torch.no_grad()  # Not inference_mode: what it leaves in a model's buffers could not be trained through afterwards.
 def sample_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -105,18 +102,28 @@ def sample_texts(
     begin = answer_start(model, tokenizer)
     _check_prompts(model, prompts, names, max_new_tokens, len(begin))
     stops = stops_of(model, tokenizer, template) if stop_ids is None else list(stop_ids)
-    pad = collate_sources if is_encoder_decoder(model) else collate_prompts
+    lengths = [len(prompt) for prompt in prompts]
+    way = way_of(model, min(lengths, default=1), max_new_tokens)
     answers: list[list[Generation]] = [[] for _ in prompts]
-    with _plain_decoding(model):
-        for group, samples in sampling_batches([len(prompt) for prompt in prompts], samples_per_prompt, batch_size):
-            batch = pad([prompts[i] for i in group], pad_id=_pad_id(tokenizer, stops))
+    with plain_decoding(model):
+        for group, samples in sampling_batches(lengths, samples_per_prompt, batch_size, mixed=way.pad):
             watch = _Watch(len(group) * len(samples), max_new_tokens, progress)
             processors: list[LogitsProcessor] = [watch]
             if not greedy:
                 draws = [_uniforms(seed, names[i], first_sample + s, max_new_tokens) for i in group for s in samples]
                 processors.append(_Descent(np.stack(draws), sampling_temperature))
-            new = _generate(model, batch, len(samples), stops, max_new_tokens, processors, begin).tolist()
-            for row, ids in enumerate(new):
+            new = decode(
+                model,
+                [prompts[i] for i in group],
+                len(samples),
+                way,
+                stops=stops,
+                max_new_tokens=max_new_tokens,
+                processors=processors,
+                pad_id=_pad_id(tokenizer, stops),
+                begin=begin,
+            )
+            for row, ids in enumerate(new.tolist()):
                 answers[group[row // len(samples)]].append(_finish(tokenizer, ids, stops))
             watch.finish()
     return answers
@@ -186,80 +193,21 @@ class _Watch(LogitsProcessor):
             self.report(slots)
 
 
-def _generate(
-    model: Any,  # transformers types a PreTrainedModel without the generation mixin
-    batch: dict[str, Tensor],
-    num_samples: int,
-    stops: list[int],
-    max_new_tokens: int,
-    processors: list[LogitsProcessor],
-    begin: list[int],
-) -> Tensor:
-    """Return the new tokens `[prompts * num_samples, steps]`, the samples of a prompt in a row.
+def sampling_batches(
+    lengths: Sequence[int], num_samples: int, batch_size: int, *, mixed: bool = True
+) -> Iterator[tuple[list[int], range]]:
+    """Yield prompts of similar length and the samples to draw for each, at most ``batch_size`` sequences at a time.
 
-    ``begin`` are the tokens that an encoder-decoder's answers begin with.
+    Prompts of different lengths go together where ``mixed``.
     """
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    encoder_decoder = is_encoder_decoder(model)
-    share = _shared_encoding if encoder_decoder else _shared_prefix
-    extra = share(model, batch, num_samples)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        eos_token_id=stops,
-        pad_token_id=stops[0],
-        decoder_start_token_id=decoder_start(model),
-    )
-    if encoder_decoder:
-        first = torch.tensor([[decoder_start(model), *begin]], device=model.device)
-        extra["decoder_input_ids"] = first.repeat(len(batch["input_ids"]) * num_samples, 1)
-    else:
-        extra["input_ids"] = batch["input_ids"].repeat_interleave(num_samples, 0)
-    out = model.generate(
-        attention_mask=batch["attention_mask"].repeat_interleave(num_samples, 0),
-        generation_config=config,
-        logits_processor=processors,
-        **extra,
-    )
-    return out[:, 1 + len(begin) if encoder_decoder else batch["input_ids"].shape[1] :]
-
-
-def _shared_encoding(model: Any, batch: dict[str, Tensor], num_samples: int) -> dict[str, Any]:
-    """Encode each prompt once for all its samples."""
-    states = model.get_encoder()(**batch).last_hidden_state
-    return {
-        "encoder_outputs": BaseModelOutput(last_hidden_state=states.repeat_interleave(num_samples, 0)),
-        # The one that generate would make is as deep as the encoder, which breaks under a deeper decoder.
-        "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache()),
-    }
-
-
-def _shared_prefix(model: Any, batch: dict[str, Tensor], num_samples: int) -> dict[str, Any]:
-    """Read each prompt once for all its samples, except for its last token, whose logits the decoding loop takes.
-
-    Empty where that saves nothing, or where the model has a cache of another kind.
-    """
-    if num_samples == 1 or batch["input_ids"].shape[1] == 1 or not model._supports_default_dynamic_cache():
-        return {}
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    # Families with ALiBi take no positions; they count from the attention mask.
-    accepted = inspect.signature(model.base_model.forward).parameters
-    before_last = {name: tensor[:, :-1] for name, tensor in batch.items() if name in accepted}
-    model.base_model(**before_last, past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(num_samples)
-    return {"past_key_values": cache}
-
-
-def sampling_batches(lengths: Sequence[int], num_samples: int, batch_size: int) -> Iterator[tuple[list[int], range]]:
-    """Yield prompts of similar length and the samples to draw for each, at most ``batch_size`` sequences at a time."""
     together = min(num_samples, batch_size)
     width = batch_size // together
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for start in range(0, len(order), width):
-        for first in range(0, num_samples, together):
-            yield order[start : start + width], range(first, min(first + together, num_samples))
+    for _, alike in itertools.groupby(order, key=lambda i: 0 if mixed else lengths[i]):
+        group = list(alike)
+        for start in range(0, len(group), width):
+            for first in range(0, num_samples, together):
+                yield group[start : start + width], range(first, min(first + together, num_samples))
 
 
 def _uniforms(seed: int, key: str, sample: int, count: int) -> np.ndarray:
@@ -273,22 +221,6 @@ def _finish(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]
     text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return Generation(text, tuple(ids if end is None else ids[: end + 1]), end is not None)
-
-
-@contextmanager
-def _plain_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode and no generation defaults of the model's own inside the block.
-
-    ``generate`` takes every setting that its config leaves out from ``model.generation_config``, such as top-k or a
-    repetition penalty.
-    """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        with in_eval_mode(model):
-            yield
-    finally:
-        model.generation_config = own
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from drkl.errors import DrklError, did_you_mean
 from drkl.models.classes import is_classifier, label_fields
 from drkl.models.config import StudentConfig
-from drkl.models.forward import decoder_start, is_encoder_decoder
+from drkl.models.forward import decoder_start
 from drkl.models.load import Name, load_classifier, load_config, load_model, model_class
 from drkl.models.precision import DtypeLike, torch_dtype
+from drkl.models.prune import pruned
+from drkl.models.shorten import Build, lengthened, shortened, stacks_of
 
 
 def make_student(
@@ -61,7 +60,7 @@ def _make(
         base = load_model(source, config.dtype, **options)
     else:
         base = load_classifier(source, config.dtype, classes, **options)
-    return base if config.init == "pretrained" else _pruned(base, *_kept(config, base.config))
+    return base if config.init == "pretrained" else pruned(base, *_kept(config, base.config))
 
 
 def source_model(config: StudentConfig, teacher_name: str | None) -> str:
@@ -88,16 +87,28 @@ def student_config(
         setattr(base, key, value)
     if config.init == "pretrained":
         return base
-    layers, encoder_layers = _kept(config, base)
+    kept = _kept(config, base)
+    build = model_class(base, classifier=classes is not None).from_config
     if config.init == "prune":
-        return shortened(base, layers, encoder_layers)
+        return shortened(base, *kept, build=build)
     for key, value in config.config.items():
-        if key in ("num_hidden_layers", base.attribute_map.get("num_hidden_layers"), *_depth_fields(base)):
+        if key in ("num_hidden_layers", *(stack.depth_key for stack in stacks_of(base))):
             raise DrklError(f"student.config has {key!r}; the number of layers stands in student.layers.")
         if not hasattr(base, key):
             raise DrklError(f"student.config has {key!r}, which {type(base).__name__} does not.")
         setattr(base, key, value)
-    return shortened(base, layers, encoder_layers)
+    return _resized(base, *kept, build)
+
+
+def _resized(base: Any, layers: list[int], encoder_layers: list[int] | None, build: Build) -> Any:
+    """The config of a model with random weights: the layers' settings where they carry over, else the family's own."""
+    kept = [layers] if encoder_layers is None else [layers, encoder_layers]
+    if all(numbers[-1] < stack.available for numbers, stack in zip(kept, stacks_of(base), strict=True)):
+        try:
+            return shortened(base, layers, encoder_layers, build=build)
+        except DrklError:
+            pass
+    return lengthened(base, *map(len, kept))
 
 
 def _own_config(
@@ -139,47 +150,27 @@ def _own_config(
 
 def _kept(config: StudentConfig, base: Any, section: str = "student.") -> tuple[list[int], list[int] | None]:
     """The layers of the decoder that stay, and those of the encoder where there is one; ``section`` is for errors."""
-    fields = _depth_fields(base)
-    if not fields:
+    decoder, *encoder = stacks_of(base)
+    if not encoder:
         if config.encoder_layers is not None:
             raise DrklError(
                 f"{section}encoder_layers is set, but {type(base).__name__} is a decoder-only model; {section}layers "
                 "says which layers stay."
             )
-        return kept_layers(config, base.get_text_config().num_hidden_layers, section=section), None
-    encoder, decoder = (getattr(base, name) for name in fields)
+        return kept_layers(config, decoder.available, section=section), None
     return (
-        kept_layers(config, decoder, section=section),
-        kept_layers(config, encoder, encoder=True, section=section),
-    )
-
-
-def _depth_fields(config: Any) -> tuple[str, str] | tuple[()]:
-    """The config fields with the depths of encoder and decoder; empty for a decoder-only model."""
-    if not is_encoder_decoder(config):
-        return ()
-    for fields in (
-        ("encoder_layers", "decoder_layers"),
-        ("num_encoder_layers", "num_decoder_layers"),
-        ("num_layers", "num_decoder_layers"),
-    ):
-        if all(isinstance(getattr(config, name, None), int) for name in fields):
-            return fields
-    raise DrklError(
-        f"{type(config).__name__} does not say how many layers its encoder and decoder have in a way known here, so "
-        "layers can be neither dropped nor added. Use student.init=pretrained, or a model of another family."
+        kept_layers(config, decoder.available, section=section),
+        kept_layers(config, encoder[0].available, encoder=True, section=section),
     )
 
 
 def depth(config: Any) -> int:
     """Return the number of layers; for an encoder-decoder half of those of both stacks together."""
     try:
-        fields = _depth_fields(config)
+        depths = [stack.available for stack in stacks_of(config)]
     except DrklError:  # a pretrained model of another family: good enough for an estimate
-        fields = ()
-    if fields:
-        return max(1, sum(getattr(config, name) for name in fields) // 2)
-    return int(config.get_text_config().num_hidden_layers)
+        depths = [config.get_text_config().num_hidden_layers]
+    return max(1, sum(depths) // len(depths))
 
 
 def kept_layers(
@@ -201,27 +192,6 @@ def kept_layers(
     if count == 1:
         return [0]
     return [round(i * (available - 1) / (count - 1)) for i in range(count)]
-
-
-def shortened(config: Any, layers: list[int], encoder_layers: list[int] | None = None) -> Any:
-    """Return a copy of a model config with these layers only; with an encoder, ``layers`` are the decoder's."""
-    config = copy.deepcopy(config)
-    if fields := _depth_fields(config):
-        assert encoder_layers is not None, "an encoder-decoder has two stacks"
-        for name, kept in zip(fields, (encoder_layers, layers), strict=True):
-            setattr(config, name, len(kept))
-        if "num_hidden_layers" in vars(config):  # a field beside the two, which some families keep for the encoder
-            config.num_hidden_layers = len(encoder_layers)
-        return config
-    text = config.get_text_config()
-    available = text.num_hidden_layers
-    for key, value in list(vars(text).items()):
-        # Per-layer settings, such as layer_types, are lists with an entry for each layer.
-        # A student with more layers repeats them.
-        if isinstance(value, list) and len(value) == available and not key.endswith(("_token_id", "architectures")):
-            setattr(text, key, [value[i % available] for i in layers])
-    text.num_hidden_layers = len(layers)
-    return config
 
 
 def prune(
@@ -265,66 +235,4 @@ def prune(
     elif dtype is not None:
         load_model(teacher, dtype)  # refuses another dtype than its own
     with torch.random.fork_rng():  # the weights are drawn before they are replaced
-        small = _pruned(teacher, *_kept(config, teacher.config, section=""))
-    return small.to(teacher.device)  # type: ignore[arg-type]
-
-
-def _pruned(model: PreTrainedModel, layers: list[int], encoder_layers: list[int] | None) -> PreTrainedModel:
-    config = shortened(model.config, layers, encoder_layers)
-    small: PreTrainedModel = type(model)._from_config(config, dtype=model.dtype)
-    if not _head_is_tied(model) and _head_is_tied(small):
-        # T5 v1.1 comes with a head of its own under a config that says it is tied.
-        head = small.get_output_embeddings()
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        name = next(name for name, module in small.named_modules() if module is head)
-        small.all_tied_weights_keys.pop(f"{name}.weight", None)
-    small.load_state_dict(_kept_state(model, small, _stacks(model, layers, encoder_layers)))
-    small.name_or_path = small.config.name_or_path = ""  # an adapter of it would name the teacher as its base
-    if not is_classifier(model):
-        small.generation_config = copy.deepcopy(model.generation_config)
-    return small.eval()
-
-
-def _head_is_tied(model: PreTrainedModel) -> bool:
-    head = model.get_output_embeddings()  # a classifier has none
-    return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _kept_state(model: PreTrainedModel, small: PreTrainedModel, stacks: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """The state of the smaller model: the layers of each stack that stay, and everything outside of them."""
-    state = model.state_dict()
-    kept = {key: tensor for key, tensor in state.items() if not key.startswith(tuple(f"{p}." for p in stacks))}
-    expected = small.state_dict().keys()
-    for prefix, layers in stacks.items():
-        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.(.+)")
-        place = {old: new for new, old in enumerate(layers)}
-        for key, tensor in state.items():
-            if (match := pattern.fullmatch(key)) is None:
-                continue
-            if int(match[1]) in place:
-                kept[f"{prefix}.{place[int(match[1])]}.{match[2]}"] = tensor
-            elif int(match[1]) == 0 and f"{prefix}.{layers[0]}.{match[2]}" not in state:
-                # What layer 0 holds for all layers, such as T5's position bias, moves to the new first layer.
-                kept[f"{prefix}.0.{match[2]}"] = tensor
-    return {key: tensor for key, tensor in kept.items() if key in expected}
-
-
-def _stacks(model: PreTrainedModel, layers: list[int], encoder_layers: list[int] | None) -> dict[str, list[int]]:
-    """The prefix of each list of layers in the model's state, with the layers that stay."""
-    if encoder_layers is None:
-        return {layers_prefix(model): layers}
-    encoder, decoder = (getattr(model.config, name) for name in _depth_fields(model.config))
-    return {
-        layers_prefix(model, model.get_encoder(), encoder): encoder_layers,
-        layers_prefix(model, model.get_decoder(), decoder): layers,
-    }
-
-
-def layers_prefix(model: PreTrainedModel, stack: nn.Module | None = None, depth: int | None = None) -> str:
-    """Return the name of the list of layers in a model, or in one of its two stacks."""
-    depth = model.config.get_text_config().num_hidden_layers if depth is None else depth
-    inside = set((stack or model).modules())
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and module in inside:
-            return name
-    raise DrklError(f"There is no list of {depth} layers in {type(model).__name__}, so it cannot be pruned.")
+        return pruned(teacher, *_kept(config, teacher.config, section=""), section="")

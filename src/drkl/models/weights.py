@@ -123,7 +123,7 @@ def _difference(
 
 
 def not_loaded(model: nn.Module, missing: Collection[str]) -> list[str]:
-    """Return those names, of the ones a file lacks, whose weights it has under no other name either."""
+    """Names that a file lacks, of weights that it has under no other name either."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
     return [name for name in missing if id(parameters.get(name)) not in loaded]

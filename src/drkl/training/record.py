@@ -252,15 +252,14 @@ def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder, num_steps
         dtype="bf16" if pair.student.dtype == torch.bfloat16 else "fp32",
         model_init_kwargs=pair.student_options,
     )
-    rows = {"max_prompt_tokens": args.max_prompt_tokens, "max_tokens": args.max_tokens}
     data = DataConfig.model_validate(
         {
             "path" if is_file else "dataset": train_path,
             "eval_path": eval_path,
             "turns": args.turns,
             "template": args.template,
+            **pair.lengths._asdict(),
         }
-        | rows
     )
     training = TrainingConfig.model_validate(
         {
