@@ -18,7 +18,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     TrainerCallback,
 )
@@ -32,6 +31,7 @@ from drkl.models.load import load_model
 from drkl.runs import RunFolder
 from drkl.training.record import RunRecord
 from drkl.training.run import distill
+from drkl.training.spec import run_classes
 from tests.models import tiny, tiny_classifiers
 from tests.training import tiny_runs
 from tests.training.test_resume import comparable, cut_off, kill_at_step, reference
@@ -78,7 +78,13 @@ def test_a_compiled_teacher_is_refused_and_teaches_the_same_once_it_is_renamed(t
 
 
 @pytest.mark.usefixtures("rising")
-@pytest.mark.parametrize("kind", ["llama", "mixture", "t5", "untied", "lora of a mixture"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "mixture",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "t5", "untied", "lora of a mixture")),
+    ],
+)
 def test_the_best_checkpoint_is_what_is_saved(tmp_path: Path, kind: str, capfd, monkeypatch) -> None:
     models = {"llama": tiny.llama(layers=2), "t5": tiny.t5(layers=2), "untied": tiny.llama(tie_word_embeddings=False)}
     model = models.get(kind) or mixture()
@@ -115,6 +121,7 @@ def test_the_best_checkpoint_is_what_is_saved(tmp_path: Path, kind: str, capfd, 
         assert all(torch.equal(saved[key], states[2][key]) for key in states[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft", [None, PEFT | {"init_lora_weights": "pissa_niter_2"}])
 def test_a_mixture_goes_on_from_its_checkpoint(tmp_path: Path, peft: dict[str, Any] | None) -> None:
     tiny.save(mixture(), tmp_path / "student")
@@ -134,9 +141,9 @@ def test_a_mixture_goes_on_from_its_checkpoint(tmp_path: Path, peft: dict[str, A
     [
         (lambda w: {k: v for k, v in w.items() if "layers.1." not in k}, r"9 of its weights are missing \(model\.lay"),
         (lambda w: {f"_orig_mod.{k}": v for k, v in w.items()}, r"21 of its weights are missing .*20 are not its own"),
-        (lambda w: w | {"extra": torch.ones(2)}, r"1 are not its own \(extra\)"),
-        (lambda w: w | {"model.norm.weight": torch.ones(8)}, r"size mismatch for model\.norm\.weight"),
-        (lambda w: {}, r"of its weights are missing"),
+        pytest.param(lambda w: w | {"extra": torch.ones(2)}, r"1 are not its own \(extra\)", marks=pytest.mark.slow),
+        pytest.param(lambda w: w | {"model.norm.weight": torch.ones(8)}, r"size mismatch", marks=pytest.mark.slow),
+        pytest.param(lambda w: {}, r"of its weights are missing", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path, change: Any, words: str) -> None:
@@ -188,7 +195,9 @@ def named(tmp_path: Path) -> PreTrainedModel:
     return load_model(str(tmp_path / "base"), "fp32")
 
 
-@pytest.mark.parametrize("start", [True, "pissa_niter_2", "olora"])
+@pytest.mark.parametrize(
+    "start", ["pissa_niter_2", *(pytest.param(start, marks=pytest.mark.slow) for start in (True, "olora"))]
+)
 def test_an_adapter_made_in_python_is_saved_as_trained(tmp_path: Path, start: Any) -> None:
     model = named(tmp_path)
     made = trainer(tmp_path, model, peft_config=LoraConfig(init_lora_weights=start, **PEFT))
@@ -219,16 +228,30 @@ def test_an_adapter_of_a_pruned_student_does_not_name_the_teacher(tmp_path: Path
         load_model(tmp_path / "run" / "student", "fp32")
 
 
-def test_a_revision_decides_what_a_name_is(tmp_path: Path) -> None:
-    """In one repository, the branch ``classes`` holds a classifier, and ``main`` a language model."""
-    repository = tmp_path / "models--some--model"
+def two_branches(cache: Path) -> dict[str, Any]:
+    """A repository whose branch ``classes`` holds a classifier and ``main`` a language model; options for the first."""
+    repository = cache / "models--some--model"
     models = {"main": tiny.llama(layers=2), "classes": tiny_classifiers.make("llama")}
     for number, (branch, model) in enumerate(models.items()):
         commit = str(number) * 40
         tiny.save(model, repository / "snapshots" / commit)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / branch).write_text(commit)
-    options = {"revision": "classes", "cache_dir": str(tmp_path), "local_files_only": True}
+    return {"revision": "classes", "cache_dir": str(cache), "local_files_only": True}
+
+
+def test_a_revision_decides_what_a_name_is_in_a_config(tmp_path: Path) -> None:
+    options = two_branches(tmp_path)
+    values = tiny_runs.config(tmp_path, teacher={"model": "some/model", "model_init_kwargs": options})
+    assert run_classes(tiny_runs.specs(values | {"task": "classification"})) == tiny_classifiers.CLASSES
+    own = {"init": "pretrained", "model": "some/model", "model_init_kwargs": options, "layers": None}
+    values = tiny_runs.config(tmp_path, student=own) | {"teacher": None, "task": "classification"}
+    values["objective"] = {"name": "ce"}
+    assert run_classes(tiny_runs.specs(values)) == tiny_classifiers.CLASSES
+
+
+def test_a_revision_decides_what_a_name_is(tmp_path: Path) -> None:
+    options = two_branches(tmp_path)
     rows = [{"text": f"w{i}", "label": tiny_classifiers.CLASSES[i % 3]} for i in range(12)]
     args = drkl.DistillationConfig(
         output_dir=str(tmp_path / "run"), use_cpu=True, precision="fp32", max_steps=1, tokens_per_step=60,
@@ -237,5 +260,5 @@ def test_a_revision_decides_what_a_name_is(tmp_path: Path) -> None:
     made = drkl.DistillationTrainer(
         "some/model", "some/model", args, rows, processing_class=tiny_classifiers.tokenizer(),
     )  # fmt: skip
-    assert isinstance(made.pair.student, type(AutoModelForSequenceClassification.from_config(models["classes"].config)))
+    assert isinstance(made.pair.student, type(tiny_classifiers.make("llama")))
     assert made.pair.classes == tiny_classifiers.CLASSES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from drkl.errors import did_you_mean
 
@@ -28,6 +28,14 @@ def short_dtype(dtype: Any) -> Any:
     return DTYPE_NAMES.get(name, name) if known else dtype
 
 
+def _without_dtype(options: dict[str, Any]) -> dict[str, Any]:
+    if name := next((name for name in ("dtype", "torch_dtype") if name in options), None):
+        raise ValueError(f"{name} has a key of its own in this section, dtype")
+    return options
+
+
+InitKwargs = Annotated[dict[str, Any], AfterValidator(_without_dtype)]
+"""Further arguments of ``from_pretrained``."""
 Dtype = Annotated[Literal["auto", "fp32", "bf16", "fp16"], BeforeValidator(short_dtype)]
 
 
@@ -64,7 +72,7 @@ class StudentConfig(BaseModel):
         "fp32", description="Dtype of the student's weights, which the optimiser updates."
     )
     disable_dropout: bool = Field(False, description="Set the student's dropout to 0.")
-    model_init_kwargs: dict[str, Any] = Field(
+    model_init_kwargs: InitKwargs = Field(
         default_factory=dict, description="Further arguments of from_pretrained for the model, such as revision."
     )
 

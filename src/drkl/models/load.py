@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
-from drkl.errors import DrklError
+from drkl.errors import DrklError, did_you_mean
 from drkl.models import smollm2
 from drkl.models.adapter import adapter_base, adapter_revision, has_remade_start, read_adapter
 from drkl.models.classes import check_classes, class_names, is_classifier, label_fields
@@ -129,11 +129,19 @@ def _pretrained(
 ) -> PreTrainedModel:
     """Call ``from_pretrained`` of a family and check that every weight came from the files."""
     settings = dict(options) | {"use_safetensors": True} | _NO_CODE
-    with own_report():
-        # Other shapes are in the report too, which then has all of the names.
-        model, report = family.from_pretrained(
-            source, **settings, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+    try:
+        with own_report():
+            # Other shapes are in the report too, which then has all of the names.
+            model, report = family.from_pretrained(
+                source, **settings, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except TypeError as error:
+        if unknown := [key for key in options if f"argument {key!r}" in str(error)]:
+            raise DrklError(
+                f"from_pretrained takes no argument {unknown[0]!r} for {name!r}: {error}."
+                f"{did_you_mean(unknown[0], _HUB_OPTIONS)}"
+            ) from error
+        raise
     if getattr(model, "_hf_peft_config_loaded", False):
         raise DrklError(
             f"{name!r} is an adapter, and adapters are read from a local folder only, so that every weight of theirs "
@@ -143,7 +151,7 @@ def _pretrained(
     if Path(source).is_dir() and "variant" not in options:
         check_stored_dtypes(model, source, options.get("subfolder") or "")
     if new:
-        _log.warning(f"{name!r} has no head for these classes: {listed(new)} are new, drawn at random.")
+        _log.warning(f"{name!r} has no head for these classes. New, and drawn at random: {listed(new)}.")
     return model
 
 

@@ -16,12 +16,20 @@ from drkl.models.load import load_config, load_tokenizer
 from drkl.models.student import source_model, student_config
 
 
-def check_families(student: StudentConfig, teacher_name: str | None, tokenizer: Any = None) -> None:
-    """Raise DrklError where the models of a config are of two kinds; reads their configs alone."""
+def check_families(student: StudentConfig, teacher_name: str | None, tokenizer: Any = None, **options: Any) -> None:
+    """Raise DrklError where the models of a config are of two kinds; reads their configs alone.
+
+    Args:
+        student: the ``student`` section.
+        teacher_name: the teacher; None for none.
+        tokenizer: the run's, for a student that is made from its config alone.
+        options: what the teacher is loaded with.
+    """
     if teacher_name is None:
         return
     name = student.model_type or source_model(student, teacher_name)
-    check_same_family(student_config(student, teacher_name, tokenizer), load_config(teacher_name), name, teacher_name)
+    teacher = load_config(teacher_name, **options)
+    check_same_family(student_config(student, teacher_name, tokenizer), teacher, name, teacher_name)
 
 
 def check_same_family(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import BaseModel, ConfigDict, Field
 
-from drkl.models.config import Dtype
+from drkl.models.config import Dtype, InitKwargs
 
 
 class TeacherConfig(BaseModel):
@@ -27,7 +25,7 @@ class TeacherConfig(BaseModel):
     dtype: Dtype = Field(
         "auto", description="Dtype of the teacher's weights. auto: bf16 if the hardware supports it, else fp32."
     )
-    model_init_kwargs: dict[str, Any] = Field(
+    model_init_kwargs: InitKwargs = Field(
         default_factory=dict, description="Further arguments of from_pretrained for the model, such as revision."
     )
 

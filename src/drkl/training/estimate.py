@@ -37,8 +37,9 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     teacher_name = first.teacher.model if first.teacher else None
     tokenizer = run_tokenizer(specs)
     classes = run_classes(specs)
+    options = first.teacher.model_init_kwargs if first.teacher else {}
     if classes is None:
-        check_families(first.student, teacher_name, tokenizer)
+        check_families(first.student, teacher_name, tokenizer, **options)
     tokens = check_tokenizers(first.student, teacher_name, classifier=first.classifies)
     configs = run_configs(first, tokenizer, classes)
     room = run_room(configs, classes)

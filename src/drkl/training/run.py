@@ -151,7 +151,8 @@ def distill(
     if first.tokenizer is not None:
         resources.learn_tokenizer(specs)
     if resources.classes is None:
-        check_families(first.student, teacher_name, resources.tokenizer(name))
+        options = first.teacher.model_init_kwargs if first.teacher else {}
+        check_families(first.student, teacher_name, resources.tokenizer(name), **options)
     shared = check_tokenizers(first.student, teacher_name, classifier=first.classifies)
     encoder_decoder = resources.classes is None and has_encoder(first, resources.tokenizer(name))
     resources.room = run_room(run_configs(first, resources.tokenizer(name), resources.classes), resources.classes)

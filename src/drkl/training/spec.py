@@ -123,10 +123,11 @@ def run_classes(specs: Sequence[RunSpec]) -> tuple[str, ...] | None:
     if first.task != "classification":
         return None
     if first.teacher is not None:
-        return class_names(load_config(first.teacher.model), first.teacher.model)
+        config = load_config(first.teacher.model, **first.teacher.model_init_kwargs)
+        return class_names(config, first.teacher.model)
     student = first.student
     if student.model is not None and student.init != "random":
-        config = load_config(student.model)
+        config = load_config(student.model, **student.model_init_kwargs)
         if is_classifier(config):
             return class_names(config, student.model)
     return label_set(row for data in dict.fromkeys(spec.data for spec in specs) for row in load_labelled(data)[0])
@@ -181,7 +182,7 @@ def has_encoder(first: RunSpec, tokenizer: Any) -> bool:
     from drkl.models.student import student_config
 
     if first.teacher is not None:
-        return is_encoder_decoder(load_config(first.teacher.model))
+        return is_encoder_decoder(load_config(first.teacher.model, **first.teacher.model_init_kwargs))
     return is_encoder_decoder(student_config(first.student, None, tokenizer))
 
 
@@ -194,9 +195,9 @@ def run_configs(first: RunSpec, tokenizer: Any, classes: Sequence[str] | None) -
     from drkl.models.load import load_config
     from drkl.models.student import student_config
 
-    teacher = first.teacher.model if first.teacher is not None else None
-    configs = {"student": student_config(first.student, teacher, tokenizer, classes)}
-    return configs if teacher is None else {**configs, "teacher": load_config(teacher)}
+    teacher = first.teacher
+    configs = {"student": student_config(first.student, teacher.model if teacher else None, tokenizer, classes)}
+    return configs | ({"teacher": load_config(teacher.model, **teacher.model_init_kwargs)} if teacher else {})
 
 
 def run_room(configs: dict[str, Any], classes: Sequence[str] | None) -> Room:
