@@ -33,7 +33,8 @@ _SMALL = {
     "o_lora_rank",
     8: "head_dim d_kv d_head kv_channels attention_head_size qk_rope_head_dim qk_nope_head_dim v_head_dim "
     "mamba_d_state relative_attention_num_buckets hidden_size_per_layer_input mamba_n_heads mamba_d_head "
-    "mamba_num_heads mamba_head_dim ssm_state_size state_size linear_key_head_dim linear_value_head_dim dim_head index_head_dim",
+    "mamba_num_heads mamba_head_dim ssm_state_size state_size linear_key_head_dim linear_value_head_dim dim_head "
+    "index_head_dim",
     6: "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_decoder_layers "
     "num_encoder_layers num_blocks sliding_window attention_chunk_size attention_window local_attention",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads laurel_rank "
