@@ -18,9 +18,12 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 # The tests are many and small, so each core runs one process with one thread.
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
+# What the tests of `make test-families` find, until the table is written.
+FAMILIES := build/families
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo compare test test-portable test-browser test-all check bench docs figures clean
+.PHONY: help setup demo compare test test-portable test-browser test-families test-all check bench docs figures clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,12 +71,17 @@ test: setup ## run the default tests
 	$(PYTEST)
 
 test-portable: setup ## run the default tests that compute as on a processor without vector instructions
-	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "computes and not slow and not browser"
+	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "computes and not slow and not browser and not families"
 
 test-browser: setup ## run the tests that need a headless Chromium
 	$(OFFLINE) $(BIN)/python -m pytest -m browser
 
-test-all: setup ## run all tests, including the slow ones and those with a browser
+test-families: setup ## try every architecture of transformers, tiny, and write docs/families.md (an hour at most)
+	rm -rf $(FAMILIES)
+	DRKL_FAMILIES=$(FAMILIES) $(PYTEST) -m families tests/families; status=$$?; \
+	  $(BIN)/python -m scripts.write_families $(FAMILIES) && $(OFFLINE) $(BIN)/python -m scripts.write_docs && exit $$status
+
+test-all: setup ## run all tests, including the slow ones, those with a browser and those of every architecture
 	$(PYTEST) -m ""
 
 check: setup ## run ruff and mypy

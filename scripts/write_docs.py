@@ -2,7 +2,7 @@
 
 From the program: the table of objectives in docs/objectives/README.md, the metrics in docs/evaluate.md and
 docs/classification.md, and docs/reference.md. From committed rows: the benchmarks in docs/benchmarks.md, the results in
-README.md and docs/results/README.md, and the tables of docs/toy.md.
+README.md and docs/results/README.md, and the tables of docs/toy.md and docs/families.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from drkl.evaluation.result import Evaluation
 from drkl.objectives import describe
 from drkl.reporting.tables import DIRECTIONS
 from drkl.training.arguments import DistillationConfig
+from scripts import families_page
 from scripts.oracles import CLASS_ORACLES, ORACLES, Oracle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -290,6 +291,7 @@ def pages() -> dict[Path, str]:
         docs / "evaluate.md": {"metrics": metrics(GROUPS, ORACLES)},
         docs / "classification.md": {"metrics": metrics(CLASS_GROUPS, CLASS_ORACLES)},
         docs / "toy.md": toy_tables(),
+        docs / "families.md": families_page.parts(),
     }
     texts = {docs / "reference.md": reference()}
     for path, bodies in parts.items():

@@ -64,7 +64,7 @@ def _refuse_lookup(lookup: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-COMPUTES = {"analysis", "losses", "models", "objectives", "positions", "teachers", "toy"}
+COMPUTES = {"analysis", "families", "losses", "models", "objectives", "positions", "teachers", "toy"}
 """The rooms of tests whose numbers come from a processor's kernels."""
 COMPUTING_FILES = {
     "evaluation/test_calibration.py",

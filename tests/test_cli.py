@@ -49,6 +49,12 @@ def test_version(cli: Cli) -> None:
     assert cli("--version") == (0, f"drkl {__version__}\n", "")
 
 
+def test_python_runs_the_package_as_the_command() -> None:
+    words = [sys.executable, "-m", "drkl", "--version"]
+    done = subprocess.run(words, env=tiny_runs.environment(), check=True, capture_output=True, text=True)
+    assert done.stdout == f"drkl {__version__}\n"
+
+
 def test_help_lists_the_commands(cli: Cli) -> None:
     done = cli("--help")
     assert done.code == 0

@@ -204,7 +204,11 @@ def evaluate(
         str | None, typer.Option(help="Random seeds for sampling, as 10,20,30.", show_default=False)
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Maximum number of tokens in an answer.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Maximum number of tokens in an answer. Default: 64, or half of a shorter context.",
+            show_default=False,
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Number of answers decoded at once.", show_default=False)
@@ -493,16 +497,25 @@ def generate(
     sampling_temperature: Annotated[
         float, typer.Option(min=1e-3, help="Sampling temperature; 1 is the models' own distribution.")
     ] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")] = 128,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum number of tokens in an answer. Default: 128, or half of a shorter context.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed; the same seed gives the same answers.")] = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most probable token.")] = False,
 ) -> None:
     """Print the answers of teacher and student to a prompt side by side (for classifiers, the classes of a text)."""
+    from drkl.data.lengths import check_answer, fit_answer
     from drkl.data.tokenize import encode_for
     from drkl.models.forward import is_encoder_decoder
     from drkl.models.generate import sample_texts
     from drkl.models.load import quiet_transformers
-    from drkl.run_models import evaluation_models, open_finished
+    from drkl.run_models import evaluation_models, open_finished, trained_classes, trained_configs
+    from drkl.training.spec import run_room
 
     if not prompt.strip():
         raise DrklError("--prompt is empty.")
@@ -510,8 +523,9 @@ def generate(
         _, config, specs = open_finished(run)
     quiet_transformers()
     models, tokenizer, device = evaluation_models(specs, ("teacher", "student"))
+    room = run_room(trained_configs(specs[-1]), trained_classes(specs[-1]))
     if config.task == "classification":
-        print_side_by_side(_classify(prompt, models, tokenizer, device, config.data.max_tokens))
+        print_side_by_side(_classify(prompt, models, tokenizer, device, config.data.fitted(room).max_tokens))
         return
     answers = {}
     for name, load in models.items():
@@ -522,15 +536,19 @@ def generate(
             config.data.prompt_template,
             encoder_decoder=is_encoder_decoder(model),
         )
+        with _options_named_as_flags():
+            length = max_new_tokens or fit_answer(128, room, len(ids))
+            check_answer(length, room, len(ids))
         generations = sample_texts(
             model.to(device).eval(),
             tokenizer,
             [ids],
             samples_per_prompt=1 if greedy else samples,
             sampling_temperature=sampling_temperature,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=length,
             seed=seed,
             greedy=greedy,
+            template=config.data.prompt_template,
         )
         answers[name] = [answer.text for answer in generations[0]]
     print_side_by_side(answers)
@@ -559,7 +577,8 @@ def data(
     from drkl.config import load_config
     from drkl.data.survey import survey
     from drkl.models.load import quiet_transformers
-    from drkl.training.spec import has_encoder, run_classes, run_tokenizer
+    from drkl.models.pair import check_rows
+    from drkl.training.spec import fitted, run_classes, run_configs, run_ends, run_room, run_tokenizer
 
     loaded, notes = load_config(config, overrides or [])
     for note in notes:
@@ -567,9 +586,15 @@ def data(
     quiet_transformers()
     specs = loaded.specs()
     tokenizer, classes = run_tokenizer(specs), run_classes(specs)
-    encoder_decoder = classes is None and has_encoder(specs[0], tokenizer)
-    for section in dict.fromkeys(spec.data for spec in specs):
-        print_surveys(survey(section, tokenizer, classes=classes, encoder_decoder=encoder_decoder), tokenizer)
+    configs = run_configs(specs[0], tokenizer, classes)
+    room = run_room(configs, classes)
+    kind: dict[str, Any] = {"classes": classes, "encoder_decoder": room.separate, "room": room}
+    kind["ends"] = () if classes is not None else run_ends(specs[0], tokenizer)
+    for section in dict.fromkeys(spec.data for spec in fitted(specs, room)):
+        surveys = survey(section, tokenizer, **kind)
+        for part in surveys:
+            check_rows(part.rows, configs)
+        print_surveys(surveys, tokenizer)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from drkl.analysis.config import AnalysisConfig
 from drkl.data.config import DataConfig, TokenizerConfig
+from drkl.data.lengths import Lengths
 from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.config import EvaluationConfig
 from drkl.losses.config import LossConfig
@@ -146,6 +147,11 @@ class Config(BaseModel):
 
     def _stage(self, stage: StageConfig, student: StudentConfig, folder: RunFolder, index: int) -> Config:
         values = self.model_dump()
+        for length in Lengths._fields:
+            if length not in self.data.given_lengths:
+                del values["data"][length]
+        if "max_new_tokens" not in self.evaluation.model_fields_set:
+            del values["evaluation"]["max_new_tokens"]
         values["run"] |= {"name": folder.name, "dir": str(folder.root.parent)}
         values["student"] = student.model_dump()
         values["stages"] = []
@@ -178,6 +184,8 @@ def resolve(config: Config) -> dict[str, Any]:
     from drkl.models.precision import pick_device, resolve_dtype
 
     values = config.model_dump(mode="json")
+    if "max_new_tokens" not in config.evaluation.model_fields_set:
+        del values["evaluation"]["max_new_tokens"]  # an evaluation fits it to the models and the prompts
     device = pick_device(config.run.device)
     values["run"]["device"] = device.type
     if config.teacher is not None:

@@ -23,13 +23,14 @@ from drkl.evaluation.result import MODELS, Evaluation
 from drkl.models.classes import class_names
 from drkl.models.load import load_classifier, load_model, load_tokenizer
 from drkl.models.load import load_config as load_model_config
+from drkl.models.pair import check_rows
 from drkl.models.precision import has_device, pick_device, resolve_dtype
 from drkl.models.readout import read
 from drkl.models.student import make_student
 from drkl.objectives import Objective
 from drkl.objectives.decoupled import GAMMA
 from drkl.runs import RunFolder
-from drkl.training.spec import RunSpec, has_encoder
+from drkl.training.spec import RunSpec, has_encoder, run_ends, run_room
 
 
 def evaluate_run(
@@ -149,13 +150,18 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
         raise DrklError("Suites and protocols are about generated answers; a classification run has labels instead.")
     if classes is not None and first.student.init == "random":
         del models["before"]  # its numbers are chance, its calibration by chance perfect
-    data = with_protocol(last.data, protocol)
+    configs = trained_configs(last)
+    room = run_room(configs, classes)
+    data = with_protocol(last.data.fitted(room), protocol)
     encoder_decoder = classes is None and has_encoder(first, tokenizer)
+    ends = () if classes is not None else run_ends(first, tokenizer)
     described: dict[str, Any]
     names: list[str] | None = None
     rows: Any
     if suites:
-        rows, names, described = suite_rows(suites, data, tokenizer, encoder_decoder=encoder_decoder)
+        rows, names, described = suite_rows(
+            suites, data, tokenizer, encoder_decoder=encoder_decoder, ends=ends, room=room
+        )
     else:
         if data.eval_path == NO_ROWS:
             raise DrklError(
@@ -163,11 +169,14 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
                 "a test set in suites, or measure its student on other rows: drkl.evaluate(student, teacher, rows)."
             )
         heldout = read_shares(data, classifier=last.classifies)[1]
-        rows, report = make_rows(heldout, data, tokenizer, classes=classes, encoder_decoder=encoder_decoder)
+        rows, report = make_rows(
+            heldout, data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends, room=room
+        )
         described = {
             "path": data.path, "dataset": data.dataset, "sources": [source.name for source in data.sources],
             "eval_path": data.eval_path, **account(report, rows),
         }  # fmt: skip
+    check_rows(rows, configs)
     shared = (last.folder.read_env().get("vocabulary") or {}).get("shared")
     gamma = getattr(last.objective.make(), "gamma", GAMMA)
     descriptions = {
@@ -178,7 +187,10 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
     }
     facts = {"models": {name: descriptions[name] for name in models}, "protocol": protocol, "template": data.template}
     name = str(last.run.name)
-    return Inputs(models, tokenizer, rows, names, device, described, shared, classes, float(gamma), facts, name)
+    return Inputs(
+        models, tokenizer, rows, names, device, described, shared, classes, float(gamma), facts, name,
+        data.template, room,
+    )  # fmt: skip
 
 
 def evaluation_models(
@@ -216,6 +228,12 @@ def trained_classes(last: RunSpec) -> tuple[str, ...] | None:
         return None
     folder = str(last.folder.student_path)
     return class_names(load_model_config(folder), folder)
+
+
+def trained_configs(last: RunSpec) -> dict[str, Any]:
+    """The model configs of a finished run's student and of its teacher."""
+    configs = {"student": load_model_config(str(last.folder.student_path))}
+    return configs if last.teacher is None else {**configs, "teacher": load_model_config(last.teacher.model)}
 
 
 def most_probable(

@@ -129,6 +129,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
             for model in models:
                 per_suite.add_row(suite, model, *(metrics[key].show(numbers.value(model, key)) for key in keys))
         console.print(per_suite)
+    if unanswered := (evaluation.settings.get("data") or {}).get("no_room_for_an_answer"):
+        console.print(f"{unanswered} prompts leave no room for an answer in the models' context: none was sampled.")
     print_findings(evaluation.findings)
 
 
@@ -203,6 +205,8 @@ def print_surveys(surveys: Sequence[Survey], tokenizer: Any, console: Console | 
         for name, value in survey.facts:
             table.add_row(Text(printable(name)), Text(value, justify="right"))
         console.print(table)
+        for note in survey.report.notes:
+            console.print(Text(note))
         for name, lengths in survey.lengths.items():
             _print_histogram(name, lengths, console)
         if survey.share == "training" or survey.classes is not None:

@@ -20,8 +20,11 @@ def test_defaults() -> None:
         ({}, "exactly one of path .* and dataset .*; got neither"),
         ({"path": "a", "dataset": "b"}, "exactly one of path .* and dataset .*; got both"),
         ({"path": "a", "max_prompt_tokens": 0}, "max_prompt_tokens\n.*greater than 0"),
-        ({"path": "a", "max_prompt_tokens": 512}, r"max_tokens \(512\) must be larger than max_prompt_tokens \(512\)"),
-        ({"path": "a", "format": "csv"}, "format\n.*'auto', 'prompt_response', 'messages', 'text_label' or 'text'"),
+        (
+            {"path": "a", "max_prompt_tokens": 512, "max_tokens": 512},
+            r"max_tokens \(512\) must be larger than max_prompt_tokens \(512\)",
+        ),
+        ({"path": "a", "format": "csv"}, "format\n.*'auto', 'prompt_response', .* 'text_label' or 'text'"),
         ({"path": "a", "eval_max_rows": 5}, "eval_max_rows is set, but eval_path, whose rows it counts, is not"),
         ({"path": "a", "eval_path": "b", "eval_max_rows": 0}, "eval_max_rows\n.*greater than 0"),
         ({"path": "a", "pth": "b"}, "pth\n.*Extra inputs are not permitted"),

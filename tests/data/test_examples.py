@@ -38,9 +38,11 @@ def test_messages(tmp_path: Path) -> None:
     assert (row.prompt_text, row.response) == ("user 3", "assistant 4")
 
 
-def test_auto_takes_messages_where_a_row_has_both(tmp_path: Path) -> None:
+def test_the_format_says_which_of_two_shapes_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"prompt": "p", "response": "r", **messages("user", "assistant")})
-    assert read_examples(path)[0].prompt_text == "user 0"
+    with pytest.raises(DrklError, match=r"a\.jsonl:1: the columns fit two shapes: messages \(OpenAI\), and prompt and"):
+        read_examples(path)
+    assert read_examples(path, "messages")[0].prompt_text == "user 0"
     assert read_examples(path, "prompt_response")[0].prompt_text == "p"
 
 
@@ -77,8 +79,8 @@ GOOD = '{"prompt": "p", "response": "r"}\n'
         ('{"prompt": "p", "response": "\\ud83d"}', ":2: response has half a surrogate pair at character 0"),
         ('{"prompt": "p", "response": "r", "id": true}', ":2: id must be text; found true or false"),
         (
-            '{"prompt": "p", "response": "r", "id": "row-1"}',
-            r":2: the id 'row-1' was seen before, at .*:1; ids must be unique",
+            '{"prompt": "p", "response": "r", "id": "a"}\n{"prompt": "p", "response": "r", "id": "a"}',
+            r":3: the id 'a' was seen before, at .*:2; ids must be unique",
         ),
         ('{"messages": []}', r":2: messages must be a list of \{role, content\} objects; found an empty list"),
         ('{"messages": {"role": "user"}}', ":2: messages must be a list .*; found an object"),

@@ -297,3 +297,12 @@ def test_tokenised_rows_that_do_not_go_together(change: dict[str, Any], message:
     row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]} | change
     with pytest.raises(DrklError, match="train_dataset, row 1: " + message):
         rows_from([row], TOKENIZER)
+
+
+def test_a_missing_value_of_pandas_is_null() -> None:
+    pandas = pytest.importorskip("pandas")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    frame = pandas.DataFrame({"messages": [messages, messages], "id": [None, "x"], "tools": [float("nan"), None]})
+    assert [row.id for row in rows_from(frame, TOKENIZER)[0]] == ["row-1", "x"]
+    with pytest.raises(DrklError, match="rows, row 2: response must be text; found null"):
+        rows_from(pandas.DataFrame({"prompt": ["a", "b"], "response": ["c", None]}), TOKENIZER, name="rows")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, MBart50Tokenizer, MBartTokenizer, NllbTokenizer
 
 from drkl.data import Example
 from drkl.data.collate import IGNORE_INDEX, collate, collate_sources
-from drkl.data.seq2seq import encode_source, encode_target
+from drkl.data.seq2seq import encode_source, encode_target, languages, set_languages, tokens_around
 from drkl.data.tokenize import Row, encode_for, tokenize_examples
 from drkl.errors import DrklError
 from tests.data.tiny_tokenizers import build
@@ -124,3 +127,63 @@ def test_of_plain_text_the_encoder_reads_the_first_half_of_a_block() -> None:
     first, *others = rows(5)
     assert first == (["a", " ", "</s>"], ["b", " "])
     assert others == [(["c", " ", "</s>"], ["d", "</s>"]), (["hi", "</s>"], ["</s>"])]
+
+
+PIECES = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{c}", -1.0) for c in "abcd")]
+
+
+def translator(kind: str, **languages: str):
+    """Tokenizers that write a language: mBART after eos, mBART-50 and NLLB before the text."""
+    if kind == "nllb":
+        return NllbTokenizer(vocab={piece: number for number, (piece, _) in enumerate(PIECES)}, **languages)
+    return (MBartTokenizer if kind == "mbart" else MBart50Tokenizer)(vocab=list(PIECES), **languages)
+
+
+@pytest.mark.parametrize("kind", ["mbart", "mbart-50", "nllb"])
+def test_a_translation_has_one_end_and_the_languages_that_are_set(kind: str) -> None:
+    source, target = ("eng_Latn", "ron_Latn") if kind == "nllb" else ("en_XX", "ro_RO")
+    tokenizer = translator(kind)
+    set_languages(tokenizer, source, target)
+    words = tokenizer.convert_ids_to_tokens(tokenizer("a b", add_special_tokens=False)["input_ids"])
+    before = [] if kind == "mbart" else [target]
+    found = [tokenizer.convert_ids_to_tokens(encode_target(tokenizer, text)) for text in ("a b", "a b</s>")]
+    assert found[0] == [*before, *words, "</s>"] and found[1].count("</s>") == 2
+    read = tokenizer.convert_ids_to_tokens(encode_source(tokenizer, EXAMPLE.prompt_messages))
+    assert (read[-1] if kind == "mbart" else read[0]) == source and target not in read
+    begin, after = tokens_around(tokenizer, target=True)
+    assert tokenizer.convert_ids_to_tokens([*begin, *after]) == (
+        ["</s>", target] if kind == "mbart" else [target, "</s>"]
+    )
+
+
+def test_languages_are_kept_where_the_tokenizer_is_saved(tmp_path: Path) -> None:
+    tokenizer = translator("mbart-50")
+    set_languages(tokenizer, None, "ro_RO")
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert encode_target(again, "a") == encode_target(tokenizer, "a")
+    assert again.convert_ids_to_tokens(encode_target(again, "a"))[0] == "ro_RO"
+    set_languages(build(), None, None)
+
+
+def test_languages_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(DrklError, match=r"data\.tgt_lang is 'ro_RO', but the \w+ has no languages"):
+        set_languages(build(), None, "ro_RO")
+    for kind, code, near in (("mbart", "en_X", "en_XX"), ("nllb", "ron_Lat", "ron_Latn")):
+        with pytest.raises(DrklError, match=rf"data\.src_lang is '{code}', which .* does not know.*mean '{near}'"):
+            set_languages(translator(kind), code, None)
+    assert languages(build()) == {} and languages(translator("nllb"))["ron_Latn"] > 7
+
+
+def test_a_tokenizer_that_needs_a_target_language() -> None:
+    class Needs:
+        tgt_lang = None
+        eos_token_id = 2
+
+        def __call__(self, **text: object) -> object:
+            raise KeyError(None)
+
+    with pytest.raises(DrklError, match=r"The Needs writes the language .* set data\.tgt_lang"):
+        encode_target(Needs(), "a")  # type: ignore[arg-type]
+    with pytest.raises(KeyError):
+        encode_source(Needs(), EXAMPLE.prompt_messages)  # type: ignore[arg-type]

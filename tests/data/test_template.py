@@ -79,11 +79,11 @@ def test_end_of_turn_that_is_not_eos() -> None:
     assert tokens(tokenizer, stop_token_ids(build(CHATML))) == ["<|im_end|>"]
 
 
-def test_eos_after_the_end_of_turn_is_written_too() -> None:
+def test_eos_after_the_end_of_turn_is_no_part_of_the_turn() -> None:
     template = CHATML.replace("{% if add_generation_prompt %}", "{% if not add_generation_prompt %}</s>{% else %}")
     tokenizer = build(template, eos="</s>")
-    assert tokens(tokenizer, encode_response(tokenizer, turns("hi", "hello"))) == ["hello", "<|im_end|>", "\n", "</s>"]
-    assert tokens(tokenizer, stop_token_ids(tokenizer)) == ["</s>"]
+    assert tokens(tokenizer, encode_response(tokenizer, turns("hi", "hello"))) == ["hello", "<|im_end|>"]
+    assert tokens(tokenizer, stop_token_ids(tokenizer)) == ["</s>", "<|im_end|>"]
 
 
 def test_a_template_that_ends_no_turn_gets_eos() -> None:
@@ -112,9 +112,10 @@ def test_text_that_the_template_writes_before_the_answer_is_the_response() -> No
 def test_templates_that_refuse_or_contradict_themselves() -> None:
     with pytest.raises(DrklError, match="chat template refuses the roles system, user: Only user and assistant"):
         encode_prompt(build(LLAMA2), turns("hi", system="a"))
-    thinking = CHATML.replace("assistant\n' }}", "assistant\na\n' }}")
+    reminder = "{% if m['role'] == 'user' and loop.last %} a{% endif %}"
+    changing = "{% for m in messages %}{{ m['content'] }}" + reminder + "<|im_end|>{% endfor %}"
     with pytest.raises(DrklError, match="a whole conversation does not go on from there"):
-        encode_response(build(thinking), turns("hi", "hello"))
+        encode_response(build(changing), turns("hi", "hello"))
     deaf = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(DrklError, match="leaves the assistant's last message out"):
         encode_response(build(deaf), turns("hi", "hello"))

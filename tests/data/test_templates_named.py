@@ -7,7 +7,8 @@ import pytest
 from drkl.config import load_config
 from drkl.data import DataConfig, Example
 from drkl.data.examples import parse_rows
-from drkl.data.template import ALPACA, encode_prompt, encode_response, encode_turns
+from drkl.data.rendering import ALPACA
+from drkl.data.template import encode_prompt, encode_response, encode_turns
 from drkl.data.tokenize import tokenize_examples
 from drkl.errors import DrklError
 from tests.data.tiny_tokenizers import CHATML, build
@@ -69,7 +70,7 @@ def test_jinja_text() -> None:
     assert text(tokens, encode_response(tokens, messages, "a {{ prompt }}\n")) == "hello</s>"
     each = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}\n{% endfor %}assistant:"
     longer = [*messages, *user("a"), {"role": "assistant", "content": "b"}]
-    ids, spans = encode_turns(tokens, longer, each)
+    ids, spans, _ = encode_turns(tokens, longer, each)
     assert text(tokens, ids) == "user:hi</s>\nassistant:hello</s>\nuser:a</s>\nassistant:b</s>"
     assert [text(tokens, ids[a:b]) for a, b in spans] == ["hello</s>", "b</s>"]
     with pytest.raises(DrklError, match="writes the assistant's earlier turns differently once others follow"):

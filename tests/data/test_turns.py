@@ -121,7 +121,7 @@ def test_the_trained_tokens_are_those_of_a_list_by_hand(name: str) -> None:
 @pytest.mark.parametrize("name", BY_HAND)
 def test_every_turn_is_what_it_is_as_the_last_one(name: str) -> None:
     tokenizer = BY_HAND[name][0]()
-    ids, spans = encode_turns(tokenizer, MESSAGES)
+    ids, spans, _ = encode_turns(tokenizer, MESSAGES)
     for turn, (start, end) in zip((1, 3), spans, strict=True):
         assert ids[:start] == encode_prompt(tokenizer, MESSAGES[:turn])
         assert ids[start:end] == encode_response(tokenizer, MESSAGES[: turn + 1])
@@ -137,7 +137,7 @@ def test_every_turn_is_what_it_is_as_the_last_one(name: str) -> None:
 def test_turns_that_would_merge_are_still_those_of_the_last_one(texts: list[str], template: str) -> None:
     tokenizer = build(template, eos="</s>" if template == MISTRAL else "<|im_end|>")
     messages = [{**m, "content": f"a{text}b"[i % 2 :]} for i, (m, text) in enumerate(zip(MESSAGES, texts, strict=True))]
-    ids, spans = encode_turns(tokenizer, messages)
+    ids, spans, _ = encode_turns(tokenizer, messages)
     for turn, (start, end) in zip((1, 3), spans, strict=True):
         assert ids[start:end] == encode_response(tokenizer, messages[: turn + 1])
 
@@ -151,7 +151,7 @@ def test_one_turn_is_the_same_row_either_way() -> None:
 
 def test_without_a_chat_template_turns_follow_as_instructions() -> None:
     tokenizer = build(None, eos="</s>", extra="Below is an instruction that describes task Write response".split())
-    ids, spans = encode_turns(tokenizer, MESSAGES, "alpaca")
+    ids, spans, _ = encode_turns(tokenizer, MESSAGES, "alpaca")
     text = ["".join(tokenizer.convert_ids_to_tokens(ids[a:b])) for a, b in spans]
     assert text == ["hello</s>", "b c</s>"]
     between = "".join(tokenizer.convert_ids_to_tokens(ids[spans[0][1] : spans[1][0]]))
@@ -268,7 +268,7 @@ def loss_of(model: Any, batches: list[dict[str, Any]]) -> tuple[Tensor, list[Ten
     model.zero_grad()
     total = torch.zeros(())
     for batch in batches:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
         total = total + distillation_loss(
             model(**inputs, use_cache=False).logits, None, batch["labels"], objective="ce", reduction="sum"
         )

@@ -8,15 +8,39 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    AutoPeftModelForCausalLM,
+    C3AConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PolyConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    RandLoraConfig,
+    TrainableTokensConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from drkl.errors import DrklError
-from drkl.models.adapter import adapter_base, add_adapter, merge_adapter, save_adapter
+from drkl.models.adapter import adapter_base, adapter_start, add_adapter, check_adapter, merge_adapter, save_adapter
 from drkl.models.config import PeftConfig
-from drkl.models.load import load_config, load_model
+from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from tests.models import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
 
 QV = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -58,7 +82,6 @@ def test_its_first_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
 def test_an_adapter_is_read_back_by_peft_and_by_transformers(tmp_path: Path) -> None:
     model = base(tmp_path)
     adapter = add_adapter(model, config(), seed=1)
@@ -124,3 +147,295 @@ def test_an_encoder_decoder_takes_an_adapter() -> None:
     adapter = add_adapter(model, config(target_modules=["q", "v"]), seed=1)
     expected = tiny.logits(moved(model))
     torch.testing.assert_close(tiny.logits(merge_adapter(adapter)), expected, rtol=1e-4, atol=1e-4)
+
+
+def untied(tmp_path: Path) -> PreTrainedModel:
+    if not (tmp_path / "base").exists():
+        tiny.save(tiny.llama(layers=2, tie_word_embeddings=False), tmp_path / "base")
+    return load_model(str(tmp_path / "base"), "fp32")
+
+
+def nudged(model: PreTrainedModel) -> torch.Tensor:
+    """Move every trained weight a little, and return the logits."""
+    torch.manual_seed(8)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return tiny.logits(model)
+
+
+def assert_same(model: Any, expected: torch.Tensor) -> None:
+    """The same function; products of two low ranks are summed in another order once they are merged."""
+    torch.testing.assert_close(tiny.logits(model), expected, rtol=1e-4, atol=2e-5)
+
+
+STARTS: list[dict[str, Any]] = [
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa_niter_2"},
+    {"init_lora_weights": "olora"},
+    {"init_lora_weights": "orthogonal"},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "mica"},
+    {"init_lora_weights": "lora_ga"},
+    {"init_lora_weights": False},
+    {"init_lora_weights": "pissa", "use_rslora": True},
+    {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3}},
+    {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3}},
+    {"init_lora_weights": "pissa_niter_2", "use_dora": True},
+    {"init_lora_weights": "olora", "modules_to_save": ["norm"]},
+    {"init_lora_weights": "pissa", "target_modules": ["embed_tokens", "q_proj"]},
+    {"use_dora": True},
+    {"use_rslora": True},
+    {"target_modules": "all-linear"},
+    {"target_modules": ["embed_tokens", "q_proj"]},
+    {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+    {"modules_to_save": ["norm"]},
+    {"modules_to_save": ["embed_tokens"]},
+    {"trainable_token_indices": [3, 5]},
+    {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3}},
+    {"layers_to_transform": [1]},
+    {"bias": "lora_only"},
+]
+
+
+@pytest.mark.parametrize("fields", STARTS, ids=str)
+@pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA:UserWarning")  # peft's own
+def test_lora_is_one_model_in_memory_saved_and_merged(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """Reloaded by drkl and by peft alone; starts that change the base are made again by neither."""
+    model = untied(tmp_path)
+    adapter = add_adapter(model, config(**fields), seed=1)
+    start = adapter_start(adapter)
+    expected = nudged(model)
+    save_adapter(adapter, tmp_path / "adapter", start)
+    base = untied(tmp_path)
+    assert not torch.allclose(tiny.logits(base), expected, atol=1e-3)
+    assert_same(load_model(str(tmp_path / "adapter"), "fp32"), expected)
+    by_peft = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert_same(by_peft, expected)
+    merge_adapter(adapter).save_pretrained(tmp_path / "merged")
+    assert_same(load_model(str(tmp_path / "merged"), "fp32"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind",
+    [
+        AdaLoraConfig(init_r=4, target_r=2, total_step=20, tinit=2, tfinal=2, target_modules=["q_proj"]),
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        LoHaConfig(r=2, target_modules=["q_proj"]),
+        LoKrConfig(r=2, target_modules=["q_proj"]),
+        OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
+        VeraConfig(r=2, target_modules=["q_proj"]),
+        VBLoRAConfig(r=2, num_vectors=4, vector_length=4, target_modules=["q_proj"], topk=2),
+        HRAConfig(r=2, target_modules=["q_proj"]),
+        RandLoraConfig(r=2, target_modules=["q_proj"]),
+        C3AConfig(block_size=8, target_modules=["q_proj"]),
+        TrainableTokensConfig(token_indices=[3, 5], target_modules=["embed_tokens"]),
+    ],
+    ids=lambda kind: type(kind).__name__,
+)
+def test_the_kin_of_lora(tmp_path: Path, kind: Any) -> None:
+    model = untied(tmp_path)
+    adapter = add_adapter(model, kind, seed=1)
+    expected = nudged(model)
+    save_adapter(adapter, tmp_path / "adapter", adapter_start(adapter))
+    assert_same(load_model(str(tmp_path / "adapter"), "fp32"), expected)
+    assert_same(merge_adapter(adapter), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (config(lora_bias=True), "Impossible to merge LoRA with `lora_bias=True`"),
+        (config(layer_replication=[(0, 2), (1, 2)]), "layer_replication repeats layers of the model"),
+        (config(alora_invocation_tokens=[3]), "aLoRA does not support merging"),
+        (config(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), "'loftq' puts quantised weights in the"),
+        (config(init_lora_weights="corda"), "`eigens` attribute not found"),
+        (
+            AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"),
+            "cannot be merged into its base",
+        ),
+        (PolyConfig(r=2, target_modules=["q_proj"], n_tasks=1), "task_ids"),
+        (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "puts prompts before the input"),
+        (PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "puts prompts before the input"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.init_lora_weights. is 'corda':UserWarning")  # peft's own
+def test_adapters_that_no_student_comes_of(kind: Any, words: str) -> None:
+    with pytest.raises(DrklError, match=words):
+        add_adapter(tiny.llama(layers=2, tie_word_embeddings=False), kind, seed=1)
+
+
+def test_an_adapter_under_another_name_is_saved_where_it_is_looked_for(tmp_path: Path) -> None:
+    adapter = get_peft_model(untied(tmp_path), LoraConfig(**QV), adapter_name="mine")
+    check_adapter(adapter)
+    expected = nudged(adapter.get_base_model())
+    save_adapter(adapter, tmp_path / "adapter")
+    torch.testing.assert_close(tiny.logits(load_model(str(tmp_path / "adapter"), "fp32")), expected)
+    adapter.add_adapter("other", LoraConfig(**QV))
+    with pytest.raises(DrklError, match=r"several adapters \('mine', 'other'\)"):
+        check_adapter(adapter)
+
+
+def adapter_folder(tmp_path: Path, model: PreTrainedModel | None = None, **fields: Any) -> Path:
+    adapter = get_peft_model(untied(tmp_path) if model is None else model, LoraConfig(**(QV | fields)))
+    nudged(adapter.get_base_model())
+    adapter.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_without_a_tokenizer_is_read_with_its_base_models(tmp_path: Path) -> None:
+    assert load_tokenizer(adapter_folder(tmp_path)).get_vocab() == tiny.tokenizer().get_vocab()
+
+
+def edit(folder: Path, **values: Any) -> str:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=8),
+    ],
+    ids=lambda kind: type(kind).__name__,
+)
+@pytest.mark.parametrize("load", [lambda name: load_model(name, "fp32"), load_config])
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name:UserWarning")  # one config for several bases
+def test_a_folder_of_prompts_is_refused(tmp_path: Path, kind: Any, load: Any) -> None:
+    get_peft_model(untied(tmp_path), kind).save_pretrained(tmp_path / "prompts")
+    with pytest.raises(DrklError, match=r"holds prompts that peft puts before a model's input"):
+        load(str(tmp_path / "prompts"))
+
+
+@pytest.mark.parametrize("target", [False, True])
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to:UserWarning")  # peft's own
+def test_an_adapter_with_another_vocabulary(tmp_path: Path, target: bool) -> None:
+    model = untied(tmp_path)
+    model.resize_token_embeddings(tiny.VOCAB + 6, mean_resizing=False)
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    folder = adapter_folder(tmp_path, model, **({"target_modules": ["q_proj", "embed_tokens"]} if target else saved))
+    with pytest.raises(DrklError, match=r"another vocabulary than its base model|does not fit its base model"):
+        load_model(str(folder), "fp32")
+
+
+def test_embeddings_saved_beside_an_adapter_are_read(tmp_path: Path) -> None:
+    model = untied(tmp_path)
+    adapter = get_peft_model(model, LoraConfig(**QV))
+    model.get_input_embeddings().weight.data.mul_(1.5)
+    expected = nudged(model)
+    adapter.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    torch.testing.assert_close(tiny.logits(load_model(str(tmp_path / "adapter"), "fp32")), expected)
+
+
+def test_adapters_without_weights_or_with_pickled_or_broken_ones(tmp_path: Path) -> None:
+    folder = adapter_folder(tmp_path)
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DrklError, match=r"Cannot read the adapter's weights"):
+        load_model(str(folder), "fp32")
+    path.unlink()
+    with pytest.raises(DrklError, match=r"has no weights: expected adapter_model\.safetensors beside"):
+        load_model(str(folder), "fp32")
+    torch.save(weights, folder / "adapter_model.bin")
+    with pytest.raises(DrklError, match=r"pickled weights \(adapter_model\.bin\), and drkl reads safetensors only"):
+        load_model(str(folder), "fp32")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda key: None if "layers.1" in key else key, r"4 of its weights are not in the file \(base_model"),
+        (lambda key: None, r"8 of its weights are not in the file"),
+        (lambda key: key.replace("layers.1", "layers.7"), r"4 of its weights .*4 in the file have no place"),
+        (lambda key: key.replace("self_attn", "attention"), r"8 of its weights .*8 in the file have no place"),
+        (lambda key: "_orig_mod." + key, r"Every name has '_orig_mod\.' in it: .*python -c "),
+        (lambda key: key.replace("model.layers", "_orig_mod.model.layers"), r"Every name has '_orig_mod\.' in it"),
+    ],
+)
+def test_adapter_weights_that_are_not_those_of_the_base(tmp_path: Path, change: Any, words: str) -> None:
+    folder = adapter_folder(tmp_path)
+    path = folder / "adapter_model.safetensors"
+    renamed = {new: tensor for key, tensor in load_file(path).items() if (new := change(key)) is not None}
+    save_file(renamed, path, {"format": "pt"})
+    with pytest.raises(DrklError, match=words) as error:
+        load_model(str(folder), "fp32")
+    assert str(error.value).startswith(f"The adapter in {str(folder)!r} does not fit its base model: ")
+
+
+def test_an_adapter_of_a_larger_base(tmp_path: Path) -> None:
+    folder = adapter_folder(tmp_path)
+    tiny.save(tiny.llama(layers=2, hidden_size=32), tmp_path / "large")
+    with pytest.raises(DrklError, match=r"does not fit its base model\. \(RuntimeError: .*size mismatch"):
+        load_model(edit(folder, base_model_name_or_path=str(tmp_path / "large")), "fp32")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", r"Cannot read the adapter's config .*adapter_config\.json"),
+        ("[1]", r"is a list; expected a json object"),
+        ("", r"Cannot read the adapter's config"),
+    ],
+)
+@pytest.mark.parametrize("load", [lambda name: load_model(name, "fp32"), load_config, load_classifier])
+def test_a_broken_adapter_config(tmp_path: Path, text: str, words: str, load: Any) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(DrklError, match=words):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"base_model_name_or_path": None}, r"does not say which model it belongs to: set base_model_name_or_path in"),
+        ({"base_model_name_or_path": "/no/such/base"}, r"needs its base model '/no/such/base', .*There is no folder"),
+        ({"base_model_name_or_path": "gone/base"}, r"needs its base model 'gone/base', which cannot be loaded: T"),
+        ({"peft_type": "NOBODY"}, r"does not fit its base model\. \("),
+        ({"r": 3}, r"does not fit its base model\. \(RuntimeError: .*size mismatch"),
+        ({"r": "two"}, r"does not fit its base model\. \("),
+        ({"target_modules": ["nowhere"]}, r"does not fit its base model\. \("),
+        ({"task_type": "SEQ_CLS"}, r"is an adapter of a classifier \(SEQ_CLS\)"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"started with init_lora_weights='pissa_niter_4', which changed"),
+        ({"init_lora_weights": "lora_ga"}, r"which changed its base model in a way that its folder does not keep"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, r"layer_replication repeats layers"),
+    ],
+)  # fmt: skip
+def test_an_adapter_config_that_cannot_be_followed(tmp_path: Path, values: dict[str, Any], words: str) -> None:
+    with pytest.raises(DrklError, match=words):
+        load_model(edit(adapter_folder(tmp_path), **values), "fp32")
+
+
+def test_folders_that_are_two_things_at_once(tmp_path: Path) -> None:
+    folder = adapter_folder(tmp_path)
+    with pytest.raises(DrklError, match=r"names its own folder as its base"):
+        load_model(edit(folder, base_model_name_or_path=str(folder)), "fp32")
+    untied(tmp_path).save_pretrained(folder)
+    with pytest.raises(DrklError, match=r"holds a whole model and an adapter"):
+        load_model(edit(folder, base_model_name_or_path=str(tmp_path / "base")), "fp32")
+
+
+def test_an_adapter_of_an_adapter(tmp_path: Path) -> None:
+    first = adapter_folder(tmp_path)
+    first = first.rename(tmp_path / "first")
+    model = load_model(str(first), "fp32")
+    adapter = get_peft_model(model, LoraConfig(**(QV | {"target_modules": ["k_proj"], "init_lora_weights": False})))
+    expected = tiny.logits(model)
+    adapter.save_pretrained(tmp_path / "second")
+    folder = edit(tmp_path / "second", base_model_name_or_path=str(first))
+    torch.testing.assert_close(tiny.logits(load_model(folder, "fp32")), expected)
+
+
+def test_a_start_that_peft_makes_again_is_made_in_full_precision(tmp_path: Path) -> None:
+    """In bf16 another part of the base would be taken away than the one that was."""
+    model = untied(tmp_path)
+    adapter = get_peft_model(model, LoraConfig(**(QV | {"init_lora_weights": "pissa"})))
+    nudged(model)
+    adapter.save_pretrained(tmp_path / "adapter")
+    expected = merge_adapter(adapter).to(torch.bfloat16).state_dict()
+    loaded = load_model(str(tmp_path / "adapter"), "bf16").state_dict()
+    assert all(torch.allclose(loaded[key], expected[key], rtol=2**-7, atol=1e-5) for key in expected)

@@ -24,8 +24,9 @@ from transformers import (
 from drkl.data.collate import collate
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
+from drkl.models.check import check_forward
 from drkl.models.config import StudentConfig
-from drkl.models.forward import check_head, decoder_start, hidden_states, is_encoder_decoder, lm_head
+from drkl.models.forward import decoder_start, hidden_states, is_encoder_decoder, lm_head
 from drkl.models.generate import sample_texts
 from drkl.models.load import count_parameters, load_model
 from drkl.models.student import make_student, prune, student_config
@@ -74,7 +75,7 @@ def own_logits(model: PreTrainedModel, batch: dict) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_head_of_hidden_states_is_the_models_logits(name: str) -> None:
     model = CONFIGS[name]()
-    check_head(model)
+    check_forward(model)
     batch = collate(ROWS, pad_id=0, decoder_start=decoder_start(model))
     with torch.no_grad():
         ours = lm_head(model).logits(hidden_states(model, batch))
@@ -89,7 +90,7 @@ def test_a_scale_that_is_not_the_models_is_refused() -> None:
     model.config.scale_decoder_outputs = True
     model.forward = lambda **inputs: type("Out", (), {"logits": ours(**inputs).logits * 4})()  # type: ignore[assignment]
     with pytest.raises(DrklError, match=r"does not compute its logits"):
-        check_head(model)
+        check_forward(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,6 +12,7 @@ from drkl.errors import DrklError
 from drkl.models import precision
 from drkl.models.load import count_parameters, load_classifier, load_config, load_model, load_tokenizer, model_note
 from tests.data.tiny_tokenizers import build
+from tests.families import builder
 from tests.models import tiny, tiny_classifiers
 
 
@@ -202,7 +203,8 @@ def test_a_folder_in_the_home_folder(folder: Path, monkeypatch) -> None:
 def test_weights_of_another_shape(folder: Path) -> None:
     values = json.loads((folder / "config.json").read_text()) | {"hidden_size": 24}
     (folder / "config.json").write_text(json.dumps(values))
-    with pytest.raises(DrklError, match=r"no usable model was found"):
+    expected = r"embed_tokens\.weight is \[64, 16\] in the file and \[64, 24\] by config\.json and 37 more"
+    with pytest.raises(DrklError, match=expected):
         load_model(str(folder), "fp32")
 
 
@@ -251,3 +253,9 @@ def test_parameters_are_counted_without_making_them(tied: bool) -> None:
 def test_only_the_embedded_teacher_has_a_note(folder: Path) -> None:
     assert model_note(str(folder)) is None
     assert "4 bits" in str(model_note("smollm2-135m-instruct"))
+
+
+def test_a_decoder_that_also_hears_is_loaded(tmp_path: Path) -> None:
+    """transformers registers it with the encoder-decoders, whose config it has not."""
+    model = builder.build("qwen2_audio")
+    tiny.assert_alike(load_model(tiny.save(model, tmp_path), "fp32"), model)

@@ -22,11 +22,12 @@ def collate(rows: Sequence[Row | LabelledRow], *, pad_id: int, decoder_start: in
         decoder_start: None for a decoder-only model; for an encoder-decoder the first token that its decoder is fed
             (see `_collate_seq2seq`).
 
-    ``input_ids``, ``attention_mask``, ``position_ids`` and ``labels`` are int64 ``[batch, time]``; ``time`` is the
-    longest ``row.length``. The model is fed ``(prompt + response)[:-1]``, and the last prompt position predicts the
-    first response token. The label is ``IGNORE_INDEX`` at every position that predicts no response token, or one that
-    ``row.trained`` leaves out. This follows from the place of the response, never from token ids: eos is learnt even
-    where it is the padding token. ``row_ids`` is a list of the rows' ids.
+    ``input_ids``, ``attention_mask`` and ``labels`` are int64 ``[batch, time]``; ``time`` is the longest
+    ``row.length``. There are no ``position_ids``: where padding is on the right, a model counts positions by itself,
+    and not every family counts from 0. The model is fed ``(prompt + response)[:-1]``, and the last prompt position
+    predicts the first response token. The label is ``IGNORE_INDEX`` at every position that predicts no response token,
+    or one that ``row.trained`` leaves out. This follows from the place of the response, never from token ids: eos is
+    learnt even where it is the padding token. ``row_ids`` is a list of the rows' ids.
 
     Without rows the batch is one ignored position: every process needs a forward pass in every micro-step.
 
@@ -76,8 +77,6 @@ def _collate_causal(rows: Sequence[Row], pad_id: int, decoder_start: int | None)
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        # Counted on through the padding: positions that start again at 0 read as packed sequences to some kernels.
-        "position_ids": torch.arange(shape[1]).expand(shape).contiguous(),
         "labels": labels,
         "row_ids": [row.id for row in rows],
     }

@@ -6,11 +6,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from drkl.data.template import check_template
+from drkl.data.lengths import MAX_PROMPT_TOKENS, MAX_TOKENS, NO_LIMIT, Lengths, Room, fit_lengths
+from drkl.data.rendering import check_template
 
 NO_ROWS = "none"
 """What ``eval_path`` says where nothing is held out."""
-Format = Literal["auto", "prompt_response", "messages", "text_label", "text"]
+Format = Literal[
+    "auto", "prompt_response", "prompt_completion", "instruction", "messages", "conversations", "text_label", "text"
+]
 
 
 class TokenizerConfig(BaseModel):
@@ -65,8 +68,8 @@ class DataConfig(BaseModel):
 
     path: str | None = Field(
         default=None,
-        description="Training rows: a file (jsonl, json, csv, parquet, txt), or data that ships with drkl, such as "
-        "bundled:dolly. Give exactly one of path, dataset and sources.",
+        description="Training rows: a file (jsonl, json, csv, tsv, parquet, txt), or data that ships with drkl, such "
+        "as bundled:dolly. Give exactly one of path, dataset and sources.",
     )
     dataset: str | None = Field(
         default=None,
@@ -91,8 +94,9 @@ class DataConfig(BaseModel):
     )
     format: Format = Field(
         default="auto",
-        description="Fields of a row: prompt_response (and optional input), messages, text_label (the label is learnt "
-        "as a response) or text (plain text, in blocks of max_tokens). auto takes the first that fits the row.",
+        description="Fields of a row: prompt_response (and optional input), prompt_completion (TRL), instruction (with "
+        "output: Alpaca), messages (OpenAI), conversations (ShareGPT), text_label (the label is learnt as a response) "
+        "or text (plain text, in blocks of max_tokens). auto takes the one that fits the row; needed where two fit.",
     )
     turns: Literal["last", "all"] = Field(
         default="last",
@@ -101,31 +105,29 @@ class DataConfig(BaseModel):
     )
     template: str = Field(
         default="auto",
-        description="Prompt template: chat (the tokenizer's own), alpaca, minillm, plain (the prompt unchanged), or "
-        "jinja text that uses prompt or messages. auto is chat if the tokenizer has a template, else alpaca. An "
-        "encoder-decoder reads the prompt unchanged.",
+        description="Prompt template: chat (the tokenizer's own), chat:NAME (one of several), alpaca, minillm, plain "
+        "(the prompt unchanged), or jinja text that uses prompt or messages. auto is chat if the tokenizer has a "
+        "template, else alpaca. An encoder-decoder reads the prompt unchanged.",
     )
+    src_lang: str | None = Field(
+        default=None,
+        description="Source language of a translation model, as its tokenizer spells it: en_XX (mBART), eng_Latn "
+        "(NLLB), en (M2M-100). Default: the tokenizer's own.",
+    )
+    tgt_lang: str | None = Field(default=None, description="Target language of a translation model, likewise.")
     max_prompt_tokens: int = Field(
-        default=256,
+        default=MAX_PROMPT_TOKENS,
         gt=0,
-        description="Longest prompt in tokens. Rows with a longer prompt are dropped and counted, never cut. The "
-        "default is half of max_tokens where that is 256 or less.",
+        description="Longest prompt in tokens. Rows with a longer prompt are dropped and counted, never cut. Where it "
+        "is left out it fits the models: half of a given max_tokens of 256 or less, else what leaves room to respond.",
     )
     max_tokens: int = Field(
-        default=512,
+        default=MAX_TOKENS,
         gt=1,
         description="Longest row in tokens, prompt and response together. A longer response is cut at its end and "
-        "counted; so is a longer text in classification.",
+        "counted; so is a longer text in classification. Where it is left out it fits the models: their context where "
+        "that is shorter.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fit_prompts(cls, values: Any) -> Any:
-        """A small ``max_tokens`` alone lowers the default of ``max_prompt_tokens``."""
-        longest = values.get("max_tokens") if isinstance(values, dict) else None
-        if isinstance(longest, int) and 1 < longest <= 256 and "max_prompt_tokens" not in values:
-            return {"max_prompt_tokens": longest // 2, **values}
-        return values
 
     @field_validator("template")
     @classmethod
@@ -146,12 +148,31 @@ class DataConfig(BaseModel):
             raise ValueError("max_rows is set beside sources; each source has a max_rows of its own.")
         if self.eval_max_rows is not None and self.eval_path in (None, NO_ROWS):
             raise ValueError("eval_max_rows is set, but eval_path, whose rows it counts, is not.")
+        # Not through the fields' setters: what the user did not give stays known as such.
+        self.__dict__ |= self._fitting(NO_LIMIT)._asdict()
         if self.max_tokens <= self.max_prompt_tokens:
             raise ValueError(
                 f"max_tokens ({self.max_tokens}) must be larger than max_prompt_tokens ({self.max_prompt_tokens}): "
                 "it counts prompt and response together, and a row without a response teaches nothing."
             )
         return self
+
+    @property
+    def given_lengths(self) -> dict[str, int]:
+        """The limits of length that the user gave; whatever else there is fits the models."""
+        return {name: getattr(self, name) for name in Lengths._fields if name in self.model_fields_set}
+
+    def fitted(self, room: Room) -> DataConfig:
+        """The section with the limits of length that the user did not give, as they fit the models.
+
+        Raises:
+            DrklError: the given length of a prompt leaves no room for a response.
+        """
+        return self.model_copy(update=self._fitting(room)._asdict())
+
+    def _fitting(self, room: Room) -> Lengths:
+        given = self.given_lengths
+        return fit_lengths(given.get("max_prompt_tokens"), given.get("max_tokens"), room)
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """Return the sources, each with its format; a single path or dataset is one source."""

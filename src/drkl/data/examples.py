@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
 from numbers import Integral
 from typing import Any
 
 from drkl.data.config import NO_ROWS, DataConfig, SourceConfig
+from drkl.data.fields import (
+    MEDIA,
+    OPENING,
+    REASONING,
+    TOOL,
+    check_columns,
+    from_json,
+    is_void,
+    kind_of,
+    plain,
+    read_message,
+    read_template_kwargs,
+    read_tools,
+    refuse_media,
+    short,
+    text_of,
+)
 from drkl.data.files import dataset_rows, file_rows
-from drkl.data.formats import standard_row
+from drkl.data.formats import shape_of, standard_row
 from drkl.errors import DrklError
 from drkl.runs import IN_MEMORY
 
@@ -19,8 +37,8 @@ MAX_HELD_OUT = 100
 HELD_OUT_SHARE = 0.05
 # With fewer plain texts than this, the end of each is held out in place of whole texts.
 MANY_TEXTS = 20
-UNSUPPORTED = ("tools", "images", "image", "chat_template_kwargs")
-"""Columns that change what a model reads, and that nothing here hands to the chat template."""
+
+Messages = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -30,15 +48,21 @@ class Example:
     A plain text is a single message of the assistant. ``label`` is the label of a classified text (and its response),
     ``context_start`` the character of the prompt at which the input begins that the instruction is about, ``weight``
     how often an epoch takes the example. ``references`` are all correct answers where there are several, the response
-    among them.
+    among them. A message has ``role`` and ``content``, and what else the chat template is to write (``tool_calls``,
+    ``reasoning_content``); ``tools`` and ``template_kwargs`` are given to the template, too. ``unlearnt`` are the
+    numbers of the assistant's messages of weight 0, ``shape`` is what the row was in its file.
     """
 
     id: str
-    messages: tuple[dict[str, str], ...]
+    messages: Messages
     label: str | None = None
     context_start: int | None = None
     weight: float = 1.0
     references: tuple[str, ...] = ()
+    tools: tuple[Any, ...] | None = None
+    template_kwargs: dict[str, Any] | None = None
+    unlearnt: tuple[int, ...] = ()
+    shape: str = field(default="", compare=False)
 
     @property
     def all_references(self) -> tuple[str, ...]:
@@ -51,19 +75,26 @@ class Example:
         return len(self.messages) == 1
 
     @property
-    def prompt_messages(self) -> tuple[dict[str, str], ...]:
+    def given(self) -> tuple[str, ...]:
+        """The names of what the row has beside texts: what its template is given, and ``weight 0``."""
+        names = {"tools": self.tools} | (self.template_kwargs or {}) | ({"weight 0": True} if self.unlearnt else {})
+        fields = (name for message in self.messages for name in (*REASONING, "tool_calls") if name in message)
+        return tuple(dict.fromkeys((*(name for name, value in names.items() if value is not None), *fields)))
+
+    @property
+    def prompt_messages(self) -> Messages:
         """All messages but the response."""
         return self.messages[:-1]
 
     @property
     def response(self) -> str:
         """The last message's text."""
-        return self.messages[-1]["content"]
+        return str(self.messages[-1]["content"])
 
     @property
     def prompt_text(self) -> str:
         """The last user message's text, for display and for text metrics."""
-        return "" if self.is_text else self.messages[-2]["content"]
+        return "" if self.is_text else str(self.messages[-2]["content"])
 
 
 def load_examples(config: DataConfig) -> tuple[list[Example], list[Example]]:
@@ -133,22 +164,22 @@ def read_examples(path: str, row_format: str = "auto") -> list[Example]:
 def parse_rows(rows: Iterable[tuple[str, Any]], source: str, row_format: str = "auto") -> list[Example]:
     """Turn ``(place, value)`` pairs into examples; errors name the ``place``, as in ``file:line``.
 
-    Rows of public formats that `standard_row` knows are rewritten first, unless plain text or labels are asked for.
-
     Raises:
-        DrklError: a bad row, two rows of one id, or no rows.
+        DrklError: a bad row, columns that fit two shapes, two rows of one id, or no rows.
     """
-    examples: list[Example] = []
-    seen: dict[str, str] = {}
-    for number, (place, row) in enumerate(rows, start=1):
+    read = []
+    for place, row in rows:
         if not isinstance(row, Mapping):
-            raise DrklError(f"{place}: expected an object with prompt and response, or messages; found {_kind(row)}.")
-        row, own_format = _standardised(place, row, row_format)
-        row_id = row_id_of(place, row, number)
-        if row_id in seen:
-            raise DrklError(f"{place}: the id {row_id!r} was seen before, at {seen[row_id]}; ids must be unique.")
-        seen[row_id] = place
-        examples.append(_example(place, row_id, row, own_format))
+            raise DrklError(f"{place}: expected an object with prompt and response, or messages; found {kind_of(row)}.")
+        row = {name: plain(value) if hasattr(value, "tolist") else value for name, value in row.items()}
+        shape = shape_of(place, row, row_format)
+        kind, row = standard_row(row, shape)
+        title = f"{shape.title}, as messages" if kind == "messages" and shape.name.startswith("prompt") else shape.title
+        read.append((place, title, kind, row))
+    ids = row_ids([(place, written_id(place, row)) for place, _, _, row in read])
+    examples = [
+        _example(place, row_id, kind, row, title) for row_id, (place, title, kind, row) in zip(ids, read, strict=True)
+    ]
     if not examples:
         raise DrklError(
             f"{source} has no rows; expected one json object per line, with prompt and response or messages."
@@ -170,7 +201,7 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     wanted = max(1, min(MAX_HELD_OUT, round(HELD_OUT_SHARE * len(examples))))
     groups: dict[str, list[str]] = {}
     for example in sorted(examples, key=lambda example: hash_of_id(example.id)):
-        groups.setdefault(json.dumps(example.prompt_messages or example.messages), []).append(example.id)
+        groups.setdefault(json.dumps(example.prompt_messages or example.messages, default=str), []).append(example.id)
     if len(groups) < 2:
         raise DrklError(
             f"{len(examples)} row(s) with {len(groups)} different prompt(s) cannot be split into training and held-out "
@@ -207,103 +238,105 @@ def _hold_out_ends(examples: Sequence[Example]) -> tuple[list[Example], list[Exa
     return train, held_out
 
 
-def _standardised(place: str, row: Mapping[str, Any], row_format: str) -> tuple[Mapping[str, Any], str]:
-    """A row with the fields of one format, and that format."""
-    given = row
-    own = _format_of(row) if row_format == "auto" else row_format
-    if own not in ("text", "text_label"):
-        _check_supported(place, row)
-        if own == "auto" or not _has_fields(row, own):
-            row = standard_row(row)
-            own = _format_of(row) if row_format == "auto" else row_format
-    missing = [name for name in sorted(_FIELDS.get(own, {"prompt", "response"})) if name not in row]
-    if missing:
-        alone = "prompt" in row and "response" not in row and own in ("auto", "prompt_response")
-        raise DrklError(f"{place}: expected {_EXPECTED[own]}; found {_fields(given)}.{_PROMPT_ALONE if alone else ''}")
-    return row, own
-
-
-def _example(place: str, row_id: str, row: Mapping[str, Any], row_format: str) -> Example:
-    if row_format == "messages":
-        return Example(row_id, _conversation(place, row["messages"]))
-    if row_format == "text":
-        return Example(row_id, ({"role": "assistant", "content": _text(place, "text", row["text"])},))
-    if row_format == "text_label":
+def _example(place: str, row_id: str, kind: str, row: Mapping[str, Any], title: str) -> Example:
+    if kind in ("text", "text_label"):
+        for name in MEDIA:  # a text is an image's address, perhaps
+            refuse_media(place, f"the column {name!r}", None if isinstance(row.get(name), str) else row.get(name))
+    if kind == "text":
+        return Example(row_id, ({"role": "assistant", "content": text_of(place, "text", row["text"])},), shape=title)
+    if kind == "text_label":
         label = _label(place, row["label"])
-        return Example(row_id, _pair(_text(place, "text", row["text"]), label), label=label)
-    prompt, response = (_text(place, name, row[name]) for name in ("prompt", "response"))
+        return Example(row_id, _pair(text_of(place, "text", row["text"]), label), label=label, shape=title)
+    check_columns(place, row)
+    context_start: int | None = None
+    references: tuple[str, ...] = ()
+    unlearnt: tuple[int, ...] = ()
+    if kind == "messages":
+        messages, unlearnt = _conversation(place, row)
+    else:
+        messages, context_start = _prompt_and_response(place, row)
+        references = _references(place, row, messages[-1]["content"])
+    messages, moved = _with_columns(place, row, messages)
+    return Example(
+        row_id,
+        messages,
+        context_start=context_start,
+        references=references,
+        tools=read_tools(place, row),
+        template_kwargs=read_template_kwargs(place, row),
+        unlearnt=tuple(index + moved for index in unlearnt),
+        shape=title,
+    )
+
+
+def _prompt_and_response(place: str, row: Mapping[str, Any]) -> tuple[Messages, int | None]:
+    """The two messages of a pair, and where in the first its input begins."""
+    prompt, response = (text_of(place, name, row[name]) for name in ("prompt", "response"))
     context_start = _context_start(place, row, prompt)
     if row.get("input"):
         context_start = len(prompt) + 2
-        prompt += f"\n\n{_text(place, 'input', row['input'])}"
-    references = _references(place, row, response)
-    return Example(row_id, _pair(prompt, response), context_start=context_start, references=references)
+        prompt += f"\n\n{text_of(place, 'input', row['input'])}"
+    return _pair(prompt, response), context_start
 
 
-def _format_of(row: Mapping[str, Any]) -> str:
-    """The first format whose fields a row has; ``auto`` where it has none, or half of a pair."""
-    row_format = next((name for name in _FIELDS if _has_fields(row, name)), "auto")
-    # Half of a pair is a mistake, whatever stands beside it.
-    return "auto" if row_format == "text" and {"prompt", "response"} & row.keys() else row_format
+def _with_columns(place: str, row: Mapping[str, Any], messages: Messages) -> tuple[Messages, int]:
+    """Messages with what other columns say of them, and by how many places they moved.
 
-
-def _has_fields(row: Mapping[str, Any], row_format: str) -> bool:
-    pair = row_format == "prompt_response" and any(isinstance(row.get(name), list) for name in ("prompt", "response"))
-    return _FIELDS[row_format] <= row.keys() and not pair
-
-
-def _check_supported(place: str, row: Mapping[str, Any]) -> None:
-    """Raise DrklError for columns that only a chat template could use: training without them would be another task."""
-    for name in UNSUPPORTED:
-        value = row.get(name)
-        if value is not None and (not hasattr(value, "__len__") or len(value)):
+    ``system`` (or ``system_prompt``) stands first, ``history`` has earlier turns as in LLaMA-Factory, and a reasoning
+    and calls of tools are the last message's.
+    """
+    beside = {name: row[name] for name in (*REASONING, "tool_calls", "function_call") if not is_void(row.get(name))}
+    if beside:
+        last = read_message(place, "the response", {**messages[-1], **beside}).fields
+        messages = (*messages[:-1], {**messages[-1], **last})
+    before: Messages = ()
+    if not is_void(row.get("history")):
+        before = _history(place, row["history"])
+    name = "system" if not is_void(row.get("system")) else "system_prompt"
+    if not is_void(row.get(name)):
+        system = text_of(place, name, row[name])
+        if messages[0]["role"] not in OPENING:
+            before = ({"role": "system", "content": system}, *before)
+        elif messages[0]["content"] != system:
             raise DrklError(
-                f"{place}: the column {name!r} is not supported: a row is its text alone here, so the models would not "
-                f"see it. Remove the column ({name}), or such rows."
+                f"{place}: the column {name!r} and the first message are two different system messages. Remove one."
             )
+    if before and before[-1]["role"] != "system" and messages[0]["role"] in OPENING:
+        raise DrklError(f"{place}: the column 'history' stands before a system message. Write the turns as messages.")
+    return (*before, *messages), len(before)
 
 
-_FIELDS = {
-    "messages": {"messages"},
-    "prompt_response": {"prompt", "response"},
-    "text_label": {"text", "label"},
-    "text": {"text"},
-}
-"""The fields of each format; auto takes the first that fits."""
-_EXPECTED = {
-    "auto": "the fields prompt and response, or messages, or text (with label or without), or prompt and completion, "
-    "or instruction and output",
-    "messages": "the field messages",
-    "prompt_response": "the fields prompt and response",
-    "text_label": "the fields text and label",
-    "text": "the field text",
-}
+def _history(place: str, value: Any) -> Messages:
+    """Earlier turns, as pairs of what the user and the assistant said."""
+    value = from_json(value)
+    pairs = value if isinstance(value, list | tuple) else [None]
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise DrklError(
+            f"{place}: history must be a list of pairs of a prompt and its response; found {short(value)}. Rename the "
+            "column if it is something else."
+        )
+    texts = [text_of(place, f"history[{i}]", text) for i, pair in enumerate(pairs) for text in pair]
+    return tuple(message for turn in zip(texts[::2], texts[1::2], strict=True) for message in _pair(*turn))
 
 
-_PROMPT_ALONE = (
-    " A prompt alone is not enough: on-policy distillation, in which the student writes the responses, is not there "
-    "yet. Add a column response (or completion), or messages that end with the assistant's."
-)
-
-
-def _pair(prompt: str, response: str) -> tuple[dict[str, str], ...]:
+def _pair(prompt: str, response: str) -> Messages:
     return {"role": "user", "content": prompt}, {"role": "assistant", "content": response}
 
 
 def _references(place: str, row: Mapping[str, Any], response: str) -> tuple[str, ...]:
     value = row.get("references")
-    if value is None or value == "":
+    if is_void(value):
         return ()
     if not isinstance(value, list) or not value:
-        raise DrklError(f"{place}: references must be a list of texts, not empty; found {_kind(value)}.")
-    references = tuple(_text(place, f"references[{i}]", text) for i, text in enumerate(value))
+        raise DrklError(f"{place}: references must be a list of texts, not empty; found {kind_of(value)}.")
+    references = tuple(text_of(place, f"references[{i}]", text) for i, text in enumerate(value))
     return references if response in references else (response, *references)
 
 
 def _label(place: str, value: Any) -> str:
     if _is_whole_number(value):
-        return str(value)
-    return _text(place, "label", value)
+        return _number(place, "label", value)
+    return text_of(place, "label", value)
 
 
 def _context_start(place: str, row: Mapping[str, Any], prompt: str) -> int | None:
@@ -322,69 +355,112 @@ def _context_start(place: str, row: Mapping[str, Any], prompt: str) -> int | Non
     return start
 
 
-def _conversation(place: str, value: Any) -> tuple[dict[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise DrklError(f"{place}: messages must be a list of {{role, content}} objects; found {_kind(value)}.")
-    messages = []
-    for index, message in enumerate(value):
-        name = f"messages[{index}]"
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            fields = _fields(message) if isinstance(message, Mapping) else _kind(message)
-            raise DrklError(f"{place}: {name} must have role and content; found {fields}.")
-        if message.get("tool_calls"):
-            raise DrklError(f"{place}: {name} has tool_calls, which are not supported: a message is its content alone.")
-        messages.append({"role": message["role"], "content": _text(place, f"{name}.content", message["content"])})
-    _check_roles(place, [message["role"] for message in messages])
-    return tuple(messages)
-
-
-def _check_roles(place: str, roles: list[Any]) -> None:
-    turns = roles[1:] if roles[0] == "system" else roles
-    for index, role in enumerate(turns, start=len(roles) - len(turns)):
-        expected = "user" if (index - len(roles) + len(turns)) % 2 == 0 else "assistant"
-        if role != expected:
+def _conversation(place: str, row: Mapping[str, Any]) -> tuple[Messages, tuple[int, ...]]:
+    """The messages of a row, and the numbers of the assistant's that are not learnt."""
+    value = row["messages"]
+    column = "conversations" if value is row.get("conversations") else "messages"
+    column = "conversation" if value is row.get("conversation") else column
+    value = _as_list(from_json(value))
+    if not isinstance(value, list | tuple) or not value:
+        what = "{from, value}" if column != "messages" else "{role, content}"
+        raise DrklError(f"{place}: {column} must be a list of {what} objects; found {kind_of(value)}.")
+    read = [
+        read_message(place, f"{column}[{index}]", message, sharegpt=column != "messages")
+        for index, message in enumerate(value)
+    ]
+    messages = tuple(message.fields for message in read)
+    _check_roles(place, column, messages)
+    for index, (fields, learnt) in enumerate(read):
+        if learnt and fields["role"] != "assistant":
             raise DrklError(
-                f"{place}: messages[{index}] has the role {role!r}, expected {expected!r}: after an optional system "
-                "message, user and assistant take turns."
+                f"{place}: {column}[{index}] is to be learnt by its weight, but its role is {fields['role']!r}; only "
+                "the assistant's messages are learnt. Remove the weight."
             )
-    if roles[-1] != "assistant":
+    return messages, tuple(i for i, (f, learnt) in enumerate(read) if f["role"] == "assistant" and learnt is False)
+
+
+def _as_list(value: Any) -> Any:
+    """A list of objects also where `datasets` has it as an object of lists."""
+    columns = list(value.values()) if isinstance(value, Mapping) else []
+    if not columns or not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return value
+    return [dict(zip(value, message, strict=True)) for message in zip(*columns, strict=True)]
+
+
+_AFTER = {
+    "start": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", TOOL),
+    TOOL: ("assistant", TOOL, "user"),
+}
+"""Who may speak after whom; a tool answers the assistant's calls."""
+
+
+def _check_roles(place: str, column: str, messages: Messages) -> None:
+    before = "start"
+    for index, message in enumerate(messages):
+        role = message["role"]
+        if index == 0 and role in OPENING:
+            continue
+        if role not in _AFTER[before]:
+            raise DrklError(
+                f"{place}: {column}[{index}] has the role {role!r}, expected {_AFTER[before][0]!r}: after an optional "
+                "system message, user and assistant take turns."
+            )
+        before = role
+    if messages[-1]["role"] != "assistant":
         raise DrklError(
-            f"{place}: the last message has the role {roles[-1]!r}; it must be the assistant's, the response to learn."
+            f"{place}: the last message has the role {messages[-1]['role']!r}; it must be the assistant's, the "
+            "response to learn."
         )
 
 
-def _text(place: str, name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise DrklError(f"{place}: {name} must be text; found {_kind(value)}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DrklError(
-            f"{place}: {name} has half a surrogate pair at character {error.start}: not valid text."
-        ) from error
-    return value
-
-
-def row_id_of(place: str, row: Mapping[str, Any], number: int) -> str:
-    """Return a row's own ``id`` as text, or ``row-N`` where it has none."""
+def written_id(place: str, row: Mapping[str, Any]) -> str | None:
+    """Return a row's own ``id`` as text, or None where it has none; csv has "" for none."""
     value = row.get("id")
-    if value is None:
-        return f"row-{number}"
-    if _is_whole_number(value):
-        return str(value)
-    return _text(place, "id", value)
+    if value is None or value == "":
+        return None
+    return _number(place, "id", value) if _is_whole_number(value) else text_of(place, "id", value)
+
+
+def row_ids(written: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Return the ids of rows, in order, from their places and own ids; a row without one is called ``row-N``.
+
+    Where that is another row's own, marks are added to it.
+
+    >>> row_ids([("a:1", "row-2"), ("a:2", None), ("a:3", None)])
+    ['row-2', "row-2'", 'row-3']
+
+    Raises:
+        DrklError: two rows have the same id of their own.
+    """
+    places: dict[str, str] = {}
+    for place, own in written:
+        if own is not None and own in places:
+            raise DrklError(
+                f"{place}: the id {short(own)} was seen before, at {places[own]}; ids must be unique. Change one, or "
+                "remove the column id: rows without one are numbered."
+            )
+        if own is not None:
+            places[own] = place
+    made_up = (free_id(f"row-{number}", places) for number in count(1))
+    return [name if own is None else own for name, (_, own) in zip(made_up, written, strict=False)]
+
+
+def free_id(wanted: str, taken: Container[str]) -> str:
+    """Return an id, with as many marks after it as make it new."""
+    while wanted in taken:
+        wanted += "'"
+    return wanted
 
 
 def _is_whole_number(value: Any) -> bool:
     return isinstance(value, Integral) and type(value) is not bool
 
 
-def _fields(row: Mapping[str, Any]) -> str:
-    return ", ".join(str(name) for name in row) if row else "no fields"
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+def _number(place: str, name: str, value: Any) -> str:
+    """A whole number as text."""
+    try:
+        return str(value)
+    except ValueError as error:  # Python writes no more than 4,300 digits
+        raise DrklError(f"{place}: {name} is a number of too many digits; write it as text.") from error

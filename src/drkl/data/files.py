@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import csv
+import gzip
 import json
+import lzma
 import os
-from collections.abc import Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from drkl.errors import DrklError, did_you_mean
-from drkl.runs import read_text
 
 BUNDLED = {
     f"bundled:{name}{end}": f"{name}_{part}.jsonl"
     for name in ("dolly", "sgd", "scitldr", "banking77")
     for end, part in (("", "train"), ("-eval", "eval"))
 }
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    # Before UTF-16, whose mark begins the same.
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+_WAYS_OUT = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "Save the sheet as csv (UTF-8)."),
+    **dict.fromkeys((".zip", ".zst", ".tar", ".7z"), "Unpack it first; .gz, .bz2 and .xz are read as they are."),
+    **dict.fromkeys((".arrow", ".feather"), "Name the folder that it lies in as data.dataset, or save it as parquet."),
+}
+_READERS = ("csv", "json", "text")
+"""The readers of `datasets` whose files are read here: it takes "None" for null, "007" for 7, text for a date."""
+_WRAPPERS = ("data", "rows", "examples", "instances", "train")
+"""Under these names one json object may hold the list of its rows."""
 
 Rows = Iterator[tuple[str, Any]]
 
@@ -26,7 +47,10 @@ Rows = Iterator[tuple[str, Any]]
 def file_rows(path: str, row_format: str = "auto") -> Rows:
     """Yield ``(place, value)`` of every row of a file, read as its suffix says; an unknown suffix is read as jsonl.
 
-    ``.json`` is one list of objects (or json lines), ``.csv`` has a header, ``.txt`` is one plain text.
+    ``.json`` and ``.jsonl`` hold objects one after another, or one list of them, or one object of columns. ``.csv``
+    has a header, and commas (or semicolons or tabs) between fields, which are text whatever they look like; an empty
+    field is "". ``.tsv`` has tabs, ``.txt`` is one plain text. Text is UTF-8, or what its byte order mark says; a file
+    may be packed (``.csv.gz``, ``.bz2``, ``.xz``).
 
     Raises:
         DrklError: an unknown bundled name; a file that is missing, unreadable or broken, with its line.
@@ -37,62 +61,196 @@ def file_rows(path: str, row_format: str = "auto") -> Rows:
                 f"There is no bundled data {path!r}; there is {', '.join(BUNDLED)}.{did_you_mean(path, BUNDLED)}"
             )
         text = resources.files("drkl.data").joinpath("bundled", BUNDLED[path]).read_text(encoding="utf-8")
-        return _json_lines(text, path)
+        return _json(text, path)
     file = Path(path).expanduser()
-    suffix = file.suffix.lower()
+    suffix = _suffix(file)
     if suffix == ".parquet":
         return _parquet(file, path)
-    text = read_text(file).removeprefix("\ufeff")
+    text = _text(file)
     if suffix == ".txt":
         if row_format not in ("auto", "text"):
             raise DrklError(f"{path} is plain text, but its format is {row_format!r}; a .txt file has format text.")
-        return iter([(path, {"text": text, "id": file.stem})])
-    if suffix == ".csv":
-        return _csv(text, path)
-    if suffix == ".json" and text.lstrip().startswith("["):
-        return _json_list(text, path)
-    return _json_lines(text, path)
+        return iter([(path, {"text": text.replace("\r\n", "\n").replace("\r", "\n"), "id": file.stem})])
+    if suffix in (".csv", ".tsv"):
+        return _csv(text, path, tabs=suffix == ".tsv")
+    return _json(text, path)
 
 
-def _json_lines(text: str, name: str) -> Rows:
-    # split("\n"), not splitlines(): json strings may hold U+2028, U+0085 and the like unescaped.
-    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{name}:{number}"
+def _suffix(file: Path) -> str:
+    """What kind of file it is, packed or not."""
+    return Path(file.stem if file.suffix.lower() in _PACKED else file.name).suffix.lower()
+
+
+def _text(file: Path) -> str:
+    """The text of a file with its line breaks as they are."""
+    name, suffix = str(file), file.suffix.lower()
+    try:
+        with _PACKED.get(suffix, open)(file, "rb") as stream:
+            data: bytes = stream.read()
+    except FileNotFoundError as error:
+        raise DrklError(f"There is no file {name!r}.") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        way_out = " A folder of files goes into data.dataset." if file.is_dir() else ""
+        raise DrklError(f"Cannot read {name!r}: {getattr(error, 'strerror', None) or error}.{way_out}") from error
+    encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        if encoding != "utf-8":
+            raise DrklError(f"{name!r} begins as {encoding.upper()} and is not: {error.reason}.") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        way_out = _WAYS_OUT.get(suffix, "Save it as UTF-8, or name a text file.")
+        raise DrklError(f"{name!r} is not UTF-8 text (byte {error.start}), in line {line}. {way_out}") from error
+
+
+# json -------------------------------------------------------------------------------------------------------------
+
+
+class _SameName(ValueError):
+    """An object has two keys of one name."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _SameName(f"an object has two keys {next(n for n in names if names.count(n) > 1)!r}; rename one of them")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_BETWEEN = re.compile(r"[\s\ufeff]*")
+
+
+def _json(text: str, name: str) -> Rows:
+    """The rows of a text that is one list or one object, or holds values one after another, each in a line or more."""
+    end = _between(text, 0)
+    start, line, count = end, 1 + text.count("\n", 0, end), 0
+    while start < len(text):
+        place = f"{name}:{line}"
+        value, end = _value(text, start, line, name)
+        following = _between(text, end)
+        if count == 0 and following == len(text):
+            yield from _only_value(value, place, name)
+            return
+        yield place, value
+        count += 1
+        line += text.count("\n", start, following)
+        start = following
+
+
+def _between(text: str, start: int) -> int:
+    found = _BETWEEN.match(text, start)
+    assert found is not None
+    return found.end()
+
+
+def _value(text: str, start: int, line: int, name: str) -> tuple[Any, int]:
+    """The json value that begins at a character, which is in ``line``, and the character after it."""
+    place = f"{name}:{line}"
+    try:
+        return _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        broken = error
+    except _SameName as error:
+        raise DrklError(f"{place}: {error}.") from error
+    except RecursionError as error:
+        raise DrklError(f"{place}: not valid JSON: nested too deeply.") from error
+    except ValueError as error:  # int() refuses more than 4,300 digits
+        raise DrklError(f"{place}: a number has too many digits; write it as text, in quotes.") from error
+    if text[start] == ",":
+        raise DrklError(
+            f"{place}: not valid JSON: a comma follows an object. Write one object a line without commas, or put the "
+            "whole into [ ]."
+        ) from broken
+    if broken.lineno > line and _suffix(Path(name)) != ".json":
+        # One object a line, and this one breaks off: the fault is in its own line.
         try:
-            yield place, json.loads(line)
+            _DECODER.decode(text[start : text.find("\n", start)].rstrip("\r"))
         except json.JSONDecodeError as error:
             raise DrklError(f"{place}: not valid JSON: {error.msg} (column {error.colno}).") from error
-        except RecursionError as error:
-            raise DrklError(f"{place}: not valid JSON: nested too deeply.") from error
+        except ValueError:
+            pass
+    raise DrklError(f"{name}:{broken.lineno}: not valid JSON: {broken.msg} (column {broken.colno}).") from broken
 
 
-def _json_list(text: str, name: str) -> Rows:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DrklError(f"{name}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}).") from error
-    except RecursionError as error:
-        raise DrklError(f"{name}: not valid JSON: nested too deeply.") from error
-    for number, row in enumerate(rows, start=1):
+def _only_value(value: Any, place: str, name: str) -> Rows:
+    """The rows of a file that is one json value."""
+    if isinstance(value, dict):
+        lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+        columns = _columns(value)
+        if len(lists) == 1 and lists[0] in _WRAPPERS:
+            value = value[lists[0]]
+        elif columns:
+            value = [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
+    if not isinstance(value, list):
+        yield place, value
+        return
+    for number, row in enumerate(value, start=1):
         yield f"{name}, row {number}", row
 
 
-def _csv(text: str, name: str) -> Rows:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
-    line = 1
+def _columns(table: dict[str, Any]) -> list[list[Any]]:
+    """The columns of a table written one after the other, as pandas writes it or as lists; empty for a single row."""
+    columns = list(table.values())
+    if all(isinstance(column, dict) and list(column) == list(columns[0]) for column in columns):
+        return [list(column.values()) for column in columns]
+    if not all(isinstance(column, list) and column and len(column) == len(columns[0]) for column in columns):
+        return []
+    # One row may have lists too: messages, and token ids.
+    firsts = [column[0] for column in columns]
+    is_table = any(isinstance(first, str | list) for first in firsts) and not any(isinstance(f, dict) for f in firsts)
+    return columns if is_table else []
+
+
+# csv --------------------------------------------------------------------------------------------------------------
+
+# str.splitlines breaks lines at form feeds, U+0085, U+2028 and others too.
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+_LONGEST_FIELD = 2**31 - 1
+
+
+def _csv(text: str, name: str, *, tabs: bool) -> Rows:
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    lines = (match.group() for match in _LINE.finditer(text))
+    reader = csv.reader(lines, strict=True, delimiter="\t" if tabs else _delimiter(text))
+    header: list[str] | None = None
+    end = 0
     try:
-        for row in reader:
-            place, line = f"{name}:{line + 1}", reader.line_num
-            if None in row or None in row.values():
-                came = len([value for value in row.values() if isinstance(value, str)]) + len(row.get(None) or [])
-                raise DrklError(
-                    f"{place}: expected {len(reader.fieldnames or [])} columns as in the header; found {came}."
-                )
-            yield place, row
+        for record in reader:
+            place, end = f"{name}:{end + 1}", reader.line_num
+            if not record:  # an empty line
+                continue
+            if header is None:
+                header = record
+                _check_names(header, place)
+                continue
+            if len(record) != len(header):
+                raise DrklError(f"{place}: expected {len(header)} columns as in the header; found {len(record)}.")
+            yield place, {column: value for column, value in zip(header, record, strict=True) if column}
     except csv.Error as error:
-        raise DrklError(f"{name}:{reader.line_num}: not valid csv: {error}.") from error
+        reason = "a quoted field has no end" if "end of data" in str(error) else str(error)
+        raise DrklError(
+            f"{name}:{end + 1}: not valid csv: {reason}. Inside of a quoted field a quote is written twice."
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _delimiter(text: str) -> str:
+    """The comma, unless the header has none and has what spreadsheets write in its place."""
+    header = next((line for match in _LINE.finditer(text) if (line := match.group().strip("\r\n"))), "")
+    return next((mark for mark in ",;\t" if mark in header), ",")
+
+
+def _check_names(names: Sequence[str], place: str) -> None:
+    """Raise DrklError if two columns have one name; those without a name are left out."""
+    repeated = [name for name in names if name and list(names).count(name) > 1]
+    if repeated:
+        raise DrklError(f"{place}: two columns are called {repeated[0]!r}; rename one of them.")
+
+
+# parquet and data sets --------------------------------------------------------------------------------------------
 
 
 def _parquet(file: Path, name: str) -> Rows:
@@ -103,10 +261,12 @@ def _parquet(file: Path, name: str) -> Rows:
     try:
         number = 0
         with parquet.ParquetFile(file) as opened:
+            _check_names(opened.schema_arrow.names, name)
+            to_name = _class_names(opened.schema_arrow)
             for batch in opened.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{name}, row {number}", row
+                    yield f"{name}, row {number}", _with_name(row, to_name)
     except (ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DrklError(f"Cannot read {name!r} as parquet: {reason}.") from error
@@ -115,7 +275,8 @@ def _parquet(file: Path, name: str) -> Rows:
 def dataset_rows(name: str, *, split: str = "train", data_files: str | None = None) -> Rows:
     """Yield ``(place, value)`` of every row of one split of a ``datasets`` id or folder; class numbers become names.
 
-    ``data_files`` is the only file of a repository to read, as split ``train``.
+    ``data_files`` is the only file of a repository to read, as split ``train``. The text files of a local folder are
+    read as `file_rows` reads them.
 
     Raises:
         DrklError: no such data set.
@@ -123,14 +284,25 @@ def dataset_rows(name: str, *, split: str = "train", data_files: str | None = No
     import datasets
 
     local = Path(name).expanduser()
+    if local.is_file():
+        yield from file_rows(name)
+        return
     where, config_name = (str(local), None) if local.exists() else _split_config(name)
+    files: Sequence[str] = ()
+    is_csv = False
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
             loaded = datasets.load_from_disk(str(local))
             rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             split = "train" if data_files is not None else split
-            rows = datasets.load_dataset(where, config_name, split=split, data_files=data_files)
+            builder = datasets.load_dataset_builder(where, config_name, data_files=data_files)
+            if local.is_dir() and builder.name in _READERS and not builder.info.features:
+                files = (builder.config.data_files or {}).get(split, ())
+            if not files:
+                is_csv = builder.name == "csv"
+                options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if is_csv else {}
+                rows = datasets.load_dataset(where, config_name, split=split, data_files=data_files, **options)
     # `datasets` raises what its readers raise: OSError, KeyError, ValueError, its own, the network's.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -139,16 +311,34 @@ def dataset_rows(name: str, *, split: str = "train", data_files: str | None = No
             f"Cannot load the data set {where!r} (config {config_name or 'default'}, split {split!r}); looked at: "
             f"{looked}. {type(error).__name__}: {reason} A jsonl file in data.path needs no hub."
         ) from error
-    yield from labelled_by_name(rows, name)
+    if files:
+        for file in files:
+            yield from file_rows(file)
+        return
+    for place, row in labelled_by_name(rows, name):
+        yield place, {key: "" if value is None else value for key, value in row.items()} if is_csv else row
 
 
 def labelled_by_name(dataset: Any, name: str) -> Rows:
     """Yield ``(place, row)`` of a ``datasets.Dataset`` called ``name`` in errors; class numbers become names."""
-    names = getattr(dataset.features.get("label") if dataset.features else None, "int2str", None)
+    to_name = getattr(dataset.features.get("label") if dataset.features else None, "int2str", None)
     for number, row in enumerate(dataset, start=1):
-        if names is not None and isinstance(row["label"], int) and row["label"] >= 0:
-            row = {**row, "label": names(row["label"])}
-        yield f"{name}, row {number}", row
+        yield f"{name}, row {number}", _with_name(row, to_name)
+
+
+def _class_names(schema: Any) -> Callable[[int], str] | None:
+    """What names a class number in the column ``label``, where `datasets` wrote the file."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return None
+    from datasets import Features
+
+    return getattr(Features.from_arrow_schema(schema).get("label"), "int2str", None)
+
+
+def _with_name(row: Any, to_name: Callable[[int], str] | None) -> Any:
+    if to_name is None or not isinstance(row["label"], int) or row["label"] < 0:
+        return row
+    return {**row, "label": to_name(row["label"])}
 
 
 def rows_at(where: str | os.PathLike[str], row_format: str = "auto", *, split: str = "train") -> Rows:
@@ -161,7 +351,7 @@ def rows_at(where: str | os.PathLike[str], row_format: str = "auto", *, split: s
     path = Path(name).expanduser()
     if name.startswith("bundled:") or path.is_file():
         return file_rows(name, row_format)
-    is_local = name.startswith((".", "/", "~")) or path.suffix in SUFFIXES or not isinstance(where, str)
+    is_local = name.startswith((".", "/", "~")) or _suffix(path) in SUFFIXES or not isinstance(where, str)
     if is_local and not path.exists():
         raise DrklError(f"There is no file {name!r}.")
     return dataset_rows(name, split=split)

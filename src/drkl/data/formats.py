@@ -1,58 +1,203 @@
-"""Rows of public data sets, rewritten with the fields that drkl reads."""
+"""The shapes that rows have, recognised by their columns and rewritten with the fields that drkl reads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from drkl.data.fields import is_void, names_of
+from drkl.errors import DrklError
 
 SUMMARISE = "Summarize the following abstract in one sentence."
 """The instruction before an abstract of SciTLDR."""
 
 
-def standard_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a row of a known public format as ``prompt`` and ``response`` or as ``messages``; any other unchanged.
+@dataclass(frozen=True)
+class Shape:
+    """One shape of a row.
 
-    Known are TRL's ``prompt`` and ``completion`` (texts, or lists of messages), ``instruction``, ``input`` and
-    ``output`` as in Alpaca and MiniLLM, SciTLDR's ``source`` and ``target``, the dialogues of Schema-Guided Dialogue on
-    the hub, and a ``response`` that is a list of equally good ones.
-
-    >>> standard_row({"instruction": "Add.", "input": "1 1", "output": "2"})
-    {'prompt': 'Add.', 'input': '1 1', 'response': '2'}
+    Args:
+        name: what ``data.format`` calls it.
+        title: what `drkl data` calls it.
+        columns: its columns; any one of the tuples is enough.
     """
-    if "completion" in row and "prompt" in row:
-        row = {**row, "response": row["completion"]}
-    elif "output" in row and {"instruction", "prompt"} & row.keys():
-        return _instruction(row)
-    if {"prompt", "response"} <= row.keys() and any(_is_messages(row[name]) for name in ("prompt", "response")):
-        turns = [*_messages(row["prompt"], "user"), *_messages(row["response"], "assistant")]
-        return {"messages": turns} | _kept(row, "id", "id")
-    if isinstance(row.get("source"), list) and "target" in row:  # SciTLDR: sentences, and several summaries
+
+    name: str
+    title: str
+    columns: tuple[tuple[str, ...], ...]
+
+    def fits(self, names: Collection[str]) -> bool:
+        """Whether columns of these names hold the shape."""
+        return any(all(name in names for name in columns) for columns in self.columns)
+
+
+SHAPES = (
+    Shape("messages", "messages (OpenAI)", (("messages",),)),
+    Shape("conversations", "conversations (ShareGPT)", (("conversations",), ("conversation",))),
+    Shape("prompt_response", "prompt and response", (("prompt", "response"),)),
+    Shape("prompt_completion", "prompt and completion (TRL)", (("prompt", "completion"),)),
+    Shape("instruction", "instruction and output (Alpaca)", (("instruction", "output"),)),
+    Shape("instruction", "instruction and response (Dolly)", (("instruction", "response"),)),
+    Shape("text_label", "text and label", (("text", "label"),)),
+    Shape("text", "text", (("text",),)),
+)
+MINILLM = Shape("prompt_response", "prompt and output (MiniLLM)", (("prompt", "output"),))
+SCITLDR = Shape("prompt_response", "source and target (SciTLDR)", (("source", "target"),))
+DIALOGUE = Shape("messages", "turns (Schema-Guided Dialogue)", (("turns",),))
+_PAIR_NAMES = ("prompt_response", "prompt_completion", "instruction")
+_STANDS_IN = {
+    "messages": ("conversations", "prompt_completion", "prompt_response"),
+    "conversations": ("messages",),
+    **dict.fromkeys(_PAIR_NAMES, _PAIR_NAMES),
+}
+"""The shapes that are read, too, where a format is demanded that a row does not have."""
+_PAIRS = (
+    ("question", "answer"), ("query", "response"), ("question", "response"), ("problem", "solution"),
+    ("input", "output"), ("inputs", "targets"), ("document", "summary"), ("article", "highlights"),
+    ("dialogue", "summary"), ("instruction", "completion"), ("query", "answer"),
+)  # fmt: skip
+_PROMPT_ALONE = (
+    " A prompt alone is not enough: on-policy distillation, in which the student writes the responses, is not there "
+    "yet. Add a column response (or completion), or messages that end with the assistant's."
+)
+
+
+def shape_of(place: str, row: Mapping[str, Any], row_format: str = "auto") -> Shape:
+    """Return the shape of a row, by the columns that hold something; by all of its columns where none fits.
+
+    Raises:
+        DrklError: columns of two shapes, or of none (with the place).
+    """
+    if row_format != "auto":
+        found = _demanded(row, row_format)
+    else:
+        filled = frozenset(name for name, value in row.items() if not is_void(value))
+        found = _all_shapes(row, filled) or _public(row) or _all_shapes(row, row.keys())
+    if len(found) > 1:
+        raise _two_shapes(place, found[0], found[1])
+    if not found:
+        raise _no_shape(place, row, row_format)
+    return found[0]
+
+
+def _demanded(row: Mapping[str, Any], row_format: str) -> list[Shape]:
+    """The shapes of one format that a row has; of another that stands in for it where it has none."""
+    there = frozenset(name for name, value in row.items() if value is not None)
+    for names in (there, row.keys()):
+        for name in dict.fromkeys((row_format, *_STANDS_IN.get(row_format, ()))):
+            if row_format == "messages" and name.startswith("prompt") and not _has_messages(row):
+                continue  # a pair of texts is no conversation
+            found = [shape for shape in (*SHAPES, *_public(row)) if shape.name == name and shape.fits(names)]
+            if found:
+                # Beside a prompt, a response is that prompt's answer.
+                return found[:1] if "prompt" in names else found
+    return []
+
+
+def standard_row(row: Mapping[str, Any], shape: Shape) -> tuple[str, Mapping[str, Any]]:
+    """Return the kind of a row (``messages``, ``pair``, ``text`` or ``text_label``), and it with that kind's fields.
+
+    A pair has ``prompt`` and ``response``; other columns stay.
+
+    >>> standard_row({"instruction": "Add.", "input": "1 1", "output": "2"}, SHAPES[4])[1]["response"]
+    '2'
+    """
+    if shape.name in ("text", "text_label"):
+        return shape.name, row
+    if shape is DIALOGUE:
+        return "messages", {**row, "messages": _dialogue(row["turns"])} | _kept(row, "dialogue_id")
+    if shape is SCITLDR:  # sentences, and several summaries
         abstract = " ".join(str(sentence) for sentence in row["source"])
-        return {"prompt": f"{SUMMARISE}\n\n{abstract}"} | _answers(row["target"]) | _kept(row, "id", "paper_id")
+        fields = {"prompt": f"{SUMMARISE}\n\n{abstract}"} | _answers(row["target"]) | _kept(row, "paper_id")
+        return "pair", {**row, **fields}
+    if shape.name == "messages":
+        return "messages", row
+    if shape.name == "conversations":
+        return "messages", {**row, "messages": row[conversations_column(row)]}
+    if shape is MINILLM:  # the prompt is instruction and input in their template
+        return "pair", {**row, "input": None} | _answers(row["output"])
+    if shape.name == "instruction":
+        answer = row["output"] if "output" in row else row["response"]
+        context = row.get("input") or (row.get("context") if "output" not in row else None)  # Dolly's word for it
+        return "pair", {**row, "prompt": row["instruction"], "input": context} | _answers(answer)
+    answer = row["completion" if shape.name == "prompt_completion" else "response"]
+    if _has_messages(row):
+        return "messages", {**row, "messages": [*_messages(row["prompt"], "user"), *_messages(answer, "assistant")]}
+    return "pair", {**row, **_answers(answer)}
+
+
+def conversations_column(row: Mapping[str, Any]) -> str:
+    """Return the name of the column that holds a row's ShareGPT conversation."""
+    return "conversations" if "conversations" in row else "conversation"
+
+
+def _all_shapes(row: Mapping[str, Any], names: Collection[str]) -> list[Shape]:
+    found = [shape for shape in SHAPES if shape.fits(names)]
+    if any(shape.name == "text_label" for shape in found):  # a text with a label is a text, too
+        found = [shape for shape in found if shape.name != "text"]
+    if "conversations" not in names and not isinstance(row.get("conversation"), list | tuple):
+        found = [shape for shape in found if shape.name != "conversations"]
+    # Half of a pair is a mistake, whatever stands beside it.
+    half = {"prompt", "response", "completion"} & row.keys()
+    return [] if half and [shape.name for shape in found] == ["text"] else found
+
+
+def _public(row: Mapping[str, Any]) -> list[Shape]:
+    """The public shape that a row has, if it has none of ``SHAPES``."""
+    if isinstance(row.get("source"), list) and "target" in row:
+        return [SCITLDR]
     dialogue = row.get("turns")
-    if isinstance(dialogue, Mapping) and {"speaker", "utterance"} <= dialogue.keys():  # Schema-Guided Dialogue
-        return {"messages": _dialogue(dialogue)} | _kept(row, "id", "dialogue_id")
-    if isinstance(row.get("response"), list):
-        return {**row, **_answers(row["response"])}
-    return row
+    if isinstance(dialogue, Mapping) and {"speaker", "utterance"} <= dialogue.keys():
+        return [DIALOGUE]
+    return [MINILLM] if MINILLM.fits(row) else []
+
+
+def _two_shapes(place: str, one: Shape, other: Shape) -> DrklError:
+    way_out = "Remove the columns of one of them."
+    if one.name != other.name:
+        way_out = f"Set data.format to {one.name} or {other.name} in the run's yaml, or r{way_out[1:]}"
+    return DrklError(f"{place}: the columns fit two shapes: {one.title}, and {other.title}. {way_out}")
+
+
+def _no_shape(place: str, row: Mapping[str, Any], row_format: str) -> DrklError:
+    message = f"{place}: expected {_EXPECTED[row_format]}; found {names_of(row)}."
+    if "chosen" in row or "rejected" in row:
+        return DrklError(
+            f"{message} Pairs of a chosen and a rejected answer are for preference training, which is not here. To "
+            "learn the chosen one, name it response (or messages, where it is a whole conversation)."
+        )
+    if "prompt" in row and "response" not in row and row_format in ("auto", "prompt_response"):
+        return DrklError(message + _PROMPT_ALONE)
+    pair = next((pair for pair in _PAIRS if all(isinstance(row.get(name), str) for name in pair)), None)
+    if pair is not None:
+        message += f" If {pair[0]} is what is asked and {pair[1]} the answer, name the columns prompt and response."
+    return DrklError(message)
+
+
+_EXPECTED = {
+    "auto": "the fields prompt and response, or messages, or text (with label or without), or prompt and completion, "
+    "or instruction and output, or conversations",
+    "messages": "the field messages",
+    "conversations": "the field conversations",
+    "prompt_response": "the fields prompt and response",
+    "prompt_completion": "the fields prompt and completion",
+    "instruction": "the fields instruction and output",
+    "text_label": "the fields text and label",
+    "text": "the field text",
+}
 
 
 def _is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(message, Mapping) for message in value)
 
 
+def _has_messages(row: Mapping[str, Any]) -> bool:
+    return any(_is_messages(row.get(name)) for name in ("prompt", "response", "completion"))
+
+
 def _messages(value: Any, role: str) -> Sequence[Any]:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
-
-
-def _instruction(row: Mapping[str, Any]) -> dict[str, Any]:
-    """``instruction`` and ``input``, or MiniLLM's ``prompt``, which is the two in its template; ``output``."""
-    if "instruction" not in row:
-        return {"prompt": row["prompt"]} | _answers(row["output"]) | _kept(row, "id", "id")
-    fields: dict[str, Any] = {"prompt": row["instruction"]}
-    if row.get("input"):
-        fields["input"] = row["input"]
-    return fields | _answers(row["output"]) | _kept(row, "id", "id")
 
 
 def _answers(value: Any) -> dict[str, Any]:
@@ -62,11 +207,11 @@ def _answers(value: Any) -> dict[str, Any]:
     return {"response": value[0], "references": value}
 
 
-def _kept(row: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
-    return {name: row[source]} if row.get(source) is not None else {}
+def _kept(row: Mapping[str, Any], source: str) -> dict[str, Any]:
+    return {"id": row[source]} if row.get(source) is not None else {}
 
 
-def _dialogue(turns: Mapping[str, Any]) -> list[dict[str, str]]:
+def _dialogue(turns: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
     """The dialogue up to the system's last turn; on the hub the user is speaker 0."""
     roles = ["assistant" if str(speaker).upper() in ("1", "SYSTEM") else "user" for speaker in turns["speaker"]]
     messages = [{"role": role, "content": text} for role, text in zip(roles, turns["utterance"], strict=True)]

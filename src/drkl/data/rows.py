@@ -11,6 +11,8 @@ from drkl.data.config import DataConfig
 from drkl.data.examples import Example, load_examples, parse_rows
 from drkl.data.examples import read_heldout as heldout_examples
 from drkl.data.files import labelled_by_name, rows_at
+from drkl.data.lengths import NO_LIMIT, Room, fit_lengths
+from drkl.data.seq2seq import set_languages
 from drkl.data.tokenize import DropReport, Row, tokenize_examples
 from drkl.data.tokenized import class_name, tokenized_rows, tokenized_texts
 from drkl.errors import DrklError
@@ -30,9 +32,11 @@ def rows_from(
     name: str = "train_dataset",
     row_format: str = "auto",
     max_prompt_tokens: int | None = None,
-    max_tokens: int = 512,
+    max_tokens: int | None = None,
     turns: str = "last",
     template: str = "auto",
+    room: Room = NO_LIMIT,
+    ends: Sequence[int] = (),
 ) -> tuple[Rows, DropReport]:
     """Return the tokenised rows of a data set, in order, and the account of those that were dropped.
 
@@ -40,24 +44,29 @@ def rows_from(
         dataset: a ``datasets.Dataset`` (or a ``DatasetDict`` of one split), a list or any other sequence of rows, a
             pandas ``DataFrame``, the path of a file, ``bundled:dolly`` and the like, a folder or id of ``datasets``.
             A row is a mapping with ``prompt`` and ``response`` (or ``completion``; as texts or as lists of messages),
-            ``messages``, ``instruction`` and ``output``, ``text``, ``text`` and ``label`` (for a classifier), or is
-            tokenised: ``input_ids`` and unshifted ``labels``. Rows that are `Example`, `Row` or `LabelledRow` already
-            are taken as they are. A row's ``id`` is its own, or else its number; other columns are ignored.
+            ``messages``, ``conversations``, ``instruction`` and ``output``, ``text``, ``text`` and ``label`` (for a
+            classifier), or is tokenised: ``input_ids`` and unshifted ``labels``. Rows that are `Example`, `Row` or
+            `LabelledRow` already are taken as they are. A row's ``id`` is its own, or else its number; ``docs/data.md``
+            says which other columns are read.
         tokenizer: the one that both models share.
         classes: a classifier's classes, by number; None for a language model.
         encoder_decoder: whether the language model is one.
         name: what errors call the data set.
         row_format: ``auto``, or one of `DataConfig.format`.
-        max_prompt_tokens: rows with a longer prompt are dropped and counted; default 256, or half of ``max_tokens``.
-        max_tokens: prompt and response together; a longer response is cut at its end and counted.
+        max_prompt_tokens: rows with a longer prompt are dropped and counted; default 256, or half of a smaller
+            ``max_tokens``, or what leaves room for a response.
+        max_tokens: prompt and response together; a longer response is cut at its end and counted. Default 512, or the
+            models' context.
         turns: ``last`` or ``all`` of the assistant's turns are learnt.
         template: how a prompt is written, as `DataConfig.template`; ``plain`` is the prompt as it is.
+        room: the context of the models, which the lengths that are not given fit.
+        ends: the ids that the model's own settings list as ends, for chat templates that write none after a turn.
 
     Raises:
         DrklError: a data set of another kind, a row that is not understood (with its place), or no row left.
     """
-    longest = min(256, max_tokens // 2) if max_prompt_tokens is None else max_prompt_tokens
-    lengths = {"max_prompt_tokens": longest, "max_tokens": max_tokens}
+    fitted = fit_lengths(max_prompt_tokens, max_tokens, room)
+    lengths: dict[str, Any] = {**fitted._asdict(), "room": room}
     items = list(dataset_items(dataset, name, row_format))
     if not items:
         raise DrklError(f"{name} has no rows.")
@@ -66,15 +75,16 @@ def rows_from(
         return _checked([row for _, row in items], kind, classes, name, encoder_decoder=encoder_decoder)
     if kind == "tokenised":
         if classes is not None:
-            return tokenized_texts(items, tokenizer, classes, max_tokens=max_tokens)
+            return tokenized_texts(items, tokenizer, classes, max_tokens=fitted.max_tokens)
         return tokenized_rows(items, tokenizer, encoder_decoder=encoder_decoder, **lengths)
     if kind is Example:
         examples = [example for _, example in items]
     else:
         examples = parse_rows(_with_class_names(items, classes), name, row_format if classes is None else "text_label")
     if classes is not None:
-        return tokenize_labelled(labelled_texts(examples), tokenizer, classes, max_tokens=max_tokens)
+        return tokenize_labelled(labelled_texts(examples), tokenizer, classes, max_tokens=fitted.max_tokens)
     settings: dict[str, Any] = {"turns": turns, "template": template, "encoder_decoder": encoder_decoder, **lengths}
+    settings["ends"] = ends
     return tokenize_examples(examples, tokenizer, **settings)
 
 
@@ -104,7 +114,7 @@ def dataset_items(dataset: Any, name: str, row_format: str = "auto") -> Iterable
         plain = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
         return labelled_by_name(plain, name)
     if type(dataset).__module__.startswith("pandas"):
-        return _numbered(dataset.to_dict("records"), name)
+        return _numbered(dataset.astype(object).where(dataset.notna(), None).to_dict("records"), name)
     if isinstance(dataset, Mapping):
         raise DrklError(
             f"{name} is one dict with the keys {', '.join(map(str, dataset)) or 'none'}; expected a list of dicts, one "
@@ -139,9 +149,15 @@ def make_rows(
     *,
     classes: Sequence[str] | None,
     encoder_decoder: bool = False,
+    ends: Sequence[int] = (),
+    room: Room = NO_LIMIT,
 ) -> tuple[Rows, DropReport]:
-    """Tokenise one share of `read_shares` with the settings of its section; arguments as for `rows_from`."""
-    kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder}
+    """Tokenise one share of `read_shares` with the settings of its section; arguments as for `rows_from`.
+
+    The section's languages are set on the tokenizer.
+    """
+    set_languages(tokenizer, config.src_lang, config.tgt_lang)
+    kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder, "ends": ends, "room": room}
     return rows_from(examples, tokenizer, name=config.name, **kind, **config.row_settings)
 
 

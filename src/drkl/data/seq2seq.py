@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from drkl.data.template import instruction_text
-from drkl.errors import DrklError
+from drkl.data.rendering import instruction_text
+from drkl.errors import DrklError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,27 +17,86 @@ def encode_source(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
 
     A longer conversation is written as `instruction_text` does.
     """
-    # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
-    return list(tokenizer(instruction_text(messages), verbose=False)["input_ids"])
+    return _encode(tokenizer, text=instruction_text(messages))[0]
 
 
 def encode_target(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the decoder's target: the text as the tokenizer encodes targets by itself, ended by eos.
+    """Return the decoder's target: the text as the tokenizer encodes targets by itself, up to and including eos.
+
+    Where the tokenizer writes more after eos (mBART's language), that is left out: an answer is over at eos, and the
+    decoder of mBART is fed its language before the first token.
 
     Raises:
-        DrklError: the tokenizer has no eos token.
+        DrklError: the tokenizer has no eos token, or needs a target language.
     """
-    if tokenizer.eos_token_id is None:
+    eos = tokenizer.eos_token_id
+    if eos is None:
         raise DrklError(
             "The tokenizer has no eos token, so the student could never learn to stop. Set the tokenizer's eos_token."
         )
-    ids = list(tokenizer(text_target=text, verbose=False)["input_ids"])
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, int(tokenizer.eos_token_id)]
+    ids, special = _encode(tokenizer, text_target=text)
+    after = len(special) - special[::-1].index(0) if 0 in special else len(special)
+    if eos in ids[after:]:
+        return ids[: ids.index(eos, after) + 1]
+    return ids if ids[-1:] == [eos] else [*ids, int(eos)]
 
 
 def tokens_around(tokenizer: PreTrainedTokenizerBase, *, target: bool = False) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts before a text, and those after it."""
-    text = {"text_target" if target else "text": "a"}
-    encoded = tokenizer(**text, return_special_tokens_mask=True, verbose=False)
-    ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    ids, special = _encode(tokenizer, **{"text_target" if target else "text": "a"})
     return ids[: special.index(0)], ids[len(special) - special[::-1].index(0) :]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, **text: str) -> tuple[list[int], list[int]]:
+    """The ids of a text, and which of them (1) the tokenizer put around it."""
+    try:
+        # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
+        encoded = tokenizer(**text, return_special_tokens_mask=True, verbose=False)
+    except KeyError as error:
+        if "text_target" not in text or getattr(tokenizer, "tgt_lang", "") is not None:
+            raise
+        raise DrklError(
+            f"The {type(tokenizer).__name__} writes the language before each text, and has no target language: set "
+            "data.tgt_lang (and data.src_lang), or in Python tokenizer.tgt_lang."
+        ) from error
+    return list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+
+
+def set_languages(tokenizer: Any, src_lang: str | None, tgt_lang: str | None) -> None:
+    """Set the languages of a translation tokenizer (mBART, NLLB, M2M-100, PLBart), which it is saved with.
+
+    Args:
+        tokenizer: changed in place.
+        src_lang: the source language's code, as the tokenizer spells it; None leaves it as it is.
+        tgt_lang: the target's.
+
+    Raises:
+        DrklError: a tokenizer without languages, or a code that it does not know.
+    """
+    for name, code in (("src_lang", src_lang), ("tgt_lang", tgt_lang)):
+        if code is None:
+            continue
+        if not hasattr(tokenizer, name):
+            raise DrklError(
+                f"data.{name} is {code!r}, but the {type(tokenizer).__name__} has no languages; leave it out."
+            )
+        known = languages(tokenizer)
+        if code not in known:
+            raise DrklError(
+                f"data.{name} is {code!r}, which the {type(tokenizer).__name__} does not know; for instance "
+                f"{', '.join(list(known)[:4])}.{did_you_mean(code, known)}"
+            )
+        setattr(tokenizer, name, code)
+
+
+def languages(tokenizer: Any) -> dict[str, int]:
+    """The ids of a translation tokenizer's languages, by their codes; empty for any other tokenizer."""
+    if not hasattr(tokenizer, "tgt_lang"):
+        return {}
+    known = getattr(tokenizer, "lang_code_to_id", None)
+    if known is None:  # NLLB's: every special token that has no other part
+        parts = set(map(str, tokenizer.special_tokens_map.values()))
+        added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        known = {code: number for code, number in added.items() if code not in parts}
+    plain = {code.strip("_"): number for code, number in known.items() if code.startswith("__")}  # PLBart's __java__
+    return {**{str(code): int(number) for code, number in known.items()}, **plain}

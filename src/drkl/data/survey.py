@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.classification import LabelledRow
 from drkl.data.config import NO_ROWS, DataConfig
+from drkl.data.lengths import NO_LIMIT, Room
 from drkl.data.rows import make_rows, read_shares
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
@@ -30,6 +31,9 @@ class Survey:
         rows: its usable rows; a classifier's are `LabelledRow`.
         report: the account of the others.
         classes: a classifier's classes, by number; None for a language model.
+        shapes: how many rows came in which shape.
+        given: how many rows have what a chat template is given besides texts (``tools``, ``tool_calls``), or replies
+            that are not trained.
     """
 
     name: str
@@ -38,15 +42,20 @@ class Survey:
     rows: Sequence[Any]
     report: DropReport
     classes: Sequence[str] | None = None
+    shapes: Mapping[str, int] = field(default_factory=dict)
+    given: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def facts(self) -> list[tuple[str, str]]:
         """Counts by name."""
         report = self.report
-        facts = [("rows kept", f"{report.kept:,} of {report.kept + sum(report.dropped.values()):,}")]
+        several = len(self.shapes) > 1
+        facts = [("format", f"{shape}: {n:,}" if several else shape) for shape, n in self.shapes.items()]
+        facts += [("rows kept", f"{report.kept:,} of {report.kept + sum(report.dropped.values()):,}")]
         facts += [(f"dropped: {reason.replace('_', ' ')}", f"{n:,}") for reason, n in report.dropped.items()]
         if report.documents:
             facts.append(("texts cut into blocks", f"{report.documents:,}"))
+        facts += [(f"rows with {name}", f"{n:,}") for name, n in self.given.items()]
         facts.append((f"{report.what_is_cut} cut", f"{report.responses_cut:,}"))
         if self.classes is not None:
             return facts + self._class_counts(self.classes)
@@ -82,6 +91,8 @@ def survey(
     *,
     classes: Sequence[str] | None = None,
     encoder_decoder: bool = False,
+    ends: Sequence[int] = (),
+    room: Room = NO_LIMIT,
 ) -> list[Survey]:
     """Read and tokenise each source of a data section on its own, as a run would; nothing is written.
 
@@ -92,10 +103,14 @@ def survey(
 
     def add(name: str, share: str, examples: Any, weight: float = 1.0) -> None:
         try:
-            rows, report = make_rows(examples, config, tokenizer, classes=classes, encoder_decoder=encoder_decoder)
+            rows, report = make_rows(
+                examples, config, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends, room=room
+            )
         except DrklError as error:
             raise DrklError(f"{name} ({share}): {error}") from error
-        surveys.append(Survey(name, share, weight, rows, report, classes))
+        shapes = Counter(example.shape for example in examples)
+        given = Counter(name for example in examples for name in example.given)
+        surveys.append(Survey(name, share, weight, rows, report, classes, shapes, given))
 
     heldout = None
     for source in config.all_sources():

@@ -3,52 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from contextlib import suppress
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drkl.errors import DrklError, did_you_mean
+from drkl.data.ends import as_ids, end_of_turn, opening_tag, special_tokens
+from drkl.data.pieces import Stream, encode_from_start, eos_of
+from drkl.data.rendering import FOLLOW_UP, Writer, instruction_text
+from drkl.errors import DrklError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    Messages = Sequence[Mapping[str, str]]
+    from drkl.data.rendering import Messages
 
-ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-MINILLM_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-FOLLOW_UP = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-NAMES = ("auto", "chat", "alpaca", "minillm", "plain")
-_PROBE = "drkl0content0probe"
+# Digits alone: the same in capitals.
+_PROBE = "8406295137084062951370"
+_NEXT = "5173840296251738402962"
 
 
 class Turns(NamedTuple):
-    """A conversation's ids, and the (start, end) of every assistant turn in them, its end of turn included."""
+    """A conversation's ids, and the (start, end) of every assistant turn in them, its end of turn included.
+
+    ``openings`` has for each turn what the template's generation prompt goes on with after ``ids[:start]`` and the
+    conversation does not, such as ``<think>``: a model samples the turn after both.
+    """
 
     ids: list[int]
     spans: list[tuple[int, int]]
+    openings: list[list[int]]
 
 
-def check_template(template: str) -> None:
-    """Raise DrklError unless a template is a name of ``NAMES`` or a jinja template.
+class _Turn(NamedTuple):
+    """A turn as text: all before it, what is learnt, whether that has the end of turn, and the opening."""
 
-    Raises:
-        DrklError: an unknown name, or jinja that does not parse (with its line).
-    """
-    if template in NAMES:
-        return
-    if "{{" not in template and "{%" not in template:
-        raise DrklError(
-            f"there is no template {template!r}; expected {', '.join(NAMES)}, or jinja text with {{{{ prompt }}}} or "
-            f"messages in it.{did_you_mean(template, NAMES)}"
-        )
-    _compiled(template)
+    before: str
+    reply: str
+    ended: bool = False
+    opening: str = ""
 
 
 def encode_prompt(
@@ -57,6 +49,8 @@ def encode_prompt(
     template: str = "auto",
     *,
     context_start: int | None = None,
+    tools: Sequence[Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the ids after which the model answers ``messages`` (which end with the user's).
 
@@ -68,16 +62,20 @@ def encode_prompt(
 
     Args:
         tokenizer: its bos stands first where it adds one itself, except in chat, minillm and in jinja text that
-            writes ``bos_token``.
-        messages: ``{"role", "content"}``, first to last.
-        template: a name of ``NAMES``, or jinja text.
+            writes ``bos_token``; never twice.
+        messages: ``{"role", "content"}``, first to last, and other fields, which a chat template and jinja text are
+            given too.
+        template: a name of ``NAMES``, ``chat:NAME`` for one of several chat templates, or jinja text.
         context_start: the character at which the input of a single user message begins, which minillm separates from
             the instruction.
+        tools: what a chat template or jinja text is given as ``tools``: json schemas.
+        template_kwargs: what it is given besides, by name.
 
     Raises:
-        DrklError: the template refuses the conversation, or is unknown.
+        DrklError: the template refuses the conversation, fails, or is unknown.
     """
-    return _encode_from_start(tokenizer, _prompt_text(tokenizer, messages, template, context_start), template)
+    writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
+    return encode_from_start(writer, writer.prompt(messages))
 
 
 def encode_response(
@@ -86,24 +84,54 @@ def encode_response(
     template: str = "auto",
     *,
     context_start: int | None = None,
+    tools: Sequence[Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    ends: Sequence[int] = (),
 ) -> list[int]:
     """Return the ids of the last message, the assistant's, up to and including its end of turn.
 
-    ``encode_prompt(tokenizer, messages[:-1]) + encode_response(tokenizer, messages)`` is the templated conversation up
-    to the end of turn; what the template writes after that (often a newline) is left out. The end of turn is the
-    tokenizer's eos where the template writes it, else the first special token after the text, else an appended eos.
+    They are those of the turn in `encode_last`, which has the same arguments.
+
+    Raises:
+        DrklError: as `encode_last`.
+    """
+    given: dict[str, Any] = {"context_start": context_start, "tools": tools, "template_kwargs": template_kwargs}
+    given["ends"] = ends
+    ids, ((start, _),), _ = encode_last(tokenizer, messages, template, **given)
+    return ids[start:]
+
+
+def encode_last(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    template: str = "auto",
+    *,
+    context_start: int | None = None,
+    tools: Sequence[Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    ends: Sequence[int] = (),
+) -> Turns:
+    """Return the ids of a conversation up to the end of its last turn, the assistant's, which is the only span.
+
+    They are the conversation as the template writes it, without what it writes after the end of turn (often a newline).
+    The end of turn is the first special token after the text; where the template writes none, the tag of the user's
+    next turn if ``ends`` has it, else an appended eos (see `drkl.data.ends`). The turn begins where
+    ``encode_prompt(tokenizer, messages[:-1])`` ends, or where that begins an opening.
 
     Where the tokenizer would merge the end of the prompt with the beginning of the response, the two are encoded
     separately: a generating model sees the prompt alone and could never produce the merged token.
 
+    An answer whose text begins as the opening does goes on after the generation prompt, also where the template would
+    leave its reasoning out: that is for earlier turns.
+
+    ``ends`` are the ids that the model's own settings list as ends; the other arguments are those of `encode_prompt`.
+
     Raises:
-        DrklError: the chat template refuses the conversation, does not begin it with its own generation prompt, or
-            leaves the response out; the tokenizer has no eos token and the template ends no turn.
+        DrklError: the chat template refuses the conversation, writes the prompt differently once the response follows,
+            or leaves the response out, or a part of it; the tokenizer has no eos token and the template ends no turn.
     """
-    prompt = _prompt_text(tokenizer, messages[:-1], template, context_start)
-    text, ended = _response_text(tokenizer, prompt, messages, template)
-    ids = _encode_pieces(tokenizer, [prompt, text], template, begins=True)[1]
-    return ids if ended else [*ids, _eos(tokenizer)]
+    writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
+    return _encode_turns(writer, messages, [_turn(writer, messages, None)], ends)
 
 
 def encode_turns(
@@ -112,244 +140,214 @@ def encode_turns(
     template: str = "auto",
     *,
     context_start: int | None = None,
+    tools: Sequence[Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    ends: Sequence[int] = (),
 ) -> Turns:
     """Return the ids of a whole conversation, which ends with the assistant's message, and the assistant's turns.
 
-    Each turn has the ids that ``encode_response`` gives for the conversation up to there. Where a template writes no
+    Each turn has the ids that `encode_last` gives for the conversation up to there. Where a template writes no
     end of turn, eos is put after every turn of the assistant. In alpaca and minillm a later user message is a further
     ``### Instruction:``.
 
     Raises:
-        DrklError: as ``encode_response``; a template that writes an earlier turn differently once others follow it.
+        DrklError: as `encode_last`; a template that writes an earlier turn differently once others follow it.
     """
-    runs: list[list[str]] = [[]]  # pieces of text, broken where an eos that is no text comes between
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
+    turns: list[_Turn] = []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            turns.append(_turn(writer, messages[: index + 1], turns[-1] if turns else None))
+            last = messages[: index + 1]
+    return _encode_turns(writer, last, turns, ends)
+
+
+def _encode_turns(writer: Writer, messages: Messages, turns: Sequence[_Turn], ends: Sequence[int]) -> Turns:
+    """Encode the turns of one conversation, which ends with the last; eos is put after those that nothing ends."""
+    stream = Stream(writer)
+    result = Turns(stream.ids, [], [])
+    eos = as_ids(writer.tokenizer.eos_token_id)
     text = ""
-    ended = True
-    for index, message in enumerate(messages[: last + 1]):
-        if message["role"] != "assistant":
-            continue
-        prompt = _prompt_before(tokenizer, messages[:index], template, context_start, text)
-        between = prompt[len(text) :]
-        if not ended and tokenizer.eos_token and between.startswith(tokenizer.eos_token):
-            runs[-1][-1] += tokenizer.eos_token
-            between, ended = between.removeprefix(tokenizer.eos_token), True
-        if not ended:
-            runs.append([])
-        reply, ended = _response_text(tokenizer, prompt, messages[: index + 1], template)
-        runs[-1] += [between, reply]
-        text = prompt + reply
-    ids: list[int] = []
-    spans: list[tuple[int, int]] = []
-    for number, run in enumerate(runs):
-        for place, piece in enumerate(_encode_pieces(tokenizer, run, template, begins=number == 0)):
-            if place % 2:
-                spans.append((len(ids), len(ids) + len(piece)))
-            ids += piece
-        if number < len(runs) - 1 or not ended:
-            ids.append(_eos(tokenizer))
-            spans[-1] = (spans[-1][0], len(ids))
-    return Turns(ids, spans)
+    for turn, following in zip_longest(turns, turns[1:]):
+        stream.add(turn.before[len(text) :])
+        start = len(stream.ids)
+        text = turn.before + turn.reply
+        closing = ""
+        if not turn.ended:
+            between = following.before[len(text) :] if following else _continuation(writer, messages, text) or ""
+            closing = opening_tag(writer.tokenizer, between, [*eos, *ends])
+        stream.add(turn.reply + closing)
+        text += closing
+        if not (turn.ended or closing or stream.ids[start:][-1:] == eos):
+            stream.end()
+        result.spans.append((start, len(stream.ids)))
+        result.openings.append(_opening_ids(writer, turn))
+    return result
 
 
-def _prompt_before(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str, context_start: int | None, text: str
-) -> str:
-    """The prompt of a turn, which continues the ``text`` of the turns before it."""
-    kind = _kind(tokenizer, template)
-    if text and kind in ("alpaca", "minillm"):
-        return text + FOLLOW_UP.format(instruction=messages[-1]["content"])
-    prompt = _prompt_text(tokenizer, messages, template, context_start)
-    if not prompt.startswith(text):
-        what = "chat template" if kind == "chat" else f"template {template!r}"
+def _opening_ids(writer: Writer, turn: _Turn) -> list[int]:
+    if not turn.opening:
+        return []
+    before = encode_from_start(writer, turn.before)
+    return encode_from_start(writer, turn.before + turn.opening)[len(before) :]
+
+
+def _turn(writer: Writer, messages: Messages, previous: _Turn | None) -> _Turn:
+    """The last turn of a conversation, the assistant's; ``previous`` is the one before it, if that is learnt too."""
+    text = previous.before + previous.reply if previous else ""
+    kind = writer.kind
+    if previous and kind in ("alpaca", "minillm"):
+        last = max(i for i, message in enumerate(messages[:-1]) if message["role"] == "assistant")
+        prompt = text + FOLLOW_UP.format(instruction=instruction_text(messages[last + 1 : -1]))
+    else:
+        prompt = writer.prompt(messages[:-1])
+    turn = _chat_turn(writer, messages, prompt) if kind == "chat" else _Turn(prompt, messages[-1].get("content") or "")
+    if not turn.before.startswith(text):
+        what = "chat template" if kind == "chat" else f"template {writer.template!r}"
         raise DrklError(
             f"The {what} writes the assistant's earlier turns differently once others follow, so a conversation cannot "
             "be learnt in one piece: set data.turns: last, or choose another data.template."
         )
-    return prompt
+    return turn
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end a generated response: eos, and the template's end of turn if that is another token.
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str = "auto", ends: Sequence[int] = ()) -> list[int]:
+    """Return the ids that end a generated answer: eos, the template's end of turn, and those of ``ends``.
+
+    Rows of another template end with eos, but the end of a turn in the tokenizer's chat template, which an instruct
+    model may write there all the same, ends an answer too.
+
+    Args:
+        tokenizer: the run's.
+        template: as for ``encode_prompt``.
+        ends: the ids that a model's own settings list as ends.
 
     Raises:
         DrklError: as ``encode_response``.
     """
+    if Writer(tokenizer, template).kind == "chat":
+        taught = [_chat_end(tokenizer, template, ends)]
+    else:
+        taught = [eos_of(tokenizer)]
+        if tokenizer.chat_template:
+            with suppress(DrklError):  # it writes no row here
+                taught.append(_chat_end(tokenizer, "auto", ends))
+    return list(dict.fromkeys([*as_ids(tokenizer.eos_token_id), *taught, *ends]))
+
+
+def _chat_end(tokenizer: PreTrainedTokenizerBase, template: str, ends: Sequence[int]) -> int:
     messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
-    last = encode_response(tokenizer, messages)[-1]
-    eos = tokenizer.eos_token_id
-    return [last] if eos is None or eos == last else [eos, last]
+    try:
+        return encode_response(tokenizer, messages, template, ends=ends)[-1]
+    except DrklError:  # some templates take no conversation without a system message
+        system = {"role": "system", "content": _PROBE}
+        return encode_response(tokenizer, [system, *messages], template, ends=ends)[-1]
 
 
-def _kind(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    if template == "auto":
-        return "chat" if tokenizer.chat_template else "alpaca"
-    if template == "chat" and not tokenizer.chat_template:
-        raise DrklError(
-            "data.template is 'chat', but the tokenizer has no chat template; use alpaca, minillm, plain or jinja text."
-        )
-    check_template(template)
-    return template if template in NAMES else "jinja"
+def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
+    """The last turn as the chat template writes it; ``prompt`` ends with its generation prompt."""
+    _check_written(writer, messages[:-1], prompt)
+    full = writer.conversation(messages)
+    head, tail = _around(writer, messages, full)
+    cut = len(prompt) if full.startswith(prompt) else min(_num_common(prompt, full), _num_common(prompt, head))
+    if _lacks(full.removesuffix(tail), cut, messages[-1].get("content")):
+        # What the template leaves out of an answer may be what its generation prompt opens.
+        whole = f"{head}{messages[-1]['content']}{tail}"
+        if cut == len(prompt) or not whole.startswith(prompt):
+            raise DrklError(
+                "The chat template leaves out a part of the answer. Put reasoning into the field reasoning_content if "
+                "the template writes that, or set data.template to jinja text."
+            )
+        full, cut = whole, len(prompt)
+    before = prompt[: _border(writer, messages, prompt, cut)]
+    said = full.removesuffix(tail)
+    end = end_of_turn(writer.tokenizer, tail, lambda: _continuation(writer, messages, said))
+    reply = said[len(before) :] + tail[:end]
+    return _Turn(before, reply, ended=end > 0, opening=prompt[len(before) :])
 
 
-def _prompt_text(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str, context_start: int | None
-) -> str:
-    kind = _kind(tokenizer, template)
-    if kind == "chat":
-        return _render(tokenizer, messages, add_generation_prompt=True)
-    instruction, context = instruction_text(messages), ""
-    if kind in ("minillm", "jinja") and context_start is not None and len(messages) == 1:
-        context = instruction[context_start:]
-        instruction = instruction[:context_start].removesuffix("\n\n")
-    if kind == "jinja":
-        words = {"prompt": instruction_text(messages), "instruction": instruction, "input": context}
-        return _render_jinja(tokenizer, template, messages, words)
-    if kind == "plain":
-        return instruction
-    return (
-        MINILLM_INPUT.format(instruction=instruction, input=context)
-        if context
-        else ALPACA.format(instruction=instruction)
-    )
+def _check_written(writer: Writer, messages: Messages, prompt: str) -> None:
+    """Raise DrklError where the prompt does not depend on a message at all."""
+    for place, message in enumerate(messages):
+        content = message.get("content")
+        if message["role"] == "assistant" or not isinstance(content, str) or content.strip() in prompt:
+            continue
+        try:
+            changed = writer.prompt([*messages[:place], {**message, "content": _PROBE}, *messages[place + 1 :]])
+        except DrklError:
+            continue  # a template that refuses the placeholder reads it
+        if changed == prompt:
+            raise DrklError(
+                f"The chat template leaves out what the {message['role']} says in message {place + 1}, so the models "
+                "would not see it. Give the tokenizer another chat_template, or set data.template to alpaca, plain or "
+                "jinja text."
+            )
 
 
-def instruction_text(messages: Messages) -> str:
-    """Return a single message's text; else all turns, after ``User:`` or ``Assistant:`` (a system message bare)."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    names = {"user": "User: ", "assistant": "Assistant: "}
-    return "\n\n".join(names.get(m["role"], "") + m["content"] for m in messages)
+def _around(writer: Writer, messages: Messages, full: str) -> tuple[str, str]:
+    """What the chat template writes before the last message's content and after it."""
+    # A placeholder shows it: the content itself may contain anything, special tokens too. Some templates write either
+    # content or calls of tools.
+    last = messages[-1]
+    said = {"role": last["role"]} if last.get("tool_calls") else last
+    probe = writer.conversation([*messages[:-1], {**said, "content": _PROBE}])
+    head, placeholder, tail = probe.rpartition(_PROBE)
+    if placeholder and full.endswith(tail):
+        return head, tail
+    if probe == full:
+        raise DrklError("The chat template leaves the assistant's last message out; there is nothing to train on.")
+    # The end depends on the message, as where calls of tools end in a token of their own.
+    rest = full.rstrip()
+    token = max((token for token in special_tokens(writer.tokenizer) if rest.endswith(token)), key=len, default="")
+    return full[: _num_common(full, probe)], full[len(rest) - len(token) :] if token else ""
 
 
-def _response_text(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, messages: Messages, template: str
-) -> tuple[str, bool]:
-    """Return the text from the prompt's end to the end of turn, and whether it holds the end of turn."""
-    if _kind(tokenizer, template) != "chat":
-        return messages[-1]["content"], False
-    full = _render(tokenizer, messages, add_generation_prompt=False)
-    if not full.startswith(prompt):
+def _border(writer: Writer, messages: Messages, prompt: str, cut: int) -> int:
+    """The character at which the row's prompt ends: ``cut``, or the next place before it where a token ends."""
+    if cut == len(prompt):
+        return cut
+    least = _num_common(prompt, writer.conversation(messages[:-1]))
+    ids = encode_from_start(writer, prompt)
+    while cut > least and (part := encode_from_start(writer, prompt[:cut])) != ids[: len(part)]:
+        cut -= 1
+    if cut <= least:
         raise DrklError(
             f"The chat template ends a prompt with {prompt[-40:]!r}, but a whole conversation does not go on from "
             "there, so what the student should write after the prompt is undefined. Give the tokenizer another "
-            "chat_template, or none for the Alpaca template."
+            "chat_template, or set data.template to alpaca, plain or jinja text."
         )
-    # A placeholder shows what follows the content, which may itself contain anything, special tokens too.
-    probe = _render(tokenizer, [*messages[:-1], {**messages[-1], "content": _PROBE}], add_generation_prompt=False)
-    _, placeholder, suffix = probe.rpartition(_PROBE)
-    if not placeholder or not full.endswith(suffix):
-        raise DrklError("The chat template leaves the assistant's last message out; there is nothing to train on.")
-    content = full[len(prompt) : len(full) - len(suffix)]
-    end = _end_of_turn(tokenizer, suffix)
-    return content + suffix[:end], end > 0
+    return cut
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, suffix: str) -> int:
-    """Return the offset in ``suffix`` just past the token that ends the turn; 0 if none does."""
-    eos = tokenizer.eos_token
-    if eos and eos in suffix:
-        return suffix.index(eos) + len(eos)
-    specials = {str(token) for token in tokenizer.all_special_tokens}
-    specials |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    hits = [(suffix.index(token), -len(token)) for token in specials if token in suffix]
-    if not hits:
-        return 0
-    start, negative_length = min(hits)
-    return start - negative_length
+def _num_common(text: str, other: str) -> int:
+    """The number of characters that two texts begin with alike."""
+    length = min(len(text), len(other))
+    return next((place for place in range(length) if text[place] != other[place]), length)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool) -> str:
-    import jinja2
-
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-    except jinja2.TemplateError as error:
-        roles = ", ".join(m["role"] for m in messages)
-        raise DrklError(f"The tokenizer's chat template refuses the roles {roles}: {error}") from error
-    assert isinstance(text, str)
-    return text
+def _lacks(text: str, start: int, content: Any) -> bool:
+    """Whether a part of the content is neither in a text nor, written in another way, in what follows ``start``."""
+    if not isinstance(content, str):
+        return False
+    wanted, written = "".join(content.split()), "".join(text[start:].split())
+    return len(written) < len(wanted) and wanted not in "".join(text.split())
 
 
-@lru_cache(maxsize=8)
-def _compiled(template: str) -> Any:
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _continuation(writer: Writer, messages: Messages, said: str) -> str | None:
+    """What the template writes between the assistant's last message and a next one; None if it refuses.
 
-    environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise DrklError(f"data.template is not valid jinja (line {error.lineno}): {error.message}") from error
-
-
-def _render_jinja(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages, words: Mapping[str, str]
-) -> str:
-    compiled = _compiled(template)
-    tokens = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
-    try:
-        text = compiled.render(messages=[dict(m) for m in messages], **words, **tokens)
-    # A template is the user's code: it may fail in any way.
-    except Exception as error:
-        raise DrklError(
-            f"data.template failed: {type(error).__name__}: {error}. It is given messages, prompt, instruction, input, "
-            "bos_token and eos_token."
-        ) from error
-    return str(text)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
-    try:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as error:
-        if type(error) is not Exception:  # what tokenizers raises, for instance for a word without an unknown token
-            raise
-        raise DrklError(f"The tokenizer cannot encode {text[:60]!r}: {error}.") from error
-    return list(ids)
-
-
-def _encode_from_start(tokenizer: PreTrainedTokenizerBase, text: str, template: str) -> list[int]:
-    """Encode text that begins a sequence; some templates write their own bos, or want none."""
-    ids = _encode(tokenizer, text)
-    if tokenizer.bos_token_id is None or _kind(tokenizer, template) in ("chat", "minillm") or "bos_token" in template:
-        return ids
-    adds_bos = tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id, *ids] if adds_bos else ids
-
-
-def _encode_pieces(
-    tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], template: str, *, begins: bool
-) -> list[list[int]]:
-    """Encode pieces of one text as they stand in it, each with its own ids.
-
-    Where the tokenizer would merge the beginning of a piece into the piece before, the piece is encoded by itself.
+    The next one is the user's, or a tool's where the message calls tools; ``said`` is all text up to the end of the
+    calls. Another rendering of every row, so it is asked for only where the template's own end leaves a question.
     """
-
-    def encode(text: str) -> list[int]:
-        return _encode_from_start(tokenizer, text, template) if begins else _encode(tokenizer, text)
-
-    separate = [encode(pieces[0]), *(_encode(tokenizer, piece) for piece in pieces[1:])]
-    if [token for ids in separate for token in ids] == encode("".join(pieces)):
-        return separate
-    result: list[list[int]] = []
-    before: list[int] = []
-    text = ""
-    for piece, alone in zip(pieces, separate, strict=True):
-        text += piece
-        ids = encode(text)
-        result.append(ids[len(before) :] if ids[: len(before)] == before else alone)
-        before = ids
-    return result
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise DrklError(
-            "The tokenizer has no eos token and its template ends no turn with a special token: the student could "
-            "never learn to stop. Set the tokenizer's eos_token."
-        )
-    return int(tokenizer.eos_token_id)
+    if writer.kind != "chat":
+        return None
+    last = messages[-1]
+    calls = last.get("tool_calls")
+    spoken = last if calls else {**last, "content": _PROBE}
+    try:
+        text = writer.conversation([*messages[:-1], spoken, {"role": "tool" if calls else "user", "content": _NEXT}])
+    except DrklError:
+        return None
+    before, found, _ = text.rpartition(_NEXT)
+    start = before.find(said) + len(said) if calls else before.rfind(_PROBE) + len(_PROBE)
+    return before[start:] if found and before[:start].endswith(said if calls else _PROBE) else None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from drkl.data.examples import Example, hash_of_id
+from drkl.data.examples import Example, free_id, hash_of_id
+from drkl.data.lengths import NO_LIMIT, Lengths, Room, no_prompt_fits
+from drkl.data.rendering import Sign, date_told
 from drkl.data.seq2seq import encode_source, encode_target, tokens_around
-from drkl.data.template import Turns, encode_prompt, encode_response, encode_turns
+from drkl.data.template import Turns, encode_last, encode_prompt, encode_turns
+from drkl.data.written import as_written, has_more
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ _REASONS = {
     "empty_text": "empty text",
     "empty_label": "empty label",
     "no_labels": "no token to learn",
+    "weight_0": "weight 0, so no reply to learn",
     "text_too_long": "text longer than max_tokens",
 }
 
@@ -81,7 +85,9 @@ class DropReport:
     """Number of rows kept, of rows dropped by reason, and of responses cut.
 
     A row of plain text is a block; ``documents`` is the number of texts that were cut into blocks. ``per_epoch`` is the
-    number of rows in an epoch after weighting, None where all weights are 1.
+    number of rows in an epoch after weighting, None where all weights are 1. ``openings`` counts the rows that do not
+    have what the prompts end with (such as ``<think>``), by that text; ``date`` is the day that the chat template is
+    told is today, if it asks.
     """
 
     kept: int = 0
@@ -90,9 +96,11 @@ class DropReport:
     documents: int = 0
     what_is_cut: str = "responses"
     per_epoch: int | None = None
+    openings: dict[str, int] = field(default_factory=dict)
+    date: str | None = None
 
     def summary(self) -> str:
-        """Return one sentence for people."""
+        """Return a sentence for people, and one for each thing that the template does."""
         total = self.kept + sum(self.dropped.values())
         parts = [f"{self.kept} of {total} rows kept"]
         if self.documents:
@@ -102,7 +110,19 @@ class DropReport:
             parts.append(f"{self.responses_cut} {self.what_is_cut} cut at max_tokens")
         if self.per_epoch is not None:
             parts.append(f"{self.per_epoch} an epoch by their weights")
-        return ", ".join(parts) + "."
+        return " ".join([", ".join(parts) + ".", *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """What the template does that the rows do not show, in sentences."""
+        notes = [
+            f"The template's prompts end with {text!r}, which {count} row(s) do not have: these are learnt as the "
+            "template writes conversations, and samples follow the whole prompt."
+            for text, count in self.openings.items()
+        ]
+        if self.date:
+            notes.append(f"The template asks for today's date; it is told {self.date}, so that rows never change.")
+        return notes
 
 
 def tokenize_examples(
@@ -114,6 +134,8 @@ def tokenize_examples(
     turns: str = "last",
     template: str = "auto",
     encoder_decoder: bool = False,
+    room: Room = NO_LIMIT,
+    ends: Sequence[int] = (),
 ) -> tuple[list[Row], DropReport]:
     """Return the usable rows, in order, and the account of the others.
 
@@ -125,8 +147,12 @@ def tokenize_examples(
     row is the token before it (bos or eos before the first), so every token is trained once.
 
     ``encoder_decoder`` rows have the prompt and the last reply as the tokenizer encodes texts by itself; ``turns`` and
-    ``template`` are ignored. The encoder reads the first half of a block of plain text and the decoder writes the
-    second (prefix language modelling: Raffel et al. 2020, section 3.3.1).
+    ``template`` are ignored, and a target longer than ``room.decoder`` is cut. The encoder reads the first half of a
+    block of plain text and the decoder writes the second (prefix language modelling: Raffel et al. 2020, section
+    3.3.1).
+
+    ``ends`` are the ids that the model's own settings list as ends, for templates that write none
+    (`drkl.data.ends`).
 
     Raises:
         DrklError: no row is left, or a row that the chat template refuses (with its id).
@@ -138,6 +164,7 @@ def tokenize_examples(
     texts: dict[float, list[Example]] = {}
     report = DropReport()
     shortest: int | None = None
+    written: set[Sign] = set()
     for example in examples:
         reason = _empty(example, turns)
         if reason is None and example.is_text:
@@ -145,18 +172,27 @@ def tokenize_examples(
             continue
         if reason is None:
             try:
-                ids, spans = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder)
+                example = as_written(example, tokenizer, template, written, encoder_decoder=encoder_decoder)
+                encoded = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder, ends=ends)
             except DrklError as error:
                 raise DrklError(f"Row {example.id!r}: {error}") from error
-            length = spans[0][0]
+            ids, spans, openings = encoded
+            length = spans[0][0] + len(openings[0])
             shortest = length if shortest is None else min(shortest, length)
-            if length <= max_prompt_tokens:
-                report.responses_cut += len(ids) > max_tokens
-                row = row_of_spans(example, ids, spans, max_tokens)
-                rows.append(replace(row, encoder_decoder=True) if encoder_decoder else row)
+            if 0 < length <= max_prompt_tokens:
+                limit = longest_row(length, max_tokens, room)
+                report.responses_cut += spans[-1][1] > limit
+                row = row_of_spans(example, ids, spans, limit, openings)
+                row = replace(row, encoder_decoder=encoder_decoder)
+                place = len(_learnt(row.example)) - 1 if turns == "all" else -1
+                rows.append(_with_written_references(row, tokenizer, ids[slice(*spans[place])]))
+                if opening := max(openings, key=len):
+                    text = str(tokenizer.decode(opening, clean_up_tokenization_spaces=False))
+                    report.openings[text] = report.openings.get(text, 0) + 1
                 continue
-            reason = "prompt_too_long"
+            reason = "prompt_too_long" if length else "empty_prompt"  # the tokenizer leaves nothing of some texts
         report.dropped[reason] = report.dropped.get(reason, 0) + 1
+    report.date = date_told(tokenizer, template) if rows and not encoder_decoder else None
     for documents in texts.values():
         blocks = _blocks(documents, tokenizer, max_tokens)
         if encoder_decoder:
@@ -166,7 +202,7 @@ def tokenize_examples(
         report.documents += len(documents)
     report.kept = len(rows)
     if not rows:
-        raise DrklError(nothing_left(report, max_prompt_tokens, shortest))
+        raise DrklError(nothing_left(report, shortest, Lengths(max_prompt_tokens, max_tokens), room))
     if any(row.example.weight != 1 for row in rows):
         rows = weigh(rows)
         report.per_epoch = len(rows)
@@ -204,26 +240,60 @@ def weigh(rows: Sequence[Row]) -> list[Row]:
     repeated = []
     for copy in range(max(share.values(), default=0)):
         chosen = [row for row in rows if share[row.id] > copy]
-        repeated += chosen if not copy else [replace(row, id=f"{row.id}#{copy + 1}") for row in chosen]
+        repeated += chosen if not copy else [replace(row, id=free_id(f"{row.id}#{copy + 1}", share)) for row in chosen]
     return repeated
 
 
 def _encode(
-    example: Example, tokenizer: PreTrainedTokenizerBase, turns: str, template: str, *, encoder_decoder: bool
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: str,
+    template: str,
+    *,
+    encoder_decoder: bool,
+    ends: Sequence[int],
 ) -> Turns:
     """The ids of a conversation, and the turns that are learnt."""
     if encoder_decoder:
         source, target = encode_source(tokenizer, example.prompt_messages), encode_target(tokenizer, example.response)
-        return Turns(source + target, [(len(source), len(source) + len(target))])
-    start = example.context_start
+        return Turns(source + target, [(len(source), len(source) + len(target))], [[]])
+    given: dict[str, Any] = {"context_start": example.context_start, "tools": example.tools}
+    given |= {"template_kwargs": example.template_kwargs, "ends": ends}
     if turns == "all":
-        return encode_turns(tokenizer, example.messages, template, context_start=start)
-    prompt = encode_prompt(tokenizer, example.prompt_messages, template, context_start=start)
-    response = encode_response(tokenizer, example.messages, template, context_start=start)
-    return Turns(prompt + response, [(len(prompt), len(prompt) + len(response))])
+        encoded = encode_turns(tokenizer, example.messages, template, **given)
+        replies = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        learnt = [place for place, index in enumerate(replies) if index not in example.unlearnt]
+        spans, openings = [encoded.spans[place] for place in learnt], [encoded.openings[place] for place in learnt]
+        return Turns(encoded.ids, spans, openings)
+    return encode_last(tokenizer, example.messages, template, **given)
 
 
-def row_of_spans(example: Example, ids: Sequence[int], spans: Sequence[tuple[int, int]], max_tokens: int) -> Row:
+def longest_row(prompt: int, max_tokens: int, room: Room) -> int:
+    """The tokens of a row that are kept, by those of its prompt: a target has to fit its decoder."""
+    return min(max_tokens, prompt + room.decoder) if room.separate and room.decoder is not None else max_tokens
+
+
+def _with_written_references(row: Row, tokenizer: PreTrainedTokenizerBase, reply: Sequence[int]) -> Row:
+    """A row whose samples are compared with all that the template writes of a reply: calls, reasoning, tags."""
+    example = row.example
+    content = example.response.strip()
+    written = str(tokenizer.decode(list(reply), skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+    if has_more(example.messages[-1]):
+        references = (written, *example.references)
+    elif content and written != content and written.endswith(content):
+        references = tuple(written.removesuffix(content) + text for text in example.all_references)
+    else:
+        return row
+    return replace(row, example=replace(example, references=references))
+
+
+def row_of_spans(
+    example: Example,
+    ids: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    max_tokens: int,
+    openings: Sequence[Sequence[int]] = (),
+) -> Row:
     """Return the row of a tokenised conversation.
 
     Args:
@@ -232,21 +302,24 @@ def row_of_spans(example: Example, ids: Sequence[int], spans: Sequence[tuple[int
         spans: the tokens to learn, as (start, end) of each of the assistant's turns; the first starts before
             ``max_tokens``.
         max_tokens: the row ends there.
+        openings: for each turn what a model is given besides the ids before it; nothing by default.
     """
     # The beginning of a user's turn at the end would have no loss.
     end = max(min(end, max_tokens) for start, end in spans if start < max_tokens)
     prompt_ids, response_ids = tuple(ids[: spans[0][0]]), tuple(ids[spans[0][0] : end])
+    openings = openings or [()] * len(spans)
+    # Sampled is the last turn that was not cut; if that is not the last one, the conversation ends with it.
+    num_complete = max(1, sum(stop <= end for _, stop in spans))
+    replies = _learnt(example)
+    if num_complete < len(spans) or (replies and replies[-1] + 1 < len(example.messages)):
+        example = replace(example, messages=example.messages[: replies[num_complete - 1] + 1])
     if len(spans) == 1:
-        return Row(example.id, prompt_ids, response_ids, example)
+        context = (*prompt_ids, *openings[0]) if openings[0] else None
+        return Row(example.id, prompt_ids, response_ids, example, sampling_context=context)
     trained = [False] * len(ids)
     for start, stop in spans:
         trained[start:stop] = [True] * (stop - start)
-    # Sampled is the last turn that was not cut; if that is not the last one, the conversation ends with it.
-    num_complete = max(1, sum(stop <= end for _, stop in spans))
-    if num_complete < len(spans):
-        replies = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        example = replace(example, messages=example.messages[: replies[num_complete - 1] + 1])
-    context = tuple(ids[: spans[num_complete - 1][0]])
+    context = (*ids[: spans[num_complete - 1][0]], *openings[num_complete - 1])
     return Row(example.id, prompt_ids, response_ids, example, tuple(trained[len(prompt_ids) : end]), context)
 
 
@@ -316,22 +389,38 @@ def _text_example(
 def _empty(example: Example, turns: str) -> str | None:
     if example.is_text:
         return None if example.response.strip() else "empty_text"
-    if not example.prompt_text.strip():
+    # A tool may well answer nothing.
+    if example.messages[-2]["role"] == "user" and not example.prompt_text.strip():
         return "empty_prompt"
-    replies = [m["content"] for m in example.messages if m["role"] == "assistant"]
-    checked = replies if turns == "all" else replies[-1:]
-    return None if all(reply.strip() for reply in checked) else "empty_response"
+    replies = _learnt(example)
+    if turns == "last":
+        replies = replies[-1:] if replies[-1:] == [len(example.messages) - 1] else []
+    if not replies:
+        return "weight_0"
+    checked = [example.messages[index] for index in replies]
+    return None if all(reply["content"].strip() or reply.get("tool_calls") for reply in checked) else "empty_response"
 
 
-def nothing_left(report: DropReport, max_prompt_tokens: int, shortest: int | None) -> str:
+def _learnt(example: Example) -> list[int]:
+    """The numbers of the assistant's messages that are learnt where all turns are."""
+    return [
+        index
+        for index, message in enumerate(example.messages)
+        if message["role"] == "assistant" and index not in example.unlearnt
+    ]
+
+
+def nothing_left(report: DropReport, shortest: int | None, lengths: Lengths, room: Room = NO_LIMIT) -> str:
     """Return the error for a data set of which no row is left; ``shortest`` is its shortest prompt."""
     total = sum(report.dropped.values())
     if not total:
         return "The data set has no rows."
     reasons = ", ".join(f"{count} {_REASONS[reason]}" for reason, count in report.dropped.items())
     message = f"None of the {total} rows can be used: {reasons}."
-    if "prompt_too_long" in report.dropped:
-        message += f" The shortest prompt has {shortest} tokens; raise data.max_prompt_tokens ({max_prompt_tokens})."
-    if report.dropped.keys() - {"prompt_too_long"}:
+    if shortest is not None and "prompt_too_long" in report.dropped:
+        message += no_prompt_fits(shortest, lengths, room)
+    if "weight_0" in report.dropped:
+        message += " Give a reply the weight 1, or set data.turns: all if an earlier one has it."
+    if report.dropped.keys() - {"prompt_too_long", "weight_0"}:
         message += " Fill the empty fields, or use other data."
     return message

@@ -9,8 +9,9 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.classification import LabelledRow
-from drkl.data.examples import Example, row_id_of
-from drkl.data.tokenize import DropReport, Row, nothing_left, row_of_spans
+from drkl.data.examples import Example, row_ids, written_id
+from drkl.data.lengths import NO_LIMIT, Lengths, Room
+from drkl.data.tokenize import DropReport, Row, longest_row, nothing_left, row_of_spans
 from drkl.errors import DrklError
 from drkl.losses.common import IGNORE_INDEX
 
@@ -27,6 +28,7 @@ def tokenized_rows(
     encoder_decoder: bool,
     max_prompt_tokens: int,
     max_tokens: int,
+    room: Room = NO_LIMIT,
 ) -> tuple[list[Row], DropReport]:
     """Return the usable rows of a language model, in order, and the account of the others.
 
@@ -40,6 +42,7 @@ def tokenized_rows(
         encoder_decoder: which kind of language model.
         max_prompt_tokens: rows with a longer prompt are dropped.
         max_tokens: prompt and response together; a longer response is cut at its end.
+        room: a target longer than the decoder's is cut, too.
 
     Raises:
         DrklError: a row whose fields do not go together (with its place), or no row left.
@@ -47,7 +50,7 @@ def tokenized_rows(
     rows: list[Row] = []
     report = DropReport()
     shortest: int | None = None
-    for number, (place, row) in enumerate(items, start=1):
+    for row_id, place, row in _with_ids(items):
         ids, spans, is_text = (_source_and_target if encoder_decoder else _causal)(place, row)
         reason = None if spans else "no_labels"
         if spans and spans[0][0] == 0:
@@ -58,9 +61,10 @@ def tokenized_rows(
         if reason is not None:
             report.dropped[reason] = report.dropped.get(reason, 0) + 1
             continue
-        report.responses_cut += spans[-1][1] > max_tokens
-        example = _example(row_id_of(place, row, number), tokenizer, ids, spans)
-        tokenised = row_of_spans(example, ids, spans, max_tokens)
+        limit = longest_row(spans[0][0], max_tokens, room)
+        report.responses_cut += spans[-1][1] > limit
+        example = _example(row_id, tokenizer, ids, spans)
+        tokenised = row_of_spans(example, ids, spans, limit)
         if is_text:  # there is no prompt: a sample goes on from the text's beginning
             num_shown = max(1, min(len(tokenised.all_ids) // 4, max_prompt_tokens))
             example = _example(example.id, tokenizer, tokenised.all_ids, [(num_shown, len(tokenised.all_ids))])
@@ -68,7 +72,7 @@ def tokenized_rows(
         rows.append(replace(tokenised, encoder_decoder=encoder_decoder))
     report.kept = len(rows)
     if not rows:
-        raise DrklError(nothing_left(report, max_prompt_tokens, shortest))
+        raise DrklError(nothing_left(report, shortest, Lengths(max_prompt_tokens, max_tokens), room))
     return rows, report
 
 
@@ -85,7 +89,7 @@ def tokenized_texts(
     """
     rows: list[LabelledRow] = []
     report = DropReport(what_is_cut="texts")
-    for number, (place, row) in enumerate(items, start=1):
+    for row_id, place, row in _with_ids(items):
         ids, _ = _unpadded(place, row)
         name = "labels" if row.get("labels") is not None else "label"
         value = _plain(row.get(name))
@@ -100,16 +104,25 @@ def tokenized_texts(
             report.dropped[reason] = report.dropped.get(reason, 0) + 1
             continue
         text = _decode(tokenizer, ids)
-        rows.append(LabelledRow(row_id_of(place, row, number), tuple(ids), list(classes).index(label), text))
+        rows.append(LabelledRow(row_id, tuple(ids), list(classes).index(label), text))
     report.kept = len(rows)
     if not rows:
-        raise DrklError(nothing_left(report, max_tokens, None))
+        raise DrklError(nothing_left(report, None, Lengths(1, max_tokens)))
     return rows, report
+
+
+def _with_ids(items: Items) -> list[tuple[str, str, Any]]:
+    """``(id, place, row)`` of every row."""
+    items = list(items)
+    ids = row_ids([(place, written_id(place, row)) for place, row in items])
+    return [(row_id, place, row) for row_id, (place, row) in zip(ids, items, strict=True)]
 
 
 def class_name(label: Any, classes: Sequence[str]) -> Any:
     """Return the name of a class that is given by number; anything else, a class called by a number too, as it is."""
     is_number = isinstance(label, Integral) and not isinstance(label, bool)
+    if is_number and abs(label) >= 10**18:  # no class, and Python may refuse to write it
+        return label
     if is_number and str(label) not in classes and 0 <= label < len(classes):
         return classes[int(label)]
     return str(label) if is_number else label
@@ -165,6 +178,12 @@ def _runs(learnt: Sequence[bool]) -> Spans:
 
 def _unpadded(place: str, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """The tokens that are no padding, and the attention mask."""
+    for name in ("completion_mask", "assistant_masks", "loss_mask", "loss_weights"):
+        if row.get(name) is not None:
+            raise DrklError(
+                f"{place}: {name} is not read: labels alone say what is learnt. Set them to -100 where {name} is 0, "
+                "and remove the column."
+            )
     ids = _ids(place, row, "input_ids", least=0)
     mask = [1] * len(ids) if row.get("attention_mask") is None else _ids(place, row, "attention_mask", least=0)
     if len(mask) != len(ids):

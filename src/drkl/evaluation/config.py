@@ -35,7 +35,12 @@ class EvaluationConfig(BaseModel):
         description="Further sampling temperatures for teacher and student, to compare fidelity at equal diversity; [] "
         "for none.",
     )
-    max_new_tokens: int = Field(64, ge=1, description="Maximum number of tokens in an answer; longer answers are cut.")
+    max_new_tokens: int = Field(
+        64,
+        ge=1,
+        description="Maximum number of tokens in an answer; longer answers are cut. Where it is left out it fits the "
+        "models: half of a shorter context, and prompts that leave no room for that are not answered.",
+    )
     seed: int = Field(
         0,
         ge=0,

@@ -77,9 +77,9 @@ def evaluate(
         suites: named test sets in place of ``rows``: ``NAME`` or ``NAME=WHERE``.
         protocol: ``minillm`` for its prompt format, decoding and seeds; None for ours.
         template: how a prompt is written, as ``data.template``.
-        max_prompt_tokens: rows with a longer prompt are dropped and counted; default 256, or what the models' context
-            leaves beside an answer.
-        max_tokens: longer responses are cut; default 512, or the context.
+        max_prompt_tokens: rows with a longer prompt are dropped and counted; default 256, or half of a smaller
+            ``max_tokens``, or what the models' context leaves beside a response and a given ``max_new_tokens``.
+        max_tokens: longer responses are cut; default 512, or the models' context.
         max_rows: use only the first rows of each file.
         dtype: of models that are loaded; ``auto`` is bf16 where the device is fast at it, else fp32.
         device: default that of a student in memory, else CUDA, MPS or the CPU, the first there is.
@@ -110,7 +110,7 @@ def evaluate(
         max_prompt_tokens=max_prompt_tokens,
         max_tokens=max_tokens,
         max_rows=max_rows,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=config.max_new_tokens if "max_new_tokens" in config.model_fields_set else None,
         dtype=dtype,
         device=device,
     )
@@ -149,7 +149,7 @@ def evaluate_inputs(
         rows = inputs.rows
         task = Generation(
             inputs.tokenizer, rows, settings, suites=inputs.suites, vocab_size=inputs.vocab_size, gamma=inputs.gamma,
-            parts=parts,
+            parts=parts, template=inputs.template, room=inputs.room,
         )  # fmt: skip
     result = run_task(
         task, inputs.models, device=inputs.device, data=inputs.data, facts={**inputs.facts, **(facts or {})},
@@ -222,7 +222,8 @@ def configured(settings: EvaluationConfig, protocol: str | None, changes: Mappin
             f"There is no setting {unknown[0]!r} of an evaluation; expected {', '.join(known)}."
             f"{did_you_mean(unknown[0], known)}"
         )
-    values = {**settings.model_dump(), **(MINILLM if protocol is not None else {}), **changes}
+    # Without defaults: what was not given fits the models.
+    values = {**settings.model_dump(exclude_unset=True), **(MINILLM if protocol is not None else {}), **changes}
     try:
         return EvaluationConfig.model_validate(values)
     except ValidationError as error:

@@ -14,14 +14,18 @@ import torch
 from transformers import PreTrainedModel
 
 from drkl.data.config import DataConfig
+from drkl.data.lengths import NO_LIMIT, Room, fit_lengths
 from drkl.data.rows import Rows, dataset_items, rows_from
-from drkl.data.tokenize import DropReport, tokenize_examples
+from drkl.data.seq2seq import set_languages
+from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import Source
 from drkl.evaluation.config import MINILLM_DATA
 from drkl.evaluation.suites import name_rows, parse_suite, read_suite
 from drkl.models.classes import check_classes, class_names, is_classifier
 from drkl.models.config import StudentConfig
+from drkl.models.context import room_of
+from drkl.models.ends import listed_ends
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from drkl.models.pair import check_rows, check_same_family, check_tokenizers, shared_vocabulary
@@ -55,6 +59,10 @@ class Inputs(NamedTuple):
     """Settings for the record: what the models are, the template, the protocol."""
     name: str = "evaluation"
     """The run's, or the student's."""
+    template: str = "auto"
+    """How the prompts are written, as `DataConfig.template`."""
+    room: Room = NO_LIMIT
+    """The models' context."""
 
 
 def pair_inputs(
@@ -69,7 +77,7 @@ def pair_inputs(
     max_prompt_tokens: int | None = None,
     max_tokens: int | None = None,
     max_rows: int | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     dtype: DtypeLike = "auto",
     device: str | torch.device | None = None,
 ) -> Inputs:
@@ -98,8 +106,10 @@ def pair_inputs(
     if classifier and (suites or protocol):
         raise DrklError("Suites and protocols are about generated answers; a classifier takes rows with labels.")
     tokenizer = _tokenizer(processing_class, list(models.values()), classifier=classifier)
-    lengths = _lengths(list(configs.values()), max_prompt_tokens, max_tokens, max_new_tokens)
-    section = with_protocol(_section(template, lengths), protocol)
+    encoder_decoder = not classifier and is_encoder_decoder(configs["student"])
+    room = room_of(configs.values(), encoder_decoder=encoder_decoder)
+    lengths = fit_lengths(max_prompt_tokens, max_tokens, room, max_new_tokens=max_new_tokens)
+    section = with_protocol(_section(template, lengths._asdict()), protocol)
     wanted = resolve_dtype(dtype, picked)
     sources: dict[str, Source] = {
         role: _source(models[role], wanted, classifier) for role in ("teacher", "student") if role in models
@@ -119,36 +129,41 @@ def pair_inputs(
             check_classes(kinds_of["teacher"], classes, names["teacher"])
     elif teacher is not None:
         check_same_family(configs["student"], configs["teacher"], names["student"], names["teacher"])
-    encoder_decoder = not classifier and is_encoder_decoder(configs["student"])
+    ends = [] if classifier else listed_ends(models.get("teacher", models["student"]), tokenizer)
+    kind: dict[str, Any] = {"encoder_decoder": encoder_decoder, "ends": ends, "room": room}
     suite_names: list[str] | None = None
     if suites:
-        examples, suite_names, described = suite_rows(
-            suites, section, tokenizer, encoder_decoder=encoder_decoder, max_rows=max_rows
-        )
+        examples, suite_names, described = suite_rows(suites, section, tokenizer, **kind, max_rows=max_rows)
     else:
-        examples, described = _rows(rows, section, tokenizer, classes, max_rows, encoder_decoder=encoder_decoder)
+        examples, described = _rows(rows, section, tokenizer, classes, max_rows, **kind)
     vocab_size = None
-    if not classifier:
-        for role, config in configs.items():
-            check_rows(examples, config, role)
-        if teacher is not None:
-            sizes = [configs[role].get_text_config().vocab_size for role in ("student", "teacher")]
-            shared = shared_vocabulary(sizes[0], sizes[1], tokens, tokenizer, examples)
-            vocab_size = shared["shared"] if shared is not None else None
+    check_rows(examples, configs)
+    if not classifier and teacher is not None:
+        sizes = [configs[role].get_text_config().vocab_size for role in ("student", "teacher")]
+        shared = shared_vocabulary(sizes[0], sizes[1], tokens, tokenizer, examples)
+        vocab_size = shared["shared"] if shared is not None else None
     return Inputs(
         sources, tokenizer, examples, suite_names, picked, described, vocab_size, classes, GAMMA, facts,
-        Path(names["student"].removeprefix(f"{IN_MEMORY}: ")).name,
+        Path(names["student"].removeprefix(f"{IN_MEMORY}: ")).name, section.template, room,
     )  # fmt: skip
 
 
 def suite_rows(
-    suites: Sequence[str], config: DataConfig, tokenizer: Any, *, encoder_decoder: bool, max_rows: int | None = None
+    suites: Sequence[str],
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    encoder_decoder: bool,
+    ends: Sequence[int] = (),
+    room: Room = NO_LIMIT,
+    max_rows: int | None = None,
 ) -> tuple[list[Any], list[str], dict[str, Any]]:
     """The rows of named suites one after the other, the suite of each, and the account of them for the record.
 
     Raises:
         DrklError: an unknown suite, one named twice, or one without a row that can be used.
     """
+    set_languages(tokenizer, config.src_lang, config.tgt_lang)
     rows: list[Any] = []
     names: list[str] = []
     described: dict[str, Any] = {}
@@ -160,8 +175,8 @@ def suite_rows(
         if len(suites) > 1:
             examples = name_rows(examples, suite.name)
         try:
-            tokenised, report = tokenize_examples(
-                examples, tokenizer, **config.row_settings, encoder_decoder=encoder_decoder
+            tokenised, report = rows_from(
+                examples, tokenizer, **config.row_settings, encoder_decoder=encoder_decoder, ends=ends, room=room
             )
         except DrklError as error:
             raise DrklError(f"Suite {suite.name!r}: {error}") from error
@@ -199,6 +214,8 @@ def _rows(
     max_rows: int | None,
     *,
     encoder_decoder: bool,
+    ends: Sequence[int],
+    room: Room,
 ) -> tuple[Rows, dict[str, Any]]:
     is_path = isinstance(rows, str | os.PathLike)
     name = str(rows) if is_path else "rows"
@@ -206,8 +223,9 @@ def _rows(
     if max_rows is not None:
         rows = [row for _, row in itertools.islice(dataset_items(rows, name), max_rows)]
     examples, report = rows_from(
-        rows, tokenizer, classes=classes, encoder_decoder=encoder_decoder, name=name, **section.row_settings
-    )
+        rows, tokenizer, classes=classes, encoder_decoder=encoder_decoder, name=name, ends=ends, room=room,
+        **section.row_settings,
+    )  # fmt: skip
     return examples, {"path": source, **account(report, examples)}
 
 
@@ -271,21 +289,6 @@ def _tokenizer(given: Any, models: Sequence[str | PreTrainedModel], *, classifie
     raise DrklError(
         "processing_class is missing: a model in memory brings no tokenizer. Pass the tokenizer that both models share."
     )
-
-
-def _lengths(
-    configs: Sequence[Any], max_prompt_tokens: int | None, max_tokens: int | None, max_new_tokens: int
-) -> dict[str, int]:
-    """The limits that were given, and for the others what fits into the smallest context."""
-    decoders = [config.get_text_config(decoder=True) for config in configs]
-    known = [getattr(config, "max_position_embeddings", None) for config in decoders]
-    context = min((length for length in known if isinstance(length, int)), default=None)
-    total = max_tokens or max(512, 256 + (max_prompt_tokens or 0))
-    prompt = max_prompt_tokens or min(256, total // 2)
-    if context is not None:
-        total = max_tokens or min(total, context)
-        prompt = max_prompt_tokens or max(1, min(prompt, context - max_new_tokens, total - 1))
-    return {"max_prompt_tokens": prompt, "max_tokens": total}
 
 
 def _section(template: str, lengths: dict[str, int]) -> DataConfig:

@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drkl.data.classification import LabelledRow
+from drkl.data.ends import taught_ends
 from drkl.data.examples import hash_of_id
+from drkl.data.lengths import NO_LIMIT, Room, check_answer, fit_answer
 from drkl.data.tokenize import Row
 from drkl.evaluation.answers import Answer, AnswerTable
 from drkl.evaluation.bookkeeping import Report, finite, timed, versions
@@ -39,6 +41,7 @@ from drkl.evaluation.result import (
 )
 from drkl.evaluation.store import Store, fingerprint, model_fingerprint
 from drkl.losses.common import log_softmax
+from drkl.models.ends import stops_of
 from drkl.models.forward import lm_head
 from drkl.models.generate import sample_texts, sampling_batches
 from drkl.models.readout import Readout, read
@@ -101,6 +104,12 @@ class Generation:
         gamma: DRKL's, for the share of positions where it strengthens the tail.
         parts: where finished parts are kept and looked for; an evaluation that was killed goes on from them.
         pad_id: fills batches; default the tokenizer's.
+        template: how the prompts were written, which says what ends an answer.
+        room: the models' context. Where ``settings`` do not say how long an answer is, it fits the models, and prompts
+            that leave it no room are not answered.
+
+    Raises:
+        DrklError: answers as long as ``settings`` say do not fit the models.
     """
 
     def __init__(
@@ -114,13 +123,20 @@ class Generation:
         gamma: float = GAMMA,
         parts: Parts | None = None,
         pad_id: int | None = None,
+        template: str = "auto",
+        room: Room = NO_LIMIT,
     ) -> None:
-        self.tokenizer, self.rows, self.settings = tokenizer, rows, settings
+        self.tokenizer, self.rows = tokenizer, rows
         self.vocab_size, self.gamma, self.parts = vocab_size, gamma, parts
         self.pad_id: int = tokenizer.pad_token_id if pad_id is None else pad_id
-        self.prompts = choose_prompts(rows, settings.prompts, suites)
+        self.template, self.taught = template, taught_ends(rows, tokenizer)
         self.has_suites = suites is not None
         self.suite_of = {row.id: suite for row, suite in zip(rows, suites or [""] * len(rows), strict=True)}
+        self.max_new_tokens, answerable = _answerable(rows, settings, room)
+        self.settings = settings.model_copy(update={"max_new_tokens": self.max_new_tokens})
+        self.num_too_long = len(rows) - len(answerable)
+        self.prompts = choose_prompts(answerable, settings.prompts, [self.suite_of[row.id] for row in answerable])
+        check_answer(self.max_new_tokens, room, max((len(row.sampling_ids) for row in self.prompts), default=0))
         self._teacher: tuple[str, Readout] | None = None
         self._num_outputs = 0
         self._tables: dict[str, PositionTable] = {}
@@ -150,7 +166,7 @@ class Generation:
             "rows": fingerprint(value=[[row.id, row.prompt_ids, row.response_ids, row.trained] for row in self.rows]),
             "model": mark, "vocab": self.vocab_size, "device": model.device.type,
         }  # fmt: skip
-        states_key = fingerprint(kind="states", **facts)
+        states_key = fingerprint(kind="states at the head", **facts)
         kept = store.read_tensors(states_key) if store is not None and name == "teacher" else None
         if kept is not None:
             head = lm_head(model)
@@ -184,7 +200,7 @@ class Generation:
         lengths = [len(row.sampling_ids) for row in prompts]
         for temperature in settings.temperatures if name in SWEPT else settings.temperatures[:1]:
             pools: list[list[Answer]] = [[] for _ in prompts]
-            total = len(prompts) * len(settings.all_seeds) * settings.samples_per_prompt * settings.max_new_tokens
+            total = len(prompts) * len(settings.all_seeds) * settings.samples_per_prompt * self.max_new_tokens
             advance = report(f"sampling at {temperature:g}", total)
             for seed in settings.all_seeds:
                 for group, numbers in sampling_batches(lengths, settings.samples_per_prompt, settings.batch_size):
@@ -207,11 +223,12 @@ class Generation:
         advance: Callable[[int], None] | None,
     ) -> list[list[Answer]]:
         """The answers of one batch: samples ``numbers`` of each row."""
-        store, length = self._store(name), self.settings.max_new_tokens
+        store, length = self._store(name), self.max_new_tokens
+        stops = stops_of(model, self.tokenizer, self.template, self.taught)
         key = fingerprint(
             kind="answers", model=mark, prompts=fingerprint(value=[[row.id, row.sampling_ids] for row in rows]),
             seed=seed, temperature=temperature, samples=[numbers.start, numbers.stop], device=model.device.type,
-            max_new_tokens=length,
+            max_new_tokens=length, stops=stops,
         )  # fmt: skip
         lines = store.read_lines(key) if store is not None else None
         if lines is not None and len(lines) == len(rows) * len(numbers):
@@ -230,6 +247,7 @@ class Generation:
             seed=seed,
             batch_size=len(rows) * len(numbers),
             keys=[row.id for row in rows],
+            stop_ids=stops,
             progress=advance,
         )
         answers = [[Answer(text.text, text.num_tokens, text.finished) for text in pool] for pool in generations]
@@ -335,7 +353,8 @@ class Generation:
             "gamma": self.gamma,
             "suites": [name for name in dict.fromkeys(self.suite_of.values()) if name],
             **facts,
-            "data": {**data, "heldout_rows": len(self.rows)},
+            "data": {**data, "heldout_rows": len(self.rows)}
+            | ({"no_room_for_an_answer": self.num_too_long} if self.num_too_long else {}),
             "decoding": "sampling from the whole distribution at sampling_temperature (no top-k, top-p or penalties)",
             "intervals": f"95 %, percentiles of {RESAMPLES} bootstrap resamples of the held-out rows (of the prompts, "
             "for metrics of answers), the same resamples for every model; not of training seeds",
@@ -383,6 +402,16 @@ def choose_prompts(rows: Sequence[Row], count: int | None, suites: Sequence[str]
     for members in groups.values():
         chosen += sorted(members, key=lambda i: hash_of_id(rows[i].id))[:count]
     return [rows[i] for i in sorted(chosen)]
+
+
+def _answerable(rows: Sequence[Row], settings: EvaluationConfig, room: Room) -> tuple[int, Sequence[Row]]:
+    """The length of an answer, and the rows that can be answered; a given length holds for all of them."""
+    if "max_new_tokens" in settings.model_fields_set:
+        return settings.max_new_tokens, rows
+    length = fit_answer(settings.max_new_tokens, room, min((len(row.sampling_ids) for row in rows), default=0))
+    if room.separate or room.decoder is None:
+        return length, rows
+    return length, [row for row in rows if len(row.sampling_ids) + length <= room.decoder]
 
 
 def _merged(tables: Mapping[str, AnswerTable]) -> AnswerTable:

@@ -12,8 +12,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 from drkl.errors import DrklError
 from drkl.losses import LMHead
 from drkl.models.classes import is_classifier
-from drkl.models.forward import decoder_scale, is_encoder_decoder, lm_head
+from drkl.models.forward import is_encoder_decoder, lm_head, output_module, replaced
 
 AtHead = Callable[[Tensor, LMHead | None], Tensor]
 """From hidden states `[batch, tokens, hidden]` and a head; of a classifier from class logits `[batch, 1, classes]` and
@@ -114,7 +113,7 @@ def call_at_head(wrapped: nn.Module, inputs: Mapping[str, Any], at_head: AtHead,
         def class_forward(*args: Any, **kwargs: Any) -> Tensor:
             return at_head(_logits(forward(*args, **kwargs)).unsqueeze(1), None)
 
-        with _replaced(model, class_forward):
+        with replaced(model, class_forward):
             result: Tensor = wrapped(**inputs)
         return result
     module = head_module(model, role)
@@ -149,7 +148,7 @@ def call_at_head(wrapped: nn.Module, inputs: Mapping[str, Any], at_head: AtHead,
 
     handle = module.register_forward_hook(_uncompiled(keep))
     try:
-        with _replaced(module, _uncompiled(head_forward)), _replaced(model, model_forward):
+        with replaced(module, _uncompiled(head_forward)), replaced(model, model_forward):
             result = wrapped(**inputs)
     finally:
         handle.remove()
@@ -159,7 +158,7 @@ def call_at_head(wrapped: nn.Module, inputs: Mapping[str, Any], at_head: AtHead,
 def head_of(model: PreTrainedModel, role: str, *, in_forward: bool = False) -> LMHead:
     """The head that makes logits of the states which a model hands to its head module.
 
-    Those of the T5 family are scaled already. Outside the model's forward the weight may be sharded (a DTensor).
+    Outside the model's forward the weight may be sharded (a DTensor).
     """
     head, module = lm_head(model), head_module(model, role)
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
@@ -175,22 +174,7 @@ def head_of(model: PreTrainedModel, role: str, *, in_forward: bool = False) -> L
         )
     if bias is None:
         bias = head.bias  # BART's, a buffer of the model
-    return dataclasses.replace(
-        head, weight=weight, bias=bias, scale=head.scale / decoder_scale(model.config.get_text_config())
-    )
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
+    return dataclasses.replace(head, weight=weight, bias=bias).trimmed(head.vocab_size)
 
 
 def head_module(model: PreTrainedModel, role: str) -> nn.Linear:
@@ -199,9 +183,7 @@ def head_module(model: PreTrainedModel, role: str) -> nn.Linear:
     Raises:
         DrklError: it does more, or other, than a matrix product.
     """
-    module: Any = model.get_output_embeddings()
-    if module is None:
-        raise DrklError(f"{type(model).__name__} has no output head; a language model is needed here.")
+    module = output_module(model)
     if _is(module, "peft.utils.other", "ModulesToSaveWrapper"):
         active = [] if module.disable_adapters else list(module.active_adapters)
         module = module.modules_to_save[active[0]] if active else module.original_module

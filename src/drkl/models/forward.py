@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from drkl.data.collate import collate_sources
 from drkl.errors import DrklError
 from drkl.losses import LMHead
 from drkl.models.classes import is_classifier
@@ -47,40 +49,118 @@ _STARTS_WITH_PAD = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 
 
 def hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """The last hidden states, after the final norm, as the head takes them; of an encoder-decoder the decoder's.
+    """The states that a model makes its logits of: those it hands to its output head, by whatever way.
 
     Args:
         model: a language model.
-        batch: `input_ids`, `attention_mask`, `position_ids`, each `[batch, tokens]`; for an encoder-decoder also
-            `decoder_input_ids` and `decoder_attention_mask`, `[batch, decoder tokens]`. Other keys are left alone.
+        batch: `input_ids` and `attention_mask`, each `[batch, tokens]`, padded on the right; with padding on the left
+            also `position_ids`. For an encoder-decoder also `decoder_input_ids` and `decoder_attention_mask`,
+            `[batch, decoder tokens]`. Other keys are left alone.
 
     Returns:
         `[batch, tokens, hidden]`, or `[batch, decoder tokens, hidden]`; of a classifier its class logits
         `[batch, 1, classes]`, which need no head.
+
+    Raises:
+        DrklError: a model that calls its head never, or several times.
     """
-    states: Tensor
+    # Not called as a module, and not by an instance's own `forward`: hooks and autocast of a training around the model
+    # are not for these numbers.
+    forward = functools.partial(type(model).forward, model)
     if is_classifier(model):
-        # Not called as a module: the student's own forward is where this runs, and its hooks must run once.
-        states = model.forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return states.unsqueeze(1)
-    if is_encoder_decoder(model):
-        mask = batch["attention_mask"]
-        # Not base_model: T5's is the model itself, head and all.
-        memory = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-        states = model.get_decoder()(
-            input_ids=batch["decoder_input_ids"],
-            attention_mask=batch["decoder_attention_mask"],
-            encoder_hidden_states=memory,
-            encoder_attention_mask=mask,
-            use_cache=False,
-        ).last_hidden_state
-        return states
-    body = model.base_model
-    # Families without learnt or rotary positions (ALiBi) take none; right padding leaves theirs right.
-    accepted = inspect.signature(body.forward).parameters
-    inputs = {key: batch[key] for key in INPUTS if key in batch and key in accepted}
-    states = body(**inputs, use_cache=False).last_hidden_state
-    return states
+        logits: Tensor = forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return logits.unsqueeze(1)
+    given: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        given.append(hidden)
+        return hidden.new_zeros(1, 1, 1)  # the model goes on with a single made-up logit
+
+    with replaced(output_module(model), keep):
+        forward(**accepted_inputs(model, batch))
+    expected = batch["decoder_input_ids" if is_encoder_decoder(model) else "input_ids"].shape
+    if len(given) != 1 or given[0].shape[:-1] != expected:
+        shapes = ", ".join(str(list(hidden.shape)) for hidden in given) or "none"
+        raise DrklError(
+            f"{type(model).__name__} gives its output head {shapes}; expected the states {[*expected, 'hidden']} of "
+            "all positions, once. Use a model of another family."
+        )
+    return given[0]
+
+
+def right_padded(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    sources: Sequence[Sequence[int]] | None = None,
+    pad_id: int = 0,
+) -> dict[str, Tensor]:
+    """Token ids as `hidden_states` takes them, on the model's device.
+
+    Args:
+        model: a language model.
+        rows: what it reads; of an encoder-decoder what its decoder does.
+        sources: what the encoder reads.
+        pad_id: fills the batch.
+    """
+    batch = collate_sources(rows, pad_id=pad_id)
+    if sources is not None:
+        decoder = {f"decoder_{name}": tensor for name, tensor in batch.items()}
+        batch = collate_sources(sources, pad_id=pad_id) | decoder
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+@functools.cache
+def named_arguments(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    """The arguments that a forward names, and whether it hands on others to what is within."""
+    parameters = inspect.signature(forward).parameters.values()
+    named = frozenset(parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD)
+    return named, any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def accepted_inputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of `INPUTS` that a model, or its body, takes, and that it need not keep a cache."""
+    named, hands_on = named_arguments(type(module).forward)
+    everything = hands_on and "input_ids" not in named
+    inputs = {key: batch[key] for key in INPUTS if key in batch and (everything or key in named)}
+    if hands_on or "use_cache" in named:
+        inputs["use_cache"] = False
+    return inputs
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another ``forward`` in a module inside the block."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+def output_module(model: PreTrainedModel) -> Any:
+    """The module that makes a language model's logits.
+
+    Raises:
+        DrklError: there is none, or it is no matrix.
+    """
+    module: Any = model.get_output_embeddings()
+    if module is None:
+        raise DrklError(f"{type(model).__name__} has no output head; a language model is needed here.")
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(module, nn.Embedding):
+        # FSMT names the decoder's embeddings; its head is the layer of their shape.
+        layers = (part for part in model.modules() if isinstance(part, nn.Linear) and part.weight.shape == weight.shape)
+        module = next(layers, module)
+    if not isinstance(weight, Tensor) or isinstance(module, nn.Embedding):
+        raise DrklError(
+            f"{type(model).__name__} makes its logits by its {type(module).__name__}; expected a layer with a weight "
+            "[vocab, hidden], which the loss reads chunk by chunk. Use a model of another family."
+        )
+    return module
 
 
 def output_head(model: PreTrainedModel) -> LMHead | None:
@@ -90,28 +170,27 @@ def output_head(model: PreTrainedModel) -> LMHead | None:
 
 def lm_head(model: PreTrainedModel) -> LMHead:
     """The model's head with the scale and the soft-cap that its own forward applies."""
-    module = model.get_output_embeddings()
-    if module is None or not isinstance(getattr(module, "weight", None), Tensor):
-        raise DrklError(f"{type(model).__name__} has no output head; a language model is needed here.")
+    module = output_module(model)
     config = model.config.get_text_config()
-    scale = decoder_scale(config)
-    if isinstance(factor := getattr(config, "logit_scale", None), (int, float)):
-        scale *= float(factor)
-    if isinstance(divisor := getattr(config, "logits_scaling", None), (int, float)):
-        scale /= float(divisor)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = 1.0
+    for name, power in _SCALES.items():
+        if isinstance(factor := getattr(config, name, None), (int, float)):
+            scale *= float(factor) ** power
+    if config.model_type in _SCALES_STATES:
+        scale = 1.0
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
     bias = getattr(module, "bias", None)
     if bias is None and isinstance(added := getattr(model, "final_logits_bias", None), Tensor):
         bias = added.flatten()  # BART and its kin: a buffer [1, vocab]
-    return LMHead(module.weight, bias, scale, softcap)
+    head = LMHead(module.weight, bias, scale, softcap)
+    return head.trimmed(min(getattr(config, "unpadded_vocab_size", None) or head.vocab_size, head.vocab_size))
 
 
-def decoder_scale(config: Any) -> float:
-    """Return the factor by which the T5 family scales the decoder's states before the head."""
-    scales = getattr(config, "scale_decoder_outputs", None)
-    if scales is None:
-        scales = config.model_type in ("umt5", "switch_transformers") and config.tie_word_embeddings
-    return float(config.hidden_size**-0.5) if scales else 1.0
+_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+"""Names in a config for a factor on the logits, or a divisor."""
+_SCALES_STATES = ("minicpm3",)
+"""Families that apply the factor to the states, before the head."""
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @contextmanager
@@ -127,25 +206,19 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
-    """Raise DrklError unless `lm_head` of `hidden_states` gives the model's own logits.
-
-    A family that changes its logits in a way unknown here would otherwise be distilled on other numbers than it
-    generates with.
-    """
+def _probe(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A batch of one row of four tokens."""
     device = next(model.parameters()).device
     ids = torch.arange(1, 5, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if is_encoder_decoder(model):
         batch |= {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
+    return batch
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel) -> Tensor:
+    """The model's own fp32 logits `[1, 4, vocab]` of a few tokens, without dropout, to compare it with itself."""
     with in_eval_mode(model):
-        theirs = model(**batch, use_cache=False).logits.float()
-        ours = lm_head(model).logits(hidden_states(model, batch)).float()
-    spread = float(theirs.abs().max())
-    tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2
-    if ours.shape != theirs.shape or float((ours - theirs).abs().max()) > tolerance * max(spread, 1.0):
-        raise DrklError(
-            f"{type(model).__name__} does not compute its logits as softcap(scale * (hidden @ weight.T + bias)), so "
-            "its head cannot be used chunk by chunk. Use a model of another family."
-        )
+        logits: Tensor = model(**_probe(model), use_cache=False).logits.float()
+    return logits

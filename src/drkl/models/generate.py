@@ -6,23 +6,22 @@ between the probabilities of the left and the right half. The numbers are a func
 
 from __future__ import annotations
 
-import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, LogitsProcessor
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import LogitsProcessor
 
-from drkl.data.collate import collate_prompts, collate_sources
 from drkl.data.examples import hash_of_id
-from drkl.data.template import stop_token_ids
 from drkl.errors import DrklError
-from drkl.models.forward import decoder_start, in_eval_mode, is_encoder_decoder
+from drkl.models.context import contexts_of
+from drkl.models.decoding import decode, plain_decoding, way_of
+from drkl.models.ends import answer_start, stops_of
+from drkl.models.forward import is_encoder_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +49,6 @@ class Generation:
         return len(self.token_ids)
 
 
-@torch.no_grad()  # Not inference_mode: what it leaves in a model's buffers could not be trained through afterwards.
 def sample_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -65,6 +63,7 @@ def sample_texts(
     greedy: bool = False,
     keys: Sequence[str] | None = None,
     stop_ids: Sequence[int] | None = None,
+    template: str = "auto",
     progress: Progress | None = None,
 ) -> list[list[Generation]]:
     """Sample answers from a language model: for every prompt, ``samples_per_prompt`` of them.
@@ -72,8 +71,8 @@ def sample_texts(
     The random numbers of a sample depend on (seed, key of the prompt, number of the sample) alone. Neither the batch
     size nor the order of the prompts changes a sample, except where rounding inside the model (about 1e-5 of a logit)
     decides between two tokens. Two models answer a prompt with the same random numbers. A sample is the beginning of
-    the one with a larger ``max_new_tokens``. The model's own ``generation_config`` is not used, and the model is left
-    as it was.
+    the one with a larger ``max_new_tokens``. Of the model's own ``generation_config`` the ends alone are used, and
+    the model is left as it was.
 
     Args:
         model: on its device; in eval mode during the call.
@@ -87,7 +86,9 @@ def sample_texts(
         batch_size: sequences decoded at once; prompts of similar length share a batch.
         greedy: take the most probable token instead; all samples of a prompt are then equal.
         keys: a name per prompt (a row's id); by default the prompt's token ids.
-        stop_ids: default ``stop_token_ids(tokenizer)``, and eos alone for an encoder-decoder.
+        stop_ids: default what ends a turn in ``template``, eos, and what the model's generation_config lists; for an
+            encoder-decoder eos and that list.
+        template: how the prompts were written, as `drkl.data.template.encode_prompt` takes it.
         progress: called after each decoding step with the token slots done since the last call; they add up to
             ``len(prompts) * samples_per_prompt * max_new_tokens``.
 
@@ -98,20 +99,31 @@ def sample_texts(
     _check(samples_per_prompt, sampling_temperature, max_new_tokens, seed, batch_size)
     names = [",".join(map(str, prompt)) for prompt in prompts] if keys is None else list(keys)
     assert len(names) == len(prompts), "one key per prompt"
-    _check_prompts(model, prompts, names, max_new_tokens)
-    stops = _default_stops(model, tokenizer) if stop_ids is None else list(stop_ids)
-    pad = collate_sources if is_encoder_decoder(model) else collate_prompts
+    begin = answer_start(model, tokenizer)
+    _check_prompts(model, prompts, names, max_new_tokens, len(begin))
+    stops = stops_of(model, tokenizer, template) if stop_ids is None else list(stop_ids)
+    lengths = [len(prompt) for prompt in prompts]
+    way = way_of(model, min(lengths, default=1), max_new_tokens)
     answers: list[list[Generation]] = [[] for _ in prompts]
-    with _plain_decoding(model):
-        for group, samples in sampling_batches([len(prompt) for prompt in prompts], samples_per_prompt, batch_size):
-            batch = pad([prompts[i] for i in group], pad_id=_pad_id(tokenizer, stops))
+    with plain_decoding(model):
+        for group, samples in sampling_batches(lengths, samples_per_prompt, batch_size, mixed=way.pad):
             watch = _Watch(len(group) * len(samples), max_new_tokens, progress)
             processors: list[LogitsProcessor] = [watch]
             if not greedy:
                 draws = [_uniforms(seed, names[i], first_sample + s, max_new_tokens) for i in group for s in samples]
                 processors.append(_Descent(np.stack(draws), sampling_temperature))
-            new = _generate(model, batch, len(samples), stops, max_new_tokens, processors).tolist()
-            for row, ids in enumerate(new):
+            new = decode(
+                model,
+                [prompts[i] for i in group],
+                len(samples),
+                way,
+                stops=stops,
+                max_new_tokens=max_new_tokens,
+                processors=processors,
+                pad_id=_pad_id(tokenizer, stops),
+                begin=begin,
+            )
+            for row, ids in enumerate(new.tolist()):
                 answers[group[row // len(samples)]].append(_finish(tokenizer, ids, stops))
             watch.finish()
     return answers
@@ -181,73 +193,21 @@ class _Watch(LogitsProcessor):
             self.report(slots)
 
 
-def _generate(
-    model: Any,  # transformers types a PreTrainedModel without the generation mixin
-    batch: dict[str, Tensor],
-    num_samples: int,
-    stops: list[int],
-    max_new_tokens: int,
-    processors: list[LogitsProcessor],
-) -> Tensor:
-    """Return the new tokens `[prompts * num_samples, steps]`, the samples of a prompt in a row."""
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    encoder_decoder = is_encoder_decoder(model)
-    share = _shared_encoding if encoder_decoder else _shared_prefix
-    extra = share(model, batch, num_samples)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        eos_token_id=stops,
-        pad_token_id=stops[0],
-        decoder_start_token_id=decoder_start(model),
-    )
-    if not encoder_decoder:
-        extra["input_ids"] = batch["input_ids"].repeat_interleave(num_samples, 0)
-    out = model.generate(
-        attention_mask=batch["attention_mask"].repeat_interleave(num_samples, 0),
-        generation_config=config,
-        logits_processor=processors,
-        **extra,
-    )
-    return out[:, 1 if encoder_decoder else batch["input_ids"].shape[1] :]
+def sampling_batches(
+    lengths: Sequence[int], num_samples: int, batch_size: int, *, mixed: bool = True
+) -> Iterator[tuple[list[int], range]]:
+    """Yield prompts of similar length and the samples to draw for each, at most ``batch_size`` sequences at a time.
 
-
-def _shared_encoding(model: Any, batch: dict[str, Tensor], num_samples: int) -> dict[str, Any]:
-    """Encode each prompt once for all its samples."""
-    states = model.get_encoder()(**batch).last_hidden_state
-    return {
-        "encoder_outputs": BaseModelOutput(last_hidden_state=states.repeat_interleave(num_samples, 0)),
-        # The one that generate would make is as deep as the encoder, which breaks under a deeper decoder.
-        "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache()),
-    }
-
-
-def _shared_prefix(model: Any, batch: dict[str, Tensor], num_samples: int) -> dict[str, Any]:
-    """Read each prompt once for all its samples, except for its last token, whose logits the decoding loop takes.
-
-    Empty where that saves nothing, or where the model has a cache of another kind.
+    Prompts of different lengths go together where ``mixed``.
     """
-    if num_samples == 1 or batch["input_ids"].shape[1] == 1 or not model._supports_default_dynamic_cache():
-        return {}
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    # Families with ALiBi take no positions; they count from the attention mask.
-    accepted = inspect.signature(model.base_model.forward).parameters
-    before_last = {name: tensor[:, :-1] for name, tensor in batch.items() if name in accepted}
-    model.base_model(**before_last, past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(num_samples)
-    return {"past_key_values": cache}
-
-
-def sampling_batches(lengths: Sequence[int], num_samples: int, batch_size: int) -> Iterator[tuple[list[int], range]]:
-    """Yield prompts of similar length and the samples to draw for each, at most ``batch_size`` sequences at a time."""
     together = min(num_samples, batch_size)
     width = batch_size // together
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for start in range(0, len(order), width):
-        for first in range(0, num_samples, together):
-            yield order[start : start + width], range(first, min(first + together, num_samples))
+    for _, alike in itertools.groupby(order, key=lambda i: 0 if mixed else lengths[i]):
+        group = list(alike)
+        for start in range(0, len(group), width):
+            for first in range(0, num_samples, together):
+                yield group[start : start + width], range(first, min(first + together, num_samples))
 
 
 def _uniforms(seed: int, key: str, sample: int, count: int) -> np.ndarray:
@@ -261,27 +221,6 @@ def _finish(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]
     text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return Generation(text, tuple(ids if end is None else ids[: end + 1]), end is not None)
-
-
-@contextmanager
-def _plain_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode and no generation defaults of the model's own inside the block.
-
-    ``generate`` takes every setting that its config leaves out from ``model.generation_config``, such as top-k or a
-    repetition penalty.
-    """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        with in_eval_mode(model):
-            yield
-    finally:
-        model.generation_config = own
-
-
-def _default_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # An encoder-decoder is trained on plain targets: whatever ends a turn in a chat template is not among them.
-    return [int(tokenizer.eos_token_id)] if is_encoder_decoder(model) else list(stop_token_ids(tokenizer))
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
@@ -305,20 +244,23 @@ def _check(samples_per_prompt: int, temperature: float, max_new_tokens: int, see
 
 
 def _check_prompts(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], names: list[str], max_new_tokens: int
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], names: list[str], max_new_tokens: int, given: int
 ) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    encoder_positions, positions = contexts_of(model.config)
     encoder_decoder = is_encoder_decoder(model)
     for name, prompt in zip(names, prompts, strict=True):
         if not prompt:
             raise DrklError(f"Prompt {name!r} has no tokens; expected at least one.")
-        if limit is not None and encoder_decoder and max(len(prompt), max_new_tokens) > limit:
+        if encoder_decoder and encoder_positions is not None and len(prompt) > encoder_positions:
             raise DrklError(
-                f"A prompt of {len(prompt)} tokens or max_new_tokens ({max_new_tokens}) passes the {limit} positions "
-                "that the model's encoder and decoder have each. Shorten the prompt, or lower max_new_tokens."
+                f"Prompt {name!r} ({len(prompt)} tokens) passes the {encoder_positions} positions of the model's "
+                "encoder. Shorten it."
             )
-        if limit is not None and not encoder_decoder and len(prompt) + max_new_tokens > limit:
+        needed = given + max_new_tokens if encoder_decoder else len(prompt) + max_new_tokens
+        if positions is not None and needed > positions:
             raise DrklError(
-                f"A prompt of {len(prompt)} tokens and max_new_tokens ({max_new_tokens}) pass the model's "
-                f"{limit} positions. Shorten the prompt, or lower max_new_tokens."
+                f"max_new_tokens ({max_new_tokens}) passes the {positions} positions of the model's decoder. Lower it."
+                if encoder_decoder
+                else f"A prompt of {len(prompt)} tokens and max_new_tokens ({max_new_tokens}) pass the model's "
+                f"{positions} positions. Shorten the prompt, or lower max_new_tokens."
             )

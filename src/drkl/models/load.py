@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -23,10 +26,18 @@ from transformers import logging as transformers_logging
 
 from drkl.errors import DrklError
 from drkl.models import smollm2
-from drkl.models.adapter import adapter_base, read_adapter
+from drkl.models.adapter import adapter_base, adapter_revision, has_remade_start, read_adapter
 from drkl.models.classes import check_classes, class_names, is_classifier, label_fields
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.precision import DtypeLike, resolve_dtype, torch_dtype
+from drkl.models.weights import (
+    check_stored_dtypes,
+    check_weights,
+    conversion_errors,
+    file_faults,
+    listed,
+    own_report,
+)
 from drkl.runs import IN_MEMORY
 
 Name = str | os.PathLike[str]
@@ -39,6 +50,13 @@ _HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only
 _UNREACHABLE = (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError)
 # Said, not left to the default: that asks on the terminal and waits.
 _NO_CODE = {"trust_remote_code": False}
+_NOT_TAKEN = {
+    "trust_remote_code": "drkl never runs code that comes with a model",
+    "use_safetensors": "models are loaded from safetensors only",
+    "ignore_mismatched_sizes": "it would leave weights at random, unlike in every other process",
+    "output_loading_info": "the report is read and checked already",
+}
+_log = logging.getLogger("drkl")
 
 
 def quiet_transformers() -> None:
@@ -62,7 +80,8 @@ def model_note(name: Name) -> str | None:
 def load_model(model: Name | PreTrainedModel, dtype: DtypeLike = "auto", **options: Any) -> PreTrainedModel:
     """Load a language model, decoder-only or encoder-decoder as its config says, in eval mode, on the CPU.
 
-    A folder with a LoRA adapter gives its base model with the adapter merged.
+    A folder with a LoRA adapter gives its base model with the adapter merged. Every weight comes from the files: where
+    one is missing, has no place or another shape, or is no finite number, nothing is loaded.
 
     Args:
         model: ``smollm2-135m-instruct``, a local folder or a Hugging Face id; a model in memory is returned as it is.
@@ -72,21 +91,60 @@ def load_model(model: Name | PreTrainedModel, dtype: DtypeLike = "auto", **optio
             or ``quantization_config``.
 
     Raises:
-        DrklError: no such model, not a language model, no safetensors, or an unknown dtype.
+        DrklError: no such model, not a language model, no safetensors, weights that are not the model's, or an unknown
+            dtype.
     """
     if isinstance(model, PreTrainedModel):
         return _in_memory(model, dtype, options)
     name, wanted = _text(model), torch_dtype(dtype)
-    _check_options(options, name)
+    options = _checked_options(options, name)
     if (base := adapter_base(name)) is not None:
-        return read_adapter(load_model(base, wanted, **options), name).eval()
+        return _merged(name, base, wanted, options)
 
     def load(source: str) -> Any:
         family = model_class(AutoConfig.from_pretrained(source, **_hub_options(options), **_NO_CODE))
-        return family.from_pretrained(source, **options, dtype=wanted, use_safetensors=True, **_NO_CODE)
+        return _pretrained(family, source, name, options | {"dtype": wanted})
 
     loaded: PreTrainedModel = _load(name, "model", load)
     return loaded.eval()
+
+
+def _merged(folder: str, base: str, dtype: Any, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The base model of an adapter's folder with the adapter merged."""
+    # Such a start is made again from the base, exactly in its own precision alone.
+    base_dtype = torch.float32 if has_remade_start(folder) else dtype
+    revision = {} if (commit := adapter_revision(folder)) is None else {"revision": commit}
+    try:
+        model = load_model(base, base_dtype, **(revision | dict(options)))
+    except DrklError as error:
+        raise DrklError(
+            f"The adapter in {folder!r} needs its base model {base!r}, which cannot be loaded: {error} Where it lies "
+            f"elsewhere now, set base_model_name_or_path in {str(Path(folder) / 'adapter_config.json')!r}."
+        ) from error
+    return read_adapter(model, folder).to(dtype).eval()
+
+
+def _pretrained(
+    family: Any, source: str, name: str, options: Mapping[str, Any], *, new_head: bool = False
+) -> PreTrainedModel:
+    """Call ``from_pretrained`` of a family and check that every weight came from the files."""
+    settings = dict(options) | {"use_safetensors": True} | _NO_CODE
+    with own_report():
+        # Other shapes are in the report too, which then has all of the names.
+        model, report = family.from_pretrained(
+            source, **settings, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise DrklError(
+            f"{name!r} is an adapter, and adapters are read from a local folder only, so that every weight of theirs "
+            f"can be checked: hf download {name} --local-dir FOLDER, then name that folder."
+        )
+    new = check_weights(model, report, name, new_head=new_head)
+    if Path(source).is_dir() and "variant" not in options:
+        check_stored_dtypes(model, source, options.get("subfolder") or "")
+    if new:
+        _log.warning(f"{name!r} has no head for these classes: {listed(new)} are new, drawn at random.")
+    return model
 
 
 def load_classifier(
@@ -101,21 +159,22 @@ def load_classifier(
         model: a local folder or a Hugging Face id; a model in memory is checked and returned as it is.
         dtype: as for `load_model`.
         classes: the names it has to have, by number; None for its own. A model without a head for classes gets a new
-            one for these, at random.
+            one for these, at random, and a warning in the log says so.
         options: as for `load_model`.
 
     Raises:
-        DrklError: no such model, no classifier where ``classes`` is None, other classes, or an unknown dtype.
+        DrklError: no such model, no classifier where ``classes`` is None, other classes, weights that are not the
+            model's, or an unknown dtype.
     """
     if isinstance(model, PreTrainedModel):
         name = type(model).__name__
         check_classes(model, class_names(model, name) if classes is None else classes, name)
         return _in_memory(model, dtype, options)
     name, wanted = _text(model), torch_dtype(dtype)
-    _check_options(options, name)
+    options = _checked_options(options, name)
     if adapter_base(name) is not None:
         raise DrklError(f"{name!r} is a LoRA adapter; a classifier has to be a whole model. Merge it first.")
-    config = load_config(name, **_hub_options(options))
+    config = load_config(name, **options)
     if classes is None or is_classifier(config):
         check_classes(config, class_names(config, name) if classes is None else classes, name)
         fields = {}
@@ -123,8 +182,8 @@ def load_classifier(
         fields = label_fields(classes)
 
     def load(source: str) -> Any:
-        settings = options | {"dtype": wanted, "use_safetensors": True} | fields | _NO_CODE
-        return AutoModelForSequenceClassification.from_pretrained(source, **settings)
+        settings = options | {"dtype": wanted} | fields
+        return _pretrained(AutoModelForSequenceClassification, source, name, settings, new_head=bool(fields))
 
     loaded: PreTrainedModel = _load(name, "classifier", load)
     return loaded.eval()
@@ -151,19 +210,28 @@ def model_class(config: Any, *, classifier: bool = False) -> Any:
     """The Auto class of classifiers, or of language models of this config's kind."""
     if classifier:
         return AutoModelForSequenceClassification
-    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+    # Decoders that also hear (Qwen2-Audio, Voxtral) are registered there, though no encoder reads their prompt.
+    kind = type(config)
+    hears = kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) or hears else AutoModelForCausalLM
 
 
 def load_config(model: Name | PreTrainedModel, **options: Any) -> Any:
     """Load a model's config alone, for an adapter that of its base model; a model in memory gives its own.
 
     The embedded teacher's is read without converting its weights.
+
+    Args:
+        model: as for `load_model`.
+        options: as for `load_model`; of these, the ones that say where the files lie, such as ``revision``.
     """
+    options = _hub_options(options)
     if isinstance(model, PreTrainedModel):
         return model.config
     name = _text(model)
     if (base := adapter_base(name)) is not None:
-        return load_config(base, **options)
+        revision = {} if (commit := adapter_revision(name)) is None else {"revision": commit}
+        return load_config(base, **(revision | options))
     if name == smollm2.NAME and not smollm2.is_converted():
         config = AutoConfig.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
         return smollm2.clean_config(config)
@@ -171,7 +239,7 @@ def load_config(model: Name | PreTrainedModel, **options: Any) -> Any:
 
 
 def load_tokenizer(tokenizer: Name | PreTrainedTokenizerBase, *, classifier: bool = False) -> Any:
-    """Load a tokenizer; one in memory is checked and returned.
+    """Load a tokenizer, that of its base model for an adapter without one; one in memory is checked and returned.
 
     A tokenizer without a padding token is given its end-of-sequence token for that (masks never look at ids). A
     classifier writes nothing, so its tokenizer needs no end of sequence.
@@ -182,6 +250,8 @@ def load_tokenizer(tokenizer: Name | PreTrainedTokenizerBase, *, classifier: boo
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return _checked_tokenizer(tokenizer, tokenizer.name_or_path or type(tokenizer).__name__, classifier)
     name = _text(tokenizer)
+    if (base := adapter_base(name)) is not None and not any(Path(name).glob("tokenizer*.json")):
+        return load_tokenizer(base, classifier=classifier)
     if name == smollm2.NAME and not smollm2.is_converted():
         loaded = AutoTokenizer.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
     else:
@@ -229,13 +299,16 @@ def _text(name: Name) -> str:
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
-def _check_options(options: Mapping[str, Any], name: str) -> None:
+def _checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     for key, value in options.items():
+        if key in _NOT_TAKEN and value is not None and value is not (key == "use_safetensors"):
+            raise DrklError(f"{name!r} is to be loaded with {key}={value!r}: {_NOT_TAKEN[key]}. Leave it out.")
         if str(value).startswith(IN_MEMORY):
             raise DrklError(
                 f"{name!r} was loaded with {key} as an object ({value}), which a config.yaml cannot hold. Go on in "
                 "Python, with the model in memory."
             )
+    return {key: value for key, value in options.items() if key not in _NOT_TAKEN}
 
 
 def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
@@ -255,9 +328,13 @@ def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
         raise _explained(name, what, error) from error
     except RuntimeError as error:
         # Any other RuntimeError (memory, a device) is not about the files and keeps its own words.
-        if "ignore_mismatched_sizes" not in str(error) or any("memory" in str(cause) for cause in _causes(error)):
+        if not (broken := conversion_errors(error)) or any("memory" in str(cause) for cause in _causes(error)):
             raise
-        raise _explained(name, what, error) from error
+        raise DrklError(
+            f"The weights of {name!r} are not those of its config.json: {len(broken)} cannot be put together from "
+            f"their parts in the file, such as a layer's experts ({listed(broken)}). Some parts are missing, or have "
+            "another shape. Save the model again whole."
+        ) from error
 
 
 def _explained(name: str, what: str, error: Exception) -> DrklError:
@@ -269,6 +346,8 @@ def _explained(name: str, what: str, error: Exception) -> DrklError:
         where = f"Cannot read the {what} {name!r}"
     elif folder.is_dir():
         where = f"The folder {name!r} is there, but no usable {what} was found in it"
+        if fault := file_faults(folder):
+            return DrklError(f"The folder {name!r} holds no whole {what}: {fault}")
         if "safetensors" in reason and any(folder.glob("*.bin")):
             where += " (it has .bin weights; those are pickle files, convert them to safetensors first)"
     elif any(isinstance(cause, hub_errors.GatedRepoError) for cause in causes):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.models.config import StudentConfig
+from drkl.models.context import context_of, contexts_of
 from drkl.models.forward import decoder_start, is_encoder_decoder
 from drkl.models.load import load_config, load_tokenizer
 from drkl.models.student import source_model, student_config
@@ -119,19 +121,58 @@ def shared_vocabulary(
     return {"shared": shared, "student": student, "teacher": teacher}
 
 
-def check_rows(rows: Sequence[Row | LabelledRow], model_config: Any, whose: str) -> None:
-    """Raise DrklError if a model has no embedding for a row's tokens, or its context is too short for them."""
-    text = model_config.get_text_config()
-    longest = max(rows, key=lambda row: row.length)
-    context = getattr(text, "max_position_embeddings", None)
-    if isinstance(context, int) and longest.length > context:
-        raise DrklError(
-            f"Row {longest.id!r} has {longest.length} tokens and the {whose}'s context {context}. Set data.max_tokens "
-            f"to at most {context}."
-        )
+def check_rows(rows: Sequence[Row | LabelledRow], configs: Mapping[str, Any]) -> None:
+    """Check that every model has embeddings for the rows' tokens, and a context long enough for them.
+
+    Args:
+        rows: all of them, of one kind.
+        configs: the models' configs, by what errors call the models.
+
+    Raises:
+        DrklError: a row is too long for a model, or has a token that it does not know.
+    """
+    separate = isinstance(rows[0], Row) and rows[0].encoder_decoder
+    for role, config in sorted(configs.items(), key=lambda item: context_of(item[1]) or math.inf):
+        (_check_sides if separate else _check_length)(rows, config, role)
     top = max((max(row.all_ids), row.id) for row in rows)
-    if top[0] >= text.vocab_size:
+    for role, config in configs.items():
+        if top[0] >= (size := config.get_text_config().vocab_size):
+            raise DrklError(
+                f"Row {top[1]!r} has the token id {top[0]}, but the {role} has embeddings for ids 0 to {size - 1} "
+                "only: its tokenizer belongs to another model."
+            )
+
+
+def _check_length(rows: Sequence[Any], config: Any, role: str) -> None:
+    context, longest = context_of(config), max(rows, key=lambda row: row.length)
+    if context is None or longest.length <= context:
+        return
+    message = f"Row {longest.id!r} has {longest.length} tokens and the {role}'s context {context}."
+    if isinstance(longest, LabelledRow):
+        raise DrklError(f"{message} Set data.max_tokens to at most {context}.")
+    shortest = min(len(row.prompt_ids) for row in rows)
+    if shortest >= context:
         raise DrklError(
-            f"Row {top[1]!r} has the token id {top[0]}, but the {whose} has embeddings for ids 0 to "
-            f"{text.vocab_size - 1} only: its tokenizer belongs to another model."
+            f"{message} The shortest prompt has {shortest} tokens, so no row fits: shorten the prompts, or choose "
+            "models with a longer context."
         )
+    raise DrklError(
+        f"{message} Set data.max_tokens to at most {context}, and data.max_prompt_tokens below that: the shortest "
+        f"prompt has {shortest} tokens."
+    )
+
+
+def _check_sides(rows: Sequence[Any], config: Any, role: str) -> None:
+    """The same of an encoder-decoder, whose encoder reads the prompts and whose decoder the responses."""
+    for side, context, option in zip(
+        ("prompt", "response"), contexts_of(config), ("max_prompt_tokens", "max_tokens"), strict=True
+    ):
+        lengths = [len(row.prompt_ids if side == "prompt" else row.response_ids) for row in rows]
+        longest = max(range(len(rows)), key=lengths.__getitem__)
+        if context is not None and lengths[longest] > context:
+            whose = "encoder" if side == "prompt" else "decoder"
+            raise DrklError(
+                f"Row {rows[longest].id!r} has a {side} of {lengths[longest]} tokens and the {role}'s {whose} a "
+                f"context of {context}. Set data.{option} to at most {context}; the shortest {side} has "
+                f"{min(lengths)} tokens."
+            )

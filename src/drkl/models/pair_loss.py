@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +25,7 @@ from drkl.models.at_head import (
     unwrap,
 )
 from drkl.models.classes import class_names
-from drkl.models.forward import decoder_start, in_eval_mode, output_head
+from drkl.models.forward import decoder_start, in_eval_mode, named_arguments, output_head
 from drkl.models.pair import check_same_family
 from drkl.objectives import ObjectiveLike, make_objective
 
@@ -81,9 +79,10 @@ def pair_loss(
         objective_params: the parameters of an objective given by its name, e.g. ``{"gamma": 0.5}``.
         num_tokens: what the sum is divided by, in place of the tokens that count in this batch (on all processes): with
             gradient accumulation those of all micro-batches (`count_tokens`) on all processes.
-        teacher_hidden: the teacher's last hidden states, after its final norm, where they are known already:
-            `[batch, tokens, hidden]`, or `[n, hidden]` at the n positions that count, in order; for a classifier its
-            class logits `[batch, classes]`. The teacher is then not run, and gives its head only.
+        teacher_hidden: the states that the teacher's head is given, where they are known already (its last hidden
+            states, after the final norm; T5's after their scaling): `[batch, tokens, hidden]`, or `[n, hidden]` at the
+            n positions that count, in order; for a classifier its class logits `[batch, classes]`. The teacher is then
+            not run, and gives its head only.
         teacher_head: that head, `[vocab, hidden]` or an `LMHead`, in place of a teacher.
 
     Returns:
@@ -183,11 +182,11 @@ def model_inputs(model: PreTrainedModel, batch: Mapping[str, Any], role: str) ->
     """Return the inputs of a model: the keys of the batch that its forward accepts."""
     if batch.get("input_ids") is None:
         raise DrklError("The batch has no 'input_ids'; student and teacher read the same token ids.")
-    names, takes_more = _parameters(type(model).forward)
+    names, takes_more = named_arguments(type(model).forward)
     inputs = {k: v for k, v in batch.items() if v is not None and k in names and k not in NOT_INPUTS}
     if takes_more:
         inputs |= {key: batch[key] for key in PACKED if key in batch}
-    if "use_cache" in names:
+    if takes_more or "use_cache" in names:
         inputs["use_cache"] = False
     kind = kind_of(model, role)
     if kind == ENCODER_DECODER and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
@@ -199,14 +198,6 @@ def model_inputs(model: PreTrainedModel, batch: Mapping[str, Any], role: str) ->
     if wanted and isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask[:, :1] == 0).any()):
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     return inputs
-
-
-@functools.cache
-def _parameters(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
-    """The arguments that a forward names, and whether it takes others."""
-    parameters = inspect.signature(forward).parameters.values()
-    named = frozenset(parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD)
-    return named, any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ def pruned(
     stacks = stacks_of(model.config)
     kept = dict(zip(stacks, [layers] if encoder_layers is None else [layers, encoder_layers], strict=True))
     _load(small, _kept_state(model, small, kept))
+    small.name_or_path = small.config.name_or_path = ""  # an adapter of it would name the teacher as its base
     if not is_classifier(model):
         small.generation_config = copy.deepcopy(model.generation_config)
     small = small.to(model.device).eval()  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from drkl.data.classification import LabelledRow
 from drkl.data.collate import IGNORE_INDEX, collate
 from drkl.data.tokenize import Row
 from drkl.losses import LMHead
+from drkl.models.check import check_forward
 from drkl.models.classes import is_classifier
 from drkl.models.forward import decoder_start as decoder_start_of
 from drkl.models.forward import hidden_states, output_head
@@ -171,6 +172,8 @@ def read(
     """
     assert rows, "at least one held-out row"
     assert not model.training, "dropout would make every number a random one"
+    if not is_classifier(model):
+        check_forward(model)
     hidden: list[Tensor] = [torch.empty(0)] * len(rows)
     labels: list[Tensor] = [torch.empty(0)] * len(rows)
     start = decoder_start_of(model)

@@ -95,9 +95,15 @@ def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    from drkl.models.weights import check_weights
+
     # A model loaded from GGUF refuses to be saved or trained; one made from its config does not.
     with open(os.devnull, "w") as devnull, contextlib.redirect_stderr(devnull):  # its bar takes no other switch
-        quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=GGUF, dtype=torch.float32, output_loading_info=True
+        )
+    quantised, report = loaded
+    check_weights(quantised, report, NAME)
     config = clean_config(quantised.config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantised.state_dict())

@@ -82,7 +82,7 @@ def student_config(
     """Return the model config of the student, without loading any weights."""
     if config.model_type is not None:
         return _own_config(config, config.model_type, teacher_name, tokenizer, classes)
-    base = load_config(source_model(config, teacher_name))
+    base = load_config(source_model(config, teacher_name), **config.model_init_kwargs)
     for key, value in (label_fields(classes) if classes is not None else {}).items():
         setattr(base, key, value)
     if config.init == "pretrained":

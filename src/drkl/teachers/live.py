@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from drkl.losses import LMHead
+from drkl.models.check import check_forward
 from drkl.models.classes import is_classifier
-from drkl.models.forward import INPUTS, check_head, hidden_states, in_eval_mode, output_head
+from drkl.models.forward import INPUTS, hidden_states, in_eval_mode, output_head
 from drkl.models.load import load_classifier, load_model
 from drkl.models.precision import resolve_dtype
 from drkl.teachers.config import TeacherConfig
@@ -34,7 +35,7 @@ class LiveTeacher:
         """
         self.model = model
         if not is_classifier(model):
-            check_head(model)
+            check_forward(model)
         self.pad_id: int | None = None
         """What batches are padded with, where it is not the model's own: a decoder that classifies looks for it."""
         self._memory: dict[bytes, Tensor] = {}

@@ -65,10 +65,12 @@ class DistillationConfig(TrainingArguments):
         per_device_train_batch_size: rows in a micro-batch of one device, in place of ``tokens_per_step``.
         tokens_per_step: input positions, padding included, in a step over all devices; 1024 if neither is set.
         same_batches: give every epoch the batches of the first one, in another order.
-        max_prompt_tokens: rows with a longer prompt are dropped. Default: 256, or half of a smaller ``max_tokens``.
-        max_tokens: prompt and response together; a longer response is cut at its end (and counted).
+        max_prompt_tokens: rows with a longer prompt are dropped. Default: 256, or half of a smaller ``max_tokens``,
+            or what leaves room for a response.
+        max_tokens: prompt and response together; a longer response is cut at its end (and counted). Default: 512, or
+            the models' context.
         turns: "last" (learn the last assistant turn of a conversation) or "all".
-        template: how a prompt is written: auto, chat, alpaca, minillm, plain, or jinja text.
+        template: how a prompt is written: auto, chat, chat:NAME, alpaca, minillm, plain, or jinja text.
         freeze_embeddings: keep the token embeddings, and a head tied to them, as they are.
         eval_rows: rows of ``eval_dataset`` for the losses during training, at most.
         early_stop_patience: stop after this number of held-out losses without a new best; None: never.
@@ -128,7 +130,7 @@ class DistillationConfig(TrainingArguments):
     )
     same_batches: bool = field(default=False, metadata={"help": "Give every epoch the same batches."})
     max_prompt_tokens: int | None = field(default=None, metadata={"help": "Longest prompt, in tokens. Default: 256."})
-    max_tokens: int = field(default=512, metadata={"help": "Longest row in tokens, prompt and response together."})
+    max_tokens: int | None = field(default=None, metadata={"help": "Longest row, in tokens. Default: 512."})
     turns: str = field(default="last", metadata={"help": "Turns of the assistant to learn: last or all."})
     template: str = field(default="auto", metadata={"help": "Prompt template, as data.template."})
     freeze_embeddings: bool = field(default=False, metadata={"help": "Do not train the token embeddings."})
@@ -218,13 +220,12 @@ class DistillationConfig(TrainingArguments):
             raise DrklError(f"num_train_epochs is {self.num_train_epochs}; expected a number above 0.")
         if self.turns not in ("last", "all"):
             raise DrklError(f"turns is {self.turns!r}; expected 'last' or 'all'.")
-        if self.max_prompt_tokens is not None and self.max_tokens <= self.max_prompt_tokens:
+        limits = self.max_prompt_tokens, self.max_tokens
+        if limits[0] is not None and limits[1] is not None and limits[1] <= limits[0]:
             raise DrklError(
                 f"max_tokens ({self.max_tokens}) must be larger than max_prompt_tokens ({self.max_prompt_tokens}): it "
                 "counts prompt and response together."
             )
-        if self.max_prompt_tokens is None:
-            self.max_prompt_tokens = 256 if self.max_tokens > 256 else self.max_tokens // 2
 
     def _check_refused(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}

@@ -13,12 +13,12 @@ from drkl.data.rows import make_rows, read_shares
 from drkl.data.tokenize import DropReport, Row
 from drkl.losses.fused import chunk_rows
 from drkl.models.forward import is_encoder_decoder
-from drkl.models.load import count_parameters, load_config, model_note
+from drkl.models.load import count_parameters, model_note
 from drkl.models.pair import check_families, check_rows, check_tokenizers, shared_vocabulary
 from drkl.models.precision import DTYPES, pick_device, resolve_dtype
-from drkl.models.student import depth, student_config
+from drkl.models.student import depth
 from drkl.training.checks import check_device
-from drkl.training.spec import RunSpec, run_classes, run_tokenizer, training_config
+from drkl.training.spec import RunSpec, fitted, run_classes, run_configs, run_room, run_tokenizer, training_config
 from drkl.training.trainer import plan_run
 
 ACTIVATIONS_PER_TOKEN = 34
@@ -31,17 +31,20 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     Raises:
         DrklError: whatever `distill` would refuse before training.
     """
-    first, last = specs[0], specs[-1]
-    check_device(last.run.device)
-    device = pick_device(last.run.device)
+    first = specs[0]
+    check_device(specs[-1].run.device)
+    device = pick_device(specs[-1].run.device)
     teacher_name = first.teacher.model if first.teacher else None
     tokenizer = run_tokenizer(specs)
     classes = run_classes(specs)
     if classes is None:
         check_families(first.student, teacher_name, tokenizer)
     tokens = check_tokenizers(first.student, teacher_name, classifier=first.classifies)
-    student = student_config(first.student, teacher_name, tokenizer, classes)
-    teacher = load_config(teacher_name) if teacher_name else None
+    configs = run_configs(first, tokenizer, classes)
+    room = run_room(configs, classes)
+    specs = fitted(specs, room)
+    last = specs[-1]
+    student, teacher = configs["student"], configs.get("teacher")
     sizes = {
         "student": count_parameters(student, classifier=first.classifies),
         "teacher": count_parameters(teacher, classifier=first.classifies) if teacher else None,
@@ -51,12 +54,12 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     stages, encoder_decoder = [], is_encoder_decoder(student)
     for spec in specs:
         train, _ = read_shares(spec.data, classifier=first.classifies)
-        rows, report = make_rows(train, spec.data, tokenizer, classes=classes, encoder_decoder=encoder_decoder)
-        check_rows(rows, student, "student")
-        if teacher is not None:
-            check_rows(rows, teacher, "teacher")
-            if classes is None:
-                shared_vocabulary(_vocab_size(student), _vocab_size(teacher), tokens, tokenizer, rows)
+        rows, report = make_rows(
+            train, spec.data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, room=room
+        )
+        check_rows(rows, configs)
+        if teacher is not None and classes is None:
+            shared_vocabulary(_vocab_size(student), _vocab_size(teacher), tokens, tokenizer, rows)
         stages.append(_stage(spec, rows, report, student, teacher, sizes, device, rates, seen))
     return {
         "config": last.resolved,

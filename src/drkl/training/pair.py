@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from drkl.data.classification import LabelledRow
+from drkl.data.ends import taught_ends
+from drkl.data.lengths import Lengths, Room, fit_lengths
 from drkl.data.rows import Rows, rows_from
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
-from drkl.models.adapter import add_adapter
+from drkl.models.adapter import adapter_start, add_adapter, changes_base, check_adapter
+from drkl.models.check import check_student
 from drkl.models.classes import check_classes, class_names, is_classifier
 from drkl.models.config import StudentConfig
-from drkl.models.forward import check_head, is_encoder_decoder, lm_head
+from drkl.models.context import room_of
+from drkl.models.ends import check_languages, listed_ends, set_ends, stops_of
+from drkl.models.forward import is_encoder_decoder, lm_head
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer, model_note
 from drkl.models.pair import SharedTokens, check_rows, check_same_family, check_tokenizers, shared_vocabulary
 from drkl.models.precision import resolve_dtype
@@ -27,6 +32,7 @@ from drkl.runs import IN_MEMORY
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
 from drkl.training.arguments import DistillationConfig
+from drkl.training.ends import Ends, compare_ends
 
 
 @dataclass(frozen=True)
@@ -55,16 +61,26 @@ class Pair:
     """Where the two heads are compared on fewer ids than they have: how many are ``shared``, of how many."""
     adapter: Any
     """peft's handle on the student, or None."""
+    adapter_start: dict[str, Tensor]
+    """First weights of an adapter whose start changed the base model; empty for any other."""
     student_name: str
     teacher_name: str | None
     data_names: tuple[str, str | None]
     """The sources of the training rows and of the held-out rows."""
+    lengths: Lengths
+    """The limits of prompts and rows: those that were given, and what fits the models."""
+    room: Room
+    """The models' context."""
     eval_dataset: list[dict[str, Any]] | None
     """The held-out rows as they were passed in memory; None where they have a name, or no json."""
     student_options: dict[str, Any] = field(default_factory=dict)
     """What a student given by its name was loaded with, as a config.yaml has it."""
     notes: list[str] = field(default_factory=list)
     """Notes on the pair for the user."""
+    listed_ends: Sequence[int] = ()
+    """The ids that end an answer by the teacher's own settings, or by the student's where there is no teacher."""
+    ends: Ends | None = None
+    """Where the teacher ends an answer, and where the rows do."""
 
     @property
     def vocab_size(self) -> int | None:
@@ -78,7 +94,9 @@ class Pair:
 
     def tokenize(self, dataset: Any, args: DistillationConfig) -> tuple[Rows, DropReport]:
         """Turn a data set, as the trainer takes it, into checked rows."""
-        rows, report = _tokenize(dataset, "eval_dataset", self.tokenizer, self.student, self.classes, args)
+        rows, report = _tokenize(
+            dataset, "eval_dataset", self.tokenizer, self.classes, args, self.listed_ends, self.lengths, self.room
+        )
         _check_rows(rows, self.student, self.teacher)
         return rows, report
 
@@ -131,19 +149,32 @@ def make_pair(
     if tokenizer is None:
         tokenizer = _tokenizer(model, teacher_model, classifier=classes is not None)
     _pad_id(tokenizer)
-    rows, report = _tokenize(train_dataset, "train_dataset", tokenizer, student, classes, args)
+    words = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    ends = [] if classes is not None else listed_ends(student if teacher is None else teacher.model, words)
+    room = _room(student, teacher, classes)
+    lengths = fit_lengths(args.max_prompt_tokens, args.max_tokens, room)
+    rows, report = _tokenize(train_dataset, "train_dataset", tokenizer, classes, args, ends, lengths, room)
     eval_rows: Rows = []
     if eval_dataset is not None:
-        eval_rows, _ = _tokenize(eval_dataset, "eval_dataset", tokenizer, student, classes, args)
+        eval_rows, _ = _tokenize(eval_dataset, "eval_dataset", tokenizer, classes, args, ends, lengths, room)
     everything: list[Any] = [*rows, *eval_rows]
     _check_rows(everything, student, teacher)
-    notes: list[str] = []
+    # The command line says what there is to say of its rows where it reads them.
+    notes = [] if isinstance(train_dataset, TokenisedRows) else list(report.notes)
     vocabulary = None
+    compared = None
     if classes is not None:
         student.config.get_text_config().pad_token_id = _pad_id(tokenizer)  # decoders find a text's end by it
     if classes is None:
-        check_head(student)
+        check_student(student)
         vocabulary = _compare_vocabularies(student, teacher, shared, tokenizer, everything, notes)
+        check_languages(words, {"student": student, "teacher": None if teacher is None else teacher.model})
+        language_rows: Any = rows
+        taught = [*taught_ends(language_rows, words), *ends]
+        compared = None if teacher is None else _ends(teacher, rows, words, args)
+        if compared is not None and compared.differ and compared.own_id is not None:
+            taught.append(compared.own_id)
+        notes += set_ends(student, words, stops_of(student, words, args.template, taught))
     elif teacher is not None:
         teacher.pad_id = _pad_id(tokenizer)
     if args.disable_dropout:
@@ -170,16 +201,29 @@ def make_pair(
         classes=classes,
         vocabulary=vocabulary,
         adapter=adapter,
+        adapter_start={} if adapter is None else adapter_start(adapter),
         student_name=_name(model),
         teacher_name=None if teacher is None else _name(teacher_model),
         data_names=(_data_name(train_dataset), None if eval_dataset is None else _data_name(eval_dataset)),
+        lengths=lengths,
+        room=room,
         eval_dataset=_plain_rows(eval_dataset),
         student_options=plain_options(
             {**(args.model_init_kwargs or {})}
             | ({} if quantization_config is None else {"quantization_config": quantization_config})
         ),
         notes=notes,
+        listed_ends=ends,
+        ends=compared,
     )
+
+
+def _ends(teacher: LiveTeacher, rows: Any, tokenizer: Any, args: DistillationConfig) -> Ends | None:
+    """Where the teacher ends an answer; unread where its probabilities teach nothing."""
+    if args.kd_weight == 0 or not args.make_objective().needs_teacher:
+        return None
+    known = stops_of(teacher.model, tokenizer, args.template)
+    return compare_ends(teacher, rows, tokenizer, known, pad_id=_pad_id(tokenizer))
 
 
 def _name(model: Any) -> str:
@@ -234,6 +278,13 @@ def _student(model: Any, args: DistillationConfig, quantization_config: Any) -> 
                 "model has prompts that peft puts before its input; only adapters inside the layers (LoRA and its kin) "
                 "can be distilled."
             )
+        if changes_base(config := model.active_peft_config):
+            raise DrklError(
+                f"model is a PeftModel whose start ({config.init_lora_weights!r}) changed its base model, so what is "
+                "saved would not be what was trained. Pass the base model, and the same config as peft_config."
+            )
+        if not is_classifier(model.get_base_model()):
+            check_adapter(model)
         return model.get_base_model(), model
     if not isinstance(model, PreTrainedModel):
         raise DrklError(
@@ -271,7 +322,7 @@ def _load(name: str, options: dict[str, Any], dtype: str, device: torch.device, 
     if options.pop("trust_remote_code", False):
         raise DrklError(f"{where} has trust_remote_code: drkl never runs code that comes with a model.")
     wanted = options.pop("dtype", options.pop("torch_dtype", dtype))
-    load = load_classifier if is_classifier(load_config(name)) else load_model
+    load = load_classifier if is_classifier(load_config(name, **options)) else load_model
     return load(name, resolve_dtype(wanted, device), **options)
 
 
@@ -323,30 +374,41 @@ def _tokenize(
     dataset: Any,
     name: str,
     tokenizer: Any,
-    student: PreTrainedModel,
     classes: Sequence[str] | None,
     args: DistillationConfig,
+    ends: Sequence[int],
+    lengths: Lengths,
+    room: Room,
 ) -> tuple[Rows, DropReport]:
     if isinstance(dataset, TokenisedRows):
         return dataset.rows, dataset.report
-    assert args.max_prompt_tokens is not None, "settled when the config was made"
     return rows_from(
         dataset,
         tokenizer,
         name=name,
-        encoder_decoder=classes is None and is_encoder_decoder(student),
+        encoder_decoder=room.separate,
         classes=classes,
-        max_prompt_tokens=args.max_prompt_tokens,
-        max_tokens=args.max_tokens,
+        max_prompt_tokens=lengths.max_prompt_tokens,
+        max_tokens=lengths.max_tokens,
+        room=room,
         turns=args.turns,
         template=args.template,
+        ends=ends,
     )
 
 
+def _configs(student: PreTrainedModel, teacher: LiveTeacher | None) -> dict[str, Any]:
+    return {"student": student.config} | ({} if teacher is None else {"teacher": teacher.model.config})
+
+
+def _room(student: PreTrainedModel, teacher: LiveTeacher | None, classes: Sequence[str] | None) -> Room:
+    """The positions that both models have for a row."""
+    encoder_decoder = classes is None and is_encoder_decoder(student)
+    return room_of(_configs(student, teacher).values(), encoder_decoder=encoder_decoder)
+
+
 def _check_rows(rows: Sequence[Row | LabelledRow], student: PreTrainedModel, teacher: LiveTeacher | None) -> None:
-    check_rows(rows, student.config, "student")
-    if teacher is not None:
-        check_rows(rows, teacher.model.config, "teacher")
+    check_rows(rows, _configs(student, teacher))
 
 
 def _compare_vocabularies(

@@ -77,6 +77,7 @@ class RunRecord:
             "teacher_note": teacher_note(self.pair),
             "data": describe_data(self.pair),
             "vocabulary": self.pair.vocabulary,
+            "ends": None if self.pair.ends is None else self.pair.ends.as_record(),
             "parameters": count_parameters(self.pair),
             "started": self.run.read_env().get("started", now()) if resumed else now(),
             "finished": None,
@@ -144,7 +145,8 @@ class RunRecord:
         if self.pair.adapter is None:
             self.pair.student.save_pretrained(folder)
         elif self.export == "adapter":
-            save_adapter(self.pair.adapter, folder)
+            save_adapter(self.pair.adapter, folder, self.pair.adapter_start)
+            self.pair.student.generation_config.save_pretrained(folder)
         else:
             merge_adapter(self.pair.adapter).save_pretrained(folder)
 
@@ -153,7 +155,11 @@ class RunRecord:
         note = teacher_note(pair)
         if pair.adapter is not None and self.export == "adapter":
             base = (self.config or {}).get("student", {}).get("model") or pair.student_name
-            adapter_note = f"It is a LoRA adapter for `{base}`; to load it, install `peft` too."
+            adapter_note = (
+                f"It is a LoRA adapter for `{base}`; to load it, install `peft` too. Where its answers "
+                "end stands in its generation_config.json, which peft does not read: set `model.generation_config = "
+                "GenerationConfig.from_pretrained(FOLDER)`."
+            )
             note = f"{note}\n\n{adapter_note}" if note else adapter_note
         kind = "classifier" if pair.classes else "encoder_decoder" if is_encoder_decoder(pair.student) else "decoder"
         config = describe_run(pair, self.args, self.run) if self.config is None else self.config
@@ -246,15 +252,14 @@ def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder, num_steps
         dtype="bf16" if pair.student.dtype == torch.bfloat16 else "fp32",
         model_init_kwargs=pair.student_options,
     )
-    rows = {"max_prompt_tokens": args.max_prompt_tokens, "max_tokens": args.max_tokens}
     data = DataConfig.model_validate(
         {
             "path" if is_file else "dataset": train_path,
             "eval_path": eval_path,
             "turns": args.turns,
             "template": args.template,
+            **pair.lengths._asdict(),
         }
-        | rows
     )
     training = TrainingConfig.model_validate(
         {

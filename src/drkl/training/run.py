@@ -10,8 +10,10 @@ from typing import Any, Literal
 import torch
 
 from drkl.data.config import NO_ROWS, DataConfig
+from drkl.data.lengths import NO_LIMIT, Room
 from drkl.data.rows import Rows, make_rows, read_shares
 from drkl.data.tokenize import DropReport
+from drkl.errors import DrklError
 from drkl.models.load import load_tokenizer, model_note
 from drkl.models.pair import SharedTokens, check_families, check_tokenizers
 from drkl.models.precision import pick_device
@@ -26,9 +28,13 @@ from drkl.training.pair import TokenisedRows
 from drkl.training.spec import (
     TWO_CLASSES,
     RunSpec,
+    fitted,
     has_encoder,
     is_two_class,
     run_classes,
+    run_configs,
+    run_ends,
+    run_room,
     run_tokenizer,
     tokenizer_name,
     training_config,
@@ -64,6 +70,8 @@ class Resources:
     listener: Listener
     classes: tuple[str, ...] | None = None
     """Names of the classes by number, in a classification run."""
+    room: Room = NO_LIMIT
+    """The models' context."""
     _teachers: dict[TeacherConfig, LiveTeacher] = field(default_factory=dict)
     _tokenizers: dict[str, Any] = field(default_factory=dict)
     _rows: dict[tuple[DataConfig, str, bool], Loaded] = field(default_factory=dict)
@@ -88,16 +96,22 @@ class Resources:
         self.listener.on_message(f"Learnt a tokenizer of {len(learnt)} tokens from the training text.")
         self._tokenizers[tokenizer_name(specs[0])] = learnt
 
-    def rows(self, config: DataConfig, tokenizer_name: str, *, encoder_decoder: bool) -> Loaded:
+    def rows(
+        self, config: DataConfig, tokenizer_name: str, *, encoder_decoder: bool, ends: Sequence[int] = ()
+    ) -> Loaded:
         key = (config, tokenizer_name, encoder_decoder)
         if key not in self._rows:
             shares = read_shares(config, classifier=self.classes is not None)
-            kind: dict[str, Any] = {"classes": self.classes, "encoder_decoder": encoder_decoder}
+            kind: dict[str, Any] = {"classes": self.classes, "encoder_decoder": encoder_decoder, "ends": ends}
+            kind["room"] = self.room
             train, report = make_rows(shares[0], config, self.tokenizer(tokenizer_name), **kind)
             message = f"Training data: {report.summary()}"
             heldout: Rows = []
             if config.eval_path != NO_ROWS:
-                heldout, heldout_report = make_rows(shares[1], config, self.tokenizer(tokenizer_name), **kind)
+                try:
+                    heldout, heldout_report = make_rows(shares[1], config, self.tokenizer(tokenizer_name), **kind)
+                except DrklError as error:
+                    raise DrklError(f"Held-out rows: {error}") from error
                 message += f" Held out: {heldout_report.summary()}"
             self.listener.on_message(message)
             self._rows[key] = Loaded(train, heldout, report)
@@ -140,9 +154,12 @@ def distill(
         check_families(first.student, teacher_name, resources.tokenizer(name))
     shared = check_tokenizers(first.student, teacher_name, classifier=first.classifies)
     encoder_decoder = resources.classes is None and has_encoder(first, resources.tokenizer(name))
+    resources.room = run_room(run_configs(first, resources.tokenizer(name), resources.classes), resources.classes)
+    specs = fitted(specs, resources.room)
+    ends = () if resources.classes is not None else run_ends(first, resources.tokenizer(name))
     for spec in specs:
         training_config(spec, resources.device)
-        resources.rows(spec.data, name, encoder_decoder=encoder_decoder)
+        resources.rows(spec.data, name, encoder_decoder=encoder_decoder, ends=ends)
     # The line that made the run is what repeats it, also where another one finished it.
     made_by = last.read_env().get("command") if mode == "resume" else None
     command = made_by or (None if command is None else list(command))

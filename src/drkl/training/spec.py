@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from drkl.data.classification import label_set, load_labelled
 from drkl.data.config import DataConfig, TokenizerConfig
 from drkl.data.examples import load_examples
+from drkl.data.lengths import Lengths, Room
 from drkl.data.tokenizer import learn_tokenizer, texts_of
 from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
@@ -164,6 +165,15 @@ def run_tokenizer(specs: Sequence[RunSpec]) -> Any:
     return learn_tokenizer(config, (text for data in sections for text in texts_of(load_examples(data)[0])))
 
 
+def run_ends(first: RunSpec, tokenizer: Any) -> Sequence[int]:
+    """The ids that end an answer by the settings of the teacher, or of the model that a student starts from."""
+    from drkl.models.ends import listed_ends
+
+    if first.teacher is not None:
+        return listed_ends(first.teacher.model, tokenizer, **first.teacher.model_init_kwargs)
+    return () if first.student.model is None else listed_ends(first.student.model, tokenizer)
+
+
 def has_encoder(first: RunSpec, tokenizer: Any) -> bool:
     """Whether the models of a run are encoder-decoders; student and teacher are of one kind."""
     from drkl.models.forward import is_encoder_decoder
@@ -173,3 +183,45 @@ def has_encoder(first: RunSpec, tokenizer: Any) -> bool:
     if first.teacher is not None:
         return is_encoder_decoder(load_config(first.teacher.model))
     return is_encoder_decoder(student_config(first.student, None, tokenizer))
+
+
+def run_configs(first: RunSpec, tokenizer: Any, classes: Sequence[str] | None) -> dict[str, Any]:
+    """The model configs of a run, the student's and the teacher's, before anything is loaded or made.
+
+    Raises:
+        DrklError: a config that cannot be read, or fields of a student that do not fit.
+    """
+    from drkl.models.load import load_config
+    from drkl.models.student import student_config
+
+    teacher = first.teacher.model if first.teacher is not None else None
+    configs = {"student": student_config(first.student, teacher, tokenizer, classes)}
+    return configs if teacher is None else {**configs, "teacher": load_config(teacher)}
+
+
+def run_room(configs: dict[str, Any], classes: Sequence[str] | None) -> Room:
+    """The positions that the models of a run have for a row."""
+    from drkl.models.context import room_of
+    from drkl.models.forward import is_encoder_decoder
+
+    encoder_decoder = classes is None and is_encoder_decoder(configs["student"])
+    return room_of(configs.values(), encoder_decoder=encoder_decoder)
+
+
+def fitted(specs: Sequence[RunSpec], room: Room) -> list[RunSpec]:
+    """The specs with the lengths of rows that the user did not give, as they fit the models, also in ``resolved``.
+
+    Raises:
+        DrklError: a given length of prompts leaves no room for a response.
+    """
+    sections = [spec.data.fitted(room) for spec in specs]
+    lengths = [{name: getattr(data, name) for name in Lengths._fields} for data in sections]
+    fitting = []
+    for spec, data, own in zip(specs, sections, lengths, strict=True):
+        resolved = {**spec.resolved, "data": {**spec.resolved["data"], **own}}
+        if spec is specs[-1]:
+            # Written out for each: a stage would inherit those of the last one.
+            stages = zip(resolved["stages"], lengths, strict=False)
+            resolved["stages"] = [{**stage, "data": {**stage["data"], **own}} for stage, own in stages]
+        fitting.append(replace(spec, data=data, resolved=resolved))
+    return fitting

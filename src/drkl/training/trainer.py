@@ -8,7 +8,8 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from drkl.models.at_head import call_at_head
 from drkl.models.forward import decoder_start
 from drkl.models.load import one_tokenizer
 from drkl.models.pair_loss import model_inputs
+from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
 from drkl.runs import RunFolder
 from drkl.teachers.live import LiveTeacher
@@ -190,6 +192,8 @@ class DistillationTrainer(Trainer):
             )
         for note in pair.notes:
             _log.info(note)
+        if pair.ends is not None and pair.ends.differ and args.process_index == 0:
+            _log.warning("Warning: %s", pair.ends.warning())
         self.run = RunFolder(Path(str(args.output_dir)))
         world_size = args.world_size
         steps, ends = plan_run([row.length for row in pair.rows], args, world_size)
@@ -478,6 +482,30 @@ class DistillationTrainer(Trainer):
         saved = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
         return saved and super()._determine_best_metric(metrics, trial)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # By the names of the model in memory, as transformers' loop reads them back; by those of a family's files it
+        # would find no experts, and go on with the weights that are there.
+        if self.args.should_save:
+            student: Any = self.student
+            student.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with _readable_weights(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with _readable_weights(str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that is not this student's; transformers only warns, of tied weights too."""
+        student = self.student
+        missing, foreign = not_loaded(student, set(load_result.missing_keys)), load_result.unexpected_keys
+        if missing or foreign:
+            parts = [f"{len(missing)} of its weights are missing ({listed(missing)})"] if missing else []
+            parts += [f"{len(foreign)} are not its own ({listed(foreign)})"] if foreign else []
+            raise DrklError(f"they are not those of the student, a {type(student).__name__}: {'; '.join(parts)}.")
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
@@ -491,11 +519,23 @@ class DistillationTrainer(Trainer):
             ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle nobody needs
             mark_complete(folder, self.state.global_step, self.num_tokens_seen)
             if self._keep_checkpoints:
                 best = self.state.best_model_checkpoint
                 rotate(folder.parent, self._keep_checkpoints, Path(best) if best else None)
+
+
+@contextmanager
+def _readable_weights(checkpoint: str) -> Iterator[None]:
+    """Name the checkpoint in what goes wrong as its weights are read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise DrklError(
+            f"The weights of {checkpoint!r} cannot be used: {reason} Remove that checkpoint to go on from the one "
+            "before it."
+        ) from error
 
 
 def _check_optimizer(optimizer: Any, student: nn.Module) -> None:

@@ -30,7 +30,7 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "top_p": (_ON_POLICY, (None, 1.0)),
     "top_k": (_ON_POLICY, (None, 0)),
     "repetition_penalty": (_ON_POLICY, (None, 1.0)),
-    "chat_template_kwargs": ("drkl calls a chat template without further arguments; set template instead", (None,)),
+    "chat_template_kwargs": ("a row has them here, in a column of that name; or set template", (None,)),
     "trust_remote_code": (_WITH_CODE, (None, False)),
     "shuffle_dataset": ("the rows are shuffled in every epoch, by the seed", (None, True)),
     "pad_to_multiple_of": ("a batch is padded to its longest row", (None, "auto")),

@@ -1,0 +1,106 @@
+"""Encode a text piece by piece: each piece has ids of its own, and all of them read as the text does."""
+
+from __future__ import annotations
+
+import unicodedata
+from itertools import product
+from typing import TYPE_CHECKING
+
+from drkl.data.ends import as_ids
+from drkl.data.rendering import Writer
+from drkl.errors import DrklError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
+    try:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:
+        if type(error) is not Exception:  # what tokenizers raises, for instance for a word without an unknown token
+            raise
+        raise DrklError(f"The tokenizer cannot encode {text[:60]!r}: {error}.") from error
+    return list(ids)
+
+
+def encode_from_start(writer: Writer, text: str) -> list[int]:
+    """Return the ids of a text that begins a sequence; some templates and texts write their own bos, or want none.
+
+    Raises:
+        DrklError: the tokenizer cannot encode the text, or the template is unknown.
+    """
+    tokenizer = writer.tokenizer
+    ids = _encode(tokenizer, text)
+    bos = as_ids(tokenizer.bos_token_id)
+    if not bos or ids[:1] == bos or writer.kind in ("chat", "minillm") or "bos_token" in writer.template:
+        return ids
+    adds_bos = tokenizer("a", verbose=False)["input_ids"][:1] == bos
+    return [*bos, *ids] if adds_bos else ids
+
+
+class Stream:
+    """Encodes one text piece by piece, each piece to ids of its own.
+
+    Where the tokenizer would merge the beginning of a piece into the piece before, the piece is encoded by itself.
+    """
+
+    def __init__(self, writer: Writer) -> None:
+        self.ids: list[int] = []
+        self._writer = writer
+        self._text = ""
+        self._whole: list[int] = []
+
+    def add(self, piece: str) -> None:
+        """Append the ids of a piece."""
+        self._text += piece
+        known = self._whole
+        self._whole = encode_from_start(self._writer, self._text)
+        if self._whole[: len(known)] == known:
+            self.ids += self._whole[len(known) :]
+        else:
+            self.ids += self._apart(piece)
+
+    def end(self) -> None:
+        """Append eos.
+
+        Raises:
+            DrklError: the tokenizer has none.
+        """
+        self.ids.append(eos_of(self._writer.tokenizer))
+        self._text += str(self._writer.tokenizer.eos_token)
+        self._whole = encode_from_start(self._writer, self._text)
+
+    def _apart(self, piece: str) -> list[int]:
+        """The ids of a piece by itself.
+
+        Sentencepiece writes a blank before a text, which the piece does not have, so a context is encoded with it. What
+        follows the context is right if the row then reads as the whole text does.
+        """
+        tokenizer = self._writer.tokenizer
+        text = _decode(tokenizer, self._whole)
+        for context, part in product(("", "\n", "a", "."), (piece, piece.lstrip())):
+            start, ids = _encode(tokenizer, context), _encode(tokenizer, context + part)
+            if ids[: len(start)] == start and _decode(tokenizer, self.ids + ids[len(start) :]) == text:
+                return ids[len(start) :]
+        return _encode(tokenizer, piece)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    # Composed: an accent may stand in another piece than its letter.
+    return unicodedata.normalize("NFC", str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
+
+
+def eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of eos.
+
+    Raises:
+        DrklError: there is none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DrklError(
+            "The tokenizer has no eos token and its template ends no turn with a special token: the student could "
+            "never learn to stop. Set the tokenizer's eos_token."
+        )
+    return int(tokenizer.eos_token_id)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, LogitsProcessor, PreTrainedModel
+
+from drkl.models.decoding import WITHOUT_CACHE, Way, decode, plain_decoding, way_of
+from drkl.models.generate import sample_texts
+from tests.models import tiny
+from tests.models.cache_families import EOS, FAMILIES
+
+PROMPTS = [[20, 21, 22, 23, 24, 25, 26], [31], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51], [33, 34]]
+NEW = 5
+QUICK = ("mamba", "jamba", "gemma3n", "recurrent gemma", "rwkv", "roberta", "switch", "bert to bert")
+
+
+def kept_quick(names: Any) -> list[Any]:
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def most_probable(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    """Token by token, from the logits of the whole sequence without padding or cache."""
+    both = model.config.is_encoder_decoder
+    ids = [model.config.decoder_start_token_id] if both else list(prompt)
+    given = len(ids)
+    model.config.use_cache = False
+    with torch.no_grad():
+        while len(ids) - given < NEW and ids[-1:] != [EOS] * (len(ids) > given):
+            read = {"input_ids": prompt, "decoder_input_ids": ids} if both else {"input_ids": ids}
+            logits = model(**{name: torch.tensor([value]) for name, value in read.items()}).logits
+            ids.append(int(logits[0, -1].argmax()))
+    return ids[given:]
+
+
+@pytest.mark.parametrize("name", kept_quick(FAMILIES))
+def test_four_answers_are_those_of_a_loop_without_a_cache(name: str) -> None:
+    model = FAMILIES[name]()
+    answers = sample_texts(
+        model, tiny.tokenizer(), PROMPTS, samples_per_prompt=4, max_new_tokens=NEW, greedy=True, stop_ids=[EOS]
+    )
+    for prompt, own in zip(PROMPTS, answers, strict=True):
+        assert [list(answer.token_ids) for answer in own] == [most_probable(model, prompt)] * 4
+
+
+@pytest.mark.parametrize("name", kept_quick(FAMILIES))
+def test_samples_do_not_depend_on_the_batch(name: str) -> None:
+    model = FAMILIES[name]()
+    settings: dict[str, Any] = {"samples_per_prompt": 2, "max_new_tokens": NEW, "seed": 3, "stop_ids": [EOS]}
+    drawn = [sample_texts(model, tiny.tokenizer(), PROMPTS, batch_size=size, **settings) for size in (1, 2, 64)]
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("llama", Way()),
+        ("gemma3n", Way()),
+        ("jamba", Way()),  # states and keys in one cache
+        ("mamba", Way(share=False)),  # a cache without a length cannot be gone on with
+        ("gpt", Way(share=False)),  # keeps none
+        ("rwkv", WITHOUT_CACHE),  # its state is lost on the way through generate
+        ("roberta", WITHOUT_CACHE),  # generate counts its positions from 0
+    ],
+)
+def test_the_fastest_right_way_is_taken(name: str, way: Way) -> None:
+    assert way_of(FAMILIES[name](), 2, NEW) == way
+
+
+class LeavesPadding(LlamaForCausalLM):
+    """Reads padding as it reads tokens."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+class Forgets(LlamaForCausalLM):
+    """Loses what its cache holds."""
+
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
+        out = super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        out.past_key_values = past_key_values
+        return out
+
+
+@pytest.mark.parametrize(("family", "way"), [(LeavesPadding, Way(pad=False)), (Forgets, WITHOUT_CACHE)])
+def test_a_way_that_changes_the_logits_is_not_taken(
+    family: type[Any], way: Way, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = family(tiny.llama().config).eval()
+    model.load_state_dict(tiny.llama().state_dict())
+    with caplog.at_level(logging.WARNING, logger="drkl"):
+        answers = sample_texts(
+            model, tiny.tokenizer(), PROMPTS, samples_per_prompt=2, max_new_tokens=NEW, greedy=True, stop_ids=[EOS]
+        )
+    assert way_of(model, 1, NEW) == way
+    assert [list(own[1].token_ids) for own in answers] == [most_probable(model, prompt) for prompt in PROMPTS]
+    said = "Forgets gives other logits with transformers' cache than without. It answers without"
+    assert caplog.text.count(said) == (not way.cache)
+
+
+def test_a_model_whose_context_is_too_short_for_a_trial_is_used_as_it_is() -> None:
+    assert way_of(tiny.llama(max_position_embeddings=3), 1, 2) == Way()
+
+
+def test_experts_that_drop_tokens_over_their_capacity_read_the_whole_again() -> None:
+    model = FAMILIES["switch"]()
+    assert way_of(model, 2, 7).cache
+    assert way_of(model, 2, 8) == WITHOUT_CACHE
+
+
+@pytest.mark.parametrize("way", [Way(), WITHOUT_CACHE])
+def test_decoding_ends_when_every_row_has(way: Way) -> None:
+    class Ends(LogitsProcessor):
+        """The first row ends with its second token, the other with its third."""
+
+        steps = 0
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            self.steps += 1
+            forced = torch.tensor([EOS if self.steps >= 2 else 9, EOS if self.steps >= 3 else 9])
+            return torch.full_like(scores, -torch.inf).scatter_(-1, forced[:, None], 0.0)
+
+    model = tiny.llama()
+    with plain_decoding(model):
+        new = decode(
+            model, [[5, 6], [7]], 1, way, stops=[EOS], max_new_tokens=9, processors=[Ends()], pad_id=0
+        ).tolist()  # fmt: skip
+    assert new[0][:2] == [9, EOS] and new[1] == [9, 9, EOS]
+
+
+def test_plain_decoding_leaves_the_model_as_it_was() -> None:
+    model = tiny.llama().train()
+    own = model.generation_config
+    with plain_decoding(model):
+        assert not model.training and not torch.is_grad_enabled() and model.generation_config is not own
+    assert model.training and torch.is_grad_enabled() and model.generation_config is own
