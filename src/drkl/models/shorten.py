@@ -329,7 +329,7 @@ def _lost_sources(before: Any, after: Any, kept: Sequence[int]) -> list[tuple[in
 
 def _sources(config: Any) -> dict[int, int]:
     """The layer whose keys and values a layer reads, for those that read another's."""
-    if not getattr(config, "num_kv_shared_layers", 0):
+    if not getattr(config, "num_kv_shared_layers", 0) or not hasattr(config, "kv_sharing_modes"):
         return {}
     modes, kinds = config.kv_sharing_modes, config.layer_types
     last = {kind: i for i, (kind, mode) in enumerate(zip(kinds, modes, strict=True)) if mode != "reuse"}
@@ -418,11 +418,8 @@ def _sliced(config: Any, written: Settings, stacks: Sequence[Stack], kept: Mappi
             depths = ["num_hidden_layers"] if stack.side == "encoder" and "num_hidden_layers" in section else []
         fixed = _lists_of_other_things(_part(config, stack.path), stack.available)
         for key, value in section.items():
-            if (
-                key not in fixed
-                and not key.startswith(_other(stack.side))
-                and value == _section(written, stack.path).get(key)
-            ):
+            untouched = value == _section(written, stack.path).get(key)
+            if untouched and key not in fixed and not key.startswith(_other(stack.side)):
                 section[key] = _value(key, value, stack, layers)
         for key in {stack.depth_key, *depths} & section.keys():
             section[key] = len(layers)
@@ -448,13 +445,13 @@ def _other(side: str) -> str:
 
 def _value(key: str, value: Any, stack: Stack, layers: Sequence[int]) -> Any:
     """A setting for these layers: the rule for lists and dictionaries by layer."""
-    if isinstance(value, list) and len(value) == stack.available and not _NOT_BY_LAYER.search(key.replace("size", "")):
+    if isinstance(value, list) and len(value) == stack.available and not key.endswith(("_token_id", "architectures")):
         return [value[i % stack.available] for i in layers]
     if _are_numbers(value, stack) and re.search(r"layers$|_ids$|idxs$|indices$|indexes$", key):
         return _renumbered(value, layers)
-    if key == "num_kv_shared_layers":
+    if key == "num_kv_shared_layers" and isinstance(value, int):
         return sum(i >= stack.available - value for i in layers)
-    if key == "attention_types":  # GPT-Neo: [[kinds, times], ...]
+    if key == "attention_types" and value:  # GPT-Neo: [[kinds, times], ...]
         kinds = [kind for part, times in value for kind in part * times]
         return [[[kinds[i % len(kinds)] for i in layers], 1]]
     if isinstance(value, dict) and value and all(str(name).isdigit() for name in value) and not key.startswith("id2"):
