@@ -15,7 +15,7 @@ from tests.families.checks import REFUSED, WORKS, Cell, check
 CELLS = "DRKL_FAMILIES"
 """The environment variable with the folder that `make test-families` gathers the cells from."""
 DOZEN = (
-    "llama", "gpt2", "bloom", "gemma2", "mistral", "cohere2_moe", "deepseek_v32", "gpt_oss", "minimax", "lfm2", "t5",
+    "llama", "gpt2", "gemma2", "qwen3_moe", "deepseek_v3", "gpt_oss", "jamba", "qwen3_next", "bert", "qwen2_audio", "t5",
     "bart-seq2seq",
 )  # fmt: skip
 """One of each kind of layer, cache and stack."""
