@@ -38,7 +38,8 @@ def whole(cells: Cells) -> str:
     """Return how many architectures work in every column, of how many."""
     built = {cell["row"] for cell in cells if cell["column"]}
     not_whole = {cell["row"] for cell in cells if cell["column"] and cell["status"] != "works"}
-    return f"{len(built - not_whole)} of {len(built)} architectures work in every column."
+    version = cells[0]["transformers"]
+    return f"{len(built - not_whole)} of {len(built)} architectures of transformers {version} work in every column."
 
 
 def table(cells: Cells) -> str:

@@ -12,19 +12,21 @@ import json
 import sys
 from pathlib import Path
 
+import transformers
+
 from scripts.families_page import NOT_BUILT as NO_MODEL
 from scripts.families_page import ROWS, whole
 from tests.families.builder import ARCHITECTURES, NOT_BUILT
 from tests.families.checks import COLUMNS, FAILS
 
-HEAD = ("row", "registry", "model_type", "class", "column", "status", "message")
+HEAD = ("transformers", "row", "registry", "model_type", "class", "column", "status", "message")
 
 
 def gathered(folder: Path) -> list[dict[str, str]]:
     """Return a cell for each column of each architecture, in the registries' order."""
     cells = []
     for row, names in ARCHITECTURES.items():
-        head = dict(zip(HEAD, (row, *names), strict=False))
+        head = dict(zip(HEAD, (transformers.__version__, row, *names), strict=False))
         if row in NOT_BUILT:
             cells.append(head | {"column": "", "status": NO_MODEL, "message": NOT_BUILT[row]})
             continue

@@ -229,10 +229,12 @@ def logits_of(hidden: Tensor, head: LMHead | None, vocab_size: int | None = None
 @contextmanager
 def _padded_with(model: PreTrainedModel, pad_id: int) -> Iterator[None]:
     """Inside, a classifier that looks for the last token of a text knows what the padding is."""
+    if not is_classifier(model):
+        yield
+        return
     config = model.config.get_text_config()
-    before = config.pad_token_id
-    if is_classifier(model):
-        config.pad_token_id = pad_id
+    before = getattr(config, "pad_token_id", None)  # some families' config has no such field
+    config.pad_token_id = pad_id
     try:
         yield
     finally:
