@@ -259,3 +259,8 @@ def test_a_decoder_that_also_hears_is_loaded(tmp_path: Path) -> None:
     """transformers registers it with the encoder-decoders, whose config it has not."""
     model = builder.build("qwen2_audio")
     tiny.assert_alike(load_model(tiny.save(model, tmp_path), "fp32"), model)
+
+
+def test_a_config_that_no_auto_class_knows_is_loaded_by_the_class_it_names(tmp_path: Path) -> None:
+    model = builder.build("emu3")
+    tiny.assert_alike(load_model(tiny.save(model, tmp_path), "fp32"), model)
