@@ -217,28 +217,37 @@ _LONGEST_FIELD = 2**31 - 1
 
 
 def _csv(text: str, name: str, *, tabs: bool) -> Rows:
-    limit = csv.field_size_limit(_LONGEST_FIELD)
-    lines = (match.group() for match in _LINE.finditer(text))
-    reader = csv.reader(lines, strict=True, delimiter="\t" if tabs else _delimiter(text))
     header: list[str] | None = None
-    end = 0
+    for place, record in _records(text, name, "\t" if tabs else _delimiter(text)):
+        if header is None:
+            header = record
+            _check_names(header, place)
+        elif len(record) != len(header):
+            raise DrklError(
+                f"{place}: expected {len(header)} columns as in the header; found {len(record)}. A field that "
+                "holds a separator, a line break or a quote stands in quotes, with each quote in it written twice."
+            )
+        else:
+            yield place, {column: value for column, value in zip(header, record, strict=True) if column}
+
+
+def _records(text: str, name: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """The records of a csv text that are not empty, each with its place; what follows a closing quote belongs to it."""
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    lines = _LINE.findall(text)
+    # The empty line is no record of its own where a quote is still open.
+    reader = csv.reader([*lines, "\n"], delimiter=delimiter)
+    line = 1
     try:
         for record in reader:
-            place, end = f"{name}:{end + 1}", reader.line_num
-            if not record:  # an empty line
-                continue
-            if header is None:
-                header = record
-                _check_names(header, place)
-                continue
-            if len(record) != len(header):
-                raise DrklError(f"{place}: expected {len(header)} columns as in the header; found {len(record)}.")
-            yield place, {column: value for column, value in zip(header, record, strict=True) if column}
-    except csv.Error as error:
-        reason = "a quoted field has no end" if "end of data" in str(error) else str(error)
-        raise DrklError(
-            f"{name}:{end + 1}: not valid csv: {reason}. Inside of a quoted field a quote is written twice."
-        ) from error
+            if record and reader.line_num > len(lines):
+                raise DrklError(
+                    f"{name}:{line}: not valid csv: a quoted field has no end. Inside of a quoted field a quote is "
+                    "written twice."
+                )
+            if record:
+                yield f"{name}:{line}", record
+            line = reader.line_num + 1
     finally:
         csv.field_size_limit(limit)
 
