@@ -68,7 +68,7 @@ def test_quotes_anywhere_are_read_as_pandas_and_pyarrow_read_them(
         by_pandas = pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False).to_dict("records")
         by_arrow = arrow_csv.read_csv(path, parse_options=options[0], convert_options=options[1]).to_pylist()
     except (pandas.errors.ParserError, ArrowInvalid):
-        with pytest.raises(DrklError, match="a quoted field has no end|expected 2 columns"):
+        with pytest.raises(DrklError, match=r"a quoted field has no end|expected 2 columns"):
             values(path)
     else:
         assert values(path) == by_pandas == by_arrow
