@@ -77,7 +77,7 @@ GOOD = '{"prompt": "p", "response": "r"}\n'
         ('{"prompt": "p", "response": null}', ":2: response must be text; found null"),
         ('{"prompt": 3, "response": "r"}', ":2: prompt must be text; found a number"),
         ('{"prompt": "p", "response": "\\ud83d"}', ":2: response has half a surrogate pair at character 0"),
-        ('{"prompt": "p", "response": "r", "id": true}', ":2: id must be text; found true or false"),
+        ('{"prompt": "p", "response": "r", "id": true}', ":2: id must be text or a whole number; found True"),
         (
             '{"prompt": "p", "response": "r", "id": "a"}\n{"prompt": "p", "response": "r", "id": "a"}',
             r":3: the id 'a' was seen before, at .*:2; ids must be unique",

@@ -176,7 +176,11 @@ def _value(text: str, start: int, line: int, name: str) -> tuple[Any, int]:
             raise DrklError(f"{place}: not valid JSON: {error.msg} (column {error.colno}).") from error
         except ValueError:
             pass
-    raise DrklError(f"{name}:{broken.lineno}: not valid JSON: {broken.msg} (column {broken.colno}).") from broken
+    known = _suffix(Path(name)) in (*SUFFIXES, "") or name.startswith("bundled:")
+    raise DrklError(
+        f"{name}:{broken.lineno}: not valid JSON: {broken.msg} (column {broken.colno})."
+        + ("" if known else " It is read as jsonl, since its suffix is unknown; plain text is called .txt.")
+    ) from broken
 
 
 def _only_value(value: Any, place: str, name: str) -> Rows:

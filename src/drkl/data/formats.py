@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drkl.data.fields import is_void, names_of
+from drkl.data.fields import MESSAGE_WEIGHTS, ROLES, is_void, names_of
 from drkl.errors import DrklError
 
 SUMMARISE = "Summarize the following abstract in one sentence."
@@ -123,7 +123,8 @@ def standard_row(row: Mapping[str, Any], shape: Shape) -> tuple[str, Mapping[str
         return "pair", {**row, "prompt": row["instruction"], "input": context} | _answers(answer)
     answer = row["completion" if shape.name == "prompt_completion" else "response"]
     if _has_messages(row):
-        return "messages", {**row, "messages": [*_messages(row["prompt"], "user"), *_messages(answer, "assistant")]}
+        prompt = [_unlearnt(message) for message in _messages(row["prompt"], "user")]
+        return "messages", {**row, "messages": [*prompt, *_messages(answer, "assistant")]}
     return "pair", {**row, **_answers(answer)}
 
 
@@ -167,11 +168,22 @@ def _no_shape(place: str, row: Mapping[str, Any], row_format: str) -> DrklError:
             f"{message} Pairs of a chosen and a rejected answer are for preference training, which is not here. To "
             "learn the chosen one, name it response (or messages, where it is a whole conversation)."
         )
+    plainer = [str(name).strip().lower() for name in row]
+    if row_format == "auto" and any(shape.fits(plainer) for shape in SHAPES):
+        return DrklError(f"{message} Column names are read as they are written: in small letters, without blanks.")
+    if {"role", "content"} <= row.keys():
+        return DrklError(
+            f'{message} That is one message; a row is a conversation: {{"messages": [{{"role": …, "content": …}}, …]}}.'
+        )
     if "prompt" in row and "response" not in row and row_format in ("auto", "prompt_response"):
         return DrklError(message + _PROMPT_ALONE)
     pair = next((pair for pair in _PAIRS if all(isinstance(row.get(name), str) for name in pair)), None)
     if pair is not None:
         message += f" If {pair[0]} is what is asked and {pair[1]} the answer, name the columns prompt and response."
+    elif row_format == "auto":
+        message += " Rename the columns, or write the rows anew as one of these."
+    else:
+        message += " Set data.format: auto, or rename the columns."
     return DrklError(message)
 
 
@@ -198,6 +210,14 @@ def _has_messages(row: Mapping[str, Any]) -> bool:
 
 def _messages(value: Any, role: str) -> Sequence[Any]:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def _unlearnt(message: Any) -> Any:
+    """A message of a prompt, of which nothing is learnt unless the message itself says so."""
+    role = (message.get("role") or message.get("from")) if isinstance(message, Mapping) else None
+    if ROLES.get(str(role), role) != "assistant" or any(message.get(name) is not None for name in MESSAGE_WEIGHTS):
+        return message
+    return {**message, "weight": 0}
 
 
 def _answers(value: Any) -> dict[str, Any]:
