@@ -130,7 +130,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DrklError, match=r"latin\.jsonl' is not UTF-8 text \(byte 15\)"):
         read_examples(str(tmp_path / "latin.jsonl"))
     (tmp_path / "empty.jsonl").write_text("\n \n")
-    with pytest.raises(DrklError, match=r"empty\.jsonl has no rows; expected one json object per line"):
+    with pytest.raises(DrklError, match=r"empty\.jsonl has no rows; expected some, with prompt and response"):
         read_examples(str(tmp_path / "empty.jsonl"))
     with pytest.raises(DrklError, match=r"There is no bundled data 'bundled:doly'.*Did you mean 'bundled:dolly'"):
         read_examples("bundled:doly")

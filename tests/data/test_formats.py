@@ -232,3 +232,18 @@ def test_nothing_of_a_prompt_is_learnt() -> None:
 def test_refusals_name_the_way_out(row: Any, message: str) -> None:
     with pytest.raises(DrklError, match=message):
         parse_rows([("a:1", row)], "a")
+
+
+def test_messages_of_a_pair_may_be_json_text() -> None:
+    prompt, answer = json.dumps([ASK, SAY, ASK]), json.dumps([SAY])
+    expected = [("user", "q"), ("assistant", "a"), ("user", "q"), ("assistant", "a")]
+    for row in ({"prompt": prompt, "completion": answer}, {"prompt": prompt, "response": [SAY]}):
+        assert messages(row) == expected
+    assert messages({"prompt": "q", "completion": answer}) == expected[:2]
+    alone = {"prompt": prompt, "response": "a"}
+    with pytest.raises(DrklError, match="row 1: the prompt is json text of messages"):
+        messages(alone)
+    assert messages(alone, "messages") == expected
+    assert messages(alone, "prompt_response") == [("user", prompt), ("assistant", "a")]
+    assert messages({"prompt": '[{"x": 1}]', "response": "[1]"}) == [("user", '[{"x": 1}]'), ("assistant", "[1]")]
+    assert messages({"prompt": prompt, "messages": [ASK, SAY], "response": ""}) == expected[:2]

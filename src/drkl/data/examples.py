@@ -29,7 +29,7 @@ from drkl.data.fields import (
     text_of,
 )
 from drkl.data.files import dataset_rows, file_rows
-from drkl.data.formats import shape_of, standard_row
+from drkl.data.formats import read_json_messages, shape_of, standard_row
 from drkl.errors import DrklError
 from drkl.runs import IN_MEMORY
 
@@ -176,6 +176,7 @@ def parse_rows(rows: Iterable[tuple[str, Any]], source: str, row_format: str = "
                 f"{_way_out(row)}"
             )
         row = {name: plain(value) if hasattr(value, "tolist") else value for name, value in row.items()}
+        row = read_json_messages(place, row, row_format)
         shape = shape_of(place, row, row_format)
         kind, row = standard_row(row, shape)
         title = f"{shape.title}, as messages" if kind == "messages" and shape.name.startswith("prompt") else shape.title
@@ -185,9 +186,7 @@ def parse_rows(rows: Iterable[tuple[str, Any]], source: str, row_format: str = "
         _example(place, row_id, kind, row, title) for row_id, (place, title, kind, row) in zip(ids, read, strict=True)
     ]
     if not examples:
-        raise DrklError(
-            f"{source} has no rows; expected one json object per line, with prompt and response or messages."
-        )
+        raise DrklError(f"{source} has no rows; expected some, with prompt and response, or messages, or text.")
     return examples
 
 

@@ -328,7 +328,7 @@ def dataset_rows(name: str, *, split: str = "train", data_files: str | None = No
         looked = "found the local folder" if local.exists() else f"no local folder {str(local)!r}, then the hub"
         raise DrklError(
             f"Cannot load the data set {where!r} (config {config_name or 'default'}, split {split!r}); looked at: "
-            f"{looked}. {type(error).__name__}: {reason} A jsonl file in data.path needs no hub."
+            f"{looked}. {type(error).__name__}: {reason.rstrip('.')}. A jsonl file in data.path needs no hub."
         ) from error
     if files:
         for file in files:

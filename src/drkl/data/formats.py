@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drkl.data.fields import MESSAGE_WEIGHTS, ROLES, is_void, names_of
+from drkl.data.fields import MESSAGE_WEIGHTS, ROLES, from_json, is_void, names_of
 from drkl.errors import DrklError
 
 SUMMARISE = "Summarize the following abstract in one sentence."
@@ -45,6 +45,7 @@ SHAPES = (
 MINILLM = Shape("prompt_response", "prompt and output (MiniLLM)", (("prompt", "output"),))
 SCITLDR = Shape("prompt_response", "source and target (SciTLDR)", (("source", "target"),))
 DIALOGUE = Shape("messages", "turns (Schema-Guided Dialogue)", (("turns",),))
+_ANSWERS = ("response", "completion")
 _PAIR_NAMES = ("prompt_response", "prompt_completion", "instruction")
 _STANDS_IN = {
     "messages": ("conversations", "prompt_completion", "prompt_response"),
@@ -61,6 +62,27 @@ _PROMPT_ALONE = (
     " A prompt alone is not enough: on-policy distillation, in which the student writes the responses, is not there "
     "yet. Add a column response (or completion), or messages that end with the assistant's."
 )
+
+
+def read_json_messages(place: str, row: Mapping[str, Any], row_format: str = "auto") -> Mapping[str, Any]:
+    """Return a row with the messages of its prompt and its answer that are json text, as csv files hold them.
+
+    Raises:
+        DrklError: the prompt alone is such text, so that it may be meant as it is, and no format decides.
+    """
+    texts = {name: from_json(row[name]) for name in ("prompt", *_ANSWERS) if isinstance(row.get(name), str)}
+    found = {name: value for name, value in texts.items() if _is_messages(value) and all(map(_has_role, value))}
+    if not found or not is_void(row.get("messages")):
+        return row
+    if found.keys() == {"prompt"} and texts.keys() & set(_ANSWERS):
+        if row_format == "auto":
+            raise DrklError(
+                f"{place}: the prompt is json text of messages. Set data.format to messages to read it so, or to "
+                "prompt_response (or prompt_completion) to learn from the text as it is."
+            )
+        if row_format != "messages":
+            return row
+    return {**row, **found}
 
 
 def shape_of(place: str, row: Mapping[str, Any], row_format: str = "auto") -> Shape:
@@ -202,6 +224,10 @@ _EXPECTED = {
 
 def _is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(message, Mapping) for message in value)
+
+
+def _has_role(message: Mapping[str, Any]) -> bool:
+    return "role" in message or "from" in message
 
 
 def _has_messages(row: Mapping[str, Any]) -> bool:
