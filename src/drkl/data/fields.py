@@ -189,7 +189,8 @@ def text_of(place: str, name: str, value: Any) -> str:
     if isinstance(value, list | tuple) and value and all(isinstance(part, Mapping) for part in value):
         value = "".join(_part(place, f"{name}[{number}]", part) for number, part in enumerate(value))
     if not isinstance(value, str):
-        raise DrklError(f"{place}: {name} must be text; found {kind_of(value)}.")
+        way_out = ' Remove such rows, or write "": empty ones are dropped and counted.' if value is None else ""
+        raise DrklError(f"{place}: {name} must be text; found {kind_of(value)}.{way_out}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

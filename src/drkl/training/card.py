@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from drkl._version import __version__
+from drkl.data.rendering import Writer
+from drkl.data.template import encode_prompt
+from drkl.errors import DrklError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BODY = """# {name}
 
@@ -36,6 +43,11 @@ _USAGE = """from transformers import pipeline
 
 pipe = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
 print(pipe([{"role": "user", "content": "Give me three tips."}], max_new_tokens=64)[0]["generated_text"][-1])"""
+_USAGE_TEXT = """from transformers import pipeline
+
+pipe = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
+prompt = {prompt!r}
+print(pipe(prompt, max_new_tokens=64, return_full_text=False{more})[0]["generated_text"])"""
 _USAGE_ENCODER_DECODER = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")
@@ -52,6 +64,27 @@ _KINDS = {
     "encoder_decoder": ("text2text-generation", _USAGE_ENCODER_DECODER),
     "classifier": ("text-classification", _USAGE_CLASSIFIER),
 }
+_QUESTION = "Give me three tips."
+
+
+def usage_of(kind: str, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Any]) -> str:
+    """Return Python lines that ask a model as it was taught to be asked.
+
+    Args:
+        kind: ``decoder``, ``encoder_decoder`` or ``classifier``.
+        tokenizer: the model's.
+        data: the run's data section, whose template wrote the prompts.
+    """
+    template = "plain" if data["template"] == "auto" and data["format"] == "text" else data["template"]
+    if kind != "decoder" or Writer(tokenizer, template).kind == "chat":
+        return _KINDS[kind][1]
+    messages = [{"role": "user", "content": _QUESTION}]
+    try:
+        prompt, ids = Writer(tokenizer, template).prompt(messages), encode_prompt(tokenizer, messages, template)
+    except DrklError:  # a template of the user's own that takes no lone question
+        prompt, ids = _QUESTION, []
+    taught_bare = ids and tokenizer(prompt)["input_ids"] != ids
+    return _USAGE_TEXT.format(prompt=prompt, more=", add_special_tokens=False" if taught_bare else "")
 
 
 def model_card(
@@ -60,6 +93,7 @@ def model_card(
     heldout_loss: float | None,
     note: str | None,
     *,
+    usage: str,
     kind: str = "decoder",
     steps: int | None = None,
 ) -> str:
@@ -69,7 +103,7 @@ def model_card(
     data = resolved["data"]
     places = data.get("sources") or [data]
     params = ", ".join(f"{k}={v}" for k, v in objective.items() if k != "name")
-    task, usage = _KINDS[kind]
+    task = _KINDS[kind][0]
     classifies = kind == "classifier"
     unit = "text" if classifies else "token"
     tokens = training["tokens_per_step"]

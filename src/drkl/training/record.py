@@ -22,7 +22,7 @@ from drkl.models.forward import is_encoder_decoder
 from drkl.objectives import OBJECTIVES
 from drkl.runs import IN_MEMORY, RunFolder, write_json, write_jsonl, write_text, write_yaml
 from drkl.training.arguments import DistillationConfig
-from drkl.training.card import model_card
+from drkl.training.card import model_card, usage_of
 from drkl.training.checkpoints import keep_only
 from drkl.training.config import OWN_ARGUMENTS, OWNED, TrainingConfig
 from drkl.training.environment import describe_environment, now
@@ -163,7 +163,10 @@ class RunRecord:
             note = f"{note}\n\n{adapter_note}" if note else adapter_note
         kind = "classifier" if pair.classes else "encoder_decoder" if is_encoder_decoder(pair.student) else "decoder"
         config = describe_run(pair, self.args, self.run) if self.config is None else self.config
-        return model_card(self.run.name, config, state.best_metric, note, kind=kind, steps=state.global_step)
+        usage = usage_of(kind, pair.tokenizer, config["data"])
+        return model_card(
+            self.run.name, config, state.best_metric, note, usage=usage, kind=kind, steps=state.global_step
+        )
 
 
 def _remove_run(run: RunFolder) -> None:
