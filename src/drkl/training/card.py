@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import yaml
@@ -21,7 +22,7 @@ A {what} distilled with drkl {version}.
 | Data | {data} |
 | Held-out loss of these weights | {loss} |
 
-{note}It is an ordinary Hugging Face model:
+{note}{intro}:
 
 ```python
 {usage}
@@ -35,11 +36,22 @@ model that imitates a larger one {fault}. The configuration is in `config.yaml` 
 _USAGE = """from transformers import pipeline
 
 pipe = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
-print(pipe([{"role": "user", "content": "Give me three tips."}], max_new_tokens=64)[0]["generated_text"][-1])"""
-_USAGE_ENCODER_DECODER = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+print({ask})"""
+_USAGE_ADAPTER = """from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
-tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")
-model = AutoModelForSeq2SeqLM.from_pretrained("PATH/TO/THIS/FOLDER")
+folder = "PATH/TO/THIS/FOLDER"
+model = AutoModelForCausalLM.from_pretrained(folder)
+model.generation_config = GenerationConfig.from_pretrained(folder)
+pipe = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
+print({ask})"""
+_ASK_CHAT = 'pipe({prompt}, max_new_tokens=64)[0]["generated_text"][-1]'
+_ASK_TEXT = 'pipe({prompt}, max_new_tokens=64, return_full_text=False)[0]["generated_text"]'
+_USAGE_ENCODER_DECODER = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+
+folder = "PATH/TO/THIS/FOLDER"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+model.generation_config = GenerationConfig.from_pretrained(folder)
 inputs = tokenizer("Give me three tips.", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))"""
 
@@ -49,6 +61,7 @@ pipe = pipeline("text-classification", model="PATH/TO/THIS/FOLDER")
 print(pipe("Where is my card?"))"""
 _KINDS = {
     "decoder": ("text-generation", _USAGE),
+    "adapter": ("text-generation", _USAGE_ADAPTER),
     "encoder_decoder": ("text2text-generation", _USAGE_ENCODER_DECODER),
     "classifier": ("text-classification", _USAGE_CLASSIFIER),
 }
@@ -61,9 +74,10 @@ def model_card(
     note: str | None,
     *,
     kind: str = "decoder",
+    prompt: str | list[dict[str, str]] = "Give me three tips.",
     steps: int | None = None,
 ) -> str:
-    """Return the card's markdown, metadata first."""
+    """Return the card's markdown, metadata first; ``prompt`` is what its example gives a decoder-only model."""
     teacher, student, training = resolved["teacher"], resolved["student"], resolved["training"]
     objective = dict(resolved["objective"])
     data = resolved["data"]
@@ -88,7 +102,8 @@ def model_card(
         size=f"at most {tokens} tokens" if tokens else f"{training['per_device_train_batch_size']} rows on each device",
         data=", ".join(f"`{place['path'] or place['dataset']}`" for place in places),
         loss="not measured" if heldout_loss is None else f"{heldout_loss:.4f} nats per {unit}",
-        usage=usage,
+        intro="To use it" if kind == "adapter" else "It is an ordinary Hugging Face model",
+        usage=usage.format(ask=(_ASK_TEXT if isinstance(prompt, str) else _ASK_CHAT).format(prompt=json.dumps(prompt))),
         what="text classifier" if classifies else "language model",
         fault="is sure of wrong classes too" if classifies else "states falsehoods fluently",
         note=f"{note}\n\n" if note else "",

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import TrainerState, TrainingArguments
 
 from drkl.data.config import NO_ROWS, DataConfig
+from drkl.data.rendering import Writer
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
 from drkl.models.adapter import merge_adapter, save_adapter
@@ -153,17 +154,32 @@ class RunRecord:
     def _card(self, state: TrainerState) -> str:
         pair = self.pair
         note = teacher_note(pair)
+        kind = "classifier" if pair.classes else "encoder_decoder" if is_encoder_decoder(pair.student) else "decoder"
         if pair.adapter is not None and self.export == "adapter":
             base = (self.config or {}).get("student", {}).get("model") or pair.student_name
             adapter_note = (
-                f"It is a LoRA adapter for `{base}`; to load it, install `peft` too. Where its answers "
-                "end stands in its generation_config.json, which peft does not read: set `model.generation_config = "
-                "GenerationConfig.from_pretrained(FOLDER)`."
+                f"It is a LoRA adapter for `{base}`; to load it, install `peft` too. Where its answers end stands in "
+                "its generation_config.json, which peft does not read."
             )
             note = f"{note}\n\n{adapter_note}" if note else adapter_note
-        kind = "classifier" if pair.classes else "encoder_decoder" if is_encoder_decoder(pair.student) else "decoder"
+            kind = "adapter" if kind == "decoder" else kind
         config = describe_run(pair, self.args, self.run) if self.config is None else self.config
-        return model_card(self.run.name, config, state.best_metric, note, kind=kind, steps=state.global_step)
+        return model_card(
+            self.run.name, config, state.best_metric, note, kind=kind, prompt=self._prompt(), steps=state.global_step
+        )
+
+    def _prompt(self) -> str | list[dict[str, str]]:
+        """A question as the rows ask one: text, or messages for the chat template."""
+        asked = "Give me three tips."
+        messages = [{"role": "user", "content": asked}]
+        tokenizer = getattr(self.pair.tokenizer, "tokenizer", self.pair.tokenizer)
+        if self.pair.report.documents:
+            return asked
+        try:
+            writer = Writer(tokenizer, self.args.template)
+            return messages if writer.kind == "chat" else writer.prompt(messages)
+        except DrklError:  # the template takes other rows only
+            return asked
 
 
 def _remove_run(run: RunFolder) -> None:
