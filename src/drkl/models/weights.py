@@ -209,7 +209,7 @@ def _rename(what: str, new_name: str, name: str) -> str:
 
 
 def _check_numbers(model: PreTrainedModel, name: str) -> None:
-    bad = [key for key, parameter in model.named_parameters() if not _is_finite(parameter)]
+    bad = [key for key, parameter in model.named_parameters() if not is_finite(parameter)]
     if bad:
         dtype = str(model.dtype).removeprefix("torch.")
         raise DrklError(
@@ -219,7 +219,8 @@ def _check_numbers(model: PreTrainedModel, name: str) -> None:
 
 
 @torch.no_grad()
-def _is_finite(weight: torch.Tensor) -> bool:
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether a weight has finite numbers only; True where its dtype has no others."""
     if not weight.is_floating_point() or weight.element_size() < 2 or weight.is_meta or not weight.numel():
         return True
     low, high = torch.aminmax(weight)  # NaN goes through; no tensor of the weight's size is made
