@@ -213,6 +213,7 @@ def test_lora_is_one_model_in_memory_saved_and_merged(tmp_path: Path, fields: di
     assert_same(load_model(str(tmp_path / "adapter"), "fp32"), expected)
     by_peft = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert_same(by_peft, expected)
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), expected)
     merge_adapter(adapter).save_pretrained(tmp_path / "merged")
     assert_same(load_model(str(tmp_path / "merged"), "fp32"), expected)
 

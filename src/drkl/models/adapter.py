@@ -197,6 +197,18 @@ def save_adapter(adapter: Any, folder: Path, start: Mapping[str, Tensor] | None 
         (folder / name).rmdir()
     if start:
         _as_plain_lora(folder, start)
+    _name_magnitudes(folder)
+
+
+def _name_magnitudes(folder: Path) -> None:
+    """Name DoRA's magnitudes such that transformers finds them, which peft does under either name."""
+    weights = load_file(folder / WEIGHTS)
+    if any(key.endswith(_MAGNITUDE) for key in weights):
+        named = {key + ".weight" if key.endswith(_MAGNITUDE) else key: tensor for key, tensor in weights.items()}
+        save_file(named, folder / WEIGHTS, {"format": "pt"})
+
+
+_MAGNITUDE = ".lora_magnitude_vector"
 
 
 def _as_plain_lora(folder: Path, start: Mapping[str, Tensor]) -> None:
