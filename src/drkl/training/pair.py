@@ -327,7 +327,11 @@ def _load(name: str, options: dict[str, Any], dtype: str, device: torch.device, 
 
 
 def _tokenizer(model: Any, teacher: Any, *, classifier: bool) -> Any:
-    """The tokenizer of the student's name, else of the teacher's."""
+    """The tokenizer of the student's name, else of the teacher's.
+
+    Where both have one vocabulary and the teacher alone a chat template, it is the teacher's: the rows are then written as
+    the teacher reads conversations, as they are for a config.
+    """
     names = [str(name) for name in (model, teacher) if isinstance(name, (str, Path))]
     if not names:
         raise DrklError(
@@ -335,11 +339,15 @@ def _tokenizer(model: Any, teacher: Any, *, classifier: bool) -> Any:
             "Pass the tokenizer."
         )
     try:
-        return load_tokenizer(names[0], classifier=classifier)
+        ours = load_tokenizer(names[0], classifier=classifier)
     except DrklError:
         if len(names) == 1:
             raise
         return load_tokenizer(names[1], classifier=classifier)
+    if len(names) == 1 or classifier or ours.chat_template:
+        return ours
+    theirs = load_tokenizer(names[1])
+    return theirs if theirs.chat_template and theirs.get_vocab() == ours.get_vocab() else ours
 
 
 def _pad_id(tokenizer: Any) -> int:
