@@ -329,8 +329,8 @@ def _load(name: str, options: dict[str, Any], dtype: str, device: torch.device, 
 def _tokenizer(model: Any, teacher: Any, *, classifier: bool) -> Any:
     """The tokenizer of the student's name, else of the teacher's.
 
-    Where both have one vocabulary and the teacher alone a chat template, it is the teacher's: the rows are then written as
-    the teacher reads conversations, as they are for a config.
+    Where both have one vocabulary and the teacher alone a chat template, it is the teacher's: the rows are then written
+    as the teacher reads conversations, as they are for a config.
     """
     names = [str(name) for name in (model, teacher) if isinstance(name, (str, Path))]
     if not names:
