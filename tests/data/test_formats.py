@@ -220,6 +220,12 @@ def test_nothing_of_a_prompt_is_learnt() -> None:
         ({"messages": "[{'role': 'user'}]"}, "found text. Write it as json, with double quotes"),
         ({"conversations": []}, "found an empty list. Remove such rows"),
         (
+            {"input_ids": [1], "labels": [1]},
+            "found input_ids, labels. Rows that are tokenised already are read in Python",
+        ),
+        ({"messages": [ASK, SAY], "reasoning": "on"}, "'reasoning' is 'on', which is not what the assistant thought"),
+        ({"prompt": "q", "response": "a", "thinking": True}, "'thinking' is True, which is not what the assistant"),
+        (
             {"messages": [{"role": "human", "content": "q"}, SAY]},
             "Call the roles system, user, assistant and tool; in a",
         ),

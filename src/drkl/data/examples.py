@@ -17,6 +17,7 @@ from drkl.data.fields import (
     REASONING,
     TOOL,
     check_columns,
+    check_reasoning,
     from_json,
     is_void,
     kind_of,
@@ -300,6 +301,8 @@ def _with_columns(place: str, row: Mapping[str, Any], messages: Messages) -> tup
     and calls of tools are the last message's.
     """
     beside = {name: row[name] for name in (*REASONING, "tool_calls", "function_call") if not is_void(row.get(name))}
+    for column in beside.keys() & set(REASONING):
+        check_reasoning(place, column, beside[column])
     if beside:
         last = read_message(place, "the response", {**messages[-1], **beside}).fields
         messages = (*messages[:-1], {**messages[-1], **last})

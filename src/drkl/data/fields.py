@@ -113,6 +113,18 @@ def check_columns(place: str, row: Mapping[str, Any]) -> None:
         )
 
 
+def check_reasoning(place: str, name: str, value: Any) -> None:
+    """Raise DrklError for a column that has reasoning's name and says only whether or how much there is."""
+    if is_number(value) or (isinstance(value, str) and value.strip().lower() in _SWITCHES):
+        raise DrklError(
+            f"{place}: the column {name!r} is {short(value)}, which is not what the assistant thought. Remove or rename "
+            "it; what switches a template's reasoning stands in the column chat_template_kwargs."
+        )
+
+
+_SWITCHES = ("on", "off", "yes", "no", "true", "false", "none", "low", "medium", "high", "0", "1")
+
+
 def refuse_media(place: str, name: str, value: Any) -> None:
     """Raise DrklError for images and the like: the models here read text."""
     if not is_void(value):

@@ -190,6 +190,8 @@ def _no_shape(place: str, row: Mapping[str, Any], row_format: str) -> DrklError:
             f"{message} Pairs of a chosen and a rejected answer are for preference training, which is not here. To "
             "learn the chosen one, name it response (or messages, where it is a whole conversation)."
         )
+    if "input_ids" in row:
+        return DrklError(f"{message} Rows that are tokenised already are read in Python: pass them to the trainer.")
     plainer = [str(name).strip().lower() for name in row]
     if row_format == "auto" and any(shape.fits(plainer) for shape in SHAPES):
         return DrklError(f"{message} Column names are read as they are written: in small letters, without blanks.")
