@@ -117,8 +117,8 @@ def check_reasoning(place: str, name: str, value: Any) -> None:
     """Raise DrklError for a column that has reasoning's name and says only whether or how much there is."""
     if is_number(value) or (isinstance(value, str) and value.strip().lower() in _SWITCHES):
         raise DrklError(
-            f"{place}: the column {name!r} is {short(value)}, which is not what the assistant thought. Remove or rename "
-            "it; what switches a template's reasoning stands in the column chat_template_kwargs."
+            f"{place}: the column {name!r} is {short(value)}, which is not what the assistant thought. Remove or "
+            "rename it; what switches a template's reasoning stands in the column chat_template_kwargs."
         )
 
 
