@@ -163,7 +163,8 @@ class RunRecord:
             note = f"{note}\n\n{adapter_note}" if note else adapter_note
         kind = "classifier" if pair.classes else "encoder_decoder" if is_encoder_decoder(pair.student) else "decoder"
         config = describe_run(pair, self.args, self.run) if self.config is None else self.config
-        usage = usage_of(kind, pair.tokenizer, config["data"])
+        words = getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # a processor has one
+        usage = usage_of(kind, words, config["data"])
         return model_card(
             self.run.name, config, state.best_metric, note, usage=usage, kind=kind, steps=state.global_step
         )
