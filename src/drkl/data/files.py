@@ -82,6 +82,16 @@ def _suffix(file: Path) -> str:
     return Path(file.stem if file.suffix.lower() in _PACKED else file.name).suffix.lower()
 
 
+def _elsewhere(name: str) -> str:
+    """What a name that is no file's may be, and where that goes."""
+    if "*" in name or "?" in name:
+        return " A name stands for one file: list several in data.sources, or name their folder as data.dataset."
+    if re.match("[a-z0-9]+:/", name):
+        return " Nothing is fetched from an address: download it first."
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).suffix
+    return " The id of a data set on the hub goes into data.dataset." if is_id else ""
+
+
 def _text(file: Path) -> str:
     """The text of a file with its line breaks as they are."""
     name, suffix = str(file), file.suffix.lower()
@@ -89,7 +99,7 @@ def _text(file: Path) -> str:
         with _PACKED.get(suffix, open)(file, "rb") as stream:
             data: bytes = stream.read()
     except FileNotFoundError as error:
-        raise DrklError(f"There is no file {name!r}.") from error
+        raise DrklError(f"There is no file {name!r}.{_elsewhere(name)}") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         way_out = " A folder of files goes into data.dataset." if file.is_dir() else ""
         raise DrklError(f"Cannot read {name!r}: {getattr(error, 'strerror', None) or error}.{way_out}") from error

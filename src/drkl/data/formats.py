@@ -179,7 +179,10 @@ def _public(row: Mapping[str, Any]) -> list[Shape]:
 def _two_shapes(place: str, one: Shape, other: Shape) -> DrklError:
     way_out = "Remove the columns of one of them."
     if one.name != other.name:
-        way_out = f"Set data.format to {one.name} or {other.name} in the run's yaml, or r{way_out[1:]}"
+        formats = f"{one.name} or {other.name}"
+        way_out = (
+            f"Set data.format to {formats} in the run's yaml (one of several sources has its own), or r{way_out[1:]}"
+        )
     return DrklError(f"{place}: the columns fit two shapes: {one.title}, and {other.title}. {way_out}")
 
 
