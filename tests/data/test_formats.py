@@ -253,3 +253,8 @@ def test_messages_of_a_pair_may_be_json_text() -> None:
     assert messages(alone, "prompt_response") == [("user", prompt), ("assistant", "a")]
     assert messages({"prompt": '[{"x": 1}]', "response": "[1]"}) == [("user", '[{"x": 1}]'), ("assistant", "[1]")]
     assert messages({"prompt": prompt, "messages": [ASK, SAY], "response": ""}) == expected[:2]
+
+
+def test_a_context_is_the_input_of_an_instruction_whatever_the_answer_is_called() -> None:
+    for name in ("output", "response"):
+        assert messages({"instruction": "q", "context": "c", name: "a"})[0] == ("user", "q\n\nc")

@@ -141,7 +141,7 @@ def standard_row(row: Mapping[str, Any], shape: Shape) -> tuple[str, Mapping[str
         return "pair", {**row, "input": None} | _answers(row["output"])
     if shape.name == "instruction":
         answer = row["output"] if "output" in row else row["response"]
-        context = row.get("input") or (row.get("context") if "output" not in row else None)  # Dolly's word for it
+        context = row.get("input") or row.get("context")  # Dolly's word for it
         return "pair", {**row, "prompt": row["instruction"], "input": context} | _answers(answer)
     answer = row["completion" if shape.name == "prompt_completion" else "response"]
     if _has_messages(row):
