@@ -213,7 +213,8 @@ def _only_value(value: Any, place: str, name: str) -> Rows:
 def _columns(table: dict[str, Any]) -> list[list[Any]]:
     """The columns of a table written one after the other, as pandas writes it or as lists; empty for a single row."""
     columns = list(table.values())
-    if all(isinstance(column, dict) and list(column) == list(columns[0]) for column in columns):
+    is_row = any(isinstance(column, dict) and column.keys() & {"role", "from"} for column in columns)  # of messages
+    if not is_row and all(isinstance(column, dict) and list(column) == list(columns[0]) for column in columns):
         return [list(column.values()) for column in columns]
     if not all(isinstance(column, list) and column and len(column) == len(columns[0]) for column in columns):
         return []
