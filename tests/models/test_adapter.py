@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,7 @@ def test_lora_is_one_model_in_memory_saved_and_merged(tmp_path: Path, fields: di
     assert_same(load_model(str(tmp_path / "adapter"), "fp32"), expected)
     by_peft = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert_same(by_peft, expected)
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), expected)
     merge_adapter(adapter).save_pretrained(tmp_path / "merged")
     assert_same(load_model(str(tmp_path / "merged"), "fp32"), expected)
 
@@ -368,6 +370,19 @@ def test_adapter_weights_that_are_not_those_of_the_base(tmp_path: Path, change: 
     assert str(error.value).startswith(f"The adapter in {str(folder)!r} does not fit its base model: ")
 
 
+@pytest.mark.parametrize(
+    "broken", [lambda tensor: tensor * float("nan"), lambda tensor: tensor / 0, lambda tensor: tensor.to(torch.int8)]
+)
+def test_adapter_weights_that_are_no_numbers(tmp_path: Path, broken: Any) -> None:
+    folder = adapter_folder(tmp_path)
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    key = next(key for key in weights if "layers.1" in key and "lora_A" in key)
+    save_file(weights | {key: broken(weights[key])}, path, {"format": "pt"})
+    with pytest.raises(DrklError, match=rf"no finite floating-point numbers: 1 tensors \({re.escape(key)}\)"):
+        load_model(str(folder), "fp32")
+
+
 def test_an_adapter_of_a_larger_base(tmp_path: Path) -> None:
     folder = adapter_folder(tmp_path)
     tiny.save(tiny.llama(layers=2, hidden_size=32), tmp_path / "large")
@@ -394,6 +409,9 @@ def test_a_broken_adapter_config(tmp_path: Path, text: str, words: str, load: An
     ("values", "words"),
     [
         ({"base_model_name_or_path": None}, r"does not say which model it belongs to: set base_model_name_or_path in"),
+        ({"base_model_name_or_path": 5}, r"does not say which model it belongs to: set base_model_name_or_path in"),
+        ({"peft_type": None}, r"has no peft_type, so what kind of adapter it describes is unknown"),
+        ({"task_type": "TOKEN_CLS", "base_model_name_or_path": "gone"}, r"an adapter of a classifier \(TOKEN_CLS\)"),
         ({"base_model_name_or_path": "/no/such/base"}, r"needs its base model '/no/such/base', .*There is no folder"),
         ({"base_model_name_or_path": "gone/base"}, r"needs its base model 'gone/base', which cannot be loaded: T"),
         ({"peft_type": "NOBODY"}, r"does not fit its base model\. \("),

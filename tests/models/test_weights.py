@@ -22,6 +22,8 @@ from transformers import (
     BertForPreTraining,
     BertModel,
     LlamaForSequenceClassification,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
     PreTrainedModel,
 )
 from transformers import logging as transformers_logging
@@ -195,6 +197,42 @@ def test_what_a_family_ties_or_remakes_is_not_missed(tmp_path: Path, capfd) -> N
     assert "LOAD REPORT" not in printed and "corrupted" not in printed
 
 
+def pegasus() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 64,
+        "d_model": 16,
+        "max_position_embeddings": 32,
+        "init_std": 0.2,
+        "forced_eos_token_id": None,
+    }
+    sizes |= {f"{side}_layers": 1 for side in ("encoder", "decoder")}
+    sizes |= {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("attention_heads", "ffn_dim")}
+    return PegasusForConditionalGeneration(PegasusConfig(**sizes)).eval()
+
+
+MASK = torch.ones(1, 1, 128, 128, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("make", "extra"),
+    [
+        (tiny.gpt2, {"transformer.h.0.attn.bias": MASK, "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}),
+        (lambda: untied(num_nextn_predict_layers=1), {"model.layers.4.eh_proj.weight": torch.ones(16, 32)}),
+        (untied, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+        (pegasus, {"model.encoder.version": torch.ones(1)}),
+    ],
+    ids=["masks", "a layer for the token after next", "rotary", "version and positions"],
+)
+def test_what_published_files_hold_and_models_do_without(
+    tmp_path: Path, make: Callable[[], PreTrainedModel], extra: dict[str, Tensor]
+) -> None:
+    model = make()
+    lost = "embed_positions"  # the published Pegasus has no table of sines
+    loaded = load_model(saved(tmp_path, model, lambda weights: without(lost)(weights) | extra), "fp32")
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
+
+
 def test_a_head_of_its_own_in_a_tied_file_stays_its_own(tmp_path: Path) -> None:
     folder = saved(tmp_path, untied(), dict, tie_word_embeddings=True)
     tiny.assert_alike(load_model(folder, "fp32"), untied())
@@ -237,11 +275,12 @@ def test_weights_beyond_fp16(tmp_path: Path) -> None:
         load_model(folder, "fp16")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool])
 def test_codes_in_the_place_of_weights(tmp_path: Path, dtype: torch.dtype) -> None:
     key = "model.layers.1.mlp.up_proj.weight"
     folder = saved(tmp_path, tiny.llama(), lambda w: w | {key: torch.ones_like(w[key], dtype=dtype)})
-    with pytest.raises(DrklError, match=r"holds integers where a LlamaForCausalLM has weights: 1 tensors \(model\.lay"):
+    what = "other numbers than floats" if dtype == torch.bool else "integers"
+    with pytest.raises(DrklError, match=rf"holds {what} where a LlamaForCausalLM has weights: 1 tensors \(model\.lay"):
         load_model(folder, "fp32")
 
 
@@ -255,6 +294,10 @@ def test_experts_that_cannot_be_put_together(tmp_path: Path) -> None:
         folder = saved(tmp_path / part, model, without(part))
         with pytest.raises(DrklError, match=r"not those of (its config\.json: 1 cannot be put together|a Qwen3Moe)"):
             load_model(folder, "fp32")
+    codes = {"model.layers.1.mlp.experts.2.up_proj.weight": torch.ones(8, 16, dtype=torch.int8)}
+    folder = saved(tmp_path / "codes", model, lambda weights: weights | codes)
+    with pytest.raises(DrklError, match=r"holds integers where a Qwen3Moe"):
+        load_model(folder, "fp32")
 
 
 def bert(kind: type[PreTrainedModel], **changes: object) -> PreTrainedModel:

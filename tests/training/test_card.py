@@ -27,7 +27,7 @@ def with_bos(template: str | None) -> Any:
 @pytest.mark.parametrize("make", [with_bos, lambda template: build(template, eos="</s>", extra=WORDS)])
 def test_a_student_without_a_chat_template_is_asked_by_text(template: str, make: Any) -> None:
     tokenizer = make(None)
-    usage = usage_of("decoder", tokenizer, {"template": template, "format": "auto"})
+    usage = usage_of("decoder", tokenizer, template)
     calls: list[Any] = []
 
     def pipe(prompt: str, *, max_new_tokens: int, return_full_text: bool, add_special_tokens: bool = True) -> Any:
@@ -41,9 +41,7 @@ def test_a_student_without_a_chat_template_is_asked_by_text(template: str, make:
 
 
 def test_a_student_with_a_chat_template_is_asked_by_messages() -> None:
-    chat, text = {"template": "auto", "format": "auto"}, {"template": "auto", "format": "text"}
-    assert 'pipe([{"role": "user"' in usage_of("decoder", build(CHATML), chat)
-    assert "prompt = 'Give me three tips.'" in usage_of("decoder", build(CHATML), text)
-    failing = {"template": "{{ messages[1].content }}", "format": "auto"}
-    assert "prompt = 'Give me three tips.'" in usage_of("decoder", build(CHATML), failing)
-    assert "AutoModelForSeq2SeqLM" in usage_of("encoder_decoder", build(None), chat)
+    assert 'pipe([{"role": "user"' in usage_of("decoder", build(CHATML), "auto")
+    assert 'pipe("Give me three tips."' in usage_of("decoder", build(CHATML), "plain")
+    assert 'pipe("Give me three tips."' in usage_of("decoder", build(CHATML), "{{ messages[1].content }}")
+    assert "AutoModelForSeq2SeqLM" in usage_of("encoder_decoder", build(None), "auto")

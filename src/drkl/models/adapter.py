@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from drkl.errors import DrklError
 from drkl.models.config import PeftConfig
 from drkl.models.forward import is_encoder_decoder, probe_logits
-from drkl.models.weights import listed, not_loaded, rename_cure
+from drkl.models.weights import is_finite, listed, not_loaded, rename_cure
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -235,6 +235,18 @@ def save_adapter(adapter: Any, folder: Path, start: Mapping[str, Tensor] | None 
         (folder / name).rmdir()
     if start:
         _as_plain_lora(folder, start)
+    _name_magnitudes(folder)
+
+
+def _name_magnitudes(folder: Path) -> None:
+    """Name DoRA's magnitudes such that transformers finds them, which peft does under either name."""
+    weights = load_file(folder / WEIGHTS)
+    if any(key.endswith(_MAGNITUDE) for key in weights):
+        named = {key + ".weight" if key.endswith(_MAGNITUDE) else key: tensor for key, tensor in weights.items()}
+        save_file(named, folder / WEIGHTS, {"format": "pt"})
+
+
+_MAGNITUDE = ".lora_magnitude_vector"
 
 
 def _as_plain_lora(folder: Path, start: Mapping[str, Tensor]) -> None:
@@ -310,11 +322,21 @@ def adapter_base(name: str) -> str | None:
             f"{name!r} holds prompts that peft puts before a model's input ({kind}); they cannot be merged into a "
             "model. Only adapters inside the layers (LoRA and its kin) can be loaded."
         )
+    if (task := values.get("task_type")) in _CLASSIFIES:
+        raise DrklError(
+            f"{name!r} is an adapter of a classifier ({task}); only those of language models can be loaded. Merge it "
+            "with peft, save the model and name its folder."
+        )
     base = values.get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise DrklError(
             f"The adapter in {name!r} does not say which model it belongs to: set base_model_name_or_path in its "
             f"{CONFIG} to that model's folder or Hugging Face id."
+        )
+    if values.get("peft_type") is None:
+        raise DrklError(
+            f"The {CONFIG} in {name!r} has no peft_type, so what kind of adapter it describes is unknown. Save the "
+            "adapter again with peft."
         )
     if any((Path(name) / file).is_file() for file in _WHOLE_MODEL):
         raise DrklError(
@@ -395,9 +417,15 @@ def _read_weights(folder: str) -> dict[str, Tensor]:
     path = Path(folder) / WEIGHTS
     if path.is_file():
         try:
-            return load_file(path)
+            weights = load_file(path)
         except (OSError, SafetensorError) as error:
             raise DrklError(f"Cannot read the adapter's weights {str(path)!r}: {error}.") from error
+        if bad := [key for key, weight in weights.items() if not weight.is_floating_point() or not is_finite(weight)]:
+            raise DrklError(
+                f"The adapter in {folder!r} has weights that are no finite floating-point numbers: {len(bad)} tensors "
+                f"({listed(bad)}). Take one from before it broke, or save it again with peft."
+            )
+        return weights
     pickled = sorted(file.name for file in Path(folder).glob("adapter_model*.bin"))
     if pickled:
         raise DrklError(
@@ -408,11 +436,6 @@ def _read_weights(folder: str) -> dict[str, Tensor]:
 
 
 def _check_readable(config: Any, folder: str) -> None:
-    if getattr(config, "task_type", None) in _CLASSIFIES:
-        raise DrklError(
-            f"{folder!r} is an adapter of a classifier ({config.task_type}); only those of language models can be "
-            "loaded. Merge it with peft, save the model and name its folder."
-        )
     _check_kind(config)
     if _start(config) not in _REMADE and changes_base(config):
         raise DrklError(

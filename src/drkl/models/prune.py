@@ -164,11 +164,15 @@ def _inputs(model: PreTrainedModel) -> dict[str, Any]:
     context = getattr(config, "max_position_embeddings", None)
     length = min(_TOKENS, context - 2) if isinstance(context, int) and context > 2 else _TOKENS  # RoBERTa's begin at 2
     ids = torch.tensor([[ordinary[(7 * i + 3) % len(ordinary)] for i in range(length)]], device=model.device)
-    if is_classifier(model) and isinstance(getattr(config, "eos_token_id", None), int):
-        ids[0, -1] = config.eos_token_id  # BART reads the class there
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    if is_encoder_decoder(model) and not is_classifier(model):
-        inputs |= {"decoder_input_ids": ids.flip(1), "decoder_attention_mask": torch.ones_like(ids)}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if is_classifier(model):
+        eos = getattr(config, "eos_token_id", None)
+        if isinstance(eos, int) and 0 <= eos < config.vocab_size:
+            ids[0, -1] = eos  # BART reads the class there
+    else:
+        inputs["use_cache"] = False
+        if is_encoder_decoder(model):
+            inputs |= {"decoder_input_ids": ids.flip(1), "decoder_attention_mask": torch.ones_like(ids)}
     accepted = inspect.signature(model.forward).parameters
     return {name: value for name, value in inputs.items() if name in accepted}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,11 +38,17 @@ _FOREIGN = (
         "dequantised.",
     ),
     (
-        ("score.", "classifier.", "classification_head.", "qa_outputs.", "v_head."),
+        (".score.", ".classifier.", ".classification_head.", ".qa_outputs.", ".v_head.summary."),
         "This is another task's head: name a language model here, or train a classifier with task: classification.",
     ),
 )
 """Parts of names that say where weights that a model has no place for come from."""
+
+_MADE_ANEW = re.compile(
+    r"(^|\.)((attn|attention|self_attention|crossattention)\.(bias|masked_bias|causal_mask)|inv_freq|position_ids"
+    r"|(en|de)coder\.version|embed_positions\.(weights|_float_tensor))$"
+)
+"""Causal masks, positions and versions that files of older releases hold, and that models now make themselves."""
 
 _REPORT = ("LOAD REPORT", "This checkpoint seem corrupted")
 
@@ -76,9 +83,8 @@ def check_weights(model: PreTrainedModel, report: Mapping[str, Any], name: str, 
     Returns:
         The names of the weights that are new.
     """
-    missing = set(report["missing_keys"])
-    # An encoder's pooler stays in the files of models that never use it.
-    unexpected = {key for key in report["unexpected_keys"] if "pooler" not in key.split(".")[:2]}
+    missing = {key for key in report["missing_keys"] if not _is_sinusoidal(model, key)}
+    unexpected = {key for key in report["unexpected_keys"] if not _is_unused(model, key)}
     new: set[str] = set()
     if new_head:
         new = {key for key in missing if not _in_body(model, key)}
@@ -89,6 +95,25 @@ def check_weights(model: PreTrainedModel, report: Mapping[str, Any], name: str, 
         raise DrklError(_difference(model, missing, unexpected, shapes, name))
     _check_numbers(model, name)
     return sorted(new)
+
+
+def _is_unused(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight of a file is one that transformers' model of this family does without."""
+    config = model.config.get_text_config()
+    layer = re.search(r"(^|\.)layers\.(\d+)\.", key)
+    beyond = int(layer[2]) - config.num_hidden_layers if layer else -1
+    return (
+        _MADE_ANEW.search(key) is not None
+        # An encoder's pooler stays in the files of models that never use it.
+        or "pooler" in key.split(".")[:2]
+        # Layers that guess the tokens after the next one: DeepSeek-V3 and GLM-4.5 have them after their own.
+        or 0 <= beyond < (getattr(config, "num_nextn_predict_layers", None) or 0)
+    )
+
+
+def _is_sinusoidal(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight is the table of sines that Pegasus and FSMT make themselves."""
+    return "Sinusoid" in type(model.get_submodule(key.rpartition(".")[0])).__name__
 
 
 def _in_body(model: PreTrainedModel, key: str) -> bool:
@@ -113,7 +138,7 @@ def _difference(
         more = f" and {len(shapes) - 1} more" if len(shapes) > 1 else ""
         parts.append(f"{key} is {list(found)} in the file and {list(expected)} by config.json{more}")
     cure = rename_cure(missing, unexpected, name) or next(
-        (hint for marks, hint in _FOREIGN if any(mark in key for key in unexpected for mark in marks)),
+        (hint for marks, hint in _FOREIGN if any(mark in f".{key}" for key in unexpected for mark in marks)),
         "Save the model again whole, with a config.json that describes it.",
     )
     return (
@@ -184,7 +209,7 @@ def _rename(what: str, new_name: str, name: str) -> str:
 
 
 def _check_numbers(model: PreTrainedModel, name: str) -> None:
-    bad = [key for key, parameter in model.named_parameters() if not _is_finite(parameter)]
+    bad = [key for key, parameter in model.named_parameters() if not is_finite(parameter)]
     if bad:
         dtype = str(model.dtype).removeprefix("torch.")
         raise DrklError(
@@ -194,7 +219,8 @@ def _check_numbers(model: PreTrainedModel, name: str) -> None:
 
 
 @torch.no_grad()
-def _is_finite(weight: torch.Tensor) -> bool:
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether a weight has finite numbers only; True where its dtype has no others."""
     if not weight.is_floating_point() or weight.element_size() < 2 or weight.is_meta or not weight.numel():
         return True
     low, high = torch.aminmax(weight)  # NaN goes through; no tensor of the weight's size is made
@@ -202,7 +228,7 @@ def _is_finite(weight: torch.Tensor) -> bool:
 
 
 def check_stored_dtypes(model: PreTrainedModel, folder: str, subfolder: str = "") -> None:
-    """Raise DrklError for integers in the place of a weight where the config names no quantisation.
+    """Raise DrklError for other numbers than floats in a weight's place where the config names no quantisation.
 
     transformers would turn the codes of quantised weights into as many floats.
 
@@ -216,10 +242,13 @@ def check_stored_dtypes(model: PreTrainedModel, folder: str, subfolder: str = ""
     prefix = f"{model.base_model_prefix}."
     floats = {key for key, parameter in model.named_parameters() if parameter.is_floating_point()}
     for path in _weight_files(Path(folder, subfolder)):
-        codes = [key for key, dtype in _stored_dtypes(path).items() if dtype[0] in "IU"]
-        if bad := [key for key in codes if floats & {key, prefix + key, key.removeprefix(prefix)}]:
+        codes = {key: dtype for key, dtype in _stored_dtypes(path).items() if not dtype.startswith(("F", "BF"))}
+        # A layer's experts lie one by one in the file and have one name together in the model.
+        bad = [k for k in codes if k.endswith(".weight") or floats & {k, prefix + k, k.removeprefix(prefix)}]
+        if bad:
+            what = "integers" if all(codes[key][0] in "IU" for key in bad) else "other numbers than floats"
             raise DrklError(
-                f"{folder!r} holds integers where a {type(model).__name__} has weights: {len(bad)} tensors "
+                f"{folder!r} holds {what} where a {type(model).__name__} has weights: {len(bad)} tensors "
                 f"({listed(bad)}). They are the codes of a quantised model, and its config.json has no "
                 "quantization_config. Put it back, or save the model dequantised."
             )

@@ -153,18 +153,18 @@ class RunRecord:
     def _card(self, state: TrainerState) -> str:
         pair = self.pair
         note = teacher_note(pair)
+        kind = "classifier" if pair.classes else "encoder_decoder" if is_encoder_decoder(pair.student) else "decoder"
         if pair.adapter is not None and self.export == "adapter":
             base = (self.config or {}).get("student", {}).get("model") or pair.student_name
             adapter_note = (
-                f"It is a LoRA adapter for `{base}`; to load it, install `peft` too. Where its answers "
-                "end stands in its generation_config.json, which peft does not read: set `model.generation_config = "
-                "GenerationConfig.from_pretrained(FOLDER)`."
+                f"It is a LoRA adapter for `{base}`; to load it, install `peft` too. Where its answers end stands in "
+                "its generation_config.json, which peft does not read."
             )
             note = f"{note}\n\n{adapter_note}" if note else adapter_note
-        kind = "classifier" if pair.classes else "encoder_decoder" if is_encoder_decoder(pair.student) else "decoder"
+            kind = "adapter" if kind == "decoder" else kind
         config = describe_run(pair, self.args, self.run) if self.config is None else self.config
-        words = getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # a processor has one
-        usage = usage_of(kind, words, config["data"])
+        tokenizer = getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # of a processor
+        usage = usage_of(kind, tokenizer, "plain" if pair.report.documents else self.args.template)
         return model_card(
             self.run.name, config, state.best_metric, note, usage=usage, kind=kind, steps=state.global_step
         )
