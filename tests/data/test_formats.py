@@ -220,6 +220,12 @@ def test_nothing_of_a_prompt_is_learnt() -> None:
         ({"messages": "[{'role': 'user'}]"}, "found text. Write it as json, with double quotes"),
         ({"conversations": []}, "found an empty list. Remove such rows"),
         (
+            {"input_ids": [1], "labels": [1]},
+            "found input_ids, labels. Rows that are tokenised already are read in Python",
+        ),
+        ({"messages": [ASK, SAY], "reasoning": "on"}, "'reasoning' is 'on', which is not what the assistant thought"),
+        ({"prompt": "q", "response": "a", "thinking": True}, "'thinking' is True, which is not what the assistant"),
+        (
             {"messages": [{"role": "human", "content": "q"}, SAY]},
             "Call the roles system, user, assistant and tool; in a",
         ),
@@ -247,3 +253,8 @@ def test_messages_of_a_pair_may_be_json_text() -> None:
     assert messages(alone, "prompt_response") == [("user", prompt), ("assistant", "a")]
     assert messages({"prompt": '[{"x": 1}]', "response": "[1]"}) == [("user", '[{"x": 1}]'), ("assistant", "[1]")]
     assert messages({"prompt": prompt, "messages": [ASK, SAY], "response": ""}) == expected[:2]
+
+
+def test_a_context_is_the_input_of_an_instruction_whatever_the_answer_is_called() -> None:
+    for name in ("output", "response"):
+        assert messages({"instruction": "q", "context": "c", name: "a"})[0] == ("user", "q\n\nc")

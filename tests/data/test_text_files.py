@@ -308,3 +308,12 @@ def test_a_folder_of_json_keeps_its_texts(cache: Path) -> None:
     for number in range(2):
         (folder / f"train-{number}.jsonl").write_text(json.dumps(rows[0]) + "\n")
     assert [row for _, row in dataset_rows(str(folder))] == rows * 2
+
+
+def test_a_single_row_of_two_messages_is_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    row = {"prompt": {"role": "user", "content": "a"}, "completion": {"role": "assistant", "content": "b"}}
+    path.write_text(json.dumps(row))
+    assert values(path) == [row]
+    with pytest.raises(DrklError, match="prompt must be text; found an object"):
+        read_examples(str(path))

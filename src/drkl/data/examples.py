@@ -17,6 +17,7 @@ from drkl.data.fields import (
     REASONING,
     TOOL,
     check_columns,
+    check_reasoning,
     from_json,
     is_void,
     kind_of,
@@ -300,6 +301,8 @@ def _with_columns(place: str, row: Mapping[str, Any], messages: Messages) -> tup
     and calls of tools are the last message's.
     """
     beside = {name: row[name] for name in (*REASONING, "tool_calls", "function_call") if not is_void(row.get(name))}
+    for column in beside.keys() & set(REASONING):
+        check_reasoning(place, column, beside[column])
     if beside:
         last = read_message(place, "the response", {**messages[-1], **beside}).fields
         messages = (*messages[:-1], {**messages[-1], **last})
@@ -320,14 +323,16 @@ def _with_columns(place: str, row: Mapping[str, Any], messages: Messages) -> tup
     return (*before, *messages), len(before)
 
 
+_RENAME = "Rename the column if it is something else."
+
+
 def _history(place: str, value: Any) -> Messages:
     """Earlier turns, as pairs of what the user and the assistant said."""
     value = from_json(value)
     pairs = value if isinstance(value, list | tuple) else [None]
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise DrklError(
-            f"{place}: history must be a list of pairs of a prompt and its response; found {short(value)}. Rename the "
-            "column if it is something else."
+            f"{place}: history must be a list of pairs of a prompt and its response; found {short(value)}. {_RENAME}"
         )
     texts = [text_of(place, f"history[{i}]", text) for i, pair in enumerate(pairs) for text in pair]
     return tuple(message for turn in zip(texts[::2], texts[1::2], strict=True) for message in _pair(*turn))
@@ -342,7 +347,7 @@ def _references(place: str, row: Mapping[str, Any], response: str) -> tuple[str,
     if is_void(value):
         return ()
     if not isinstance(value, list) or not value:
-        raise DrklError(f"{place}: references must be a list of texts, not empty; found {kind_of(value)}.")
+        raise DrklError(f"{place}: references must be a list of texts, not empty; found {kind_of(value)}. {_RENAME}")
     references = tuple(text_of(place, f"references[{i}]", text) for i, text in enumerate(value))
     return references if response in references else (response, *references)
 

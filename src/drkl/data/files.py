@@ -82,6 +82,16 @@ def _suffix(file: Path) -> str:
     return Path(file.stem if file.suffix.lower() in _PACKED else file.name).suffix.lower()
 
 
+def _elsewhere(name: str) -> str:
+    """What a name that is no file's may be, and where that goes."""
+    if "*" in name or "?" in name:
+        return " A name stands for one file: list several in data.sources, or name their folder as data.dataset."
+    if re.match("[a-z0-9]+:/", name):
+        return " Nothing is fetched from an address: download it first."
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).suffix
+    return " The id of a data set on the hub goes into data.dataset." if is_id else ""
+
+
 def _text(file: Path) -> str:
     """The text of a file with its line breaks as they are."""
     name, suffix = str(file), file.suffix.lower()
@@ -89,7 +99,7 @@ def _text(file: Path) -> str:
         with _PACKED.get(suffix, open)(file, "rb") as stream:
             data: bytes = stream.read()
     except FileNotFoundError as error:
-        raise DrklError(f"There is no file {name!r}.") from error
+        raise DrklError(f"There is no file {name!r}.{_elsewhere(name)}") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         way_out = " A folder of files goes into data.dataset." if file.is_dir() else ""
         raise DrklError(f"Cannot read {name!r}: {getattr(error, 'strerror', None) or error}.{way_out}") from error
@@ -203,7 +213,8 @@ def _only_value(value: Any, place: str, name: str) -> Rows:
 def _columns(table: dict[str, Any]) -> list[list[Any]]:
     """The columns of a table written one after the other, as pandas writes it or as lists; empty for a single row."""
     columns = list(table.values())
-    if all(isinstance(column, dict) and list(column) == list(columns[0]) for column in columns):
+    is_row = any(isinstance(column, dict) and column.keys() & {"role", "from"} for column in columns)  # of messages
+    if not is_row and all(isinstance(column, dict) and list(column) == list(columns[0]) for column in columns):
         return [list(column.values()) for column in columns]
     if not all(isinstance(column, list) and column and len(column) == len(columns[0]) for column in columns):
         return []

@@ -141,7 +141,7 @@ def standard_row(row: Mapping[str, Any], shape: Shape) -> tuple[str, Mapping[str
         return "pair", {**row, "input": None} | _answers(row["output"])
     if shape.name == "instruction":
         answer = row["output"] if "output" in row else row["response"]
-        context = row.get("input") or (row.get("context") if "output" not in row else None)  # Dolly's word for it
+        context = row.get("input") or row.get("context")  # Dolly's word for it
         return "pair", {**row, "prompt": row["instruction"], "input": context} | _answers(answer)
     answer = row["completion" if shape.name == "prompt_completion" else "response"]
     if _has_messages(row):
@@ -179,7 +179,10 @@ def _public(row: Mapping[str, Any]) -> list[Shape]:
 def _two_shapes(place: str, one: Shape, other: Shape) -> DrklError:
     way_out = "Remove the columns of one of them."
     if one.name != other.name:
-        way_out = f"Set data.format to {one.name} or {other.name} in the run's yaml, or r{way_out[1:]}"
+        formats = f"{one.name} or {other.name}"
+        way_out = (
+            f"Set data.format to {formats} in the run's yaml (one of several sources has its own), or r{way_out[1:]}"
+        )
     return DrklError(f"{place}: the columns fit two shapes: {one.title}, and {other.title}. {way_out}")
 
 
@@ -190,6 +193,8 @@ def _no_shape(place: str, row: Mapping[str, Any], row_format: str) -> DrklError:
             f"{message} Pairs of a chosen and a rejected answer are for preference training, which is not here. To "
             "learn the chosen one, name it response (or messages, where it is a whole conversation)."
         )
+    if "input_ids" in row:
+        return DrklError(f"{message} Rows that are tokenised already are read in Python: pass them to the trainer.")
     plainer = [str(name).strip().lower() for name in row]
     if row_format == "auto" and any(shape.fits(plainer) for shape in SHAPES):
         return DrklError(f"{message} Column names are read as they are written: in small letters, without blanks.")

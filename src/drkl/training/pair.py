@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
 from drkl.training.arguments import DistillationConfig
 from drkl.training.ends import Ends, compare_ends
+
+_log = logging.getLogger("drkl")
 
 
 @dataclass(frozen=True)
@@ -390,7 +393,7 @@ def _tokenize(
 ) -> tuple[Rows, DropReport]:
     if isinstance(dataset, TokenisedRows):
         return dataset.rows, dataset.report
-    return rows_from(
+    rows, report = rows_from(
         dataset,
         tokenizer,
         name=name,
@@ -403,6 +406,9 @@ def _tokenize(
         template=args.template,
         ends=ends,
     )
+    if (report.dropped or report.responses_cut) and args.process_index == 0:
+        _log.warning("Warning: %s: %s", name, report.summary())
+    return rows, report
 
 
 def _configs(student: PreTrainedModel, teacher: LiveTeacher | None) -> dict[str, Any]:
