@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedModel,
     ProphetNetConfig,
     ProphetNetForCausalLM,
+    ReformerConfig,
+    ReformerModelWithLMHead,
     XLMConfig,
     XLMWithLMHeadModel,
     XLNetConfig,
@@ -142,6 +144,23 @@ def test_a_student_whose_experts_drop_tokens_of_a_batch_is_refused() -> None:
     check_forward(model)
     with pytest.raises(DrklError, match=r"NllbMoeForConditionalGeneration drops tokens in training where a batch has"):
         check_student(model)
+
+
+def test_a_student_that_is_trained_on_some_lengths_only_is_refused() -> None:
+    config = ReformerConfig(
+        vocab_size=64, hidden_size=16, num_attention_heads=2, attention_head_size=8, feed_forward_size=16,
+        attn_layers=["local"], local_attn_chunk_length=4, axial_pos_embds=False, max_position_embeddings=96,
+        is_decoder=True,
+    )  # fmt: skip
+    model = ReformerModelWithLMHead(config).eval()
+    state = torch.get_rng_state()
+    check_forward(model)
+    with pytest.raises(
+        DrklError, match=r"ReformerModelWithLMHead can be read but not trained on rows of any length.*4"
+    ):
+        check_student(model)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_model_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,27 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
-from transformers import AutoConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import AutoConfig, LlamaForCausalLM, LlavaConfig, ViTConfig, ViTModel
 
 from drkl.errors import DrklError
 from drkl.models import precision
-from drkl.models.load import count_parameters, load_classifier, load_config, load_model, load_tokenizer, model_note
+from drkl.models.config import StudentConfig
+from drkl.models.load import (
+    count_parameters,
+    load_classifier,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_class,
+    model_note,
+)
+from drkl.models.student import make_student, student_config
 from tests.data.tiny_tokenizers import build
 from tests.families import builder
 from tests.models import tiny, tiny_classifiers
@@ -211,7 +222,7 @@ def test_weights_of_another_shape(folder: Path) -> None:
 def test_an_encoder_alone_is_no_language_model(tmp_path: Path) -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     ViTModel(ViTConfig(**sizes)).save_pretrained(tmp_path)
-    with pytest.raises(DrklError, match=r"no usable model was found"):
+    with pytest.raises(DrklError, match=r"has a ViTConfig, of which transformers has no ModelForCausalLM"):
         load_model(str(tmp_path), "fp32")
 
 
@@ -264,3 +275,20 @@ def test_a_decoder_that_also_hears_is_loaded(tmp_path: Path) -> None:
 def test_a_config_that_no_auto_class_knows_is_loaded_by_the_class_it_names(tmp_path: Path) -> None:
     model = builder.build("emu3")
     tiny.assert_alike(load_model(tiny.save(model, tmp_path), "fp32"), model)
+
+
+@pytest.mark.parametrize("init", ["prune", "random", "pretrained"])
+def test_a_model_that_reads_images_and_is_no_language_model_is_refused_by_name(tmp_path: Path, init: str) -> None:
+    LlavaConfig(text_config={"model_type": "llama"}).save_pretrained(tmp_path)
+    words = rf"{re.escape(str(tmp_path))}' has a LlavaConfig, of which transformers has no ModelForCausalLM\. Of a"
+    student = StudentConfig(init=init, model=str(tmp_path), **({} if init == "pretrained" else {"layers": 1}))
+    with pytest.raises(DrklError, match=words):
+        make_student(student, None, 0)
+    if init != "pretrained":  # whose config is read as it is
+        with pytest.raises(DrklError, match=words):
+            student_config(student, None)
+
+
+def test_a_family_without_classifiers_is_refused_by_name() -> None:
+    with pytest.raises(DrklError, match=r"'The model' has a LlavaConfig, of .* no ModelForSequenceClassification\."):
+        model_class(LlavaConfig(text_config={"model_type": "llama"}), classifier=True)

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedModel,
+)
 
 from drkl.errors import DrklError
 from drkl.models.classes import is_classifier
@@ -293,3 +299,17 @@ def test_every_family_is_kept_or_refused_by_name(kind: str, task: str, kept: lis
         pruned(model, kept, kept if len(stacks_of(model.config)) == 2 else None)
     except DrklError as error:
         assert kind in KNOWN and re.search(KNOWN[kind], str(error)), str(error)
+
+
+def test_a_classifier_whose_end_is_beyond_its_vocabulary() -> None:
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_head": 2, "n_layer": 3, "n_positions": 32}  # eos stays 50256
+    model = GPT2ForSequenceClassification(GPT2Config(**sizes, pad_token_id=0)).eval()
+    assert prune(model, layers=[0, 2]).config.num_hidden_layers == 2
+
+
+def test_a_classifier_that_could_not_read_a_text_is_refused() -> None:
+    """Jamba's cache, which a classifier's forward always makes, takes a layer with attention."""
+    model = tiny_families.model("jamba", "classifier", attn_layer_period=3, attn_layer_offset=1)
+    assert prune(model, layers=[0, 1]).config.num_hidden_layers == 2
+    with pytest.raises(DrklError, match=r"A JambaForSequenceClassification of 2 layers cannot read a few tokens"):
+        prune(model, layers=[2, 3])

@@ -70,6 +70,26 @@ def check_student(model: PreTrainedModel) -> None:
             f"{type(model).__name__} drops tokens in training where a batch has more for an expert than its capacity, "
             "so its loss would depend on which rows share a batch. Use a student of another family."
         )
+    _check_training(model)
+
+
+def _check_training(model: PreTrainedModel) -> None:
+    """Raise DrklError for a family that reads rows of some lengths only in training, as Reformer does."""
+    read, written = (min(7, context or 7) for context in contexts_of(model.config))
+    source = None if decoder_start(model) is None else [plain_ids(model, read)]
+    batch = right_padded(model, [plain_ids(model, written)], source)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            hidden_states(model.train(), batch)
+    except FAILURES as error:
+        raise DrklError(
+            f"{type(model).__name__} can be read but not trained on rows of any length. Use a student of another "
+            f"family. ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _check_forward(model: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -217,13 +218,34 @@ def _in_memory(model: PreTrainedModel, dtype: DtypeLike, options: Mapping[str, A
 
 
 def model_class(config: Any, *, classifier: bool = False) -> Any:
-    """The Auto class of classifiers, or of language models of this config's kind."""
-    if classifier:
-        return AutoModelForSequenceClassification
-    # Decoders that also hear (Qwen2-Audio, Voxtral) are registered there, though no encoder reads their prompt.
+    """The Auto class of classifiers, or of language models of this config's kind.
+
+    Raises:
+        DrklError: transformers has no such model of this kind.
+    """
     kind = type(config)
-    hears = kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) or hears else AutoModelForCausalLM
+    family: Any
+    known: Any
+    if classifier:
+        family, known = AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    # Decoders that also hear (Qwen2-Audio, Voxtral) are registered there, though no encoder reads their prompt.
+    elif is_encoder_decoder(config) or (
+        kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        family, known = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    else:
+        family, known = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING
+    if kind not in known:
+        raise DrklError(
+            f"{config.name_or_path or 'The model'!r} has a {kind.__name__}, of which transformers has no "
+            f"{family.__name__.removeprefix('Auto')}. "
+            + (
+                "Of a model that also reads images or sound, save the language model alone and name its folder."
+                if config.get_text_config() is not config
+                else "Use a model of another family."
+            )
+        )
+    return family
 
 
 def _own_class(config: Any) -> Any:
