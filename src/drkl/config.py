@@ -253,7 +253,8 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
         value = yaml.safe_load(raw)
     except yaml.YAMLError as error:
         raise DrklError(
-            f"The value of the override {text!r} is not valid yaml: {' '.join(str(error).split())}"
+            f"The value of the override {text!r} is not valid yaml: {' '.join(str(error).split())}. Put text with "
+            "braces or colons into quotes of its own, as in 'data.template=\"Q: {{ prompt }}\"'."
         ) from error
     return key.strip().split("."), _numbers(value)
 

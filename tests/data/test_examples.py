@@ -77,7 +77,7 @@ GOOD = '{"prompt": "p", "response": "r"}\n'
         ('{"prompt": "p", "response": null}', ":2: response must be text; found null"),
         ('{"prompt": 3, "response": "r"}', ":2: prompt must be text; found a number"),
         ('{"prompt": "p", "response": "\\ud83d"}', ":2: response has half a surrogate pair at character 0"),
-        ('{"prompt": "p", "response": "r", "id": true}', ":2: id must be text; found true or false"),
+        ('{"prompt": "p", "response": "r", "id": true}', ":2: id must be text or a whole number; found True"),
         (
             '{"prompt": "p", "response": "r", "id": "a"}\n{"prompt": "p", "response": "r", "id": "a"}',
             r":3: the id 'a' was seen before, at .*:2; ids must be unique",
@@ -130,7 +130,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DrklError, match=r"latin\.jsonl' is not UTF-8 text \(byte 15\)"):
         read_examples(str(tmp_path / "latin.jsonl"))
     (tmp_path / "empty.jsonl").write_text("\n \n")
-    with pytest.raises(DrklError, match=r"empty\.jsonl has no rows; expected one json object per line"):
+    with pytest.raises(DrklError, match=r"empty\.jsonl has no rows; expected some, with prompt and response"):
         read_examples(str(tmp_path / "empty.jsonl"))
     with pytest.raises(DrklError, match=r"There is no bundled data 'bundled:doly'.*Did you mean 'bundled:dolly'"):
         read_examples("bundled:doly")

@@ -166,3 +166,18 @@ def test_weights_of_one_and_addresses_of_images_beside_a_text_pass() -> None:
         read({"prompt": "q", "response": "a", "weight": 1.0, "loss_mask": [1, 1], "train": "true"}).messages[1] == SAY
     )
     assert read({"text": "t", "image": "https://example.org/x.png", "tools": ["t"]}).is_text
+
+
+@pytest.mark.parametrize("name", ["loss_weight", "loss_multiplier"])
+def test_other_names_of_a_weight(name: str) -> None:
+    assert read({"messages": [ASK, {**SAY, name: 0}, ASK, SAY]}).unlearnt == (1,)
+    with pytest.raises(DrklError, match=rf"messages\[1\]\.{name} is 0\.5; expected 0"):
+        read({"messages": [ASK, {**SAY, name: 0.5}]})
+    with pytest.raises(DrklError, match=rf"the column '{name}' is 0: a row is learnt or it is not"):
+        read({"messages": [ASK, SAY], name: 0})
+
+
+@pytest.mark.parametrize("field", [{"mask": 1}, {"mask": 0}, {"train_detail": [{"train": False}]}])
+def test_masks_of_another_kind_are_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(DrklError, match=rf"messages\[1\]\.{next(iter(field))} is not read, and it says what is learnt"):
+        read({"messages": [ASK, {**SAY, **field}]})

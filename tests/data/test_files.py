@@ -197,3 +197,17 @@ def test_labels_of_a_data_set_are_read_by_name(tmp_path: Path, monkeypatch: pyte
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features).save_to_disk(tmp_path / "d")
     train, held_out = load_labelled(DataConfig(dataset=str(tmp_path / "d")))
     assert sorted(train + held_out) == [("row-1", "a", "yes"), ("row-2", "b", "no")]
+
+
+@pytest.mark.parametrize(
+    ("path", "way_out"),
+    [
+        ("someone/some-set", "The id of a data set on the hub goes into data.dataset"),
+        ("rows/*.jsonl", "list several in data.sources"),
+        ("https://example.org/rows.jsonl", "download it first"),
+        ("folder/rows.jsonl", "$"),
+    ],
+)
+def test_what_is_no_file_may_be_something_else(path: str, way_out: str) -> None:
+    with pytest.raises(DrklError, match=rf"There is no file .*{way_out}"):
+        read_examples(path)

@@ -171,7 +171,7 @@ def test_a_demanded_format_may_be_met_by_a_public_one() -> None:
         ({"question": "q", "answer": "a"}, "If question is what is asked and answer the answer, name the columns"),
         ({"query": "q", "response": "a"}, "If query is what is asked and response the answer"),
         ({"document": "q", "summary": "a"}, "If document is what is asked and summary the answer"),
-        ({"question": "q", "answers": {"text": ["a"]}}, "found question, answers\\.$"),
+        ({"question": "q", "answers": {"text": ["a"]}}, "found question, answers\\. Rename the columns"),
         ({"instruction": "q", "output": "a", "response": "b"}, r"two shapes: .*Alpaca\), and .*Dolly\)\. Remove the"),
         ({"conversation": [{"input": "q", "output": "a"}]}, r"conversation\[0\] must have from and value \(or role and "
          r"content\); found input, output"),
@@ -195,3 +195,66 @@ def test_a_demanded_format_may_be_met_by_a_public_one() -> None:
 def test_what_is_refused(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DrklError, match=message):
         messages(row)
+
+
+def test_nothing_of_a_prompt_is_learnt() -> None:
+    row = {"prompt": [ASK, SAY, ASK], "completion": [SAY, ASK, SAY]}
+    (example,) = parse_rows([("a:1", row)], "a")
+    assert example.unlearnt == (1,) and example.given == ()
+    (example,) = parse_rows([("a:1", {"prompt": [ASK, {**SAY, "weight": 1}, ASK], "response": "b"})], "a")
+    assert example.unlearnt == ()
+    old = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, ASK]
+    (example,) = parse_rows([("a:1", {"prompt": old, "completion": [SAY]})], "a")
+    assert example.unlearnt == (1,)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"Prompt": "q", "response": "a"}, "found Prompt, response. Column names are read as they are written"),
+        ({"prompt": "q", " response": "a"}, "found prompt, ' response'. Column names are read as they are written"),
+        (ASK, r'found role, content\. That is one message; a row is a conversation: \{"messages"'),
+        ([ASK, SAY], r'found a list\. Write a conversation as \{"messages"'),
+        ("once upon a time", r'found text\. Write a text as \{"text"'),
+        ({"query": "q", "answers": "[]"}, "found query, answers. Rename the columns, or write the rows anew"),
+        ({"messages": "[{'role': 'user'}]"}, "found text. Write it as json, with double quotes"),
+        ({"conversations": []}, "found an empty list. Remove such rows"),
+        (
+            {"input_ids": [1], "labels": [1]},
+            "found input_ids, labels. Rows that are tokenised already are read in Python",
+        ),
+        ({"messages": [ASK, SAY], "reasoning": "on"}, "'reasoning' is 'on', which is not what the assistant thought"),
+        ({"prompt": "q", "response": "a", "thinking": True}, "'thinking' is True, which is not what the assistant"),
+        (
+            {"messages": [{"role": "human", "content": "q"}, SAY]},
+            "Call the roles system, user, assistant and tool; in a",
+        ),
+        ({"messages": [ASK, ASK, SAY]}, "take turns. Remove or join messages"),
+        ({"messages": [ASK, SAY, ASK]}, "the response to learn. Remove what follows the last response"),
+        ({"prompt": "q", "response": None}, 'found null. Remove such rows, or write "": empty ones are dropped'),
+        ({"id": 1.0, "prompt": "q", "response": "a"}, "id must be text or a whole number; found 1.0. Write it as text"),
+    ],
+)
+def test_refusals_name_the_way_out(row: Any, message: str) -> None:
+    with pytest.raises(DrklError, match=message):
+        parse_rows([("a:1", row)], "a")
+
+
+def test_messages_of_a_pair_may_be_json_text() -> None:
+    prompt, answer = json.dumps([ASK, SAY, ASK]), json.dumps([SAY])
+    expected = [("user", "q"), ("assistant", "a"), ("user", "q"), ("assistant", "a")]
+    for row in ({"prompt": prompt, "completion": answer}, {"prompt": prompt, "response": [SAY]}):
+        assert messages(row) == expected
+    assert messages({"prompt": "q", "completion": answer}) == expected[:2]
+    alone = {"prompt": prompt, "response": "a"}
+    with pytest.raises(DrklError, match="row 1: the prompt is json text of messages"):
+        messages(alone)
+    assert messages(alone, "messages") == expected
+    assert messages(alone, "prompt_response") == [("user", prompt), ("assistant", "a")]
+    assert messages({"prompt": '[{"x": 1}]', "response": "[1]"}) == [("user", '[{"x": 1}]'), ("assistant", "[1]")]
+    assert messages({"prompt": prompt, "messages": [ASK, SAY], "response": ""}) == expected[:2]
+
+
+def test_a_context_is_the_input_of_an_instruction_whatever_the_answer_is_called() -> None:
+    for name in ("output", "response"):
+        assert messages({"instruction": "q", "context": "c", name: "a"})[0] == ("user", "q\n\nc")

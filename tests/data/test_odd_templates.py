@@ -201,3 +201,15 @@ def test_the_report_counts_the_rows_without_the_opening() -> None:
     )
     assert [row.sampling_ids == row.prompt_ids for row in rows] == [False, True]
     assert rows[0].sampling_ids == rows[1].sampling_ids
+
+
+def test_reasoning_that_is_written_until_an_answer_follows() -> None:
+    thought = "{% if m.thinking and messages[-1].role != 'assistant' %}{{ m.thinking }}{% endif %}"
+    tokenizer = made("<|bot|>" + thought + "{{ m.content }}")
+    earlier = {"role": "assistant", "content": "one", "thinking": "hm"}
+    with pytest.raises(
+        DrklError, match=r"does not go on from there.* Or remove the reasoning from the earlier messages"
+    ):
+        encode_last(tokenizer, [*QUESTION, earlier, *QUESTION, *REPLY])
+    del earlier["thinking"]
+    assert row(tokenizer, [*QUESTION, earlier, *QUESTION, *REPLY])[0].count("one") == 1

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drkl.data.classification import LabelledRow
-from drkl.data.examples import Example, parse_rows
+from drkl.data.examples import Example, hold_out, parse_rows
 from drkl.data.rows import rows_from
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
@@ -306,3 +306,19 @@ def test_a_missing_value_of_pandas_is_null() -> None:
     assert [row.id for row in rows_from(frame, TOKENIZER)[0]] == ["row-1", "x"]
     with pytest.raises(DrklError, match="rows, row 2: response must be text; found null"):
         rows_from(pandas.DataFrame({"prompt": ["a", "b"], "response": ["c", None]}), TOKENIZER, name="rows")
+
+
+def test_a_series_and_an_array_are_lists_of_rows() -> None:
+    pandas, numpy = pytest.importorskip("pandas"), pytest.importorskip("numpy")
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
+    expected = [row.all_ids for row in rows_from(rows, TOKENIZER)[0]]
+    for dataset in (pandas.Series(rows, index=[7, 3]), numpy.array(rows, dtype=object)):
+        assert [row.all_ids for row in rows_from(dataset, TOKENIZER)[0]] == expected
+
+
+def test_no_made_up_id_of_a_block_clashes_with_a_written_one() -> None:
+    rows = [{"id": "x/1", "prompt": "a", "response": "b"}, {"id": "x", "text": "a b"}]
+    assert [row.id for row in rows_from(rows, TOKENIZER)[0]] == ["x/1", "x/1'"]
+    texts = parse_rows([(f"a:{name}", {"id": name, "text": "a b " * 30}) for name in ("x", "x-end")], "a")
+    train, held_out = hold_out(texts)
+    assert [row.id for row in train] == ["x", "x-end"] and [row.id for row in held_out] == ["x-end'", "x-end-end"]

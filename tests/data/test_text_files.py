@@ -13,8 +13,9 @@ from typing import Any
 
 import pandas
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pyarrow import ArrowInvalid
 from pyarrow import csv as arrow_csv
 
 from drkl.data.examples import read_examples
@@ -51,6 +52,26 @@ def test_csv_is_read_as_pandas_and_pyarrow_read_it(
     )
     assert found == by_pandas.to_dict("records") == by_arrow.to_pylist()
     assert found == [{"prompt": prompt, "response": response} for prompt, response in table]
+
+
+@given(st.text('"xy ;', max_size=8), st.text('"xy ;\n', max_size=8), st.sampled_from(["\n", "\r\n", ""]))
+@example('"x"y', '"x""y"z"', "\n")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_quotes_anywhere_are_read_as_pandas_and_pyarrow_read_them(
+    tmp_path: Path, prompt: str, response: str, line_end: str
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(f"prompt,response\n{prompt},{response}{line_end}".encode())
+    types = {"prompt": "string", "response": "string"}
+    options = arrow_csv.ParseOptions(newlines_in_values=True), arrow_csv.ConvertOptions(column_types=types)
+    try:  # pandas alone refuses an open quote, and pyarrow alone a line of too few fields
+        by_pandas = pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False).to_dict("records")
+        by_arrow = arrow_csv.read_csv(path, parse_options=options[0], convert_options=options[1]).to_pylist()
+    except (pandas.errors.ParserError, ArrowInvalid):
+        with pytest.raises(DrklError, match=r"a quoted field has no end|expected 2 columns"):
+            values(path)
+    else:
+        assert values(path) == by_pandas == by_arrow
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6))
@@ -161,7 +182,13 @@ def test_ids_of_csv(tmp_path: Path) -> None:
 BROKEN = [
     ("a.csv", "prompt,response,response\na,b,c\n", r"a\.csv:1: two columns are called 'response'; rename one of them"),
     ("a.csv", '\nprompt,response\na,"b\nc', r"a\.csv:3: not valid csv: a quoted field has no end\. Inside of a quoted"),
-    ("a.csv", 'prompt,response\na,b\na,"b"c\n', r"a\.csv:3: not valid csv: ',' expected after"),
+    (
+        "a.csv",
+        'prompt,response\na,"b"c,d\n',
+        r"a\.csv:2: expected 2 columns .*; found 3\. A field that holds a separator",
+    ),
+    ("a.csv", 'prompt,response\na,b\n"', r"a\.csv:3: not valid csv: a quoted field has no end"),
+    ("a.csv", 'prompt,response\na,b\n"x"y","', r"a\.csv:3: not valid csv: a quoted field has no end"),
     ("a.csv", "prompt, response\na,b\n", r"a\.csv:2: expected the fields .*; found prompt, ' response'"),
     ("a.csv", "prompt,response\n", r"a\.csv has no rows"),
     ("a.csv", "", r"a\.csv has no rows"),
@@ -281,3 +308,12 @@ def test_a_folder_of_json_keeps_its_texts(cache: Path) -> None:
     for number in range(2):
         (folder / f"train-{number}.jsonl").write_text(json.dumps(rows[0]) + "\n")
     assert [row for _, row in dataset_rows(str(folder))] == rows * 2
+
+
+def test_a_single_row_of_two_messages_is_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    row = {"prompt": {"role": "user", "content": "a"}, "completion": {"role": "assistant", "content": "b"}}
+    path.write_text(json.dumps(row))
+    assert values(path) == [row]
+    with pytest.raises(DrklError, match="prompt must be text; found an object"):
+        read_examples(str(path))

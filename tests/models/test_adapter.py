@@ -40,6 +40,7 @@ from drkl.models.adapter import adapter_base, adapter_start, add_adapter, check_
 from drkl.models.config import PeftConfig, StudentConfig
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from drkl.models.student import make_student
+from tests.families import builder
 from tests.models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
@@ -471,3 +472,19 @@ def test_a_start_that_peft_makes_again_is_made_in_full_precision(tmp_path: Path)
     expected = merge_adapter(adapter).to(torch.bfloat16).state_dict()
     loaded = load_model(str(tmp_path / "adapter"), "bf16").state_dict()
     assert all(torch.allclose(loaded[key], expected[key], rtol=2**-7, atol=1e-5) for key in expected)
+
+
+def test_an_adapter_on_a_weight_that_layers_share_is_refused() -> None:
+    model = builder.build("zamba")
+    with pytest.raises(
+        DrklError, match=r"^peft puts an adapter each on 'model\.layers\..*, which are one weight of the model"
+    ):
+        add_adapter(model, {"r": 2, "target_modules": ["down_proj"]}, seed=0)
+
+
+def test_an_adapter_that_peft_would_not_find_again_is_refused_before_training() -> None:
+    model = builder.build("laguna")
+    with pytest.raises(
+        DrklError, match=r"^peft saves the adapter of model\.layers\.1\.mlp\.shared_experts.* does not find"
+    ):
+        add_adapter(model, {"r": 2, "target_modules": r".*shared_experts\.down_proj"}, seed=0)

@@ -120,15 +120,17 @@ def test_settings_that_transformers_would_not_save_are_left_out(
         saved.validate(strict=True)
 
 
-def test_published_settings_are_saved_back_as_they_were(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ends", ["[4, 2]", "2"])
+def test_published_settings_are_saved_back_as_they_were(tmp_path: Path, ends: str) -> None:
     model = tiny.llama(layers=1)
-    loose = '{"eos_token_id": [4, 2], "pad_token_id": 0, "temperature": 0.6}'
+    loose = f'{{"eos_token_id": {ends}, "pad_token_id": 0, "temperature": 0.6}}'
     tiny.save(model, tmp_path)
     (tmp_path / "generation_config.json").write_text(loose)
     loaded = load_model(tmp_path, "fp32")
     assert set_ends(loaded, tiny.tokenizer(), [4, 2]) == []
     loaded.save_pretrained(tmp_path / "again")
-    assert GenerationConfig.from_pretrained(tmp_path / "again").temperature == 0.6
+    again = GenerationConfig.from_pretrained(tmp_path / "again")
+    assert again.temperature == 0.6 and again.eos_token_id == [4, 2]
 
 
 def test_a_classifier_has_no_ends() -> None:

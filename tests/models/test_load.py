@@ -287,3 +287,8 @@ def test_a_model_that_reads_images_and_is_no_language_model_is_refused_by_name(t
 def test_a_family_without_classifiers_is_refused_by_name() -> None:
     with pytest.raises(DrklError, match=r"'The model' has a LlavaConfig, of .* no ModelForSequenceClassification\."):
         model_class(LlavaConfig(text_config={"model_type": "llama"}), classifier=True)
+
+
+def test_a_config_that_no_auto_class_knows_is_loaded_by_the_class_it_names(tmp_path: Path) -> None:
+    model = builder.build("emu3")
+    tiny.assert_alike(load_model(tiny.save(model, tmp_path), "fp32"), model)

@@ -13,6 +13,7 @@ from drkl.errors import DrklError
 from drkl.models.config import StudentConfig
 from drkl.models.shorten import lengthened, shortened
 from drkl.models.student import kept_layers, make_student, prune, source_model, student_config
+from tests.families import builder
 from tests.models import tiny, tiny_classifiers
 
 FAMILIES = [tiny.llama, tiny.gpt2]
@@ -191,6 +192,13 @@ def test_gemma2_is_pruned_to_what_it_would_be_by_hand() -> None:
     model = Gemma2ForCausalLM(config).eval()
     tiny.assert_alike(prune(model, [0, 1, 2, 3]), model)
     assert prune(model, [1, 2]).config.layer_types == ["full_attention", "sliding_attention"]
+
+
+def test_a_list_as_long_as_the_default_is_cut_too() -> None:
+    """Nemotron H's config writes its depth as the length of its list of kinds alone, 4 by default."""
+    small = prune(builder.build("nemotron_h"), layers=[1, 2])
+    assert small.config.layers_block_type == ["moe", "full_attention"]
+    assert len(small.base_model.layers) == 2
 
 
 def test_pretrained_is_the_model_as_it_is(tmp_path: Path) -> None:

@@ -49,6 +49,18 @@ def make(folder: Path, model: Any = None, teacher: Any = None, **changes: Any) -
     )
 
 
+def test_rows_that_are_dropped_or_cut_are_counted_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    odd = [{"prompt": "w1 " * 40, "response": "w2"}, {"prompt": "w1", "response": "w2 " * 80}]
+    make(tmp_path, train_dataset=[*ROWS, *odd])
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "Warning: train_dataset: 21 of 22 rows kept, 1 dropped (prompt longer than max_prompt_tokens), 1 responses cut "
+        "at max_tokens."
+    ]
+    caplog.clear()
+    make(tmp_path)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def test_a_run_of_models_in_memory_is_a_run_folder(tmp_path: Path) -> None:
     student, teacher = tiny.llama(1, layers=2), tiny.llama(9)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}

@@ -61,6 +61,38 @@ def test_student_is_an_ordinary_folder(tmp_path: Path) -> None:
     assert card.startswith("---\nlibrary_name: transformers") and "drkl(gamma=0.5" in card
 
 
+CARDS: dict[str, dict[str, Any]] = {
+    "chat": {},
+    "adapter": {"peft": {"r": 2, "target_modules": ["q_proj"], "export": "adapter"}},
+    "jinja": {"data": {"template": "a {{ prompt }} there"}},
+    "text": {},
+    "encoder-decoder": {},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", CARDS)
+def test_the_lines_of_the_card_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    values = tiny_runs.config(tmp_path, training={"max_steps": 1}, **CARDS[kind])
+    if kind == "adapter":
+        tokenizer = tiny.tokenizer()
+        tokenizer.chat_template = None
+        tiny.save(tiny.llama(5, layers=1, eos_token_id=2), tmp_path / "base", tokenizer)
+        values["student"] = {"init": "pretrained", "model": str(tmp_path / "base")}
+    if kind == "text":
+        Path(values["data"]["path"]).write_text("".join(f'{{"text": "w{i} w2 w3"}}\n' for i in range(40)))
+    if kind == "encoder-decoder":
+        tiny.save(tiny.bart(layers=2, vocab_size=tiny.VOCAB), tmp_path / "teacher")
+    run = tiny_runs.train(values)
+    code = (run.student_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    capsys.readouterr()
+    exec(code.replace("PATH/TO/THIS/FOLDER", str(run.student_path)), {})
+    shown = capsys.readouterr().out
+    assert shown
+    assert ("'role': 'assistant'" in shown) == (kind in ("chat", "adapter"))
+    assert ("a Give me three tips. there" in code) == (kind == "jinja")
+
+
 def test_the_student_moved_and_its_head_stayed_tied(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path)
     run = tiny_runs.train(values)

@@ -17,6 +17,7 @@ from drkl.data.fields import (
     REASONING,
     TOOL,
     check_columns,
+    check_reasoning,
     from_json,
     is_void,
     kind_of,
@@ -29,7 +30,7 @@ from drkl.data.fields import (
     text_of,
 )
 from drkl.data.files import dataset_rows, file_rows
-from drkl.data.formats import shape_of, standard_row
+from drkl.data.formats import read_json_messages, shape_of, standard_row
 from drkl.errors import DrklError
 from drkl.runs import IN_MEMORY
 
@@ -77,7 +78,8 @@ class Example:
     @property
     def given(self) -> tuple[str, ...]:
         """The names of what the row has beside texts: what its template is given, and ``weight 0``."""
-        names = {"tools": self.tools} | (self.template_kwargs or {}) | ({"weight 0": True} if self.unlearnt else {})
+        weighed = bool(self.unlearnt) and not self.shape.startswith("prompt")  # of a prompt nothing is learnt anyway
+        names = {"tools": self.tools} | (self.template_kwargs or {}) | ({"weight 0": True} if weighed else {})
         fields = (name for message in self.messages for name in (*REASONING, "tool_calls") if name in message)
         return tuple(dict.fromkeys((*(name for name, value in names.items() if value is not None), *fields)))
 
@@ -170,8 +172,12 @@ def parse_rows(rows: Iterable[tuple[str, Any]], source: str, row_format: str = "
     read = []
     for place, row in rows:
         if not isinstance(row, Mapping):
-            raise DrklError(f"{place}: expected an object with prompt and response, or messages; found {kind_of(row)}.")
+            raise DrklError(
+                f"{place}: expected an object with prompt and response, or messages; found {kind_of(row)}."
+                f"{_way_out(row)}"
+            )
         row = {name: plain(value) if hasattr(value, "tolist") else value for name, value in row.items()}
+        row = read_json_messages(place, row, row_format)
         shape = shape_of(place, row, row_format)
         kind, row = standard_row(row, shape)
         title = f"{shape.title}, as messages" if kind == "messages" and shape.name.startswith("prompt") else shape.title
@@ -181,10 +187,15 @@ def parse_rows(rows: Iterable[tuple[str, Any]], source: str, row_format: str = "
         _example(place, row_id, kind, row, title) for row_id, (place, title, kind, row) in zip(ids, read, strict=True)
     ]
     if not examples:
-        raise DrklError(
-            f"{source} has no rows; expected one json object per line, with prompt and response or messages."
-        )
+        raise DrklError(f"{source} has no rows; expected some, with prompt and response, or messages, or text.")
     return examples
+
+
+def _way_out(row: Any) -> str:
+    """How a row that is no object becomes one."""
+    if isinstance(row, list | tuple) and row and all(isinstance(message, Mapping) for message in row):
+        return ' Write a conversation as {"messages": [...]}.'
+    return ' Write a text as {"text": ...}.' if isinstance(row, str) else ""
 
 
 def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -205,7 +216,7 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     if len(groups) < 2:
         raise DrklError(
             f"{len(examples)} row(s) with {len(groups)} different prompt(s) cannot be split into training and held-out "
-            "rows. Add rows, or set data.eval_path."
+            "rows. Add rows, or set data.eval_path (none: no held-out rows)."
         )
     held: set[str] = set()
     for ids in groups.values():
@@ -225,6 +236,7 @@ def hash_of_id(row_id: str) -> bytes:
 def _hold_out_ends(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     train: list[Example] = []
     held_out: list[Example] = []
+    ids = {example.id for example in examples}
     for example in examples:
         text = example.response
         place = int(len(text) * (1 - HELD_OUT_SHARE))
@@ -233,7 +245,10 @@ def _hold_out_ends(examples: Sequence[Example]) -> tuple[list[Example], list[Exa
         parts = [text[:cut], text[cut:].lstrip()]
         if not all(part.strip() for part in parts):
             raise DrklError(f"The text {example.id!r} is too short to hold out its end. Set data.eval_path.")
-        for rows, row_id, part in ((train, example.id, parts[0]), (held_out, f"{example.id}-end", parts[1])):
+        for rows, row_id, part in (
+            (train, example.id, parts[0]),
+            (held_out, free_id(f"{example.id}-end", ids), parts[1]),
+        ):
             rows.append(replace(example, id=row_id, messages=({"role": "assistant", "content": part},)))
     return train, held_out
 
@@ -286,6 +301,8 @@ def _with_columns(place: str, row: Mapping[str, Any], messages: Messages) -> tup
     and calls of tools are the last message's.
     """
     beside = {name: row[name] for name in (*REASONING, "tool_calls", "function_call") if not is_void(row.get(name))}
+    for column in beside.keys() & set(REASONING):
+        check_reasoning(place, column, beside[column])
     if beside:
         last = read_message(place, "the response", {**messages[-1], **beside}).fields
         messages = (*messages[:-1], {**messages[-1], **last})
@@ -306,14 +323,16 @@ def _with_columns(place: str, row: Mapping[str, Any], messages: Messages) -> tup
     return (*before, *messages), len(before)
 
 
+_RENAME = "Rename the column if it is something else."
+
+
 def _history(place: str, value: Any) -> Messages:
     """Earlier turns, as pairs of what the user and the assistant said."""
     value = from_json(value)
     pairs = value if isinstance(value, list | tuple) else [None]
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise DrklError(
-            f"{place}: history must be a list of pairs of a prompt and its response; found {short(value)}. Rename the "
-            "column if it is something else."
+            f"{place}: history must be a list of pairs of a prompt and its response; found {short(value)}. {_RENAME}"
         )
     texts = [text_of(place, f"history[{i}]", text) for i, pair in enumerate(pairs) for text in pair]
     return tuple(message for turn in zip(texts[::2], texts[1::2], strict=True) for message in _pair(*turn))
@@ -328,7 +347,7 @@ def _references(place: str, row: Mapping[str, Any], response: str) -> tuple[str,
     if is_void(value):
         return ()
     if not isinstance(value, list) or not value:
-        raise DrklError(f"{place}: references must be a list of texts, not empty; found {kind_of(value)}.")
+        raise DrklError(f"{place}: references must be a list of texts, not empty; found {kind_of(value)}. {_RENAME}")
     references = tuple(text_of(place, f"references[{i}]", text) for i, text in enumerate(value))
     return references if response in references else (response, *references)
 
@@ -363,7 +382,8 @@ def _conversation(place: str, row: Mapping[str, Any]) -> tuple[Messages, tuple[i
     value = _as_list(from_json(value))
     if not isinstance(value, list | tuple) or not value:
         what = "{from, value}" if column != "messages" else "{role, content}"
-        raise DrklError(f"{place}: {column} must be a list of {what} objects; found {kind_of(value)}.")
+        way_out = " Write it as json, with double quotes." if isinstance(value, str) else " Remove such rows."
+        raise DrklError(f"{place}: {column} must be a list of {what} objects; found {kind_of(value)}.{way_out}")
     read = [
         read_message(place, f"{column}[{index}]", message, sharegpt=column != "messages")
         for index, message in enumerate(value)
@@ -405,14 +425,23 @@ def _check_roles(place: str, column: str, messages: Messages) -> None:
         if role not in _AFTER[before]:
             raise DrklError(
                 f"{place}: {column}[{index}] has the role {role!r}, expected {_AFTER[before][0]!r}: after an optional "
-                "system message, user and assistant take turns."
+                f"system message, user and assistant take turns. {_roles_way_out(role)}"
             )
         before = role
     if messages[-1]["role"] != "assistant":
         raise DrklError(
             f"{place}: the last message has the role {messages[-1]['role']!r}; it must be the assistant's, the "
-            "response to learn."
+            "response to learn. Remove what follows the last response, or such rows."
         )
+
+
+def _roles_way_out(role: Any) -> str:
+    if role in (*OPENING, "user", "assistant", TOOL):
+        return "Remove or join messages, or remove such rows."
+    return (
+        "Call the roles system, user, assistant and tool; in a column called conversations they may be ShareGPT's "
+        "(human, gpt)."
+    )
 
 
 def written_id(place: str, row: Mapping[str, Any]) -> str | None:
@@ -420,7 +449,14 @@ def written_id(place: str, row: Mapping[str, Any]) -> str | None:
     value = row.get("id")
     if value is None or value == "":
         return None
-    return _number(place, "id", value) if _is_whole_number(value) else text_of(place, "id", value)
+    if _is_whole_number(value):
+        return _number(place, "id", value)
+    if not isinstance(value, str):
+        raise DrklError(
+            f"{place}: id must be text or a whole number; found {short(value)}. Write it as text, or remove the column "
+            "id: rows without one are numbered."
+        )
+    return text_of(place, "id", value)
 
 
 def row_ids(written: Sequence[tuple[str, str | None]]) -> list[str]:

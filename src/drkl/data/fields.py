@@ -12,9 +12,11 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 """The names under which a message has what its author thought."""
 TOOL = "tool"
 MEDIA = ("images", "image", "audio", "audios", "video", "videos")
-WEIGHTS = ("weight", "loss_mask", "train", "trainable")
+WEIGHTS = ("weight", "loss_mask", "train", "trainable", "loss_weight", "loss_multiplier", "sample_weight")
 """Columns and fields of messages that say whether a text is learnt."""
 MESSAGE_WEIGHTS = (*WEIGHTS, "training", "loss")
+MASKS = ("mask", "train_detail")
+"""Fields of messages that say it in a way of their own: which of 0 and 1 is learnt, or which characters."""
 OPENING = ("system", "developer")
 ROLES = {
     "human": "user",
@@ -66,6 +68,12 @@ def read_message(place: str, name: str, value: Any, *, sharegpt: bool = False) -
         if "value" in fields:
             fields["content"] = fields.pop("value")
     learnt = _learnt(place, name, fields)
+    mask = next((key for key in MASKS if not is_void(fields.get(key))), None)
+    if mask is not None:
+        raise DrklError(
+            f"{place}: {name}.{mask} is not read, and it says what is learnt. Give the message a weight of 0 (not "
+            "learnt) or 1 in its place, or remove it."
+        )
     for key in MEDIA:
         refuse_media(place, f"{name}.{key}", fields.pop(key, None))
     if "role" not in fields:
@@ -80,7 +88,7 @@ def read_message(place: str, name: str, value: Any, *, sharegpt: bool = False) -
         fields["content"] = ""
     if "content" not in fields:
         if {"content", "value"} & value.keys():
-            raise DrklError(f"{place}: {name}.content must be text; found null.")
+            raise DrklError(f"{place}: {name}.content must be text; found null.{_NULL}")
         raise DrklError(f"{place}: {name} must have {_wanted(sharegpt)}; found {names_of(value)}.")
     text = text_of(place, f"{name}.content", fields.pop("content"))
     extra = {key: without_nulls(item) for key, item in fields.items() if key != "role" and not is_void(item)}
@@ -111,6 +119,18 @@ def check_columns(place: str, row: Mapping[str, Any]) -> None:
             f"{place}: the column 'label' is false: an answer that should not be learnt, as for preference training "
             "(KTO), which is not here. Keep the rows with true, or rename the column if it says something else."
         )
+
+
+def check_reasoning(place: str, name: str, value: Any) -> None:
+    """Raise DrklError for a column that has reasoning's name and says only whether or how much there is."""
+    if is_number(value) or (isinstance(value, str) and value.strip().lower() in _SWITCHES):
+        raise DrklError(
+            f"{place}: the column {name!r} is {short(value)}, which is not what the assistant thought. Remove or "
+            "rename it; what switches a template's reasoning stands in the column chat_template_kwargs."
+        )
+
+
+_SWITCHES = ("on", "off", "yes", "no", "true", "false", "none", "low", "medium", "high", "0", "1")
 
 
 def refuse_media(place: str, name: str, value: Any) -> None:
@@ -180,6 +200,9 @@ _RESERVED = (
 )  # fmt: skip
 
 
+_NULL = ' Remove such rows, or write "": empty ones are dropped and counted.'
+
+
 def text_of(place: str, name: str, value: Any) -> str:
     """Return a text, or the text of a list of text parts.
 
@@ -189,7 +212,7 @@ def text_of(place: str, name: str, value: Any) -> str:
     if isinstance(value, list | tuple) and value and all(isinstance(part, Mapping) for part in value):
         value = "".join(_part(place, f"{name}[{number}]", part) for number, part in enumerate(value))
     if not isinstance(value, str):
-        raise DrklError(f"{place}: {name} must be text; found {kind_of(value)}.")
+        raise DrklError(f"{place}: {name} must be text; found {kind_of(value)}.{_NULL if value is None else ''}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

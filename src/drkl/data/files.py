@@ -82,6 +82,16 @@ def _suffix(file: Path) -> str:
     return Path(file.stem if file.suffix.lower() in _PACKED else file.name).suffix.lower()
 
 
+def _elsewhere(name: str) -> str:
+    """What a name that is no file's may be, and where that goes."""
+    if "*" in name or "?" in name:
+        return " A name stands for one file: list several in data.sources, or name their folder as data.dataset."
+    if re.match("[a-z0-9]+:/", name):
+        return " Nothing is fetched from an address: download it first."
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).suffix
+    return " The id of a data set on the hub goes into data.dataset." if is_id else ""
+
+
 def _text(file: Path) -> str:
     """The text of a file with its line breaks as they are."""
     name, suffix = str(file), file.suffix.lower()
@@ -89,7 +99,7 @@ def _text(file: Path) -> str:
         with _PACKED.get(suffix, open)(file, "rb") as stream:
             data: bytes = stream.read()
     except FileNotFoundError as error:
-        raise DrklError(f"There is no file {name!r}.") from error
+        raise DrklError(f"There is no file {name!r}.{_elsewhere(name)}") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         way_out = " A folder of files goes into data.dataset." if file.is_dir() else ""
         raise DrklError(f"Cannot read {name!r}: {getattr(error, 'strerror', None) or error}.{way_out}") from error
@@ -176,7 +186,11 @@ def _value(text: str, start: int, line: int, name: str) -> tuple[Any, int]:
             raise DrklError(f"{place}: not valid JSON: {error.msg} (column {error.colno}).") from error
         except ValueError:
             pass
-    raise DrklError(f"{name}:{broken.lineno}: not valid JSON: {broken.msg} (column {broken.colno}).") from broken
+    known = _suffix(Path(name)) in (*SUFFIXES, "") or name.startswith("bundled:")
+    raise DrklError(
+        f"{name}:{broken.lineno}: not valid JSON: {broken.msg} (column {broken.colno})."
+        + ("" if known else " It is read as jsonl, since its suffix is unknown; plain text is called .txt.")
+    ) from broken
 
 
 def _only_value(value: Any, place: str, name: str) -> Rows:
@@ -199,7 +213,8 @@ def _only_value(value: Any, place: str, name: str) -> Rows:
 def _columns(table: dict[str, Any]) -> list[list[Any]]:
     """The columns of a table written one after the other, as pandas writes it or as lists; empty for a single row."""
     columns = list(table.values())
-    if all(isinstance(column, dict) and list(column) == list(columns[0]) for column in columns):
+    is_row = any(isinstance(column, dict) and column.keys() & {"role", "from"} for column in columns)  # of messages
+    if not is_row and all(isinstance(column, dict) and list(column) == list(columns[0]) for column in columns):
         return [list(column.values()) for column in columns]
     if not all(isinstance(column, list) and column and len(column) == len(columns[0]) for column in columns):
         return []
@@ -217,28 +232,37 @@ _LONGEST_FIELD = 2**31 - 1
 
 
 def _csv(text: str, name: str, *, tabs: bool) -> Rows:
-    limit = csv.field_size_limit(_LONGEST_FIELD)
-    lines = (match.group() for match in _LINE.finditer(text))
-    reader = csv.reader(lines, strict=True, delimiter="\t" if tabs else _delimiter(text))
     header: list[str] | None = None
-    end = 0
+    for place, record in _records(text, name, "\t" if tabs else _delimiter(text)):
+        if header is None:
+            header = record
+            _check_names(header, place)
+        elif len(record) != len(header):
+            raise DrklError(
+                f"{place}: expected {len(header)} columns as in the header; found {len(record)}. A field that "
+                "holds a separator, a line break or a quote stands in quotes, with each quote in it written twice."
+            )
+        else:
+            yield place, {column: value for column, value in zip(header, record, strict=True) if column}
+
+
+def _records(text: str, name: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """The records of a csv text that are not empty, each with its place; what follows a closing quote belongs to it."""
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    lines = _LINE.findall(text)
+    # The empty line is no record of its own where a quote is still open.
+    reader = csv.reader([*lines, "\n"], delimiter=delimiter)
+    line = 1
     try:
         for record in reader:
-            place, end = f"{name}:{end + 1}", reader.line_num
-            if not record:  # an empty line
-                continue
-            if header is None:
-                header = record
-                _check_names(header, place)
-                continue
-            if len(record) != len(header):
-                raise DrklError(f"{place}: expected {len(header)} columns as in the header; found {len(record)}.")
-            yield place, {column: value for column, value in zip(header, record, strict=True) if column}
-    except csv.Error as error:
-        reason = "a quoted field has no end" if "end of data" in str(error) else str(error)
-        raise DrklError(
-            f"{name}:{end + 1}: not valid csv: {reason}. Inside of a quoted field a quote is written twice."
-        ) from error
+            if record and reader.line_num > len(lines):
+                raise DrklError(
+                    f"{name}:{line}: not valid csv: a quoted field has no end. Inside of a quoted field a quote is "
+                    "written twice."
+                )
+            if record:
+                yield f"{name}:{line}", record
+            line = reader.line_num + 1
     finally:
         csv.field_size_limit(limit)
 
@@ -315,7 +339,7 @@ def dataset_rows(name: str, *, split: str = "train", data_files: str | None = No
         looked = "found the local folder" if local.exists() else f"no local folder {str(local)!r}, then the hub"
         raise DrklError(
             f"Cannot load the data set {where!r} (config {config_name or 'default'}, split {split!r}); looked at: "
-            f"{looked}. {type(error).__name__}: {reason} A jsonl file in data.path needs no hub."
+            f"{looked}. {type(error).__name__}: {reason.rstrip('.')}. A jsonl file in data.path needs no hub."
         ) from error
     if files:
         for file in files:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drkl.data.fields import is_void, names_of
+from drkl.data.fields import MESSAGE_WEIGHTS, ROLES, from_json, is_void, names_of
 from drkl.errors import DrklError
 
 SUMMARISE = "Summarize the following abstract in one sentence."
@@ -45,6 +45,7 @@ SHAPES = (
 MINILLM = Shape("prompt_response", "prompt and output (MiniLLM)", (("prompt", "output"),))
 SCITLDR = Shape("prompt_response", "source and target (SciTLDR)", (("source", "target"),))
 DIALOGUE = Shape("messages", "turns (Schema-Guided Dialogue)", (("turns",),))
+_ANSWERS = ("response", "completion")
 _PAIR_NAMES = ("prompt_response", "prompt_completion", "instruction")
 _STANDS_IN = {
     "messages": ("conversations", "prompt_completion", "prompt_response"),
@@ -61,6 +62,27 @@ _PROMPT_ALONE = (
     " A prompt alone is not enough: on-policy distillation, in which the student writes the responses, is not there "
     "yet. Add a column response (or completion), or messages that end with the assistant's."
 )
+
+
+def read_json_messages(place: str, row: Mapping[str, Any], row_format: str = "auto") -> Mapping[str, Any]:
+    """Return a row with the messages of its prompt and its answer that are json text, as csv files hold them.
+
+    Raises:
+        DrklError: the prompt alone is such text, so that it may be meant as it is, and no format decides.
+    """
+    texts = {name: from_json(row[name]) for name in ("prompt", *_ANSWERS) if isinstance(row.get(name), str)}
+    found = {name: value for name, value in texts.items() if _is_messages(value) and all(map(_has_role, value))}
+    if not found or not is_void(row.get("messages")):
+        return row
+    if found.keys() == {"prompt"} and texts.keys() & set(_ANSWERS):
+        if row_format == "auto":
+            raise DrklError(
+                f"{place}: the prompt is json text of messages. Set data.format to messages to read it so, or to "
+                "prompt_response (or prompt_completion) to learn from the text as it is."
+            )
+        if row_format != "messages":
+            return row
+    return {**row, **found}
 
 
 def shape_of(place: str, row: Mapping[str, Any], row_format: str = "auto") -> Shape:
@@ -119,11 +141,12 @@ def standard_row(row: Mapping[str, Any], shape: Shape) -> tuple[str, Mapping[str
         return "pair", {**row, "input": None} | _answers(row["output"])
     if shape.name == "instruction":
         answer = row["output"] if "output" in row else row["response"]
-        context = row.get("input") or (row.get("context") if "output" not in row else None)  # Dolly's word for it
+        context = row.get("input") or row.get("context")  # Dolly's word for it
         return "pair", {**row, "prompt": row["instruction"], "input": context} | _answers(answer)
     answer = row["completion" if shape.name == "prompt_completion" else "response"]
     if _has_messages(row):
-        return "messages", {**row, "messages": [*_messages(row["prompt"], "user"), *_messages(answer, "assistant")]}
+        prompt = [_unlearnt(message) for message in _messages(row["prompt"], "user")]
+        return "messages", {**row, "messages": [*prompt, *_messages(answer, "assistant")]}
     return "pair", {**row, **_answers(answer)}
 
 
@@ -156,7 +179,10 @@ def _public(row: Mapping[str, Any]) -> list[Shape]:
 def _two_shapes(place: str, one: Shape, other: Shape) -> DrklError:
     way_out = "Remove the columns of one of them."
     if one.name != other.name:
-        way_out = f"Set data.format to {one.name} or {other.name} in the run's yaml, or r{way_out[1:]}"
+        formats = f"{one.name} or {other.name}"
+        way_out = (
+            f"Set data.format to {formats} in the run's yaml (one of several sources has its own), or r{way_out[1:]}"
+        )
     return DrklError(f"{place}: the columns fit two shapes: {one.title}, and {other.title}. {way_out}")
 
 
@@ -167,11 +193,24 @@ def _no_shape(place: str, row: Mapping[str, Any], row_format: str) -> DrklError:
             f"{message} Pairs of a chosen and a rejected answer are for preference training, which is not here. To "
             "learn the chosen one, name it response (or messages, where it is a whole conversation)."
         )
+    if "input_ids" in row:
+        return DrklError(f"{message} Rows that are tokenised already are read in Python: pass them to the trainer.")
+    plainer = [str(name).strip().lower() for name in row]
+    if row_format == "auto" and any(shape.fits(plainer) for shape in SHAPES):
+        return DrklError(f"{message} Column names are read as they are written: in small letters, without blanks.")
+    if {"role", "content"} <= row.keys():
+        return DrklError(
+            f'{message} That is one message; a row is a conversation: {{"messages": [{{"role": …, "content": …}}, …]}}.'
+        )
     if "prompt" in row and "response" not in row and row_format in ("auto", "prompt_response"):
         return DrklError(message + _PROMPT_ALONE)
     pair = next((pair for pair in _PAIRS if all(isinstance(row.get(name), str) for name in pair)), None)
     if pair is not None:
         message += f" If {pair[0]} is what is asked and {pair[1]} the answer, name the columns prompt and response."
+    elif row_format == "auto":
+        message += " Rename the columns, or write the rows anew as one of these."
+    else:
+        message += " Set data.format: auto, or rename the columns."
     return DrklError(message)
 
 
@@ -192,12 +231,24 @@ def _is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(message, Mapping) for message in value)
 
 
+def _has_role(message: Mapping[str, Any]) -> bool:
+    return "role" in message or "from" in message
+
+
 def _has_messages(row: Mapping[str, Any]) -> bool:
     return any(_is_messages(row.get(name)) for name in ("prompt", "response", "completion"))
 
 
 def _messages(value: Any, role: str) -> Sequence[Any]:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def _unlearnt(message: Any) -> Any:
+    """A message of a prompt, of which nothing is learnt unless the message itself says so."""
+    role = (message.get("role") or message.get("from")) if isinstance(message, Mapping) else None
+    if ROLES.get(str(role), role) != "assistant" or any(message.get(name) is not None for name in MESSAGE_WEIGHTS):
+        return message
+    return {**message, "weight": 0}
 
 
 def _answers(value: Any) -> dict[str, Any]:

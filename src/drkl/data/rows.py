@@ -113,13 +113,15 @@ def dataset_items(dataset: Any, name: str, row_format: str = "auto") -> Iterable
         # Plain Python values, unless a transform of the caller's own makes the rows.
         plain = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
         return labelled_by_name(plain, name)
-    if type(dataset).__module__.startswith("pandas"):
+    if type(dataset).__module__.startswith("pandas") and hasattr(dataset, "columns"):
         return _numbered(dataset.astype(object).where(dataset.notna(), None).to_dict("records"), name)
     if isinstance(dataset, Mapping):
         raise DrklError(
             f"{name} is one dict with the keys {', '.join(map(str, dataset)) or 'none'}; expected a list of dicts, one "
             "for each row. A dict of columns becomes one by datasets.Dataset.from_dict."
         )
+    if hasattr(dataset, "tolist"):  # an array, or a pandas Series, whose index need not count
+        return _numbered(dataset.tolist(), name)
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         return _numbered([dataset[number] for number in range(len(dataset))], name)
     if hasattr(dataset, "__iter__"):

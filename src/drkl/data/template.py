@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drkl.data.ends import as_ids, end_of_turn, opening_tag, special_tokens
+from drkl.data.fields import REASONING
 from drkl.data.pieces import Stream, encode_from_start, eos_of
 from drkl.data.rendering import FOLLOW_UP, Writer, instruction_text
 from drkl.errors import DrklError
@@ -315,8 +316,19 @@ def _border(writer: Writer, messages: Messages, prompt: str, cut: int) -> int:
             f"The chat template ends a prompt with {prompt[-40:]!r}, but a whole conversation does not go on from "
             "there, so what the student should write after the prompt is undefined. Give the tokenizer another "
             "chat_template, or set data.template to alpaca, plain or jinja text."
+            + (_REASONED if any(_is_reasoned(message) for message in messages[:-1]) else "")
         )
     return cut
+
+
+_REASONED = (
+    " Or remove the reasoning from the earlier messages, and the content beside their tool_calls: some templates write "
+    "these only as long as no answer follows."
+)
+
+
+def _is_reasoned(message: Mapping[str, Any]) -> bool:
+    return any(message.get(name) for name in REASONING) or bool(message.get("tool_calls") and message.get("content"))
 
 
 def _num_common(text: str, other: str) -> int:

@@ -196,9 +196,9 @@ def tokenize_examples(
     for documents in texts.values():
         blocks = _blocks(documents, tokenizer, max_tokens)
         if encoder_decoder:
-            rows += _halves(blocks, tokenizer, max_prompt_tokens, len(rows))
+            rows += _halves(blocks, tokenizer, max_prompt_tokens, rows)
         else:
-            rows += _continuations(blocks, tokenizer, max_prompt_tokens, len(rows))
+            rows += _continuations(blocks, tokenizer, max_prompt_tokens, rows)
         report.documents += len(documents)
     report.kept = len(rows)
     if not rows:
@@ -344,14 +344,14 @@ def _continuations(
     blocks: Sequence[tuple[Example, list[int]]],
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
-    first: int,
+    others: Sequence[Row],
 ) -> list[Row]:
     """Rows for a decoder-only model, which learns every token of a block but the first."""
     rows = []
-    for number, (document, ids) in enumerate(blocks, start=first):
+    for block_id, document, ids in _numbered(blocks, others):
         # A sample continues the beginning of the block.
         num_shown = max(1, min(len(ids) // 4, max_prompt_tokens))
-        block = _text_example(document, number, tokenizer, ids[:num_shown], ids[num_shown:])
+        block = _text_example(document, block_id, tokenizer, ids[:num_shown], ids[num_shown:])
         rows.append(Row(block.id, tuple(ids[:1]), tuple(ids[1:]), block, sampling_context=tuple(ids[:num_shown])))
     return rows
 
@@ -360,30 +360,39 @@ def _halves(
     blocks: Sequence[tuple[Example, list[int]]],
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
-    first: int,
+    others: Sequence[Row],
 ) -> list[Row]:
     """Rows for an encoder-decoder, which reads the first half of a block and learns the second."""
     before, after = tokens_around(tokenizer)
     begin, _ = tokens_around(tokenizer, target=True)  # the stream has an end where a text ends, and only there
     rows = []
-    for number, (document, block_ids) in enumerate(blocks, start=first):
+    for block_id, document, block_ids in _numbered(blocks, others):
         ids = block_ids[1:]
         half = min(len(ids) // 2, max_prompt_tokens - len(before) - len(after))
         if half < 1:
             continue
-        block = _text_example(document, number, tokenizer, ids[:half], ids[half:])
+        block = _text_example(document, block_id, tokenizer, ids[:half], ids[half:])
         source, target = (*before, *ids[:half], *after), (*begin, *ids[half:])
         rows.append(Row(block.id, source, target, block, encoder_decoder=True))
     return rows
 
 
+def _numbered(
+    blocks: Sequence[tuple[Example, list[int]]], others: Sequence[Row]
+) -> Iterable[tuple[str, Example, list[int]]]:
+    """Each block with its text and an id that no other row has."""
+    taken = {row.id for row in others}
+    for number, (document, ids) in enumerate(blocks, start=len(others)):
+        yield free_id(f"{document.id}/{number}", taken), document, ids
+
+
 def _text_example(
-    document: Example, number: int, tokenizer: PreTrainedTokenizerBase, beginning: list[int], rest: list[int]
+    document: Example, block_id: str, tokenizer: PreTrainedTokenizerBase, beginning: list[int], rest: list[int]
 ) -> Example:
     """A block as a conversation, for display and for sampling."""
     texts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in (beginning, rest)]
     messages = ({"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]})
-    return Example(f"{document.id}/{number}", messages, weight=document.weight)
+    return Example(block_id, messages, weight=document.weight)
 
 
 def _empty(example: Example, turns: str) -> str | None:

@@ -106,12 +106,14 @@ def check_adapter(adapter: Any) -> None:
             f"peft: what a {type(adapter.peft_config[_name(adapter)]).__name__} describes cannot be merged into its "
             "base, so no student without peft could come of it. Use LoRA or one of its kin."
         )
+    _check_shared(model)
     try:
         with _quiet_peft():
             probe_logits(model)
             _try_merging(model)
     except _FAILURES as error:
         raise _refusal(error) from error
+    _check_names(adapter)
 
 
 def _check_head(model: PreTrainedModel) -> None:
@@ -130,6 +132,42 @@ def _check_head(model: PreTrainedModel) -> None:
                 f"peft puts an adapter on {names[id(module)]!r}, {role}. The loss reads the head's weight itself, "
                 "chunk by chunk, and would miss it. Leave it out of peft.target_modules and peft.modules_to_save."
             )
+
+
+def _check_shared(model: PreTrainedModel) -> None:
+    """Raise DrklError where layers share a weight that each has an adapter of its own on: merged, it would be both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    places: dict[int, dict[int, str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module.get_base_layer(), "weight", None) if isinstance(module, BaseTunerLayer) else None
+        if weight is not None:
+            places.setdefault(id(weight), {})[id(module)] = name
+    shared = next((list(names.values()) for names in places.values() if len(names) > 1), None)
+    if shared is not None:
+        raise DrklError(
+            f"peft puts an adapter each on {' and '.join(map(repr, shared[:2]))}, which are one weight of the model, "
+            "so merged they would change each other. Leave such layers out of peft.target_modules."
+        )
+
+
+def _check_names(adapter: Any) -> None:
+    """Raise DrklError where peft would not find the weights again that it saves.
+
+    transformers renames weights of some families on their way to a file and back, and peft those of their adapters.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    name = _name(adapter)
+    state = get_peft_model_state_dict(adapter, adapter_name=name, save_embedding_layers=False)
+    with _quiet_peft():
+        loaded: Any = set_peft_model_state_dict(adapter, dict(state), adapter_name=name)
+    if foreign := loaded.unexpected_keys:
+        modules = sorted({key.partition(".lora_")[0].removeprefix("base_model.model.") for key in foreign})
+        raise DrklError(
+            f"peft saves the adapter of {listed(modules)} under names by which it does not find it again. Leave these "
+            "modules out of peft.target_modules."
+        )
 
 
 def _try_merging(model: PreTrainedModel) -> None:

@@ -63,8 +63,12 @@ def _derived(settings: Any) -> bool:
     """Whether the settings are a config's, untouched."""
     if not isinstance(settings, GenerationConfig):
         return True
-    untouched = getattr(settings, "_original_object_hash", None) == hash(settings)
-    return bool(getattr(settings, "_from_model_config", False)) and untouched
+    return bool(getattr(settings, "_from_model_config", False)) and _untouched(settings)
+
+
+def _untouched(settings: GenerationConfig) -> bool:
+    """Whether the settings are what they were when they were loaded."""
+    return bool(getattr(settings, "_original_object_hash", None) == hash(settings))
 
 
 def stops_of(model: PreTrainedModel, tokenizer: Any, template: str = "auto", taught: Iterable[int] = ()) -> list[int]:
@@ -121,7 +125,7 @@ def set_ends(student: PreTrainedModel, tokenizer: Any, ends: Sequence[int]) -> l
     """Make a student stop at ``ends`` by its own settings, which are saved with it and which every engine reads.
 
     What its generation_config lists already stays. Where transformers would refuse to save the other settings in
-    there (a temperature without sampling), those are left out.
+    there (a temperature without sampling), those are left out, unless they were loaded so: those are saved back.
 
     Args:
         student: its ``generation_config`` is replaced; in its config the ends alone are changed.
@@ -134,6 +138,7 @@ def set_ends(student: PreTrainedModel, tokenizer: Any, ends: Sequence[int]) -> l
     if not student.can_generate():
         return []
     settings = copy.deepcopy(student.generation_config)
+    as_loaded = _untouched(settings)
     all_ends = list(dict.fromkeys([*ends, *listed_ends(student, tokenizer)]))
     settings.eos_token_id = all_ends[0] if len(all_ends) == 1 else all_ends
     settings._from_model_config = None
@@ -144,6 +149,8 @@ def set_ends(student: PreTrainedModel, tokenizer: Any, ends: Sequence[int]) -> l
         begin, _ = tokens_around(tokenizer, target=True)
         if len(begin) == 1:  # what every target begins with, as the language of NLLB's and mBART-50's
             settings.forced_bos_token_id = begin[0]
+    if as_loaded:  # transformers saves published settings that it would refuse otherwise; vLLM reads them
+        settings._original_object_hash = hash(settings)
     student.generation_config, notes = _savable(settings)
     for config in (student.config, student.config.get_text_config(decoder=True)):
         _set_eos(config, all_ends)
@@ -152,8 +159,8 @@ def set_ends(student: PreTrainedModel, tokenizer: Any, ends: Sequence[int]) -> l
 
 def _savable(settings: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
     """Settings that transformers saves: these, or without the ones that make it refuse."""
-    if getattr(settings, "_original_object_hash", None) == hash(settings):
-        return settings, []  # published settings are saved back as they were
+    if _untouched(settings):
+        return settings, []
     try:
         settings.validate(strict=True)
         return settings, []

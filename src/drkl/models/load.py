@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -103,8 +105,8 @@ def load_model(model: Name | PreTrainedModel, dtype: DtypeLike = "auto", **optio
         return _merged(name, base, wanted, options)
 
     def load(source: str) -> Any:
-        family = model_class(AutoConfig.from_pretrained(source, **_hub_options(options), **_NO_CODE))
-        return _pretrained(family, source, name, options | {"dtype": wanted})
+        config = AutoConfig.from_pretrained(source, **_hub_options(options), **_NO_CODE)
+        return _pretrained(_own_class(config) or model_class(config), source, name, options | {"dtype": wanted})
 
     loaded: PreTrainedModel = _load(name, "model", load)
     return loaded.eval()
@@ -244,6 +246,19 @@ def model_class(config: Any, *, classifier: bool = False) -> Any:
             )
         )
     return family
+
+
+def _own_class(config: Any) -> Any:
+    """The language model of transformers that a config names where no Auto class knows it; None for others.
+
+    Saved alone, the text models of Emu 3 and Llama 3.2 Vision have such a config.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return None
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    if not isinstance(named, type) or not issubclass(named, GenerationMixin):
+        return None
+    return named if getattr(named, "config_class", None) is type(config) else None
 
 
 def load_config(model: Name | PreTrainedModel, **options: Any) -> Any:

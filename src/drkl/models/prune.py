@@ -166,8 +166,8 @@ def _inputs(model: PreTrainedModel) -> dict[str, Any]:
     ids = torch.tensor([[ordinary[(7 * i + 3) % len(ordinary)] for i in range(length)]], device=model.device)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if is_classifier(model):
-        eos: Any = getattr(config, "eos_token_id", None)
-        if eos in range(config.vocab_size):
+        eos = getattr(config, "eos_token_id", None)
+        if isinstance(eos, int) and 0 <= eos < config.vocab_size:
             ids[0, -1] = eos  # BART reads the class there
     else:
         inputs["use_cache"] = False

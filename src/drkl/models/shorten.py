@@ -171,6 +171,9 @@ class _Shortening:
             return found or None
         for stack in self.stacks:
             kept = self.kept[stack.side]
+            if not _lists(student, stack, len(kept)):
+                self.problem = f"its model then has no list of {len(kept)} layers"
+                return found or None
             old, new = layer_lists(self.teacher, student, stack, len(kept))
             for j, i in enumerate(kept):
                 facts = _differing(_facts(old, i), _facts(new, j), stack, kept)
@@ -429,10 +432,12 @@ def _sliced(config: Any, written: Settings, stacks: Sequence[Stack], kept: Mappi
 def _lists_of_other_things(config: Any, depth: int) -> list[str]:
     """The settings whose lists are as long at the default depth, which is another: Mamba 2's time_step_limit."""
     try:
-        default = type(config)().to_dict()
+        plain = type(config)()
+        default = plain.to_dict()
     except Exception:  # a family without defaults
         return []
-    if depth in (default.get(key) for key in _DEPTHS):
+    # Nemotron H counts its list of kinds and writes no depth.
+    if depth in (*(default.get(key) for key in _DEPTHS), getattr(plain, "num_hidden_layers", None)):
         return []
     now = config.to_dict()
     lists = [key for key, value in default.items() if isinstance(value, list | tuple) and len(value) > 0]

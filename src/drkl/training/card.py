@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from drkl._version import __version__
+from drkl.data.rendering import Writer
+from drkl.data.template import encode_prompt
+from drkl.errors import DrklError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BODY = """# {name}
 
@@ -21,7 +28,7 @@ A {what} distilled with drkl {version}.
 | Data | {data} |
 | Held-out loss of these weights | {loss} |
 
-{note}It is an ordinary Hugging Face model:
+{note}{intro}:
 
 ```python
 {usage}
@@ -35,11 +42,22 @@ model that imitates a larger one {fault}. The configuration is in `config.yaml` 
 _USAGE = """from transformers import pipeline
 
 pipe = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
-print(pipe([{"role": "user", "content": "Give me three tips."}], max_new_tokens=64)[0]["generated_text"][-1])"""
-_USAGE_ENCODER_DECODER = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+print({ask})"""
+_USAGE_ADAPTER = """from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
-tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")
-model = AutoModelForSeq2SeqLM.from_pretrained("PATH/TO/THIS/FOLDER")
+folder = "PATH/TO/THIS/FOLDER"
+model = AutoModelForCausalLM.from_pretrained(folder)
+model.generation_config = GenerationConfig.from_pretrained(folder)
+pipe = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
+print({ask})"""
+_ASK_CHAT = 'pipe({prompt}, max_new_tokens=64)[0]["generated_text"][-1]'
+_ASK_TEXT = 'pipe({prompt}, max_new_tokens=64, return_full_text=False{more})[0]["generated_text"]'
+_USAGE_ENCODER_DECODER = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+
+folder = "PATH/TO/THIS/FOLDER"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+model.generation_config = GenerationConfig.from_pretrained(folder)
 inputs = tokenizer("Give me three tips.", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))"""
 
@@ -49,9 +67,34 @@ pipe = pipeline("text-classification", model="PATH/TO/THIS/FOLDER")
 print(pipe("Where is my card?"))"""
 _KINDS = {
     "decoder": ("text-generation", _USAGE),
+    "adapter": ("text-generation", _USAGE_ADAPTER),
     "encoder_decoder": ("text2text-generation", _USAGE_ENCODER_DECODER),
     "classifier": ("text-classification", _USAGE_CLASSIFIER),
 }
+_QUESTION = "Give me three tips."
+
+
+def usage_of(kind: str, tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """Return Python lines that ask a model as it was taught to be asked.
+
+    Args:
+        kind: ``decoder``, ``adapter``, ``encoder_decoder`` or ``classifier``.
+        tokenizer: the model's.
+        template: what wrote the prompts, as `DataConfig.template`.
+    """
+    lines = _KINDS[kind][1]
+    if kind not in ("decoder", "adapter"):
+        return lines
+    messages = [{"role": "user", "content": _QUESTION}]
+    if Writer(tokenizer, template).kind == "chat":
+        return lines.format(ask=_ASK_CHAT.format(prompt=json.dumps(messages)))
+    try:
+        prompt, ids = Writer(tokenizer, template).prompt(messages), encode_prompt(tokenizer, messages, template)
+    except DrklError:  # a template of the user's own that takes no lone question
+        prompt, ids = _QUESTION, []
+    taught_bare = ids and tokenizer(prompt)["input_ids"] != ids
+    more = ", add_special_tokens=False" if taught_bare else ""
+    return lines.format(ask=_ASK_TEXT.format(prompt=json.dumps(prompt, ensure_ascii=False), more=more))
 
 
 def model_card(
@@ -60,16 +103,17 @@ def model_card(
     heldout_loss: float | None,
     note: str | None,
     *,
+    usage: str,
     kind: str = "decoder",
     steps: int | None = None,
 ) -> str:
-    """Return the card's markdown, metadata first."""
+    """Return the card's markdown, metadata first; ``usage`` is that of `usage_of`."""
     teacher, student, training = resolved["teacher"], resolved["student"], resolved["training"]
     objective = dict(resolved["objective"])
     data = resolved["data"]
     places = data.get("sources") or [data]
     params = ", ".join(f"{k}={v}" for k, v in objective.items() if k != "name")
-    task, usage = _KINDS[kind]
+    task = _KINDS[kind][0]
     classifies = kind == "classifier"
     unit = "text" if classifies else "token"
     tokens = training["tokens_per_step"]
@@ -88,6 +132,7 @@ def model_card(
         size=f"at most {tokens} tokens" if tokens else f"{training['per_device_train_batch_size']} rows on each device",
         data=", ".join(f"`{place['path'] or place['dataset']}`" for place in places),
         loss="not measured" if heldout_loss is None else f"{heldout_loss:.4f} nats per {unit}",
+        intro="To use it" if kind == "adapter" else "It is an ordinary Hugging Face model",
         usage=usage,
         what="text classifier" if classifies else "language model",
         fault="is sure of wrong classes too" if classifies else "states falsehoods fluently",

@@ -47,7 +47,8 @@ class Ends(NamedTuple):
             f"{self.num_ends} turns it gives {self.taught!r} a mean probability of {self.taught_probability:.2g} and "
             f"{self.own!r} {self.own_probability:.2g}. The student learns the teacher's, which is added to those that "
             "stop it. To teach one end alone, write the rows as the teacher writes its turns: data.template: chat with "
-            "the teacher's tokenizer and chat template, or set the tokenizer's eos_token."
+            "the teacher's tokenizer and chat template (in Python template and processing_class), or set the "
+            "tokenizer's eos_token."
         )
 
     def as_record(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
 from drkl.training.arguments import DistillationConfig
 from drkl.training.ends import Ends, compare_ends
+
+_log = logging.getLogger("drkl")
 
 
 @dataclass(frozen=True)
@@ -327,7 +330,11 @@ def _load(name: str, options: dict[str, Any], dtype: str, device: torch.device, 
 
 
 def _tokenizer(model: Any, teacher: Any, *, classifier: bool) -> Any:
-    """The tokenizer of the student's name, else of the teacher's."""
+    """The tokenizer of the student's name, else of the teacher's.
+
+    Where both have one vocabulary and the teacher alone a chat template, it is the teacher's: the rows are then written
+    as the teacher reads conversations, as they are for a config.
+    """
     names = [str(name) for name in (model, teacher) if isinstance(name, (str, Path))]
     if not names:
         raise DrklError(
@@ -335,11 +342,15 @@ def _tokenizer(model: Any, teacher: Any, *, classifier: bool) -> Any:
             "Pass the tokenizer."
         )
     try:
-        return load_tokenizer(names[0], classifier=classifier)
+        ours = load_tokenizer(names[0], classifier=classifier)
     except DrklError:
         if len(names) == 1:
             raise
         return load_tokenizer(names[1], classifier=classifier)
+    if len(names) == 1 or classifier or ours.chat_template:
+        return ours
+    theirs = load_tokenizer(names[1])
+    return theirs if theirs.chat_template and theirs.get_vocab() == ours.get_vocab() else ours
 
 
 def _pad_id(tokenizer: Any) -> int:
@@ -382,7 +393,7 @@ def _tokenize(
 ) -> tuple[Rows, DropReport]:
     if isinstance(dataset, TokenisedRows):
         return dataset.rows, dataset.report
-    return rows_from(
+    rows, report = rows_from(
         dataset,
         tokenizer,
         name=name,
@@ -395,6 +406,9 @@ def _tokenize(
         template=args.template,
         ends=ends,
     )
+    if (report.dropped or report.responses_cut) and args.process_index == 0:
+        _log.warning("Warning: %s: %s", name, report.summary())
+    return rows, report
 
 
 def _configs(student: PreTrainedModel, teacher: LiveTeacher | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from drkl.models.forward import is_encoder_decoder
 from drkl.objectives import OBJECTIVES
 from drkl.runs import IN_MEMORY, RunFolder, write_json, write_jsonl, write_text, write_yaml
 from drkl.training.arguments import DistillationConfig
-from drkl.training.card import model_card
+from drkl.training.card import model_card, usage_of
 from drkl.training.checkpoints import keep_only
 from drkl.training.config import OWN_ARGUMENTS, OWNED, TrainingConfig
 from drkl.training.environment import describe_environment, now
@@ -153,17 +153,21 @@ class RunRecord:
     def _card(self, state: TrainerState) -> str:
         pair = self.pair
         note = teacher_note(pair)
+        kind = "classifier" if pair.classes else "encoder_decoder" if is_encoder_decoder(pair.student) else "decoder"
         if pair.adapter is not None and self.export == "adapter":
             base = (self.config or {}).get("student", {}).get("model") or pair.student_name
             adapter_note = (
-                f"It is a LoRA adapter for `{base}`; to load it, install `peft` too. Where its answers "
-                "end stands in its generation_config.json, which peft does not read: set `model.generation_config = "
-                "GenerationConfig.from_pretrained(FOLDER)`."
+                f"It is a LoRA adapter for `{base}`; to load it, install `peft` too. Where its answers end stands in "
+                "its generation_config.json, which peft does not read."
             )
             note = f"{note}\n\n{adapter_note}" if note else adapter_note
-        kind = "classifier" if pair.classes else "encoder_decoder" if is_encoder_decoder(pair.student) else "decoder"
+            kind = "adapter" if kind == "decoder" else kind
         config = describe_run(pair, self.args, self.run) if self.config is None else self.config
-        return model_card(self.run.name, config, state.best_metric, note, kind=kind, steps=state.global_step)
+        tokenizer = getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # of a processor
+        usage = usage_of(kind, tokenizer, "plain" if pair.report.documents else self.args.template)
+        return model_card(
+            self.run.name, config, state.best_metric, note, usage=usage, kind=kind, steps=state.global_step
+        )
 
 
 def _remove_run(run: RunFolder) -> None:

@@ -122,7 +122,8 @@ class DistillationTrainer(Trainer):
         train_dataset: training rows: a `datasets.Dataset`, a list of dicts, or a file; with prompt and response (or
             completion), messages, text, text and label, or ``input_ids`` and ``labels``.
         eval_dataset: held-out rows, likewise. None trains without a held-out loss, and ends with the last weights.
-        processing_class: the tokenizer; None takes that of the student's name, else the teacher's.
+        processing_class: the tokenizer; None takes that of the student's name, or the teacher's where the student has
+            none, or has no chat template.
         callbacks: as in `transformers.Trainer`.
         optimizers: as in `transformers.Trainer`.
         peft_config: a `peft.LoraConfig`; the adapter alone is trained, and saved.
