@@ -384,6 +384,7 @@ def read_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     except ImportError as error:
         raise DrklError(f"{folder!r} holds a LoRA adapter, which takes the package peft: {INSTALL}.") from error
     weights = _read_weights(folder)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         with _quiet_peft():
             config = Config.from_pretrained(folder)
@@ -408,6 +409,9 @@ def read_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
             f"The adapter in {folder!r} does not fit its base model: {'; '.join(parts) or 'its file is empty'}. {cure}"
         )
     merged = merge_adapter(adapter)
+    for name, parameter in merged.named_parameters():
+        parameter.requires_grad_(name in trainable)  # peft had frozen the base
+    merged.name_or_path = merged.config.name_or_path = folder  # which an adapter of this model has to name as its base
     if (Path(folder) / "generation_config.json").is_file():  # where it was taught to stop, which its base was not
         merged.generation_config = GenerationConfig.from_pretrained(folder)
     return merged

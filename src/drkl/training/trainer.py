@@ -532,9 +532,9 @@ def _readable_weights(checkpoint: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:400]
+        reason = " ".join(str(error).split())[:400].rstrip(".")
         raise DrklError(
-            f"The weights of {checkpoint!r} cannot be used: {reason} Remove that checkpoint to go on from the one "
+            f"The weights of {checkpoint!r} cannot be used: {reason}. Remove that checkpoint to go on from the one "
             "before it."
         ) from error
 
