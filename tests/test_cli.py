@@ -148,6 +148,7 @@ def test_distill_evaluate_report_generate(cli: Cli, tmp_path: Path) -> None:
     assert again["student"] == evaluation["student"]
 
 
+@pytest.mark.slow
 def test_without_a_teacher(cli: Cli, tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path, training={"max_steps": 2}, evaluation={"prompts": 1, "samples_per_prompt": 1})
     values |= {

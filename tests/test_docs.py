@@ -156,8 +156,15 @@ def assumed_names(ids: Mapping[str, str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if any(">>>" not in block for block in PYTHON.findall(page.read_text()))],
-    ids=lambda path: str(path.relative_to(ROOT)),
+    [
+        pytest.param(
+            page,
+            marks=[pytest.mark.slow] * (page.name in ("analyze.md", "evaluate.md")),
+            id=str(page.relative_to(ROOT)),
+        )
+        for page in PAGES
+        if any(">>>" not in block for block in PYTHON.findall(page.read_text()))
+    ],
 )
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -125,7 +125,12 @@ def test_the_command_lists_and_prints_them(monkeypatch: pytest.MonkeyPatch, caps
     ("name", "make", "kind"),
     [
         ("gpt2-xl-to-gpt2", lambda seed, width: tiny.gpt2(seed, n_embd=width, n_positions=600), AutoModelForCausalLM),
-        ("opt-6.7b-to-1.3b", lambda seed, width: opt(seed, hidden_size=width), AutoModelForCausalLM),
+        pytest.param(
+            "opt-6.7b-to-1.3b",
+            lambda seed, width: opt(seed, hidden_size=width),
+            AutoModelForCausalLM,
+            marks=pytest.mark.slow,
+        ),
         ("t5-xl-to-t5-base", lambda seed, width: tiny.t5(seed, d_model=width), AutoModelForSeq2SeqLM),
     ],
 )
@@ -154,6 +159,7 @@ def test_a_pruned_student_on_the_slice_that_ships(tmp_path: Path, name: str, dat
     assert described["data"]["turns"] == ("all" if name == "dialogue" else "last")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "config"),
     [
@@ -175,6 +181,7 @@ def test_a_teacher_from_scratch_and_its_student(tmp_path: Path, name: str, kind:
     assert sizes[1] < sizes[0]
 
 
+@pytest.mark.slow
 def test_a_classifier_from_scratch_and_its_student(tmp_path: Path) -> None:
     data = ["data.path=bundled:banking77", "data.eval_path=bundled:banking77-eval", "tokenizer.vocab_size=400"]
     small = [*data, "student.config.hidden_size=12", "student.config.intermediate_size=12"]

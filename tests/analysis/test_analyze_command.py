@@ -121,8 +121,12 @@ def test_models_in_memory(models: dict[str, Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "shared", "seed"),
-    [({}, True, 7), ({"seed": None}, True, 0), ({"models": {"teacher": "another", "student": "s"}}, False, 7),
-     ({"data": {"heldout_rows": 3}}, False, 7)],
+    [
+        ({}, True, 7),
+        pytest.param({"seed": None}, True, 0, marks=pytest.mark.slow),
+        ({"models": {"teacher": "another", "student": "s"}}, False, 7),
+        pytest.param({"data": {"heldout_rows": 3}}, False, 7, marks=pytest.mark.slow),
+    ],
 )  # fmt: skip
 def test_what_an_evaluation_beside_it_decides(
     models: dict[str, Path], tmp_path: Path, change: dict[str, Any], shared: bool, seed: int
@@ -215,6 +219,7 @@ def test_a_run_and_its_page(cli: Cli, tmp_path: Path) -> None:
     assert done.code == 2 and "holds a list; expected an object" in done.err
 
 
+@pytest.mark.slow
 def test_what_stands_in_both_files_is_decided_once(tmp_path: Path) -> None:
     heldout = tiny_runs.write_rows(tmp_path / "heldout.jsonl", 12)
     run = tiny_runs.train(tiny_runs.config(tmp_path, data={"eval_path": str(heldout)}, evaluation={"seed": 3}))

@@ -48,7 +48,7 @@ def pairs(kind: str) -> tuple[PreTrainedModel, PreTrainedModel, Any, list[dict[s
     return make(1, layers=2), make(0), tiny.tokenizer(), ROWS
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5", "classifier"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("t5", marks=pytest.mark.slow), "classifier"])
 def test_models_in_memory_are_measured_and_handed_back_as_they_were(kind: str, tmp_path: Path) -> None:
     student, teacher, tokenizer, rows = pairs(kind)
     student.train()

@@ -40,6 +40,7 @@ def options(pair: dict[str, Path]) -> list[object]:
     return [part for item in pair.items() for part in item]
 
 
+@pytest.mark.slow
 def test_two_plain_folders(cli: Cli, pair: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = cli("evaluate", *options(pair), "--output", out, *QUICK)
@@ -61,7 +62,7 @@ def test_two_plain_folders(cli: Cli, pair: dict[str, Path], tmp_path: Path) -> N
     assert alone["student"]["nll"] == pytest.approx(result["student"]["nll"], rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["t5", "bart", "gpt2"])
+@pytest.mark.parametrize("family", [pytest.param("t5", marks=pytest.mark.slow), "bart", "gpt2"])
 def test_other_families(cli: Cli, tmp_path: Path, family: str) -> None:
     make = getattr(tiny, family)
     student = tiny.save(make(1, layers=2), tmp_path / "student")

@@ -178,6 +178,7 @@ def test_the_sweep_is_the_teachers_and_the_trained_students() -> None:
     assert [row["text"] for row in alone.samples] == cold
 
 
+@pytest.mark.slow
 def test_several_seeds() -> None:
     settings = SETTINGS.model_copy(update={"seeds": (1, 2), "sweep": ()})
     result, samples, _ = run("student", settings)
@@ -270,6 +271,7 @@ def test_a_finished_teacher_is_used_for_the_next_student(tmp_path: Path, monkeyp
     assert len(sampled) == 4 + 8, "other settings are other answers"
 
 
+@pytest.mark.slow
 def test_one_model_at_a_time() -> None:
     alive: list[weakref.ref[PreTrainedModel]] = []
 

@@ -68,6 +68,7 @@ def test_both_parts_at_any_target(page: ModuleType) -> None:
     np.testing.assert_allclose(B + found.rest.numpy() * K, reverse, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_what_it_prints() -> None:
     done = subprocess.run([sys.executable, str(PATH)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

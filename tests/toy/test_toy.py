@@ -251,6 +251,7 @@ def test_a_setting_out_of_its_domain_is_refused(changes: dict[str, object], mess
         tiny(**changes)
 
 
+@pytest.mark.slow
 def test_the_command(cli: Cli, tmp_path: Path) -> None:
     size = ("--vocab", 20, "--entropy", 2, "--seeds", 2, "--steps", 4, "--contexts", 6, "--rank", 2, "--jobs", 1)
     call = ("toy", "--output", tmp_path / "toy", "--objectives", "rkl,drkl:0.1,drkl:1", "--setting", "free", *size)

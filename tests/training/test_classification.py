@@ -206,6 +206,7 @@ def test_drkl_data_counts_the_classes(tmp_path: Path, drkl: Callable[..., str]) 
     assert "3 of 3" in out and "texts cut" in out and "57 of 57" in out and "[CLS]" in out and "-> card" in out
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tmp_path: Path) -> None:
     teacher = tiny_runs.train(config(tmp_path)).student_path
     values = student_of(tmp_path, teacher, training={"max_steps": 6})

@@ -232,6 +232,7 @@ def test_decoders_that_start_differently_are_refused(tmp_path: Path) -> None:
         tiny_runs.train(values)
 
 
+@pytest.mark.slow
 def test_a_pair_that_differs_in_padding_is_compared_on_what_it_shares(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path)
     tiny.save(tiny.llama(5, vocab=80, layers=2), tmp_path / "other")

@@ -121,6 +121,7 @@ def test_a_stage_has_lengths_of_its_own(tmp_path: Path) -> None:
     assert again == [(12, 24), (31, 32)], "the run is repeatable"
 
 
+@pytest.mark.slow
 def test_models_in_memory(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", range(1, 21))
     teacher = tiny.llama(max_position_embeddings=CONTEXT)

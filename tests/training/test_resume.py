@@ -207,6 +207,7 @@ def test_early_stop_counts_on(tmp_path: Path, patience: int, rising: None) -> No
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
 
+@pytest.mark.slow
 def test_early_stop_that_had_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rising: None) -> None:
     values, whole = reference(tmp_path, training={"max_steps": 30, "early_stop_patience": 2})
     with monkeypatch.context() as patch:
@@ -217,6 +218,7 @@ def test_early_stop_that_had_happened(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run.read_env()["best_step"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_was_moved(tmp_path: Path, rising: None) -> None:
     values, whole = reference(tmp_path, stages=tiny_runs.STAGES)
     assert whole.read_env()["best_step"] == 2  # the best one is not the newest: it has to be found again

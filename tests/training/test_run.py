@@ -206,6 +206,7 @@ def test_bf16_beside_a_teacher_in_fp32(tmp_path: Path) -> None:
     assert b'"F32"' in header and b"BF16" not in header
 
 
+@pytest.mark.slow
 def test_the_same_batches_spare_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     hidden = LiveTeacher.hidden
@@ -225,6 +226,7 @@ def test_the_same_batches_spare_the_teacher(tmp_path: Path, monkeypatch: pytest.
     assert calls["same"] < calls["other"] / 2
 
 
+@pytest.mark.slow
 def test_a_teacher_that_remembers_changes_nothing(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path, stages=tiny_runs.STAGES)
     plain = tiny_runs.train(values)

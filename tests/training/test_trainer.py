@@ -121,6 +121,7 @@ def test_empty_and_uneven_micro_batches_change_nothing(tmp_path: Path, count: in
     assert_same(together, apart)
 
 
+@pytest.mark.slow
 def test_float32_too(tmp_path: Path) -> None:
     together, _ = first_gradients(tmp_path, rows(8), 1, model=tiny.llama(1), teacher=tiny.llama(9))
     apart, _ = first_gradients(tmp_path, rows(8), 8, model=tiny.llama(1), teacher=tiny.llama(9))
