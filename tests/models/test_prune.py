@@ -273,9 +273,11 @@ KNOWN = {
     "hy_v4": "indexer_types", "inkling2_text": "attention_input", "jamba": "expert_layer_period",
     "modernbert": "attn_norm", "modernbert-decoder": "attn_norm", "modernvbert": "attn_norm",
     "olmo_hybrid": "at least one attention", "pegasus_x": "stagger", "rwkv": "rescale_every",
-    "switch_transformers": "sparse_step", "zamba": "tie_weights", "zamba2": "num_mem_blocks|cannot read",
+    "switch_transformers": "sparse_step", "zamba": "tie_weights|LinearAttention",
+    "zamba2": "num_mem_blocks|cannot read",
     "zaya": "router_states", "albert": "no list of", "funnel": "no list of", "perceiver": "no list of",
-    "blt": "no list of", "qwen3_5": "LinearAttention", "qwen3_5_text": "LinearAttention",
+    "blt": "no list of", "qwen3_5": "LinearAttention", "qwen3_next": "LinearAttention",
+    "qwen3_5_text": "LinearAttention",
 }  # fmt: skip
 EVERY = [
     *((kind, "causal") for kind in tiny_families.CAUSAL),

@@ -167,7 +167,7 @@ def _inputs(model: PreTrainedModel) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if is_classifier(model):
         eos = getattr(config, "eos_token_id", None)
-        if isinstance(eos, int) and 0 <= eos < config.vocab_size:
+        if isinstance(eos, int) and eos in range(getattr(config, "vocab_size", 0)):  # CANINE hashes characters
             ids[0, -1] = eos  # BART reads the class there
     else:
         inputs["use_cache"] = False
