@@ -135,14 +135,20 @@ def _fault(model: PreTrainedModel, row: list[int], source: list[int] | None, own
 
 def plain_ids(model: PreTrainedModel, count: int) -> list[int]:
     """Ids of ordinary tokens, from the middle of the vocabulary: none that the config gives a meaning."""
-    special: set[Any] = set()
-    for config in (model.config, model.config.get_text_config()):
-        values = [value for key, value in config.to_dict().items() if key.endswith(("_token_id", "_token_index"))]
-        special.update(*(value if isinstance(value, list) else [value] for value in values))
+    special = special_ids(model)
     modules: tuple[Any, ...] = (model.get_input_embeddings(), output_module(model))
     size = min(module.weight.shape[0] for module in modules)
     plain = [i for i in ((size // 2 + j) % size for j in range(size)) if i not in special][:count]
     return [plain[i % len(plain)] for i in range(count)]
+
+
+def special_ids(model: PreTrainedModel) -> set[Any]:
+    """The ids that a model's config gives a meaning, such as padding or an image."""
+    special: set[Any] = set()
+    for config in (model.config, model.config.get_text_config()):
+        values = [value for key, value in config.to_dict().items() if key.endswith(("_token_id", "_token_index"))]
+        special.update(*(value if isinstance(value, list) else [value] for value in values))
+    return special
 
 
 def own_logits(model: PreTrainedModel, ids: Sequence[int], source: Sequence[int] | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
+from drkl.models.check import special_ids
 from drkl.models.classes import is_classifier
 from drkl.models.forward import in_eval_mode, is_encoder_decoder
 from drkl.models.shorten import Stack, layer_lists, settings_by_layer, shortened, stacks_of
@@ -157,9 +158,7 @@ def _logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
 def _inputs(model: PreTrainedModel) -> dict[str, Any]:
     """A few ordinary tokens, as the model's forward takes them."""
     config = model.config.get_text_config()
-    named = {**config.to_dict(), **model.config.to_dict()}
-    special = [value for name, value in named.items() if name.endswith(("_token_id", "_token_index"))]
-    special = [number for value in special for number in (value if isinstance(value, list) else [value])]
+    special = special_ids(model)
     ordinary = [number for number in range(getattr(config, "vocab_size", 128)) if number not in special]
     context = getattr(config, "max_position_embeddings", None)
     length = min(_TOKENS, context - 2) if isinstance(context, int) and context > 2 else _TOKENS  # RoBERTa's begin at 2
