@@ -22,6 +22,7 @@ from drkl.losses.config import LossConfig
 from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
 from drkl.recipes import find_recipe
+from drkl.rollouts.config import RolloutsConfig
 from drkl.runs import RunFolder, read_yaml
 from drkl.teachers.config import TeacherConfig
 from drkl.training.config import (
@@ -46,6 +47,11 @@ class StageConfig(BaseModel):
     objective: dict[str, Any] = Field(default_factory=dict, description="Objective of the stage.")
     loss: dict[str, Any] = Field(default_factory=dict, description="Fields of loss that differ in this stage.")
     training: dict[str, Any] = Field(default_factory=dict, description="Fields of training that differ in this stage.")
+    rollouts: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Fields of rollouts that differ in this stage. Without a share of its own a stage trains on the "
+        "data's responses alone.",
+    )
 
 
 class Config(BaseModel):
@@ -65,6 +71,7 @@ class Config(BaseModel):
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    rollouts: RolloutsConfig = Field(default_factory=RolloutsConfig)
     stages: list[StageConfig] = Field(default_factory=list, description="Runs before this one, first to last.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     analysis: AnalysisConfig = Field(default_factory=AnalysisConfig)
@@ -102,6 +109,8 @@ class Config(BaseModel):
                 f"peft.export is 'adapter', but student.init is {self.student.init!r}: the weights that the adapter "
                 "belongs to would lie nowhere. Use export: merged, or start from a pretrained student"
             )
+        if self.rollouts.is_on and self.teacher is None:
+            raise ValueError("rollouts.share is above 0, but teacher is null: nothing would judge the sampled answers")
         self._check_classification()
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
@@ -119,6 +128,7 @@ class Config(BaseModel):
             (self.data.turns != "last", "data.turns is about conversations"),
             (self.data.template != "auto", "data.template is about prompts; a classifier reads the text as it is"),
             (self.student.encoder_layers is not None, "student.encoder_layers is about language models"),
+            (self.rollouts.is_on, "rollouts.share is above 0: classifiers write no answers"),
             (any(s.weight != 1 for s in self.data.sources), "data.sources[].weight repeats rows of language models"),
         ]
         for wrong, why in checks:
@@ -159,7 +169,8 @@ class Config(BaseModel):
             values["peft"]["export"] = "merged"  # the next stage starts from an ordinary model
         if index:
             values["tokenizer"] = None
-        for section in ("data", "loss", "training"):
+        values["rollouts"] |= {"share": 0.0}
+        for section in ("data", "loss", "training", "rollouts"):
             values[section] = _merge(values[section], getattr(stage, section))
         choose_one(values["training"], stage.training)
         other = stage.objective.get("name", self.objective.name) != self.objective.name
@@ -176,6 +187,7 @@ def _spec(config: Config, folder: RunFolder, resolved: dict[str, Any]) -> RunSpe
         peft=config.peft,
         task=config.task,
         tokenizer=config.tokenizer,
+        rollouts=config.rollouts,
     )
 
 

@@ -46,6 +46,10 @@ class Row:
     sampling_context: tuple[int, ...] | None = None
     encoder_decoder: bool = False
     """Whether an encoder reads the prompt and a decoder writes the response."""
+    teacher_prompt_ids: tuple[int, ...] | None = None
+    """The prompt as the teacher reads it, where that differs from ``prompt_ids``."""
+    sampled: bool = False
+    """Whether the response was written by a model while training goes on."""
 
     @property
     def all_ids(self) -> tuple[int, ...]:

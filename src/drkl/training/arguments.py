@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import yaml
 from transformers import TrainingArguments
 
 from drkl.errors import DrklError, did_you_mean
 from drkl.losses.config import LossConfig
 from drkl.models.precision import pick_device, resolve_dtype
 from drkl.objectives import Objective, make_objective
+from drkl.rollouts.config import PREFIX, RolloutsConfig
 from drkl.training import trl
 from drkl.training.config import DEFAULT_TOKENS_PER_STEP, default_warmup
 
@@ -43,7 +45,7 @@ _NUMBERS = {
     "learning_rate": True, "weight_decay": False, "max_grad_norm": False, "eval_steps": True, "save_steps": True,
     "logging_steps": True,
 }  # fmt: skip
-_TEXTS = ("objective_params", "model_init_kwargs", "teacher_model_init_kwargs")
+_TEXTS = ("objective_params", "model_init_kwargs", "teacher_model_init_kwargs", "rollout_stop_map")
 
 
 @dataclass
@@ -82,6 +84,24 @@ class DistillationConfig(TrainingArguments):
         teacher_model_revision: a branch, tag or commit of that name.
         beta: TRL's name for the divergence: 0 is ``fkl``, 1 is ``rkl``, between is ``gjs``; in place of ``objective``.
         disable_dropout: set the student's dropout to 0.
+        rollout_share: share of the rows of each step that a model answers in place of the data, in [0, 1]; 0 is off.
+            A ramp: ``{"from": 0, "to": 1, "steps": 200}``.
+        rollout_source: who writes these answers: "student", "mixed" or "teacher".
+        rollout_teacher_share: the teacher's weight in "mixed".
+        rollout_sampling_temperature: temperature of the sampling (``temperature`` is that of the loss).
+        rollout_top_p: sample from the most probable tokens that together have this probability.
+        rollout_max_new_tokens: longest answer in tokens. Default: ``max_tokens`` less ``max_prompt_tokens``.
+        rollout_refresh_every: optimiser steps that one set of answers serves.
+        rollout_replay: share of the answered rows that take an earlier answer.
+        rollout_replay_memory: earlier answers that are kept.
+        rollout_generator: "builtin", or "vllm" for a vLLM server.
+        rollout_server: the server's address.
+        rollout_server_folder: folder that the server reads the student's weights from.
+        rollout_server_timeout: longest wait for the server, in seconds.
+        rollout_stop_map: stop tokens that mean one event, the student's to the teacher's.
+        rollout_batch_size: answers that are written at once.
+        rollout_eval_prompts: held-out prompts that the student answers in each evaluation during training.
+        rollout_keep_texts: answers that each evaluation keeps as text, in ``rollouts.jsonl``.
 
     Raises:
         DrklError: a field that contradicts another, a value outside its domain, or one that means nothing here.
@@ -148,6 +168,25 @@ class DistillationConfig(TrainingArguments):
     teacher_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the id."})
     beta: float | None = field(default=None, metadata={"help": "TRL's divergence: 0 fkl, 1 rkl, between gjs."})
     disable_dropout: bool = field(default=False, metadata={"help": "Set the student's dropout to 0."})
+    rollout_share: Any = field(default=0.0, metadata={"help": "Share of the rows that a model answers. 0 is off."})
+    rollout_source: str = field(default="student", metadata={"help": "Writer: student, mixed or teacher."})
+    rollout_teacher_share: float = field(default=0.2, metadata={"help": "Weight of the teacher in 'mixed'."})
+    rollout_sampling_temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling."})
+    rollout_top_p: float = field(default=1.0, metadata={"help": "Probability of the tokens to sample from."})
+    rollout_max_new_tokens: int | None = field(default=None, metadata={"help": "Longest answer, in tokens."})
+    rollout_refresh_every: int = field(default=1, metadata={"help": "Steps that one set of answers serves."})
+    rollout_replay: float = field(default=0.0, metadata={"help": "Share of answers taken from earlier ones."})
+    rollout_replay_memory: int = field(default=1000, metadata={"help": "Earlier answers that are kept."})
+    rollout_generator: str = field(default="builtin", metadata={"help": "Program that samples: builtin or vllm."})
+    rollout_server: str | None = field(default=None, metadata={"help": "Address of the vLLM server."})
+    rollout_server_folder: str | None = field(default=None, metadata={"help": "Folder for the server's weights."})
+    rollout_server_timeout: float = field(default=600.0, metadata={"help": "Longest wait for it, in seconds."})
+    rollout_stop_map: dict[str, str] | None = field(
+        default=None, metadata={"help": "Stop tokens that mean one event, the student's to the teacher's."}
+    )
+    rollout_batch_size: int = field(default=64, metadata={"help": "Answers that are written at once."})
+    rollout_eval_prompts: int = field(default=16, metadata={"help": "Held-out prompts answered in an evaluation."})
+    rollout_keep_texts: int = field(default=4, metadata={"help": "Answers that an evaluation keeps as text."})
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
@@ -185,6 +224,52 @@ class DistillationConfig(TrainingArguments):
             self.beta = None
         self.make_objective()
         self.loss_config  # noqa: B018  (checks the numbers of the loss)
+        self._check_rollouts()
+
+    def _check_rollouts(self) -> None:
+        """Refuse what contradicts sampled answers."""
+        if isinstance(self.rollout_share, str):
+            self.rollout_share = yaml.safe_load(self.rollout_share)
+        rollouts = self.rollouts
+        if not rollouts.is_on:
+            return
+        objective = self.make_objective()
+        if self.kd_weight == 0:
+            raise DrklError(
+                "kd_weight is 0 and rollout_share is not: cross-entropy sees the data's responses alone, so nothing "
+                "would be learnt from the answers that are sampled. Raise kd_weight, or leave rollout_share out."
+            )
+        if objective.name == "ce" and rollouts.source == "teacher":
+            return
+        if not objective.needs_teacher:
+            raise DrklError(
+                f"Objective {objective.name!r} compares with no teacher: on its own answers a student would learn what "
+                "it does already. Choose another objective, or rollout_source='teacher'."
+            )
+        if objective.needs_labels:
+            raise DrklError(
+                f"Objective {objective.name!r} reads the label (target='label'): in an answer that is sampled the label is the "
+                "sampled token and not the data's, which is another method. Leave target out: it is then the teacher's "
+                "most probable token."
+            )
+
+    @property
+    def rollouts(self) -> RolloutsConfig:
+        """The settings of sampled answers, as the `rollouts` section of a config has them."""
+        values = {name: getattr(self, PREFIX + name) for name in RolloutsConfig.model_fields}
+        values["stop_map"] = values["stop_map"] or {}
+        try:
+            return RolloutsConfig.model_validate(values)
+        except ValueError as error:
+            errors: Any = error
+            first = errors.errors()[0]
+            name = PREFIX + ".".join(str(part) for part in first["loc"][:1]) if first["loc"] else "rollouts"
+            reason = first["msg"].removeprefix("Value error, ")
+            raise DrklError(
+                f"{name} is {first['input']!r}: {reason[0].lower()}{reason[1:]}."
+                if first["loc"]
+                else f"rollout_{reason}."
+            ) from error
 
     def _check_sizes(self) -> None:
         if self.per_device_train_batch_size is not None and self.tokens_per_step is not None:

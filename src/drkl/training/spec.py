@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
+from drkl.rollouts.config import RolloutsConfig
 from drkl.runs import IN_MEMORY, RunFolder
 from drkl.teachers.config import TeacherConfig
 from drkl.training.config import RunConfig, TrainingConfig
@@ -45,6 +46,7 @@ class RunSpec:
     task: str = "generation"
     tokenizer: TokenizerConfig | None = None
     """The tokenizer to train, in the first of several stages; None if a model has its own."""
+    rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
 
     @property
     def classifies(self) -> bool:
@@ -86,6 +88,7 @@ def training_config(spec: RunSpec, device: torch.device) -> Any:
         "template": spec.data.template,
         "teacher_remember_mb": 0 if spec.teacher is None else spec.teacher.remember_mb,
         **spec.loss.model_dump(),
+        **(spec.rollouts.as_arguments() if spec.rollouts.is_on else {}),
     }
     for name in ("optim", "lr_scheduler_type"):
         value = str((arguments | training.arguments).get(name))

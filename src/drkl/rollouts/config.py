@@ -1,0 +1,127 @@
+"""The `rollouts` section of a config: which rows are answered by a model while training goes on, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PREFIX = "rollout_"
+"""``rollouts.X`` of a config is ``rollout_X`` of a `DistillationConfig`."""
+
+
+class ShareRamp(BaseModel):
+    """A share that goes from one value to another in a straight line, and stays there."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    start: float = Field(0.0, ge=0, le=1, alias="from", description="Share in the first step.")
+    end: float = Field(alias="to", ge=0, le=1, description="Share after the last step of the ramp.")
+    steps: int = Field(ge=1, description="Optimiser steps of the ramp.")
+
+
+class RolloutsConfig(BaseModel):
+    """Sampled answers in place of the data's responses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    share: float | ShareRamp = Field(
+        0.0,
+        description="Share of the rows of each step that are answered by a model, in [0, 1]; 0 is off, 1 needs prompts "
+        "only. A ramp: {from: 0, to: 1, steps: 200}. A hash of the seed, the row's id and the pass selects the rows.",
+    )
+    source: Literal["student", "mixed", "teacher"] = Field(
+        "student",
+        description="Writer of the answers: student (GKD), mixed (each token from teacher_share of the teacher's "
+        "distribution and the rest of the student's: MiniLLM) or teacher (sequence-level distillation).",
+    )
+    teacher_share: float = Field(0.2, gt=0, lt=1, description="Weight of the teacher's distribution in source: mixed.")
+    sampling_temperature: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Temperature of the sampling; loss.temperature is another."
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Sample from the most probable tokens that together have this probability."
+    )
+    max_new_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Longest answer, in tokens, its end included. Default: data.max_tokens less data.max_prompt_tokens "
+        "(for an encoder-decoder, what the decoder has room for).",
+    )
+    refresh_every: int = Field(
+        1,
+        ge=1,
+        description="Optimiser steps that one set of answers serves: those of so many steps are written at once, by "
+        "the weights before the first of them.",
+    )
+    replay: float = Field(
+        0.0, ge=0, lt=1, description="Share of the answered rows that take an earlier answer from memory (DistiLLM)."
+    )
+    replay_memory: int = Field(1000, ge=1, description="Number of earlier answers that are kept, the newest.")
+    generator: Literal["builtin", "vllm"] = Field("builtin", description="Program that samples: builtin, or vllm.")
+    server: str | None = Field(None, description="Address of the vLLM server: http://host:port.")
+    server_folder: str | None = Field(
+        None,
+        description="Folder, seen by this program and by the server, through which the student's weights go. Default: "
+        "rollout-server/ of the run folder.",
+    )
+    server_timeout: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="Longest wait for the server, in seconds."
+    )
+    stop_map: dict[str, str] = Field(
+        default_factory=dict,
+        description="Stop tokens that mean one event, {student's token: teacher's token}: both models are compared on "
+        "the summed probability of these tokens.",
+    )
+    batch_size: int = Field(64, ge=1, description="Answers that are written at once.")
+    eval_prompts: int = Field(
+        16, ge=0, description="Held-out prompts that the student answers in each evaluation during training."
+    )
+    keep_texts: int = Field(4, ge=0, description="Answers to held-out prompts that each evaluation keeps as text.")
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutsConfig:
+        if not isinstance(self.share, ShareRamp) and not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}; expected a number in [0, 1], or {{from: 0, to: 1, steps: 200}}")
+        if self.generator == "vllm" and self.source != "student":
+            reasons = {
+                "mixed": "it needs the distributions of both models token by token, which a server does not give",
+                "teacher": "the server holds the student",
+            }
+            raise ValueError(f"source is {self.source!r} and generator 'vllm': {reasons[self.source]}; use builtin")
+        if self.is_on and self.generator == "vllm" and self.server is None:
+            raise ValueError(
+                "generator is 'vllm', but server names no address; start one with `drkl rollout-server CONFIG` and "
+                "give its address, as in rollouts.server=http://127.0.0.1:8000"
+            )
+        return self
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any row is ever answered by a model."""
+        return max(self._ends) > 0
+
+    @property
+    def needs_responses(self) -> bool:
+        """Whether some rows are trained with the data's own response."""
+        return min(self._ends) < 1
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        return (self.share.start, self.share.end) if isinstance(self.share, ShareRamp) else (self.share, self.share)
+
+    def share_at(self, step: int) -> float:
+        """The share in an optimiser step, counted from 0."""
+        if not isinstance(self.share, ShareRamp):
+            return self.share
+        ramp = self.share
+        return ramp.start + (ramp.end - ramp.start) * min(1.0, step / ramp.steps)
+
+    def as_arguments(self) -> dict[str, Any]:
+        """The fields of a `DistillationConfig` that say the same."""
+        values = self.model_dump(mode="json", by_alias=True)
+        return {PREFIX + name: value for name, value in values.items()}
+
+
+Progress = Callable[[int], None]
