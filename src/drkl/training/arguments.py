@@ -248,7 +248,7 @@ class DistillationConfig(TrainingArguments):
             )
         if objective.needs_labels:
             raise DrklError(
-                f"Objective {objective.name!r} reads the label (target='label'): in an answer that is sampled the label is the "
+                f"Objective {objective.name!r} reads the label (target='label'): in a sampled answer the label is the "
                 "sampled token and not the data's, which is another method. Leave target out: it is then the teacher's "
                 "most probable token."
             )
