@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from drkl.losses import LMHead, LogitChunk, distillation_loss, fused_distillation_loss
 from drkl.losses.config import LossConfig
 from drkl.positions import token_statistics
+from drkl.rollouts.config import PREFIX
 
 STATISTICS_POSITIONS = 256
 """At most this many positions of a micro-batch, evenly spread, give the logged entropies and KLs."""
+POSITIONS = "positions"
 
 
 def loss_of(
@@ -84,12 +87,17 @@ def _without_cross_entropy(
 class StatisticsSums:
     """Sums of token statistics over every ``every``-th position of a loss: an observer of its logits.
 
-    ``sums`` has those that training logs, by the names it logs them under, and the number of ``positions``.
+    ``sums`` has those that training logs, by the names it logs them under, and the number of ``positions``. Positions
+    that ``sampled`` marks are summed apart, under the same names with ``rollout_`` before them.
+
+    Args:
+        every: 1 takes all positions.
+        sampled: `[n]` bool over the positions of the loss, true in answers that a model wrote; None marks none.
     """
 
-    def __init__(self, every: int = 1) -> None:
-        self.sums: dict[str, Tensor] = {"positions": torch.tensor(0)}
-        self._every = every
+    def __init__(self, every: int = 1, sampled: Tensor | None = None) -> None:
+        self.sums: dict[str, Tensor] = {POSITIONS: torch.tensor(0)}
+        self._every, self._sampled = every, sampled
 
     def __call__(self, chunk: LogitChunk) -> None:
         assert chunk.labels is not None
@@ -105,8 +113,29 @@ class StatisticsSums:
             "rkl": values.rkl,
             "agreement": values.agreement,
             "teacher_entropy": values.teacher_entropy,
-            "positions": torch.tensor(labels.numel()),
+            POSITIONS: torch.ones(labels.numel(), dtype=torch.int64),
         }
         for name, value in columns.items():
-            if value is not None:
-                self.sums[name] = self.sums.get(name, 0) + value.sum()
+            if value is None:
+                continue
+            for prefix, part in self._parts(chunk, some, value):
+                self.sums[prefix + name] = self.sums.get(prefix + name, 0) + part.sum()
+
+    def _parts(self, chunk: LogitChunk, some: slice, value: Tensor) -> list[tuple[str, Tensor]]:
+        """The values of data rows and those of rollouts, each with the prefix of its names."""
+        if self._sampled is None:
+            return [("", value)]
+        assert chunk.labels is not None
+        own = self._sampled[chunk.start : chunk.start + chunk.labels.numel()][some].to(value.device)
+        parts = [("", value[~own]), (PREFIX, value[own])]
+        return [(prefix, part) for prefix, part in parts if part.numel()]
+
+
+def means_of(sums: Mapping[str, float]) -> dict[str, float]:
+    """The means over positions of what `StatisticsSums` added up, those of data rows and those of rollouts."""
+    means = {}
+    for name, value in sums.items():
+        count = sums.get(PREFIX + POSITIONS if name.startswith(PREFIX) else POSITIONS, 0.0)
+        if not name.endswith(POSITIONS) and count:
+            means[name] = value / count
+    return means

@@ -42,7 +42,7 @@ from drkl.training.callbacks import BestCheckpoint, EarlyStop, Epochs, LastStep,
 from drkl.training.checkpoints import mark_complete, newest_checkpoint, rotate, step_of, tokens_seen
 from drkl.training.checks import check_disk
 from drkl.training.faults import find_fault, list_rows
-from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of
+from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of, means_of
 from drkl.training.heldout import HeldOut, NonFiniteLoss
 from drkl.training.on_policy import OnPolicy, Places, check_rollouts
 from drkl.training.pair import Pair, make_pair
@@ -516,8 +516,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what `compute_loss` gathered since the last training line."""
         if "loss" in logs:
-            positions = self._sums.pop("positions", 0.0)
-            logs |= {name: value / positions for name, value in self._sums.items()} if positions else {}
+            logs |= means_of(self._sums)
             now = time.monotonic()
             tokens = self._input_tokens * self.accelerator.num_processes  # steps are cut evenly between the processes
             logs["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
