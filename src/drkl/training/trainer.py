@@ -362,7 +362,8 @@ class DistillationTrainer(Trainer):
             assert self.teacher is not None
             teacher_hidden, teacher_head = self.teacher.hidden_at(inputs, keep), self.teacher.head
         every = -(-int(keep.sum()) // STATISTICS_POSITIONS)
-        statistics = StatisticsSums(every) if every and self._will_log() else None
+        of_sampled = None if sampled is None else sampled[keep]
+        statistics = StatisticsSums(every, of_sampled) if every and self._will_log() else None
         seen: list[Tensor] = []
 
         def at_head(hidden: Tensor, head: LMHead | None) -> Tensor:
@@ -375,7 +376,7 @@ class DistillationTrainer(Trainer):
                 teacher_head,
                 labels[keep],
                 self.loss_config,
-                sampled=None if sampled is None else sampled[keep],
+                sampled=of_sampled,
                 objective=self.objective,
                 num_tokens=num_tokens,
                 vocab_size=self.vocab_size,
