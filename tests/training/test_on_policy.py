@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.models.forward import hidden_states, lm_head
 from drkl.runs import RunFolder
+from drkl.training.on_policy import check_whole
 from tests.models import tiny
 from tests.training import tiny_runs
 from tests.training.test_resume import comparable
@@ -240,3 +242,13 @@ def test_equal_runs_are_equal(tmp_path: Path) -> None:
     runs = [tiny_runs.train({**values, "run": values["run"] | {"name": name}}) for name in ("a", "b")]
     other = tiny_runs.train({**values, "run": values["run"] | {"name": "c", "seed": 4}})
     assert tiny_runs.weights(runs[0]) == tiny_runs.weights(runs[1]) != tiny_runs.weights(other)
+
+
+@pytest.mark.parametrize(("fsdp", "stage", "name"), [(True, None, "FSDP"), (False, 3, "DeepSpeed ZeRO-3")])
+def test_a_student_in_pieces_is_refused(fsdp: bool, stage: int | None, name: str) -> None:
+    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    trainer = SimpleNamespace(is_fsdp_enabled=fsdp, accelerator=SimpleNamespace(state=state))
+    with pytest.raises(DrklError, match=f"{name} cuts the student's weights over the processes"):
+        check_whole(trainer)
+    check_whole(SimpleNamespace(is_fsdp_enabled=False, accelerator=SimpleNamespace(state=SimpleNamespace())))

@@ -163,3 +163,15 @@ def check_rollouts(pair: Pair, args: DistillationConfig) -> None:
             "rollout_share is above 0, but there is no teacher to judge the sampled answers; pass teacher_model, or "
             "leave it out."
         )
+
+
+def check_whole(trainer: Any) -> None:
+    """Raise DrklError where no process has the whole student, to write with or to send to a server."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    wrapper = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed ZeRO-3" if plugin and plugin.zero_stage == 3 else None
+    if wrapper is not None:
+        raise DrklError(
+            f"rollout_share is above 0 and {wrapper} cuts the student's weights over the processes, but an answer needs "
+            "all of them in one. Use DistributedDataParallel (torchrun or accelerate without FSDP) or DeepSpeed "
+            "ZeRO-1 or ZeRO-2; LoRA or gradient checkpointing save memory there."
+        )
