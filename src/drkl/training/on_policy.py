@@ -171,7 +171,7 @@ def check_whole(trainer: Any) -> None:
     wrapper = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed ZeRO-3" if plugin and plugin.zero_stage == 3 else None
     if wrapper is not None:
         raise DrklError(
-            f"rollout_share is above 0 and {wrapper} cuts the student's weights over the processes, but an answer needs "
-            "all of them in one. Use DistributedDataParallel (torchrun or accelerate without FSDP) or DeepSpeed "
+            f"rollout_share is above 0 and {wrapper} cuts the student's weights over the processes, but an answer "
+            "needs all of them in one. Use DistributedDataParallel (torchrun or accelerate without FSDP) or DeepSpeed "
             "ZeRO-1 or ZeRO-2; LoRA or gradient checkpointing save memory there."
         )
