@@ -252,3 +252,11 @@ def test_a_student_in_pieces_is_refused(fsdp: bool, stage: int | None, name: str
     with pytest.raises(DrklError, match=f"{name} cuts the student's weights over the processes"):
         check_whole(trainer)
     check_whole(SimpleNamespace(is_fsdp_enabled=False, accelerator=SimpleNamespace(state=SimpleNamespace())))
+
+
+def test_progress_tells_how_many_answers_are_written(tmp_path: Path) -> None:
+    seen: list[tuple[int, float, float]] = []
+    trainer = make_trainer(tmp_path, rows(6), rollout_share=1.0, rollout_max_new_tokens=4)
+    trainer.on_progress(lambda step, of, new: seen.append((step, new.get("written", -1), new.get("to_write", -1))))
+    trainer.train()
+    assert (0, 6, 6) in seen and seen[-1][0] == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,10 @@ class OnPolicy:
             share=Share(args.process_index, args.world_size, gather_object) if args.world_size > 1 else None,
         )
         self._since = _Since()
+
+    def on_writing(self, hook: Callable[[int, int], None]) -> None:
+        """Call ``hook(answers written, answers due)`` while a set of answers is written."""
+        self._answered.on_writing = hook
 
     def micro_batches(self, step: int) -> tuple[list[dict[str, Any]], int]:
         """The micro-batches of this process in a step, and the number of tokens in the step over all processes.

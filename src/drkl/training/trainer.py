@@ -535,6 +535,8 @@ class DistillationTrainer(Trainer):
     def on_progress(self, hook: OnProgress) -> None:
         """Call ``hook(steps done, steps in all, newest numbers)`` after every step."""
         self._train_log.on_progress = hook
+        if self._on_policy is not None:
+            self._on_policy.on_writing(lambda done, of: self._train_log.writing(self.state, done, of))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # Only a step that is also saved can be the best that is kept.
