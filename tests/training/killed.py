@@ -3,7 +3,8 @@
     python -m tests.training.killed MOMENT NUMBER ARGUMENTS...
 
 MOMENT is ``log FOLDER``, ``begin FOLDER`` or ``checkpoint FOLDER``, with a part of the path of the checkpoints, and
-NUMBER the optimiser step; or ``file``, and NUMBER counts the finished files of rows or tensors.
+NUMBER the optimiser step; or ``file``, and NUMBER counts the finished files of rows or tensors; or ``write``, and
+NUMBER counts the forward passes in which answers are written.
 """
 
 from __future__ import annotations
@@ -44,6 +45,33 @@ def kill_in_training(moment: str, folder: str, number: int) -> None:
     Trainer._save_rng_state = watched_save
 
 
+def kill_in_writing(number: int) -> None:
+    """In the midst of an answer: once a model was read so many times while answers are written."""
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    from drkl.rollouts.builtin import BuiltInWriter
+
+    write, forward = BuiltInWriter.write, LlamaModel.forward
+    inside = passes = 0
+
+    def watched_write(self: Any, *args: Any, **words: Any) -> Any:
+        nonlocal inside
+        inside += 1
+        try:
+            return write(self, *args, **words)
+        finally:
+            inside -= 1
+
+    def watched_forward(self: Any, *args: Any, **words: Any) -> Any:
+        nonlocal passes
+        passes += inside > 0
+        if passes == number:
+            kill()
+        return forward(self, *args, **words)
+
+    BuiltInWriter.write, LlamaModel.forward = watched_write, watched_forward  # type: ignore[method-assign]
+
+
 def kill_after_files(number: int) -> None:
     """Once so many files of rows or tensors are whole."""
     replace, finished = os.replace, 0
@@ -62,6 +90,8 @@ def main(moment: str, number: str, *arguments: str) -> None:
     kind, _, folder = moment.partition(" ")
     if kind == "file":
         kill_after_files(int(number))
+    elif kind == "write":
+        kill_in_writing(int(number))
     else:
         kill_in_training(kind, folder, int(number))
     from drkl.cli import main as run
