@@ -72,7 +72,9 @@ def compare_ends(
         pad_id: fills batches; its value changes nothing.
     """
     specials = {number: text for text, number in special_tokens(tokenizer).items()}
-    whole = list(itertools.islice((row for row in rows if row.trained_ids[-1] in specials), ROWS))
+    whole = list(
+        itertools.islice((row for row in rows if row.trained_ids[-1:] and row.trained_ids[-1] in specials), ROWS)
+    )
     places = {}
     for number, row in enumerate(whole):
         trained = row.trained_ids
@@ -84,7 +86,7 @@ def compare_ends(
     with in_eval_mode(teacher.model):
         for batch in batches(whole, pad_id=pad_id, decoder_start=decoder_start(teacher.model), positions=places):
             labels.append(batch.labels)
-            logits.append(logits_of(batch.states(teacher.model), head).float().softmax(-1).cpu())
+            logits.append(logits_of(batch.for_teacher.states(teacher.model), head).float().softmax(-1).cpu())
     observed, probabilities = torch.cat(labels), torch.cat(logits)
     size = probabilities.shape[1]
     taught = sorted(set(observed.tolist()), key=observed.tolist().count, reverse=True)
