@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PREFIX = "rollout_"
 """``rollouts.X`` of a config is ``rollout_X`` of a `DistillationConfig`."""
@@ -16,15 +15,11 @@ PREFIX = "rollout_"
 class ShareRamp(BaseModel):
     """A share that goes from one value to another in a straight line, and stays there."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
     start: float = Field(0.0, ge=0, le=1, alias="from", description="Share in the first step.")
     end: float = Field(alias="to", ge=0, le=1, description="Share after the last step of the ramp.")
     steps: int = Field(ge=1, description="Optimiser steps of the ramp.")
-
-    @model_serializer
-    def _in_words_of_the_file(self) -> dict[str, Any]:
-        return {"from": self.start, "to": self.end, "steps": self.steps}
 
 
 class RolloutsConfig(BaseModel):
@@ -196,6 +191,3 @@ def _is_address(text: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
-
-
-Progress = Callable[[int], None]
