@@ -36,8 +36,9 @@ class HeldOut:
         rows_per_batch: int | None = None,
         decoder_start: int | None = None,
         vocab_size: int | None = None,
+        merged_ids: Sequence[int] = (),
     ) -> None:
-        self._teacher, self._vocab_size = teacher, vocab_size
+        self._teacher, self._vocab_size, self._merged_ids = teacher, vocab_size, merged_ids or None
         self._batches = list(
             batches(
                 rows,
@@ -72,6 +73,7 @@ class HeldOut:
                     loss,
                     objective=objective,
                     vocab_size=self._vocab_size,
+                    merged_ids=self._merged_ids,
                     reduction="none",
                     observe=statistics,
                 )
