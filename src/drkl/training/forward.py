@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,16 +26,64 @@ def loss_of(
     teacher_head: LMHead | None,
     labels: Tensor,
     loss: LossConfig,
+    *,
+    sampled: Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
     """The fused loss of hidden states and heads; where there is no head, the dense one of class logits.
 
-    ``settings`` are further keyword arguments of both losses.
+    Args:
+        hidden: `[n, hidden]`, the student's; `[n, classes]` where there is no head.
+        head: the student's.
+        teacher_hidden: `[n, hidden]`, likewise; None where the objective needs none.
+        teacher_head: the teacher's.
+        labels: `[n]`.
+        loss: the loss around the objective.
+        sampled: `[n]`, true at the tokens of sampled answers. Their weight in the objective is the same, and in the
+            cross-entropy 0: a student has nothing to learn from the tokens it chose itself.
+        **settings: further keyword arguments of both losses.
     """
+    if sampled is not None and loss.kd_weight < 1 and bool(sampled.any()):
+        return _without_cross_entropy(
+            hidden, head, teacher_hidden, teacher_head, labels, loss, sampled=sampled, **settings
+        )
     settings |= {"temperature": loss.temperature, "kd_weight": loss.kd_weight, "t2_scaling": loss.t2_scaling}
     if head is None:
         return distillation_loss(hidden, teacher_hidden, labels, **settings)
     return fused_distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, **settings)
+
+
+def _without_cross_entropy(
+    hidden: Tensor,
+    head: LMHead | None,
+    teacher_hidden: Tensor | None,
+    teacher_head: LMHead | None,
+    labels: Tensor,
+    loss: LossConfig,
+    *,
+    sampled: Tensor,
+    **settings: Any,
+) -> Tensor:
+    """Sampled answers and the data's responses apart, with one divisor."""
+    num_tokens, observe = settings.pop("num_tokens", None), settings.pop("observe", None)
+    num_tokens = labels.numel() if num_tokens is None else num_tokens
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for part, config in ((sampled, loss.model_copy(update={"kd_weight": 1.0})), (~sampled, loss)):
+        if not bool(part.any()):
+            continue
+        value = loss_of(
+            hidden[part],
+            head,
+            None if teacher_hidden is None else teacher_hidden[part],
+            teacher_head,
+            labels[part],
+            config,
+            num_tokens=num_tokens,
+            observe=observe.at(part) if isinstance(observe, StatisticsSums) else observe,
+            **settings,
+        )
+        total = total + (value * loss.kd_weight if part is sampled else value)
+    return total
 
 
 class StatisticsSums:
@@ -73,6 +122,12 @@ class StatisticsSums:
                 continue
             for prefix, part in self._parts(chunk, some, value):
                 self.sums[prefix + name] = self.sums.get(prefix + name, 0) + part.sum()
+
+    def at(self, places: Tensor) -> StatisticsSums:
+        """An observer of a loss at some of the positions, `[n]` bool, that adds to the same sums."""
+        part = copy.copy(self)
+        part._sampled = None if self._sampled is None else self._sampled[places]
+        return part
 
     def _parts(self, chunk: LogitChunk, some: slice, value: Tensor) -> list[tuple[str, Tensor]]:
         """The values of data rows and those of rollouts, each with the prefix of its names."""
