@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.models.forward import hidden_states, lm_head
 from drkl.runs import RunFolder
+from drkl.training.on_policy import check_whole
 from tests.models import tiny
 from tests.training import tiny_runs
 from tests.training.test_resume import comparable
@@ -240,3 +242,21 @@ def test_equal_runs_are_equal(tmp_path: Path) -> None:
     runs = [tiny_runs.train({**values, "run": values["run"] | {"name": name}}) for name in ("a", "b")]
     other = tiny_runs.train({**values, "run": values["run"] | {"name": "c", "seed": 4}})
     assert tiny_runs.weights(runs[0]) == tiny_runs.weights(runs[1]) != tiny_runs.weights(other)
+
+
+@pytest.mark.parametrize(("fsdp", "stage", "name"), [(True, None, "FSDP"), (False, 3, "DeepSpeed ZeRO-3")])
+def test_a_student_in_pieces_is_refused(fsdp: bool, stage: int | None, name: str) -> None:
+    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    trainer = SimpleNamespace(is_fsdp_enabled=fsdp, accelerator=SimpleNamespace(state=state))
+    with pytest.raises(DrklError, match=f"{name} cuts the student's weights over the processes"):
+        check_whole(trainer)
+    check_whole(SimpleNamespace(is_fsdp_enabled=False, accelerator=SimpleNamespace(state=SimpleNamespace())))
+
+
+def test_progress_tells_how_many_answers_are_written(tmp_path: Path) -> None:
+    seen: list[tuple[int, float, float]] = []
+    trainer = make_trainer(tmp_path, rows(6), rollout_share=1.0, rollout_max_new_tokens=4)
+    trainer.on_progress(lambda step, of, new: seen.append((step, new.get("written", -1), new.get("to_write", -1))))
+    trainer.train()
+    assert (0, 6, 6) in seen and seen[-1][0] == 1

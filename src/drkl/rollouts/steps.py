@@ -92,6 +92,8 @@ class AnsweredSteps:
         self._memory: deque[Written] = deque(maxlen=config.replay_memory)
         self.seconds = 0.0
         """Spent on writing answers."""
+        self.on_writing: Callable[[int, int], None] = lambda done, of: None
+        """Called with the answers of a set that this process has written, and how many it will write."""
 
     def rows_of(self, step: int) -> list[Row]:
         """The rows of a step (counted from 0), of all processes; answers are written first where they are due."""
@@ -180,8 +182,15 @@ class AnsweredSteps:
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
         mine = order[self._share.process :: self._share.processes]
         part: list[Any]
+        done = 0
+
+        def progress(more: int) -> None:
+            nonlocal done
+            done += more
+            self.on_writing(done, len(mine))
+
         try:
-            answers = self._writer.write([requests[i] for i in mine], seed=self._seed)
+            answers = self._writer.write([requests[i] for i in mine], seed=self._seed, progress=progress)
             part = [(i, answer) for i, answer in zip(mine, answers, strict=True)]
         except DrklError as error:
             if self._share.processes == 1:

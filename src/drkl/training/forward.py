@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +65,7 @@ def _without_cross_entropy(
     **settings: Any,
 ) -> Tensor:
     """Sampled answers and the data's responses apart, with one divisor."""
-    num_tokens = settings.pop("num_tokens", None)
+    num_tokens, observe = settings.pop("num_tokens", None), settings.pop("observe", None)
     num_tokens = labels.numel() if num_tokens is None else num_tokens
     total = hidden.new_zeros((), dtype=torch.float32)
     for part, config in ((sampled, loss.model_copy(update={"kd_weight": 1.0})), (~sampled, loss)):
@@ -78,6 +79,7 @@ def _without_cross_entropy(
             labels[part],
             config,
             num_tokens=num_tokens,
+            observe=observe.at(part) if isinstance(observe, StatisticsSums) else observe,
             **settings,
         )
         total = total + (value * loss.kd_weight if part is sampled else value)
@@ -120,6 +122,12 @@ class StatisticsSums:
                 continue
             for prefix, part in self._parts(chunk, some, value):
                 self.sums[prefix + name] = self.sums.get(prefix + name, 0) + part.sum()
+
+    def at(self, places: Tensor) -> StatisticsSums:
+        """An observer of a loss at some of the positions, `[n]` bool, that adds to the same sums."""
+        part = copy.copy(self)
+        part._sampled = None if self._sampled is None else self._sampled[places]
+        return part
 
     def _parts(self, chunk: LogitChunk, some: slice, value: Tensor) -> list[tuple[str, Tensor]]:
         """The values of data rows and those of rollouts, each with the prefix of its names."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,10 @@ class OnPolicy:
             share=Share(args.process_index, args.world_size, gather_object) if args.world_size > 1 else None,
         )
         self._since = _Since()
+
+    def on_writing(self, hook: Callable[[int, int], None]) -> None:
+        """Call ``hook(answers written, answers due)`` while a set of answers is written."""
+        self._answered.on_writing = hook
 
     def micro_batches(self, step: int) -> tuple[list[dict[str, Any]], int]:
         """The micro-batches of this process in a step, and the number of tokens in the step over all processes.
@@ -162,4 +166,16 @@ def check_rollouts(pair: Pair, args: DistillationConfig) -> None:
         raise DrklError(
             "rollout_share is above 0, but there is no teacher to judge the sampled answers; pass teacher_model, or "
             "leave it out."
+        )
+
+
+def check_whole(trainer: Any) -> None:
+    """Raise DrklError where no process has the whole student, to write with or to send to a server."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    wrapper = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed ZeRO-3" if plugin and plugin.zero_stage == 3 else None
+    if wrapper is not None:
+        raise DrklError(
+            f"rollout_share is above 0 and {wrapper} cuts the student's weights over the processes, but an answer "
+            "needs all of them in one. Use DistributedDataParallel (torchrun or accelerate without FSDP) or DeepSpeed "
+            "ZeRO-1 or ZeRO-2; LoRA or gradient checkpointing save memory there."
         )

@@ -44,7 +44,7 @@ from drkl.training.checks import check_disk
 from drkl.training.faults import find_fault, list_rows
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of, means_of
 from drkl.training.heldout import HeldOut, NonFiniteLoss
-from drkl.training.on_policy import OnPolicy, Places, check_rollouts
+from drkl.training.on_policy import OnPolicy, Places, check_rollouts, check_whole
 from drkl.training.pair import Pair, make_pair
 from drkl.training.record import RunRecord
 
@@ -245,6 +245,8 @@ class DistillationTrainer(Trainer):
             if isinstance(error, DrklError):
                 raise
             raise DrklError(f"transformers.Trainer refuses the arguments: {' '.join(str(error).split())}") from error
+        if self._on_policy is not None:
+            check_whole(self)
         if self._use_cache is not None:
             pair.student.config.use_cache = self._use_cache
         self.remove_callback(PrinterCallback)
@@ -362,7 +364,8 @@ class DistillationTrainer(Trainer):
             assert self.teacher is not None
             teacher_hidden, teacher_head = self.teacher.hidden_at(inputs, keep), self.teacher.head
         every = -(-int(keep.sum()) // STATISTICS_POSITIONS)
-        statistics = StatisticsSums(every) if every and self._will_log() else None
+        of_sampled = None if sampled is None else sampled[keep]
+        statistics = StatisticsSums(every, of_sampled) if every and self._will_log() else None
         seen: list[Tensor] = []
 
         def at_head(hidden: Tensor, head: LMHead | None) -> Tensor:
@@ -375,7 +378,7 @@ class DistillationTrainer(Trainer):
                 teacher_head,
                 labels[keep],
                 self.loss_config,
-                sampled=None if sampled is None else sampled[keep],
+                sampled=of_sampled,
                 objective=self.objective,
                 num_tokens=num_tokens,
                 vocab_size=self.vocab_size,
@@ -417,9 +420,13 @@ class DistillationTrainer(Trainer):
         started = time.monotonic()
         *first, last = inputs["parts"]
         total = torch.zeros((), device=self.args.device)
+        state = self.accelerator.gradient_state
+        syncs = state.sync_gradients
         for part in first:
+            state._set_sync_gradients(False)  # DeepSpeed's engine would take a step after each part
             with self.accelerator.no_sync(model):
                 total += super().training_step(model, part, num_items_in_batch)
+        state._set_sync_gradients(syncs)
         total += super().training_step(model, last, num_items_in_batch)
         self._on_policy.learnt(time.monotonic() - started)
         return total
@@ -528,6 +535,8 @@ class DistillationTrainer(Trainer):
     def on_progress(self, hook: OnProgress) -> None:
         """Call ``hook(steps done, steps in all, newest numbers)`` after every step."""
         self._train_log.on_progress = hook
+        if self._on_policy is not None:
+            self._on_policy.on_writing(lambda done, of: self._train_log.writing(self.state, done, of))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # Only a step that is also saved can be the best that is kept.
