@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from drkl.errors import DrklError
 
@@ -45,18 +45,10 @@ class Client:
     """
 
     def __init__(self, address: str, timeout: float) -> None:
-        parts = urlsplit(address if "://" in address else f"http://{address}")
-        try:
-            port = parts.port
-        except ValueError:
-            port = -1
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query:
-            raise DrklError(
-                f"rollouts.server is {address!r}; expected the address of a vLLM server, as http://127.0.0.1:8000."
-            )
+        parts = _split(address)
         self.address, self._timeout = address, timeout
         self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._host, self._port = parts.hostname, port
+        self._host, self._port = str(parts.hostname), parts.port
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
@@ -187,6 +179,32 @@ class Client:
         elif status >= 500:
             cure = f"See the server's own log, and start it again. {GO_ON}"
         return Refused(f"The vLLM server at {self.address} refuses {path} (HTTP {status}): {words}. {cure}")
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Return the two parts of a server's address; the port is that of http or https where none is given.
+
+    >>> host_and_port("http://10.0.0.7:8100"), host_and_port("https://gpu.example")
+    (('10.0.0.7', 8100), ('gpu.example', 443))
+
+    Raises:
+        DrklError: it is no address.
+    """
+    parts = _split(address)
+    return str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _split(address: str) -> SplitResult:
+    try:
+        parts = urlsplit(address if "://" in address else f"http://{address}")
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query
+    except ValueError:  # a port that is no number, or one that no machine has
+        usable = False
+    if not usable:
+        raise DrklError(
+            f"rollouts.server is {address!r}; expected the address of a vLLM server, as http://127.0.0.1:8000."
+        )
+    return parts
 
 
 def _named(error: Exception) -> str:

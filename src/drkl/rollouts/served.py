@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from drkl.errors import DrklError
 from drkl.models.adapter import merge_adapter
 from drkl.models.forward import is_encoder_decoder
+from drkl.rollouts.config import RolloutsConfig
 
 SERVED_NAME = "student"
 """What `rollout-server` calls the model."""
@@ -26,6 +27,14 @@ INSTALL = (
     "pip install vllm in an environment of its own (its torch and transformers are pinned), and name it: "
     "--vllm PATH/bin/vllm. docs/vllm.md says how, on a CPU too."
 )
+
+
+def served_folder(config: RolloutsConfig, run: Path) -> Path:
+    """The folder through which the weights of a run go to its server.
+
+    By default it stands beside the run's own folder, which must not exist before the run.
+    """
+    return run.with_name(f"{run.name}-rollout-server") if config.server_folder is None else Path(config.server_folder)
 
 
 def check_servable(student: PreTrainedModel) -> None:
