@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, LogitsProcessor, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
-from drkl.models.decoding import WITHOUT_CACHE, Way, decode, plain_decoding, way_of
+from drkl.models.decoding import WITHOUT_CACHE, decode, plain_decoding, way_of
 from drkl.models.generate import sample_texts
+from drkl.models.steps import Way, read_prompts
 from tests.models import tiny
 from tests.models.cache_families import EOS, FAMILIES
 
@@ -113,22 +115,16 @@ def test_experts_that_drop_tokens_over_their_capacity_read_the_whole_again() -> 
 
 @pytest.mark.parametrize("way", [Way(), WITHOUT_CACHE])
 def test_decoding_ends_when_every_row_has(way: Way) -> None:
-    class Ends(LogitsProcessor):
+    def pick(logits: Sequence[torch.Tensor], rows: Sequence[int], step: int) -> torch.Tensor:
         """The first row ends with its second token, the other with its third."""
-
-        steps = 0
-
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            self.steps += 1
-            forced = torch.tensor([EOS if self.steps >= 2 else 9, EOS if self.steps >= 3 else 9])
-            return torch.full_like(scores, -torch.inf).scatter_(-1, forced[:, None], 0.0)
+        assert len(logits[0]) == len(rows) == (1 if step > 1 else 2)
+        return torch.tensor([EOS if step > row else 9 for row in rows])
 
     model = tiny.llama()
     with plain_decoding(model):
-        new = decode(
-            model, [[5, 6], [7]], 1, way, stops=[EOS], max_new_tokens=9, processors=[Ends()], pad_id=0
-        ).tolist()  # fmt: skip
-    assert new[0][:2] == [9, EOS] and new[1] == [9, 9, EOS]
+        batch = read_prompts(model, [[5, 6], [7]], [1, 1], way, max_new_tokens=9, pad_id=0)
+        new = decode([batch], pick, stops=[EOS], limits=[9, 9], drop=way.drop)
+    assert new == [[9, EOS], [9, 9, EOS]]
 
 
 def test_plain_decoding_leaves_the_model_as_it_was() -> None:

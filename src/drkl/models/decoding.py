@@ -8,45 +8,26 @@ So each way is tried on a few tokens before it is used, once for a model.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, LogitsProcessor, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import GenerationConfig, PreTrainedModel
 
-from drkl.data.collate import collate_prompts, collate_sources
 from drkl.models.check import FAILURES, check_forward, own_logits, plain_ids, same_logits
 from drkl.models.context import contexts_of
-from drkl.models.forward import (
-    accepted_inputs,
-    decoder_start,
-    hidden_states,
-    in_eval_mode,
-    is_encoder_decoder,
-    lm_head,
-    right_padded,
-)
+from drkl.models.forward import decoder_start, in_eval_mode, is_encoder_decoder, replaced
+from drkl.models.steps import Steps, Way, new_cache, read_prompts
 
+Pick = Callable[[Sequence[Tensor], Sequence[int], int], Tensor]
 
-@dataclass(frozen=True)
-class Way:
-    """How new tokens are made."""
-
-    cache: bool = True
-    """Each step reads the newest token only. False reads the whole sequence again for each."""
-    pad: bool = True
-    """A batch has prompts of several lengths."""
-    share: bool = True
-    """A prompt is read once for all its samples."""
-
-
-WAYS = (Way(), Way(share=False), Way(pad=False), Way(pad=False, share=False))
+WAYS = tuple(Way(pad=pad, share=share, drop=drop) for pad, share, drop in itertools.product((True, False), repeat=3))
 """The fastest first."""
 WITHOUT_CACHE = Way(cache=False, share=False)
 """Right for every model that `check_forward` lets pass."""
@@ -69,7 +50,10 @@ _WITHOUT_BLOCKS = (
 )
 """Layers of a cache that hold tokens, or one state, and no blocks of tokens."""
 
-_CHOSEN: weakref.WeakKeyDictionary[nn.Module, dict[int, Way]] = weakref.WeakKeyDictionary()
+_LEAVING = 0.125
+"""Share of a batch's rows that leave together: taking rows out copies the cache."""
+
+_CHOSEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, torch.dtype], Way]] = weakref.WeakKeyDictionary()
 
 
 def way_of(model: PreTrainedModel, shortest: int, max_new_tokens: int) -> Way:
@@ -84,12 +68,13 @@ def way_of(model: PreTrainedModel, shortest: int, max_new_tokens: int) -> Way:
         DrklError: a model that `check_forward` refuses.
     """
     chosen = _CHOSEN.setdefault(model, {})
-    shortest = min(shortest, _LENGTHS[0])
-    if shortest not in chosen:
-        check_forward(model)
+    case = min(shortest, _LENGTHS[0]), computing_dtype(model)
+    if case not in chosen:
+        with torch.autocast(model.device.type, enabled=False):
+            check_forward(model)
         with plain_decoding(model):
-            chosen[shortest] = _first_right(model, shortest)
-        if not chosen[shortest].cache:
+            chosen[case] = _first_right(model, case[0])
+        if not chosen[case].cache:
             _log.warning(
                 f"{type(model).__name__} gives other logits with transformers' cache than without. It answers without: "
                 "the whole sequence is read again for each new token, which is slow."
@@ -98,7 +83,7 @@ def way_of(model: PreTrainedModel, shortest: int, max_new_tokens: int) -> Way:
     if capacity is not None and max_new_tokens >= capacity:
         # Experts drop tokens over their capacity when they read a whole sequence, and none when they read one token.
         return WITHOUT_CACHE
-    return chosen[shortest]
+    return chosen[case]
 
 
 def _first_right(model: PreTrainedModel, shortest: int) -> Way:
@@ -121,153 +106,92 @@ def _first_right(model: PreTrainedModel, shortest: int) -> Way:
 
 def _is_right(model: PreTrainedModel, batches: list[list[list[int]]], way: Way) -> bool:
     """Whether the logits of each step are those of the whole sequence."""
-    start, answers = decoder_start(model), []
-    for prompts in batches:
-        scores = _Scores()
-        new = decode(model, prompts, 2, way, stops=[], max_new_tokens=_TOKENS, processors=[scores], pad_id=0).tolist()
-        answers += [(prompts[row // 2], tokens, torch.stack(scores.seen, 1)[row]) for row, tokens in enumerate(new)]
+    start = decoder_start(model)
     known: dict[tuple[int, ...], Tensor] = {}
-    for prompt, tokens, logits in answers:
-        source, fed = (None, prompt) if start is None else (prompt, [start])
-        key = (*prompt, *tokens[:-1])
-        if key not in known:
-            known[key] = own_logits(model, [*fed, *tokens[:-1]], source)[-_TOKENS:]
-        if not same_logits(logits.to(known[key].device), known[key], model.dtype, strict=True):
-            return False
+    for prompts in batches:
+        seen: list[list[Tensor]] = [[] for _ in range(2 * len(prompts))]
+
+        def pick(logits: Sequence[Tensor], rows: Sequence[int], step: int, seen: Any = seen) -> Tensor:
+            for row, scores in zip(rows, logits[0], strict=True):
+                seen[row].append(scores.clone())
+            return logits[0].argmax(-1)
+
+        # The first of two rows leaves after its first token, so that the other one's place changes.
+        limits = [1 if way.drop and row % 2 == 0 else _TOKENS for row in range(len(seen))]
+        batch = read_prompts(model, prompts, [2] * len(prompts), way, max_new_tokens=_TOKENS, pad_id=0)
+        new = decode([batch], pick, stops=(), limits=limits, drop=way.drop)
+        for row, tokens in enumerate(new):
+            prompt, logits = prompts[row // 2], torch.stack(seen[row][: len(tokens)])
+            source, fed = (None, prompt) if start is None else (prompt, [start])
+            key = (*prompt, *tokens[:-1])
+            if key not in known:
+                known[key] = own_logits(model, [*fed, *tokens[:-1]], source)[-len(tokens) :]
+            if not same_logits(logits.to(known[key].device), known[key], computing_dtype(model), strict=True):
+                return False
     return True
+
+
+def computing_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of a model's matrix products: autocast's where it is on."""
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
 def _may_shift(model: Any) -> bool:
     """Whether padding on the left moves no border of a block: caches of compressed or indexed blocks count from it."""
     if is_encoder_decoder(model) or not model._supports_default_dynamic_cache():
         return True
-    return all(type(layer).__name__ in _WITHOUT_BLOCKS for layer in _new_cache(model).layers)
-
-
-class _Scores(LogitsProcessor):
-    """Remembers the logits of each step."""
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.seen.append(scores.clone())
-        return scores
+    return all(type(layer).__name__ in _WITHOUT_BLOCKS for layer in new_cache(model).layers)
 
 
 def decode(
-    model: Any,  # transformers types a PreTrainedModel without the generation mixin
-    prompts: Sequence[Sequence[int]],
-    num_samples: int,
-    way: Way,
+    batches: Sequence[Steps],
+    pick: Pick,
     *,
-    stops: list[int],
-    max_new_tokens: int,
-    processors: list[LogitsProcessor],
-    pad_id: int,
-    begin: Sequence[int] = (),
-) -> Tensor:
-    """Return the most probable new tokens `[prompts * num_samples, steps]`, the samples of a prompt in a row.
+    stops: Collection[int],
+    limits: Sequence[int],
+    drop: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Return the new tokens of each row, up to and including the first that stops it.
 
     Args:
-        model: in `plain_decoding`.
-        prompts: token ids; of one length, unless the way pads.
-        num_samples: at least 1.
-        way: how.
-        stops: the ids that end a row; decoding ends when each row has one.
-        max_new_tokens: at least 1.
-        processors: change the logits `[prompts * num_samples, vocab]` of each step.
-        pad_id: fills batches.
-        begin: the tokens that an encoder-decoder's answers begin with; they are not returned.
+        batches: the same rows as one model reads them, or as each of several does.
+        pick: chooses the next tokens `[rows]` from the logits `[rows, vocab]` of each model, the numbers of these rows
+            and the number of the step.
+        stops: the ids that end a row.
+        limits: the most tokens of each row, at least 1.
+        drop: rows that have ended leave the batch.
+        progress: called after each step with the tokens that were written, or that an ended row will not need, and
+            with the number of rows that ended.
     """
-    start = decoder_start(model)
-    first = None if start is None else [start, *begin]
-    if not way.cache:
-        rows = [list(prompt) for prompt in prompts for _ in range(num_samples)]
-        return _read_again(model, rows, first, stops, max_new_tokens, processors, pad_id)
-    encoder_decoder = is_encoder_decoder(model)
-    batch = (collate_sources if encoder_decoder else collate_prompts)(prompts, pad_id=pad_id)
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    inputs: dict[str, Any] = {
-        name: batch[name].repeat_interleave(num_samples, 0) for name in ("input_ids", "attention_mask")
-    }
-    if way.share and encoder_decoder:
-        del inputs["input_ids"]
-        inputs |= _shared_encoding(model, batch, num_samples)
-    elif way.share:
-        inputs |= _shared_prefix(model, batch, num_samples)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        eos_token_id=stops or None,
-        pad_token_id=pad_id,
-        decoder_start_token_id=start,
-    )
-    if first is not None:
-        inputs["decoder_input_ids"] = torch.tensor([first], device=model.device).repeat(len(prompts) * num_samples, 1)
-    out = model.generate(**inputs, generation_config=config, logits_processor=processors)
-    new: Tensor = out[:, batch["input_ids"].shape[1] if first is None else len(first) :]
-    return new
-
-
-def _shared_encoding(model: Any, batch: dict[str, Tensor], num_samples: int) -> dict[str, Any]:
-    """Encode each prompt once for all its samples."""
-    states = model.get_encoder()(**batch).last_hidden_state
-    return {
-        "encoder_outputs": BaseModelOutput(last_hidden_state=states.repeat_interleave(num_samples, 0)),
-        # The one that generate would make is as deep as the encoder, which breaks under a deeper decoder.
-        "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache()),
-    }
-
-
-def _shared_prefix(model: Any, batch: dict[str, Tensor], num_samples: int) -> dict[str, Any]:
-    """Read each prompt once for all its samples, except for its last token, whose logits the decoding loop takes.
-
-    Empty where that saves nothing.
-    """
-    if num_samples == 1 or batch["input_ids"].shape[1] == 1:
-        return {}
-    cache = _new_cache(model)
-    # Families with ALiBi take no positions; they count from the attention mask.
-    before_last = accepted_inputs(model.base_model, {name: tensor[:, :-1] for name, tensor in batch.items()})
-    model.base_model(**before_last | {"past_key_values": cache, "use_cache": True})
-    # Layers of every kind can be reordered, as beams are; not all can be repeated by a method of their own.
-    rows: Any = torch.arange(len(batch["input_ids"]), device=model.device).repeat_interleave(num_samples)
-    cache.reorder_cache(rows)
-    return {"past_key_values": cache}
-
-
-def _new_cache(model: PreTrainedModel) -> DynamicCache:
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
-
-
-def _read_again(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    first: list[int] | None,
-    stops: list[int],
-    max_new_tokens: int,
-    processors: list[LogitsProcessor],
-    pad_id: int,
-) -> Tensor:
-    """Read the whole of each sequence again for each new token; ``first`` is what a decoder is fed at first."""
-    head = lm_head(model)
-    rows = prompts if first is None else [list(first) for _ in prompts]
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
-    new: list[Tensor] = []
-    while len(new) < max_new_tokens and not bool(ended.all()):
-        batch = right_padded(model, rows, None if first is None else prompts, pad_id)
-        last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
-        scores = head.logits(hidden_states(model, batch)[torch.arange(len(rows), device=model.device), last])
-        for processor in processors:
-            scores = processor(batch["input_ids"], scores)
-        new.append(scores.argmax(-1))
-        ended |= torch.isin(new[-1], torch.tensor(stops, device=model.device))
-        for row, token in zip(rows, new[-1].tolist(), strict=True):
-            row.append(token)
-    return torch.stack(new, 1)
+    new: list[list[int]] = [[] for _ in limits]
+    rows = list(range(len(limits)))
+    going = set(rows)
+    for step in itertools.count():
+        tokens = pick([batch.logits() for batch in batches], rows, step)
+        done, ended = 0, 0
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if row not in going:
+                continue
+            new[row].append(token)
+            done += 1
+            if token in stops or len(new[row]) == limits[row]:
+                going.remove(row)
+                done, ended = done + limits[row] - len(new[row]), ended + 1
+        if progress is not None:
+            progress(done, ended)
+        if not going:
+            return new
+        if drop and len(rows) - len(going) >= _LEAVING * len(rows):
+            places = [place for place, row in enumerate(rows) if row in going]
+            rows = [rows[place] for place in places]
+            tokens = tokens[places]
+            for batch in batches:
+                batch.keep(places)
+        for batch in batches:
+            batch.read(tokens)
+    raise AssertionError("never")
 
 
 @contextmanager
@@ -280,8 +204,9 @@ def plain_decoding(model: PreTrainedModel) -> Iterator[None]:
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        # Not inference_mode: what it leaves in a model's buffers could not be trained through afterwards.
-        with in_eval_mode(model), torch.no_grad():
+        # Not inference_mode: what it leaves in a model's buffers could not be trained through afterwards. Not by an
+        # instance's own `forward`: hooks and autocast of a training around the model are not for these numbers.
+        with in_eval_mode(model), torch.no_grad(), replaced(model, partial(type(model).forward, model)):
             yield
     finally:
         model.generation_config = own

@@ -1,35 +1,33 @@
 """Seeded sampling whose samples depend on the prompt and the seed, and not on the batch.
 
-Each token is drawn by walking down a binary tree over the vocabulary: at every node a uniform random number decides
-between the probabilities of the left and the right half. The numbers are a function of (seed, prompt, sample, step).
+Each token is drawn by walking down a binary tree over the vocabulary (`draw`). The random numbers are a function of
+(seed, prompt, sample, step).
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import LogitsProcessor
 
-from drkl.data.examples import hash_of_id
 from drkl.errors import DrklError
 from drkl.models.context import contexts_of
 from drkl.models.decoding import decode, plain_decoding, way_of
+from drkl.models.draw import Draw, most_probable, uniforms
 from drkl.models.ends import answer_start, stops_of
 from drkl.models.forward import is_encoder_decoder
+from drkl.models.steps import Way, read_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     Progress = Callable[[int], None]
 
-DEPTH = 24
-"""Random numbers per token: enough for a vocabulary of 2**24 tokens, and the same for every vocabulary."""
+BATCH_TOKENS = 2**16
+"""Most token slots of a batch, of prompts and answers together: they bound the memory of the cache."""
 
 
 @dataclass(frozen=True)
@@ -96,171 +94,211 @@ def sample_texts(
         DrklError: a number out of range, an empty prompt, one that leaves no room in the model's context, or logits
             that are not finite.
     """
-    _check(samples_per_prompt, sampling_temperature, max_new_tokens, seed, batch_size)
+    _check(samples_per_prompt=samples_per_prompt, max_new_tokens=max_new_tokens)
     names = [",".join(map(str, prompt)) for prompt in prompts] if keys is None else list(keys)
     assert len(names) == len(prompts), "one key per prompt"
-    begin = answer_start(model, tokenizer)
-    _check_prompts(model, prompts, names, max_new_tokens, len(begin))
     stops = stops_of(model, tokenizer, template) if stop_ids is None else list(stop_ids)
-    lengths = [len(prompt) for prompt in prompts]
-    way = way_of(model, min(lengths, default=1), max_new_tokens)
-    answers: list[list[Generation]] = [[] for _ in prompts]
-    with plain_decoding(model):
-        for group, samples in sampling_batches(lengths, samples_per_prompt, batch_size, mixed=way.pad):
-            watch = _Watch(len(group) * len(samples), max_new_tokens, progress)
-            processors: list[LogitsProcessor] = [watch]
+    asked = [(i, first_sample + s) for i in range(len(prompts)) for s in range(samples_per_prompt)]
+    answers = sample_ids(
+        [Reader(model, [prompts[i] for i, _ in asked])],
+        keys=[names[i] for i, _ in asked],
+        streams=[stream for _, stream in asked],
+        limits=[max_new_tokens] * len(asked),
+        stops=stops,
+        seed=seed,
+        sampling_temperature=sampling_temperature,
+        batch_size=batch_size,
+        greedy=greedy,
+        begin=answer_start(model, tokenizer),
+        pad_id=stops[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id),
+        progress=None if progress is None else lambda done, _: progress(done),
+    )
+    texts = [_decoded(tokenizer, ids, finished) for ids, finished in answers]
+    return [texts[start : start + samples_per_prompt] for start in range(0, len(texts), samples_per_prompt)]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model, and how it reads the prompts."""
+
+    model: PreTrainedModel
+    """On its device; in eval mode during the call."""
+    prompts: Sequence[Sequence[int]]
+    """Token ids, none empty; for an encoder-decoder the input of its encoder."""
+    share: float = 1.0
+    """Weight of the model's distribution among those of all readers."""
+    name: str = "model"
+    """What errors call it."""
+
+
+def sample_ids(
+    readers: Sequence[Reader],
+    *,
+    keys: Sequence[str],
+    streams: Sequence[int],
+    limits: Sequence[int],
+    stops: Sequence[int],
+    pad_id: int,
+    seed: int = 0,
+    sampling_temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 96,
+    greedy: bool = False,
+    begin: Sequence[int] = (),
+    vocab_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[tuple[tuple[int, ...], bool]]:
+    """Sample one answer to each prompt, from one model or from a mixture of several models' distributions.
+
+    The random numbers of an answer depend on (seed, key, stream) alone, as `sample_texts` says. Equal prompts are read
+    once, and rows that have ended leave the batch, where a model's logits stay the same by it.
+
+    Args:
+        readers: the models; each is given the same answer so far after its own prompt.
+        keys: a name per answer.
+        streams: at least 0; answers of one key and other streams have other random numbers.
+        limits: the most tokens of each answer, at least 1, the stop token included.
+        stops: the ids that end an answer.
+        pad_id: fills batches.
+        seed: at least 0.
+        sampling_temperature: > 0; of each model softmax(logits / sampling_temperature).
+        top_p: in (0, 1]; 1 is the whole vocabulary. Otherwise the most probable tokens of the mixture that together
+            have this probability, with the one that reaches it.
+        batch_size: sequences decoded at once; fewer where they are long. Prompts of similar length share a batch.
+        greedy: take the first model's most probable token instead.
+        begin: the tokens that an encoder-decoder's answers begin with; they are not returned.
+        vocab_size: the ids that may be drawn are those below; None is all that the models share.
+        progress: called after each step with the token slots that are done (they add up to those of ``limits``) and
+            the number of answers that ended.
+
+    Returns:
+        The tokens of each answer up to its stop token, which is included, and whether there is one.
+
+    Raises:
+        DrklError: a number out of range, an empty prompt, one that leaves no room in a model's context, or logits
+            that are not finite.
+    """
+    _check_sampling(sampling_temperature, top_p, seed, batch_size)
+    for reader in readers:
+        _check_prompts(reader, keys, limits, len(begin))
+    if not keys:
+        return []
+    ways = [way_of(reader.model, min(map(len, reader.prompts)), max(limits)) for reader in readers]
+    found: list[list[int]] = [[] for _ in keys]
+    shares = [reader.share for reader in readers]
+    ended, drop = frozenset(stops), all(way.drop for way in ways)
+    with contextlib.ExitStack() as stack:
+        for reader in readers:
+            stack.enter_context(plain_decoding(reader.model))
+        for batch in _batches(readers, limits, batch_size, ways):
+            rows = [row for alike in batch for row in alike]
+            longest = max(limits[row] for row in rows)
+            draw = most_probable
             if not greedy:
-                draws = [_uniforms(seed, names[i], first_sample + s, max_new_tokens) for i in group for s in samples]
-                processors.append(_Descent(np.stack(draws), sampling_temperature))
+                numbers = np.stack([uniforms(seed, keys[row], streams[row], longest) for row in rows])
+                draw = Draw(numbers, sampling_temperature, top_p, shares, vocab_size)
+            started = [
+                read_prompts(
+                    reader.model,
+                    [reader.prompts[alike[0]] for alike in batch],
+                    [len(alike) for alike in batch],
+                    way,
+                    max_new_tokens=longest,
+                    pad_id=pad_id,
+                    begin=begin,
+                )
+                for reader, way in zip(readers, ways, strict=True)
+            ]
             new = decode(
-                model,
-                [prompts[i] for i in group],
-                len(samples),
-                way,
-                stops=stops,
-                max_new_tokens=max_new_tokens,
-                processors=processors,
-                pad_id=_pad_id(tokenizer, stops),
-                begin=begin,
+                started,
+                draw,
+                stops=ended,
+                limits=[limits[row] for row in rows],
+                drop=drop,
+                progress=progress,
             )
-            for row, ids in enumerate(new.tolist()):
-                answers[group[row // len(samples)]].append(_finish(tokenizer, ids, stops))
-            watch.finish()
-    return answers
+            for row, ids in zip(rows, new, strict=True):
+                found[row] = ids
+    return [(tuple(ids), ids[-1] in ended) for ids in found]
 
 
-class _Descent(LogitsProcessor):
-    """Samples a token by descending a binary tree over the vocabulary, and makes it the only possible one.
-
-    At each node a fresh uniform number is compared with the left half's share of the probability. One number compared
-    with the cumulative sum would be simpler, but its 50,000 boundaries lie so close together that rounding inside the
-    model, which depends on the batch, changed one token in a thousand.
-    """
-
-    def __init__(self, uniforms: np.ndarray, temperature: float) -> None:
-        """``uniforms``: `[rows, steps, DEPTH]` in [0, 1)."""
-        self.uniforms = torch.from_numpy(uniforms)
-        self.temperature = temperature
-        self.step = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # float64, so that sums over the vocabulary add nothing to the model's own rounding; mps has none.
-        wide = torch.float32 if scores.device.type == "mps" else torch.float64
-        logits = scores.to(wide)
-        levels = [((logits - logits.amax(-1, keepdim=True)) / self.temperature).exp_()]
-        while levels[-1].shape[-1] > 1:
-            if levels[-1].shape[-1] % 2:
-                levels[-1] = torch.nn.functional.pad(levels[-1], (0, 1))
-            levels.append(levels[-1].unflatten(-1, (-1, 2)).sum(-1))
-        draws = self.uniforms[:, self.step].to(logits)
-        node = torch.zeros(len(scores), 1, dtype=torch.long, device=scores.device)
-        for depth, level in enumerate(reversed(levels[:-1])):
-            left, right = level.gather(-1, 2 * node), level.gather(-1, 2 * node + 1)
-            # right > 0: a draw rounded up to 1 must not lead where there is nothing.
-            node = 2 * node + ((draws[:, depth, None] * (left + right) >= left) & (right > 0))
-        self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter_(-1, node, 0.0)
+def _batches(
+    readers: Sequence[Reader], limits: Sequence[int], batch_size: int, ways: Sequence[Way]
+) -> Iterator[list[list[int]]]:
+    """Yield the answers of a batch, those to one prompt together; prompts of similar length share a batch."""
+    alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for row in range(len(limits)):
+        alike.setdefault(tuple(tuple(reader.prompts[row]) for reader in readers), []).append(row)
+    pieces = [
+        (tuple(map(len, prompts)), rows[start : start + batch_size])
+        for prompts, rows in alike.items()
+        for start in range(0, len(rows), batch_size)
+    ]
+    batch: list[list[int]] = []
+    given: tuple[int, ...] = ()
+    for lengths, rows in sorted(pieces, key=lambda piece: piece[0]):
+        size = sum(map(len, batch)) + len(rows)
+        slots = size * (sum(lengths) + len(lengths) * max(limits))
+        unlike = any(not way.pad and a != b for way, a, b in zip(ways, lengths, given))  # noqa: B905
+        if batch and (size > batch_size or slots > BATCH_TOKENS or unlike):
+            yield batch
+            batch = []
+        batch, given = [*batch, rows], lengths
+    if batch:
+        yield batch
 
 
-class _Watch(LogitsProcessor):
-    """Refuses logits that are not finite, and reports the token slots of a batch step by step.
-
-    The slots that are left when every row has stopped early are reported at the end.
-    """
-
-    def __init__(self, num_rows: int, num_steps: int, report: Progress | None) -> None:
-        self.num_rows, self.left, self.report = num_rows, num_rows * num_steps, report
-        self.started = False
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # NaN would go unnoticed: every comparison with it is false, and the answer a row of token 0.
-        if not torch.isfinite(scores.amax(-1)).all():
-            raise DrklError(
-                "The model's logits are not finite numbers: its weights are broken, or overflow their dtype."
-            )
-        # Called before each token: the step that is done is the one before.
-        if self.started:
-            self._done(self.num_rows)
-        self.started = True
-        return scores
-
-    def finish(self) -> None:
-        self._done(self.left)
-
-    def _done(self, slots: int) -> None:
-        self.left -= slots
-        if self.report is not None and slots:
-            self.report(slots)
-
-
-def sampling_batches(
-    lengths: Sequence[int], num_samples: int, batch_size: int, *, mixed: bool = True
-) -> Iterator[tuple[list[int], range]]:
-    """Yield prompts of similar length and the samples to draw for each, at most ``batch_size`` sequences at a time.
-
-    Prompts of different lengths go together where ``mixed``.
-    """
+def sampling_batches(lengths: Sequence[int], num_samples: int, batch_size: int) -> Iterator[tuple[list[int], range]]:
+    """Yield prompts of similar length and the samples to draw for each, at most ``batch_size`` sequences at a time."""
     together = min(num_samples, batch_size)
     width = batch_size // together
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for _, alike in itertools.groupby(order, key=lambda i: 0 if mixed else lengths[i]):
-        group = list(alike)
-        for start in range(0, len(group), width):
-            for first in range(0, num_samples, together):
-                yield group[start : start + width], range(first, min(first + together, num_samples))
+    for start in range(0, len(order), width):
+        for first in range(0, num_samples, together):
+            yield order[start : start + width], range(first, min(first + together, num_samples))
 
 
-def _uniforms(seed: int, key: str, sample: int, count: int) -> np.ndarray:
-    words = np.frombuffer(hash_of_id(key), dtype="<u4")
-    return np.random.default_rng([seed, sample, *words.tolist()]).random((count, DEPTH))
-
-
-def _finish(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> Generation:
-    end = next((i for i, token in enumerate(ids) if token in stops), None)
-    answer = ids if end is None else ids[:end]
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], finished: bool) -> Generation:
+    answer = list(ids[:-1] if finished else ids)
     text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
-    return Generation(text, tuple(ids if end is None else ids[: end + 1]), end is not None)
+    return Generation(text, ids, finished)
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
-    return stops[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-
-
-def _check(samples_per_prompt: int, temperature: float, max_new_tokens: int, seed: int, batch_size: int) -> None:
+def _check_sampling(temperature: float, top_p: float, seed: int, batch_size: int) -> None:
     if not 0 < temperature < float("inf"):
         raise DrklError(
             f"sampling_temperature is {temperature}; expected a finite number above 0. For the most probable answer "
             "decode greedily instead."
         )
-    for name, value, least in (
-        ("samples_per_prompt", samples_per_prompt, 1),
-        ("max_new_tokens", max_new_tokens, 1),
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-    ):
+    if not 0 < top_p <= 1:
+        raise DrklError(f"top_p is {top_p}; expected a number in (0, 1], where 1 is the whole vocabulary.")
+    _check(batch_size=batch_size)
+    _check(0, seed=seed)
+
+
+def _check(least: int = 1, **numbers: int) -> None:
+    for name, value in numbers.items():
         if value < least:
             raise DrklError(f"{name} is {value}; expected a whole number, at least {least}.")
 
 
-def _check_prompts(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], names: list[str], max_new_tokens: int, given: int
-) -> None:
-    encoder_positions, positions = contexts_of(model.config)
-    encoder_decoder = is_encoder_decoder(model)
-    for name, prompt in zip(names, prompts, strict=True):
+def _check_prompts(reader: Reader, names: Sequence[str], limits: Sequence[int], given: int) -> None:
+    encoder_positions, positions = contexts_of(reader.model.config)
+    encoder_decoder = is_encoder_decoder(reader.model)
+    for name, prompt, limit in zip(names, reader.prompts, limits, strict=True):
         if not prompt:
             raise DrklError(f"Prompt {name!r} has no tokens; expected at least one.")
         if encoder_decoder and encoder_positions is not None and len(prompt) > encoder_positions:
             raise DrklError(
-                f"Prompt {name!r} ({len(prompt)} tokens) passes the {encoder_positions} positions of the model's "
-                "encoder. Shorten it."
+                f"Prompt {name!r} ({len(prompt)} tokens) passes the {encoder_positions} positions of the "
+                f"{reader.name}'s encoder. Shorten it."
             )
-        needed = given + max_new_tokens if encoder_decoder else len(prompt) + max_new_tokens
+        needed = given + limit if encoder_decoder else len(prompt) + limit
         if positions is not None and needed > positions:
             raise DrklError(
-                f"max_new_tokens ({max_new_tokens}) passes the {positions} positions of the model's decoder. Lower it."
+                f"max_new_tokens ({limit}) passes the {positions} positions of the {reader.name}'s decoder. Lower it."
                 if encoder_decoder
-                else f"A prompt of {len(prompt)} tokens and max_new_tokens ({max_new_tokens}) pass the model's "
+                else f"A prompt of {len(prompt)} tokens and max_new_tokens ({limit}) pass the {reader.name}'s "
                 f"{positions} positions. Shorten the prompt, or lower max_new_tokens."
             )

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from drkl.data.collate import collate
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
-from drkl.models.ends import stops_of
+from drkl.models.ends import answer_start, stops_of
 from drkl.models.forward import decoder_start
 from drkl.rollouts.answers import Writer
 from drkl.rollouts.builtin import BuiltInWriter
@@ -60,7 +60,7 @@ class OnPolicy:
         self._pair, self._args = pair, args
         self._slots = args.gradient_accumulation_steps * args.world_size
         self._start = decoder_start(pair.student)
-        self.writer = _writer(pair, args)
+        self.writer = make_writer(pair, args)
         rows: Any = pair.rows
         self._answered = AnsweredSteps(
             rows,
@@ -151,9 +151,27 @@ class _Since:
         }
 
 
-def _writer(pair: Pair, args: DistillationConfig) -> Writer:
+def make_writer(pair: Pair, args: DistillationConfig, source: str | None = None) -> Writer:
+    """The writer of a pair's answers; ``source`` stands in for that of the settings."""
+    assert pair.teacher is not None, "check_rollouts refuses the rest"
+    rollouts = args.rollouts
+    source = source or rollouts.source
+    model = pair.teacher.model if source == "teacher" else pair.student
     words = getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # of a processor
-    return BuiltInWriter(pair.student, words, stops_of(pair.student, words, args.template))
+    return BuiltInWriter(
+        pair.student,
+        teacher=pair.teacher.model,
+        source=source,  # type: ignore[arg-type]
+        teacher_share=rollouts.teacher_share,
+        stops=stops_of(model, words, args.template),
+        sampling_temperature=rollouts.sampling_temperature,
+        top_p=rollouts.top_p,
+        batch_size=rollouts.batch_size,
+        precision=args.precision,
+        vocab_size=pair.vocab_size,
+        pad_id=pair.pad_id,
+        begin=answer_start(model, words),
+    )
 
 
 def check_rollouts(pair: Pair, args: DistillationConfig) -> None:
