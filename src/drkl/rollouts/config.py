@@ -65,7 +65,7 @@ class RolloutsConfig(BaseModel):
     server_folder: str | None = Field(
         None,
         description="Folder, seen by this program and by the server, through which the student's weights go. Default: "
-        "rollout-server/ of the run folder.",
+        "NAME-rollout-server beside the run folder NAME.",
     )
     server_timeout: float = Field(
         600.0, gt=0, allow_inf_nan=False, description="Longest wait for the server, in seconds."
