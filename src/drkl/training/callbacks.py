@@ -105,6 +105,24 @@ class Epochs(TrainerCallback):
             control.should_save |= self._on["save"]
 
 
+class BeforeFirstStep(TrainerCallback):
+    """Calls something once, before the first step of a run; a resumed run has done it.
+
+    Args:
+        hook: what is called.
+    """
+
+    def __init__(self, hook: Callable[[], None]) -> None:
+        self._hook = hook
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Call it."""
+        if state.global_step == 0:
+            self._hook()
+
+
 class LastStep(TrainerCallback):
     """Evaluates after the last step, so that the last weights take part in the choice of the best."""
 

@@ -18,8 +18,11 @@ from drkl.models.ends import answer_start, stops_of
 from drkl.models.forward import decoder_start
 from drkl.rollouts.answers import Writer
 from drkl.rollouts.builtin import BuiltInWriter
+from drkl.rollouts.health import RolloutLog
+from drkl.rollouts.served import served_folder
+from drkl.rollouts.server import ServerWriter
 from drkl.rollouts.steps import AnsweredSteps, Share, cut
-from drkl.runs import read_json, write_json
+from drkl.runs import RunFolder, read_json, write_json
 from drkl.training.arguments import DistillationConfig
 from drkl.training.pair import Pair
 
@@ -50,29 +53,41 @@ class OnPolicy:
     Args:
         pair: models and rows.
         args: how to train; ``args.rollouts`` is on.
+        run: the run's folder.
         steps: the numbers of the rows of every step.
         ends: the steps after which a pass over the rows ends.
     """
 
     def __init__(
-        self, pair: Pair, args: DistillationConfig, steps: Sequence[Sequence[int]], ends: Sequence[int]
+        self,
+        pair: Pair,
+        args: DistillationConfig,
+        run: RunFolder,
+        steps: Sequence[Sequence[int]],
+        ends: Sequence[int],
     ) -> None:
         self._pair, self._args = pair, args
         self._slots = args.gradient_accumulation_steps * args.world_size
         self._start = decoder_start(pair.student)
-        self.writer = make_writer(pair, args)
+        served = args.rollouts.generator == "vllm"
+        writer = server_writer(pair, args, run) if served else builtin_writer(pair, args, args.rollouts.source)
         rows: Any = pair.rows
         self._answered = AnsweredSteps(
             rows,
             steps,
             ends,
             args.rollouts,
-            self.writer,
+            writer,
             seed=args.seed,
             max_new_tokens=pair.max_new_tokens,
             room=pair.room,
-            share=Share(args.process_index, args.world_size, gather_object) if args.world_size > 1 else None,
+            share=share_of(args, first_alone=served),
         )
+        if isinstance(writer, ServerWriter):
+            self._answered.before_writing = lambda step: writer.sync(pair.student, step)
+        stops = stops_for(pair, args, args.rollouts.source)
+        self._log = RolloutLog()
+        self._answered.on_answers = lambda answers: self._log.add(answers, stops)
         self._since = _Since()
 
     def on_writing(self, hook: Callable[[int, int], None]) -> None:
@@ -109,24 +124,32 @@ class OnPolicy:
     def numbers(self) -> dict[str, float]:
         """What is logged of the steps since the last call."""
         since, self._since = self._since, _Since()
-        return since.numbers()
+        return self._log.pop() | since.numbers()
 
     def save(self, checkpoint: Path) -> None:
         """Write what a resumed run needs into a checkpoint."""
-        write_json(checkpoint / STATE, self._answered.state())
+        write_json(checkpoint / STATE, {"answers": self._answered.state(), "log": self._log.state()})
 
     def load(self, checkpoint: Path, step: int) -> None:
         """Go on from a checkpoint.
 
         Raises:
-            DrklError: it was written by a run without sampled answers.
+            DrklError: it was written by a run without sampled answers, or its answers are broken.
         """
         if not (checkpoint / STATE).is_file():
             raise DrklError(
                 f"{str(checkpoint)!r} has no {STATE}: its run trained on the data's responses alone. Leave "
                 "rollouts.share at 0 to go on with it, or start a new run."
             )
-        self._answered.load_state(read_json(checkpoint / STATE), step)
+        state = read_json(checkpoint / STATE)
+        try:
+            self._answered.load_state(state["answers"], step)
+            self._log.restore(state["log"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DrklError(
+                f"{str(checkpoint / STATE)!r} does not hold the answers of a run ({error!r}). Remove that checkpoint "
+                "to go on from the one before it."
+            ) from error
 
 
 class _Since:
@@ -151,19 +174,32 @@ class _Since:
         }
 
 
-def make_writer(pair: Pair, args: DistillationConfig, source: str | None = None) -> Writer:
-    """The writer of a pair's answers; ``source`` stands in for that of the settings."""
+def share_of(args: DistillationConfig, *, first_alone: bool = False) -> Share:
+    """This process's part of the writing."""
+    if args.world_size == 1:
+        return Share()
+    return Share(args.process_index, args.world_size, gather_object, first_alone)
+
+
+def stops_for(pair: Pair, args: DistillationConfig, source: str) -> list[int]:
+    """The ids that end an answer of a writer."""
+    assert pair.teacher is not None, "check_rollouts refuses the rest"
+    words = getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # of a processor
+    return stops_of(pair.teacher.model if source == "teacher" else pair.student, words, args.template)
+
+
+def builtin_writer(pair: Pair, args: DistillationConfig, source: Any) -> Writer:
+    """Writes with the models in memory."""
     assert pair.teacher is not None, "check_rollouts refuses the rest"
     rollouts = args.rollouts
-    source = source or rollouts.source
     model = pair.teacher.model if source == "teacher" else pair.student
     words = getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # of a processor
     return BuiltInWriter(
         pair.student,
         teacher=pair.teacher.model,
-        source=source,  # type: ignore[arg-type]
+        source=source,
         teacher_share=rollouts.teacher_share,
-        stops=stops_of(model, words, args.template),
+        stops=stops_for(pair, args, source),
         sampling_temperature=rollouts.sampling_temperature,
         top_p=rollouts.top_p,
         batch_size=rollouts.batch_size,
@@ -171,6 +207,20 @@ def make_writer(pair: Pair, args: DistillationConfig, source: str | None = None)
         vocab_size=pair.vocab_size,
         pad_id=pair.pad_id,
         begin=answer_start(model, words),
+    )
+
+
+def server_writer(pair: Pair, args: DistillationConfig, run: RunFolder) -> ServerWriter:
+    """Writes with the student on a vLLM server."""
+    rows: Any = pair.rows
+    return ServerWriter(
+        pair.student,
+        pair.tokenizer,
+        args.rollouts,
+        stops=stops_for(pair, args, "student"),
+        folder=served_folder(args.rollouts, run.root),
+        prompts=[row.sampling_ids for row in rows[:4]],
+        adapter=pair.adapter,
     )
 
 

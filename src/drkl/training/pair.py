@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from drkl.data.classification import LabelledRow
 from drkl.data.ends import taught_ends
-from drkl.data.lengths import Lengths, Room, fit_lengths
+from drkl.data.lengths import Lengths, Room, answer_room, fit_lengths
 from drkl.data.rows import Rows, rows_from
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
@@ -160,7 +160,8 @@ def make_pair(
     words = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     ends = [] if classes is not None else listed_ends(student if teacher is None else teacher.model, words)
     room = _room(student, teacher, classes)
-    lengths = fit_lengths(args.max_prompt_tokens, args.max_tokens, room)
+    reserved = args.rollouts.reserved(room)
+    lengths = fit_lengths(args.max_prompt_tokens, args.max_tokens, room, max_new_tokens=reserved)
     rows, report = _tokenize(train_dataset, "train_dataset", tokenizer, classes, args, ends, lengths, room)
     eval_rows: Rows = []
     if eval_dataset is not None:
@@ -221,7 +222,7 @@ def make_pair(
         data_names=(_data_name(train_dataset), None if eval_dataset is None else _data_name(eval_dataset)),
         lengths=lengths,
         room=room,
-        max_new_tokens=_answer_room(lengths, args),
+        max_new_tokens=answer_room(lengths, room, args.rollout_max_new_tokens) if args.rollouts.is_on else 0,
         eval_dataset=_plain_rows(eval_dataset),
         student_options=plain_options(
             {**(args.model_init_kwargs or {})}
@@ -271,10 +272,6 @@ def _ends(
         return None
     known = stops_of(teacher.model, tokenizer, args.template)
     return compare_ends(teacher, rows, tokenizer, known, pad_id=_pad_id(tokenizer), merged_ids=merged_ids)
-
-
-def _answer_room(lengths: Lengths, args: DistillationConfig) -> int:
-    return args.rollout_max_new_tokens or lengths.max_tokens - lengths.max_prompt_tokens
 
 
 def _name(model: Any) -> str:

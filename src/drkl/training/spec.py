@@ -218,7 +218,7 @@ def fitted(specs: Sequence[RunSpec], room: Room) -> list[RunSpec]:
     Raises:
         DrklError: a given length of prompts leaves no room for a response.
     """
-    sections = [spec.data.fitted(room) for spec in specs]
+    sections = [spec.data.fitted(room, spec.rollouts.reserved(room)) for spec in specs]
     lengths = [{name: getattr(data, name) for name in Lengths._fields} for data in sections]
     fitting = []
     for spec, data, own in zip(specs, sections, lengths, strict=True):

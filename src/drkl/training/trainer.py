@@ -22,13 +22,13 @@ from transformers.trainer_utils import SaveStrategy
 
 from drkl.data.batching import plan_epochs, split_rows
 from drkl.data.classification import LabelledRow
-from drkl.data.collate import collate
+from drkl.data.collate import collate, teacher_inputs
 from drkl.data.rows import Rows
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX, LMHead
 from drkl.models.at_head import call_at_head
-from drkl.models.forward import decoder_start
+from drkl.models.forward import decoder_start, in_eval_mode
 from drkl.models.load import one_tokenizer
 from drkl.models.pair_loss import model_inputs
 from drkl.models.weights import listed, not_loaded
@@ -38,13 +38,14 @@ from drkl.runs import RunFolder
 from drkl.teachers.live import LiveTeacher
 from drkl.training import trl
 from drkl.training.arguments import DistillationConfig
-from drkl.training.callbacks import BestCheckpoint, EarlyStop, Epochs, LastStep, OnProgress, TrainLog
+from drkl.training.callbacks import BeforeFirstStep, BestCheckpoint, EarlyStop, Epochs, LastStep, OnProgress, TrainLog
 from drkl.training.checkpoints import mark_complete, newest_checkpoint, rotate, step_of, tokens_seen
 from drkl.training.checks import check_disk
 from drkl.training.faults import find_fault, list_rows
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of, means_of
 from drkl.training.heldout import HeldOut, NonFiniteLoss
-from drkl.training.on_policy import OnPolicy, Places, check_rollouts, check_whole
+from drkl.training.heldout_answers import HeldOutAnswers
+from drkl.training.on_policy import OnPolicy, Places, builtin_writer, check_rollouts, check_whole, share_of, stops_for
 from drkl.training.pair import Pair, make_pair
 from drkl.training.record import RunRecord
 
@@ -205,7 +206,7 @@ class DistillationTrainer(Trainer):
             check_rollouts(pair, args)
             lengths = [planned_length(row, pair.max_new_tokens) for row in any_rows]
         steps, ends = plan_run(lengths, args, world_size)
-        self._on_policy = OnPolicy(pair, args, steps, ends) if rollouts.is_on else None
+        self._on_policy = OnPolicy(pair, args, self.run, steps, ends) if rollouts.is_on else None
         inner = _inner_arguments(args, self.run, len(steps), heldout=bool(self.eval_rows))
         # Old checkpoints are removed here: transformers does so before the new one is marked whole.
         self._keep_checkpoints, inner.save_total_limit = inner.save_total_limit, None
@@ -213,10 +214,12 @@ class DistillationTrainer(Trainer):
         if args.early_stop_patience and not self.eval_rows:
             raise DrklError("early_stop_patience counts held-out losses; pass eval_dataset, or leave it out.")
         start = decoder_start(pair.student)
-        self._heldout = self._held_out(self.eval_rows) if self.eval_rows else None
+        self._heldout, self._heldout_answers = self._evaluators(self.eval_rows)
         self._train_log = TrainLog(self.run)
         self._epochs = Epochs(ends, args)
         own: list[TrainerCallback] = [self._train_log, self._epochs, LastStep(), BestCheckpoint()]
+        if self._heldout_answers is not None:
+            own.append(BeforeFirstStep(self.answer_before_training))
         if args.early_stop_patience:
             own.append(EarlyStop(args.early_stop_patience))
         pad_id = pair.pad_id
@@ -234,7 +237,7 @@ class DistillationTrainer(Trainer):
                 model=pair.student,
                 args=inner,
                 train_dataset=batches,
-                eval_dataset=[0] if self._heldout is not None else None,  # never read: `evaluate` has its own rows
+                eval_dataset=[0] if self.eval_rows else None,  # never read: `evaluate` has its own rows
                 data_collator=to_batch,
                 callbacks=[*own, *(callbacks or [])],
                 optimizers=optimizers,
@@ -260,7 +263,31 @@ class DistillationTrainer(Trainer):
         self.num_tokens_seen = 0
         self._row_ids: list[str] = []
 
-    def _held_out(self, rows: Rows) -> HeldOut:
+    def _evaluators(self, rows: Rows) -> tuple[HeldOut | None, HeldOutAnswers | None]:
+        """What measures held-out rows: on the data's responses, and on answers of the student."""
+        pair, args = self.pair, self.config
+        any_rows: Any = rows
+        answered = [row for row in any_rows if pair.classes is not None or row.response_ids]
+        heldout = self._held_out(answered) if answered else None
+        prompts = args.rollout_eval_prompts or (0 if answered else len(rows))
+        if self._on_policy is None or not rows or not prompts:
+            return heldout, None
+        return heldout, HeldOutAnswers(
+            any_rows,
+            builtin_writer(pair, args, "student"),
+            self._held_out,
+            pair.tokenizer,
+            self.run,
+            prompts=prompts,
+            keep_texts=args.rollout_keep_texts,
+            seed=args.seed,
+            max_new_tokens=pair.max_new_tokens,
+            room=pair.room,
+            stops=stops_for(pair, args, "student"),
+            share=share_of(args),
+        )
+
+    def _held_out(self, rows: Any) -> HeldOut:
         return HeldOut(
             rows,
             self.pair.pad_id,
@@ -296,7 +323,9 @@ class DistillationTrainer(Trainer):
         if self.is_world_process_zero():
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
         self.accelerator.wait_for_everyone()
-        self._train_log.begin(step_of(checkpoint) if checkpoint else 0)
+        self._train_log.begin(step_of(checkpoint) if checkpoint else -1)
+        if self._heldout_answers is not None and self.is_world_process_zero():
+            self._heldout_answers.begin(step_of(checkpoint) if checkpoint else -1)
         self.num_tokens_seen = tokens_seen(checkpoint) if checkpoint else 0
         if checkpoint is not None and self._on_policy is not None:
             self._on_policy.load(checkpoint, step_of(checkpoint))
@@ -355,7 +384,9 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The summed loss of a micro-batch over the valid tokens of the whole optimiser step, all ranks together."""
-        row_ids, labels, sampled = inputs.pop("row_ids"), inputs.pop("labels"), inputs.pop("sampled", None)
+        row_ids, sampled = inputs.pop("row_ids"), inputs.pop("sampled", None)
+        teacher_batch, teacher_keep = teacher_inputs(inputs)
+        labels = inputs.pop("labels")
         keep = labels != IGNORE_INDEX
         num_tokens = torch.as_tensor(
             keep.sum() if num_items_in_batch is None else num_items_in_batch, device=labels.device
@@ -363,7 +394,7 @@ class DistillationTrainer(Trainer):
         teacher_hidden = teacher_head = None
         if self._uses_teacher:
             assert self.teacher is not None
-            teacher_hidden, teacher_head = self.teacher.hidden_at(inputs, keep), self.teacher.head
+            teacher_hidden, teacher_head = self.teacher.hidden_at(teacher_batch, teacher_keep), self.teacher.head
         every = -(-int(keep.sum()) // STATISTICS_POSITIONS)
         of_sampled = None if sampled is None else sampled[keep]
         statistics = StatisticsSums(every, of_sampled) if every and self._will_log() else None
@@ -497,26 +528,41 @@ class DistillationTrainer(Trainer):
         Raises:
             DrklError: there are no held-out rows, or the loss is not finite.
         """
-        heldout = self._heldout
+        heldout, answers = self._heldout, self._heldout_answers
         if eval_dataset is not None:
-            heldout = self._held_out(self.pair.tokenize(eval_dataset, self.config)[0])
-        if heldout is None:
+            heldout, answers = self._evaluators(self.pair.tokenize(eval_dataset, self.config)[0])
+        if heldout is None and answers is None:
             raise DrklError("There are no held-out rows; pass eval_dataset to the trainer, or here.")
         model: Any = self.student
         training = model.training
         model.eval()
         try:
-            values = heldout.evaluate(model, self.objective, self.loss_config)
+            values = {} if heldout is None else heldout.evaluate(model, self.objective, self.loss_config)
+            values |= {} if answers is None else self._answer_heldout(answers, keep=eval_dataset is None)
         except NonFiniteLoss as error:
             raise DrklError(
                 f"After step {self.state.global_step} {error} Training stopped; the last good checkpoint is kept. "
                 f"{REMEDY}"
             ) from error
         model.train(training)
+        if heldout is None and "rollout_loss" in values:
+            values["loss"] = values["rollout_loss"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _answer_heldout(self, answers: HeldOutAnswers, *, keep: bool) -> dict[str, float]:
+        student: Any = self.student
+        keep = keep and self.is_world_process_zero()
+        with in_eval_mode(student):
+            return answers.evaluate(student, self.objective, self.loss_config, step=self.state.global_step, keep=keep)
+
+    def answer_before_training(self) -> None:
+        """Answer held-out prompts with the weights that training starts from, where the run samples answers."""
+        if self._heldout_answers is not None:
+            values = self._answer_heldout(self._heldout_answers, keep=True)
+            self.log({f"eval_{name}": value for name, value in values.items()})
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: `drkl.evaluate` measures a student, on held-out rows and on what it writes."""
