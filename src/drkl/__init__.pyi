@@ -7,6 +7,7 @@ from . import objectives as objectives
 from . import positions as positions
 from . import recipes as recipes
 from . import reporting as reporting
+from . import rollouts as rollouts
 from . import teachers as teachers
 from . import toy as toy
 from . import training as training

@@ -61,6 +61,8 @@ class TrainingProgress:
         texts = [f"{key} {newest[key]:.3f}" for key in ("loss", "fkl", "rkl") if key in newest]
         if "tokens_per_second" in newest:
             texts.append(f"{newest['tokens_per_second']:.0f} tokens/s")
+        if "to_write" in newest:
+            texts.append(f"writing answers {newest['written']:.0f} of {newest['to_write']:.0f}")
         self._progress.update(self._task, completed=step, total=of, numbers="  ".join(texts))
         heldout = (step, newest.get("eval_loss"))
         if "eval_loss" in newest and heldout[1] != (self._last_heldout or (0, None))[1]:

@@ -3,7 +3,8 @@
     python -m tests.training.killed MOMENT NUMBER ARGUMENTS...
 
 MOMENT is ``log FOLDER``, ``begin FOLDER`` or ``checkpoint FOLDER``, with a part of the path of the checkpoints, and
-NUMBER the optimiser step; or ``file``, and NUMBER counts the finished files of rows or tensors.
+NUMBER the optimiser step; or ``file``, and NUMBER counts the finished files of rows or tensors; or ``write``, and
+NUMBER counts the forward passes within ``generate``.
 """
 
 from __future__ import annotations
@@ -44,6 +45,32 @@ def kill_in_training(moment: str, folder: str, number: int) -> None:
     Trainer._save_rng_state = watched_save
 
 
+def kill_in_writing(number: int) -> None:
+    """In the midst of an answer: once a model was read so many times while `generate` runs."""
+    from transformers import GenerationMixin
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    generate, forward = GenerationMixin.generate, LlamaModel.forward
+    inside = passes = 0
+
+    def watched_generate(self: Any, *args: Any, **words: Any) -> Any:
+        nonlocal inside
+        inside += 1
+        try:
+            return generate(self, *args, **words)
+        finally:
+            inside -= 1
+
+    def watched_forward(self: Any, *args: Any, **words: Any) -> Any:
+        nonlocal passes
+        passes += inside > 0
+        if passes == number:
+            kill()
+        return forward(self, *args, **words)
+
+    GenerationMixin.generate, LlamaModel.forward = watched_generate, watched_forward
+
+
 def kill_after_files(number: int) -> None:
     """Once so many files of rows or tensors are whole."""
     replace, finished = os.replace, 0
@@ -62,6 +89,8 @@ def main(moment: str, number: str, *arguments: str) -> None:
     kind, _, folder = moment.partition(" ")
     if kind == "file":
         kill_after_files(int(number))
+    elif kind == "write":
+        kill_in_writing(int(number))
     else:
         kill_in_training(kind, folder, int(number))
     from drkl.cli import main as run

@@ -15,7 +15,7 @@ from drkl.losses import LogitChunk
 from drkl.losses.config import LossConfig
 from drkl.positions import token_statistics
 from drkl.teachers.live import LiveTeacher
-from drkl.training.forward import StatisticsSums
+from drkl.training.forward import StatisticsSums, means_of
 from drkl.training.heldout import HeldOut
 from tests.models import tiny
 from tests.training.test_trainer import make_trainer, rows
@@ -56,6 +56,53 @@ def test_without_a_teacher_its_sums_are_left_out() -> None:
     sums = StatisticsSums()
     sums(LogitChunk(student, None, labels, 0))
     assert sums.sums.keys() == {"positions", "nll", "student_entropy"}
+
+
+@pytest.mark.parametrize("every", [1, 2, 7])
+@pytest.mark.parametrize("size", [1, 4, 50])
+def test_sampled_positions_are_summed_apart(every: int, size: int) -> None:
+    student, teacher, labels = logits(23)
+    sampled = torch.tensor([place % 5 in (1, 2) for place in range(23)])
+    sums = StatisticsSums(every, sampled)
+    for start in range(0, 23, size):
+        part = slice(start, start + size)
+        sums(LogitChunk(student[part], teacher[part], labels[part], start))
+    totals: dict[str, float] = {}
+    for place in range(0, 23, every):
+        prefix = "rollout_" if place % 5 in (1, 2) else ""
+        at = slice(place, place + 1)
+        one = token_statistics(student[at], teacher[at], labels[at])
+        totals[f"{prefix}positions"] = totals.get(f"{prefix}positions", 0) + 1
+        for name, column in NAMES.items():
+            totals[prefix + name] = totals.get(prefix + name, 0.0) + float(getattr(one, column))
+    assert sums.sums.keys() == totals.keys()
+    for name, value in totals.items():
+        assert float(sums.sums[name]) == pytest.approx(value, rel=1e-12), name
+    means = means_of({name: float(value) for name, value in sums.sums.items()})
+    assert means.keys() == {prefix + name for prefix in ("", "rollout_") for name in NAMES}
+    for name, value in means.items():
+        prefix = "rollout_" if name.startswith("rollout_") else ""
+        assert value == pytest.approx(totals[name] / totals[f"{prefix}positions"], rel=1e-12)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_numbers_of_data_rows_are_the_same_bits_where_nothing_was_sampled(every: int) -> None:
+    student, teacher, labels = logits(23)
+    plain, marked = StatisticsSums(every), StatisticsSums(every, torch.zeros(23, dtype=torch.bool))
+    for start in range(0, 23, 9):
+        for sums in (plain, marked):
+            part = slice(start, start + 9)
+            sums(LogitChunk(student[part], teacher[part], labels[part], start))
+    assert plain.sums.keys() == marked.sums.keys()
+    assert all(torch.equal(value, marked.sums[name]) for name, value in plain.sums.items())
+
+
+def test_where_all_was_sampled_there_is_no_number_of_data_rows() -> None:
+    student, teacher, labels = logits(6)
+    sums = StatisticsSums(sampled=torch.ones(6, dtype=torch.bool))
+    sums(LogitChunk(student, teacher, labels, 0))
+    assert means_of({name: float(value) for name, value in sums.sums.items()}).keys() == {f"rollout_{n}" for n in NAMES}
+    assert means_of({}) == {}
 
 
 class HeadProducts(TorchDispatchMode):

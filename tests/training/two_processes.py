@@ -10,19 +10,23 @@ import torch
 from tests.training.test_trainer import Gradients, make_trainer, rows
 
 
-def main(folder: Path, count: int, accumulation: int) -> None:
+def main(folder: Path, count: int, accumulation: int, share: float) -> None:
+    """With a share of answers, three steps: the weights have to stay the same, or the answers would differ."""
     kept = Gradients()
+    rollouts = {"rollout_share": share, "rollout_max_new_tokens": 6, "max_steps": 3} if share else {}
     trainer = make_trainer(
         folder, rows(count), callbacks=[kept], gradient_accumulation_steps=accumulation, ddp_backend="gloo",
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=False, **rollouts,
     )  # fmt: skip
     trainer.train()
     if trainer.is_world_process_zero():
         gradients = {name.removeprefix("module."): gradient for name, gradient in kept.first.items()}
         facts = {"tokens": trainer.num_tokens_seen, "loss": trainer.state.log_history[0]["loss"]}
+        facts["losses"] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        facts["weights"] = dict(trainer.student.state_dict())
         torch.save({"gradients": gradients, "world": trainer.args.world_size, **facts}, folder / "out.pt")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]) if len(sys.argv) > 4 else 0.0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from drkl.errors import DrklError
+from drkl.losses.merged import MergedIds
 from drkl.objectives import Objective, ObjectiveLike, make_objective
 
 IGNORE_INDEX = -100
@@ -21,7 +22,8 @@ class LogitChunk(NamedTuple):
     """The logits of some positions that count, as a loss reads them; neither to be changed nor to be kept."""
 
     student: Tensor
-    """`[m, vocab]`, before the temperature, detached; in the dtype of the products or wider."""
+    """`[m, vocab]`, before the temperature, detached; in the dtype of the products or wider. With ``merged_ids`` of the
+    merged vocabulary, as are the teacher's and the labels."""
     teacher: Tensor | None
     """`[m, vocab]`, likewise; None where no teacher is given. A loss without a teacher makes them for the observer."""
     labels: Tensor | None
@@ -43,6 +45,7 @@ class LossSettings:
     kd_weight: float
     t2_scaling: bool
     reduction: str
+    merged: MergedIds | None = None
 
     @property
     def kd_factor(self) -> float:
@@ -181,7 +184,17 @@ def spread(values: Tensor, keep: Tensor | None, shape: torch.Size) -> Tensor:
     return out.masked_scatter(keep, values).reshape(shape)
 
 
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """fp32 (or wider) log-probabilities of ``logits / temperature``."""
+def log_softmax(logits: Tensor, temperature: float, merged: MergedIds | None = None) -> Tensor:
+    """fp32 (or wider) log-probabilities of ``logits / temperature``, of the classes that are left after merging."""
     wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
-    return torch.log_softmax(wide if temperature == 1.0 else wide / temperature, -1)
+    logp = torch.log_softmax(wide if temperature == 1.0 else wide / temperature, -1)
+    return logp if merged is None else merged.merged(logp)
+
+
+def observed_chunk(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, start: int, merged: MergedIds | None
+) -> LogitChunk:
+    """What an observer is shown of logits over the whole vocabulary; ``labels`` are of the merged one already."""
+    if merged is not None:
+        student, teacher = merged.merged(student), None if teacher is None else merged.merged(teacher)
+    return LogitChunk(student, teacher, labels, start)

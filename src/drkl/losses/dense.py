@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from drkl.errors import DrklError
 from drkl.losses.common import (
-    LogitChunk,
     LossSettings,
     Observer,
     Reduction,
     denominator,
     log_softmax,
     make_settings,
+    observed_chunk,
     select,
     select_labels,
     select_weights,
@@ -21,6 +24,7 @@ from drkl.losses.common import (
     spread,
     valid_positions,
 )
+from drkl.losses.merged import make_merged
 from drkl.objectives import ObjectiveLike
 from drkl.objectives.base import check_values
 from drkl.objectives.logspace import weighted
@@ -40,6 +44,7 @@ def distillation_loss(
     num_tokens: int | float | Tensor | None = None,
     reduction: Reduction = "mean",
     vocab_size: int | None = None,
+    merged_ids: Sequence[int] | None = None,
     observe: Observer | None = None,
 ) -> Tensor:
     """The distillation loss of a batch of positions, from logits.
@@ -64,6 +69,10 @@ def distillation_loss(
         reduction: ``mean``, ``sum``, or ``none`` (`[...]`, 0 at the positions that do not count).
         vocab_size: compare on the token ids below this only; both logits are cut before the softmax. For models whose
             vocabularies are one up to padding (Qwen2.5's 151,936 and 152,064).
+        merged_ids: token ids that count as one class E, in both models, such as the tokens that end an answer:
+            ``q(E) = sum_{i in E} q_i`` with ``q = softmax(student / T)``, and likewise p. The objective sees the
+            vocabulary with E in place of its ids (E at the smallest of them, and the last columns in the places of the
+            others); a label in E is E, whose cross-entropy is ``-log q(E)`` at T = 1.
         observe: called with the logits (`drkl.losses.LogitChunk`) of the positions that count, for numbers beside the
             loss. It gets the teacher's too where they are given, even if the objective needs none.
 
@@ -71,8 +80,8 @@ def distillation_loss(
         A scalar in nats per token. With no valid position it is 0 and has a graph.
 
     Raises:
-        DrklError: shapes or vocabularies that differ, labels missing or out of range, a value outside its domain, or
-            an objective that does not return one value per position.
+        DrklError: shapes or vocabularies that differ, labels missing or out of range, ids to merge that are not there
+            or fewer than two, a value outside its domain, or an objective that does not return one value per position.
 
     >>> student, teacher = torch.zeros(2, 4), torch.zeros(2, 4)
     >>> float(distillation_loss(student, teacher))
@@ -89,13 +98,16 @@ def distillation_loss(
             f"teacher_logits has shape {list(compared.shape)} and student_logits {list(student_logits.shape)}; "
             "expected the same positions."
         )
+    settings = replace(settings, merged=make_merged(merged_ids, size))
     keep = valid_positions(shape, labels, token_mask, token_weights, settings, size)
     student = select(student_logits[..., :size], keep)
     teacher = None if compared is None else select(compared.detach()[..., :size], keep)
     kept_labels = select_labels(labels, keep)
+    if settings.merged is not None:
+        kept_labels = settings.merged.labels(kept_labels)
     if observe is not None and len(student):
         with torch.no_grad():
-            observe(LogitChunk(student.detach(), teacher, kept_labels, 0))
+            observe(observed_chunk(student.detach(), teacher, kept_labels, 0, settings.merged))
     values = position_values(student, teacher, kept_labels, settings)
     weights = select_weights(token_weights, keep, values.dtype)
     result = values if weights is None else weighted(weights, values)
@@ -107,18 +119,21 @@ def distillation_loss(
 def position_values(
     student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, settings: LossSettings
 ) -> Tensor:
-    """The loss at each of `[n]` valid positions, differentiable; ``student_logits`` is `[n, vocab]`."""
+    """The loss at each of `[n]` valid positions, differentiable; ``student_logits`` is `[n, vocab]`.
+
+    Where ids are merged, ``labels`` are classes of the merged vocabulary.
+    """
     parts = []
     if settings.uses_objective:
-        student_logp = log_softmax(student_logits, settings.temperature)
+        student_logp = log_softmax(student_logits, settings.temperature, settings.merged)
         teacher_logp = None
         if settings.uses_teacher and teacher_logits is not None:
-            teacher_logp = log_softmax(teacher_logits, settings.temperature)
+            teacher_logp = log_softmax(teacher_logits, settings.temperature, settings.merged)
         value = settings.objective(student_logp, teacher_logp, labels)
         check_values(settings.objective, value, student_logp.shape[0])
         parts.append(value if settings.kd_factor == 1.0 else settings.kd_factor * value)
     if settings.uses_cross_entropy:
         assert labels is not None
-        observed = log_softmax(student_logits, 1.0).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        observed = log_softmax(student_logits, 1.0, settings.merged).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         parts.append(-(1.0 - settings.kd_weight) * observed)
     return parts[0] if len(parts) == 1 else torch.add(*parts)

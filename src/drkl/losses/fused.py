@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -19,12 +20,12 @@ from torch.autograd.function import once_differentiable
 
 from drkl.errors import DrklError
 from drkl.losses.common import (
-    LogitChunk,
     LossSettings,
     Observer,
     Reduction,
     denominator,
     make_settings,
+    observed_chunk,
     select,
     select_labels,
     select_weights,
@@ -34,7 +35,8 @@ from drkl.losses.common import (
 )
 from drkl.losses.dense import position_values
 from drkl.losses.head import LMHead, as_head
-from drkl.objectives import CrossEntropy, ObjectiveLike
+from drkl.losses.merged import MergedIds, make_merged
+from drkl.objectives import CrossEntropy, Objective, ObjectiveLike
 from drkl.objectives.base import check_values
 from drkl.objectives.logspace import weighted
 
@@ -81,6 +83,7 @@ def fused_distillation_loss(
     num_tokens: int | float | Tensor | None = None,
     reduction: Reduction = "mean",
     vocab_size: int | None = None,
+    merged_ids: Sequence[int] | None = None,
     observe: Observer | None = None,
 ) -> Tensor:
     """`distillation_loss` of ``head.logits(hidden)``, in memory that does not grow with [tokens, vocab].
@@ -96,8 +99,8 @@ def fused_distillation_loss(
             gradient costs none; one sharded over processes (DTensor) is gathered once.
         teacher_hidden: `[..., teacher_hidden]`; gets no gradient. None where the objective needs none.
         teacher_head: `[vocab, teacher_hidden]` or an `LMHead`; gets no gradient.
-        labels, objective, temperature, kd_weight, t2_scaling, token_mask, token_weights, num_tokens, vocab_size: as in
-            `distillation_loss`.
+        labels, objective, temperature, kd_weight, t2_scaling, token_mask, token_weights, num_tokens, vocab_size,
+            merged_ids: as in `distillation_loss`.
         reduction: ``mean``, ``sum``, or ``none`` (`[...]`, detached: values without a graph).
         observe: as in `distillation_loss`; called once per chunk with the logits that the loss is made from, so that
             numbers beside the loss cost no further product with the heads.
@@ -117,6 +120,7 @@ def fused_distillation_loss(
         teacher = _checked_teacher(teacher_hidden, teacher_head, settings, shape)
     size = shared_vocabulary(head.vocab_size, None if teacher is None else teacher[1].vocab_size, vocab_size)
     head = head.trimmed(size)
+    settings = replace(settings, merged=make_merged(merged_ids, size))
     keep = valid_positions(shape, labels, token_mask, token_weights, settings, size)
     if keep is not None and bool(keep.all()):
         keep = None  # nothing to leave out, so nothing to copy
@@ -129,11 +133,12 @@ def fused_distillation_loss(
         # A student in low precision does not take the teacher's own precision from it.
         teacher_dtype = torch.promote_types(_compute_dtype(teacher[0], teacher[1].weight), dtype)
         teacher_side = _Side(select(teacher[0], keep), teacher[1].trimmed(size), teacher_dtype, wide, scratch)
+    kept_labels = select_labels(labels, keep)
     run = functools.partial(
         _run,
         _Side(hidden.detach(), head.detached(), dtype, wide, scratch),
         teacher_side,
-        select_labels(labels, keep),
+        kept_labels if settings.merged is None else settings.merged.labels(kept_labels),
         select_weights(token_weights, keep, wide),
         settings,
         observe,
@@ -289,14 +294,14 @@ def _run(
         done = capped = None
         if kernel is not None and teacher is not None:
             grad, teacher_product = student.product(rows), teacher.product(rows)
-            _show(observe, grad, teacher_product, chunk_labels, start)
+            _show(observe, grad, teacher_product, chunk_labels, start, None)
             done = kernel.row_step_(grad, teacher_product, chunk_labels, settings)
         if done is not None and bool(done.isfinite().all()):
             values[rows] = done
         else:
             grad, teacher_logits = student.logits(rows), None if teacher is None else teacher.logits(rows)
             if done is None:
-                _show(observe, grad, teacher_logits, chunk_labels, start)
+                _show(observe, grad, teacher_logits, chunk_labels, start, settings.merged)
             capped = grad.clone() if head.softcap is not None and any(needs) else None
             compared = teacher_logits if settings.uses_teacher else None
             values[rows] = _values_and_grads_(grad, compared, chunk_labels, settings)
@@ -313,15 +318,24 @@ def _run(
     return values, (grad_hidden, grad_weight, grad_bias)
 
 
-def _show(observe: Observer | None, student: Tensor, teacher: Tensor | None, labels: Tensor | None, start: int) -> None:
+def _show(
+    observe: Observer | None,
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    start: int,
+    merged: MergedIds | None,
+) -> None:
     if observe is not None:
-        observe(LogitChunk(student, teacher, labels, start))
+        observe(observed_chunk(student, teacher, labels, start, merged))
 
 
 def _row_kernel(student: _Side, teacher: _Side | None, settings: LossSettings) -> Any:
     """The module with the Triton kernel, where it runs for this loss on this device; else None."""
     device = student.hidden.device
-    if device.type not in KERNEL_DEVICES or teacher is None or torch.float64 in (student.dtype, teacher.dtype):
+    if settings.merged is not None or device.type not in KERNEL_DEVICES or teacher is None:
+        return None
+    if torch.float64 in (student.dtype, teacher.dtype):
         return None
     heads = (student.head, teacher.head)
     if any(h.bias is not None or h.scale != 1.0 or h.softcap is not None or h.vocab_size < 2 for h in heads):
@@ -430,7 +444,7 @@ def _closed_form_(student: Tensor, teacher: Tensor | None, labels: Tensor | None
             student /= temperature
             if teacher is not None:
                 teacher /= temperature
-        values = settings.objective.value_and_grad_(student, teacher, labels)
+        values = _merged_value_and_grad_(settings.objective, student, teacher, labels, settings.merged)
         check_values(settings.objective, values, student.shape[0])
         if settings.kd_factor != 1.0:
             values = values * settings.kd_factor
@@ -438,13 +452,25 @@ def _closed_form_(student: Tensor, teacher: Tensor | None, labels: Tensor | None
             student *= settings.kd_factor / temperature
     if settings.uses_cross_entropy:
         share = 1.0 - settings.kd_weight
-        observed = CrossEntropy().value_and_grad_(plain, None, labels) * share
+        observed = _merged_value_and_grad_(CrossEntropy(), plain, None, labels, settings.merged) * share
         plain *= share
         if values is None:
             return observed
         student += plain
         values = values + observed
     assert values is not None
+    return values
+
+
+def _merged_value_and_grad_(
+    objective: Objective, student: Tensor, teacher: Tensor | None, labels: Tensor | None, merged: MergedIds | None
+) -> Tensor:
+    """``objective.value_and_grad_`` on the merged vocabulary; the gradient is on the logits of the whole one."""
+    if merged is None:
+        return objective.value_and_grad_(student, teacher, labels)
+    classes, members = merged.merge_(student)
+    values = objective.value_and_grad_(classes, None if teacher is None else merged.merge_(teacher)[0], labels)
+    merged.spread_(student, members)
     return values
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,7 @@ def pair_loss(
     t2_scaling: bool = False,
     num_tokens: int | float | Tensor | None = None,
     vocab_size: int | None = None,
+    merged_ids: Sequence[int] | None = None,
     teacher_hidden: Tensor | None = None,
     teacher_head: Tensor | LMHead | None = None,
 ) -> Tensor:
@@ -75,7 +76,7 @@ def pair_loss(
             `[batch]`. ``attention_mask`` and whatever else a model's forward names are passed on; other keys are not.
             With padding on the left, ``position_ids`` count from the first real token, as in ``generate``; give that
             token the label -100, for only padding comes before it.
-        objective, temperature, kd_weight, t2_scaling, vocab_size: as in `drkl.distillation_loss`.
+        objective, temperature, kd_weight, t2_scaling, vocab_size, merged_ids: as in `drkl.distillation_loss`.
         objective_params: the parameters of an objective given by its name, e.g. ``{"gamma": 0.5}``.
         num_tokens: what the sum is divided by, in place of the tokens that count in this batch (on all processes): with
             gradient accumulation those of all micro-batches (`count_tokens`) on all processes.
@@ -118,6 +119,7 @@ def pair_loss(
         "kd_weight": kd_weight,
         "t2_scaling": t2_scaling,
         "vocab_size": vocab_size,
+        "merged_ids": merged_ids,
         "num_tokens": count if processes == 1 or count is None else count / processes,
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,7 +13,7 @@ PREFIX = "rollout_"
 class ShareRamp(BaseModel):
     """A share that goes from one value to another in a straight line, and stays there."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
     start: float = Field(0.0, ge=0, le=1, alias="from", description="Share in the first step.")
     end: float = Field(alias="to", ge=0, le=1, description="Share after the last step of the ramp.")
@@ -120,8 +119,5 @@ class RolloutsConfig(BaseModel):
 
     def as_arguments(self) -> dict[str, Any]:
         """The fields of a `DistillationConfig` that say the same."""
-        values = self.model_dump(mode="json", by_alias=True)
+        values = self.model_dump(mode="json")
         return {PREFIX + name: value for name, value in values.items()}
-
-
-Progress = Callable[[int], None]

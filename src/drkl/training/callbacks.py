@@ -64,6 +64,11 @@ class TrainLog(TrainerCallback):
         """Report progress after every step."""
         self._report(state)
 
+    def writing(self, state: TrainerState, done: int, of: int) -> None:
+        """Report how many answers of a set are written."""
+        if self.on_progress is not None and state.is_world_process_zero:
+            self.on_progress(state.global_step, state.max_steps, self._newest | {"written": done, "to_write": of})
+
     def _report(self, state: TrainerState) -> None:
         if self.on_progress is not None and state.is_world_process_zero:
             self.on_progress(state.global_step, state.max_steps, dict(self._newest))

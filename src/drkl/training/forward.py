@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +12,11 @@ from torch import Tensor
 from drkl.losses import LMHead, LogitChunk, distillation_loss, fused_distillation_loss
 from drkl.losses.config import LossConfig
 from drkl.positions import token_statistics
+from drkl.rollouts.config import PREFIX
 
 STATISTICS_POSITIONS = 256
 """At most this many positions of a micro-batch, evenly spread, give the logged entropies and KLs."""
+POSITIONS = "positions"
 
 
 def loss_of(
@@ -22,27 +26,80 @@ def loss_of(
     teacher_head: LMHead | None,
     labels: Tensor,
     loss: LossConfig,
+    *,
+    sampled: Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
     """The fused loss of hidden states and heads; where there is no head, the dense one of class logits.
 
-    ``settings`` are further keyword arguments of both losses.
+    Args:
+        hidden: `[n, hidden]`, the student's; `[n, classes]` where there is no head.
+        head: the student's.
+        teacher_hidden: `[n, hidden]`, likewise; None where the objective needs none.
+        teacher_head: the teacher's.
+        labels: `[n]`.
+        loss: the loss around the objective.
+        sampled: `[n]`, true at the tokens of sampled answers. Their weight in the objective is the same, and in the
+            cross-entropy 0: a student has nothing to learn from the tokens it chose itself.
+        **settings: further keyword arguments of both losses.
     """
+    if sampled is not None and loss.kd_weight < 1 and bool(sampled.any()):
+        return _without_cross_entropy(
+            hidden, head, teacher_hidden, teacher_head, labels, loss, sampled=sampled, **settings
+        )
     settings |= {"temperature": loss.temperature, "kd_weight": loss.kd_weight, "t2_scaling": loss.t2_scaling}
     if head is None:
         return distillation_loss(hidden, teacher_hidden, labels, **settings)
     return fused_distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, **settings)
 
 
+def _without_cross_entropy(
+    hidden: Tensor,
+    head: LMHead | None,
+    teacher_hidden: Tensor | None,
+    teacher_head: LMHead | None,
+    labels: Tensor,
+    loss: LossConfig,
+    *,
+    sampled: Tensor,
+    **settings: Any,
+) -> Tensor:
+    """Sampled answers and the data's responses apart, with one divisor."""
+    num_tokens, observe = settings.pop("num_tokens", None), settings.pop("observe", None)
+    num_tokens = labels.numel() if num_tokens is None else num_tokens
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for part, config in ((sampled, loss.model_copy(update={"kd_weight": 1.0})), (~sampled, loss)):
+        if not bool(part.any()):
+            continue
+        value = loss_of(
+            hidden[part],
+            head,
+            None if teacher_hidden is None else teacher_hidden[part],
+            teacher_head,
+            labels[part],
+            config,
+            num_tokens=num_tokens,
+            observe=observe.at(part) if isinstance(observe, StatisticsSums) else observe,
+            **settings,
+        )
+        total = total + (value * loss.kd_weight if part is sampled else value)
+    return total
+
+
 class StatisticsSums:
     """Sums of token statistics over every ``every``-th position of a loss: an observer of its logits.
 
-    ``sums`` has those that training logs, by the names it logs them under, and the number of ``positions``.
+    ``sums`` has those that training logs, by the names it logs them under, and the number of ``positions``. Positions
+    that ``sampled`` marks are summed apart, under the same names with ``rollout_`` before them.
+
+    Args:
+        every: 1 takes all positions.
+        sampled: `[n]` bool over the positions of the loss, true in answers that a model wrote; None marks none.
     """
 
-    def __init__(self, every: int = 1) -> None:
-        self.sums: dict[str, Tensor] = {"positions": torch.tensor(0)}
-        self._every = every
+    def __init__(self, every: int = 1, sampled: Tensor | None = None) -> None:
+        self.sums: dict[str, Tensor] = {POSITIONS: torch.tensor(0)}
+        self._every, self._sampled = every, sampled
 
     def __call__(self, chunk: LogitChunk) -> None:
         assert chunk.labels is not None
@@ -58,8 +115,35 @@ class StatisticsSums:
             "rkl": values.rkl,
             "agreement": values.agreement,
             "teacher_entropy": values.teacher_entropy,
-            "positions": torch.tensor(labels.numel()),
+            POSITIONS: torch.ones(labels.numel(), dtype=torch.int64),
         }
         for name, value in columns.items():
-            if value is not None:
-                self.sums[name] = self.sums.get(name, 0) + value.sum()
+            if value is None:
+                continue
+            for prefix, part in self._parts(chunk, some, value):
+                self.sums[prefix + name] = self.sums.get(prefix + name, 0) + part.sum()
+
+    def at(self, places: Tensor) -> StatisticsSums:
+        """An observer of a loss at some of the positions, `[n]` bool, that adds to the same sums."""
+        part = copy.copy(self)
+        part._sampled = None if self._sampled is None else self._sampled[places]
+        return part
+
+    def _parts(self, chunk: LogitChunk, some: slice, value: Tensor) -> list[tuple[str, Tensor]]:
+        """The values of data rows and those of rollouts, each with the prefix of its names."""
+        if self._sampled is None:
+            return [("", value)]
+        assert chunk.labels is not None
+        own = self._sampled[chunk.start : chunk.start + chunk.labels.numel()][some].to(value.device)
+        parts = [("", value[~own]), (PREFIX, value[own])]
+        return [(prefix, part) for prefix, part in parts if part.numel()]
+
+
+def means_of(sums: Mapping[str, float]) -> dict[str, float]:
+    """The means over positions of what `StatisticsSums` added up, those of data rows and those of rollouts."""
+    means = {}
+    for name, value in sums.items():
+        count = sums.get(PREFIX + POSITIONS if name.startswith(PREFIX) else POSITIONS, 0.0)
+        if not name.endswith(POSITIONS) and count:
+            means[name] = value / count
+    return means

@@ -74,6 +74,8 @@ class Pair:
     """The limits of prompts and rows: those that were given, and what fits the models."""
     room: Room
     """The models' context."""
+    max_new_tokens: int
+    """The longest answer that is sampled in training; nothing is sampled where rollouts are off."""
     eval_dataset: list[dict[str, Any]] | None
     """The held-out rows as they were passed in memory; None where they have a name, or no json."""
     student_options: dict[str, Any] = field(default_factory=dict)
@@ -210,6 +212,7 @@ def make_pair(
         data_names=(_data_name(train_dataset), None if eval_dataset is None else _data_name(eval_dataset)),
         lengths=lengths,
         room=room,
+        max_new_tokens=_answer_room(lengths, args),
         eval_dataset=_plain_rows(eval_dataset),
         student_options=plain_options(
             {**(args.model_init_kwargs or {})}
@@ -227,6 +230,10 @@ def _ends(teacher: LiveTeacher, rows: Any, tokenizer: Any, args: DistillationCon
         return None
     known = stops_of(teacher.model, tokenizer, args.template)
     return compare_ends(teacher, rows, tokenizer, known, pad_id=_pad_id(tokenizer))
+
+
+def _answer_room(lengths: Lengths, args: DistillationConfig) -> int:
+    return args.rollout_max_new_tokens or lengths.max_tokens - lengths.max_prompt_tokens
 
 
 def _name(model: Any) -> str:

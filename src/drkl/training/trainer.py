@@ -33,6 +33,7 @@ from drkl.models.load import one_tokenizer
 from drkl.models.pair_loss import model_inputs
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
+from drkl.rollouts.steps import planned_length
 from drkl.runs import RunFolder
 from drkl.teachers.live import LiveTeacher
 from drkl.training import trl
@@ -41,8 +42,9 @@ from drkl.training.callbacks import BestCheckpoint, EarlyStop, Epochs, LastStep,
 from drkl.training.checkpoints import mark_complete, newest_checkpoint, rotate, step_of, tokens_seen
 from drkl.training.checks import check_disk
 from drkl.training.faults import find_fault, list_rows
-from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of
+from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of, means_of
 from drkl.training.heldout import HeldOut, NonFiniteLoss
+from drkl.training.on_policy import OnPolicy, Places, check_rollouts, check_whole
 from drkl.training.pair import Pair, make_pair
 from drkl.training.record import RunRecord
 
@@ -197,7 +199,13 @@ class DistillationTrainer(Trainer):
             _log.warning("Warning: %s", pair.ends.warning())
         self.run = RunFolder(Path(str(args.output_dir)))
         world_size = args.world_size
-        steps, ends = plan_run([row.length for row in pair.rows], args, world_size)
+        rollouts, any_rows = args.rollouts, list[Any](pair.rows)
+        lengths = [row.length for row in any_rows]
+        if rollouts.is_on:
+            check_rollouts(pair, args)
+            lengths = [planned_length(row, pair.max_new_tokens) for row in any_rows]
+        steps, ends = plan_run(lengths, args, world_size)
+        self._on_policy = OnPolicy(pair, args, steps, ends) if rollouts.is_on else None
         inner = _inner_arguments(args, self.run, len(steps), heldout=bool(self.eval_rows))
         # Old checkpoints are removed here: transformers does so before the new one is marked whole.
         self._keep_checkpoints, inner.save_total_limit = inner.save_total_limit, None
@@ -213,14 +221,21 @@ class DistillationTrainer(Trainer):
             own.append(EarlyStop(args.early_stop_patience))
         pad_id = pair.pad_id
         check_disk(self.run, pair.student)
+        parts = args.gradient_accumulation_steps * world_size
+        on_policy = self._on_policy is not None
+        batches: Any = Places(len(steps) * parts) if on_policy else MicroBatches(pair.rows, steps, parts)
+
+        def to_batch(items: list[Any]) -> Any:
+            return items[0] if on_policy else collate(items[0], pad_id=pad_id, decoder_start=start)
+
         self._use_cache = getattr(pair.student.config, "use_cache", None)  # transformers turns it off
         try:
             super().__init__(
                 model=pair.student,
                 args=inner,
-                train_dataset=MicroBatches(pair.rows, steps, args.gradient_accumulation_steps * world_size),
+                train_dataset=batches,
                 eval_dataset=[0] if self._heldout is not None else None,  # never read: `evaluate` has its own rows
-                data_collator=lambda items: collate(items[0], pad_id=pad_id, decoder_start=start),
+                data_collator=to_batch,
                 callbacks=[*own, *(callbacks or [])],
                 optimizers=optimizers,
             )
@@ -230,6 +245,8 @@ class DistillationTrainer(Trainer):
             if isinstance(error, DrklError):
                 raise
             raise DrklError(f"transformers.Trainer refuses the arguments: {' '.join(str(error).split())}") from error
+        if self._on_policy is not None:
+            check_whole(self)
         if self._use_cache is not None:
             pair.student.config.use_cache = self._use_cache
         self.remove_callback(PrinterCallback)
@@ -280,6 +297,8 @@ class DistillationTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._train_log.begin(step_of(checkpoint) if checkpoint else 0)
         self.num_tokens_seen = tokens_seen(checkpoint) if checkpoint else 0
+        if checkpoint is not None and self._on_policy is not None:
+            self._on_policy.load(checkpoint, step_of(checkpoint))
         student = self.pair.student
         training = student.training
         tokenizer, self.processing_class = self.processing_class, None
@@ -335,7 +354,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The summed loss of a micro-batch over the valid tokens of the whole optimiser step, all ranks together."""
-        row_ids, labels = inputs.pop("row_ids"), inputs.pop("labels")
+        row_ids, labels, sampled = inputs.pop("row_ids"), inputs.pop("labels"), inputs.pop("sampled", None)
         keep = labels != IGNORE_INDEX
         num_tokens = torch.as_tensor(
             keep.sum() if num_items_in_batch is None else num_items_in_batch, device=labels.device
@@ -345,7 +364,8 @@ class DistillationTrainer(Trainer):
             assert self.teacher is not None
             teacher_hidden, teacher_head = self.teacher.hidden_at(inputs, keep), self.teacher.head
         every = -(-int(keep.sum()) // STATISTICS_POSITIONS)
-        statistics = StatisticsSums(every) if every and self._will_log() else None
+        of_sampled = None if sampled is None else sampled[keep]
+        statistics = StatisticsSums(every, of_sampled) if every and self._will_log() else None
         seen: list[Tensor] = []
 
         def at_head(hidden: Tensor, head: LMHead | None) -> Tensor:
@@ -358,6 +378,7 @@ class DistillationTrainer(Trainer):
                 teacher_head,
                 labels[keep],
                 self.loss_config,
+                sampled=of_sampled,
                 objective=self.objective,
                 num_tokens=num_tokens,
                 vocab_size=self.vocab_size,
@@ -391,6 +412,43 @@ class DistillationTrainer(Trainer):
             f"The loss became {float(loss.detach())} at step {self.state.global_step + 1}, rows {list_rows(row_ids)}. "
             f"First non-finite tensor: {fault}. Training stopped; the last good checkpoint is kept. {REMEDY}"
         )
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch; of sampled answers part by part."""
+        if self._on_policy is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        started = time.monotonic()
+        *first, last = inputs["parts"]
+        total = torch.zeros((), device=self.args.device)
+        state = self.accelerator.gradient_state
+        syncs = state.sync_gradients
+        for part in first:
+            state._set_sync_gradients(False)  # DeepSpeed's engine would take a step after each part
+            with self.accelerator.no_sync(model):
+                total += super().training_step(model, part, num_items_in_batch)
+        state._set_sync_gradients(syncs)
+        total += super().training_step(model, last, num_items_in_batch)
+        self._on_policy.learnt(time.monotonic() - started)
+        return total
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As transformers', over the parts of a micro-batch."""
+        return sum(super(DistillationTrainer, self).floating_point_ops(part) for part in inputs.get("parts", [inputs]))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        for part in inputs.get("parts", [inputs]):
+            super()._track_num_input_tokens(part)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of the next step; answers are written first where they are due."""
+        if self._on_policy is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        for _ in range(num_batches):
+            next(epoch_iterator)
+        batches, num_tokens = self._on_policy.micro_batches(self.state.global_step)
+        self.num_tokens_seen += num_tokens
+        self._row_ids = [row_id for batch in batches for part in batch["parts"] for row_id in part["row_ids"]]
+        return batches, torch.tensor(num_tokens, device=device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -465,18 +523,20 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what `compute_loss` gathered since the last training line."""
         if "loss" in logs:
-            positions = self._sums.pop("positions", 0.0)
-            logs |= {name: value / positions for name, value in self._sums.items()} if positions else {}
+            logs |= means_of(self._sums)
             now = time.monotonic()
             tokens = self._input_tokens * self.accelerator.num_processes  # steps are cut evenly between the processes
             logs["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
             logs["num_tokens"] = self.num_tokens_seen
+            logs |= self._on_policy.numbers() if self._on_policy is not None else {}
             self._sums, self._input_tokens, self._since = {}, 0, now
         super().log(logs, start_time)
 
     def on_progress(self, hook: OnProgress) -> None:
         """Call ``hook(steps done, steps in all, newest numbers)`` after every step."""
         self._train_log.on_progress = hook
+        if self._on_policy is not None:
+            self._on_policy.on_writing(lambda done, of: self._train_log.writing(self.state, done, of))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # Only a step that is also saved can be the best that is kept.
@@ -520,6 +580,8 @@ class DistillationTrainer(Trainer):
             ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if self._on_policy is not None:
+                self._on_policy.save(folder)
             mark_complete(folder, self.state.global_step, self.num_tokens_seen)
             if self._keep_checkpoints:
                 best = self.state.best_model_checkpoint

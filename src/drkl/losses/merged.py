@@ -1,0 +1,101 @@
+"""Token ids that count as one class: the columns of a smaller vocabulary, and the way back for gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drkl.errors import DrklError
+
+
+@dataclass(frozen=True)
+class MergedIds:
+    """Some of ``vocab_size`` ids as one class, the event; the merged vocabulary has the others and it.
+
+    The event stands at the smallest of the ids. The places of the others are taken by the last columns, and the rest
+    stays where it is: nothing of the size of a vocabulary is copied in place.
+    """
+
+    ids: tuple[int, ...]
+    """Ascending."""
+    vocab_size: int
+
+    @property
+    def size(self) -> int:
+        """The number of classes of the merged vocabulary."""
+        return self.vocab_size - len(self.ids) + 1
+
+    @property
+    def event(self) -> int:
+        """The class that stands for all of the ids."""
+        return self.ids[0]
+
+    @property
+    def moves(self) -> list[tuple[int, int]]:
+        """Which column goes to which: (from, to)."""
+        sources = (column for column in range(self.size, self.vocab_size) if column not in self.ids)
+        return [(next(sources), place) for place in self.ids[1:] if place < self.size]
+
+    def labels(self, labels: Tensor | None) -> Tensor | None:
+        """Ids `[n]` as classes of the merged vocabulary."""
+        if labels is None:
+            return None
+        for token in self.ids[1:]:
+            labels = labels.masked_fill(labels == token, self.event)
+        for source, place in self.moves:
+            labels = labels.masked_fill(labels == source, place)
+        return labels
+
+    def merged(self, logits: Tensor) -> Tensor:
+        """Logits or log-probabilities `[n, vocab]` as new ones `[n, size]`, differentiable."""
+        columns = list(range(self.size))
+        for source, place in self.moves:
+            columns[place] = source
+        kept = logits.index_select(-1, torch.tensor(columns, device=logits.device))
+        event = _log_sum_exp(self._members(logits))
+        return kept.index_copy(-1, torch.tensor([self.event], device=logits.device), event)
+
+    def merge_(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The same in place: the first ``size`` columns of finite ``logits``, and what they held at the ids."""
+        members = self._members(logits)
+        for source, place in self.moves:
+            logits[:, place] = logits[:, source]
+        logits[:, self.event] = torch.logsumexp(members, -1)
+        return logits[:, : self.size], members
+
+    def spread_(self, grad: Tensor, members: Tensor) -> None:
+        """From the gradient on merged logits, in the first columns of ``grad``, to that on the logits themselves."""
+        shares = torch.softmax(members, -1) * grad[:, self.event].unsqueeze(-1)
+        for source, place in self.moves:
+            grad[:, source] = grad[:, place]
+        for number, token in enumerate(self.ids):
+            grad[:, token] = shares[:, number]
+
+    def _members(self, logits: Tensor) -> Tensor:
+        return torch.stack([logits[:, token] for token in self.ids], -1)
+
+
+def make_merged(ids: Sequence[int] | None, vocab_size: int) -> MergedIds | None:
+    """Check the ids that a loss is to merge; None for none. Raises DrklError."""
+    if ids is None:
+        return None
+    found = list(ids)
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in found):
+        raise DrklError(f"merged_ids is {found}; expected token ids, whole numbers.")
+    if repeated := sorted({token for token in found if found.count(token) > 1}):
+        raise DrklError(f"merged_ids has the id {repeated[0]} more than once; expected each once.")
+    if len(found) < 2:
+        raise DrklError(f"merged_ids is {found}; expected at least two ids, which count as one class.")
+    if outside := [token for token in found if not 0 <= token < vocab_size]:
+        raise DrklError(f"merged_ids has the id {outside[0]}; expected ids in [0, {vocab_size}), which are compared.")
+    return MergedIds(tuple(sorted(found)), vocab_size)
+
+
+def _log_sum_exp(members: Tensor) -> Tensor:
+    """`[n, 1]`; torch's own has no gradient where all of a row are -inf."""
+    empty = (members == -math.inf).all(-1, keepdim=True)
+    return torch.logsumexp(members.masked_fill(empty, 0.0), -1, keepdim=True).masked_fill(empty, -math.inf)

@@ -1,0 +1,263 @@
+"""The rows of each optimiser step, those among them answered that the settings select."""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from drkl.data.batching import bucket_by_length
+from drkl.data.examples import hash_of_id
+from drkl.data.lengths import Room
+from drkl.data.tokenize import Row
+from drkl.errors import DrklError
+from drkl.rollouts.answers import Answer, Request, Writer
+from drkl.rollouts.config import RolloutsConfig
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer, and where it came from."""
+
+    row: int
+    """The number of the training row whose prompt it answers."""
+    token_ids: tuple[int, ...]
+    finished: bool
+    step: int
+    """Optimiser steps that the weights had taken which wrote it."""
+
+    def training_row(self, rows: Sequence[Row]) -> Row:
+        """The row that is trained on: the prompt as a model is sampled from it, and the answer."""
+        row = rows[self.row]
+        return replace(
+            row,
+            prompt_ids=row.sampling_ids,
+            response_ids=self.token_ids,
+            trained=None,
+            sampling_context=None,
+            sampled=True,
+        )
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of all requests that one process writes, and how the parts come together."""
+
+    process: int = 0
+    processes: int = 1
+    gather: Callable[[list[Any]], list[Any]] = list
+    """From one list in each process to their concatenation, in every process."""
+
+
+class AnsweredSteps:
+    """Gives the rows of one optimiser step after the other.
+
+    Which rows are answered, which take an earlier answer and which, and every answer's random numbers follow from the
+    seed, the row's id and the pass over the rows: the same whatever the micro-batches, processes or interruptions.
+
+    Args:
+        rows: the training rows.
+        steps: the numbers of the rows of every step.
+        ends: the steps after which a pass over the rows ends.
+        config: the section `rollouts`.
+        writer: writes the answers with the weights of now.
+        seed: at least 0.
+        max_new_tokens: longest answer.
+        room: the models' context.
+        share: which requests this process writes.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        steps: Sequence[Sequence[int]],
+        ends: Sequence[int],
+        config: RolloutsConfig,
+        writer: Writer,
+        *,
+        seed: int,
+        max_new_tokens: int,
+        room: Room,
+        share: Share | None = None,
+    ) -> None:
+        self._rows, self._steps, self._ends = rows, steps, list(ends)
+        self._config, self._writer, self._seed = config, writer, seed
+        self._max_new_tokens, self._room, self._share = max_new_tokens, room, share or Share()
+        self._pending: dict[tuple[int, int], Written] = {}
+        self._written_to = 0
+        """The first step whose answers are not written yet."""
+        self._memory: deque[Written] = deque(maxlen=config.replay_memory)
+        self.seconds = 0.0
+        """Spent on writing answers."""
+        self.on_writing: Callable[[int, int], None] = lambda done, of: None
+        """Called with the answers of a set that this process has written, and how many it will write."""
+
+    def rows_of(self, step: int) -> list[Row]:
+        """The rows of a step (counted from 0), of all processes; answers are written first where they are due."""
+        if step >= self._written_to:
+            started = time.monotonic()
+            self._write(step)
+            self.seconds += time.monotonic() - started
+        written = {number: self._pending.pop((step, number), None) for number in self._steps[step]}
+        return [self._rows[n] if w is None else w.training_row(self._rows) for n, w in written.items()]
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, as json: answers that are not trained on yet, and the memory."""
+        pending = [[step, number, asdict(written)] for (step, number), written in self._pending.items()]
+        return {
+            "written_to": self._written_to,
+            "pending": pending,
+            "memory": [asdict(written) for written in self._memory],
+        }
+
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        """Go on where `state` was taken, before a step.
+
+        Raises:
+            DrklError: the state is not one.
+        """
+        try:
+            self._written_to = max(int(state["written_to"]), step)
+            self._pending = {(int(s), int(n)): _written(values) for s, n, values in state["pending"]}
+            self._memory.clear()
+            self._memory.extend(_written(values) for values in state["memory"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DrklError(f"The checkpoint's rollouts.json does not hold the answers of a run: {error!r}.") from error
+
+    def _write(self, first: int) -> None:
+        """Write the answers of the steps that one set serves."""
+        every = self._config.refresh_every
+        last = min(first - first % every + every, len(self._steps))
+        places: list[tuple[int, int]] = []
+        requests: list[Request] = []
+        replayed: dict[tuple[int, int], Written] = {}
+        for step in range(first, last):
+            number_of_pass = bisect.bisect_right(self._ends, step)
+            for number in self._steps[step]:
+                row = self._rows[number]
+                draw = _Draw(self._seed, row.id, number_of_pass)
+                if row.response_ids and draw("share") >= self._config.share_at(step):
+                    continue
+                if self._memory and draw("replay") < self._config.replay:
+                    replayed[step, number] = self._memory[int(draw("memory") * len(self._memory))]
+                    continue
+                request = self._request(row, number_of_pass)
+                if request is not None:
+                    places.append((step, number))
+                    requests.append(request)
+        answers = self._answers(requests)
+        written = {
+            place: Written(place[1], answer.token_ids, answer.finished, first)
+            for place, answer in zip(places, answers, strict=True)
+        }
+        self._pending |= written | replayed
+        if self._config.replay > 0:
+            self._memory.extend(written.values())
+        self._written_to = last
+
+    def _request(self, row: Row, number_of_pass: int) -> Request | None:
+        """None where the context leaves no room for an answer, and the data's own response is trained on."""
+        prompt, context = row.sampling_ids, self._room.decoder
+        teacher_prompt = prompt if row.teacher_prompt_ids is None else row.teacher_prompt_ids
+        most = self._max_new_tokens
+        if context is not None:
+            most = min(most, context - (0 if self._room.separate else max(len(prompt), len(teacher_prompt))))
+        if most < 1:
+            if row.response_ids:
+                return None
+            raise DrklError(
+                f"Row {row.id!r}: its prompt of {len(prompt)} tokens leaves no room for an answer in the models' "
+                f"context of {context} tokens."
+            )
+        return Request(row.id, number_of_pass, prompt, teacher_prompt, most)
+
+    def _answers(self, requests: Sequence[Request]) -> list[Answer]:
+        """Write this process's part and gather all parts; an error in one process is raised in all."""
+        if not requests:
+            return []
+        # Alike in cost: neighbours in length go to different processes.
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
+        mine = order[self._share.process :: self._share.processes]
+        part: list[Any]
+        done = 0
+
+        def progress(more: int) -> None:
+            nonlocal done
+            done += more
+            self.on_writing(done, len(mine))
+
+        try:
+            answers = self._writer.write([requests[i] for i in mine], seed=self._seed, progress=progress)
+            part = [(i, answer) for i, answer in zip(mine, answers, strict=True)]
+        except DrklError as error:
+            if self._share.processes == 1:
+                raise
+            part = [(-1, str(error))]
+        parts = self._share.gather(part)
+        failed = [text for i, text in parts if i < 0]
+        if failed:
+            raise DrklError(failed[0])
+        by_number = dict(parts)
+        return [by_number[i] for i in range(len(requests))]
+
+
+class _Draw:
+    """Numbers in [0, 1) of one row in one pass, one for each purpose."""
+
+    def __init__(self, seed: int, row_id: str, number_of_pass: int) -> None:
+        self._key = f"{seed} {number_of_pass} {row_id}"
+
+    def __call__(self, purpose: str) -> float:
+        return int.from_bytes(hash_of_id(f"{purpose} {self._key}")[:7], "big") / 2**56
+
+
+def _written(values: Any) -> Written:
+    return Written(
+        int(values["row"]), tuple(int(t) for t in values["token_ids"]), bool(values["finished"]), int(values["step"])
+    )
+
+
+def planned_length(row: Row, max_new_tokens: int) -> int:
+    """Positions that a row is planned with: prompt and response, or the longest answer where there is no response.
+
+    >>> planned_length(Row("a", (1, 2, 3), (), example=None), 5)
+    7
+    """
+    if row.response_ids:
+        return row.length
+    prompt = len(row.sampling_ids)
+    return max(prompt, max_new_tokens) if row.encoder_decoder else prompt + max_new_tokens - 1
+
+
+def cut(rows: Sequence[Row], slots: int, *, tokens: int | None, rows_per_part: int | None) -> list[list[list[Row]]]:
+    """Cut the rows of a step into parts by their real lengths, and deal these out to slots.
+
+    Args:
+        rows: of all processes.
+        slots: micro-steps of all processes together.
+        tokens: positions of a part at most, padding included; a longer row is alone.
+        rows_per_part: rows of a part at most, where rows are counted.
+
+    Returns:
+        For each slot its parts, the same number for all; some have no rows.
+
+    >>> a, b = (Row(name, (1,) * 3, (2,) * 2, example=None) for name in "ab")
+    >>> [[[row.id for row in part] for part in slot] for slot in cut([a, b], 2, tokens=100, rows_per_part=None)]
+    [[['a']], [['b']]]
+    """
+    order = sorted(range(len(rows)), key=lambda i: rows[i].length)
+    if rows_per_part is not None:
+        groups = [order[i : i + rows_per_part] for i in range(0, len(order), rows_per_part)]
+    else:
+        assert tokens is not None, "one of the two limits is given"
+        groups = bucket_by_length([row.length for row in rows], tokens)
+    while len(groups) < slots and any(len(group) > 1 for group in groups):
+        largest = max(range(len(groups)), key=lambda i: len(groups[i]))
+        group = groups[largest]
+        groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+    parts = [[rows[i] for i in group] for group in groups]
+    deep = -(-len(parts) // slots)
+    return [[*parts[slot::slots], *[[]] * deep][: max(1, deep)] for slot in range(slots)]

@@ -1,0 +1,197 @@
+"""On-policy distillation in the training loop: from the plan's rows to micro-batches of answers, and their record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from drkl.data.collate import collate
+from drkl.errors import DrklError
+from drkl.losses import IGNORE_INDEX
+from drkl.models.ends import answer_start, stops_of
+from drkl.models.forward import decoder_start
+from drkl.rollouts.answers import Writer
+from drkl.rollouts.builtin import BuiltInWriter
+from drkl.rollouts.steps import AnsweredSteps, Share, cut
+from drkl.runs import read_json, write_json
+from drkl.training.arguments import DistillationConfig
+from drkl.training.pair import Pair
+
+STATE = "rollouts.json"
+"""In a checkpoint: answers that were not trained on yet, and those that may be replayed."""
+
+
+class Places(Dataset[Tensor]):
+    """Stands in for the rows of a run whose steps are known only once their answers are written.
+
+    Args:
+        count: micro-batches of the run, over all processes.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor(index)
+
+
+class OnPolicy:
+    """Makes the micro-batches of each step, answers written first.
+
+    Args:
+        pair: models and rows.
+        args: how to train; ``args.rollouts`` is on.
+        steps: the numbers of the rows of every step.
+        ends: the steps after which a pass over the rows ends.
+    """
+
+    def __init__(
+        self, pair: Pair, args: DistillationConfig, steps: Sequence[Sequence[int]], ends: Sequence[int]
+    ) -> None:
+        self._pair, self._args = pair, args
+        self._slots = args.gradient_accumulation_steps * args.world_size
+        self._start = decoder_start(pair.student)
+        self.writer = _writer(pair, args)
+        rows: Any = pair.rows
+        self._answered = AnsweredSteps(
+            rows,
+            steps,
+            ends,
+            args.rollouts,
+            self.writer,
+            seed=args.seed,
+            max_new_tokens=pair.max_new_tokens,
+            room=pair.room,
+            share=Share(args.process_index, args.world_size, gather_object) if args.world_size > 1 else None,
+        )
+        self._since = _Since()
+
+    def on_writing(self, hook: Callable[[int, int], None]) -> None:
+        """Call ``hook(answers written, answers due)`` while a set of answers is written."""
+        self._answered.on_writing = hook
+
+    def micro_batches(self, step: int) -> tuple[list[dict[str, Any]], int]:
+        """The micro-batches of this process in a step, and the number of tokens in the step over all processes.
+
+        A micro-batch is a list of parts, cut by the lengths that were really written; all processes have the same
+        number of parts.
+        """
+        before = self._answered.seconds
+        rows = self._answered.rows_of(step)
+        self._since.generating += self._answered.seconds - before
+        self._since.add(rows)
+        args = self._args
+        tokens = None if args.tokens_per_step is None else max(1, args.tokens_per_step // self._slots)
+        slots = cut(rows, self._slots, tokens=tokens, rows_per_part=args.per_device_train_batch_size)
+        mine = slots[args.process_index :: args.world_size]
+        batches = [{"parts": [self._batch(part) for part in slot]} for slot in mine]
+        return batches, sum(row.num_trained for row in rows)
+
+    def _batch(self, rows: Sequence[Any]) -> dict[str, Any]:
+        batch = collate(rows, pad_id=self._pair.pad_id, decoder_start=self._start)
+        # Cross-entropy and the log tell answers from the data's responses.
+        sampled = torch.tensor([row.sampled for row in rows] or [False])
+        return batch | {"sampled": sampled[:, None].expand_as(batch["labels"]) & (batch["labels"] != IGNORE_INDEX)}
+
+    def learnt(self, seconds: float) -> None:
+        """Note how long a micro-batch took."""
+        self._since.learning += seconds
+
+    def numbers(self) -> dict[str, float]:
+        """What is logged of the steps since the last call."""
+        since, self._since = self._since, _Since()
+        return since.numbers()
+
+    def save(self, checkpoint: Path) -> None:
+        """Write what a resumed run needs into a checkpoint."""
+        write_json(checkpoint / STATE, self._answered.state())
+
+    def load(self, checkpoint: Path, step: int) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            DrklError: it was written by a run without sampled answers.
+        """
+        if not (checkpoint / STATE).is_file():
+            raise DrklError(
+                f"{str(checkpoint)!r} has no {STATE}: its run trained on the data's responses alone. Leave "
+                "rollouts.share at 0 to go on with it, or start a new run."
+            )
+        self._answered.load_state(read_json(checkpoint / STATE), step)
+
+
+class _Since:
+    """Sums over the steps since the last line of the log."""
+
+    def __init__(self) -> None:
+        self.generating = self.learning = 0.0
+        self._steps = self._rows = self._sampled = 0
+
+    def add(self, rows: Sequence[Any]) -> None:
+        self._steps += 1
+        self._rows += len(rows)
+        self._sampled += sum(row.sampled for row in rows)
+
+    def numbers(self) -> dict[str, float]:
+        if not self._steps:
+            return {}
+        return {
+            "rollout_share": self._sampled / max(1, self._rows),
+            "seconds_generating": self.generating / self._steps,
+            "seconds_learning": self.learning / self._steps,
+        }
+
+
+def _writer(pair: Pair, args: DistillationConfig) -> Writer:
+    words = getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # of a processor
+    rollouts = args.rollouts
+    teacher = None if pair.teacher is None else pair.teacher.model
+    ends_of = teacher if rollouts.source == "teacher" and teacher is not None else pair.student
+    return BuiltInWriter(
+        pair.student,
+        teacher=teacher,
+        source=rollouts.source,
+        teacher_share=rollouts.teacher_share,
+        stops=stops_of(ends_of, words, args.template),
+        sampling_temperature=rollouts.sampling_temperature,
+        top_p=rollouts.top_p,
+        batch_size=rollouts.batch_size,
+        precision=args.precision,
+        vocab_size=pair.vocab_size,
+        pad_id=pair.pad_id,
+        begin=answer_start(pair.student, words),
+    )
+
+
+def check_rollouts(pair: Pair, args: DistillationConfig) -> None:
+    """Raise DrklError where answers cannot be sampled for this pair."""
+    if pair.classes is not None:
+        raise DrklError(
+            "rollout_share is above 0, but the models are classifiers, which write no answers. Leave it out."
+        )
+    if pair.teacher is None:
+        raise DrklError(
+            "rollout_share is above 0, but there is no teacher to judge the sampled answers; pass teacher_model, or "
+            "leave it out."
+        )
+
+
+def check_whole(trainer: Any) -> None:
+    """Raise DrklError where no process has the whole student, to write with or to send to a server."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    wrapper = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed ZeRO-3" if plugin and plugin.zero_stage == 3 else None
+    if wrapper is not None:
+        raise DrklError(
+            f"rollout_share is above 0 and {wrapper} cuts the student's weights over the processes, but an answer "
+            "needs all of them in one. Use DistributedDataParallel (torchrun or accelerate without FSDP) or DeepSpeed "
+            "ZeRO-1 or ZeRO-2; LoRA or gradient checkpointing save memory there."
+        )
