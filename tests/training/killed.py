@@ -4,7 +4,7 @@
 
 MOMENT is ``log FOLDER``, ``begin FOLDER`` or ``checkpoint FOLDER``, with a part of the path of the checkpoints, and
 NUMBER the optimiser step; or ``file``, and NUMBER counts the finished files of rows or tensors; or ``write``, and
-NUMBER counts the forward passes within ``generate``.
+NUMBER counts the forward passes in which answers are written.
 """
 
 from __future__ import annotations
@@ -46,18 +46,19 @@ def kill_in_training(moment: str, folder: str, number: int) -> None:
 
 
 def kill_in_writing(number: int) -> None:
-    """In the midst of an answer: once a model was read so many times while `generate` runs."""
-    from transformers import GenerationMixin
+    """In the midst of an answer: once a model was read so many times while answers are written."""
     from transformers.models.llama.modeling_llama import LlamaModel
 
-    generate, forward = GenerationMixin.generate, LlamaModel.forward
+    from drkl.rollouts.builtin import BuiltInWriter
+
+    write, forward = BuiltInWriter.write, LlamaModel.forward
     inside = passes = 0
 
-    def watched_generate(self: Any, *args: Any, **words: Any) -> Any:
+    def watched_write(self: Any, *args: Any, **words: Any) -> Any:
         nonlocal inside
         inside += 1
         try:
-            return generate(self, *args, **words)
+            return write(self, *args, **words)
         finally:
             inside -= 1
 
@@ -68,7 +69,7 @@ def kill_in_writing(number: int) -> None:
             kill()
         return forward(self, *args, **words)
 
-    GenerationMixin.generate, LlamaModel.forward = watched_generate, watched_forward
+    BuiltInWriter.write, LlamaModel.forward = watched_write, watched_forward  # type: ignore[method-assign]
 
 
 def kill_after_files(number: int) -> None:

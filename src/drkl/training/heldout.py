@@ -36,8 +36,9 @@ class HeldOut:
         rows_per_batch: int | None = None,
         decoder_start: int | None = None,
         vocab_size: int | None = None,
+        merged_ids: Sequence[int] = (),
     ) -> None:
-        self._teacher, self._vocab_size = teacher, vocab_size
+        self._teacher, self._vocab_size, self._merged_ids = teacher, vocab_size, merged_ids or None
         self._batches = list(
             batches(
                 rows,
@@ -72,6 +73,7 @@ class HeldOut:
                     loss,
                     objective=objective,
                     vocab_size=self._vocab_size,
+                    merged_ids=self._merged_ids,
                     reduction="none",
                     observe=statistics,
                 )
@@ -88,7 +90,7 @@ class HeldOut:
         if self._teacher is None:
             return None
         if (states := self._teacher_hidden[index]) is None:
-            batch = self._batches[index]
+            batch = self._batches[index].for_teacher
             inputs = {name: value.to(device) for name, value in batch.inputs.items()}
             # A teacher that remembers has them from the stage before.
             states = self._teacher_hidden[index] = self._teacher.hidden_at(inputs, batch.keep.to(device))

@@ -60,7 +60,7 @@ class OnPolicy:
         self._pair, self._args = pair, args
         self._slots = args.gradient_accumulation_steps * args.world_size
         self._start = decoder_start(pair.student)
-        self.writer = _writer(pair, args)
+        self.writer = make_writer(pair, args)
         rows: Any = pair.rows
         self._answered = AnsweredSteps(
             rows,
@@ -151,24 +151,26 @@ class _Since:
         }
 
 
-def _writer(pair: Pair, args: DistillationConfig) -> Writer:
-    words = getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # of a processor
+def make_writer(pair: Pair, args: DistillationConfig, source: str | None = None) -> Writer:
+    """The writer of a pair's answers; ``source`` stands in for that of the settings."""
+    assert pair.teacher is not None, "check_rollouts refuses the rest"
     rollouts = args.rollouts
-    teacher = None if pair.teacher is None else pair.teacher.model
-    ends_of = teacher if rollouts.source == "teacher" and teacher is not None else pair.student
+    source = source or rollouts.source
+    model = pair.teacher.model if source == "teacher" else pair.student
+    words = getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # of a processor
     return BuiltInWriter(
         pair.student,
-        teacher=teacher,
-        source=rollouts.source,
+        teacher=pair.teacher.model,
+        source=source,  # type: ignore[arg-type]
         teacher_share=rollouts.teacher_share,
-        stops=stops_of(ends_of, words, args.template),
+        stops=stops_of(model, words, args.template),
         sampling_temperature=rollouts.sampling_temperature,
         top_p=rollouts.top_p,
         batch_size=rollouts.batch_size,
         precision=args.precision,
         vocab_size=pair.vocab_size,
         pad_id=pair.pad_id,
-        begin=answer_start(pair.student, words),
+        begin=answer_start(model, words),
     )
 
 

@@ -268,6 +268,7 @@ class DistillationTrainer(Trainer):
             rows_per_batch=self.config.per_device_eval_batch_size,
             decoder_start=decoder_start(self.pair.student),
             vocab_size=self.vocab_size,
+            merged_ids=self.pair.merged_ids,
         )
 
     @property
@@ -382,6 +383,7 @@ class DistillationTrainer(Trainer):
                 objective=self.objective,
                 num_tokens=num_tokens,
                 vocab_size=self.vocab_size,
+                merged_ids=self.pair.merged_ids or None,
                 observe=statistics,
             )
 
