@@ -90,7 +90,7 @@ class HeldOut:
         if self._teacher is None:
             return None
         if (states := self._teacher_hidden[index]) is None:
-            batch = self._batches[index]
+            batch = self._batches[index].for_teacher
             inputs = {name: value.to(device) for name, value in batch.inputs.items()}
             # A teacher that remembers has them from the stage before.
             states = self._teacher_hidden[index] = self._teacher.hidden_at(inputs, batch.keep.to(device))
