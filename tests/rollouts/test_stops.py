@@ -1,4 +1,4 @@
-"""Whether both models mean the same by a finished answer: what is asked, refused, mapped, and what the student learns."""
+"""Whether both models mean the same by a finished answer: what is asked, refused and mapped, and what is learnt."""
 
 from __future__ import annotations
 
