@@ -167,7 +167,7 @@ class DataConfig(BaseModel):
 
         Args:
             room: the models' context.
-            max_new_tokens: of answers that are sampled after the prompts; None where none are.
+            max_new_tokens: of answers that are sampled after the prompts, where that is given.
 
         Raises:
             DrklError: the given length of a prompt leaves no room for a response.
@@ -176,8 +176,7 @@ class DataConfig(BaseModel):
 
     def _fitting(self, room: Room, max_new_tokens: int | None = None) -> Lengths:
         given = self.given_lengths
-        prompt, total = given.get("max_prompt_tokens"), given.get("max_tokens")
-        return fit_lengths(prompt, total, room, max_new_tokens=max_new_tokens)
+        return fit_lengths(given.get("max_prompt_tokens"), given.get("max_tokens"), room, max_new_tokens=max_new_tokens)
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """Return the sources, each with its format; a single path or dataset is one source."""
