@@ -166,6 +166,57 @@ def _print_estimate(plan: dict[str, Any]) -> None:
     print(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True), end="")
 
 
+@app.command("rollout-server")
+def rollout_server(
+    config: Annotated[
+        Path, typer.Argument(help="A yaml file, or the name of a recipe (see `drkl recipes`).", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="section.key=value; after `--` flags of `vllm serve`, e.g. -- --gpu-memory-utilization 0.4",
+            show_default=False,
+        ),
+    ] = None,
+    vllm: Annotated[str, typer.Option(metavar="PATH", help="The executable of vLLM.")] = "vllm",
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to listen at. Default: that of rollouts.server, or 127.0.0.1.", show_default=False),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Port to listen at. Default: that of rollouts.server, or 8000.", show_default=False
+        ),
+    ] = None,
+    print_only: Annotated[
+        bool, typer.Option("--print", help="Write the student, and print the command in place of running it.")
+    ] = False,
+) -> None:
+    """Start a vLLM server that writes the answers of CONFIG's run (rollouts.generator=vllm); Ctrl-C ends it."""
+    from drkl.config import load_config
+    from drkl.models.load import quiet_transformers
+    from drkl.training.serving import prepare_server
+
+    given = overrides or []
+    flags = next((i for i, word in enumerate(given) if word.startswith("-")), len(given))
+    loaded, notes = load_config(config, given[:flags])
+    quiet_transformers()
+    serving = prepare_server(loaded.specs(), vllm=vllm, host=host, port=port, more=given[flags:], check=not print_only)
+    if print_only:
+        print(serving.line)
+        return
+    for note in notes:
+        print(note)
+    print(f"Starting {serving.line}")
+    print(
+        f"Once it says that its startup is complete: drkl distill {config} rollouts.generator=vllm "
+        f"rollouts.server={serving.address}",
+        flush=True,
+    )
+    serving.start()
+
+
 @app.command()
 def evaluate(
     run: OptionalRun = None,

@@ -33,6 +33,8 @@ _REASONS = {
 class Row:
     """One example as token ids; ``response_ids`` end with the end of turn unless they were cut.
 
+    A prompt without a response, which a model is to answer, has no ``response_ids``.
+
     With ``turns: all`` they hold the whole conversation from the first reply on, and ``trained`` marks those that are
     the assistant's; None marks all of them. ``sampling_context`` are the ids after which a model samples the
     ``example``'s response; None stands for ``prompt_ids``.
@@ -58,13 +60,14 @@ class Row:
 
     @property
     def length(self) -> int:
-        """Number of positions the model is fed (the last response token is only predicted).
+        """Number of positions the models are fed, at most (the last response token is only predicted).
 
         For an encoder-decoder, the longer of source and target.
         """
+        prompt = max(len(self.prompt_ids), len(self.teacher_prompt_ids or ()))
         if self.encoder_decoder:
-            return max(len(self.prompt_ids), len(self.response_ids))
-        return len(self.prompt_ids) + len(self.response_ids) - 1
+            return max(prompt, len(self.response_ids))
+        return prompt + len(self.response_ids) - 1
 
     @property
     def trained_ids(self) -> tuple[int, ...]:

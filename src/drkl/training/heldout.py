@@ -40,8 +40,10 @@ class HeldOut:
         decoder_start: int | None = None,
         vocab_size: int | None = None,
         remember: bool = True,
+        merged_ids: Sequence[int] = (),
     ) -> None:
         self._teacher, self._vocab_size, self._remember = teacher, vocab_size, remember
+        self._merged_ids = merged_ids or None
         self._batches = list(
             batches(
                 rows,
@@ -76,6 +78,7 @@ class HeldOut:
                     loss,
                     objective=objective,
                     vocab_size=self._vocab_size,
+                    merged_ids=self._merged_ids,
                     reduction="none",
                     observe=statistics,
                 )
@@ -92,7 +95,7 @@ class HeldOut:
         if self._teacher is None:
             return None
         if (states := self._teacher_hidden[index]) is None:
-            batch = self._batches[index]
+            batch = self._batches[index].for_teacher
             inputs = {name: value.to(device) for name, value in batch.inputs.items()}
             # A teacher that remembers has them from the stage before.
             states = self._teacher.hidden_at(inputs, batch.keep.to(device), remember=self._remember)

@@ -29,6 +29,7 @@ from drkl.models.forward import is_encoder_decoder, lm_head
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer, model_note
 from drkl.models.pair import SharedTokens, check_rows, check_same_family, check_tokenizers, shared_vocabulary
 from drkl.models.precision import resolve_dtype
+from drkl.rollouts.stops import Agreement, agree_on_stops
 from drkl.runs import IN_MEMORY
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
@@ -86,6 +87,8 @@ class Pair:
     """The ids that end an answer by the teacher's own settings, or by the student's where there is no teacher."""
     ends: Ends | None = None
     """Where the teacher ends an answer, and where the rows do."""
+    merged_ids: tuple[int, ...] = ()
+    """The stop tokens that count as one event in the loss; empty where each counts for itself."""
 
     @property
     def vocab_size(self) -> int | None:
@@ -168,6 +171,7 @@ def make_pair(
     notes = [] if isinstance(train_dataset, TokenisedRows) else list(report.notes)
     vocabulary = None
     compared = None
+    merged_ids: tuple[int, ...] = ()
     if classes is not None:
         student.config.get_text_config().pad_token_id = _pad_id(tokenizer)  # decoders find a text's end by it
     if classes is None:
@@ -176,7 +180,12 @@ def make_pair(
         check_languages(words, {"student": student, "teacher": None if teacher is None else teacher.model})
         language_rows: Any = rows
         taught = [*taught_ends(language_rows, words), *ends]
-        compared = None if teacher is None else _ends(teacher, rows, words, args)
+        shared_size = None if vocabulary is None else vocabulary["shared"]
+        agreement = _agreement(student, teacher, everything, words, args, taught, shared_size)
+        merged_ids = agreement.merged_ids
+        notes += [] if agreement.note is None else [agreement.note]
+        taught += merged_ids
+        compared = None if teacher is None else _ends(teacher, rows, words, args, merged_ids)
         if compared is not None and compared.differ and compared.own_id is not None:
             taught.append(compared.own_id)
         notes += set_ends(student, words, stops_of(student, words, args.template, taught))
@@ -221,15 +230,47 @@ def make_pair(
         notes=notes,
         listed_ends=ends,
         ends=compared,
+        merged_ids=merged_ids,
     )
 
 
-def _ends(teacher: LiveTeacher, rows: Any, tokenizer: Any, args: DistillationConfig) -> Ends | None:
+def _agreement(
+    student: PreTrainedModel,
+    teacher: LiveTeacher | None,
+    rows: Any,
+    tokenizer: Any,
+    args: DistillationConfig,
+    taught: Sequence[int],
+    vocab_size: int | None,
+) -> Agreement:
+    """What student and teacher agree on about stopping, where answers are sampled."""
+    rollouts = args.rollouts
+    if teacher is None or not rollouts.is_on:
+        return Agreement(())
+    agreement = agree_on_stops(
+        student,
+        teacher,
+        rows,
+        tokenizer,
+        rollouts.stop_map,
+        taught=taught,
+        pad_id=_pad_id(tokenizer),
+        vocab_size=vocab_size,
+        refuse=rollouts.source != "teacher",
+    )
+    if agreement.warning is not None and args.process_index == 0:
+        _log.warning("Warning: %s", agreement.warning)
+    return agreement
+
+
+def _ends(
+    teacher: LiveTeacher, rows: Any, tokenizer: Any, args: DistillationConfig, merged_ids: Sequence[int]
+) -> Ends | None:
     """Where the teacher ends an answer; unread where its probabilities teach nothing."""
     if args.kd_weight == 0 or not args.make_objective().needs_teacher:
         return None
     known = stops_of(teacher.model, tokenizer, args.template)
-    return compare_ends(teacher, rows, tokenizer, known, pad_id=_pad_id(tokenizer))
+    return compare_ends(teacher, rows, tokenizer, known, pad_id=_pad_id(tokenizer), merged_ids=merged_ids)
 
 
 def _answer_room(lengths: Lengths, args: DistillationConfig) -> int:

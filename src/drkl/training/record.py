@@ -298,6 +298,7 @@ def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder, num_steps
         "objective": {name: value for name, value in fields.items() if _is_plain(value)} | {"name": name},
         "loss": args.loss_config.model_dump(mode="json"),
         "training": training.resolved(),
+        "rollouts": args.rollouts.model_dump(mode="json"),
         "stages": [],
     }
 

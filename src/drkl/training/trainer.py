@@ -285,6 +285,7 @@ class DistillationTrainer(Trainer):
                 rows_per_batch=self.config.per_device_eval_batch_size,
                 decoder_start=decoder_start(self.pair.student),
                 vocab_size=self.vocab_size,
+                merged_ids=self.pair.merged_ids,
                 remember=remember,
             )
 
@@ -416,6 +417,7 @@ class DistillationTrainer(Trainer):
                 objective=self.objective,
                 num_tokens=num_tokens,
                 vocab_size=self.vocab_size,
+                merged_ids=self.pair.merged_ids or None,
                 observe=statistics,
             )
 
