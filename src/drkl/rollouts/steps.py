@@ -100,8 +100,6 @@ class AnsweredSteps:
         self._memory: deque[Written] = deque(maxlen=config.replay_memory)
         self.seconds = 0.0
         """Spent on writing answers."""
-        self.on_answers: Callable[[Sequence[Answer]], None] = lambda answers: None
-        """Called with each set of answers, those of all processes."""
         self.before_writing: Callable[[int], None] = lambda step: None
         """Called where this process is about to write, with the steps that the weights have taken."""
         self.on_writing: Callable[[int, int], None] = lambda done, of: None
@@ -158,7 +156,6 @@ class AnsweredSteps:
                     places.append((step, number))
                     requests.append(request)
         answers = self._answers(requests, first)
-        self.on_answers(answers)
         written = {
             place: Written(place[1], answer.token_ids, answer.finished, first)
             for place, answer in zip(places, answers, strict=True)

@@ -28,7 +28,7 @@ from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX, LMHead
 from drkl.models.at_head import call_at_head
-from drkl.models.forward import decoder_start, in_eval_mode
+from drkl.models.forward import decoder_start
 from drkl.models.load import one_tokenizer
 from drkl.models.pair_loss import model_inputs
 from drkl.models.weights import listed, not_loaded
@@ -38,14 +38,23 @@ from drkl.runs import RunFolder
 from drkl.teachers.live import LiveTeacher
 from drkl.training import trl
 from drkl.training.arguments import DistillationConfig
-from drkl.training.callbacks import BeforeFirstStep, BestCheckpoint, EarlyStop, Epochs, LastStep, OnProgress, TrainLog
+from drkl.training.callbacks import (
+    AnswersWatch,
+    BeforeFirstStep,
+    BestCheckpoint,
+    EarlyStop,
+    Epochs,
+    LastStep,
+    OnProgress,
+    TrainLog,
+)
 from drkl.training.checkpoints import mark_complete, newest_checkpoint, rotate, step_of, tokens_seen
 from drkl.training.checks import check_disk
 from drkl.training.faults import find_fault, list_rows
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of, means_of
 from drkl.training.heldout import HeldOut, NonFiniteLoss
 from drkl.training.heldout_answers import HeldOutAnswers
-from drkl.training.on_policy import OnPolicy, Places, builtin_writer, check_rollouts, check_whole, share_of, stops_for
+from drkl.training.on_policy import OnPolicy, Places, check_rollouts, check_whole
 from drkl.training.pair import Pair, make_pair
 from drkl.training.record import RunRecord
 
@@ -214,14 +223,16 @@ class DistillationTrainer(Trainer):
         if args.early_stop_patience and not self.eval_rows:
             raise DrklError("early_stop_patience counts held-out losses; pass eval_dataset, or leave it out.")
         start = decoder_start(pair.student)
-        self._heldout, self._heldout_answers = self._evaluators(self.eval_rows)
-        self._train_log = TrainLog(self.run)
+        self._heldout, self._answers = self._held_out(self.eval_rows) if self.eval_rows else (None, None)
+        self._train_log, self._watch = TrainLog(self.run), AnswersWatch(self.run)
         self._epochs = Epochs(ends, args)
         own: list[TrainerCallback] = [self._train_log, self._epochs, LastStep(), BestCheckpoint()]
-        if self._heldout_answers is not None:
-            own.append(BeforeFirstStep(self.answer_before_training))
         if args.early_stop_patience:
             own.append(EarlyStop(args.early_stop_patience))
+        if self._on_policy is not None:
+            own.append(self._watch)
+        if self._answers is not None:
+            own.append(BeforeFirstStep(self._log_answers))
         pad_id = pair.pad_id
         check_disk(self.run, pair.student)
         parts = args.gradient_accumulation_steps * world_size
@@ -263,40 +274,32 @@ class DistillationTrainer(Trainer):
         self.num_tokens_seen = 0
         self._row_ids: list[str] = []
 
-    def _evaluators(self, rows: Rows) -> tuple[HeldOut | None, HeldOutAnswers | None]:
-        """What measures held-out rows: on the data's responses, and on answers of the student."""
-        pair, args = self.pair, self.config
-        any_rows: Any = rows
-        answered = [row for row in any_rows if pair.classes is not None or row.response_ids]
-        heldout = self._held_out(answered) if answered else None
-        prompts = args.rollout_eval_prompts or (0 if answered else len(rows))
-        if self._on_policy is None or not rows or not prompts:
-            return heldout, None
-        return heldout, HeldOutAnswers(
-            any_rows,
-            builtin_writer(pair, args, "student"),
-            self._held_out,
-            pair.tokenizer,
-            self.run,
-            prompts=prompts,
-            keep_texts=args.rollout_keep_texts,
-            seed=args.seed,
-            max_new_tokens=pair.max_new_tokens,
-            room=pair.room,
-            stops=stops_for(pair, args, "student"),
-            share=share_of(args),
-        )
+    def _held_out(self, rows: Rows) -> tuple[HeldOut | None, HeldOutAnswers | None]:
+        """What reads the responses of held-out rows, and what answers their prompts where training does that too."""
 
-    def _held_out(self, rows: Any) -> HeldOut:
-        return HeldOut(
-            rows,
-            self.pair.pad_id,
-            self.teacher,
-            rows_per_batch=self.config.per_device_eval_batch_size,
-            decoder_start=decoder_start(self.pair.student),
-            vocab_size=self.vocab_size,
-            merged_ids=self.pair.merged_ids,
-        )
+        def reader(some: Sequence[Any], remember: bool = False) -> HeldOut:
+            return HeldOut(
+                some,
+                self.pair.pad_id,
+                self.teacher,
+                rows_per_batch=self.config.per_device_eval_batch_size,
+                decoder_start=decoder_start(self.pair.student),
+                vocab_size=self.vocab_size,
+                merged_ids=self.pair.merged_ids,
+                remember=remember,
+            )
+
+        if self._on_policy is None:
+            return reader(rows, remember=True), None
+        any_rows: list[Any] = list(rows)
+        answers = self._on_policy.heldout_answers(any_rows, reader, self.run)
+        with_response = [row for row in any_rows if row.response_ids]
+        if not with_response and answers is None:
+            raise DrklError(
+                "The held-out rows have no responses and rollout_eval_prompts is 0, so there is nothing to measure on "
+                "them. Set it to the number of prompts that the student is to answer, or leave the held-out rows out."
+            )
+        return reader(with_response, remember=True) if with_response else None, answers
 
     @property
     def student(self) -> nn.Module:
@@ -323,9 +326,11 @@ class DistillationTrainer(Trainer):
         if self.is_world_process_zero():
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
         self.accelerator.wait_for_everyone()
-        self._train_log.begin(step_of(checkpoint) if checkpoint else -1)
-        if self._heldout_answers is not None and self.is_world_process_zero():
-            self._heldout_answers.begin(step_of(checkpoint) if checkpoint else -1)
+        from_step = step_of(checkpoint) if checkpoint else -1
+        self._train_log.begin(from_step)
+        self._watch.begin()
+        if self._answers is not None and self.is_world_process_zero():
+            self._answers.begin(from_step)
         self.num_tokens_seen = tokens_seen(checkpoint) if checkpoint else 0
         if checkpoint is not None and self._on_policy is not None:
             self._on_policy.load(checkpoint, step_of(checkpoint))
@@ -528,41 +533,42 @@ class DistillationTrainer(Trainer):
         Raises:
             DrklError: there are no held-out rows, or the loss is not finite.
         """
-        heldout, answers = self._heldout, self._heldout_answers
+        heldout, answers = self._heldout, self._answers
         if eval_dataset is not None:
-            heldout, answers = self._evaluators(self.pair.tokenize(eval_dataset, self.config)[0])
+            heldout, answers = self._held_out(self.pair.tokenize(eval_dataset, self.config)[0])
         if heldout is None and answers is None:
             raise DrklError("There are no held-out rows; pass eval_dataset to the trainer, or here.")
-        model: Any = self.student
-        training = model.training
-        model.eval()
-        try:
-            values = {} if heldout is None else heldout.evaluate(model, self.objective, self.loss_config)
-            values |= {} if answers is None else self._answer_heldout(answers, keep=eval_dataset is None)
-        except NonFiniteLoss as error:
-            raise DrklError(
-                f"After step {self.state.global_step} {error} Training stopped; the last good checkpoint is kept. "
-                f"{REMEDY}"
-            ) from error
-        model.train(training)
-        if heldout is None and "rollout_loss" in values:
+        values = self._measure(heldout, answers, keep=eval_dataset is None and metric_key_prefix == "eval")
+        if heldout is None:  # prompts only
             values["loss"] = values["rollout_loss"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _answer_heldout(self, answers: HeldOutAnswers, *, keep: bool) -> dict[str, float]:
-        student: Any = self.student
-        keep = keep and self.is_world_process_zero()
-        with in_eval_mode(student):
-            return answers.evaluate(student, self.objective, self.loss_config, step=self.state.global_step, keep=keep)
+    def _measure(self, heldout: HeldOut | None, answers: HeldOutAnswers | None, *, keep: bool) -> dict[str, float]:
+        model: Any = self.student
+        training = model.training
+        model.eval()
+        step = self.state.global_step
+        values: dict[str, float] = {}
+        try:
+            if heldout is not None:
+                values |= heldout.evaluate(model, self.objective, self.loss_config)
+            if answers is not None:
+                keep = keep and self.is_world_process_zero()
+                values |= answers.evaluate(model, self.objective, self.loss_config, step=step, keep=keep)
+        except NonFiniteLoss as error:
+            raise DrklError(
+                f"After step {step} {error} Training stopped; the last good checkpoint is kept. {REMEDY}"
+            ) from error
+        finally:
+            model.train(training)
+        return values
 
-    def answer_before_training(self) -> None:
-        """Answer held-out prompts with the weights that training starts from, where the run samples answers."""
-        if self._heldout_answers is not None:
-            values = self._answer_heldout(self._heldout_answers, keep=True)
-            self.log({f"eval_{name}": value for name, value in values.items()})
+    def _log_answers(self) -> None:
+        """Log what the student writes before its first step."""
+        self.log({f"eval_{name}": value for name, value in self._measure(None, self._answers, keep=True).items()})
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: `drkl.evaluate` measures a student, on held-out rows and on what it writes."""
