@@ -50,6 +50,14 @@ class Share:
     processes: int = 1
     gather: Callable[[list[Any]], list[Any]] = list
     """From one list in each process to their concatenation, in every process."""
+    first_alone: bool = False
+    """Whether the first process writes all of them."""
+
+    def of(self, order: Sequence[int]) -> Sequence[int]:
+        """The part of some numbers that this process has."""
+        if self.first_alone:
+            return order if self.process == 0 else ()
+        return order[self.process :: self.processes]
 
 
 class AnsweredSteps:
@@ -94,6 +102,8 @@ class AnsweredSteps:
         """Spent on writing answers."""
         self.on_writing: Callable[[int, int], None] = lambda done, of: None
         """Called with the answers of a set that this process has written, and how many it will write."""
+        self.before_writing: Callable[[int], None] = lambda step: None
+        """Called where this process is about to write, with the number of steps that the weights have taken."""
 
     def rows_of(self, step: int) -> list[Row]:
         """The rows of a step (counted from 0), of all processes; answers are written first where they are due."""
@@ -148,7 +158,7 @@ class AnsweredSteps:
                 if request is not None:
                     places.append((step, number))
                     requests.append(request)
-        answers = self._answers(requests)
+        answers = self._answers(requests, first)
         written = {
             place: Written(place[1], answer.token_ids, answer.finished, first)
             for place, answer in zip(places, answers, strict=True)
@@ -174,13 +184,13 @@ class AnsweredSteps:
             )
         return Request(row.id, number_of_pass, prompt, teacher_prompt, most)
 
-    def _answers(self, requests: Sequence[Request]) -> list[Answer]:
+    def _answers(self, requests: Sequence[Request], step: int) -> list[Answer]:
         """Write this process's part and gather all parts; an error in one process is raised in all."""
         if not requests:
             return []
         # Alike in cost: neighbours in length go to different processes.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
-        mine = order[self._share.process :: self._share.processes]
+        mine = self._share.of(order)
         part: list[Any]
         done = 0
 
@@ -190,6 +200,8 @@ class AnsweredSteps:
             self.on_writing(done, len(mine))
 
         try:
+            if mine:
+                self.before_writing(step)
             answers = self._writer.write([requests[i] for i in mine], seed=self._seed, progress=progress)
             part = [(i, answer) for i, answer in zip(mine, answers, strict=True)]
         except DrklError as error:

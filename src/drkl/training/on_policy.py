@@ -18,6 +18,8 @@ from drkl.models.ends import answer_start, stops_of
 from drkl.models.forward import decoder_start
 from drkl.rollouts.answers import Writer
 from drkl.rollouts.builtin import BuiltInWriter
+from drkl.rollouts.served import served_folder
+from drkl.rollouts.server import PROBES, ServerWriter
 from drkl.rollouts.steps import AnsweredSteps, Share, cut
 from drkl.runs import read_json, write_json
 from drkl.training.arguments import DistillationConfig
@@ -60,8 +62,10 @@ class OnPolicy:
         self._pair, self._args = pair, args
         self._slots = args.gradient_accumulation_steps * args.world_size
         self._start = decoder_start(pair.student)
-        self.writer = make_writer(pair, args)
+        server = _server_writer(pair, args) if args.rollouts.generator == "vllm" else None
+        self.writer: Writer = server or make_writer(pair, args)
         rows: Any = pair.rows
+        share = Share(args.process_index, args.world_size, gather_object, first_alone=server is not None)
         self._answered = AnsweredSteps(
             rows,
             steps,
@@ -71,8 +75,10 @@ class OnPolicy:
             seed=args.seed,
             max_new_tokens=pair.max_new_tokens,
             room=pair.room,
-            share=Share(args.process_index, args.world_size, gather_object) if args.world_size > 1 else None,
+            share=share if args.world_size > 1 else None,
         )
+        if server is not None:
+            self._answered.before_writing = lambda step: server.sync(pair.student, step)
         self._since = _Since()
 
     def on_writing(self, hook: Callable[[int, int], None]) -> None:
@@ -171,6 +177,21 @@ def make_writer(pair: Pair, args: DistillationConfig, source: str | None = None)
         vocab_size=pair.vocab_size,
         pad_id=pair.pad_id,
         begin=answer_start(model, words),
+    )
+
+
+def _server_writer(pair: Pair, args: DistillationConfig) -> ServerWriter:
+    words = getattr(pair.tokenizer, "tokenizer", pair.tokenizer)
+    rows: Any = pair.rows
+    return ServerWriter(
+        pair.student,
+        words,
+        args.rollouts,
+        stops=stops_of(pair.student, words, args.template),
+        folder=served_folder(args.rollouts, Path(str(args.output_dir))),
+        prompts=[rows[i].sampling_ids for i in range(min(PROBES, len(rows)))],
+        adapter=pair.adapter,
+        vocab_size=pair.vocab_size,
     )
 
 
