@@ -297,9 +297,9 @@ def _lengths(args: DistillationConfig, room: Room) -> tuple[Lengths, int]:
     """The limits of prompts and rows, and the longest sampled answer; 0 where none is sampled."""
     if not (rollouts := args.rollouts).is_on:
         return fit_lengths(args.max_prompt_tokens, args.max_tokens, room), 0
-    given = rollouts.max_new_tokens
-    lengths = fit_lengths(args.max_prompt_tokens, args.max_tokens, room, max_new_tokens=given)
-    return lengths, answer_room(lengths, room, given)
+    reserved = rollouts.reserved(room)
+    lengths = fit_lengths(args.max_prompt_tokens, args.max_tokens, room, max_new_tokens=reserved)
+    return lengths, answer_room(lengths, room, rollouts.max_new_tokens)
 
 
 def _teacher_tokenizer(teacher: Any, tokenizer: Any, args: DistillationConfig) -> Any:

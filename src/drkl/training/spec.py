@@ -248,7 +248,7 @@ def fitted(specs: Sequence[RunSpec], room: Room) -> list[RunSpec]:
     Raises:
         DrklError: a given length of prompts leaves no room for a response, or for a sampled answer.
     """
-    sections = [spec.data.fitted(room, spec.rollouts.max_new_tokens if spec.rollouts.is_on else None) for spec in specs]
+    sections = [spec.data.fitted(room, spec.rollouts.reserved(room)) for spec in specs]
     for spec, data in zip(specs, sections, strict=True):
         if spec.rollouts.is_on:
             answer_room(Lengths(data.max_prompt_tokens, data.max_tokens), room, spec.rollouts.max_new_tokens)
