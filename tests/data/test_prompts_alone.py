@@ -142,9 +142,9 @@ def test_what_is_no_prompt_is_refused(row: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a"}, r"data.jsonl:2: .* found prompt. A prompt alone is enough only .* rollouts.share: 1 \(in Python "
-         r"rollout_share=1\)\. Else add a column response"),
-        ({"messages": [ASK]}, r"data.jsonl:2: the last message has the role 'user'.* none is needed: rollouts.share: 1"),
+        ({"prompt": "a"}, r"data.jsonl:2: .* found prompt. A prompt alone is enough only .* rollouts.share: 1 \(in "
+         r"Python rollout_share=1\)\. Else add a column response"),
+        ({"messages": [ASK]}, r"data.jsonl:2: the last message has the role 'user'.* rollouts.share: 1"),
         ({"prompt": "a", "response": None}, "data.jsonl:2: response must be text; found null.* rollouts.share: 1"),
     ],
 )  # fmt: skip
@@ -158,7 +158,7 @@ def test_where_responses_are_needed_the_row_and_the_way_out_are_named(
 
 
 def test_all_responses_empty_names_the_way_out() -> None:
-    with pytest.raises(DrklError, match="2 empty response. .* none is needed: rollouts.share: 1"):
+    with pytest.raises(DrklError, match=r"2 empty response. .* none is needed: rollouts.share: 1"):
         rows_from([{"prompt": "a", "response": ""}] * 2, build(), **LIMITS)
 
 
@@ -255,14 +255,14 @@ def test_tokenised_prompts(encoder_decoder: bool) -> None:
     found = [(row.prompt_ids, row.response_ids) for row in rows if isinstance(row, Row)]
     assert found == [((10, 11), ()), ((10,), ()), ((10,), (12, 2))]
     assert report.dropped == {"empty_prompt": 1} and report.prompts_alone == 2
-    with pytest.raises(DrklError, match="row 1: expected input_ids and labels; .* none is needed: rollouts.share: 1"):
+    with pytest.raises(DrklError, match=r"row 1: expected input_ids and labels; .* none is needed: rollouts.share: 1"):
         rows_from(data, build(), **kind)
 
 
 def test_rows_that_are_ready() -> None:
     ready = [Row("x", (10,), (), parse_rows([("", {"prompt": "a"})], "", needs_responses=False)[0])]
     assert rows_from(ready, build(), needs_responses=False)[0] == ready
-    with pytest.raises(DrklError, match="train_dataset: the row 'x' has no response. .* rollouts.share: 1"):
+    with pytest.raises(DrklError, match=r"train_dataset: the row 'x' has no response. .* rollouts.share: 1"):
         rows_from(ready, build())
 
 
