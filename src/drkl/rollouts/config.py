@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from drkl.data.lengths import Room
+
 PREFIX = "rollout_"
 """``rollouts.X`` of a config is ``rollout_X`` of a `DistillationConfig`."""
 
@@ -123,6 +125,15 @@ class RolloutsConfig(BaseModel):
     @property
     def _ends(self) -> tuple[float, float]:
         return (self.share.start, self.share.end) if isinstance(self.share, ShareRamp) else (self.share, self.share)
+
+    def reserved(self, room: Room) -> int | None:
+        """Tokens of the models' context that are kept for an answer where the user gives no length of prompts.
+
+        Half of it where no length of answers is given either; None where nothing is sampled, or nothing limits it.
+        """
+        if not self.is_on or room.decoder is None:
+            return None
+        return self.max_new_tokens or room.decoder // 2
 
     def share_at(self, step: int) -> float:
         """The share in an optimiser step, counted from 0."""

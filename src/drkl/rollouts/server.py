@@ -57,6 +57,7 @@ class ServerWriter:
         folder: where the weights lie for the server; both see it under this path.
         prompts: some of the run's prompts, as the student reads them: the first few are the probe.
         adapter: peft's handle on the student, where it has an adapter.
+        vocab_size: the ids that may be drawn are those below, which both models know; None for all of the student's.
 
     Raises:
         DrklError: a student that cannot be served, or an address that is none.
@@ -65,6 +66,7 @@ class ServerWriter:
     def __init__(
         self, student: PreTrainedModel, tokenizer: Any, config: RolloutsConfig, *, stops: Sequence[int], folder: Path,
         prompts: Sequence[Sequence[int]] = (), adapter: Any = None,
+        vocab_size: int | None = None,
     ) -> None:  # fmt: skip
         check_servable(student)
         assert config.server is not None, "the config checks it"
@@ -72,6 +74,8 @@ class ServerWriter:
         self._stops, self._folder = list(stops), folder.absolute()
         embeddings: Any = student.get_input_embeddings()
         self._vocabulary = int(embeddings.weight.shape[0])
+        unknown = range(self._vocabulary if vocab_size is None else vocab_size, self._vocabulary)
+        self._bias = {str(token): -100.0 for token in unknown}
         self._prompts = [list(prompt)[:_LONGEST_PROBE] for prompt in prompts[:PROBES] if prompt]
         if not self._prompts:
             self._prompts = [plain_ids(student, 8)]
@@ -152,6 +156,8 @@ class ServerWriter:
             "temperature": self._config.sampling_temperature,
             "top_p": self._config.top_p,
             "stop_token_ids": self._stops,
+            # The head may have rows for more tokens than the two models share.
+            **({"logit_bias": self._bias} if self._bias else {}),
         }
 
     def _plain(self, prompt: Sequence[int], max_tokens: int, seed: int) -> dict[str, Any]:

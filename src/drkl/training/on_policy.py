@@ -20,6 +20,8 @@ from drkl.models.forward import decoder_start
 from drkl.rollouts.answers import Answer, Writer
 from drkl.rollouts.builtin import BuiltInWriter
 from drkl.rollouts.health import RolloutLog
+from drkl.rollouts.served import served_folder
+from drkl.rollouts.server import ServerWriter
 from drkl.rollouts.steps import AnsweredSteps, Share, cut
 from drkl.runs import RunFolder, read_json, write_json
 from drkl.training.arguments import DistillationConfig
@@ -54,29 +56,37 @@ class OnPolicy:
     Args:
         pair: models and rows.
         args: how to train; ``args.rollouts`` is on.
+        run: the run's folder.
         steps: the numbers of the rows of every step.
         ends: the steps after which a pass over the rows ends.
     """
 
     def __init__(
-        self, pair: Pair, args: DistillationConfig, steps: Sequence[Sequence[int]], ends: Sequence[int]
+        self,
+        pair: Pair,
+        args: DistillationConfig,
+        run: RunFolder,
+        steps: Sequence[Sequence[int]],
+        ends: Sequence[int],
     ) -> None:
         self._pair, self._args = pair, args
         self._slots = args.gradient_accumulation_steps * args.world_size
         self._start = decoder_start(pair.student)
-        self.writer = make_writer(pair, args)
+        server = _server_writer(pair, args, run) if args.rollouts.generator == "vllm" else None
         rows: Any = pair.rows
         self._answered = AnsweredSteps(
             rows,
             steps,
             ends,
             args.rollouts,
-            self.writer,
+            server or make_writer(pair, args),
             seed=args.seed,
             max_new_tokens=pair.max_new_tokens,
             room=pair.room,
-            share=_share(args),
+            share=_share(args, first_alone=server is not None),
         )
+        if server is not None:
+            self._answered.before_writing = lambda step: server.sync(pair.student, step)
         self._stops = _stops(pair, args, args.rollouts.source)
         self._since, self._log = _Since(), RolloutLog()
 
@@ -149,7 +159,7 @@ class OnPolicy:
         """Go on from a checkpoint.
 
         Raises:
-            DrklError: it was written by a run without sampled answers.
+            DrklError: it was written by a run without sampled answers, or its answers are broken.
         """
         if not (checkpoint / STATE).is_file():
             raise DrklError(
@@ -157,12 +167,15 @@ class OnPolicy:
                 "rollouts.share at 0 to go on with it, or start a new run."
             )
         state = read_json(checkpoint / STATE)
-        self._answered.load_state(state, step)
         try:
+            self._answered.load_state(state, step)
             self._log.restore(state["log"])
             self._since.__dict__ |= state["since"]
         except (KeyError, TypeError, ValueError) as error:
-            raise DrklError(f"{str(checkpoint / STATE)!r} does not hold the log of a run: {error!r}.") from error
+            raise DrklError(
+                f"{str(checkpoint / STATE)!r} does not hold the answers of a run ({error!r}). Remove that checkpoint "
+                "to go on from the one before it."
+            ) from error
 
 
 class _Since:
@@ -223,8 +236,25 @@ def _words(pair: Pair) -> Any:
     return getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # of a processor
 
 
-def _share(args: DistillationConfig) -> Share | None:
-    return Share(args.process_index, args.world_size, gather_object) if args.world_size > 1 else None
+def _share(args: DistillationConfig, *, first_alone: bool = False) -> Share | None:
+    """This process's part of the writing; None for all of it."""
+    if args.world_size == 1:
+        return None
+    return Share(args.process_index, args.world_size, gather_object, first_alone)
+
+
+def _server_writer(pair: Pair, args: DistillationConfig, run: RunFolder) -> ServerWriter:
+    rows: Any = pair.rows
+    return ServerWriter(
+        pair.student,
+        pair.tokenizer,
+        args.rollouts,
+        stops=_stops(pair, args, "student"),
+        folder=served_folder(args.rollouts, run.root),
+        prompts=[row.sampling_ids for row in rows[:4]],
+        adapter=pair.adapter,
+        vocab_size=pair.vocab_size,
+    )
 
 
 def check_rollouts(pair: Pair, args: DistillationConfig) -> None:

@@ -22,7 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from drkl.data.batching import plan_epochs, split_rows
 from drkl.data.classification import LabelledRow
-from drkl.data.collate import collate
+from drkl.data.collate import collate, teacher_inputs
 from drkl.data.rows import Rows
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
@@ -215,7 +215,7 @@ class DistillationTrainer(Trainer):
             check_rollouts(pair, args)
             lengths = [planned_length(row, pair.max_new_tokens) for row in any_rows]
         steps, ends = plan_run(lengths, args, world_size)
-        self._on_policy = OnPolicy(pair, args, steps, ends) if rollouts.is_on else None
+        self._on_policy = OnPolicy(pair, args, self.run, steps, ends) if rollouts.is_on else None
         inner = _inner_arguments(args, self.run, len(steps), heldout=bool(self.eval_rows))
         # Old checkpoints are removed here: transformers does so before the new one is marked whole.
         self._keep_checkpoints, inner.save_total_limit = inner.save_total_limit, None
@@ -389,7 +389,9 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The summed loss of a micro-batch over the valid tokens of the whole optimiser step, all ranks together."""
-        row_ids, labels, sampled = inputs.pop("row_ids"), inputs.pop("labels"), inputs.pop("sampled", None)
+        row_ids, sampled = inputs.pop("row_ids"), inputs.pop("sampled", None)
+        teacher_batch, teacher_keep = teacher_inputs(inputs)
+        labels = inputs.pop("labels")
         keep = labels != IGNORE_INDEX
         num_tokens = torch.as_tensor(
             keep.sum() if num_items_in_batch is None else num_items_in_batch, device=labels.device
@@ -397,7 +399,7 @@ class DistillationTrainer(Trainer):
         teacher_hidden = teacher_head = None
         if self._uses_teacher:
             assert self.teacher is not None
-            teacher_hidden, teacher_head = self.teacher.hidden_at(inputs, keep), self.teacher.head
+            teacher_hidden, teacher_head = self.teacher.hidden_at(teacher_batch, teacher_keep), self.teacher.head
         every = -(-int(keep.sum()) // STATISTICS_POSITIONS)
         of_sampled = None if sampled is None else sampled[keep]
         statistics = StatisticsSums(every, of_sampled) if every and self._will_log() else None
