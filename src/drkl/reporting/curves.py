@@ -226,7 +226,7 @@ def beside(run: Run, names: dict[str, str], title: str, caption: str, *, heldout
     _step_axis(ax, run)
     _legend(ax)
     alt = f"{title} over {run.num_steps} optimiser steps: {'; '.join(ends)}."
-    return Picture(to_svg(figure, f"curve-{next(iter(names))}", alt), title, caption, alt)
+    return Picture(to_svg(figure, f"beside-{next(iter(names))}", alt), title, caption, alt)
 
 
 def _push(stage: Stage, name: str) -> Curve:
