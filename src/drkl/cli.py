@@ -629,7 +629,16 @@ def data(
     from drkl.data.survey import survey
     from drkl.models.load import quiet_transformers
     from drkl.models.pair import check_rows
-    from drkl.training.spec import fitted, run_classes, run_configs, run_ends, run_room, run_tokenizer
+    from drkl.training.spec import (
+        fitted,
+        run_classes,
+        run_configs,
+        run_ends,
+        run_room,
+        run_tokenizer,
+        teacher_tokenizer,
+        tokenizer_name,
+    )
 
     loaded, notes = load_config(config, overrides or [])
     for note in notes:
@@ -641,8 +650,12 @@ def data(
     room = run_room(configs, classes)
     kind: dict[str, Any] = {"classes": classes, "encoder_decoder": room.separate, "room": room}
     kind["ends"] = () if classes is not None else run_ends(specs[0], tokenizer)
-    for section in dict.fromkeys(spec.data for spec in fitted(specs, room)):
-        surveys = survey(section, tokenizer, **kind)
+    kind["teacher_tokenizer"] = teacher_tokenizer(specs, tokenizer_name(specs))
+    needs: dict[Any, bool] = {}
+    for spec in fitted(specs, room):
+        needs[spec.data] = needs.get(spec.data, False) or spec.rollouts.needs_responses
+    for section, needed in needs.items():
+        surveys = survey(section, tokenizer, needs_responses=needed, **kind)
         for part in surveys:
             check_rows(part.rows, configs)
         print_surveys(surveys, tokenizer)

@@ -232,7 +232,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
             ``stages.warmup.training.max_steps=20``.
 
     Returns:
-        The config, and what has to be said about the overrides.
+        The config, and what has to be said about the overrides and about settings without an effect.
 
     Raises:
         DrklError: a missing or broken file, an unknown key, a value out of range.
@@ -244,7 +244,24 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     for keys, value in parsed:
         _set(values, keys, value)
     _choose_steps(values, [keys for keys, _ in parsed], notes)
-    return _validate(values), notes
+    config = _validate(values)
+    return config, notes + _rollout_notes(config)
+
+
+def _rollout_notes(config: Config) -> list[str]:
+    """Settings of sampled answers that no stage reads."""
+    rollouts = [spec.rollouts for spec in config.specs()]
+    notes = []
+    for number, stage in enumerate(config.stages):
+        names = [name for name in stage.rollouts if name != "share"]
+        if names and not rollouts[number].is_on:
+            where = f"stages.{number}.rollouts"
+            notes.append(
+                f"{where} has no share, so that its stage samples no answer: {', '.join(names)} has no effect."
+            )
+    if config.rollouts.is_on or not any(section.is_on for section in rollouts):
+        notes += config.rollouts.notes("rollouts.")
+    return notes
 
 
 def _choose_steps(values: dict[str, Any], overridden: Sequence[Sequence[str]], notes: list[str]) -> None:
@@ -382,8 +399,10 @@ def _keys_beside(loc: Sequence[int | str]) -> list[str]:
 
 
 def _section_of(annotation: Any) -> Any:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    """The model that a field holds, or holds many of; None where it may be a plain value too."""
+    candidates = [c for c in getattr(annotation, "__args__", (annotation,)) if c not in (type(None), ...)]
+    models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+    return models[0] if models and len(models) == len(candidates) else None
 
 
 def describe_keys() -> Iterator[tuple[str, str, str]]:

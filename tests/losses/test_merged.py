@@ -76,7 +76,7 @@ def test_the_summed_probability_is_one_class(case: Case, words: dict[str, Any], 
     "words",
     [
         {},
-        {"temperature": 2.0, "kd_weight": 0.3, "token_weights": torch.linspace(0.0, 2.0, POSITIONS)},
+        {"temperature": 2.0, "kd_weight": 0.3, "token_weights": WEIGHTS},
         {"kd_weight": 0.0},
     ],
     ids=["plain", "mixed", "ce"],

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 import drkl
 from drkl.errors import DrklError
 from drkl.training.arguments import DistillationConfig
-from drkl.training.trl import REFUSED, objective_of
+from drkl.training.trl import objective_of
 
 
 def make(tmp_path: Path, **fields: Any) -> DistillationConfig:
@@ -109,12 +109,6 @@ def test_the_best_is_kept_where_it_is_known(
         ({"dataloader_drop_last": True}, "dataloader_drop_last goes with per_device_train_batch_size"),
         ({"learning_rte": 1e-3}, "has no field 'learning_rte'. Did you mean 'learning_rate'"),
         ({"lr_scheduler_type": "zigzag"}, "DistillationConfig: zigzag is not a valid SchedulerType"),
-        ({"use_vllm": True}, "use_vllm=True is TRL's, and not taken here: .*on-policy distillation is not there yet"),
-        ({"max_completion_length": 512}, "max_completion_length=512 is TRL's"),
-        ({"top_k": 50}, "top_k=50 is TRL's"),
-        ({"trust_remote_code": True}, "trust_remote_code=True is TRL's, and not taken here: drkl never runs code"),
-        ({"shuffle_dataset": False}, "shuffle_dataset=False is TRL's, and not taken here: the rows are shuffled"),
-        ({"lmbda": 0.5}, "lmbda=0.5 is TRL's"),
     ],
 )
 def test_what_is_refused_says_so(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -125,11 +119,6 @@ def test_what_is_refused_says_so(tmp_path: Path, fields: dict[str, Any], message
 def test_a_run_has_a_folder() -> None:
     with pytest.raises(DrklError, match="output_dir is missing: name the run folder"):
         DistillationConfig()
-
-
-def test_what_trl_says_by_default_asks_for_nothing(tmp_path: Path) -> None:
-    taken = {name: values[-1] for name, (_, values) in REFUSED.items()}
-    assert make(tmp_path, **taken).objective == "drkl"
 
 
 @pytest.mark.parametrize(("beta", "expected"), [(0, ("fkl", {})), (1.0, ("rkl", {})), (0.3, ("gjs", {"beta": 0.3}))])

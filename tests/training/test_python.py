@@ -95,6 +95,7 @@ def test_every_value_that_trains_the_model_is_in_config_yaml(tmp_path: Path) -> 
     assert training["weight_decay"] == 0.3 and training["warmup_steps"] == 1 and training["max_grad_norm"] == 1.0
     assert training["lr_scheduler_type"] == "cosine" and training["logging_steps"] == 1
     assert training["arguments"]["adam_beta2"] == 0.95 and training["arguments"]["optim"] == "adamw_torch_fused"
+    assert written["rollouts"]["share"] == 0 and written["rollouts"]["sampling_temperature"] == 1
     assert written["objective"] == {
         "name": "drkl", "gamma": 0.5, "target": "teacher", "weight": "constant", "skew": 0.0, "tail": "rkl",
     }  # fmt: skip
@@ -119,6 +120,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         {"model_init_kwargs": {"dtype": torch.bfloat16, "resid_pdrop": 0.4}},
         pytest.param({"held_out": False, "num_train_epochs": 1}, marks=pytest.mark.slow),
         {"optim": "adafactor", "adam_beta1": 0.8, "lr_scheduler_type": "linear", "per_device_train_batch_size": 4},
+        {
+            "rollout_share": {"from": 0.2, "to": 1, "steps": 3},
+            "rollout_top_p": 0.9,
+            "rollout_max_new_tokens": 6,
+            "rollout_sampling_temperature": 0.8,
+            "rollout_refresh_every": 2,
+            "rollout_replay": 0.3,
+            "rollout_replay_memory": 9,
+            "max_steps": 5,
+            "eval_steps": 5,
+            "save_steps": 5,
+        },
     ],
 )
 def test_the_config_yaml_of_a_run_makes_the_same_weights_again(tmp_path: Path, fields: dict[str, Any]) -> None:
@@ -459,7 +472,9 @@ def test_without_a_teacher_the_data_alone_teach(tmp_path: Path) -> None:
         ({"args": TrainingArguments(output_dir="x", use_cpu=True)}, "args is a TrainingArguments; expected a drkl.Dis"),
         ({"train_dataset": None}, "train_dataset is missing"),
         ({"train_dataset": [{"prompt": "w1"}]}, "on-policy distillation"),
-        ({"tools": [print]}, "tools is TRL's, and not taken here"),
+        ({"tools": [print]}, "tools is TRL's, and not taken here: a sampled answer is one turn of plain text"),
+        ({"reward_funcs": print}, "takes no argument 'reward_funcs': the teacher's probabilities judge an answer"),
+        ({"rollout_func": print}, "takes no argument 'rollout_func': DistillationConfig.rollout_share=1.0. has"),
         ({"data_collator": print}, "DistillationTrainer takes no argument 'data_collator': drkl pads"),
         ({"nonsense": 1}, "DistillationTrainer takes no argument 'nonsense'"),
         ({"processing_class": None}, "processing_class is missing: both models were passed as objects"),

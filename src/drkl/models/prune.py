@@ -53,6 +53,7 @@ def pruned(
     kept = dict(zip(stacks, [layers] if encoder_layers is None else [layers, encoder_layers], strict=True))
     _load(small, _kept_state(model, small, kept))
     small.name_or_path = small.config.name_or_path = ""  # an adapter of it would name the teacher as its base
+    small.pruned_from = getattr(model, "pruned_from", "") or model.name_or_path  # type: ignore[assignment]
     if not is_classifier(model):
         small.generation_config = copy.deepcopy(model.generation_config)
     small = small.to(model.device).eval()  # type: ignore[arg-type]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from drkl.data.lengths import Room
 
 PREFIX = "rollout_"
 """``rollouts.X`` of a config is ``rollout_X`` of a `DistillationConfig`."""
@@ -79,10 +83,22 @@ class RolloutsConfig(BaseModel):
     )
     keep_texts: int = Field(4, ge=0, description="Answers to held-out prompts that each evaluation keeps as text.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_kinds(cls, values: Any) -> Any:
+        """Refuse what pydantic would take for a number, and say in one line what a share is."""
+        if not isinstance(values, dict):
+            return values
+        for name, value in values.items():
+            if isinstance(value, bool):
+                raise ValueError(f"{name} is {value}; no setting of rollouts is true or false")
+        share = values.get("share", 0.0)
+        return values if isinstance(share, ShareRamp) else values | {"share": _read_share(share)}
+
     @model_validator(mode="after")
     def _check(self) -> RolloutsConfig:
-        if not isinstance(self.share, ShareRamp) and not 0 <= self.share <= 1:
-            raise ValueError(f"share is {self.share}; expected a number in [0, 1], or {{from: 0, to: 1, steps: 200}}")
+        if self.server is not None and not _is_address(self.server):
+            raise ValueError(f"server is {self.server!r}; expected an address such as http://127.0.0.1:8000")
         if self.generator == "vllm" and self.source != "student":
             reasons = {
                 "mixed": "it needs the distributions of both models token by token, which a server does not give",
@@ -92,7 +108,7 @@ class RolloutsConfig(BaseModel):
         if self.is_on and self.generator == "vllm" and self.server is None:
             raise ValueError(
                 "generator is 'vllm', but server names no address; start one with `drkl rollout-server CONFIG` and "
-                "give its address, as in rollouts.server=http://127.0.0.1:8000"
+                "give its address, for instance http://127.0.0.1:8000"
             )
         return self
 
@@ -110,6 +126,15 @@ class RolloutsConfig(BaseModel):
     def _ends(self) -> tuple[float, float]:
         return (self.share.start, self.share.end) if isinstance(self.share, ShareRamp) else (self.share, self.share)
 
+    def reserved(self, room: Room) -> int | None:
+        """Tokens of the models' context that are kept for an answer where the user gives no length of prompts.
+
+        Half of it where no length of answers is given either; None where nothing is sampled, or nothing limits it.
+        """
+        if not self.is_on or room.decoder is None:
+            return None
+        return self.max_new_tokens or room.decoder // 2
+
     def share_at(self, step: int) -> float:
         """The share in an optimiser step, counted from 0."""
         if not isinstance(self.share, ShareRamp):
@@ -118,6 +143,62 @@ class RolloutsConfig(BaseModel):
         return ramp.start + (ramp.end - ramp.start) * min(1.0, step / ramp.steps)
 
     def as_arguments(self) -> dict[str, Any]:
-        """The fields of a `DistillationConfig` that say the same."""
-        values = self.model_dump(mode="json")
-        return {PREFIX + name: value for name, value in values.items()}
+        """The fields of a `DistillationConfig` that say the same; settings without an effect are left out."""
+        without = self._without_effect()
+        return {PREFIX + name: value for name, value in self.model_dump(mode="json").items() if name not in without}
+
+    def notes(self, prefix: str) -> list[str]:
+        """What is set and has no effect, a sentence each.
+
+        Args:
+            prefix: what stands before the name of a field.
+        """
+        if self.is_on:
+            return [f"{prefix}{name} has no effect: {prefix}{why}." for name, why in self._without_effect().items()]
+        names = [f"{prefix}{name}" for name in self._given() if name != "share"]
+        verb = "has" if len(names) == 1 else "have"
+        return [f"{prefix}share is 0, so that no answer is sampled: {', '.join(names)} {verb} no effect."] * bool(names)
+
+    def _given(self) -> list[str]:
+        fields = type(self).model_fields.items()
+        return [name for name, info in fields if getattr(self, name) != info.get_default(call_default_factory=True)]
+
+    def _without_effect(self) -> dict[str, str]:
+        """Settings that differ from their defaults and are not read, with the reason."""
+        is_served = self.generator == "vllm", f"generator is {self.generator!r}"
+        read = {
+            "teacher_share": (self.source == "mixed", f"source is {self.source!r}, not 'mixed'"),
+            "replay_memory": (self.replay > 0, "replay is 0"),
+            "server": is_served,
+            "server_folder": is_served,
+            "server_timeout": is_served,
+            "keep_texts": (self.eval_prompts > 0, "eval_prompts is 0"),
+        }
+        given = self._given()
+        return {name: why for name, (is_read, why) in read.items() if name in given and not is_read}
+
+
+def _read_share(value: Any) -> float | ShareRamp:
+    expected = "expected a number in [0, 1], or {from: 0, to: 1, steps: 200}"
+    if isinstance(value, dict):
+        try:
+            return ShareRamp.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"share is {value!r}: {where}: {first['msg'].lower()}; {expected}") from error
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {value!r}; {expected}")
+    return share
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False

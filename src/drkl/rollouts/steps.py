@@ -51,13 +51,13 @@ class Share:
     gather: Callable[[list[Any]], list[Any]] = list
     """From one list in each process to their concatenation, in every process."""
     first_alone: bool = False
-    """Whether the first process writes all of them."""
+    """The first process writes everything, as where a server does the work."""
 
-    def of(self, order: Sequence[int]) -> Sequence[int]:
-        """The part of some numbers that this process has."""
+    def of(self, numbers: Sequence[int]) -> Sequence[int]:
+        """Those that this process writes."""
         if self.first_alone:
-            return order if self.process == 0 else ()
-        return order[self.process :: self.processes]
+            return numbers if self.process == 0 else []
+        return numbers[self.process :: self.processes]
 
 
 class AnsweredSteps:
@@ -100,10 +100,10 @@ class AnsweredSteps:
         self._memory: deque[Written] = deque(maxlen=config.replay_memory)
         self.seconds = 0.0
         """Spent on writing answers."""
+        self.before_writing: Callable[[int], None] = lambda step: None
+        """Called where this process is about to write, with the steps that the weights have taken."""
         self.on_writing: Callable[[int, int], None] = lambda done, of: None
         """Called with the answers of a set that this process has written, and how many it will write."""
-        self.before_writing: Callable[[int], None] = lambda step: None
-        """Called where this process is about to write, with the number of steps that the weights have taken."""
 
     def rows_of(self, step: int) -> list[Row]:
         """The rows of a step (counted from 0), of all processes; answers are written first where they are due."""
@@ -127,15 +127,12 @@ class AnsweredSteps:
         """Go on where `state` was taken, before a step.
 
         Raises:
-            DrklError: the state is not one.
+            KeyError, TypeError, ValueError: the state is not one.
         """
-        try:
-            self._written_to = max(int(state["written_to"]), step)
-            self._pending = {(int(s), int(n)): _written(values) for s, n, values in state["pending"]}
-            self._memory.clear()
-            self._memory.extend(_written(values) for values in state["memory"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DrklError(f"The checkpoint's rollouts.json does not hold the answers of a run: {error!r}.") from error
+        self._written_to = max(int(state["written_to"]), step)
+        self._pending = {(int(s), int(n)): _written(values) for s, n, values in state["pending"]}
+        self._memory.clear()
+        self._memory.extend(_written(values) for values in state["memory"])
 
     def _write(self, first: int) -> None:
         """Write the answers of the steps that one set serves."""

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from drkl.rollouts.config import PREFIX, RolloutsConfig
 from drkl.training import trl
 from drkl.training.config import DEFAULT_TOKENS_PER_STEP, default_warmup
 
+_log = logging.getLogger("drkl")
 _EVAL_STEPS, _SAVE_STEPS = 50, 100
 """Steps between held-out losses and between checkpoints, where neither is given."""
 
@@ -61,7 +63,7 @@ class DistillationConfig(TrainingArguments):
         objective: a name in `drkl.OBJECTIVES`, an objective, or a function
             ``(student_logp, teacher_logp, labels) -> [n]``.
         objective_params: the hyper-parameters of an objective given by its name.
-        temperature: divides both models' logits in the loss; nothing is sampled here.
+        temperature: divides both models' logits in the loss; ``rollout_sampling_temperature`` is that of the sampling.
         kd_weight: weight of the objective, in [0, 1]; the rest is cross-entropy with the data, at temperature 1.
         t2_scaling: multiply the objective by the temperature squared.
         per_device_train_batch_size: rows in a micro-batch of one device, in place of ``tokens_per_step``.
@@ -229,7 +231,8 @@ class DistillationConfig(TrainingArguments):
     def _check_rollouts(self) -> None:
         """Refuse what contradicts sampled answers."""
         if isinstance(self.rollout_share, str):
-            self.rollout_share = yaml.safe_load(self.rollout_share)
+            with contextlib.suppress(yaml.YAMLError):
+                self.rollout_share = yaml.safe_load(self.rollout_share)
         rollouts = self.rollouts
         if not rollouts.is_on:
             return
@@ -263,7 +266,7 @@ class DistillationConfig(TrainingArguments):
         except ValueError as error:
             errors: Any = error
             first = errors.errors()[0]
-            name = PREFIX + ".".join(str(part) for part in first["loc"][:1]) if first["loc"] else "rollouts"
+            name = PREFIX + ".".join(str(part) for part in first["loc"]) if first["loc"] else "rollouts"
             reason = first["msg"].removeprefix("Value error, ")
             raise DrklError(
                 f"{name} is {first['input']!r}: {reason[0].lower()}{reason[1:]}."
@@ -434,15 +437,21 @@ _generated = DistillationConfig.__init__
 @functools.wraps(_generated)
 def _init(self: DistillationConfig, *args: Any, **kwargs: Any) -> None:
     known = [f.name for f in dataclasses.fields(DistillationConfig)]
-    kwargs = trl.translate(kwargs, known)
-    for name in kwargs:
+    fields = trl.translate(kwargs, known)
+    for name in fields:
         if name not in known:
             raise DrklError(f"DistillationConfig has no field {name!r}.{did_you_mean(name, known)}")
-    _generated(self, *args, **kwargs)
+    try:
+        _generated(self, *args, **fields)
+    except DrklError as error:
+        raise trl.in_words_of(error, kwargs) from error
+    if self.process_index == 0:
+        for note in trl.notes(kwargs, self) or self.rollouts.notes(PREFIX):
+            _log.warning("Warning: %s", note)
 
 
 # The generated one says of a name from TRL only that it is unexpected.
 DistillationConfig.__init__ = _init  # type: ignore[method-assign]
 # HfArgumentParser makes a flag of a field by its annotation; on a command line these are texts.
-for _field in ("objective", "lr_scheduler_type", "eval_strategy", *_TEXTS):
+for _field in ("objective", "lr_scheduler_type", "eval_strategy", "rollout_share", *_TEXTS):
     DistillationConfig.__annotations__[_field] = "dict[str, Any] | str | None"

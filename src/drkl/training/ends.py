@@ -60,7 +60,13 @@ class Ends(NamedTuple):
 
 @torch.no_grad()
 def compare_ends(
-    teacher: LiveTeacher, rows: Sequence[Row], tokenizer: Any, known: Iterable[int], *, pad_id: int
+    teacher: LiveTeacher,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    known: Iterable[int],
+    *,
+    pad_id: int,
+    merged_ids: Sequence[int] = (),
 ) -> Ends | None:
     """Read the ends of a few turns with the teacher; None where no row has a whole turn.
 
@@ -70,9 +76,10 @@ def compare_ends(
         tokenizer: names the special tokens.
         known: the ids that end an answer by the teacher's settings and the template.
         pad_id: fills batches; its value changes nothing.
+        merged_ids: ids that mean one end, so that none of them is another where the rows end with one of them.
     """
     specials = {number: text for text, number in special_tokens(tokenizer).items()}
-    whole = list(itertools.islice((row for row in rows if row.trained_ids[-1] in specials), ROWS))
+    whole = list(itertools.islice((row for row in rows if row.trained_ids and row.trained_ids[-1] in specials), ROWS))
     places = {}
     for number, row in enumerate(whole):
         trained = row.trained_ids
@@ -90,10 +97,11 @@ def compare_ends(
     taught = sorted(set(observed.tolist()), key=observed.tolist().count, reverse=True)
     mean = probabilities.mean(0)
     ends = set(known)
+    alike = set(merged_ids) if set(merged_ids) & set(taught) else set()
     others = [
         token
         for token in specials
-        if token < size and token not in taught and (token in ends or float(mean[token]) >= SURE)
+        if token < size and token not in taught and token not in alike and (token in ends or float(mean[token]) >= SURE)
     ]
     own = max(others, key=lambda token: float(mean[token]), default=None)
     return Ends(

@@ -18,7 +18,17 @@ from drkl.models.pair import check_families, check_rows, check_tokenizers, share
 from drkl.models.precision import DTYPES, pick_device, resolve_dtype
 from drkl.models.student import depth
 from drkl.training.checks import check_device
-from drkl.training.spec import RunSpec, fitted, run_classes, run_configs, run_room, run_tokenizer, training_config
+from drkl.training.spec import (
+    RunSpec,
+    fitted,
+    run_classes,
+    run_configs,
+    run_room,
+    run_tokenizer,
+    teacher_tokenizer,
+    tokenizer_name,
+    training_config,
+)
 from drkl.training.trainer import plan_run
 
 ACTIVATIONS_PER_TOKEN = 34
@@ -53,11 +63,14 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     rates: dict[str, float] = {}
     seen: set[tuple[str, ...]] = set()
     stages, encoder_decoder = [], is_encoder_decoder(student)
+    own_reader = teacher_tokenizer(specs, tokenizer_name(specs))
     for spec in specs:
-        train, _ = read_shares(spec.data, classifier=first.classifies)
+        needed = spec.rollouts.needs_responses
+        train, _ = read_shares(spec.data, classifier=first.classifies, needs_responses=needed)
         rows, report = make_rows(
-            train, spec.data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, room=room
-        )
+            train, spec.data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, room=room,
+            needs_responses=needed, teacher_tokenizer=own_reader,
+        )  # fmt: skip
         check_rows(rows, configs)
         if teacher is not None and classes is None:
             shared_vocabulary(_vocab_size(student), _vocab_size(teacher), tokens, tokenizer, rows)

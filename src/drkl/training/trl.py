@@ -1,4 +1,4 @@
-"""Map the arguments of TRL's `DistillationTrainer` and its config (TRL 1.16) to drkl's, or refuse them by name."""
+"""Map the arguments of TRL's `DistillationTrainer` and `GKDTrainer` (TRL 1.16) to drkl's, or refuse them by name."""
 
 from __future__ import annotations
 
@@ -7,57 +7,218 @@ from typing import Any
 
 from drkl.errors import DrklError
 
-_ON_POLICY = (
-    "it is about completions that the student samples, and drkl trains on the completions of the data; on-policy "
-    "distillation is not there yet"
-)
+RENAMED = {
+    "max_completion_length": "rollout_max_new_tokens",
+    "max_new_tokens": "rollout_max_new_tokens",
+    "top_p": "rollout_top_p",
+    "lmbda": "rollout_share",
+    "seq_kd": "rollout_source",
+    "use_vllm": "rollout_generator",
+    "vllm_server_base_url": "rollout_server",
+    "vllm_server_host": "rollout_server",
+    "vllm_server_port": "rollout_server",
+    "vllm_server_timeout": "rollout_server_timeout",
+}
+"""TRL's names of what drkl calls otherwise."""
 _WITH_CODE = "drkl never runs code that comes with a model"
+_SAMPLING = (
+    "answers are sampled from the whole distribution, or from the part of it that rollout_top_p leaves, at "
+    "rollout_sampling_temperature"
+)
+_OF_SERVER = "it is an option of the vLLM server, which is a program of its own here: `vllm serve` takes it"
+_NO_TOOLS = "a sampled answer is one turn of plain text and calls no tools"
+_TEXTS_KEPT = (
+    "rollouts.jsonl in the run folder keeps answers to held-out prompts of every evaluation, as many as "
+    "rollout_keep_texts says"
+)
+_ONE_ANSWER = "a prompt is answered once in each pass over the rows"
+_TOKENIZER = "set it in the tokenizer that is passed as processing_class"
+_ROWS = "rows are tokenised, cut to max_tokens and put into batches of like length by drkl itself"
+_SERVED_TEACHER = "the teacher is a model in this process: all of its probabilities are read"
 REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    **dict.fromkeys(
-        ("max_completion_length", "generation_kwargs", "cache_implementation", "max_tool_calling_iterations",
-         "num_completions_to_print", "min_p", "vllm_structured_outputs_regex", "vllm_server_base_url",
-         "vllm_max_model_length"),
-        (_ON_POLICY, (None,)),
-    ),
-    **dict.fromkeys(
-        ("use_vllm", "log_completions", "log_unique_prompts", "vllm_enable_sleep_mode"), (_ON_POLICY, (None, False))
-    ),
-    **dict.fromkeys(
-        ("vllm_mode", "vllm_model_impl", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
-         "vllm_group_port", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "ds3_gather_for_generation"),
-        (_ON_POLICY, (None,)),
-    ),
-    "top_p": (_ON_POLICY, (None, 1.0)),
-    "top_k": (_ON_POLICY, (None, 0)),
-    "repetition_penalty": (_ON_POLICY, (None, 1.0)),
-    "chat_template_kwargs": ("a row has them here, in a column of that name; or set template", (None,)),
+    "top_k": (_SAMPLING, (None, -1, 0)),
+    "min_p": (_SAMPLING, (0.0, None)),
+    "repetition_penalty": (_SAMPLING, (None, 1.0)),
+    "generation_kwargs": (_SAMPLING, ({}, None)),
+    "cache_implementation": ("the built-in sampler has a cache of its own", (None,)),
+    "ds3_gather_for_generation": ("the built-in sampler needs the weights whole", (None, True)),
+    "vllm_model_impl": (_OF_SERVER, (None, "vllm")),
+    "vllm_enable_sleep_mode": (_OF_SERVER, (None, False)),
+    "vllm_structured_outputs_regex": ("the student answers freely; a pattern would train another model", (None,)),
+    "vllm_group_port": ("weights reach the server through a folder, rollout_server_folder", (None, 51216)),
+    "vllm_gpu_memory_utilization": (f"{_OF_SERVER} as --gpu-memory-utilization", (None, 0.3)),
+    "vllm_max_model_length": (f"{_OF_SERVER} as --max-model-len", (None,)),
+    "vllm_tensor_parallel_size": (f"{_OF_SERVER} as --tensor-parallel-size", (None, 1)),
+    "max_tool_calling_iterations": (_NO_TOOLS, (None,)),
+    "log_completions": (_TEXTS_KEPT, (None, False)),
+    "num_completions_to_print": (_TEXTS_KEPT, (None,)),
+    "log_unique_prompts": (_TEXTS_KEPT, (None, False)),
+    "chat_template_kwargs": ("a row has them here, in a column of that name; or set template", ({}, None)),
     "trust_remote_code": (_WITH_CODE, (None, False)),
     "shuffle_dataset": ("the rows are shuffled in every epoch, by the seed", (None, True)),
     "pad_to_multiple_of": ("a batch is padded to its longest row", (None, "auto")),
-    # Of TRL's other trainers.
-    **dict.fromkeys(("lmbda", "seq_kd", "num_generations", "teacher_model_server_url", "use_teacher_server"),
-                    (_ON_POLICY, (None, 0.0, False))),
+    # Of GKDConfig, which is an SFTConfig.
     "max_length": ("it has two fields here: max_tokens, and max_prompt_tokens", (None,)),
     "max_prompt_length": ("it is max_prompt_tokens here", (None,)),
+    "truncation_mode": (_ROWS, (None, "keep_start")),
+    "packing": (_ROWS, (None, False)),
+    "packing_strategy": (_ROWS, (None, "bfd")),
+    "eval_packing": (_ROWS, (None, False)),
+    "padding_free": (_ROWS, (None, False)),
+    "dataset_kwargs": (_ROWS, ({}, None)),
+    "dataset_num_proc": (_ROWS, (1, None)),
+    "dataset_text_field": ("the column of a text is called text", (None, "text")),
+    "completion_only_loss": ("the loss is that of the responses; a text alone is all response", (True, None)),
+    "assistant_only_loss": ("turns='all' learns every turn of the assistant, turns='last' its last one", (None, False)),
+    "loss_type": ("the objective is the loss; kd_weight adds a cross-entropy", (None, "nll")),
+    "router_aux_loss_coef": ("the objective is the whole loss; kd_weight adds a cross-entropy", (0.0, None)),
+    "activation_offloading": ("activation_checkpointing saves memory here", (None, False)),
+    "chat_template_path": ("template is the jinja text itself, or the name of a template", (None,)),
+    "eos_token": (_TOKENIZER, (None,)),
+    "pad_token": (_TOKENIZER, (None,)),
+    # Of TRL's other trainers.
+    "num_generations": (_ONE_ANSWER, (None, 1)),
+    "num_generations_eval": (_ONE_ANSWER, (None, 1)),
+    "steps_per_generation": ("rollout_refresh_every counts the steps that one set of answers serves", (1, None)),
+    "num_iterations": ("rollout_refresh_every and rollout_replay use an answer later, or again", (None, 1)),
+    "vllm_sync_frequency": ("rollout_refresh_every counts the steps between two", (None, 1)),
+    "generation_batch_size": ("rollout_batch_size is the number of answers that are written at once", (None,)),
+    "use_teacher_server": (_SERVED_TEACHER, (None, False)),
+    "teacher_model_server_url": (_SERVED_TEACHER, (None,)),
+    "loss_top_k": (_SERVED_TEACHER, (None, 0)),
+    "loss_add_tail": (_SERVED_TEACHER, (None, True)),
 }  # fmt: skip
 """By name: why it is refused, and the values that ask for nothing and are taken."""
 
 
 def translate(arguments: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
-    """Return the keyword arguments of a config without TRL's that ask for nothing.
+    """Return the keyword arguments of a config with TRL's under their names here, and without those that ask nothing.
 
     Raises:
-        DrklError: one of TRL's that asks for something drkl does not do.
+        DrklError: one of TRL's that asks for something drkl does not do, or says what another argument says too.
+
+    >>> translate({"max_completion_length": 64, "use_vllm": False, "top_k": 0}, [])
+    {'rollout_generator': 'builtin', 'rollout_max_new_tokens': 64}
     """
-    kept = {}
+    kept, asked = {}, {}
     for name, value in arguments.items():
-        if name in known or name not in REFUSED:
+        if name in known or name not in (*REFUSED, *RENAMED, "vllm_mode"):
             kept[name] = value
-            continue
-        why, nothing = REFUSED[name]
-        if not any(value is none or (type(value) is not bool and value == none) for none in nothing):
-            raise DrklError(f"{name}={value!r} is TRL's, and not taken here: {why}. Leave it out.")
+        elif name in REFUSED:
+            _check_nothing(name, value)
+        elif value is not None:
+            asked[name] = value
+    for source, (target, value) in (*_answers(asked), *_vllm(asked), *_writer(asked)):
+        if target in kept:
+            raise DrklError(f"{source} is TRL's name for {target}, which is given already; give one of the two.")
+        kept[target] = value
     return kept
+
+
+Translated = list[tuple[str, tuple[str, Any]]]
+"""TRL's name, and with it the name here and the value."""
+
+
+def _check_nothing(name: str, value: Any) -> None:
+    why, nothing = REFUSED[name]
+    if not any(value is none or (type(value) is not bool and value == none) for none in nothing):
+        raise DrklError(f"{name}={value!r} is TRL's, and not taken here: {why}. Leave it out.")
+
+
+def _vllm(asked: dict[str, Any]) -> Translated:
+    """Where answers come from; TRL reads its settings of a server in its mode ``server`` alone."""
+    use, mode = asked.get("use_vllm"), asked.get("vllm_mode")
+    if not isinstance(use, bool | None):
+        raise DrklError(f"use_vllm is {use!r}; expected True or False.")
+    if mode not in (None, "server", "colocate"):
+        raise DrklError(f"vllm_mode is {mode!r}; expected 'server'.")
+    if use and mode == "colocate":
+        raise DrklError(
+            "vllm_mode='colocate' is TRL's, and not taken here: vLLM runs as a server, which this program gives the "
+            "student's weights. Start one with `drkl rollout-server CONFIG`, and name it in rollout_server."
+        )
+    found: Translated = []
+    if use is not None:
+        found.append(("use_vllm", ("rollout_generator", "vllm" if use else "builtin")))
+    if "vllm_server_timeout" in asked:
+        found.append(("vllm_server_timeout", ("rollout_server_timeout", asked["vllm_server_timeout"])))
+    host, port = asked.get("vllm_server_host", "0.0.0.0"), asked.get("vllm_server_port", 8000)
+    is_set = (host, port) != ("0.0.0.0", 8000)
+    if "vllm_server_base_url" in asked:
+        found.append(("vllm_server_base_url", ("rollout_server", asked["vllm_server_base_url"])))
+    elif is_set or (use and mode == "server"):
+        name = next((n for n in ("vllm_server_host", "vllm_server_port") if n in asked), "vllm_mode")
+        # A server listens on 0.0.0.0, that is on every address; a client asks one of them.
+        address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        found.append((name, ("rollout_server", address)))
+    return found
+
+
+def _writer(asked: dict[str, Any]) -> Translated:
+    """GKD's two numbers: a batch is the student's with probability ``lmbda``, else the teacher's or the data's."""
+    share, teacher = asked.get("lmbda"), asked.get("seq_kd", False)
+    if not isinstance(teacher, bool):
+        raise DrklError(f"seq_kd is {teacher!r}; expected True or False.")
+    if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1):
+        raise DrklError(f"lmbda is {share!r}; expected a number in [0, 1].")
+    if not teacher or share == 1:
+        return [] if share is None else [("lmbda", ("rollout_share", share))]
+    if not share:
+        shares: Translated = [] if share is None else [("lmbda", ("rollout_share", 1.0))]
+        return [("seq_kd", ("rollout_source", "teacher")), *shares]
+    raise DrklError(
+        f"seq_kd=True and lmbda={share!r} mean in TRL that the student writes some of the answers and the teacher all "
+        "others; here one of them writes, and other rows keep the data's responses. Give lmbda=0 for the teacher's "
+        "answers alone, or leave seq_kd out; rollout_source='mixed' mixes the two token by token."
+    )
+
+
+def _answers(asked: dict[str, Any]) -> Translated:
+    names = ("max_completion_length", "max_new_tokens", "top_p")
+    return [(name, (RENAMED[name], asked[name])) for name in names if name in asked]
+
+
+def notes(arguments: dict[str, Any], config: Any) -> list[str]:
+    """What TRL does with these arguments of a config and drkl does not, a sentence each.
+
+    Args:
+        arguments: as they were given.
+        config: the `DistillationConfig` made of them.
+    """
+    default = type(config)
+    asked = [
+        name
+        for name, target in RENAMED.items()
+        if arguments.get(name) is not None and getattr(config, target) != getattr(default, target)
+    ]
+    if not asked:
+        return []
+    if not config.rollouts.is_on:
+        if "lmbda" in arguments or "rollout_share" in arguments:
+            return []
+        return [
+            f"rollout_share is 0, so that no answer is sampled and {', '.join(asked)} {has(asked)} no effect. "
+            "TRL's DistillationTrainer samples every answer, as rollout_share=1.0 does here (GKDTrainer half: 0.5)."
+        ]
+    if config.temperature == 1 or "rollout_sampling_temperature" in arguments:
+        return []
+    return [
+        f"temperature={config.temperature} divides the logits in the loss, and answers are sampled at "
+        f"rollout_sampling_temperature={config.rollout_sampling_temperature}. TRL's DistillationTrainer uses the one "
+        "number for both, its GKDTrainer for the sampling alone: set the two."
+    ]
+
+
+def has(names: Sequence[str]) -> str:
+    """The verb that goes with so many names."""
+    return "has" if len(names) == 1 else "have"
+
+
+def in_words_of(error: DrklError, arguments: dict[str, Any]) -> DrklError:
+    """The error with TRL's name for what it is about, where that was given."""
+    field = str(error).split(" ")[0]
+    given = [name for name, target in RENAMED.items() if target == field and arguments.get(name) is not None]
+    return DrklError(f"{error} ({', '.join(given)} in TRL.)") if given else error
 
 
 def objective_of(beta: float) -> tuple[str, dict[str, Any]]:
@@ -79,14 +240,15 @@ def objective_of(beta: float) -> tuple[str, dict[str, Any]]:
 def check_trainer_arguments(tools: Any, extra: dict[str, Any]) -> None:
     """Raise DrklError for an argument of the trainer that drkl does not take."""
     if tools:
-        raise DrklError(f"tools is TRL's, and not taken here: {_ON_POLICY}. Leave it out.")
+        raise DrklError(f"tools is TRL's, and not taken here: {_NO_TOOLS}. Leave it out.")
     reasons = {
         "data_collator": "drkl pads and aligns the rows itself",
         "compute_metrics": "drkl.evaluate measures a student",
         "compute_loss_func": "the objective is the loss: DistillationConfig(objective=your_function)",
         "model_init": "pass the model",
         "preprocess_logits_for_metrics": "drkl.evaluate measures a student",
-        "reward_funcs": "nothing is sampled here",
+        "reward_funcs": "the teacher's probabilities judge an answer, and no reward does",
+        "rollout_func": "DistillationConfig(rollout_share=1.0) has the student write the answers",
         "formatting_func": "set template in DistillationConfig, or give rows with prompt and response",
     }
     for name in extra:
