@@ -218,7 +218,7 @@ class _Stream:
         self._what = what
         self._lines: list[dict[str, float]] = []
         self._answers, self._finished, self._bigrams = [0.0], [0.0], 0.0
-        """Of the lines so far, with 0 before the first."""
+        """Sums over the lines so far, with 0 before the first."""
 
     def append(self, numbers: dict[str, float]) -> None:
         count = numbers["answers"]
