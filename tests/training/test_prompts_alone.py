@@ -56,7 +56,7 @@ def test_a_config_takes_prompts_alone(tmp_path: Path) -> None:
     run = tiny_runs.train(values, listener=Listener(on_message=said.append))
     assert any("19 of 19 rows kept, 19 of them without a response." in line for line in said)
     assert run.is_finished() and tiny_runs.steps(run) == [1, 2]
-    with pytest.raises(DrklError, match=r"are prompts alone: .* .drkl evaluate RUN --suite"):
+    with pytest.raises(DrklError, match=r"are prompts alone: .* Name a suite, which has responses"):
         evaluate_run(run.root)
     (stage,) = estimate(tiny_runs.specs(values))["stages"]
     assert stage["tokens_per_step"]["trained"] % 5 == 0 < stage["tokens_per_step"]["trained"]
