@@ -16,6 +16,7 @@ from drkl import DrklError
 from drkl.data import Example
 from drkl.data.tokenize import Row, tokenize_examples
 from drkl.models.load import load_model
+from drkl.rollouts.config import RolloutsConfig
 from drkl.rollouts.stops import Agreement, agree_on_stops, merged_ids, student_stops, teacher_stops
 from drkl.teachers.live import LiveTeacher
 from tests.data.tiny_tokenizers import CHATML, build
@@ -211,6 +212,11 @@ def test_a_mapped_pair_passes(pairs: dict[str, str]) -> None:
     found = agree(student_model(), teacher_model(), stop_map=pairs)
     assert found.merged_ids == (BASE_END, OWN_END) and found.warning is None
     assert found.note is not None and "gives '</s>' or '<|im_end|>' a probability of 1." in found.note
+
+
+def test_ids_need_no_quotes() -> None:
+    pairs: Any = {2: 4, "</s>": "<|im_end|>"}
+    assert RolloutsConfig(stop_map=pairs).stop_map == {"2": "4", "</s>": "<|im_end|>"}
 
 
 def test_pairs_make_one_event() -> None:
