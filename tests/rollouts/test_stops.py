@@ -299,7 +299,7 @@ def test_a_student_learns_to_stop_on_its_own_answers(tmp_path: Path) -> None:
     """It never stops at first; with its own token or the teacher's is all the same."""
     trainer = python_run(
         tmp_path, student_model({"\n": "hello", "hello": "hello"}), teacher_model(), rollout_stop_map=STOP_MAP,
-        max_steps=30,
+        max_steps=12,
     )  # fmt: skip
     assert trainer.pair.merged_ids == (BASE_END, OWN_END)
     hello = base_tokenizer().convert_tokens_to_ids("hello")
@@ -337,6 +337,7 @@ def test_off_policy_and_the_teachers_answers_are_as_before(tmp_path: Path) -> No
     assert python_run(tmp_path, student_model(), teacher_model(), rollout_source="teacher").pair.merged_ids == ()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_a_lora_student(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
