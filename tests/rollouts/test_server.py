@@ -203,7 +203,9 @@ def test_a_server_that_is_gone_is_named(student: PreTrainedModel, fake: FakeVllm
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
     by_server = writer(student, address, tmp_path)
-    with pytest.raises(DrklError, match=r"cannot be reached \(.*refused.*\); tried 4 times\. Start it.*--resume RUN"):
+    with pytest.raises(
+        DrklError, match=r"cannot be reached \(.*refused.*\); tried 4 times\. Start it.*Then resume the run"
+    ):
         by_server.sync(student, 0)
     assert not list(tmp_path.iterdir())
 
@@ -217,7 +219,7 @@ def test_it_may_go_while_it_writes(student: PreTrainedModel, fake: FakeVllm, tmp
             raise Drop
 
     fake.fault = drop
-    with pytest.raises(DrklError, match=r"cannot be reached \(.*\); tried 4 times.*last checkpoint"):
+    with pytest.raises(DrklError, match=r"cannot be reached \(.*\); tried 4 times.*resume the run"):
         by_server.write(requests(), seed=1)
 
 
