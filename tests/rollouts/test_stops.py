@@ -154,6 +154,11 @@ def test_without_a_finished_row_there_is_nobody_to_ask(kind: str) -> None:
     assert "stops with '</s>', and no row has a whole response" in found.warning
 
 
+def test_a_stop_token_that_the_teacher_does_not_have_is_never_sampled() -> None:
+    found = agree(student_model(), teacher_model(), vocab_size=2)
+    assert found.warning is not None and "stops with '</s>', beyond the ids 0 to 1 on which" in found.warning
+
+
 def test_nothing_is_refused_where_the_teacher_writes() -> None:
     assert agree(student_model(), teacher_model(), refuse=False).warning is None
     assert agree(student_model(), teacher_model(), [], refuse=False) == ((), None, None)

@@ -187,5 +187,7 @@ def test_the_warning_comes_once_and_not_again_after_a_resume(tmp_path: Path, cap
         return [record.message for record in caplog.records if "max_new_tokens" in record.message]
 
     [text] = run_to(8, resume=False)
-    assert text.startswith("Warning: Step 4: 100% of the newest 16 answers in training were cut at max_new_tokens")
+    assert text.startswith(
+        "Warning: Step 4: 100\N{NO-BREAK SPACE}% of the newest 16 answers in training were cut at max_new_tokens"
+    )
     assert run_to(12, resume=True) == []

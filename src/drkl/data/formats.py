@@ -109,6 +109,8 @@ def shape_of(place: str, row: Mapping[str, Any], row_format: str = "auto", *, ne
     else:
         filled = frozenset(name for name, value in row.items() if not is_void(value))
         found = _all_shapes(row, filled) or _public(row) or alone or _all_shapes(row, row.keys())
+        if not found and not needs_responses:  # an empty prompt, which is dropped and counted
+            found = [shape for shape in (PROMPT, INSTRUCTION, *map(_asked, ASKED)) if shape.fits(row.keys())][:1]
     if len(found) > 1:
         raise _two_shapes(place, found[0], found[1])
     if not found:
@@ -130,7 +132,7 @@ def _alone(place: str, row: Mapping[str, Any], row_format: str) -> list[Shape]:
     if PROMPT in found and _is_messages(row["prompt"]) and _has_no_answer(row) and _speaks_last(row["prompt"]):
         raise DrklError(
             f"{place}: the prompt ends with a message of the assistant's; it must end with the user's (or a tool's), "
-            "which the student answers. An answer that is begun already is not gone on with."
+            "which the student answers: it continues no answer that has begun."
         )
     asked = [name for name in ASKED if name in filled and isinstance(row[name], str)]
     if found or row_format != "auto" or not asked:
@@ -140,7 +142,12 @@ def _alone(place: str, row: Mapping[str, Any], row_format: str) -> list[Shape]:
             f"{place}: {asked[0]} may be the prompt, or a part of it beside {beside[0]}. Write all that the student is "
             "to read into one column, prompt."
         )
-    return [Shape("prompt", f"{asked[0]} alone", ((asked[0],),))]
+    return [_asked(asked[0])]
+
+
+def _asked(name: str) -> Shape:
+    """The shape of a row with a prompt in a column of ``ASKED``."""
+    return Shape("prompt", f"{name}, as the prompt", ((name,),))
 
 
 def _demanded(row: Mapping[str, Any], row_format: str) -> list[Shape]:
@@ -268,7 +275,8 @@ def _no_shape(place: str, row: Mapping[str, Any], row_format: str, *, needs_resp
     if "input_ids" in row:
         return DrklError(f"{message} Rows that are tokenised already are read in Python: pass them to the trainer.")
     plainer = [str(name).strip().lower() for name in row]
-    if row_format == "auto" and any(shape.fits(plainer) for shape in SHAPES):
+    known = SHAPES if needs_responses else (*SHAPES, PROMPT, INSTRUCTION)
+    if row_format == "auto" and any(shape.fits(plainer) for shape in known):
         return DrklError(f"{message} Column names are read as they are written: in small letters, without blanks.")
     if {"role", "content"} <= row.keys():
         return DrklError(

@@ -64,7 +64,8 @@ class Survey:
         if self.weight != 1:
             facts.append(("rows an epoch", f"{len(self.rows):,} (weight {self.weight:g})"))
         facts.append(("tokens", f"{sum(len(row.all_ids) for row in self.rows):,}"))
-        facts.append(("tokens trained", f"{sum(row.num_trained for row in self.rows):,}"))
+        if report.prompts_alone < report.kept:
+            facts.append(("tokens trained", f"{sum(row.num_trained for row in self.rows):,}"))
         return facts
 
     def _class_counts(self, classes: Sequence[str]) -> list[tuple[str, str]]:

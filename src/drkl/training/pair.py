@@ -207,6 +207,8 @@ def make_pair(
         compared = None if teacher is None else _ends(teacher, rows, words, args, merged_ids)
         if compared is not None and compared.differ and compared.own_id is not None:
             taught.append(compared.own_id)
+        elif agreement.warning is not None and args.process_index == 0:  # else it is said of the rows already
+            _log.warning("Warning: %s", agreement.warning)
         notes += set_ends(student, words, stops_of(student, words, args.template, taught))
     elif teacher is not None:
         teacher.pad_id = _pad_id(tokenizer)
@@ -267,7 +269,7 @@ def _agreement(
     rollouts = args.rollouts
     if teacher is None or not rollouts.is_on:
         return Agreement(())
-    agreement = agree_on_stops(
+    return agree_on_stops(
         student,
         teacher,
         rows,
@@ -278,9 +280,6 @@ def _agreement(
         vocab_size=vocab_size,
         refuse=rollouts.source != "teacher",
     )
-    if agreement.warning is not None and args.process_index == 0:
-        _log.warning("Warning: %s", agreement.warning)
-    return agreement
 
 
 def _ends(

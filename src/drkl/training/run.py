@@ -178,7 +178,10 @@ def distill(
         except DrklError as error:
             if not needed or all(other.rollouts.needs_responses for other in specs):
                 raise
-            raise DrklError(f"The stage {spec.run.name!r} learns from the data's responses. {error}") from error
+            raise DrklError(
+                f"The stage {spec.run.name!r} learns from the data's responses, as its rollouts.share is below 1. Give "
+                f"it data of its own (its section data), or leave it out. {error}"
+            ) from error
     # The line that made the run is what repeats it, also where another one finished it.
     made_by = last.read_env().get("command") if mode == "resume" else None
     command = made_by or (None if command is None else list(command))
