@@ -202,7 +202,10 @@ def rollout_server(
     flags = next((i for i, word in enumerate(given) if word.startswith("-")), len(given))
     loaded, notes = load_config(config, given[:flags])
     quiet_transformers()
-    serving = prepare_server(loaded.specs(), vllm=vllm, host=host, port=port, more=given[flags:], check=not print_only)
+    with _options_named_as_flags():
+        serving = prepare_server(
+            loaded.specs(), vllm=vllm, host=host, port=port, more=given[flags:], check=not print_only
+        )
     if print_only:
         print(serving.line)
         return
@@ -359,6 +362,7 @@ def _check_choices(dtype: str, device: str) -> None:
 _OPTIONS = {
     "output_dir": "--output", "data.max_prompt_tokens": "--max-prompt-tokens", "data.max_tokens": "--max-tokens",
     "samples_per_prompt:": "--samples:", "device is": "--device is", "takes rows": "takes --data",
+    "name its executable:": "name its executable: --vllm",
     **{f"{name}:": f"--{name.replace('_', '-')}:" for name in
        ("prompts", "sampling_temperature", "sweep", "seeds", "max_new_tokens", "batch_size")},
 }  # fmt: skip

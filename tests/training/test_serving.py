@@ -52,7 +52,7 @@ def test_the_command_serves_the_student_that_the_run_starts_from(cli: Cli, tmp_p
     flags = dict(zip(words[6::2], words[7::2], strict=True))
     assert flags == {
         "--served-model-name": "student", "--host": "127.0.0.1", "--port": "8100", "--dtype": "float32",
-        "--generation-config": "vllm", "--max-logprobs": "20", "--max-model-len": "90",
+        "--generation-config": "vllm", "--max-model-len": "90",
         "--gpu-memory-utilization": "0.4",
     }  # fmt: skip
     spec = tiny_runs.specs(tiny_runs.config(tmp_path), ["run.seed=4"])[0]
@@ -132,7 +132,7 @@ def test_a_run_whose_server_goes_is_resumed(fake: FakeVllm, tmp_path: Path) -> N
         raise Drop
 
     fake.fault = gone
-    with pytest.raises(DrklError, match=r"cannot be reached .*--resume RUN"):
+    with pytest.raises(DrklError, match=r"cannot be reached .*resume the run"):
         tiny_runs.train(values)
     fake.fault, fake.model = None, fake.start
     assert tiny_runs.weights(tiny_runs.train(values, "resume")) == whole

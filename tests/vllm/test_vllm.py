@@ -239,7 +239,7 @@ def test_a_run_ends_by_name_and_goes_on_when_the_server_is_back(server: Server, 
     _, errors = process.communicate(timeout=STARTUP)
     assert process.returncode == 2 and "Traceback" not in errors
     said = re.sub(r"\s+", " ", errors)
-    assert "cannot be reached" in said and "--resume" in said
+    assert "cannot be reached" in said and "resume the run" in said
     again = Server(cut, server.address, root / "again.log")
     try:
         done = tiny_runs.call("distill", "--resume", run)
