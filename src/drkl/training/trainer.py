@@ -400,7 +400,9 @@ class DistillationTrainer(Trainer):
         teacher_hidden = teacher_head = None
         if self._uses_teacher:
             assert self.teacher is not None
-            teacher_hidden, teacher_head = self.teacher.hidden_at(teacher_batch, teacher_keep), self.teacher.head
+            comes_again = sampled is None or not bool(sampled.any())
+            teacher_hidden = self.teacher.hidden_at(teacher_batch, teacher_keep, remember=comes_again)
+            teacher_head = self.teacher.head
         every = -(-int(keep.sum()) // STATISTICS_POSITIONS)
         of_sampled = None if sampled is None else sampled[keep]
         statistics = StatisticsSums(every, of_sampled) if every and self._will_log() else None
