@@ -86,7 +86,7 @@ def shared_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "output_dir": str(options.folder / "run"), "max_steps": options.steps + 1, "use_cpu": True, "report_to": [],
         "per_device_train_batch_size": options.prompts, "learning_rate": LEARNING_RATE, "disable_tqdm": True,
         "bf16": options.precision == "bf16", "save_strategy": "no", "eval_strategy": "no", "seed": 0,
-        "logging_steps": 1,
+        "logging_steps": 1000,
     }  # fmt: skip
 
 
