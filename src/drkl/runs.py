@@ -54,6 +54,11 @@ class RunFolder:
         return self.root / "train.jsonl"
 
     @property
+    def rollouts_path(self) -> Path:
+        """Some of the answers to held-out prompts that the student wrote as training went on."""
+        return self.root / "rollouts.jsonl"
+
+    @property
     def student_path(self) -> Path:
         return self.root / "student"
 
@@ -123,6 +128,9 @@ class RunFolder:
 
     def read_train_log(self) -> list[dict[str, Any]]:
         return read_jsonl(self.train_log_path) if self.train_log_path.is_file() else []
+
+    def read_rollouts(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.rollouts_path) if self.rollouts_path.is_file() else []
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drkl.data import Example
-from drkl.data.collate import IGNORE_INDEX, collate, collate_prompts
+from drkl.data.collate import IGNORE_INDEX, collate, collate_prompts, teacher_inputs
 from drkl.data.tokenize import Row, tokenize_examples
 from tests.data.tiny_tokenizers import build
 
@@ -77,3 +77,61 @@ def test_prompts_are_padded_on_the_left() -> None:
 def test_prompts_must_have_tokens(prompts: list[list[int]]) -> None:
     with pytest.raises(AssertionError, match="none empty"):
         collate_prompts(prompts, pad_id=0)
+
+
+def two_renderings(encoder_decoder: bool = False) -> list[Row]:
+    """Rows whose teacher reads a longer prompt, the same one and a shorter one; some tokens are not learnt."""
+    prompts: list[tuple[list[int], list[int] | None]] = [
+        ([11, 12], [31, 32, 33, 34]),
+        ([13], None),
+        ([14, 15, 16], [35]),
+    ]
+    responses = [[21, 22, 2], [23, 2], [24, 25, 26, 2]]
+    rows = []
+    for number, ((prompt, teacher), response) in enumerate(zip(prompts, responses, strict=True)):
+        trained = None if encoder_decoder or number < 2 else (True, False, True, True)
+        own = None if teacher is None else tuple(teacher)
+        rows.append(
+            Row(str(number), tuple(prompt), tuple(response), EXAMPLE, trained, None, encoder_decoder, own, sampled=True)
+        )
+    return rows
+
+
+def test_the_teacher_reads_its_own_rendering_and_predicts_the_same_tokens() -> None:
+    rows = two_renderings()
+    batch = collate(rows, pad_id=0)
+    labels = batch["labels"]
+    inputs, keep = teacher_inputs(batch)
+    assert not {name for name in batch if name.startswith("teacher_")}
+    assert inputs["input_ids"].tolist() == [
+        [31, 32, 33, 34, 21, 22],
+        [13, 23, 0, 0, 0, 0],
+        [35, 24, 25, 26, 0, 0],
+    ]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]]
+    kept = labels[labels != N].tolist()
+    assert kept == [21, 22, 2, 23, 2, 24, 26, 2]
+    predicted = []
+    for line, row in enumerate(rows):
+        whole = [*(row.teacher_prompt_ids or row.prompt_ids), *row.response_ids]
+        predicted += [whole[place + 1] for place in keep[line].nonzero().squeeze(1).tolist()]
+    assert predicted == kept
+    assert collate(rows[1:2], pad_id=0).keys() == {"input_ids", "attention_mask", "labels", "row_ids"}
+
+
+def test_the_teachers_encoder_reads_its_own_rendering() -> None:
+    batch = collate(two_renderings(encoder_decoder=True), pad_id=0, decoder_start=9)
+    labels, sources = batch["labels"], batch["input_ids"]
+    inputs, keep = teacher_inputs(batch)
+    assert sources.tolist() == [[11, 12, 0], [13, 0, 0], [14, 15, 16]]
+    assert inputs["input_ids"].tolist() == [[31, 32, 33, 34], [13, 0, 0, 0], [35, 0, 0, 0]]
+    assert inputs["attention_mask"].sum(1).tolist() == [4, 1, 1]
+    assert inputs["decoder_input_ids"].tolist() == [[9, 21, 22, 0], [9, 23, 0, 0], [9, 24, 25, 26]]
+    assert torch.equal(keep, labels != N)
+
+
+def test_one_rendering_is_read_by_both() -> None:
+    batch = collate([row("x", [11, 12], [21, 2])], pad_id=0)
+    inputs, keep = teacher_inputs(batch)
+    assert inputs.keys() == {"input_ids", "attention_mask"} and inputs["input_ids"] is batch["input_ids"]
+    assert torch.equal(keep, batch["labels"] != N)

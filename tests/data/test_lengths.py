@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drkl.data import DataConfig, Example
-from drkl.data.lengths import Lengths, Room, check_answer, fit_answer, fit_lengths, no_prompt_fits
+from drkl.data.lengths import Lengths, Room, answer_room, check_answer, fit_answer, fit_lengths, no_prompt_fits
 from drkl.data.rows import rows_from
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
@@ -44,6 +44,48 @@ def test_answers_of_a_given_length_leave_less_for_prompts() -> None:
     assert fit_lengths(None, None, Room(96, 96), max_new_tokens=40) == (56, 96)
     assert fit_lengths(None, None, Room(96, 96), max_new_tokens=200) == (1, 96)
     assert fit_lengths(50, None, Room(96, 96), max_new_tokens=90) == (50, 96)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "room", "given", "expected"),
+    [
+        ((256, 512), Room(), None, 256),
+        ((256, 512), Room(), 1000, 1000),
+        ((40, 80), Room(96, 96), None, 40),
+        ((40, 80), Room(96, 96), 56, 56),
+        ((40, 200), Room(96, 96), None, 56),
+        ((256, 512), Room(512, 24, separate=True), None, 24),
+        ((256, 300), Room(512, 512, separate=True), None, 44),
+        ((256, 300), Room(None, None, separate=True), 60, 60),
+    ],
+)
+def test_the_longest_sampled_answer(lengths: tuple[int, int], room: Room, given: int | None, expected: int) -> None:
+    assert answer_room(Lengths(*lengths), room, given) == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "room", "given", "message"),
+    [
+        (
+            (40, 80), Room(96, 96), 57,
+            r"rollouts.max_new_tokens \(57\) after a prompt of data.max_prompt_tokens \(40\) passes the models' "
+            r"context of 96 tokens. Set it to at most 56, or data.max_prompt_tokens to at most 39\.$",
+        ),
+        ((40, 80), Room(96, 96), 96, r"context of 96 tokens. Set it to at most 56\.$"),
+        (
+            (96, 200), Room(96, 96), None,
+            r"data.max_prompt_tokens \(96\) leaves no room for an answer in the models' context of 96 tokens. Set it "
+            "to less",
+        ),
+        (
+            (40, 80), Room(96, 24, separate=True), 25,
+            r"^rollouts.max_new_tokens \(25\) passes the decoder's context of 24 tokens. Set it to at most 24\.$",
+        ),
+    ],
+)  # fmt: skip
+def test_an_answer_that_does_not_fit(lengths: tuple[int, int], room: Room, given: int | None, message: str) -> None:
+    with pytest.raises(DrklError, match=message):
+        answer_room(Lengths(*lengths), room, given)
 
 
 @given(st.none() | st.integers(1, 900), st.none() | st.integers(2, 900), CONTEXT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from drkl.data import Example
 from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import tokenize_examples
 from drkl.losses import LMHead
-from drkl.models.forward import decoder_start
+from drkl.models.forward import decoder_start, output_head
 from drkl.models.readout import Readout, batches, chunks, logits_of, read, read_logits
 from tests.evaluation import tiny
 from tests.models import tiny as tiny_models
@@ -69,6 +70,39 @@ def test_an_encoder_decoder() -> None:
         with torch.no_grad():
             parts.append(model(input_ids=torch.tensor([row.prompt_ids]), decoder_input_ids=decoder_ids).logits[0])
     torch.testing.assert_close(found.logits(slice(None)), torch.cat(parts), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_a_teacher_reads_its_own_rendering_of_a_prompt(encoder_decoder: bool) -> None:
+    """Against one row at a time, unpadded, through the whole model."""
+    teacher = (tiny_models.t5() if encoder_decoder else tiny_models.llama()).eval()
+    start = decoder_start(teacher)
+    rows = [
+        replace(row, teacher_prompt_ids=own, encoder_decoder=encoder_decoder)
+        for row, own in zip(tiny.rows()[:3], [(9, 8, 7, 6, 5, 40), None, (33,)], strict=True)
+    ]
+    expected, labels = [], []
+    for row in rows:
+        prompt = row.teacher_prompt_ids or row.prompt_ids
+        with torch.no_grad():
+            if encoder_decoder:
+                decoder_ids = torch.tensor([[start, *row.response_ids[:-1]]])
+                logits = teacher(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder_ids).logits[0]
+            else:
+                logits = teacher(torch.tensor([[*prompt, *row.response_ids]])).logits[0, len(prompt) - 1 : -1]
+        expected.append(logits)
+        labels.append(list(row.response_ids))
+    head = output_head(teacher)
+    for batch in batches(rows, pad_id=0, decoder_start=start, positions={0: [1], 1: [0, 1], 2: [0]}):
+        own = batch.for_teacher
+        chosen = {0: [1], 1: [0, 1], 2: [0]}
+        wanted = [(number, place) for number in batch.rows for place in chosen[number]]
+        assert own.labels.tolist() == batch.labels.tolist() == [labels[number][place] for number, place in wanted]
+        found = logits_of(own.states(teacher), head)
+        torch.testing.assert_close(
+            found, torch.stack([expected[number][place] for number, place in wanted]), rtol=1e-4, atol=1e-4
+        )
+        assert batch.keep.sum() == own.keep.sum() == len(wanted)
 
 
 def test_a_classifier_has_a_position_for_each_text_and_keeps_its_config() -> None:

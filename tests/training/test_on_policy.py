@@ -167,6 +167,9 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, rows(8), max_steps=4, rollout_share=1.0, rollout_max_new_tokens=4)
     with pytest.raises(DrklError, match=r"has no rollouts\.json: its run trained on the data's responses alone"):
         trainer.train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoints" / "checkpoint-2" / "rollouts.json").write_text('{"answers": {}}')
+    with pytest.raises(DrklError, match=r"rollouts\.json' does not hold the answers of a run .*Remove that checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 def test_sampling_leaves_torch_s_random_numbers_alone(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class Probe:
         self._batches = list(batches(rows, pad_id=pad_id, decoder_start=decoder_start, positions=chosen))
         # Not LiveTeacher.hidden_at, whose memory is for the training.
         with torch.no_grad(), in_eval_mode(self._teacher):
-            self._states = [batch.states(self._teacher) for batch in self._batches]
+            self._states = [batch.for_teacher.states(self._teacher) for batch in self._batches]
 
     def __len__(self) -> int:
         return sum(batch.labels.numel() for batch in self._batches)

@@ -12,6 +12,9 @@ from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.losses.common import IGNORE_INDEX
 
+TEACHER_ONLY = ("teacher_input_ids", "teacher_attention_mask", "teacher_keep")
+"""What a batch has where the teacher reads another rendering of a prompt."""
+
 
 def collate(rows: Sequence[Row | LabelledRow], *, pad_id: int, decoder_start: int | None = None) -> dict[str, Any]:
     """Return a right-padded batch with aligned labels.
@@ -30,6 +33,9 @@ def collate(rows: Sequence[Row | LabelledRow], *, pad_id: int, decoder_start: in
     learnt even where it is the padding token. ``row_ids`` is a list of the rows' ids.
 
     Without rows the batch is one ignored position: every process needs a forward pass in every micro-step.
+
+    Where the teacher reads a prompt in another rendering (``row.teacher_prompt_ids``), the batch has its inputs too:
+    `teacher_inputs` takes them out.
 
     >>> row = Row("a", (5, 6), (7, 2), example=None)
     >>> batch = collate([row], pad_id=0)
@@ -60,26 +66,55 @@ def _collate_causal(rows: Sequence[Row], pad_id: int, decoder_start: int | None)
     assert all(row.encoder_decoder == (decoder_start is not None) for row in rows), "rows of the other kind of model"
     if decoder_start is not None:
         return _collate_seq2seq(rows, pad_id, decoder_start)
-    shape = (max(1, len(rows)), max((row.length for row in rows), default=1))
-    input_ids = torch.full(shape, pad_id)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX)
-    for index, row in enumerate(rows):
-        assert row.prompt_ids and row.response_ids, "a row has a prompt and a response"
-        input_ids[index, : row.length] = torch.tensor((*row.prompt_ids, *row.response_ids[:-1]))
-        attention_mask[index, : row.length] = 1
-        response = torch.tensor(row.response_ids)
-        if row.trained is not None:
-            response[~torch.tensor(row.trained)] = IGNORE_INDEX
-        labels[index, len(row.prompt_ids) - 1 : row.length] = response
-    if not rows:
-        attention_mask[0, 0] = 1
-    return {
+    input_ids, attention_mask, labels = _next_tokens([(row.prompt_ids, row) for row in rows], pad_id)
+    batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "labels": labels,
         "row_ids": [row.id for row in rows],
     }
+    if any(row.teacher_prompt_ids is not None for row in rows):
+        ids, mask, labels = _next_tokens([(row.teacher_prompt_ids or row.prompt_ids, row) for row in rows], pad_id)
+        batch |= {"teacher_input_ids": ids, "teacher_attention_mask": mask, "teacher_keep": labels != IGNORE_INDEX}
+    return batch
+
+
+def _next_tokens(rows: Sequence[tuple[Sequence[int], Row]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ids, mask and labels of rows, each after one rendering of its prompt."""
+    lengths = [len(prompt) + len(row.response_ids) - 1 for prompt, row in rows]
+    shape = (max(1, len(rows)), max(lengths, default=1))
+    input_ids = torch.full(shape, pad_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX)
+    for index, ((prompt, row), length) in enumerate(zip(rows, lengths, strict=True)):
+        assert len(prompt) and row.response_ids, "a row has a prompt and a response"
+        input_ids[index, :length] = torch.tensor((*prompt, *row.response_ids[:-1]))
+        attention_mask[index, :length] = 1
+        response = torch.tensor(row.response_ids)
+        if row.trained is not None:
+            response[~torch.tensor(row.trained)] = IGNORE_INDEX
+        labels[index, len(prompt) - 1 : length] = response
+    if not rows:
+        attention_mask[0, 0] = 1
+    return input_ids, attention_mask, labels
+
+
+def teacher_inputs(batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    """Take out of a batch what the teacher reads, and where the states are that predict the kept labels.
+
+    Args:
+        batch: of `collate`, ``labels`` included. Inputs that are the teacher's alone are removed from it.
+
+    Returns:
+        The teacher's inputs, and a mask `[batch, tokens]` of its positions, true as often and in the same order as
+        ``labels != IGNORE_INDEX``: the same tokens are predicted, after each model's own rendering of the prompt.
+    """
+    own = {name: batch.pop(name) for name in TEACHER_ONLY if name in batch}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "row_ids")}
+    if not own:
+        return inputs, batch["labels"] != IGNORE_INDEX
+    keep = own.pop("teacher_keep")
+    return inputs | {name.removeprefix("teacher_"): value for name, value in own.items()}, keep
 
 
 def _collate_seq2seq(rows: Sequence[Row], pad_id: int, decoder_start: int) -> dict[str, Any]:
@@ -93,7 +128,7 @@ def _collate_seq2seq(rows: Sequence[Row], pad_id: int, decoder_start: int) -> di
     labels, _ = _pad_right([row.response_ids for row in rows], IGNORE_INDEX)
     if not rows:
         attention_mask[0, 0] = decoder_mask[0, 0] = 1
-    return {
+    batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "decoder_input_ids": decoder_input_ids,
@@ -101,6 +136,10 @@ def _collate_seq2seq(rows: Sequence[Row], pad_id: int, decoder_start: int) -> di
         "labels": labels,
         "row_ids": [row.id for row in rows],
     }
+    if any(row.teacher_prompt_ids is not None for row in rows):
+        ids, mask = _pad_right([row.teacher_prompt_ids or row.prompt_ids for row in rows], pad_id)
+        batch |= {"teacher_input_ids": ids, "teacher_attention_mask": mask, "teacher_keep": labels != IGNORE_INDEX}
+    return batch
 
 
 def _pad_right(sequences: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:

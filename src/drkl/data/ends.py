@@ -94,7 +94,7 @@ def opening_tag(tokenizer: PreTrainedTokenizerBase, between: str, ends: Iterable
 def end_positions(row: Row) -> list[int]:
     """The places, among the trained tokens of a row, of the last token of each turn."""
     if row.trained is None:
-        return [row.num_trained - 1]
+        return [row.num_trained - 1] if row.response_ids else []
     counts, places = 0, []
     for number, trained in enumerate(row.trained):
         counts += trained

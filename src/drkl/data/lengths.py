@@ -82,6 +82,44 @@ def fit_lengths(
     return Lengths(max(1, prompt), total)
 
 
+def answer_room(lengths: Lengths, room: Room, max_new_tokens: int | None = None) -> int:
+    """Return the longest answer, in tokens, that is sampled in training.
+
+    Args:
+        lengths: the limits of the rows.
+        room: the models' context.
+        max_new_tokens: the length that was given; None takes what ``max_tokens`` has above ``max_prompt_tokens``, as
+            far as the context goes.
+
+    >>> answer_room(Lengths(256, 512), Room(400, 400)), answer_room(Lengths(256, 512), Room(400, 400), 100)
+    (144, 100)
+
+    Raises:
+        DrklError: the longest prompt and the given answer, or one token, do not fit the context together.
+    """
+    prompt, left = lengths.max_prompt_tokens, room.decoder
+    if left is None:
+        return max_new_tokens or lengths.max_tokens - prompt
+    owner = "decoder's" if room.separate else "models'"
+    whose = f"the {owner} context of {left} tokens"
+    left -= 0 if room.separate else prompt
+    if left < 1:
+        raise DrklError(
+            f"data.max_prompt_tokens ({prompt}) leaves no room for an answer in {whose}. Set it to less, or leave it "
+            "out."
+        )
+    if max_new_tokens is None:
+        return min(lengths.max_tokens - prompt, left)
+    if max_new_tokens <= left:
+        return max_new_tokens
+    beside = "" if room.separate else f" after a prompt of data.max_prompt_tokens ({prompt})"
+    shorter = left + prompt - max_new_tokens
+    other = "" if room.separate or shorter < 1 else f", or data.max_prompt_tokens to at most {shorter}"
+    raise DrklError(
+        f"rollouts.max_new_tokens ({max_new_tokens}){beside} passes {whose}. Set it to at most {left}{other}."
+    )
+
+
 def fit_answer(default: int, room: Room, shortest_prompt: int) -> int:
     """Return how long an answer is where the user does not say.
 

@@ -36,6 +36,8 @@ _log = logging.getLogger("drkl")
 
 _TOKENS = 3
 """New tokens of a trial: the first comes from the prompt, the second from a state that one step has moved."""
+_SAMPLES = 3
+"""Rows of a prompt in a trial: one that leaves, and more than one that stay."""
 _LENGTHS = (2, 9)
 """Tokens of a trial's prompts; one with a single token is tried where there is one, as some families read it as a
 step that goes on."""
@@ -106,29 +108,36 @@ def _first_right(model: PreTrainedModel, shortest: int) -> Way:
 
 def _is_right(model: PreTrainedModel, batches: list[list[list[int]]], way: Way) -> bool:
     """Whether the logits of each step are those of the whole sequence."""
+    answers = [answer for prompts in batches for answer in _trial(model, prompts, way)]
     start = decoder_start(model)
     known: dict[tuple[int, ...], Tensor] = {}
-    for prompts in batches:
-        seen: list[list[Tensor]] = [[] for _ in range(2 * len(prompts))]
-
-        def pick(logits: Sequence[Tensor], rows: Sequence[int], step: int, seen: Any = seen) -> Tensor:
-            for row, scores in zip(rows, logits[0], strict=True):
-                seen[row].append(scores.clone())
-            return logits[0].argmax(-1)
-
-        # The first of two rows leaves after its first token, so that the other one's place changes.
-        limits = [1 if way.drop and row % 2 == 0 else _TOKENS for row in range(len(seen))]
-        batch = read_prompts(model, prompts, [2] * len(prompts), way, max_new_tokens=_TOKENS, pad_id=0)
-        new = decode([batch], pick, stops=(), limits=limits, drop=way.drop)
-        for row, tokens in enumerate(new):
-            prompt, logits = prompts[row // 2], torch.stack(seen[row][: len(tokens)])
-            source, fed = (None, prompt) if start is None else (prompt, [start])
-            key = (*prompt, *tokens[:-1])
-            if key not in known:
-                known[key] = own_logits(model, [*fed, *tokens[:-1]], source)[-len(tokens) :]
-            if not same_logits(logits.to(known[key].device), known[key], computing_dtype(model), strict=True):
-                return False
+    for prompt, tokens, logits in answers:
+        source, fed = (None, prompt) if start is None else (prompt, [start])
+        key = (*prompt, *tokens[:-1])
+        if key not in known:
+            known[key] = own_logits(model, [*fed, *tokens[:-1]], source)[-len(tokens) :]
+        if not same_logits(logits.to(known[key].device), known[key], computing_dtype(model), strict=True):
+            return False
     return True
+
+
+def _trial(model: PreTrainedModel, prompts: list[list[int]], way: Way) -> list[tuple[list[int], list[int], Tensor]]:
+    """The prompt of each row of a batch, its new tokens, and the logits `[tokens, vocab]` that they were taken from."""
+    seen: list[list[Tensor]] = [[] for _ in range(_SAMPLES * len(prompts))]
+
+    def pick(logits: Sequence[Tensor], rows: Sequence[int], step: int) -> Tensor:
+        for row, scores in zip(rows, logits[0], strict=True):
+            seen[row].append(scores.clone())
+        return logits[0].argmax(-1)
+
+    # The first row of each prompt leaves after its first token, so that the places of the others change.
+    limits = [1 if way.drop and row % _SAMPLES == 0 else _TOKENS for row in range(len(seen))]
+    batch = read_prompts(model, prompts, [_SAMPLES] * len(prompts), way, max_new_tokens=_TOKENS, pad_id=0)
+    new = decode([batch], pick, stops=(), limits=limits, drop=way.drop)
+    return [
+        (prompts[row // _SAMPLES], ids, torch.stack(scores[: len(ids)]))
+        for row, (ids, scores) in enumerate(zip(new, seen, strict=True))
+    ]
 
 
 def computing_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from drkl.data.batching import bucket_by_length
 from drkl.data.classification import LabelledRow
-from drkl.data.collate import IGNORE_INDEX, collate
+from drkl.data.collate import IGNORE_INDEX, collate, teacher_inputs
 from drkl.data.tokenize import Row
 from drkl.losses import LMHead
 from drkl.models.check import check_forward
@@ -51,6 +51,16 @@ class Batch:
     labels: Tensor
     """`[n]`, the observed tokens (or classes) there."""
     row_ids: list[str]
+    teacher: tuple[dict[str, Tensor], Tensor] | None = None
+    """``inputs`` and ``keep`` of the teacher, where it reads the prompts in a rendering of its own."""
+
+    @property
+    def for_teacher(self) -> Batch:
+        """The batch as the teacher reads it: the same labels, in the same order."""
+        if self.teacher is None:
+            return self
+        inputs, keep = self.teacher
+        return replace(self, inputs=inputs, keep=keep, teacher=None)
 
     def states(self, model: PreTrainedModel) -> Tensor:
         """The model's last hidden states `[n, hidden]`, on its device; of a classifier its class logits."""
@@ -87,13 +97,22 @@ def batches(
     for group in groups:
         members = [used[i] for i in group]
         batch = collate([rows[i] for i in members], pad_id=pad_id, decoder_start=decoder_start)
+        own_view = "teacher_keep" in batch
+        inputs, places = teacher_inputs(batch)
         labels, row_ids = batch.pop("labels"), batch.pop("row_ids")
         keep = labels != IGNORE_INDEX
         if positions is not None:
-            trained, keep = keep, torch.zeros_like(keep)
-            for line, row in enumerate(members):
-                keep[line, trained[line].nonzero().squeeze(1)[list(positions[row])]] = True
-        yield Batch(members, batch, keep, labels[keep], row_ids)
+            chosen = [positions[row] for row in members]
+            keep, places = _only(keep, chosen), _only(places, chosen)
+        yield Batch(members, batch, keep, labels[keep], row_ids, (inputs, places) if own_view else None)
+
+
+def _only(keep: Tensor, chosen: Sequence[Sequence[int]]) -> Tensor:
+    """The chosen ones among the kept positions of each row, counted from 0."""
+    kept = torch.zeros_like(keep)
+    for line, places in enumerate(chosen):
+        kept[line, keep[line].nonzero().squeeze(1)[list(places)]] = True
+    return kept
 
 
 @dataclass(frozen=True)

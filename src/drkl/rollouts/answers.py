@@ -30,6 +30,8 @@ class Answer:
     token_ids: tuple[int, ...]
     """Ends with a stop token where it is finished; one that was cut has none."""
     finished: bool
+    logprobs: tuple[float, ...] = ()
+    """Each token's log-probability before temperature and top_p, in nats; empty where the writer does not say."""
 
 
 class Writer(Protocol):

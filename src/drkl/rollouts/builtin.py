@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -83,27 +84,23 @@ class BuiltInWriter:
             if progress is not None and ended:
                 progress(ended)
 
-        device = self.model.device.type
-        try:
-            with torch.autocast(device, DTYPES[self.precision], enabled=self.precision != "fp32"):
-                written = sample_ids(
-                    self._readers(requests),
-                    keys=[request.key for request in requests],
-                    streams=[request.stream for request in requests],
-                    limits=[request.max_new_tokens - len(self.begin) for request in requests],
-                    stops=self.stops,
-                    pad_id=self.pad_id,
-                    seed=seed,
-                    sampling_temperature=self.sampling_temperature,
-                    top_p=self.top_p,
-                    batch_size=self.batch_size,
-                    begin=self.begin,
-                    vocab_size=self.vocab_size,
-                    progress=report,
-                )
-        finally:
-            # Copies of the weights made without gradients may not be met by a training inside an outer autocast.
-            torch.clear_autocast_cache()
+        readers = self._readers(requests)
+        with _autocast([reader.model for reader in readers], self.precision):
+            written = sample_ids(
+                readers,
+                keys=[request.key for request in requests],
+                streams=[request.stream for request in requests],
+                limits=[request.max_new_tokens - len(self.begin) for request in requests],
+                stops=self.stops,
+                pad_id=self.pad_id,
+                seed=seed,
+                sampling_temperature=self.sampling_temperature,
+                top_p=self.top_p,
+                batch_size=self.batch_size,
+                begin=self.begin,
+                vocab_size=self.vocab_size,
+                progress=report,
+            )
         return [Answer((*self.begin, *ids), finished) for ids, finished in written]
 
     def _readers(self, requests: Sequence[Request]) -> list[Reader]:
@@ -116,3 +113,21 @@ class BuiltInWriter:
             prompts = [request.teacher_prompt_ids for request in requests]
             readers.append(Reader(self.teacher, prompts, teacher_share, "teacher"))
         return readers
+
+
+@contextmanager
+def _autocast(models: Sequence[PreTrainedModel], precision: str) -> Iterator[None]:
+    """Matrix products in a precision inside the block, each weight converted once and not at every step."""
+    # Autocast keeps what it has converted of parameters that are trained only.
+    parameters = [p for model in models for p in model.parameters()] if precision != "fp32" else []
+    frozen = [p for p in parameters if p.is_floating_point() and not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad = True
+        with torch.autocast(models[0].device.type, DTYPES[precision], enabled=precision != "fp32"):
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad = False
+        # What was converted without gradients may not be met by a training inside an outer autocast.
+        torch.clear_autocast_cache()

@@ -180,7 +180,7 @@ def _remove_run(run: RunFolder) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in (
         run.config_path, run.env_path, run.train_log_path, run.eval_path, run.samples_path, run.predictions_path,
-        run.heldout_path, run.analysis_path, run.report_path, run.eval_rows_path,
+        run.heldout_path, run.analysis_path, run.report_path, run.eval_rows_path, run.rollouts_path,
     ):  # fmt: skip
         path.unlink(missing_ok=True)
 

@@ -1,0 +1,145 @@
+"""What the student writes to the same held-out prompts at each evaluation, and its distance from the teacher there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from drkl.data.examples import hash_of_id
+from drkl.data.lengths import Room
+from drkl.data.tokenize import Row
+from drkl.losses.config import LossConfig
+from drkl.objectives import Objective
+from drkl.rollouts.answers import Answer, Writer
+from drkl.rollouts.config import PREFIX, RolloutsConfig
+from drkl.rollouts.health import numbers_of
+from drkl.rollouts.steps import AnsweredSteps, Share
+from drkl.runs import RunFolder, write_jsonl
+from drkl.training.heldout import HeldOut
+
+OF_DATA = ("distinct2", "repeated4")
+"""Numbers that the data's responses to the prompts have too, for comparison."""
+
+
+class HeldOutAnswers:
+    """Held-out prompts that the student answers at each evaluation, each time with the same random numbers.
+
+    Args:
+        rows: held-out rows, with or without responses; ``prompts`` of them are chosen by a hash of seed and id.
+        writer: writes with the student's weights of now.
+        held_out: makes the rows' reader of answers (`HeldOut`), with teacher, batch size and vocabulary.
+        tokenizer: decodes the texts that are kept.
+        run: the folder that keeps them, in ``rollouts.jsonl``.
+        prompts: at least 1.
+        keep_texts: answers that are kept as text each time, those to the first of the chosen prompts.
+        seed: at least 0.
+        max_new_tokens: longest answer.
+        room: the models' context.
+        stops: the tokens that end an answer.
+        share: which of the answers this process writes.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        writer: Writer,
+        held_out: Callable[[Sequence[Row]], HeldOut],
+        tokenizer: Any,
+        run: RunFolder,
+        *,
+        prompts: int,
+        keep_texts: int,
+        seed: int,
+        max_new_tokens: int,
+        room: Room,
+        stops: Collection[int],
+        share: Share | None = None,
+    ) -> None:
+        hashes = {number: hash_of_id(f"{seed} {row.id}") for number, row in enumerate(rows)}
+        chosen = sorted(sorted(hashes, key=lambda number: (hashes[number], number))[:prompts])
+        self._rows = [rows[number] for number in chosen]
+        self._writer, self._held_out, self._tokenizer, self._run = writer, held_out, tokenizer, run
+        self._keep, self._seed, self._stops = keep_texts, seed, frozenset(stops)
+        self._max_new_tokens, self._room, self._share = max_new_tokens, room, share
+        self._of_data = self._numbers_of_data()
+
+    def evaluate(
+        self, model: PreTrainedModel, objective: Objective, loss: LossConfig, *, step: int, keep: bool
+    ) -> dict[str, float]:
+        """Answer the prompts, and measure the answers.
+
+        Args:
+            model: the student, in eval mode.
+            objective: what is minimised.
+            loss: the loss around it. Its cross-entropy has no part here, as in training.
+            step: the optimiser steps that were taken.
+            keep: whether this process appends texts to ``rollouts.jsonl``.
+
+        Returns:
+            The numbers of `numbers_of` and of `HeldOut.evaluate`, with ``rollout_`` before their names, and those of
+            the data's responses to the same prompts, with ``response_``. Empty where no prompt leaves room for an
+            answer.
+
+        Raises:
+            NonFiniteLoss: the loss on the answers is not finite.
+            DrklError: the writer's, or a file that cannot be written.
+        """
+        answered = self._answer()
+        if not answered:
+            return {}
+        if keep:
+            self._keep_texts(answered, step)
+        numbers = numbers_of([self._answer_of(row) for row in answered], self._stops)
+        values = self._held_out(answered).evaluate(model, objective, loss.model_copy(update={"kd_weight": 1.0}))
+        values["loss"] *= loss.kd_weight
+        return {PREFIX + name: value for name, value in (numbers | values).items()} | self._of_data
+
+    def begin(self, from_step: int) -> None:
+        """Start after a step; texts of later ones will come again. Called in one process."""
+        path = self._run.rollouts_path
+        if path.is_file():
+            write_jsonl(path, [line for line in self._run.read_rollouts() if line["step"] <= from_step])
+
+    def _answer(self) -> list[Row]:
+        # A new one each time: the same prompts in the same pass have the same random numbers.
+        steps = AnsweredSteps(
+            self._rows,
+            [range(len(self._rows))],
+            [1],
+            RolloutsConfig(share=1.0),
+            self._writer,
+            seed=self._seed,
+            max_new_tokens=self._max_new_tokens,
+            room=self._room,
+            share=self._share,
+        )
+        return [row for row in steps.rows_of(0) if row.sampled]
+
+    def _answer_of(self, row: Row) -> Answer:
+        return Answer(row.response_ids, row.response_ids[-1] in self._stops)
+
+    def _keep_texts(self, answered: Sequence[Row], step: int) -> None:
+        with self._run.rollouts_path.open("a", encoding="utf-8") as file:
+            for row in answered[: self._keep]:
+                answer = self._answer_of(row)
+                line = {
+                    "step": step,
+                    "id": row.id,
+                    "prompt": self._text(row.prompt_ids) if row.example is None else row.example.prompt_text,
+                    "text": self._text(row.response_ids),
+                    "finished": answer.finished,
+                    "num_tokens": len(answer.token_ids),
+                }
+                file.write(json.dumps(line) + "\n")
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def _numbers_of_data(self) -> dict[str, float]:
+        texts = [row.response_ids[: self._max_new_tokens] for row in self._rows if row.response_ids]
+        numbers = numbers_of([Answer(ids, True) for ids in texts], self._stops)
+        return {f"response_{name}": numbers[name] for name in OF_DATA if name in numbers}
