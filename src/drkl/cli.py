@@ -202,7 +202,10 @@ def rollout_server(
     flags = next((i for i, word in enumerate(given) if word.startswith("-")), len(given))
     loaded, notes = load_config(config, given[:flags])
     quiet_transformers()
-    serving = prepare_server(loaded.specs(), vllm=vllm, host=host, port=port, more=given[flags:], check=not print_only)
+    with _options_named_as_flags():
+        serving = prepare_server(
+            loaded.specs(), vllm=vllm, host=host, port=port, more=given[flags:], check=not print_only
+        )
     if print_only:
         print(serving.line)
         return
@@ -359,6 +362,7 @@ def _check_choices(dtype: str, device: str) -> None:
 _OPTIONS = {
     "output_dir": "--output", "data.max_prompt_tokens": "--max-prompt-tokens", "data.max_tokens": "--max-tokens",
     "samples_per_prompt:": "--samples:", "device is": "--device is", "takes rows": "takes --data",
+    "name its executable:": "name its executable: --vllm",
     **{f"{name}:": f"--{name.replace('_', '-')}:" for name in
        ("prompts", "sampling_temperature", "sweep", "seeds", "max_new_tokens", "batch_size")},
 }  # fmt: skip
@@ -629,7 +633,16 @@ def data(
     from drkl.data.survey import survey
     from drkl.models.load import quiet_transformers
     from drkl.models.pair import check_rows
-    from drkl.training.spec import fitted, run_classes, run_configs, run_ends, run_room, run_tokenizer
+    from drkl.training.spec import (
+        fitted,
+        run_classes,
+        run_configs,
+        run_ends,
+        run_room,
+        run_tokenizer,
+        teacher_tokenizer,
+        tokenizer_name,
+    )
 
     loaded, notes = load_config(config, overrides or [])
     for note in notes:
@@ -641,8 +654,12 @@ def data(
     room = run_room(configs, classes)
     kind: dict[str, Any] = {"classes": classes, "encoder_decoder": room.separate, "room": room}
     kind["ends"] = () if classes is not None else run_ends(specs[0], tokenizer)
-    for section in dict.fromkeys(spec.data for spec in fitted(specs, room)):
-        surveys = survey(section, tokenizer, **kind)
+    kind["teacher_tokenizer"] = teacher_tokenizer(specs, tokenizer_name(specs))
+    needs: dict[Any, bool] = {}
+    for spec in fitted(specs, room):
+        needs[spec.data] = needs.get(spec.data, False) or spec.rollouts.needs_responses
+    for section, needed in needs.items():
+        surveys = survey(section, tokenizer, needs_responses=needed, **kind)
         for part in surveys:
             check_rows(part.rows, configs)
         print_surveys(surveys, tokenizer)

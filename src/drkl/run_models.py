@@ -168,7 +168,14 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
                 f"The run {str(last.folder.root)!r} has no held-out rows: it was trained without an eval_dataset. Name "
                 "a test set in suites, or measure its student on other rows: drkl.evaluate(student, teacher, rows)."
             )
-        heldout = read_shares(data, classifier=last.classifies)[1]
+        needed = last.rollouts.needs_responses
+        heldout = read_shares(data, classifier=last.classifies, needs_responses=needed)[1]
+        if heldout and all(example.is_prompt_alone for example in heldout):
+            raise DrklError(
+                f"The held-out rows of the run {str(last.folder.root)!r} are prompts alone: there are no responses to "
+                "measure its models on. Name a suite, which has responses (dolly, or dolly=FILE), or measure the student "
+                "on other rows: drkl.evaluate(student, teacher, rows)."
+            )
         rows, report = make_rows(
             heldout, data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends, room=room
         )

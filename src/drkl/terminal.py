@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from drkl.reporting.tables import PlainTable
     from drkl.training.run import Listener
 
+ON_ANSWERS = ("rollout_loss", "rollout_finished", "rollout_length")
+"""Held-out numbers of the student's own answers that are printed."""
 BAR = 40
 """Characters of the longest bar of a histogram."""
 
@@ -58,7 +60,11 @@ class TrainingProgress:
         self._task = self._progress.add_task(label, total=spec.training.max_steps, numbers="")
 
     def _on_progress(self, step: int, of: int, newest: dict[str, float]) -> None:
-        texts = [f"{key} {newest[key]:.3f}" for key in ("loss", "fkl", "rkl") if key in newest]
+        texts = [
+            f"{key} {newest[key]:.3f}"
+            for key in ("loss", "fkl", "rkl", "rollout_rkl", "rollout_finished")
+            if key in newest
+        ]
         if "tokens_per_second" in newest:
             texts.append(f"{newest['tokens_per_second']:.0f} tokens/s")
         if "to_write" in newest:
@@ -67,7 +73,7 @@ class TrainingProgress:
         heldout = (step, newest.get("eval_loss"))
         if "eval_loss" in newest and heldout[1] != (self._last_heldout or (0, None))[1]:
             self._last_heldout = heldout
-            keys = ("loss", "fkl", "rkl", "agreement", "student_entropy", "teacher_entropy")
+            keys = ("loss", "fkl", "rkl", "agreement", "student_entropy", "teacher_entropy", *ON_ANSWERS)
             numbers = "  ".join(f"{k} {newest[f'eval_{k}']:.3f}" for k in keys if f"eval_{k}" in newest)
             self._say(f"  step {step}: held-out {numbers}")
 

@@ -161,10 +161,11 @@ def test_a_demanded_format_may_be_met_by_a_public_one() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "q"}, "row 1: expected the fields prompt and response.*; found prompt. A prompt alone is not "
-         "enough: on-policy distillation.* is not there yet. Add a column response"),
-        ({"prompt": [ASK]}, "A prompt alone is not enough"),
-        ({"prompt": "q", "answer": "a"}, "found prompt, answer. A prompt alone is not enough"),
+        ({"prompt": "q"}, "row 1: expected the fields prompt and response.*; found prompt. A prompt alone is "
+         r"enough only where the student writes every response: rollouts.share: 1 \(in Python rollout_share=1\). Else "
+         "add a column response"),
+        ({"prompt": [ASK]}, "A prompt alone is enough only where"),
+        ({"prompt": "q", "answer": "a"}, "found prompt, answer. A prompt alone is enough only where"),
         ({"chosen": "a", "rejected": "b"}, r"found chosen, rejected\. Pairs of a chosen .* name it response"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "Pairs of a chosen and a rejected answer"),
         ({"prompt": "q", "completion": "a", "label": False}, "'label' is false: an answer that should not be"),

@@ -162,7 +162,7 @@ LABELLED = LabelledRow("a", (1,), 0, "a")
         (lambda: ["a", "b"], "train_dataset, row 1: expected an object .*; found text"),
         (
             lambda: [ROWS[0], {"prompt": "q"}],
-            "train_dataset, row 2: expected .* A prompt alone is not enough",
+            "train_dataset, row 2: expected .* A prompt alone is enough only",
         ),
         (lambda: [ROWS[0], {"input_ids": [1], "labels": [1]}], "train_dataset, row 2: a row of another kind"),
         (lambda: [READY, LABELLED], "train_dataset, row 2: a row of another kind"),

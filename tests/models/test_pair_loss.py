@@ -97,6 +97,20 @@ def test_decoders_give_the_loss_of_their_shifted_logits(name: str) -> None:
     assert int(count_tokens(batch, student)) == int((labels != -100).sum())
 
 
+def test_ids_may_count_as_one_class() -> None:
+    student = double(CONFIGS["gpt2"]())
+    teacher, batch, ids = other(student), make_batch("gpt2"), [3, 7]
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+    def probabilities(model: Any) -> Tensor:
+        probs = model(**inputs).logits[:, :-1].softmax(-1)
+        others = [token for token in range(probs.shape[-1]) if token not in ids]
+        return torch.cat([probs[..., ids].sum(-1, keepdim=True), probs[..., others]], -1)
+
+    theirs = reverse_kl(probabilities(student).log(), probabilities(teacher).log(), batch["labels"][:, 1:])
+    assert_same(student, pair_loss(student, teacher, batch, objective="rkl", merged_ids=ids), theirs)
+
+
 @pytest.mark.parametrize("fed", [False, True])
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_encoder_decoders_give_the_loss_of_their_logits(name: str, fed: bool) -> None:

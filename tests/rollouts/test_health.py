@@ -207,24 +207,24 @@ def test_the_sentences_have_the_numbers_and_the_way_out() -> None:
             for k in range(1, 6)
         ]
         [concern] = concerns_of(lines)
-        return concern.text
+        return concern.text.replace("\N{NO-BREAK SPACE}", " ")
 
     remedy = (
         "A lower learning rate, more steps on data before the student's own answers (a stage, or a ramp of the share), "
         "a lower share, or an objective with more forward KL help"
     )
     assert found({"finished": 0.875}, {"finished": 0.125}) == (
-        "Step 40: 88% of the newest 32 answers in training were cut at max_new_tokens, and 12% of as many before them: "
+        "Step 40: 88 % of the newest 32 answers in training were cut at max_new_tokens, and 12 % of as many before: "
         f"the student is unlearning where to end. {remedy}; so does a larger max_new_tokens where whole answers need "
         "it. If the two models end an answer with different tokens, name them in rollouts.stop_map."
     )
     assert found({}, {"distinct2": 0.44}) == (
-        "Step 40: answers in training became alike: among 200 bigrams of them 44% differ, and 90% did at first. "
+        "Step 40: answers in training became alike: among 200 bigrams of them 44 % differ, and 90 % did at first. "
         f"{remedy}."
     )
     assert found({}, {"repeated4": 0.5}) == (
-        "Step 40: answers in training repeat themselves: 50% of the 4-grams of an answer occurred in it before, and "
-        f"10% did at first. {remedy}."
+        "Step 40: answers in training repeat themselves: 50 % of the 4-grams of an answer occurred in it before, and "
+        f"10 % did at first. {remedy}."
     )
     assert found({}, {"length": 1}) == (
         "Step 40: the newest answers in training have 1 tokens on average, their end included: most are empty. "

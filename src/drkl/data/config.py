@@ -162,17 +162,21 @@ class DataConfig(BaseModel):
         """The limits of length that the user gave; whatever else there is fits the models."""
         return {name: getattr(self, name) for name in Lengths._fields if name in self.model_fields_set}
 
-    def fitted(self, room: Room) -> DataConfig:
+    def fitted(self, room: Room, max_new_tokens: int | None = None) -> DataConfig:
         """The section with the limits of length that the user did not give, as they fit the models.
+
+        Args:
+            room: the models' context.
+            max_new_tokens: of answers that are sampled after the prompts, where that is given.
 
         Raises:
             DrklError: the given length of a prompt leaves no room for a response.
         """
-        return self.model_copy(update=self._fitting(room)._asdict())
+        return self.model_copy(update=self._fitting(room, max_new_tokens)._asdict())
 
-    def _fitting(self, room: Room) -> Lengths:
+    def _fitting(self, room: Room, max_new_tokens: int | None = None) -> Lengths:
         given = self.given_lengths
-        return fit_lengths(given.get("max_prompt_tokens"), given.get("max_tokens"), room)
+        return fit_lengths(given.get("max_prompt_tokens"), given.get("max_tokens"), room, max_new_tokens=max_new_tokens)
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """Return the sources, each with its format; a single path or dataset is one source."""

@@ -15,7 +15,9 @@ from drkl.data.fields import (
     MEDIA,
     OPENING,
     REASONING,
+    ROLES,
     TOOL,
+    Message,
     check_columns,
     check_reasoning,
     from_json,
@@ -30,7 +32,7 @@ from drkl.data.fields import (
     text_of,
 )
 from drkl.data.files import dataset_rows, file_rows
-from drkl.data.formats import read_json_messages, shape_of, standard_row
+from drkl.data.formats import NEEDS_NONE, read_json_messages, shape_of, standard_row
 from drkl.errors import DrklError
 from drkl.runs import IN_MEMORY
 
@@ -46,6 +48,7 @@ Messages = tuple[dict[str, Any], ...]
 class Example:
     """One conversation, whose last message is the assistant's response, the part to learn.
 
+    A prompt alone, which a model is to answer, has an empty response.
     A plain text is a single message of the assistant. ``label`` is the label of a classified text (and its response),
     ``context_start`` the character of the prompt at which the input begins that the instruction is about, ``weight``
     how often an epoch takes the example. ``references`` are all correct answers where there are several, the response
@@ -76,6 +79,12 @@ class Example:
         return len(self.messages) == 1
 
     @property
+    def is_prompt_alone(self) -> bool:
+        """Whether there is no response to learn: neither a text nor calls of tools."""
+        last = self.messages[-1]
+        return not self.is_text and not str(last["content"]).strip() and not last.get("tool_calls")
+
+    @property
     def given(self) -> tuple[str, ...]:
         """The names of what the row has beside texts: what its template is given, and ``weight 0``."""
         weighed = bool(self.unlearnt) and not self.shape.startswith("prompt")  # of a prompt nothing is learnt anyway
@@ -99,10 +108,11 @@ class Example:
         return "" if self.is_text else str(self.messages[-2]["content"])
 
 
-def load_examples(config: DataConfig) -> tuple[list[Example], list[Example]]:
+def load_examples(config: DataConfig, *, needs_responses: bool = True) -> tuple[list[Example], list[Example]]:
     """Return the training rows and the held-out rows.
 
-    Rows with an empty prompt or response are still here: ``tokenize_examples`` drops and counts them.
+    Rows with an empty prompt or response are still here: ``tokenize_examples`` drops and counts them. Where a model
+    answers every row (``needs_responses`` is False), a row may be a prompt alone.
 
     Raises:
         DrklError: a file or data set that is missing or unreadable, a bad row (with file:line), no rows at all.
@@ -111,32 +121,32 @@ def load_examples(config: DataConfig) -> tuple[list[Example], list[Example]]:
     held_out: list[Example] = []
     sources = config.all_sources()
     for number, source in enumerate(sources, start=1):
-        rows = read_source(source)
+        rows = read_source(source, needs_responses=needs_responses)
         if len(sources) > 1:  # rows of two files may have the same ids
             rows = [replace(row, id=f"{number}:{row.id}") for row in rows]
         if config.eval_path is None:
             rows, held = hold_out(rows)
             held_out += held
         train += [replace(row, weight=source.weight) for row in rows[: source.max_rows]]
-    return train, held_out if config.eval_path is None else read_heldout(config)
+    return train, held_out if config.eval_path is None else read_heldout(config, needs_responses=needs_responses)
 
 
-def read_heldout(config: DataConfig) -> list[Example]:
+def read_heldout(config: DataConfig, *, needs_responses: bool = True) -> list[Example]:
     """Return the held-out rows alone.
 
     Raises:
         DrklError: see ``load_examples``.
     """
     if config.eval_path is None:
-        return load_examples(config)[1]
+        return load_examples(config, needs_responses=needs_responses)[1]
     if config.eval_path == NO_ROWS:
         return []
-    held_out = read_examples(config.eval_path, config.format)
+    held_out = read_examples(config.eval_path, config.format, needs_responses=needs_responses)
     chosen = {e.id for e in sorted(held_out, key=lambda e: hash_of_id(e.id))[: config.eval_max_rows]}
     return [example for example in held_out if example.id in chosen]
 
 
-def read_source(source: SourceConfig) -> list[Example]:
+def read_source(source: SourceConfig, *, needs_responses: bool = True) -> list[Example]:
     """Read all rows of a source.
 
     Raises:
@@ -144,12 +154,13 @@ def read_source(source: SourceConfig) -> list[Example]:
     """
     row_format = source.format or "auto"
     if source.path is not None:
-        return read_examples(source.path, row_format)
+        return read_examples(source.path, row_format, needs_responses=needs_responses)
     assert source.dataset is not None
-    return parse_rows(dataset_rows(source.dataset), source.dataset, row_format)
+    rows = dataset_rows(source.dataset)
+    return parse_rows(rows, source.dataset, row_format, needs_responses=needs_responses)
 
 
-def read_examples(path: str, row_format: str = "auto") -> list[Example]:
+def read_examples(path: str, row_format: str = "auto", *, needs_responses: bool = True) -> list[Example]:
     """Read one file (jsonl, json, csv, parquet, txt), or a bundled one by its name.
 
     Raises:
@@ -160,11 +171,15 @@ def read_examples(path: str, row_format: str = "auto") -> list[Example]:
             f"The rows were passed to the trainer {path.replace(':', ',', 1)}, so they cannot be read again. Go on in "
             "Python: trainer.train(resume_from_checkpoint=True), or drkl.evaluate(student, teacher, rows)."
         )
-    return parse_rows(file_rows(path, row_format), path, row_format)
+    return parse_rows(file_rows(path, row_format), path, row_format, needs_responses=needs_responses)
 
 
-def parse_rows(rows: Iterable[tuple[str, Any]], source: str, row_format: str = "auto") -> list[Example]:
+def parse_rows(
+    rows: Iterable[tuple[str, Any]], source: str, row_format: str = "auto", *, needs_responses: bool = True
+) -> list[Example]:
     """Turn ``(place, value)`` pairs into examples; errors name the ``place``, as in ``file:line``.
+
+    Where ``needs_responses`` is False, a row may be a prompt alone, and its response empty, null or not there.
 
     Raises:
         DrklError: a bad row, columns that fit two shapes, two rows of one id, or no rows.
@@ -178,13 +193,14 @@ def parse_rows(rows: Iterable[tuple[str, Any]], source: str, row_format: str = "
             )
         row = {name: plain(value) if hasattr(value, "tolist") else value for name, value in row.items()}
         row = read_json_messages(place, row, row_format)
-        shape = shape_of(place, row, row_format)
-        kind, row = standard_row(row, shape)
+        shape = shape_of(place, row, row_format, needs_responses=needs_responses)
+        kind, row = standard_row(row, shape, needs_responses=needs_responses)
         title = f"{shape.title}, as messages" if kind == "messages" and shape.name.startswith("prompt") else shape.title
         read.append((place, title, kind, row))
     ids = row_ids([(place, written_id(place, row)) for place, _, _, row in read])
     examples = [
-        _example(place, row_id, kind, row, title) for row_id, (place, title, kind, row) in zip(ids, read, strict=True)
+        _example(place, row_id, kind, row, title, needs_responses=needs_responses)
+        for row_id, (place, title, kind, row) in zip(ids, read, strict=True)
     ]
     if not examples:
         raise DrklError(f"{source} has no rows; expected some, with prompt and response, or messages, or text.")
@@ -253,7 +269,9 @@ def _hold_out_ends(examples: Sequence[Example]) -> tuple[list[Example], list[Exa
     return train, held_out
 
 
-def _example(place: str, row_id: str, kind: str, row: Mapping[str, Any], title: str) -> Example:
+def _example(
+    place: str, row_id: str, kind: str, row: Mapping[str, Any], title: str, *, needs_responses: bool = True
+) -> Example:
     if kind in ("text", "text_label"):
         for name in MEDIA:  # a text is an image's address, perhaps
             refuse_media(place, f"the column {name!r}", None if isinstance(row.get(name), str) else row.get(name))
@@ -267,12 +285,14 @@ def _example(place: str, row_id: str, kind: str, row: Mapping[str, Any], title: 
     references: tuple[str, ...] = ()
     unlearnt: tuple[int, ...] = ()
     if kind == "messages":
-        messages, unlearnt = _conversation(place, row)
+        messages, unlearnt = _conversation(place, row, needs_responses=needs_responses)
     else:
+        if not needs_responses and is_void(row["response"]):
+            row = {**row, "response": ""}
         messages, context_start = _prompt_and_response(place, row)
         references = _references(place, row, messages[-1]["content"])
     messages, moved = _with_columns(place, row, messages)
-    return Example(
+    example = Example(
         row_id,
         messages,
         context_start=context_start,
@@ -282,11 +302,22 @@ def _example(place: str, row_id: str, kind: str, row: Mapping[str, Any], title: 
         unlearnt=tuple(index + moved for index in unlearnt),
         shape=title,
     )
+    if needs_responses or not example.is_prompt_alone:
+        return example
+    # Reasoning without an answer is none.
+    return replace(example, messages=(*example.prompt_messages, _NO_RESPONSE))
+
+
+_NO_RESPONSE = {"role": "assistant", "content": ""}
 
 
 def _prompt_and_response(place: str, row: Mapping[str, Any]) -> tuple[Messages, int | None]:
     """The two messages of a pair, and where in the first its input begins."""
-    prompt, response = (text_of(place, name, row[name]) for name in ("prompt", "response"))
+    prompt = text_of(place, "prompt", row["prompt"])
+    try:
+        response = text_of(place, "response", row["response"])
+    except DrklError as error:
+        raise (DrklError(f"{error} {NEEDS_NONE}") if row["response"] is None else error) from None
     context_start = _context_start(place, row, prompt)
     if row.get("input"):
         context_start = len(prompt) + 2
@@ -349,7 +380,7 @@ def _references(place: str, row: Mapping[str, Any], response: str) -> tuple[str,
     if not isinstance(value, list) or not value:
         raise DrklError(f"{place}: references must be a list of texts, not empty; found {kind_of(value)}. {_RENAME}")
     references = tuple(text_of(place, f"references[{i}]", text) for i, text in enumerate(value))
-    return references if response in references else (response, *references)
+    return references if response in references or not response else (response, *references)
 
 
 def _label(place: str, value: Any) -> str:
@@ -374,8 +405,13 @@ def _context_start(place: str, row: Mapping[str, Any], prompt: str) -> int | Non
     return start
 
 
-def _conversation(place: str, row: Mapping[str, Any]) -> tuple[Messages, tuple[int, ...]]:
-    """The messages of a row, and the numbers of the assistant's that are not learnt."""
+def _conversation(
+    place: str, row: Mapping[str, Any], *, needs_responses: bool = True
+) -> tuple[Messages, tuple[int, ...]]:
+    """The messages of a row, and the numbers of the assistant's that are not learnt.
+
+    Where no response is needed and the last message is none, an empty one is added.
+    """
     value = row["messages"]
     column = "conversations" if value is row.get("conversations") else "messages"
     column = "conversation" if value is row.get("conversation") else column
@@ -384,12 +420,19 @@ def _conversation(place: str, row: Mapping[str, Any]) -> tuple[Messages, tuple[i
         what = "{from, value}" if column != "messages" else "{role, content}"
         way_out = " Write it as json, with double quotes." if isinstance(value, str) else " Remove such rows."
         raise DrklError(f"{place}: {column} must be a list of {what} objects; found {kind_of(value)}.{way_out}")
+    if not needs_responses and len(value) > 1 and _is_null(value[-1]):
+        value = value[:-1]
     read = [
         read_message(place, f"{column}[{index}]", message, sharegpt=column != "messages")
         for index, message in enumerate(value)
     ]
     messages = tuple(message.fields for message in read)
     _check_roles(place, column, messages)
+    if messages[-1]["role"] != "assistant":
+        if needs_responses or messages[-1]["role"] in OPENING:
+            raise _ends_otherwise(place, messages[-1]["role"], needs_responses=needs_responses)
+        messages = (*messages, _NO_RESPONSE)
+        read.append(Message(_NO_RESPONSE, None))
     for index, (fields, learnt) in enumerate(read):
         if learnt and fields["role"] != "assistant":
             raise DrklError(
@@ -428,11 +471,23 @@ def _check_roles(place: str, column: str, messages: Messages) -> None:
                 f"system message, user and assistant take turns. {_roles_way_out(role)}"
             )
         before = role
-    if messages[-1]["role"] != "assistant":
-        raise DrklError(
-            f"{place}: the last message has the role {messages[-1]['role']!r}; it must be the assistant's, the "
-            "response to learn. Remove what follows the last response, or such rows."
-        )
+
+
+def _ends_otherwise(place: str, role: str, *, needs_responses: bool) -> DrklError:
+    message = f"{place}: the last message has the role {role!r}; it must be the assistant's, the response to learn"
+    if not needs_responses:
+        return DrklError(f"{message}, or the user's (or a tool's), which the student answers. Remove such rows.")
+    alone = "" if role in OPENING else f" {NEEDS_NONE}"
+    return DrklError(f"{message}. Remove what follows the last response, or such rows.{alone}")
+
+
+def _is_null(message: Any) -> bool:
+    """Whether a message is the assistant's and says nothing, not even as an empty text."""
+    if not isinstance(message, Mapping):
+        return False
+    role = str(message.get("role") or message.get("from")).lower()
+    says = ("content", "value", "tool_calls", "function_call")
+    return ROLES.get(role, role) == "assistant" and all(is_void(message.get(name)) for name in says)
 
 
 def _roles_way_out(role: Any) -> str:

@@ -45,6 +45,8 @@ SHAPES = (
 MINILLM = Shape("prompt_response", "prompt and output (MiniLLM)", (("prompt", "output"),))
 SCITLDR = Shape("prompt_response", "source and target (SciTLDR)", (("source", "target"),))
 DIALOGUE = Shape("messages", "turns (Schema-Guided Dialogue)", (("turns",),))
+PROMPT = Shape("prompt", "prompt alone", (("prompt",),))
+INSTRUCTION = Shape("prompt", "instruction alone", (("instruction",),))
 _ANSWERS = ("response", "completion")
 _PAIR_NAMES = ("prompt_response", "prompt_completion", "instruction")
 _STANDS_IN = {
@@ -58,9 +60,16 @@ _PAIRS = (
     ("input", "output"), ("inputs", "targets"), ("document", "summary"), ("article", "highlights"),
     ("dialogue", "summary"), ("instruction", "completion"), ("query", "answer"),
 )  # fmt: skip
-_PROMPT_ALONE = (
-    " A prompt alone is not enough: on-policy distillation, in which the student writes the responses, is not there "
-    "yet. Add a column response (or completion), or messages that end with the assistant's."
+ASKED = tuple(dict.fromkeys(pair[0] for pair in _PAIRS if pair[0] != "instruction"))
+"""Columns that are read as a prompt where none of another name is there and no response is needed."""
+_BESIDE = ("context", "contexts", "passage", "choices", "options", *ASKED)
+"""Columns that may be a part of such a prompt."""
+STUDENT_ANSWERS = "rollouts.share: 1 (in Python rollout_share=1)"
+"""What makes responses needless."""
+NEEDS_NONE = f"Where the student writes every response, none is needed: {STUDENT_ANSWERS}."
+PROMPT_ALONE = (
+    f" A prompt alone is enough only where the student writes every response: {STUDENT_ANSWERS}. Else add a column "
+    "response (or completion), or messages that end with the assistant's."
 )
 
 
@@ -71,6 +80,7 @@ def read_json_messages(place: str, row: Mapping[str, Any], row_format: str = "au
         DrklError: the prompt alone is such text, so that it may be meant as it is, and no format decides.
     """
     texts = {name: from_json(row[name]) for name in ("prompt", *_ANSWERS) if isinstance(row.get(name), str)}
+    texts = {name: value for name, value in texts.items() if name == "prompt" or not is_void(value)}
     found = {name: value for name, value in texts.items() if _is_messages(value) and all(map(_has_role, value))}
     if not found or not is_void(row.get("messages")):
         return row
@@ -85,22 +95,59 @@ def read_json_messages(place: str, row: Mapping[str, Any], row_format: str = "au
     return {**row, **found}
 
 
-def shape_of(place: str, row: Mapping[str, Any], row_format: str = "auto") -> Shape:
+def shape_of(place: str, row: Mapping[str, Any], row_format: str = "auto", *, needs_responses: bool = True) -> Shape:
     """Return the shape of a row, by the columns that hold something; by all of its columns where none fits.
+
+    Where no response is needed, a prompt alone is a shape too.
 
     Raises:
         DrklError: columns of two shapes, or of none (with the place).
     """
+    alone = [] if needs_responses else _alone(place, row, row_format)
     if row_format != "auto":
-        found = _demanded(row, row_format)
+        found = alone if alone and _has_no_answer(row) else _demanded(row, row_format) or alone
     else:
         filled = frozenset(name for name, value in row.items() if not is_void(value))
-        found = _all_shapes(row, filled) or _public(row) or _all_shapes(row, row.keys())
+        found = _all_shapes(row, filled) or _public(row) or alone or _all_shapes(row, row.keys())
+        if not found and not needs_responses:  # an empty prompt, which is dropped and counted
+            found = [shape for shape in (PROMPT, INSTRUCTION, *map(_asked, ASKED)) if shape.fits(row.keys())][:1]
     if len(found) > 1:
         raise _two_shapes(place, found[0], found[1])
     if not found:
-        raise _no_shape(place, row, row_format)
+        raise _no_shape(place, row, row_format, needs_responses=needs_responses)
     return found[0]
+
+
+def _alone(place: str, row: Mapping[str, Any], row_format: str) -> list[Shape]:
+    """The shapes of a prompt without a response that a row has.
+
+    Raises:
+        DrklError: a column that is read as a prompt, beside another that may belong to it.
+    """
+    filled = frozenset(name for name, value in row.items() if not is_void(value))
+    as_messages = row_format == "messages" and _has_messages(row) and "messages" not in filled
+    if row_format not in ("auto", *_PAIR_NAMES) and not as_messages:
+        return []
+    found = [shape for shape in (PROMPT, INSTRUCTION) if shape.fits(filled)]
+    if PROMPT in found and _is_messages(row["prompt"]) and _has_no_answer(row) and _speaks_last(row["prompt"]):
+        raise DrklError(
+            f"{place}: the prompt ends with a message of the assistant's; it must end with the user's (or a tool's), "
+            "which the student answers: it continues no answer that has begun."
+        )
+    asked = [name for name in ASKED if name in filled and isinstance(row[name], str)]
+    if found or row_format != "auto" or not asked:
+        return found
+    if beside := [name for name in _BESIDE if name in filled and name != asked[0]]:
+        raise DrklError(
+            f"{place}: {asked[0]} may be the prompt, or a part of it beside {beside[0]}. Write all that the student is "
+            "to read into one column, prompt."
+        )
+    return [_asked(asked[0])]
+
+
+def _asked(name: str) -> Shape:
+    """The shape of a row with a prompt in a column of ``ASKED``."""
+    return Shape("prompt", f"{name}, as the prompt", ((name,),))
 
 
 def _demanded(row: Mapping[str, Any], row_format: str) -> list[Shape]:
@@ -117,16 +164,21 @@ def _demanded(row: Mapping[str, Any], row_format: str) -> list[Shape]:
     return []
 
 
-def standard_row(row: Mapping[str, Any], shape: Shape) -> tuple[str, Mapping[str, Any]]:
+def standard_row(
+    row: Mapping[str, Any], shape: Shape, *, needs_responses: bool = True
+) -> tuple[str, Mapping[str, Any]]:
     """Return the kind of a row (``messages``, ``pair``, ``text`` or ``text_label``), and it with that kind's fields.
 
-    A pair has ``prompt`` and ``response``; other columns stay.
+    A pair has ``prompt`` and ``response``; other columns stay. A response that is not there and not needed is "", and
+    messages end with the prompt's then.
 
     >>> standard_row({"instruction": "Add.", "input": "1 1", "output": "2"}, SHAPES[4])[1]["response"]
     '2'
     """
     if shape.name in ("text", "text_label"):
         return shape.name, row
+    if shape.name == "prompt":
+        return _prompt_alone(row, shape)
     if shape is DIALOGUE:
         return "messages", {**row, "messages": _dialogue(row["turns"])} | _kept(row, "dialogue_id")
     if shape is SCITLDR:  # sentences, and several summaries
@@ -146,8 +198,32 @@ def standard_row(row: Mapping[str, Any], shape: Shape) -> tuple[str, Mapping[str
     answer = row["completion" if shape.name == "prompt_completion" else "response"]
     if _has_messages(row):
         prompt = [_unlearnt(message) for message in _messages(row["prompt"], "user")]
-        return "messages", {**row, "messages": [*prompt, *_messages(answer, "assistant")]}
+        answers = [] if is_void(answer) and not needs_responses else _messages(answer, "assistant")
+        return "messages", {**row, "messages": [*prompt, *answers]}
     return "pair", {**row, **_answers(answer)}
+
+
+def _has_no_answer(row: Mapping[str, Any]) -> bool:
+    return all(is_void(row.get(name)) for name in (*_ANSWERS, "output"))
+
+
+def _speaks_last(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last message is the assistant's."""
+    role = str(messages[-1].get("role") or messages[-1].get("from")).lower()
+    return ROLES.get(role, role) == "assistant"
+
+
+def _prompt_alone(row: Mapping[str, Any], shape: Shape) -> tuple[str, Mapping[str, Any]]:
+    """A row of one of the shapes of a prompt without a response; of the columns in ``_PAIRS``, the answer is kept."""
+    ((column,),) = shape.columns
+    if column == "prompt" and _has_messages(row):
+        return "messages", {**row, "messages": [_unlearnt(message) for message in row["prompt"]]}
+    answers = [row[answer] for asked, answer in _PAIRS if asked == column and isinstance(row.get(answer), str)]
+    response = {"response": next((answer for answer in answers if answer), "")}
+    if column == "prompt":
+        return "pair", {**row, "response": ""}
+    context = (row.get("input") or row.get("context")) if column == "instruction" else None
+    return "pair", {**row, "prompt": row[column], "input": context, **response}
 
 
 def conversations_column(row: Mapping[str, Any]) -> str:
@@ -186,8 +262,11 @@ def _two_shapes(place: str, one: Shape, other: Shape) -> DrklError:
     return DrklError(f"{place}: the columns fit two shapes: {one.title}, and {other.title}. {way_out}")
 
 
-def _no_shape(place: str, row: Mapping[str, Any], row_format: str) -> DrklError:
-    message = f"{place}: expected {_EXPECTED[row_format]}; found {names_of(row)}."
+def _no_shape(place: str, row: Mapping[str, Any], row_format: str, *, needs_responses: bool) -> DrklError:
+    expected = _EXPECTED[row_format]
+    if not needs_responses and row_format not in ("text", "text_label"):
+        expected += " (the prompt alone is enough)"
+    message = f"{place}: expected {expected}; found {names_of(row)}."
     if "chosen" in row or "rejected" in row:
         return DrklError(
             f"{message} Pairs of a chosen and a rejected answer are for preference training, which is not here. To "
@@ -196,14 +275,15 @@ def _no_shape(place: str, row: Mapping[str, Any], row_format: str) -> DrklError:
     if "input_ids" in row:
         return DrklError(f"{message} Rows that are tokenised already are read in Python: pass them to the trainer.")
     plainer = [str(name).strip().lower() for name in row]
-    if row_format == "auto" and any(shape.fits(plainer) for shape in SHAPES):
+    known = SHAPES if needs_responses else (*SHAPES, PROMPT, INSTRUCTION)
+    if row_format == "auto" and any(shape.fits(plainer) for shape in known):
         return DrklError(f"{message} Column names are read as they are written: in small letters, without blanks.")
     if {"role", "content"} <= row.keys():
         return DrklError(
             f'{message} That is one message; a row is a conversation: {{"messages": [{{"role": …, "content": …}}, …]}}.'
         )
-    if "prompt" in row and "response" not in row and row_format in ("auto", "prompt_response"):
-        return DrklError(message + _PROMPT_ALONE)
+    if "prompt" in row and "response" not in row and needs_responses and row_format in ("auto", "prompt_response"):
+        return DrklError(message + PROMPT_ALONE)
     pair = next((pair for pair in _PAIRS if all(isinstance(row.get(name), str) for name in pair)), None)
     if pair is not None:
         message += f" If {pair[0]} is what is asked and {pair[1]} the answer, name the columns prompt and response."

@@ -11,10 +11,12 @@ from drkl.data.config import DataConfig
 from drkl.data.examples import Example, load_examples, parse_rows
 from drkl.data.examples import read_heldout as heldout_examples
 from drkl.data.files import labelled_by_name, rows_at
+from drkl.data.formats import NEEDS_NONE
 from drkl.data.lengths import NO_LIMIT, Room, fit_lengths
 from drkl.data.seq2seq import set_languages
 from drkl.data.tokenize import DropReport, Row, tokenize_examples
 from drkl.data.tokenized import class_name, tokenized_rows, tokenized_texts
+from drkl.data.views import TeacherView, has_own_view
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ def rows_from(
     template: str = "auto",
     room: Room = NO_LIMIT,
     ends: Sequence[int] = (),
+    needs_responses: bool = True,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Rows, DropReport]:
     """Return the tokenised rows of a data set, in order, and the account of those that were dropped.
 
@@ -61,6 +65,11 @@ def rows_from(
         template: how a prompt is written, as `DataConfig.template`; ``plain`` is the prompt as it is.
         room: the context of the models, which the lengths that are not given fit.
         ends: the ids that the model's own settings list as ends, for chat templates that write none after a turn.
+        needs_responses: False where a model answers every row: a row may then be a prompt alone (``prompt``,
+            ``messages`` that end with the user's, ``instruction``, ``question`` and the like, ``input_ids`` without
+            labels), and its response empty, null or not there.
+        teacher_tokenizer: of a teacher that is to read prompts in its own chat template; None where it reads them as
+            the student does.
 
     Raises:
         DrklError: a data set of another kind, a row that is not understood (with its place), or no row left.
@@ -72,19 +81,27 @@ def rows_from(
         raise DrklError(f"{name} has no rows.")
     kind = _kind(items)
     if kind is Row or kind is LabelledRow:
-        return _checked([row for _, row in items], kind, classes, name, encoder_decoder=encoder_decoder)
+        ready = [row for _, row in items]
+        if kind is Row and needs_responses and not all(row.response_ids for row in ready):
+            alone = next(row.id for row in ready if not row.response_ids)
+            raise DrklError(f"{name}: the row {alone!r} has no response. {NEEDS_NONE}")
+        return _checked(ready, kind, classes, name, encoder_decoder=encoder_decoder)
     if kind == "tokenised":
         if classes is not None:
             return tokenized_texts(items, tokenizer, classes, max_tokens=fitted.max_tokens)
+        lengths["needs_responses"] = needs_responses
         return tokenized_rows(items, tokenizer, encoder_decoder=encoder_decoder, **lengths)
     if kind is Example:
         examples = [example for _, example in items]
     else:
-        examples = parse_rows(_with_class_names(items, classes), name, row_format if classes is None else "text_label")
+        wanted = row_format if classes is None else "text_label"
+        examples = parse_rows(_with_class_names(items, classes), name, wanted, needs_responses=needs_responses)
     if classes is not None:
         return tokenize_labelled(labelled_texts(examples), tokenizer, classes, max_tokens=fitted.max_tokens)
     settings: dict[str, Any] = {"turns": turns, "template": template, "encoder_decoder": encoder_decoder, **lengths}
-    settings["ends"] = ends
+    settings |= {"ends": ends, "needs_responses": needs_responses}
+    if teacher_tokenizer is not None and (encoder_decoder or has_own_view(teacher_tokenizer, tokenizer, template)):
+        settings["teacher"] = TeacherView(teacher_tokenizer, template, encoder_decoder)
     return tokenize_examples(examples, tokenizer, **settings)
 
 
@@ -134,9 +151,15 @@ def dataset_items(dataset: Any, name: str, row_format: str = "auto") -> Iterable
     )
 
 
-def read_shares(config: DataConfig, *, classifier: bool) -> tuple[list[Example], list[Example]]:
-    """Read the training and the held-out examples of a data section; for a classifier texts with labels."""
-    return load_examples(config.model_copy(update={"format": "text_label"}) if classifier else config)
+def read_shares(
+    config: DataConfig, *, classifier: bool, needs_responses: bool = True
+) -> tuple[list[Example], list[Example]]:
+    """Read the training and the held-out examples of a data section; for a classifier texts with labels.
+
+    Where ``needs_responses`` is False, they may be prompts alone.
+    """
+    config = config.model_copy(update={"format": "text_label"}) if classifier else config
+    return load_examples(config, needs_responses=needs_responses)
 
 
 def read_heldout(config: DataConfig, *, classifier: bool) -> list[Example]:
@@ -153,13 +176,18 @@ def make_rows(
     encoder_decoder: bool = False,
     ends: Sequence[int] = (),
     room: Room = NO_LIMIT,
+    needs_responses: bool = True,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Rows, DropReport]:
     """Tokenise one share of `read_shares` with the settings of its section; arguments as for `rows_from`.
 
     The section's languages are set on the tokenizer.
     """
-    set_languages(tokenizer, config.src_lang, config.tgt_lang)
+    for reader in (tokenizer, teacher_tokenizer):
+        if reader is not None:
+            set_languages(reader, config.src_lang, config.tgt_lang)
     kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder, "ends": ends, "room": room}
+    kind |= {"needs_responses": needs_responses, "teacher_tokenizer": teacher_tokenizer}
     return rows_from(examples, tokenizer, name=config.name, **kind, **config.row_settings)
 
 

@@ -55,6 +55,8 @@ class Survey:
         facts += [(f"dropped: {reason.replace('_', ' ')}", f"{n:,}") for reason, n in report.dropped.items()]
         if report.documents:
             facts.append(("texts cut into blocks", f"{report.documents:,}"))
+        if report.prompts_alone:
+            facts.append(("rows without a response", f"{report.prompts_alone:,}"))
         facts += [(f"rows with {name}", f"{n:,}") for name, n in self.given.items()]
         facts.append((f"{report.what_is_cut} cut", f"{report.responses_cut:,}"))
         if self.classes is not None:
@@ -62,7 +64,8 @@ class Survey:
         if self.weight != 1:
             facts.append(("rows an epoch", f"{len(self.rows):,} (weight {self.weight:g})"))
         facts.append(("tokens", f"{sum(len(row.all_ids) for row in self.rows):,}"))
-        facts.append(("tokens trained", f"{sum(row.num_trained for row in self.rows):,}"))
+        if report.prompts_alone < report.kept:
+            facts.append(("tokens trained", f"{sum(row.num_trained for row in self.rows):,}"))
         return facts
 
     def _class_counts(self, classes: Sequence[str]) -> list[tuple[str, str]]:
@@ -78,10 +81,15 @@ class Survey:
         """Tokens of each row, by the part that is counted."""
         if self.classes is not None:
             return {"text": [row.length for row in self.rows]}
-        return {
-            "prompt": [len(row.prompt_ids) for row in self.rows],
-            "trained": [row.num_trained for row in self.rows],
-            "row": [len(row.all_ids) for row in self.rows],
+        prompts = {"prompt": [len(row.prompt_ids) for row in self.rows]}
+        if any(row.teacher_prompt_ids for row in self.rows):
+            prompts["teacher's prompt"] = [len(row.teacher_prompt_ids or row.prompt_ids) for row in self.rows]
+        whole = [row for row in self.rows if row.response_ids]
+        if not whole:
+            return prompts
+        return prompts | {
+            "trained": [row.num_trained for row in whole],
+            "row": [len(row.all_ids) for row in whole],
         }
 
 
@@ -93,8 +101,12 @@ def survey(
     encoder_decoder: bool = False,
     ends: Sequence[int] = (),
     room: Room = NO_LIMIT,
+    needs_responses: bool = True,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Survey]:
     """Read and tokenise each source of a data section on its own, as a run would; nothing is written.
+
+    The arguments are those of `rows_from`.
 
     Raises:
         DrklError: whatever a run would refuse, with the source's name.
@@ -104,8 +116,9 @@ def survey(
     def add(name: str, share: str, examples: Any, weight: float = 1.0) -> None:
         try:
             rows, report = make_rows(
-                examples, config, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends, room=room
-            )
+                examples, config, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends, room=room,
+                needs_responses=needs_responses, teacher_tokenizer=teacher_tokenizer,
+            )  # fmt: skip
         except DrklError as error:
             raise DrklError(f"{name} ({share}): {error}") from error
         shapes = Counter(example.shape for example in examples)
@@ -115,7 +128,9 @@ def survey(
     heldout = None
     for source in config.all_sources():
         alone = {"sources": (source,), "path": None, "dataset": None, "max_rows": None}
-        train, heldout = read_shares(config.model_copy(update=alone), classifier=classes is not None)
+        train, heldout = read_shares(
+            config.model_copy(update=alone), classifier=classes is not None, needs_responses=needs_responses
+        )
         add(source.name, "training", train, source.weight)
         if config.eval_path is None:
             add(source.name, "held out", heldout)

@@ -79,6 +79,21 @@ def encode_prompt(
     return encode_from_start(writer, writer.prompt(messages))
 
 
+def encode_alone(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str = "auto", **given: Any
+) -> list[int]:
+    """Return the ids of a prompt of the data without a response, as `encode_prompt` with the same arguments.
+
+    Raises:
+        DrklError: as `encode_prompt`; the chat template leaves out what a message says.
+    """
+    writer = Writer(tokenizer, template, **given)
+    text = writer.prompt(messages)
+    if writer.kind == "chat":
+        _check_written(writer, messages, text)
+    return encode_from_start(writer, text)
+
+
 def encode_response(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.examples import Example, free_id, hash_of_id
+from drkl.data.formats import NEEDS_NONE
 from drkl.data.lengths import NO_LIMIT, Lengths, Room, no_prompt_fits
 from drkl.data.rendering import Sign, date_told
 from drkl.data.seq2seq import encode_source, encode_target, tokens_around
-from drkl.data.template import Turns, encode_last, encode_prompt, encode_turns
+from drkl.data.template import Turns, encode_alone, encode_last, encode_prompt, encode_turns
+from drkl.data.views import TeacherView, with_stand_in
 from drkl.data.written import as_written, has_more
 from drkl.errors import DrklError
 
@@ -94,7 +96,8 @@ class DropReport:
     A row of plain text is a block; ``documents`` is the number of texts that were cut into blocks. ``per_epoch`` is the
     number of rows in an epoch after weighting, None where all weights are 1. ``openings`` counts the rows that do not
     have what the prompts end with (such as ``<think>``), by that text; ``date`` is the day that the chat template is
-    told is today, if it asks.
+    told is today, if it asks. ``prompts_alone`` of the kept rows have no response, and ``difference`` says where the
+    teacher's rendering of a prompt differs from the student's.
     """
 
     kept: int = 0
@@ -105,6 +108,8 @@ class DropReport:
     per_epoch: int | None = None
     openings: dict[str, int] = field(default_factory=dict)
     date: str | None = None
+    prompts_alone: int = 0
+    difference: str | None = None
 
     def summary(self) -> str:
         """Return a sentence for people, and one for each thing that the template does."""
@@ -112,6 +117,8 @@ class DropReport:
         parts = [f"{self.kept} of {total} rows kept"]
         if self.documents:
             parts.append(f"blocks of {self.documents} text(s) among them")
+        if self.prompts_alone:
+            parts.append(f"{self.prompts_alone} of them without a response")
         parts += [f"{count} dropped ({_REASONS[reason]})" for reason, count in self.dropped.items()]
         if self.responses_cut:
             parts.append(f"{self.responses_cut} {self.what_is_cut} cut at max_tokens")
@@ -129,6 +136,8 @@ class DropReport:
         ]
         if self.date:
             notes.append(f"The template asks for today's date; it is told {self.date}, so that rows never change.")
+        if self.difference:
+            notes.append(self.difference)
         return notes
 
 
@@ -143,6 +152,8 @@ def tokenize_examples(
     encoder_decoder: bool = False,
     room: Room = NO_LIMIT,
     ends: Sequence[int] = (),
+    needs_responses: bool = True,
+    teacher: TeacherView | None = None,
 ) -> tuple[list[Row], DropReport]:
     """Return the usable rows, in order, and the account of the others.
 
@@ -161,6 +172,9 @@ def tokenize_examples(
     ``ends`` are the ids that the model's own settings list as ends, for templates that write none
     (`drkl.data.ends`).
 
+    Where ``needs_responses`` is False, a conversation without a response is a row too: its prompt, as a model is
+    sampled from it. ``teacher`` adds its own rendering of the prompts; a row is dropped where either is too long.
+
     Raises:
         DrklError: no row is left, or a row that the chat template refuses (with its id).
     """
@@ -173,26 +187,36 @@ def tokenize_examples(
     shortest: int | None = None
     written: set[Sign] = set()
     for example in examples:
-        reason = _empty(example, turns)
+        alone = not needs_responses and example.is_prompt_alone
+        reason = _empty(example, turns, alone=alone)
         if reason is None and example.is_text:
             texts.setdefault(example.weight, []).append(example)
             continue
         if reason is None:
             try:
-                example = as_written(example, tokenizer, template, written, encoder_decoder=encoder_decoder)
-                encoded = _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder, ends=ends)
+                example, encoded = (_encode_prompt if alone else _encode_whole)(
+                    example, tokenizer, turns, template, written, encoder_decoder=encoder_decoder, ends=ends
+                )
             except DrklError as error:
                 raise DrklError(f"Row {example.id!r}: {error}") from error
             ids, spans, openings = encoded
             length = spans[0][0] + len(openings[0])
-            shortest = length if shortest is None else min(shortest, length)
-            if 0 < length <= max_prompt_tokens:
+            if alone:
+                row = Row(example.id, tuple(ids), (), example, encoder_decoder=encoder_decoder)
+            elif 0 < length <= max_prompt_tokens:
                 limit = longest_row(length, max_tokens, room)
-                report.responses_cut += spans[-1][1] > limit
                 row = row_of_spans(example, ids, spans, limit, openings)
                 row = replace(row, encoder_decoder=encoder_decoder)
                 place = len(_learnt(row.example)) - 1 if turns == "all" else -1
-                rows.append(_with_written_references(row, tokenizer, ids[slice(*spans[place])]))
+                row = _with_written_references(row, tokenizer, ids[slice(*spans[place])])
+            if teacher is not None and 0 < length <= max_prompt_tokens:
+                row = teacher.add_to(row)
+                length = max(length, len(row.teacher_prompt_ids or ()))
+            shortest = length if shortest is None else min(shortest, length)
+            if 0 < length <= max_prompt_tokens:
+                rows.append(row)
+                report.prompts_alone += alone
+                report.responses_cut += not alone and spans[-1][1] > limit
                 if opening := max(openings, key=len):
                     text = str(tokenizer.decode(opening, clean_up_tokenization_spaces=False))
                     report.openings[text] = report.openings.get(text, 0) + 1
@@ -210,6 +234,8 @@ def tokenize_examples(
     report.kept = len(rows)
     if not rows:
         raise DrklError(nothing_left(report, shortest, Lengths(max_prompt_tokens, max_tokens), room))
+    if teacher is not None and (other := next((row for row in rows if row.teacher_prompt_ids), None)) is not None:
+        report.difference = teacher.difference(other, tokenizer)
     if any(row.example.weight != 1 for row in rows):
         rows = weigh(rows)
         report.per_epoch = len(rows)
@@ -249,6 +275,43 @@ def weigh(rows: Sequence[Row]) -> list[Row]:
         chosen = [row for row in rows if share[row.id] > copy]
         repeated += chosen if not copy else [replace(row, id=free_id(f"{row.id}#{copy + 1}", share)) for row in chosen]
     return repeated
+
+
+def _encode_prompt(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: str,
+    template: str,
+    written: set[Sign],
+    *,
+    encoder_decoder: bool,
+    ends: Sequence[int],
+) -> tuple[Example, Turns]:
+    """A prompt alone as its template reads it, and its ids, after which nothing is learnt."""
+    known = as_written(with_stand_in(example), tokenizer, template, written, encoder_decoder=encoder_decoder)
+    example = replace(example, messages=(*known.prompt_messages, example.messages[-1]))
+    if encoder_decoder:
+        ids = encode_source(tokenizer, example.prompt_messages)
+    else:
+        given: dict[str, Any] = {"context_start": example.context_start, "tools": example.tools}
+        given["template_kwargs"] = example.template_kwargs
+        ids = encode_alone(tokenizer, example.prompt_messages, template, **given)
+    return example, Turns(ids, [(len(ids), len(ids))], [[]])
+
+
+def _encode_whole(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: str,
+    template: str,
+    written: set[Sign],
+    *,
+    encoder_decoder: bool,
+    ends: Sequence[int],
+) -> tuple[Example, Turns]:
+    """A conversation as its template reads it, its ids, and the turns that are learnt."""
+    example = as_written(example, tokenizer, template, written, encoder_decoder=encoder_decoder)
+    return example, _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder, ends=ends)
 
 
 def _encode(
@@ -402,12 +465,14 @@ def _text_example(
     return Example(block_id, messages, weight=document.weight)
 
 
-def _empty(example: Example, turns: str) -> str | None:
+def _empty(example: Example, turns: str, *, alone: bool = False) -> str | None:
     if example.is_text:
         return None if example.response.strip() else "empty_text"
     # A tool may well answer nothing.
     if example.messages[-2]["role"] == "user" and not example.prompt_text.strip():
         return "empty_prompt"
+    if alone:
+        return None
     replies = _learnt(example)
     if turns == "last":
         replies = replies[-1:] if replies[-1:] == [len(example.messages) - 1] else []
@@ -439,4 +504,6 @@ def nothing_left(report: DropReport, shortest: int | None, lengths: Lengths, roo
         message += " Give a reply the weight 1, or set data.turns: all if an earlier one has it."
     if report.dropped.keys() - {"prompt_too_long", "weight_0"}:
         message += " Fill the empty fields, or use other data."
+    if report.dropped.keys() == {"empty_response"}:
+        message += f" {NEEDS_NONE}"
     return message

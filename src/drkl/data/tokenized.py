@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from drkl.data.classification import LabelledRow
 from drkl.data.examples import Example, row_ids, written_id
+from drkl.data.fields import is_void
+from drkl.data.formats import NEEDS_NONE
 from drkl.data.lengths import NO_LIMIT, Lengths, Room
 from drkl.data.tokenize import DropReport, Row, longest_row, nothing_left, row_of_spans
 from drkl.errors import DrklError
@@ -29,12 +31,14 @@ def tokenized_rows(
     max_prompt_tokens: int,
     max_tokens: int,
     room: Room = NO_LIMIT,
+    needs_responses: bool = True,
 ) -> tuple[list[Row], DropReport]:
     """Return the usable rows of a language model, in order, and the account of the others.
 
     A decoder-only model's ``labels`` stand where the token stands in ``input_ids`` (transformers shifts them itself),
     and are -100 where nothing is learnt; the prompt ends at the first label. An encoder-decoder's ``labels`` are the
-    target that goes with the source ``input_ids``. Positions whose ``attention_mask`` is 0 are padding and left out.
+    target that goes with the source ``input_ids``. Without labels, ``input_ids`` are a prompt alone. Positions
+    whose ``attention_mask`` is 0 are padding and left out.
 
     Args:
         items: ``(place, row)``; errors name the place.
@@ -43,6 +47,7 @@ def tokenized_rows(
         max_prompt_tokens: rows with a longer prompt are dropped.
         max_tokens: prompt and response together; a longer response is cut at its end.
         room: a target longer than the decoder's is cut, too.
+        needs_responses: whether a prompt alone is refused.
 
     Raises:
         DrklError: a row whose fields do not go together (with its place), or no row left.
@@ -51,7 +56,9 @@ def tokenized_rows(
     report = DropReport()
     shortest: int | None = None
     for row_id, place, row in _with_ids(items):
-        ids, spans, is_text = (_source_and_target if encoder_decoder else _causal)(place, row)
+        alone = not needs_responses and is_void(_plain(row.get("labels")))
+        read = _prompt_alone if alone else _source_and_target if encoder_decoder else _causal
+        ids, spans, is_text = read(place, row)
         reason = None if spans else "no_labels"
         if spans and spans[0][0] == 0:
             reason = "empty_prompt"
@@ -60,6 +67,11 @@ def tokenized_rows(
             reason = "prompt_too_long" if spans[0][0] > max_prompt_tokens else None
         if reason is not None:
             report.dropped[reason] = report.dropped.get(reason, 0) + 1
+            continue
+        if alone:
+            example = _example(row_id, tokenizer, ids, spans)
+            rows.append(Row(row_id, tuple(ids), (), example, encoder_decoder=encoder_decoder))
+            report.prompts_alone += 1
             continue
         limit = longest_row(spans[0][0], max_tokens, room)
         report.responses_cut += spans[-1][1] > limit
@@ -170,6 +182,11 @@ def _source_and_target(place: str, row: Mapping[str, Any]) -> tuple[list[int], S
     return source + target, [(len(source), len(source) + len(target))] if target else [], False
 
 
+def _prompt_alone(place: str, row: Mapping[str, Any]) -> tuple[list[int], Spans, bool]:
+    ids, _ = _unpadded(place, row)
+    return ids, [(len(ids), len(ids))], False
+
+
 def _runs(learnt: Sequence[bool]) -> Spans:
     """(start, end) of every run of true values."""
     runs = [[position for position, _ in run] for counts, run in groupby(enumerate(learnt), lambda p: p[1]) if counts]
@@ -199,6 +216,7 @@ def _ids(place: str, row: Mapping[str, Any], name: str, *, least: int) -> list[i
         raise DrklError(
             f"{place}: expected input_ids and {name}; found {', '.join(map(str, row))}. Labels are a copy of input_ids "
             "with -100 where nothing is learnt (for an encoder-decoder, the tokens of the target)."
+            + (f" {NEEDS_NONE}" if name == "labels" else "")
         )
     is_list = isinstance(values, Sequence) and not isinstance(values, str)
     if not is_list or not all(isinstance(v, Integral) for v in values):

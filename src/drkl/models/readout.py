@@ -108,7 +108,7 @@ def batches(
 
 
 def _only(keep: Tensor, chosen: Sequence[Sequence[int]]) -> Tensor:
-    """Of the kept positions of each row those that are chosen, counted from 0."""
+    """The chosen ones among the kept positions of each row, counted from 0."""
     kept = torch.zeros_like(keep)
     for line, places in enumerate(chosen):
         kept[line, keep[line].nonzero().squeeze(1)[list(places)]] = True

@@ -63,6 +63,8 @@ class Content:
     """Questions that have no meaning for any of the runs."""
     analysis_questions: list[Question]
     several: SideBySide | None
+    concerns: list[str]
+    """What went wrong with the answers that were sampled in training."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ def content_of(runs: Sequence[Run], lines: Mapping[str, Line]) -> Content:
         not_applicable=[question for question, yes in zip(questions, applies, strict=True) if not yes],
         analysis_questions=_questions(runs, lambda run: run.analysis_findings),
         several=beside,
+        concerns=[
+            f"{label}: {text}" if len(runs) > 1 else text
+            for run, label in zip(runs, run_labels(runs), strict=True)
+            for text in run.concerns
+        ],
     )
 
 

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from drkl.reporting.inputs import Curve, Run, Stage
 from drkl.reporting.plotting import COLORS, INK, MUTED, Picture, new_figure, percent_axis, plot_style, tidy, to_svg
 from drkl.reporting.text import short
+from drkl.rollouts.config import PREFIX as SAMPLED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 356, 220
 _LOG_SCALE = ("rkl", "fkl", "loss", "nll")
-_FROM_ZERO = ("agreement", "entropy", "learning_rate", "tokens_per_second")
+_FROM_ZERO = ("agreement", "entropy", "learning_rate", "tokens_per_second", "length", "ends_per_1000")
+_SHARES = ("finished", "distinct2", "repeated4")
 PUSHES: dict[str, dict[str, Any]] = {
     "target term": {"color": COLORS["run-2"], "marker": "s", "linestyle": (0, (5, 1.6)), "zorder": 3},
     "tail": {"color": COLORS["run-1"], "marker": "^", "linestyle": (0, (1, 1.4)), "zorder": 4},
@@ -42,12 +44,13 @@ def training_curves(run: Run) -> tuple[list[Picture], list[Picture]]:
         ("tokens_per_second", "Speed", "input tokens per second"),
     ]
     with plot_style():
-        groups = [[_picture(run, *item) for item in group] for group in (distances, optimiser)]
+        groups = [[picture_of(run, *item) for item in group] for group in (distances, optimiser)]
         groups[0].append(pushes(run))
     return [p for p in groups[0] if p], [p for p in groups[1] if p]
 
 
-def _picture(run: Run, key: str, title: str, caption: str) -> Picture | None:
+def picture_of(run: Run, key: str, title: str, caption: str) -> Picture | None:
+    """One logged quantity over all stages; None if it was not logged. Needs ``plot_style``."""
     figure, ax = new_figure(WIDTH, HEIGHT)
     if not draw_curve(ax, run, key):
         return None
@@ -59,7 +62,7 @@ def _picture(run: Run, key: str, title: str, caption: str) -> Picture | None:
 
 
 def _log_key(key: str) -> str:
-    return "student_entropy" if key == "entropy" else key
+    return key.replace("entropy", "student_entropy") if key.endswith("entropy") else key
 
 
 def draw_curve(ax: Axes, run: Run, key: str, *, size: float = 11, names: bool = True) -> bool:
@@ -75,29 +78,34 @@ def draw_curve(ax: Axes, run: Run, key: str, *, size: float = 11, names: bool = 
         seen += train.values + heldout.values
     if not seen:
         return False
-    if key == "entropy":
-        seen += _draw_teacher_entropy(ax, run)
+    quantity = key.removeprefix(SAMPLED)
+    if quantity == "entropy":
+        seen += _draw_dashed(ax, run, key.replace("entropy", "teacher_entropy"))
+    if key != quantity and quantity in _SHARES:
+        seen += _draw_dashed(ax, run, f"response_{quantity}")
     before = run.value("before", key)
     if before is not None:
         ax.plot([0], [before], marker="o", markersize=6, color=COLORS["before"], clip_on=False, zorder=5)
         seen.append(before)
-    if key in _LOG_SCALE and min(seen) > 0 and max(seen) > 2 * min(seen):
+    if quantity in _LOG_SCALE and min(seen) > 0 and max(seen) > 2 * min(seen):
         _log_axis(ax, min(seen), max(seen))
-    elif key in _FROM_ZERO:
+    elif quantity in _SHARES:
+        ax.set_ylim(-0.02, 1.02)
+    elif quantity in _FROM_ZERO:
         ax.set_ylim(0, max(seen) * 1.12 or 1)
         ax.locator_params(axis="y", nbins=6)
-    if key == "agreement":
+    if quantity in ("agreement", *_SHARES):
         percent_axis(ax.yaxis)
     _step_axis(ax, run)
     _name_stages(ax, run, size=size, names=names)
     return True
 
 
-def _draw_teacher_entropy(ax: Axes, run: Run) -> list[float]:
-    # The teacher is the same in every stage, so its line runs through.
+def _draw_dashed(ax: Axes, run: Run, key: str) -> list[float]:
+    # The teacher, or the data, is the same in every stage, so its line runs through.
     steps, values = [], []
     for stage in run.stages:
-        curve = stage.curve("teacher_entropy", heldout=True) or stage.curve("teacher_entropy").thinned()
+        curve = stage.curve(key, heldout=True) or stage.curve(key).thinned()
         steps += curve.steps
         values += curve.values
     ax.plot(steps, values, color=COLORS["teacher"], linewidth=1.6, linestyle=(0, (4, 2)))
@@ -167,6 +175,13 @@ def pushes(run: Run) -> Picture | None:
         ends.append(f"{name} from {first:g} to {last:g}")
     _step_axis(ax, run)
     ax.locator_params(axis="y", nbins=6)
+    _legend(ax)
+    alt = f"Mean gradient on the target's logit over {run.num_steps} optimiser steps: {', '.join(ends)}."
+    caption = "gradient on its logit, mean over held-out positions; below 0: training raises it"
+    return Picture(to_svg(figure, "curve-push", alt), "What pushes the target", caption, alt)
+
+
+def _legend(ax: Axes) -> None:
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
@@ -180,9 +195,38 @@ def pushes(run: Run) -> Picture | None:
         handletextpad=0.5,
         columnspacing=1.4,
     )
-    alt = f"Mean gradient on the target's logit over {run.num_steps} optimiser steps: {', '.join(ends)}."
-    caption = "gradient on its logit, mean over held-out positions; below 0: training raises it"
-    return Picture(to_svg(figure, "curve-push", alt), "What pushes the target", caption, alt)
+
+
+def beside(run: Run, names: dict[str, str], title: str, caption: str, *, heldout: bool = False) -> Picture | None:
+    """Two logged quantities in one figure; None where the second was not logged. Needs ``plot_style``.
+
+    Args:
+        run: whose log.
+        names: the keys of the log, each with its name in the legend.
+        title: of the figure.
+        caption: of the figure.
+        heldout: whether they are measured on held-out rows.
+    """
+    figure, ax = new_figure(WIDTH, HEIGHT)
+    tidy(ax)
+    ends = []
+    styles: list[dict[str, Any]] = [{"color": COLORS["run-2"], "linestyle": (0, (5, 1.6))}, {"color": COLORS["run-1"]}]
+    for (key, name), style in zip(names.items(), styles, strict=True):
+        curves = [stage.curve(key, heldout=heldout).thinned() for stage in run.stages]
+        marks = {"marker": "o", "markersize": 3.5} if heldout else {}
+        for place, curve in enumerate(curves):
+            label = None if place else name
+            ax.plot(curve.steps, curve.values, label=label, linewidth=2, **(style | marks))
+        if values := [value for curve in curves for value in curve.values]:
+            ends.append(f"{name} from {values[0]:.3g} to {values[-1]:.3g}")
+    if len(ends) < len(names):
+        return None
+    ax.set_ylim(bottom=0)
+    ax.locator_params(axis="y", nbins=6)
+    _step_axis(ax, run)
+    _legend(ax)
+    alt = f"{title} over {run.num_steps} optimiser steps: {'; '.join(ends)}."
+    return Picture(to_svg(figure, f"beside-{next(iter(names))}", alt), title, caption, alt)
 
 
 def _push(stage: Stage, name: str) -> Curve:

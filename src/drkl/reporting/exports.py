@@ -27,6 +27,7 @@ def as_markdown(runs: Sequence[Run]) -> str:
     answer = f" {ANSWERS[head.answer.finding.answer]}" if head.answer else ""
     parts = [f"# {markdown_text(run.title)}", f"**{_title(head.title)}**{answer} {markdown_words(head.text)}"]
     parts.append("\n".join(f"- {markdown_text(name)}: {markdown_text(value)}" for name, value in facts.facts(run)))
+    parts += [f"**{markdown_words(concern)}**" for concern in content.concerns]
     parts += [_question(question) for question in (*content.questions, *content.not_applicable)]
     parts += [markdown_words(note) for note in facts.notes(runs)]
     if beside is not None:

@@ -16,6 +16,7 @@ from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.findings import SHARED, Finding, of_analysis
 from drkl.evaluation.result import MODELS, Evaluation
 from drkl.reporting.text import short
+from drkl.rollouts.health import concerns_of
 from drkl.runs import RunFolder, read_json, read_text
 
 T = TypeVar("T")
@@ -67,6 +68,8 @@ class Stage:
     heldout: list[dict[str, Any]]
     watched: list[dict[str, Any]]
     """The logged gradients on the target's logit: ``watch_*``."""
+    texts: list[dict[str, Any]] = field(default_factory=list)
+    """Answers to held-out prompts that were written as training went on: ``rollouts.jsonl``."""
 
     def curve(self, key: str, *, heldout: bool = False) -> Curve:
         """The logged values of ``key`` (of ``eval_key`` on held-out rows)."""
@@ -192,6 +195,16 @@ class Run:
         return [finding for finding in self._analysis_findings if finding.id not in known]
 
     @cached_property
+    def concerns(self) -> list[str]:
+        """What the log says went wrong with sampled answers, with the steps of the axis that joins the stages."""
+        found: list[str] = []
+        for stage in self.stages:
+            rows = sorted([*stage.train, *stage.heldout], key=lambda row: row["step"])
+            shifted = [row | {"step": row["step"] + stage.start} for row in rows]
+            found += [concern.text for concern in concerns_of(shifted)]
+        return found
+
+    @cached_property
     def _analysis_findings(self) -> list[Finding]:
         return [] if self.analysis is None else _findings_of(self.analysis)
 
@@ -286,6 +299,7 @@ def _read_stages(run: RunFolder) -> list[Stage]:
                 train=train,
                 heldout=heldout,
                 watched=watched,
+                texts=[row for row in folder.read_rollouts() if isinstance(row, dict)],
             )
         )
     return stages

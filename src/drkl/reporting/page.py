@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from drkl.errors import DrklError
 from drkl.evaluation.result import Evaluation
-from drkl.reporting import analysis, curves, facts, figures, samples, tables, tradeoff
+from drkl.reporting import analysis, curves, facts, figures, rollouts, samples, tables, tradeoff
 from drkl.reporting.content import content_of
 from drkl.reporting.exports import as_csv, as_markdown
 from drkl.reporting.inputs import TITLES, Run, read_run, unique_names
@@ -114,6 +114,7 @@ def as_html(runs: Sequence[Run]) -> str:
         analysis=analysis.section(run),
         curves=training,
         optimiser=optimiser,
+        rollouts=rollouts.section(run),
         every_number=tables.every_number(run),
         suites=tables.suite_tables(runs),
         samples=None if classifies else samples.sample_table(runs, lines),

@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from typing import Any, TypeVar
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from drkl.errors import DrklError
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds between two tries of a question whose server cannot be reached for the moment."""
-GO_ON = "What was trained since the last checkpoint is lost; `drkl distill --resume RUN` goes on from there."
+GO_ON = "Then resume the run: it goes on from its last checkpoint."
 _MOMENTARY = (408, 429, 502, 503, 504)
 """HTTP statuses of a server, or of a proxy before it, that may answer later."""
 _LONGEST = 400
@@ -39,13 +39,10 @@ class Client:
     Args:
         address: ``http://host:port``; a path after it stays, but for vLLM's own ``/v1``.
         timeout: longest wait for an answer, in seconds.
-
-    Raises:
-        DrklError: the address is none.
     """
 
     def __init__(self, address: str, timeout: float) -> None:
-        parts = _split(address)
+        parts = urlsplit(address)  # the section `rollouts` takes nothing else
         self.address, self._timeout = address, timeout
         self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._host, self._port = str(parts.hostname), parts.port
@@ -186,25 +183,9 @@ def host_and_port(address: str) -> tuple[str, int]:
 
     >>> host_and_port("http://10.0.0.7:8100"), host_and_port("https://gpu.example")
     (('10.0.0.7', 8100), ('gpu.example', 443))
-
-    Raises:
-        DrklError: it is no address.
     """
-    parts = _split(address)
+    parts = urlsplit(address)
     return str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
-
-
-def _split(address: str) -> SplitResult:
-    try:
-        parts = urlsplit(address if "://" in address else f"http://{address}")
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query
-    except ValueError:  # a port that is no number, or one that no machine has
-        usable = False
-    if not usable:
-        raise DrklError(
-            f"rollouts.server is {address!r}; expected the address of a vLLM server, as http://127.0.0.1:8000."
-        )
-    return parts
 
 
 def _named(error: Exception) -> str:

@@ -206,6 +206,10 @@ def concerns_of(lines: Sequence[Mapping[str, Any]]) -> list[Concern]:
     return [concern for line in lines for concern in detector.see(line)]
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
+
+
 def _numbers_in(line: Mapping[str, Any], prefix: str) -> dict[str, float]:
     named = {name.removeprefix(prefix): as_number(value) for name, value in line.items() if name.startswith(prefix)}
     return {name: value for name, value in named.items() if value is not None}
@@ -218,7 +222,7 @@ class _Stream:
         self._what = what
         self._lines: list[dict[str, float]] = []
         self._answers, self._finished, self._bigrams = [0.0], [0.0], 0.0
-        """Of the lines so far, with 0 before the first."""
+        """Sums over the lines so far, with 0 before the first."""
 
     def append(self, numbers: dict[str, float]) -> None:
         count = numbers["answers"]
@@ -235,10 +239,10 @@ class _Stream:
             before, now, count = rise
             yield (
                 "unfinished",
-                f"{now:.0%} of the newest {count:,.0f} {self._what} were cut at max_new_tokens, and {before:.0%} of as "
-                f"many before them: the student is unlearning where to end. {_REMEDY}; so does a larger max_new_tokens "
-                "where whole answers need it. If the two models end an answer with different tokens, name them in "
-                "rollouts.stop_map.",
+                f"{_percent(now)} of the newest {count:,.0f} {self._what} were cut at max_new_tokens, and "
+                f"{_percent(before)} of as many before: the student is unlearning where to end. {_REMEDY}; so does a "
+                "larger max_new_tokens where whole answers need it. If the two models end an answer with different "
+                "tokens, name them in rollouts.stop_map.",
             )
         length = self._newest("length")
         if length is not None and length < EMPTY:
@@ -255,14 +259,14 @@ class _Stream:
             if kind == "alike" and newest < min(first, reference) / 2:
                 yield (
                     kind,
-                    f"{self._what} became alike: among {DRAWN} bigrams of them {newest:.0%} differ, and {first:.0%} "
-                    f"did at first. {_REMEDY}.",
+                    f"{self._what} became alike: among {DRAWN} bigrams of them {_percent(newest)} differ, and "
+                    f"{_percent(first)} did at first. {_REMEDY}.",
                 )
             if kind == "repeated" and newest > max(REPEATS, 3 * first, 3 * reference):
                 yield (
                     kind,
-                    f"{self._what} repeat themselves: {newest:.0%} of the 4-grams of an answer occurred in it before, "
-                    f"and {first:.0%} did at first. {_REMEDY}.",
+                    f"{self._what} repeat themselves: {_percent(newest)} of the 4-grams of an answer occurred in it "
+                    f"before, and {_percent(first)} did at first. {_REMEDY}.",
                 )
 
     def _rise(self) -> tuple[float, float, float] | None:

@@ -22,10 +22,9 @@ from drkl.rollouts.config import RolloutsConfig
 
 SERVED_NAME = "student"
 """What `rollout-server` calls the model."""
-MOST_LOGPROBS = 20
 INSTALL = (
-    "pip install vllm in an environment of its own (its torch and transformers are pinned), and name it: "
-    "--vllm PATH/bin/vllm. docs/vllm.md says how, on a CPU too."
+    "pip install vllm in an environment of its own (it pins torch and transformers), and name its executable: "
+    "PATH/bin/vllm. docs/vllm.md says how, on a CPU too."
 )
 
 
@@ -149,13 +148,13 @@ def serve_command(
         port: likewise.
         more: further flags, which may overrule these.
     """  # fmt: skip
-    command = [
-        vllm, "serve", str(folder), "--served-model-name", SERVED_NAME, "--host", host, "--port", str(port),
-        "--dtype", str(dtype).removeprefix("torch."),
+    flags = {
+        "served-model-name": SERVED_NAME, "host": host, "port": str(port), "dtype": str(dtype).removeprefix("torch."),
         # Of the folder's generation_config nothing may change how the student is sampled.
-        "--generation-config", "vllm", "--max-logprobs", str(MOST_LOGPROBS),
-    ]  # fmt: skip
+        "generation-config": "vllm",
+    }  # fmt: skip
     if max_model_len is not None:
-        command += ["--max-model-len", str(max_model_len)]
+        flags["max-model-len"] = str(max_model_len)
+    command = [vllm, "serve", str(folder), *(word for name, value in flags.items() for word in (f"--{name}", value))]
     # The routes for new weights exist in this mode only.
     return [*command, *more], {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}

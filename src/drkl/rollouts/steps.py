@@ -50,6 +50,14 @@ class Share:
     processes: int = 1
     gather: Callable[[list[Any]], list[Any]] = list
     """From one list in each process to their concatenation, in every process."""
+    first_alone: bool = False
+    """The first process writes everything, as where a server does the work."""
+
+    def of(self, numbers: Sequence[int]) -> Sequence[int]:
+        """Those that this process writes."""
+        if self.first_alone:
+            return numbers if self.process == 0 else []
+        return numbers[self.process :: self.processes]
 
 
 class AnsweredSteps:
@@ -92,6 +100,8 @@ class AnsweredSteps:
         self._memory: deque[Written] = deque(maxlen=config.replay_memory)
         self.seconds = 0.0
         """Spent on writing answers."""
+        self.before_writing: Callable[[int], None] = lambda step: None
+        """Called where this process is about to write, with the steps that the weights have taken."""
         self.on_writing: Callable[[int, int], None] = lambda done, of: None
         """Called with the answers of a set that this process has written, and how many it will write."""
 
@@ -117,15 +127,12 @@ class AnsweredSteps:
         """Go on where `state` was taken, before a step.
 
         Raises:
-            DrklError: the state is not one.
+            KeyError, TypeError, ValueError: the state is not one.
         """
-        try:
-            self._written_to = max(int(state["written_to"]), step)
-            self._pending = {(int(s), int(n)): _written(values) for s, n, values in state["pending"]}
-            self._memory.clear()
-            self._memory.extend(_written(values) for values in state["memory"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DrklError(f"The checkpoint's rollouts.json does not hold the answers of a run: {error!r}.") from error
+        self._written_to = max(int(state["written_to"]), step)
+        self._pending = {(int(s), int(n)): _written(values) for s, n, values in state["pending"]}
+        self._memory.clear()
+        self._memory.extend(_written(values) for values in state["memory"])
 
     def _write(self, first: int) -> None:
         """Write the answers of the steps that one set serves."""
@@ -148,7 +155,7 @@ class AnsweredSteps:
                 if request is not None:
                     places.append((step, number))
                     requests.append(request)
-        answers = self._answers(requests)
+        answers = self._answers(requests, first)
         written = {
             place: Written(place[1], answer.token_ids, answer.finished, first)
             for place, answer in zip(places, answers, strict=True)
@@ -174,13 +181,13 @@ class AnsweredSteps:
             )
         return Request(row.id, number_of_pass, prompt, teacher_prompt, most)
 
-    def _answers(self, requests: Sequence[Request]) -> list[Answer]:
+    def _answers(self, requests: Sequence[Request], step: int) -> list[Answer]:
         """Write this process's part and gather all parts; an error in one process is raised in all."""
         if not requests:
             return []
         # Alike in cost: neighbours in length go to different processes.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
-        mine = order[self._share.process :: self._share.processes]
+        mine = self._share.of(order)
         part: list[Any]
         done = 0
 
@@ -190,6 +197,8 @@ class AnsweredSteps:
             self.on_writing(done, len(mine))
 
         try:
+            if mine:
+                self.before_writing(step)
             answers = self._writer.write([requests[i] for i in mine], seed=self._seed, progress=progress)
             part = [(i, answer) for i, answer in zip(mine, answers, strict=True)]
         except DrklError as error:

@@ -91,7 +91,13 @@ def agree_on_stops(
         )
     size = logp.shape[1]
     inside = [token for token in event if token < size]
-    probability = _mean(torch.logsumexp(logp[:, inside], -1)) if inside else 0.0
+    if not inside:
+        return Agreement(
+            merged,
+            warning=f"The student stops with {asked}, beyond the ids 0 to {size - 1} on which the models are compared, "
+            "so none of its answers ends with that. It learns to stop as the teacher does.",
+        )
+    probability = _mean(torch.logsumexp(logp[:, inside], -1))
     others = {token: _mean(logp[:, token]) for token in theirs if token < size and token not in event}
     other = max(others, key=others.__getitem__, default=None)
     found = f"at the ends of {len(logp)} finished rows the teacher gives {asked} a probability of {probability:.2g}"
@@ -244,7 +250,7 @@ def _log_probs_at_ends(
             logits_of(batch.states(teacher.model), head, vocab_size)
             for batch in batches(read, pad_id=pad_id, decoder_start=start, positions=places)
         ]
-    return torch.cat(logits).double().log_softmax(-1).cpu()
+    return torch.cat(logits).cpu().double().log_softmax(-1)
 
 
 def _as_the_teacher_reads(row: Row) -> Row:

@@ -68,13 +68,13 @@ class LiveTeacher:
             if self.pad_id is not None:
                 config.pad_token_id = own
 
-    def hidden_at(self, batch: Mapping[str, Tensor], keep: Tensor) -> Tensor:
+    def hidden_at(self, batch: Mapping[str, Tensor], keep: Tensor, *, remember: bool = True) -> Tensor:
         """Return the last hidden states `[n, hidden]` at the positions where ``keep`` `[batch, tokens]` is true.
 
         The states of a batch are kept while they fit into ``remember_mb``. The same batch gives the same bits again,
-        so remembering changes no result.
+        so remembering changes no result. ``remember=False`` is for batches that never come again.
         """
-        if not self._bytes_left and not self._memory:
+        if not remember or (not self._bytes_left and not self._memory):
             return self.hidden(batch)[keep]
         key = _digest(*(batch[name] for name in INPUTS if name in batch), keep)
         if (states := self._memory.get(key)) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import logging
 import math
 import os
 import time
@@ -13,7 +14,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from drkl.rollouts.health import Detector
 from drkl.runs import RunFolder, write_jsonl
+
+_log = logging.getLogger("drkl")
 
 OnProgress = Callable[[int, int, dict[str, float]], None]
 """Called with (steps done, steps in all, the newest logged numbers)."""
@@ -72,6 +76,46 @@ class TrainLog(TrainerCallback):
     def _report(self, state: TrainerState) -> None:
         if self.on_progress is not None and state.is_world_process_zero:
             self.on_progress(state.global_step, state.max_steps, dict(self._newest))
+
+
+class AnswersWatch(TrainerCallback):
+    """Warns, once for each kind, when the log says that the answers of a run are going wrong."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run, self._detector = run, Detector()
+
+    def begin(self) -> None:
+        """Read the log of a run that goes on; what it says already was said before."""
+        self._detector = Detector()
+        for line in self._run.read_train_log():
+            self._detector.see(line)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Read one more line."""
+        for concern in self._detector.see({"step": state.global_step} | (logs or {})):
+            if state.is_world_process_zero:
+                _log.warning("Warning: %s", concern.text)
+
+
+class BeforeFirstStep(TrainerCallback):
+    """Calls a hook when a run begins, and not where it goes on."""
+
+    def __init__(self, hook: Callable[[], None]) -> None:
+        self._hook = hook
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Call it."""
+        if state.global_step == 0 and args.eval_strategy != "no":
+            self._hook()
 
 
 class Epochs(TrainerCallback):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from drkl.data.classification import LabelledRow
+from drkl.data.lengths import Lengths, Room, answer_room
 from drkl.data.rows import make_rows, read_shares
 from drkl.data.tokenize import DropReport, Row
 from drkl.losses.fused import chunk_rows
@@ -18,7 +20,17 @@ from drkl.models.pair import check_families, check_rows, check_tokenizers, share
 from drkl.models.precision import DTYPES, pick_device, resolve_dtype
 from drkl.models.student import depth
 from drkl.training.checks import check_device
-from drkl.training.spec import RunSpec, fitted, run_classes, run_configs, run_room, run_tokenizer, training_config
+from drkl.training.spec import (
+    RunSpec,
+    fitted,
+    run_classes,
+    run_configs,
+    run_room,
+    run_tokenizer,
+    teacher_tokenizer,
+    tokenizer_name,
+    training_config,
+)
 from drkl.training.trainer import plan_run
 
 ACTIVATIONS_PER_TOKEN = 34
@@ -53,15 +65,19 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     rates: dict[str, float] = {}
     seen: set[tuple[str, ...]] = set()
     stages, encoder_decoder = [], is_encoder_decoder(student)
+    own_reader = teacher_tokenizer(specs, tokenizer_name(specs))
     for spec in specs:
-        train, _ = read_shares(spec.data, classifier=first.classifies)
+        needed = spec.rollouts.needs_responses
+        train, _ = read_shares(spec.data, classifier=first.classifies, needs_responses=needed)
         rows, report = make_rows(
-            train, spec.data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, room=room
-        )
+            train, spec.data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, room=room,
+            needs_responses=needed, teacher_tokenizer=own_reader,
+        )  # fmt: skip
         check_rows(rows, configs)
         if teacher is not None and classes is None:
             shared_vocabulary(_vocab_size(student), _vocab_size(teacher), tokens, tokenizer, rows)
-        stages.append(_stage(spec, rows, report, student, teacher, sizes, device, rates, seen))
+        planned = _planned(rows, spec, room)
+        stages.append(_stage(spec, planned, report, student, teacher, sizes, device, rates, seen))
     return {
         "config": last.resolved,
         "teacher_note": model_note(teacher_name) if teacher_name else None,
@@ -69,6 +85,15 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
         "stages": stages,
         "estimated_minutes": round(sum(stage["estimated_minutes"] for stage in stages), 1),
     }
+
+
+def _planned(rows: Any, spec: RunSpec, room: Room) -> Any:
+    """The rows as steps are planned: a prompt alone with the longest answer."""
+    if not spec.rollouts.is_on:
+        return rows
+    lengths = Lengths(spec.data.max_prompt_tokens, spec.data.max_tokens)
+    answer = (0,) * answer_room(lengths, room, spec.rollouts.max_new_tokens)
+    return [row if row.response_ids else replace(row, response_ids=answer) for row in rows]
 
 
 def _stage(
@@ -94,7 +119,7 @@ def _stage(
         rates[precision] = _flops_per_second(DTYPES[precision], device)
     # Everything that is no matrix product (norms, softmax, the optimiser) came to about a third more when measured.
     seconds = 1.35 * flops / rates[precision] * len(steps)
-    return {
+    stage = {
         "name": spec.folder.name,
         "objective": dict(spec.resolved["objective"]),
         "data": report.summary(),
@@ -109,6 +134,7 @@ def _stage(
         "estimated_memory_gb": round(_memory(spec, student, sizes, inputs, arguments) / 1e9, 2),
         "estimated_minutes": round(seconds / 60, 1),
     }
+    return stage | ({"not_estimated": "the time of writing answers"} if spec.rollouts.is_on else {})
 
 
 def _tokens_per_step(
@@ -117,7 +143,7 @@ def _tokens_per_step(
     """Input and trained positions, and those that the teacher has not remembered from an earlier step (or stage)."""
     inputs = new = 0.0
     trained = 0
-    remembers = spec.teacher is not None and spec.teacher.remember_mb > 0
+    remembers = spec.teacher is not None and spec.teacher.remember_mb > 0 and not spec.rollouts.is_on
     for step in steps:
         positions = _positions([rows[i] for i in step])
         inputs += positions

@@ -25,7 +25,10 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class HeldOut:
-    """Held-out rows in batches, with the teacher's hidden states at the response positions kept from the first use."""
+    """Held-out rows in batches, with the teacher's hidden states at the response positions kept from the first use.
+
+    ``remember=False`` is for rows that no later pass reads: a teacher that remembers keeps none of their states.
+    """
 
     def __init__(
         self,
@@ -36,9 +39,11 @@ class HeldOut:
         rows_per_batch: int | None = None,
         decoder_start: int | None = None,
         vocab_size: int | None = None,
+        remember: bool = True,
         merged_ids: Sequence[int] = (),
     ) -> None:
-        self._teacher, self._vocab_size, self._merged_ids = teacher, vocab_size, merged_ids or None
+        self._teacher, self._vocab_size, self._remember = teacher, vocab_size, remember
+        self._merged_ids = merged_ids or None
         self._batches = list(
             batches(
                 rows,
@@ -93,5 +98,6 @@ class HeldOut:
             batch = self._batches[index].for_teacher
             inputs = {name: value.to(device) for name, value in batch.inputs.items()}
             # A teacher that remembers has them from the stage before.
-            states = self._teacher_hidden[index] = self._teacher.hidden_at(inputs, batch.keep.to(device))
+            states = self._teacher.hidden_at(inputs, batch.keep.to(device), remember=self._remember)
+            self._teacher_hidden[index] = states
         return states

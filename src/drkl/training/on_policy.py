@@ -12,15 +12,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from drkl.data.collate import collate
+from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
 from drkl.models.ends import answer_start, stops_of
 from drkl.models.forward import decoder_start
-from drkl.rollouts.answers import Writer
+from drkl.rollouts.answers import Answer, Writer
 from drkl.rollouts.builtin import BuiltInWriter
+from drkl.rollouts.health import RolloutLog
+from drkl.rollouts.served import served_folder
+from drkl.rollouts.server import ServerWriter
 from drkl.rollouts.steps import AnsweredSteps, Share, cut
-from drkl.runs import read_json, write_json
+from drkl.runs import RunFolder, read_json, write_json
 from drkl.training.arguments import DistillationConfig
+from drkl.training.heldout import HeldOut
+from drkl.training.heldout_answers import HeldOutAnswers
 from drkl.training.pair import Pair
 
 STATE = "rollouts.json"
@@ -50,30 +56,39 @@ class OnPolicy:
     Args:
         pair: models and rows.
         args: how to train; ``args.rollouts`` is on.
+        run: the run's folder.
         steps: the numbers of the rows of every step.
         ends: the steps after which a pass over the rows ends.
     """
 
     def __init__(
-        self, pair: Pair, args: DistillationConfig, steps: Sequence[Sequence[int]], ends: Sequence[int]
+        self,
+        pair: Pair,
+        args: DistillationConfig,
+        run: RunFolder,
+        steps: Sequence[Sequence[int]],
+        ends: Sequence[int],
     ) -> None:
         self._pair, self._args = pair, args
         self._slots = args.gradient_accumulation_steps * args.world_size
         self._start = decoder_start(pair.student)
-        self.writer = make_writer(pair, args)
+        server = _server_writer(pair, args, run) if args.rollouts.generator == "vllm" else None
         rows: Any = pair.rows
         self._answered = AnsweredSteps(
             rows,
             steps,
             ends,
             args.rollouts,
-            self.writer,
+            server or make_writer(pair, args),
             seed=args.seed,
             max_new_tokens=pair.max_new_tokens,
             room=pair.room,
-            share=Share(args.process_index, args.world_size, gather_object) if args.world_size > 1 else None,
+            share=_share(args, first_alone=server is not None),
         )
-        self._since = _Since()
+        if server is not None:
+            self._answered.before_writing = lambda step: server.sync(pair.student, step)
+        self._stops = _stops(pair, args, args.rollouts.source)
+        self._since, self._log = _Since(), RolloutLog()
 
     def on_writing(self, hook: Callable[[int, int], None]) -> None:
         """Call ``hook(answers written, answers due)`` while a set of answers is written."""
@@ -89,6 +104,8 @@ class OnPolicy:
         rows = self._answered.rows_of(step)
         self._since.generating += self._answered.seconds - before
         self._since.add(rows)
+        answers = [Answer(row.response_ids, row.response_ids[-1] in self._stops) for row in rows if row.sampled]
+        self._log.add(answers, self._stops)
         args = self._args
         tokens = None if args.tokens_per_step is None else max(1, args.tokens_per_step // self._slots)
         slots = cut(rows, self._slots, tokens=tokens, rows_per_part=args.per_device_train_batch_size)
@@ -109,24 +126,56 @@ class OnPolicy:
     def numbers(self) -> dict[str, float]:
         """What is logged of the steps since the last call."""
         since, self._since = self._since, _Since()
-        return since.numbers()
+        return since.numbers() | self._log.pop()
+
+    def heldout_answers(
+        self, rows: Sequence[Any], held_out: Callable[[Sequence[Row]], HeldOut], run: RunFolder
+    ) -> HeldOutAnswers | None:
+        """What answers the prompts of held-out rows at each evaluation; None where the settings ask for no prompts."""
+        pair, args, rollouts = self._pair, self._args, self._args.rollouts
+        if not rollouts.eval_prompts or not rows:
+            return None
+        return HeldOutAnswers(
+            rows,
+            make_writer(pair, args, "student"),
+            held_out,
+            pair.tokenizer,
+            run,
+            prompts=rollouts.eval_prompts,
+            keep_texts=rollouts.keep_texts,
+            seed=args.seed,
+            max_new_tokens=pair.max_new_tokens,
+            room=pair.room,
+            stops=_stops(pair, args, "student"),
+            share=_share(args),
+        )
 
     def save(self, checkpoint: Path) -> None:
         """Write what a resumed run needs into a checkpoint."""
-        write_json(checkpoint / STATE, self._answered.state())
+        since = {"log": self._log.state(), "since": vars(self._since)}
+        write_json(checkpoint / STATE, self._answered.state() | since)
 
     def load(self, checkpoint: Path, step: int) -> None:
         """Go on from a checkpoint.
 
         Raises:
-            DrklError: it was written by a run without sampled answers.
+            DrklError: it was written by a run without sampled answers, or its answers are broken.
         """
         if not (checkpoint / STATE).is_file():
             raise DrklError(
                 f"{str(checkpoint)!r} has no {STATE}: its run trained on the data's responses alone. Leave "
                 "rollouts.share at 0 to go on with it, or start a new run."
             )
-        self._answered.load_state(read_json(checkpoint / STATE), step)
+        state = read_json(checkpoint / STATE)
+        try:
+            self._answered.load_state(state, step)
+            self._log.restore(state["log"])
+            self._since.__dict__ |= state["since"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DrklError(
+                f"{str(checkpoint / STATE)!r} does not hold the answers of a run ({error!r}). Remove that checkpoint "
+                "to go on from the one before it."
+            ) from error
 
 
 class _Since:
@@ -156,21 +205,55 @@ def make_writer(pair: Pair, args: DistillationConfig, source: str | None = None)
     assert pair.teacher is not None, "check_rollouts refuses the rest"
     rollouts = args.rollouts
     source = source or rollouts.source
-    model = pair.teacher.model if source == "teacher" else pair.student
-    words = getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # of a processor
+    model = _source_model(pair, source)
     return BuiltInWriter(
         pair.student,
         teacher=pair.teacher.model,
         source=source,  # type: ignore[arg-type]
         teacher_share=rollouts.teacher_share,
-        stops=stops_of(model, words, args.template),
+        stops=_stops(pair, args, source),
         sampling_temperature=rollouts.sampling_temperature,
         top_p=rollouts.top_p,
         batch_size=rollouts.batch_size,
         precision=args.precision,
         vocab_size=pair.vocab_size,
         pad_id=pair.pad_id,
-        begin=answer_start(model, words),
+        begin=answer_start(model, _words(pair)),
+    )
+
+
+def _source_model(pair: Pair, source: str) -> Any:
+    assert pair.teacher is not None, "check_rollouts refuses the rest"
+    return pair.teacher.model if source == "teacher" else pair.student
+
+
+def _stops(pair: Pair, args: DistillationConfig, source: str) -> list[int]:
+    """The ids that end an answer."""
+    return stops_of(_source_model(pair, source), _words(pair), args.template)
+
+
+def _words(pair: Pair) -> Any:
+    return getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # of a processor
+
+
+def _share(args: DistillationConfig, *, first_alone: bool = False) -> Share | None:
+    """This process's part of the writing; None for all of it."""
+    if args.world_size == 1:
+        return None
+    return Share(args.process_index, args.world_size, gather_object, first_alone)
+
+
+def _server_writer(pair: Pair, args: DistillationConfig, run: RunFolder) -> ServerWriter:
+    rows: Any = pair.rows
+    return ServerWriter(
+        pair.student,
+        pair.tokenizer,
+        args.rollouts,
+        stops=_stops(pair, args, "student"),
+        folder=served_folder(args.rollouts, run.root),
+        prompts=[row.sampling_ids for row in rows[:4]],
+        adapter=pair.adapter,
+        vocab_size=pair.vocab_size,
     )
 
 

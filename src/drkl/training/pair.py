@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from drkl.data.classification import LabelledRow
 from drkl.data.ends import taught_ends
-from drkl.data.lengths import Lengths, Room, fit_lengths
+from drkl.data.lengths import Lengths, Room, answer_room, fit_lengths
 from drkl.data.rows import Rows, rows_from
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
@@ -27,7 +27,14 @@ from drkl.models.context import room_of
 from drkl.models.ends import check_languages, listed_ends, set_ends, stops_of
 from drkl.models.forward import is_encoder_decoder, lm_head
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer, model_note
-from drkl.models.pair import SharedTokens, check_rows, check_same_family, check_tokenizers, shared_vocabulary
+from drkl.models.pair import (
+    SharedTokens,
+    check_rows,
+    check_same_family,
+    check_tokenizers,
+    shared_tokens,
+    shared_vocabulary,
+)
 from drkl.models.precision import resolve_dtype
 from drkl.rollouts.stops import Agreement, agree_on_stops
 from drkl.runs import IN_MEMORY
@@ -83,6 +90,8 @@ class Pair:
     """What a student given by its name was loaded with, as a config.yaml has it."""
     notes: list[str] = field(default_factory=list)
     """Notes on the pair for the user."""
+    teacher_tokenizer: Any = None
+    """The teacher's, where it reads prompts in a rendering of its own; None where it reads the student's."""
     listed_ends: Sequence[int] = ()
     """The ids that end an answer by the teacher's own settings, or by the student's where there is no teacher."""
     ends: Ends | None = None
@@ -103,7 +112,15 @@ class Pair:
     def tokenize(self, dataset: Any, args: DistillationConfig) -> tuple[Rows, DropReport]:
         """Turn a data set, as the trainer takes it, into checked rows."""
         rows, report = _tokenize(
-            dataset, "eval_dataset", self.tokenizer, self.classes, args, self.listed_ends, self.lengths, self.room
+            dataset,
+            "eval_dataset",
+            self.tokenizer,
+            self.classes,
+            args,
+            self.listed_ends,
+            self.lengths,
+            self.room,
+            self.teacher_tokenizer,
         )
         _check_rows(rows, self.student, self.teacher)
         return rows, report
@@ -160,11 +177,13 @@ def make_pair(
     words = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     ends = [] if classes is not None else listed_ends(student if teacher is None else teacher.model, words)
     room = _room(student, teacher, classes)
-    lengths = fit_lengths(args.max_prompt_tokens, args.max_tokens, room)
-    rows, report = _tokenize(train_dataset, "train_dataset", tokenizer, classes, args, ends, lengths, room)
+    lengths, max_new_tokens = _lengths(args, room)
+    own_reader = None if classes is not None else _teacher_tokenizer(teacher_model, tokenizer, args)
+    settings: Any = (tokenizer, classes, args, ends, lengths, room, own_reader)
+    rows, report = _tokenize(train_dataset, "train_dataset", *settings)
     eval_rows: Rows = []
     if eval_dataset is not None:
-        eval_rows, _ = _tokenize(eval_dataset, "eval_dataset", tokenizer, classes, args, ends, lengths, room)
+        eval_rows, _ = _tokenize(eval_dataset, "eval_dataset", *settings)
     everything: list[Any] = [*rows, *eval_rows]
     _check_rows(everything, student, teacher)
     # The command line says what there is to say of its rows where it reads them.
@@ -188,6 +207,8 @@ def make_pair(
         compared = None if teacher is None else _ends(teacher, rows, words, args, merged_ids)
         if compared is not None and compared.differ and compared.own_id is not None:
             taught.append(compared.own_id)
+        elif agreement.warning is not None and args.process_index == 0:  # else it is said of the rows already
+            _log.warning("Warning: %s", agreement.warning)
         notes += set_ends(student, words, stops_of(student, words, args.template, taught))
     elif teacher is not None:
         teacher.pad_id = _pad_id(tokenizer)
@@ -221,13 +242,14 @@ def make_pair(
         data_names=(_data_name(train_dataset), None if eval_dataset is None else _data_name(eval_dataset)),
         lengths=lengths,
         room=room,
-        max_new_tokens=_answer_room(lengths, args),
+        max_new_tokens=max_new_tokens,
         eval_dataset=_plain_rows(eval_dataset),
         student_options=plain_options(
             {**(args.model_init_kwargs or {})}
             | ({} if quantization_config is None else {"quantization_config": quantization_config})
         ),
         notes=notes,
+        teacher_tokenizer=own_reader,
         listed_ends=ends,
         ends=compared,
         merged_ids=merged_ids,
@@ -247,7 +269,7 @@ def _agreement(
     rollouts = args.rollouts
     if teacher is None or not rollouts.is_on:
         return Agreement(())
-    agreement = agree_on_stops(
+    return agree_on_stops(
         student,
         teacher,
         rows,
@@ -258,9 +280,6 @@ def _agreement(
         vocab_size=vocab_size,
         refuse=rollouts.source != "teacher",
     )
-    if agreement.warning is not None and args.process_index == 0:
-        _log.warning("Warning: %s", agreement.warning)
-    return agreement
 
 
 def _ends(
@@ -273,8 +292,30 @@ def _ends(
     return compare_ends(teacher, rows, tokenizer, known, pad_id=_pad_id(tokenizer), merged_ids=merged_ids)
 
 
-def _answer_room(lengths: Lengths, args: DistillationConfig) -> int:
-    return args.rollout_max_new_tokens or lengths.max_tokens - lengths.max_prompt_tokens
+def _lengths(args: DistillationConfig, room: Room) -> tuple[Lengths, int]:
+    """The limits of prompts and rows, and the longest sampled answer; 0 where none is sampled."""
+    if not (rollouts := args.rollouts).is_on:
+        return fit_lengths(args.max_prompt_tokens, args.max_tokens, room), 0
+    reserved = rollouts.reserved(room)
+    lengths = fit_lengths(args.max_prompt_tokens, args.max_tokens, room, max_new_tokens=reserved)
+    return lengths, answer_room(lengths, room, rollouts.max_new_tokens)
+
+
+def _teacher_tokenizer(teacher: Any, tokenizer: Any, args: DistillationConfig) -> Any:
+    """The teacher's own tokenizer, where it reads prompts in its own rendering; None where it has none or is to."""
+    if not args.rollouts.is_on or teacher is None:
+        return None
+    model = teacher.model if isinstance(teacher, LiveTeacher) else teacher
+    name = str(teacher) if isinstance(teacher, (str, Path)) else getattr(model, "name_or_path", "")
+    if not name:
+        return None
+    words = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    try:
+        own = load_tokenizer(name)
+        shared_tokens(words, own, "student", name)
+    except DrklError:  # it was given without one, or with one of another vocabulary
+        return None
+    return own
 
 
 def _name(model: Any) -> str:
@@ -438,6 +479,7 @@ def _tokenize(
     ends: Sequence[int],
     lengths: Lengths,
     room: Room,
+    teacher_tokenizer: Any = None,
 ) -> tuple[Rows, DropReport]:
     if isinstance(dataset, TokenisedRows):
         return dataset.rows, dataset.report
@@ -453,7 +495,11 @@ def _tokenize(
         turns=args.turns,
         template=args.template,
         ends=ends,
+        needs_responses=args.rollouts.needs_responses,
+        teacher_tokenizer=teacher_tokenizer,
     )
+    if report.difference and name == "train_dataset" and args.process_index == 0:
+        _log.warning("Warning: %s", report.difference)
     if (report.dropped or report.responses_cut) and args.process_index == 0:
         _log.warning("Warning: %s: %s", name, report.summary())
     return rows, report

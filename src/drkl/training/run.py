@@ -36,6 +36,7 @@ from drkl.training.spec import (
     run_ends,
     run_room,
     run_tokenizer,
+    teacher_tokenizer,
     tokenizer_name,
     training_config,
 )
@@ -74,7 +75,9 @@ class Resources:
     """The models' context."""
     _teachers: dict[TeacherConfig, LiveTeacher] = field(default_factory=dict)
     _tokenizers: dict[str, Any] = field(default_factory=dict)
-    _rows: dict[tuple[DataConfig, str, bool], Loaded] = field(default_factory=dict)
+    teacher_tokenizer: Any = None
+    """The teacher's own, where it reads the prompts in a rendering of its own."""
+    _rows: dict[tuple[DataConfig, str, bool, bool], Loaded] = field(default_factory=dict)
 
     def teacher(self, config: TeacherConfig | None) -> LiveTeacher | None:
         if config is None:
@@ -94,16 +97,23 @@ class Resources:
     def learn_tokenizer(self, specs: Sequence[RunSpec]) -> None:
         learnt = run_tokenizer(specs)
         self.listener.on_message(f"Learnt a tokenizer of {len(learnt)} tokens from the training text.")
-        self._tokenizers[tokenizer_name(specs[0])] = learnt
+        self._tokenizers[tokenizer_name(specs)] = learnt
 
     def rows(
-        self, config: DataConfig, tokenizer_name: str, *, encoder_decoder: bool, ends: Sequence[int] = ()
+        self,
+        config: DataConfig,
+        tokenizer_name: str,
+        *,
+        encoder_decoder: bool,
+        ends: Sequence[int] = (),
+        needs_responses: bool = True,
     ) -> Loaded:
-        key = (config, tokenizer_name, encoder_decoder)
+        key = (config, tokenizer_name, encoder_decoder, needs_responses)
         if key not in self._rows:
-            shares = read_shares(config, classifier=self.classes is not None)
+            shares = read_shares(config, classifier=self.classes is not None, needs_responses=needs_responses)
             kind: dict[str, Any] = {"classes": self.classes, "encoder_decoder": encoder_decoder, "ends": ends}
-            kind["room"] = self.room
+            kind |= {"room": self.room, "needs_responses": needs_responses}
+            kind["teacher_tokenizer"] = self.teacher_tokenizer
             train, report = make_rows(shares[0], config, self.tokenizer(tokenizer_name), **kind)
             message = f"Training data: {report.summary()}"
             heldout: Rows = []
@@ -112,6 +122,7 @@ class Resources:
                     heldout, heldout_report = make_rows(shares[1], config, self.tokenizer(tokenizer_name), **kind)
                 except DrklError as error:
                     raise DrklError(f"Held-out rows: {error}") from error
+                heldout_report.difference = None  # said of the training rows already
                 message += f" Held out: {heldout_report.summary()}"
             self.listener.on_message(message)
             self._rows[key] = Loaded(train, heldout, report)
@@ -146,7 +157,7 @@ def distill(
     resources = Resources(pick_device(specs[-1].run.device), listener, run_classes(specs))
     if is_two_class(specs, resources.classes):
         listener.on_message(TWO_CLASSES)
-    first, name = specs[0], tokenizer_name(specs[0])
+    first, name = specs[0], tokenizer_name(specs)
     teacher_name = first.teacher.model if first.teacher else None
     if first.tokenizer is not None:
         resources.learn_tokenizer(specs)
@@ -158,9 +169,19 @@ def distill(
     resources.room = run_room(run_configs(first, resources.tokenizer(name), resources.classes), resources.classes)
     specs = fitted(specs, resources.room)
     ends = () if resources.classes is not None else run_ends(first, resources.tokenizer(name))
+    resources.teacher_tokenizer = teacher_tokenizer(specs, name)
     for spec in specs:
         training_config(spec, resources.device)
-        resources.rows(spec.data, name, encoder_decoder=encoder_decoder, ends=ends)
+        needed = spec.rollouts.needs_responses
+        try:
+            resources.rows(spec.data, name, encoder_decoder=encoder_decoder, ends=ends, needs_responses=needed)
+        except DrklError as error:
+            if not needed or all(other.rollouts.needs_responses for other in specs):
+                raise
+            raise DrklError(
+                f"The stage {spec.run.name!r} learns from the data's responses, as its rollouts.share is below 1. Give "
+                f"it data of its own (its section data), or leave it out. {error}"
+            ) from error
     # The line that made the run is what repeats it, also where another one finished it.
     made_by = last.read_env().get("command") if mode == "resume" else None
     command = made_by or (None if command is None else list(command))
@@ -194,7 +215,8 @@ def _make_trainer(
     tokenizer = resources.tokenizer(tokenizer_name)
     teacher_name = spec.teacher.model if spec.teacher else None
     student = make_student(spec.student, teacher_name, spec.run.seed, tokenizer, resources.classes)
-    loaded = resources.rows(spec.data, tokenizer_name, encoder_decoder=encoder_decoder)
+    needed = spec.rollouts.needs_responses
+    loaded = resources.rows(spec.data, tokenizer_name, encoder_decoder=encoder_decoder, needs_responses=needed)
     heldout = TokenisedRows(loaded.heldout, loaded.report, shared, spec.data.eval_path) if loaded.heldout else None
     trainer = DistillationTrainer(
         model=student,

@@ -11,7 +11,7 @@ import torch
 from drkl.data.classification import label_set, load_labelled
 from drkl.data.config import DataConfig, TokenizerConfig
 from drkl.data.examples import load_examples
-from drkl.data.lengths import Lengths, Room
+from drkl.data.lengths import Lengths, Room, answer_room
 from drkl.data.tokenizer import learn_tokenizer, texts_of
 from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
@@ -142,13 +142,43 @@ def is_two_class(specs: Sequence[RunSpec], classes: Sequence[str] | None) -> boo
     return classes is not None and len(classes) == 2 and decouples
 
 
-def tokenizer_name(first: RunSpec) -> str:
-    """Return the source of a run's tokenizer; ``LEARNT`` if the run trains one."""
+def tokenizer_name(specs: Sequence[RunSpec]) -> str:
+    """Return the source of a run's tokenizer; ``LEARNT`` if the run trains one.
+
+    It is the teacher's. Where a student of its own folder is to write answers and has a chat template of its own, it is
+    the student's: each model is then given the prompts in its own rendering.
+    """
+    from drkl.data.views import has_own_view
+    from drkl.models.load import load_tokenizer
     from drkl.models.student import source_model
 
+    first = specs[0]
     if first.tokenizer is not None:
         return LEARNT
-    return first.teacher.model if first.teacher is not None else source_model(first.student, None)
+    if first.teacher is None:
+        return source_model(first.student, None)
+    own = None if first.student.init == "random" else first.student.model
+    if own in (None, first.teacher.model) or first.classifies or not any(spec.rollouts.is_on for spec in specs):
+        return first.teacher.model
+    try:
+        ours = load_tokenizer(own)
+    except DrklError:  # a folder without a tokenizer
+        return first.teacher.model
+    theirs = load_tokenizer(first.teacher.model)
+    return own if ours.chat_template and has_own_view(ours, theirs, first.data.template) else first.teacher.model
+
+
+def teacher_tokenizer(specs: Sequence[RunSpec], name: str) -> Any:
+    """The teacher's own tokenizer, where it reads prompts for itself; None where it reads those of the run's tokenizer.
+
+    Args:
+        specs: the stages.
+        name: `tokenizer_name` of them.
+    """
+    from drkl.models.load import load_tokenizer
+
+    teacher = specs[0].teacher
+    return None if teacher is None or name in (LEARNT, teacher.model) else load_tokenizer(teacher.model)
 
 
 def run_tokenizer(specs: Sequence[RunSpec]) -> Any:
@@ -161,7 +191,7 @@ def run_tokenizer(specs: Sequence[RunSpec]) -> Any:
 
     config, classifier = specs[0].tokenizer, specs[0].classifies
     if config is None:
-        return load_tokenizer(tokenizer_name(specs[0]), classifier=classifier)
+        return load_tokenizer(tokenizer_name(specs), classifier=classifier)
     sections = dict.fromkeys(spec.data for spec in specs)
     if classifier:
         texts = (text for data in sections for _, text, _ in load_labelled(data)[0])
@@ -216,9 +246,12 @@ def fitted(specs: Sequence[RunSpec], room: Room) -> list[RunSpec]:
     """The specs with the lengths of rows that the user did not give, as they fit the models, also in ``resolved``.
 
     Raises:
-        DrklError: a given length of prompts leaves no room for a response.
+        DrklError: a given length of prompts leaves no room for a response, or for a sampled answer.
     """
-    sections = [spec.data.fitted(room) for spec in specs]
+    sections = [spec.data.fitted(room, spec.rollouts.reserved(room)) for spec in specs]
+    for spec, data in zip(specs, sections, strict=True):
+        if spec.rollouts.is_on:
+            answer_room(Lengths(data.max_prompt_tokens, data.max_tokens), room, spec.rollouts.max_new_tokens)
     lengths = [{name: getattr(data, name) for name in Lengths._fields} for data in sections]
     fitting = []
     for spec, data, own in zip(specs, sections, lengths, strict=True):

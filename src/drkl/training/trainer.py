@@ -22,7 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from drkl.data.batching import plan_epochs, split_rows
 from drkl.data.classification import LabelledRow
-from drkl.data.collate import collate
+from drkl.data.collate import collate, teacher_inputs
 from drkl.data.rows import Rows
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
@@ -38,12 +38,22 @@ from drkl.runs import RunFolder
 from drkl.teachers.live import LiveTeacher
 from drkl.training import trl
 from drkl.training.arguments import DistillationConfig
-from drkl.training.callbacks import BestCheckpoint, EarlyStop, Epochs, LastStep, OnProgress, TrainLog
+from drkl.training.callbacks import (
+    AnswersWatch,
+    BeforeFirstStep,
+    BestCheckpoint,
+    EarlyStop,
+    Epochs,
+    LastStep,
+    OnProgress,
+    TrainLog,
+)
 from drkl.training.checkpoints import mark_complete, newest_checkpoint, rotate, step_of, tokens_seen
 from drkl.training.checks import check_disk
 from drkl.training.faults import find_fault, list_rows
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of, means_of
 from drkl.training.heldout import HeldOut, NonFiniteLoss
+from drkl.training.heldout_answers import HeldOutAnswers
 from drkl.training.on_policy import OnPolicy, Places, check_rollouts, check_whole
 from drkl.training.pair import Pair, make_pair
 from drkl.training.record import RunRecord
@@ -205,7 +215,7 @@ class DistillationTrainer(Trainer):
             check_rollouts(pair, args)
             lengths = [planned_length(row, pair.max_new_tokens) for row in any_rows]
         steps, ends = plan_run(lengths, args, world_size)
-        self._on_policy = OnPolicy(pair, args, steps, ends) if rollouts.is_on else None
+        self._on_policy = OnPolicy(pair, args, self.run, steps, ends) if rollouts.is_on else None
         inner = _inner_arguments(args, self.run, len(steps), heldout=bool(self.eval_rows))
         # Old checkpoints are removed here: transformers does so before the new one is marked whole.
         self._keep_checkpoints, inner.save_total_limit = inner.save_total_limit, None
@@ -213,12 +223,16 @@ class DistillationTrainer(Trainer):
         if args.early_stop_patience and not self.eval_rows:
             raise DrklError("early_stop_patience counts held-out losses; pass eval_dataset, or leave it out.")
         start = decoder_start(pair.student)
-        self._heldout = self._held_out(self.eval_rows) if self.eval_rows else None
-        self._train_log = TrainLog(self.run)
+        self._heldout, self._answers = self._held_out(self.eval_rows) if self.eval_rows else (None, None)
+        self._train_log, self._watch = TrainLog(self.run), AnswersWatch(self.run)
         self._epochs = Epochs(ends, args)
         own: list[TrainerCallback] = [self._train_log, self._epochs, LastStep(), BestCheckpoint()]
         if args.early_stop_patience:
             own.append(EarlyStop(args.early_stop_patience))
+        if self._on_policy is not None:
+            own.append(self._watch)
+        if self._answers is not None:
+            own.append(BeforeFirstStep(self._log_answers))
         pad_id = pair.pad_id
         check_disk(self.run, pair.student)
         parts = args.gradient_accumulation_steps * world_size
@@ -234,7 +248,7 @@ class DistillationTrainer(Trainer):
                 model=pair.student,
                 args=inner,
                 train_dataset=batches,
-                eval_dataset=[0] if self._heldout is not None else None,  # never read: `evaluate` has its own rows
+                eval_dataset=[0] if self.eval_rows else None,  # never read: `evaluate` has its own rows
                 data_collator=to_batch,
                 callbacks=[*own, *(callbacks or [])],
                 optimizers=optimizers,
@@ -260,16 +274,32 @@ class DistillationTrainer(Trainer):
         self.num_tokens_seen = 0
         self._row_ids: list[str] = []
 
-    def _held_out(self, rows: Rows) -> HeldOut:
-        return HeldOut(
-            rows,
-            self.pair.pad_id,
-            self.teacher,
-            rows_per_batch=self.config.per_device_eval_batch_size,
-            decoder_start=decoder_start(self.pair.student),
-            vocab_size=self.vocab_size,
-            merged_ids=self.pair.merged_ids,
-        )
+    def _held_out(self, rows: Rows) -> tuple[HeldOut | None, HeldOutAnswers | None]:
+        """What reads the responses of held-out rows, and what answers their prompts where training does that too."""
+
+        def reader(some: Sequence[Any], remember: bool = False) -> HeldOut:
+            return HeldOut(
+                some,
+                self.pair.pad_id,
+                self.teacher,
+                rows_per_batch=self.config.per_device_eval_batch_size,
+                decoder_start=decoder_start(self.pair.student),
+                vocab_size=self.vocab_size,
+                merged_ids=self.pair.merged_ids,
+                remember=remember,
+            )
+
+        if self._on_policy is None:
+            return reader(rows, remember=True), None
+        any_rows: list[Any] = list(rows)
+        answers = self._on_policy.heldout_answers(any_rows, reader, self.run)
+        with_response = [row for row in any_rows if row.response_ids]
+        if not with_response and answers is None:
+            raise DrklError(
+                "The held-out rows have no responses and rollout_eval_prompts is 0, so there is nothing to measure on "
+                "them. Set it to the number of prompts that the student is to answer, or leave the held-out rows out."
+            )
+        return reader(with_response, remember=True) if with_response else None, answers
 
     @property
     def student(self) -> nn.Module:
@@ -296,7 +326,11 @@ class DistillationTrainer(Trainer):
         if self.is_world_process_zero():
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
         self.accelerator.wait_for_everyone()
-        self._train_log.begin(step_of(checkpoint) if checkpoint else 0)
+        from_step = step_of(checkpoint) if checkpoint else -1
+        self._train_log.begin(from_step)
+        self._watch.begin()
+        if self._answers is not None and self.is_world_process_zero():
+            self._answers.begin(from_step)
         self.num_tokens_seen = tokens_seen(checkpoint) if checkpoint else 0
         if checkpoint is not None and self._on_policy is not None:
             self._on_policy.load(checkpoint, step_of(checkpoint))
@@ -355,7 +389,9 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The summed loss of a micro-batch over the valid tokens of the whole optimiser step, all ranks together."""
-        row_ids, labels, sampled = inputs.pop("row_ids"), inputs.pop("labels"), inputs.pop("sampled", None)
+        row_ids, sampled = inputs.pop("row_ids"), inputs.pop("sampled", None)
+        teacher_batch, teacher_keep = teacher_inputs(inputs)
+        labels = inputs.pop("labels")
         keep = labels != IGNORE_INDEX
         num_tokens = torch.as_tensor(
             keep.sum() if num_items_in_batch is None else num_items_in_batch, device=labels.device
@@ -363,7 +399,7 @@ class DistillationTrainer(Trainer):
         teacher_hidden = teacher_head = None
         if self._uses_teacher:
             assert self.teacher is not None
-            teacher_hidden, teacher_head = self.teacher.hidden_at(inputs, keep), self.teacher.head
+            teacher_hidden, teacher_head = self.teacher.hidden_at(teacher_batch, teacher_keep), self.teacher.head
         every = -(-int(keep.sum()) // STATISTICS_POSITIONS)
         of_sampled = None if sampled is None else sampled[keep]
         statistics = StatisticsSums(every, of_sampled) if every and self._will_log() else None
@@ -497,26 +533,42 @@ class DistillationTrainer(Trainer):
         Raises:
             DrklError: there are no held-out rows, or the loss is not finite.
         """
-        heldout = self._heldout
+        heldout, answers = self._heldout, self._answers
         if eval_dataset is not None:
-            heldout = self._held_out(self.pair.tokenize(eval_dataset, self.config)[0])
-        if heldout is None:
+            heldout, answers = self._held_out(self.pair.tokenize(eval_dataset, self.config)[0])
+        if heldout is None and answers is None:
             raise DrklError("There are no held-out rows; pass eval_dataset to the trainer, or here.")
-        model: Any = self.student
-        training = model.training
-        model.eval()
-        try:
-            values = heldout.evaluate(model, self.objective, self.loss_config)
-        except NonFiniteLoss as error:
-            raise DrklError(
-                f"After step {self.state.global_step} {error} Training stopped; the last good checkpoint is kept. "
-                f"{REMEDY}"
-            ) from error
-        model.train(training)
+        values = self._measure(heldout, answers, keep=eval_dataset is None and metric_key_prefix == "eval")
+        if heldout is None:  # prompts only
+            values["loss"] = values["rollout_loss"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _measure(self, heldout: HeldOut | None, answers: HeldOutAnswers | None, *, keep: bool) -> dict[str, float]:
+        model: Any = self.student
+        training = model.training
+        model.eval()
+        step = self.state.global_step
+        values: dict[str, float] = {}
+        try:
+            if heldout is not None:
+                values |= heldout.evaluate(model, self.objective, self.loss_config)
+            if answers is not None:
+                keep = keep and self.is_world_process_zero()
+                values |= answers.evaluate(model, self.objective, self.loss_config, step=step, keep=keep)
+        except NonFiniteLoss as error:
+            raise DrklError(
+                f"After step {step} {error} Training stopped; the last good checkpoint is kept. {REMEDY}"
+            ) from error
+        finally:
+            model.train(training)
+        return values
+
+    def _log_answers(self) -> None:
+        """Log what the student writes before its first step."""
+        self.log({f"eval_{name}": value for name, value in self._measure(None, self._answers, keep=True).items()})
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: `drkl.evaluate` measures a student, on held-out rows and on what it writes."""

@@ -1,0 +1,373 @@
+"""Whether both models mean the same by a finished answer: what is asked, refused and mapped, and what is learnt."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+import drkl
+from drkl import DrklError
+from drkl.data import Example
+from drkl.data.tokenize import Row, tokenize_examples
+from drkl.models.load import load_model
+from drkl.rollouts.config import RolloutsConfig
+from drkl.rollouts.stops import Agreement, agree_on_stops, merged_ids, student_stops, teacher_stops
+from drkl.teachers.live import LiveTeacher
+from tests.data.tiny_tokenizers import CHATML, build
+from tests.models import tiny
+from tests.models.chains import chain
+from tests.training import tiny_runs
+
+BASE_END, OWN_END = 2, 4  # </s> and <|im_end|>
+STOP_MAP = {"</s>": "<|im_end|>"}
+DATA = [{"prompt": "hi" if i % 2 else "a b", "response": "hello"} for i in range(8)]
+REFUSED = r"The student stops with '</s>', and the teacher with '<\|im_end\|>'"
+
+
+def base_tokenizer() -> Any:
+    return build(None, eos="</s>")
+
+
+def instruct_tokenizer() -> Any:
+    return build(CHATML)
+
+
+def teacher_model(end: str = "<|im_end|>") -> PreTrainedModel:
+    """It answers hello and stops."""
+    tokenizer = instruct_tokenizer()
+    return chain(tokenizer, {"\n": "hello", "hello": end})
+
+
+def student_model(following: dict[str, str] | None = None) -> PreTrainedModel:
+    tokenizer = base_tokenizer()
+    return chain(tokenizer, {"\n": "hello", "hello": "</s>"} if following is None else following)
+
+
+def rows(count: int = 5, **changes: Any) -> list[Row]:
+    turns = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"})
+    examples = [Example(str(i), turns) for i in range(count)]
+    return tokenize_examples(
+        examples, instruct_tokenizer(), max_prompt_tokens=20, max_tokens=changes.pop("max_tokens", 40), **changes
+    )[0]
+
+
+def agree(
+    student: PreTrainedModel, teacher: PreTrainedModel, data: Any = None, tokenizer: Any = None, **changes: Any
+) -> Agreement:
+    words: dict[str, Any] = {"taught": [OWN_END], "pad_id": 0} | changes
+    return agree_on_stops(
+        student,
+        LiveTeacher(teacher),
+        rows() if data is None else data,
+        tokenizer or base_tokenizer(),
+        words.pop("stop_map", {}),
+        **words,
+    )
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """A base student and an instruct teacher."""
+    tiny.save(student_model(), tmp_path / "base", base_tokenizer())
+    tiny.save(teacher_model(), tmp_path / "teacher", instruct_tokenizer())
+    return tmp_path / "base", tmp_path / "teacher"
+
+
+# What is asked ------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_of_two_stop_tokens_is_refused_with_both_numbers() -> None:
+    with pytest.raises(DrklError) as caught:
+        agree(student_model(), teacher_model())
+    message = str(caught.value)
+    # One logit of 12 among zeros.
+    rest = 1 / (math.exp(12.0) + len(base_tokenizer()) - 1)
+    assert message.startswith("The student stops with '</s>', and the teacher with '<|im_end|>': at the ends of 5 ")
+    assert f"gives '</s>' a probability of {rest:.2g}, and '<|im_end|>' 1 (geometric means)" in message
+    assert (
+        'set rollouts.stop_map: {"</s>": "<|im_end|>"} (in Python rollout_stop_map={"</s>": "<|im_end|>"})' in message
+    )
+
+
+def test_the_number_is_the_geometric_mean_at_the_last_token() -> None:
+    teacher = tiny.llama(4)
+    data = [row for count in (1, 2, 3) for row in rows(1, turns="last")[:count]]
+    data = [Row(str(i), (1, 7, 9 + i), (8, 11 + i, OWN_END), row.example) for i, row in enumerate(data)]
+    data.append(Row("cut", (1, 7), (8, 9), data[0].example))
+    found = agree(tiny.llama(1), teacher, data, tiny.tokenizer(), taught=[])
+    with torch.no_grad():
+        logp = [
+            teacher(torch.tensor([row.all_ids])).logits[0, len(row.all_ids) - 2].log_softmax(-1)[OWN_END].item()
+            for row in data[:-1]
+        ]
+    expected = math.exp(sum(logp) / len(logp))
+    assert found.note == (
+        f"The student stops with '<|im_end|>': at the ends of {len(logp)} finished rows the teacher gives "
+        f"'<|im_end|>' a probability of {expected:.2g}."
+    )
+
+
+def test_the_teacher_is_asked_after_the_prompt_as_it_reads_it() -> None:
+    """After "a" it stops with the student's token, after "b" with another."""
+    tokenizer = instruct_tokenizer()
+    teacher = chain(tokenizer, {"a": "</s>", "b": "<|im_end|>"})
+    a, b, hi = tokenizer.convert_tokens_to_ids(["a", "b", "hi"])
+    row = rows(1)[0]
+    alike = Row("0", (hi, b), (OWN_END,), row.example, teacher_prompt_ids=(hi, a))
+    assert agree(student_model(), teacher, [alike]).note is not None
+    with pytest.raises(DrklError, match="The student stops with"):
+        agree(student_model(), teacher, [Row("0", (hi, a), (OWN_END,), row.example, teacher_prompt_ids=(hi, b))])
+
+
+def test_several_stop_tokens_of_the_student_are_one_event() -> None:
+    student = student_model()
+    student.generation_config.eos_token_id = [BASE_END, OWN_END]
+    found = agree(student, teacher_model())
+    assert found.merged_ids == () and found.warning is None
+    assert found.note is not None and "gives '</s>' or '<|im_end|>' a probability of 1." in found.note
+
+
+@pytest.mark.parametrize("kind", ["untrained", "goes on"])
+def test_a_teacher_that_stops_with_nothing_is_a_warning(kind: str) -> None:
+    teacher = teacher_model("there")
+    if kind == "untrained":
+        teacher = tiny.llama(1, vocab=len(base_tokenizer()), initializer_range=1.0)
+        with torch.no_grad():  # no stop token is likely
+            teacher.lm_head.weight[[BASE_END, OWN_END]] = 0.0
+            teacher.lm_head.weight.mul_(20.0)
+    found = agree(student_model(), teacher)
+    assert found.note is None and found.warning is not None and "\n" not in found.warning
+    assert "at the ends of 5 finished rows the teacher gives '</s>' a probability of " in found.warning
+    assert "no other stop token of its own much more" in found.warning
+
+
+@pytest.mark.parametrize("kind", ["prompts", "cut"])
+def test_without_a_finished_row_there_is_nobody_to_ask(kind: str) -> None:
+    data = [Row("0", (1, 7), () if kind == "prompts" else (8, 9), rows(1)[0].example)]
+    found = agree(student_model(), teacher_model(), data)
+    assert found.note is None and found.warning is not None and "\n" not in found.warning
+    assert "stops with '</s>', and no row has a whole response" in found.warning
+
+
+def test_a_stop_token_that_the_teacher_does_not_have_is_never_sampled() -> None:
+    found = agree(student_model(), teacher_model(), vocab_size=2)
+    assert found.warning is not None and "stops with '</s>', beyond the ids 0 to 1 on which" in found.warning
+
+
+def test_nothing_is_refused_where_the_teacher_writes() -> None:
+    assert agree(student_model(), teacher_model(), refuse=False).warning is None
+    assert agree(student_model(), teacher_model(), [], refuse=False) == ((), None, None)
+
+
+# Whose stop tokens --------------------------------------------------------------------------------------------------
+
+
+def test_the_students_stop_tokens_are_those_of_its_folder(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, teacher = folders
+    written = instruct_tokenizer()
+    assert student_stops(load_model(base, "fp32"), written) == [BASE_END]
+    assert teacher_stops(load_model(teacher, "fp32"), base_tokenizer()) == [OWN_END]
+    # Its settings count too, and where it has no tokenizer they do alone.
+    settings = GenerationConfig(eos_token_id=[3, BASE_END])
+    settings.save_pretrained(base)
+    assert student_stops(load_model(base, "fp32"), written) == [BASE_END, 3]
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    assert student_stops(load_model(base, "fp32"), written) == [3, BASE_END]
+    assert student_stops(student_model(), written) == [BASE_END]
+    # Nothing but the run's tokenizer says anything.
+    assert student_stops(tiny.llama(vocab=64, eos_token_id=None), written) == [OWN_END]
+
+
+@pytest.mark.parametrize("made", ["pruned", "random", "loaded"])
+def test_a_student_made_from_the_teacher_stops_as_it_does(folders: tuple[Path, Path], made: str) -> None:
+    """The end of a turn in its template is in no setting."""
+    tokenizer = build(CHATML, eos="</s>")
+    tiny.save(chain(tokenizer, {"\n": "hello", "hello": "<|im_end|>"}), folders[1], tokenizer)
+    model = load_model(folders[1], "fp32")
+    student = model
+    if made == "pruned":
+        student = drkl.prune(model, layers=1)
+    if made == "random":
+        student = AutoModelForCausalLM.from_config(model.config)
+    assert student_stops(student, base_tokenizer(), model) == [BASE_END, OWN_END]
+    assert agree(student, model).note is not None
+
+
+# The map ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [STOP_MAP, {"2": "4"}, {"</s>": "4"}, {"</s>": "<|im_end|>", "2": "<|im_end|>"}],
+    ids=str,
+)
+def test_a_mapped_pair_passes(pairs: dict[str, str]) -> None:
+    found = agree(student_model(), teacher_model(), stop_map=pairs)
+    assert found.merged_ids == (BASE_END, OWN_END) and found.warning is None
+    assert found.note is not None and "gives '</s>' or '<|im_end|>' a probability of 1." in found.note
+
+
+def test_ids_need_no_quotes() -> None:
+    pairs: Any = {2: 4, "</s>": "<|im_end|>"}
+    assert RolloutsConfig(stop_map=pairs).stop_map == {"2": "4", "</s>": "<|im_end|>"}
+
+
+def test_pairs_make_one_event() -> None:
+    tokenizer = base_tokenizer()
+    assert merged_ids({"</s>": "<|im_end|>", "<s>": "<|im_end|>"}, tokenizer, [1, 2], [4], None) == (1, 2, 4)
+    assert merged_ids({"</s>": "<|im_end|>", "<s>": "hi"}, tokenizer, [1, 2], [4, 15], None) == (1, 2, 4, 15)
+    assert merged_ids({}, tokenizer, [1, 2], [4], None) == ()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ({"<eot>": "<|im_end|>"}, r"has '<eot>', which .*; expected a stop token of the student: '</s>' \(id 2\)\."),
+        ({"zzz": "<|im_end|>"}, r"has 'zzz', which the tokenizer does not know; expected a stop token of the student"),
+        ({"</s>": "hi hi"}, r"has 'hi hi', which is 3 tokens; expected a stop token of the teacher: '<\|im_end\|>'"),
+        ({"hi": "<|im_end|>"}, r"has 'hi', with which the student does not stop; expected .*: '</s>' \(id 2\)\."),
+        ({"</s>": "hello"}, r"has 'hello', with which the teacher does not stop; expected .*: '<\|im_end\|>' \(id 4\)"),
+        ({"17": "<|im_end|>"}, r"has '17', with which the student does not stop"),
+        ({"</s>": "</s>"}, r"has '</s>': '</s>', one token to both models; leave it out"),
+        ({"</s>": "<|im_end|>", "2": "<s>"}, r"maps '2' to '<\|im_end\|>' and to '<s>'; expected one of them"),
+    ],
+    ids=str,
+)
+def test_entries_that_are_no_such_pair_are_refused(pairs: dict[str, str], message: str) -> None:
+    with pytest.raises(DrklError, match=message):
+        merged_ids(pairs, base_tokenizer(), [2], [4, 2, 1], None)
+
+
+def test_a_token_beyond_the_shared_vocabulary_is_refused() -> None:
+    with pytest.raises(DrklError, match=r"has '<\|im_end\|>' \(id 4\), but .* are compared on the ids 0 to 3"):
+        merged_ids(STOP_MAP, base_tokenizer(), [2], [4], 4)
+
+
+def test_a_map_to_a_token_that_the_teacher_does_not_stop_with_does_not_pass() -> None:
+    teacher = teacher_model()
+    teacher.generation_config.eos_token_id = [OWN_END, 3]
+    with pytest.raises(DrklError, match=r"stops with '</s>' or '<\|im_start\|>', and the teacher with '<\|im_end\|>'"):
+        agree(student_model(), teacher, stop_map={"</s>": "<|im_start|>"})
+
+
+# Runs ---------------------------------------------------------------------------------------------------------------
+
+
+def run_config(root: Path, folders: tuple[Path, Path], **rollouts: Any) -> dict[str, Any]:
+    values = tiny_runs.config(root, training={"max_steps": 1}, rollouts={"share": 0.5, "max_new_tokens": 4} | rollouts)
+    values["teacher"]["model"], values["student"] = str(folders[1]), {"init": "pretrained", "model": str(folders[0])}
+    values["evaluation"] = {}
+    return values
+
+
+def test_a_config_is_refused_and_passes_with_a_map(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    values = run_config(tmp_path, folders)
+    values["data"] |= {"path": str(tiny_runs.write_rows(tmp_path / "rows.jsonl", response="hello"))}
+    with pytest.raises(DrklError, match=REFUSED):
+        tiny_runs.train(values)
+    assert not (tmp_path / "runs").exists()
+    told: list[str] = []
+    specs = tiny_runs.specs(values, ["rollouts.stop_map={'</s>': '<|im_end|>'}"])
+    run = tiny_runs.distill(specs, listener=tiny_runs.Listener(on_message=told.append))
+    assert any("'</s>' or '<|im_end|>'" in line for line in told)
+    saved = GenerationConfig.from_pretrained(run.student_path)
+    assert set(saved.eos_token_id) == {BASE_END, OWN_END}
+
+
+def python_run(folder: Path, student: Any, teacher: Any, **fields: Any) -> drkl.DistillationTrainer:
+    words = {
+        "learning_rate": 0.5, "max_steps": 1, "rollout_share": 1.0, "rollout_max_new_tokens": 8, "objective": "rkl",
+        "logging_steps": 1,
+    } | fields  # fmt: skip
+    tokenizer = words.pop("tokenizer", instruct_tokenizer())
+    data = words.pop("data", DATA)
+    args = drkl.DistillationConfig(
+        output_dir=str(folder), use_cpu=True, precision="fp32", disable_tqdm=True, tokens_per_step=200, max_tokens=64,
+        eval_strategy="no", lr_scheduler_type="constant", **words,
+    )  # fmt: skip
+    return drkl.DistillationTrainer(student, teacher, args, data, processing_class=tokenizer)
+
+
+def test_a_student_learns_to_stop_on_its_own_answers(tmp_path: Path) -> None:
+    """It never stops at first; with its own token or the teacher's is all the same."""
+    trainer = python_run(
+        tmp_path, student_model({"\n": "hello", "hello": "hello"}), teacher_model(), rollout_stop_map=STOP_MAP,
+        max_steps=12,
+    )  # fmt: skip
+    assert trainer.pair.merged_ids == (BASE_END, OWN_END)
+    hello = base_tokenizer().convert_tokens_to_ids("hello")
+
+    def stop() -> list[float]:
+        with torch.no_grad():
+            probs = trainer.pair.student(torch.tensor([[hello]])).logits[0, 0].softmax(-1)
+        return [float(probs[token]) for token in (BASE_END, OWN_END)]
+
+    assert sum(stop()) < 1e-4
+    trainer.train()
+    assert sum(stop()) > 0.9
+    assert set(trainer.pair.student.generation_config.eos_token_id) == {BASE_END, OWN_END}
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_objects_are_refused_and_mapped_alike(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(DrklError, match=REFUSED):
+        python_run(tmp_path, student_model(), teacher_model())
+    with pytest.raises(DrklError, match=REFUSED):
+        python_run(tmp_path, student_model(), teacher_model(), rollout_source="mixed")
+    with caplog.at_level(logging.WARNING, "drkl"):
+        trainer = python_run(
+            tmp_path, student_model(), teacher_model(), rollout_stop_map=STOP_MAP, tokenizer=base_tokenizer(),
+            template="plain",
+        )  # fmt: skip
+    # The rows end with </s>, and the teacher with <|im_end|>: one event, so nothing is said.
+    assert trainer.pair.merged_ids == (BASE_END, OWN_END)
+    assert not [record for record in caplog.records if record.name == "drkl"]
+
+
+def test_off_policy_and_the_teachers_answers_are_as_before(tmp_path: Path) -> None:
+    assert python_run(tmp_path, student_model(), teacher_model(), rollout_share=0.0).pair.merged_ids == ()
+    assert python_run(tmp_path, student_model(), teacher_model(), rollout_source="teacher").pair.merged_ids == ()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_lora_student(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def student() -> Any:
+        return get_peft_model(student_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+
+    with pytest.raises(DrklError, match=REFUSED):
+        python_run(tmp_path, student(), teacher_model())
+    trainer = python_run(tmp_path, student(), teacher_model(), rollout_stop_map=STOP_MAP)
+    trainer.train()
+    assert trainer.pair.merged_ids == (BASE_END, OWN_END)
+
+
+def ending_mt5(end: int) -> PreTrainedModel:
+    """An encoder-decoder that gives one token nearly everything, whatever it reads."""
+    model = tiny.mt5(2, layers=1, eos_token_id=end, dropout_rate=0.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.shared.weight.fill_(1.0)
+        model.decoder.final_layer_norm.weight.fill_(1.0)
+        model.lm_head.weight[end] = 20.0 / 16  # of 16 ones
+    return model
+
+
+def test_an_encoder_decoder(tmp_path: Path) -> None:
+    with pytest.raises(DrklError, match=REFUSED):
+        python_run(tmp_path, ending_mt5(BASE_END), ending_mt5(OWN_END))
+    trainer = python_run(tmp_path, ending_mt5(BASE_END), ending_mt5(OWN_END), rollout_stop_map=STOP_MAP)
+    trainer.train()
+    assert trainer.pair.merged_ids == (BASE_END, OWN_END)
+    assert abs(trainer.state.log_history[0]["loss"]) < 1e-6  # they differ in nothing but the token
