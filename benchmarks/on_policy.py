@@ -1,10 +1,10 @@
 """Time and memory of on-policy steps: drkl beside TRL's trainers: `python -m benchmarks.on_policy [--help]`.
 
-SmolLM2-135M-Instruct teaches the ten layers of it that the quickstart starts from (or ``--student``). Every trainer has the
-same pair, prompts (of the bundled Dolly slice), length of answers, objective (the reverse KL), optimiser, precision and
+SmolLM2-135M-Instruct teaches the ten layers of it that the quickstart starts from (or ``--student``). Every trainer has
+the same pair, prompts (of the bundled Dolly slice), length of answers, objective (the reverse KL), optimiser, precision and
 number of threads, no gradient checkpointing, and a process of its own, whose peak of resident memory is read at its
-end. Trained tokens are those of the answers, as long as the student writes them. The first step, which loads and warms
-up, is not counted. TRL's trainers run where TRL is installed (`benchmarks/requirements.txt`). Rows go to
+end. Each reads every prompt once, in its own order. Trained tokens are those of the answers, as long as the student
+writes them; no step is left out. TRL's trainers run where TRL is installed (`benchmarks/requirements.txt`). Rows go to
 ``benchmarks/results/on_policy.csv``.
 """
 
@@ -83,10 +83,10 @@ class Meter(TrainerCallback):
 def shared_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What all trainers are told alike."""
     return {
-        "output_dir": str(options.folder / "run"), "max_steps": options.steps + 1, "use_cpu": True, "report_to": [],
+        "output_dir": str(options.folder / "run"), "max_steps": options.steps, "use_cpu": True, "report_to": [],
         "per_device_train_batch_size": options.prompts, "learning_rate": LEARNING_RATE, "disable_tqdm": True,
         "bf16": options.precision == "bf16", "save_strategy": "no", "eval_strategy": "no", "seed": 0,
-        "logging_steps": 1,
+        "logging_steps": 10,
     }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def run_drkl(options: argparse.Namespace, rows: list[Row], meter: Meter) -> Any:
         str(options.folder / "student"), str(options.folder / "teacher"), args, train_dataset=rows, callbacks=[meter]
     )
     on_policy: Any = trainer._on_policy
-    on_policy.writer.write = meter.timed(on_policy.writer.write)
+    on_policy.micro_batches = meter.timed(on_policy.micro_batches)
     loss = trainer.compute_loss
 
     def counted(model: Any, inputs: Any, *arguments: Any, **words: Any) -> Any:
@@ -116,7 +116,7 @@ def run_trl(options: argparse.Namespace, rows: list[Row], meter: Meter) -> Any:
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
-    class Metered(DistillationTrainer):  # type: ignore[misc]
+    class Metered(DistillationTrainer):
         def _generate(self, *arguments: Any, **words: Any) -> Any:
             return meter.timed(super()._generate)(*arguments, **words)
 
@@ -125,7 +125,10 @@ def run_trl(options: argparse.Namespace, rows: list[Row], meter: Meter) -> Any:
             return super().compute_loss(model, inputs, *arguments, **words)
 
     args = DistillationConfig(
-        beta=1.0, max_completion_length=options.max_new_tokens, gradient_checkpointing=False, **shared_arguments(options)
+        beta=1.0,
+        max_completion_length=options.max_new_tokens,
+        gradient_checkpointing=False,
+        **shared_arguments(options),
     )
     prompts = [{"prompt": row["messages"][:1]} for row in rows]
     return Metered(
@@ -139,7 +142,7 @@ def run_gkd(options: argparse.Namespace, rows: list[Row], meter: Meter) -> Any:
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    class Metered(GKDTrainer):  # type: ignore[misc]
+    class Metered(GKDTrainer):
         def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **words: Any) -> Any:
             meter.count(inputs["labels"] != IGNORE_INDEX)
             return super().compute_loss(model, inputs, *arguments, **words)
@@ -187,7 +190,7 @@ def make_pair(options: argparse.Namespace) -> None:
     examples = (example for example in read_examples("bundled:dolly") if len(example.messages) == 2)
     rows = [{"messages": [dict(message) for message in example.messages]} for example in examples]
     rows = [row for row in rows if len(row["messages"][0]["content"]) <= LONGEST_PROMPT]
-    (options.folder / "rows.json").write_text(json.dumps(rows[: options.prompts * (options.steps + 1)]))
+    (options.folder / "rows.json").write_text(json.dumps(rows[: options.prompts * options.steps]))
 
 
 def measure(name: str, options: argparse.Namespace) -> None:
@@ -199,7 +202,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
     trainer = run(options, json.loads((options.folder / "rows.json").read_text()), meter)
     trainer.train()
     peak = own_memory_kib("VmHWM") / 1024
-    print(json.dumps({"peak": peak} | {key: getattr(meter, key)[1:] for key in ("seconds", "generating", "tokens")}))
+    print(json.dumps({"peak": peak} | {key: getattr(meter, key) for key in ("seconds", "generating", "tokens")}))
 
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:

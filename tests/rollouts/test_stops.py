@@ -16,6 +16,7 @@ from drkl import DrklError
 from drkl.data import Example
 from drkl.data.tokenize import Row, tokenize_examples
 from drkl.models.load import load_model
+from drkl.rollouts.config import RolloutsConfig
 from drkl.rollouts.stops import Agreement, agree_on_stops, merged_ids, student_stops, teacher_stops
 from drkl.teachers.live import LiveTeacher
 from tests.data.tiny_tokenizers import CHATML, build
@@ -213,6 +214,11 @@ def test_a_mapped_pair_passes(pairs: dict[str, str]) -> None:
     assert found.note is not None and "gives '</s>' or '<|im_end|>' a probability of 1." in found.note
 
 
+def test_ids_need_no_quotes() -> None:
+    pairs: Any = {2: 4, "</s>": "<|im_end|>"}
+    assert RolloutsConfig(stop_map=pairs).stop_map == {"2": "4", "</s>": "<|im_end|>"}
+
+
 def test_pairs_make_one_event() -> None:
     tokenizer = base_tokenizer()
     assert merged_ids({"</s>": "<|im_end|>", "<s>": "<|im_end|>"}, tokenizer, [1, 2], [4], None) == (1, 2, 4)
@@ -293,7 +299,7 @@ def test_a_student_learns_to_stop_on_its_own_answers(tmp_path: Path) -> None:
     """It never stops at first; with its own token or the teacher's is all the same."""
     trainer = python_run(
         tmp_path, student_model({"\n": "hello", "hello": "hello"}), teacher_model(), rollout_stop_map=STOP_MAP,
-        max_steps=30,
+        max_steps=12,
     )  # fmt: skip
     assert trainer.pair.merged_ids == (BASE_END, OWN_END)
     hello = base_tokenizer().convert_tokens_to_ids("hello")
@@ -331,6 +337,7 @@ def test_off_policy_and_the_teachers_answers_are_as_before(tmp_path: Path) -> No
     assert python_run(tmp_path, student_model(), teacher_model(), rollout_source="teacher").pair.merged_ids == ()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_a_lora_student(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model

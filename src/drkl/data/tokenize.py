@@ -194,12 +194,9 @@ def tokenize_examples(
             continue
         if reason is None:
             try:
-                kind: dict[str, Any] = {"encoder_decoder": encoder_decoder}
-                if alone:
-                    example, encoded = _encode_prompt(example, tokenizer, template, written, **kind)
-                else:
-                    example = as_written(example, tokenizer, template, written, **kind)
-                    encoded = _encode(example, tokenizer, turns, template, **kind, ends=ends)
+                example, encoded = (_encode_prompt if alone else _encode_whole)(
+                    example, tokenizer, turns, template, written, encoder_decoder=encoder_decoder, ends=ends
+                )
             except DrklError as error:
                 raise DrklError(f"Row {example.id!r}: {error}") from error
             ids, spans, openings = encoded
@@ -280,6 +277,43 @@ def weigh(rows: Sequence[Row]) -> list[Row]:
     return repeated
 
 
+def _encode_prompt(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: str,
+    template: str,
+    written: set[Sign],
+    *,
+    encoder_decoder: bool,
+    ends: Sequence[int],
+) -> tuple[Example, Turns]:
+    """A prompt alone as its template reads it, and its ids, after which nothing is learnt."""
+    known = as_written(with_stand_in(example), tokenizer, template, written, encoder_decoder=encoder_decoder)
+    example = replace(example, messages=(*known.prompt_messages, example.messages[-1]))
+    if encoder_decoder:
+        ids = encode_source(tokenizer, example.prompt_messages)
+    else:
+        given: dict[str, Any] = {"context_start": example.context_start, "tools": example.tools}
+        given["template_kwargs"] = example.template_kwargs
+        ids = encode_alone(tokenizer, example.prompt_messages, template, **given)
+    return example, Turns(ids, [(len(ids), len(ids))], [[]])
+
+
+def _encode_whole(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: str,
+    template: str,
+    written: set[Sign],
+    *,
+    encoder_decoder: bool,
+    ends: Sequence[int],
+) -> tuple[Example, Turns]:
+    """A conversation as its template reads it, its ids, and the turns that are learnt."""
+    example = as_written(example, tokenizer, template, written, encoder_decoder=encoder_decoder)
+    return example, _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder, ends=ends)
+
+
 def _encode(
     example: Example,
     tokenizer: PreTrainedTokenizerBase,
@@ -302,21 +336,6 @@ def _encode(
         spans, openings = [encoded.spans[place] for place in learnt], [encoded.openings[place] for place in learnt]
         return Turns(encoded.ids, spans, openings)
     return encode_last(tokenizer, example.messages, template, **given)
-
-
-def _encode_prompt(
-    example: Example, tokenizer: PreTrainedTokenizerBase, template: str, written: set[Sign], *, encoder_decoder: bool
-) -> tuple[Example, Turns]:
-    """A prompt alone as its template reads it, and its ids, after which nothing is learnt."""
-    known = as_written(with_stand_in(example), tokenizer, template, written, encoder_decoder=encoder_decoder)
-    example = replace(example, messages=(*known.prompt_messages, example.messages[-1]))
-    if encoder_decoder:
-        ids = encode_source(tokenizer, example.prompt_messages)
-    else:
-        given: dict[str, Any] = {"context_start": example.context_start, "tools": example.tools}
-        given["template_kwargs"] = example.template_kwargs
-        ids = encode_alone(tokenizer, example.prompt_messages, template, **given)
-    return example, Turns(ids, [(len(ids), len(ids))], [[]])
 
 
 def longest_row(prompt: int, max_tokens: int, room: Room) -> int:

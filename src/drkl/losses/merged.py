@@ -52,12 +52,12 @@ class MergedIds:
 
     def merged(self, logits: Tensor) -> Tensor:
         """Logits or log-probabilities `[n, vocab]` as new ones `[n, size]`, differentiable."""
-        columns = list(range(self.size))
+        columns = torch.arange(self.size, device=logits.device)
         for source, place in self.moves:
             columns[place] = source
-        kept = logits.index_select(-1, torch.tensor(columns, device=logits.device))
+        kept = logits.index_select(-1, columns)
         event = _log_sum_exp(self._members(logits))
-        return kept.index_copy(-1, torch.tensor([self.event], device=logits.device), event)
+        return kept.index_copy(-1, columns.new_tensor([self.event]), event)
 
     def merge_(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The same in place: the first ``size`` columns of finite ``logits``, and what they held at the ids."""

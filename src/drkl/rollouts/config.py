@@ -6,7 +6,7 @@ import math
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from drkl.data.lengths import Room
 
@@ -74,14 +74,21 @@ class RolloutsConfig(BaseModel):
     )
     stop_map: dict[str, str] = Field(
         default_factory=dict,
-        description="Stop tokens that mean one event, {student's token: teacher's token}: both models are compared on "
-        "the summed probability of these tokens.",
+        description="Stop tokens that mean one event, {student's token: teacher's token}, by text or id: both models "
+        "are compared on the summed probability of these tokens.",
     )
     batch_size: int = Field(64, ge=1, description="Answers that are written at once.")
     eval_prompts: int = Field(
         16, ge=0, description="Held-out prompts that the student answers in each evaluation during training."
     )
     keep_texts: int = Field(4, ge=0, description="Answers to held-out prompts that each evaluation keeps as text.")
+
+    @field_validator("stop_map", mode="before")
+    @classmethod
+    def _ids_as_text(cls, pairs: Any) -> Any:
+        if not isinstance(pairs, dict):
+            return pairs
+        return {str(k) if type(k) is int else k: str(v) if type(v) is int else v for k, v in pairs.items()}
 
     @model_validator(mode="before")
     @classmethod

@@ -250,7 +250,7 @@ def _log_probs_at_ends(
             logits_of(batch.states(teacher.model), head, vocab_size)
             for batch in batches(read, pad_id=pad_id, decoder_start=start, positions=places)
         ]
-    return torch.cat(logits).double().log_softmax(-1).cpu()
+    return torch.cat(logits).cpu().double().log_softmax(-1)
 
 
 def _as_the_teacher_reads(row: Row) -> Row:

@@ -91,7 +91,7 @@ def compare_ends(
     with in_eval_mode(teacher.model):
         for batch in batches(whole, pad_id=pad_id, decoder_start=decoder_start(teacher.model), positions=places):
             labels.append(batch.labels)
-            logits.append(logits_of(batch.states(teacher.model), head).float().softmax(-1).cpu())
+            logits.append(logits_of(batch.for_teacher.states(teacher.model), head).float().softmax(-1).cpu())
     observed, probabilities = torch.cat(labels), torch.cat(logits)
     size = probabilities.shape[1]
     taught = sorted(set(observed.tolist()), key=observed.tolist().count, reverse=True)
