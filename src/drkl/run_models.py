@@ -173,8 +173,8 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
         if heldout and all(example.is_prompt_alone for example in heldout):
             raise DrklError(
                 f"The held-out rows of the run {str(last.folder.root)!r} are prompts alone: there are no responses to "
-                "measure its models on. Name a suite, which has responses (dolly, or dolly=FILE), or measure the student "
-                "on other rows: drkl.evaluate(student, teacher, rows)."
+                "measure its models on. Name a suite, which has responses (dolly, or dolly=FILE), or measure the "
+                "student on other rows: drkl.evaluate(student, teacher, rows)."
             )
         rows, report = make_rows(
             heldout, data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends, room=room

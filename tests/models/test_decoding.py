@@ -133,3 +133,21 @@ def test_plain_decoding_leaves_the_model_as_it_was() -> None:
     with plain_decoding(model):
         assert not model.training and not torch.is_grad_enabled() and model.generation_config is not own
     assert model.training and torch.is_grad_enabled() and model.generation_config is own
+
+
+def test_prompts_of_unlike_length_are_read_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The padding that is not read is worth a call; a prompt of one token has nothing to be read beforehand."""
+    model = tiny.llama()
+    lengths = [50, 3, 1, 4, 45]
+    with plain_decoding(model):
+        way_of(model, 1, 2)
+        read: list[tuple[int, ...]] = []
+        forward = type(model.model).forward
+
+        def watched(self: Any, input_ids: Any = None, **words: Any) -> Any:
+            read.append(tuple(input_ids.shape))
+            return forward(self, input_ids=input_ids, **words)
+
+        monkeypatch.setattr(type(model.model), "forward", watched)
+        read_prompts(model, [[5] * n for n in lengths], [1, 2, 1, 1, 1], Way(), max_new_tokens=2, pad_id=0)
+    assert read == [(3, 3), (2, 49), (6, 1)]

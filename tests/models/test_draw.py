@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from drkl.models.draw import Draw
+from drkl.models.draw import Draw, descend, nucleus
 
 
 def pick(logits: Sequence[float], draws: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -42,3 +42,38 @@ def test_rounding_of_the_logits_hardly_moves_a_pick() -> None:
     draws = rng.random((200, 24))
     picks = [pick((logits + 3e-5 * rng.normal(size=20_000)).tolist(), draws) for _ in range(2)]
     assert (picks[0] != picks[1]).sum() <= 1
+
+
+@pytest.mark.parametrize("size", [255, 256, 257, 300, 512, 513, 5000])
+def test_the_walk_halves_a_range_of_ids_at_each_level(size: int) -> None:
+    """Blocks of a large vocabulary change nothing in the tree."""
+    rng = np.random.default_rng(size)
+    weights = rng.integers(0, 50, (40, size)).astype(float)  # their sums are exact
+    draws = rng.random((40, 24))
+    expected = []
+    for row, numbers in zip(weights, draws, strict=True):
+        low, width = 0, 2 ** int(np.ceil(np.log2(size)))
+        for u in numbers[: int(np.log2(width))]:
+            width //= 2
+            left, both = row[low : low + width].sum(), row[low : low + 2 * width].sum()
+            low = low if u * both < left else low + width
+        expected.append(low)
+    assert descend(torch.tensor(weights, dtype=torch.float32), torch.tensor(draws)).tolist() == expected
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("size", [1, 5, 256, 3000])
+def test_a_nucleus_is_the_smallest_set_that_reaches_top_p(size: int, top_p: float) -> None:
+    rng = np.random.default_rng(size)
+    weights = rng.integers(1, 1000, (6, size)) ** rng.integers(1, 3, (6, 1)).astype(
+        float
+    )  # ties, in flat rows and peaked
+    expected = np.zeros_like(weights)
+    for row, kept in zip(weights, expected, strict=True):
+        total = 0.0
+        for index in np.argsort(-row, kind="stable"):
+            kept[index] = row[index]
+            total += row[index]
+            if total >= top_p * row.sum():
+                break
+    assert np.array_equal(nucleus(torch.tensor(weights), top_p).numpy(), expected)

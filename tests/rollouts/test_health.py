@@ -156,6 +156,12 @@ def run(change: Change, *, steps: int = 200, answers: int = 3, seed: int = 0, pr
     return lines
 
 
+def lengths_in_turn(step: int) -> dict[str, float]:
+    """As batches of rows of like length are: in some steps long answers, of which many are cut."""
+    kind = random.Random(step).randrange(3)
+    return [{}, {"finished": 0.4, "length": 60.0}, {"length": 4.0, "distinct2": 0.4, "finished": 1.0}][kind]
+
+
 def ramp(step: int, start: float, end: float, first: int, last: int) -> float:
     return start + (end - start) * min(1.0, max(0.0, (step - first) / (last - first)))
 
@@ -170,11 +176,13 @@ GOOD: dict[str, Change] = {
     "repeats less": lambda step: {"repeated4": ramp(step, 0.5, 0.02, 0, 50)},
     "repeated from the start": lambda step: {"repeated4": 0.35},
     "short answers": lambda step: {"length": 3.0},
+    "rows of one length in a step": lengths_in_turn,
 }
 BAD: dict[str, tuple[str, Change]] = {
     "slowly unlearns to end": ("unfinished", lambda step: {"finished": ramp(step, 0.95, 0.3, 50, 200)}),
     "suddenly unlearns to end": ("unfinished", lambda step: {"finished": 0.95 if step < 60 else 0.0}),
-    "unlearns to end in a few steps": ("unfinished", lambda step: {"finished": 0.95 if step < 8 else 0.0}),
+    "unlearns to end at once and early": ("unfinished", lambda step: {"finished": 0.95 if step < 18 else 0.0}),
+    "unlearns to end in its first steps": ("unfinished", lambda step: {"finished": 1.0 if step < 7 else 0.0}),
     "half of it becomes endless": ("unfinished", lambda step: {"finished": 0.9 if step < 100 else 0.5}),
     "one text for every prompt": ("alike", lambda step: {"distinct2": ramp(step, 0.95, 0.1, 30, 80)}),
     "loops": ("repeated", lambda step: {"repeated4": ramp(step, 0.02, 0.8, 30, 150)}),
@@ -214,7 +222,7 @@ def test_the_sentences_have_the_numbers_and_the_way_out() -> None:
         "a lower share, or an objective with more forward KL help"
     )
     assert found({"finished": 0.875}, {"finished": 0.125}) == (
-        "Step 40: 88 % of the newest 32 answers in training were cut at max_new_tokens, and 12 % of as many before: "
+        "Step 40: 88 % of the newest 32 answers in training were cut at max_new_tokens, and 12 % before: "
         f"the student is unlearning where to end. {remedy}; so does a larger max_new_tokens where whole answers need "
         "it. If the two models end an answer with different tokens, name them in rollouts.stop_map."
     )
@@ -258,7 +266,7 @@ def test_few_bigrams_are_not_compared_with_many() -> None:
     """At first there are fewer than are drawn later, so that all of them differ."""
     lines: list[dict[str, Any]] = [
         {"step": step, "rollout_answers": 8, "rollout_finished": 1, "rollout_length": 5}
-        | {"rollout_distinct2": 1.0 if step < 7 else 0.45}
+        | {"rollout_distinct2": 1.0 if step < 7 else 0.4}
         for step in range(1, 20)
     ]
     assert concerns_of(lines) == []

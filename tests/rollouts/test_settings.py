@@ -113,7 +113,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("server_timeout", 0, "greater than 0"),
     ("server_timeout", float("inf"), "finite number"),
     ("stop_map", 3, "valid dictionary"),
-    ("stop_map", {"a": 5}, "valid string"),
+    ("stop_map", {"a": 5.5}, "valid string"),
     ("stop_map", ["a", "b"], "valid dictionary"),
     ("batch_size", 0, "greater than or equal to 1"),
     ("eval_prompts", -1, "greater than or equal to 0"),

@@ -50,7 +50,7 @@ def test_the_watch_speaks_up_for_a_run_built_to_collapse_alone(
 ) -> None:
     logits, kinds = TEACHERS[name]
     trainer = make_trainer(
-        tmp_path, rows(16), model=model_with(1, {END: 3.0}), teacher=model_with(2, logits), heldout=rows(16)[8:],
+        tmp_path, rows(16), model=model_with(1, {END: 3.0}), teacher=model_with(2, logits), heldout=rows(32)[16:],
         objective="rkl", rollout_share=1.0, rollout_max_new_tokens=24, learning_rate=0.1, max_steps=24,
         tokens_per_step=4000, eval_strategy="steps", eval_steps=6, lr_scheduler_type="constant",
     )  # fmt: skip

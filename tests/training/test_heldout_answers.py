@@ -161,7 +161,8 @@ def test_a_run_that_starts_again_in_its_folder_has_each_line_once(tmp_path: Path
 
 
 def endless(step: int) -> dict[str, float]:
-    return {"rollout_answers": 16, "rollout_finished": float(step < 4), "rollout_length": 20.0}
+    numbers = {"answers": 16, "finished": float(step < 4), "length": 20.0}
+    return {f"eval_rollout_{name}": value for name, value in numbers.items()}
 
 
 class Planted(TrainerCallback):
@@ -188,6 +189,6 @@ def test_the_warning_comes_once_and_not_again_after_a_resume(tmp_path: Path, cap
 
     [text] = run_to(8, resume=False)
     assert text.startswith(
-        "Warning: Step 4: 100\N{NO-BREAK SPACE}% of the newest 16 answers in training were cut at max_new_tokens"
+        "Warning: Step 4: 100\N{NO-BREAK SPACE}% of the newest 16 answers to held-out prompts were cut"
     )
     assert run_to(12, resume=True) == []

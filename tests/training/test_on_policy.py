@@ -140,10 +140,10 @@ def test_memory_is_bounded_by_what_was_written(tmp_path: Path) -> None:
     assert sum(int((part["labels"] != -100).sum()) for part in batch["parts"]) == num_tokens
 
 
-SLOW_MOMENTS = [pytest.param(moment, marks=pytest.mark.slow) for moment in ("write 5", "log r 4", "checkpoint r 4")]
+SLOW_MOMENTS = [pytest.param(moment, marks=pytest.mark.slow) for moment in ("write 3", "log r 4", "checkpoint r 4")]
 
 
-@pytest.mark.parametrize("moment", ["write 25", *SLOW_MOMENTS])
+@pytest.mark.parametrize("moment", ["write 12", *SLOW_MOMENTS])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, moment: str) -> None:
     rollouts = {"share": 0.9, "max_new_tokens": 6, "refresh_every": 3, "replay": 0.4, "replay_memory": 5}
     values = tiny_runs.config(tmp_path, rollouts=rollouts, training={"max_steps": 8})

@@ -471,7 +471,7 @@ def test_without_a_teacher_the_data_alone_teach(tmp_path: Path) -> None:
     [
         ({"args": TrainingArguments(output_dir="x", use_cpu=True)}, "args is a TrainingArguments; expected a drkl.Dis"),
         ({"train_dataset": None}, "train_dataset is missing"),
-        ({"train_dataset": [{"prompt": "w1"}]}, "on-policy distillation"),
+        ({"train_dataset": [{"prompt": "w1"}]}, "where the student writes every response"),
         ({"tools": [print]}, "tools is TRL's, and not taken here: a sampled answer is one turn of plain text"),
         ({"reward_funcs": print}, "takes no argument 'reward_funcs': the teacher's probabilities judge an answer"),
         ({"rollout_func": print}, "takes no argument 'rollout_func': DistillationConfig.rollout_share=1.0. has"),

@@ -38,9 +38,9 @@ _TOKENS = 3
 """New tokens of a trial: the first comes from the prompt, the second from a state that one step has moved."""
 _SAMPLES = 3
 """Rows of a prompt in a trial: one that leaves, and more than one that stay."""
-_LENGTHS = (2, 9)
-"""Tokens of a trial's prompts; one with a single token is tried where there is one, as some families read it as a
-step that goes on."""
+_LENGTHS = (2, 9, 49)
+"""Tokens of a trial's prompts. One with a single token is tried where there is one, as some families read it as a step
+that goes on; the longest is read apart from the others."""
 
 _WITHOUT_BLOCKS = (
     "DynamicLayer",
@@ -89,13 +89,15 @@ def way_of(model: PreTrainedModel, shortest: int, max_new_tokens: int) -> Way:
 
 
 def _first_right(model: PreTrainedModel, shortest: int) -> Way:
-    room = min((context - _TOKENS for context in contexts_of(model.config) if context is not None), default=_LENGTHS[1])
+    room = min(
+        (context - _TOKENS for context in contexts_of(model.config) if context is not None), default=_LENGTHS[-1]
+    )
     if room < 1:
         return WAYS[0]
-    short, long = (plain_ids(model, min(length, room)) for length in (shortest, _LENGTHS[1]))
+    short, long, longest = (plain_ids(model, min(length, room)) for length in (shortest, *_LENGTHS[1:]))
     for way in WAYS:
         # Short after long, in batches of one size: a model that keeps its state in itself may go on where it was.
-        batches = [[short, long], [short, short]] if way.pad else [[long], [short]]
+        batches = [[short, long, longest], [short] * 3] if way.pad else [[long], [short]]
         try:
             if (_may_shift(model) or not way.pad) and _is_right(model, batches, way):
                 return way

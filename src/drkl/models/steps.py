@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from drkl.data.collate import collate_prompts, collate_sources
@@ -20,6 +21,9 @@ from drkl.models.forward import (
     lm_head,
     right_padded,
 )
+
+_PADDING = {"cpu": 32, "other": 4096}
+"""Tokens of padding that cost about as much as a call of the model."""
 
 
 @dataclass(frozen=True)
@@ -212,18 +216,53 @@ def _shared_encoding(model: Any, batch: dict[str, Tensor], rows: Tensor) -> dict
 def _shared_prefix(model: Any, batch: dict[str, Tensor], rows: Tensor) -> dict[str, Any]:
     """Read each prompt once for all its samples, except for its last token, whose logits the decoding loop takes.
 
-    Empty where that saves nothing.
+    Prompts of like length are read together, so that little padding is read. Empty where all that saves nothing.
     """
-    if len(rows) == len(batch["input_ids"]) or batch["input_ids"].shape[1] == 1:
+    lengths = batch["attention_mask"].sum(1).tolist()
+    groups, width = _alike(model, lengths), max(lengths)
+    if len(groups) == 1 and (len(rows) == len(lengths) or width == 1):
         return {}
-    cache = new_cache(model)
-    # Families with ALiBi take no positions; they count from the attention mask.
-    before_last = accepted_inputs(model.base_model, {name: tensor[:, :-1] for name, tensor in batch.items()})
-    model.base_model(**before_last | {"past_key_values": cache, "use_cache": True})
+    caches = []
+    for group in groups:
+        longest = max(lengths[row] for row in group)
+        part = {name: tensor[group][:, width - longest : -1] for name, tensor in batch.items()}
+        caches.append(new_cache(model))
+        # Families with ALiBi take no positions; they count from the attention mask.
+        inputs = accepted_inputs(model.base_model, part) | {"past_key_values": caches[-1], "use_cache": True}
+        model.base_model(**inputs)
+    cache = _joined(caches)
     # Layers of every kind can be reordered, as beams are; not all can be repeated by a method of their own.
-    index: Any = rows
-    cache.reorder_cache(index)
+    places: Any = torch.tensor([row for group in groups for row in group], device=rows.device).argsort()[rows]
+    cache.reorder_cache(places)
     return {"past_key_values": cache}
+
+
+def _alike(model: PreTrainedModel, lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts by number, in groups that are read together: all in one, unless the cache can be put together again."""
+    layers = new_cache(model).layers
+    most = _PADDING["cpu" if model.device.type == "cpu" else "other"]
+    groups: list[list[int]] = [[]]
+    longest = 1
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        padding = len(groups[-1]) * (lengths[row] - longest)
+        # A prompt of one token has nothing before its last.
+        if longest > 1 and padding > most and layers and all(type(layer) is DynamicLayer for layer in layers):
+            groups.append([])
+        groups[-1].append(row)
+        longest = lengths[row]
+    return groups
+
+
+def _joined(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """One cache of the rows of all, those of shorter prompts padded on the left as their tokens are."""
+    if len(caches) > 1:
+        for parts in zip(*(cache.layers for cache in caches), strict=True):
+            for name in ("keys", "values"):
+                tensors = [getattr(part, name) for part in parts]
+                width = max(tensor.shape[-2] for tensor in tensors)
+                padded = [torch.nn.functional.pad(t, (0, 0, width - t.shape[-2], 0)) for t in tensors]
+                setattr(parts[0], name, torch.cat(padded))
+    return caches[0]
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:

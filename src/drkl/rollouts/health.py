@@ -156,9 +156,13 @@ class Concern:
 
 FIRST, NEWEST = 16, 32
 """Answers, at least, that stand for the beginning of a run, and for now: a step has few, and their numbers jump."""
+FEW_STEPS = 8
+"""Training steps, at least, that stand for either: a step has rows of about one length, and the next of another."""
+SMALLEST = 12.0
+"""Independent answers in the smallest stretches whose shares are compared; those of a training step count as one."""
 UNFINISHED = 0.2
 """More unfinished answers than this share are a concern where they become more."""
-SURE = 5.0
+SURE = 4.5
 """Standard errors by which a share has to rise: a long run is looked at thousands of times."""
 REPEATS = 0.3
 """A share of repeated 4-grams above this is a concern where it was a third of it at first."""
@@ -179,7 +183,8 @@ class Detector:
     """
 
     def __init__(self) -> None:
-        self._streams = [_Stream("answers in training"), _Stream("answers to held-out prompts")]
+        training, held_out = _Stream("answers in training", few_steps=FEW_STEPS), _Stream("answers to held-out prompts")
+        self._streams = [training, held_out]
         self._known: set[str] = set()
         self._data: dict[str, float] = {}
 
@@ -192,7 +197,7 @@ class Detector:
             numbers = _numbers_in(line, prefix)
             if step is None or not {"answers", "finished", "length"} <= numbers.keys():
                 continue
-            stream.append(numbers)
+            stream.append(numbers, step)
             for kind, text in stream.concerns(self._data):
                 if kind not in self._known:
                     self._known.add(kind)
@@ -216,16 +221,19 @@ def _numbers_in(line: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 
 class _Stream:
-    """The numbers of one kind of answers, line by line."""
+    """The numbers of one kind of answers, line by line; ``few_steps`` is 0 where each line has the same prompts."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, what: str, few_steps: int = 0) -> None:
+        self._what, self._few_steps = what, few_steps
         self._lines: list[dict[str, float]] = []
-        self._answers, self._finished, self._bigrams = [0.0], [0.0], 0.0
+        self._answers, self._finished, self._independent, self._bigrams = [0.0], [0.0], [0.0], 0.0
         """Sums over the lines so far, with 0 before the first."""
+        self._step = 0.0
 
-    def append(self, numbers: dict[str, float]) -> None:
-        count = numbers["answers"]
+    def append(self, numbers: dict[str, float], step: float) -> None:
+        count, steps = numbers["answers"], max(step - self._step, 1.0)
+        self._step, numbers["steps"] = step, steps
+        self._independent.append(self._independent[-1] + (min(count, steps) if self._few_steps else count))
         self._bigrams += count * max(numbers["length"] - 1, 0)
         if self._bigrams < DRAWN:
             numbers.pop("distinct2", None)  # of fewer bigrams, so it is not comparable
@@ -240,7 +248,7 @@ class _Stream:
             yield (
                 "unfinished",
                 f"{_percent(now)} of the newest {count:,.0f} {self._what} were cut at max_new_tokens, and "
-                f"{_percent(before)} of as many before: the student is unlearning where to end. {_REMEDY}; so does a "
+                f"{_percent(before)} before: the student is unlearning where to end. {_REMEDY}; so does a "
                 "larger max_new_tokens where whole answers need it. If the two models end an answer with different "
                 "tokens, name them in rollouts.stop_map.",
             )
@@ -270,25 +278,35 @@ class _Stream:
                 )
 
     def _rise(self) -> tuple[float, float, float] | None:
-        """The unfinished shares of the smallest two neighbouring stretches between which it rose, and their size."""
-        size, end = FIRST, len(self._lines)
+        """The unfinished shares of two neighbouring stretches between which it rose, and the size of the newer."""
+        size, end = SMALLEST, len(self._lines)
         while (middle := self._back(end, size)) is not None and (start := self._back(middle, size)) is not None:
-            cut = [
-                (self._answers[b] - self._answers[a]) - (self._finished[b] - self._finished[a])
-                for a, b in ((start, middle), (middle, end))
-            ]
-            counts = self._answers[middle] - self._answers[start], self._answers[end] - self._answers[middle]
-            before, now = cut[0] / counts[0], cut[1] / counts[1]
-            both = sum(cut) / sum(counts)
-            error = math.sqrt(both * (1 - both) * (1 / counts[0] + 1 / counts[1]))
+            independent = [self._independent[b] - self._independent[a] for a, b in ((start, middle), (middle, end))]
+            before, now, both = (self._cut(a, b) for a, b in ((start, middle), (middle, end), (start, end)))
+            error = math.sqrt(both * (1 - both) * (1 / independent[0] + 1 / independent[1]))
             if now > UNFINISHED and now - before > SURE * error:
-                return before, now, counts[1]
-            size *= 2
-        return None
+                return before, now, self._answers[end] - self._answers[middle]
+            size *= 1.5
+        return self._early_rise()
+
+    def _early_rise(self) -> tuple[float, float, float] | None:
+        """The same where nearly all answers are cut after a beginning that was too short to be compared."""
+        end, first = len(self._lines), bisect.bisect_left(self._answers, FIRST)
+        start = self._back(end, FIRST)
+        if self._independent[end] > 3 * FIRST:
+            return None  # by now a later rise has two stretches to be seen in
+        if start is None or start < first or self._cut(0, first) >= 0.5 or self._cut(start, end) <= 0.9:
+            return None
+        return self._cut(0, first), self._cut(start, end), self._answers[end] - self._answers[start]
+
+    def _cut(self, start: int, end: int) -> float:
+        """The unfinished share of a stretch of lines."""
+        count = self._answers[end] - self._answers[start]
+        return (count - (self._finished[end] - self._finished[start])) / count
 
     def _back(self, end: int, size: float) -> int | None:
-        """The place of the nearest line so that ``size`` answers at least stand between it and ``end``."""
-        place = bisect.bisect_right(self._answers, self._answers[end] - size + 1e-9, hi=end + 1) - 1
+        """The place of the nearest line so that ``size`` independent answers at least stand between it and ``end``."""
+        place = bisect.bisect_right(self._independent, self._independent[end] - size + 1e-9, hi=end + 1) - 1
         return place if place >= 0 else None
 
     def _first(self, name: str) -> float | None:
@@ -298,13 +316,13 @@ class _Stream:
     def _newest(self, name: str) -> float | None:
         return self._mean(name, reversed(self._lines), NEWEST)
 
-    @staticmethod
-    def _mean(name: str, lines: Iterable[Mapping[str, float]], least: float) -> float | None:
-        count = total = 0.0
+    def _mean(self, name: str, lines: Iterable[Mapping[str, float]], least: float) -> float | None:
+        count = total = steps = 0.0
         for line in lines:
             if name in line:
                 count += line["answers"]
                 total += line["answers"] * line[name]
-            if count >= least:
+                steps += line["steps"]
+            if count >= least and steps >= self._few_steps:
                 return total / count
         return None

@@ -132,7 +132,8 @@ class DistillationTrainer(Trainer):
             needs none.
         args: how to train; None takes every default and the run folder ``runs/distillation``.
         train_dataset: training rows: a `datasets.Dataset`, a list of dicts, or a file; with prompt and response (or
-            completion), messages, text, text and label, or ``input_ids`` and ``labels``.
+            completion), messages, text, text and label, or ``input_ids`` and ``labels``. With ``rollout_share=1`` the
+            prompts alone are enough.
         eval_dataset: held-out rows, likewise. None trains without a held-out loss, and ends with the last weights.
         processing_class: the tokenizer; None takes that of the student's name, or the teacher's where the student has
             none, or has no chat template.
@@ -399,7 +400,9 @@ class DistillationTrainer(Trainer):
         teacher_hidden = teacher_head = None
         if self._uses_teacher:
             assert self.teacher is not None
-            teacher_hidden, teacher_head = self.teacher.hidden_at(teacher_batch, teacher_keep), self.teacher.head
+            comes_again = sampled is None or not bool(sampled.any())
+            teacher_hidden = self.teacher.hidden_at(teacher_batch, teacher_keep, remember=comes_again)
+            teacher_head = self.teacher.head
         every = -(-int(keep.sum()) // STATISTICS_POSITIONS)
         of_sampled = None if sampled is None else sampled[keep]
         statistics = StatisticsSums(every, of_sampled) if every and self._will_log() else None
