@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks.rollouts import Case, measured
+from benchmarks.rollouts import Case
 from benchmarks.rows import Row, commit, processor, spread, write_rows
 from drkl._version import __version__
 from drkl.models.load import quiet_transformers
@@ -53,7 +53,8 @@ class Server:
         )  # fmt: skip
         # By default vLLM leaves a core to its web server, which waits here while the other counts.
         cores = f"0-{(os.cpu_count() or 1) - 1}"
-        defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores, "HF_HUB_OFFLINE": "1"}
+        defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores, "HF_HUB_OFFLINE": "1",
+                    "VLLM_LOGGING_LEVEL": "WARNING"}  # fmt: skip
         self.process = subprocess.Popen(
             command, env=defaults | os.environ | variables, stdout=subprocess.DEVNULL, start_new_session=True
         )
@@ -117,14 +118,16 @@ def _timed(case: Case, writer: ServerWriter, repeats: int, version: str) -> list
         return sum(len(answer.token_ids) for answer in writer.write(asked, seed=seed))
 
     variants: dict[str, Callable[[int], int]] = {"drkl, built-in": case.ours, f"vLLM {version}": by_server}
-    found: dict[str, list[tuple[int, float, float]]] = {name: [] for name in variants}
+    found: dict[str, list[tuple[int, float]]] = {name: [] for name in variants}
     syncs = []
     for seed in range(repeats + 1):
         started = time.perf_counter()
         writer.sync(case.model, seed)
         syncs.append(time.perf_counter() - started)
         for name, write in variants.items():
-            found[name].append(measured(write, seed))
+            started = time.perf_counter()
+            written = write(seed)
+            found[name].append((written, written / (time.perf_counter() - started)))
     model = case.model.name_or_path.rstrip("/").split("/")[-2:][0]
     rows: list[Row] = []
     for name, numbers in found.items():
@@ -132,10 +135,10 @@ def _timed(case: Case, writer: ServerWriter, repeats: int, version: str) -> list
         ratios = [own[1] / base[1] for own, base in zip(counted, found["drkl, built-in"][1:], strict=True)]
         rows.append(
             {
-                "variant": name, **spread([rate for _, rate, _ in counted], "tokens_per_second"),
+                "variant": name, **spread([rate for _, rate in counted], "tokens_per_second"),
                 "ratio": f"{statistics.median(ratios):.2f}",
                 "seconds_per_sync": "" if name.startswith("drkl") else f"{statistics.median(syncs[1:]):.2f}",
-                "tokens": str(round(statistics.mean(written for written, *_ in counted))),
+                "tokens": str(round(statistics.mean(written for written, _ in counted))),
                 "prompts": str(len(case.rows)), "max_new_tokens": str(case.limit), "model": model,
                 "parameters": str(sum(p.numel() for p in case.model.parameters())),
                 "threads": str(torch.get_num_threads()), "repeats": str(repeats), "processor": processor(),

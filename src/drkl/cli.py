@@ -200,7 +200,8 @@ def rollout_server(
 
     given = overrides or []
     flags = next((i for i, word in enumerate(given) if word.startswith("-")), len(given))
-    loaded, notes = load_config(config, given[:flags])
+    # A run that asks a server needs its address, which is not known yet.
+    loaded, notes = load_config(config, [*given[:flags], "rollouts.generator=builtin"])
     quiet_transformers()
     with _options_named_as_flags():
         serving = prepare_server(

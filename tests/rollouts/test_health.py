@@ -182,6 +182,7 @@ BAD: dict[str, tuple[str, Change]] = {
     "slowly unlearns to end": ("unfinished", lambda step: {"finished": ramp(step, 0.95, 0.3, 50, 200)}),
     "suddenly unlearns to end": ("unfinished", lambda step: {"finished": 0.95 if step < 60 else 0.0}),
     "unlearns to end at once and early": ("unfinished", lambda step: {"finished": 0.95 if step < 18 else 0.0}),
+    "unlearns to end in its first steps": ("unfinished", lambda step: {"finished": 1.0 if step < 7 else 0.0}),
     "half of it becomes endless": ("unfinished", lambda step: {"finished": 0.9 if step < 100 else 0.5}),
     "one text for every prompt": ("alike", lambda step: {"distinct2": ramp(step, 0.95, 0.1, 30, 80)}),
     "loops": ("repeated", lambda step: {"repeated4": ramp(step, 0.02, 0.8, 30, 150)}),
@@ -221,7 +222,7 @@ def test_the_sentences_have_the_numbers_and_the_way_out() -> None:
         "a lower share, or an objective with more forward KL help"
     )
     assert found({"finished": 0.875}, {"finished": 0.125}) == (
-        "Step 40: 88 % of the newest 32 answers in training were cut at max_new_tokens, and 12 % of as many before: "
+        "Step 40: 88 % of the newest 32 answers in training were cut at max_new_tokens, and 12 % before: "
         f"the student is unlearning where to end. {remedy}; so does a larger max_new_tokens where whole answers need "
         "it. If the two models end an answer with different tokens, name them in rollouts.stop_map."
     )

@@ -64,6 +64,12 @@ def test_the_command_serves_the_student_that_the_run_starts_from(cli: Cli, tmp_p
     assert not (tmp_path / "runs" / "r").exists()
 
 
+def test_it_needs_no_address(cli: Cli, tmp_path: Path) -> None:
+    recipe = config(tmp_path, rollouts={"share": 1.0, "generator": "vllm", "server": None})
+    done = cli("rollout-server", recipe, "--print")
+    assert done.code == 0 and "--host 127.0.0.1 --port 8000" in done.out
+
+
 def test_it_becomes_the_server(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "vllm"
     program.write_text("#!/bin/sh\n")
@@ -116,6 +122,17 @@ def test_a_run_s_answers_come_from_the_server(fake: FakeVllm, tmp_path: Path) ->
     assert loaded == ["weights-000000", "weights-000002"]
     asked = [body for body in fake.bodies() if "stop_token_ids" in body]
     assert asked and all(body["max_tokens"] == 6 for body in asked)
+
+
+@pytest.mark.slow
+def test_the_probe_is_exact_where_training_computes_in_bf16(fake: FakeVllm, tmp_path: Path) -> None:
+    """accelerate's autocast is left out of it: in bf16 the two would differ by more than rounding in fp32."""
+    tiny_runs.train(
+        tiny_runs.config(
+            tmp_path, rollouts=on_policy(fake, max_new_tokens=6), training={"max_steps": 2, "precision": "bf16"}
+        )
+    )
+    assert not [path for path, _ in fake.asked if path.startswith("/server_info")]
 
 
 @pytest.mark.slow

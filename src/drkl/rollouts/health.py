@@ -248,7 +248,7 @@ class _Stream:
             yield (
                 "unfinished",
                 f"{_percent(now)} of the newest {count:,.0f} {self._what} were cut at max_new_tokens, and "
-                f"{_percent(before)} of as many before: the student is unlearning where to end. {_REMEDY}; so does a "
+                f"{_percent(before)} before: the student is unlearning where to end. {_REMEDY}; so does a "
                 "larger max_new_tokens where whole answers need it. If the two models end an answer with different "
                 "tokens, name them in rollouts.stop_map.",
             )
@@ -281,20 +281,28 @@ class _Stream:
         """The unfinished shares of two neighbouring stretches between which it rose, and the size of the newer."""
         size, end = SMALLEST, len(self._lines)
         while (middle := self._back(end, size)) is not None and (start := self._back(middle, size)) is not None:
-            cut = [
-                (self._answers[b] - self._answers[a]) - (self._finished[b] - self._finished[a])
-                for a, b in ((start, middle), (middle, end))
-            ]
-            counts, independent = (
-                (sums[middle] - sums[start], sums[end] - sums[middle]) for sums in (self._answers, self._independent)
-            )
-            before, now = cut[0] / counts[0], cut[1] / counts[1]
-            both = sum(cut) / sum(counts)
+            independent = [self._independent[b] - self._independent[a] for a, b in ((start, middle), (middle, end))]
+            before, now, both = (self._cut(a, b) for a, b in ((start, middle), (middle, end), (start, end)))
             error = math.sqrt(both * (1 - both) * (1 / independent[0] + 1 / independent[1]))
             if now > UNFINISHED and now - before > SURE * error:
-                return before, now, counts[1]
+                return before, now, self._answers[end] - self._answers[middle]
             size *= 1.5
-        return None
+        return self._early_rise()
+
+    def _early_rise(self) -> tuple[float, float, float] | None:
+        """The same where nearly all answers are cut after a beginning that was too short to be compared."""
+        end, first = len(self._lines), bisect.bisect_left(self._answers, FIRST)
+        start = self._back(end, FIRST)
+        if self._independent[end] > 3 * FIRST:
+            return None  # by now a later rise has two stretches to be seen in
+        if start is None or start < first or self._cut(0, first) >= 0.5 or self._cut(start, end) <= 0.9:
+            return None
+        return self._cut(0, first), self._cut(start, end), self._answers[end] - self._answers[start]
+
+    def _cut(self, start: int, end: int) -> float:
+        """The unfinished share of a stretch of lines."""
+        count = self._answers[end] - self._answers[start]
+        return (count - (self._finished[end] - self._finished[start])) / count
 
     def _back(self, end: int, size: float) -> int | None:
         """The place of the nearest line so that ``size`` independent answers at least stand between it and ``end``."""
