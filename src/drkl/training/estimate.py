@@ -21,6 +21,7 @@ from drkl.models.precision import DTYPES, pick_device, resolve_dtype
 from drkl.models.student import depth
 from drkl.rollouts.steps import planned_length
 from drkl.training.checks import check_device
+from drkl.training.plan import plan_run
 from drkl.training.spec import (
     RunSpec,
     fitted,
@@ -32,7 +33,6 @@ from drkl.training.spec import (
     tokenizer_name,
     training_config,
 )
-from drkl.training.trainer import plan_run
 
 ACTIVATIONS_PER_TOKEN = 34
 """Numbers kept for the backward pass per layer, token and hidden unit, in bytes of fp16 (Korthikanti et al. 2022)."""
