@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from drkl.data.examples import hash_of_id
 from drkl.data.lengths import Room
 from drkl.data.tokenize import Row
+from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.objectives import Objective
 from drkl.rollouts.answers import Answer, Writer
@@ -76,7 +77,7 @@ class HeldOutAnswers:
             objective: what is minimised.
             loss: the loss around it. Its cross-entropy has no part here, as in training.
             step: the optimiser steps that were taken.
-            keep: whether this process appends texts to ``rollouts.jsonl``.
+            keep: whether this process appends texts to ``rollouts.jsonl``, once for each step.
 
         Returns:
             The numbers of `numbers_of` and of `HeldOut.evaluate`, with ``rollout_`` before their names, and those of
@@ -122,18 +123,26 @@ class HeldOutAnswers:
         return Answer(row.response_ids, row.response_ids[-1] in self._stops)
 
     def _keep_texts(self, answered: Sequence[Row], step: int) -> None:
-        with self._run.rollouts_path.open("a", encoding="utf-8") as file:
-            for row in answered[: self._keep]:
-                answer = self._answer_of(row)
-                line = {
-                    "step": step,
-                    "id": row.id,
-                    "prompt": self._text(row.prompt_ids) if row.example is None else row.example.prompt_text,
-                    "text": self._text(row.response_ids),
-                    "finished": answer.finished,
-                    "num_tokens": len(answer.token_ids),
-                }
-                file.write(json.dumps(line) + "\n")
+        path = self._run.rollouts_path
+        if path.is_file() and any(line["step"] == step for line in self._run.read_rollouts()):
+            return  # an evaluation after training, where the best weights may be back
+        lines = [json.dumps(self._line(row, step)) + "\n" for row in answered[: self._keep]]
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise DrklError(f"Cannot write {str(path)!r}: {error.strerror or error}.") from error
+
+    def _line(self, row: Row, step: int) -> dict[str, Any]:
+        answer = self._answer_of(row)
+        return {
+            "step": step,
+            "id": row.id,
+            "prompt": self._text(row.prompt_ids) if row.example is None else row.example.prompt_text,
+            "text": self._text(row.response_ids),
+            "finished": answer.finished,
+            "num_tokens": len(answer.token_ids),
+        }
 
     def _text(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
