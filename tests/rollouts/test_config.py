@@ -45,8 +45,8 @@ def test_the_arguments_say_the_same(tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"share": 1.5}, r"share is 1\.5; expected a number in \[0, 1\]"),
-    ({"share": -0.1}, r"share is -0\.1; expected a number in \[0, 1\]"),
+    ({"share": 1.5}, r"rollouts\.share: expected a number in \[0, 1\].* got 1\.5"),
+    ({"share": -0.1}, r"rollouts\.share: expected a number in \[0, 1\].* got -0\.1"),
     ({"share": {"from": 0, "steps": 5}}, "share"),
     ({"share": {"from": 0, "to": 2, "steps": 5}}, "less than or equal to 1"),
     ({"source": "other"}, "source"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import reprlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from transformers import HfArgumentParser
@@ -50,6 +53,13 @@ def test_a_command_line_of_transformers_sets_every_field(name: str) -> None:
     assert getattr(config.rollouts, name) == value
 
 
+def test_python_takes_paths_and_numbers_of_other_libraries() -> None:
+    config = python(share=np.float32(0.5), max_new_tokens="7", server_folder=Path("weights"), stop_map={np.int64(4): 2})
+    assert config.rollouts.stop_map == {"4": "2"} and config.rollouts.server_folder == "weights"
+    assert json.loads(config.to_json_string())["rollout_share"] == 0.5
+    assert config.rollout_max_new_tokens == 7
+
+
 def test_a_ramp_on_every_way_in() -> None:
     line = ["--output_dir", "x", "--use_cpu", "--rollout_share", '{"from": 0.5, "to": 1, "steps": 4}']
     (parsed,) = HfArgumentParser(DistillationConfig).parse_args_into_dataclasses(line)
@@ -75,16 +85,18 @@ def test_what_is_written_down_is_read_again() -> None:
 
 
 SHARE = r"expected a number in [0, 1], or {from: 0, to: 1, steps: 200}"
+PAIRS = "expected {student's token: teacher's token}, each by its text or id"
 WRONG: list[tuple[str, Any, str]] = [
-    ("share", "half", f"share is 'half'; {SHARE}"),
-    ("share", 1.5, f"share is 1.5; {SHARE}"),
-    ("share", -0.1, f"share is -0.1; {SHARE}"),
-    ("share", float("nan"), f"share is nan; {SHARE}"),
-    ("share", None, f"share is None; {SHARE}"),
-    ("share", [0, 1], f"share is [0, 1]; {SHARE}"),
-    ("share", True, "share is True; no setting of rollouts is true or false"),
-    ("share", {}, "share is {}: to: field required"),
-    ("share", {"to": 1}, "share is {'to': 1}: steps: field required"),
+    ("share", "half", SHARE),
+    ("share", 1.5, SHARE),
+    ("share", -0.1, SHARE),
+    ("share", float("nan"), SHARE),
+    ("share", None, SHARE),
+    ("share", [0, 1], SHARE),
+    ("share", True, "no setting of rollouts is true or false"),
+    ("share", {}, "to: field required"),
+    ("share", {"to": 1}, "steps: field required"),
+    ("share", {"from": True, "to": 1, "steps": 5}, "from: no setting of rollouts is true or false"),
     ("share", {"from": 0, "to": 2, "steps": 5}, "to: input should be less than or equal to 1"),
     ("share", {"from": 0, "to": 1, "steps": 0}, "steps: input should be greater than or equal to 1"),
     ("share", {"to": 1, "steps": 5, "until": 3}, "until: extra inputs are not permitted"),
@@ -99,22 +111,24 @@ WRONG: list[tuple[str, Any, str]] = [
     ("top_p", 1.1, "less than or equal to 1"),
     ("max_new_tokens", 0, "greater than or equal to 1"),
     ("max_new_tokens", 2.5, "valid integer"),
-    ("max_new_tokens", True, "max_new_tokens is True; no setting of rollouts is true or false"),
+    ("max_new_tokens", True, "no setting of rollouts is true or false"),
     ("refresh_every", 0, "greater than or equal to 1"),
     ("replay", 1, "less than 1"),
     ("replay", -1, "greater than or equal to 0"),
     ("replay_memory", 0, "greater than or equal to 1"),
     ("generator", "sglang", "'builtin' or 'vllm'"),
-    ("server", "localhost:8000", "server is 'localhost:8000'; expected an address such as http://127.0.0.1:8000"),
-    ("server", "http://", "server is 'http://'; expected an address"),
-    ("server", "http://a:b", "server is 'http://a:b'; expected an address"),
+    ("server", "localhost:8000", "expected an address such as http://127.0.0.1:8000"),
+    ("server", "http://", "expected an address"),
+    ("server", "http://a:b", "expected an address"),
     ("server", 8000, "valid string"),
     ("server_folder", 3, "valid string"),
     ("server_timeout", 0, "greater than 0"),
     ("server_timeout", float("inf"), "finite number"),
-    ("stop_map", 3, "valid dictionary"),
-    ("stop_map", {"a": 5.5}, "valid string"),
-    ("stop_map", ["a", "b"], "valid dictionary"),
+    ("stop_map", 3, PAIRS),
+    ("stop_map", {"a": 5.5}, PAIRS),
+    ("stop_map", {"a": ["b"]}, PAIRS),
+    ("stop_map", {True: "a"}, PAIRS),
+    ("stop_map", ["a", "b"], PAIRS),
     ("batch_size", 0, "greater than or equal to 1"),
     ("eval_prompts", -1, "greater than or equal to 0"),
     ("keep_texts", "all", "valid integer"),
@@ -126,11 +140,11 @@ def test_a_wrong_value_is_named_on_both_ways_in(name: str, value: Any, message: 
     with pytest.raises(DrklError) as raised:
         python(**{name: value})
     text = str(raised.value)
-    assert text.startswith(f"rollout_{name}") and message in text and "\n" not in text
+    assert text.startswith(f"rollout_{name} is {value!r}: ") and message in text and "\n" not in text
     with pytest.raises(DrklError) as raised:
         file(**{name: value})
     text = str(raised.value)
-    assert text.startswith(("rollouts:", f"rollouts.{name}")) and name in text and "\n" not in text
+    assert text.startswith(f"rollouts.{name}: ") and text.endswith(f", got {reprlib.repr(value)}") and "\n" not in text
     assert message in text
 
 
@@ -150,7 +164,7 @@ def test_settings_that_contradict_each_other(fields: dict[str, Any], message: st
 
 
 def test_text_that_is_no_yaml_is_no_share() -> None:
-    with pytest.raises(DrklError, match=r"rollout_share is '\{'; expected a number"):
+    with pytest.raises(DrklError, match=r"rollout_share is '\{': expected a number"):
         python(share="{")
 
 

@@ -117,7 +117,7 @@ def test_every_name_that_is_mapped_is_tried() -> None:
         ({"use_vllm": False, "rollout_generator": "vllm"}, "use_vllm is TRL's name for rollout_generator"),
         ({"max_completion_length": 0}, "rollout_max_new_tokens is 0: input should be greater than or equal to 1."),
         ({"max_completion_length": 0}, "(max_completion_length in TRL.)"),
-        ({"vllm_server_base_url": "h:1"}, "rollout_server is 'h:1'; expected an address"),
+        ({"vllm_server_base_url": "h:1"}, "rollout_server is 'h:1': expected an address"),
         ({"use_vllm": True, "lmbda": 1.0}, "rollout_generator is 'vllm', but server names no address"),
         ({"use_vllm": True, "vllm_mode": "server", "lmbda": 0.0, "seq_kd": True}, "the server holds the student"),
         ({"top_k": 50}, "top_k=50 is TRL's, and not taken here: answers are sampled from the whole distribution"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+from numbers import Integral
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from drkl.data.lengths import Room
 
@@ -22,6 +25,11 @@ class ShareRamp(BaseModel):
     start: float = Field(0.0, ge=0, le=1, alias="from", description="Share in the first step.")
     end: float = Field(alias="to", ge=0, le=1, description="Share after the last step of the ramp.")
     steps: int = Field(ge=1, description="Optimiser steps of the ramp.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_flags(cls, value: Any) -> Any:
+        return _not_a_flag(value)
 
 
 class RolloutsConfig(BaseModel):
@@ -83,29 +91,38 @@ class RolloutsConfig(BaseModel):
     )
     keep_texts: int = Field(4, ge=0, description="Answers to held-out prompts that each evaluation keeps as text.")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_flags(cls, value: Any) -> Any:
+        return _not_a_flag(value)
+
+    @field_validator("share", mode="before")
+    @classmethod
+    def _as_share(cls, value: Any) -> Any:
+        return value if isinstance(value, ShareRamp) else _read_share(_not_a_flag(value))
+
+    @field_validator("server")
+    @classmethod
+    def _check_server(cls, value: str | None) -> str | None:
+        if value is not None and not _is_address(value):
+            raise _expected("expected an address such as http://127.0.0.1:8000")
+        return value
+
+    @field_validator("server_folder", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
     @field_validator("stop_map", mode="before")
     @classmethod
     def _ids_as_text(cls, pairs: Any) -> Any:
-        if not isinstance(pairs, dict):
-            return pairs
-        return {str(k) if type(k) is int else k: str(v) if type(v) is int else v for k, v in pairs.items()}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_kinds(cls, values: Any) -> Any:
-        """Refuse what pydantic would take for a number, and say in one line what a share is."""
-        if not isinstance(values, dict):
-            return values
-        for name, value in values.items():
-            if isinstance(value, bool):
-                raise ValueError(f"{name} is {value}; no setting of rollouts is true or false")
-        share = values.get("share", 0.0)
-        return values if isinstance(share, ShareRamp) else values | {"share": _read_share(share)}
+        tokens = [token for pair in pairs.items() for token in pair] if isinstance(pairs, dict) else [None]
+        if any(isinstance(token, bool) or not isinstance(token, (str, Integral)) for token in tokens):
+            raise _expected("expected {student's token: teacher's token}, each by its text or id")
+        return {str(key): str(value) for key, value in pairs.items()}
 
     @model_validator(mode="after")
     def _check(self) -> RolloutsConfig:
-        if self.server is not None and not _is_address(self.server):
-            raise ValueError(f"server is {self.server!r}; expected an address such as http://127.0.0.1:8000")
         if self.generator == "vllm" and self.source != "student":
             reasons = {
                 "mixed": "it needs the distributions of both models token by token, which a server does not give",
@@ -185,6 +202,13 @@ class RolloutsConfig(BaseModel):
         return {name: why for name, (is_read, why) in read.items() if name in given and not is_read}
 
 
+def _not_a_flag(value: Any) -> Any:
+    """Refuse what pydantic would take for a number."""
+    if isinstance(value, bool):
+        raise _expected("no setting of rollouts is true or false")
+    return value
+
+
 def _read_share(value: Any) -> float | ShareRamp:
     expected = "expected a number in [0, 1], or {from: 0, to: 1, steps: 200}"
     if isinstance(value, dict):
@@ -193,14 +217,19 @@ def _read_share(value: Any) -> float | ShareRamp:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise ValueError(f"share is {value!r}: {where}: {first['msg'].lower()}; {expected}") from error
+            raise _expected(f"{where}: {first['msg'].lower()}; {expected}") from error
     try:
         share = float(value)
     except (TypeError, ValueError):
         share = math.nan
     if not 0 <= share <= 1:
-        raise ValueError(f"share is {value!r}; {expected}")
+        raise _expected(expected)
     return share
+
+
+def _expected(text: str) -> PydanticCustomError:
+    """An error beside which the value that came is shown."""
+    return PydanticCustomError("expected", "{text}", {"text": text})
 
 
 def _is_address(text: str) -> bool:

@@ -234,6 +234,8 @@ class DistillationConfig(TrainingArguments):
             with contextlib.suppress(yaml.YAMLError):
                 self.rollout_share = yaml.safe_load(self.rollout_share)
         rollouts = self.rollouts
+        for name, value in rollouts.model_dump(mode="json").items():  # plain values, whatever kind of number came
+            setattr(self, PREFIX + name, value)
         if not rollouts.is_on:
             return
         objective = self.make_objective()
