@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from drkl.data.classification import LabelledRow
@@ -24,6 +24,7 @@ from drkl.models.check import check_student
 from drkl.models.classes import check_classes, class_names, is_classifier
 from drkl.models.config import StudentConfig
 from drkl.models.context import room_of
+from drkl.models.dropout import disable_dropout
 from drkl.models.ends import check_languages, listed_ends, set_ends, stops_of
 from drkl.models.forward import is_encoder_decoder, lm_head
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer, model_note
@@ -213,9 +214,7 @@ def make_pair(
     elif teacher is not None:
         teacher.pad_id = _pad_id(tokenizer)
     if args.disable_dropout:
-        for module in student.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        disable_dropout(student)
     if args.freeze_embeddings:
         student.get_input_embeddings().requires_grad_(False)
     if peft_config is not None:
