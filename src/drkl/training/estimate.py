@@ -39,7 +39,7 @@ ACTIVATIONS_PER_TOKEN = 34
 WRITING, READING = 2.0, 8
 """Writing answers takes so many times the time of its matrix products. At each token reading all weights from memory
 takes as long as so many more positions, which the answers that are written at once share. Measured on a CPU in bf16: 4
-to 48 answers at once, of 64 tokens, by a student of 10 layers, took 2 to 7 times the products. No GPU was tried."""
+to 48 answers at once, of 64 tokens, by a student of 10 layers, took 2.4 to 7.5 times the products. No GPU was tried."""
 
 
 def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
