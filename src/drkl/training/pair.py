@@ -291,7 +291,7 @@ def _settle_ends(
     compared: Ends | None,
 ) -> list[str]:
     """Give the student all the ends that it learns, and return what there is to say of them."""
-    taught = [*taught_ends(rows, tokenizer), *listed, *agreement.merged_ids]
+    taught = [*taught_ends(rows, tokenizer), *listed, *agreement.merged_ids, *agreement.learnt]
     if compared is not None and compared.differ and compared.own_id is not None:
         taught.append(compared.own_id)
     elif agreement.warning is not None and args.process_index == 0:  # else it is said of the rows already
