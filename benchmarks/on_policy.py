@@ -1,7 +1,7 @@
 """Time and memory of on-policy steps: drkl beside TRL's trainers: `python -m benchmarks.on_policy [--help]`.
 
 SmolLM2-135M-Instruct teaches the ten layers of it that the quickstart starts from (or ``--student``). Every trainer has
-the same pair, prompts (of the bundled Dolly slice), length of answers, objective (the reverse KL), optimiser, precision and
+the same pair, prompts (of the bundled Dolly slice), length of answers, objective (reverse KL), optimiser, precision and
 number of threads, no gradient checkpointing, and a process of its own, whose peak of resident memory is read at its
 end. Each reads every prompt once, in its own order. Trained tokens are those of the answers, as long as the student
 writes them; no step is left out. TRL's trainers run where TRL is installed (`benchmarks/requirements.txt`). Rows go to
@@ -231,7 +231,8 @@ def row_of(name: str, found: dict[str, Any], options: argparse.Namespace) -> Row
     }  # fmt: skip
     print(
         f"{name:<26} {row['tokens_per_second']:>8} tokens/s {total / steps:>7.2f} s a step, of which generating "
-        f"{generating:.2f}; {row['tokens_per_step']} tokens a step; peak {row['peak_mib']} MiB"
+        f"{generating:.2f}; {row['tokens_per_step']} tokens a step; peak {row['peak_mib']} MiB",
+        flush=True,
     )
     return row
 

@@ -1,6 +1,6 @@
 """Off-policy against on-policy: three objectives, three shares of sampled answers, from one warmed-up student.
 
-    python -m scripts.run_on_policy            # trains, evaluates, compares; finished parts are not done again
+    python -m scripts.run_on_policy    # trains, evaluates, compares; finished parts are not done again
     python -m scripts.run_on_policy --only rkl-1
 
 Everything is run by the command line, so that each run can be repeated alone: its env.json has the command.
@@ -9,12 +9,17 @@ Everything is run by the command line, so that each run can be repeated alone: i
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from drkl.evaluation.result import Evaluation
+from drkl.runs import read_jsonl, write_text
+
 FOLDER = Path("runs/on-policy")
 WARMUP = FOLDER / "warmup"
+RESULTS = Path("docs/results/on-policy")
 OBJECTIVES = ("fkl", "rkl", "drkl")
 SHARES = ("0", "0.5", "1")
 STEPS = 80
@@ -53,6 +58,57 @@ def train(name: str) -> None:
     )  # fmt: skip
 
 
+COLUMNS = {
+    "rkl": "reverse KL", "fkl": "forward KL", "agreement": "same top token", "entropy": "entropy",
+    "overconfidence": "overconfidence", "distinct_2": "distinct-2", "self_bleu": "self-BLEU", "rouge_l": "ROUGE-L",
+    "repetition": "repetition", "ended": "ended",
+}  # fmt: skip
+LOGGED = {
+    "eval_rollout_finished": "finished", "eval_rollout_distinct2": "distinct-2 of answers",
+    "eval_rollout_loss": "loss on answers", "eval_loss": "loss on responses",
+}  # fmt: skip
+
+
+def table(done: list[str]) -> str:
+    """The numbers of the students, a line for each."""
+    lines = [["", "share", *COLUMNS.values(), *LOGGED.values(), "seconds a step"]]
+    first = Evaluation.load(FOLDER / done[0] / "eval.json")
+    for model, name in (("teacher", "teacher"), ("before", "warm-up")):
+        lines.append([name, "", *(_show(first, model, key) for key in COLUMNS), *[""] * (len(LOGGED) + 1)])
+    for name in done:
+        objective, share = name.split("-")
+        evaluation = Evaluation.load(FOLDER / name / "eval.json")
+        log = read_jsonl(FOLDER / name / "train.jsonl")
+        last = [line for line in log if "eval_loss" in line][-1]
+        logged = [f"{last[key]:.3f}" if key in last else "" for key in LOGGED]
+        seconds = [line["seconds_generating"] + line["seconds_learning"] for line in log if "seconds_learning" in line]
+        pace = f"{sum(seconds) / len(seconds):.1f}" if seconds else ""
+        lines.append([objective, share, *(_show(evaluation, "student", key) for key in COLUMNS), *logged, pace])
+    head, *rest = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *rest]) + "\n"
+
+
+def _show(evaluation: Evaluation, model: str, key: str) -> str:
+    value = evaluation.value(model, key)
+    return "" if value is None else f"{value:.3f}"
+
+
+def write_results(done: list[str]) -> None:
+    """Write the page, the tables and the paired differences to docs/results/on-policy/."""
+    runs = [str(FOLDER / name) for name in done]
+    drkl("report", *runs, "--output", str(RESULTS / "report.html"))
+    drkl("report", *runs, "--format", "csv", "--output", str(RESULTS / "tables.csv"))
+    write_text(RESULTS / "table.md", table(done))
+    pairs = [(f"{objective}-0", f"{objective}-{share}") for objective in OBJECTIVES for share in SHARES[1:]]
+    pairs += [(f"{other}-1", "drkl-1") for other in ("fkl", "rkl")] + [("rkl-0", "drkl-0")]
+    for a, b in pairs:
+        target = RESULTS / f"compare-{a}-{b}.md"
+        drkl("compare", str(FOLDER / a), str(FOLDER / b), "--format", "md", "--output", str(target))
+    for name in done:
+        shutil.copy(FOLDER / name / "eval.json", RESULTS / f"{name}.eval.json")
+        shutil.copy(FOLDER / name / "train.jsonl", RESULTS / f"{name}.train.jsonl")
+
+
 def main() -> None:
     """Do what is not done yet."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -65,6 +121,8 @@ def main() -> None:
     for name in chosen:
         if not (FOLDER / name / "eval.json").is_file():
             drkl("evaluate", str(FOLDER / name))
+    if chosen == names():
+        write_results(chosen)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,17 @@ def test_a_pruned_student_on_the_slice_that_ships(tmp_path: Path, name: str, dat
     assert described["data"]["turns"] == ("all" if name == "dialogue" else "last")
 
 
+def test_a_student_that_learns_on_what_it_writes(tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    tiny.save(tiny.llama(max_position_embeddings=1000), teacher)
+    models = (f"teacher.model={teacher}", "student.layers=2", "rollouts.max_new_tokens=4", "rollouts.eval_prompts=2")
+    made = run(RECIPES / "on-policy.yaml", tmp_path / "runs", *models, *LONG, *rows("dolly"))
+    AutoModelForCausalLM.from_pretrained(made.student_path)
+    assert any(line.get("rollout_share") == 1 for line in made.read_train_log())
+    warmup = RunFolder(made.root / "stages" / "01-warmup").read_train_log()
+    assert not any("rollout_share" in line for line in warmup)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "config"),

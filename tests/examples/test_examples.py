@@ -33,6 +33,14 @@ def test_the_quickest_way_takes_fifteen_lines(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "runs" / "quickest.html").is_file()
 
 
+def test_a_student_learns_on_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = runpy.run_path(str(EXAMPLES / "on_policy.py"))["trainer"].run
+    distances = [line["eval_rollout_rkl"] for line in run.read_train_log() if "eval_rollout_rkl" in line]
+    assert len(distances) == 3 and distances[-1] < distances[0]
+    assert run.is_finished() and run.read_rollouts()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # TRL's own
 def test_trls_trainer_with_another_loss(tmp_path: Any) -> None:

@@ -187,7 +187,23 @@ def test_a_stop_token_that_the_teacher_does_not_have_is_never_sampled() -> None:
 
 def test_nothing_is_refused_where_the_teacher_writes() -> None:
     assert agree(student_model(), teacher_model(), refuse=False).warning is None
-    assert agree(student_model(), teacher_model(), [], refuse=False) == ((), None, None)
+    for data in (None, []):
+        agreement = agree(student_model(), teacher_model(), data, refuse=False)
+        assert agreement.warning is None and OWN_END in agreement.learnt
+
+
+def test_the_teachers_answers_end_as_its_own_template_ends(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Where neither its settings nor the template of the rows says so; the student learns that end."""
+    model = teacher_model()
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    teacher = tiny.save(model, tmp_path / "unlisted", instruct_tokenizer())
+    trainer = python_run(
+        tmp_path / "run", str(folders[0]), str(teacher), rollout_source="teacher", tokenizer=base_tokenizer(),
+        data=[{"prompt": "hi"}], max_prompt_tokens=60,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["rollout_finished"] == 1 and trainer.state.log_history[0]["num_tokens"] == 2
+    assert OWN_END in trainer.pair.student.generation_config.eos_token_id
 
 
 # Whose stop tokens --------------------------------------------------------------------------------------------------

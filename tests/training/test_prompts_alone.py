@@ -60,7 +60,7 @@ def test_a_config_takes_prompts_alone(tmp_path: Path) -> None:
         evaluate_run(run.root)
     (stage,) = estimate(tiny_runs.specs(values))["stages"]
     assert stage["tokens_per_step"]["trained"] * stage["steps"] == 5 * 11  # the rows of two steps, 5 tokens each
-    assert stage["not_estimated"] == "the time of writing answers"
+    assert stage["answers_per_step"] == {"written": 5.5, "tokens": 27.5, "longest": 5, "estimated_minutes": 0.0}
 
 
 def test_python_takes_prompts_alone(tmp_path: Path) -> None:

@@ -404,6 +404,38 @@ def test_an_estimate_of_a_teacher_that_remembers(tmp_path: Path) -> None:
     assert kept[0]["estimated_memory_gb"] - live[0]["estimated_memory_gb"] == pytest.approx(0.524, abs=0.011)
 
 
+def test_an_estimate_of_answers(tmp_path: Path) -> None:
+    rollouts = {"share": 1.0, "max_new_tokens": 3}
+    values = tiny_runs.config(tmp_path, rollouts=rollouts)
+
+    def planned(**changes: Any) -> dict[str, Any]:
+        (stage,) = estimate(tiny_runs.specs(values | {"rollouts": rollouts | changes}))["stages"]
+        return stage
+
+    data, answered, half = planned(share=0.0), planned(), planned(share=0.5)
+    assert "answers_per_step" not in data and data["steps"] == answered["steps"] == 6
+    number = answered["answers_per_step"]["written"]
+    assert answered["tokens_per_step"]["trained"] == answered["answers_per_step"]["tokens"] <= 3 * number
+    assert half["answers_per_step"]["written"] == pytest.approx(number / 2, abs=0.1)
+    between = (data["tokens_per_step"]["trained"] + answered["tokens_per_step"]["trained"]) / 2
+    assert half["tokens_per_step"]["trained"] == pytest.approx(between, abs=0.1)
+    assert planned(replay=0.75)["answers_per_step"]["written"] == pytest.approx(number / 4, abs=0.1)
+    ramp = planned(share={"from": 0, "to": 1, "steps": 3})  # shares 0, 1/3, 2/3, 1, 1 and 1
+    assert ramp["answers_per_step"]["written"] == pytest.approx(number * 4 / 6, abs=0.1)
+    served = planned(generator="vllm", server="http://127.0.0.1:1")["answers_per_step"]
+    assert served["written"] == number and "the server" in served["not_estimated"]
+    # The rows of the run's steps are those of the plan.
+    lines = tiny_runs.train(values).read_train_log()
+    assert sum(line.get("rollout_answers", 0) for line in lines) == pytest.approx(6 * number, abs=0.31)
+
+
+@pytest.mark.parametrize("source", ["mixed", "teacher"])
+def test_an_estimate_of_answers_by_the_teacher(tmp_path: Path, source: str) -> None:
+    values = tiny_runs.config(tmp_path, rollouts={"share": 1.0, "source": source})
+    (stage,) = estimate(tiny_runs.specs(values))["stages"]
+    assert stage["answers_per_step"]["longest"] == 40 and stage["answers_per_step"]["estimated_minutes"] >= 0
+
+
 @pytest.mark.parametrize(
     ("student", "message"),
     [

@@ -44,6 +44,8 @@ class Agreement(NamedTuple):
     """The ids that count as one event in the loss; empty where none do."""
     note: str | None = None
     warning: str | None = None
+    learnt: tuple[int, ...] = ()
+    """The ids that end the answers that the student learns from, where the teacher writes them."""
 
 
 def agree_on_stops(
@@ -81,8 +83,9 @@ def agree_on_stops(
     merged = merged_ids(stop_map, tokenizer, own, theirs, vocab_size)
     event = list(dict.fromkeys([*own, *merged]))
     asked = " or ".join(map(repr, _texts(tokenizer, event)))
-    if logp is None and not refuse:
-        return Agreement(merged)
+    if not refuse:
+        learnt = tuple(token for token in theirs if vocab_size is None or token < vocab_size)
+        return Agreement(merged, learnt=learnt)
     if logp is None:
         return Agreement(merged, warning=_not_asked(tokenizer, own, theirs, event, asked))
     size = logp.shape[1]
@@ -97,7 +100,7 @@ def agree_on_stops(
     others = {token: _mean(logp[:, token]) for token in theirs if token < size and token not in event}
     other = max(others, key=others.__getitem__, default=None)
     found = f"at the ends of {len(logp)} finished rows the teacher gives {asked} a probability of {probability:.2g}"
-    if probability >= RARE or not refuse:
+    if probability >= RARE:
         return Agreement(merged, note=f"The student stops with {asked}: {found}.")
     if other is None or others[other] < TIMES * probability:
         return Agreement(

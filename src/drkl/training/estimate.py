@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,7 +19,9 @@ from drkl.models.load import count_parameters, model_note
 from drkl.models.pair import check_families, check_rows, check_tokenizers, shared_vocabulary
 from drkl.models.precision import DTYPES, pick_device, resolve_dtype
 from drkl.models.student import depth
+from drkl.rollouts.steps import planned_length
 from drkl.training.checks import check_device
+from drkl.training.plan import plan_run
 from drkl.training.spec import (
     RunSpec,
     fitted,
@@ -31,10 +33,13 @@ from drkl.training.spec import (
     tokenizer_name,
     training_config,
 )
-from drkl.training.trainer import plan_run
 
 ACTIVATIONS_PER_TOKEN = 34
 """Numbers kept for the backward pass per layer, token and hidden unit, in bytes of fp16 (Korthikanti et al. 2022)."""
+WRITING, READING = 2.0, 8
+"""Writing answers takes so many times the time of its matrix products. At each token reading all weights from memory
+takes as long as so many more positions, which the answers that are written at once share. Measured on a CPU in bf16: 4
+to 48 answers at once, of 64 tokens, by a student of 10 layers, took 2.4 to 7.5 times the products. No GPU was tried."""
 
 
 def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
@@ -76,8 +81,8 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
         check_rows(rows, configs)
         if teacher is not None and classes is None:
             shared_vocabulary(_vocab_size(student), _vocab_size(teacher), tokens, tokenizer, rows)
-        planned = _planned(rows, spec, room)
-        stages.append(_stage(spec, planned, report, student, teacher, sizes, device, rates, seen))
+        longest = _longest_answer(spec, room)
+        stages.append(_stage(spec, rows, longest, report, student, teacher, sizes, device, rates, seen))
     return {
         "config": last.resolved,
         "teacher_note": model_note(teacher_name) if teacher_name else None,
@@ -87,18 +92,18 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     }
 
 
-def _planned(rows: Any, spec: RunSpec, room: Room) -> Any:
-    """The rows as steps are planned: a prompt alone with the longest answer."""
+def _longest_answer(spec: RunSpec, room: Room) -> int:
+    """In tokens; 0 where nothing is sampled."""
     if not spec.rollouts.is_on:
-        return rows
+        return 0
     lengths = Lengths(spec.data.max_prompt_tokens, spec.data.max_tokens)
-    answer = (0,) * answer_room(lengths, room, spec.rollouts.max_new_tokens)
-    return [row if row.response_ids else replace(row, response_ids=answer) for row in rows]
+    return answer_room(lengths, room, spec.rollouts.max_new_tokens)
 
 
 def _stage(
     spec: RunSpec,
     rows: Any,
+    longest: int,
     report: DropReport,
     student: Any,
     teacher: Any,
@@ -108,8 +113,17 @@ def _stage(
     seen: set[tuple[str, ...]],
 ) -> dict[str, Any]:
     arguments = training_config(spec, device)
-    steps, _ = plan_run([row.length for row in rows], arguments, arguments.world_size)
+    on_policy = spec.rollouts.is_on
+    lengths = [planned_length(row, longest) if on_policy else row.length for row in rows]
+    steps, _ = plan_run(lengths, arguments, arguments.world_size)
     inputs, trained, new = _tokens_per_step(rows, steps, spec, seen)
+    answered = _answered(rows, longest) if on_policy else rows
+    share = sum(map(spec.rollouts.share_at, range(len(steps)))) / len(steps)
+    if on_policy:
+        answers = _tokens_per_step(answered, steps, spec, seen)
+        inputs, trained, new = (
+            (1 - share) * ours + share * theirs for ours, theirs in zip((inputs, trained, new), answers, strict=True)
+        )
     frozen = spec.student.freeze_embeddings and getattr(student.get_text_config(), "tie_word_embeddings", False)
     flops = _flops(inputs, trained, student, sizes, frozen=frozen)
     if teacher is not None and spec.uses_teacher:
@@ -119,6 +133,9 @@ def _stage(
         rates[precision] = _flops_per_second(DTYPES[precision], device)
     # Everything that is no matrix product (norms, softmax, the optimiser) came to about a third more when measured.
     seconds = 1.35 * flops / rates[precision] * len(steps)
+    writing = _writing(answered, steps, spec, share, student, teacher, sizes) if on_policy else None
+    if writing is not None:
+        seconds += writing.flops / rates[precision] * len(steps)
     stage = {
         "name": spec.folder.name,
         "objective": dict(spec.resolved["objective"]),
@@ -134,7 +151,64 @@ def _stage(
         "estimated_memory_gb": round(_memory(spec, student, sizes, inputs, arguments) / 1e9, 2),
         "estimated_minutes": round(seconds / 60, 1),
     }
-    return stage | ({"not_estimated": "the time of writing answers"} if spec.rollouts.is_on else {})
+    if writing is None:
+        return stage
+    return stage | {"answers_per_step": writing.as_record(longest, len(steps) / rates[precision] / 60)}
+
+
+def _answered(rows: Any, longest: int) -> Any:
+    """The rows with answers as long as the data's responses, or as the longest answer where that is less, or all."""
+    return [
+        replace(
+            row,
+            prompt_ids=row.sampling_ids,
+            response_ids=(row.response_ids or (0,) * longest)[:longest],
+            trained=None,
+            sampling_context=None,
+        )
+        for row in rows
+    ]
+
+
+class _Writing(NamedTuple):
+    """Answers that are written for a step."""
+
+    answers: float
+    tokens: float
+    flops: float
+    """Products that take as long, or 0 where a server writes."""
+    served: bool
+
+    def as_record(self, longest: int, minutes_per_flop: float) -> dict[str, Any]:
+        """For people; the number of steps is in ``minutes_per_flop``."""
+        record = {"written": round(self.answers, 1), "tokens": round(self.tokens, 1), "longest": longest}
+        if self.served:
+            return record | {"not_estimated": "the time that the server takes to write them"}
+        return record | {"estimated_minutes": round(self.flops * minutes_per_flop, 1)}
+
+
+def _writing(
+    rows: Any,
+    steps: Sequence[Sequence[int]],
+    spec: RunSpec,
+    share: float,
+    student: Any,
+    teacher: Any,
+    sizes: dict[str, Any],
+) -> _Writing:
+    config = spec.rollouts
+    written = share * (1 - config.replay) / len(steps)
+    answers = written * sum(map(len, steps))
+    prompts = written * sum(len(rows[i].prompt_ids) for step in steps for i in step)
+    tokens = written * sum(len(rows[i].response_ids) for step in steps for i in step)
+    together = max(1.0, min(config.batch_size, answers * config.refresh_every))
+    flops = 0.0
+    models = {"student": (student,), "teacher": (teacher,), "mixed": (student, teacher)}[config.source]
+    for model in models:
+        size = sizes["teacher" if model is teacher else "student"]
+        flops += 2 * (size - _head_size(model)) * prompts + 2 * size * tokens * (1 + READING / together)
+    served = config.generator == "vllm"
+    return _Writing(answers, tokens, 0.0 if served else WRITING * flops, served)
 
 
 def _tokens_per_step(
@@ -151,7 +225,8 @@ def _tokens_per_step(
         ids = tuple(rows[i].id for i in step)  # not the indices: stages may differ in their data
         if not remembers or ids not in seen:
             new += positions
-        seen.add(ids)
+        if remembers:
+            seen.add(ids)
     return inputs / len(steps), trained / len(steps), new / len(steps)
 
 

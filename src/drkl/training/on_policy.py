@@ -7,47 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from drkl.data.collate import collate
-from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
-from drkl.models.ends import answer_start, stops_of
 from drkl.models.forward import decoder_start
-from drkl.rollouts.answers import Answer, Writer
-from drkl.rollouts.builtin import BuiltInWriter
+from drkl.rollouts.asking import answer_in
 from drkl.rollouts.health import RolloutLog
-from drkl.rollouts.served import served_folder
-from drkl.rollouts.server import ServerWriter
-from drkl.rollouts.steps import AnsweredSteps, Share, cut
+from drkl.rollouts.steps import AnsweredSteps, cut
 from drkl.runs import RunFolder, read_json, write_json
 from drkl.training.arguments import DistillationConfig
-from drkl.training.heldout import HeldOut
-from drkl.training.heldout_answers import HeldOutAnswers
+from drkl.training.checkpoints import step_of
 from drkl.training.pair import Pair
+from drkl.training.writers import answer_stops, builtin_writer, make_asker, server_writer
 
 STATE = "rollouts.json"
 """In a checkpoint: answers that were not trained on yet, and those that may be replayed."""
-
-
-class Places(Dataset[Tensor]):
-    """Stands in for the rows of a run whose steps are known only once their answers are written.
-
-    Args:
-        count: micro-batches of the run, over all processes.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.tensor(index)
 
 
 class OnPolicy:
@@ -72,27 +47,20 @@ class OnPolicy:
         self._pair, self._args = pair, args
         self._slots = args.gradient_accumulation_steps * args.world_size
         self._start = decoder_start(pair.student)
-        server = _server_writer(pair, args, run) if args.rollouts.generator == "vllm" else None
+        rollouts = args.rollouts
+        server = server_writer(pair, args, run) if rollouts.generator == "vllm" else None
+        writer = server or builtin_writer(pair, args, rollouts.source)
+        self._asker = make_asker(pair, args, writer, first_alone=server is not None)
         rows: Any = pair.rows
-        self._answered = AnsweredSteps(
-            rows,
-            steps,
-            ends,
-            args.rollouts,
-            server or make_writer(pair, args),
-            seed=args.seed,
-            max_new_tokens=pair.max_new_tokens,
-            room=pair.room,
-            share=_share(args, first_alone=server is not None),
-        )
+        self._answered = AnsweredSteps(rows, steps, ends, rollouts, self._asker)
         if server is not None:
             self._answered.before_writing = lambda step: server.sync(pair.student, step)
-        self._stops = _stops(pair, args, args.rollouts.source)
+        self._stops = answer_stops(pair, args, rollouts.source)
         self._since, self._log = _Since(), RolloutLog()
 
     def on_writing(self, hook: Callable[[int, int], None]) -> None:
         """Call ``hook(answers written, answers due)`` while a set of answers is written."""
-        self._answered.on_writing = hook
+        self._asker.on_writing = hook
 
     def micro_batches(self, step: int) -> tuple[list[dict[str, Any]], int]:
         """The micro-batches of this process in a step, and the number of tokens in the step over all processes.
@@ -104,8 +72,7 @@ class OnPolicy:
         rows = self._answered.rows_of(step)
         self._since.generating += self._answered.seconds - before
         self._since.add(rows)
-        answers = [Answer(row.response_ids, row.response_ids[-1] in self._stops) for row in rows if row.sampled]
-        self._log.add(answers, self._stops)
+        self._log.add([answer_in(row, self._stops) for row in rows if row.sampled], self._stops)
         args = self._args
         tokens = None if args.tokens_per_step is None else max(1, args.tokens_per_step // self._slots)
         slots = cut(rows, self._slots, tokens=tokens, rows_per_part=args.per_device_train_batch_size)
@@ -128,39 +95,21 @@ class OnPolicy:
         since, self._since = self._since, _Since()
         return since.numbers() | self._log.pop()
 
-    def heldout_answers(
-        self, rows: Sequence[Any], held_out: Callable[[Sequence[Row]], HeldOut], run: RunFolder
-    ) -> HeldOutAnswers | None:
-        """What answers the prompts of held-out rows at each evaluation; None where the settings ask for no prompts."""
-        pair, args, rollouts = self._pair, self._args, self._args.rollouts
-        if not rollouts.eval_prompts or not rows:
-            return None
-        return HeldOutAnswers(
-            rows,
-            make_writer(pair, args, "student"),
-            held_out,
-            pair.tokenizer,
-            run,
-            prompts=rollouts.eval_prompts,
-            keep_texts=rollouts.keep_texts,
-            seed=args.seed,
-            max_new_tokens=pair.max_new_tokens,
-            room=pair.room,
-            stops=_stops(pair, args, "student"),
-            share=_share(args),
-        )
-
     def save(self, checkpoint: Path) -> None:
         """Write what a resumed run needs into a checkpoint."""
         since = {"log": self._log.state(), "since": vars(self._since)}
         write_json(checkpoint / STATE, self._answered.state() | since)
 
-    def load(self, checkpoint: Path, step: int) -> None:
-        """Go on from a checkpoint.
+    def begin(self, checkpoint: Path | None) -> None:
+        """Start anew, whatever was trained before; or go on from a checkpoint.
 
         Raises:
             DrklError: it was written by a run without sampled answers, or its answers are broken.
         """
+        self._answered.clear()
+        self._since, self._log = _Since(), RolloutLog()
+        if checkpoint is None:
+            return
         if not (checkpoint / STATE).is_file():
             raise DrklError(
                 f"{str(checkpoint)!r} has no {STATE}: its run trained on the data's responses alone. Leave "
@@ -168,7 +117,7 @@ class OnPolicy:
             )
         state = read_json(checkpoint / STATE)
         try:
-            self._answered.load_state(state, step)
+            self._answered.load_state(state, step_of(checkpoint))
             self._log.restore(state["log"])
             self._since.__dict__ |= state["since"]
         except (KeyError, TypeError, ValueError) as error:
@@ -198,63 +147,6 @@ class _Since:
             "seconds_generating": self.generating / self._steps,
             "seconds_learning": self.learning / self._steps,
         }
-
-
-def make_writer(pair: Pair, args: DistillationConfig, source: str | None = None) -> Writer:
-    """The writer of a pair's answers; ``source`` stands in for that of the settings."""
-    assert pair.teacher is not None, "check_rollouts refuses the rest"
-    rollouts = args.rollouts
-    source = source or rollouts.source
-    model = _source_model(pair, source)
-    return BuiltInWriter(
-        pair.student,
-        teacher=pair.teacher.model,
-        source=source,  # type: ignore[arg-type]
-        teacher_share=rollouts.teacher_share,
-        stops=_stops(pair, args, source),
-        sampling_temperature=rollouts.sampling_temperature,
-        top_p=rollouts.top_p,
-        batch_size=rollouts.batch_size,
-        precision=args.precision,
-        vocab_size=pair.vocab_size,
-        pad_id=pair.pad_id,
-        begin=answer_start(model, _words(pair)),
-    )
-
-
-def _source_model(pair: Pair, source: str) -> Any:
-    assert pair.teacher is not None, "check_rollouts refuses the rest"
-    return pair.teacher.model if source == "teacher" else pair.student
-
-
-def _stops(pair: Pair, args: DistillationConfig, source: str) -> list[int]:
-    """The ids that end an answer."""
-    return stops_of(_source_model(pair, source), _words(pair), args.template)
-
-
-def _words(pair: Pair) -> Any:
-    return getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # of a processor
-
-
-def _share(args: DistillationConfig, *, first_alone: bool = False) -> Share | None:
-    """This process's part of the writing; None for all of it."""
-    if args.world_size == 1:
-        return None
-    return Share(args.process_index, args.world_size, gather_object, first_alone)
-
-
-def _server_writer(pair: Pair, args: DistillationConfig, run: RunFolder) -> ServerWriter:
-    rows: Any = pair.rows
-    return ServerWriter(
-        pair.student,
-        pair.tokenizer,
-        args.rollouts,
-        stops=_stops(pair, args, "student"),
-        folder=served_folder(args.rollouts, run.root),
-        prompts=[row.sampling_ids for row in rows[:4]],
-        adapter=pair.adapter,
-        vocab_size=pair.vocab_size,
-    )
 
 
 def check_rollouts(pair: Pair, args: DistillationConfig) -> None:
