@@ -263,3 +263,34 @@ def test_progress_tells_how_many_answers_are_written(tmp_path: Path) -> None:
     trainer.on_progress(lambda step, of, new: seen.append((step, new.get("written", -1), new.get("to_write", -1))))
     trainer.train()
     assert (0, 6, 6) in seen and seen[-1][0] == 1
+
+
+def test_training_again_samples_again(tmp_path: Path) -> None:
+    """Of prompts alone: answers of the first training would leave nothing to train on in the second."""
+    data = [Row(row.id, row.prompt_ids, (), None) for row in rows(6)]  # type: ignore[arg-type]
+    model = tiny.llama(1, layers=2)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(
+        tmp_path, data, model=model, teacher=tiny.llama(9), max_steps=2, tokens_per_step=30, rollout_share=1.0,
+        rollout_max_new_tokens=5, rollout_refresh_every=2, rollout_replay=0.3,
+    )  # fmt: skip
+    found = []
+    for _ in range(2):
+        model.load_state_dict(start)
+        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.train()
+        found.append({name: value.clone() for name, value in model.state_dict().items()})
+    assert_same(*found)
+
+
+def test_each_step_keeps_its_texts_once(tmp_path: Path) -> None:
+    """Also where a whole evaluation comes before the first step, or after the last."""
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1, "rollout_share": 1.0, "rollout_max_new_tokens": 3}
+    for name, first in (("run", False), ("start", True)):
+        trainer = make_trainer(tmp_path / name, rows(4), heldout=rows(2), eval_on_start=first, **evaluates)
+        assert trainer.evaluate()["eval_rollout_answers"] == 2
+        trainer.train()
+        trainer.evaluate()
+        assert [line["step"] for line in trainer.run.read_rollouts()] == [0, 0, 1, 1]
+        lines = [line["step"] for line in trainer.run.read_train_log() if "eval_rollout_loss" in line]
+        assert lines == [0, 1, 1], "the evaluation that was asked for last is logged, as any other"

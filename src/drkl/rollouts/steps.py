@@ -80,15 +80,21 @@ class AnsweredSteps:
             "memory": [asdict(written) for written in self._memory],
         }
 
+    def clear(self) -> None:
+        """Forget all answers, for the first step to come."""
+        self._written_to = 0
+        self._pending.clear()
+        self._memory.clear()
+
     def load_state(self, state: dict[str, Any], step: int) -> None:
         """Go on where `state` was taken, before a step.
 
         Raises:
             KeyError, TypeError, ValueError: the state is not one.
         """
+        self.clear()
         self._written_to = max(int(state["written_to"]), step)
         self._pending = {(int(s), int(n)): _written(values) for s, n, values in state["pending"]}
-        self._memory.clear()
         self._memory.extend(_written(values) for values in state["memory"])
 
     def _write(self, first: int) -> None:

@@ -105,7 +105,7 @@ class AnswersWatch(TrainerCallback):
 
 
 class BeforeFirstStep(TrainerCallback):
-    """Calls a hook when a run begins, and not where it goes on."""
+    """Calls a hook when a run begins, and not where it goes on or begins with a whole evaluation."""
 
     def __init__(self, hook: Callable[[], None]) -> None:
         self._hook = hook
@@ -114,7 +114,7 @@ class BeforeFirstStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Call it."""
-        if state.global_step == 0 and args.eval_strategy != "no":
+        if state.global_step == 0 and args.eval_strategy != "no" and not args.eval_on_start:
             self._hook()
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from drkl.data.examples import hash_of_id
 from drkl.data.tokenize import Row
+from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.objectives import Objective
 from drkl.rollouts.answers import Answer
@@ -66,7 +67,7 @@ class HeldOutAnswers:
             objective: what is minimised.
             loss: the loss around it. Its cross-entropy has no part here, as in training.
             step: the optimiser steps that were taken.
-            keep: whether this process appends texts to ``rollouts.jsonl``.
+            keep: whether this process appends texts to ``rollouts.jsonl``, once for each step.
 
         Returns:
             The numbers of `numbers_of` and of `HeldOut.evaluate`, with ``rollout_`` before their names, and those of
@@ -100,18 +101,26 @@ class HeldOutAnswers:
         return [answered_row(row, answer.token_ids) for (row, _), answer in zip(asked, answers, strict=True)]
 
     def _keep_texts(self, answered: Sequence[Row], step: int) -> None:
-        with self._run.rollouts_path.open("a", encoding="utf-8") as file:
-            for row in answered[: self._keep]:
-                answer = answer_in(row, self._stops)
-                line = {
-                    "step": step,
-                    "id": row.id,
-                    "prompt": self._text(row.prompt_ids) if row.example is None else row.example.prompt_text,
-                    "text": self._text(row.response_ids),
-                    "finished": answer.finished,
-                    "num_tokens": len(answer.token_ids),
-                }
-                file.write(json.dumps(line) + "\n")
+        path = self._run.rollouts_path
+        if path.is_file() and any(line["step"] == step for line in self._run.read_rollouts()):
+            return  # an evaluation after training, where the best weights may be back
+        lines = [json.dumps(self._line(row, step)) + "\n" for row in answered[: self._keep]]
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise DrklError(f"Cannot write {str(path)!r}: {error.strerror or error}.") from error
+
+    def _line(self, row: Row, step: int) -> dict[str, Any]:
+        answer = answer_in(row, self._stops)
+        return {
+            "step": step,
+            "id": row.id,
+            "prompt": self._text(row.prompt_ids) if row.example is None else row.example.prompt_text,
+            "text": self._text(row.response_ids),
+            "finished": answer.finished,
+            "num_tokens": len(answer.token_ids),
+        }
 
     def _text(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
 from drkl.models.adapter import add_adapter, changes_base, check_adapter
 from drkl.models.classes import check_classes, is_classifier
+from drkl.models.dropout import disable_dropout
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer, words_of
 from drkl.models.pair import check_same_family, shared_tokens
 from drkl.models.precision import resolve_dtype
@@ -108,9 +108,7 @@ def make_trainable(student: PreTrainedModel, adapter: Any, args: DistillationCon
         DrklError: an adapter that cannot be added, or nothing is left to train.
     """
     if args.disable_dropout:
-        for module in student.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        disable_dropout(student)
     if args.freeze_embeddings:
         student.get_input_embeddings().requires_grad_(False)
     if peft_config is not None:

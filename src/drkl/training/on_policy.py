@@ -17,6 +17,7 @@ from drkl.rollouts.health import RolloutLog
 from drkl.rollouts.steps import AnsweredSteps, cut
 from drkl.runs import RunFolder, read_json, write_json
 from drkl.training.arguments import DistillationConfig
+from drkl.training.checkpoints import step_of
 from drkl.training.pair import Pair
 from drkl.training.writers import answer_stops, builtin_writer, make_asker, server_writer
 
@@ -99,12 +100,16 @@ class OnPolicy:
         since = {"log": self._log.state(), "since": vars(self._since)}
         write_json(checkpoint / STATE, self._answered.state() | since)
 
-    def load(self, checkpoint: Path, step: int) -> None:
-        """Go on from a checkpoint.
+    def begin(self, checkpoint: Path | None) -> None:
+        """Start anew, whatever was trained before; or go on from a checkpoint.
 
         Raises:
             DrklError: it was written by a run without sampled answers, or its answers are broken.
         """
+        self._answered.clear()
+        self._since, self._log = _Since(), RolloutLog()
+        if checkpoint is None:
+            return
         if not (checkpoint / STATE).is_file():
             raise DrklError(
                 f"{str(checkpoint)!r} has no {STATE}: its run trained on the data's responses alone. Leave "
@@ -112,7 +117,7 @@ class OnPolicy:
             )
         state = read_json(checkpoint / STATE)
         try:
-            self._answered.load_state(state, step)
+            self._answered.load_state(state, step_of(checkpoint))
             self._log.restore(state["log"])
             self._since.__dict__ |= state["since"]
         except (KeyError, TypeError, ValueError) as error:

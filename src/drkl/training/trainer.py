@@ -252,8 +252,8 @@ class DistillationTrainer(Trainer):
         if self._measures is not None and self.is_world_process_zero():
             self._measures.begin(from_step)
         self.num_tokens_seen = tokens_seen(checkpoint) if checkpoint else 0
-        if checkpoint is not None and self._on_policy is not None:
-            self._on_policy.load(checkpoint, step_of(checkpoint))
+        if self._on_policy is not None:
+            self._on_policy.begin(checkpoint)
         student = self.pair.student
         training = student.training
         tokenizer, self.processing_class = self.processing_class, None
