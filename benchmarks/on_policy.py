@@ -93,7 +93,7 @@ def shared_arguments(options: argparse.Namespace) -> dict[str, Any]:
 def run_drkl(options: argparse.Namespace, rows: list[Row], meter: Meter) -> Any:
     """`drkl.DistillationTrainer` with ``rollout_share=1``."""
     args = drkl.DistillationConfig(
-        objective=options.objective, rollout_share=1.0, rollout_max_new_tokens=options.max_new_tokens,
+        objective=options.objective, teacher_model_init_kwargs={"dtype": "float32"}, rollout_share=1.0, rollout_max_new_tokens=options.max_new_tokens,
         **shared_arguments(options),
     )  # fmt: skip
     trainer = drkl.DistillationTrainer(

@@ -219,12 +219,13 @@ def test_steps_are_planned_by_the_longest_answer_where_there_is_no_response() ->
     slots=st.integers(1, 6),
     tokens=st.integers(1, 80),
     rows_per_part=st.one_of(st.none(), st.integers(1, 5)),
+    padding=st.integers(1, 40),
 )
 def test_parts_hold_every_row_once_within_the_budget(
-    lengths: list[int], slots: int, tokens: int, rows_per_part: int | None
+    lengths: list[int], slots: int, tokens: int, rows_per_part: int | None, padding: int
 ) -> None:
     data = [Row(str(i), (1,), (2,) * length, None) for i, length in enumerate(lengths)]  # type: ignore[arg-type]
-    made = cut(data, slots, tokens=tokens, rows_per_part=rows_per_part)
+    made = cut(data, slots, tokens=tokens, rows_per_part=rows_per_part, padding=padding)
     assert len(made) == slots
     assert len({len(slot) for slot in made}) == 1 and made[0]
     parts = [part for slot in made for part in slot]
@@ -243,3 +244,19 @@ def test_the_first_process_may_write_them_all(process: int) -> None:
     share = Share(process, 2, first_alone=True)
     assert list(share.of([3, 1, 2])) == ([] if process else [3, 1, 2])
     assert list(Share(process, 2).of([3, 1, 2])) == ([1] if process else [3, 2])
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=7), padding=st.integers(1, 40))
+def test_parts_cost_least(lengths: list[int], padding: int) -> None:
+    """Against every way to cut the sorted rows."""
+    lengths = sorted(lengths)
+    data = [Row(str(i), (1,), (2,) * length, None) for i, length in enumerate(lengths)]  # type: ignore[arg-type]
+
+    def cost(parts: list[list[int]]) -> int:
+        return sum(len(part) * max(part) - sum(part) + padding for part in parts)
+
+    def every(rest: list[int]) -> list[list[list[int]]]:
+        return [[rest[:n], *more] for n in range(1, len(rest) + 1) for more in every(rest[n:])] if rest else [[]]
+
+    (made,) = cut(data, 1, tokens=10**6, rows_per_part=None, padding=padding)
+    assert cost([[row.length for row in part] for part in made]) == min(map(cost, every(lengths)))

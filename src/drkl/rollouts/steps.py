@@ -152,7 +152,9 @@ def planned_length(row: Row, max_new_tokens: int) -> int:
     return max(prompt, max_new_tokens) if row.encoder_decoder else prompt + max_new_tokens - 1
 
 
-def cut(rows: Sequence[Row], slots: int, *, tokens: int | None, rows_per_part: int | None) -> list[list[list[Row]]]:
+def cut(
+    rows: Sequence[Row], slots: int, *, tokens: int | None, rows_per_part: int | None, padding: int
+) -> list[list[list[Row]]]:
     """Cut the rows of a step into parts by their real lengths, and deal these out to slots.
 
     Args:
@@ -160,20 +162,24 @@ def cut(rows: Sequence[Row], slots: int, *, tokens: int | None, rows_per_part: i
         slots: micro-steps of all processes together.
         tokens: positions of a part at most, padding included; a longer row is alone.
         rows_per_part: rows of a part at most, where rows are counted.
+        padding: positions of padding that cost as much as another part.
 
     Returns:
         For each slot its parts, the same number for all; some have no rows.
 
     >>> a, b = (Row(name, (1,) * 3, (2,) * 2, example=None) for name in "ab")
-    >>> [[[row.id for row in part] for part in slot] for slot in cut([a, b], 2, tokens=100, rows_per_part=None)]
+    >>> slots = cut([a, b], 2, tokens=100, rows_per_part=None, padding=64)
+    >>> [[[row.id for row in part] for part in slot] for slot in slots]
     [[['a']], [['b']]]
     """
-    order = sorted(range(len(rows)), key=lambda i: rows[i].length)
+    lengths = [row.length for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
     if rows_per_part is not None:
         groups = [order[i : i + rows_per_part] for i in range(0, len(order), rows_per_part)]
     else:
         assert tokens is not None, "one of the two limits is given"
-        groups = bucket_by_length([row.length for row in rows], tokens)
+        groups = bucket_by_length(lengths, tokens)
+    groups = [part for group in groups for part in _alike(group, lengths, padding)]
     while len(groups) < slots and any(len(group) > 1 for group in groups):
         largest = max(range(len(groups)), key=lambda i: len(groups[i]))
         group = groups[largest]
@@ -181,3 +187,28 @@ def cut(rows: Sequence[Row], slots: int, *, tokens: int | None, rows_per_part: i
     parts = [[rows[i] for i in group] for group in groups]
     deep = -(-len(parts) // slots)
     return [[*parts[slot::slots], *[[]] * deep][: max(1, deep)] for slot in range(slots)]
+
+
+def _alike(group: Sequence[int], lengths: Sequence[int], padding: int) -> list[list[int]]:
+    """Cut a batch, its shortest row first, into the parts that cost least: padding, and ``padding`` for each part.
+
+    >>> _alike([0, 1, 2], [10, 11, 90], padding=64)
+    [[0, 1], [2]]
+    """
+    best: list[tuple[int, int]] = [(0, 0)]
+    """Up to each row: what it costs, and where the last part begins."""
+    for end in range(1, len(group) + 1):
+        longest = lengths[group[end - 1]]
+        options = []
+        wasted = 0
+        for start in range(end - 1, -1, -1):
+            wasted += longest - lengths[group[start]]
+            options.append((best[start][0] + wasted + padding, start))
+        best.append(min(options))
+    parts: list[list[int]] = []
+    end = len(group)
+    while end:
+        start = best[end][1]
+        parts.append(list(group[start:end]))
+        end = start
+    return parts[::-1]

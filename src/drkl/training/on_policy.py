@@ -21,6 +21,9 @@ from drkl.training.checkpoints import step_of
 from drkl.training.pair import Pair
 from drkl.training.writers import answer_stops, builtin_writer, make_asker, server_writer
 
+PADDING = (64, 4096)
+"""Positions of padding that cost as much as another part of a step, on a processor and on a GPU, which is idle without
+much work in a call."""
 STATE = "rollouts.json"
 """In a checkpoint: answers that were not trained on yet, and those that may be replayed."""
 
@@ -75,7 +78,10 @@ class OnPolicy:
         self._log.add([answer_in(row, self._stops) for row in rows if row.sampled], self._stops)
         args = self._args
         tokens = None if args.tokens_per_step is None else max(1, args.tokens_per_step // self._slots)
-        slots = cut(rows, self._slots, tokens=tokens, rows_per_part=args.per_device_train_batch_size)
+        rows_per_part = args.per_device_train_batch_size
+        slots = cut(
+            rows, self._slots, tokens=tokens, rows_per_part=rows_per_part, padding=PADDING[args.device.type != "cpu"]
+        )
         mine = slots[args.process_index :: args.world_size]
         batches = [{"parts": [self._batch(part) for part in slot]} for slot in mine]
         return batches, sum(row.num_trained for row in rows)
