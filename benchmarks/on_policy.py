@@ -93,8 +93,8 @@ def shared_arguments(options: argparse.Namespace) -> dict[str, Any]:
 def run_drkl(options: argparse.Namespace, rows: list[Row], meter: Meter) -> Any:
     """`drkl.DistillationTrainer` with ``rollout_share=1``."""
     args = drkl.DistillationConfig(
-        objective=options.objective, teacher_model_init_kwargs={"dtype": "float32"}, rollout_share=1.0, rollout_max_new_tokens=options.max_new_tokens,
-        **shared_arguments(options),
+        objective=options.objective, teacher_model_init_kwargs={"dtype": "float32"}, rollout_share=1.0,
+        rollout_max_new_tokens=options.max_new_tokens, **shared_arguments(options),
     )  # fmt: skip
     trainer = drkl.DistillationTrainer(
         str(options.folder / "student"), str(options.folder / "teacher"), args, train_dataset=rows, callbacks=[meter]
