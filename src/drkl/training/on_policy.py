@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from drkl.data.batching import split_rows
 from drkl.data.collate import collate
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
@@ -109,7 +110,10 @@ class OnPolicy:
         self._log.add(answers, self._stops)
         args = self._args
         tokens = None if args.tokens_per_step is None else max(1, args.tokens_per_step // self._slots)
-        slots = cut(rows, self._slots, tokens=tokens, rows_per_part=args.per_device_train_batch_size)
+        if answers:
+            slots = cut(rows, self._slots, tokens=tokens, rows_per_part=args.per_device_train_batch_size)
+        else:  # as planned, and so the step that a run without answers takes
+            slots = [[[rows[i] for i in part]] for part in split_rows(range(len(rows)), self._slots)]
         mine = slots[args.process_index :: args.world_size]
         batches = [{"parts": [self._batch(part) for part in slot]} for slot in mine]
         return batches, sum(row.num_trained for row in rows)
@@ -171,12 +175,12 @@ class OnPolicy:
                 f"{str(checkpoint)!r} has no {STATE}: its run trained on the data's responses alone. Leave "
                 "rollouts.share at 0 to go on with it, or start a new run."
             )
-        state = read_json(checkpoint / STATE)
         try:
+            state = read_json(checkpoint / STATE)
             self._answered.load_state(state, step_of(checkpoint))
             self._log.restore(state["log"])
             self._since.__dict__ |= state["since"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (DrklError, KeyError, TypeError, ValueError) as error:
             raise DrklError(
                 f"{str(checkpoint / STATE)!r} does not hold the answers of a run ({error!r}). Remove that checkpoint "
                 "to go on from the one before it."
