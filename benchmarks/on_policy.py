@@ -231,7 +231,8 @@ def row_of(name: str, found: dict[str, Any], options: argparse.Namespace) -> Row
     }  # fmt: skip
     print(
         f"{name:<26} {row['tokens_per_second']:>8} tokens/s {total / steps:>7.2f} s a step, of which generating "
-        f"{generating:.2f}; {row['tokens_per_step']} tokens a step; peak {row['peak_mib']} MiB"
+        f"{generating:.2f}; {row['tokens_per_step']} tokens a step; peak {row['peak_mib']} MiB",
+        flush=True,
     )
     return row
 

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from drkl.errors import DrklError
+from drkl.models import generate, steps
 from drkl.models.generate import sample_texts
 from tests.evaluation import tiny
 from tests.rounding import rounding
@@ -235,3 +238,19 @@ def test_logits_that_are_no_numbers_are_refused(greedy: bool, value: float) -> N
     with pytest.raises(DrklError, match="logits are not finite numbers: its weights are broken, or overflow"):
         sample(model, greedy=greedy)
     assert isinstance(model.generation_config, GenerationConfig)
+
+
+def test_the_cache_of_one_batch_is_there_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[weakref.ref[Any]] = []
+    others = []
+
+    def read_prompts(*args: Any, **words: Any) -> Any:
+        others.append(sum(batch() is not None for batch in there))
+        read = steps.read_prompts(*args, **words)
+        there.append(weakref.ref(read))
+        return read
+
+    monkeypatch.setattr(generate, "read_prompts", read_prompts)
+    prompts = [[5, 6, number] for number in range(7, 13)]
+    sample(tiny.llama(1), prompts, samples_per_prompt=1, batch_size=2)
+    assert others == [0, 0, 0]

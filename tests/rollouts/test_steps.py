@@ -11,8 +11,9 @@ from drkl.data.lengths import NO_LIMIT, Room
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.rollouts.answers import Answer, Request
+from drkl.rollouts.asking import Asker, Share
 from drkl.rollouts.config import RolloutsConfig
-from drkl.rollouts.steps import AnsweredSteps, Share, cut, planned_length
+from drkl.rollouts.steps import AnsweredSteps, cut, planned_length
 
 STEPS = [[0, 1, 2], [3, 4], [5, 6, 7], [2, 1, 0], [4, 3], [7, 6, 5]]
 ENDS = [3, 6]
@@ -36,20 +37,12 @@ def rows(count: int = 8, **changes: Any) -> list[Row]:
 
 
 def answered(writer: Any, data: list[Row] | None = None, **settings: Any) -> AnsweredSteps:
-    words = {name: settings.pop(name) for name in ("room", "share") if name in settings and name == "room"}
-    processes = settings.pop("processes", None)
-    config = RolloutsConfig.model_validate({"share": 1.0} | settings)
-    return AnsweredSteps(
-        data or rows(),
-        STEPS,
-        ENDS,
-        config,
-        writer,
-        seed=5,
-        max_new_tokens=4,
-        share=processes,
-        **{"room": NO_LIMIT} | words,
-    )
+    asking = asker(writer, share=settings.pop("processes", None))
+    return AnsweredSteps(data or rows(), STEPS, ENDS, RolloutsConfig.model_validate({"share": 1.0} | settings), asking)
+
+
+def asker(writer: Any, **settings: Any) -> Asker:
+    return Asker(writer, **{"seed": 5, "max_new_tokens": 4, "room": NO_LIMIT} | settings)
 
 
 def test_every_row_is_answered_by_the_weights_before_its_step() -> None:
@@ -76,7 +69,7 @@ def test_a_set_of_answers_serves_so_many_steps() -> None:
 
 def test_the_prompt_is_the_one_that_a_model_is_sampled_from() -> None:
     row = Row("a", (1, 2), (3, 4, 5, 6), None, (False, False, True, True), sampling_context=(1, 2, 3, 4))  # type: ignore[arg-type]
-    steps = AnsweredSteps([row], [[0]], [1], RolloutsConfig(share=1.0), Echo(), seed=5, max_new_tokens=4, room=NO_LIMIT)
+    steps = AnsweredSteps([row], [[0]], [1], RolloutsConfig(share=1.0), asker(Echo()))
     (made,) = steps.rows_of(0)
     assert (made.prompt_ids, made.response_ids, made.trained) == ((1, 2, 3, 4), (5, 0, 1, 4), None)
 
@@ -87,14 +80,14 @@ def test_a_share_of_the_rows_is_answered_the_same_in_whatever_steps(share: float
     config = RolloutsConfig(share=share)
 
     def chosen(steps: list[list[int]]) -> set[str]:
-        made = AnsweredSteps(data, steps, [len(steps)], config, Echo(), seed=5, max_new_tokens=4, room=NO_LIMIT)
+        made = AnsweredSteps(data, steps, [len(steps)], config, asker(Echo()))
         return {row.id for step in range(len(steps)) for row in made.rows_of(step) if row.sampled}
 
     found = chosen([list(range(400))])
     assert abs(len(found) / 400 - share) < 0.08
     assert found == chosen([list(range(i, i + 10)) for i in range(0, 400, 10)])
     unanswered = [row for row in data if row.id not in found]
-    made = AnsweredSteps(data, [list(range(400))], [1], config, Echo(), seed=5, max_new_tokens=4, room=NO_LIMIT)
+    made = AnsweredSteps(data, [list(range(400))], [1], config, asker(Echo()))
     assert [row for row in made.rows_of(0) if not row.sampled] == unanswered
 
 
@@ -103,7 +96,7 @@ def test_another_pass_and_another_seed_answer_other_rows() -> None:
 
     def chosen(seed: int, number_of_pass: int) -> list[bool]:
         config = RolloutsConfig(share=0.5)
-        made = AnsweredSteps(data, [step, step], [1, 2], config, Echo(), seed=seed, max_new_tokens=4, room=NO_LIMIT)
+        made = AnsweredSteps(data, [step, step], [1, 2], config, asker(Echo(), seed=seed))
         return [row.sampled for row in made.rows_of(number_of_pass)]
 
     assert chosen(1, 0) == chosen(1, 0)
@@ -119,9 +112,7 @@ def test_a_ramp_goes_in_a_straight_line() -> None:
 
 def test_rows_without_a_response_are_always_answered() -> None:
     data = [Row("a", (1,), (), None), Row("b", (1,), (3, 4), None)]  # type: ignore[arg-type]
-    made = AnsweredSteps(
-        data, [[0, 1]], [1], RolloutsConfig(share=1e-9), Echo(), seed=5, max_new_tokens=4, room=NO_LIMIT
-    )
+    made = AnsweredSteps(data, [[0, 1]], [1], RolloutsConfig(share=1e-9), asker(Echo()))
     assert [row.sampled for row in made.rows_of(0)] == [True, False]
 
 
@@ -142,10 +133,11 @@ def test_replayed_answers_come_from_memory_with_their_own_prompts() -> None:
 @pytest.mark.parametrize("at", range(6))
 def test_a_resumed_run_has_the_same_rows(at: int) -> None:
     settings = {"share": 0.8, "refresh_every": 4, "replay": 0.4, "replay_memory": 3}
-    whole, first, second = (answered(Echo(), **settings) for _ in range(3))
+    writers = [Echo() for _ in range(3)]
+    whole, first, second = (answered(writer, **settings) for writer in writers)
     expected = [whole.rows_of(step) for step in range(6)]
     made = [first.rows_of(step) for step in range(at)]
-    second._writer.calls = [[]] * len(first._writer.calls)  # type: ignore[attr-defined]
+    writers[2].calls = [[]] * len(writers[1].calls)
     second.load_state(first.state(), at)
     assert made + [second.rows_of(step) for step in range(at, 6)] == expected
     assert second.state() == whole.state()
@@ -204,15 +196,15 @@ def test_an_answer_fits_the_context() -> None:
         Row("c", (1,) * 5, (3, 4), None, teacher_prompt_ids=(1,) * 6),  # type: ignore[arg-type]
     ]
     config = RolloutsConfig(share=1.0)
-    made = AnsweredSteps(data, [[0, 1, 2]], [1], config, writer, seed=5, max_new_tokens=4, room=Room(8, 8))
+    made = AnsweredSteps(data, [[0, 1, 2]], [1], config, asker(writer, room=Room(8, 8)))
     assert [row.sampled for row in made.rows_of(0)] == [True, False, True]
     assert [request.max_new_tokens for request in writer.calls[0]] == [3, 2]
     assert writer.calls[0][1].teacher_prompt_ids == (1,) * 6
     full = [Row("d", (1,) * 8, (), None)]  # type: ignore[arg-type]
-    made = AnsweredSteps(full, [[0]], [1], config, writer, seed=5, max_new_tokens=4, room=Room(8, 8))
+    made = AnsweredSteps(full, [[0]], [1], config, asker(writer, room=Room(8, 8)))
     with pytest.raises(DrklError, match=r"Row 'd': its prompt of 8 tokens leaves no room .* context of 8"):
         made.rows_of(0)
-    made = AnsweredSteps(full, [[0]], [1], config, writer, seed=5, max_new_tokens=4, room=Room(8, 3, separate=True))
+    made = AnsweredSteps(full, [[0]], [1], config, asker(writer, room=Room(8, 3, separate=True)))
     assert made.rows_of(0)[0].response_ids == (5, 0, 2)
 
 

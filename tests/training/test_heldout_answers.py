@@ -46,6 +46,12 @@ def trainer_with(tmp_path: Path, heldout: list[Row], **arguments: Any) -> Any:
     return make_trainer(tmp_path, rows(6), heldout=heldout, **(settings | arguments))
 
 
+def written_by(trainer: Any, writer: Canned) -> Canned:
+    """Have the answers to the trainer's held-out prompts come from a writer."""
+    trainer._measures.answers._asker._writer = writer
+    return writer
+
+
 def heldout_rows(count: int) -> list[Row]:
     return [replace(row, id=f"held-{row.id}") for row in rows(count)]
 
@@ -55,7 +61,7 @@ def test_the_loss_on_answers_is_that_of_a_loop(tmp_path: Path, kd_weight: float)
     """Forward KL at each token of the answers; no cross-entropy, whatever its weight in the loss."""
     trainer = trainer_with(tmp_path, heldout_rows(3), loss=LossConfig(kd_weight=kd_weight))
     written = [(7, 9, 4), (11, 12, 13, 14, 11, 12), (4,)]
-    trainer._answers._writer = Canned(*written)
+    written_by(trainer, Canned(*written))
     found = trainer.evaluate()
     student, teacher = tiny.llama(1, layers=2).double(), tiny.llama(9).double()
     total, entropy = 0.0, 0.0
@@ -85,14 +91,14 @@ def test_the_loss_on_answers_is_that_of_a_loop(tmp_path: Path, kd_weight: float)
 
 def test_each_evaluation_asks_the_same(tmp_path: Path) -> None:
     trainer = trainer_with(tmp_path, heldout_rows(9), rollout_eval_prompts=4, max_steps=2)
-    writer = trainer._answers._writer = Canned(*[(7, 4)] * 4)
+    writer = written_by(trainer, Canned(*[(7, 4)] * 4))
     trainer.train()
     assert len(writer.asked) == 3 and writer.asked[0] == writer.asked[1] == writer.asked[2]
     assert len({request.key for request in writer.asked[0]}) == 4
     other = trainer_with(tmp_path, heldout_rows(9)[::-1], rollout_eval_prompts=4)
-    other._answers._writer = Canned(*[(7, 4)] * 4)
+    other_writer = written_by(other, Canned(*[(7, 4)] * 4))
     other.evaluate()
-    chosen = {request.key for request in other._answers._writer.asked[0]}
+    chosen = {request.key for request in other_writer.asked[0]}
     assert chosen == {request.key for request in writer.asked[0]}, "by their ids, not by their places"
 
 

@@ -19,8 +19,8 @@ from drkl.config import load_config
 from drkl.errors import DrklError
 from drkl.models.load import load_model
 from drkl.runs import RunFolder
+from drkl.training.plan import plan_run
 from drkl.training.run import distill
-from drkl.training.trainer import plan_run
 from tests.models import tiny, tiny_classifiers
 
 TOKENIZER = tiny.tokenizer()

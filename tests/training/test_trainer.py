@@ -16,7 +16,8 @@ from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.training.arguments import DistillationConfig
 from drkl.training.pair import TokenisedRows
-from drkl.training.trainer import DistillationTrainer, MicroBatches
+from drkl.training.plan import MicroBatches
+from drkl.training.trainer import DistillationTrainer
 from tests.data.tiny_tokenizers import build
 from tests.models import tiny
 

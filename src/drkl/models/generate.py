@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from drkl.models.decoding import decode, plain_decoding, way_of
 from drkl.models.draw import Draw, most_probable, uniforms
 from drkl.models.ends import answer_start, stops_of
 from drkl.models.forward import is_encoder_decoder
-from drkl.models.steps import Way, read_prompts
+from drkl.models.steps import Steps, Way, read_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -184,9 +184,8 @@ def sample_ids(
     if not keys:
         return []
     ways = [way_of(reader.model, min(map(len, reader.prompts)), max(limits)) for reader in readers]
+    shares, ended = [reader.share for reader in readers], frozenset(stops)
     found: list[list[int]] = [[] for _ in keys]
-    shares = [reader.share for reader in readers]
-    ended, drop = frozenset(stops), all(way.drop for way in ways)
     with contextlib.ExitStack() as stack:
         for reader in readers:
             stack.enter_context(plain_decoding(reader.model))
@@ -197,29 +196,29 @@ def sample_ids(
             if not greedy:
                 numbers = np.stack([uniforms(seed, keys[row], streams[row], longest) for row in rows])
                 draw = Draw(numbers, sampling_temperature, top_p, shares, vocab_size)
-            started = [
-                read_prompts(
-                    reader.model,
-                    [reader.prompts[alike[0]] for alike in batch],
-                    [len(alike) for alike in batch],
-                    way,
-                    max_new_tokens=longest,
-                    pad_id=pad_id,
-                    begin=begin,
-                )
-                for reader, way in zip(readers, ways, strict=True)
-            ]
+            # No name for what was read: the caches of two batches would be there at a time.
             new = decode(
-                started,
+                _read_batch(readers, ways, batch, max_new_tokens=longest, pad_id=pad_id, begin=begin),
                 draw,
                 stops=ended,
                 limits=[limits[row] for row in rows],
-                drop=drop,
+                drop=all(way.drop for way in ways),
                 progress=progress,
             )
             for row, ids in zip(rows, new, strict=True):
                 found[row] = ids
     return [(tuple(ids), ids[-1] in ended) for ids in found]
+
+
+def _read_batch(
+    readers: Sequence[Reader], ways: Sequence[Way], batch: Sequence[Sequence[int]], **settings: Any
+) -> list[Steps]:
+    """The prompts of a batch as each model reads them."""
+    counts = [len(alike) for alike in batch]
+    return [
+        read_prompts(reader.model, [reader.prompts[alike[0]] for alike in batch], counts, way, **settings)
+        for reader, way in zip(readers, ways, strict=True)
+    ]
 
 
 def _batches(

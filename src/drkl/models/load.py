@@ -304,6 +304,11 @@ def load_tokenizer(tokenizer: Name | PreTrainedTokenizerBase, *, classifier: boo
     return _checked_tokenizer(loaded, name, classifier)
 
 
+def words_of(processor: Any) -> Any:
+    """The tokenizer inside a processor; a tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
+
+
 def _checked_tokenizer(tokenizer: Any, name: str, classifier: bool) -> Any:
     if tokenizer.eos_token_id is None and not classifier:
         raise DrklError(

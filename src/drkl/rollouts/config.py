@@ -129,6 +129,11 @@ class RolloutsConfig(BaseModel):
                 "teacher": "the server holds the student",
             }
             raise ValueError(f"source is {self.source!r} and generator 'vllm': {reasons[self.source]}; use builtin")
+        if self.server is not None and "@" in urlsplit(self.server).netloc:
+            raise ValueError(
+                "server has a name or a password in it, which would stand in the run's files; give the address alone, "
+                "and the server's key in the environment variable VLLM_API_KEY"
+            )
         if self.is_on and self.generator == "vllm" and self.server is None:
             raise ValueError(
                 "generator is 'vllm', but server names no address; start one with `drkl rollout-server CONFIG` and "

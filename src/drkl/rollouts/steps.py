@@ -6,58 +6,24 @@ import bisect
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from drkl.data.batching import bucket_by_length
 from drkl.data.examples import hash_of_id
-from drkl.data.lengths import Room
 from drkl.data.tokenize import Row
-from drkl.errors import DrklError
-from drkl.rollouts.answers import Answer, Request, Writer
+from drkl.rollouts.answers import Request
+from drkl.rollouts.asking import Asker, answered_row
 from drkl.rollouts.config import RolloutsConfig
 
 
 @dataclass(frozen=True)
 class Written:
-    """An answer, and where it came from."""
+    """An answer to the prompt of a training row."""
 
     row: int
-    """The number of the training row whose prompt it answers."""
+    """The row's number."""
     token_ids: tuple[int, ...]
-    finished: bool
-    step: int
-    """Optimiser steps that the weights had taken which wrote it."""
-
-    def training_row(self, rows: Sequence[Row]) -> Row:
-        """The row that is trained on: the prompt as a model is sampled from it, and the answer."""
-        row = rows[self.row]
-        return replace(
-            row,
-            prompt_ids=row.sampling_ids,
-            response_ids=self.token_ids,
-            trained=None,
-            sampling_context=None,
-            sampled=True,
-        )
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of all requests that one process writes, and how the parts come together."""
-
-    process: int = 0
-    processes: int = 1
-    gather: Callable[[list[Any]], list[Any]] = list
-    """From one list in each process to their concatenation, in every process."""
-    first_alone: bool = False
-    """The first process writes everything, as where a server does the work."""
-
-    def of(self, numbers: Sequence[int]) -> Sequence[int]:
-        """Those that this process writes."""
-        if self.first_alone:
-            return numbers if self.process == 0 else []
-        return numbers[self.process :: self.processes]
 
 
 class AnsweredSteps:
@@ -71,11 +37,7 @@ class AnsweredSteps:
         steps: the numbers of the rows of every step.
         ends: the steps after which a pass over the rows ends.
         config: the section `rollouts`.
-        writer: writes the answers with the weights of now.
-        seed: at least 0.
-        max_new_tokens: longest answer.
-        room: the models' context.
-        share: which requests this process writes.
+        asker: has the answers written, with the weights of now.
     """
 
     def __init__(
@@ -84,16 +46,10 @@ class AnsweredSteps:
         steps: Sequence[Sequence[int]],
         ends: Sequence[int],
         config: RolloutsConfig,
-        writer: Writer,
-        *,
-        seed: int,
-        max_new_tokens: int,
-        room: Room,
-        share: Share | None = None,
+        asker: Asker,
     ) -> None:
         self._rows, self._steps, self._ends = rows, steps, list(ends)
-        self._config, self._writer, self._seed = config, writer, seed
-        self._max_new_tokens, self._room, self._share = max_new_tokens, room, share or Share()
+        self._config, self._asker = config, asker
         self._pending: dict[tuple[int, int], Written] = {}
         self._written_to = 0
         """The first step whose answers are not written yet."""
@@ -102,8 +58,6 @@ class AnsweredSteps:
         """Spent on writing answers."""
         self.before_writing: Callable[[int], None] = lambda step: None
         """Called where this process is about to write, with the steps that the weights have taken."""
-        self.on_writing: Callable[[int, int], None] = lambda done, of: None
-        """Called with the answers of a set that this process has written, and how many it will write."""
 
     def rows_of(self, step: int) -> list[Row]:
         """The rows of a step (counted from 0), of all processes; answers are written first where they are due."""
@@ -112,7 +66,10 @@ class AnsweredSteps:
             self._write(step)
             self.seconds += time.monotonic() - started
         written = {number: self._pending.pop((step, number), None) for number in self._steps[step]}
-        return [self._rows[n] if w is None else w.training_row(self._rows) for n, w in written.items()]
+        return [
+            self._rows[number] if answer is None else answered_row(self._rows[answer.row], answer.token_ids)
+            for number, answer in written.items()
+        ]
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as json: answers that are not trained on yet, and the memory."""
@@ -158,72 +115,22 @@ class AnsweredSteps:
             number_of_pass = bisect.bisect_right(self._ends, step)
             for number in self._steps[step]:
                 row = self._rows[number]
-                draw = _Draw(self._seed, row.id, number_of_pass)
+                draw = _Draw(self._asker.seed, row.id, number_of_pass)
                 if row.response_ids and draw("share") >= self._config.share_at(step):
                     continue
                 if self._memory and draw("replay") < self._config.replay:
                     replayed[step, number] = self._memory[int(draw("memory") * len(self._memory))]
                     continue
-                request = self._request(row, number_of_pass)
+                request = self._asker.request(row, number_of_pass)
                 if request is not None:
                     places.append((step, number))
                     requests.append(request)
-        answers = self._answers(requests, first)
-        written = {
-            place: Written(place[1], answer.token_ids, answer.finished, first)
-            for place, answer in zip(places, answers, strict=True)
-        }
+        answers = self._asker.answers(requests, before=lambda: self.before_writing(first))
+        written = {place: Written(place[1], answer.token_ids) for place, answer in zip(places, answers, strict=True)}
         self._pending |= written | replayed
         if self._config.replay > 0:
             self._memory.extend(written.values())
         self._written_to = last
-
-    def _request(self, row: Row, number_of_pass: int) -> Request | None:
-        """None where the context leaves no room for an answer, and the data's own response is trained on."""
-        prompt, context = row.sampling_ids, self._room.decoder
-        teacher_prompt = prompt if row.teacher_prompt_ids is None else row.teacher_prompt_ids
-        most = self._max_new_tokens
-        if context is not None:
-            most = min(most, context - (0 if self._room.separate else max(len(prompt), len(teacher_prompt))))
-        if most < 1:
-            if row.response_ids:
-                return None
-            raise DrklError(
-                f"Row {row.id!r}: its prompt of {len(prompt)} tokens leaves no room for an answer in the models' "
-                f"context of {context} tokens."
-            )
-        return Request(row.id, number_of_pass, prompt, teacher_prompt, most)
-
-    def _answers(self, requests: Sequence[Request], step: int) -> list[Answer]:
-        """Write this process's part and gather all parts; an error in one process is raised in all."""
-        if not requests:
-            return []
-        # Alike in cost: neighbours in length go to different processes.
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
-        mine = self._share.of(order)
-        part: list[Any]
-        done = 0
-
-        def progress(more: int) -> None:
-            nonlocal done
-            done += more
-            self.on_writing(done, len(mine))
-
-        try:
-            if mine:
-                self.before_writing(step)
-            answers = self._writer.write([requests[i] for i in mine], seed=self._seed, progress=progress)
-            part = [(i, answer) for i, answer in zip(mine, answers, strict=True)]
-        except DrklError as error:
-            if self._share.processes == 1:
-                raise
-            part = [(-1, str(error))]
-        parts = self._share.gather(part)
-        failed = [text for i, text in parts if i < 0]
-        if failed:
-            raise DrklError(failed[0])
-        by_number = dict(parts)
-        return [by_number[i] for i in range(len(requests))]
 
 
 class _Draw:
@@ -233,13 +140,11 @@ class _Draw:
         self._key = f"{seed} {number_of_pass} {row_id}"
 
     def __call__(self, purpose: str) -> float:
-        return int.from_bytes(hash_of_id(f"{purpose} {self._key}")[:7], "big") / 2**56
+        return int.from_bytes(hash_of_id(f"{purpose} {self._key}")[:6], "big") / 2**48  # 56 bits may round to 1
 
 
 def _written(values: Any) -> Written:
-    return Written(
-        int(values["row"]), tuple(int(t) for t in values["token_ids"]), bool(values["finished"]), int(values["step"])
-    )
+    return Written(int(values["row"]), tuple(int(token) for token in values["token_ids"]))
 
 
 def planned_length(row: Row, max_new_tokens: int) -> int:

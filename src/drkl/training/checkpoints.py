@@ -1,11 +1,16 @@
-"""Find the newest complete checkpoint, and delete checkpoints."""
+"""Find the checkpoint to go on from, and delete checkpoints."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from drkl.runs import read_json, write_json
+from safetensors import SafetensorError
+
+from drkl.errors import DrklError
+from drkl.runs import RunFolder, read_json, write_json
 
 MARKER = "complete.json"
 """Written into a checkpoint last of all; a folder without it was cut off in writing and does not count."""
@@ -27,6 +32,25 @@ def newest_checkpoint(folder: Path) -> Path | None:
         if not (path / MARKER).is_file():
             shutil.rmtree(path, ignore_errors=True)
     return max(folder.glob("checkpoint-*"), key=step_of, default=None)
+
+
+def wanted_checkpoint(run: RunFolder, wanted: str | Path | bool | None) -> Path | None:
+    """The checkpoint to go on from: a folder, or for True the newest of the run; None where nothing is wanted.
+
+    Raises:
+        DrklError: there is none.
+    """
+    if wanted is None or wanted is False:
+        return None
+    if wanted is True:
+        newest = newest_checkpoint(run.checkpoints_path)
+        if newest is None:
+            raise DrklError(f"There is no whole checkpoint in {str(run.checkpoints_path)!r} to resume from.")
+        return newest
+    path = Path(str(wanted))
+    if not (path / "trainer_state.json").is_file():
+        raise DrklError(f"{str(path)!r} is no checkpoint; expected a folder checkpoints/checkpoint-N of this run.")
+    return path
 
 
 def step_of(checkpoint: Path) -> int:
@@ -54,3 +78,16 @@ def keep_only(folder: Path, best_step: int | None) -> None:
     for path in folder.glob("checkpoint-*"):
         if step_of(path) != best_step:
             discard(path)
+
+
+@contextmanager
+def readable_weights(checkpoint: str) -> Iterator[None]:
+    """Name the checkpoint in what goes wrong as its weights are read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:400].rstrip(".")
+        raise DrklError(
+            f"The weights of {checkpoint!r} cannot be used: {reason}. Remove that checkpoint to go on from the one "
+            "before it."
+        ) from error

@@ -21,6 +21,7 @@ from drkl.models.precision import DTYPES, pick_device, resolve_dtype
 from drkl.models.student import depth
 from drkl.rollouts.steps import planned_length
 from drkl.training.checks import check_device
+from drkl.training.plan import plan_run
 from drkl.training.spec import (
     RunSpec,
     fitted,
@@ -32,14 +33,13 @@ from drkl.training.spec import (
     tokenizer_name,
     training_config,
 )
-from drkl.training.trainer import plan_run
 
 ACTIVATIONS_PER_TOKEN = 34
 """Numbers kept for the backward pass per layer, token and hidden unit, in bytes of fp16 (Korthikanti et al. 2022)."""
 WRITING, READING = 2.0, 8
 """Writing answers takes so many times the time of its matrix products. At each token reading all weights from memory
 takes as long as so many more positions, which the answers that are written at once share. Measured on a CPU in bf16: 4
-to 48 answers at once, of 64 tokens, by a student of 10 layers, took 2 to 7 times the products. No GPU was tried."""
+to 48 answers at once, of 64 tokens, by a student of 10 layers, took 2.4 to 7.5 times the products. No GPU was tried."""
 
 
 def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:

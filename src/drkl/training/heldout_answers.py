@@ -9,15 +9,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from drkl.data.examples import hash_of_id
-from drkl.data.lengths import Room
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.objectives import Objective
-from drkl.rollouts.answers import Answer, Writer
-from drkl.rollouts.config import PREFIX, RolloutsConfig
+from drkl.rollouts.answers import Answer
+from drkl.rollouts.asking import Asker, answer_in, answered_row
+from drkl.rollouts.config import PREFIX
 from drkl.rollouts.health import numbers_of
-from drkl.rollouts.steps import AnsweredSteps, Share
 from drkl.runs import RunFolder, write_jsonl
 from drkl.training.heldout import HeldOut
 
@@ -30,41 +29,32 @@ class HeldOutAnswers:
 
     Args:
         rows: held-out rows, with or without responses; ``prompts`` of them are chosen by a hash of seed and id.
-        writer: writes with the student's weights of now.
+        asker: has the answers written, with the student's weights of now.
         held_out: makes the rows' reader of answers (`HeldOut`), with teacher, batch size and vocabulary.
         tokenizer: decodes the texts that are kept.
         run: the folder that keeps them, in ``rollouts.jsonl``.
         prompts: at least 1.
         keep_texts: answers that are kept as text each time, those to the first of the chosen prompts.
-        seed: at least 0.
-        max_new_tokens: longest answer.
-        room: the models' context.
         stops: the tokens that end an answer.
-        share: which of the answers this process writes.
     """
 
     def __init__(
         self,
         rows: Sequence[Row],
-        writer: Writer,
+        asker: Asker,
         held_out: Callable[[Sequence[Row]], HeldOut],
         tokenizer: Any,
         run: RunFolder,
         *,
         prompts: int,
         keep_texts: int,
-        seed: int,
-        max_new_tokens: int,
-        room: Room,
         stops: Collection[int],
-        share: Share | None = None,
     ) -> None:
-        hashes = {number: hash_of_id(f"{seed} {row.id}") for number, row in enumerate(rows)}
+        hashes = {number: hash_of_id(f"{asker.seed} {row.id}") for number, row in enumerate(rows)}
         chosen = sorted(sorted(hashes, key=lambda number: (hashes[number], number))[:prompts])
         self._rows = [rows[number] for number in chosen]
-        self._writer, self._held_out, self._tokenizer, self._run = writer, held_out, tokenizer, run
-        self._keep, self._seed, self._stops = keep_texts, seed, frozenset(stops)
-        self._max_new_tokens, self._room, self._share = max_new_tokens, room, share
+        self._asker, self._held_out, self._tokenizer, self._run = asker, held_out, tokenizer, run
+        self._keep, self._stops = keep_texts, frozenset(stops)
         self._of_data = self._numbers_of_data()
 
     def evaluate(
@@ -93,7 +83,7 @@ class HeldOutAnswers:
             return {}
         if keep:
             self._keep_texts(answered, step)
-        numbers = numbers_of([self._answer_of(row) for row in answered], self._stops)
+        numbers = numbers_of([answer_in(row, self._stops) for row in answered], self._stops)
         values = self._held_out(answered).evaluate(model, objective, loss.model_copy(update={"kd_weight": 1.0}))
         values["loss"] *= loss.kd_weight
         return {PREFIX + name: value for name, value in (numbers | values).items()} | self._of_data
@@ -105,22 +95,10 @@ class HeldOutAnswers:
             write_jsonl(path, [line for line in self._run.read_rollouts() if line["step"] <= from_step])
 
     def _answer(self) -> list[Row]:
-        # A new one each time: the same prompts in the same pass have the same random numbers.
-        steps = AnsweredSteps(
-            self._rows,
-            [range(len(self._rows))],
-            [1],
-            RolloutsConfig(share=1.0),
-            self._writer,
-            seed=self._seed,
-            max_new_tokens=self._max_new_tokens,
-            room=self._room,
-            share=self._share,
-        )
-        return [row for row in steps.rows_of(0) if row.sampled]
-
-    def _answer_of(self, row: Row) -> Answer:
-        return Answer(row.response_ids, row.response_ids[-1] in self._stops)
+        # Always the same pass, so that a prompt has the same random numbers each time.
+        asked = [(row, request) for row in self._rows if (request := self._asker.request(row, 0)) is not None]
+        answers = self._asker.answers([request for _, request in asked])
+        return [answered_row(row, answer.token_ids) for (row, _), answer in zip(asked, answers, strict=True)]
 
     def _keep_texts(self, answered: Sequence[Row], step: int) -> None:
         path = self._run.rollouts_path
@@ -134,7 +112,7 @@ class HeldOutAnswers:
             raise DrklError(f"Cannot write {str(path)!r}: {error.strerror or error}.") from error
 
     def _line(self, row: Row, step: int) -> dict[str, Any]:
-        answer = self._answer_of(row)
+        answer = answer_in(row, self._stops)
         return {
             "step": step,
             "id": row.id,
@@ -149,6 +127,6 @@ class HeldOutAnswers:
         return str(text)
 
     def _numbers_of_data(self) -> dict[str, float]:
-        texts = [row.response_ids[: self._max_new_tokens] for row in self._rows if row.response_ids]
+        texts = [row.response_ids[: self._asker.max_new_tokens] for row in self._rows if row.response_ids]
         numbers = numbers_of([Answer(ids, True) for ids in texts], self._stops)
         return {f"response_{name}": numbers[name] for name in OF_DATA if name in numbers}

@@ -7,49 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from drkl.data.batching import split_rows
 from drkl.data.collate import collate
-from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
-from drkl.models.ends import answer_start, stops_of
 from drkl.models.forward import decoder_start
-from drkl.rollouts.answers import Answer, Writer
-from drkl.rollouts.builtin import BuiltInWriter
+from drkl.rollouts.asking import answer_in
 from drkl.rollouts.health import RolloutLog
-from drkl.rollouts.served import served_folder
-from drkl.rollouts.server import ServerWriter
-from drkl.rollouts.steps import AnsweredSteps, Share, cut
+from drkl.rollouts.steps import AnsweredSteps, cut
 from drkl.runs import RunFolder, read_json, write_json
 from drkl.training.arguments import DistillationConfig
 from drkl.training.checkpoints import step_of
-from drkl.training.heldout import HeldOut
-from drkl.training.heldout_answers import HeldOutAnswers
 from drkl.training.pair import Pair
+from drkl.training.writers import answer_stops, builtin_writer, make_asker, server_writer
 
 STATE = "rollouts.json"
 """In a checkpoint: answers that were not trained on yet, and those that may be replayed."""
-
-
-class Places(Dataset[Tensor]):
-    """Stands in for the rows of a run whose steps are known only once their answers are written.
-
-    Args:
-        count: micro-batches of the run, over all processes.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.tensor(index)
 
 
 class OnPolicy:
@@ -74,27 +48,20 @@ class OnPolicy:
         self._pair, self._args = pair, args
         self._slots = args.gradient_accumulation_steps * args.world_size
         self._start = decoder_start(pair.student)
-        server = _server_writer(pair, args, run) if args.rollouts.generator == "vllm" else None
+        rollouts = args.rollouts
+        server = server_writer(pair, args, run) if rollouts.generator == "vllm" else None
+        writer = server or builtin_writer(pair, args, rollouts.source)
+        self._asker = make_asker(pair, args, writer, first_alone=server is not None)
         rows: Any = pair.rows
-        self._answered = AnsweredSteps(
-            rows,
-            steps,
-            ends,
-            args.rollouts,
-            server or make_writer(pair, args),
-            seed=args.seed,
-            max_new_tokens=pair.max_new_tokens,
-            room=pair.room,
-            share=_share(args, first_alone=server is not None),
-        )
+        self._answered = AnsweredSteps(rows, steps, ends, rollouts, self._asker)
         if server is not None:
             self._answered.before_writing = lambda step: server.sync(pair.student, step)
-        self._stops = _stops(pair, args, args.rollouts.source)
+        self._stops = answer_stops(pair, args, rollouts.source)
         self._since, self._log = _Since(), RolloutLog()
 
     def on_writing(self, hook: Callable[[int, int], None]) -> None:
         """Call ``hook(answers written, answers due)`` while a set of answers is written."""
-        self._answered.on_writing = hook
+        self._asker.on_writing = hook
 
     def micro_batches(self, step: int) -> tuple[list[dict[str, Any]], int]:
         """The micro-batches of this process in a step, and the number of tokens in the step over all processes.
@@ -106,8 +73,7 @@ class OnPolicy:
         rows = self._answered.rows_of(step)
         self._since.generating += self._answered.seconds - before
         self._since.add(rows)
-        answers = [Answer(row.response_ids, row.response_ids[-1] in self._stops) for row in rows if row.sampled]
-        self._log.add(answers, self._stops)
+        self._log.add([answer_in(row, self._stops) for row in rows if row.sampled], self._stops)
         args = self._args
         tokens = None if args.tokens_per_step is None else max(1, args.tokens_per_step // self._slots)
         if answers:
@@ -132,28 +98,6 @@ class OnPolicy:
         """What is logged of the steps since the last call."""
         since, self._since = self._since, _Since()
         return since.numbers() | self._log.pop()
-
-    def heldout_answers(
-        self, rows: Sequence[Any], held_out: Callable[[Sequence[Row]], HeldOut], run: RunFolder
-    ) -> HeldOutAnswers | None:
-        """What answers the prompts of held-out rows at each evaluation; None where the settings ask for no prompts."""
-        pair, args, rollouts = self._pair, self._args, self._args.rollouts
-        if not rollouts.eval_prompts or not rows:
-            return None
-        return HeldOutAnswers(
-            rows,
-            make_writer(pair, args, "student"),
-            held_out,
-            pair.tokenizer,
-            run,
-            prompts=rollouts.eval_prompts,
-            keep_texts=rollouts.keep_texts,
-            seed=args.seed,
-            max_new_tokens=pair.max_new_tokens,
-            room=pair.room,
-            stops=_stops(pair, args, "student"),
-            share=_share(args),
-        )
 
     def save(self, checkpoint: Path) -> None:
         """Write what a resumed run needs into a checkpoint."""
@@ -207,63 +151,6 @@ class _Since:
             "seconds_generating": self.generating / self._steps,
             "seconds_learning": self.learning / self._steps,
         }
-
-
-def make_writer(pair: Pair, args: DistillationConfig, source: str | None = None) -> Writer:
-    """The writer of a pair's answers; ``source`` stands in for that of the settings."""
-    assert pair.teacher is not None, "check_rollouts refuses the rest"
-    rollouts = args.rollouts
-    source = source or rollouts.source
-    model = _source_model(pair, source)
-    return BuiltInWriter(
-        pair.student,
-        teacher=pair.teacher.model,
-        source=source,  # type: ignore[arg-type]
-        teacher_share=rollouts.teacher_share,
-        stops=_stops(pair, args, source),
-        sampling_temperature=rollouts.sampling_temperature,
-        top_p=rollouts.top_p,
-        batch_size=rollouts.batch_size,
-        precision=args.precision,
-        vocab_size=pair.vocab_size,
-        pad_id=pair.pad_id,
-        begin=answer_start(model, _words(pair)),
-    )
-
-
-def _source_model(pair: Pair, source: str) -> Any:
-    assert pair.teacher is not None, "check_rollouts refuses the rest"
-    return pair.teacher.model if source == "teacher" else pair.student
-
-
-def _stops(pair: Pair, args: DistillationConfig, source: str) -> list[int]:
-    """The ids that end an answer."""
-    return stops_of(_source_model(pair, source), _words(pair), args.template)
-
-
-def _words(pair: Pair) -> Any:
-    return getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # of a processor
-
-
-def _share(args: DistillationConfig, *, first_alone: bool = False) -> Share | None:
-    """This process's part of the writing; None for all of it."""
-    if args.world_size == 1:
-        return None
-    return Share(args.process_index, args.world_size, gather_object, first_alone)
-
-
-def _server_writer(pair: Pair, args: DistillationConfig, run: RunFolder) -> ServerWriter:
-    rows: Any = pair.rows
-    return ServerWriter(
-        pair.student,
-        pair.tokenizer,
-        args.rollouts,
-        stops=_stops(pair, args, "student"),
-        folder=served_folder(args.rollouts, run.root),
-        prompts=[row.sampling_ids for row in rows[:4]],
-        adapter=pair.adapter,
-        vocab_size=pair.vocab_size,
-    )
 
 
 def check_rollouts(pair: Pair, args: DistillationConfig) -> None:

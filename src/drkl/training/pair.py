@@ -1,4 +1,4 @@
-"""Load a student, its teacher, their tokenizer and their rows where they are given by name, and check them together."""
+"""A student, its teacher, their tokenizer and their rows, loaded where they are given by name and checked together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,30 +18,34 @@ from drkl.data.lengths import Lengths, Room, answer_room, fit_lengths
 from drkl.data.rows import Rows, rows_from
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
-from drkl.models.adapter import adapter_start, add_adapter, changes_base, check_adapter
+from drkl.models.adapter import adapter_start
 from drkl.models.check import check_student
-from drkl.models.classes import check_classes, class_names, is_classifier
+from drkl.models.classes import class_names, is_classifier
 from drkl.models.config import StudentConfig
 from drkl.models.context import room_of
-from drkl.models.dropout import disable_dropout
 from drkl.models.ends import check_languages, listed_ends, set_ends, stops_of
 from drkl.models.forward import is_encoder_decoder, lm_head
-from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer, model_note
+from drkl.models.load import words_of
 from drkl.models.pair import (
     SharedTokens,
     check_rows,
-    check_same_family,
     check_tokenizers,
-    shared_tokens,
     shared_vocabulary,
 )
-from drkl.models.precision import resolve_dtype
 from drkl.rollouts.stops import Agreement, agree_on_stops
 from drkl.runs import IN_MEMORY
-from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
 from drkl.training.arguments import DistillationConfig
 from drkl.training.ends import Ends, compare_ends
+from drkl.training.loading import (
+    check_kinds,
+    load_student,
+    load_teacher,
+    make_trainable,
+    plain_options,
+    tokenizer_of_rows,
+    tokenizer_of_teacher,
+)
 
 _log = logging.getLogger("drkl")
 
@@ -106,6 +109,11 @@ class Pair:
         return None if self.vocabulary is None else self.vocabulary["shared"]
 
     @property
+    def words(self) -> Any:
+        """The tokenizer of texts; that of a processor is inside it."""
+        return words_of(self.tokenizer)
+
+    @property
     def pad_id(self) -> int:
         """The padding id of batches; its value changes nothing."""
         return _pad_id(self.tokenizer)
@@ -159,27 +167,27 @@ def make_pair(
     teacher_model = named_teacher if teacher_model is None else teacher_model
     if train_dataset is None:
         raise DrklError("train_dataset is missing: a data set, a list of rows, or a file.")
-    student, adapter = _student(model, args, quantization_config)
+    student, adapter = load_student(model, args, quantization_config)
     classes = class_names(student, _name(model)) if is_classifier(student) else None
-    teacher = _teacher(teacher_model, args, classes)
+    teacher = load_teacher(teacher_model, args)
     if teacher is not None and teacher.model is student:
         raise DrklError(
             "model and teacher_model are the same object: the student is trained in place, so its teacher would move "
             "with it. Pass copy.deepcopy(model) as one of them."
         )
-    _check_kinds(student, teacher, classes, _name(model), _name(teacher_model))
+    check_kinds(student, teacher, classes, _name(model), _name(teacher_model))
     shared = train_dataset.shared_tokens if isinstance(train_dataset, TokenisedRows) else None
     if shared is None and all(isinstance(name, (str, Path)) for name in (model, teacher_model)):
         source = StudentConfig(init="pretrained", model=str(model))
         shared = check_tokenizers(source, str(teacher_model), classifier=classes is not None)
     if tokenizer is None:
-        tokenizer = _tokenizer(model, teacher_model, classifier=classes is not None)
+        tokenizer = tokenizer_of_rows(model, teacher_model, classifier=classes is not None)
     _pad_id(tokenizer)
-    words = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    words = words_of(tokenizer)
     ends = [] if classes is not None else listed_ends(student if teacher is None else teacher.model, words)
     room = _room(student, teacher, classes)
     lengths, max_new_tokens = _lengths(args, room)
-    own_reader = None if classes is not None else _teacher_tokenizer(teacher_model, tokenizer, args)
+    own_reader = None if classes is not None else tokenizer_of_teacher(teacher_model, tokenizer, args)
     settings: Any = (tokenizer, classes, args, ends, lengths, room, own_reader)
     rows, report = _tokenize(train_dataset, "train_dataset", *settings)
     eval_rows: Rows = []
@@ -190,41 +198,22 @@ def make_pair(
     # The command line says what there is to say of its rows where it reads them.
     notes = [] if isinstance(train_dataset, TokenisedRows) else list(report.notes)
     vocabulary = None
-    compared = None
+    compared: Ends | None = None
     merged_ids: tuple[int, ...] = ()
-    if classes is not None:
-        student.config.get_text_config().pad_token_id = _pad_id(tokenizer)  # decoders find a text's end by it
     if classes is None:
         check_student(student)
         vocabulary = _compare_vocabularies(student, teacher, shared, tokenizer, everything, notes)
         check_languages(words, {"student": student, "teacher": None if teacher is None else teacher.model})
-        language_rows: Any = rows
-        taught = [*taught_ends(language_rows, words), *ends]
         shared_size = None if vocabulary is None else vocabulary["shared"]
-        agreement = _agreement(student, teacher, everything, words, args, taught, shared_size)
+        agreement = _agreement(student, teacher, rows, eval_rows, words, args, ends, shared_size)
+        compared = None if teacher is None else _ends(teacher, rows, words, args, agreement.merged_ids)
         merged_ids = agreement.merged_ids
-        notes += [] if agreement.note is None else [agreement.note]
-        taught += merged_ids
-        compared = None if teacher is None else _ends(teacher, rows, words, args, merged_ids)
-        if compared is not None and compared.differ and compared.own_id is not None:
-            taught.append(compared.own_id)
-        elif agreement.warning is not None and args.process_index == 0:  # else it is said of the rows already
-            _log.warning("Warning: %s", agreement.warning)
-        notes += set_ends(student, words, stops_of(student, words, args.template, taught))
-    elif teacher is not None:
-        teacher.pad_id = _pad_id(tokenizer)
-    if args.disable_dropout:
-        disable_dropout(student)
-    if args.freeze_embeddings:
-        student.get_input_embeddings().requires_grad_(False)
-    if peft_config is not None:
-        if adapter is not None:
-            raise DrklError("model is a PeftModel, which has its adapter; leave peft_config out.")
-        if classes is not None:
-            raise DrklError("peft_config goes with language models: LoRA leaves a classifier's head as it is.")
-        adapter = add_adapter(student, peft_config, args.seed)
-    if not any(parameter.requires_grad for parameter in student.parameters()):
-        raise DrklError("No parameter of the student requires a gradient, so there is nothing to train.")
+        notes += _settle_ends(student, rows, words, args, ends, agreement, compared)
+    else:
+        student.config.get_text_config().pad_token_id = _pad_id(tokenizer)  # decoders find a text's end by it
+        if teacher is not None:
+            teacher.pad_id = _pad_id(tokenizer)
+    adapter = make_trainable(student, adapter, args, peft_config)
     return Pair(
         student=student,
         teacher=teacher,
@@ -259,9 +248,10 @@ def _agreement(
     student: PreTrainedModel,
     teacher: LiveTeacher | None,
     rows: Any,
+    eval_rows: Any,
     tokenizer: Any,
     args: DistillationConfig,
-    taught: Sequence[int],
+    listed: Sequence[int],
     vocab_size: int | None,
 ) -> Agreement:
     """What student and teacher agree on about stopping, where answers are sampled."""
@@ -271,10 +261,10 @@ def _agreement(
     return agree_on_stops(
         student,
         teacher,
-        rows,
+        [*rows, *eval_rows],
         tokenizer,
         rollouts.stop_map,
-        taught=taught,
+        taught=[*taught_ends(rows, tokenizer), *listed],
         pad_id=_pad_id(tokenizer),
         vocab_size=vocab_size,
         refuse=rollouts.source != "teacher",
@@ -291,6 +281,25 @@ def _ends(
     return compare_ends(teacher, rows, tokenizer, known, pad_id=_pad_id(tokenizer), merged_ids=merged_ids)
 
 
+def _settle_ends(
+    student: PreTrainedModel,
+    rows: Any,
+    tokenizer: Any,
+    args: DistillationConfig,
+    listed: Sequence[int],
+    agreement: Agreement,
+    compared: Ends | None,
+) -> list[str]:
+    """Give the student all the ends that it learns, and return what there is to say of them."""
+    taught = [*taught_ends(rows, tokenizer), *listed, *agreement.merged_ids, *agreement.learnt]
+    if compared is not None and compared.differ and compared.own_id is not None:
+        taught.append(compared.own_id)
+    elif agreement.warning is not None and args.process_index == 0:  # else it is said of the rows already
+        _log.warning("Warning: %s", agreement.warning)
+    notes = [] if agreement.note is None else [agreement.note]
+    return notes + set_ends(student, tokenizer, stops_of(student, tokenizer, args.template, taught))
+
+
 def _lengths(args: DistillationConfig, room: Room) -> tuple[Lengths, int]:
     """The limits of prompts and rows, and the longest sampled answer; 0 where none is sampled."""
     if not (rollouts := args.rollouts).is_on:
@@ -298,23 +307,6 @@ def _lengths(args: DistillationConfig, room: Room) -> tuple[Lengths, int]:
     reserved = rollouts.reserved(room)
     lengths = fit_lengths(args.max_prompt_tokens, args.max_tokens, room, max_new_tokens=reserved)
     return lengths, answer_room(lengths, room, rollouts.max_new_tokens)
-
-
-def _teacher_tokenizer(teacher: Any, tokenizer: Any, args: DistillationConfig) -> Any:
-    """The teacher's own tokenizer, where it reads prompts in its own rendering; None where it has none or is to."""
-    if not args.rollouts.is_on or teacher is None:
-        return None
-    model = teacher.model if isinstance(teacher, LiveTeacher) else teacher
-    name = str(teacher) if isinstance(teacher, (str, Path)) else getattr(model, "name_or_path", "")
-    if not name:
-        return None
-    words = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
-    try:
-        own = load_tokenizer(name)
-        shared_tokens(words, own, "student", name)
-    except DrklError:  # it was given without one, or with one of another vocabulary
-        return None
-    return own
 
 
 def _name(model: Any) -> str:
@@ -344,105 +336,8 @@ def _plain_rows(dataset: Any) -> list[dict[str, Any]] | None:
     return rows
 
 
-def _student(model: Any, args: DistillationConfig, quantization_config: Any) -> tuple[PreTrainedModel, Any]:
-    """The student, and peft's handle on it where it comes with an adapter."""
-    if isinstance(model, (str, Path)):
-        options = dict(args.model_init_kwargs or {})
-        if quantization_config is not None:
-            if "quantization_config" in options:
-                raise DrklError("quantization_config is given twice: to the trainer, and in model_init_kwargs.")
-            options["quantization_config"] = quantization_config
-        student = _load(str(model), options, "fp32", torch.device("cpu"), "model_init_kwargs")
-        if "quantization_config" not in options and student.dtype not in (torch.float32, torch.bfloat16):
-            raise DrklError(
-                f"model_init_kwargs asks for weights in {student.dtype}; expected float32 or bfloat16, which an "
-                "optimiser can update. To compute in fp16, set precision='fp16'."
-            )
-        return student, None
-    for name, value in (("model_init_kwargs", args.model_init_kwargs), ("quantization_config", quantization_config)):
-        if value is not None:
-            raise DrklError(f"{name} is for a model given by its name, and model is a {type(model).__name__} already.")
-    model = getattr(model, "_orig_mod", model)
-    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-        if model.active_peft_config.is_prompt_learning:
-            raise DrklError(
-                "model has prompts that peft puts before its input; only adapters inside the layers (LoRA and its kin) "
-                "can be distilled."
-            )
-        if changes_base(config := model.active_peft_config):
-            raise DrklError(
-                f"model is a PeftModel whose start ({config.init_lora_weights!r}) changed its base model, so what is "
-                "saved would not be what was trained. Pass the base model, and the same config as peft_config."
-            )
-        if not is_classifier(model.get_base_model()):
-            check_adapter(model)
-        return model.get_base_model(), model
-    if not isinstance(model, PreTrainedModel):
-        raise DrklError(
-            f"model is a {type(model).__name__}; expected a name, a transformers.PreTrainedModel or a peft.PeftModel."
-        )
-    return model, None
-
-
-def _teacher(teacher: Any, args: DistillationConfig, classes: Sequence[str] | None) -> LiveTeacher | None:
-    if teacher is None or isinstance(teacher, LiveTeacher):
-        return teacher
-    device = args.device
-    options = dict(args.teacher_model_init_kwargs or {})
-    if isinstance(teacher, (str, Path)):
-        if args.teacher_model_revision is not None:
-            options.setdefault("revision", args.teacher_model_revision)
-        teacher = _load(str(teacher), options, "auto", device, "teacher_model_init_kwargs")
-    elif options or args.teacher_model_revision is not None:
-        raise DrklError(
-            "teacher_model_init_kwargs and teacher_model_revision are for a teacher given by its name, and "
-            f"teacher_model is a {type(teacher).__name__} already."
-        )
-    teacher = getattr(teacher, "_orig_mod", teacher)
-    if not isinstance(teacher, PreTrainedModel):
-        raise DrklError(
-            f"teacher_model is a {type(teacher).__name__}; expected a name or a transformers.PreTrainedModel."
-        )
-    if getattr(teacher, "hf_device_map", None) is None:
-        teacher = teacher.to(device)  # type: ignore[arg-type]
-    return LiveTeacher(teacher, args.teacher_remember_mb)
-
-
-def _load(name: str, options: dict[str, Any], dtype: str, device: torch.device, where: str) -> PreTrainedModel:
-    """Load a model by its name, a classifier where its config says so."""
-    if options.pop("trust_remote_code", False):
-        raise DrklError(f"{where} has trust_remote_code: drkl never runs code that comes with a model.")
-    wanted = options.pop("dtype", options.pop("torch_dtype", dtype))
-    load = load_classifier if is_classifier(load_config(name, **options)) else load_model
-    return load(name, resolve_dtype(wanted, device), **options)
-
-
-def _tokenizer(model: Any, teacher: Any, *, classifier: bool) -> Any:
-    """The tokenizer of the student's name, else of the teacher's.
-
-    Where both have one vocabulary and the teacher alone a chat template, it is the teacher's: the rows are then written
-    as the teacher reads conversations, as they are for a config.
-    """
-    names = [str(name) for name in (model, teacher) if isinstance(name, (str, Path))]
-    if not names:
-        raise DrklError(
-            "processing_class is missing: both models were passed as objects, so their tokenizer cannot be looked up. "
-            "Pass the tokenizer."
-        )
-    try:
-        ours = load_tokenizer(names[0], classifier=classifier)
-    except DrklError:
-        if len(names) == 1:
-            raise
-        return load_tokenizer(names[1], classifier=classifier)
-    if len(names) == 1 or classifier or ours.chat_template:
-        return ours
-    theirs = load_tokenizer(names[1])
-    return theirs if theirs.chat_template and theirs.get_vocab() == ours.get_vocab() else ours
-
-
 def _pad_id(tokenizer: Any) -> int:
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    tokenizer = words_of(tokenizer)
     for name in ("pad_token_id", "eos_token_id", "sep_token_id"):
         if (token := getattr(tokenizer, name, None)) is not None:
             return int(token)
@@ -450,23 +345,6 @@ def _pad_id(tokenizer: Any) -> int:
         f"processing_class is a {type(tokenizer).__name__} without a padding, end-of-sequence or separator token; "
         "expected a tokenizer."
     )
-
-
-def _check_kinds(
-    student: PreTrainedModel, teacher: LiveTeacher | None, classes: Sequence[str] | None, name: str, teacher_name: str
-) -> None:
-    if teacher is None:
-        return
-    if is_classifier(teacher.model) != (classes is not None):
-        kinds = {True: "a classifier", False: "a language model"}
-        raise DrklError(
-            f"The student ({name}) is {kinds[classes is not None]} and the teacher ({teacher_name}) "
-            f"{kinds[classes is None]}: they have no output in common. Choose both of one kind."
-        )
-    if classes is not None:
-        check_classes(teacher.model, classes, teacher_name)
-    else:
-        check_same_family(student.config, teacher.model.config, name, teacher_name)
 
 
 def _tokenize(
@@ -536,31 +414,3 @@ def _compare_vocabularies(
             f"tokenizers share the first {vocabulary['shared']}, and the two are compared on those."
         )
     return vocabulary
-
-
-def teacher_note(pair: Pair) -> str | None:
-    """A note on the teacher for readers of results, or None."""
-    return None if pair.teacher_name is None else model_note(pair.teacher_name)
-
-
-def teacher_config(pair: Pair, args: DistillationConfig) -> TeacherConfig | None:
-    """The ``teacher`` section of the pair's record."""
-    if pair.teacher is None or pair.teacher_name is None:
-        return None
-    names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
-    dtype: Any = names.get(str(pair.teacher.model.dtype), "auto")
-    options = plain_options(args.teacher_model_init_kwargs)
-    if args.teacher_model_revision is not None:
-        options.setdefault("revision", args.teacher_model_revision)
-    return TeacherConfig(
-        model=pair.teacher_name, remember_mb=args.teacher_remember_mb, dtype=dtype, model_init_kwargs=options
-    )
-
-
-def plain_options(options: dict[str, Any] | None) -> dict[str, Any]:
-    """The arguments of ``from_pretrained`` as a config.yaml has them: dtype is a key of its own, a token is secret."""
-    kept = {name: value for name, value in (options or {}).items() if name not in ("dtype", "torch_dtype", "token")}
-    return {
-        name: value if isinstance(value, (str, int, float, bool, type(None), list, dict)) else f"{IN_MEMORY}: {value!r}"
-        for name, value in kept.items()
-    }

@@ -19,14 +19,17 @@ from drkl.errors import DrklError
 from drkl.models.adapter import merge_adapter, save_adapter
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
+from drkl.models.load import model_note
 from drkl.objectives import OBJECTIVES
 from drkl.runs import IN_MEMORY, RunFolder, write_json, write_jsonl, write_text, write_yaml
+from drkl.teachers.config import TeacherConfig
 from drkl.training.arguments import DistillationConfig
 from drkl.training.card import model_card, usage_of
 from drkl.training.checkpoints import keep_only
 from drkl.training.config import OWN_ARGUMENTS, OWNED, TrainingConfig
 from drkl.training.environment import describe_environment, now
-from drkl.training.pair import Pair, teacher_config, teacher_note
+from drkl.training.loading import plain_options
+from drkl.training.pair import Pair
 
 _SETTLED = (
     "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps", "average_tokens_across_devices",
@@ -74,7 +77,7 @@ class RunRecord:
         self._completed = False
         self._environment = describe_environment(self.args.device) | {
             "command": self.command,
-            "teacher_note": teacher_note(self.pair),
+            "teacher_note": _teacher_note(self.pair),
             "data": describe_data(self.pair),
             "vocabulary": self.pair.vocabulary,
             "ends": None if self.pair.ends is None else self.pair.ends.as_record(),
@@ -152,7 +155,7 @@ class RunRecord:
 
     def _card(self, state: TrainerState) -> str:
         pair = self.pair
-        note = teacher_note(pair)
+        note = _teacher_note(pair)
         kind = "classifier" if pair.classes else "encoder_decoder" if is_encoder_decoder(pair.student) else "decoder"
         if pair.adapter is not None and self.export == "adapter":
             base = (self.config or {}).get("student", {}).get("model") or pair.student_name
@@ -163,7 +166,7 @@ class RunRecord:
             note = f"{note}\n\n{adapter_note}" if note else adapter_note
             kind = "adapter" if kind == "decoder" else kind
         config = describe_run(pair, self.args, self.run) if self.config is None else self.config
-        tokenizer = getattr(pair.tokenizer, "tokenizer", pair.tokenizer)  # of a processor
+        tokenizer = pair.words
         usage = usage_of(kind, tokenizer, "plain" if pair.report.documents else self.args.template)
         return model_card(
             self.run.name, config, state.best_metric, note, usage=usage, kind=kind, steps=state.global_step
@@ -241,7 +244,7 @@ def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder, num_steps
         name = f"{IN_MEMORY}: {name}"
     fields = {f.name: getattr(objective, f.name) for f in getattr(objective, "__dataclass_fields__", {}).values()}
     device = args.device.type
-    teacher = teacher_config(pair, args)
+    teacher = _teacher_config(pair, args)
     train_path, eval_path = pair.data_names
     if pair.eval_dataset is not None:
         eval_path = str(run.eval_rows_path)
@@ -329,3 +332,22 @@ def _adapter_fields(adapter: Any) -> dict[str, Any]:
         for name, value in plain.items()
         if name not in skipped and _is_plain(value) and value != _plain(getattr(defaults, name))
     }
+
+
+def _teacher_note(pair: Pair) -> str | None:
+    """A note on the teacher for readers of results, or None."""
+    return None if pair.teacher_name is None else model_note(pair.teacher_name)
+
+
+def _teacher_config(pair: Pair, args: DistillationConfig) -> TeacherConfig | None:
+    """The ``teacher`` section of the pair's record."""
+    if pair.teacher is None or pair.teacher_name is None:
+        return None
+    names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+    dtype: Any = names.get(str(pair.teacher.model.dtype), "auto")
+    options = plain_options(args.teacher_model_init_kwargs)
+    if args.teacher_model_revision is not None:
+        options.setdefault("revision", args.teacher_model_revision)
+    return TeacherConfig(
+        model=pair.teacher_name, remember_mb=args.teacher_remember_mb, dtype=dtype, model_init_kwargs=options
+    )

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import shutil
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from drkl.data.batching import plan_epochs, split_rows
-from drkl.data.classification import LabelledRow
 from drkl.data.collate import collate, teacher_inputs
-from drkl.data.rows import Rows
-from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX, LMHead
 from drkl.models.at_head import call_at_head
@@ -48,75 +39,29 @@ from drkl.training.callbacks import (
     OnProgress,
     TrainLog,
 )
-from drkl.training.checkpoints import mark_complete, newest_checkpoint, rotate, step_of, tokens_seen
+from drkl.training.checkpoints import (
+    mark_complete,
+    readable_weights,
+    rotate,
+    step_of,
+    tokens_seen,
+    wanted_checkpoint,
+)
 from drkl.training.checks import check_disk
 from drkl.training.faults import find_fault, list_rows
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of, means_of
-from drkl.training.heldout import HeldOut, NonFiniteLoss
+from drkl.training.heldout import NonFiniteLoss
 from drkl.training.heldout_answers import HeldOutAnswers
-from drkl.training.on_policy import OnPolicy, Places, check_rollouts, check_whole
+from drkl.training.loop import check_optimizer, loop_arguments
+from drkl.training.measures import Measures, make_measures
+from drkl.training.on_policy import OnPolicy, check_rollouts, check_whole
 from drkl.training.pair import Pair, make_pair
+from drkl.training.plan import MicroBatches, Places, plan_run
 from drkl.training.record import RunRecord
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 REMEDY = "A lower learning rate, a warm-up, or training.precision=fp32 often help."
 _log = logging.getLogger("drkl")
-
-
-class MicroBatches(Dataset[list[Any]]):
-    """Every micro-batch of a run, in order: item ``(step * accumulation + i) * processes + rank``.
-
-    Args:
-        rows: tokenised rows.
-        steps: the indices of the rows of every optimiser step.
-        parts: micro-batches in a step, over all processes. Whole steps are planned and then cut, so that the optimiser
-            sees the same rows in the same step however many parts there are.
-    """
-
-    def __init__(self, rows: Sequence[Row | LabelledRow], steps: Sequence[Sequence[int]], parts: int) -> None:
-        self._rows = rows
-        self._batches = [part for step in steps for part in split_rows(step, parts)]
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: int) -> list[Any]:
-        return [self._rows[i] for i in self._batches[index]]
-
-
-def plan_run(lengths: Sequence[int], args: DistillationConfig, world_size: int) -> tuple[list[list[int]], list[int]]:
-    """Plan the optimiser steps of a run.
-
-    Args:
-        lengths: positions each row feeds (``Row.length``).
-        args: the size of a step, and ``max_steps`` or, where it is -1, ``num_train_epochs``.
-        world_size: number of processes.
-
-    Returns:
-        The row indices of every step, and the numbers of the steps after which an epoch ends.
-    """
-    rows_per_step = None
-    if args.per_device_train_batch_size is not None:
-        rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
-    epochs = plan_epochs(
-        lengths,
-        tokens_per_step=None if rows_per_step else args.tokens_per_step,
-        rows_per_step=rows_per_step,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        same_batches=args.same_batches,
-        drop_last=args.dataloader_drop_last,
-    )
-    steps: list[list[int]] = []
-    ends: list[int] = []
-    left = float(args.num_train_epochs)
-    while len(steps) < args.max_steps if args.max_steps > 0 else left > 1e-9:
-        epoch = next(epochs)
-        steps += epoch[: math.ceil(len(epoch) * min(left, 1.0) - 1e-9)] if args.max_steps < 0 else epoch
-        ends.append(len(steps))
-        left -= 1
-    if args.max_steps > 0 and len(steps) > args.max_steps:
-        steps, ends = steps[: args.max_steps], [*ends[:-1], args.max_steps]
-    return steps, ends
 
 
 class DistillationTrainer(Trainer):
@@ -217,14 +162,15 @@ class DistillationTrainer(Trainer):
             lengths = [planned_length(row, pair.max_new_tokens) for row in any_rows]
         steps, ends = plan_run(lengths, args, world_size)
         self._on_policy = OnPolicy(pair, args, self.run, steps, ends) if rollouts.is_on else None
-        inner = _inner_arguments(args, self.run, len(steps), heldout=bool(self.eval_rows))
+        inner = loop_arguments(args, self.run, len(steps), heldout=bool(self.eval_rows))
         # Old checkpoints are removed here: transformers does so before the new one is marked whole.
         self._keep_checkpoints, inner.save_total_limit = inner.save_total_limit, None
-        _check_optimizer(optimizers[0], pair.student)
+        check_optimizer(optimizers[0], pair.student)
         if args.early_stop_patience and not self.eval_rows:
             raise DrklError("early_stop_patience counts held-out losses; pass eval_dataset, or leave it out.")
         start = decoder_start(pair.student)
-        self._heldout, self._answers = self._held_out(self.eval_rows) if self.eval_rows else (None, None)
+        self._measures = make_measures(self.eval_rows, pair, args, self.run) if self.eval_rows else None
+        answers = None if self._measures is None else self._measures.answers
         self._train_log, self._watch = TrainLog(self.run), AnswersWatch(self.run)
         self._epochs = Epochs(ends, args)
         own: list[TrainerCallback] = [self._train_log, self._epochs, LastStep(), BestCheckpoint()]
@@ -232,8 +178,8 @@ class DistillationTrainer(Trainer):
             own.append(EarlyStop(args.early_stop_patience))
         if self._on_policy is not None:
             own.append(self._watch)
-        if self._answers is not None:
-            own.append(BeforeFirstStep(self._log_answers))
+        if answers is not None:
+            own.append(BeforeFirstStep(lambda: self._log_first_answers(answers)))
         pad_id = pair.pad_id
         check_disk(self.run, pair.student)
         parts = args.gradient_accumulation_steps * world_size
@@ -275,33 +221,6 @@ class DistillationTrainer(Trainer):
         self.num_tokens_seen = 0
         self._row_ids: list[str] = []
 
-    def _held_out(self, rows: Rows) -> tuple[HeldOut | None, HeldOutAnswers | None]:
-        """What reads the responses of held-out rows, and what answers their prompts where training does that too."""
-
-        def reader(some: Sequence[Any], remember: bool = False) -> HeldOut:
-            return HeldOut(
-                some,
-                self.pair.pad_id,
-                self.teacher,
-                rows_per_batch=self.config.per_device_eval_batch_size,
-                decoder_start=decoder_start(self.pair.student),
-                vocab_size=self.vocab_size,
-                merged_ids=self.pair.merged_ids,
-                remember=remember,
-            )
-
-        if self._on_policy is None:
-            return reader(rows, remember=True), None
-        any_rows: list[Any] = list(rows)
-        answers = self._on_policy.heldout_answers(any_rows, reader, self.run)
-        with_response = [row for row in any_rows if row.response_ids]
-        if not with_response and answers is None:
-            raise DrklError(
-                "The held-out rows have no responses and rollout_eval_prompts is 0, so there is nothing to measure on "
-                "them. Set it to the number of prompts that the student is to answer, or leave the held-out rows out."
-            )
-        return reader(with_response, remember=True) if with_response else None, answers
-
     @property
     def student(self) -> nn.Module:
         """The model being trained, whatever is wrapped around it."""
@@ -323,15 +242,15 @@ class DistillationTrainer(Trainer):
         Raises:
             DrklError: a loss or a gradient that is not finite, a folder that cannot be written, or no checkpoint.
         """
-        checkpoint = self._checkpoint(resume_from_checkpoint)
+        checkpoint = wanted_checkpoint(self.run, resume_from_checkpoint)
         if self.is_world_process_zero():
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
         self.accelerator.wait_for_everyone()
         from_step = step_of(checkpoint) if checkpoint else -1
         self._train_log.begin(from_step)
         self._watch.begin()
-        if self._answers is not None and self.is_world_process_zero():
-            self._answers.begin(from_step)
+        if self._measures is not None and self.is_world_process_zero():
+            self._measures.begin(from_step)
         self.num_tokens_seen = tokens_seen(checkpoint) if checkpoint else 0
         if self._on_policy is not None:
             self._on_policy.begin(checkpoint)
@@ -352,19 +271,6 @@ class DistillationTrainer(Trainer):
             self.record.trained(self.state, self._train_log.seconds)
         self.accelerator.wait_for_everyone()
         return output
-
-    def _checkpoint(self, wanted: str | Path | bool | None) -> Path | None:
-        if wanted is None or wanted is False:
-            return None
-        if wanted is True:
-            newest = newest_checkpoint(self.run.checkpoints_path)
-            if newest is None:
-                raise DrklError(f"There is no whole checkpoint in {str(self.run.checkpoints_path)!r} to resume from.")
-            return newest
-        path = Path(str(wanted))
-        if not (path / "trainer_state.json").is_file():
-            raise DrklError(f"{str(path)!r} is no checkpoint; expected a folder checkpoints/checkpoint-N of this run.")
-        return path
 
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
         """Write the student as ``from_pretrained`` reads it, tokenizer and model card included; of LoRA the adapter.
@@ -536,42 +442,36 @@ class DistillationTrainer(Trainer):
         Raises:
             DrklError: there are no held-out rows, or the loss is not finite.
         """
-        heldout, answers = self._heldout, self._answers
+        measures = self._measures
         if eval_dataset is not None:
-            heldout, answers = self._held_out(self.pair.tokenize(eval_dataset, self.config)[0])
-        if heldout is None and answers is None:
+            rows = self.pair.tokenize(eval_dataset, self.config)[0]
+            measures = make_measures(rows, self.pair, self.config, self.run)
+        if measures is None:
             raise DrklError("There are no held-out rows; pass eval_dataset to the trainer, or here.")
-        values = self._measure(heldout, answers, keep=eval_dataset is None and metric_key_prefix == "eval")
-        if heldout is None:  # prompts only
-            values["loss"] = values["rollout_loss"]
+        values = self._measure(measures, keep=eval_dataset is None and metric_key_prefix == "eval")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _measure(self, heldout: HeldOut | None, answers: HeldOutAnswers | None, *, keep: bool) -> dict[str, float]:
+    def _measure(self, measures: Measures | HeldOutAnswers, *, keep: bool) -> dict[str, float]:
         model: Any = self.student
         training = model.training
         model.eval()
         step = self.state.global_step
-        values: dict[str, float] = {}
+        keep = keep and self.is_world_process_zero()
         try:
-            if heldout is not None:
-                values |= heldout.evaluate(model, self.objective, self.loss_config)
-            if answers is not None:
-                keep = keep and self.is_world_process_zero()
-                values |= answers.evaluate(model, self.objective, self.loss_config, step=step, keep=keep)
+            return measures.evaluate(model, self.objective, self.loss_config, step=step, keep=keep)
         except NonFiniteLoss as error:
             raise DrklError(
                 f"After step {step} {error} Training stopped; the last good checkpoint is kept. {REMEDY}"
             ) from error
         finally:
             model.train(training)
-        return values
 
-    def _log_answers(self) -> None:
+    def _log_first_answers(self, answers: HeldOutAnswers) -> None:
         """Log what the student writes before its first step."""
-        self.log({f"eval_{name}": value for name, value in self._measure(None, self._answers, keep=True).items()})
+        self.log({f"eval_{name}": value for name, value in self._measure(answers, keep=True).items()})
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: `drkl.evaluate` measures a student, on held-out rows and on what it writes."""
@@ -608,11 +508,11 @@ class DistillationTrainer(Trainer):
             student.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with _readable_weights(resume_from_checkpoint):
+        with readable_weights(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        with _readable_weights(str(self.state.best_model_checkpoint)):
+        with readable_weights(str(self.state.best_model_checkpoint)):
             super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -643,58 +543,3 @@ class DistillationTrainer(Trainer):
             if self._keep_checkpoints:
                 best = self.state.best_model_checkpoint
                 rotate(folder.parent, self._keep_checkpoints, Path(best) if best else None)
-
-
-@contextmanager
-def _readable_weights(checkpoint: str) -> Iterator[None]:
-    """Name the checkpoint in what goes wrong as its weights are read."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:400].rstrip(".")
-        raise DrklError(
-            f"The weights of {checkpoint!r} cannot be used: {reason}. Remove that checkpoint to go on from the one "
-            "before it."
-        ) from error
-
-
-def _check_optimizer(optimizer: Any, student: nn.Module) -> None:
-    """Raise DrklError for an optimiser that would train nothing of the student."""
-    if optimizer is None:
-        return
-    own = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
-    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-        raise DrklError(
-            "optimizers: the optimiser holds no parameter of the student that is trained, so nothing would change. "
-            "Make it from the model that is passed, and with peft_config pass a model that peft has wrapped already."
-        )
-
-
-def _inner_arguments(args: DistillationConfig, run: RunFolder, num_steps: int, *, heldout: bool) -> DistillationConfig:
-    """The arguments as transformers' loop takes them: every number settled, and checkpoints in their own folder."""
-    inner = copy.copy(args)
-    inner.output_dir = str(run.checkpoints_path)
-    inner.max_steps = num_steps
-    inner.train_sampling_strategy = "sequential"  # the plan is the order
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        setattr(inner, name, getattr(args, name) or 1)  # transformers writes them to its log
-    if not heldout:
-        no: Any = "no"
-        inner.eval_strategy = type(args.eval_strategy)(no)
-        inner.load_best_model_at_end = False
-    # An epoch is many steps of one long data set here; `Epochs` says when one ends.
-    never = num_steps + 1
-    for name in ("eval", "save", "logging"):
-        strategy = getattr(inner, f"{name}_strategy")
-        if strategy.value == "epoch":
-            setattr(inner, f"{name}_strategy", type(strategy)("steps"))
-            setattr(inner, f"{name}_steps", never)
-    if inner.activation_checkpointing and not inner.activation_checkpointing_kwargs:
-        # The reentrant kind asks that the first layer's input needs a gradient, which frozen embeddings do not give.
-        inner.activation_checkpointing_kwargs = inner.gradient_checkpointing_kwargs = {"use_reentrant": False}
-    # Several cards in one process would be nn.DataParallel, which cuts batches by itself; torchrun uses them all.
-    inner._n_gpu = min(inner.n_gpu, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        inner.dataloader_pin_memory = bool(args.dataloader_pin_memory) and args.device.type == "cuda"
-    return inner
