@@ -46,6 +46,21 @@ def test_share_0_is_the_run_without_a_section(tmp_path: Path) -> None:
     assert comparable(plain) == comparable(also)
 
 
+def test_steps_without_answers_are_those_of_a_run_without_them(tmp_path: Path) -> None:
+    """As before a ramp rises, bit for bit."""
+    ramp = {"from": 0, "to": 1e-9, "steps": 1000}
+    weights = []
+    for share in (0, ramp):
+        model = tiny.llama(1, layers=2)
+        trainer = make_trainer(
+            tmp_path, rows(12), model=model, teacher=tiny.llama(9), max_steps=2, gradient_accumulation_steps=2,
+            tokens_per_step=60, rollout_share=share,
+        )  # fmt: skip
+        trainer.train()
+        weights.append(dict(model.state_dict()))
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_a_student_that_equals_its_teacher_has_no_loss(tmp_path: Path) -> None:
     for objective in ("fkl", "rkl", "drkl"):
         model = tiny.llama(9)
@@ -167,9 +182,14 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, rows(8), max_steps=4, rollout_share=1.0, rollout_max_new_tokens=4)
     with pytest.raises(DrklError, match=r"has no rollouts\.json: its run trained on the data's responses alone"):
         trainer.train(resume_from_checkpoint=True)
-    (tmp_path / "checkpoints" / "checkpoint-2" / "rollouts.json").write_text('{"answers": {}}')
-    with pytest.raises(DrklError, match=r"rollouts\.json' does not hold the answers of a run .*Remove that checkpoint"):
-        trainer.train(resume_from_checkpoint=True)
+    written = {"written_to": 3, "log": {"new": [], "newest": [], "stops": []}, "since": {}, "memory": []}
+    answer = {"row": 7, "token_ids": [5, 6], "finished": True, "step": 2}
+    broken = [{"row": 8}, {"row": -1}, {"token_ids": []}]  # there are 8 rows
+    states = [written | {"pending": [[2, 7, answer | change]]} for change in broken]
+    for text in ('{"answers": {}}', '{"written_to": 3, "pen', *map(json.dumps, states)):
+        (tmp_path / "checkpoints" / "checkpoint-2" / "rollouts.json").write_text(text)
+        with pytest.raises(DrklError, match=r"rollouts\.json' does not hold the answers of a run .*Remove that check"):
+            trainer.train(resume_from_checkpoint=True)
 
 
 def test_sampling_leaves_torch_s_random_numbers_alone(tmp_path: Path) -> None:

@@ -90,12 +90,19 @@ class AnsweredSteps:
         """Go on where `state` was taken, before a step.
 
         Raises:
-            KeyError, TypeError, ValueError: the state is not one.
+            KeyError, TypeError, ValueError: the state is not one of these rows.
         """
         self.clear()
         self._written_to = max(int(state["written_to"]), step)
-        self._pending = {(int(s), int(n)): _written(values) for s, n, values in state["pending"]}
-        self._memory.extend(_written(values) for values in state["memory"])
+        self._pending = {(int(s), int(n)): self._known(values) for s, n, values in state["pending"]}
+        self._memory.extend(self._known(values) for values in state["memory"])
+
+    def _known(self, values: Any) -> Written:
+        """An answer of a state, to one of the rows."""
+        written = _written(values)
+        if not (0 <= written.row < len(self._rows) and written.token_ids):
+            raise ValueError(f"{values!r} is no answer to one of {len(self._rows)} rows")
+        return written
 
     def _write(self, first: int) -> None:
         """Write the answers of the steps that one set serves."""

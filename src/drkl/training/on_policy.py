@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from drkl.data.batching import split_rows
 from drkl.data.collate import collate
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
@@ -78,10 +79,16 @@ class OnPolicy:
         self._log.add([answer_in(row, self._stops) for row in rows if row.sampled], self._stops)
         args = self._args
         tokens = None if args.tokens_per_step is None else max(1, args.tokens_per_step // self._slots)
-        rows_per_part = args.per_device_train_batch_size
-        slots = cut(
-            rows, self._slots, tokens=tokens, rows_per_part=rows_per_part, padding=PADDING[args.device.type != "cpu"]
-        )
+        if answers:
+            slots = cut(
+                rows,
+                self._slots,
+                tokens=tokens,
+                rows_per_part=args.per_device_train_batch_size,
+                padding=PADDING[args.device.type != "cpu"],
+            )
+        else:  # as planned, and so the step that a run without answers takes
+            slots = [[[rows[i] for i in part]] for part in split_rows(range(len(rows)), self._slots)]
         mine = slots[args.process_index :: args.world_size]
         batches = [{"parts": [self._batch(part) for part in slot]} for slot in mine]
         return batches, sum(row.num_trained for row in rows)
@@ -121,12 +128,12 @@ class OnPolicy:
                 f"{str(checkpoint)!r} has no {STATE}: its run trained on the data's responses alone. Leave "
                 "rollouts.share at 0 to go on with it, or start a new run."
             )
-        state = read_json(checkpoint / STATE)
         try:
+            state = read_json(checkpoint / STATE)
             self._answered.load_state(state, step_of(checkpoint))
             self._log.restore(state["log"])
             self._since.__dict__ |= state["since"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (DrklError, KeyError, TypeError, ValueError) as error:
             raise DrklError(
                 f"{str(checkpoint / STATE)!r} does not hold the answers of a run ({error!r}). Remove that checkpoint "
                 "to go on from the one before it."
