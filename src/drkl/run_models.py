@@ -30,7 +30,7 @@ from drkl.models.student import make_student
 from drkl.objectives import Objective
 from drkl.objectives.decoupled import GAMMA
 from drkl.runs import RunFolder
-from drkl.training.spec import RunSpec, has_encoder, run_ends, run_room
+from drkl.training.spec import RunSpec, has_encoder, run_ends, run_room, teacher_tokenizer, tokenizer_name
 
 
 def evaluate_run(
@@ -155,12 +155,13 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
     data = with_protocol(last.data.fitted(room), protocol)
     encoder_decoder = classes is None and has_encoder(first, tokenizer)
     ends = () if classes is not None else run_ends(first, tokenizer)
+    reader = None if classes is not None else teacher_tokenizer(specs, tokenizer_name(specs))
     described: dict[str, Any]
     names: list[str] | None = None
     rows: Any
     if suites:
         rows, names, described = suite_rows(
-            suites, data, tokenizer, encoder_decoder=encoder_decoder, ends=ends, room=room
+            suites, data, tokenizer, encoder_decoder=encoder_decoder, ends=ends, room=room, teacher_tokenizer=reader
         )
     else:
         if data.eval_path == NO_ROWS:
@@ -177,7 +178,14 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
                 "student on other rows: drkl.evaluate(student, teacher, rows)."
             )
         rows, report = make_rows(
-            heldout, data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends, room=room
+            heldout,
+            data,
+            tokenizer,
+            classes=classes,
+            encoder_decoder=encoder_decoder,
+            ends=ends,
+            room=room,
+            teacher_tokenizer=reader,
         )
         described = {
             "path": data.path, "dataset": data.dataset, "sources": [source.name for source in data.sources],

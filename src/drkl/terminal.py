@@ -19,6 +19,8 @@ ON_ANSWERS = ("rollout_loss", "rollout_finished", "rollout_length")
 """Held-out numbers of the student's own answers that are printed."""
 BAR = 40
 """Characters of the longest bar of a histogram."""
+WIDE = 120
+"""Characters of a terminal that has room for a long progress bar and the numbers beside it."""
 
 
 class TrainingProgress:
@@ -27,14 +29,16 @@ class TrainingProgress:
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         self._console = Console(highlight=False)
+        whole, wrapped = Column(no_wrap=True), Column(no_wrap=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            BarColumn(40 if self._console.width >= WIDE else 10, table_column=whole),
+            MofNCompleteColumn(table_column=whole),
+            TimeRemainingColumn(table_column=whole),
+            TextColumn("{task.fields[numbers]}", table_column=wrapped),  # into lines, where a terminal is narrow
             console=self._console,
         )
         self._task: Any = None

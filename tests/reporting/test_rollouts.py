@@ -48,6 +48,15 @@ def test_a_run_without_answers_has_no_such_section(make_run: MakeRun) -> None:
     assert section(read_run(run)) is None and read_run(run).concerns == []
 
 
+def test_prompts_alone_have_no_loss_beside_that_of_the_answers(make_run: MakeRun) -> None:
+    run = sampled(make_run())
+    rows = [{key: row[key] for key in row if key != "eval_fkl"} for row in read_jsonl(run.train_log_path)]
+    write_jsonl(run.train_log_path, rows)
+    found = section(read_run(run))
+    assert found is not None
+    assert [picture.title for picture in found.pictures] == [title for title in TITLES if title != "Held-out loss"]
+
+
 @pytest.mark.slow
 def test_the_page_of_a_run_without_answers_does_not_speak_of_them(make_run: MakeRun) -> None:
     page = report(make_run().root).read_text()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import drkl
-from drkl import DrklError
+from drkl import DistillationConfig, DrklError
+from drkl.config import load_config
 from drkl.data import Example
 from drkl.data.tokenize import Row, tokenize_examples
 from drkl.models.load import load_model
 from drkl.rollouts.config import RolloutsConfig
-from drkl.rollouts.stops import Agreement, agree_on_stops, merged_ids, student_stops, teacher_stops
+from drkl.rollouts.stops import Agreement, _refusal, agree_on_stops, merged_ids, student_stops, teacher_stops
 from drkl.teachers.live import LiveTeacher
 from tests.data.tiny_tokenizers import CHATML, build
 from tests.models import tiny
@@ -91,8 +95,25 @@ def test_a_pair_of_two_stop_tokens_is_refused_with_both_numbers() -> None:
     assert message.startswith("The student stops with '</s>', and the teacher with '<|im_end|>': at the ends of 5 ")
     assert f"gives '</s>' a probability of {rest:.2g}, and '<|im_end|>' 1 (geometric means)" in message
     assert (
-        'set rollouts.stop_map: {"</s>": "<|im_end|>"} (in Python rollout_stop_map={"</s>": "<|im_end|>"})' in message
+        'set rollouts.stop_map: {"</s>": "<|im_end|>"} (in a command \'rollouts.stop_map={"</s>": "<|im_end|>"}\', in '
+        'Python rollout_stop_map={"</s>": "<|im_end|>"})' in message
     )
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "<end 'of' \"turn\">", "{end: [$x]}", "\\ é🙂 #"])
+def test_the_way_out_is_taken_word_for_word(text: str) -> None:
+    tokenizer = base_tokenizer()
+    tokenizer.add_tokens([text], special_tokens=True)
+    end = tokenizer.convert_tokens_to_ids(text)
+    message = str(_refusal(tokenizer, [BASE_END], end, 0.9, "found", "'</s>'"))
+    before, pairs = message.split("(in a command ")[0], {"</s>": text}
+    assert yaml.safe_load(before[before.index("rollouts.stop_map: ") :])["rollouts.stop_map"] == pairs
+    ways = message.split("(in a command ")[1].split("): the models")[0]
+    command, python = ways.split(", in Python rollout_stop_map=")
+    (word,) = shlex.split(command)
+    base = {"data": {"path": "bundled:dolly"}, "student": {"layers": 2}, "rollouts": {"share": 1.0}}
+    assert load_config(base, [word])[0].rollouts.stop_map == pairs
+    assert DistillationConfig("x", use_cpu=True, rollout_stop_map=ast.literal_eval(python)).rollouts.stop_map == pairs
 
 
 def test_the_number_is_the_geometric_mean_at_the_last_token() -> None:
@@ -148,11 +169,15 @@ def test_a_teacher_that_stops_with_nothing_is_a_warning(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["prompts", "cut"])
-def test_without_a_finished_row_there_is_nobody_to_ask(kind: str) -> None:
+def test_without_a_finished_row_there_is_nobody_to_ask(kind: str, folders: tuple[Path, Path]) -> None:
     data = [Row("0", (1, 7), () if kind == "prompts" else (8, 9), rows(1)[0].example)]
-    found = agree(student_model(), teacher_model(), data)
+    student, teacher = (load_model(str(folder), "fp32") for folder in folders)
+    found = agree(student, teacher, data)
     assert found.note is None and found.warning is not None and "\n" not in found.warning
-    assert "stops with '</s>', and no row has a whole response" in found.warning
+    assert "stops with '</s>', the teacher with '<|im_end|>', and no row has a whole response" in found.warning
+    assert 'set rollouts.stop_map: {"</s>": "<|im_end|>"} (in a command' in found.warning
+    found = agree(teacher, teacher, data)
+    assert found.warning is not None and "stops with '<|im_end|>', and no row has a whole response" in found.warning
 
 
 def test_a_stop_token_that_the_teacher_does_not_have_is_never_sampled() -> None:

@@ -256,10 +256,11 @@ def _check(inputs: Inputs, gamma: float, positions: int, temperature: float) -> 
 def _read(name: str, inputs: Inputs, on_progress: Progress | None) -> Readout:
     """Run one model over the rows; of a model that was loaded only the head is kept."""
     report = reporter(name, on_progress)("reading", len(inputs.rows))
+    rows: Any = inputs.rows
+    if name == "teacher" and inputs.classes is None:
+        rows = [row.for_teacher for row in rows]
     with placed(inputs.models[name], inputs.device) as model:
-        readout = read(
-            model, inputs.rows, pad_id=inputs.tokenizer.pad_token_id, vocab_size=inputs.vocab_size, progress=report
-        )
+        readout = read(model, rows, pad_id=inputs.tokenizer.pad_token_id, vocab_size=inputs.vocab_size, progress=report)
         del model
     free_memory(inputs.device)
     return readout

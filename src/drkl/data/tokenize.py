@@ -72,6 +72,13 @@ class Row:
         return prompt + len(self.response_ids) - 1
 
     @property
+    def for_teacher(self) -> Row:
+        """The row as the teacher reads it."""
+        if self.teacher_prompt_ids is None:
+            return self
+        return replace(self, prompt_ids=self.teacher_prompt_ids, sampling_context=None, teacher_prompt_ids=None)
+
+    @property
     def trained_ids(self) -> tuple[int, ...]:
         """The tokens that have a loss, in order."""
         if self.trained is None:

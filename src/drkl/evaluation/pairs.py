@@ -157,13 +157,15 @@ def suite_rows(
     ends: Sequence[int] = (),
     room: Room = NO_LIMIT,
     max_rows: int | None = None,
+    teacher_tokenizer: Any = None,
 ) -> tuple[list[Any], list[str], dict[str, Any]]:
     """The rows of named suites one after the other, the suite of each, and the account of them for the record.
 
     Raises:
         DrklError: an unknown suite, one named twice, or one without a row that can be used.
     """
-    set_languages(tokenizer, config.src_lang, config.tgt_lang)
+    for reader in filter(None, (tokenizer, teacher_tokenizer)):
+        set_languages(reader, config.src_lang, config.tgt_lang)
     rows: list[Any] = []
     names: list[str] = []
     described: dict[str, Any] = {}
@@ -176,8 +178,9 @@ def suite_rows(
             examples = name_rows(examples, suite.name)
         try:
             tokenised, report = rows_from(
-                examples, tokenizer, **config.row_settings, encoder_decoder=encoder_decoder, ends=ends, room=room
-            )
+                examples, tokenizer, **config.row_settings, encoder_decoder=encoder_decoder, ends=ends, room=room,
+                teacher_tokenizer=teacher_tokenizer,
+            )  # fmt: skip
         except DrklError as error:
             raise DrklError(f"Suite {suite.name!r}: {error}") from error
         rows += tokenised

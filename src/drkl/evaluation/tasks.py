@@ -136,7 +136,7 @@ class Generation:
         self.settings = settings.model_copy(update={"max_new_tokens": self.max_new_tokens})
         self.num_too_long = len(rows) - len(answerable)
         self.prompts = choose_prompts(answerable, settings.prompts, [self.suite_of[row.id] for row in answerable])
-        check_answer(self.max_new_tokens, room, max((len(row.sampling_ids) for row in self.prompts), default=0))
+        check_answer(self.max_new_tokens, room, max(map(_prompt_length, self.prompts), default=0))
         self._teacher: tuple[str, Readout] | None = None
         self._num_outputs = 0
         self._tables: dict[str, PositionTable] = {}
@@ -161,9 +161,9 @@ class Generation:
 
     def _read(self, name: str, model: PreTrainedModel, mark: str, report: Report) -> PositionTable:
         """The teacher-forced numbers of a model; the teacher's states stay for those that follow."""
-        store = self._store(name)
+        store, rows = self._store(name), _as_read(name, self.rows)
         facts = {
-            "rows": fingerprint(value=[[row.id, row.prompt_ids, row.response_ids, row.trained] for row in self.rows]),
+            "rows": fingerprint(value=[[row.id, row.prompt_ids, row.response_ids, row.trained] for row in rows]),
             "model": mark, "vocab": self.vocab_size, "device": model.device.type,
         }  # fmt: skip
         states_key = fingerprint(kind="states at the head", **facts)
@@ -173,7 +173,7 @@ class Generation:
             states = Readout.from_tensors(kept, head if self.vocab_size is None else head.trimmed(self.vocab_size))
         else:
             progress = report("reading", len(self.rows))
-            states = read(model, self.rows, pad_id=self.pad_id, vocab_size=self.vocab_size, progress=progress)
+            states = read(model, rows, pad_id=self.pad_id, vocab_size=self.vocab_size, progress=progress)
             if store is not None and name == "teacher" and states.hidden.nbytes <= KEPT_STATES_BYTES:
                 # The head is the model's own, which is there whenever its states are.
                 kept = {part: tensor for part, tensor in states.to_tensors().items() if not part.startswith("head.")}
@@ -193,7 +193,7 @@ class Generation:
 
     def _sample(self, name: str, model: PreTrainedModel, mark: str, report: Report) -> dict[float, list[list[Answer]]]:
         """Every prompt's answers by temperature; a batch that was finished before is read instead."""
-        settings, prompts = self.settings, self.prompts
+        settings, prompts = self.settings, _as_read(name, self.prompts)
         if not prompts:
             return {}
         by_temperature: dict[float, list[list[Answer]]] = {}
@@ -408,10 +408,19 @@ def _answerable(rows: Sequence[Row], settings: EvaluationConfig, room: Room) -> 
     """The length of an answer, and the rows that can be answered; a given length holds for all of them."""
     if "max_new_tokens" in settings.model_fields_set:
         return settings.max_new_tokens, rows
-    length = fit_answer(settings.max_new_tokens, room, min((len(row.sampling_ids) for row in rows), default=0))
+    length = fit_answer(settings.max_new_tokens, room, min(map(_prompt_length, rows), default=0))
     if room.separate or room.decoder is None:
         return length, rows
-    return length, [row for row in rows if len(row.sampling_ids) + length <= room.decoder]
+    return length, [row for row in rows if _prompt_length(row) + length <= room.decoder]
+
+
+def _prompt_length(row: Row) -> int:
+    """Tokens of the prompt of an answer, in the longer of two renderings."""
+    return max(len(row.sampling_ids), len(row.teacher_prompt_ids or ()))
+
+
+def _as_read(name: str, rows: Sequence[Row]) -> Sequence[Row]:
+    return [row.for_teacher for row in rows] if name == "teacher" else rows
 
 
 def _merged(tables: Mapping[str, AnswerTable]) -> AnswerTable:

@@ -82,9 +82,16 @@ def _pictures(run: Run) -> list[Picture]:
         return []
     with plot_style():
         pictures = [picture_of(run, PREFIX + key, title, caption) for key, title, caption in panels]
-        pictures.append(beside(run, losses, "Held-out loss", "the objective, off-policy and on-policy", heldout=True))
+        if _has_responses(run):
+            policies = "the objective, off-policy and on-policy"
+            pictures.append(beside(run, losses, "Held-out loss", policies, heldout=True))
         pictures.append(beside(run, seconds, "Time of a step", "seconds"))
     return [picture for picture in pictures if picture]
+
+
+def _has_responses(run: Run) -> bool:
+    """Whether the held-out prompts have responses; without them the held-out loss is that of the answers."""
+    return all("eval_fkl" in row for row in _rows(run) if f"eval_{PREFIX}loss" in row)
 
 
 def _rows(run: Run) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,11 +87,7 @@ def agree_on_stops(
         learnt = tuple(token for token in theirs if vocab_size is None or token < vocab_size)
         return Agreement(merged, learnt=learnt)
     if logp is None:
-        return Agreement(
-            merged,
-            warning=f"The student stops with {asked}, and no row has a whole response, at whose end the teacher could "
-            "be asked for that. If answers never finish, see rollouts.stop_map.",
-        )
+        return Agreement(merged, warning=_not_asked(tokenizer, own, theirs, event, asked))
     size = logp.shape[1]
     inside = [token for token in event if token < size]
     if not inside:
@@ -115,14 +111,32 @@ def agree_on_stops(
     raise _refusal(tokenizer, own, other, others[other], found, asked)
 
 
-def _refusal(tokenizer: Any, own: Sequence[int], other: int, probability: float, found: str, asked: str) -> DrklError:
+def _not_asked(tokenizer: Any, own: Sequence[int], theirs: Sequence[int], event: Sequence[int], asked: str) -> str:
+    nothing = "no row has a whole response, at whose end the teacher could be asked for that"
+    if not theirs or set(theirs) & set(event):
+        return f"The student stops with {asked}, and {nothing}. If answers never finish, see rollouts.stop_map."
+    named = " or ".join(map(repr, _texts(tokenizer, theirs)))
+    return (
+        f"The student stops with {asked}, the teacher with {named}, and {nothing}. If both tokens mean that an answer "
+        f"is over, {_way_out(tokenizer, own, theirs[0])}."
+    )
+
+
+def _way_out(tokenizer: Any, own: Sequence[int], other: int) -> str:
+    """What to set, as a file, a shell and Python each take it."""
     (theirs,) = _texts(tokenizer, [other])
     pairs = json.dumps(dict.fromkeys(_texts(tokenizer, own), theirs), ensure_ascii=False)
+    word = shlex.quote(f"rollouts.stop_map={pairs}")
+    return f"set rollouts.stop_map: {pairs} (in a command {word}, in Python rollout_stop_map={pairs})"
+
+
+def _refusal(tokenizer: Any, own: Sequence[int], other: int, probability: float, found: str, asked: str) -> DrklError:
+    (theirs,) = _texts(tokenizer, [other])
     return DrklError(
         f"The student stops with {asked}, and the teacher with {theirs!r}: {found}, and {theirs!r} {probability:.2g} "
         "(geometric means). On its own answers the student would be taught never to stop. If both tokens mean that an "
-        f"answer is over, set rollouts.stop_map: {pairs} (in Python rollout_stop_map={pairs}): the models are then "
-        "compared on the event of stopping, the summed probability of these tokens."
+        f"answer is over, {_way_out(tokenizer, own, other)}: the models are then compared "
+        "on the event of stopping, the summed probability of these tokens."
     )
 
 
@@ -243,7 +257,7 @@ def _log_probs_at_ends(
 ) -> Tensor | None:
     """The teacher's log-probabilities `[n, ids]` where a response ends; None where none is whole."""
     whole = (row for row in rows if row.response_ids and row.trained_ids and row.trained_ids[-1] in ends)
-    read = [_as_the_teacher_reads(row) for row in itertools.islice(whole, ROWS)]
+    read = [row.for_teacher for row in itertools.islice(whole, ROWS)]
     if not read:
         return None
     places = {number: [row.num_trained - 1] for number, row in enumerate(read)}
@@ -254,9 +268,3 @@ def _log_probs_at_ends(
             for batch in batches(read, pad_id=pad_id, decoder_start=start, positions=places)
         ]
     return torch.cat(logits).cpu().double().log_softmax(-1)
-
-
-def _as_the_teacher_reads(row: Row) -> Row:
-    if row.teacher_prompt_ids is None:
-        return row
-    return replace(row, prompt_ids=row.teacher_prompt_ids, teacher_prompt_ids=None)
