@@ -313,3 +313,12 @@ def test_logits_that_are_no_numbers_are_refused(which: str) -> None:
     models[which].model.norm.weight.data[0] = float("nan")
     with pytest.raises(DrklError, match="logits are not finite numbers: its weights are broken, or overflow"):
         write(models["student"], requests(), teacher=models["teacher"], source="mixed")
+
+
+def test_a_short_answer_after_a_long_prompt_stays_within_the_positions() -> None:
+    """Its row has no position left when it ends, and the others of its batch go on."""
+    model = tiny.gpt2(1)
+    context = model.config.max_position_embeddings
+    asked = [Request("long", 0, (5,) * (context - 2), (), 2)]
+    asked += [Request(str(i), 0, (5, 6 + i), (), 30) for i in range(20)]
+    assert [len(answer.token_ids) for answer in write(model, asked, stops=[])] == [2, *[30] * 20]

@@ -233,16 +233,21 @@ def _batches(
         for prompts, rows in alike.items()
         for start in range(0, len(rows), batch_size)
     ]
+    contexts = [None if is_encoder_decoder(r.model) else contexts_of(r.model.config)[1] for r in readers]
     batch: list[list[int]] = []
-    given: tuple[int, ...] = ()
+    widest, longest = tuple(0 for _ in readers), 0
     for lengths, rows in sorted(pieces, key=lambda piece: piece[0]):
         size = sum(map(len, batch)) + len(rows)
-        slots = size * (sum(lengths) + len(lengths) * max(limits))
-        unlike = any(not way.pad and a != b for way, a, b in zip(ways, lengths, given))  # noqa: B905
-        if batch and (size > batch_size or slots > BATCH_TOKENS or unlike):
+        own = max(limits[row] for row in rows)
+        both, most = tuple(map(max, widest, lengths)), max(longest, own)
+        full = size > batch_size or size * (sum(both) + len(both) * most) > BATCH_TOKENS
+        unlike = any(not way.pad and a != b for way, a, b in zip(ways, lengths, widest, strict=True))
+        # A row that has ended may be read on, as long as the others are.
+        beyond = any(c is not None and width + most > c for c, width in zip(contexts, both, strict=True))
+        if batch and (full or unlike or beyond):
             yield batch
-            batch = []
-        batch, given = [*batch, rows], lengths
+            batch, both, most = [], lengths, own
+        batch, widest, longest = [*batch, rows], both, most
     if batch:
         yield batch
 

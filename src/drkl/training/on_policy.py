@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class OnPolicy:
         if server is not None:
             self._answered.before_writing = lambda step: server.sync(pair.student, step)
         self._stops = answer_stops(pair, args, rollouts.source)
-        self._since, self._log = _Since(), RolloutLog()
+        self._sums, self._log = _Sums(), RolloutLog()
 
     def on_writing(self, hook: Callable[[int, int], None]) -> None:
         """Call ``hook(answers written, answers due)`` while a set of answers is written."""
@@ -74,12 +75,14 @@ class OnPolicy:
         """
         before = self._answered.seconds
         rows = self._answered.rows_of(step)
-        self._since.generating += self._answered.seconds - before
-        self._since.add(rows)
+        self._sums.generating += self._answered.seconds - before
+        self._sums.steps += 1
+        self._sums.rows += len(rows)
+        self._sums.sampled += sum(row.sampled for row in rows)
         self._log.add([answer_in(row, self._stops) for row in rows if row.sampled], self._stops)
         args = self._args
         tokens = None if args.tokens_per_step is None else max(1, args.tokens_per_step // self._slots)
-        if answers:
+        if any(row.sampled for row in rows):
             slots = cut(
                 rows,
                 self._slots,
@@ -101,17 +104,17 @@ class OnPolicy:
 
     def learnt(self, seconds: float) -> None:
         """Note how long a micro-batch took."""
-        self._since.learning += seconds
+        self._sums.learning += seconds
 
     def numbers(self) -> dict[str, float]:
         """What is logged of the steps since the last call."""
-        since, self._since = self._since, _Since()
-        return since.numbers() | self._log.pop()
+        sums, self._sums = self._sums, _Sums()
+        return sums.means() | self._log.pop()
 
     def save(self, checkpoint: Path) -> None:
         """Write what a resumed run needs into a checkpoint."""
-        since = {"log": self._log.state(), "since": vars(self._since)}
-        write_json(checkpoint / STATE, self._answered.state() | since)
+        logged = {"log": self._log.state(), "sums": asdict(self._sums)}
+        write_json(checkpoint / STATE, self._answered.state() | logged)
 
     def begin(self, checkpoint: Path | None) -> None:
         """Start anew, whatever was trained before; or go on from a checkpoint.
@@ -120,7 +123,7 @@ class OnPolicy:
             DrklError: it was written by a run without sampled answers, or its answers are broken.
         """
         self._answered.clear()
-        self._since, self._log = _Since(), RolloutLog()
+        self._sums, self._log = _Sums(), RolloutLog()
         if checkpoint is None:
             return
         if not (checkpoint / STATE).is_file():
@@ -132,7 +135,7 @@ class OnPolicy:
             state = read_json(checkpoint / STATE)
             self._answered.load_state(state, step_of(checkpoint))
             self._log.restore(state["log"])
-            self._since.__dict__ |= state["since"]
+            self._sums = _Sums(**state["sums"])
         except (DrklError, KeyError, TypeError, ValueError) as error:
             raise DrklError(
                 f"{str(checkpoint / STATE)!r} does not hold the answers of a run ({error!r}). Remove that checkpoint "
@@ -140,25 +143,24 @@ class OnPolicy:
             ) from error
 
 
-class _Since:
+@dataclass
+class _Sums:
     """Sums over the steps since the last line of the log."""
 
-    def __init__(self) -> None:
-        self.generating = self.learning = 0.0
-        self._steps = self._rows = self._sampled = 0
+    generating: float = 0.0
+    """Seconds; those of learning likewise."""
+    learning: float = 0.0
+    steps: int = 0
+    rows: int = 0
+    sampled: int = 0
 
-    def add(self, rows: Sequence[Any]) -> None:
-        self._steps += 1
-        self._rows += len(rows)
-        self._sampled += sum(row.sampled for row in rows)
-
-    def numbers(self) -> dict[str, float]:
-        if not self._steps:
+    def means(self) -> dict[str, float]:
+        if not self.steps:
             return {}
         return {
-            "rollout_share": self._sampled / max(1, self._rows),
-            "seconds_generating": self.generating / self._steps,
-            "seconds_learning": self.learning / self._steps,
+            "rollout_share": self.sampled / max(1, self.rows),
+            "seconds_generating": self.generating / self.steps,
+            "seconds_learning": self.learning / self.steps,
         }
 
 

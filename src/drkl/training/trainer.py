@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,58 +155,23 @@ class DistillationTrainer(Trainer):
         if pair.ends is not None and pair.ends.differ and args.process_index == 0:
             _log.warning("Warning: %s", pair.ends.warning())
         self.run = RunFolder(Path(str(args.output_dir)))
-        world_size = args.world_size
-        rollouts, any_rows = args.rollouts, list[Any](pair.rows)
-        lengths = [row.length for row in any_rows]
-        if rollouts.is_on:
+        samples, any_rows = args.rollouts.is_on, list[Any](pair.rows)
+        if samples:
             check_rollouts(pair, args)
-            lengths = [planned_length(row, pair.max_new_tokens) for row in any_rows]
-        steps, ends = plan_run(lengths, args, world_size)
-        self._on_policy = OnPolicy(pair, args, self.run, steps, ends) if rollouts.is_on else None
+        lengths = [planned_length(row, pair.max_new_tokens) if samples else row.length for row in any_rows]
+        steps, ends = plan_run(lengths, args, args.world_size)
+        self._on_policy = OnPolicy(pair, args, self.run, steps, ends) if samples else None
         inner = loop_arguments(args, self.run, len(steps), heldout=bool(self.eval_rows))
         # Old checkpoints are removed here: transformers does so before the new one is marked whole.
         self._keep_checkpoints, inner.save_total_limit = inner.save_total_limit, None
         check_optimizer(optimizers[0], pair.student)
         if args.early_stop_patience and not self.eval_rows:
             raise DrklError("early_stop_patience counts held-out losses; pass eval_dataset, or leave it out.")
-        start = decoder_start(pair.student)
         self._measures = make_measures(self.eval_rows, pair, args, self.run) if self.eval_rows else None
-        answers = None if self._measures is None else self._measures.answers
-        self._train_log, self._watch = TrainLog(self.run), AnswersWatch(self.run)
-        self._epochs = Epochs(ends, args)
-        own: list[TrainerCallback] = [self._train_log, self._epochs, LastStep(), BestCheckpoint()]
-        if args.early_stop_patience:
-            own.append(EarlyStop(args.early_stop_patience))
-        if self._on_policy is not None:
-            own.append(self._watch)
-        if answers is not None:
-            own.append(BeforeFirstStep(lambda: self._log_first_answers(answers)))
-        pad_id = pair.pad_id
         check_disk(self.run, pair.student)
-        parts = args.gradient_accumulation_steps * world_size
-        on_policy = self._on_policy is not None
-        batches: Any = Places(len(steps) * parts) if on_policy else MicroBatches(pair.rows, steps, parts)
-
-        def to_batch(items: list[Any]) -> Any:
-            return items[0] if on_policy else collate(items[0], pad_id=pad_id, decoder_start=start)
-
+        own = self._own_callbacks(ends)
         self._use_cache = getattr(pair.student.config, "use_cache", None)  # transformers turns it off
-        try:
-            super().__init__(
-                model=pair.student,
-                args=inner,
-                train_dataset=batches,
-                eval_dataset=[0] if self.eval_rows else None,  # never read: `evaluate` has its own rows
-                data_collator=to_batch,
-                callbacks=[*own, *(callbacks or [])],
-                optimizers=optimizers,
-            )
-        except OSError as error:
-            raise DrklError(f"Cannot write to {str(self.run.root)!r}: {error.strerror or error}.") from error
-        except (ValueError, RuntimeError, ImportError) as error:
-            if isinstance(error, DrklError):
-                raise
-            raise DrklError(f"transformers.Trainer refuses the arguments: {' '.join(str(error).split())}") from error
+        self._set_up_loop(inner, steps, [*own, *(callbacks or [])], optimizers)
         if self._on_policy is not None:
             check_whole(self)
         if self._use_cache is not None:
@@ -220,6 +186,53 @@ class DistillationTrainer(Trainer):
         self._input_tokens = 0
         self.num_tokens_seen = 0
         self._row_ids: list[str] = []
+
+    def _own_callbacks(self, ends: Sequence[int]) -> list[TrainerCallback]:
+        """The callbacks of every run; ``ends`` are the steps after which an epoch ends."""
+        args = self.config
+        self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(self.run), Epochs(ends, args)
+        own: list[TrainerCallback] = [self._train_log, self._epochs, LastStep(), BestCheckpoint()]
+        if args.early_stop_patience:
+            own.append(EarlyStop(args.early_stop_patience))
+        if self._on_policy is not None:
+            own.append(self._watch)
+        answers = None if self._measures is None else self._measures.answers
+        if answers is not None:
+            own.append(BeforeFirstStep(lambda: self._log_first_answers(answers)))
+        return own
+
+    def _set_up_loop(
+        self,
+        inner: DistillationConfig,
+        steps: Sequence[Sequence[int]],
+        callbacks: list[TrainerCallback],
+        optimizers: tuple[Any, Any],
+    ) -> None:
+        """Set up transformers' own trainer, which is given micro-batches whole."""
+        pair, on_policy = self.pair, self._on_policy is not None
+        pad_id, start = pair.pad_id, decoder_start(pair.student)
+        parts = inner.gradient_accumulation_steps * inner.world_size
+        batches: Any = Places(len(steps) * parts) if on_policy else MicroBatches(pair.rows, steps, parts)
+
+        def to_batch(items: list[Any]) -> Any:
+            return items[0] if on_policy else collate(items[0], pad_id=pad_id, decoder_start=start)
+
+        try:
+            super().__init__(
+                model=pair.student,
+                args=inner,
+                train_dataset=batches,
+                eval_dataset=[0] if self.eval_rows else None,  # never read: `evaluate` has its own rows
+                data_collator=to_batch,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+        except OSError as error:
+            raise DrklError(f"Cannot write to {str(self.run.root)!r}: {error.strerror or error}.") from error
+        except (ValueError, RuntimeError, ImportError) as error:
+            if isinstance(error, DrklError):
+                raise
+            raise DrklError(f"transformers.Trainer refuses the arguments: {' '.join(str(error).split())}") from error
 
     @property
     def student(self) -> nn.Module:
