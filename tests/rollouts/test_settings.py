@@ -165,7 +165,7 @@ def test_settings_that_contradict_each_other(fields: dict[str, Any], message: st
 
 def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
     for way in (python, file):
-        with pytest.raises(DrklError, match="server has a name or a password in it.*VLLM_API_KEY") as raised:
+        with pytest.raises(DrklError, match=r"server has a name or a password in it.*VLLM_API_KEY") as raised:
             way(server="https://me:secret@gpu.example:8000")
         assert "secret" not in str(raised.value)
 
