@@ -188,6 +188,17 @@ def test_an_error_in_one_process_is_raised_in_all() -> None:
         answered(Echo(), processes=Share(0, 2, lambda own: [*own, (-1, "elsewhere")])).rows_of(0)
 
 
+def test_the_other_processes_are_told_of_any_error() -> None:
+    class Full:
+        def write(self, *args: Any, **words: Any) -> list[Answer]:
+            raise MemoryError("no room")
+
+    told: list[Any] = []
+    with pytest.raises(MemoryError, match="no room"):
+        answered(Full(), processes=Share(1, 2, lambda own: told.extend(own) or own)).rows_of(0)  # type: ignore[func-returns-value]
+    assert told == [(-1, "A process failed: MemoryError('no room')")]
+
+
 def test_an_answer_fits_the_context() -> None:
     writer = Echo()
     data = [

@@ -85,6 +85,7 @@ class Asker:
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
         mine = self._share.of(order)
         part: list[Any]
+        own: Exception | None = None
         done = 0
 
         def progress(more: int) -> None:
@@ -97,11 +98,14 @@ class Asker:
                 before()
             answers = self._writer.write([requests[i] for i in mine], seed=self.seed, progress=progress)
             part = [(i, answer) for i, answer in zip(mine, answers, strict=True)]
-        except DrklError as error:
+        except Exception as error:
             if self._share.processes == 1:
                 raise
-            part = [(-1, str(error))]
+            own = error  # the others wait in `gather`, whatever went wrong
+            part = [(-1, str(error) if isinstance(error, DrklError) else f"A process failed: {error!r}")]
         parts = self._share.gather(part)
+        if own is not None:
+            raise own
         failed = [text for i, text in parts if i < 0]
         if failed:
             raise DrklError(failed[0])
