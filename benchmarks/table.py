@@ -42,11 +42,41 @@ def gpu_table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sampling_table(rows: list[Row], served: list[Row]) -> str:
+    """Tokens per second of each way to sample; rates are compared within a go."""
+    lines = ["| 64 prompts, 64 tokens | precision | tokens a second | x the other |", "|---|---|---|---|"]
+    for row in rows:
+        rate = f"{float(row['median_tokens_per_second']):.0f}"
+        lines.append(f"| {row['variant']} | {row['precision']} | {rate} | {row['ratio']} |")
+    for row in served:
+        rate = f"{float(row['median_tokens_per_second']):.0f}"
+        lines.append(
+            f"| {row['variant']}, beside {served[1 - served.index(row)]['variant']} | fp32 | {rate} | {row['ratio']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def on_policy_table(rows: list[Row]) -> str:
+    """An on-policy step of each trainer."""
+    lines = [
+        "| 8 prompts, answers of up to 64 tokens, fp32 | trained tokens a second | s a step "
+        "| generating | learning | MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        seconds = [f"{float(row[f'{name}_s_per_step']):.2f}" for name in ("median", "generating", "learning")]
+        cells = [row["variant"], row["tokens_per_second"], *seconds, f"{int(row['peak_mib']):,}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def tables() -> dict[str, str]:
     """The tables by the marks between which README has them."""
     return {
         "fused-cpu": cpu_table(read_rows(RESULTS / "fused_loss.csv")),
         "fused-gpu": gpu_table(read_rows(RESULTS / "fused_loss_gpu.csv")),
+        "sampling": sampling_table(read_rows(RESULTS / "rollouts.csv"), read_rows(RESULTS / "rollouts_vllm.csv")),
+        "on-policy": on_policy_table(read_rows(RESULTS / "on_policy.csv")),
     }
 
 
