@@ -71,8 +71,12 @@ COMPUTING_FILES = {
     "evaluation/test_classification.py",
     "evaluation/test_positions.py",
     "evaluation/test_suite.py",
+    "rollouts/test_builtin.py",
+    "rollouts/test_stops.py",
     "test_positions.py",
     "training/test_families.py",
+    "training/test_heldout_answers.py",
+    "training/test_on_policy.py",
     "training/test_trainer.py",
 }
 """And those files of the other rooms."""
