@@ -22,7 +22,7 @@ from drkl.runs import RunFolder
 from drkl.training.on_policy import check_whole
 from tests.models import tiny
 from tests.training import tiny_runs
-from tests.training.test_resume import comparable
+from tests.training.test_resume import assert_equal, comparable, cut_off, kill_at_step, reference
 from tests.training.test_trainer import Gradients, assert_same, make_trainer, rows
 
 ROOT = Path(__file__).parents[2]
@@ -155,13 +155,20 @@ def test_memory_is_bounded_by_what_was_written(tmp_path: Path) -> None:
     assert sum(int((part["labels"] != -100).sum()) for part in batch["parts"]) == num_tokens
 
 
-SLOW_MOMENTS = [pytest.param(moment, marks=pytest.mark.slow) for moment in ("write 3", "log r 4", "checkpoint r 4")]
+MOMENTS = ("write 3", "write 12", "log r 4", "checkpoint r 4")
+REPLAYED = {"share": 0.9, "max_new_tokens": 6, "refresh_every": 3, "replay": 0.4, "replay_memory": 5}
 
 
-@pytest.mark.parametrize("moment", ["write 12", *SLOW_MOMENTS])
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    values, whole = reference(tmp_path, rollouts=REPLAYED, training={"max_steps": 8})
+    cut_off(values, kill_at_step("r", 5))
+    assert_equal(tiny_runs.train(values, "resume"), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, moment: str) -> None:
-    rollouts = {"share": 0.9, "max_new_tokens": 6, "refresh_every": 3, "replay": 0.4, "replay_memory": 5}
-    values = tiny_runs.config(tmp_path, rollouts=rollouts, training={"max_steps": 8})
+    values = tiny_runs.config(tmp_path, rollouts=REPLAYED, training={"max_steps": 8})
     whole = tiny_runs.train({**values, "run": values["run"] | {"name": "whole"}})
     path = tiny_runs.write_config(values, tmp_path / "config.yaml")
     *words, number = moment.split()
