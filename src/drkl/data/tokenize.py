@@ -201,9 +201,14 @@ def tokenize_examples(
             continue
         if reason is None:
             try:
-                example, encoded = (_encode_prompt if alone else _encode_whole)(
-                    example, tokenizer, turns, template, written, encoder_decoder=encoder_decoder, ends=ends
-                )
+                if alone:
+                    example, encoded = _encode_prompt(
+                        example, tokenizer, template, written, encoder_decoder=encoder_decoder
+                    )
+                else:
+                    example, encoded = _encode_whole(
+                        example, tokenizer, turns, template, written, encoder_decoder=encoder_decoder, ends=ends
+                    )
             except DrklError as error:
                 raise DrklError(f"Row {example.id!r}: {error}") from error
             ids, spans, openings = encoded
@@ -287,12 +292,10 @@ def weigh(rows: Sequence[Row]) -> list[Row]:
 def _encode_prompt(
     example: Example,
     tokenizer: PreTrainedTokenizerBase,
-    turns: str,
     template: str,
     written: set[Sign],
     *,
     encoder_decoder: bool,
-    ends: Sequence[int],
 ) -> tuple[Example, Turns]:
     """A prompt alone as its template reads it, and its ids, after which nothing is learnt."""
     known = as_written(with_stand_in(example), tokenizer, template, written, encoder_decoder=encoder_decoder)

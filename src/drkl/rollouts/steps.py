@@ -99,7 +99,7 @@ class AnsweredSteps:
 
     def _known(self, values: Any) -> Written:
         """An answer of a state, to one of the rows."""
-        written = _written(values)
+        written = Written(int(values["row"]), tuple(int(token) for token in values["token_ids"]))
         if not (0 <= written.row < len(self._rows) and written.token_ids):
             raise ValueError(f"{values!r} is no answer to one of {len(self._rows)} rows")
         return written
@@ -141,10 +141,6 @@ class _Draw:
 
     def __call__(self, purpose: str) -> float:
         return int.from_bytes(hash_of_id(f"{purpose} {self._key}")[:6], "big") / 2**48  # 56 bits may round to 1
-
-
-def _written(values: Any) -> Written:
-    return Written(int(values["row"]), tuple(int(token) for token in values["token_ids"]))
 
 
 def planned_length(row: Row, max_new_tokens: int) -> int:
