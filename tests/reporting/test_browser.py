@@ -11,6 +11,7 @@ from drkl.reporting import report
 from drkl.runs import RunFolder, read_json, write_json, write_jsonl, write_yaml
 from tests.reporting import test_classification
 from tests.reporting.conftest import MakeRun, add_sample, write_analysis, write_pair
+from tests.reporting.test_rollouts import sampled
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -74,6 +75,8 @@ def test_the_page_fits_and_is_alone(make_run: MakeRun, tmp_path: Path, browser: 
     if swept:
         hostile_analysis(run)
     several = [run, make_run("rkl", objective="rkl", swept=swept)]
+    if not swept:  # many columns are wider than a window
+        several += [sampled(make_run(f"more-{place}", swept=False)) for place in range(7)]
     for runs in (several, [run], [write_pair(tmp_path / "pair")]):
         path = report(runs, tmp_path / "page.html")
         for width, scheme in ((1280, "light"), (390, "dark"), (1280, "dark"), (390, "light")):
@@ -124,7 +127,7 @@ def test_a_curve_can_be_hidden(make_run: MakeRun, browser: Any) -> None:
     tab = Tab(browser, report([make_run(swept=True), make_run("rkl", objective="rkl", swept=True)]))
     curve = tab.page.locator("[data-series=run-1]").first
     assert curve.is_visible()
-    box = tab.page.get_by_role("checkbox", name="rkl", exact=True)
+    box = tab.page.get_by_role("checkbox", name="rkl", exact=True).first
     box.uncheck()
     assert not curve.is_visible() and tab.page.locator("[data-series=run-0]").first.is_visible()
     box.focus()

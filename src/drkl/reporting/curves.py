@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from drkl.reporting.inputs import Curve, Run, Stage
-from drkl.reporting.plotting import COLORS, INK, MUTED, Picture, new_figure, percent_axis, plot_style, tidy, to_svg
+from drkl.reporting.plotting import (
+    COLORS,
+    INK,
+    MUTED,
+    Line,
+    Picture,
+    new_figure,
+    percent_axis,
+    plot_style,
+    tidy,
+    to_svg,
+)
 from drkl.reporting.text import short
 from drkl.rollouts.config import PREFIX as SAMPLED
 
@@ -15,8 +27,11 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 356, 220
 _LOG_SCALE = ("rkl", "fkl", "loss", "nll")
+_ON_LOG_SCALE = ", log scale"
 _FROM_ZERO = ("agreement", "entropy", "learning_rate", "tokens_per_second", "length", "ends_per_1000")
 _SHARES = ("finished", "distinct2", "repeated4")
+Panel = tuple[str, str, str]
+"""A key of the log, and the title and the caption of its figure."""
 PUSHES: dict[str, dict[str, Any]] = {
     "target term": {"color": COLORS["run-2"], "marker": "s", "linestyle": (0, (5, 1.6)), "zorder": 3},
     "tail": {"color": COLORS["run-1"], "marker": "^", "linestyle": (0, (1, 1.4)), "zorder": 4},
@@ -28,25 +43,29 @@ PUSHES: dict[str, dict[str, Any]] = {
 
 def training_curves(run: Run) -> tuple[list[Picture], list[Picture]]:
     """The curves of losses and distances, and those of the optimiser."""
-    classifies = run.task == "classification"
-    unit, observed = ("texts", "class") if classifies else ("tokens", "token")
-    distances = [
-        ("rkl", "Reverse KL to the teacher", "KL(q‖p), nats, log scale"),
-        ("fkl", "Forward KL to the teacher", "KL(p‖q), nats, log scale"),
-        ("agreement", "Agreement" if classifies else "Top-token agreement", f"share of the {unit}"),
-        ("entropy", "Entropy", "nats" + ("; the teacher is dashed" if run.has_teacher else "")),
-        ("nll", "Negative log-likelihood", f"of the observed {observed}, nats, log scale"),
-        ("loss", "Loss", "each stage has its own loss: not comparable across stages"),
-    ]
+    loss = ("loss", "Loss", "each stage has its own loss: not comparable across stages")
     optimiser = [
         ("grad_norm", "Gradient norm", "before clipping"),
         ("learning_rate", "Learning rate", "as scheduled"),
         ("tokens_per_second", "Speed", "input tokens per second"),
     ]
     with plot_style():
-        groups = [[picture_of(run, *item) for item in group] for group in (distances, optimiser)]
+        groups = [[picture_of(run, *panel) for panel in group] for group in ([*distances(run), loss], optimiser)]
         groups[0].append(pushes(run))
     return [p for p in groups[0] if p], [p for p in groups[1] if p]
+
+
+def distances(run: Run) -> list[Panel]:
+    """What says how near the student is to its teacher and the data."""
+    classifies = run.task == "classification"
+    unit, observed = ("texts", "class") if classifies else ("tokens", "token")
+    return [
+        ("rkl", "Reverse KL to the teacher", "KL(q‖p), nats, log scale"),
+        ("fkl", "Forward KL to the teacher", "KL(p‖q), nats, log scale"),
+        ("agreement", "Agreement" if classifies else "Top-token agreement", f"share of the {unit}"),
+        ("entropy", "Entropy", "nats" + ("; the teacher is dashed" if run.has_teacher else "")),
+        ("nll", "Negative log-likelihood", f"of the observed {observed}, nats, log scale"),
+    ]
 
 
 def picture_of(run: Run, key: str, title: str, caption: str) -> Picture | None:
@@ -58,7 +77,11 @@ def picture_of(run: Run, key: str, title: str, caption: str) -> Picture | None:
     heldout = [stage.curve(_log_key(key), heldout=True) for stage in run.stages]
     if ends := [(curve.values[0], curve.values[-1]) for curve in heldout if curve]:
         alt += f"; on held-out rows from {ends[0][0]:.3g} at the first check to {ends[-1][1]:.3g} at the last"
-    return Picture(to_svg(figure, f"curve-{key}", alt + "."), title, caption, alt)
+    return Picture(to_svg(figure, f"curve-{key}", alt + "."), title, _as_drawn(caption, ax), alt)
+
+
+def _as_drawn(caption: str, ax: Axes) -> str:
+    return caption if ax.get_yscale() == "log" else caption.removesuffix(_ON_LOG_SCALE)
 
 
 def _log_key(key: str) -> str:
@@ -78,15 +101,61 @@ def draw_curve(ax: Axes, run: Run, key: str, *, size: float = 11, names: bool = 
         seen += train.values + heldout.values
     if not seen:
         return False
-    quantity = key.removeprefix(SAMPLED)
-    if quantity == "entropy":
-        seen += _draw_dashed(ax, run, key.replace("entropy", "teacher_entropy"))
-    if key != quantity and quantity in _SHARES:
-        seen += _draw_dashed(ax, run, f"response_{quantity}")
+    seen += _draw_goal(ax, run, key)
     before = run.value("before", key)
     if before is not None:
         ax.plot([0], [before], marker="o", markersize=6, color=COLORS["before"], clip_on=False, zorder=5)
         seen.append(before)
+    _scale(ax, key, seen)
+    _step_axis(ax, run)
+    _name_stages(ax, run, size=size, names=names)
+    return True
+
+
+def curves_of_runs(runs: Sequence[Run], lines: Sequence[Line], panel: Panel) -> Picture | None:
+    """One logged quantity of several runs; None if none logged it. Needs ``plot_style``.
+
+    Held-out rows; of a run that was not checked on any, the training batches.
+
+    Args:
+        runs: the runs.
+        lines: their styles, in the same order.
+        panel: what to draw.
+    """
+    key, title, caption = panel
+    figure, ax = new_figure(WIDTH, HEIGHT)
+    tidy(ax)
+    seen: list[float] = []
+    ends = []
+    for run, line in zip(runs, lines, strict=True):
+        curves = [stage.curve(_log_key(key), heldout=True) or stage.curve(_log_key(key)) for stage in run.stages]
+        steps = [step for curve in curves for step in curve.thinned().steps]
+        values = [value for curve in curves for value in curve.thinned().values]
+        if values:
+            line.plot(ax, steps, values, size=4.5, linewidth=1.6)
+            ends.append(f"{line.title} from {values[0]:.3g} to {values[-1]:.3g}")
+        seen += values
+    if not seen:
+        return None
+    if key == f"{SAMPLED}entropy":  # each run's answers have a teacher's entropy of their own
+        caption = "nats"
+    else:
+        seen += next((goal for run in runs if (goal := _draw_goal(ax, run, key))), [])
+    _scale(ax, key, seen)
+    _step_axis(ax, max(runs, key=lambda run: run.num_steps), stages=False)
+    alt = f"{title} over the optimiser steps: {'; '.join(ends)}."
+    return Picture(to_svg(figure, f"runs-curve-{key}", alt), title, _as_drawn(caption, ax), alt)
+
+
+def _draw_goal(ax: Axes, run: Run, key: str) -> list[float]:
+    quantity = key.removeprefix(SAMPLED)
+    if quantity == "entropy":
+        return _draw_dashed(ax, run, key.replace("entropy", "teacher_entropy"))
+    return _draw_dashed(ax, run, f"response_{quantity}") if key != quantity and quantity in _SHARES else []
+
+
+def _scale(ax: Axes, key: str, seen: Sequence[float]) -> None:
+    quantity = key.removeprefix(SAMPLED)
     if quantity in _LOG_SCALE and min(seen) > 0 and max(seen) > 2 * min(seen):
         _log_axis(ax, min(seen), max(seen))
     elif quantity in _SHARES:
@@ -96,9 +165,6 @@ def draw_curve(ax: Axes, run: Run, key: str, *, size: float = 11, names: bool = 
         ax.locator_params(axis="y", nbins=6)
     if quantity in ("agreement", *_SHARES):
         percent_axis(ax.yaxis)
-    _step_axis(ax, run)
-    _name_stages(ax, run, size=size, names=names)
-    return True
 
 
 def _draw_dashed(ax: Axes, run: Run, key: str) -> list[float]:
@@ -128,11 +194,11 @@ def _log_axis(ax: Axes, low: float, high: float) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
 
 
-def _step_axis(ax: Axes, run: Run) -> None:
+def _step_axis(ax: Axes, run: Run, *, stages: bool = True) -> None:
     ax.set_xlim(-0.03 * max(run.num_steps, 1), max(run.num_steps, 1) * 1.02)
     ax.set_xlabel("optimiser step")
     ax.locator_params(axis="x", nbins=5, integer=True)
-    for stage in run.stages[1:]:
+    for stage in run.stages[1:] if stages else ():
         ax.axvline(stage.start, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
 
 

@@ -19,6 +19,7 @@ from drkl.reporting.content import content_of
 from drkl.reporting.exports import as_csv, as_markdown
 from drkl.reporting.inputs import TITLES, Run, read_run, unique_names
 from drkl.reporting.text import clean, clip
+from drkl.reporting.together import trained_together
 from drkl.runs import RunFolder, write_text
 
 if TYPE_CHECKING:
@@ -112,9 +113,10 @@ def as_html(runs: Sequence[Run]) -> str:
         confidence=figures.confidence(run),
         profiles=[] if classifies else figures.profiles(runs),
         analysis=analysis.section(run),
+        together=trained_together(runs),
         curves=training,
         optimiser=optimiser,
-        rollouts=rollouts.section(run),
+        rollouts=rollouts.section(run) if len(runs) == 1 else None,
         every_number=tables.every_number(run),
         suites=tables.suite_tables(runs),
         samples=None if classifies else samples.sample_table(runs, lines),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drkl.display import as_number
-from drkl.reporting.curves import beside, picture_of
+from drkl.reporting.curves import Panel, beside, picture_of
 from drkl.reporting.inputs import Run
 from drkl.reporting.plotting import Picture, plot_style
 from drkl.reporting.text import Clipped, clip, count
@@ -21,6 +21,20 @@ STEPS_OPEN = 4
 STEPS = 24
 TEXT_LIMIT, FOLDED_FROM = 1_500, 400
 """Characters of a text on the page, and of one that stands open whole."""
+_DATA = "; dashed: the data's responses"
+PANELS: list[Panel] = [
+    (PREFIX + key, title, caption)
+    for key, title, caption in [
+        ("finished", "Answers that end", "share within max_new_tokens"),
+        ("length", "Length of an answer", "tokens, its end included"),
+        ("ends_per_1000", "Ends", "end tokens per 1,000 tokens"),
+        ("distinct2", "Distinct-2", f"different ones among {DRAWN} bigrams of all answers" + _DATA),
+        ("repeated4", "Repetition inside an answer", "share of the 4-grams that it had before" + _DATA),
+        ("entropy", "Entropy on the answers", "nats; the teacher is dashed"),
+        ("rkl", "Reverse KL on the answers", "KL(q‖p), nats, log scale"),
+        ("fkl", "Forward KL on the answers", "KL(p‖q), nats, log scale"),
+    ]
+]
 _WRITERS = {"mixed": "by student and teacher together", "teacher": "by the teacher"}
 
 
@@ -57,7 +71,7 @@ class Section:
 def section(run: Run) -> Section | None:
     """The section of a run; None where it sampled no answers."""
     pictures = _pictures(run)
-    histories = _histories(run)
+    histories = histories_of(run)
     if not pictures and not histories:
         return None
     writer = _WRITERS.get(str(run.section("rollouts").get("source")), "by the student")
@@ -65,28 +79,22 @@ def section(run: Run) -> Section | None:
 
 
 def _pictures(run: Run) -> list[Picture]:
-    data = "; dashed: the data's responses"
-    panels = [
-        ("finished", "Answers that end", "share within max_new_tokens"),
-        ("length", "Length of an answer", "tokens, its end included"),
-        ("ends_per_1000", "Ends", "end tokens per 1,000 tokens"),
-        ("distinct2", "Distinct-2", f"different ones among {DRAWN} bigrams of all answers" + data),
-        ("repeated4", "Repetition inside an answer", "share of the 4-grams that it had before" + data),
-        ("entropy", "Entropy on the answers", "nats; the teacher is dashed"),
-        ("rkl", "Reverse KL on the answers", "KL(q‖p), nats, log scale"),
-        ("fkl", "Forward KL on the answers", "KL(p‖q), nats, log scale"),
-    ]
     losses = {"loss": "data's responses", f"{PREFIX}loss": "own answers"}
     seconds = {"seconds_generating": "writing", "seconds_learning": "learning"}
-    if not any(f"{PREFIX}answers" in row or f"eval_{PREFIX}answers" in row for row in _rows(run)):
+    if not sampled(run):
         return []
     with plot_style():
-        pictures = [picture_of(run, PREFIX + key, title, caption) for key, title, caption in panels]
+        pictures = [picture_of(run, *panel) for panel in PANELS]
         if _has_responses(run):
             policies = "the objective, off-policy and on-policy"
             pictures.append(beside(run, losses, "Held-out loss", policies, heldout=True))
         pictures.append(beside(run, seconds, "Time of a step", "seconds"))
     return [picture for picture in pictures if picture]
+
+
+def sampled(run: Run) -> bool:
+    """Whether the log of a run has numbers of sampled answers."""
+    return any(f"{PREFIX}answers" in row or f"eval_{PREFIX}answers" in row for row in _rows(run))
 
 
 def _has_responses(run: Run) -> bool:
@@ -98,7 +106,8 @@ def _rows(run: Run) -> list[dict[str, Any]]:
     return [row for stage in run.stages for row in (*stage.train, *stage.heldout)]
 
 
-def _histories(run: Run) -> list[History]:
+def histories_of(run: Run) -> list[History]:
+    """The answers to each held-out prompt that were written as training went on."""
     texts: dict[tuple[str, str], dict[int, Written]] = {}
     for stage in run.stages:
         for row in stage.texts:
