@@ -33,6 +33,14 @@ def test_after_a_resume_the_later_line_of_a_step_counts(make_run: MakeRun) -> No
     assert stage.curve("loss", heldout=True).values == [5.0]
 
 
+def test_evaluations_of_the_users_own_are_no_training_batches(make_run: MakeRun) -> None:
+    run = make_run(warmup=False)
+    rows = [{"step": 1, "loss": 9.0, "rkl": 1.0}, {"step": 1, "test_loss": 5.0}, {"step": 1, "other_eval_rkl": 4.0}]
+    write_jsonl(run.train_log_path, rows)
+    stage = read_run(run).stages[0]
+    assert stage.curve("rkl").values == [1.0] and not stage.curve("loss", heldout=True)
+
+
 def test_odd_lines_of_a_log_are_left_out(make_run: MakeRun) -> None:
     run = make_run(warmup=False)
     run.train_log_path.write_text('[1]\n{"loss": 1}\n{"step": 3, "loss": NaN}\n{"step": 4, "loss": 2}\n{"step": 5, "lo')

@@ -124,6 +124,9 @@ def test_prompts_alone_have_the_loss_on_answers(tmp_path: Path) -> None:
     found = trainer.evaluate(eval_dataset=heldout_rows(2))
     assert found["eval_loss"] != found["eval_rollout_loss"]
     assert len(RunFolder(tmp_path).read_rollouts()) == 4, "of the trainer's own rows alone"
+    own, other = RunFolder(tmp_path).read_train_log()
+    assert own["eval_rollout_answers"] == 4 and other["other_eval_rollout_answers"] == 2
+    assert not any(key.startswith("eval_") for key in other), "the warnings compare answers to the same prompts"
     with pytest.raises(DrklError, match="The held-out rows have no responses and rollout_eval_prompts is 0, so there"):
         trainer_with(tmp_path, bare, rollout_eval_prompts=0)
 

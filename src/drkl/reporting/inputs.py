@@ -314,6 +314,8 @@ def _split_log(rows: Sequence[Any]) -> list[list[dict[str, Any]]]:
         if step is None:
             continue
         prefix = next((kind for kind in ("eval_", WATCHED) if any(key.startswith(kind) for key in row)), "")
+        if not prefix and "loss" not in row:
+            continue  # an evaluation of the user's own, on other rows or by another name
         kinds[prefix][int(step)] = {**row, "step": int(step)}
     return [[kind[step] for step in sorted(kind)] for kind in kinds.values()]
 

@@ -61,6 +61,7 @@ from drkl.training.plan import MicroBatches, Places, plan_run
 from drkl.training.record import RunRecord
 
 MASKS = ("attention_mask", "decoder_attention_mask")
+OTHER_ROWS = "other_"
 REMEDY = "A lower learning rate, a warm-up, or training.precision=fp32 often help."
 _log = logging.getLogger("drkl")
 
@@ -450,7 +451,8 @@ class DistillationTrainer(Trainer):
         Args:
             eval_dataset: held-out rows as the trainer takes them; None is the trainer's own.
             ignore_keys: has no effect.
-            metric_key_prefix: what the names of the numbers begin with.
+            metric_key_prefix: what the names of the numbers begin with; in the log ``other_`` stands before that of
+                an ``eval_dataset`` given here.
 
         Raises:
             DrklError: there are no held-out rows, or the loss is not finite.
@@ -461,9 +463,11 @@ class DistillationTrainer(Trainer):
             measures = make_measures(rows, self.pair, self.config, self.run)
         if measures is None:
             raise DrklError("There are no held-out rows; pass eval_dataset to the trainer, or here.")
-        values = self._measure(measures, keep=eval_dataset is None and metric_key_prefix == "eval")
+        own = eval_dataset is None
+        values = self._measure(measures, keep=own and metric_key_prefix == "eval")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        self.log(metrics)
+        # In the log, ``eval_`` are the run's own held-out rows, by which its curves and its warnings go.
+        self.log(metrics if own else {f"{OTHER_ROWS}{name}": value for name, value in metrics.items()})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
