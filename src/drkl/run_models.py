@@ -192,7 +192,8 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
             "eval_path": data.eval_path, **account(report, rows),
         }  # fmt: skip
     check_rows(rows, configs)
-    shared = (last.folder.read_env().get("vocabulary") or {}).get("shared")
+    environment = last.folder.read_env()
+    shared = (environment.get("vocabulary") or {}).get("shared")
     gamma = getattr(last.objective.make(), "gamma", GAMMA)
     descriptions = {
         "teacher": last.teacher.model if last.teacher else None,
@@ -200,11 +201,18 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
         "warmup": str(specs[-2].folder.student_path) if len(specs) > 1 else None,
         "student": str(last.folder.student_path),
     }
-    facts = {"models": {name: descriptions[name] for name in models}, "protocol": protocol, "template": data.template}
+    facts: dict[str, Any] = {
+        "models": {name: descriptions[name] for name in models},
+        "protocol": protocol,
+        "template": data.template,
+    }
+    merged_ids = tuple(environment.get("merged_ids") or ())
+    if merged_ids:
+        facts["merged_ids"] = [*merged_ids]
     name = str(last.run.name)
     return Inputs(
         models, tokenizer, rows, names, device, described, shared, classes, float(gamma), facts, name,
-        data.template, room,
+        data.template, room, merged_ids,
     )  # fmt: skip
 
 

@@ -133,6 +133,18 @@ def test_only_the_ids_that_both_models_share() -> None:
     assert found["watch_K"] == pytest.approx(reference.numbers(z, y, y.argmax(-1), 1.0)["K"].mean(), rel=1e-9)
 
 
+def test_ids_that_are_one_class() -> None:
+    (student, teacher), data = pair("llama"), rows("llama")
+    ids = [2, 9, 40]
+    probe = Probe(data, LiveTeacher(teacher), pad_id=0, merged_ids=ids)
+    z, y = (np.concatenate([plain_logits(model, row)[0] for row in data]) for model in (student, teacher))
+    z, y = (np.concatenate([np.delete(x, ids, 1), np.log(np.exp(x[:, ids]).sum(1, keepdims=True))], 1) for x in (z, y))
+    found = GradientWatch(probe, "rkl", every=1).measure(student)
+    numbers = reference.numbers(z, y, y.argmax(-1), 1.0)
+    for name in ("q_t", "B", "K"):
+        assert found[f"watch_{name}"] == pytest.approx(numbers[name].mean(), rel=1e-9)
+
+
 def test_a_push_is_one_only_beyond_rounding_and_a_mean_over_nothing_is_left_out() -> None:
     zero = torch.zeros(4, dtype=torch.float64)
     columns = dict.fromkeys(("target_push", "q_t", "p_t", "B", "K"), zero) | {

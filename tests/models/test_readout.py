@@ -46,6 +46,24 @@ def test_every_response_token_in_the_order_of_the_rows(tokens_per_batch: int) ->
     torch.testing.assert_close(trimmed.logits(slice(0, 5)), logits[:5, :20])
 
 
+def test_ids_that_are_one_class() -> None:
+    model, rows = tiny.gpt2(0), tiny.rows()
+    logits, labels = plain_logits(model, rows)
+    vocab = logits.shape[1]
+    ids = (int(labels[0]), vocab - 1) if int(labels[0]) < vocab - 1 else (1, vocab - 1)
+    found = read(model, rows, pad_id=0, merged_ids=ids)
+    assert found.num_outputs == vocab - 1
+    probabilities = logits.double().softmax(-1)
+    chance = found.logits(slice(None)).double().softmax(-1)
+    others = [token for token in range(vocab) if token not in ids]
+    torch.testing.assert_close(chance[:, others], probabilities[:, others], atol=1e-6, rtol=0)
+    torch.testing.assert_close(chance[:, ids[0]], probabilities[:, list(ids)].sum(-1), atol=1e-6, rtol=0)
+    assert found.targets(slice(None)).tolist() == [ids[0] if token in ids else token for token in labels.tolist()]
+    assert found.labels.tolist() == labels.tolist()
+    again = Readout.from_tensors(found.to_tensors(), merged_ids=ids)
+    assert torch.equal(again.logits(slice(0, 3)), found.logits(slice(0, 3)))
+
+
 def test_chosen_positions() -> None:
     rows = tiny.rows()
     wanted = {4: [1], 0: [0, 1], 2: []}

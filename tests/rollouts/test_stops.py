@@ -22,6 +22,7 @@ from drkl.data.tokenize import Row, tokenize_examples
 from drkl.models.load import load_model
 from drkl.rollouts.config import RolloutsConfig
 from drkl.rollouts.stops import Agreement, _refusal, agree_on_stops, merged_ids, student_stops, teacher_stops
+from drkl.run_models import analyze_run, evaluate_run
 from drkl.teachers.live import LiveTeacher
 from tests.data.tiny_tokenizers import CHATML, build
 from tests.models import tiny
@@ -320,6 +321,23 @@ def test_a_config_is_refused_and_passes_with_a_map(folders: tuple[Path, Path], t
     assert any("'</s>' or '<|im_end|>'" in line for line in told)
     saved = GenerationConfig.from_pretrained(run.student_path)
     assert set(saved.eos_token_id) == {BASE_END, OWN_END}
+    assert run.read_env()["merged_ids"] == [BASE_END, OWN_END]
+
+
+@pytest.mark.slow
+def test_an_evaluation_and_an_analysis_score_the_event(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    values = run_config(tmp_path, folders, stop_map=STOP_MAP)
+    values["training"]["learning_rate"] = 1e-30
+    values["data"] |= {"path": str(tiny_runs.write_rows(tmp_path / "rows.jsonl", response="hello"))}
+    values["evaluation"] = {"prompts": 1, "samples_per_prompt": 1, "sweep": [], "max_new_tokens": 2}
+    run = tiny_runs.train(values)
+    evaluation = evaluate_run(run.root)
+    assert evaluation.settings["merged_ids"] == [BASE_END, OWN_END]
+    # Its models differ in the token that they end with, and in nothing else.
+    assert evaluation.value("student", "rkl") == pytest.approx(0, abs=1e-5)
+    assert evaluation.value("student", "agreement") == 1
+    totals = analyze_run(run.root, positions=4).tables["totals"]
+    assert totals["accuracy"]["value"] == 1 and abs(totals["target_gap"]["value"]) < 1e-5
 
 
 def python_run(folder: Path, student: Any, teacher: Any, **fields: Any) -> drkl.DistillationTrainer:

@@ -260,7 +260,14 @@ def _read(name: str, inputs: Inputs, on_progress: Progress | None) -> Readout:
     if name == "teacher" and inputs.classes is None:
         rows = [row.for_teacher for row in rows]
     with placed(inputs.models[name], inputs.device) as model:
-        readout = read(model, rows, pad_id=inputs.tokenizer.pad_token_id, vocab_size=inputs.vocab_size, progress=report)
+        readout = read(
+            model,
+            rows,
+            pad_id=inputs.tokenizer.pad_token_id,
+            vocab_size=inputs.vocab_size,
+            merged_ids=inputs.merged_ids,
+            progress=report,
+        )
         del model
     free_memory(inputs.device)
     return readout

@@ -165,7 +165,7 @@ def _pushes(student: Readout, teacher: Readout, objective: Objective, chosen: Te
         student_logits = student.logits(some)
         teacher_logits = teacher.logits(some).to(student_logits.device)
         # With labels, the target of an objective that has none of its own would be the label.
-        labels = student.labels[some].to(student_logits.device) if objective.needs_labels else None
+        labels = student.targets(some).to(student_logits.device) if objective.needs_labels else None
         result = decompose(student_logits, teacher_logits, labels, objective, temperature)
         with torch.no_grad():
             logp = [log_softmax(logits, temperature) for logits in (student_logits, teacher_logits)]

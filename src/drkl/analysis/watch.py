@@ -24,6 +24,7 @@ from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses.common import shared_vocabulary
+from drkl.losses.merged import make_merged
 from drkl.models.forward import decoder_start, in_eval_mode, output_head
 from drkl.models.readout import batches, chunks, logits_of
 from drkl.objectives import Objective, make_objective
@@ -52,6 +53,7 @@ class Probe:
         positions: maximum number of positions, evenly spread over the trained positions of all rows.
         decoder_start: `drkl.models.forward.decoder_start` of an encoder-decoder student; None for others.
         vocab_size: compare on this many ids, from 0, that both models share; None for all.
+        merged_ids: ids that are one class when the models are compared.
 
     Raises:
         DrklError: there is no teacher or no position, or the rows are for the other kind of model.
@@ -66,11 +68,12 @@ class Probe:
         positions: int = 256,
         decoder_start: int | None = None,
         vocab_size: int | None = None,
+        merged_ids: Sequence[int] = (),
     ) -> None:
         if teacher is None:
             raise DrklError("There is no teacher to compare the student with, so there is no push to watch.")
         _check_rows(rows, positions, decoder_start)
-        self.vocab_size = vocab_size
+        self.vocab_size, self._merged_ids = vocab_size, merged_ids
         self._teacher = (LiveTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher).model
         chosen = _choose([row.num_trained for row in rows], positions)
         self._batches = list(batches(rows, pad_id=pad_id, decoder_start=decoder_start, positions=chosen))
@@ -94,6 +97,8 @@ class Probe:
         """
         device = next(student.parameters()).device
         head, teacher_head = output_head(student), output_head(self._teacher)
+        size = self.vocab_size if self.vocab_size is not None else _num_outputs(student)
+        merged = make_merged(self._merged_ids or None, size)
         parts: list[list[Tensor]] = []
         for batch, teacher_states in zip(self._batches, self._states, strict=True):
             states = batch.states(student)
@@ -101,6 +106,9 @@ class Probe:
                 logits = logits_of(states[part], head, self.vocab_size)
                 teacher_logits = logits_of(teacher_states[part], teacher_head, self.vocab_size).to(device)
                 labels = batch.labels[part].to(device) if objective.needs_labels else None
+                if merged is not None:
+                    logits, teacher_logits = merged.merged(logits), merged.merged(teacher_logits)
+                    labels = merged.labels(labels)
                 result = decompose(logits, teacher_logits, labels, objective, temperature)
                 parts.append([getattr(result, name).double().cpu() for name in MEANS])
         return {name: torch.cat(columns) for name, columns in zip(MEANS, zip(*parts, strict=True), strict=True)}
@@ -201,6 +209,7 @@ class GradientWatch(TrainerCallback):
             positions=config.watch_positions,
             decoder_start=decoder_start(_student_of(trainer)),
             vocab_size=trainer.vocab_size,
+            merged_ids=trainer.pair.merged_ids,
         )
         # With kd_weight 0 the loss is cross-entropy alone, at temperature 1.
         objective, temperature = trainer.objective, trainer.loss_config.temperature

@@ -148,8 +148,8 @@ def evaluate_inputs(
             parts = Parts(own, own if fresh else Store(cache_dir() / "evaluation", limit=CACHE_BYTES))
         rows = inputs.rows
         task = Generation(
-            inputs.tokenizer, rows, settings, suites=inputs.suites, vocab_size=inputs.vocab_size, gamma=inputs.gamma,
-            parts=parts, template=inputs.template, room=inputs.room,
+            inputs.tokenizer, rows, settings, suites=inputs.suites, vocab_size=inputs.vocab_size,
+            merged_ids=inputs.merged_ids, gamma=inputs.gamma, parts=parts, template=inputs.template, room=inputs.room,
         )  # fmt: skip
     result = run_task(
         task, inputs.models, device=inputs.device, data=inputs.data, facts={**inputs.facts, **(facts or {})},

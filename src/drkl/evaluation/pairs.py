@@ -63,6 +63,8 @@ class Inputs(NamedTuple):
     """How the prompts are written, as `DataConfig.template`."""
     room: Room = NO_LIMIT
     """The models' context."""
+    merged_ids: tuple[int, ...] = ()
+    """Token ids that are one class when the models are compared."""
 
 
 def pair_inputs(

@@ -101,6 +101,7 @@ class Generation:
         settings: how many answers are sampled, and how.
         suites: the name of each row's suite; prompts are then picked from each, and each has numbers of its own.
         vocab_size: how many ids, from 0, the models are compared on where their padding differs; None for all.
+        merged_ids: ids that are one class when the models are compared.
         gamma: DRKL's, for the share of positions where it strengthens the tail.
         parts: where finished parts are kept and looked for; an evaluation that was killed goes on from them.
         pad_id: fills batches; default the tokenizer's.
@@ -120,6 +121,7 @@ class Generation:
         *,
         suites: Sequence[str] | None = None,
         vocab_size: int | None = None,
+        merged_ids: Sequence[int] = (),
         gamma: float = GAMMA,
         parts: Parts | None = None,
         pad_id: int | None = None,
@@ -128,6 +130,7 @@ class Generation:
     ) -> None:
         self.tokenizer, self.rows = tokenizer, rows
         self.vocab_size, self.gamma, self.parts = vocab_size, gamma, parts
+        self.merged_ids = merged_ids
         self.pad_id: int = tokenizer.pad_token_id if pad_id is None else pad_id
         self.template, self.taught = template, taught_ends(rows, tokenizer)
         self.has_suites = suites is not None
@@ -162,7 +165,7 @@ class Generation:
     def _read(self, name: str, model: PreTrainedModel, mark: str, report: Report) -> PositionTable:
         """The teacher-forced numbers of a model; the teacher's states stay for those that follow."""
         store, rows = self._store(name), _as_read(name, self.rows)
-        facts = {
+        facts: dict[str, Any] = {
             "rows": fingerprint(value=[[row.id, row.prompt_ids, row.response_ids, row.trained] for row in rows]),
             "model": mark, "vocab": self.vocab_size, "device": model.device.type,
         }  # fmt: skip
@@ -170,10 +173,18 @@ class Generation:
         kept = store.read_tensors(states_key) if store is not None and name == "teacher" else None
         if kept is not None:
             head = lm_head(model)
-            states = Readout.from_tensors(kept, head if self.vocab_size is None else head.trimmed(self.vocab_size))
+            head = head if self.vocab_size is None else head.trimmed(self.vocab_size)
+            states = Readout.from_tensors(kept, head, self.merged_ids)
         else:
             progress = report("reading", len(self.rows))
-            states = read(model, rows, pad_id=self.pad_id, vocab_size=self.vocab_size, progress=progress)
+            states = read(
+                model,
+                rows,
+                pad_id=self.pad_id,
+                vocab_size=self.vocab_size,
+                merged_ids=self.merged_ids,
+                progress=progress,
+            )
             if store is not None and name == "teacher" and states.hidden.nbytes <= KEPT_STATES_BYTES:
                 # The head is the model's own, which is there whenever its states are.
                 kept = {part: tensor for part, tensor in states.to_tensors().items() if not part.startswith("head.")}
@@ -182,6 +193,8 @@ class Generation:
         if name == "teacher":
             self._teacher = mark, states
         against, teacher = self._teacher or ("", None)
+        if self.merged_ids:
+            facts["merged"] = [*self.merged_ids]
         key = fingerprint(kind="positions", against=against, gamma=self.gamma, **facts)
         arrays = store.read_tensors(key) if store is not None else None
         if arrays is not None:

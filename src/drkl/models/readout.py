@@ -25,6 +25,7 @@ from drkl.data.classification import LabelledRow
 from drkl.data.collate import IGNORE_INDEX, collate, teacher_inputs
 from drkl.data.tokenize import Row
 from drkl.losses import LMHead
+from drkl.losses.merged import MergedIds, make_merged
 from drkl.models.check import check_forward
 from drkl.models.classes import is_classifier
 from drkl.models.forward import decoder_start as decoder_start_of
@@ -124,24 +125,34 @@ class Readout:
         labels: `[n]`, the observed tokens or classes.
         row_index: `[n]`, which of the rows each position belongs to, from 0.
         head: makes logits of ``hidden``; None where ``hidden`` are the logits.
+        merged: the ids that are one class of the logits; None where each is its own.
     """
 
     hidden: Tensor
     labels: Tensor
     row_index: Tensor
     head: LMHead | None
+    merged: MergedIds | None = None
 
     @property
     def num_outputs(self) -> int:
         """The size of the vocabulary, or the number of classes."""
+        if self.merged is not None:
+            return self.merged.size
         return int(self.hidden.shape[-1]) if self.head is None else self.head.vocab_size
+
+    def targets(self, at: slice | Tensor) -> Tensor:
+        """The labels `[m]` at some positions, as classes of the logits."""
+        merged = None if self.merged is None else self.merged.labels(self.labels[at])
+        return self.labels[at] if merged is None else merged
 
     @torch.no_grad()
     def logits(self, at: slice | Tensor) -> Tensor:
         """The logits `[m, vocab]` at some positions, in fp32 or wider, on the head's device."""
         if self.head is None:
             return self.hidden[at]
-        return self.head.logits(self.hidden[at].to(self.head.weight.device))
+        logits = self.head.logits(self.hidden[at].to(self.head.weight.device))
+        return logits if self.merged is None else self.merged.merged(logits)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything as contiguous tensors by name, on the CPU, the head included: what safetensors saves."""
@@ -156,7 +167,9 @@ class Readout:
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], head: LMHead | None = None) -> Readout:
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], head: LMHead | None = None, merged_ids: Sequence[int] = ()
+    ) -> Readout:
         """The readout that ``to_tensors`` gave; with a ``head``, the names that start with ``head.`` may be missing."""
         if head is None and "head.weight" in tensors:
             cap = tensors.get("head.softcap")
@@ -166,7 +179,11 @@ class Readout:
                 float(tensors["head.scale"]),
                 None if cap is None else float(cap),
             )
-        return cls(tensors["hidden"], tensors["labels"], tensors["row_index"], head)
+        return cls(tensors["hidden"], tensors["labels"], tensors["row_index"], head, _merged(merged_ids, head))
+
+
+def _merged(ids: Sequence[int], head: LMHead | None) -> MergedIds | None:
+    return None if head is None else make_merged(ids or None, head.vocab_size)
 
 
 @torch.no_grad()
@@ -176,6 +193,7 @@ def read(
     *,
     pad_id: int,
     vocab_size: int | None = None,
+    merged_ids: Sequence[int] = (),
     tokens_per_batch: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Readout:
@@ -186,6 +204,7 @@ def read(
         rows: at least one, tokenised for this kind of model.
         pad_id: fills batches; its value changes nothing.
         vocab_size: keep the head of the first so many ids only, those that the compared models share.
+        merged_ids: ids that count as one class, of which the logits have the summed probability.
         tokens_per_batch: see `batches`; default `TOKENS_PER_BATCH`, or `SHORT_TOKENS_PER_BATCH` for a classifier.
         progress: called after each batch with the number of rows in it.
     """
@@ -213,7 +232,7 @@ def read(
         states_of_all = states_of_all.float()
     elif vocab_size is not None:
         head = head.trimmed(vocab_size)
-    return Readout(states_of_all, torch.cat(labels), row_index, head)
+    return Readout(states_of_all, torch.cat(labels), row_index, head, _merged(merged_ids, head))
 
 
 @torch.no_grad()
@@ -230,7 +249,7 @@ def read_logits(
         teacher_logits = None
         if teacher is not None:
             teacher_logits = logits if teacher is student else teacher.logits(part).to(logits.device)
-        yield part, logits, teacher_logits, student.labels[part].to(logits.device)
+        yield part, logits, teacher_logits, student.targets(part).to(logits.device)
 
 
 def chunks(count: int, size: int = CHUNK) -> Iterator[slice]:

@@ -80,6 +80,7 @@ class RunRecord:
             "teacher_note": _teacher_note(self.pair),
             "data": describe_data(self.pair),
             "vocabulary": self.pair.vocabulary,
+            "merged_ids": [*self.pair.merged_ids],
             "ends": None if self.pair.ends is None else self.pair.ends.as_record(),
             "parameters": count_parameters(self.pair),
             "started": self.run.read_env().get("started", now()) if resumed else now(),
