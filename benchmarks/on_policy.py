@@ -94,7 +94,8 @@ def run_drkl(options: argparse.Namespace, rows: list[Row], meter: Meter) -> Any:
     """`drkl.DistillationTrainer` with ``rollout_share=1``."""
     args = drkl.DistillationConfig(
         objective=options.objective, teacher_model_init_kwargs={"dtype": "float32"}, rollout_share=1.0,
-        rollout_max_new_tokens=options.max_new_tokens, **shared_arguments(options),
+        rollout_max_new_tokens=options.max_new_tokens, rollout_refresh_every=options.refresh_every,
+        **shared_arguments(options),
     )  # fmt: skip
     trainer = drkl.DistillationTrainer(
         str(options.folder / "student"), str(options.folder / "teacher"), args, train_dataset=rows, callbacks=[meter]
@@ -168,11 +169,14 @@ def teacher(options: argparse.Namespace) -> Any:
     return load_model(str(options.folder / "teacher"), "fp32")
 
 
-VARIANTS: dict[str, tuple[Callable[..., Any], str]] = {
-    "drkl": (run_drkl, "rkl"),
-    "drkl, objective drkl": (run_drkl, "drkl"),
-    "TRL DistillationTrainer": (run_trl, "rkl"),
-    "TRL GKDTrainer, lmbda 1": (run_gkd, "rkl"),
+REFRESH_EVERY = 4
+"""Steps whose answers are written at once in the variant that does so; TRL's trainers have no such setting."""
+VARIANTS: dict[str, tuple[Callable[..., Any], str, int]] = {
+    "drkl": (run_drkl, "rkl", 1),
+    "drkl, objective drkl": (run_drkl, "drkl", 1),
+    "TRL DistillationTrainer": (run_trl, "rkl", 1),
+    "TRL GKDTrainer, lmbda 1": (run_gkd, "rkl", 1),
+    f"drkl, refresh_every {REFRESH_EVERY}": (run_drkl, "rkl", REFRESH_EVERY),
 }
 
 
@@ -197,7 +201,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
     """Train, and print what was measured as json."""
     torch.set_num_threads(options.threads)
     quiet_transformers()
-    run, options.objective = VARIANTS[name]
+    run, options.objective, options.refresh_every = VARIANTS[name]
     meter = Meter()
     trainer = run(options, json.loads((options.folder / "rows.json").read_text()), meter)
     trainer.train()
@@ -242,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--student", default="pruned", help="pruned: ten layers, untrained; or a student's folder")
     parser.add_argument("--prompts", type=int, default=8, help="prompts in a step")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -99,7 +99,7 @@ def sampled(run: Run) -> bool:
 
 def _has_responses(run: Run) -> bool:
     """Whether the held-out prompts have responses; without them the held-out loss is that of the answers."""
-    return all("eval_fkl" in row for row in _rows(run) if f"eval_{PREFIX}loss" in row)
+    return any("eval_fkl" in row for row in _rows(run) if f"eval_{PREFIX}loss" in row)
 
 
 def _rows(run: Run) -> list[dict[str, Any]]:
