@@ -68,7 +68,7 @@ def test_the_longest_sampled_answer(lengths: tuple[int, int], room: Room, given:
     [
         (
             (40, 80), Room(96, 96), 57,
-            r"rollouts.max_new_tokens \(57\) after a prompt of data.max_prompt_tokens \(40\) passes the models' "
+            r"rollout_max_new_tokens \(57\) after a prompt of data.max_prompt_tokens \(40\) passes the models' "
             r"context of 96 tokens. Set it to at most 56, or data.max_prompt_tokens to at most 39\.$",
         ),
         ((40, 80), Room(96, 96), 96, r"context of 96 tokens. Set it to at most 56\.$"),
@@ -79,7 +79,7 @@ def test_the_longest_sampled_answer(lengths: tuple[int, int], room: Room, given:
         ),
         (
             (40, 80), Room(96, 24, separate=True), 25,
-            r"^rollouts.max_new_tokens \(25\) passes the decoder's context of 24 tokens. Set it to at most 24\.$",
+            r"^rollout_max_new_tokens \(25\) passes the decoder's context of 24 tokens. Set it to at most 24\.$",
         ),
     ],
 )  # fmt: skip

@@ -325,11 +325,11 @@ def test_no_requests_ask_nothing(student: PreTrainedModel, fake: FakeVllm, tmp_p
 
 
 def test_an_encoder_decoder_is_refused(fake: FakeVllm, tmp_path: Path) -> None:
-    with pytest.raises(DrklError, match=r"encoder-decoder.*generator=builtin"):
+    with pytest.raises(DrklError, match=r"encoder-decoder.*rollout_generator='builtin'"):
         writer(tiny.t5(layers=2), fake, tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_named(student: PreTrainedModel, fake: FakeVllm, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DrklError, match=r"Could not write the student's weights .*rollouts\.server_folder"):
+    with pytest.raises(DrklError, match=r"Could not write the student's weights .*rollout_server_folder"):
         writer(student, fake, tmp_path / "file").sync(student, 0)

@@ -116,7 +116,7 @@ def answer_room(lengths: Lengths, room: Room, max_new_tokens: int | None = None)
     shorter = left + prompt - max_new_tokens
     other = "" if room.separate or shorter < 1 else f", or data.max_prompt_tokens to at most {shorter}"
     raise DrklError(
-        f"rollouts.max_new_tokens ({max_new_tokens}){beside} passes {whose}. Set it to at most {left}{other}."
+        f"rollout_max_new_tokens ({max_new_tokens}){beside} passes {whose}. Set it to at most {left}{other}."
     )
 
 

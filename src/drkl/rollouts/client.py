@@ -155,13 +155,13 @@ class Client:
         except ValueError as error:
             raise DrklError(
                 f"{self.address}{path} does not answer with json but with {_words(text)!r}, so it is no vLLM server. "
-                "Set rollouts.server to the address that `vllm serve` prints."
+                "Set rollout_server to the address that `vllm serve` prints."
             ) from error
 
     def _slow(self, path: str) -> DrklError:
         return DrklError(
             f"The vLLM server at {self.address} has not answered {path} within {self._timeout:g} seconds. Raise "
-            f"rollouts.server_timeout, or lower rollouts.batch_size or rollouts.max_new_tokens. {GO_ON}"
+            f"rollout_server_timeout, or lower rollout_batch_size or rollout_max_new_tokens. {GO_ON}"
         )
 
     def _refusal(self, status: int, path: str, words: str) -> Refused:

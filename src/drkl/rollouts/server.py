@@ -214,7 +214,7 @@ class ServerWriter:
             raise DrklError(
                 f"The vLLM server at {self._client.address} takes {self._longest} tokens of prompt and answer, and a "
                 f"prompt with its longest answer has {longest}. Start it with --max-model-len {longest} or more "
-                "(`drkl rollout-server CONFIG` does), or lower rollouts.max_new_tokens."
+                "(`drkl rollout-server CONFIG` does), or lower rollout_max_new_tokens."
             )
         highest = max(max(request.prompt_ids) for request in requests)
         assert highest < self._vocabulary, "rows are checked against the models"
@@ -292,7 +292,7 @@ class ServerWriter:
         except Refused as error:
             raise DrklError(
                 f"The vLLM server did not load the student's weights from {str(self._current)!r}: {error} Both have to "
-                "see this folder under the same path (rollouts.server_folder), and the server's model has to be the "
+                "see this folder under the same path (rollout_server_folder), and the server's model has to be the "
                 "student's. After a failed loading the server has to be started again."
             ) from error
         # Attention states of the prompts were computed with the old weights.

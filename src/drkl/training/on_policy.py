@@ -129,7 +129,7 @@ class OnPolicy:
         if not (checkpoint / STATE).is_file():
             raise DrklError(
                 f"{str(checkpoint)!r} has no {STATE}: its run trained on the data's responses alone. Leave "
-                "rollouts.share at 0 to go on with it, or start a new run."
+                "rollout_share at 0 to go on with it, or start a new run."
             )
         try:
             state = read_json(checkpoint / STATE)
