@@ -66,7 +66,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"source": "mixed", "generator": "vllm"}, "needs the distributions of both models token by token"),
     (
         {"source": "teacher", "generator": "vllm"},
-        r"^rollouts\.source is .* and rollouts\.generator .* the server holds",
+        r"^rollouts\.source is .* rollouts\.generator .* the server holds",
     ),
     ({"share": 1.0, "generator": "vllm"}, r"^rollouts\.generator is .*, but rollouts\.server names no address"),
     ({"server": "http://me:word@host"}, r"^rollouts\.server has a name or a password in it"),

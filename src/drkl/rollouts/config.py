@@ -135,13 +135,13 @@ class RolloutsConfig(BaseModel):
             )
         if self.server is not None and "@" in urlsplit(self.server).netloc:
             raise ValueError(
-                f"{PREFIX}server has a name or a password in it, which would stand in the run's files; give the address alone, "
-                "and the server's key in the environment variable VLLM_API_KEY"
+                f"{PREFIX}server has a name or a password in it, which would stand in the run's files; give the "
+                "address alone, and the server's key in the environment variable VLLM_API_KEY"
             )
         if self.is_on and self.generator == "vllm" and self.server is None:
             raise ValueError(
-                f"{PREFIX}generator is 'vllm', but {PREFIX}server names no address; start one with `drkl rollout-server CONFIG` and "
-                "give its address, for instance http://127.0.0.1:8000"
+                f"{PREFIX}generator is 'vllm', but {PREFIX}server names no address; start one with `drkl "
+                "rollout-server CONFIG` and give its address, for instance http://127.0.0.1:8000"
             )
         return self
 

@@ -114,7 +114,10 @@ def agree_on_stops(
 def _not_asked(tokenizer: Any, own: Sequence[int], theirs: Sequence[int], event: Sequence[int], asked: str) -> str:
     nothing = "no row has a whole response, at whose end the teacher could be asked for that"
     if not theirs or set(theirs) & set(event):
-        return f"The student stops with {asked}, and {nothing}. If answers never finish, see rollouts.stop_map (in Python rollout_stop_map)."
+        return (
+            f"The student stops with {asked}, and {nothing}. If answers never finish, see rollouts.stop_map (in Python "
+            "rollout_stop_map)."
+        )
     named = " or ".join(map(repr, _texts(tokenizer, theirs)))
     return (
         f"The student stops with {asked}, the teacher with {named}, and {nothing}. If both tokens mean that an answer "
