@@ -79,7 +79,7 @@ class RolloutsConfig(BaseModel):
         "NAME-rollout-server beside the run folder NAME.",
     )
     server_timeout: float = Field(
-        600.0, gt=0, allow_inf_nan=False, description="Longest wait for the server, in seconds."
+        600.0, gt=0, le=1e6, allow_inf_nan=False, description="Longest wait for the server, in seconds."
     )
     stop_map: dict[str, str] = Field(
         default_factory=dict,
@@ -252,8 +252,13 @@ def _expected(text: str) -> PydanticCustomError:
 
 
 def _is_address(text: str) -> bool:
+    """Whether this is http or https, a host, and a port and a path or neither: nothing that would not be sent."""
     try:
         parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")  # as a socket does
     except ValueError:
         return False
+    is_plain = text.isprintable() and " " not in text and not parts.query and not parts.fragment
+    is_path = re.fullmatch(r"(/[\w.~@-]+)*/*", parts.path, re.ASCII) is not None
+    return is_plain and is_path and parts.scheme in ("http", "https") and bool(host.strip(".")) and port != 0
