@@ -20,6 +20,7 @@ from drkl.run_models import evaluate_run
 from drkl.training.estimate import estimate
 from drkl.training.run import Listener
 from drkl.training.spec import teacher_tokenizer, tokenizer_name
+from tests.data.test_seq2seq import translator
 from tests.data.test_views import OTHER
 from tests.models import tiny
 from tests.training import tiny_runs
@@ -161,6 +162,21 @@ def test_each_model_reads_the_prompts_in_its_own_rendering(tmp_path: Path, caplo
 
 def dataclass_without(row: Row) -> Row:
     return Row(row.id, row.prompt_ids, row.response_ids, row.example)
+
+
+def test_a_teacher_reads_a_translation_in_the_languages_that_were_set(tmp_path: Path) -> None:
+    """Its folder's tokenizer has others."""
+    words = translator("mbart-50", src_lang="en_XX", tgt_lang="ro_RO")
+    sizes: dict[str, Any] = {"layers": 1, "vocab_size": len(words), "eos_token_id": 2, "decoder_start_token_id": 2}
+    large = str(tiny.save(tiny.bart(9, **sizes), tmp_path / "large", words))
+    given = translator("mbart-50", src_lang="de_DE", tgt_lang="fr_XX")
+    trainer = trainer_of(
+        tmp_path, [{"prompt": "a b"}], model=tiny.bart(1, **sizes), teacher_model=large, processing_class=given
+    )
+    (row,) = trainer.rows
+    assert isinstance(row, Row) and row.prompt_ids[0] == given.convert_tokens_to_ids("de_DE")
+    assert row.teacher_prompt_ids is None
+    trainer.train()
 
 
 def test_a_config_gives_each_model_its_own_rendering(tmp_path: Path) -> None:
