@@ -109,6 +109,17 @@ def test_an_answer_has_to_fit_the_models(tmp_path: Path) -> None:
     assert trainer.pair.lengths.max_prompt_tokens == 16 and trainer.pair.max_new_tokens == 80
 
 
+@pytest.mark.parametrize("limits", [{"rollout_max_new_tokens": 1}, {"max_prompt_tokens": 63}])
+def test_an_answer_has_room_for_more_than_what_is_given(tmp_path: Path, limits: dict[str, Any]) -> None:
+    student, teacher = tiny.bart(1, layers=1), tiny.bart(9, layers=1)
+    student.generation_config.forced_bos_token_id = 1
+    message = r"max_new_tokens is 1, and the first 1 token\(s\) of every answer .* Set it to at least 2\."
+    fields = {"rollout_max_new_tokens": None} | limits
+    with pytest.raises(DrklError, match=message):
+        trainer_of(tmp_path, PROMPTS, model=student, teacher_model=teacher, **fields)
+    assert trainer_of(tmp_path, PROMPTS, model=tiny.bart(1, layers=1), teacher_model=teacher, **fields)
+
+
 def two_folders(root: Path) -> tuple[str, str, Any]:
     """A student and a teacher with a chat template each, and the teacher's tokenizer."""
     student = tiny.save(tiny.llama(1, layers=2), root / "small")
