@@ -21,7 +21,7 @@ from drkl.runs import RunFolder, read_json, write_json
 from drkl.training.arguments import DistillationConfig
 from drkl.training.checkpoints import step_of
 from drkl.training.pair import Pair
-from drkl.training.writers import answer_stops, builtin_writer, make_asker, server_writer
+from drkl.training.writers import answer_begin, answer_stops, builtin_writer, make_asker, server_writer
 
 PADDING = (64, 4096)
 """Positions of padding that cost as much as another part of a step, on a processor and on a GPU, which is idle without
@@ -174,6 +174,12 @@ def check_rollouts(pair: Pair, args: DistillationConfig) -> None:
         raise DrklError(
             "rollout_share is above 0, but there is no teacher to judge the sampled answers; pass teacher_model, or "
             "leave it out."
+        )
+    given = len(answer_begin(pair, args.rollouts.source))
+    if pair.max_new_tokens <= given:
+        raise DrklError(
+            f"rollouts.max_new_tokens is {pair.max_new_tokens}, and the first {given} token(s) of every answer of these "
+            f"models are given and not sampled, so nothing would be written. Set it to at least {given + 1}."
         )
 
 
