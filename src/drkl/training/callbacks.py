@@ -104,6 +104,19 @@ class AnswersWatch(TrainerCallback):
                 _log.warning("Warning: %s", concern.text)
 
 
+class OnBegin(TrainerCallback):
+    """Calls a hook when training begins, anew or from a checkpoint."""
+
+    def __init__(self, hook: Callable[[], None]) -> None:
+        self._hook = hook
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Call it."""
+        self._hook()
+
+
 class BeforeFirstStep(TrainerCallback):
     """Calls a hook when a run begins, and not where it goes on or begins with a whole evaluation."""
 
