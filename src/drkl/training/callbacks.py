@@ -188,7 +188,7 @@ class EarlyStop(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A run that was cut off after it had stopped stops again (after one step, which the best weights undo)."""
+        """A run that was cut off after it had stopped takes no step more."""
         control.should_training_stop |= self._is_over(state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

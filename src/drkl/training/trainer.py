@@ -400,6 +400,10 @@ class DistillationTrainer(Trainer):
         self._on_policy.learnt(time.monotonic() - started)
         return total
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # transformers asks only after another step
+            super()._run_epoch(*args, **kwargs)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As transformers', over the parts of a micro-batch."""
         return sum(super(DistillationTrainer, self).floating_point_ops(part) for part in inputs.get("parts", [inputs]))
