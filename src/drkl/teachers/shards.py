@@ -1,0 +1,350 @@
+"""The files of a teacher cache: numbered shards of rows, each written whole or not at all, and a manifest of all.
+
+A finished folder holds, directly in it::
+
+    manifest.json               what the cache is of, and the bytes and the checksum of every other file
+    rows-00000.safetensors      digests [rows, 16] and counts [rows]: which rows the shard has, and their positions
+    values-00000.safetensors    the values at those positions, row after row, tensors [positions, …] by name
+
+and what the maker of the cache adds (the head, the tokenizer, …). The shards are the same whoever wrote them, and so is
+the finished folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from drkl.errors import DrklError
+from drkl.runs import read_json, write_json
+
+FORMAT = 1
+"""Version of the folder's layout."""
+MANIFEST = "manifest.json"
+DIGEST_BYTES = 16
+OPEN_FILES = 64
+"""Shards that are kept open at once."""
+_READ_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class RowPlace:
+    """Where the values of a row lie."""
+
+    shard: int
+    start: int
+    count: int
+
+
+class ShardWriter:
+    """Writes the shards of one part of a cache; those that are there already are not written again.
+
+    Args:
+        folder: the cache's; it is made.
+        about: what the cache is of; every part has to say the same.
+        shards: for each shard the digests of its rows, and the number of positions of each.
+        part: this part's number, from 0.
+        parts: the number of parts; part i has the shards i, i + parts, ….
+
+    Raises:
+        DrklError: the folder holds a cache of something else, or another process writes this part.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        about: Mapping[str, Any],
+        shards: Sequence[Sequence[tuple[bytes, int]]],
+        *,
+        part: int = 0,
+        parts: int = 1,
+    ) -> None:
+        self.folder, self._about, self._shards = folder, dict(about), shards
+        self._mine = range(part, len(shards), parts)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DrklError(f"Cannot make the folder {str(folder)!r}: {error.strerror}.") from error
+        self._lock = self._claim(part, parts)
+        self._begin()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.unlink(missing_ok=True)
+        os.close(self._handle)
+
+    @property
+    def missing(self) -> list[int]:
+        """The shards of this part that are not there yet."""
+        return [number for number in self._mine if not self._is_whole(number)]
+
+    def write(self, number: int, values: Mapping[str, Tensor]) -> None:
+        """Write a shard.
+
+        Args:
+            number: of the shard.
+            values: tensors `[positions, …]` by name, the rows in the order of the plan.
+
+        Raises:
+            DrklError: a row has not as many entries as positions, a value is not finite, or the disk is full.
+        """
+        rows = self._shards[number]
+        counts = [count for _, count in rows]
+        for name, value in values.items():
+            if len(value) != sum(counts):
+                raise DrklError(
+                    f"Shard {number} of the cache has {sum(counts)} positions, and {name!r} {len(value)} entries; "
+                    "expected one for each."
+                )
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                bad = int((~torch.isfinite(value)).reshape(len(value), -1).any(1).nonzero()[0])
+                row = int(np.searchsorted(np.cumsum(counts), bad, side="right"))
+                raise DrklError(
+                    f"The teacher gives {name} that are not finite, first at position {bad - sum(counts[:row])} of "
+                    f"row {row} of shard {number}. Nothing of that shard was kept."
+                )
+        tensors = {name: value.detach().cpu().contiguous() for name, value in values.items()}
+        _save(self.folder / _values(number), tensors)
+        digests = torch.frombuffer(bytearray(b"".join(digest for digest, _ in rows)), dtype=torch.uint8)
+        index = {"digests": digests.reshape(-1, DIGEST_BYTES), "counts": torch.tensor(counts, dtype=torch.int32)}
+        # Last: a shard is there where its rows are.
+        _save(self.folder / _rows(number), index)
+
+    def finish(self, files: Sequence[str] = ()) -> bool:
+        """Write the manifest if every part is there, and say whether that is so.
+
+        Args:
+            files: names of further files in the folder that belong to the cache.
+        """
+        if not all(self._is_whole(number) for number in range(len(self._shards))):
+            return False
+        for left in (path for kind in ("rows", "values") for path in self.folder.glob(f".part-{kind}-*")):
+            left.unlink(missing_ok=True)  # of a process that was killed
+        names = [*files, *(name(number) for number in range(len(self._shards)) for name in (_rows, _values))]
+        listed = {name: _facts(self.folder / name) for name in sorted(names)}
+        write_json(self.folder / MANIFEST, self._manifest() | {"finished": True, "files": listed})
+        return True
+
+    def _manifest(self) -> dict[str, Any]:
+        rows = sum(map(len, self._shards))
+        positions = sum(count for shard in self._shards for _, count in shard)
+        sizes = {"shards": len(self._shards), "rows": rows, "positions": positions}
+        return {"format": FORMAT, **self._about, **sizes}
+
+    def _claim(self, part: int, parts: int) -> Path:
+        path = self.folder / f".part-{part}-of-{parts}.lock"
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process dies, however it dies
+        except OSError as error:
+            os.close(self._handle)
+            raise DrklError(
+                f"Another process is writing part {part + 1} of {parts} of the cache {str(self.folder)!r}. Wait until "
+                "it has ended, or give each process a part of its own."
+            ) from error
+        return path
+
+    def _begin(self) -> None:
+        path = self.folder / MANIFEST
+        wanted = self._manifest()
+        if not path.is_file():
+            others = [other for other in self.folder.iterdir() if not other.name.startswith(".part-")]
+            if others:
+                raise DrklError(
+                    f"{str(self.folder)!r} holds {others[0].name!r} and no {MANIFEST}; expected an empty folder or a "
+                    "cache. Choose another one."
+                )
+            write_json(path, wanted | {"finished": False})
+            return
+        found = read_manifest(self.folder)
+        if differing := differences(found, wanted):
+            raise DrklError(f"{str(self.folder)!r} is a cache of something else: {differing}. Choose another folder.")
+
+    def _is_whole(self, number: int) -> bool:
+        return (self.folder / _rows(number)).is_file() and (self.folder / _values(number)).is_file()
+
+
+class ShardReader:
+    """Random access to the rows of a finished cache; values are read where they lie, and checked before the first use.
+
+    Args:
+        folder: the cache's.
+
+    Raises:
+        DrklError: it is none, is not finished, is of another version, or a file of it is missing or broken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.manifest = folder, read_manifest(folder)
+        if not self.manifest.get("finished"):
+            have = sum((folder / _rows(number)).is_file() for number in range(self.manifest["shards"]))
+            raise DrklError(
+                f"The cache {str(folder)!r} is not finished: it has {have} of {self.manifest['shards']} shards. The "
+                "command that began it goes on with it."
+            )
+        self._checked: set[str] = set()
+        self._open: OrderedDict[int, Any] = OrderedDict()
+        self._index()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def find(self, digest: bytes) -> RowPlace | None:
+        """The place of a row; None where the cache has no row of that digest."""
+        first, second = _halves(np.frombuffer(digest, np.uint8).reshape(1, DIGEST_BYTES))
+        at = int(np.searchsorted(self._keys, first[0]))
+        while at < len(self._keys) and self._keys[at] == first[0]:
+            if self._others[at] == second[0]:
+                shard, start, count = self._places[at].tolist()
+                return RowPlace(shard, start, count)
+            at += 1
+        return None
+
+    def read(self, place: RowPlace) -> dict[str, Tensor]:
+        """The values of a row, `[count, …]` by name, on the CPU."""
+        file = self._file(place.shard)
+        end = place.start + place.count
+        return {name: file.get_slice(name)[place.start : end] for name in file.keys()}  # noqa: SIM118
+
+    def check(self, name: str) -> Path:
+        """The path of a file of the cache, its checksum compared once.
+
+        Raises:
+            DrklError: it is not there, or not what was written.
+        """
+        path = self.folder / name
+        if name in self._checked:
+            return path
+        expected = self.manifest["files"].get(name)
+        if expected is None:
+            raise DrklError(f"The cache {str(self.folder)!r} has no {name!r} in its {MANIFEST}.")
+        if not path.is_file():
+            raise DrklError(
+                f"The cache {str(self.folder)!r} misses its file {name!r}. Bring it back, or make the cache again."
+            )
+        found = _facts(path)
+        if found != expected:
+            bytes_ = f"{found['bytes']:,} of {expected['bytes']:,} bytes"
+            what = "has a wrong checksum" if found["bytes"] == expected["bytes"] else f"has {bytes_}"
+            raise DrklError(
+                f"{str(path)!r} is not the file that was written: it {what}. Bring it back, or make the cache again."
+            )
+        self._checked.add(name)
+        return path
+
+    def verify(self) -> Iterator[str]:
+        """Check every file; yields the name of each before it is read.
+
+        Raises:
+            DrklError: a file is missing or broken.
+        """
+        for name in self.manifest["files"]:
+            yield name
+            self.check(name)
+
+    def _index(self) -> None:
+        digests, places = [], []
+        for number in range(self.manifest["shards"]):
+            tensors = load_file(self.check(_rows(number)))
+            counts = tensors["counts"].numpy().astype(np.int64)
+            starts = np.concatenate([[0], np.cumsum(counts)[:-1]]) if len(counts) else counts
+            digests.append(tensors["digests"].numpy())
+            places.append(np.stack([np.full_like(counts, number), starts, counts], 1))
+        every = np.concatenate(digests) if digests else np.zeros((0, DIGEST_BYTES), np.uint8)
+        self._keys, self._others = _halves(every)
+        order = np.argsort(self._keys, kind="stable")
+        self._keys, self._others = self._keys[order], self._others[order]
+        self._places = np.concatenate(places)[order] if places else np.zeros((0, 3), np.int64)
+
+    def _file(self, shard: int) -> Any:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        path = self.check(_values(shard))
+        if len(self._open) >= OPEN_FILES:
+            self._open.popitem(last=False)
+        self._open[shard] = safe_open(path, framework="pt")
+        return self._open[shard]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a cache, finished or not.
+
+    Raises:
+        DrklError: there is none, or it is of another version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DrklError(f"{str(folder)!r} is no teacher cache: it has no {MANIFEST}. `drkl cache` makes one.")
+    manifest = read_json(path)
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
+        raise DrklError(
+            f"{str(path)!r} has the format {version!r}; this version of drkl reads {FORMAT}. Make the cache again."
+        )
+    whole = isinstance(manifest.get("shards"), int) and (
+        not manifest.get("finished") or isinstance(manifest.get("files"), dict)
+    )
+    if not whole:
+        raise DrklError(f"{str(path)!r} does not list the files of a cache. Make the cache again.")
+    return manifest
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Where two descriptions of a cache differ, in words; empty where they do not."""
+    names = [name for name in wanted if found.get(name) != wanted[name]]
+    return "; ".join(f"{name} is {json.dumps(found.get(name))}, not {json.dumps(wanted[name])}" for name in names)
+
+
+def _halves(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Digests `[n, 16]` as two numbers each."""
+    numbers = np.ascontiguousarray(digests).view(np.uint64).reshape(-1, 2)
+    return numbers[:, 0].copy(), numbers[:, 1].copy()
+
+
+def _rows(number: int) -> str:
+    return f"rows-{number:05d}.safetensors"
+
+
+def _values(number: int) -> str:
+    return f"values-{number:05d}.safetensors"
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    with path.open("rb") as file:
+        while block := file.read(_READ_AT_ONCE):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".part-{path.name}-{os.getpid()}")
+    try:
+        save_file(dict(tensors), temporary)
+        os.replace(temporary, path)
+    # A full disk is an OSError to Python and a SafetensorError to safetensors.
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise DrklError(
+            f"Cannot write {str(path)!r}: {error}. What was written before is kept; make room, then go on with the "
+            "same command."
+        ) from error
