@@ -1,26 +1,26 @@
-"""Whether the teacher ends an answer with the token that the rows teach."""
+"""Where answers end in a run: what rows, student and teacher say of it, and what the student learns."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import logging
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
+from transformers import PreTrainedModel
 
-from drkl.data.ends import end_positions, special_tokens
-from drkl.data.tokenize import Row
-from drkl.models.forward import decoder_start, in_eval_mode
-from drkl.models.readout import batches, logits_of
+from drkl.data.ends import taught_ends
+from drkl.models.ends import set_ends, stops_of
+from drkl.rollouts.stops import Agreement, agree_on_stops
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.stops import Stops, read_stops
+from drkl.training.arguments import DistillationConfig
 
-ROWS = 16
-"""Rows that are read for it."""
 FACTOR = 10.0
 """The teacher means another end where it gives that one so many times the probability of the taught one, and so many
 times what a token has on average; a teacher that would go on writing means none."""
-SURE = 0.5
-"""A special token that nothing calls an end is one where the teacher gives it at least this."""
+_log = logging.getLogger("drkl")
 
 
 class Ends(NamedTuple):
@@ -58,58 +58,96 @@ class Ends(NamedTuple):
         return record
 
 
-@torch.no_grad()
-def compare_ends(
-    teacher: LiveTeacher,
-    rows: Sequence[Row],
+class Settled(NamedTuple):
+    """Where answers end, as far as a run has to know it later."""
+
+    notes: Sequence[str] = ()
+    """Notes for the user."""
+    ends: Ends | None = None
+    """Where the teacher ends a turn, and where the rows do; None where nothing is learnt of it, or no row is whole."""
+    merged_ids: tuple[int, ...] = ()
+    """The stop tokens that count as one event in the loss; empty where each counts for itself."""
+    teacher_stops: Sequence[int] = ()
+    """The teacher's stop tokens; empty where it was not asked."""
+
+
+def settle_ends(
+    student: PreTrainedModel,
+    teacher: LiveTeacher | None,
+    rows: Any,
+    eval_rows: Any,
     tokenizer: Any,
-    known: Iterable[int],
+    args: DistillationConfig,
     *,
+    listed: Sequence[int],
     pad_id: int,
-    merged_ids: Sequence[int] = (),
-) -> Ends | None:
-    """Read the ends of a few turns with the teacher; None where no row has a whole turn.
+    vocab_size: int | None,
+    teacher_tokenizer: Any,
+) -> Settled:
+    """Find out where answers end, refuse two models that cannot agree on it, and give the student all ends it learns.
 
     Args:
-        teacher: a language model, on its device.
-        rows: the training rows; the first `ROWS` that end with a special token are read.
-        tokenizer: names the special tokens.
-        known: the ids that end an answer by the teacher's settings and the template.
+        student: as it came; its settings are changed.
+        teacher: on its device; None for none.
+        rows: the training rows, of a language model.
+        eval_rows: the held-out rows, which are read too where few training rows are whole.
+        tokenizer: the run's.
+        args: whether answers are sampled, and by whom.
+        listed: the ids that end an answer by the settings of the teacher, or of the student where there is none.
         pad_id: fills batches; its value changes nothing.
+        vocab_size: the number of ids, from 0, that are compared; None for all.
+        teacher_tokenizer: the teacher's own; None where it has none but the run's.
+
+    Raises:
+        DrklError: the teacher stops with another token, or ``rollouts.stop_map`` has an entry that is no such pair.
+    """
+    rollouts, samples = args.rollouts, args.rollouts.is_on
+    taught = [*taught_ends(rows, tokenizer), *listed]
+    learns = args.kd_weight > 0 and args.make_objective().needs_teacher
+    agreement, ends, theirs = Agreement(), None, list[int]()
+    if teacher is not None and (samples or learns):
+        everything, asked = itertools.chain(rows, eval_rows), student if samples else None
+        given: dict[str, Any] = {"pad_id": pad_id, "teacher_tokenizer": teacher_tokenizer}
+        stops = read_stops(asked, teacher, everything, tokenizer, taught, **given)
+        theirs, by_teacher = stops.teacher, rollouts.source == "teacher"
+        if samples:
+            kind: dict[str, Any] = {"vocab_size": vocab_size, "refuse": not by_teacher}
+            agreement = agree_on_stops(stops, tokenizer, rollouts.stop_map, **kind)
+            taught += agreement.merged_ids
+            taught += [token for token in theirs if by_teacher and (vocab_size is None or token < vocab_size)]
+        ends = compare_ends(stops, tokenizer, agreement.merged_ids) if learns else None
+    warning = agreement.warning
+    if ends is not None and ends.differ and ends.own_id is not None:
+        taught.append(ends.own_id)
+        warning = ends.warning()  # in place of the other, which is no news then
+    if warning is not None and args.process_index == 0:
+        _log.warning("Warning: %s", warning)
+    notes = [] if agreement.note is None else [agreement.note]
+    notes += set_ends(student, tokenizer, stops_of(student, tokenizer, args.template, taught))
+    return Settled(notes, ends, agreement.merged_ids, theirs)
+
+
+def compare_ends(stops: Stops, tokenizer: Any, merged_ids: Sequence[int] = ()) -> Ends | None:
+    """Judge whether the teacher ends a turn with the token that the rows teach; None where no row is whole.
+
+    Args:
+        stops: of the teacher, read at the ends of rows.
+        tokenizer: names the tokens.
         merged_ids: ids that mean one end, so that none of them is another where the rows end with one of them.
     """
-    specials = {number: text for text, number in special_tokens(tokenizer).items()}
-    whole = list(itertools.islice((row for row in rows if row.trained_ids and row.trained_ids[-1] in specials), ROWS))
-    places = {}
-    for number, row in enumerate(whole):
-        trained = row.trained_ids
-        places[number] = [place for place in end_positions(row) if trained[place] in specials]
-    if not whole:
+    if not stops.num_rows:
         return None
-    labels, logits = [], []
-    head = teacher.head
-    with in_eval_mode(teacher.model):
-        for batch in batches(whole, pad_id=pad_id, decoder_start=decoder_start(teacher.model), positions=places):
-            labels.append(batch.labels)
-            logits.append(logits_of(batch.for_teacher.states(teacher.model), head).float().softmax(-1).cpu())
-    observed, probabilities = torch.cat(labels), torch.cat(logits)
-    size = probabilities.shape[1]
-    taught = sorted(set(observed.tolist()), key=observed.tolist().count, reverse=True)
-    mean = probabilities.mean(0)
-    ends = set(known)
+    taught = [token for token, _ in Counter(stops.labels.tolist()).most_common()]
     alike = set(merged_ids) if set(merged_ids) & set(taught) else set()
-    others = [
-        token
-        for token in specials
-        if token < size and token not in taught and token not in alike and (token in ends or float(mean[token]) >= SURE)
-    ]
+    mean = stops.logp.exp().mean(0)
+    others = [token for token in stops.teacher if token not in taught and token not in alike]
     own = max(others, key=lambda token: float(mean[token]), default=None)
     return Ends(
-        taught=" or ".join(specials[token] for token in taught),
-        taught_probability=float(probabilities.gather(1, observed.clamp(max=size - 1)[:, None]).mean()),
-        own=None if own is None else specials[own],
+        taught=" or ".join(map(str, tokenizer.convert_ids_to_tokens(taught))),
+        taught_probability=float(stops.logp.gather(1, stops.labels[:, None]).exp().mean()),
+        own=None if own is None else str(tokenizer.convert_ids_to_tokens(own)),
         own_probability=0.0 if own is None else float(mean[own]),
-        num_ends=len(observed),
-        vocab_size=size,
+        num_ends=len(stops.labels),
+        vocab_size=len(mean),
         own_id=own,
     )

@@ -153,8 +153,6 @@ class DistillationTrainer(Trainer):
             )
         for note in pair.notes:
             _log.info(note)
-        if pair.ends is not None and pair.ends.differ and args.process_index == 0:
-            _log.warning("Warning: %s", pair.ends.warning())
         self.run = RunFolder(Path(str(args.output_dir)))
         samples, any_rows = args.rollouts.is_on, list[Any](pair.rows)
         if samples:
