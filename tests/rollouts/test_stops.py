@@ -68,7 +68,8 @@ def agree(
     student: PreTrainedModel, teacher: PreTrainedModel, data: Any = None, tokenizer: Any = None, **changes: Any
 ) -> Agreement:
     stops = read(student, teacher, data, tokenizer, changes.pop("taught", [OWN_END]))
-    return agree_on_stops(stops, tokenizer or base_tokenizer(), changes.pop("stop_map", {}), **changes)
+    size = changes.pop("vocab_size", None)
+    return agree_on_stops(stops, tokenizer or base_tokenizer(), RolloutsConfig(**changes), vocab_size=size)
 
 
 def read(
@@ -196,10 +197,9 @@ def test_a_stop_token_that_the_teacher_does_not_have_is_never_sampled() -> None:
 
 
 def test_nothing_is_refused_where_the_teacher_writes() -> None:
-    assert agree(student_model(), teacher_model(), refuse=False).warning is None
     for data in (None, []):
-        assert agree(student_model(), teacher_model(), data, refuse=False).warning is None
-        assert OWN_END in read(student_model(), teacher_model(), data).teacher
+        agreement = agree(student_model(), teacher_model(), data, source="teacher")
+        assert agreement.warning is None and OWN_END in agreement.learnt
 
 
 def test_the_teachers_answers_end_as_its_own_template_ends(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -213,6 +213,17 @@ def test_the_teachers_answers_end_as_its_own_template_ends(folders: tuple[Path, 
     )  # fmt: skip
     trainer.train()
     assert trainer.state.log_history[0]["rollout_finished"] == 1 and trainer.state.log_history[0]["num_tokens"] == 2
+    assert OWN_END in trainer.pair.student.generation_config.eos_token_id
+
+
+def test_the_teachers_answers_end_with_the_special_token_that_it_is_sure_of(tmp_path: Path) -> None:
+    """Where nothing calls it an end; else each of them would go on to its greatest length."""
+    teacher = chain(base_tokenizer(), {"hi": "hello", "hello": "<|im_end|>"})
+    data = [{"prompt": "hi", "response": "hello"}] * 8  # which end with </s>
+    settings: dict[str, Any] = {"rollout_source": "teacher", "tokenizer": base_tokenizer(), "template": "plain"}
+    trainer = python_run(tmp_path, student_model(), teacher, data=data, **settings)
+    trainer.train()
+    assert trainer.state.log_history[0]["rollout_finished"] == 1
     assert OWN_END in trainer.pair.student.generation_config.eos_token_id
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from drkl.errors import DrklError
+from drkl.rollouts.config import RolloutsConfig
 from drkl.teachers.stops import Stops
 
 RARE = 1e-4
@@ -31,27 +32,29 @@ class Agreement(NamedTuple):
     """The ids that count as one event in the loss; empty where none do."""
     note: str | None = None
     warning: str | None = None
+    learnt: tuple[int, ...] = ()
+    """The ids that end the answers that the student learns from, where the teacher writes them."""
 
 
 def agree_on_stops(
-    stops: Stops, tokenizer: Any, stop_map: Mapping[str, str], *, vocab_size: int | None = None, refuse: bool = True
+    stops: Stops, tokenizer: Any, rollouts: RolloutsConfig, *, vocab_size: int | None = None
 ) -> Agreement:
     """Judge, by what the teacher gives it at the ends of finished rows, the token that the student stops with.
 
     Args:
         stops: of both models.
         tokenizer: the run's.
-        stop_map: stop tokens of the student, by text or id, to those of the teacher that mean the same.
+        rollouts: its ``stop_map`` has the tokens that mean the same. Where the teacher writes, nothing is refused: its
+            own answers end as it ends them.
         vocab_size: the number of ids, from 0, that are compared; None for all.
-        refuse: whether the student's answers are trained on; the teacher's own end as the teacher ends them.
 
     Raises:
         DrklError: the teacher stops with another token, or ``stop_map`` has an entry that is no such pair.
     """
     own, theirs = stops.student, stops.teacher
-    merged = merged_ids(stop_map, tokenizer, own, theirs, vocab_size)
-    if not refuse:
-        return Agreement(merged)
+    merged = merged_ids(rollouts.stop_map, tokenizer, own, theirs, vocab_size)
+    if rollouts.source == "teacher":
+        return Agreement(merged, learnt=tuple(i for i in theirs if vocab_size is None or i < vocab_size))
     event = list(dict.fromkeys([*own, *merged]))
     asked = " or ".join(map(repr, _texts(tokenizer, event)))
     if not stops.num_rows:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drkl.data.ends import taught_ends
 from drkl.models.ends import set_ends, stops_of
-from drkl.rollouts.stops import Agreement, agree_on_stops
-from drkl.teachers.live import LiveTeacher
+from drkl.rollouts.stops import agree_on_stops
 from drkl.teachers.stops import Stops, read_stops
 from drkl.training.arguments import DistillationConfig
+
+if TYPE_CHECKING:
+    from drkl.training.pair import Pair
 
 FACTOR = 10.0
 """The teacher means another end where it gives that one so many times the probability of the taught one, and so many
@@ -58,73 +57,39 @@ class Ends(NamedTuple):
         return record
 
 
-class Settled(NamedTuple):
-    """Where answers end, as far as a run has to know it later."""
-
-    notes: Sequence[str] = ()
-    """Notes for the user."""
-    ends: Ends | None = None
-    """Where the teacher ends a turn, and where the rows do; None where nothing is learnt of it, or no row is whole."""
-    merged_ids: tuple[int, ...] = ()
-    """The stop tokens that count as one event in the loss; empty where each counts for itself."""
-    teacher_stops: Sequence[int] = ()
-    """The teacher's stop tokens; empty where it was not asked."""
-
-
-def settle_ends(
-    student: PreTrainedModel,
-    teacher: LiveTeacher | None,
-    rows: Any,
-    eval_rows: Any,
-    tokenizer: Any,
-    args: DistillationConfig,
-    *,
-    listed: Sequence[int],
-    pad_id: int,
-    vocab_size: int | None,
-    teacher_tokenizer: Any,
-) -> Settled:
-    """Find out where answers end, refuse two models that cannot agree on it, and give the student all ends it learns.
+def settle_ends(pair: Pair, args: DistillationConfig) -> None:
+    """Find out where answers end, refuse models that cannot agree on it, and give the student all ends that it learns.
 
     Args:
-        student: as it came; its settings are changed.
-        teacher: on its device; None for none.
-        rows: the training rows, of a language model.
-        eval_rows: the held-out rows, which are read too where few training rows are whole.
-        tokenizer: the run's.
+        pair: of language models, the student's settings as they came; what is found is written into it.
         args: whether answers are sampled, and by whom.
-        listed: the ids that end an answer by the settings of the teacher, or of the student where there is none.
-        pad_id: fills batches; its value changes nothing.
-        vocab_size: the number of ids, from 0, that are compared; None for all.
-        teacher_tokenizer: the teacher's own; None where it has none but the run's.
 
     Raises:
         DrklError: the teacher stops with another token, or ``rollouts.stop_map`` has an entry that is no such pair.
     """
-    rollouts, samples = args.rollouts, args.rollouts.is_on
-    taught = [*taught_ends(rows, tokenizer), *listed]
+    student, words, rollouts = pair.student, pair.words, args.rollouts
+    rows: Any = pair.rows
+    taught = [*taught_ends(rows, words), *pair.listed_ends]
     learns = args.kd_weight > 0 and args.make_objective().needs_teacher
-    agreement, ends, theirs = Agreement(), None, list[int]()
-    if teacher is not None and (samples or learns):
-        everything, asked = itertools.chain(rows, eval_rows), student if samples else None
-        given: dict[str, Any] = {"pad_id": pad_id, "teacher_tokenizer": teacher_tokenizer}
-        stops = read_stops(asked, teacher, everything, tokenizer, taught, **given)
-        theirs, by_teacher = stops.teacher, rollouts.source == "teacher"
-        if samples:
-            kind: dict[str, Any] = {"vocab_size": vocab_size, "refuse": not by_teacher}
-            agreement = agree_on_stops(stops, tokenizer, rollouts.stop_map, **kind)
-            taught += agreement.merged_ids
-            taught += [token for token in theirs if by_teacher and (vocab_size is None or token < vocab_size)]
-        ends = compare_ends(stops, tokenizer, agreement.merged_ids) if learns else None
-    warning = agreement.warning
-    if ends is not None and ends.differ and ends.own_id is not None:
-        taught.append(ends.own_id)
-        warning = ends.warning()  # in place of the other, which is no news then
+    warning = None
+    if pair.teacher is not None and (rollouts.is_on or learns):
+        stops = read_stops(
+            student if rollouts.is_on else None, pair.teacher, [*rows, *pair.eval_rows], words, taught,
+            pad_id=pair.pad_id, teacher_tokenizer=pair.teacher_tokenizer,
+        )  # fmt: skip
+        pair.teacher_stops = stops.teacher
+        if rollouts.is_on:
+            agreement = agree_on_stops(stops, words, rollouts, vocab_size=pair.vocab_size)
+            pair.merged_ids, warning = agreement.merged_ids, agreement.warning
+            pair.notes += [] if agreement.note is None else [agreement.note]
+            taught += [*agreement.merged_ids, *agreement.learnt]
+        pair.ends = compare_ends(stops, words, pair.merged_ids) if learns else None
+        if pair.ends is not None and pair.ends.differ and pair.ends.own_id is not None:
+            taught.append(pair.ends.own_id)
+            warning = pair.ends.warning()  # in place of the other, which says the same of the student
     if warning is not None and args.process_index == 0:
         _log.warning("Warning: %s", warning)
-    notes = [] if agreement.note is None else [agreement.note]
-    notes += set_ends(student, tokenizer, stops_of(student, tokenizer, args.template, taught))
-    return Settled(notes, ends, agreement.merged_ids, theirs)
+    pair.notes += set_ends(student, words, stops_of(student, words, args.template, taught))
 
 
 def compare_ends(stops: Stops, tokenizer: Any, merged_ids: Sequence[int] = ()) -> Ends | None:

@@ -35,7 +35,7 @@ from drkl.models.pair import (
 from drkl.runs import IN_MEMORY
 from drkl.teachers.live import LiveTeacher
 from drkl.training.arguments import DistillationConfig
-from drkl.training.ends import Ends, Settled, settle_ends
+from drkl.training.ends import Ends, settle_ends
 from drkl.training.loading import (
     check_kinds,
     load_student,
@@ -74,10 +74,6 @@ class Pair:
     """Names of the classes by number; None for language models."""
     vocabulary: dict[str, int] | None
     """Where the two heads are compared on fewer ids than they have: how many are ``shared``, of how many."""
-    adapter: Any
-    """peft's handle on the student, or None."""
-    adapter_start: dict[str, Tensor]
-    """First weights of an adapter whose start changed the base model; empty for any other."""
     student_name: str
     teacher_name: str | None
     data_names: tuple[str, str | None]
@@ -90,6 +86,10 @@ class Pair:
     """The longest answer that is sampled in training; nothing is sampled where rollouts are off."""
     eval_dataset: list[dict[str, Any]] | None
     """The held-out rows as they were passed in memory; None where they have a name, or no json."""
+    adapter: Any = None
+    """peft's handle on the student, or None."""
+    adapter_start: dict[str, Tensor] = field(default_factory=dict)
+    """First weights of an adapter whose start changed the base model; empty for any other."""
     student_options: dict[str, Any] = field(default_factory=dict)
     """What a student given by its name was loaded with, as a config.yaml has it."""
     notes: list[str] = field(default_factory=list)
@@ -203,22 +203,16 @@ def make_pair(
     _check_rows(everything, student, teacher)
     # The command line says what there is to say of its rows where it reads them.
     notes = [] if isinstance(train_dataset, TokenisedRows) else list(report.notes)
-    vocabulary, settled = None, Settled()
+    vocabulary = None
     if classes is None:
         check_student(student)
         vocabulary = _compare_vocabularies(student, teacher, shared, tokenizer, everything, notes)
         check_languages(words, {"student": student, "teacher": None if teacher is None else teacher.model})
-        settled = settle_ends(
-            student, teacher, rows, eval_rows, words, args, listed=ends, pad_id=_pad_id(tokenizer),
-            vocab_size=None if vocabulary is None else vocabulary["shared"], teacher_tokenizer=own_reader,
-        )  # fmt: skip
-        notes += settled.notes
     else:
         student.config.get_text_config().pad_token_id = _pad_id(tokenizer)  # decoders find a text's end by it
         if teacher is not None:
             teacher.pad_id = _pad_id(tokenizer)
-    adapter = make_trainable(student, adapter, args, peft_config)
-    return Pair(
+    pair = Pair(
         student=student,
         teacher=teacher,
         tokenizer=tokenizer,
@@ -227,8 +221,6 @@ def make_pair(
         report=report,
         classes=classes,
         vocabulary=vocabulary,
-        adapter=adapter,
-        adapter_start={} if adapter is None else adapter_start(adapter),
         student_name=_name(model),
         teacher_name=None if teacher is None else _name(teacher_model),
         data_names=(_data_name(train_dataset), None if eval_dataset is None else _data_name(eval_dataset)),
@@ -243,10 +235,13 @@ def make_pair(
         notes=notes,
         teacher_tokenizer=own_reader,
         listed_ends=ends,
-        ends=settled.ends,
-        merged_ids=settled.merged_ids,
-        teacher_stops=settled.teacher_stops,
     )
+    if classes is None:
+        settle_ends(pair, args)
+    # Last, so that a student that is refused is left as it was passed.
+    pair.adapter = make_trainable(student, adapter, args, peft_config)
+    pair.adapter_start = {} if pair.adapter is None else adapter_start(pair.adapter)
+    return pair
 
 
 def _lengths(args: DistillationConfig, room: Room) -> tuple[Lengths, int]:
