@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from drkl.data.classification import LabelledRow
+from drkl.data.seq2seq import take_languages
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.models.config import StudentConfig
@@ -116,6 +117,7 @@ def own_tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
         shared_tokens(words_of(tokenizer), own, "run", source)
     except DrklError:
         return None
+    take_languages(own, words_of(tokenizer))  # both read one text, whose language was set on the run's
     return own
 
 

@@ -88,7 +88,10 @@ def agree_on_stops(
 def _not_asked(tokenizer: Any, own: Sequence[int], theirs: Sequence[int], event: Sequence[int], asked: str) -> str:
     nothing = "no row has a whole response, at whose end the teacher could be asked for that"
     if not theirs or set(theirs) & set(event):
-        return f"The student stops with {asked}, and {nothing}. If answers never finish, see rollouts.stop_map."
+        return (
+            f"The student stops with {asked}, and {nothing}. If answers never finish, see rollouts.stop_map (in Python "
+            "rollout_stop_map)."
+        )
     named = " or ".join(map(repr, _texts(tokenizer, theirs)))
     return (
         f"The student stops with {asked}, the teacher with {named}, and {nothing}. If both tokens mean that an answer "
@@ -134,14 +137,14 @@ def merged_ids(
     for key, value in stop_map.items():
         token, meant = _stop(key, "student", tokenizer, own), _stop(value, "teacher", tokenizer, theirs)
         if token == meant:
-            raise DrklError(f"rollouts.stop_map has {key!r}: {value!r}, one token to both models; leave it out.")
+            raise DrklError(f"rollout_stop_map has {key!r}: {value!r}, one token to both models; leave it out.")
         if pairs.setdefault(token, meant) != meant:
             first, second = _texts(tokenizer, [pairs[token], meant])
-            raise DrklError(f"rollouts.stop_map maps {key!r} to {first!r} and to {second!r}; expected one of them.")
+            raise DrklError(f"rollout_stop_map maps {key!r} to {first!r} and to {second!r}; expected one of them.")
         for number, text in ((token, key), (meant, value)):
             if vocab_size is not None and number >= vocab_size:
                 raise DrklError(
-                    f"rollouts.stop_map has {text!r} (id {number}), but student and teacher are compared on the ids 0 "
+                    f"rollout_stop_map has {text!r} (id {number}), but student and teacher are compared on the ids 0 "
                     f"to {vocab_size - 1}, which both have. Choose stop tokens among those."
                 )
     return tuple(sorted({*pairs.keys(), *pairs.values()}))
@@ -161,8 +164,8 @@ def _stop(text: str, whose: str, tokenizer: Any, stops: Sequence[int]) -> int:
             return int(candidate)
     if number is None and (unknown or len(found) != 1):
         what = "which the tokenizer does not know" if unknown or not found else f"which is {len(found)} tokens"
-        raise DrklError(f"rollouts.stop_map has {text!r}, {what}; {expected}.")
-    raise DrklError(f"rollouts.stop_map has {text!r}, with which the {whose} does not stop; {expected}.")
+        raise DrklError(f"rollout_stop_map has {text!r}, {what}; {expected}.")
+    raise DrklError(f"rollout_stop_map has {text!r}, with which the {whose} does not stop; {expected}.")
 
 
 def _texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:

@@ -271,9 +271,7 @@ class DistillationConfig(TrainingArguments):
             name = PREFIX + ".".join(str(part) for part in first["loc"]) if first["loc"] else "rollouts"
             reason = first["msg"].removeprefix("Value error, ")
             raise DrklError(
-                f"{name} is {first['input']!r}: {reason[0].lower()}{reason[1:]}."
-                if first["loc"]
-                else f"rollout_{reason}."
+                f"{name} is {first['input']!r}: {reason[0].lower()}{reason[1:]}." if first["loc"] else f"{reason}."
             ) from error
 
     def _check_sizes(self) -> None:
