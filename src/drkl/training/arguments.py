@@ -269,11 +269,11 @@ class DistillationConfig(TrainingArguments):
         except ValueError as error:
             errors: Any = error
             first = errors.errors()[0]
-            name = PREFIX + ".".join(str(part) for part in first["loc"]) if first["loc"] else "rollouts"
             reason = first["msg"].removeprefix("Value error, ")
-            raise DrklError(
-                f"{name} is {first['input']!r}: {reason[0].lower()}{reason[1:]}." if first["loc"] else f"{reason}."
-            ) from error
+            if first["loc"]:
+                name = PREFIX + ".".join(str(part) for part in first["loc"])
+                reason = f"{name} is {first['input']!r}: {reason[0].lower()}{reason[1:]}"
+            raise DrklError(f"{reason}.") from error
 
     def _check_sizes(self) -> None:
         if self.per_device_train_batch_size is not None and self.tokens_per_step is not None:
