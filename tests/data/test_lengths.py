@@ -179,7 +179,7 @@ def example(row_id: str, prompt: str, response: str) -> Example:
         (13, Room(), "13 tokens; raise data.max_prompt_tokens (12)."),
         (30, Room(), "30 tokens; raise data.max_prompt_tokens (12) to at least 30 and data.max_tokens (20) above it."),
         (13, Room(40, 40), "13 tokens and the models' context is 40; raise data.max_prompt_tokens (12) to at least "
-         "13."),
+         "13, which leaves 27 for a response (rollout_max_new_tokens where it is sampled)."),
         (40, Room(40, 40), "40 tokens and the models' context is 40: no row fits. Shorten the prompts, or choose "
          "models with a longer context."),
         (40, Room(40, 9, separate=True), "40 tokens and the models' context is 40; raise data.max_prompt_tokens (12) "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from drkl.data.seq2seq import take_languages
 from drkl.errors import DrklError
 from drkl.models.adapter import add_adapter, changes_base, check_adapter
 from drkl.models.classes import check_classes, is_classifier
@@ -177,6 +178,7 @@ def tokenizer_of_teacher(teacher: Any, tokenizer: Any, args: DistillationConfig)
         shared_tokens(words_of(tokenizer), own, "student", name)
     except DrklError:  # it was given without one, or with one of another vocabulary
         return None
+    take_languages(own, words_of(tokenizer))  # both read one text, whose language was set on the one that was given
     return own
 
 

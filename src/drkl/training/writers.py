@@ -43,7 +43,7 @@ def builtin_writer(pair: Pair, args: DistillationConfig, source: Source) -> Writ
         precision=args.precision,
         vocab_size=pair.vocab_size,
         pad_id=pair.pad_id,
-        begin=answer_start(teacher if source == "teacher" else student, pair.words),
+        begin=answer_begin(pair, source),
     )
 
 
@@ -60,6 +60,12 @@ def server_writer(pair: Pair, args: DistillationConfig, run: RunFolder) -> Serve
         adapter=pair.adapter,
         vocab_size=pair.vocab_size,
     )
+
+
+def answer_begin(pair: Pair, source: Source) -> list[int]:
+    """The ids that every answer of this writer begins with, which are not sampled."""
+    student, teacher = _models(pair)
+    return answer_start(teacher if source == "teacher" else student, pair.words)
 
 
 def answer_stops(pair: Pair, args: DistillationConfig, source: Source) -> list[int]:
