@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from drkl.errors import DrklError
-from drkl.teachers.shards import MANIFEST, OPEN_FILES, ShardReader, ShardWriter
+from drkl.teachers.shards import MANIFEST, OPEN_FILES, CacheRow, ShardReader, ShardWriter
 
 ABOUT = {"kind": "hidden", "width": 3}
 
@@ -22,10 +22,14 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def plan(shards: int = 3, rows: int = 2) -> list[list[tuple[bytes, int]]]:
+def plan(shards: int = 3, rows: int = 2) -> list[list[CacheRow]]:
     """Rows of 1, 2, … positions."""
     numbers = [[shard * rows + row for row in range(rows)] for shard in range(shards)]
-    return [[(digest(f"row {number}"), 1 + number) for number in shard] for shard in numbers]
+    return [[CacheRow(digest(f"row {number}"), kept(number)) for number in shard] for shard in numbers]
+
+
+def kept(number: int) -> tuple[int, ...]:
+    return tuple(range(3, 3 + 2 * (number + 1), 2))
 
 
 def states(number: int) -> torch.Tensor:
@@ -56,6 +60,7 @@ def test_every_row_is_read_as_it_was_written(tmp_path: Path) -> None:
         place = reader.find(digest(f"row {number}"))
         assert place is not None and place.count == 1 + number
         found = reader.read(place)
+        assert reader.positions(place).tolist() == [*kept(number)]
         assert found.keys() == {"states"} and found["states"].dtype == torch.bfloat16
         assert torch.equal(found["states"], states(number))
     assert reader.find(digest("row 6")) is None
@@ -65,7 +70,7 @@ def test_every_row_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_digests_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
     keys = [bytes(8) + bytes([number]) + bytes(7) for number in range(4)]
-    with ShardWriter(tmp_path, ABOUT, [[(key, 1) for key in keys]]) as writer:
+    with ShardWriter(tmp_path, ABOUT, [[CacheRow(key, (0,)) for key in keys]]) as writer:
         writer.write(0, {"states": torch.arange(4.0)[:, None]})
         writer.finish()
     reader = ShardReader(tmp_path)
@@ -224,7 +229,7 @@ def test_two_writers_of_one_part(tmp_path: Path) -> None:
     ready, leave = context.Event(), context.Event()
     other = context.Process(target=hold, args=(tmp_path, ready, leave))
     other.start()
-    ready.wait()
+    assert ready.wait(60)
     with pytest.raises(DrklError, match="Another process is writing part 1 of 1 of the cache"):
         ShardWriter(tmp_path, ABOUT, plan())
     other.kill()  # whoever held it is dead, and its part is free

@@ -3,7 +3,7 @@
 A finished folder holds, directly in it::
 
     manifest.json               what the cache is of, and the bytes and the checksum of every other file
-    rows-00000.safetensors      digests [rows, 16] and counts [rows]: which rows the shard has, and their positions
+    rows-00000.safetensors      digests [rows, 16], counts [rows], positions [sum of counts]: what the shard has
     values-00000.safetensors    the values at those positions, row after row, tensors [positions, …] by name
 
 and what the maker of the cache adds (the head, the tokenizer, …). The shards are the same whoever wrote them, and so is
@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,9 +41,16 @@ OPEN_FILES = 64
 _READ_AT_ONCE = 1 << 24
 
 
+class CacheRow(NamedTuple):
+    """A row of a cache: the digest of what the teacher reads, and the positions of it that are kept, ascending."""
+
+    digest: bytes
+    positions: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class RowPlace:
-    """Where the values of a row lie."""
+    """Where the values of a row lie: entries ``start`` to ``start + count`` of a shard."""
 
     shard: int
     start: int
@@ -56,7 +63,7 @@ class ShardWriter:
     Args:
         folder: the cache's; it is made.
         about: what the cache is of; every part has to say the same.
-        shards: for each shard the digests of its rows, and the number of positions of each.
+        shards: the rows of each shard.
         part: this part's number, from 0.
         parts: the number of parts; part i has the shards i, i + parts, ….
 
@@ -68,7 +75,7 @@ class ShardWriter:
         self,
         folder: Path,
         about: Mapping[str, Any],
-        shards: Sequence[Sequence[tuple[bytes, int]]],
+        shards: Sequence[Sequence[CacheRow]],
         *,
         part: int = 0,
         parts: int = 1,
@@ -105,7 +112,7 @@ class ShardWriter:
             DrklError: a row has not as many entries as positions, a value is not finite, or the disk is full.
         """
         rows = self._shards[number]
-        counts = [count for _, count in rows]
+        counts = [len(row.positions) for row in rows]
         for name, value in values.items():
             if len(value) != sum(counts):
                 raise DrklError(
@@ -121,8 +128,13 @@ class ShardWriter:
                 )
         tensors = {name: value.detach().cpu().contiguous() for name, value in values.items()}
         _save(self.folder / _values(number), tensors)
-        digests = torch.frombuffer(bytearray(b"".join(digest for digest, _ in rows)), dtype=torch.uint8)
-        index = {"digests": digests.reshape(-1, DIGEST_BYTES), "counts": torch.tensor(counts, dtype=torch.int32)}
+        digests = torch.frombuffer(bytearray(b"".join(row.digest for row in rows)), dtype=torch.uint8)
+        positions = [position for row in rows for position in row.positions]
+        index = {
+            "digests": digests.reshape(-1, DIGEST_BYTES),
+            "counts": torch.tensor(counts, dtype=torch.int32),
+            "positions": torch.tensor(positions, dtype=torch.int32),
+        }
         # Last: a shard is there where its rows are.
         _save(self.folder / _rows(number), index)
 
@@ -143,7 +155,7 @@ class ShardWriter:
 
     def _manifest(self) -> dict[str, Any]:
         rows = sum(map(len, self._shards))
-        positions = sum(count for shard in self._shards for _, count in shard)
+        positions = sum(len(row.positions) for shard in self._shards for row in shard)
         sizes = {"shards": len(self._shards), "rows": rows, "positions": positions}
         return {"format": FORMAT, **self._about, **sizes}
 
@@ -216,6 +228,10 @@ class ShardReader:
             at += 1
         return None
 
+    def positions(self, place: RowPlace) -> Tensor:
+        """The positions `[count]` of a row that are kept, ascending."""
+        return self._positions[place.shard][place.start : place.start + place.count]
+
     def read(self, place: RowPlace) -> dict[str, Tensor]:
         """The values of a row, `[count, …]` by name, on the CPU."""
         file = self._file(place.shard)
@@ -259,12 +275,13 @@ class ShardReader:
             self.check(name)
 
     def _index(self) -> None:
-        digests, places = [], []
+        digests, places, self._positions = [], [], list[Tensor]()
         for number in range(self.manifest["shards"]):
             tensors = load_file(self.check(_rows(number)))
             counts = tensors["counts"].numpy().astype(np.int64)
             starts = np.concatenate([[0], np.cumsum(counts)[:-1]]) if len(counts) else counts
             digests.append(tensors["digests"].numpy())
+            self._positions.append(tensors["positions"])
             places.append(np.stack([np.full_like(counts, number), starts, counts], 1))
         every = np.concatenate(digests) if digests else np.zeros((0, DIGEST_BYTES), np.uint8)
         self._keys, self._others = _halves(every)
