@@ -469,7 +469,7 @@ class DistillationTrainer(Trainer):
         """
         measures = self._measures
         if eval_dataset is not None:
-            rows = self.pair.tokenize(eval_dataset, self.config)[0]
+            rows = self.pair.rows_of(eval_dataset)
             measures = make_measures(rows, self.pair, self.config, self.run)
         if measures is None:
             raise DrklError("There are no held-out rows; pass eval_dataset to the trainer, or here.")
