@@ -105,6 +105,8 @@ def test_every_name_that_is_mapped_is_tried() -> None:
             {"use_vllm": True, "vllm_mode": "colocate"},
             "vllm_mode='colocate' is TRL's, and not taken here: vLLM runs as",
         ),
+        ({"beta": 1.0, "objective": "drkl"}, "beta is TRL's name for an objective and stands in its place"),
+        ({"beta": 0.5, "objective": "rkl"}, "beta is TRL's name for an objective and stands in its place"),
         ({"vllm_mode": "inside"}, "vllm_mode is 'inside'; expected 'server'"),
         ({"use_vllm": "yes"}, "use_vllm is 'yes'; expected True or False"),
         ({"seq_kd": 1}, "seq_kd is 1; expected True or False"),

@@ -274,6 +274,8 @@ class DistillationTrainer(Trainer):
         self._watch.begin()
         if self._measures is not None and self.is_world_process_zero():
             self._measures.begin(from_step)
+        # It would be a second evaluation of the step that a run goes on from.
+        self.args.eval_on_start = self.config.eval_on_start and checkpoint is None
         student = self.pair.student
         training = student.training
         tokenizer, self.processing_class = self.processing_class, None
