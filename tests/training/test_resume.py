@@ -81,6 +81,13 @@ def test_cut_off_in_mid_training(tmp_path: Path, step: int) -> None:
 
 
 @pytest.mark.slow
+def test_an_evaluation_on_start_comes_once(tmp_path: Path) -> None:
+    values, whole = reference(tmp_path, training={"arguments": {"logging_steps": 3, "eval_on_start": True}})
+    cut_off(values, kill_at_step("r", 5))
+    assert_equal(tiny_runs.train(values, "resume"), whole)
+
+
+@pytest.mark.slow
 def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
     tiny_runs.config(tmp_path)
     shutil.rmtree(tmp_path / "teacher")

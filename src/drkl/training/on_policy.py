@@ -195,8 +195,8 @@ def check_rollouts(pair: Pair, args: DistillationConfig) -> None:
     given = len(answer_begin(pair, args.rollouts.source))
     if pair.max_new_tokens <= given:
         raise DrklError(
-            f"rollout_max_new_tokens is {pair.max_new_tokens}, and the first {given} token(s) of every answer of these "
-            f"models are given and not sampled, so nothing would be written. Set it to at least {given + 1}."
+            f"rollout_max_new_tokens is {pair.max_new_tokens}, and the first {given} token(s) of every answer are "
+            f"given and not sampled, so nothing would be written. Set it to at least {given + 1}."
         )
 
 

@@ -156,8 +156,6 @@ class DistillationTrainer(Trainer):
             )
         for note in pair.notes:
             _log.info(note)
-        if pair.ends is not None and pair.ends.differ and args.process_index == 0:
-            _log.warning("Warning: %s", pair.ends.warning())
         self.run = RunFolder(Path(str(args.output_dir)))
         samples, any_rows = args.rollouts.is_on, list[Any](pair.rows)
         if samples:
@@ -276,6 +274,8 @@ class DistillationTrainer(Trainer):
         self._watch.begin()
         if self._measures is not None and self.is_world_process_zero():
             self._measures.begin(from_step)
+        # It would be a second evaluation of the step that a run goes on from.
+        self.args.eval_on_start = self.config.eval_on_start and checkpoint is None
         student = self.pair.student
         training = student.training
         tokenizer, self.processing_class = self.processing_class, None
