@@ -33,8 +33,8 @@ from drkl.runs import RunFolder
 from drkl.training.spec import RunSpec, has_encoder, run_ends, run_room, teacher_tokenizer, tokenizer_name
 
 _OTHER_ROWS = (
-    " for the evaluation (dolly, or dolly=FILE), or measure the student on other rows, with student, teacher and data in "
-    "place of the run: drkl.evaluate or drkl.analyze(student, teacher, rows)."
+    " for the evaluation (dolly, or dolly=FILE), or measure the student on other rows, with student, teacher and data "
+    "in place of the run: drkl.evaluate or drkl.analyze(student, teacher, rows)."
 )
 """What to do where a run's held-out rows are none, or hold nothing to measure on."""
 
