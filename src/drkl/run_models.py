@@ -180,7 +180,7 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
         if heldout and all(example.is_prompt_alone for example in heldout):
             raise DrklError(
                 f"The held-out rows of the run {str(last.folder.root)!r} are prompts alone: there are no responses to "
-                f"measure its models on. Name a suite, which has responses{_OTHER_ROWS}"
+                f"measure its models on. Name a suite, which has responses,{_OTHER_ROWS}"
             )
         rows, report = make_rows(
             heldout,
