@@ -144,7 +144,8 @@ def student_stops(student: PreTrainedModel, tokenizer: Any, teacher: PreTrainedM
     """Return the ids that a student stops with as it came, whatever tokenizer wrote the rows.
 
     They are the eos of the tokenizer in the folder it starts from and the ends that its settings list; those of the
-    teacher for a student that starts from the teacher's folder; the run's eos where nothing else says anything.
+    teacher for a student that starts from the teacher's folder; where nothing else says anything the run's eos, or the
+    end of its chat template.
 
     Args:
         student: before any end is added to its settings.
@@ -160,7 +161,7 @@ def student_stops(student: PreTrainedModel, tokenizer: Any, teacher: PreTrainedM
     ids += listed_ends(student, words)
     if Path(source).is_dir() and source:  # a student with random weights has the settings of a config alone
         ids += listed_ends(source, words)
-    return list(dict.fromkeys(ids or as_ids(tokenizer.eos_token_id)))
+    return list(dict.fromkeys(ids or as_ids(tokenizer.eos_token_id) or teacher_stops(student, tokenizer)))
 
 
 def teacher_stops(teacher: PreTrainedModel, tokenizer: Any) -> list[int]:
