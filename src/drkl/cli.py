@@ -66,7 +66,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except DrklError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        from drkl.rollouts.config import in_words_of_config
+
+        print(f"Error: {in_words_of_config(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)

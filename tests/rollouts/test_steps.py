@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_replayed_answers_come_from_memory_with_their_own_prompts() -> None:
             assert (row.prompt_ids, row.response_ids[2]) in written
             replayed += row.response_ids[2] < step + 1
     assert 2 <= replayed < 16
-    assert len(steps.state()["memory"]) == 4
+    assert len(steps.state(6)["memory"]) == 4
 
 
 @pytest.mark.parametrize("at", range(6))
@@ -138,18 +139,52 @@ def test_a_resumed_run_has_the_same_rows(at: int) -> None:
     expected = [whole.rows_of(step) for step in range(6)]
     made = [first.rows_of(step) for step in range(at)]
     writers[2].calls = [[]] * len(writers[1].calls)
-    second.load_state(first.state(), at)
+    assert second.load_state(json.loads(json.dumps(first.state(at))), at) is None
     assert made + [second.rows_of(step) for step in range(at, 6)] == expected
-    assert second.state() == whole.state()
+    assert second.state(6) == whole.state(6)
 
 
 @pytest.mark.parametrize(
-    "state",
-    [{}, {"written_to": 1, "pending": [[1, 2]], "memory": []}, {"written_to": 1, "pending": [], "memory": [{}]}],
+    "change", [{"pending": [[1, 2]]}, {"memory": [{}]}, {"written_to": None}, {"plan": 3}, {"settings": None}]
 )
-def test_a_broken_state_is_named(state: dict[str, Any]) -> None:
-    with pytest.raises((KeyError, TypeError, ValueError)):
-        answered(Echo()).load_state(state, 1)
+def test_a_broken_state_is_named(change: dict[str, Any]) -> None:
+    state = answered(Echo()).state(1)
+    with pytest.raises((AttributeError, KeyError, TypeError, ValueError)):
+        answered(Echo()).load_state(state | change, 1)
+
+
+OTHERS: list[tuple[Any, dict[str, Any], str]] = [
+    (None, {"source": "teacher"}, "source was 'student' when they were written, and is 'teacher' now"),
+    (None, {"refresh_every": 2}, "refresh_every was 4 "),
+    (None, {"share": {"from": 0, "to": 1, "steps": 3}}, "share was 1.0 "),
+    ([Row(f"r{i}", (9,) * (i + 2), (8, 4), None) for i in range(8)], {}, "other rows, or to other steps"),  # type: ignore[arg-type]
+    (rows(8)[::-1], {}, "other rows, or to other steps"),
+    (rows(3), {}, "other rows, or to other steps"),
+]
+
+
+@pytest.mark.parametrize(("data", "settings", "reason"), OTHERS)
+def test_answers_of_other_settings_or_rows_are_written_anew(
+    data: list[Row] | None, settings: dict[str, Any], reason: str
+) -> None:
+    first = answered(Echo(), refresh_every=4, replay=0.4)
+    first.rows_of(0)
+    writer = Echo()
+    second = answered(writer, data, **{"refresh_every": 4, "replay": 0.4} | settings)
+    other = second.load_state(first.state(1), 1)
+    assert other is not None and reason in other
+    if data is None or len(data) == 8:
+        assert second.rows_of(1) and len(writer.calls) == 1
+
+
+def test_other_steps_and_more_of_them() -> None:
+    """Answers are paired with the places that they were written for; a run may be made longer, or shorter."""
+    config = RolloutsConfig(share=1.0, refresh_every=4)
+    for steps, known in ((STEPS[:2], True), ([*STEPS, [0, 1]], True), ([[3, 4], [0, 1, 2], *STEPS[2:]], False)):
+        first = answered(Echo(), refresh_every=4)
+        first.rows_of(0)
+        second = AnsweredSteps(rows(), steps, [len(steps)], config, asker(Echo()))
+        assert (second.load_state(first.state(1), 1) is None) == known
 
 
 def test_processes_write_a_part_each_and_have_all() -> None:

@@ -160,7 +160,9 @@ REPLAYED = {"share": 0.9, "max_new_tokens": 6, "refresh_every": 3, "replay": 0.4
 
 
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    values, whole = reference(tmp_path, rollouts=REPLAYED, training={"max_steps": 8})
+    """The losses between the checkpoint and the next line of the log included."""
+    training = {"max_steps": 8, "arguments": {"logging_steps": 3}}
+    values, whole = reference(tmp_path, rollouts=REPLAYED, training=training)
     cut_off(values, kill_at_step("r", 5))
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
@@ -189,14 +191,40 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, rows(8), max_steps=4, rollout_share=1.0, rollout_max_new_tokens=4)
     with pytest.raises(DrklError, match=r"has no rollouts\.json: its run trained on the data's responses alone"):
         trainer.train(resume_from_checkpoint=True)
-    written = {"written_to": 3, "log": {"new": [], "newest": [], "stops": []}, "since": {}, "memory": []}
-    answer = {"row": 7, "token_ids": [5, 6], "finished": True, "step": 2}
-    broken = [{"row": 8}, {"row": -1}, {"token_ids": []}]  # there are 8 rows
-    states = [written | {"pending": [[2, 7, answer | change]]} for change in broken]
-    for text in ('{"answers": {}}', '{"written_to": 3, "pen', *map(json.dumps, states)):
-        (tmp_path / "checkpoints" / "checkpoint-2" / "rollouts.json").write_text(text)
+    path = tmp_path / "checkpoints" / "checkpoint-2" / "rollouts.json"
+    for text in ('{"answers": {}}', '{"written_to": 3, "pen', "[]"):
+        path.write_text(text)
+        before = tiny_runs.tree(tmp_path)
         with pytest.raises(DrklError, match=r"rollouts\.json' does not hold the answers of a run .*Remove that check"):
             trainer.train(resume_from_checkpoint=True)
+        assert tiny_runs.tree(tmp_path) == before, "what is refused is left as it is"
+
+
+def test_a_checkpoint_whose_answers_were_changed_is_refused(tmp_path: Path) -> None:
+    settings = {"rollout_share": 1.0, "rollout_max_new_tokens": 4, "rollout_refresh_every": 2, "save_strategy": "steps"}
+    settings |= {"save_steps": 1, "tokens_per_step": 30}
+    path = tmp_path / "checkpoints" / "checkpoint-1" / "rollouts.json"
+    trainer = make_trainer(tmp_path, rows(8), max_steps=2, **settings)
+    trainer.train()
+    text = path.read_text()
+    for change in ({"row": 1}, {"token_ids": []}, {"token_ids": [5, 99999]}, {"row": 8}):
+        state = json.loads(text)
+        state["pending"][0][2] |= change
+        path.write_text(json.dumps(state))
+        with pytest.raises(DrklError, match=r"does not hold the answers of a run .*it was changed after it was writ"):
+            trainer.train(resume_from_checkpoint=path.parent)
+
+
+def test_a_checkpoint_of_other_settings_goes_on_with_new_answers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"rollout_share": 1.0, "rollout_refresh_every": 3, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"tokens_per_step": 30}
+    make_trainer(tmp_path, rows(8), max_steps=4, rollout_max_new_tokens=6, **settings).train()
+    other = make_trainer(tmp_path, rows(8), max_steps=5, rollout_max_new_tokens=2, **settings)
+    other.train(resume_from_checkpoint=True)
+    assert "max_new_tokens was 6 when they were written, and is 2 now" in caplog.text
+    assert other.state.log_history[-2]["rollout_length"] <= 2
 
 
 def test_sampling_leaves_torch_s_random_numbers_alone(tmp_path: Path) -> None:

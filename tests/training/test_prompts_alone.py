@@ -99,7 +99,7 @@ def test_a_stage_that_needs_responses_is_named(tmp_path: Path) -> None:
 
 def test_an_answer_has_to_fit_the_models(tmp_path: Path) -> None:
     message = (
-        r"rollouts.max_new_tokens \(60\) after a prompt of data.max_prompt_tokens \(40\) passes the models' context"
+        r"rollout_max_new_tokens \(60\) after a prompt of data.max_prompt_tokens \(40\) passes the models' context"
     )
     with pytest.raises(DrklError, match=message):
         trainer_of(tmp_path, PROMPTS, rollout_max_new_tokens=60, max_prompt_tokens=40)

@@ -81,6 +81,13 @@ def test_cut_off_in_mid_training(tmp_path: Path, step: int) -> None:
 
 
 @pytest.mark.slow
+def test_an_evaluation_on_start_comes_once(tmp_path: Path) -> None:
+    values, whole = reference(tmp_path, training={"arguments": {"logging_steps": 3, "eval_on_start": True}})
+    cut_off(values, kill_at_step("r", 5))
+    assert_equal(tiny_runs.train(values, "resume"), whole)
+
+
+@pytest.mark.slow
 def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
     tiny_runs.config(tmp_path)
     shutil.rmtree(tmp_path / "teacher")
@@ -209,14 +216,20 @@ def test_early_stop_counts_on(tmp_path: Path, patience: int, rising: None) -> No
 
 
 @pytest.mark.slow
-def test_early_stop_that_had_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rising: None) -> None:
-    values, whole = reference(tmp_path, training={"max_steps": 30, "early_stop_patience": 2})
+@pytest.mark.parametrize("best", [True, False])
+def test_early_stop_that_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rising: None, best: bool
+) -> None:
+    """The resumed run takes no step more, whichever weights it ends with."""
+    arguments = {"logging_steps": 1, "load_best_model_at_end": best}
+    training = {"max_steps": 30, "early_stop_patience": 2, "arguments": arguments}
+    values, whole = reference(tmp_path, training=training)
     with monkeypatch.context() as patch:
         patch.setattr(record_module.RunRecord, "save_student", lambda *a: (_ for _ in ()).throw(Killed))
         cut_off(values, Listener())
     run = tiny_runs.train(values, "resume")
-    assert tiny_runs.weights(run) == tiny_runs.weights(whole)
-    assert run.read_env()["best_step"] == 2
+    assert_equal(run, whole)
+    assert run.read_env()["best_step"] == 2 and run.read_env()["steps"] == 6
 
 
 @pytest.mark.slow

@@ -16,6 +16,12 @@ from drkl.rollouts.answers import Request
 from drkl.rollouts.asking import Asker, answered_row
 from drkl.rollouts.config import RolloutsConfig
 
+_DECIDING = (
+    "share", "source", "teacher_share", "sampling_temperature", "top_p", "refresh_every", "replay", "replay_memory",
+    "generator",
+)  # fmt: skip
+"""Settings without which the same rows would have other answers."""
+
 
 @dataclass(frozen=True)
 class Written:
@@ -71,13 +77,15 @@ class AnsweredSteps:
             for number, answer in written.items()
         ]
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs, as json: answers that are not trained on yet, and the memory."""
-        pending = [[step, number, asdict(written)] for (step, number), written in self._pending.items()]
+    def state(self, step: int) -> dict[str, Any]:
+        """What a run needs that goes on before a step, as json: the answers not trained on yet, and the memory."""
         return {
             "written_to": self._written_to,
-            "pending": pending,
+            "pending": [[at, number, asdict(written)] for (at, number), written in self._pending.items()],
             "memory": [asdict(written) for written in self._memory],
+            "settings": self._settings(),
+            "plan": self._plan(step, self._written_to),
+            "rows": self._digest([*self._pending.values(), *self._memory]),
         }
 
     def clear(self) -> None:
@@ -86,23 +94,46 @@ class AnsweredSteps:
         self._pending.clear()
         self._memory.clear()
 
-    def load_state(self, state: dict[str, Any], step: int) -> None:
+    def load_state(self, state: dict[str, Any], step: int) -> str | None:
         """Go on where `state` was taken, before a step.
 
+        Returns:
+            Why its answers are not those of this run, which then writes them anew; None where they are.
+
         Raises:
-            KeyError, TypeError, ValueError: the state is not one of these rows.
+            AttributeError, KeyError, TypeError, ValueError: it is no state.
         """
         self.clear()
-        self._written_to = max(int(state["written_to"]), step)
-        self._pending = {(int(s), int(n)): self._known(values) for s, n, values in state["pending"]}
-        self._memory.extend(self._known(values) for values in state["memory"])
+        settings = self._settings()
+        for name, value in state["settings"].items():
+            if value != settings.get(name):
+                return f"{name} was {value!r} when they were written, and is {settings.get(name)!r} now"
+        written_to = int(state["written_to"])
+        pending = {(int(at), int(number)): _as_written(values) for at, number, values in state["pending"]}
+        memory = [_as_written(values) for values in state["memory"]]
+        plan = self._plan(step, written_to)
+        if state["plan"][: len(plan)] != plan or self._digest([*pending.values(), *memory]) != state["rows"]:
+            return "they belong to other rows, or to other steps"
+        self._written_to = max(written_to, step)
+        self._pending = pending
+        self._memory.extend(memory)
+        return None
 
-    def _known(self, values: Any) -> Written:
-        """An answer of a state, to one of the rows."""
-        written = Written(int(values["row"]), tuple(int(token) for token in values["token_ids"]))
-        if not (0 <= written.row < len(self._rows) and written.token_ids):
-            raise ValueError(f"{values!r} is no answer to one of {len(self._rows)} rows")
-        return written
+    def _settings(self) -> dict[str, Any]:
+        config = self._config.model_dump(mode="json")
+        own = {"seed": self._asker.seed, "max_new_tokens": self._asker.max_new_tokens}
+        return {name: config[name] for name in _DECIDING} | own
+
+    def _plan(self, first: int, last: int) -> list[list[int]]:
+        return [list(numbers) for numbers in self._steps[first:last]]
+
+    def _digest(self, answers: Sequence[Written]) -> str | None:
+        """A digest of the rows that were answered; None where there are not so many rows."""
+        numbers = sorted({answer.row for answer in answers})
+        if numbers and not 0 <= numbers[0] <= numbers[-1] < len(self._rows):
+            return None
+        rows = (self._rows[number] for number in numbers)
+        return hash_of_id(" ".join(f"{row.id} {row.sampling_ids}" for row in rows)).hex()
 
     def _write(self, first: int) -> None:
         """Write the answers of the steps that one set serves."""
@@ -131,6 +162,10 @@ class AnsweredSteps:
         if self._config.replay > 0:
             self._memory.extend(written.values())
         self._written_to = last
+
+
+def _as_written(values: Any) -> Written:
+    return Written(int(values["row"]), tuple(int(token) for token in values["token_ids"]))
 
 
 class _Draw:

@@ -104,6 +104,19 @@ class AnswersWatch(TrainerCallback):
                 _log.warning("Warning: %s", concern.text)
 
 
+class OnBegin(TrainerCallback):
+    """Calls a hook when training begins, anew or from a checkpoint."""
+
+    def __init__(self, hook: Callable[[], None]) -> None:
+        self._hook = hook
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Call it."""
+        self._hook()
+
+
 class BeforeFirstStep(TrainerCallback):
     """Calls a hook when a run begins, and not where it goes on or begins with a whole evaluation."""
 
@@ -175,7 +188,7 @@ class EarlyStop(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A run that was cut off after it had stopped stops again (after one step, which the best weights undo)."""
+        """A run that was cut off after it had stopped takes no step more."""
         control.should_training_stop |= self._is_over(state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

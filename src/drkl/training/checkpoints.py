@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 from safetensors import SafetensorError
 
@@ -14,24 +17,60 @@ from drkl.runs import RunFolder, read_json, write_json
 
 MARKER = "complete.json"
 """Written into a checkpoint last of all; a folder without it was cut off in writing and does not count."""
+_NAME = re.compile(r"checkpoint-\d+")
 
 
-def mark_complete(checkpoint: Path, step: int, num_tokens: int) -> None:
-    """Make a checkpoint count; ``num_tokens`` are those trained on so far."""
-    write_json(checkpoint / MARKER, {"step": step, "num_tokens": num_tokens})
+@dataclass(frozen=True)
+class Reached:
+    """How far a run has come at a checkpoint, beside what transformers keeps of it."""
+
+    step: int
+    num_tokens: int = 0
+    """Tokens trained on so far."""
+    logged_step: int | None = None
+    """The step of the last training line of the log; None: ``step``."""
+    loss_sums: tuple[float, ...] = ()
+    """The losses of the steps since then, summed in each process."""
+
+    def loss_sum(self, process: int, processes: int) -> float:
+        """The sum of one process: its own, or the mean where the run goes on with another number of processes."""
+        sums = self.loss_sums
+        return sums[process] if len(sums) == processes else fmean(sums) if sums else 0.0
 
 
-def tokens_seen(checkpoint: Path) -> int:
-    """Return the number of tokens trained on up to a checkpoint."""
-    return int(read_json(checkpoint / MARKER)["num_tokens"])
+def mark_complete(checkpoint: Path, reached: Reached) -> None:
+    """Make a checkpoint count."""
+    write_json(checkpoint / MARKER, asdict(reached))
+
+
+def reached_at(checkpoint: Path) -> Reached:
+    """Return how far a checkpoint's run had come.
+
+    Raises:
+        DrklError: the file that says so is missing or broken.
+    """
+    path = checkpoint / MARKER
+    try:
+        values = read_json(path)
+        return Reached(**values | {"loss_sums": tuple(map(float, values.get("loss_sums", ())))})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DrklError(
+            f"{str(path)!r} does not say how far the run had come ({error}). Remove that checkpoint to go on from the "
+            "one before it."
+        ) from error
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; half-written ones are removed."""
-    for path in folder.glob("checkpoint-*"):
+    for path in _checkpoints(folder):
         if not (path / MARKER).is_file():
             shutil.rmtree(path, ignore_errors=True)
-    return max(folder.glob("checkpoint-*"), key=step_of, default=None)
+    return max(_checkpoints(folder), key=step_of, default=None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those of a run; a copy under another name is the user's own."""
+    return [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
 
 
 def wanted_checkpoint(run: RunFolder, wanted: str | Path | bool | None) -> Path | None:
@@ -48,7 +87,7 @@ def wanted_checkpoint(run: RunFolder, wanted: str | Path | bool | None) -> Path 
             raise DrklError(f"There is no whole checkpoint in {str(run.checkpoints_path)!r} to resume from.")
         return newest
     path = Path(str(wanted))
-    if not (path / "trainer_state.json").is_file():
+    if not ((path / "trainer_state.json").is_file() and _NAME.fullmatch(path.name)):
         raise DrklError(f"{str(path)!r} is no checkpoint; expected a folder checkpoints/checkpoint-N of this run.")
     return path
 
@@ -66,7 +105,7 @@ def discard(checkpoint: Path) -> None:
 
 def rotate(folder: Path, keep: int, best: Path | None) -> None:
     """Remove the oldest checkpoints but ``keep``; the best and the newest stay."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=step_of)
+    checkpoints = sorted(_checkpoints(folder), key=step_of)
     names = {checkpoints[-1].name} | ({best.name} if best is not None else set())
     spare = [path for path in checkpoints if path.name not in names]
     for path in spare[: max(0, len(checkpoints) - keep)]:
@@ -75,7 +114,7 @@ def rotate(folder: Path, keep: int, best: Path | None) -> None:
 
 def keep_only(folder: Path, best_step: int | None) -> None:
     """Remove all but the best of a finished run; that one may still be asked for, the others cannot."""
-    for path in folder.glob("checkpoint-*"):
+    for path in _checkpoints(folder):
         if step_of(path) != best_step:
             discard(path)
 

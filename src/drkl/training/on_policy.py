@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 from drkl.data.batching import split_rows
 from drkl.data.collate import collate
+from drkl.data.examples import hash_of_id
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
 from drkl.models.forward import decoder_start
@@ -23,6 +26,7 @@ from drkl.training.checkpoints import step_of
 from drkl.training.pair import Pair
 from drkl.training.writers import answer_begin, answer_stops, builtin_writer, make_asker, server_writer
 
+_log = logging.getLogger("drkl")
 PADDING = (64, 4096)
 """Positions of padding that cost as much as another part of a step, on a processor and on a GPU, which is idle without
 much work in a call."""
@@ -114,10 +118,13 @@ class OnPolicy:
     def save(self, checkpoint: Path) -> None:
         """Write what a resumed run needs into a checkpoint."""
         logged = {"log": self._log.state(), "sums": asdict(self._sums)}
-        write_json(checkpoint / STATE, self._answered.state() | logged)
+        state = self._answered.state(step_of(checkpoint)) | logged
+        write_json(checkpoint / STATE, {"digest": _digest(state)} | state)
 
     def begin(self, checkpoint: Path | None) -> None:
         """Start anew, whatever was trained before; or go on from a checkpoint.
+
+        Answers of other settings or rows than the run's own are left out, with a warning.
 
         Raises:
             DrklError: it was written by a run without sampled answers, or its answers are broken.
@@ -129,18 +136,28 @@ class OnPolicy:
         if not (checkpoint / STATE).is_file():
             raise DrklError(
                 f"{str(checkpoint)!r} has no {STATE}: its run trained on the data's responses alone. Leave "
-                "rollouts.share at 0 to go on with it, or start a new run."
+                "rollout_share at 0 to go on with it, or start a new run."
             )
         try:
             state = read_json(checkpoint / STATE)
-            self._answered.load_state(state, step_of(checkpoint))
+            if state.pop("digest") != _digest(state):
+                raise ValueError("it was changed after it was written")
+            other = self._answered.load_state(state, step_of(checkpoint))
             self._log.restore(state["log"])
             self._sums = _Sums(**state["sums"])
-        except (DrklError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, DrklError, KeyError, TypeError, ValueError) as error:
             raise DrklError(
                 f"{str(checkpoint / STATE)!r} does not hold the answers of a run ({error!r}). Remove that checkpoint "
                 "to go on from the one before it."
             ) from error
+        if other is not None and self._args.process_index == 0:
+            _log.warning(
+                "Warning: the answers in %s are left out, and new ones are written: %s.", checkpoint.name, other
+            )
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hash_of_id(json.dumps(state, sort_keys=True)).hex()
 
 
 @dataclass
@@ -178,7 +195,7 @@ def check_rollouts(pair: Pair, args: DistillationConfig) -> None:
     given = len(answer_begin(pair, args.rollouts.source))
     if pair.max_new_tokens <= given:
         raise DrklError(
-            f"rollouts.max_new_tokens is {pair.max_new_tokens}, and the first {given} token(s) of every answer are "
+            f"rollout_max_new_tokens is {pair.max_new_tokens}, and the first {given} token(s) of every answer are "
             f"given and not sampled, so nothing would be written. Set it to at least {given + 1}."
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
@@ -37,15 +38,17 @@ from drkl.training.callbacks import (
     EarlyStop,
     Epochs,
     LastStep,
+    OnBegin,
     OnProgress,
     TrainLog,
 )
 from drkl.training.checkpoints import (
+    Reached,
     mark_complete,
+    reached_at,
     readable_weights,
     rotate,
     step_of,
-    tokens_seen,
     wanted_checkpoint,
 )
 from drkl.training.checks import check_disk
@@ -153,8 +156,6 @@ class DistillationTrainer(Trainer):
             )
         for note in pair.notes:
             _log.info(note)
-        if pair.ends is not None and pair.ends.differ and args.process_index == 0:
-            _log.warning("Warning: %s", pair.ends.warning())
         self.run = RunFolder(Path(str(args.output_dir)))
         samples, any_rows = args.rollouts.is_on, list[Any](pair.rows)
         if samples:
@@ -185,6 +186,8 @@ class DistillationTrainer(Trainer):
         self._sums: dict[str, float] = {}
         self._since = time.monotonic()
         self._input_tokens = 0
+        self._from = Reached(0)
+        """Where the training began."""
         self.num_tokens_seen = 0
         self._row_ids: list[str] = []
 
@@ -192,7 +195,8 @@ class DistillationTrainer(Trainer):
         """The callbacks of every run; ``ends`` are the steps after which an epoch ends."""
         args = self.config
         self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(self.run), Epochs(ends, args)
-        own: list[TrainerCallback] = [self._train_log, self._epochs, LastStep(), BestCheckpoint()]
+        begin = OnBegin(self._restore_loss)
+        own: list[TrainerCallback] = [begin, self._train_log, self._epochs, LastStep(), BestCheckpoint()]
         if args.early_stop_patience:
             own.append(EarlyStop(args.early_stop_patience))
         if self._on_policy is not None:
@@ -257,6 +261,11 @@ class DistillationTrainer(Trainer):
             DrklError: a loss or a gradient that is not finite, a folder that cannot be written, or no checkpoint.
         """
         checkpoint = wanted_checkpoint(self.run, resume_from_checkpoint)
+        # What cannot be gone on from is refused before anything of the run is touched.
+        self._from = reached_at(checkpoint) if checkpoint else Reached(0)
+        self.num_tokens_seen = self._from.num_tokens
+        if self._on_policy is not None:
+            self._on_policy.begin(checkpoint)
         if self.is_world_process_zero():
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
         self.accelerator.wait_for_everyone()
@@ -265,9 +274,8 @@ class DistillationTrainer(Trainer):
         self._watch.begin()
         if self._measures is not None and self.is_world_process_zero():
             self._measures.begin(from_step)
-        self.num_tokens_seen = tokens_seen(checkpoint) if checkpoint else 0
-        if self._on_policy is not None:
-            self._on_policy.begin(checkpoint)
+        # It would be a second evaluation of the step that a run goes on from.
+        self.args.eval_on_start = self.config.eval_on_start and checkpoint is None
         student = self.pair.student
         training = student.training
         tokenizer, self.processing_class = self.processing_class, None
@@ -392,6 +400,10 @@ class DistillationTrainer(Trainer):
         self._on_policy.learnt(time.monotonic() - started)
         return total
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # transformers asks only after another step
+            super()._run_epoch(*args, **kwargs)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As transformers', over the parts of a micro-batch."""
         return sum(super(DistillationTrainer, self).floating_point_ops(part) for part in inputs.get("parts", [inputs]))
@@ -506,6 +518,12 @@ class DistillationTrainer(Trainer):
             self._sums, self._input_tokens, self._since = {}, 0, now
         super().log(logs, start_time)
 
+    def _restore_loss(self) -> None:
+        # transformers forgets the steps between the last line of the log and the checkpoint.
+        came = self._from
+        self._globalstep_last_logged = came.step if came.logged_step is None else came.logged_step
+        self._tr_loss += came.loss_sum(self.args.process_index, self.args.world_size)
+
     def on_progress(self, hook: OnProgress) -> None:
         """Call ``hook(steps done, steps in all, newest numbers)`` after every step."""
         self._train_log.on_progress = hook
@@ -552,11 +570,12 @@ class DistillationTrainer(Trainer):
                 f"Could not write the checkpoint of step {self.state.global_step} to {str(folder)!r}: "
                 f"{' '.join(str(error).split())[:200]}. The last good checkpoint is kept; make room, then resume."
             ) from error
-        self.accelerator.wait_for_everyone()
+        losses = tuple(gather_object([float(self._tr_loss)]))
+        reached = Reached(self.state.global_step, self.num_tokens_seen, self._globalstep_last_logged, losses)
         if self.args.should_save:
             if self._on_policy is not None:
                 self._on_policy.save(folder)
-            mark_complete(folder, self.state.global_step, self.num_tokens_seen)
+            mark_complete(folder, reached)
             if self._keep_checkpoints:
                 best = self.state.best_model_checkpoint
                 rotate(folder.parent, self._keep_checkpoints, Path(best) if best else None)

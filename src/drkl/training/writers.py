@@ -13,7 +13,6 @@ from drkl.rollouts.asking import Asker, Share
 from drkl.rollouts.builtin import BuiltInWriter
 from drkl.rollouts.served import served_folder
 from drkl.rollouts.server import PROBES, ServerWriter
-from drkl.rollouts.stops import teacher_stops
 from drkl.runs import RunFolder
 from drkl.training.arguments import DistillationConfig
 from drkl.training.pair import Pair
@@ -74,8 +73,7 @@ def answer_stops(pair: Pair, args: DistillationConfig, source: Source) -> list[i
     if source != "teacher":
         return stops_of(student, pair.words, args.template)
     # It may end an answer as its own chat template does, and not that of the rows.
-    own = teacher_stops(teacher, pair.words)
-    return list(dict.fromkeys([*stops_of(teacher, pair.words, args.template), *own]))
+    return stops_of(teacher, pair.words, args.template, pair.teacher_stops)
 
 
 def make_asker(pair: Pair, args: DistillationConfig, writer: Writer, *, first_alone: bool = False) -> Asker:
