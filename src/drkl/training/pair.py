@@ -302,10 +302,12 @@ def _tokenize(
         needs_responses=args.rollouts.needs_responses,
         **settings,
     )
-    if report.difference and name == "train_dataset" and args.process_index == 0:
-        _log.warning("Warning: %s", report.difference)
-    if (report.dropped or report.responses_cut) and args.process_index == 0:
-        _log.warning("Warning: %s: %s", name, report.summary())
+    if name != "train_dataset":
+        report.difference = None  # said of the training rows already
+    lost = report.dropped or report.responses_cut
+    said = f"{name}: {report.summary()}" if lost else report.difference
+    if said and args.process_index == 0:
+        _log.warning("Warning: %s", said)
     return rows, report
 
 
