@@ -44,9 +44,10 @@ from drkl.training.callbacks import (
 )
 from drkl.training.checkpoints import (
     Reached,
+    check_checkpoint,
     mark_complete,
     reached_at,
-    readable_weights,
+    readable,
     rotate,
     step_of,
     wanted_checkpoint,
@@ -264,6 +265,8 @@ class DistillationTrainer(Trainer):
         """
         checkpoint = wanted_checkpoint(self.run, resume_from_checkpoint)
         # What cannot be gone on from is refused before anything of the run is touched.
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, optimizer=not (self.is_deepspeed_enabled or self.is_fsdp_enabled))
         self._from = reached_at(checkpoint) if checkpoint else Reached(0)
         self.num_tokens_seen = self._from.num_tokens
         if self._on_policy is not None:
@@ -545,11 +548,19 @@ class DistillationTrainer(Trainer):
             student.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with readable_weights(resume_from_checkpoint):
+        with readable(resume_from_checkpoint, "weights"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(str(checkpoint), "optimiser's state"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(str(checkpoint), "random state"):
+            super()._load_rng_state(checkpoint)
+
     def _load_best_model(self) -> None:
-        with readable_weights(str(self.state.best_model_checkpoint)):
+        with readable(str(self.state.best_model_checkpoint), "weights"):
             super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
