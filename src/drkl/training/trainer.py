@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -514,7 +515,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what `compute_loss` gathered since the last training line."""
         if "loss" in logs:
-            logs |= means_of(self._sums)
+            logs |= means_of(self._sums_of_all())
             now = time.monotonic()
             tokens = self._input_tokens * self.accelerator.num_processes  # steps are cut evenly between the processes
             logs["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
@@ -522,6 +523,13 @@ class DistillationTrainer(Trainer):
             logs |= self._on_policy.numbers() if self._on_policy is not None else {}
             self._sums, self._input_tokens, self._since = {}, 0, now
         super().log(logs, start_time)
+
+    def _sums_of_all(self) -> dict[str, float]:
+        """The sums of all processes: rows are dealt out by length, so that those of one are no sample."""
+        sums: Counter[str] = Counter()
+        for part in gather_object([self._sums]):
+            sums.update(part)
+        return dict(sums)
 
     def _restore_loss(self) -> None:
         # transformers forgets the steps between the last line of the log and the checkpoint.
