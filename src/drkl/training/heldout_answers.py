@@ -17,7 +17,7 @@ from drkl.rollouts.answers import Answer
 from drkl.rollouts.asking import Asker, answer_in, answered_row
 from drkl.rollouts.config import PREFIX, RolloutsConfig
 from drkl.rollouts.health import numbers_of
-from drkl.runs import RunFolder, write_jsonl
+from drkl.runs import RunFolder, lines_up_to, write_jsonl
 from drkl.training.heldout import HeldOut
 
 OF_DATA = ("distinct2", "repeated4")
@@ -91,7 +91,7 @@ class HeldOutAnswers:
         """Start after a step; texts of later ones will come again. Called in one process."""
         path = self._run.rollouts_path
         if path.is_file():
-            write_jsonl(path, [line for line in self._run.read_rollouts() if line["step"] <= from_step])
+            write_jsonl(path, lines_up_to(path, from_step))
 
     def _answer(self) -> list[Row]:
         # Always the same pass, so that a prompt has the same random numbers each time.
@@ -101,7 +101,7 @@ class HeldOutAnswers:
 
     def _keep_texts(self, answered: Sequence[Row], step: int) -> None:
         path = self._run.rollouts_path
-        if path.is_file() and any(line["step"] == step for line in self._run.read_rollouts()):
+        if path.is_file() and any(line["step"] == step for line in lines_up_to(path, step)):
             return  # an evaluation after training, where the best weights may be back
         lines = [json.dumps(self._line(row, step)) + "\n" for row in answered[: self._keep]]
         try:
