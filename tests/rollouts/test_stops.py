@@ -245,7 +245,11 @@ def test_the_students_stop_tokens_are_those_of_its_folder(folders: tuple[Path, P
     assert student_stops(load_model(base, "fp32"), written) == [3, BASE_END]
     assert student_stops(student_model(), written) == [BASE_END]
     # Nothing but the run's tokenizer says anything.
-    assert student_stops(tiny.llama(vocab=64, eos_token_id=None), written) == [OWN_END]
+    endless = tiny.llama(vocab=64, eos_token_id=None)
+    assert student_stops(endless, written) == [OWN_END]
+    # Nothing but its chat template.
+    written.eos_token = None
+    assert student_stops(endless, written) == [OWN_END]
 
 
 @pytest.mark.parametrize("made", ["pruned", "random", "loaded"])

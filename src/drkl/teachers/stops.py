@@ -101,8 +101,8 @@ def _read(teacher: LiveTeacher, rows: list[Row], ends: set[int], pad_id: int) ->
 def student_stops(student: PreTrainedModel, tokenizer: Any) -> list[int]:
     """Return the ids that a student stops with as it came, whatever tokenizer wrote the rows.
 
-    They are the eos of the tokenizer in the folder it starts from and the ends that its settings list; the run's eos
-    where nothing else says anything.
+    They are the eos of the tokenizer in the folder it starts from and the ends that its settings list; where nothing
+    else says anything the run's eos, or the end of its chat template.
 
     Args:
         student: before any end is added to its settings.
@@ -114,7 +114,7 @@ def student_stops(student: PreTrainedModel, tokenizer: Any) -> list[int]:
     ids += listed_ends(student, words)
     if source and Path(source).is_dir():  # a student with random weights has the settings of a config alone
         ids += listed_ends(source, words)
-    return list(dict.fromkeys(ids or as_ids(tokenizer.eos_token_id)))
+    return list(dict.fromkeys(ids or as_ids(tokenizer.eos_token_id) or teacher_stops(student, tokenizer)))
 
 
 def teacher_stops(teacher: PreTrainedModel, tokenizer: Any) -> list[int]:
