@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from drkl.errors import DrklError
-from drkl.evaluation.store import Store, fingerprint, model_fingerprint
+from drkl.evaluation.store import Store, fingerprint
+from drkl.models.fingerprint import model_fingerprint
 from tests.evaluation import tiny
 
 

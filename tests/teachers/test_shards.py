@@ -57,13 +57,13 @@ def test_every_row_is_read_as_it_was_written(tmp_path: Path) -> None:
     reader = ShardReader(tmp_path / "c")
     assert len(reader) == 6
     for number in (4, 0, 5, 3, 1, 2):
-        place = reader.find(digest(f"row {number}"))
-        assert place is not None and place.count == 1 + number
+        [place] = reader.find(digest(f"row {number}"))
+        assert place.count == 1 + number
         found = reader.read(place)
         assert reader.positions(place).tolist() == [*kept(number)]
         assert found.keys() == {"states"} and found["states"].dtype == torch.bfloat16
         assert torch.equal(found["states"], states(number))
-    assert reader.find(digest("row 6")) is None
+    assert reader.find(digest("row 6")) == []
     assert reader.manifest["rows"] == 6 and reader.manifest["positions"] == 21
     assert [*reader.verify()] == sorted(name for name in contents(tmp_path / "c") if name != MANIFEST)
 
@@ -75,8 +75,8 @@ def test_digests_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
         writer.finish()
     reader = ShardReader(tmp_path)
     places = [reader.find(key) for key in keys]
-    assert [reader.read(place)["states"].item() for place in places if place] == [0, 1, 2, 3]
-    assert reader.find(bytes(8) + bytes([9]) + bytes(7)) is None
+    assert [reader.read(place)["states"].item() for [place] in places] == [0, 1, 2, 3]
+    assert reader.find(bytes(8) + bytes([9]) + bytes(7)) == []
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
@@ -106,8 +106,8 @@ def test_more_shards_than_files_that_may_be_open(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, OPEN_FILES + 60), hard))
     try:
         for number in range(OPEN_FILES + 40):
-            place = reader.find(digest(f"row {number}"))
-            assert place is not None and torch.equal(reader.read(place)["states"], states(number))
+            [place] = reader.find(digest(f"row {number}"))
+            assert torch.equal(reader.read(place)["states"], states(number))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -160,8 +160,7 @@ def test_a_broken_file_is_named_before_a_value_of_it_is_used(tmp_path: Path, how
     fill(tmp_path)
     damage(tmp_path / "values-00001.safetensors", how)
     reader = ShardReader(tmp_path)
-    first, other = reader.find(digest("row 0")), reader.find(digest("row 2"))
-    assert first is not None and other is not None
+    [first], [other] = reader.find(digest("row 0")), reader.find(digest("row 2"))
     assert torch.equal(reader.read(first)["states"], states(0))
     with pytest.raises(DrklError, match=SAYS[how].format("values-00001.safetensors")):
         reader.read(other)

@@ -29,6 +29,7 @@ from drkl.models.forward import decoder_start, in_eval_mode, output_head
 from drkl.models.readout import batches, chunks, logits_of
 from drkl.objectives import Objective, make_objective
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.teacher import Teacher
 
 if TYPE_CHECKING:
     from drkl.analysis.config import AnalysisConfig
@@ -62,7 +63,7 @@ class Probe:
     def __init__(
         self,
         rows: Sequence[Row | LabelledRow],
-        teacher: LiveTeacher | PreTrainedModel | None,
+        teacher: Teacher | PreTrainedModel | None,
         *,
         pad_id: int,
         positions: int = 256,
@@ -74,19 +75,17 @@ class Probe:
             raise DrklError("There is no teacher to compare the student with, so there is no push to watch.")
         _check_rows(rows, positions, decoder_start)
         self.vocab_size, self._merged_ids = vocab_size, merged_ids
-        self._teacher = (LiveTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher).model
+        self._teacher = LiveTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher
         chosen = _choose([row.num_trained for row in rows], positions)
         self._batches = list(batches(rows, pad_id=pad_id, decoder_start=decoder_start, positions=chosen))
-        # Not LiveTeacher.hidden_at, whose memory is for the training.
-        with torch.no_grad(), in_eval_mode(self._teacher):
-            self._states = [batch.for_teacher.states(self._teacher) for batch in self._batches]
+        self._states = [self._teacher.states(batch) for batch in self._batches]
 
     def __len__(self) -> int:
         return sum(batch.labels.numel() for batch in self._batches)
 
     def check(self, student: PreTrainedModel) -> None:
         """Raise DrklError unless student and teacher can be compared."""
-        shared_vocabulary(_num_outputs(student), _num_outputs(self._teacher), self.vocab_size)
+        shared_vocabulary(_num_outputs(student), _num_outputs(self._teacher.model), self.vocab_size)
 
     @torch.no_grad()
     def decompose(self, student: PreTrainedModel, objective: Objective, temperature: float) -> dict[str, Tensor]:
@@ -96,7 +95,7 @@ class Probe:
         its own, the target is the teacher's top token.
         """
         device = next(student.parameters()).device
-        head, teacher_head = output_head(student), output_head(self._teacher)
+        head, teacher_head = output_head(student), self._teacher.head
         size = self.vocab_size if self.vocab_size is not None else _num_outputs(student)
         merged = make_merged(self._merged_ids or None, size)
         parts: list[list[Tensor]] = []

@@ -39,9 +39,10 @@ from drkl.evaluation.result import (
     SweepPoint,
     TailProfile,
 )
-from drkl.evaluation.store import Store, fingerprint, model_fingerprint
+from drkl.evaluation.store import Store, fingerprint
 from drkl.losses.common import log_softmax
 from drkl.models.ends import stops_of
+from drkl.models.fingerprint import model_fingerprint
 from drkl.models.forward import lm_head
 from drkl.models.generate import sample_texts, sampling_batches
 from drkl.models.readout import Readout, read

@@ -15,6 +15,7 @@ from drkl.models.classes import is_classifier
 from drkl.models.forward import INPUTS, hidden_states, in_eval_mode, output_head
 from drkl.models.load import load_classifier, load_model
 from drkl.models.precision import resolve_dtype
+from drkl.models.readout import Batch
 from drkl.teachers.config import TeacherConfig
 
 
@@ -67,6 +68,13 @@ class LiveTeacher:
         finally:
             if self.pad_id is not None:
                 config.pad_token_id = own
+
+    def states(self, batch: Batch) -> Tensor:
+        """Return the states `[n, hidden]` at the positions that are read of some rows, as the teacher reads them."""
+        device = next(self.model.parameters()).device
+        read = batch.for_teacher
+        inputs = {name: value.to(device) for name, value in read.inputs.items()}
+        return self.hidden_at(inputs, read.keep.to(device), remember=False)
 
     def hidden_at(self, batch: Mapping[str, Tensor], keep: Tensor, *, remember: bool = True) -> Tensor:
         """Return the last hidden states `[n, hidden]` at the positions where ``keep`` `[batch, tokens]` is true.

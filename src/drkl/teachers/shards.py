@@ -217,16 +217,16 @@ class ShardReader:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def find(self, digest: bytes) -> RowPlace | None:
-        """The place of a row; None where the cache has no row of that digest."""
+    def find(self, digest: bytes) -> list[RowPlace]:
+        """The places of a row: several where one text is kept at other positions too, and none where it is not."""
+        found = []
         first, second = _halves(np.frombuffer(digest, np.uint8).reshape(1, DIGEST_BYTES))
         at = int(np.searchsorted(self._keys, first[0]))
         while at < len(self._keys) and self._keys[at] == first[0]:
             if self._others[at] == second[0]:
-                shard, start, count = self._places[at].tolist()
-                return RowPlace(shard, start, count)
+                found.append(RowPlace(*self._places[at].tolist()))
             at += 1
-        return None
+        return found
 
     def positions(self, place: RowPlace) -> Tensor:
         """The positions `[count]` of a row that are kept, ascending."""

@@ -19,11 +19,11 @@ from drkl.data.ends import as_ids, end_positions, special_tokens
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.models.ends import listed_ends, stops_of
-from drkl.models.forward import decoder_start, in_eval_mode
+from drkl.models.forward import decoder_start
 from drkl.models.load import source_of
 from drkl.models.pair import own_tokenizer
 from drkl.models.readout import batches, logits_of
-from drkl.teachers.live import LiveTeacher
+from drkl.teachers.teacher import Teacher
 
 ROWS = 16
 """Finished rows that are read."""
@@ -48,7 +48,7 @@ class Stops(NamedTuple):
 
 def read_stops(
     student: PreTrainedModel | None,
-    teacher: LiveTeacher,
+    teacher: Teacher,
     rows: Iterable[Row],
     tokenizer: Any,
     taught: Iterable[int],
@@ -85,16 +85,15 @@ def read_stops(
 
 
 @torch.no_grad()
-def _read(teacher: LiveTeacher, rows: list[Row], ends: set[int], pad_id: int) -> tuple[Tensor, Tensor]:
+def _read(teacher: Teacher, rows: list[Row], ends: set[int], pad_id: int) -> tuple[Tensor, Tensor]:
     places = {
         n: [place for place in end_positions(row) if row.trained_ids[place] in ends] for n, row in enumerate(rows)
     }
     labels, logp = [], []
-    with in_eval_mode(teacher.model):
-        for batch in batches(rows, pad_id=pad_id, decoder_start=decoder_start(teacher.model), positions=places):
-            labels.append(batch.labels)
-            states = batch.for_teacher.states(teacher.model)
-            logp.append(logits_of(states, teacher.head).float().log_softmax(-1).cpu())
+    for batch in batches(rows, pad_id=pad_id, decoder_start=decoder_start(teacher.model), positions=places):
+        labels.append(batch.labels)
+        states = teacher.states(batch)
+        logp.append(logits_of(states, teacher.head).float().log_softmax(-1).cpu())
     return torch.cat(labels), torch.cat(logp)
 
 

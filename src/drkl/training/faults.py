@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from drkl.objectives import Objective
-from drkl.teachers.live import LiveTeacher
+from drkl.teachers.teacher import Teacher
 
 
 def find_fault(
-    student: nn.Module, hidden: Tensor, teacher: LiveTeacher | None, teacher_hidden: Tensor | None, objective: Objective
+    student: nn.Module, hidden: Tensor, teacher: Teacher | None, teacher_hidden: Tensor | None, objective: Objective
 ) -> str:
     """Say which tensor stopped being finite first on the way to the loss."""
     for name, tensor in _on_the_way(student, hidden, teacher, teacher_hidden):
@@ -26,7 +26,7 @@ def find_fault(
 
 
 def _on_the_way(
-    student: nn.Module, hidden: Tensor, teacher: LiveTeacher | None, teacher_hidden: Tensor | None
+    student: nn.Module, hidden: Tensor, teacher: Teacher | None, teacher_hidden: Tensor | None
 ) -> Iterator[tuple[str, Tensor]]:
     for name, weight in student.named_parameters():
         yield f"student weight {name!r}", weight

@@ -15,7 +15,7 @@ from drkl.losses.config import LossConfig
 from drkl.models.forward import output_head
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, batches, chunks
 from drkl.objectives import Objective
-from drkl.teachers.live import LiveTeacher
+from drkl.teachers.teacher import Teacher
 from drkl.training.faults import find_fault, list_rows
 from drkl.training.forward import StatisticsSums, loss_of
 
@@ -34,7 +34,7 @@ class HeldOut:
         self,
         rows: Sequence[Row | LabelledRow],
         pad_id: int,
-        teacher: LiveTeacher | None,
+        teacher: Teacher | None,
         *,
         rows_per_batch: int | None = None,
         decoder_start: int | None = None,

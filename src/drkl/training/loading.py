@@ -18,6 +18,7 @@ from drkl.models.pair import check_same_family
 from drkl.models.precision import resolve_dtype
 from drkl.runs import IN_MEMORY
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.teacher import Teacher
 from drkl.training.arguments import DistillationConfig
 
 
@@ -61,9 +62,9 @@ def load_student(model: Any, args: DistillationConfig, quantization_config: Any)
     return model, None
 
 
-def load_teacher(teacher: Any, args: DistillationConfig) -> LiveTeacher | None:
+def load_teacher(teacher: Any, args: DistillationConfig) -> Teacher | None:
     """The teacher on its device; None where there is none."""
-    if teacher is None or isinstance(teacher, LiveTeacher):
+    if teacher is None or isinstance(teacher, Teacher):
         return teacher
     device = args.device
     options = dict(args.teacher_model_init_kwargs or {})
@@ -147,7 +148,7 @@ def tokenizer_of_rows(model: Any, teacher: Any, *, classifier: bool) -> Any:
 
 
 def check_kinds(
-    student: PreTrainedModel, teacher: LiveTeacher | None, classes: Sequence[str] | None, name: str, teacher_name: str
+    student: PreTrainedModel, teacher: Teacher | None, classes: Sequence[str] | None, name: str, teacher_name: str
 ) -> None:
     """Raise DrklError where the two models are of kinds that have no output in common."""
     if teacher is None:

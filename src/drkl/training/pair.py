@@ -34,7 +34,7 @@ from drkl.models.pair import (
     shared_vocabulary,
 )
 from drkl.runs import IN_MEMORY
-from drkl.teachers.live import LiveTeacher
+from drkl.teachers.teacher import Teacher
 from drkl.training.arguments import DistillationConfig
 from drkl.training.ends import Ends, settle_ends
 from drkl.training.loading import (
@@ -66,7 +66,7 @@ class Pair:
     """The models, tokenizer and rows of a trainer, checked against each other."""
 
     student: PreTrainedModel
-    teacher: LiveTeacher | None
+    teacher: Teacher | None
     tokenizer: Any
     rows: Rows
     eval_rows: Rows
@@ -252,7 +252,7 @@ def _name(model: Any) -> str:
     """Return a model's name for the record: the name it was loaded by, or its class."""
     if model is None or isinstance(model, (str, Path)):
         return str(model)
-    if isinstance(model, LiveTeacher):
+    if isinstance(model, Teacher):
         model = model.model
     return f"{IN_MEMORY}: {type(model).__name__}"
 
@@ -311,23 +311,23 @@ def _tokenize(
     return rows, report
 
 
-def _configs(student: PreTrainedModel, teacher: LiveTeacher | None) -> dict[str, Any]:
+def _configs(student: PreTrainedModel, teacher: Teacher | None) -> dict[str, Any]:
     return {"student": student.config} | ({} if teacher is None else {"teacher": teacher.model.config})
 
 
-def _room(student: PreTrainedModel, teacher: LiveTeacher | None, classes: Sequence[str] | None) -> Room:
+def _room(student: PreTrainedModel, teacher: Teacher | None, classes: Sequence[str] | None) -> Room:
     """The positions that both models have for a row."""
     encoder_decoder = classes is None and is_encoder_decoder(student)
     return room_of(_configs(student, teacher).values(), encoder_decoder=encoder_decoder)
 
 
-def _check_rows(rows: Sequence[Row | LabelledRow], student: PreTrainedModel, teacher: LiveTeacher | None) -> None:
+def _check_rows(rows: Sequence[Row | LabelledRow], student: PreTrainedModel, teacher: Teacher | None) -> None:
     check_rows(rows, _configs(student, teacher))
 
 
 def _compare_vocabularies(
     student: PreTrainedModel,
-    teacher: LiveTeacher | None,
+    teacher: Teacher | None,
     tokens: SharedTokens | None,
     tokenizer: Any,
     rows: Sequence[Any],

@@ -29,7 +29,7 @@ from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
 from drkl.rollouts.steps import planned_length
 from drkl.runs import RunFolder
-from drkl.teachers.live import LiveTeacher
+from drkl.teachers.teacher import Teacher
 from drkl.training import trl
 from drkl.training.arguments import DistillationConfig
 from drkl.training.callbacks import (
@@ -105,7 +105,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel | Any,
-        teacher_model: str | PreTrainedModel | LiveTeacher | None = None,
+        teacher_model: str | PreTrainedModel | Teacher | None = None,
         args: DistillationConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,

@@ -1,0 +1,243 @@
+"""A teacher whose hidden states were computed before: they are read from a cache, and its body is never loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from drkl.errors import DrklError
+from drkl.losses import LMHead
+from drkl.models.classes import is_classifier
+from drkl.models.load import load_config, model_class
+from drkl.models.readout import Batch
+from drkl.teachers.live import LiveTeacher
+from drkl.teachers.shards import DIGEST_BYTES, CacheRow, RowPlace, ShardReader, ShardWriter
+
+HEAD = "head.safetensors"
+SHARD_BYTES = 64 * 2**20
+"""Values of a shard, about."""
+STATES = "states"
+
+
+class TeacherCache:
+    """A teacher's hidden states and output head, read from the folder that `drkl.cache_teacher` wrote.
+
+    It stands wherever a live teacher stands in training. ``model`` is the teacher without weights, for its config.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        """
+        Args:
+            folder: the cache's.
+            device: of the head.
+
+        Raises:
+            DrklError: it is no finished cache, or one of another version.
+        """
+        self.folder, self._rows = folder, ShardReader(folder)
+        self.model = _without_weights(folder, self._rows.manifest)
+        self.pad_id: int | None = None
+        head = self._rows.manifest["head"] and load_file(self._rows.check(HEAD), device=str(device))
+        self.head = LMHead(**{name: _plain(value) for name, value in head.items()}) if head else None
+
+    @classmethod
+    def open(cls, folder: str | Path, device: torch.device | str = "cpu") -> TeacherCache:
+        """Open the cache of a folder; the arguments are those of the class."""
+        return cls(Path(folder), device)
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """What the cache is of."""
+        return self._rows.manifest
+
+    def hidden_at(self, batch: Mapping[str, Tensor], keep: Tensor, *, remember: bool = True) -> Tensor:
+        """Return the last hidden states `[n, hidden]` at the positions where ``keep`` `[batch, tokens]` is true.
+
+        Raises:
+            DrklError: the cache lacks a row, or a position of one.
+        """
+        del remember  # everything is remembered already
+        parts = []
+        lacking = 0
+        for row in rows_of(batch, keep):
+            states = self._states(row)
+            lacking += states is None
+            parts.append(torch.empty(0) if states is None else states)
+        if lacking:
+            raise DrklError(
+                f"The cache {str(self.folder)!r} lacks {lacking} of the {len(parts)} rows of a batch. It was made from "
+                "other rows, or with another template, tokenizer or length: make it again from these."
+            )
+        if not parts:
+            return torch.empty(0, self._rows.manifest["width"], dtype=self.model.dtype, device=keep.device)
+        return torch.cat(parts).to(keep.device)
+
+    def states(self, batch: Batch) -> Tensor:
+        """Return the states `[n, hidden]` at the positions that are read of some rows, on the head's device."""
+        device = torch.device("cpu") if self.head is None else self.head.weight.device
+        return self.hidden_at(batch.for_teacher.inputs, batch.for_teacher.keep).to(device)
+
+    def missing(self, rows: Iterable[CacheRow]) -> list[int]:
+        """The places, among ``rows``, of those that the cache lacks."""
+        return [place for place, row in enumerate(rows) if self._places(row) is None]
+
+    def verify(self) -> Iterator[str]:
+        """Compare every file with its checksum; yields the name of each before it is read."""
+        return self._rows.verify()
+
+    def _places(self, row: CacheRow) -> list[tuple[RowPlace, Tensor]] | None:
+        """Where the positions of a row lie; None where one is nowhere."""
+        found = [(place, self._rows.positions(place)) for place in self._rows.find(row.digest)]
+        known = {int(position) for _, positions in found for position in positions}
+        return found if found and known.issuperset(row.positions) else None
+
+    def _states(self, row: CacheRow) -> Tensor | None:
+        found = self._places(row)
+        if found is None:
+            return None
+        values = torch.cat([self._rows.read(place)[STATES] for place, _ in found])
+        held = torch.cat([positions for _, positions in found]).tolist()
+        if held == [*row.positions]:
+            return values
+        order = {position: place for place, position in enumerate(held)}
+        return values[[order[position] for position in row.positions]]
+
+
+def rows_of(batch: Mapping[str, Tensor], keep: Tensor) -> list[CacheRow]:
+    """What a teacher reads in each row of a batch, padding aside, and at which positions its states are kept.
+
+    A row that keeps none is left out: it is padding of the batch itself.
+
+    Args:
+        batch: ``input_ids`` and ``attention_mask`` `[batch, tokens]`, and those of a decoder where there is one.
+        keep: `[batch, tokens]`; of a classifier `[batch, 1]`.
+    """
+    pairs = [("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")]
+    read = [(batch[ids].cpu().numpy(), batch[mask].cpu().numpy() != 0) for ids, mask in pairs if ids in batch]
+    rows = []
+    for number, kept in enumerate(keep.cpu().numpy()):
+        positions = tuple(np.flatnonzero(kept).tolist())
+        if not positions:
+            continue
+        digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        for ids, mask in read:
+            tokens = ids[number][mask[number]].astype("<i8")
+            digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
+        rows.append(CacheRow(digest.digest(), positions))
+    return rows
+
+
+def write_states(
+    folder: Path,
+    teacher: LiveTeacher,
+    batches: Sequence[tuple[Mapping[str, Tensor], Tensor]],
+    about: Mapping[str, Any],
+    *,
+    part: int = 0,
+    parts: int = 1,
+    files: Callable[[Path], Sequence[str]] = lambda folder: (),
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> bool:
+    """Run a teacher over batches, each row once, and write its states; say whether the cache is finished.
+
+    Args:
+        folder: the cache's.
+        teacher: on its device.
+        batches: inputs and kept positions, as training reads them and in its order.
+        about: what the cache is of.
+        part: the part that this process writes, from 0.
+        parts: the number of parts.
+        files: writes further files of the cache into the folder, and returns their names.
+        progress: called with the batches that are read, and that are to be read.
+
+    Raises:
+        DrklError: the folder holds another cache, states are not finite, or the disk is full.
+    """
+    head = teacher.head
+    width = _width(teacher)
+    size = torch.empty(0, dtype=teacher.model.dtype).element_size() * width
+    shards, members = _plan(batches, max(1, SHARD_BYTES // size))
+    described = {"kind": "hidden", "width": width, "dtype": str(teacher.model.dtype).removeprefix("torch."),
+                 "head": head is not None, "architecture": type(teacher.model).__name__, **about}  # fmt: skip
+    with ShardWriter(folder, described, shards, part=part, parts=parts) as writer:
+        todo = writer.missing
+        done, of = 0, sum(len(members[number]) for number in todo)
+        for number in todo:
+            found: dict[CacheRow, Tensor] = {}
+            wanted = Counter(shards[number])
+            for place in members[number]:
+                inputs, keep = batches[place]
+                device = next(teacher.model.parameters()).device
+                inputs = {name: value.to(device) for name, value in inputs.items()}
+                states = teacher.hidden_at(inputs, keep.to(device), remember=False).cpu()
+                rows = rows_of(inputs, keep)
+                for row, own in zip(rows, states.split([len(row.positions) for row in rows]), strict=True):
+                    if row in wanted:
+                        found.setdefault(row, own)
+                done += 1
+                progress(done, of)
+            writer.write(number, {STATES: torch.cat([found[row] for row in shards[number]])})
+        return writer.finish([*_write_head(folder, head), *files(folder)])
+
+
+def _plan(
+    batches: Sequence[tuple[Mapping[str, Tensor], Tensor]], positions: int
+) -> tuple[list[list[CacheRow]], list[list[int]]]:
+    """The rows of each shard, each row where it comes first, and the batches that a shard's rows are in."""
+    shards: list[list[CacheRow]] = [[]]
+    members: list[list[int]] = [[]]
+    seen: set[CacheRow] = set()
+    count = 0
+    for place, (inputs, keep) in enumerate(batches):
+        new = [row for row in dict.fromkeys(rows_of(inputs, keep)) if row not in seen]
+        seen.update(new)
+        if not new:
+            continue
+        if count >= positions:
+            shards.append([])
+            members.append([])
+            count = 0
+        shards[-1] += new
+        members[-1].append(place)
+        count += sum(len(row.positions) for row in new)
+    return shards, members
+
+
+def _width(teacher: LiveTeacher) -> int:
+    return int(teacher.model.config.num_labels or 0) if teacher.head is None else int(teacher.head.weight.shape[1])
+
+
+def _write_head(folder: Path, head: LMHead | None) -> list[str]:
+    if head is None:
+        return []
+    tensors = {"weight": head.weight, "scale": torch.tensor(head.scale, dtype=torch.float64)}
+    if head.bias is not None:
+        tensors["bias"] = head.bias
+    if head.softcap is not None:
+        tensors["softcap"] = torch.tensor(head.softcap, dtype=torch.float64)
+    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, folder / HEAD)
+    return [HEAD]
+
+
+def _plain(value: Tensor) -> Any:
+    return float(value) if value.ndim == 0 else value
+
+
+def _without_weights(folder: Path, manifest: Mapping[str, Any]) -> PreTrainedModel:
+    config = load_config(folder)
+    config.dtype = getattr(torch, manifest["dtype"])
+    kind = model_class(config, classifier=not manifest["head"])
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    model.name_or_path = str(folder)
+    assert is_classifier(model) == (not manifest["head"])
+    return model.eval()
