@@ -1,11 +1,13 @@
-"""A hash by which the same weights are known again."""
+"""Hashes by which the same weights, and the same tokenizer, are known again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -22,3 +24,16 @@ def model_fingerprint(model: torch.nn.Module) -> str:
             seen.add(tensor.data_ptr())
             digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of a tokenizer's vocabulary and special ids: two that agree in it give the same ids a meaning."""
+    specials = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _specials(tokenizer)}
+    text = json.dumps([sorted(tokenizer.get_vocab().items()), sorted(specials.items())])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _specials(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
+    for name, token in tokenizer.special_tokens_map.items():
+        if isinstance(token, str):
+            yield name, token

@@ -14,11 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from drkl.data.classification import LabelledRow
+from drkl.data.collate import collate, teacher_inputs
+from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import LMHead
 from drkl.models.classes import is_classifier
 from drkl.models.load import load_config, model_class
 from drkl.models.readout import Batch
+from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
 from drkl.teachers.shards import DIGEST_BYTES, CacheRow, RowPlace, ShardReader, ShardWriter
 
@@ -54,6 +58,23 @@ class TeacherCache:
         """Open the cache of a folder; the arguments are those of the class."""
         return cls(Path(folder), device)
 
+    @classmethod
+    def of(cls, config: TeacherConfig, device: torch.device | str = "cpu") -> TeacherCache:
+        """Open the cache of a config.
+
+        Raises:
+            DrklError: it is no finished cache, or one of another teacher.
+        """
+        assert config.cache is not None
+        cache = cls(Path(config.cache), device)
+        name = cache.manifest["teacher"]["name"]
+        if name != config.model:
+            raise DrklError(
+                f"teacher.model is {config.model!r}, and the cache {config.cache!r} is of {name!r}. Set "
+                "teacher.model to that, or make a cache of this one with `drkl cache`."
+            )
+        return cache
+
     @property
     def manifest(self) -> Mapping[str, Any]:
         """What the cache is of."""
@@ -80,6 +101,23 @@ class TeacherCache:
         if not parts:
             return torch.empty(0, self._rows.manifest["width"], dtype=self.model.dtype, device=keep.device)
         return torch.cat(parts).to(keep.device)
+
+    def check_rows(self, rows: Sequence[Row | LabelledRow], decoder_start: int | None, what: str) -> None:
+        """Raise DrklError unless the cache has the states of all rows.
+
+        Args:
+            rows: tokenised rows.
+            decoder_start: of an encoder-decoder; None for others.
+            what: the rows, in a sentence: "training rows".
+        """
+        lacking = [row.id for row in rows if self._places(row_of(row, decoder_start)) is None]
+        if lacking:
+            settings = ", ".join(f"{name} {value}" for name, value in self.manifest["data"][0].items())
+            raise DrklError(
+                f"The cache {str(self.folder)!r} lacks {len(lacking):,} of {len(rows):,} {what}, first {lacking[0]!r}. "
+                f"It was made from other rows, or with other settings than {settings} or another tokenizer. Make it "
+                "again from these rows, or leave them out."
+            )
 
     def states(self, batch: Batch) -> Tensor:
         """Return the states `[n, hidden]` at the positions that are read of some rows, on the head's device."""
@@ -134,6 +172,14 @@ def rows_of(batch: Mapping[str, Tensor], keep: Tensor) -> list[CacheRow]:
             digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
         rows.append(CacheRow(digest.digest(), positions))
     return rows
+
+
+def row_of(row: Row | LabelledRow, decoder_start: int | None) -> CacheRow:
+    """A row as `rows_of` finds it in a batch."""
+    batch = collate([row], pad_id=0, decoder_start=decoder_start)
+    batch.pop("row_ids")
+    (found,) = rows_of(*teacher_inputs(batch))
+    return found
 
 
 def write_states(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from drkl.models.config import Dtype, InitKwargs
@@ -22,12 +24,26 @@ class TeacherConfig(BaseModel):
         description="Memory in MiB for the teacher's hidden states of batches already seen. An epoch or a stage that "
         "trains on the same batches again does not run the teacher again.",
     )
+    cache: str | None = Field(
+        None,
+        description="Folder of `drkl cache`: the teacher's states are read from it in place of running the model.",
+    )
     dtype: Dtype = Field(
         "auto", description="Dtype of the teacher's weights. auto: bf16 if the hardware supports it, else fp32."
     )
     model_init_kwargs: InitKwargs = Field(
         default_factory=dict, description="Further arguments of from_pretrained for the model, such as revision."
     )
+
+    @property
+    def source(self) -> str:
+        """Where its config and its tokenizer are: the cache has them too."""
+        return self.model if self.cache is None else self.cache
+
+    @property
+    def source_options(self) -> dict[str, Any]:
+        """Further arguments of from_pretrained for them."""
+        return self.model_init_kwargs if self.cache is None else {}
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,14 +10,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedTokenizerBase
+from transformers import GenerationMixin
 
 from drkl._version import __version__
 from drkl.data.batching import split_rows
 from drkl.data.collate import collate, teacher_inputs
 from drkl.data.rows import Rows
 from drkl.errors import DrklError
-from drkl.models.fingerprint import model_fingerprint
+from drkl.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from drkl.models.forward import decoder_start
 from drkl.models.load import words_of
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, batches
@@ -108,19 +106,6 @@ def write_cache(
         progress=progress,
     )
     return TeacherCache.open(folder) if finished else None
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of a tokenizer's vocabulary and special ids: two that agree in it give the same ids a meaning."""
-    specials = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _specials(tokenizer)}
-    text = json.dumps([sorted(tokenizer.get_vocab().items()), sorted(specials.items())])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _specials(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
-    for name, token in tokenizer.special_tokens_map.items():
-        if isinstance(token, str):
-            yield name, token
 
 
 def _data_settings(pair: Pair, args: DistillationConfig) -> dict[str, Any]:

@@ -51,10 +51,10 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     first = specs[0]
     check_device(specs[-1].run.device)
     device = pick_device(specs[-1].run.device)
-    teacher_name = first.teacher.model if first.teacher else None
+    teacher_name = first.teacher.source if first.teacher else None
     tokenizer = run_tokenizer(specs)
     classes = run_classes(specs)
-    options = first.teacher.model_init_kwargs if first.teacher else {}
+    options = first.teacher.source_options if first.teacher else {}
     if classes is None:
         check_families(first.student, teacher_name, tokenizer, **options)
     tokens = check_tokenizers(first.student, teacher_name, classifier=first.classifies)

@@ -24,7 +24,8 @@ from drkl.models.classes import class_names, is_classifier
 from drkl.models.config import StudentConfig
 from drkl.models.context import room_of
 from drkl.models.ends import check_languages, listed_ends
-from drkl.models.forward import is_encoder_decoder, lm_head
+from drkl.models.fingerprint import tokenizer_fingerprint
+from drkl.models.forward import decoder_start, is_encoder_decoder, lm_head
 from drkl.models.load import words_of
 from drkl.models.pair import (
     SharedTokens,
@@ -34,6 +35,7 @@ from drkl.models.pair import (
     shared_vocabulary,
 )
 from drkl.runs import IN_MEMORY
+from drkl.teachers.cached import TeacherCache
 from drkl.teachers.teacher import Teacher
 from drkl.training.arguments import DistillationConfig
 from drkl.training.ends import Ends, settle_ends
@@ -231,12 +233,33 @@ def make_pair(
         teacher_tokenizer=own_reader,
         listed_ends=ends,
     )
+    check_cache(pair, args)
     if classes is None:
         settle_ends(pair, args)
     # Last, so that a student that is refused is left as it was passed.
     pair.adapter = make_trainable(student, adapter, args, peft_config)
     pair.adapter_start = {} if pair.adapter is None else adapter_start(pair.adapter)
     return pair
+
+
+def check_cache(pair: Pair, args: DistillationConfig) -> None:
+    """Raise DrklError where the teacher is a cache that has not what the run asks for."""
+    teacher = pair.teacher
+    if not isinstance(teacher, TeacherCache):
+        return
+    if args.rollouts.is_on:
+        raise DrklError(
+            "rollout_share is above 0: the student writes new text at every step, and a teacher cache has the data's "
+            "alone. Pass the teacher itself, or leave rollout_share out."
+        )
+    if teacher.manifest["tokenizer"]["fingerprint"] != tokenizer_fingerprint(pair.words):
+        raise DrklError(
+            f"The cache {str(teacher.folder)!r} was made with another tokenizer: its ids mean other tokens. Use the "
+            "one that lies in the cache, or make the cache again."
+        )
+    start = decoder_start(pair.student)
+    teacher.check_rows(pair.rows, start, "training rows")
+    teacher.check_rows(pair.eval_rows, start, "held-out rows")
 
 
 def _lengths(args: DistillationConfig, room: Room) -> tuple[Lengths, int]:

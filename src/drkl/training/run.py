@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,8 +20,11 @@ from drkl.models.pair import SharedTokens, check_families, check_tokenizers
 from drkl.models.precision import pick_device
 from drkl.models.student import make_student
 from drkl.runs import RunFolder, write_json, write_yaml
+from drkl.teachers.cached import TeacherCache
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.teacher import Teacher
+from drkl.training.caching import write_cache
 from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import keep_only, newest_checkpoint
 from drkl.training.checks import check_device, check_folder
@@ -73,15 +77,18 @@ class Resources:
     """Names of the classes by number, in a classification run."""
     room: Room = NO_LIMIT
     """The models' context."""
-    _teachers: dict[TeacherConfig, LiveTeacher] = field(default_factory=dict)
+    _teachers: dict[TeacherConfig, Teacher] = field(default_factory=dict)
     _tokenizers: dict[str, Any] = field(default_factory=dict)
     teacher_tokenizer: Any = None
     """The teacher's own, where it reads the prompts in a rendering of its own."""
     _rows: dict[tuple[DataConfig, str, bool, bool], Loaded] = field(default_factory=dict)
 
-    def teacher(self, config: TeacherConfig | None) -> LiveTeacher | None:
+    def teacher(self, config: TeacherConfig | None) -> Teacher | None:
         if config is None:
             return None
+        if config not in self._teachers and config.cache is not None:
+            self.listener.on_message(f"Reading the teacher's states from {config.cache}.")
+            self._teachers[config] = TeacherCache.of(config, self.device)
         if config not in self._teachers:
             self.listener.on_message(f"Loading the teacher {config.model}.")
             self._teachers[config] = LiveTeacher.load(config, self.device, classifier=self.classes is not None)
@@ -129,6 +136,100 @@ class Resources:
         return self._rows[key]
 
 
+@dataclass
+class Prepared:
+    """Stages whose rows are read and checked, and what they share."""
+
+    specs: Sequence[RunSpec]
+    resources: Resources
+    tokenizer_name: str
+    shared: SharedTokens | None
+    encoder_decoder: bool
+
+    def trainer(self, spec: RunSpec) -> DistillationTrainer:
+        """The trainer of a stage; nothing is written yet."""
+        return _make_trainer(
+            spec, self.resources, self.tokenizer_name, self.shared, encoder_decoder=self.encoder_decoder
+        )
+
+
+def prepare(specs: Sequence[RunSpec], listener: Listener) -> Prepared:
+    """Load and check what all stages share; nothing is written.
+
+    Raises:
+        DrklError: whatever can be found out before a model is loaded.
+    """
+    check_device(specs[-1].run.device)
+    resources = Resources(pick_device(specs[-1].run.device), listener, run_classes(specs))
+    if is_two_class(specs, resources.classes):
+        listener.on_message(TWO_CLASSES)
+    first, name = specs[0], tokenizer_name(specs)
+    teacher_name = first.teacher.source if first.teacher else None
+    if first.tokenizer is not None:
+        resources.learn_tokenizer(specs)
+    if resources.classes is None:
+        options = first.teacher.source_options if first.teacher else {}
+        check_families(first.student, teacher_name, resources.tokenizer(name), **options)
+    shared = check_tokenizers(first.student, teacher_name, classifier=first.classifies)
+    encoder_decoder = resources.classes is None and has_encoder(first, resources.tokenizer(name))
+    resources.room = run_room(run_configs(first, resources.tokenizer(name), resources.classes), resources.classes)
+    specs = fitted(specs, resources.room)
+    ends = () if resources.classes is not None else run_ends(first, resources.tokenizer(name))
+    resources.teacher_tokenizer = teacher_tokenizer(specs, name)
+    for spec in specs:
+        training_config(spec, resources.device)
+        needed = spec.rollouts.needs_responses
+        try:
+            resources.rows(spec.data, name, encoder_decoder=encoder_decoder, ends=ends, needs_responses=needed)
+        except DrklError as error:
+            if not needed or all(other.rollouts.needs_responses for other in specs):
+                raise
+            raise DrklError(
+                f"The stage {spec.run.name!r} learns from the data's responses, as its rollouts.share is below 1. Give "
+                f"it data of its own (its section data), or leave it out. {error}"
+            ) from error
+    return Prepared(specs, resources, name, shared, encoder_decoder)
+
+
+def cache_states(
+    specs: Sequence[RunSpec],
+    folder: Path,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    listener: Listener | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> TeacherCache | None:
+    """Write the teacher's states for the rows of every stage; None where other parts are not there yet.
+
+    Args:
+        specs: the stages.
+        folder: of the cache.
+        part: the part that this process writes, from 0.
+        parts: the number of parts.
+        listener: hooks for a front end.
+        progress: called with the batches that are read, and that are to be read.
+
+    Raises:
+        DrklError: there is no teacher, answers are sampled, or what `write_cache` refuses.
+    """
+    first = specs[0]
+    if first.teacher is None:
+        raise DrklError("The config has teacher: null, so there is nothing to cache.")
+    if any(spec.rollouts.is_on for spec in specs):
+        raise DrklError(
+            "rollouts.share is above 0: the student writes new text at every step, and a cache has the data's alone. "
+            "Train with the teacher itself, or leave the share out."
+        )
+    if first.teacher.cache is not None:
+        raise DrklError(f"teacher.cache is {first.teacher.cache!r} already; leave it out to make a cache.")
+    prepared = prepare(specs, listener or Listener())
+    # A later stage starts from a student that is not trained yet; any student has the same rows.
+    trainers = [prepared.trainer(replace(spec, student=first.student)) for spec in prepared.specs]
+    runs = [(trainer.pair, trainer.config) for trainer in trainers]
+    return write_cache(runs, folder, part=part, parts=parts, progress=progress)
+
+
 def distill(
     specs: Sequence[RunSpec],
     *,
@@ -153,35 +254,8 @@ def distill(
     listener = listener or Listener()
     last = specs[-1].folder
     check_folder(last, mode)
-    check_device(specs[-1].run.device)
-    resources = Resources(pick_device(specs[-1].run.device), listener, run_classes(specs))
-    if is_two_class(specs, resources.classes):
-        listener.on_message(TWO_CLASSES)
-    first, name = specs[0], tokenizer_name(specs)
-    teacher_name = first.teacher.model if first.teacher else None
-    if first.tokenizer is not None:
-        resources.learn_tokenizer(specs)
-    if resources.classes is None:
-        options = first.teacher.model_init_kwargs if first.teacher else {}
-        check_families(first.student, teacher_name, resources.tokenizer(name), **options)
-    shared = check_tokenizers(first.student, teacher_name, classifier=first.classifies)
-    encoder_decoder = resources.classes is None and has_encoder(first, resources.tokenizer(name))
-    resources.room = run_room(run_configs(first, resources.tokenizer(name), resources.classes), resources.classes)
-    specs = fitted(specs, resources.room)
-    ends = () if resources.classes is not None else run_ends(first, resources.tokenizer(name))
-    resources.teacher_tokenizer = teacher_tokenizer(specs, name)
-    for spec in specs:
-        training_config(spec, resources.device)
-        needed = spec.rollouts.needs_responses
-        try:
-            resources.rows(spec.data, name, encoder_decoder=encoder_decoder, ends=ends, needs_responses=needed)
-        except DrklError as error:
-            if not needed or all(other.rollouts.needs_responses for other in specs):
-                raise
-            raise DrklError(
-                f"The stage {spec.run.name!r} learns from the data's responses, as its rollouts.share is below 1. Give "
-                f"it data of its own (its section data), or leave it out. {error}"
-            ) from error
+    prepared = prepare(specs, listener)
+    specs = prepared.specs
     # The line that made the run is what repeats it, also where another one finished it.
     made_by = last.read_env().get("command") if mode == "resume" else None
     command = made_by or (None if command is None else list(command))
@@ -190,7 +264,7 @@ def distill(
             keep_only(spec.folder.checkpoints_path, spec.folder.read_env().get("best_step"))
             continue
         listener.on_stage(spec, number, len(specs))
-        trainer = _make_trainer(spec, resources, name, shared, encoder_decoder=encoder_decoder)
+        trainer = prepared.trainer(spec)
         if number == 1 and mode == "overwrite" and last.root.exists():
             shutil.rmtree(last.root)
         if number == 1:

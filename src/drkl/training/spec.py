@@ -126,8 +126,8 @@ def run_classes(specs: Sequence[RunSpec]) -> tuple[str, ...] | None:
     if first.task != "classification":
         return None
     if first.teacher is not None:
-        config = load_config(first.teacher.model, **first.teacher.model_init_kwargs)
-        return class_names(config, first.teacher.model)
+        config = load_config(first.teacher.source, **first.teacher.source_options)
+        return class_names(config, first.teacher.source)
     student = first.student
     if student.model is not None and student.init != "random":
         config = load_config(student.model, **student.model_init_kwargs)
@@ -158,14 +158,15 @@ def tokenizer_name(specs: Sequence[RunSpec]) -> str:
     if first.teacher is None:
         return source_model(first.student, None)
     own = None if first.student.init == "random" else first.student.model
-    if own in (None, first.teacher.model) or first.classifies or not any(spec.rollouts.is_on for spec in specs):
-        return first.teacher.model
+    teachers = (first.teacher.model, first.teacher.source)
+    if own in (None, *teachers) or first.classifies or not any(spec.rollouts.is_on for spec in specs):
+        return first.teacher.source
     try:
         ours = load_tokenizer(own)
     except DrklError:  # a folder without a tokenizer
-        return first.teacher.model
-    theirs = load_tokenizer(first.teacher.model)
-    return own if ours.chat_template and has_own_view(ours, theirs, first.data.template) else first.teacher.model
+        return first.teacher.source
+    theirs = load_tokenizer(first.teacher.source)
+    return own if ours.chat_template and has_own_view(ours, theirs, first.data.template) else first.teacher.source
 
 
 def teacher_tokenizer(specs: Sequence[RunSpec], name: str) -> Any:
@@ -178,7 +179,7 @@ def teacher_tokenizer(specs: Sequence[RunSpec], name: str) -> Any:
     from drkl.models.load import load_tokenizer
 
     teacher = specs[0].teacher
-    return None if teacher is None or name in (LEARNT, teacher.model) else load_tokenizer(teacher.model)
+    return None if teacher is None or name in (LEARNT, teacher.source) else load_tokenizer(teacher.source)
 
 
 def run_tokenizer(specs: Sequence[RunSpec]) -> Any:
@@ -204,7 +205,7 @@ def run_ends(first: RunSpec, tokenizer: Any) -> Sequence[int]:
     from drkl.models.ends import listed_ends
 
     if first.teacher is not None:
-        return listed_ends(first.teacher.model, tokenizer, **first.teacher.model_init_kwargs)
+        return listed_ends(first.teacher.source, tokenizer, **first.teacher.source_options)
     return () if first.student.model is None else listed_ends(first.student.model, tokenizer)
 
 
@@ -215,7 +216,7 @@ def has_encoder(first: RunSpec, tokenizer: Any) -> bool:
     from drkl.models.student import student_config
 
     if first.teacher is not None:
-        return is_encoder_decoder(load_config(first.teacher.model, **first.teacher.model_init_kwargs))
+        return is_encoder_decoder(load_config(first.teacher.source, **first.teacher.source_options))
     return is_encoder_decoder(student_config(first.student, None, tokenizer))
 
 
@@ -229,8 +230,8 @@ def run_configs(first: RunSpec, tokenizer: Any, classes: Sequence[str] | None) -
     from drkl.models.student import student_config
 
     teacher = first.teacher
-    configs = {"student": student_config(first.student, teacher.model if teacher else None, tokenizer, classes)}
-    return configs | ({"teacher": load_config(teacher.model, **teacher.model_init_kwargs)} if teacher else {})
+    configs = {"student": student_config(first.student, teacher.source if teacher else None, tokenizer, classes)}
+    return configs | ({"teacher": load_config(teacher.source, **teacher.source_options)} if teacher else {})
 
 
 def run_room(configs: dict[str, Any], classes: Sequence[str] | None) -> Room:
