@@ -387,7 +387,8 @@ def _explain(error: ValidationError, prefix: str) -> str:
         elif problem["type"] != "value_error":
             message = f"{message[0].lower()}{message[1:]}, got {reprlib.repr(problem['input'])}"
         message = in_words_of_config(message)
-        lines.append(message if message.startswith(f"{where}.") else f"{where or 'config'}: {message}")
+        named = where == "rollouts" and message.startswith("rollouts.")
+        lines.append(message if named else f"{where or 'config'}: {message}")
     return "\n".join(lines)
 
 

@@ -118,13 +118,18 @@ class RunFolder:
 
     def is_finished(self) -> bool:
         """Whether training ended and its student was written (``env.json`` says so last of all)."""
-        return self.env_path.is_file() and read_json(self.env_path).get("finished") is not None
+        return self.read_env().get("finished") is not None
 
     def read_config(self) -> dict[str, Any]:
         return read_yaml(self.config_path)
 
     def read_env(self) -> dict[str, Any]:
-        return read_json(self.env_path) if self.env_path.is_file() else {}
+        values = read_json(self.env_path) if self.env_path.is_file() else {}
+        if not isinstance(values, dict):
+            raise DrklError(
+                f"{self.env_path} holds a {type(values).__name__}; expected a json object. Remove the file."
+            )
+        return values
 
     def read_train_log(self) -> list[dict[str, Any]]:
         return read_jsonl(self.train_log_path) if self.train_log_path.is_file() else []
@@ -183,8 +188,24 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
-            raise DrklError(f"{path}:{number}: not valid json: {error}.") from error
+            raise DrklError(f"{path}:{number}: not valid json: {error}. Mend or remove the line.") from error
     return rows
+
+
+def lines_up_to(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of a log, json lines with a ``step`` each, that are not of a later step; none where there is no file.
+
+    Raises:
+        DrklError: the file cannot be read, or has a line that is none of a log.
+    """
+    rows = read_jsonl(path) if path.is_file() else []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise DrklError(
+                f"{path}, entry {number}: {json.dumps(row)[:80]} is no line of a run: expected an object with the "
+                "optimiser step as `step`. Remove the line."
+            )
+    return [row for row in rows if row["step"] <= step]
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -405,6 +405,22 @@ def test_an_address_may_end_in_v1(student: PreTrainedModel, fake: FakeVllm, tmp_
     assert writer(student, fake.address + "/v1/", tmp_path).write(requests(1), seed=1)
 
 
+def test_a_path_stands_before_every_route(fake: FakeVllm) -> None:
+    with pytest.raises(DrklError, match=r"/gpu/0/v1/ refuses /version \(HTTP 404\)"):
+        client.Client(fake.address + "/gpu/0/v1/", 20.0).ask("/version")
+    assert fake.asked == [("/gpu/0/version", None)]
+
+
+def test_a_model_of_another_name_is_asked_by_it(student: PreTrainedModel, tmp_path: Path) -> None:
+    with serving(FakeVllm(student, name="my/model")) as fake:
+        by_server = writer(student, fake, tmp_path)
+        by_server.sync(student, 0)
+        assert len(by_server.write(requests(2), seed=1)) == 2
+        fake.facts["name"] = "another"
+        with pytest.raises(DrklError, match=r"The model `my/model` does not exist"):
+            by_server.write(requests(1), seed=1)
+
+
 def test_no_requests_ask_nothing(student: PreTrainedModel, fake: FakeVllm, tmp_path: Path) -> None:
     assert writer(student, fake, tmp_path).write([], seed=1) == []
     assert not fake.asked

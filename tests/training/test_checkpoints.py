@@ -10,6 +10,7 @@ from drkl.training import checkpoints
 from drkl.training.checkpoints import (
     MARKER,
     Reached,
+    check_checkpoint,
     discard,
     mark_complete,
     newest_checkpoint,
@@ -91,3 +92,16 @@ def test_losses_since_the_last_line_of_the_log_in_each_process() -> None:
     assert [reached.loss_sum(process, 2) for process in (0, 1)] == [1.0, 4.0]
     assert reached.loss_sum(0, 1) == 2.5
     assert Reached(4).loss_sum(0, 1) == 0
+
+
+def test_without_the_optimiser_s_state_no_run_goes_on(tmp_path: Path) -> None:
+    make(tmp_path, 10)
+    path = tmp_path / "checkpoint-10"
+    with pytest.raises(DrklError, match=r"has no optimizer\.pt and no scheduler\.pt \(saved with save_only_model"):
+        check_checkpoint(path, optimizer=True)
+    for text in ("{", '{"who": 1}', "[]"):
+        (path / "trainer_state.json").write_text(text)
+        with pytest.raises(DrklError, match=r"The state of '.*checkpoint-10' cannot be used: .*Remove that checkpoint"):
+            check_checkpoint(path, optimizer=False)
+    (path / "trainer_state.json").write_text("{}")
+    check_checkpoint(path, optimizer=False)

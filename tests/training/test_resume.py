@@ -15,7 +15,7 @@ import torch
 from transformers import Trainer
 
 from drkl.errors import DrklError
-from drkl.runs import RunFolder
+from drkl.runs import RunFolder, lines_up_to
 from drkl.training import record as record_module
 from drkl.training.checkpoints import MARKER
 from drkl.training.run import Listener
@@ -265,10 +265,12 @@ def test_the_record_tells_of_both_parts(tmp_path: Path) -> None:
     recorded["command"] = ["drkl", "distill", "my.yaml"]
     (run.env_path).write_text(json.dumps(recorded))
     stage = run.stages()[0]
+    started = stage.read_env()["started"]
     log = stage.train_log_path
     log.write_text(re.sub(r'("seconds": )([\d.]+)', lambda at: f"{at[1]}{1000 + float(at[2])}", log.read_text()))
     tiny_runs.train(values, "resume")
     assert run.read_env()["command"] == stage.read_env()["command"] == ["drkl", "distill", "my.yaml"]
+    assert stage.read_env()["started"] == started
     assert stage.read_env()["seconds"] >= 1000
     seconds = [row["seconds"] for row in stage.read_train_log()]
     assert seconds == sorted(seconds)
@@ -351,3 +353,37 @@ def test_the_trainers_own_files_are_read_as_data_only(tmp_path: Path, monkeypatc
     monkeypatch.setattr(torch, "load", watched)
     tiny_runs.train(values, "resume")
     assert read == {"optimizer.pt": True, "scheduler.pt": True, "rng_state.pth": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "what"), [("optimizer.pt", "optimiser's state"), ("scheduler.pt", "optimis"), ("rng_state.pth", "random")]
+)
+def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path: Path, name: str, what: str) -> None:
+    values = tiny_runs.config(tmp_path)
+    run = cut_off(values, kill_at_step("r", 5))
+    path = run.checkpoints_path / "checkpoint-4" / name
+    for content in (path.read_bytes()[:100], b"x"):
+        path.write_bytes(content)
+        with pytest.raises(DrklError, match=rf"The {what}.*checkpoint-4' cannot be used: .*Remove that checkpoint"):
+            tiny_runs.train(values, "resume")
+
+
+FOREIGN = ['{"a": 1}', "[1]", '{"step": "x"}', '{"step": null}']
+
+
+def test_a_foreign_line_in_a_log_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    for line in FOREIGN:
+        path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+        with pytest.raises(DrklError, match=r"train\.jsonl, entry 2: .* is no line of a run: .*Remove the line"):
+            lines_up_to(path, 2)
+    path.write_text('{"step": 1, "seconds": "x"}\n{"step": 3}\n')
+    assert lines_up_to(path, 2) == [{"step": 1, "seconds": "x"}]
+    assert lines_up_to(tmp_path / "none.jsonl", 2) == []
+
+
+def test_a_record_that_is_no_mapping_is_named(tmp_path: Path) -> None:
+    (tmp_path / "env.json").write_text("[]")
+    with pytest.raises(DrklError, match=r"env\.json holds a list; expected a json object\. Remove the file"):
+        RunFolder(tmp_path).is_finished()

@@ -199,10 +199,12 @@ class Client:
         cure = "The request is wrong for this server."
         if status in (401, 403):
             cure = "Set VLLM_API_KEY in the environment to the key that the server was started with."
+        elif status == 404 and path.startswith("/v"):
+            cure = "Is it a vLLM server? Set rollout_server to the address that `vllm serve` prints."
         elif status == 404:
             cure = (
-                "Is it a vLLM server? Its routes for new weights exist only where it was started with "
-                "VLLM_SERVER_DEV_MODE=1, as `drkl rollout-server CONFIG` does it."
+                "The routes for new weights exist only where the server was started with VLLM_SERVER_DEV_MODE=1, as "
+                "`drkl rollout-server CONFIG` does it."
             )
         elif status >= 500:
             cure = f"See the server's own log, and start it again. {GO_ON}"

@@ -33,6 +33,7 @@ _REFUSED = {
     "greater_is_better": "the held-out loss, eval_loss, decides which checkpoint is the best",
     "label_smoothing_factor": "the objective is the whole loss; kd_weight adds a cross-entropy",
     "auto_find_batch_size": "a step's size follows from tokens_per_step; gradient_accumulation_steps cuts it smaller",
+    "ignore_data_skip": "a resumed run goes on with the rows that come next, which costs no time",
     "remove_unused_columns": "rows are tokenised when the trainer is made, and columns that are not read are left out",
     "train_sampling_strategy": "drkl shuffles the rows itself, by the seed; tokens_per_step groups them by length",
     "push_to_hub": "call save_model(), then upload the folder student/ with huggingface_hub.upload_folder",
@@ -208,6 +209,12 @@ class DistillationConfig(TrainingArguments):
             self.warmup_steps = warmup_steps
         except (TypeError, ValueError, ImportError) as error:
             raise DrklError(f"DistillationConfig: {' '.join(str(error).split())}") from error
+        for name in ("dispatch_batches", "split_batches"):
+            if getattr(self.accelerator_config, name):
+                raise DrklError(
+                    f"accelerator_config: {name} means nothing here: a step is cut into the parts of all processes "
+                    "before accelerate sees it. Leave it out."
+                )
 
     def _read_json(self, name: str) -> None:
         """Read a mapping that a command line has as text, as transformers does with its own."""

@@ -14,8 +14,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from drkl.display import as_number
 from drkl.rollouts.health import Detector
-from drkl.runs import RunFolder, write_jsonl
+from drkl.runs import RunFolder, lines_up_to, write_jsonl
 
 _log = logging.getLogger("drkl")
 
@@ -34,8 +35,8 @@ class TrainLog(TrainerCallback):
 
     def begin(self, from_step: int) -> None:
         """Start after a step; lines beyond it will come again."""
-        kept = [row for row in self._run.read_train_log() if row["step"] <= from_step]
-        self._start = time.monotonic() - max((row.get("seconds", 0.0) for row in kept), default=0.0)
+        kept = lines_up_to(self._path, from_step)
+        self._start = time.monotonic() - max((as_number(row.get("seconds")) or 0.0 for row in kept), default=0.0)
         self._newest = {}
         if int(os.environ.get("RANK", "0")) == 0:
             write_jsonl(self._path, kept)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-from safetensors import SafetensorError
+from transformers import TrainerState
 
 from drkl.errors import DrklError
 from drkl.runs import RunFolder, read_json, write_json
@@ -119,14 +119,32 @@ def keep_only(folder: Path, best_step: int | None) -> None:
             discard(path)
 
 
+def check_checkpoint(checkpoint: Path, *, optimizer: bool) -> None:
+    """Raise DrklError where a run cannot go on from here: without them transformers would go on with fresh ones.
+
+    Args:
+        checkpoint: its folder.
+        optimizer: whether the optimiser's state and the schedule's lie in files of their own.
+    """
+    wanted = ("optimizer.pt", "scheduler.pt") if optimizer else ()
+    missing = [name for name in wanted if not (checkpoint / name).is_file()]
+    if missing:
+        raise DrklError(
+            f"{str(checkpoint)!r} has no {' and no '.join(missing)} (saved with save_only_model, or removed), so a run "
+            "cannot go on from it. Go on from another checkpoint, or start a new run with the model in it."
+        )
+    with readable(str(checkpoint), "state"):
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
 @contextmanager
-def readable_weights(checkpoint: str) -> Iterator[None]:
-    """Name the checkpoint in what goes wrong as its weights are read."""
+def readable(checkpoint: str, what: str) -> Iterator[None]:
+    """Name the checkpoint in what goes wrong as ``what`` of it is read."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of torch, transformers and safetensors, each with errors of its own
         reason = " ".join(str(error).split())[:400].rstrip(".")
         raise DrklError(
-            f"The weights of {checkpoint!r} cannot be used: {reason}. Remove that checkpoint to go on from the one "
+            f"The {what} of {checkpoint!r} cannot be used: {reason}. Remove that checkpoint to go on from the one "
             "before it."
         ) from error

@@ -15,9 +15,9 @@ from drkl.losses.config import LossConfig
 from drkl.objectives import Objective
 from drkl.rollouts.answers import Answer
 from drkl.rollouts.asking import Asker, answer_in, answered_row
-from drkl.rollouts.config import PREFIX
+from drkl.rollouts.config import PREFIX, RolloutsConfig
 from drkl.rollouts.health import numbers_of
-from drkl.runs import RunFolder, write_jsonl
+from drkl.runs import RunFolder, lines_up_to, write_jsonl
 from drkl.training.heldout import HeldOut
 
 OF_DATA = ("distinct2", "repeated4")
@@ -28,13 +28,13 @@ class HeldOutAnswers:
     """Held-out prompts that the student answers at each evaluation, each time with the same random numbers.
 
     Args:
-        rows: held-out rows, with or without responses; ``prompts`` of them are chosen by a hash of seed and id.
+        rows: held-out rows, with or without responses; some of them are chosen by a hash of seed and id.
         asker: has the answers written, with the student's weights of now.
         held_out: makes the rows' reader of answers (`HeldOut`), with teacher, batch size and vocabulary.
         tokenizer: decodes the texts that are kept.
         run: the folder that keeps them, in ``rollouts.jsonl``.
-        prompts: at least 1.
-        keep_texts: answers that are kept as text each time, those to the first of the chosen prompts.
+        config: the section `rollouts`: the number of prompts, at least 1, and of answers that are kept as text each
+            time, those to the first of the chosen prompts.
         stops: the tokens that end an answer.
     """
 
@@ -45,16 +45,15 @@ class HeldOutAnswers:
         held_out: Callable[[Sequence[Row]], HeldOut],
         tokenizer: Any,
         run: RunFolder,
+        config: RolloutsConfig,
         *,
-        prompts: int,
-        keep_texts: int,
         stops: Collection[int],
     ) -> None:
         hashes = {number: hash_of_id(f"{asker.seed} {row.id}") for number, row in enumerate(rows)}
-        chosen = sorted(sorted(hashes, key=lambda number: (hashes[number], number))[:prompts])
+        chosen = sorted(sorted(hashes, key=lambda number: (hashes[number], number))[: config.eval_prompts])
         self._rows = [rows[number] for number in chosen]
         self._asker, self._held_out, self._tokenizer, self._run = asker, held_out, tokenizer, run
-        self._keep, self._stops = keep_texts, frozenset(stops)
+        self._keep, self._stops = config.keep_texts, frozenset(stops)
         self._of_data = self._numbers_of_data()
 
     def evaluate(
@@ -92,7 +91,7 @@ class HeldOutAnswers:
         """Start after a step; texts of later ones will come again. Called in one process."""
         path = self._run.rollouts_path
         if path.is_file():
-            write_jsonl(path, [line for line in self._run.read_rollouts() if line["step"] <= from_step])
+            write_jsonl(path, lines_up_to(path, from_step))
 
     def _answer(self) -> list[Row]:
         # Always the same pass, so that a prompt has the same random numbers each time.
@@ -102,7 +101,7 @@ class HeldOutAnswers:
 
     def _keep_texts(self, answered: Sequence[Row], step: int) -> None:
         path = self._run.rollouts_path
-        if path.is_file() and any(line["step"] == step for line in self._run.read_rollouts()):
+        if path.is_file() and any(line["step"] == step for line in lines_up_to(path, step)):
             return  # an evaluation after training, where the best weights may be back
         lines = [json.dumps(self._line(row, step)) + "\n" for row in answered[: self._keep]]
         try:

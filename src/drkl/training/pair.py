@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ class Pair:
     """The longest answer that is sampled in training; nothing is sampled where rollouts are off."""
     eval_dataset: list[dict[str, Any]] | None
     """The held-out rows as they were passed in memory; None where they have a name, or no json."""
+    tokenize: Callable[[Any, str], tuple[Rows, DropReport]]
+    """Turns a data set, as the trainer takes it and errors call it, into rows as the training rows were made."""
     adapter: Any = None
     """peft's handle on the student, or None."""
     adapter_start: dict[str, Tensor] = field(default_factory=dict)
@@ -120,21 +123,11 @@ class Pair:
         """The padding id of batches; its value changes nothing."""
         return _pad_id(self.tokenizer)
 
-    def tokenize(self, dataset: Any, args: DistillationConfig) -> tuple[Rows, DropReport]:
-        """Turn a data set, as the trainer takes it, into checked rows."""
-        rows, report = _tokenize(
-            dataset,
-            "eval_dataset",
-            self.tokenizer,
-            self.classes,
-            args,
-            self.listed_ends,
-            self.lengths,
-            self.room,
-            self.teacher_tokenizer,
-        )
+    def rows_of(self, dataset: Any) -> Rows:
+        """Turn held-out rows, as the trainer takes them, into checked ones."""
+        rows, _ = self.tokenize(dataset, "eval_dataset")
         _check_rows(rows, self.student, self.teacher)
-        return rows, report
+        return rows
 
 
 def make_pair(
@@ -194,11 +187,12 @@ def make_pair(
         own_reader = train_dataset.teacher_tokenizer
     elif teacher is not None and args.rollouts.is_on and classes is None:
         own_reader = own_tokenizer(teacher.model, tokenizer)
-    settings: Any = (tokenizer, classes, args, ends, lengths, room, own_reader)
-    rows, report = _tokenize(train_dataset, "train_dataset", *settings)
+    settings: dict[str, Any] = {"classes": classes, "ends": ends, "room": room, "teacher_tokenizer": own_reader}
+    tokenize = partial(_tokenize, args=args, tokenizer=tokenizer, **settings, **lengths._asdict())
+    rows, report = tokenize(train_dataset, "train_dataset")
     eval_rows: Rows = []
     if eval_dataset is not None:
-        eval_rows, _ = _tokenize(eval_dataset, "eval_dataset", *settings)
+        eval_rows, _ = tokenize(eval_dataset, "eval_dataset")
     everything: list[Any] = [*rows, *eval_rows]
     _check_rows(everything, student, teacher)
     # The command line says what there is to say of its rows where it reads them.
@@ -232,6 +226,7 @@ def make_pair(
             {**(args.model_init_kwargs or {})}
             | ({} if quantization_config is None else {"quantization_config": quantization_config})
         ),
+        tokenize=tokenize,
         notes=notes,
         teacher_tokenizer=own_reader,
         listed_ends=ends,
@@ -292,32 +287,20 @@ def _pad_id(tokenizer: Any) -> int:
 
 
 def _tokenize(
-    dataset: Any,
-    name: str,
-    tokenizer: Any,
-    classes: Sequence[str] | None,
-    args: DistillationConfig,
-    ends: Sequence[int],
-    lengths: Lengths,
-    room: Room,
-    teacher_tokenizer: Any = None,
+    dataset: Any, name: str, /, *, tokenizer: Any, args: DistillationConfig, **settings: Any
 ) -> tuple[Rows, DropReport]:
+    """Turn a data set, as the trainer takes it, into rows; ``settings`` are those of `rows_from`."""
     if isinstance(dataset, TokenisedRows):
         return dataset.rows, dataset.report
     rows, report = rows_from(
         dataset,
         tokenizer,
         name=name,
-        encoder_decoder=room.separate,
-        classes=classes,
-        max_prompt_tokens=lengths.max_prompt_tokens,
-        max_tokens=lengths.max_tokens,
-        room=room,
+        encoder_decoder=settings["room"].separate,
         turns=args.turns,
         template=args.template,
-        ends=ends,
         needs_responses=args.rollouts.needs_responses,
-        teacher_tokenizer=teacher_tokenizer,
+        **settings,
     )
     if name != "train_dataset":
         report.difference = None  # said of the training rows already

@@ -195,7 +195,8 @@ def distill(
             shutil.rmtree(last.root)
         if number == 1:
             write_yaml(last.config_path, specs[-1].resolved)  # from here on a resume finds it
-            write_json(last.env_path, {"command": command, "finished": None})
+            known = last.read_env() if mode == "resume" else {}
+            write_json(last.env_path, known | {"command": command, "finished": None})
         trainer.record.command = command
         if on_trainer is not None:
             on_trainer(trainer)

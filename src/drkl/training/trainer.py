@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,10 @@ from drkl.training.callbacks import (
 )
 from drkl.training.checkpoints import (
     Reached,
+    check_checkpoint,
     mark_complete,
     reached_at,
-    readable_weights,
+    readable,
     rotate,
     step_of,
     wanted_checkpoint,
@@ -262,6 +264,8 @@ class DistillationTrainer(Trainer):
         """
         checkpoint = wanted_checkpoint(self.run, resume_from_checkpoint)
         # What cannot be gone on from is refused before anything of the run is touched.
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, optimizer=not (self.is_deepspeed_enabled or self.is_fsdp_enabled))
         self._from = reached_at(checkpoint) if checkpoint else Reached(0)
         self.num_tokens_seen = self._from.num_tokens
         if self._on_policy is not None:
@@ -471,7 +475,7 @@ class DistillationTrainer(Trainer):
         """
         measures = self._measures
         if eval_dataset is not None:
-            rows = self.pair.tokenize(eval_dataset, self.config)[0]
+            rows = self.pair.rows_of(eval_dataset)
             measures = make_measures(rows, self.pair, self.config, self.run)
         if measures is None:
             raise DrklError("There are no held-out rows; pass eval_dataset to the trainer, or here.")
@@ -509,7 +513,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what `compute_loss` gathered since the last training line."""
         if "loss" in logs:
-            logs |= means_of(self._sums)
+            logs |= means_of(self._sums_of_all())
             now = time.monotonic()
             tokens = self._input_tokens * self.accelerator.num_processes  # steps are cut evenly between the processes
             logs["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
@@ -517,6 +521,13 @@ class DistillationTrainer(Trainer):
             logs |= self._on_policy.numbers() if self._on_policy is not None else {}
             self._sums, self._input_tokens, self._since = {}, 0, now
         super().log(logs, start_time)
+
+    def _sums_of_all(self) -> dict[str, float]:
+        """The sums of all processes: rows are dealt out by length, so that those of one are no sample."""
+        sums: Counter[str] = Counter()
+        for part in gather_object([self._sums]):
+            sums.update(part)
+        return dict(sums)
 
     def _restore_loss(self) -> None:
         # transformers forgets the steps between the last line of the log and the checkpoint.
@@ -543,11 +554,19 @@ class DistillationTrainer(Trainer):
             student.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with readable_weights(resume_from_checkpoint):
+        with readable(resume_from_checkpoint, "weights"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(str(checkpoint), "optimiser's state"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(str(checkpoint), "random state"):
+            super()._load_rng_state(checkpoint)
+
     def _load_best_model(self) -> None:
-        with readable_weights(str(self.state.best_model_checkpoint)):
+        with readable(str(self.state.best_model_checkpoint), "weights"):
             super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
