@@ -47,6 +47,7 @@ from drkl.training.checkpoints import (
     Reached,
     check_checkpoint,
     mark_complete,
+    plan_digest,
     reached_at,
     readable,
     rotate,
@@ -166,6 +167,7 @@ class DistillationTrainer(Trainer):
             check_rollouts(pair, args)
         lengths = [planned_length(row, pair.max_new_tokens) if samples else row.length for row in any_rows]
         steps, ends = plan_run(lengths, args, args.world_size)
+        self._steps = steps
         self._on_policy = OnPolicy(pair, args, self.run, steps, ends) if samples else None
         inner = loop_arguments(args, self.run, len(steps), heldout=bool(self.eval_rows))
         # Old checkpoints are removed here: transformers does so before the new one is marked whole.
@@ -266,9 +268,11 @@ class DistillationTrainer(Trainer):
         """
         checkpoint = wanted_checkpoint(self.run, resume_from_checkpoint)
         # What cannot be gone on from is refused before anything of the run is touched.
+        self._from = Reached(0)
         if checkpoint is not None:
             check_checkpoint(checkpoint, optimizer=not (self.is_deepspeed_enabled or self.is_fsdp_enabled))
-        self._from = reached_at(checkpoint) if checkpoint else Reached(0)
+            self._from = reached_at(checkpoint)
+            self._check_plan(checkpoint)
         self.num_tokens_seen = self._from.num_tokens
         if self._on_policy is not None:
             self._on_policy.begin(checkpoint)
@@ -524,6 +528,16 @@ class DistillationTrainer(Trainer):
             self._sums, self._input_tokens, self._since = {}, 0, now
         super().log(logs, start_time)
 
+    def _check_plan(self, checkpoint: Path) -> None:
+        plan = self._from.plan
+        if plan not in (None, plan_digest(self._steps[: self._from.step])) and self.args.process_index == 0:
+            _log.warning(
+                "Warning: the steps up to %s had other rows than those of this run: the data, the seed or the size of "
+                "a step is another (per_device_train_batch_size counts for each process). The run goes on with its own "
+                "rows; some may come twice, or not at all.",
+                checkpoint.name,
+            )
+
     def _sums_of_all(self) -> dict[str, float]:
         """The sums of all processes: rows are dealt out by length, so that those of one are no sample."""
         sums: Counter[str] = Counter()
@@ -592,7 +606,9 @@ class DistillationTrainer(Trainer):
                 f"{' '.join(str(error).split())[:200]}. The last good checkpoint is kept; make room, then resume."
             ) from error
         losses = tuple(gather_object([float(self._tr_loss)]))
-        reached = Reached(self.state.global_step, self.num_tokens_seen, self._globalstep_last_logged, losses)
+        step = self.state.global_step
+        plan = plan_digest(self._steps[:step])
+        reached = Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan)
         if self.args.should_save:
             if self._on_policy is not None:
                 self._on_policy.save(folder)
