@@ -598,21 +598,25 @@ class DistillationTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
+            losses = tuple(gather_object([float(self._tr_loss)]))  # and every process has written its part
+            if self.args.should_save:
+                self._complete(folder, losses)
         # A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (DrklError, OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise DrklError(
                 f"Could not write the checkpoint of step {self.state.global_step} to {str(folder)!r}: "
-                f"{' '.join(str(error).split())[:200]}. The last good checkpoint is kept; make room, then resume."
+                f"{' '.join(str(error).split())[:200].rstrip('.')}. The last good checkpoint is kept; make room, then "
+                "resume."
             ) from error
-        losses = tuple(gather_object([float(self._tr_loss)]))
+
+    def _complete(self, folder: Path, losses: tuple[float, ...]) -> None:
+        """Make a checkpoint count, and remove old ones."""
         step = self.state.global_step
+        if self._on_policy is not None:
+            self._on_policy.save(folder)
         plan = plan_digest(self._steps[:step])
-        reached = Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan)
-        if self.args.should_save:
-            if self._on_policy is not None:
-                self._on_policy.save(folder)
-            mark_complete(folder, reached)
-            if self._keep_checkpoints:
-                best = self.state.best_model_checkpoint
-                rotate(folder.parent, self._keep_checkpoints, Path(best) if best else None)
+        mark_complete(folder, Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan))
+        if self._keep_checkpoints:
+            best = self.state.best_model_checkpoint
+            rotate(folder.parent, self._keep_checkpoints, Path(best) if best else None)
