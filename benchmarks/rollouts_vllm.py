@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import socket
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from http.client import HTTPConnection
 from pathlib import Path
 
 import torch
@@ -27,10 +24,11 @@ import transformers
 
 from benchmarks.rollouts import Case
 from benchmarks.rows import Row, commit, processor, spread, write_rows
+from benchmarks.vllm_server import Server, free_address
 from drkl._version import __version__
 from drkl.models.load import quiet_transformers
 from drkl.rollouts.answers import Request
-from drkl.rollouts.client import Client
+from drkl.rollouts.client import Client, host_and_port
 from drkl.rollouts.config import RolloutsConfig
 from drkl.rollouts.served import serve_command, served_copy, write_served
 from drkl.rollouts.server import ServerWriter
@@ -40,44 +38,18 @@ STARTUP = 1800
 """Seconds; the server compiles nothing, but reads 200 packages."""
 
 
-class Server:
-    """`vllm serve` of a folder, on a free port of this machine."""
-
-    def __init__(self, vllm: str, folder: Path, max_model_len: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command, variables = serve_command(
-            vllm, folder, dtype=torch.float32, max_model_len=max_model_len, host="127.0.0.1", port=self.port,
-            more=["--enforce-eager"],
-        )  # fmt: skip
-        # By default vLLM leaves a core to its web server, which waits here while the other counts.
-        cores = f"0-{(os.cpu_count() or 1) - 1}"
-        defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores, "HF_HUB_OFFLINE": "1",
-                    "VLLM_LOGGING_LEVEL": "WARNING"}  # fmt: skip
-        self.process = subprocess.Popen(
-            command, env=defaults | os.environ | variables, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-
-    def wait(self) -> None:
-        """Return when it answers."""
-        end = time.monotonic() + STARTUP
-        while time.monotonic() < end and self.process.poll() is None:
-            connection = HTTPConnection("127.0.0.1", self.port, timeout=10)
-            try:
-                connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    return
-            except OSError:
-                time.sleep(1)
-            finally:
-                connection.close()
-        raise SystemExit("The server did not start; its messages stand above.")
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGINT)
-            self.process.wait(60)
+def start(vllm: str, folder: Path, max_model_len: int) -> Server:
+    """Start `vllm serve` of a folder, on a free port of this machine."""
+    address = free_address()
+    host, port = host_and_port(address)
+    command, variables = serve_command(
+        vllm, folder, dtype=torch.float32, max_model_len=max_model_len, host=host, port=port, more=["--enforce-eager"]
+    )
+    # By default vLLM leaves a core to its web server, which waits here while the other counts.
+    cores = f"0-{(os.cpu_count() or 1) - 1}"
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores, "HF_HUB_OFFLINE": "1",
+                "VLLM_LOGGING_LEVEL": "WARNING"}  # fmt: skip
+    return Server(command, defaults | os.environ | variables, address, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:
@@ -95,12 +67,12 @@ def main() -> None:
     longest = max(len(row.sampling_ids) for row in case.rows) + case.limit
     with tempfile.TemporaryDirectory() as place:
         write_served(served_copy(case.model), case.tokenizer, Path(place, "start"))
-        server = Server(options.vllm, Path(place, "start"), longest)
+        server = start(options.vllm, Path(place, "start"), longest)
         try:
-            server.wait()
-            address = f"http://127.0.0.1:{server.port}"
-            version = str(Client(address, 60.0).ask("/version")["version"])
-            config = RolloutsConfig(share=1.0, generator="vllm", server=address, batch_size=len(case.rows))
+            if not server.wait(STARTUP):
+                raise SystemExit("The server did not start; its messages stand above.")
+            version = str(Client(server.address, 60.0).ask("/version")["version"])
+            config = RolloutsConfig(share=1.0, generator="vllm", server=server.address, batch_size=len(case.rows))
             prompts = [row.sampling_ids for row in case.rows]
             writer = ServerWriter(
                 case.model, case.tokenizer, config, stops=case.stops, folder=Path(place), prompts=prompts

@@ -7,7 +7,10 @@ import drkl
 
 letters = Tokenizer(models.BPE({chr(code): code for code in range(128)}, []))
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token=chr(0), eos_token=chr(1))
-teacher, student = (GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_head=2, n_layer=n)) for n in (4, 2))
+teacher, student = (
+    GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_head=2, n_layer=n, bos_token_id=1, eos_token_id=1))
+    for n in (4, 2)
+)
 prompts = [{"prompt": f"{i}, {i + 1}, "} for i in range(96)]
 args = drkl.DistillationConfig(
     "runs/on-policy", rollout_share=1.0, rollout_max_new_tokens=8, max_steps=12, eval_steps=6, logging_steps=3

@@ -98,6 +98,21 @@ def test_unknown_command_or_option(cli: Cli) -> None:
     assert cli("distill", "--fast").code == 2
 
 
+def test_a_run_on_prompts_alone_leads_to_its_report(cli: Cli, tmp_path: Path) -> None:
+    """There is nothing to evaluate on, and each command says what else may be measured."""
+    rollouts = {"share": 1, "max_new_tokens": 2, "eval_prompts": 1}
+    values = tiny_runs.config(tmp_path, training={"max_steps": 1}, rollouts=rollouts)
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"w{i} w1"}) + "\n" for i in range(20)))
+    root = tmp_path / "runs" / "r"
+    done = cli("distill", tiny_runs.write_config(values, tmp_path / "c.yaml"))
+    assert done.code == 0, done.err
+    assert f"Next: drkl report {root}" in done.out.replace("\n", "")
+    for command in ("evaluate", "analyze"):
+        refused = cli(command, root)
+        assert refused.code == 2 and "are prompts alone" in refused.err
+        assert "for the evaluation (dolly, or dolly=FILE)" in refused.err and "drkl.analyze(" in refused.err
+
+
 def test_distill_evaluate_report_generate(cli: Cli, tmp_path: Path) -> None:
     config = tiny_runs.write_config(tiny_runs.config(tmp_path, stages=tiny_runs.STAGES), tmp_path / "c.yaml")
     root = tmp_path / "runs" / "r"

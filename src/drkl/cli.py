@@ -66,7 +66,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except DrklError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        from drkl.rollouts.config import in_words_of_config
+
+        print(f"Error: {in_words_of_config(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
@@ -157,7 +159,9 @@ def _distill(config: Any, mode: Any) -> None:
             f"The run folder {str(folder)!r} exists. `--overwrite` replaces it, `--resume {folder}` continues it, "
             "run.name=OTHER makes another."
         ) from error
-    print(f"The student is in {run.student_path}. Next: drkl evaluate {run.root}")
+    logged = {name for line in run.read_train_log() for name in line}
+    answers_alone = "eval_rollout_nll" in logged and "eval_nll" not in logged  # no responses to evaluate on
+    print(f"The student is in {run.student_path}. Next: drkl {'report' if answers_alone else 'evaluate'} {run.root}")
 
 
 def _print_estimate(plan: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from drkl.losses.config import LossConfig
 from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
 from drkl.recipes import find_recipe
-from drkl.rollouts.config import RolloutsConfig
+from drkl.rollouts.config import RolloutsConfig, in_words_of_config
 from drkl.runs import RunFolder, read_yaml
 from drkl.teachers.config import TeacherConfig
 from drkl.training.config import (
@@ -386,7 +386,9 @@ def _explain(error: ValidationError, prefix: str) -> str:
             message = "is missing"
         elif problem["type"] != "value_error":
             message = f"{message[0].lower()}{message[1:]}, got {reprlib.repr(problem['input'])}"
-        lines.append(f"{where or 'config'}: {message}")
+        message = in_words_of_config(message)
+        named = where == "rollouts" and message.startswith("rollouts.")
+        lines.append(message if named else f"{where or 'config'}: {message}")
     return "\n".join(lines)
 
 

@@ -32,6 +32,12 @@ from drkl.objectives.decoupled import GAMMA
 from drkl.runs import RunFolder
 from drkl.training.spec import RunSpec, has_encoder, run_ends, run_room, teacher_tokenizer, tokenizer_name
 
+_OTHER_ROWS = (
+    " for the evaluation (dolly, or dolly=FILE), or measure the student on other rows, with student, teacher and data "
+    "in place of the run: drkl.evaluate or drkl.analyze(student, teacher, rows)."
+)
+"""What to do where a run's held-out rows are none, or hold nothing to measure on."""
+
 
 def evaluate_run(
     run: str | Path,
@@ -167,15 +173,14 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
         if data.eval_path == NO_ROWS:
             raise DrklError(
                 f"The run {str(last.folder.root)!r} has no held-out rows: it was trained without an eval_dataset. Name "
-                "a test set in suites, or measure its student on other rows: drkl.evaluate(student, teacher, rows)."
+                f"a suite{_OTHER_ROWS}"
             )
         needed = last.rollouts.needs_responses
         heldout = read_shares(data, classifier=last.classifies, needs_responses=needed)[1]
         if heldout and all(example.is_prompt_alone for example in heldout):
             raise DrklError(
                 f"The held-out rows of the run {str(last.folder.root)!r} are prompts alone: there are no responses to "
-                "measure its models on. Name a suite, which has responses (dolly, or dolly=FILE), or measure the "
-                "student on other rows: drkl.evaluate(student, teacher, rows)."
+                f"measure its models on. Name a suite, which has responses,{_OTHER_ROWS}"
             )
         rows, report = make_rows(
             heldout,

@@ -68,7 +68,7 @@ def test_the_longest_sampled_answer(lengths: tuple[int, int], room: Room, given:
     [
         (
             (40, 80), Room(96, 96), 57,
-            r"rollouts.max_new_tokens \(57\) after a prompt of data.max_prompt_tokens \(40\) passes the models' "
+            r"rollout_max_new_tokens \(57\) after a prompt of data.max_prompt_tokens \(40\) passes the models' "
             r"context of 96 tokens. Set it to at most 56, or data.max_prompt_tokens to at most 39\.$",
         ),
         ((40, 80), Room(96, 96), 96, r"context of 96 tokens. Set it to at most 56\.$"),
@@ -79,7 +79,7 @@ def test_the_longest_sampled_answer(lengths: tuple[int, int], room: Room, given:
         ),
         (
             (40, 80), Room(96, 24, separate=True), 25,
-            r"^rollouts.max_new_tokens \(25\) passes the decoder's context of 24 tokens. Set it to at most 24\.$",
+            r"^rollout_max_new_tokens \(25\) passes the decoder's context of 24 tokens. Set it to at most 24\.$",
         ),
     ],
 )  # fmt: skip
@@ -179,7 +179,7 @@ def example(row_id: str, prompt: str, response: str) -> Example:
         (13, Room(), "13 tokens; raise data.max_prompt_tokens (12)."),
         (30, Room(), "30 tokens; raise data.max_prompt_tokens (12) to at least 30 and data.max_tokens (20) above it."),
         (13, Room(40, 40), "13 tokens and the models' context is 40; raise data.max_prompt_tokens (12) to at least "
-         "13."),
+         "13, which leaves 27 for a response (rollout_max_new_tokens where it is sampled)."),
         (40, Room(40, 40), "40 tokens and the models' context is 40: no row fits. Shorten the prompts, or choose "
          "models with a longer context."),
         (40, Room(40, 9, separate=True), "40 tokens and the models' context is 40; raise data.max_prompt_tokens (12) "

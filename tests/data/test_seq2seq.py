@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, MBart50Tokenizer, MBartTokenizer, NllbTo
 
 from drkl.data import Example
 from drkl.data.collate import IGNORE_INDEX, collate, collate_sources
-from drkl.data.seq2seq import encode_source, encode_target, languages, set_languages, tokens_around
+from drkl.data.seq2seq import encode_source, encode_target, languages, set_languages, take_languages, tokens_around
 from drkl.data.tokenize import Row, encode_for, tokenize_examples
 from drkl.errors import DrklError
 from tests.data.tiny_tokenizers import build
@@ -164,6 +164,18 @@ def test_languages_are_kept_where_the_tokenizer_is_saved(tmp_path: Path) -> None
     assert encode_target(again, "a") == encode_target(tokenizer, "a")
     assert again.convert_ids_to_tokens(encode_target(again, "a"))[0] == "ro_RO"
     set_languages(build(), None, None)
+
+
+@pytest.mark.parametrize("kind", ["mbart", "mbart-50"])
+def test_languages_are_taken_from_another_tokenizer_as_far_as_they_are_known(kind: str) -> None:
+    tokenizer = translator(kind, src_lang="en_XX", tgt_lang="ro_RO")
+    take_languages(tokenizer, translator("mbart-50", src_lang="de_DE", tgt_lang="fr_XX"))
+    assert (tokenizer.src_lang, tokenizer.tgt_lang) == ("de_DE", "fr_XX")
+    assert tokenizer.convert_tokens_to_ids("de_DE") in tokenizer("a")["input_ids"]
+    for other in (translator("nllb", src_lang="eng_Latn", tgt_lang="ron_Latn"), build()):
+        take_languages(tokenizer, other)
+        assert (tokenizer.src_lang, tokenizer.tgt_lang) == ("de_DE", "fr_XX")
+    take_languages(build(), tokenizer)
 
 
 def test_languages_that_mean_nothing_are_refused() -> None:

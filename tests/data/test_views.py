@@ -51,6 +51,21 @@ def test_where_they_differ_is_said_in_short() -> None:
     assert str(report.difference).endswith(": the student reads its end, the teacher ' #'.")
 
 
+def test_a_response_has_room_after_the_longer_prompt_of_the_two() -> None:
+    """Else the row would pass the models' context as the teacher reads it."""
+    longer = build(CHATML.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n' + 'hi ' * 10 }}"))
+    data = [{"prompt": "hi", "response": "a b " * 8}, {"prompt": "hi", "response": "a"}, {"prompt": "hi"}]
+    found, report = rows_from(
+        data, build(), needs_responses=False, teacher_tokenizer=longer, max_prompt_tokens=30, max_tokens=40
+    )
+    cut, short, alone = (row for row in found if isinstance(row, Row))
+    (plain, *_), _ = rows_from(data, build(), needs_responses=False, max_prompt_tokens=30, max_tokens=90)
+    assert isinstance(plain, Row) and cut.teacher_prompt_ids is not None
+    assert cut.response_ids == plain.response_ids[: 40 - len(cut.teacher_prompt_ids)] and cut.length == 40 - 1
+    assert short.response_ids[-1] == plain.response_ids[-1] and not alone.response_ids
+    assert report.responses_cut == 1
+
+
 @pytest.mark.parametrize("template", ["alpaca", "minillm", "plain", "Q: {{ prompt }} A:"])
 def test_other_templates_are_one_rendering(template: str) -> None:
     assert all(row.teacher_prompt_ids is None for row in rows(DATA, build(), build(OTHER), template=template))

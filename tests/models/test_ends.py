@@ -137,6 +137,16 @@ def test_a_classifier_has_no_ends() -> None:
     assert set_ends(tiny_classifiers.make(), tiny.tokenizer(), [4]) == []
 
 
+def test_an_encoder_decoder_without_any_end_is_refused() -> None:
+    endless, model = tiny.tokenizer(), tiny.t5(layers=1)
+    endless.eos_token = None
+    assert stops_of(model, endless) == [4]
+    model.generation_config.eos_token_id = None
+    assert stops_of(model, endless, taught=[7]) == [7]
+    with pytest.raises(DrklError, match=r"has no eos token and .* list none, .* Set the tokenizer's eos_token"):
+        stops_of(model, endless)
+
+
 def translators() -> list[Any]:
     """mBART writes the language after eos, mBART-50 before the text."""
     return [make(vocab=list(PIECES), src_lang="en_XX", tgt_lang="ro_RO") for make in (MBartTokenizer, MBart50Tokenizer)]

@@ -27,13 +27,13 @@ class FakeVllm:
 
     Args:
         model: what it starts with.
-        facts: in the place of the right ones: version, dtype, max_model_len, root, vocabulary.
+        facts: in the place of the right ones: name, version, dtype, max_model_len, root, vocabulary.
     """
 
     def __init__(self, model: PreTrainedModel, **facts: Any) -> None:
         self.start = self.model = model
         self.facts: dict[str, Any] = {
-            "version": "0.32.0", "dtype": "torch.float32", "max_model_len": 96, "root": "nowhere",
+            "name": "student", "version": "0.32.0", "dtype": "torch.float32", "max_model_len": 96, "root": "nowhere",
             "vocabulary": model.config.vocab_size,
         } | facts  # fmt: skip
         self.asked: list[tuple[str, Any]] = []
@@ -56,7 +56,11 @@ class FakeVllm:
         if path == "/version":
             return 200, json.dumps({"version": self.facts["version"]})
         if path == "/v1/models":
-            served = {"id": "student", "root": self.facts["root"], "max_model_len": self.facts["max_model_len"]}
+            served = {
+                "id": self.facts["name"],
+                "root": self.facts["root"],
+                "max_model_len": self.facts["max_model_len"],
+            }
             return 200, json.dumps({"data": [served]})
         if path.startswith("/server_info"):
             return 200, json.dumps({"vllm_config": {"model_config": {"dtype": self.facts["dtype"]}}})
@@ -66,6 +70,8 @@ class FakeVllm:
             assert body["method"] == "reload_weights"
             return self._reload(Path(body["kwargs"]["weights_path"]))
         if path == "/v1/completions":
+            if body["model"] != self.facts["name"]:
+                return 404, json.dumps({"error": {"message": f"The model `{body['model']}` does not exist."}})
             if max(body["prompt"]) >= self.facts["vocabulary"]:
                 return 400, json.dumps({"error": {"message": f"Token id {max(body['prompt'])} is out of vocabulary"}})
             return 200, json.dumps(self._complete(body))

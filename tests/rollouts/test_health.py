@@ -224,7 +224,8 @@ def test_the_sentences_have_the_numbers_and_the_way_out() -> None:
     assert found({"finished": 0.875}, {"finished": 0.125}) == (
         "Step 40: 88 % of the newest 32 answers in training were cut at max_new_tokens, and 12 % before: "
         f"the student is unlearning where to end. {remedy}; so does a larger max_new_tokens where whole answers need "
-        "it. If the two models end an answer with different tokens, name them in rollouts.stop_map."
+        "it. If the two models end an answer with different tokens, name them in rollouts.stop_map (in Python "
+        "rollout_stop_map)."
     )
     assert found({}, {"distinct2": 0.44}) == (
         "Step 40: answers in training became alike: among 200 bigrams of them 44 % differ, and 90 % did at first. "

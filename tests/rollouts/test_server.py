@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import socket
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +246,13 @@ def test_a_slow_server_is_named(student: PreTrainedModel, fake: FakeVllm, tmp_pa
         ("/collective_rpc", 404, '{"detail":"Not Found"}', r"did not load.*VLLM_SERVER_DEV_MODE=1"),
         ("/collective_rpc", 500, '{"error":{"message":"no layers.2"}}', r"no layers\.2.*server_folder.*started again"),
         ("/reset_prefix_cache", 200, '{"success":false}', r"keeps what it computed with the old weights"),
+        ("/v1/models", 200, '{"data":[{"id":"a","max_model_len":"long"}]}', r"names no model with its max_model_len"),
+        ("/v1/models", 200, '{"data":[{"id":"a","max_model_len":Infinity}]}', r"names no model with its max_model_len"),
+        ("/v1/models", 200, "[" * 100_000, r"does not answer with json but with"),
+        ("/v1/models", 500, "[" * 100_000, r"refuses /v1/models \(HTTP 500\)"),
+        ("/version", 200, '{"version":"0.9.1\\u001b[2J"}', r"version 0\.9\.1 +\[2J, whose answers"),
+        ("/version", 200, '["\\u001b[2J"]', r"its /version is \['\\x1b\[2J'\]"),
+        ("/version", 307, "", r"sends to another address \(HTTP 307\): it names none\. Set rollout_server to that of"),
         ("/v1/completions", 500, '{"error":{"message":"EngineCore\\u001b[2J died"}}', r"EngineCore +\[2J died\. .*log"),
         ("/v1/completions", 400, '{"error":{"message":"no"}}', r"does not read token 63, the last of the student's"),
     ],
@@ -269,6 +278,10 @@ def test_a_sync_that_fails_says_why(
         ({"logprobs": {"token_logprobs": []}}, r"have 0 log-probabilities"),
         ({"logprobs": lambda found: {"token_logprobs": [float("nan")] * len(found["token_logprobs"])}}, r"no numbers"),
         ({"prompt_token_ids": [1, 10]}, r"another prompt"),
+        ({"token_ids": [float("inf")] * 3}, r"no token ids with log-probabilities.*an id is no whole number"),
+        ({"token_ids": [7.5, 7, 7]}, r"no token ids with log-probabilities"),
+        ({"token_ids": [True, 7, 7]}, r"no token ids with log-probabilities"),
+        ({"logprobs": {"token_logprobs": [10**400] * 3}}, r"no token ids with log-probabilities"),
     ],
 )
 def test_an_answer_that_is_none_is_refused(
@@ -278,6 +291,74 @@ def test_an_answer_that_is_none_is_refused(
     fake.fault = changed(**fault)
     with pytest.raises(DrklError, match=message):
         by_server.write(requests(1), seed=1)
+
+
+@pytest.mark.parametrize("choices", [[], None, {}, [{}, {}], 10**5 * "a"])
+def test_other_numbers_of_answers_are_refused(
+    student: PreTrainedModel, fake: FakeVllm, tmp_path: Path, choices: Any
+) -> None:
+    by_server = writer(student, fake, tmp_path)
+    fake.fault = on("/v1/completions", 200, json.dumps({"choices": choices}))
+    by_server._model = "student"
+    with pytest.raises(DrklError, match=r"no token ids with log-probabilities") as raised:
+        by_server.write(requests(1), seed=1)
+    assert len(str(raised.value)) < 1000
+
+
+def test_a_config_that_is_none_says_nothing_of_the_model(
+    student: PreTrainedModel, fake: FakeVllm, tmp_path: Path
+) -> None:
+    for text in ("[1]", '{"text_config": "a"}', "[" * 10**5, "{}"):
+        (tmp_path / "config.json").write_text(text)
+        fake.facts["root"] = str(tmp_path)
+        writer(student, fake, tmp_path / "w").sync(student, 0)
+
+
+def answering(raw: bytes) -> Iterator[str]:
+    """A server that answers the first question with these bytes, and closes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(raw)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"\x1b[2J\r\n\r\n", r"cannot be reached \( \[2J\)"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n[1]", r"cannot be reached \(it broke off in the middle"),
+        (b"HTTP/1.1 302 Found\r\nLocation: https://other/\x1b\r\n\r\n", r"\(HTTP 302\): https://other/ \. Set rollout"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n" + b"1" * 900, r"answers with more than 0 MiB"),
+    ],
+)
+def test_what_no_server_should_send(raw: bytes, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "WAITS", ())
+    monkeypatch.setattr(client, "_LARGEST", 800)
+    for address in answering(raw):
+        asker = client.Client(address, 20.0)
+        with pytest.raises(DrklError, match=message) as raised:
+            asker.patiently(partial(asker.ask, "/version"))
+    assert str(raised.value).isprintable()
+
+
+def test_https_where_there_is_none_is_named(fake: FakeVllm) -> None:
+    asker = client.Client(fake.address.replace("http:", "https:"), 20.0)
+    with pytest.raises(DrklError, match=r"over https: .* Give its address with http://.* SSL_CERT_FILE"):
+        asker.patiently(lambda: asker.ask("/version"))
+
+
+def test_no_proxy_is_used(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert client.Client(fake.address, 20.0).ask("/version") == {"version": "0.32.0"}
 
 
 def test_another_model_is_refused_before_it_gets_weights(
@@ -313,10 +394,31 @@ def test_a_key_is_sent(
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     assert writer(student, fake, tmp_path)._client._headers["Authorization"] == "Bearer secret"
+    monkeypatch.setenv("VLLM_API_KEY", " secret\n")
+    assert writer(student, fake, tmp_path)._client._headers["Authorization"] == "Bearer secret"
+    monkeypatch.setenv("VLLM_API_KEY", "sécret")
+    with pytest.raises(DrklError, match="VLLM_API_KEY in the environment has characters that a key cannot have"):
+        writer(student, fake, tmp_path)
 
 
 def test_an_address_may_end_in_v1(student: PreTrainedModel, fake: FakeVllm, tmp_path: Path) -> None:
     assert writer(student, fake.address + "/v1/", tmp_path).write(requests(1), seed=1)
+
+
+def test_a_path_stands_before_every_route(fake: FakeVllm) -> None:
+    with pytest.raises(DrklError, match=r"/gpu/0/v1/ refuses /version \(HTTP 404\)"):
+        client.Client(fake.address + "/gpu/0/v1/", 20.0).ask("/version")
+    assert fake.asked == [("/gpu/0/version", None)]
+
+
+def test_a_model_of_another_name_is_asked_by_it(student: PreTrainedModel, tmp_path: Path) -> None:
+    with serving(FakeVllm(student, name="my/model")) as fake:
+        by_server = writer(student, fake, tmp_path)
+        by_server.sync(student, 0)
+        assert len(by_server.write(requests(2), seed=1)) == 2
+        fake.facts["name"] = "another"
+        with pytest.raises(DrklError, match=r"The model `my/model` does not exist"):
+            by_server.write(requests(1), seed=1)
 
 
 def test_no_requests_ask_nothing(student: PreTrainedModel, fake: FakeVllm, tmp_path: Path) -> None:
@@ -325,11 +427,11 @@ def test_no_requests_ask_nothing(student: PreTrainedModel, fake: FakeVllm, tmp_p
 
 
 def test_an_encoder_decoder_is_refused(fake: FakeVllm, tmp_path: Path) -> None:
-    with pytest.raises(DrklError, match=r"encoder-decoder.*generator=builtin"):
+    with pytest.raises(DrklError, match=r"encoder-decoder.*rollout_generator='builtin'"):
         writer(tiny.t5(layers=2), fake, tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_named(student: PreTrainedModel, fake: FakeVllm, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DrklError, match=r"Could not write the student's weights .*rollouts\.server_folder"):
+    with pytest.raises(DrklError, match=r"Could not write the student's weights .*rollout_server_folder"):
         writer(student, fake, tmp_path / "file").sync(student, 0)

@@ -121,9 +121,20 @@ WRONG: list[tuple[str, Any, str]] = [
     ("server", "http://", "expected an address"),
     ("server", "http://a:b", "expected an address"),
     ("server", 8000, "valid string"),
+    ("server", "http://http://h:8000", "expected an address"),
+    ("server", "http://h:8000/v1?key=secret", "expected an address"),
+    ("server", "http://h:8000/#models", "expected an address"),
+    ("server", "http://h:8000\n", "expected an address"),
+    ("server", "http://h h:8000", "expected an address"),
+    ("server", "http://h:8000/é", "expected an address"),
+    ("server", "http://h..x:8000", "expected an address"),
+    ("server", "http://.:8000", "expected an address"),
+    ("server", "http://h\0:8000", "expected an address"),
+    ("server", "http://::1:8000", "expected an address"),
     ("server_folder", 3, "valid string"),
     ("server_timeout", 0, "greater than 0"),
     ("server_timeout", float("inf"), "finite number"),
+    ("server_timeout", 1e9, "less than or equal to 1000000"),
     ("stop_map", 3, PAIRS),
     ("stop_map", {"a": 5.5}, PAIRS),
     ("stop_map", {"a": ["b"]}, PAIRS),
@@ -151,16 +162,16 @@ def test_a_wrong_value_is_named_on_both_ways_in(name: str, value: Any, message: 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"share": 1, "generator": "vllm"}, "generator is 'vllm', but server names no address"),
-        ({"generator": "vllm", "source": "mixed"}, "source is 'mixed' and generator 'vllm'"),
+        ({"share": 1, "generator": "vllm"}, "{0}generator is 'vllm', but {0}server names no address"),
+        ({"generator": "vllm", "source": "mixed"}, "{0}source is 'mixed' and {0}generator 'vllm'"),
         ({"generator": "vllm", "source": "teacher"}, "the server holds the student"),
     ],
 )
 def test_settings_that_contradict_each_other(fields: dict[str, Any], message: str) -> None:
-    for way in (python, file):
+    for way, prefix in ((python, "rollout_"), (file, "rollouts.")):
         with pytest.raises(DrklError) as raised:
             way(**fields)
-        assert message in str(raised.value)
+        assert message.format(prefix) in str(raised.value)
 
 
 def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:

@@ -20,10 +20,12 @@ from drkl.config import load_config
 from drkl.data import Example
 from drkl.data.tokenize import Row, tokenize_examples
 from drkl.models.load import load_model
+from drkl.models.pair import own_tokenizer
 from drkl.rollouts.config import RolloutsConfig
-from drkl.rollouts.stops import Agreement, _refusal, agree_on_stops, merged_ids, student_stops, teacher_stops
+from drkl.rollouts.stops import Agreement, _refusal, agree_on_stops, merged_ids
 from drkl.run_models import analyze_run, evaluate_run
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.stops import Stops, read_stops, student_stops, teacher_stops
 from tests.data.tiny_tokenizers import CHATML, build
 from tests.models import tiny
 from tests.models.chains import chain
@@ -65,15 +67,23 @@ def rows(count: int = 5, **changes: Any) -> list[Row]:
 def agree(
     student: PreTrainedModel, teacher: PreTrainedModel, data: Any = None, tokenizer: Any = None, **changes: Any
 ) -> Agreement:
-    words: dict[str, Any] = {"taught": [OWN_END], "pad_id": 0} | changes
-    return agree_on_stops(
-        student,
-        LiveTeacher(teacher),
-        rows() if data is None else data,
-        tokenizer or base_tokenizer(),
-        words.pop("stop_map", {}),
-        **words,
-    )
+    stops = read(student, teacher, data, tokenizer, changes.pop("taught", [OWN_END]))
+    size = changes.pop("vocab_size", None)
+    return agree_on_stops(stops, tokenizer or base_tokenizer(), RolloutsConfig(**changes), vocab_size=size)
+
+
+def read(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    data: Any = None,
+    tokenizer: Any = None,
+    taught: Any = (OWN_END,),
+) -> Stops:
+    tokenizer = tokenizer or base_tokenizer()
+    return read_stops(
+        student, LiveTeacher(teacher), rows() if data is None else data, tokenizer, taught, pad_id=0,
+        teacher_tokenizer=own_tokenizer(teacher, tokenizer),
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -187,9 +197,8 @@ def test_a_stop_token_that_the_teacher_does_not_have_is_never_sampled() -> None:
 
 
 def test_nothing_is_refused_where_the_teacher_writes() -> None:
-    assert agree(student_model(), teacher_model(), refuse=False).warning is None
     for data in (None, []):
-        agreement = agree(student_model(), teacher_model(), data, refuse=False)
+        agreement = agree(student_model(), teacher_model(), data, source="teacher")
         assert agreement.warning is None and OWN_END in agreement.learnt
 
 
@@ -207,6 +216,17 @@ def test_the_teachers_answers_end_as_its_own_template_ends(folders: tuple[Path, 
     assert OWN_END in trainer.pair.student.generation_config.eos_token_id
 
 
+def test_the_teachers_answers_end_with_the_special_token_that_it_is_sure_of(tmp_path: Path) -> None:
+    """Where nothing calls it an end; else each of them would go on to its greatest length."""
+    teacher = chain(base_tokenizer(), {"hi": "hello", "hello": "<|im_end|>"})
+    data = [{"prompt": "hi", "response": "hello"}] * 8  # which end with </s>
+    settings: dict[str, Any] = {"rollout_source": "teacher", "tokenizer": base_tokenizer(), "template": "plain"}
+    trainer = python_run(tmp_path, student_model(), teacher, data=data, **settings)
+    trainer.train()
+    assert trainer.state.log_history[0]["rollout_finished"] == 1
+    assert OWN_END in trainer.pair.student.generation_config.eos_token_id
+
+
 # Whose stop tokens --------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +234,8 @@ def test_the_students_stop_tokens_are_those_of_its_folder(folders: tuple[Path, P
     base, teacher = folders
     written = instruct_tokenizer()
     assert student_stops(load_model(base, "fp32"), written) == [BASE_END]
-    assert teacher_stops(load_model(teacher, "fp32"), base_tokenizer()) == [OWN_END]
+    model = load_model(teacher, "fp32")
+    assert teacher_stops(model, own_tokenizer(model, base_tokenizer())) == [OWN_END]
     # Its settings count too, and where it has no tokenizer they do alone.
     settings = GenerationConfig(eos_token_id=[3, BASE_END])
     settings.save_pretrained(base)
@@ -224,7 +245,11 @@ def test_the_students_stop_tokens_are_those_of_its_folder(folders: tuple[Path, P
     assert student_stops(load_model(base, "fp32"), written) == [3, BASE_END]
     assert student_stops(student_model(), written) == [BASE_END]
     # Nothing but the run's tokenizer says anything.
-    assert student_stops(tiny.llama(vocab=64, eos_token_id=None), written) == [OWN_END]
+    endless = tiny.llama(vocab=64, eos_token_id=None)
+    assert student_stops(endless, written) == [OWN_END]
+    # Nothing but its chat template.
+    written.eos_token = None
+    assert student_stops(endless, written) == [OWN_END]
 
 
 @pytest.mark.parametrize("made", ["pruned", "random", "loaded"])
@@ -238,7 +263,7 @@ def test_a_student_made_from_the_teacher_stops_as_it_does(folders: tuple[Path, P
         student = drkl.prune(model, layers=1)
     if made == "random":
         student = AutoModelForCausalLM.from_config(model.config)
-    assert student_stops(student, base_tokenizer(), model) == [BASE_END, OWN_END]
+    assert read(student, model).student == [BASE_END, OWN_END]
     assert agree(student, model).note is not None
 
 

@@ -25,7 +25,8 @@ from drkl.data.tokenize import tokenize_examples
 from drkl.models.ends import listed_ends
 from drkl.models.load import load_model
 from drkl.teachers.live import LiveTeacher
-from drkl.training.ends import compare_ends
+from drkl.teachers.stops import read_stops
+from drkl.training.ends import Ends, compare_ends
 from tests.data.tiny_tokenizers import CHATML, build
 from tests.models import tiny
 from tests.models.chains import chain
@@ -231,13 +232,18 @@ def test_a_teacher_of_the_same_end_is_not(tmp_path: Path, caplog: pytest.LogCapt
     assert found["taught"] == "<|im_end|>" and found["num_ends"] == 8 * (1 + (kind == "two turns"))
 
 
+def compare(teacher: PreTrainedModel, rows: Any, tokenizer: Any) -> Ends | None:
+    return compare_ends(read_stops(None, LiveTeacher(teacher), rows, tokenizer, [], pad_id=0), tokenizer)
+
+
 def test_the_probabilities_are_those_of_a_plain_loop() -> None:
     tokenizer = tiny.tokenizer()
     teacher = tiny.llama(4)
     messages = [{"role": ("user", "assistant")[i % 2], "content": f"w{i} w{i + 3}"} for i in range(4)]
     examples = [Example(str(i), tuple(messages[: 2 + 2 * (i % 2)])) for i in range(5)]
     rows, _ = tokenize_examples(examples, tokenizer, max_prompt_tokens=60, max_tokens=90, turns="all")
-    found = compare_ends(LiveTeacher(teacher), rows, tokenizer, range(6), pad_id=0)
+    teacher.generation_config.eos_token_id = list(range(6))
+    found = compare(teacher, rows, tokenizer)
     at_ends = []
     for row in rows:
         ids = list(row.all_ids)
@@ -256,13 +262,14 @@ def test_a_special_token_that_nothing_calls_an_end_has_to_be_sure(tmp_path: Path
     example = Example("x", ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}))
     rows, _ = tokenize_examples([example], tokenizer, max_prompt_tokens=20, max_tokens=40, template="plain")
     teacher = chain(tokenizer, {"hello": "<|im_end|>"})
-    found = compare_ends(LiveTeacher(teacher), rows, tokenizer, [2], pad_id=0)
+    found = compare(teacher, rows, tokenizer)
     assert found is not None and found.own == "<|im_end|>" and found.differ
     with torch.no_grad():
         teacher.lm_head.weight.mul_(0.25)  # exp(3) among 30: 0.4
-    found = compare_ends(LiveTeacher(teacher), rows, tokenizer, [2], pad_id=0)
+    found = compare(teacher, rows, tokenizer)
     assert found is not None and found.own is None and not found.differ
-    found = compare_ends(LiveTeacher(teacher), rows, tokenizer, [2, 4], pad_id=0)
+    teacher.generation_config.eos_token_id = [2, 4]
+    found = compare(teacher, rows, tokenizer)
     assert found is not None and found.own == "<|im_end|>" and found.differ
 
 

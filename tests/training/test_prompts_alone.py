@@ -22,6 +22,7 @@ from drkl.run_models import evaluate_run
 from drkl.training.estimate import estimate
 from drkl.training.run import Listener
 from drkl.training.spec import teacher_tokenizer, tokenizer_name
+from tests.data.test_seq2seq import translator
 from tests.data.test_views import OTHER
 from tests.models import tiny
 from tests.training import tiny_runs
@@ -106,7 +107,7 @@ def test_a_stage_that_needs_responses_is_named(tmp_path: Path) -> None:
 
 def test_an_answer_has_to_fit_the_models(tmp_path: Path) -> None:
     message = (
-        r"rollouts.max_new_tokens \(60\) after a prompt of data.max_prompt_tokens \(40\) passes the models' context"
+        r"rollout_max_new_tokens \(60\) after a prompt of data.max_prompt_tokens \(40\) passes the models' context"
     )
     with pytest.raises(DrklError, match=message):
         trainer_of(tmp_path, PROMPTS, rollout_max_new_tokens=60, max_prompt_tokens=40)
@@ -114,6 +115,17 @@ def test_an_answer_has_to_fit_the_models(tmp_path: Path) -> None:
         tiny_runs.train(config_of(tmp_path) | {"rollouts": {"share": 1, "max_new_tokens": 60}})
     trainer = trainer_of(tmp_path, PROMPTS, rollout_max_new_tokens=80)
     assert trainer.pair.lengths.max_prompt_tokens == 16 and trainer.pair.max_new_tokens == 80
+
+
+@pytest.mark.parametrize("limits", [{"rollout_max_new_tokens": 1}, {"max_prompt_tokens": 63}])
+def test_an_answer_has_room_for_more_than_what_is_given(tmp_path: Path, limits: dict[str, Any]) -> None:
+    student, teacher = tiny.bart(1, layers=1), tiny.bart(9, layers=1)
+    student.generation_config.forced_bos_token_id = 1
+    message = r"max_new_tokens is 1, and the first 1 token\(s\) of every answer .* Set it to at least 2\."
+    fields = {"rollout_max_new_tokens": None} | limits
+    with pytest.raises(DrklError, match=message):
+        trainer_of(tmp_path, PROMPTS, model=student, teacher_model=teacher, **fields)
+    assert trainer_of(tmp_path, PROMPTS, model=tiny.bart(1, layers=1), teacher_model=teacher, **fields)
 
 
 def two_folders(root: Path) -> tuple[str, str, Any]:
@@ -169,6 +181,21 @@ def test_each_model_reads_the_prompts_in_its_own_rendering(tmp_path: Path, caplo
 
 def dataclass_without(row: Row) -> Row:
     return Row(row.id, row.prompt_ids, row.response_ids, row.example)
+
+
+def test_a_teacher_reads_a_translation_in_the_languages_that_were_set(tmp_path: Path) -> None:
+    """Its folder's tokenizer has others."""
+    words = translator("mbart-50", src_lang="en_XX", tgt_lang="ro_RO")
+    sizes: dict[str, Any] = {"layers": 1, "vocab_size": len(words), "eos_token_id": 2, "decoder_start_token_id": 2}
+    large = str(tiny.save(tiny.bart(9, **sizes), tmp_path / "large", words))
+    given = translator("mbart-50", src_lang="de_DE", tgt_lang="fr_XX")
+    trainer = trainer_of(
+        tmp_path, [{"prompt": "a b"}], model=tiny.bart(1, **sizes), teacher_model=large, processing_class=given
+    )
+    (row,) = trainer.rows
+    assert isinstance(row, Row) and row.prompt_ids[0] == given.convert_tokens_to_ids("de_DE")
+    assert row.teacher_prompt_ids is None
+    trainer.train()
 
 
 def test_a_config_gives_each_model_its_own_rendering(tmp_path: Path) -> None:

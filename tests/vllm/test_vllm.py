@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.vllm_server import Server, free_address
 from drkl.errors import DrklError
 from drkl.models.adapter import add_adapter
 from drkl.rollouts import served
@@ -46,45 +45,16 @@ def make_config(root: Path, address: str, **sections: Any) -> Path:
     return tiny_runs.write_config(values, root / "config.yaml")
 
 
-class Server:
-    """`drkl rollout-server` of a config, in a process group of its own."""
-
-    def __init__(self, config: Path, address: str, log: Path) -> None:
-        self.address, self.log = address, log
-        words = tiny_runs.command("rollout-server", config, "--vllm", os.environ["VLLM"], "--", "--enforce-eager")
-        variables = tiny_runs.environment() | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                words, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        self._wait()
-
-    def _wait(self) -> None:
-        host, port = self.address.removeprefix("http://").split(":")
-        end = time.monotonic() + STARTUP
-        while time.monotonic() < end and self.process.poll() is None:
-            connection = HTTPConnection(host, int(port), timeout=10)
-            try:
-                connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    return
-            except OSError:
-                time.sleep(1)
-            finally:
-                connection.close()
-        self.stop(signal.SIGKILL)
-        raise AssertionError(f"The server did not start:\n{self.log.read_text()[-3000:]}")
-
-    def stop(self, number: signal.Signals) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, number)
-            self.process.wait(60)
-
-
-def free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}"
+def start(config: Path, address: str, log: Path) -> Server:
+    """`drkl rollout-server` of a config."""
+    words = tiny_runs.command("rollout-server", config, "--vllm", os.environ["VLLM"], "--", "--enforce-eager")
+    variables = tiny_runs.environment() | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    with log.open("w") as file:
+        running = Server(words, variables, address, stdout=file, stderr=subprocess.STDOUT)
+    if not running.wait(STARTUP):
+        running.stop(signal.SIGKILL)
+        raise AssertionError(f"The server did not start:\n{log.read_text()[-3000:]}")
+    return running
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +68,7 @@ def server(root: Path) -> Iterator[Server]:
     if not os.environ.get("VLLM"):
         pytest.skip("the environment variable VLLM names no executable")
     address = free_address()
-    running = Server(make_config(root, address), address, root / "server.log")
+    running = start(make_config(root, address), address, root / "server.log")
     yield running
     running.stop(signal.SIGINT)
 
@@ -240,7 +210,7 @@ def test_a_run_ends_by_name_and_goes_on_when_the_server_is_back(server: Server, 
     assert process.returncode == 2 and "Traceback" not in errors
     said = re.sub(r"\s+", " ", errors)
     assert "cannot be reached" in said and "resume the run" in said
-    again = Server(cut, server.address, root / "again.log")
+    again = start(cut, server.address, root / "again.log")
     try:
         done = tiny_runs.call("distill", "--resume", run)
         assert done.returncode == 0, done.stderr

@@ -116,7 +116,7 @@ def answer_room(lengths: Lengths, room: Room, max_new_tokens: int | None = None)
     shorter = left + prompt - max_new_tokens
     other = "" if room.separate or shorter < 1 else f", or data.max_prompt_tokens to at most {shorter}"
     raise DrklError(
-        f"rollouts.max_new_tokens ({max_new_tokens}){beside} passes {whose}. Set it to at most {left}{other}."
+        f"rollout_max_new_tokens ({max_new_tokens}){beside} passes {whose}. Set it to at most {left}{other}."
     )
 
 
@@ -160,7 +160,9 @@ def no_prompt_fits(shortest: int, lengths: Lengths, room: Room) -> str:
         )
     known = "" if context is None else f" and the models' context is {context}"
     both = f" and data.max_tokens ({lengths.max_tokens}) above it" if lengths.max_tokens <= shortest else ""
+    left = None if context is None or room.separate else context - shortest
+    rest = "" if left is None else f", which leaves {left} for a response (rollout_max_new_tokens where it is sampled)"
     return (
         f" The shortest prompt has {shortest} tokens{known}; raise data.max_prompt_tokens ({lengths.max_prompt_tokens})"
-        f"{f' to at least {shortest}{both}' if known or both else ''}."
+        f"{f' to at least {shortest}{both}{rest}' if known or both else ''}."
     )

@@ -89,6 +89,18 @@ def set_languages(tokenizer: Any, src_lang: str | None, tgt_lang: str | None) ->
         setattr(tokenizer, name, code)
 
 
+def take_languages(tokenizer: Any, source: Any) -> None:
+    """Set the languages of a translation tokenizer to those of another, as far as it knows them.
+
+    Args:
+        tokenizer: changed in place.
+        source: the tokenizer whose languages are taken.
+    """
+    codes = [getattr(source, name, None) for name in ("src_lang", "tgt_lang")]
+    known = languages(tokenizer)
+    set_languages(tokenizer, *(code if code in known else None for code in codes))
+
+
 def languages(tokenizer: Any) -> dict[str, int]:
     """The ids of a translation tokenizer's languages, by their codes; empty for any other tokenizer."""
     if not hasattr(tokenizer, "tgt_lang"):

@@ -221,14 +221,16 @@ def tokenize_examples(
                 row = replace(row, encoder_decoder=encoder_decoder)
                 place = len(_learnt(row.example)) - 1 if turns == "all" else -1
                 row = _with_written_references(row, tokenizer, ids[slice(*spans[place])])
+            cut = False
             if teacher is not None and 0 < length <= max_prompt_tokens:
                 row = teacher.add_to(row)
+                row, cut = _cut_for_teacher(row, max_tokens, room)
                 length = max(length, len(row.teacher_prompt_ids or ()))
             shortest = length if shortest is None else min(shortest, length)
             if 0 < length <= max_prompt_tokens:
                 rows.append(row)
                 report.prompts_alone += alone
-                report.responses_cut += not alone and spans[-1][1] > limit
+                report.responses_cut += cut or (not alone and spans[-1][1] > limit)
                 if opening := max(openings, key=len):
                     text = str(tokenizer.decode(opening, clean_up_tokenization_spaces=False))
                     report.openings[text] = report.openings.get(text, 0) + 1
@@ -351,6 +353,15 @@ def _encode(
 def longest_row(prompt: int, max_tokens: int, room: Room) -> int:
     """The tokens of a row that are kept, by those of its prompt: a target has to fit its decoder."""
     return min(max_tokens, prompt + room.decoder) if room.separate and room.decoder is not None else max_tokens
+
+
+def _cut_for_teacher(row: Row, max_tokens: int, room: Room) -> tuple[Row, bool]:
+    """The row with what is left of its response after the teacher's prompt too, and whether that is less."""
+    prompt = len(row.teacher_prompt_ids or ())
+    left = max(0, longest_row(prompt, max_tokens, room) - prompt)
+    if not prompt or len(row.response_ids) <= left:
+        return row, False
+    return replace(row, response_ids=row.response_ids[:left]), True
 
 
 def _with_written_references(row: Row, tokenizer: PreTrainedTokenizerBase, reply: Sequence[int]) -> Row:

@@ -75,10 +75,18 @@ def stops_of(model: PreTrainedModel, tokenizer: Any, template: str = "auto", tau
     """Return the ids that end an answer of this model: the template's end, eos, its own, and those of ``taught``.
 
     An encoder-decoder reads and writes plain texts, so that whatever ends a turn in a chat template is not among them.
+
+    Raises:
+        DrklError: nothing ends an answer.
     """
     own = listed_ends(model, tokenizer)
     if is_encoder_decoder(model):
-        return list(dict.fromkeys([int(tokenizer.eos_token_id), *own, *taught]))
+        if ends := list(dict.fromkeys([*as_ids(tokenizer.eos_token_id), *own, *taught])):
+            return ends
+        raise DrklError(
+            "The tokenizer has no eos token and the model's settings list none, so its answers could never end. Set "
+            "the tokenizer's eos_token."
+        )
     return list(dict.fromkeys([*stop_token_ids(tokenizer, template, own), *taught]))
 
 

@@ -304,6 +304,12 @@ def load_tokenizer(tokenizer: Name | PreTrainedTokenizerBase, *, classifier: boo
     return _checked_tokenizer(loaded, name, classifier)
 
 
+def source_of(model: PreTrainedModel) -> str:
+    """The folder or id that a model's weights came from; empty for one that was made in memory."""
+    name = str(getattr(model, "pruned_from", "") or model.name_or_path or "")
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
 def words_of(processor: Any) -> Any:
     """The tokenizer inside a processor; a tokenizer is its own."""
     return getattr(processor, "tokenizer", processor)

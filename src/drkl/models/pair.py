@@ -6,13 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedModel
+
 from drkl.data.classification import LabelledRow
+from drkl.data.seq2seq import take_languages
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.models.config import StudentConfig
 from drkl.models.context import context_of, contexts_of
 from drkl.models.forward import decoder_start, is_encoder_decoder
-from drkl.models.load import load_config, load_tokenizer
+from drkl.models.load import load_config, load_tokenizer, source_of, words_of
 from drkl.models.student import source_model, student_config
 
 
@@ -98,6 +101,24 @@ def shared_tokens(student: Any, teacher: Any, student_name: str, teacher_name: s
         f"{len(theirs)} (first ids that differ: {first}). One batch feeds both models, so an id has to be one "
         "token to both; choose a student of the teacher's family."
     )
+
+
+def own_tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
+    """The tokenizer that lies beside a model; None where there is none, or one of another vocabulary.
+
+    Args:
+        model: in memory.
+        tokenizer: the run's.
+    """
+    if not (source := source_of(model)):
+        return None
+    try:
+        own = load_tokenizer(source)
+        shared_tokens(words_of(tokenizer), own, "run", source)
+    except DrklError:
+        return None
+    take_languages(own, words_of(tokenizer))  # both read one text, whose language was set on the run's
+    return own
 
 
 def shared_vocabulary(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -21,6 +22,8 @@ _MOMENTARY = (408, 429, 502, 503, 504)
 """HTTP statuses of a server, or of a proxy before it, that may answer later."""
 _LONGEST = 400
 """Characters of a server's own words in a message."""
+_LARGEST = 2**28
+"""Bytes of an answer; one token takes about a hundred."""
 
 T = TypeVar("T")
 
@@ -48,7 +51,9 @@ class Client:
         self._host, self._port = str(parts.hostname), parts.port
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
+        if key := os.environ.get("VLLM_API_KEY", "").strip():
+            if not (key.isascii() and key.isprintable()):
+                raise DrklError("VLLM_API_KEY in the environment has characters that a key cannot have; set it anew.")
             self._headers["Authorization"] = f"Bearer {key}"
 
     def ask(self, path: str, body: Any = None) -> Any:
@@ -130,48 +135,76 @@ class Client:
         data = None if body is None else json.dumps(body)
         try:
             connection.request("GET" if body is None else "POST", self._prefix + path, data, self._headers)
-        except TimeoutError as error:
-            raise self._slow(path) from error
         except (OSError, HTTPException) as error:
-            raise Lost(_named(error)) from error
+            raise self._failed(error, path) from error
 
     def _receive(self, connection: HTTPConnection, path: str) -> Any:
         try:
             response = connection.getresponse()
-            status, content = response.status, response.read()
-        except TimeoutError as error:
-            raise self._slow(path) from error
+            status, content = response.status, self._read(response, path)
         except (OSError, HTTPException) as error:
-            raise Lost(_named(error)) from error
+            raise self._failed(error, path) from error
         text = content.decode("utf-8", "replace")
         if status in _MOMENTARY:
             raise Lost(f"HTTP {status}: {_words(text)}")
+        if 300 <= status < 400:
+            raise Refused(
+                f"{self.address}{path} sends to another address (HTTP {status}): "
+                f"{printable(response.headers.get('Location', '')) or 'it names none'}. Set rollout_server to that of "
+                "the vLLM server itself."
+            )
         if status != 200:
             raise self._refusal(status, path, _words(text))
         if not text:
             return None
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DrklError(
                 f"{self.address}{path} does not answer with json but with {_words(text)!r}, so it is no vLLM server. "
-                "Set rollouts.server to the address that `vllm serve` prints."
+                "Set rollout_server to the address that `vllm serve` prints."
             ) from error
+
+    def _read(self, response: HTTPResponse, path: str) -> bytes:
+        content = b""
+        while piece := response.read(_LARGEST + 1 - len(content)):
+            content += piece
+        if len(content) > _LARGEST:
+            raise DrklError(
+                f"{self.address}{path} answers with more than {_LARGEST >> 20} MiB, so it is no vLLM server. Set "
+                "rollout_server to the address that `vllm serve` prints."
+            )
+        if response.length:
+            raise IncompleteRead(content, response.length)
+        return content
+
+    def _failed(self, error: Exception, path: str) -> Exception:
+        if isinstance(error, TimeoutError):
+            return self._slow(path)
+        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+            return DrklError(
+                f"The vLLM server at {self.address} cannot be spoken to over https: {_named(error)}. Give its address "
+                "with http:// if it has no certificate (rollout_server), or name the file of a certificate of its own "
+                f"in the environment variable SSL_CERT_FILE. {GO_ON}"
+            )
+        return Lost(_named(error))
 
     def _slow(self, path: str) -> DrklError:
         return DrklError(
             f"The vLLM server at {self.address} has not answered {path} within {self._timeout:g} seconds. Raise "
-            f"rollouts.server_timeout, or lower rollouts.batch_size or rollouts.max_new_tokens. {GO_ON}"
+            f"rollout_server_timeout, or lower rollout_batch_size or rollout_max_new_tokens. {GO_ON}"
         )
 
     def _refusal(self, status: int, path: str, words: str) -> Refused:
         cure = "The request is wrong for this server."
         if status in (401, 403):
             cure = "Set VLLM_API_KEY in the environment to the key that the server was started with."
+        elif status == 404 and path.startswith("/v"):
+            cure = "Is it a vLLM server? Set rollout_server to the address that `vllm serve` prints."
         elif status == 404:
             cure = (
-                "Is it a vLLM server? Its routes for new weights exist only where it was started with "
-                "VLLM_SERVER_DEV_MODE=1, as `drkl rollout-server CONFIG` does it."
+                "The routes for new weights exist only where the server was started with VLLM_SERVER_DEV_MODE=1, as "
+                "`drkl rollout-server CONFIG` does it."
             )
         elif status >= 500:
             cure = f"See the server's own log, and start it again. {GO_ON}"
@@ -179,7 +212,7 @@ class Client:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """Return the two parts of a server's address; the port is that of http or https where none is given.
+    """Return the two parts of a server's address, as `address_of` takes them; a port that is not given is known.
 
     >>> host_and_port("http://10.0.0.7:8100"), host_and_port("https://gpu.example")
     (('10.0.0.7', 8100), ('gpu.example', 443))
@@ -188,10 +221,25 @@ def host_and_port(address: str) -> tuple[str, int]:
     return str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
 
 
+def address_of(host: str, port: object) -> str:
+    """Return the address of a server.
+
+    >>> address_of("::1", 8000)
+    'http://[::1]:8000'
+    """
+    return f"http://[{host}]:{port}" if ":" in host and host[0] != "[" else f"http://{host}:{port}"
+
+
+def printable(text: str) -> str:
+    """What a server says, on one line and not too long."""
+    text = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+
+
 def _named(error: Exception) -> str:
     if isinstance(error, IncompleteRead):
         return "it broke off in the middle of an answer"
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(str(error)) or type(error).__name__
 
 
 def _words(text: str) -> str:
@@ -200,7 +248,6 @@ def _words(text: str) -> str:
         body = json.loads(text)
         error = body.get("error", body)
         text = str(error.get("message") or error.get("detail") or text)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
-    text = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
-    return (text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …").rstrip(".") or "no words"
+    return printable(text).rstrip(".") or "no words"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from numbers import Integral
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -14,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from drkl.data.lengths import Room
 
 PREFIX = "rollout_"
-"""``rollouts.X`` of a config is ``rollout_X`` of a `DistillationConfig`."""
+"""``rollouts.X`` of a config is ``rollout_X`` of a `DistillationConfig`, and in a message below either of them."""
 
 
 class ShareRamp(BaseModel):
@@ -78,7 +79,7 @@ class RolloutsConfig(BaseModel):
         "NAME-rollout-server beside the run folder NAME.",
     )
     server_timeout: float = Field(
-        600.0, gt=0, allow_inf_nan=False, description="Longest wait for the server, in seconds."
+        600.0, gt=0, le=1e6, allow_inf_nan=False, description="Longest wait for the server, in seconds."
     )
     stop_map: dict[str, str] = Field(
         default_factory=dict,
@@ -128,16 +129,19 @@ class RolloutsConfig(BaseModel):
                 "mixed": "it needs the distributions of both models token by token, which a server does not give",
                 "teacher": "the server holds the student",
             }
-            raise ValueError(f"source is {self.source!r} and generator 'vllm': {reasons[self.source]}; use builtin")
+            raise ValueError(
+                f"{PREFIX}source is {self.source!r} and {PREFIX}generator 'vllm': {reasons[self.source]}; set "
+                f"{PREFIX}generator='builtin'"
+            )
         if self.server is not None and "@" in urlsplit(self.server).netloc:
             raise ValueError(
-                "server has a name or a password in it, which would stand in the run's files; give the address alone, "
-                "and the server's key in the environment variable VLLM_API_KEY"
+                f"{PREFIX}server has a name or a password in it, which would stand in the run's files; give the "
+                "address alone, and the server's key in the environment variable VLLM_API_KEY"
             )
         if self.is_on and self.generator == "vllm" and self.server is None:
             raise ValueError(
-                "generator is 'vllm', but server names no address; start one with `drkl rollout-server CONFIG` and "
-                "give its address, for instance http://127.0.0.1:8000"
+                f"{PREFIX}generator is 'vllm', but {PREFIX}server names no address; start one with `drkl "
+                "rollout-server CONFIG` and give its address, for instance http://127.0.0.1:8000"
             )
         return self
 
@@ -207,6 +211,16 @@ class RolloutsConfig(BaseModel):
         return {name: why for name, (is_read, why) in read.items() if name in given and not is_read}
 
 
+def in_words_of_config(text: str) -> str:
+    """A message with the settings under their names in a config.
+
+    >>> in_words_of_config("Lower rollout_batch_size. The log has rollout_length.")
+    'Lower rollouts.batch_size. The log has rollout_length.'
+    """
+    names = "|".join(RolloutsConfig.model_fields)
+    return re.sub(rf"(?<!in Python )\b{PREFIX}({names})\b", r"rollouts.\1", text)
+
+
 def _not_a_flag(value: Any) -> Any:
     """Refuse what pydantic would take for a number."""
     if isinstance(value, bool):
@@ -238,8 +252,13 @@ def _expected(text: str) -> PydanticCustomError:
 
 
 def _is_address(text: str) -> bool:
+    """Whether this is http or https, a host, and a port and a path or neither: nothing that would not be sent."""
     try:
         parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")  # as a socket does
     except ValueError:
         return False
+    is_plain = text.isprintable() and " " not in text and not parts.query and not parts.fragment
+    is_path = re.fullmatch(r"(/[\w.~@-]+)*/*", parts.path, re.ASCII) is not None
+    return is_plain and is_path and parts.scheme in ("http", "https") and bool(host.strip(".")) and port != 0

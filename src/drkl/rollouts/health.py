@@ -250,7 +250,7 @@ class _Stream:
                 f"{_percent(now)} of the newest {count:,.0f} {self._what} were cut at max_new_tokens, and "
                 f"{_percent(before)} before: the student is unlearning where to end. {_REMEDY}; so does a "
                 "larger max_new_tokens where whole answers need it. If the two models end an answer with different "
-                "tokens, name them in rollouts.stop_map.",
+                "tokens, name them in rollouts.stop_map (in Python rollout_stop_map).",
             )
         length = self._newest("length")
         if length is not None and length < EMPTY:

@@ -40,13 +40,13 @@ def check_servable(student: PreTrainedModel) -> None:
     """Raise DrklError for a student that is not served in the way that drkl knows."""
     if is_encoder_decoder(student):
         raise DrklError(
-            "rollouts.generator is 'vllm', and the student is an encoder-decoder, which vLLM does not serve. Use "
-            "rollouts.generator=builtin."
+            "rollout_generator is 'vllm', and the student is an encoder-decoder, which vLLM does not serve. Use "
+            "rollout_generator='builtin'."
         )
     if getattr(student, "hf_quantizer", None) is not None:
         raise DrklError(
-            "rollouts.generator is 'vllm', and the student is quantised; its weights cannot be sent to a server as "
-            "plain numbers. Use rollouts.generator=builtin, or a student that is not quantised."
+            "rollout_generator is 'vllm', and the student is quantised; its weights cannot be sent to a server as "
+            "plain numbers. Use rollout_generator='builtin', or a student that is not quantised."
         )
 
 
@@ -68,8 +68,8 @@ def served_copy(student: PreTrainedModel, adapter: Any = None) -> PreTrainedMode
     for tensor in chain(whole.parameters(), whole.buffers()):
         if type(tensor).__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor":
             raise DrklError(
-                "rollouts.generator is 'vllm', and the student's weights are spread over processes (FSDP), so no "
-                "process can send them. Use rollouts.generator=builtin, or train without FSDP."
+                "rollout_generator is 'vllm', and the student's weights are spread over processes (FSDP), so no "
+                "process can send them. Use rollout_generator='builtin', or train without FSDP."
             )
         memo[id(tensor)] = _on_cpu(tensor)
     copied = copy.deepcopy(whole, memo)
@@ -122,7 +122,7 @@ def write_served(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         shutil.rmtree(new, ignore_errors=True)
         raise DrklError(
             f"Could not write the student's weights for the server to {str(folder)!r}: "
-            f"{' '.join(str(error).split())[:200]}. Make room, or set rollouts.server_folder to another folder that "
+            f"{' '.join(str(error).split())[:200]}. Make room, or set rollout_server_folder to another folder that "
             "this program and the server both see."
         ) from error
 

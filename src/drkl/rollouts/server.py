@@ -20,7 +20,7 @@ from drkl.errors import DrklError
 from drkl.models.check import own_logits, plain_ids
 from drkl.models.forward import in_eval_mode
 from drkl.rollouts.answers import Answer, Request
-from drkl.rollouts.client import GO_ON, Client, Refused
+from drkl.rollouts.client import GO_ON, Client, Refused, printable
 from drkl.rollouts.config import RolloutsConfig
 from drkl.rollouts.served import check_servable, served_copy, write_served
 
@@ -186,13 +186,17 @@ class ServerWriter:
     def _generated(self, body: Any, prompt: Sequence[int]) -> tuple[list[int], list[float], Any]:
         """The ids, their log-probabilities and the reason of the end in what a completion returns."""
         try:
-            choice = body["choices"][0]
+            (choice,) = body["choices"]
             reason = choice["finish_reason"]
-            ids = [int(token) for token in choice["token_ids"]]
+            ids = list(choice["token_ids"])
             logprobs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
             read = choice.get("prompt_token_ids")
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise self._odd(f"an answer has no token ids with log-probabilities in it ({error!r})") from error
+            if any(type(token) is not int for token in ids):
+                raise TypeError("an id is no whole number")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise self._odd(
+                f"an answer has no token ids with log-probabilities in it ({printable(repr(error))})"
+            ) from error
         if read is not None and read != list(prompt):
             raise self._odd("it read another prompt than it was asked; it puts tokens before prompts or cuts them")
         if outside := [token for token in ids if not 0 <= token < self._vocabulary]:
@@ -214,7 +218,7 @@ class ServerWriter:
             raise DrklError(
                 f"The vLLM server at {self._client.address} takes {self._longest} tokens of prompt and answer, and a "
                 f"prompt with its longest answer has {longest}. Start it with --max-model-len {longest} or more "
-                "(`drkl rollout-server CONFIG` does), or lower rollouts.max_new_tokens."
+                "(`drkl rollout-server CONFIG` does), or lower rollout_max_new_tokens."
             )
         highest = max(max(request.prompt_ids) for request in requests)
         assert highest < self._vocabulary, "rows are checked against the models"
@@ -223,21 +227,22 @@ class ServerWriter:
         """Find out what is served, and refuse another model than the student."""
         client = self._client
         self._check_version(client.ask("/version"))
+        models = client.ask("/v1/models")
         try:
-            served = client.ask("/v1/models")["data"][0]
+            served = models["data"][0]
             name, longest = str(served["id"]), served.get("max_model_len")
-        except (KeyError, IndexError, TypeError) as error:
-            raise self._odd("/v1/models names no model") from error
-        self._longest = None if longest is None else int(longest)
+            self._longest = None if longest is None else int(longest)
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+            raise self._odd("/v1/models names no model with its max_model_len") from error
         self._check_config(str(served.get("root") or ""))
         self._model = name
         self._check_vocabulary()
 
     def _check_version(self, answer: Any) -> None:
-        version = str(answer.get("version")) if isinstance(answer, dict) else ""
+        version = printable(str(answer.get("version"))) if isinstance(answer, dict) else ""
         numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
         if numbers is None:
-            raise self._odd(f"its /version is {version or answer!r}")
+            raise self._odd(f"its /version is {version or printable(repr(answer))}")
         found = tuple(int(part or 0) for part in numbers.groups())
         if found < OLDEST:
             raise DrklError(
@@ -257,9 +262,9 @@ class ServerWriter:
             return
         try:
             theirs = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            theirs = dict(theirs.get("text_config") or theirs)
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return
-        theirs = theirs.get("text_config") or theirs
         ours = self._student.config.get_text_config().to_dict()
         other = [key for key in _SIZES if None not in (ours.get(key), theirs.get(key)) and ours[key] != theirs[key]]
         if other:
@@ -292,7 +297,7 @@ class ServerWriter:
         except Refused as error:
             raise DrklError(
                 f"The vLLM server did not load the student's weights from {str(self._current)!r}: {error} Both have to "
-                "see this folder under the same path (rollouts.server_folder), and the server's model has to be the "
+                "see this folder under the same path (rollout_server_folder), and the server's model has to be the "
                 "student's. After a failed loading the server has to be started again."
             ) from error
         # Attention states of the prompts were computed with the old weights.

@@ -128,7 +128,7 @@ class AnsweredSteps:
         return [list(numbers) for numbers in self._steps[first:last]]
 
     def _digest(self, answers: Sequence[Written]) -> str | None:
-        """Of the rows that were answered; None where there are not so many rows."""
+        """A digest of the rows that were answered; None where there are not so many rows."""
         numbers = sorted({answer.row for answer in answers})
         if numbers and not 0 <= numbers[0] <= numbers[-1] < len(self._rows):
             return None

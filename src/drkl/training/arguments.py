@@ -48,6 +48,7 @@ _NUMBERS = {
     "learning_rate": True, "weight_decay": False, "max_grad_norm": False, "eval_steps": True, "save_steps": True,
     "logging_steps": True,
 }  # fmt: skip
+_TWO_OBJECTIVES = "beta is TRL's name for an objective and stands in its place; give one of the two."
 _TEXTS = ("objective_params", "model_init_kwargs", "teacher_model_init_kwargs", "rollout_stop_map")
 
 
@@ -228,7 +229,7 @@ class DistillationConfig(TrainingArguments):
     def _check_objective(self) -> None:
         if self.beta is not None:
             if self.objective != "drkl" or self.objective_params:
-                raise DrklError("beta is TRL's name for an objective and stands in its place; give one of the two.")
+                raise DrklError(_TWO_OBJECTIVES)
             self.objective, self.objective_params = trl.objective_of(self.beta)
             self.beta = None
         self.make_objective()
@@ -275,13 +276,11 @@ class DistillationConfig(TrainingArguments):
         except ValueError as error:
             errors: Any = error
             first = errors.errors()[0]
-            name = PREFIX + ".".join(str(part) for part in first["loc"]) if first["loc"] else "rollouts"
             reason = first["msg"].removeprefix("Value error, ")
-            raise DrklError(
-                f"{name} is {first['input']!r}: {reason[0].lower()}{reason[1:]}."
-                if first["loc"]
-                else f"rollout_{reason}."
-            ) from error
+            if first["loc"]:
+                name = PREFIX + ".".join(str(part) for part in first["loc"])
+                reason = f"{name} is {first['input']!r}: {reason[0].lower()}{reason[1:]}"
+            raise DrklError(f"{reason}.") from error
 
     def _check_sizes(self) -> None:
         if self.per_device_train_batch_size is not None and self.tokens_per_step is not None:
@@ -450,6 +449,9 @@ def _init(self: DistillationConfig, *args: Any, **kwargs: Any) -> None:
     for name in fields:
         if name not in known:
             raise DrklError(f"DistillationConfig has no field {name!r}.{did_you_mean(name, known)}")
+    # A command line gives every field, those that were not named too.
+    if kwargs.get("beta") is not None and "objective" in kwargs and not kwargs.keys() >= set(known):
+        raise DrklError(_TWO_OBJECTIVES)
     try:
         _generated(self, *args, **fields)
     except DrklError as error:

@@ -1,26 +1,25 @@
-"""Whether the teacher ends an answer with the token that the rows teach."""
+"""Where answers end in a run: what rows, student and teacher say of it, and what the student learns."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+from drkl.data.ends import taught_ends
+from drkl.models.ends import set_ends, stops_of
+from drkl.rollouts.stops import agree_on_stops
+from drkl.teachers.stops import Stops, read_stops
+from drkl.training.arguments import DistillationConfig
 
-from drkl.data.ends import end_positions, special_tokens
-from drkl.data.tokenize import Row
-from drkl.models.forward import decoder_start, in_eval_mode
-from drkl.models.readout import batches, logits_of
-from drkl.teachers.live import LiveTeacher
+if TYPE_CHECKING:
+    from drkl.training.pair import Pair
 
-ROWS = 16
-"""Rows that are read for it."""
 FACTOR = 10.0
 """The teacher means another end where it gives that one so many times the probability of the taught one, and so many
 times what a token has on average; a teacher that would go on writing means none."""
-SURE = 0.5
-"""A special token that nothing calls an end is one where the teacher gives it at least this."""
+_log = logging.getLogger("drkl")
 
 
 class Ends(NamedTuple):
@@ -58,58 +57,62 @@ class Ends(NamedTuple):
         return record
 
 
-@torch.no_grad()
-def compare_ends(
-    teacher: LiveTeacher,
-    rows: Sequence[Row],
-    tokenizer: Any,
-    known: Iterable[int],
-    *,
-    pad_id: int,
-    merged_ids: Sequence[int] = (),
-) -> Ends | None:
-    """Read the ends of a few turns with the teacher; None where no row has a whole turn.
+def settle_ends(pair: Pair, args: DistillationConfig) -> None:
+    """Find out where answers end, refuse models that cannot agree on it, and give the student all ends that it learns.
 
     Args:
-        teacher: a language model, on its device.
-        rows: the training rows; the first `ROWS` that end with a special token are read.
-        tokenizer: names the special tokens.
-        known: the ids that end an answer by the teacher's settings and the template.
-        pad_id: fills batches; its value changes nothing.
+        pair: of language models, the student's settings as they came; what is found is written into it.
+        args: whether answers are sampled, and by whom.
+
+    Raises:
+        DrklError: the teacher stops with another token, or ``rollouts.stop_map`` has an entry that is no such pair.
+    """
+    student, words, rollouts = pair.student, pair.words, args.rollouts
+    rows: Any = pair.rows
+    taught = [*taught_ends(rows, words), *pair.listed_ends]
+    learns = args.kd_weight > 0 and args.make_objective().needs_teacher
+    warning = None
+    if pair.teacher is not None and (rollouts.is_on or learns):
+        stops = read_stops(
+            student if rollouts.is_on else None, pair.teacher, [*rows, *pair.eval_rows], words, taught,
+            pad_id=pair.pad_id, teacher_tokenizer=pair.teacher_tokenizer,
+        )  # fmt: skip
+        pair.teacher_stops = stops.teacher
+        if rollouts.is_on:
+            agreement = agree_on_stops(stops, words, rollouts, vocab_size=pair.vocab_size)
+            pair.merged_ids, warning = agreement.merged_ids, agreement.warning
+            pair.notes += [] if agreement.note is None else [agreement.note]
+            taught += [*agreement.merged_ids, *agreement.learnt]
+        pair.ends = compare_ends(stops, words, pair.merged_ids) if learns else None
+        if pair.ends is not None and pair.ends.differ and pair.ends.own_id is not None:
+            taught.append(pair.ends.own_id)
+            warning = pair.ends.warning()  # in place of the other, which says the same of the student
+    if warning is not None and args.process_index == 0:
+        _log.warning("Warning: %s", warning)
+    pair.notes += set_ends(student, words, stops_of(student, words, args.template, taught))
+
+
+def compare_ends(stops: Stops, tokenizer: Any, merged_ids: Sequence[int] = ()) -> Ends | None:
+    """Judge whether the teacher ends a turn with the token that the rows teach; None where no row is whole.
+
+    Args:
+        stops: of the teacher, read at the ends of rows.
+        tokenizer: names the tokens.
         merged_ids: ids that mean one end, so that none of them is another where the rows end with one of them.
     """
-    specials = {number: text for text, number in special_tokens(tokenizer).items()}
-    whole = list(itertools.islice((row for row in rows if row.trained_ids and row.trained_ids[-1] in specials), ROWS))
-    places = {}
-    for number, row in enumerate(whole):
-        trained = row.trained_ids
-        places[number] = [place for place in end_positions(row) if trained[place] in specials]
-    if not whole:
+    if not stops.num_rows:
         return None
-    labels, logits = [], []
-    head = teacher.head
-    with in_eval_mode(teacher.model):
-        for batch in batches(whole, pad_id=pad_id, decoder_start=decoder_start(teacher.model), positions=places):
-            labels.append(batch.labels)
-            logits.append(logits_of(batch.for_teacher.states(teacher.model), head).float().softmax(-1).cpu())
-    observed, probabilities = torch.cat(labels), torch.cat(logits)
-    size = probabilities.shape[1]
-    taught = sorted(set(observed.tolist()), key=observed.tolist().count, reverse=True)
-    mean = probabilities.mean(0)
-    ends = set(known)
+    taught = [token for token, _ in Counter(stops.labels.tolist()).most_common()]
     alike = set(merged_ids) if set(merged_ids) & set(taught) else set()
-    others = [
-        token
-        for token in specials
-        if token < size and token not in taught and token not in alike and (token in ends or float(mean[token]) >= SURE)
-    ]
+    mean = stops.logp.exp().mean(0)
+    others = [token for token in stops.teacher if token not in taught and token not in alike]
     own = max(others, key=lambda token: float(mean[token]), default=None)
     return Ends(
-        taught=" or ".join(specials[token] for token in taught),
-        taught_probability=float(probabilities.gather(1, observed.clamp(max=size - 1)[:, None]).mean()),
-        own=None if own is None else specials[own],
+        taught=" or ".join(map(str, tokenizer.convert_ids_to_tokens(taught))),
+        taught_probability=float(stops.logp.gather(1, stops.labels[:, None]).exp().mean()),
+        own=None if own is None else str(tokenizer.convert_ids_to_tokens(own)),
         own_probability=0.0 if own is None else float(mean[own]),
-        num_ends=len(observed),
-        vocab_size=size,
+        num_ends=len(stops.labels),
+        vocab_size=len(mean),
         own_id=own,
     )

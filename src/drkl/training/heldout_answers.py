@@ -13,7 +13,7 @@ from drkl.losses.config import LossConfig
 from drkl.objectives import Objective
 from drkl.rollouts.answers import Answer
 from drkl.rollouts.asking import Asker, answer_in, answered_row
-from drkl.rollouts.config import PREFIX
+from drkl.rollouts.config import PREFIX, RolloutsConfig
 from drkl.rollouts.health import numbers_of
 from drkl.runs import RunFolder, append_jsonl, lines_up_to, write_jsonl
 from drkl.training.heldout import HeldOut
@@ -26,13 +26,13 @@ class HeldOutAnswers:
     """Held-out prompts that the student answers at each evaluation, each time with the same random numbers.
 
     Args:
-        rows: held-out rows, with or without responses; ``prompts`` of them are chosen by a hash of seed and id.
+        rows: held-out rows, with or without responses; some of them are chosen by a hash of seed and id.
         asker: has the answers written, with the student's weights of now.
         held_out: makes the rows' reader of answers (`HeldOut`), with teacher, batch size and vocabulary.
         tokenizer: decodes the texts that are kept.
         run: the folder that keeps them, in ``rollouts.jsonl``.
-        prompts: at least 1.
-        keep_texts: answers that are kept as text each time, those to the first of the chosen prompts.
+        config: the section `rollouts`: the number of prompts, at least 1, and of answers that are kept as text each
+            time, those to the first of the chosen prompts.
         stops: the tokens that end an answer.
     """
 
@@ -43,16 +43,15 @@ class HeldOutAnswers:
         held_out: Callable[[Sequence[Row]], HeldOut],
         tokenizer: Any,
         run: RunFolder,
+        config: RolloutsConfig,
         *,
-        prompts: int,
-        keep_texts: int,
         stops: Collection[int],
     ) -> None:
         hashes = {number: hash_of_id(f"{asker.seed} {row.id}") for number, row in enumerate(rows)}
-        chosen = sorted(sorted(hashes, key=lambda number: (hashes[number], number))[:prompts])
+        chosen = sorted(sorted(hashes, key=lambda number: (hashes[number], number))[: config.eval_prompts])
         self._rows = [rows[number] for number in chosen]
         self._asker, self._held_out, self._tokenizer, self._run = asker, held_out, tokenizer, run
-        self._keep, self._stops = keep_texts, frozenset(stops)
+        self._keep, self._stops = config.keep_texts, frozenset(stops)
         self._of_data = self._numbers_of_data()
 
     def evaluate(

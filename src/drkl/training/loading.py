@@ -13,8 +13,8 @@ from drkl.errors import DrklError
 from drkl.models.adapter import add_adapter, changes_base, check_adapter
 from drkl.models.classes import check_classes, is_classifier
 from drkl.models.dropout import disable_dropout
-from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer, words_of
-from drkl.models.pair import check_same_family, shared_tokens
+from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
+from drkl.models.pair import check_same_family
 from drkl.models.precision import resolve_dtype
 from drkl.runs import IN_MEMORY
 from drkl.teachers.live import LiveTeacher
@@ -162,22 +162,6 @@ def check_kinds(
         check_classes(teacher.model, classes, teacher_name)
     else:
         check_same_family(student.config, teacher.model.config, name, teacher_name)
-
-
-def tokenizer_of_teacher(teacher: Any, tokenizer: Any, args: DistillationConfig) -> Any:
-    """The teacher's own tokenizer, where it reads prompts in its own rendering; None where it has none or is to."""
-    if not args.rollouts.is_on or teacher is None:
-        return None
-    model = teacher.model if isinstance(teacher, LiveTeacher) else teacher
-    name = str(teacher) if isinstance(teacher, (str, Path)) else getattr(model, "name_or_path", "")
-    if not name:
-        return None
-    try:
-        own = load_tokenizer(name)
-        shared_tokens(words_of(tokenizer), own, "student", name)
-    except DrklError:  # it was given without one, or with one of another vocabulary
-        return None
-    return own
 
 
 def plain_options(options: dict[str, Any] | None) -> dict[str, Any]:

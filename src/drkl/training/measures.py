@@ -98,8 +98,7 @@ def make_measures(rows: Rows, pair: Pair, args: DistillationConfig, run: RunFold
             reader,
             pair.tokenizer,
             run,
-            prompts=rollouts.eval_prompts,
-            keep_texts=rollouts.keep_texts,
+            rollouts,
             stops=answer_stops(pair, args, "student"),
         )
     with_response = [row for row in any_rows if row.response_ids]

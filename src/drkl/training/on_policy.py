@@ -24,7 +24,7 @@ from drkl.runs import RunFolder, read_json, write_json
 from drkl.training.arguments import DistillationConfig
 from drkl.training.checkpoints import step_of
 from drkl.training.pair import Pair
-from drkl.training.writers import answer_stops, builtin_writer, make_asker, server_writer
+from drkl.training.writers import answer_begin, answer_stops, builtin_writer, make_asker, server_writer
 
 _log = logging.getLogger("drkl")
 PADDING = (64, 4096)
@@ -136,7 +136,7 @@ class OnPolicy:
         if not (checkpoint / STATE).is_file():
             raise DrklError(
                 f"{str(checkpoint)!r} has no {STATE}: its run trained on the data's responses alone. Leave "
-                "rollouts.share at 0 to go on with it, or start a new run."
+                "rollout_share at 0 to go on with it, or start a new run."
             )
         try:
             state = read_json(checkpoint / STATE)
@@ -191,6 +191,12 @@ def check_rollouts(pair: Pair, args: DistillationConfig) -> None:
         raise DrklError(
             "rollout_share is above 0, but there is no teacher to judge the sampled answers; pass teacher_model, or "
             "leave it out."
+        )
+    given = len(answer_begin(pair, args.rollouts.source))
+    if pair.max_new_tokens <= given:
+        raise DrklError(
+            f"rollout_max_new_tokens is {pair.max_new_tokens}, and the first {given} token(s) of every answer are "
+            f"given and not sampled, so nothing would be written. Set it to at least {given + 1}."
         )
 
 

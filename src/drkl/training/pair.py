@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from drkl.data.classification import LabelledRow
-from drkl.data.ends import taught_ends
 from drkl.data.lengths import Lengths, Room, answer_room, fit_lengths
 from drkl.data.rows import Rows, rows_from
 from drkl.data.tokenize import DropReport, Row
@@ -23,20 +23,20 @@ from drkl.models.check import check_student
 from drkl.models.classes import class_names, is_classifier
 from drkl.models.config import StudentConfig
 from drkl.models.context import room_of
-from drkl.models.ends import check_languages, listed_ends, set_ends, stops_of
+from drkl.models.ends import check_languages, listed_ends
 from drkl.models.forward import is_encoder_decoder, lm_head
 from drkl.models.load import words_of
 from drkl.models.pair import (
     SharedTokens,
     check_rows,
     check_tokenizers,
+    own_tokenizer,
     shared_vocabulary,
 )
-from drkl.rollouts.stops import Agreement, agree_on_stops
 from drkl.runs import IN_MEMORY
 from drkl.teachers.live import LiveTeacher
 from drkl.training.arguments import DistillationConfig
-from drkl.training.ends import Ends, compare_ends
+from drkl.training.ends import Ends, settle_ends
 from drkl.training.loading import (
     check_kinds,
     load_student,
@@ -44,7 +44,6 @@ from drkl.training.loading import (
     make_trainable,
     plain_options,
     tokenizer_of_rows,
-    tokenizer_of_teacher,
 )
 
 _log = logging.getLogger("drkl")
@@ -58,6 +57,8 @@ class TokenisedRows:
     report: DropReport
     shared_tokens: SharedTokens | None = None
     source: str | None = None
+    teacher_tokenizer: Any = None
+    """The teacher's, where it read the prompts in a rendering of its own; None where it read the run's."""
 
 
 @dataclass
@@ -74,10 +75,6 @@ class Pair:
     """Names of the classes by number; None for language models."""
     vocabulary: dict[str, int] | None
     """Where the two heads are compared on fewer ids than they have: how many are ``shared``, of how many."""
-    adapter: Any
-    """peft's handle on the student, or None."""
-    adapter_start: dict[str, Tensor]
-    """First weights of an adapter whose start changed the base model; empty for any other."""
     student_name: str
     teacher_name: str | None
     data_names: tuple[str, str | None]
@@ -90,6 +87,12 @@ class Pair:
     """The longest answer that is sampled in training; nothing is sampled where rollouts are off."""
     eval_dataset: list[dict[str, Any]] | None
     """The held-out rows as they were passed in memory; None where they have a name, or no json."""
+    tokenize: Callable[[Any, str], tuple[Rows, DropReport]]
+    """Turns a data set, as the trainer takes it and errors call it, into rows as the training rows were made."""
+    adapter: Any = None
+    """peft's handle on the student, or None."""
+    adapter_start: dict[str, Tensor] = field(default_factory=dict)
+    """First weights of an adapter whose start changed the base model; empty for any other."""
     student_options: dict[str, Any] = field(default_factory=dict)
     """What a student given by its name was loaded with, as a config.yaml has it."""
     notes: list[str] = field(default_factory=list)
@@ -102,6 +105,8 @@ class Pair:
     """Where the teacher ends an answer, and where the rows do."""
     merged_ids: tuple[int, ...] = ()
     """The stop tokens that count as one event in the loss; empty where each counts for itself."""
+    teacher_stops: Sequence[int] = ()
+    """The ids that end an answer of the teacher's; empty where they are not asked for."""
 
     @property
     def vocab_size(self) -> int | None:
@@ -118,21 +123,11 @@ class Pair:
         """The padding id of batches; its value changes nothing."""
         return _pad_id(self.tokenizer)
 
-    def tokenize(self, dataset: Any, args: DistillationConfig) -> tuple[Rows, DropReport]:
-        """Turn a data set, as the trainer takes it, into checked rows."""
-        rows, report = _tokenize(
-            dataset,
-            "eval_dataset",
-            self.tokenizer,
-            self.classes,
-            args,
-            self.listed_ends,
-            self.lengths,
-            self.room,
-            self.teacher_tokenizer,
-        )
+    def rows_of(self, dataset: Any) -> Rows:
+        """Turn held-out rows, as the trainer takes them, into checked ones."""
+        rows, _ = self.tokenize(dataset, "eval_dataset")
         _check_rows(rows, self.student, self.teacher)
-        return rows, report
+        return rows
 
 
 def make_pair(
@@ -187,34 +182,31 @@ def make_pair(
     ends = [] if classes is not None else listed_ends(student if teacher is None else teacher.model, words)
     room = _room(student, teacher, classes)
     lengths, max_new_tokens = _lengths(args, room)
-    own_reader = None if classes is not None else tokenizer_of_teacher(teacher_model, tokenizer, args)
-    settings: Any = (tokenizer, classes, args, ends, lengths, room, own_reader)
-    rows, report = _tokenize(train_dataset, "train_dataset", *settings)
+    own_reader = None
+    if isinstance(train_dataset, TokenisedRows):
+        own_reader = train_dataset.teacher_tokenizer
+    elif teacher is not None and args.rollouts.is_on and classes is None:
+        own_reader = own_tokenizer(teacher.model, tokenizer)
+    settings: dict[str, Any] = {"classes": classes, "ends": ends, "room": room, "teacher_tokenizer": own_reader}
+    tokenize = partial(_tokenize, args=args, tokenizer=tokenizer, **settings, **lengths._asdict())
+    rows, report = tokenize(train_dataset, "train_dataset")
     eval_rows: Rows = []
     if eval_dataset is not None:
-        eval_rows, _ = _tokenize(eval_dataset, "eval_dataset", *settings)
+        eval_rows, _ = tokenize(eval_dataset, "eval_dataset")
     everything: list[Any] = [*rows, *eval_rows]
     _check_rows(everything, student, teacher)
     # The command line says what there is to say of its rows where it reads them.
     notes = [] if isinstance(train_dataset, TokenisedRows) else list(report.notes)
     vocabulary = None
-    compared: Ends | None = None
-    merged_ids: tuple[int, ...] = ()
     if classes is None:
         check_student(student)
         vocabulary = _compare_vocabularies(student, teacher, shared, tokenizer, everything, notes)
         check_languages(words, {"student": student, "teacher": None if teacher is None else teacher.model})
-        shared_size = None if vocabulary is None else vocabulary["shared"]
-        agreement = _agreement(student, teacher, rows, eval_rows, words, args, ends, shared_size)
-        compared = None if teacher is None else _ends(teacher, rows, words, args, agreement.merged_ids)
-        merged_ids = agreement.merged_ids
-        notes += _settle_ends(student, rows, words, args, ends, agreement, compared)
     else:
         student.config.get_text_config().pad_token_id = _pad_id(tokenizer)  # decoders find a text's end by it
         if teacher is not None:
             teacher.pad_id = _pad_id(tokenizer)
-    adapter = make_trainable(student, adapter, args, peft_config)
-    return Pair(
+    pair = Pair(
         student=student,
         teacher=teacher,
         tokenizer=tokenizer,
@@ -223,8 +215,6 @@ def make_pair(
         report=report,
         classes=classes,
         vocabulary=vocabulary,
-        adapter=adapter,
-        adapter_start={} if adapter is None else adapter_start(adapter),
         student_name=_name(model),
         teacher_name=None if teacher is None else _name(teacher_model),
         data_names=(_data_name(train_dataset), None if eval_dataset is None else _data_name(eval_dataset)),
@@ -236,68 +226,17 @@ def make_pair(
             {**(args.model_init_kwargs or {})}
             | ({} if quantization_config is None else {"quantization_config": quantization_config})
         ),
+        tokenize=tokenize,
         notes=notes,
         teacher_tokenizer=own_reader,
         listed_ends=ends,
-        ends=compared,
-        merged_ids=merged_ids,
     )
-
-
-def _agreement(
-    student: PreTrainedModel,
-    teacher: LiveTeacher | None,
-    rows: Any,
-    eval_rows: Any,
-    tokenizer: Any,
-    args: DistillationConfig,
-    listed: Sequence[int],
-    vocab_size: int | None,
-) -> Agreement:
-    """What student and teacher agree on about stopping, where answers are sampled."""
-    rollouts = args.rollouts
-    if teacher is None or not rollouts.is_on:
-        return Agreement(())
-    return agree_on_stops(
-        student,
-        teacher,
-        [*rows, *eval_rows],
-        tokenizer,
-        rollouts.stop_map,
-        taught=[*taught_ends(rows, tokenizer), *listed],
-        pad_id=_pad_id(tokenizer),
-        vocab_size=vocab_size,
-        refuse=rollouts.source != "teacher",
-    )
-
-
-def _ends(
-    teacher: LiveTeacher, rows: Any, tokenizer: Any, args: DistillationConfig, merged_ids: Sequence[int]
-) -> Ends | None:
-    """Where the teacher ends an answer; unread where its probabilities teach nothing."""
-    if args.kd_weight == 0 or not args.make_objective().needs_teacher:
-        return None
-    known = stops_of(teacher.model, tokenizer, args.template)
-    return compare_ends(teacher, rows, tokenizer, known, pad_id=_pad_id(tokenizer), merged_ids=merged_ids)
-
-
-def _settle_ends(
-    student: PreTrainedModel,
-    rows: Any,
-    tokenizer: Any,
-    args: DistillationConfig,
-    listed: Sequence[int],
-    agreement: Agreement,
-    compared: Ends | None,
-) -> list[str]:
-    """Give the student all the ends that it learns, and return what there is to say of them."""
-    taught = [*taught_ends(rows, tokenizer), *listed, *agreement.merged_ids, *agreement.learnt]
-    if compared is not None and compared.differ and compared.own_id is not None:
-        taught.append(compared.own_id)
-    elif agreement.warning is not None and args.process_index == 0:  # else it is said of the rows already
-        _log.warning("Warning: %s", agreement.warning)
-    notes = [] if agreement.note is None else [agreement.note]
-    return notes + set_ends(student, tokenizer, stops_of(student, tokenizer, args.template, taught))
+    if classes is None:
+        settle_ends(pair, args)
+    # Last, so that a student that is refused is left as it was passed.
+    pair.adapter = make_trainable(student, adapter, args, peft_config)
+    pair.adapter_start = {} if pair.adapter is None else adapter_start(pair.adapter)
+    return pair
 
 
 def _lengths(args: DistillationConfig, room: Room) -> tuple[Lengths, int]:
@@ -348,37 +287,27 @@ def _pad_id(tokenizer: Any) -> int:
 
 
 def _tokenize(
-    dataset: Any,
-    name: str,
-    tokenizer: Any,
-    classes: Sequence[str] | None,
-    args: DistillationConfig,
-    ends: Sequence[int],
-    lengths: Lengths,
-    room: Room,
-    teacher_tokenizer: Any = None,
+    dataset: Any, name: str, /, *, tokenizer: Any, args: DistillationConfig, **settings: Any
 ) -> tuple[Rows, DropReport]:
+    """Turn a data set, as the trainer takes it, into rows; ``settings`` are those of `rows_from`."""
     if isinstance(dataset, TokenisedRows):
         return dataset.rows, dataset.report
     rows, report = rows_from(
         dataset,
         tokenizer,
         name=name,
-        encoder_decoder=room.separate,
-        classes=classes,
-        max_prompt_tokens=lengths.max_prompt_tokens,
-        max_tokens=lengths.max_tokens,
-        room=room,
+        encoder_decoder=settings["room"].separate,
         turns=args.turns,
         template=args.template,
-        ends=ends,
         needs_responses=args.rollouts.needs_responses,
-        teacher_tokenizer=teacher_tokenizer,
+        **settings,
     )
-    if report.difference and name == "train_dataset" and args.process_index == 0:
-        _log.warning("Warning: %s", report.difference)
-    if (report.dropped or report.responses_cut) and args.process_index == 0:
-        _log.warning("Warning: %s: %s", name, report.summary())
+    if name != "train_dataset":
+        report.difference = None  # said of the training rows already
+    lost = report.dropped or report.responses_cut
+    said = f"{name}: {report.summary()}" if lost else report.difference
+    if said and args.process_index == 0:
+        _log.warning("Warning: %s", said)
     return rows, report
 
 

@@ -225,12 +225,14 @@ def _make_trainer(
     student = make_student(spec.student, teacher_name, spec.run.seed, tokenizer, resources.classes)
     needed = spec.rollouts.needs_responses
     loaded = resources.rows(spec.data, tokenizer_name, encoder_decoder=encoder_decoder, needs_responses=needed)
+    reader = resources.teacher_tokenizer
+    train = TokenisedRows(loaded.train, loaded.report, shared, spec.data.name, reader)
     heldout = TokenisedRows(loaded.heldout, loaded.report, shared, spec.data.eval_path) if loaded.heldout else None
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher,
         args=training_config(spec, resources.device),
-        train_dataset=TokenisedRows(loaded.train, loaded.report, shared, spec.data.name),
+        train_dataset=train,
         eval_dataset=heldout,
         processing_class=tokenizer,
         peft_config=spec.peft,

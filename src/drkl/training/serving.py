@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from drkl.errors import DrklError
 from drkl.models.precision import pick_device, resolve_dtype, torch_dtype
 from drkl.models.student import make_student
-from drkl.rollouts.client import host_and_port
+from drkl.rollouts.client import address_of, host_and_port
 from drkl.rollouts.served import INSTALL, check_servable, serve_command, served_copy, served_folder, write_served
 from drkl.training.checks import check_device
 from drkl.training.spec import RunSpec, fitted, run_classes, run_configs, run_room, run_tokenizer
@@ -94,5 +94,4 @@ def prepare_server(
         port=port,
         more=more,
     )
-    shown = f"[{host}]" if ":" in host else host
-    return Serving(command, variables, f"http://{shown}:{port}")
+    return Serving(command, variables, address_of(host, port))

@@ -159,8 +159,6 @@ class DistillationTrainer(Trainer):
             )
         for note in pair.notes:
             _log.info(note)
-        if pair.ends is not None and pair.ends.differ and args.process_index == 0:
-            _log.warning("Warning: %s", pair.ends.warning())
         self.run = RunFolder(Path(str(args.output_dir)))
         samples, any_rows = args.rollouts.is_on, list[Any](pair.rows)
         if samples:
@@ -481,7 +479,7 @@ class DistillationTrainer(Trainer):
         """
         measures = self._measures
         if eval_dataset is not None:
-            rows = self.pair.tokenize(eval_dataset, self.config)[0]
+            rows = self.pair.rows_of(eval_dataset)
             measures = make_measures(rows, self.pair, self.config, self.run)
         if measures is None:
             raise DrklError("There are no held-out rows; pass eval_dataset to the trainer, or here.")

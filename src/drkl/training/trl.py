@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from drkl.errors import DrklError
+from drkl.rollouts.client import address_of
 
 RENAMED = {
     "max_completion_length": "rollout_max_new_tokens",
@@ -58,7 +59,7 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "shuffle_dataset": ("the rows are shuffled in every epoch, by the seed", (None, True)),
     "pad_to_multiple_of": ("a batch is padded to its longest row", (None, "auto")),
     # Of GKDConfig, which is an SFTConfig.
-    "max_length": ("it has two fields here: max_tokens, and max_prompt_tokens", (None,)),
+    "max_length": ("max_tokens counts prompt and response, max_prompt_tokens the prompt alone", (None,)),
     "max_prompt_length": ("it is max_prompt_tokens here", (None,)),
     "truncation_mode": (_ROWS, (None, "keep_start")),
     "packing": (_ROWS, (None, False)),
@@ -149,7 +150,7 @@ def _vllm(asked: dict[str, Any]) -> Translated:
     elif is_set or (use and mode == "server"):
         name = next((n for n in ("vllm_server_host", "vllm_server_port") if n in asked), "vllm_mode")
         # A server listens on 0.0.0.0, that is on every address; a client asks one of them.
-        address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        address = address_of({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host)), port)
         found.append((name, ("rollout_server", address)))
     return found
 

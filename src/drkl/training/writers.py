@@ -13,7 +13,6 @@ from drkl.rollouts.asking import Asker, Share
 from drkl.rollouts.builtin import BuiltInWriter
 from drkl.rollouts.served import served_folder
 from drkl.rollouts.server import PROBES, ServerWriter
-from drkl.rollouts.stops import teacher_stops
 from drkl.runs import RunFolder
 from drkl.training.arguments import DistillationConfig
 from drkl.training.pair import Pair
@@ -43,7 +42,7 @@ def builtin_writer(pair: Pair, args: DistillationConfig, source: Source) -> Writ
         precision=args.precision,
         vocab_size=pair.vocab_size,
         pad_id=pair.pad_id,
-        begin=answer_start(teacher if source == "teacher" else student, pair.words),
+        begin=answer_begin(pair, source),
     )
 
 
@@ -62,14 +61,19 @@ def server_writer(pair: Pair, args: DistillationConfig, run: RunFolder) -> Serve
     )
 
 
+def answer_begin(pair: Pair, source: Source) -> list[int]:
+    """The ids that every answer of this writer begins with, which are not sampled."""
+    student, teacher = _models(pair)
+    return answer_start(teacher if source == "teacher" else student, pair.words)
+
+
 def answer_stops(pair: Pair, args: DistillationConfig, source: Source) -> list[int]:
     """The ids that end an answer of this writer."""
     student, teacher = _models(pair)
     if source != "teacher":
         return stops_of(student, pair.words, args.template)
     # It may end an answer as its own chat template does, and not that of the rows.
-    own = teacher_stops(teacher, pair.words)
-    return list(dict.fromkeys([*stops_of(teacher, pair.words, args.template), *own]))
+    return stops_of(teacher, pair.words, args.template, pair.teacher_stops)
 
 
 def make_asker(pair: Pair, args: DistillationConfig, writer: Writer, *, first_alone: bool = False) -> Asker:
