@@ -240,6 +240,19 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=True, allow_nan=False) + "\n" for row in rows))
 
 
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add json lines to a log.
+
+    Raises:
+        DrklError: they cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise DrklError(f"Cannot write {str(path)!r}: {error.strerror or error}. Mend that, then resume.") from error
+
+
 def write_yaml(path: str | Path, value: dict[str, Any]) -> None:
     """Write yaml whole or not at all, keys in the order given."""
     write_text(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))

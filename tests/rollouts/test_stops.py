@@ -250,6 +250,10 @@ def test_the_students_stop_tokens_are_those_of_its_folder(folders: tuple[Path, P
     # Nothing but its chat template.
     written.eos_token = None
     assert student_stops(endless, written) == [OWN_END]
+    nothing = tiny.t5(layers=1)
+    nothing.generation_config.eos_token_id = None
+    with pytest.raises(DrklError, match="so its answers could never end"):
+        student_stops(nothing, written)
 
 
 @pytest.mark.parametrize("made", ["pruned", "random", "loaded"])

@@ -227,6 +227,17 @@ def test_a_checkpoint_of_other_settings_goes_on_with_new_answers(
     assert other.state.log_history[-2]["rollout_length"] <= 2
 
 
+def test_other_steps_are_said_where_a_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "tokens_per_step": 30}
+    make_trainer(tmp_path, rows(8), max_steps=2, **settings).train()
+    make_trainer(tmp_path, rows(8), max_steps=3, **settings).train(resume_from_checkpoint=True)
+    assert "other rows" not in caplog.text, "a run may be made longer"
+    make_trainer(tmp_path, rows(8), max_steps=4, **settings | {"tokens_per_step": 60}).train(
+        resume_from_checkpoint=True
+    )
+    assert "the steps up to checkpoint-3 had other rows than those of this run" in caplog.text
+
+
 def test_sampling_leaves_torch_s_random_numbers_alone(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, rows(8), rollout_share=1.0, rollout_max_new_tokens=4)
     assert trainer._on_policy is not None

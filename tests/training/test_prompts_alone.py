@@ -12,6 +12,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import drkl
+from drkl.analysis.config import AnalysisConfig
+from drkl.analysis.watch import GradientWatch
 from drkl.data.template import encode_prompt
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
@@ -49,6 +51,12 @@ def trainer_of(root: Path, data: Any, **changes: Any) -> drkl.DistillationTraine
     )  # fmt: skip
     given = {"model": tiny.llama(1, layers=2), "teacher_model": tiny.llama(9), "processing_class": tiny.tokenizer()}
     return drkl.DistillationTrainer(args=args, train_dataset=data, **(given | parts))
+
+
+def test_prompts_alone_are_not_watched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = trainer_of(tmp_path, PROMPTS[:8], eval_dataset=PROMPTS[8:])
+    assert GradientWatch.for_trainer(trainer, AnalysisConfig(watch_every=1)) is None
+    assert "analysis.watch_every has no effect: it watches the responses of the held-out rows" in caplog.text
 
 
 def test_a_config_takes_prompts_alone(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ import torch
 from transformers import Trainer
 
 from drkl.errors import DrklError
-from drkl.runs import RunFolder, lines_up_to
+from drkl.runs import RunFolder, append_jsonl, lines_up_to
 from drkl.training import record as record_module
 from drkl.training.checkpoints import MARKER
-from drkl.training.run import Listener
+from drkl.training.run import Listener, _remove
 from tests.models import tiny
 from tests.training import tiny_runs
 
@@ -387,3 +387,17 @@ def test_a_record_that_is_no_mapping_is_named(tmp_path: Path) -> None:
     (tmp_path / "env.json").write_text("[]")
     with pytest.raises(DrklError, match=r"env\.json holds a list; expected a json object\. Remove the file"):
         RunFolder(tmp_path).is_finished()
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DrklError, match=r"Cannot write '.*train\.jsonl': .*Mend that, then resume"):
+        append_jsonl(tmp_path / "none" / "train.jsonl", [{"step": 1}])
+
+
+def test_a_run_that_cannot_be_replaced_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr("drkl.training.run.shutil.rmtree", refuse)
+    with pytest.raises(DrklError, match=r"Cannot replace '.*': Read-only file system"):
+        _remove(RunFolder(tmp_path))

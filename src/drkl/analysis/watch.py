@@ -9,6 +9,7 @@ positions where the tail raises the target, with a push below -0.0001.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from drkl.analysis.config import AnalysisConfig
     from drkl.training.trainer import DistillationTrainer
 
+_log = logging.getLogger("drkl")
 PREFIX = "watch_"
 MEANS = ("target_push", "tail_push", "q_t", "p_t", "B", "K", "D")
 """The fields of a `Decomposition` whose means are logged."""
@@ -194,12 +196,20 @@ class GradientWatch(TrainerCallback):
             config: the section.
 
         Returns:
-            The watch, attached to ``trainer``; None where the config does not ask for one.
+            The watch, attached to ``trainer``; None where the config does not ask for one, and, with a warning, where
+            the held-out rows are prompts alone.
 
         Raises:
             DrklError: the trainer has no teacher or no held-out rows.
         """
         if config.watch_every is None:
+            return None
+        if trainer.eval_rows and not any(row.num_trained for row in trainer.eval_rows):
+            if trainer.is_world_process_zero():
+                _log.warning(
+                    "Warning: analysis.watch_every has no effect: it watches the responses of the held-out rows, which "
+                    "have none. Name rows with responses as data.eval_path, or leave it out."
+                )
             return None
         probe = Probe(
             trainer.eval_rows,

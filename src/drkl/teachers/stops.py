@@ -106,6 +106,9 @@ def student_stops(student: PreTrainedModel, tokenizer: Any) -> list[int]:
     Args:
         student: before any end is added to its settings.
         tokenizer: the run's.
+
+    Raises:
+        DrklError: nothing ends its answers.
     """
     own, source = own_tokenizer(student, tokenizer), source_of(student)
     words = tokenizer if own is None else own
@@ -113,7 +116,7 @@ def student_stops(student: PreTrainedModel, tokenizer: Any) -> list[int]:
     ids += listed_ends(student, words)
     if source and Path(source).is_dir():  # a student with random weights has the settings of a config alone
         ids += listed_ends(source, words)
-    return list(dict.fromkeys(ids or as_ids(tokenizer.eos_token_id) or teacher_stops(student, tokenizer)))
+    return list(dict.fromkeys(ids or as_ids(tokenizer.eos_token_id) or stops_of(student, tokenizer)))
 
 
 def teacher_stops(teacher: PreTrainedModel, tokenizer: Any) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 import logging
 import math
 import os
@@ -16,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from drkl.display import as_number
 from drkl.rollouts.health import Detector
-from drkl.runs import RunFolder, lines_up_to, write_jsonl
+from drkl.runs import RunFolder, append_jsonl, lines_up_to, write_jsonl
 
 _log = logging.getLogger("drkl")
 
@@ -60,8 +59,7 @@ class TrainLog(TrainerCallback):
         line: dict[str, Any] = {"step": state.global_step}
         line |= {key: value for key, value in logs.items() if _is_number(value) and key != "epoch"}
         line["seconds"] = round(self.seconds, 3)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_jsonl(self._path, [line])
         self._newest |= line
         self._report(state)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from statistics import fmean
 
 from transformers import TrainerState
 
+from drkl.data.examples import hash_of_id
 from drkl.errors import DrklError
 from drkl.runs import RunFolder, read_json, write_json
 
@@ -31,11 +32,18 @@ class Reached:
     """The step of the last training line of the log; None: ``step``."""
     loss_sums: tuple[float, ...] = ()
     """The losses of the steps since then, summed in each process."""
+    plan: str | None = None
+    """Of the rows of the steps so far, by `plan_digest`."""
 
     def loss_sum(self, process: int, processes: int) -> float:
         """The sum of one process: its own, or the mean where the run goes on with another number of processes."""
         sums = self.loss_sums
         return sums[process] if len(sums) == processes else fmean(sums) if sums else 0.0
+
+
+def plan_digest(steps: Sequence[Sequence[int]]) -> str:
+    """A hash of the numbers of the rows of steps."""
+    return hash_of_id(str([list(numbers) for numbers in steps])).hex()
 
 
 def mark_complete(checkpoint: Path, reached: Reached) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -10,14 +9,13 @@ from transformers import PreTrainedModel
 
 from drkl.data.examples import hash_of_id
 from drkl.data.tokenize import Row
-from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.objectives import Objective
 from drkl.rollouts.answers import Answer
 from drkl.rollouts.asking import Asker, answer_in, answered_row
 from drkl.rollouts.config import PREFIX, RolloutsConfig
 from drkl.rollouts.health import numbers_of
-from drkl.runs import RunFolder, lines_up_to, write_jsonl
+from drkl.runs import RunFolder, append_jsonl, lines_up_to, write_jsonl
 from drkl.training.heldout import HeldOut
 
 OF_DATA = ("distinct2", "repeated4")
@@ -103,12 +101,7 @@ class HeldOutAnswers:
         path = self._run.rollouts_path
         if path.is_file() and any(line["step"] == step for line in lines_up_to(path, step)):
             return  # an evaluation after training, where the best weights may be back
-        lines = [json.dumps(self._line(row, step)) + "\n" for row in answered[: self._keep]]
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
-        except OSError as error:
-            raise DrklError(f"Cannot write {str(path)!r}: {error.strerror or error}.") from error
+        append_jsonl(path, [self._line(row, step) for row in answered[: self._keep]])
 
     def _line(self, row: Row, step: int) -> dict[str, Any]:
         answer = answer_in(row, self._stops)

@@ -265,21 +265,28 @@ def distill(
             continue
         listener.on_stage(spec, number, len(specs))
         trainer = prepared.trainer(spec)
+        if on_trainer is not None:
+            on_trainer(trainer)
         if number == 1 and mode == "overwrite" and last.root.exists():
-            shutil.rmtree(last.root)
+            _remove(last)
         if number == 1:
             write_yaml(last.config_path, specs[-1].resolved)  # from here on a resume finds it
             known = last.read_env() if mode == "resume" else {}
             write_json(last.env_path, known | {"command": command, "finished": None})
         trainer.record.command = command
-        if on_trainer is not None:
-            on_trainer(trainer)
         checkpoint = newest_checkpoint(spec.folder.checkpoints_path) if mode == "resume" else None
         if checkpoint is not None:
             listener.on_message(f"Going on from {checkpoint.name}.")
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     return last
+
+
+def _remove(run: RunFolder) -> None:
+    try:
+        shutil.rmtree(run.root)
+    except OSError as error:
+        raise DrklError(f"Cannot replace {str(run.root)!r}: {error.strerror or error} ({error.filename}).") from error
 
 
 def _make_trainer(

@@ -47,6 +47,7 @@ from drkl.training.checkpoints import (
     Reached,
     check_checkpoint,
     mark_complete,
+    plan_digest,
     reached_at,
     readable,
     rotate,
@@ -164,6 +165,7 @@ class DistillationTrainer(Trainer):
             check_rollouts(pair, args)
         lengths = [planned_length(row, pair.max_new_tokens) if samples else row.length for row in any_rows]
         steps, ends = plan_run(lengths, args, args.world_size)
+        self._steps = steps
         self._on_policy = OnPolicy(pair, args, self.run, steps, ends) if samples else None
         inner = loop_arguments(args, self.run, len(steps), heldout=bool(self.eval_rows))
         # Old checkpoints are removed here: transformers does so before the new one is marked whole.
@@ -264,9 +266,11 @@ class DistillationTrainer(Trainer):
         """
         checkpoint = wanted_checkpoint(self.run, resume_from_checkpoint)
         # What cannot be gone on from is refused before anything of the run is touched.
+        self._from = Reached(0)
         if checkpoint is not None:
             check_checkpoint(checkpoint, optimizer=not (self.is_deepspeed_enabled or self.is_fsdp_enabled))
-        self._from = reached_at(checkpoint) if checkpoint else Reached(0)
+            self._from = reached_at(checkpoint)
+            self._check_plan(checkpoint)
         self.num_tokens_seen = self._from.num_tokens
         if self._on_policy is not None:
             self._on_policy.begin(checkpoint)
@@ -522,6 +526,16 @@ class DistillationTrainer(Trainer):
             self._sums, self._input_tokens, self._since = {}, 0, now
         super().log(logs, start_time)
 
+    def _check_plan(self, checkpoint: Path) -> None:
+        plan = self._from.plan
+        if plan not in (None, plan_digest(self._steps[: self._from.step])) and self.args.process_index == 0:
+            _log.warning(
+                "Warning: the steps up to %s had other rows than those of this run: the data, the seed or the size of "
+                "a step is another (per_device_train_batch_size counts for each process). The run goes on with its own "
+                "rows; some may come twice, or not at all.",
+                checkpoint.name,
+            )
+
     def _sums_of_all(self) -> dict[str, float]:
         """The sums of all processes: rows are dealt out by length, so that those of one are no sample."""
         sums: Counter[str] = Counter()
@@ -582,19 +596,25 @@ class DistillationTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
+            losses = tuple(gather_object([float(self._tr_loss)]))  # and every process has written its part
+            if self.args.should_save:
+                self._complete(folder, losses)
         # A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (DrklError, OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise DrklError(
                 f"Could not write the checkpoint of step {self.state.global_step} to {str(folder)!r}: "
-                f"{' '.join(str(error).split())[:200]}. The last good checkpoint is kept; make room, then resume."
+                f"{' '.join(str(error).split())[:200].rstrip('.')}. The last good checkpoint is kept; make room, then "
+                "resume."
             ) from error
-        losses = tuple(gather_object([float(self._tr_loss)]))
-        reached = Reached(self.state.global_step, self.num_tokens_seen, self._globalstep_last_logged, losses)
-        if self.args.should_save:
-            if self._on_policy is not None:
-                self._on_policy.save(folder)
-            mark_complete(folder, reached)
-            if self._keep_checkpoints:
-                best = self.state.best_model_checkpoint
-                rotate(folder.parent, self._keep_checkpoints, Path(best) if best else None)
+
+    def _complete(self, folder: Path, losses: tuple[float, ...]) -> None:
+        """Make a checkpoint count, and remove old ones."""
+        step = self.state.global_step
+        if self._on_policy is not None:
+            self._on_policy.save(folder)
+        plan = plan_digest(self._steps[:step])
+        mark_complete(folder, Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan))
+        if self._keep_checkpoints:
+            best = self.state.best_model_checkpoint
+            rotate(folder.parent, self._keep_checkpoints, Path(best) if best else None)
