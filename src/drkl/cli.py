@@ -170,6 +170,82 @@ def _print_estimate(plan: dict[str, Any]) -> None:
     print(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True), end="")
 
 
+@app.command()
+def cache(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="A yaml file, or the name of a recipe (see `drkl recipes`).", show_default=False),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, e.g. data.max_rows=100", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the cache is written.", show_default=False)
+    ] = None,
+    part: Annotated[
+        str, typer.Option(metavar="I/N", help="Write the I-th of N parts, to share the work between processes.")
+    ] = "1/1",
+    verify: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Compare every file of a cache with its checksum.", show_default=False),
+    ] = None,
+) -> None:
+    """Run the teacher of CONFIG once over its rows and keep its states; teacher.cache=FOLDER trains from them."""
+    if (config is None) == (verify is None):
+        raise DrklError("Give either a CONFIG or `--verify FOLDER`.")
+    if verify is not None:
+        _verify(verify)
+        return
+    if output is None:
+        raise DrklError("`--output FOLDER` is missing: where the cache is to be written.")
+    from drkl.config import load_config
+    from drkl.models.load import quiet_transformers
+    from drkl.training.run import Listener, cache_states
+
+    number, of = _part(part)
+    assert config is not None
+    loaded, notes = load_config(config, overrides or [])
+    for note in notes:
+        print(note)
+    quiet_transformers()
+    with progress_bars() as on_progress:
+        made = cache_states(
+            loaded.specs(),
+            output,
+            part=number - 1,
+            parts=of,
+            listener=Listener(on_message=print),
+            progress=lambda done, total: on_progress("the teacher reads", done, total),
+        )
+    if made is None:
+        print(f"Part {number} of {of} is written. The cache is finished when all parts are.")
+        return
+    size = sum(file["bytes"] for file in made.manifest["files"].values())
+    print(
+        f"{output} has the states of {made.manifest['rows']:,} rows at {made.manifest['positions']:,} positions "
+        f"({size / 2**20:,.1f} MiB). Next: drkl distill {config} teacher.cache={output}"
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise DrklError(f"--part is {text!r}; expected I/N with I from 1 to N, e.g. 3/16.")
+    return int(number), int(of)
+
+
+def _verify(folder: Path) -> None:
+    from drkl.teachers.shards import ShardReader
+
+    reader = ShardReader(folder)
+    names = [*reader.manifest["files"]]
+    with progress_bars() as on_progress:
+        for done, _ in enumerate(reader.verify()):
+            on_progress("files", done, len(names))
+        on_progress("files", len(names), len(names))
+    print(f"{folder}: {len(names)} files as they were written, {len(reader):,} rows.")
+
+
 @app.command("rollout-server")
 def rollout_server(
     config: Annotated[

@@ -1,2 +1,3 @@
+from .cached import TeacherCache as TeacherCache
 from .config import TeacherConfig as TeacherConfig
 from .live import LiveTeacher as LiveTeacher
