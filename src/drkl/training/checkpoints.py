@@ -33,7 +33,7 @@ class Reached:
     loss_sums: tuple[float, ...] = ()
     """The losses of the steps since then, summed in each process."""
     plan: str | None = None
-    """Of the rows of the steps so far, by `plan_digest`."""
+    """The `plan_digest` of the steps so far."""
 
     def loss_sum(self, process: int, processes: int) -> float:
         """The sum of one process: its own, or the mean where the run goes on with another number of processes."""
