@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -224,10 +225,12 @@ def cache_states(
     if first.teacher.cache is not None:
         raise DrklError(f"teacher.cache is {first.teacher.cache!r} already; leave it out to make a cache.")
     prepared = prepare(specs, listener or Listener())
-    # A later stage starts from a student that is not trained yet; any student has the same rows.
-    trainers = [prepared.trainer(replace(spec, student=first.student)) for spec in prepared.specs]
-    runs = [(trainer.pair, trainer.config) for trainer in trainers]
-    return write_cache(runs, folder, part=part, parts=parts, progress=progress)
+    with TemporaryDirectory() as unused:
+        # A later stage starts from a student that is not trained yet; any student has the same rows.
+        stages = [replace(spec, student=first.student, folder=RunFolder(Path(unused))) for spec in prepared.specs]
+        trainers = [prepared.trainer(spec) for spec in stages]
+        runs = [(trainer.pair, trainer.config) for trainer in trainers]
+        return write_cache(runs, folder, part=part, parts=parts, progress=progress)
 
 
 def distill(
