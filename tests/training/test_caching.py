@@ -17,7 +17,7 @@ import drkl
 from drkl.data.collate import collate, teacher_inputs
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
-from drkl.runs import RunFolder, read_json, read_yaml, write_json
+from drkl.runs import RunFolder, read_json, read_yaml, write_json, write_jsonl
 from drkl.teachers.cached import TeacherCache, row_of, rows_of, write_states
 from drkl.teachers.live import LiveTeacher
 from drkl.training.caching import cache_teacher
@@ -114,6 +114,30 @@ def test_a_classifier(tmp_path: Path) -> None:
     rows = [{"text": f"w{i} w{i + 1}", "label": tiny_classifiers.CLASSES[i % 3]} for i in range(12)]
     data = {"train_dataset": rows[3:], "eval_dataset": rows[:3], "processing_class": tiny_classifiers.tokenizer()}
     check_same(tmp_path, lambda: (tiny_classifiers.make(seed=1), tiny_classifiers.make(seed=2)), data)
+
+
+@pytest.mark.slow
+def test_the_config_of_a_run_in_python_repeats_it(tmp_path: Path) -> None:
+    folders = [
+        tiny.save(model, tmp_path / name) for name, model in (("s", tiny.llama(1, layers=2)), ("t", tiny.llama(9)))
+    ]
+    rows = tmp_path / "rows.jsonl"
+    write_jsonl(rows, [{"id": str(i), **row} for i, row in enumerate(ROWS)])
+    data: dict[str, Any] = {"train_dataset": str(rows), "eval_dataset": None}
+    cache_teacher(
+        str(folders[1]), str(rows), model=str(folders[0]), args=config(tmp_path), output_dir=tmp_path / "cache"
+    )
+    cache = TeacherCache.open(tmp_path / "cache")
+    trainer = make(tmp_path, str(folders[0]), cache, processing_class=None, **data)
+    trainer.train()
+    trainer.save_model()
+    written = read_yaml(trainer.run.config_path)
+    assert written["teacher"]["model"] == str(folders[1]) and written["teacher"]["cache"] == str(tmp_path / "cache")
+    written["run"] |= {"dir": str(tmp_path), "name": "again"}
+    again = tiny_runs.train(written)
+    assert (again.student_path / "model.safetensors").read_bytes() == (
+        trainer.run.student_path / "model.safetensors"
+    ).read_bytes()
 
 
 def test_more_epochs_than_one_are_near(tmp_path: Path) -> None:

@@ -275,6 +275,8 @@ def _name(model: Any) -> str:
     """Return a model's name for the record: the name it was loaded by, or its class."""
     if model is None or isinstance(model, (str, Path)):
         return str(model)
+    if isinstance(model, TeacherCache):
+        return str(model.manifest["teacher"]["name"])
     if isinstance(model, Teacher):
         model = model.model
     return f"{IN_MEMORY}: {type(model).__name__}"

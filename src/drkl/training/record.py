@@ -22,6 +22,7 @@ from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import model_note
 from drkl.objectives import OBJECTIVES
 from drkl.runs import IN_MEMORY, RunFolder, write_json, write_jsonl, write_text, write_yaml
+from drkl.teachers.cached import TeacherCache
 from drkl.teachers.config import TeacherConfig
 from drkl.training.arguments import DistillationConfig
 from drkl.training.card import model_card, usage_of
@@ -346,6 +347,8 @@ def _teacher_config(pair: Pair, args: DistillationConfig) -> TeacherConfig | Non
         return None
     names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
     dtype: Any = names.get(str(pair.teacher.model.dtype), "auto")
+    if isinstance(pair.teacher, TeacherCache):
+        return TeacherConfig(model=pair.teacher_name, cache=str(pair.teacher.folder), dtype=dtype)
     options = plain_options(args.teacher_model_init_kwargs)
     if args.teacher_model_revision is not None:
         options.setdefault("revision", args.teacher_model_revision)
