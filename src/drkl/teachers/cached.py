@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from drkl.data.collate import collate, teacher_inputs
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import LMHead
-from drkl.models.classes import is_classifier
 from drkl.models.load import load_config, model_class
 from drkl.models.readout import Batch
 from drkl.teachers.config import TeacherConfig
@@ -50,8 +49,7 @@ class TeacherCache:
         self.folder, self._rows = folder, ShardReader(folder)
         self.model = _without_weights(folder, self._rows.manifest)
         self.pad_id: int | None = None
-        head = self._rows.manifest["head"] and load_file(self._rows.check(HEAD), device=str(device))
-        self.head = LMHead(**{name: _plain(value) for name, value in head.items()}) if head else None
+        self.head = _read_head(self._rows, device) if self._rows.manifest["head"] else None
 
     @classmethod
     def open(cls, folder: str | Path, device: torch.device | str = "cpu") -> TeacherCache:
@@ -123,14 +121,6 @@ class TeacherCache:
         """Return the states `[n, hidden]` at the positions that are read of some rows, on the head's device."""
         device = torch.device("cpu") if self.head is None else self.head.weight.device
         return self.hidden_at(batch.for_teacher.inputs, batch.for_teacher.keep).to(device)
-
-    def missing(self, rows: Iterable[CacheRow]) -> list[int]:
-        """The places, among ``rows``, of those that the cache lacks."""
-        return [place for place, row in enumerate(rows) if self._places(row) is None]
-
-    def verify(self) -> Iterator[str]:
-        """Compare every file with its checksum; yields the name of each before it is read."""
-        return self._rows.verify()
 
     def _places(self, row: CacheRow) -> list[tuple[RowPlace, Tensor]] | None:
         """Where the positions of a row lie; None where one is nowhere."""
@@ -213,7 +203,7 @@ def write_states(
     size = torch.empty(0, dtype=teacher.model.dtype).element_size() * width
     shards, members = _plan(batches, max(1, SHARD_BYTES // size))
     described = {"kind": "hidden", "width": width, "dtype": str(teacher.model.dtype).removeprefix("torch."),
-                 "head": head is not None, "architecture": type(teacher.model).__name__, **about}  # fmt: skip
+                 "head": head is not None, **about}  # fmt: skip
     with ShardWriter(folder, described, shards, part=part, parts=parts) as writer:
         todo = writer.missing
         done, of = 0, sum(len(members[number]) for number in todo)
@@ -274,8 +264,10 @@ def _write_head(folder: Path, head: LMHead | None) -> list[str]:
     return [HEAD]
 
 
-def _plain(value: Tensor) -> Any:
-    return float(value) if value.ndim == 0 else value
+def _read_head(rows: ShardReader, device: torch.device | str) -> LMHead:
+    tensors = load_file(rows.check(HEAD), device=str(device))
+    values: dict[str, Any] = {name: float(value) if value.ndim == 0 else value for name, value in tensors.items()}
+    return LMHead(**values)
 
 
 def _without_weights(folder: Path, manifest: Mapping[str, Any]) -> PreTrainedModel:
@@ -285,5 +277,4 @@ def _without_weights(folder: Path, manifest: Mapping[str, Any]) -> PreTrainedMod
     with torch.device("meta"):
         model = kind.from_config(config)
     model.name_or_path = str(folder)
-    assert is_classifier(model) == (not manifest["head"])
     return model.eval()

@@ -148,7 +148,7 @@ def _stage(
             "through_the_teacher": round(new, 1) if spec.uses_teacher else 0,
             "micro_batches": arguments.gradient_accumulation_steps * arguments.world_size,
         },
-        "estimated_memory_gb": round(_memory(spec, student, sizes, inputs, arguments) / 1e9, 2),
+        "estimated_memory_gb": round(_memory(spec, student, teacher, sizes, inputs, arguments) / 1e9, 2),
         "estimated_minutes": round(seconds / 60, 1),
     }
     if writing is None:
@@ -214,16 +214,17 @@ def _writing(
 def _tokens_per_step(
     rows: Any, steps: Sequence[Sequence[int]], spec: RunSpec, seen: set[tuple[str, ...]]
 ) -> tuple[float, float, float]:
-    """Input and trained positions, and those that the teacher has not remembered from an earlier step (or stage)."""
+    """Input and trained positions, and those that the teacher has to read: not in a cache nor remembered."""
     inputs = new = 0.0
     trained = 0
     remembers = spec.teacher is not None and spec.teacher.remember_mb > 0 and not spec.rollouts.is_on
+    cached = spec.teacher is not None and spec.teacher.cache is not None
     for step in steps:
         positions = _positions([rows[i] for i in step])
         inputs += positions
         trained += sum(rows[i].num_trained for i in step)
         ids = tuple(rows[i].id for i in step)  # not the indices: stages may differ in their data
-        if not remembers or ids not in seen:
+        if not cached and (not remembers or ids not in seen):
             new += positions
         if remembers:
             seen.add(ids)
@@ -258,7 +259,7 @@ def _head_size(config: Any) -> int:
     return int(text.vocab_size * text.hidden_size)
 
 
-def _memory(spec: RunSpec, student: Any, sizes: dict[str, Any], inputs: float, arguments: Any) -> float:
+def _memory(spec: RunSpec, student: Any, teacher: Any, sizes: dict[str, Any], inputs: float, arguments: Any) -> float:
     """Bytes: weights, gradients and two moments; the teacher; activations of a micro-batch; the loss's chunks."""
     weight = 2 if spec.student.dtype == "bf16" else 4
     text = student.get_text_config()
@@ -266,7 +267,8 @@ def _memory(spec: RunSpec, student: Any, sizes: dict[str, Any], inputs: float, a
     total = kept * weight * sizes["student"] + 4.0 * _head_size(student)
     total += 2.0 * 4.0 * text.vocab_size * chunk_rows(torch.empty(text.vocab_size, text.hidden_size, device="meta"), 4)
     if spec.teacher is not None:
-        total += sizes["teacher"] * (4 if spec.resolved["teacher"]["dtype"] == "fp32" else 2)
+        held = sizes["teacher"] if spec.teacher.cache is None else _head_size(teacher)
+        total += held * (4 if spec.resolved["teacher"]["dtype"] == "fp32" else 2)
         total += spec.teacher.remember_mb * 2**20
     micro = (arguments.tokens_per_step or inputs) / arguments.gradient_accumulation_steps
     return total + 2.0 * ACTIVATIONS_PER_TOKEN * depth(student) * text.hidden_size * micro

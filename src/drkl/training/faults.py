@@ -33,7 +33,8 @@ def _on_the_way(
     yield "student hidden states", hidden
     if teacher is not None and teacher_hidden is not None:
         for name, weight in teacher.model.named_parameters():
-            yield f"teacher weight {name!r}", weight
+            if not weight.is_meta:  # those of a cached teacher
+                yield f"teacher weight {name!r}", weight
         yield "teacher hidden states", teacher_hidden
 
 
