@@ -1,0 +1,160 @@
+"""A step with the teacher itself, with its states remembered, and from a cache: `python -m benchmarks.teacher_cache`.
+
+SmolLM2-135M-Instruct teaches the quickstart's ten layers of it on rows of the bundled Dolly slice, in the quickstart's
+steps. Each variant has a process of its own and trains the same batches three times; the seconds are those of the steps
+of the last two epochs, in which "remembered" runs no teacher at all. The page cache is warm. Rows go to
+``benchmarks/results/teacher_cache.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback
+
+import drkl
+from benchmarks.rows import Row, commit, own_memory_kib, processor, spread, write_rows
+from drkl.config import load_config
+from drkl.data.examples import read_examples
+from drkl.models.load import load_model, load_tokenizer, quiet_transformers
+from drkl.models.prune import pruned
+
+RESULTS = Path(__file__).parent / "results" / "teacher_cache.csv"
+SETTINGS = ("rows", "tokens_per_step", "precision", "threads")
+VARIANTS = ("live", "remembered", "cache")
+EPOCHS = 3
+
+
+class Clock(TrainerCallback):
+    """Seconds of each optimiser step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._since = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start."""
+        self._since = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note the step that ends."""
+        self.seconds.append(time.perf_counter() - self._since)
+
+
+def arguments(options: argparse.Namespace, **fields: Any) -> drkl.DistillationConfig:
+    """The quickstart's steps."""
+    return drkl.DistillationConfig(
+        str(options.folder / "run"), objective="drkl", use_cpu=True, report_to=[], disable_tqdm=True,
+        eval_strategy="no", save_strategy="no", tokens_per_step=options.tokens_per_step, num_train_epochs=EPOCHS,
+        same_batches=True, precision=options.precision, teacher_model_init_kwargs={"dtype": "float32"}, freeze_embeddings=True,
+        max_prompt_tokens=256, max_tokens=320, logging_steps=1000, **fields,
+    )  # fmt: skip
+
+
+def make_parts(options: argparse.Namespace) -> Row:
+    """Write student, teacher, rows and cache; return what the cache cost."""
+    quiet_transformers()
+    config = load_config("quickstart")[0]
+    name: Any = config.teacher.model if config.teacher is not None else None
+    large = load_model(name, "fp32")
+    layers: Any = config.student.layers
+    for kind, model in (("teacher", large), ("student", pruned(large, layers))):
+        model.save_pretrained(options.folder / kind)
+        load_tokenizer(name).save_pretrained(options.folder / kind)
+    examples = (example for example in read_examples("bundled:dolly") if len(example.messages) == 2)
+    rows = [{"messages": [dict(message) for message in example.messages]} for example in examples]
+    (options.folder / "rows.json").write_text(json.dumps(rows[: options.rows]))
+    started = time.perf_counter()
+    cache = drkl.cache_teacher(
+        str(options.folder / "teacher"), rows[: options.rows], model=str(options.folder / "student"),
+        args=arguments(options), output_dir=options.folder / "cache",
+    )  # fmt: skip
+    assert cache is not None
+    states = sum(file["bytes"] for name, file in cache.manifest["files"].items() if name.startswith("values"))
+    return {
+        "variant": "the cache pass", "total_s": f"{time.perf_counter() - started:.2f}",
+        "positions": str(cache.manifest["positions"]),
+        "bytes_per_position": f"{states / cache.manifest['positions']:.0f}",
+    }  # fmt: skip
+
+
+def measure(name: str, options: argparse.Namespace) -> None:
+    """Train, and print what was measured as json."""
+    torch.set_num_threads(options.threads)
+    quiet_transformers()
+    clock = Clock()
+    teacher: Any = str(options.folder / "teacher")
+    args = arguments(options, teacher_remember_mb=4096 if name == "remembered" else 0)
+    if name == "cache":
+        args = arguments(options)
+        args.teacher_model_init_kwargs = None
+        teacher = drkl.TeacherCache.open(options.folder / "cache")
+    trainer = drkl.DistillationTrainer(
+        str(options.folder / "student"), teacher, args, json.loads((options.folder / "rows.json").read_text()),
+        callbacks=[clock],
+    )  # fmt: skip
+    trainer.train()
+    per_epoch = len(clock.seconds) // EPOCHS
+    print(json.dumps({"seconds": clock.seconds[per_epoch:], "peak": own_memory_kib("VmHWM") / 1024}))
+
+
+def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The numbers of a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.teacher_cache", "--measure", name, "--folder", str(options.folder)]
+    for option in ("tokens_per_step", "precision", "threads"):
+        command += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{name}:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Measure each variant in turn and write the rows."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=60)
+    parser.add_argument("--tokens-per-step", type=int, default=384)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=RESULTS, help="rows at the same settings are replaced in it")
+    parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure, options)
+        return
+    about = {
+        "processor": processor(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "drkl": drkl.__version__, "commit": commit(),
+    }  # fmt: skip
+    settings = {key: str(getattr(options, key)) for key in SETTINGS}
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = Path(folder)
+        rows = [make_parts(options)]
+        for name in VARIANTS:
+            found = measured(name, options)
+            rows.append(
+                {"variant": name, **spread(found["seconds"], "s_per_step"), "peak_mib": f"{found['peak']:.0f}",
+                 "total_s": f"{sum(found['seconds']):.2f}"}
+            )  # fmt: skip
+            print(f"{name:<12} {statistics.median(found['seconds']):.3f} s a step, peak {found['peak']:.0f} MiB")
+    columns = dict.fromkeys(key for row in rows for key in row)
+    rows = [{key: row.get(key, "") for key in columns} | settings | about for row in rows]
+    write_rows(options.output, rows, ("variant", *SETTINGS))
+
+
+if __name__ == "__main__":
+    main()
