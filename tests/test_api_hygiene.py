@@ -155,6 +155,7 @@ def test_importing_drkl_imports_no_room_and_names_them_all() -> None:
     assert rooms - {"recipes", "teachers"} <= set(names)
 
 
+@pytest.mark.slow
 def test_each_public_name_is_listed_once_and_is_there() -> None:
     stub = ast.parse((SOURCE / "__init__.pyi").read_text(encoding="utf-8"))
     nodes = [node for node in ast.walk(stub) if isinstance(node, ast.ImportFrom)]

@@ -159,7 +159,7 @@ def assumed_names(ids: Mapping[str, str]) -> dict[str, Any]:
     [
         pytest.param(
             page,
-            marks=[pytest.mark.slow] * (page.name in ("analyze.md", "evaluate.md")),
+            marks=[pytest.mark.slow] * (page.name in ("analyze.md", "evaluate.md", "python.md")),
             id=str(page.relative_to(ROOT)),
         )
         for page in PAGES

@@ -20,6 +20,7 @@ SQUARE = CHATML.replace("'<|im_start|>' + message['role'] + '\n'", "'[' + messag
 )
 
 
+@pytest.mark.slow
 def test_each_model_is_measured_in_its_own_rendering_of_the_prompts(tmp_path: Path) -> None:
     values = tiny_runs.config(
         tmp_path,

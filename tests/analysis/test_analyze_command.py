@@ -50,6 +50,7 @@ def pair(models: dict[str, Path], student: str) -> list[object]:
     return ["--student", models[student], "--teacher", models["teacher"], "--data", models["rows"]]
 
 
+@pytest.mark.slow
 def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
     cli: Cli, models: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -308,6 +308,7 @@ class Killed(BaseException):
     """No handler in the code catches it."""
 
 
+@pytest.mark.slow
 def test_a_run_in_stages_is_watched_resumed_and_otherwise_the_same(tmp_path: Path) -> None:
     assert watcher(AnalysisConfig()) is None
     stages = [{"name": "warmup", "objective": {"name": "fkl"}, "training": {"max_steps": 2}}]

@@ -48,7 +48,9 @@ def pairs(kind: str) -> tuple[PreTrainedModel, PreTrainedModel, Any, list[dict[s
     return make(1, layers=2), make(0), tiny.tokenizer(), ROWS
 
 
-@pytest.mark.parametrize("kind", ["llama", pytest.param("t5", marks=pytest.mark.slow), "classifier"])
+@pytest.mark.parametrize(
+    "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("t5", "classifier"))]
+)
 def test_models_in_memory_are_measured_and_handed_back_as_they_were(kind: str, tmp_path: Path) -> None:
     student, teacher, tokenizer, rows = pairs(kind)
     student.train()
@@ -73,6 +75,7 @@ def test_models_in_memory_are_measured_and_handed_back_as_they_were(kind: str, t
     assert Evaluation.load(tmp_path / "out").numbers == named.numbers
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_a_student_with_an_adapter_is_measured_with_it() -> None:
     from peft import LoraConfig, get_peft_model
@@ -88,6 +91,7 @@ def test_a_student_with_an_adapter_is_measured_with_it() -> None:
     assert abs((evaluate(wrapped, teacher, rows, tokenizer, prompts=0)["rkl"].value or 0) - plain) > 1e-4
 
 
+@pytest.mark.slow
 def test_rows_of_every_kind() -> None:
     student, teacher, tokenizer, rows = pairs("llama")
     ids = [{"id": f"row-{i + 1}", **row} for i, row in enumerate(rows)]
@@ -102,6 +106,7 @@ def test_rows_of_every_kind() -> None:
     assert few.settings["data"]["heldout_rows"] == 3
 
 
+@pytest.mark.slow
 def test_without_a_teacher_and_compared() -> None:
     student, teacher, tokenizer, rows = pairs("llama")
     alone = evaluate(student, None, rows, tokenizer, **QUICK)

@@ -62,6 +62,7 @@ def test_two_plain_folders(cli: Cli, pair: dict[str, Path], tmp_path: Path) -> N
     assert alone["student"]["nll"] == pytest.approx(result["student"]["nll"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [pytest.param("t5", marks=pytest.mark.slow), "bart", "gpt2"])
 def test_other_families(cli: Cli, tmp_path: Path, family: str) -> None:
     make = getattr(tiny, family)
@@ -104,6 +105,7 @@ def test_padded_vocabularies_are_trimmed_and_others_refused(cli: Cli, pair: dict
     assert done.code == 2 or read(tmp_path / "refused")["student"]["rkl"] > 0
 
 
+@pytest.mark.slow
 def test_suites_of_a_pair(cli: Cli, pair: dict[str, Path], tmp_path: Path) -> None:
     rows = pair.pop("--data")
     more = tmp_path / "vicuna.jsonl"

@@ -188,6 +188,7 @@ def test_several_seeds() -> None:
     assert result["coverage"]["student"]["samples"] == [1, 2, 3, 4] and result["settings"]["seeds"] == [1, 2]
 
 
+@pytest.mark.slow
 def test_suites_have_numbers_of_their_own() -> None:
     rows, names = ROWS, ["one", "two"] * 3
     result, samples, _ = run("teacher student", suites=names)
@@ -205,6 +206,7 @@ def test_suites_have_numbers_of_their_own() -> None:
     assert sum(sizes) == result["student"]["num_tokens"]
 
 
+@pytest.mark.slow
 def test_same_again_and_with_another_batch_size() -> None:
     first, second = run("teacher student"), run("teacher student", SETTINGS.model_copy(update={"batch_size": 1}))
     assert first.samples == second.samples

@@ -21,6 +21,7 @@ def test_the_own_loop_learns() -> None:
     assert [int(number) for number in re.findall(r"  # (\d+)", source)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_quickest_way_takes_fifteen_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     source = (EXAMPLES / "quickest.py").read_text()

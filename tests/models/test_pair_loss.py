@@ -419,7 +419,7 @@ def test_adapters_that_cannot_be_read_are_refused() -> None:
         pair_loss(prompts, teacher, batch)
 
 
-@pytest.mark.parametrize("way", ["whole", pytest.param("in place", marks=pytest.mark.slow), "body"])
+@pytest.mark.parametrize("way", [*(pytest.param(way, marks=pytest.mark.slow) for way in ("whole", "in place")), "body"])
 def test_compiled_students(way: str) -> None:
     from torch._dynamo.testing import CompileCounter
 

@@ -99,6 +99,7 @@ def assert_like_one(found: list[dict[str, Any]], name: str, wrapper: str) -> Non
     torch.testing.assert_close(mean, loss, rtol=tolerance, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "wrapper"), pair.QUICK)
 def test_two_processes_give_the_gradients_of_one(quick: list[dict[str, Any]], name: str, wrapper: str) -> None:
     assert_like_one(quick, name, wrapper)

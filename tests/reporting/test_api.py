@@ -10,6 +10,7 @@ import drkl
 from tests.evaluation.test_api import QUICK, pairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", pytest.param("classifier", marks=pytest.mark.slow)])
 def test_evaluations_in_memory_become_a_page(kind: str, tmp_path: Path) -> None:
     student, teacher, tokenizer, rows = pairs(kind)

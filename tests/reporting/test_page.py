@@ -293,6 +293,7 @@ def test_several_runs_side_by_side(make_run: MakeRun, tmp_path: Path) -> None:
     assert f"drkl report {first.root} {other.root}" in page.text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sketchy")
 def test_runs_that_are_not_comparable_are_called_so(make_run: MakeRun) -> None:
     first, other = write_heldout(make_run()), write_heldout(make_run("other"))

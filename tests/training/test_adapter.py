@@ -28,7 +28,8 @@ def values_of(tmp_path: Path, **sections: Any) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
-@pytest.mark.parametrize("export", ["adapter", pytest.param("merged", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("export", ["adapter", "merged"])
+@pytest.mark.slow
 def test_a_run_trains_the_adapter_and_exports_it(tmp_path: Path, export: str) -> None:
     values = values_of(tmp_path, peft=PEFT | {"export": export}, training={"gradient_checkpointing": True})
     run = tiny_runs.train(values)

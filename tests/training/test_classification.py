@@ -167,6 +167,7 @@ def student_of(root: Path, teacher: Path, **sections: Any) -> dict[str, Any]:
     return config(root, **(values | sections))
 
 
+@pytest.mark.slow
 def test_a_teacher_from_the_rows_and_its_students(tmp_path: Path, drkl: Callable[..., str]) -> None:
     """Every command on a run of either kind."""
     made = tiny_runs.train(config(tmp_path))

@@ -193,6 +193,7 @@ def t5_config(tmp_path: Path, **sections: Any) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.slow
 def test_a_t5_pair_from_training_to_the_page(tmp_path: Path) -> None:
     values = t5_config(tmp_path, student={"init": "prune", "layers": 2, "encoder_layers": 1})
     plan = estimate(tiny_runs.specs(values))

@@ -42,6 +42,7 @@ def lengths(folder: Path) -> tuple[int, int]:
     return data["max_prompt_tokens"], data["max_tokens"]
 
 
+@pytest.mark.slow
 def test_every_command_fits_the_models_by_one_rule(cli: Cli, tmp_path: Path) -> None:
     path = tiny_runs.write_config(config(tmp_path), tmp_path / "c.yaml")
     shown = cli("data", path)

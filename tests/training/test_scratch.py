@@ -34,6 +34,7 @@ def scratch(root: Path, **student: Any) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.slow
 def test_a_teacher_from_scratch_and_its_student(tmp_path: Path, drkl: Callable[..., str]) -> None:
     values = scratch(tmp_path)
     made = tiny_runs.train(values)

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.training.test_trainer import Gradients, make_trainer, rows
+
+
+def answers_of(trainer: Any) -> list[tuple[int, ...]]:
+    """A list that is filled, as the trainer trains, with the tokens of every answer, of all processes."""
+    asker, kept = trainer._on_policy._asker, list[tuple[int, ...]]()
+    ask = asker.answers
+
+    def answers(requests: Any) -> Any:
+        found = ask(requests)
+        kept.extend(tuple(answer.token_ids) for answer in found)
+        return found
+
+    asker.answers = answers
+    return kept
 
 
 def main(folder: Path, count: int, accumulation: int, share: float) -> None:
@@ -18,11 +33,13 @@ def main(folder: Path, count: int, accumulation: int, share: float) -> None:
         folder, rows(count), callbacks=[kept], gradient_accumulation_steps=accumulation, ddp_backend="gloo",
         ddp_find_unused_parameters=False, **rollouts,
     )  # fmt: skip
+    answers = answers_of(trainer) if share else []
     trainer.train()
     if trainer.is_world_process_zero():
         gradients = {name.removeprefix("module."): gradient for name, gradient in kept.first.items()}
         facts = {"tokens": trainer.num_tokens_seen, "loss": trainer.state.log_history[0]["loss"]}
         facts["losses"] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        facts["answers"] = answers
         facts["weights"] = dict(trainer.student.state_dict())
         torch.save({"gradients": gradients, "world": trainer.args.world_size, **facts}, folder / "out.pt")
 
