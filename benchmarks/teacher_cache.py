@@ -57,8 +57,9 @@ def arguments(options: argparse.Namespace, **fields: Any) -> drkl.DistillationCo
     return drkl.DistillationConfig(
         str(options.folder / "run"), objective="drkl", use_cpu=True, report_to=[], disable_tqdm=True,
         eval_strategy="no", save_strategy="no", tokens_per_step=options.tokens_per_step, num_train_epochs=EPOCHS,
-        same_batches=True, precision=options.precision, teacher_model_init_kwargs={"dtype": "float32"}, freeze_embeddings=True,
-        max_prompt_tokens=256, max_tokens=320, logging_steps=1000, **fields,
+        same_batches=True, precision=options.precision, freeze_embeddings=True,
+        teacher_model_init_kwargs={"dtype": "float32"}, max_prompt_tokens=256, max_tokens=320, logging_steps=1000,
+        **fields,
     )  # fmt: skip
 
 
