@@ -185,6 +185,9 @@ def cache(
     part: Annotated[
         str, typer.Option(metavar="I/N", help="Write the I-th of N parts, to share the work between processes.")
     ] = "1/1",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes and an estimate of the time; write nothing.")
+    ] = False,
     verify: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Compare every file of a cache with its checksum.", show_default=False),
@@ -196,10 +199,11 @@ def cache(
     if verify is not None:
         _verify(verify)
         return
-    if output is None:
+    if output is None and not dry_run:
         raise DrklError("`--output FOLDER` is missing: where the cache is to be written.")
     from drkl.config import load_config
     from drkl.models.load import quiet_transformers
+    from drkl.training.estimate import estimate_cache
     from drkl.training.run import Listener, cache_states
 
     number, of = _part(part)
@@ -208,6 +212,10 @@ def cache(
     for note in notes:
         print(note)
     quiet_transformers()
+    if dry_run:
+        _print_estimate(estimate_cache(loaded.specs()))
+        return
+    assert output is not None
     with progress_bars() as on_progress:
         made = cache_states(
             loaded.specs(),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -250,6 +251,20 @@ def test_parts_and_verification(tmp_path: Path, cli: Cli, monkeypatch: pytest.Mo
     broken.write_bytes(broken.read_bytes()[:-1])
     done = cli("cache", "--verify", tmp_path / "three")
     assert done.code == 2 and "values-00002.safetensors" in done.err
+
+
+def test_an_estimate_has_the_rows_and_the_bytes_of_the_cache(tmp_path: Path, cli: Cli) -> None:
+    values = tiny_runs.config(tmp_path, stages=[{"name": "warmup", "data": {"max_rows": 30}}])
+    path = tiny_runs.write_config(values, tmp_path / "c.yaml")
+    done = cli("cache", path, "--dry-run")
+    assert done.code == 0, done.err
+    said = yaml.safe_load(done.out)
+    cache = cache_states(tiny_runs.specs(values), tmp_path / "cache")
+    assert cache is not None
+    assert (said["rows"], said["positions"]) == (cache.manifest["rows"], cache.manifest["positions"])
+    [states] = [load_file(one) for one in (tmp_path / "cache").glob("values-*")]
+    assert states["states"].nbytes == said["positions"] * said["bytes_per_position"]
+    assert len(said["saved_seconds_per_epoch"]) == 2 and said["estimated_seconds"] >= 0
 
 
 @pytest.mark.slow

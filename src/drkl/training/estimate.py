@@ -14,14 +14,16 @@ from drkl.data.lengths import Lengths, Room, answer_room
 from drkl.data.rows import make_rows, read_shares
 from drkl.data.tokenize import DropReport, Row
 from drkl.losses.fused import chunk_rows
-from drkl.models.forward import is_encoder_decoder
-from drkl.models.load import count_parameters, model_note
+from drkl.models.forward import decoder_start, is_encoder_decoder
+from drkl.models.load import count_parameters, load_config, model_note
 from drkl.models.pair import check_families, check_rows, check_tokenizers, shared_vocabulary
 from drkl.models.precision import DTYPES, pick_device, resolve_dtype
 from drkl.models.student import depth
 from drkl.rollouts.steps import planned_length
+from drkl.teachers.cached import row_of
 from drkl.training.checks import check_device
 from drkl.training.plan import plan_run
+from drkl.training.run import Listener, check_cached, prepare
 from drkl.training.spec import (
     RunSpec,
     fitted,
@@ -89,6 +91,38 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
         "parameters": sizes,
         "stages": stages,
         "estimated_minutes": round(sum(stage["estimated_minutes"] for stage in stages), 1),
+    }
+
+
+def estimate_cache(specs: Sequence[RunSpec]) -> dict[str, Any]:
+    """The size of a teacher cache of a run, the time of making it, and what each epoch of training then saves.
+
+    Raises:
+        DrklError: whatever `cache_states` would refuse before the teacher is loaded.
+    """
+    teacher = check_cached(specs)
+    prepared = prepare(specs, Listener())
+    config = load_config(teacher.source, **teacher.source_options)
+    start = decoder_start(config)
+    loaded = [prepared.rows(spec) for spec in prepared.specs]
+    distinct = {row_of(row, start): row for part in loaded for row in (*part.train, *part.heldout)}
+    positions = sum(len(row.positions) for row in distinct)
+    dtype = resolve_dtype(teacher.dtype, prepared.resources.device)
+    text, item = config.get_text_config(), torch.empty(0, dtype=DTYPES[dtype]).element_size()
+    width = config.num_labels if specs[0].classifies else text.hidden_size
+    body = count_parameters(config, classifier=specs[0].classifies) - _head_size(config)
+    rate = _flops_per_second(DTYPES[dtype], prepared.resources.device)
+    read = [sum(2 * body * row.length for row in part.train) / rate for part in loaded]
+    return {
+        "rows": len(distinct),
+        "positions": positions,
+        "bytes_per_position": width * item,
+        "cache_mib": round(
+            (positions * width * item + (0 if specs[0].classifies else _head_size(config) * item)) / 2**20, 1
+        ),
+        "estimated_seconds": round(sum(2 * body * row.length for row in distinct.values()) / rate, 1),
+        "saved_seconds_per_epoch": [round(seconds, 1) for seconds in read],
+        "pays": "from the second epoch over the rows on, and with every further student, objective or seed",
     }
 
 

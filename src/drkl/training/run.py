@@ -147,6 +147,13 @@ class Prepared:
     shared: SharedTokens | None
     encoder_decoder: bool
 
+    def rows(self, spec: RunSpec) -> Loaded:
+        """The rows of a stage."""
+        needed = spec.rollouts.needs_responses
+        return self.resources.rows(
+            spec.data, self.tokenizer_name, encoder_decoder=self.encoder_decoder, needs_responses=needed
+        )
+
     def trainer(self, spec: RunSpec) -> DistillationTrainer:
         """The trainer of a stage; nothing is written yet."""
         return _make_trainer(
@@ -192,6 +199,21 @@ def prepare(specs: Sequence[RunSpec], listener: Listener) -> Prepared:
     return Prepared(specs, resources, name, shared, encoder_decoder)
 
 
+def check_cached(specs: Sequence[RunSpec]) -> TeacherConfig:
+    """Return the teacher whose states can be cached for a run, or raise DrklError."""
+    teacher = specs[0].teacher
+    if teacher is None:
+        raise DrklError("The config has teacher: null, so there is nothing to cache.")
+    if any(spec.rollouts.is_on for spec in specs):
+        raise DrklError(
+            "rollouts.share is above 0: the student writes new text at every step, and a cache has the data's alone. "
+            "Train with the teacher itself, or leave the share out."
+        )
+    if teacher.cache is not None:
+        raise DrklError(f"teacher.cache is {teacher.cache!r} already; leave it out to make a cache.")
+    return teacher
+
+
 def cache_states(
     specs: Sequence[RunSpec],
     folder: Path,
@@ -214,20 +236,11 @@ def cache_states(
     Raises:
         DrklError: there is no teacher, answers are sampled, or what `write_cache` refuses.
     """
-    first = specs[0]
-    if first.teacher is None:
-        raise DrklError("The config has teacher: null, so there is nothing to cache.")
-    if any(spec.rollouts.is_on for spec in specs):
-        raise DrklError(
-            "rollouts.share is above 0: the student writes new text at every step, and a cache has the data's alone. "
-            "Train with the teacher itself, or leave the share out."
-        )
-    if first.teacher.cache is not None:
-        raise DrklError(f"teacher.cache is {first.teacher.cache!r} already; leave it out to make a cache.")
+    check_cached(specs)
     prepared = prepare(specs, listener or Listener())
     with TemporaryDirectory() as unused:
         # A later stage starts from a student that is not trained yet; any student has the same rows.
-        stages = [replace(spec, student=first.student, folder=RunFolder(Path(unused))) for spec in prepared.specs]
+        stages = [replace(spec, student=specs[0].student, folder=RunFolder(Path(unused))) for spec in prepared.specs]
         trainers = [prepared.trainer(spec) for spec in stages]
         runs = [(trainer.pair, trainer.config) for trainer in trainers]
         return write_cache(runs, folder, part=part, parts=parts, progress=progress)
