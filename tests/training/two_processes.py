@@ -16,8 +16,8 @@ def answers_of(trainer: Any) -> list[tuple[int, ...]]:
     asker, kept = trainer._on_policy._asker, list[tuple[int, ...]]()
     ask = asker.answers
 
-    def answers(requests: Any) -> Any:
-        found = ask(requests)
+    def answers(requests: Any, **words: Any) -> Any:
+        found = ask(requests, **words)
         kept.extend(tuple(answer.token_ids) for answer in found)
         return found
 
