@@ -70,6 +70,17 @@ def on_policy_table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def teacher_cache_table(rows: list[Row]) -> str:
+    """A step with the teacher, with its states remembered, and from a cache."""
+    lines = ["| teacher | s a step | x of live | MiB |", "|---|---|---|---|"]
+    steps = {row["variant"]: row for row in rows if row["median_s_per_step"]}
+    for name, row in steps.items():
+        seconds = float(row["median_s_per_step"])
+        ratio = seconds / float(steps["live"]["median_s_per_step"])
+        lines.append(f"| {name} | {seconds:.2f} | {ratio:.2f} | {int(row['peak_mib']):,} |")
+    return "\n".join(lines) + "\n"
+
+
 def tables() -> dict[str, str]:
     """The tables by the marks between which README has them."""
     return {
@@ -77,6 +88,7 @@ def tables() -> dict[str, str]:
         "fused-gpu": gpu_table(read_rows(RESULTS / "fused_loss_gpu.csv")),
         "sampling": sampling_table(read_rows(RESULTS / "rollouts.csv"), read_rows(RESULTS / "rollouts_vllm.csv")),
         "on-policy": on_policy_table(read_rows(RESULTS / "on_policy.csv")),
+        "teacher-cache": teacher_cache_table(read_rows(RESULTS / "teacher_cache.csv")),
     }
 
 
