@@ -183,8 +183,13 @@ def cache(
         Path | None, typer.Option(metavar="FOLDER", help="Where the cache is written.", show_default=False)
     ] = None,
     part: Annotated[
-        str, typer.Option(metavar="I/N", help="Write the I-th of N parts, to share the work between processes.")
-    ] = "1/1",
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Write the I-th of N parts, to share the work. Default: all, or the process's part under torchrun.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sizes and an estimate of the time; write nothing.")
     ] = False,
@@ -206,7 +211,8 @@ def cache(
     from drkl.training.estimate import estimate_cache
     from drkl.training.run import Listener, cache_states
 
-    number, of = _part(part)
+    own = int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1"))
+    number, of = own if part is None else _part(part)
     assert config is not None
     loaded, notes = load_config(config, overrides or [])
     for note in notes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,6 +267,22 @@ def test_an_estimate_has_the_rows_and_the_bytes_of_the_cache(tmp_path: Path, cli
     [states] = [load_file(one) for one in (tmp_path / "cache").glob("values-*")]
     assert states["states"].nbytes == said["positions"] * said["bytes_per_position"]
     assert len(said["saved_seconds_per_epoch"]) == 2 and said["estimated_seconds"] >= 0
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_write_the_folder_of_one(tmp_path: Path) -> None:
+    values = tiny_runs.config(tmp_path)
+    path = tiny_runs.write_config(values, tmp_path / "c.yaml")
+    cache_states(tiny_runs.specs(values), tmp_path / "one")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "drkl"]
+    done = subprocess.run(
+        [*launch, "cache", str(path), "--output", str(tmp_path / "two")],
+        env=tiny_runs.environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in names)
 
 
 @pytest.mark.slow

@@ -176,7 +176,8 @@ class ShardWriter:
         path = self.folder / MANIFEST
         wanted = self._manifest()
         if not path.is_file():
-            others = [other for other in self.folder.iterdir() if not other.name.startswith(".part-")]
+            # A process that starts at the same time may have written the manifest by now, the same as this one would.
+            others = [one for one in self.folder.iterdir() if not one.name.startswith(".") and one.name != MANIFEST]
             if others:
                 raise DrklError(
                     f"{str(self.folder)!r} holds {others[0].name!r} and no {MANIFEST}; expected an empty folder or a "

@@ -130,11 +130,12 @@ def _write_description(folder: Path, pair: Pair) -> list[str]:
 def _batches(pair: Pair, args: DistillationConfig) -> Iterator[Batch]:
     """What the teacher reads in the first epoch, and in the evaluations of held-out rows."""
     rows: Any = pair.rows
-    once = replace(args, max_steps=-1, num_train_epochs=1.0)
-    steps, _ = plan_run([row.length for row in rows], once, args.world_size)
+    once = replace(args, max_steps=-1, num_train_epochs=1.0, dataloader_drop_last=False)
+    # As one process trains, however many write the cache: it is the same then.
+    steps, _ = plan_run([row.length for row in rows], once, world_size=1)
     start = decoder_start(pair.student)
     for step in steps:
-        for places in split_rows(step, args.gradient_accumulation_steps * args.world_size):
+        for places in split_rows(step, args.gradient_accumulation_steps):
             batch = collate([rows[place] for place in places], pad_id=pair.pad_id, decoder_start=start)
             batch.pop("row_ids")
             yield teacher_inputs(batch)
