@@ -221,7 +221,7 @@ def write_text(path: str | Path, text: str) -> None:
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, new_file_mode())
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -258,7 +258,8 @@ def write_yaml(path: str | Path, value: dict[str, Any]) -> None:
     write_text(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
 
 
-def _umask() -> int:
+def new_file_mode() -> int:
+    """The permissions of a new file: what the user's umask leaves of reading and writing for all."""
     current = os.umask(0)
     os.umask(current)
-    return current
+    return 0o666 & ~current

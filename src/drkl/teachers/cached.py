@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,10 +20,11 @@ from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import LMHead
 from drkl.models.load import load_config, model_class
+from drkl.models.precision import DTYPES
 from drkl.models.readout import Batch
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
-from drkl.teachers.shards import DIGEST_BYTES, CacheRow, RowPlace, ShardReader, ShardWriter
+from drkl.teachers.shards import DIGEST_BYTES, CacheRow, RowPlace, ShardReader, ShardWriter, save_whole
 
 HEAD = "head.safetensors"
 SHARD_BYTES = 64 * 2**20
@@ -47,6 +48,7 @@ class TeacherCache:
             DrklError: it is no finished cache, or one of another version.
         """
         self.folder, self._rows = folder, ShardReader(folder)
+        self._rows.check_descriptions()
         self.model = _without_weights(folder, self._rows.manifest)
         self.pad_id: int | None = None
         self.head = _read_head(self._rows, device) if self._rows.manifest["head"] else None
@@ -70,6 +72,11 @@ class TeacherCache:
             raise DrklError(
                 f"teacher.model is {config.model!r}, and the cache {config.cache!r} is of {name!r}. Set "
                 "teacher.model to that, or make a cache of this one with `drkl cache`."
+            )
+        if config.dtype != "auto" and DTYPES[config.dtype] != cache.model.dtype:
+            raise DrklError(
+                f"teacher.dtype is {config.dtype}, and the cache {config.cache!r} has states in "
+                f"{cache.manifest['dtype']}. Leave teacher.dtype out, or make a cache in that dtype with `drkl cache`."
             )
         return cache
 
@@ -222,7 +229,7 @@ def write_states(
                 done += 1
                 progress(done, of)
             writer.write(number, {STATES: torch.cat([found[row] for row in shards[number]])})
-        return writer.finish([*_write_head(folder, head), *files(folder)])
+        return writer.finish(lambda: [*_write_head(folder, head), *files(folder)])
 
 
 def _plan(
@@ -260,7 +267,7 @@ def _write_head(folder: Path, head: LMHead | None) -> list[str]:
         tensors["bias"] = head.bias
     if head.softcap is not None:
         tensors["softcap"] = torch.tensor(head.softcap, dtype=torch.float64)
-    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, folder / HEAD)
+    save_whole(folder / HEAD, {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
     return [HEAD]
 
 

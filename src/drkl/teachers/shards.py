@@ -17,8 +17,9 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drkl.errors import DrklError
-from drkl.runs import read_json, write_json
+from drkl.runs import new_file_mode, read_json, write_json
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -39,6 +40,8 @@ DIGEST_BYTES = 16
 OPEN_FILES = 64
 """Shards that are kept open at once."""
 _READ_AT_ONCE = 1 << 24
+_LEFT = (".part-rows-*", ".part-values-*", ".part-head.*", ".part-files-*", f".{MANIFEST}.*")
+"""What a process that is killed may leave."""
 
 
 class CacheRow(NamedTuple):
@@ -86,15 +89,25 @@ class ShardWriter:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DrklError(f"Cannot make the folder {str(folder)!r}: {error.strerror}.") from error
-        self._lock = self._claim(part, parts)
-        self._begin()
+        self._lock = contextlib.ExitStack()
+        try:
+            self._lock.enter_context(_locked(folder / f".part-{part}-of-{parts}.lock"))
+        except BlockingIOError as error:
+            raise DrklError(
+                f"Another process is writing part {part + 1} of {parts} of the cache {str(folder)!r}. Wait until it "
+                "has ended, or give each process a part of its own."
+            ) from error
+        except OSError as error:
+            raise DrklError(f"Cannot write into the folder {str(folder)!r}: {error.strerror}.") from error
+        with self._lock:  # let go where the folder is refused
+            self._begin()
+            self._lock = self._lock.pop_all()
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.unlink(missing_ok=True)
-        os.close(self._handle)
+        self._lock.close()
 
     @property
     def missing(self) -> list[int]:
@@ -127,7 +140,7 @@ class ShardWriter:
                     f"row {row} of shard {number}. Nothing of that shard was kept."
                 )
         tensors = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-        _save(self.folder / _values(number), tensors)
+        save_whole(self.folder / _values(number), tensors)
         digests = torch.frombuffer(bytearray(b"".join(row.digest for row in rows)), dtype=torch.uint8)
         positions = [position for row in rows for position in row.positions]
         index = {
@@ -136,41 +149,38 @@ class ShardWriter:
             "positions": torch.tensor(positions, dtype=torch.int32),
         }
         # Last: a shard is there where its rows are.
-        _save(self.folder / _rows(number), index)
+        save_whole(self.folder / _rows(number), index)
 
-    def finish(self, files: Sequence[str] = ()) -> bool:
-        """Write the manifest if every part is there, and say whether that is so.
+    def finish(self, files: Callable[[], Sequence[str]] = tuple) -> bool:
+        """Write the manifest if every part is there, and say whether that is so; a finished cache is left as it is.
 
         Args:
-            files: names of further files in the folder that belong to the cache.
+            files: writes further files of the cache into the folder, and returns their names.
         """
         if not all(self._is_whole(number) for number in range(len(self._shards))):
             return False
-        for left in (path for kind in ("rows", "values") for path in self.folder.glob(f".part-{kind}-*")):
-            left.unlink(missing_ok=True)  # of a process that was killed
-        names = [*files, *(name(number) for number in range(len(self._shards)) for name in (_rows, _values))]
-        listed = {name: _facts(self.folder / name) for name in sorted(names)}
-        write_json(self.folder / MANIFEST, self._manifest() | {"finished": True, "files": listed})
+        with _locked(self.folder / ".part-finish.lock", wait=True):
+            if not read_manifest(self.folder)["finished"]:
+                self._finish(files())
         return True
 
-    def _manifest(self) -> dict[str, Any]:
-        rows = sum(map(len, self._shards))
-        positions = sum(len(row.positions) for shard in self._shards for row in shard)
-        sizes = {"shards": len(self._shards), "rows": rows, "positions": positions}
-        return {"format": FORMAT, **self._about, **sizes}
+    def _finish(self, files: Sequence[str]) -> None:
+        for left in (path for kind in _LEFT for path in self.folder.glob(kind)):  # of a process that was killed
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+        names = [*files, *(name(number) for number in range(len(self._shards)) for name in (_rows, _values))]
+        listed = {name: _facts(self.folder / name) for name in sorted(names)}
+        _write_manifest(self.folder, self._manifest() | {"finished": True, "files": listed})
 
-    def _claim(self, part: int, parts: int) -> Path:
-        path = self.folder / f".part-{part}-of-{parts}.lock"
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process dies, however it dies
-        except OSError as error:
-            os.close(self._handle)
-            raise DrklError(
-                f"Another process is writing part {part + 1} of {parts} of the cache {str(self.folder)!r}. Wait until "
-                "it has ended, or give each process a part of its own."
-            ) from error
-        return path
+    def _manifest(self) -> dict[str, Any]:
+        rows = [row for shard in self._shards for row in shard]
+        digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        for row in rows:
+            digest.update(row.digest + np.array([len(row.positions), *row.positions], "<i8").tobytes())
+        sizes = {"shards": len(self._shards), "rows": len(rows), "positions": sum(len(row.positions) for row in rows)}
+        return {"format": FORMAT, **self._about, **sizes, "rows_digest": digest.hexdigest()}
 
     def _begin(self) -> None:
         path = self.folder / MANIFEST
@@ -178,19 +188,44 @@ class ShardWriter:
         if not path.is_file():
             # A process that starts at the same time may have written the manifest by now, the same as this one would.
             others = [one for one in self.folder.iterdir() if not one.name.startswith(".") and one.name != MANIFEST]
-            if others:
+            if others and not path.is_file():
                 raise DrklError(
                     f"{str(self.folder)!r} holds {others[0].name!r} and no {MANIFEST}; expected an empty folder or a "
                     "cache. Choose another one."
                 )
-            write_json(path, wanted | {"finished": False})
+        if not path.is_file():
+            _write_manifest(self.folder, wanted | {"finished": False})
             return
         found = read_manifest(self.folder)
         if differing := differences(found, wanted):
             raise DrklError(f"{str(self.folder)!r} is a cache of something else: {differing}. Choose another folder.")
+        if found["finished"]:
+            self._begin_again(found["files"], wanted)
+
+    def _begin_again(self, listed: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        """Where files of a finished cache are broken or gone, remove those, so that they are written again."""
+        paths = {self.folder / name: facts for name, facts in listed.items()}
+        broken = [path for path, facts in paths.items() if not path.is_file() or _facts(path) != facts]
+        for path in broken:
+            if path.is_dir():
+                raise DrklError(f"{str(path)!r} is a folder; expected a file of the cache. Remove it.")
+            path.unlink(missing_ok=True)
+        if broken:
+            _write_manifest(self.folder, {**wanted, "finished": False})
 
     def _is_whole(self, number: int) -> bool:
-        return (self.folder / _rows(number)).is_file() and (self.folder / _values(number)).is_file()
+        """Whether a shard has the rows of the plan, and all of their values."""
+        rows = self._shards[number]
+        positions = [position for row in rows for position in row.positions]
+        try:
+            index = load_file(self.folder / _rows(number))
+            with safe_open(self.folder / _values(number), framework="pt") as values:
+                lengths = {values.get_slice(name).get_shape()[0] for name in values.keys()}  # noqa: SIM118
+            found = index["digests"].numpy().tobytes(), index["counts"].tolist(), index["positions"].tolist()
+        except (OSError, SafetensorError, KeyError):
+            return False
+        expected = b"".join(row.digest for row in rows), [len(row.positions) for row in rows], positions
+        return found == expected and lengths == {len(positions)}
 
 
 class ShardReader:
@@ -214,6 +249,8 @@ class ShardReader:
         self._checked: set[str] = set()
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._index()
+        if len(self) != self.manifest["rows"]:
+            raise _edited(folder / MANIFEST)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -275,6 +312,16 @@ class ShardReader:
             yield name
             self.check(name)
 
+    def check_descriptions(self) -> None:
+        """Check every file that is no shard: whoever opens the cache reads those by other means.
+
+        Raises:
+            DrklError: a file is missing or broken.
+        """
+        for name in self.manifest["files"]:
+            if not name.startswith(("rows-", "values-")):
+                self.check(name)
+
     def _index(self) -> None:
         digests, places, self._positions = [], [], list[Tensor]()
         for number in range(self.manifest["shards"]):
@@ -321,7 +368,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     )
     if not whole:
         raise DrklError(f"{str(path)!r} does not list the files of a cache. Make the cache again.")
+    if manifest.pop("checksum", None) != _checksum(manifest):
+        raise _edited(path)
     return manifest
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    write_json(folder / MANIFEST, {**manifest, "checksum": _checksum(manifest)})
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """Of everything else in a manifest."""
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=DIGEST_BYTES).hexdigest()
+
+
+def _edited(path: Path) -> DrklError:
+    return DrklError(
+        f"{str(path)!r} is not the file that was written: it has a wrong checksum. Bring it back, or remove the folder "
+        "and make the cache again."
+    )
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -352,17 +417,48 @@ def _facts(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file whole or not at all."""
+def save_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of tensors whole or not at all, for whoever may read new files.
+
+    Raises:
+        DrklError: it cannot be written, as on a full disk.
+    """
     temporary = path.with_name(f".part-{path.name}-{os.getpid()}")
+    with writing(path):
+        try:
+            save_file(dict(tensors), temporary)
+            os.chmod(temporary, new_file_mode())  # safetensors' own is the user's alone
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in writing a file of a cache into a DrklError that names it."""
     try:
-        save_file(dict(tensors), temporary)
-        os.replace(temporary, path)
+        yield
     # A full disk is an OSError to Python and a SafetensorError to safetensors.
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise DrklError(
             f"Cannot write {str(path)!r}: {error}. What was written before is kept; make room, then go on with the "
             "same command."
         ) from error
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file; it is let go when the process dies, however it dies."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Whoever held it has removed the file by now: another process may lock a new one of that name.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                yield
+                path.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(handle)

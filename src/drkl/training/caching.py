@@ -23,6 +23,7 @@ from drkl.models.load import words_of
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, batches
 from drkl.teachers.cached import TeacherCache, write_states
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.shards import writing
 from drkl.training.arguments import DistillationConfig
 from drkl.training.pair import Pair, make_pair
 from drkl.training.plan import plan_run
@@ -116,7 +117,7 @@ def _write_description(folder: Path, pair: Pair) -> list[str]:
     """Write config, generation settings and tokenizer, so that the teacher's folder is not needed any more."""
     assert pair.teacher is not None
     teacher = pair.teacher.model
-    with TemporaryDirectory(dir=folder, prefix=".part-files-") as whole:
+    with writing(folder), TemporaryDirectory(dir=folder, prefix=".part-files-") as whole:
         teacher.config.save_pretrained(whole)
         if isinstance(teacher, GenerationMixin):
             teacher.generation_config.save_pretrained(whole)

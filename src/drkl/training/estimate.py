@@ -20,7 +20,7 @@ from drkl.models.pair import check_families, check_rows, check_tokenizers, share
 from drkl.models.precision import DTYPES, pick_device, resolve_dtype
 from drkl.models.student import depth
 from drkl.rollouts.steps import planned_length
-from drkl.teachers.cached import row_of
+from drkl.teachers.cached import TeacherCache, row_of
 from drkl.training.checks import check_device
 from drkl.training.plan import plan_run
 from drkl.training.run import Listener, check_cached, prepare
@@ -53,6 +53,8 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     first = specs[0]
     check_device(specs[-1].run.device)
     device = pick_device(specs[-1].run.device)
+    if first.teacher is not None and first.teacher.cache is not None:
+        TeacherCache.of(first.teacher)  # its files are checked before its config and its tokenizer are read
     teacher_name = first.teacher.source if first.teacher else None
     tokenizer = run_tokenizer(specs)
     classes = run_classes(specs)

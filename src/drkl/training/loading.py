@@ -17,6 +17,7 @@ from drkl.models.load import load_classifier, load_config, load_model, load_toke
 from drkl.models.pair import check_same_family
 from drkl.models.precision import resolve_dtype
 from drkl.runs import IN_MEMORY
+from drkl.teachers.cached import TeacherCache
 from drkl.teachers.live import LiveTeacher
 from drkl.teachers.teacher import Teacher
 from drkl.training.arguments import DistillationConfig
@@ -64,6 +65,13 @@ def load_student(model: Any, args: DistillationConfig, quantization_config: Any)
 
 def load_teacher(teacher: Any, args: DistillationConfig) -> Teacher | None:
     """The teacher on its device; None where there is none."""
+    if isinstance(teacher, TeacherCache) and (
+        args.teacher_model_init_kwargs or args.teacher_model_revision is not None
+    ):
+        raise DrklError(
+            "teacher_model_init_kwargs and teacher_model_revision say how a teacher is loaded, and teacher_model is a "
+            f"cache of one, {str(teacher.folder)!r}. Leave them out, or give them to drkl.cache_teacher."
+        )
     if teacher is None or isinstance(teacher, Teacher):
         return teacher
     device = args.device

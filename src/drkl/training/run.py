@@ -168,7 +168,10 @@ def prepare(specs: Sequence[RunSpec], listener: Listener) -> Prepared:
         DrklError: whatever can be found out before a model is loaded.
     """
     check_device(specs[-1].run.device)
-    resources = Resources(pick_device(specs[-1].run.device), listener, run_classes(specs))
+    resources = Resources(pick_device(specs[-1].run.device), listener)
+    if specs[0].teacher is not None and specs[0].teacher.cache is not None:
+        resources.teacher(specs[0].teacher)  # first: its files are checked before its config and its tokenizer are read
+    resources.classes = run_classes(specs)
     if is_two_class(specs, resources.classes):
         listener.on_message(TWO_CLASSES)
     first, name = specs[0], tokenizer_name(specs)
