@@ -24,12 +24,24 @@ from drkl.models.precision import DTYPES
 from drkl.models.readout import Batch
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
-from drkl.teachers.shards import DIGEST_BYTES, CacheRow, RowPlace, ShardReader, ShardWriter, save_whole
+from drkl.teachers.shards import (
+    DIGEST_BYTES,
+    MANIFEST,
+    CacheRow,
+    RowPlace,
+    ShardReader,
+    ShardWriter,
+    has_kinds,
+    save_whole,
+)
 
 HEAD = "head.safetensors"
 SHARD_BYTES = 64 * 2**20
 """Values of a shard, about."""
 STATES = "states"
+_KINDS: dict[str, type] = {
+    "kind": str, "width": int, "dtype": str, "head": bool, "teacher": dict, "tokenizer": dict, "data": list,
+}  # fmt: skip
 
 
 class TeacherCache:
@@ -48,6 +60,10 @@ class TeacherCache:
             DrklError: it is no finished cache, or one of another version.
         """
         self.folder, self._rows = folder, ShardReader(folder)
+        if not (has_kinds(self.manifest, _KINDS) and self.manifest["kind"] == "hidden"):
+            raise DrklError(
+                f"{str(folder / MANIFEST)!r} does not describe the hidden states of a teacher. Make the cache again."
+            )
         self._rows.check_descriptions()
         self.model = _without_weights(folder, self._rows.manifest)
         self.pad_id: int | None = None

@@ -357,20 +357,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise DrklError(f"{str(folder)!r} is no teacher cache: it has no {MANIFEST}. `drkl cache` makes one.")
-    manifest = read_json(path)
+    try:
+        manifest = read_json(path)
+    except DrklError as error:
+        raise DrklError(f"{error} Bring it back, or remove the folder and make the cache again.") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if version != FORMAT:
         raise DrklError(
             f"{str(path)!r} has the format {version!r}; this version of drkl reads {FORMAT}. Make the cache again."
         )
-    whole = isinstance(manifest.get("shards"), int) and (
-        not manifest.get("finished") or isinstance(manifest.get("files"), dict)
-    )
-    if not whole:
+    kinds = {"shards": int, "rows": int, "positions": int, "finished": bool}
+    kinds |= {"files": dict} if manifest.get("finished") else {}
+    if not has_kinds(manifest, kinds):
         raise DrklError(f"{str(path)!r} does not list the files of a cache. Make the cache again.")
     if manifest.pop("checksum", None) != _checksum(manifest):
         raise _edited(path)
     return manifest
+
+
+def has_kinds(manifest: Mapping[str, Any], kinds: Mapping[str, type]) -> bool:
+    """Whether a manifest has some values, each of its type."""
+    return all(isinstance(manifest.get(name), kind) for name, kind in kinds.items())
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -457,8 +464,10 @@ def _locked(path: Path, *, wait: bool = False) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # Whoever held it has removed the file by now: another process may lock a new one of that name.
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                yield
-                path.unlink(missing_ok=True)
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
                 return
         finally:
             os.close(handle)
