@@ -447,8 +447,10 @@ def writing(path: Path) -> Iterator[None]:
     """Turn what goes wrong in writing a file of a cache into a DrklError that names it."""
     try:
         yield
-    # A full disk is an OSError to Python and a SafetensorError to safetensors.
-    except (OSError, SafetensorError) as error:
+    # A full disk is an OSError to Python, a SafetensorError to safetensors, and an Exception itself to tokenizers.
+    except Exception as error:
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
+            raise
         raise DrklError(
             f"Cannot write {str(path)!r}: {error}. What was written before is kept; make room, then go on with the "
             "same command."
