@@ -385,7 +385,7 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
-    """Of everything else in a manifest."""
+    """A hash of everything else in a manifest."""
     return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 
