@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from drkl.errors import DrklError
-from drkl.teachers.shards import MANIFEST, OPEN_FILES, CacheRow, ShardReader, ShardWriter
+from drkl.teachers.shards import MANIFEST, OPEN_FILES, CacheRow, ShardReader, ShardWriter, writing
 
 ABOUT = {"kind": "hidden", "width": 3}
 
@@ -244,3 +244,89 @@ def test_the_manifest_says_what_is_in_the_folder(tmp_path: Path) -> None:
     for name, facts in manifest["files"].items():
         data = (tmp_path / name).read_bytes()
         assert facts == {"bytes": len(data), "blake2b": hashlib.blake2b(data, digest_size=16).hexdigest()}
+
+
+@pytest.mark.parametrize("how", SAYS)
+@pytest.mark.parametrize("name", ["rows-00001.safetensors", "values-00001.safetensors", "note.txt"])
+def test_a_pass_over_a_finished_cache_mends_what_is_broken_and_nothing_else(
+    tmp_path: Path, name: str, how: str
+) -> None:
+    def finish(part: int = 0) -> bool:
+        with ShardWriter(tmp_path, ABOUT, plan(), part=part) as writer:
+            for number in writer.missing:
+                writer.write(number, {"states": torch.cat([states(number * 2 + row) for row in range(2)])})
+            return writer.finish(lambda: [(tmp_path / "note.txt").write_text("made by its writer") and "note.txt"])
+
+    assert finish()
+    whole, times = contents(tmp_path), {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert finish() and times == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    damage(tmp_path / name, how)
+    assert finish() and contents(tmp_path) == whole
+
+
+def test_a_folder_in_the_place_of_a_file_is_left(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "values-00001.safetensors").unlink()
+    (tmp_path / "values-00001.safetensors").mkdir()
+    with pytest.raises(DrklError, match=r"values-00001.safetensors' is a folder; expected a file of the cache. Remove"):
+        fill(tmp_path)
+    assert not [*tmp_path.glob(".*")]
+
+
+def test_a_shard_that_is_cut_short_before_the_cache_is_finished_is_written_again(tmp_path: Path) -> None:
+    fill(tmp_path / "one")
+    for name in ("values-00001.safetensors", "rows-00000.safetensors"):
+        fill(tmp_path / "two", stop=2)
+        damage(tmp_path / "two" / name, "cut")
+    assert fill(tmp_path / "two") and contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_other_rows_of_the_same_number_are_another_cache(tmp_path: Path) -> None:
+    fill(tmp_path, stop=1)
+    other = [[CacheRow(digest(f"other {row.digest!r}"), row.positions) for row in shard] for shard in plan()]
+    with pytest.raises(DrklError, match="is a cache of something else: rows_digest is"):
+        ShardWriter(tmp_path, ABOUT, other)
+
+
+def test_what_a_killed_process_leaves_is_removed(tmp_path: Path) -> None:
+    fill(tmp_path / "one")
+    fill(tmp_path / "two", stop=1)
+    for name in (
+        ".part-rows-00001.safetensors-7",
+        ".part-head.safetensors-7",
+        ".manifest.json.abc",
+        ".part-finish.lock",
+    ):
+        (tmp_path / "two" / name).write_text("half")
+    (tmp_path / "two" / ".part-files-abc").mkdir()
+    (tmp_path / "two" / ".part-files-abc" / "config.json").write_text("half")
+    assert fill(tmp_path / "two") and contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "change", [{"shards": 2}, {"rows": 5}, {"width": 4}, {"files": {}}, {"finished": 1}, {"kind": None}, {"new": 1}]
+)
+def test_a_manifest_that_was_edited(tmp_path: Path, change: dict[str, Any]) -> None:
+    fill(tmp_path)
+    path = tmp_path / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for use in (ShardReader, lambda folder: ShardWriter(folder, ABOUT, plan())):
+        with pytest.raises(
+            DrklError, match=r"manifest.json' (is not the file that was written|does not list the files)"
+        ):
+            use(tmp_path)
+
+
+def test_files_can_be_read_by_whoever_may_read_new_ones(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Exception("No space left on device")])
+def test_a_disk_that_is_full_is_named(tmp_path: Path, error: Exception) -> None:
+    message = r"Cannot write '.*x': .*No space left on device. What was written before"
+    with pytest.raises(DrklError, match=message), writing(tmp_path / "x"):
+        raise error
+    with pytest.raises(ValueError, match="another"), writing(tmp_path / "x"):
+        raise ValueError("another")

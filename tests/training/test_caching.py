@@ -22,9 +22,12 @@ from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.runs import RunFolder, read_json, read_yaml, write_json, write_jsonl
 from drkl.teachers.cached import TeacherCache, row_of, rows_of, write_states
+from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.shards import ShardWriter
 from drkl.training.caching import cache_teacher
-from drkl.training.run import cache_states
+from drkl.training.estimate import estimate
+from drkl.training.run import cache_states, distill
 from tests.command_line import Cli
 from tests.models import tiny, tiny_classifiers
 from tests.training import tiny_runs
@@ -386,7 +389,7 @@ def test_the_files_are_safetensors_and_json(tmp_path: Path) -> None:
         (("quickstart",), "`--output FOLDER` is missing"),
         (("quickstart", "--output", "x", "--part", "4/3"), "--part is '4/3'; expected I/N with I from 1 to N"),
         (("quickstart", "--output", "x", "rollouts.share=1"), "rollouts.share is above 0"),
-        (("--verify", "nothing"), "'nothing' is no teacher cache"),
+        (("--verify", "nothing"), "There is no folder 'nothing'"),
     ],
 )
 def test_words_that_make_no_command(words: tuple[str, ...], message: str, cli: Cli) -> None:
@@ -396,3 +399,58 @@ def test_words_that_make_no_command(words: tuple[str, ...], message: str, cli: C
 
 def test_it_is_public() -> None:
     assert drkl.TeacherCache is TeacherCache and drkl.cache_teacher is cache_teacher
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json"])
+def test_a_description_that_was_edited_is_named_before_it_is_read(tmp_path: Path, name: str) -> None:
+    values = tiny_runs.config(tmp_path)
+    cache_states(tiny_runs.specs(values), tmp_path / "cache")
+    path = tmp_path / "cache" / name
+    path.write_bytes(path.read_bytes() + b" ")
+    values["teacher"]["cache"] = str(tmp_path / "cache")
+    for use in (estimate, distill):
+        with pytest.raises(DrklError, match=f"{name}' is not the file that was written"):
+            use(tiny_runs.specs(values))
+    del values["teacher"]["cache"]
+    assert cache_states(tiny_runs.specs(values), tmp_path / "cache") is not None  # written again
+    TeacherCache.open(tmp_path / "cache")
+
+
+def test_a_manifest_that_describes_no_hidden_states(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, {"kind": "other"}, []) as writer:
+        writer.finish()
+    with pytest.raises(DrklError, match=r"manifest.json' does not describe the hidden states of a teacher"):
+        TeacherCache.open(tmp_path)
+
+
+def test_settings_that_a_cache_cannot_follow(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, tiny.llama(1, layers=2), tiny.llama(9))
+    for fields in ({"teacher_model_init_kwargs": {"dtype": "float32"}}, {"teacher_model_revision": "main"}):
+        with pytest.raises(
+            DrklError, match=r"say how a teacher is loaded, and teacher_model is a cache of one, '.*cache'"
+        ):
+            make(tmp_path, tiny.llama(1, layers=2), cache, fields=fields)
+    config = TeacherConfig(model=cache.manifest["teacher"]["name"], cache=str(cache.folder), dtype="bf16")
+    with pytest.raises(DrklError, match=r"teacher.dtype is bf16, and the cache '.*' has states in float32. Leave"):
+        TeacherCache.of(config)
+
+
+def test_a_cache_where_weights_are_needed(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, tiny.llama(1, layers=2), tiny.llama(9))
+    student, message = tiny.llama(1, layers=2), "cache' is a teacher cache, which has no weights"
+    for teacher in (cache, str(cache.folder)):
+        with pytest.raises(DrklError, match=message):
+            drkl.evaluate(student, teacher, ROWS[:2], TOKENIZER)  # type: ignore[arg-type]
+        with pytest.raises(DrklError, match=message):
+            drkl.analyze(student, teacher, ROWS[:2], TOKENIZER)  # type: ignore[arg-type]
+    with pytest.raises(DrklError, match=message):
+        make(tmp_path, student, str(cache.folder))
+    with pytest.raises(DrklError, match=message):
+        LiveTeacher.load(TeacherConfig(model=str(cache.folder)), torch.device("cpu"))
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(
+        DrklError, match=r"There is no folder '.*nothing', .* a path that is relative starts at the working"
+    ):
+        TeacherCache.open(tmp_path / "nothing")

@@ -32,6 +32,8 @@ from drkl.models.pair import check_rows, check_same_family, check_tokenizers, sh
 from drkl.models.precision import DtypeLike, has_device, pick_device, resolve_dtype
 from drkl.objectives.decoupled import GAMMA
 from drkl.runs import IN_MEMORY, RunFolder
+from drkl.teachers.cached import TeacherCache
+from drkl.teachers.shards import check_is_no_cache
 
 Model = str | os.PathLike[str] | PreTrainedModel
 """A model in memory, or the folder or Hub id of one."""
@@ -253,12 +255,15 @@ def _unwrapped(model: Any) -> str | PreTrainedModel:
     if hasattr(model, "get_base_model"):
         base: PreTrainedModel = model.get_base_model()
         return base
+    if isinstance(model, TeacherCache):
+        check_is_no_cache(str(model.folder))
     if not isinstance(model, str | os.PathLike):
         raise DrklError(
             f"A {type(model).__name__} came as a model; expected a transformers PreTrainedModel, or the folder or Hub "
             "id of one."
         )
     name = os.fspath(model)
+    check_is_no_cache(name)
     if RunFolder(Path(name)).config_path.is_file() and not (Path(name) / "config.json").is_file():
         raise DrklError(
             f"{name!r} is a run folder. drkl.evaluate_run({name!r}) evaluates it on its own held-out rows; its student "

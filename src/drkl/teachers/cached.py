@@ -82,7 +82,7 @@ class TeacherCache:
             DrklError: it is no finished cache, or one of another teacher.
         """
         assert config.cache is not None
-        cache = cls(Path(config.cache), device)
+        cache = cls(Path(config.source), device)
         name = cache.manifest["teacher"]["name"]
         if name != config.model:
             raise DrklError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -38,7 +39,7 @@ class TeacherConfig(BaseModel):
     @property
     def source(self) -> str:
         """Where its config and its tokenizer are: the cache has them too."""
-        return self.model if self.cache is None else self.cache
+        return self.model if self.cache is None else os.path.expanduser(self.cache)
 
     @property
     def source_options(self) -> dict[str, Any]:

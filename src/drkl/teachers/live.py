@@ -17,6 +17,7 @@ from drkl.models.load import load_classifier, load_model
 from drkl.models.precision import resolve_dtype
 from drkl.models.readout import Batch
 from drkl.teachers.config import TeacherConfig
+from drkl.teachers.shards import check_is_no_cache
 
 
 class LiveTeacher:
@@ -45,6 +46,7 @@ class LiveTeacher:
     @classmethod
     def load(cls, config: TeacherConfig, device: torch.device, *, classifier: bool = False) -> LiveTeacher:
         """Load the teacher of a config onto a device."""
+        check_is_no_cache(config.model)
         load = load_classifier if classifier else load_model
         model = load(config.model, resolve_dtype(config.dtype, device), **config.model_init_kwargs)
         return cls(model.to(device), config.remember_mb)  # type: ignore[arg-type]

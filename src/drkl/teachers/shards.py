@@ -355,6 +355,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         DrklError: there is none, or it is of another version.
     """
     path = folder / MANIFEST
+    if not folder.exists():
+        raise DrklError(
+            f"There is no folder {str(folder)!r}, which is to be a teacher cache. `drkl cache` makes one; a path that "
+            f"is relative starts at the working directory, {str(Path.cwd())!r}."
+        )
     if not path.is_file():
         raise DrklError(f"{str(folder)!r} is no teacher cache: it has no {MANIFEST}. `drkl cache` makes one.")
     try:
@@ -394,6 +399,15 @@ def _edited(path: Path) -> DrklError:
         f"{str(path)!r} is not the file that was written: it has a wrong checksum. Bring it back, or remove the folder "
         "and make the cache again."
     )
+
+
+def check_is_no_cache(name: str) -> None:
+    """Raise DrklError where the name of a model is the folder of a teacher cache."""
+    if (Path(name) / MANIFEST).is_file() and (Path(name) / _rows(0)).is_file():
+        raise DrklError(
+            f"{name!r} is a teacher cache, which has no weights. Training reads it as teacher.cache, in Python as "
+            "drkl.TeacherCache.open(FOLDER); everything else needs the teacher itself."
+        )
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

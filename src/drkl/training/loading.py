@@ -19,6 +19,7 @@ from drkl.models.precision import resolve_dtype
 from drkl.runs import IN_MEMORY
 from drkl.teachers.cached import TeacherCache
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.shards import check_is_no_cache
 from drkl.teachers.teacher import Teacher
 from drkl.training.arguments import DistillationConfig
 
@@ -77,6 +78,7 @@ def load_teacher(teacher: Any, args: DistillationConfig) -> Teacher | None:
     device = args.device
     options = dict(args.teacher_model_init_kwargs or {})
     if isinstance(teacher, (str, Path)):
+        check_is_no_cache(str(teacher))
         if args.teacher_model_revision is not None:
             options.setdefault("revision", args.teacher_model_revision)
         teacher = _load(str(teacher), options, "auto", device, "teacher_model_init_kwargs")
