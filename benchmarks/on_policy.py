@@ -28,12 +28,10 @@ import transformers
 from transformers import TrainerCallback
 
 import drkl
+from benchmarks.quickstart_pair import single_turns, write_pair
 from benchmarks.rows import Row, commit, own_memory_kib, processor, spread, write_rows
-from drkl.config import load_config
-from drkl.data.examples import read_examples
 from drkl.losses import IGNORE_INDEX
 from drkl.models.load import load_model, load_tokenizer, quiet_transformers
-from drkl.models.prune import pruned
 
 RESULTS = Path(__file__).parent / "results" / "on_policy.csv"
 SETTINGS = ("student", "prompts", "max_new_tokens", "precision", "threads")
@@ -182,18 +180,8 @@ VARIANTS: dict[str, tuple[Callable[..., Any], str, int]] = {
 
 def make_pair(options: argparse.Namespace) -> None:
     """Write student, teacher and rows into the folder that every process reads."""
-    quiet_transformers()
-    config = load_config("quickstart")[0]
-    name: Any = config.teacher.model if config.teacher is not None else None
-    large = load_model(name, "fp32")
-    layers: Any = config.student.layers
-    small = pruned(large, layers) if options.student == "pruned" else load_model(options.student, "fp32")
-    for kind, model in (("teacher", large), ("student", small)):
-        model.save_pretrained(options.folder / kind)
-        load_tokenizer(name).save_pretrained(options.folder / kind)
-    examples = (example for example in read_examples("bundled:dolly") if len(example.messages) == 2)
-    rows = [{"messages": [dict(message) for message in example.messages]} for example in examples]
-    rows = [row for row in rows if len(row["messages"][0]["content"]) <= LONGEST_PROMPT]
+    write_pair(options.folder, options.student)
+    rows = [row for row in single_turns() if len(row["messages"][0]["content"]) <= LONGEST_PROMPT]
     (options.folder / "rows.json").write_text(json.dumps(rows[: options.prompts * options.steps]))
 
 

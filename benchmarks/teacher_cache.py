@@ -24,11 +24,9 @@ import transformers
 from transformers import TrainerCallback
 
 import drkl
+from benchmarks.quickstart_pair import single_turns, write_pair
 from benchmarks.rows import Row, commit, own_memory_kib, processor, spread, write_rows
-from drkl.config import load_config
-from drkl.data.examples import read_examples
-from drkl.models.load import load_model, load_tokenizer, quiet_transformers
-from drkl.models.prune import pruned
+from drkl.models.load import quiet_transformers
 
 RESULTS = Path(__file__).parent / "results" / "teacher_cache.csv"
 SETTINGS = ("rows", "tokens_per_step", "precision", "threads")
@@ -65,16 +63,8 @@ def arguments(options: argparse.Namespace, **fields: Any) -> drkl.DistillationCo
 
 def make_parts(options: argparse.Namespace) -> Row:
     """Write student, teacher, rows and cache; return what the cache cost."""
-    quiet_transformers()
-    config = load_config("quickstart")[0]
-    name: Any = config.teacher.model if config.teacher is not None else None
-    large = load_model(name, "fp32")
-    layers: Any = config.student.layers
-    for kind, model in (("teacher", large), ("student", pruned(large, layers))):
-        model.save_pretrained(options.folder / kind)
-        load_tokenizer(name).save_pretrained(options.folder / kind)
-    examples = (example for example in read_examples("bundled:dolly") if len(example.messages) == 2)
-    rows = [{"messages": [dict(message) for message in example.messages]} for example in examples]
+    write_pair(options.folder)
+    rows = single_turns()
     (options.folder / "rows.json").write_text(json.dumps(rows[: options.rows]))
     started = time.perf_counter()
     cache = drkl.cache_teacher(
