@@ -245,6 +245,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(cli: Cli, recipe: Path, t
     assert stage["estimated_memory_gb"] > 0 and "estimated_minutes" in plan
 
 
+@pytest.mark.slow
 def test_resume_is_said_where_there_is_nothing_to_do(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     assert cli("distill", recipe).code == 0
     root = tmp_path / "runs" / "r"

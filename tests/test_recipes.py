@@ -121,6 +121,7 @@ def test_the_command_lists_and_prints_them(monkeypatch: pytest.MonkeyPatch, caps
     assert printed("quickstart") == (RECIPES / "quickstart.yaml").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "make", "kind"),
     [

@@ -195,6 +195,7 @@ def test_classifiers(cli: Cli, tmp_path: Path) -> None:
     assert done.code == 2 and "With two classes there is no tail" in done.err and not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_a_run_and_its_page(cli: Cli, tmp_path: Path) -> None:
     run = tiny_runs.train(tiny_runs.config(tmp_path, objective={"name": "drkl", "gamma": 0.2, "skew": 0.1}))
     done = cli("analyze", run.root, *QUICK)

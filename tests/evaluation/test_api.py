@@ -153,6 +153,7 @@ def test_what_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) 
         evaluate(**given)
 
 
+@pytest.mark.slow
 def test_a_run_by_name(tmp_path: Path) -> None:
     from drkl.run_models import evaluate_run
 

@@ -138,6 +138,7 @@ def test_minillms_protocol(cli: Cli, pair: dict[str, Path], tmp_path: Path) -> N
     assert len(samples(out)) == 2 * 2 * 5
 
 
+@pytest.mark.slow
 def test_a_run_with_flags_and_elsewhere(cli: Cli, tmp_path: Path) -> None:
     config = tiny_runs.write_config(tiny_runs.config(tmp_path, training={"max_steps": 2}), tmp_path / "c.yaml")
     assert cli("distill", config).code == 0

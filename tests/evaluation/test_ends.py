@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import drkl
 from tests.data.tiny_tokenizers import CHATML, build
 from tests.models.chains import chain
@@ -11,6 +13,7 @@ ROWS = [{"prompt": text, "response": "hello"} for text in ("hi", "a b", "c", "d"
 SETTINGS = {"prompts": 4, "samples_per_prompt": 2, "max_new_tokens": 6, "sweep": []}
 
 
+@pytest.mark.slow
 def test_each_model_ends_its_answers_its_own_way() -> None:
     tokenizer = build(PHI3, eos="</s>", extra=["<stop>"])
     own = tokenizer.convert_tokens_to_ids("there")

@@ -165,6 +165,7 @@ def test_sample_rows() -> None:
     assert [row["sample"] for row in samples] == [0, 1] * 15
 
 
+@pytest.mark.slow
 def test_the_sweep_is_the_teachers_and_the_trained_students() -> None:
     result, samples, _ = run("teacher before student")
     assert list(result["sweep"]) == ["teacher", "student"]
@@ -253,6 +254,7 @@ def test_an_evaluation_that_was_stopped_goes_on(tmp_path: Path, stop_at: str) ->
         assert "teacher: reading" not in seen and len(seen["teacher: sampling at 1"]) < 5
 
 
+@pytest.mark.slow
 def test_a_finished_teacher_is_used_for_the_next_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = Store(tmp_path / "shared")
     first = run("teacher student", parts=Parts(Store(tmp_path / "a"), shared))

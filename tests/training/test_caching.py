@@ -146,6 +146,7 @@ def test_the_config_of_a_run_in_python_repeats_it(tmp_path: Path) -> None:
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_more_epochs_than_one_are_near(tmp_path: Path) -> None:
     """Other batches than those of the first epoch move the last digits of a sum, and no more."""
     live = make(tmp_path, tiny.llama(1, layers=2), tiny.llama(9), fields={"num_train_epochs": 3})

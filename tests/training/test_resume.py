@@ -114,6 +114,7 @@ def test_a_teacher_that_remembers_is_resumed_too(tmp_path: Path) -> None:
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
 
+@pytest.mark.slow
 def test_cut_off_between_stages(tmp_path: Path) -> None:
     values, whole = reference(tmp_path, stages=tiny_runs.STAGES)
     run = cut_off(values, Listener(on_stage=kill_between_stages))
