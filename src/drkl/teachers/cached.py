@@ -189,10 +189,17 @@ def rows_of(batch: Mapping[str, Tensor], keep: Tensor) -> list[CacheRow]:
 
 def row_of(row: Row | LabelledRow, decoder_start: int | None) -> CacheRow:
     """A row as `rows_of` finds it in a batch."""
-    batch = collate([row], pad_id=0, decoder_start=decoder_start)
-    batch.pop("row_ids")
-    (found,) = rows_of(*teacher_inputs(batch))
+    (found,) = rows_of(*teacher_inputs(collate([row], pad_id=0, decoder_start=decoder_start)))
     return found
+
+
+def check_same_text(samples: bool) -> None:
+    """Raise DrklError where a run samples answers, of which a cache has no states."""
+    if samples:
+        raise DrklError(
+            "rollout_share is above 0: the student writes new text at every step, and a teacher cache has the data's "
+            "alone. Train with the teacher itself, or leave rollout_share out."
+        )
 
 
 def write_states(

@@ -21,7 +21,7 @@ from drkl.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from drkl.models.forward import decoder_start
 from drkl.models.load import words_of
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, batches
-from drkl.teachers.cached import TeacherCache, write_states
+from drkl.teachers.cached import TeacherCache, check_same_text, write_states
 from drkl.teachers.live import LiveTeacher
 from drkl.teachers.shards import writing
 from drkl.training.arguments import DistillationConfig
@@ -66,11 +66,7 @@ def cache_teacher(
             disk that is full.
     """
     args = DistillationConfig(output_dir=str(output_dir)) if args is None else args
-    if args.rollouts.is_on:
-        raise DrklError(
-            "rollout_share is above 0: the student writes new text at every step, and a cache has the data's alone. "
-            "Leave rollout_share out, or train with the teacher itself."
-        )
+    check_same_text(args.rollouts.is_on)
     pair = make_pair(model, teacher_model, args, train_dataset, eval_dataset, processing_class)
     return write_cache([(pair, args)], Path(output_dir), part=part, parts=parts, progress=progress)
 
@@ -137,9 +133,7 @@ def _batches(pair: Pair, args: DistillationConfig) -> Iterator[Batch]:
     start = decoder_start(pair.student)
     for step in steps:
         for places in split_rows(step, args.gradient_accumulation_steps):
-            batch = collate([rows[place] for place in places], pad_id=pair.pad_id, decoder_start=start)
-            batch.pop("row_ids")
-            yield teacher_inputs(batch)
+            yield teacher_inputs(collate([rows[place] for place in places], pad_id=pair.pad_id, decoder_start=start))
     heldout: Rows = pair.eval_rows
     for some in (heldout[: args.eval_rows], heldout[args.eval_rows :] if args.eval_rows is not None else []):
         read = batches(

@@ -35,7 +35,7 @@ from drkl.models.pair import (
     shared_vocabulary,
 )
 from drkl.runs import IN_MEMORY
-from drkl.teachers.cached import TeacherCache
+from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.teacher import Teacher
 from drkl.training.arguments import DistillationConfig
 from drkl.training.ends import Ends, settle_ends
@@ -247,11 +247,7 @@ def check_cache(pair: Pair, args: DistillationConfig) -> None:
     teacher = pair.teacher
     if not isinstance(teacher, TeacherCache):
         return
-    if args.rollouts.is_on:
-        raise DrklError(
-            "rollout_share is above 0: the student writes new text at every step, and a teacher cache has the data's "
-            "alone. Pass the teacher itself, or leave rollout_share out."
-        )
+    check_same_text(args.rollouts.is_on)
     if teacher.manifest["tokenizer"]["fingerprint"] != tokenizer_fingerprint(pair.words):
         raise DrklError(
             f"The cache {str(teacher.folder)!r} was made with another tokenizer: its ids mean other tokens. Use the "

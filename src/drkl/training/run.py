@@ -21,7 +21,7 @@ from drkl.models.pair import SharedTokens, check_families, check_tokenizers
 from drkl.models.precision import pick_device
 from drkl.models.student import make_student
 from drkl.runs import RunFolder, write_json, write_yaml
-from drkl.teachers.cached import TeacherCache
+from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
 from drkl.teachers.teacher import Teacher
@@ -156,9 +156,7 @@ class Prepared:
 
     def trainer(self, spec: RunSpec) -> DistillationTrainer:
         """The trainer of a stage; nothing is written yet."""
-        return _make_trainer(
-            spec, self.resources, self.tokenizer_name, self.shared, encoder_decoder=self.encoder_decoder
-        )
+        return _make_trainer(spec, self)
 
 
 def prepare(specs: Sequence[RunSpec], listener: Listener) -> Prepared:
@@ -207,11 +205,7 @@ def check_cached(specs: Sequence[RunSpec]) -> TeacherConfig:
     teacher = specs[0].teacher
     if teacher is None:
         raise DrklError("The config has teacher: null, so there is nothing to cache.")
-    if any(spec.rollouts.is_on for spec in specs):
-        raise DrklError(
-            "rollouts.share is above 0: the student writes new text at every step, and a cache has the data's alone. "
-            "Train with the teacher itself, or leave the share out."
-        )
+    check_same_text(any(spec.rollouts.is_on for spec in specs))
     if teacher.cache is not None:
         raise DrklError(f"teacher.cache is {teacher.cache!r} already; leave it out to make a cache.")
     return teacher
@@ -308,16 +302,14 @@ def _remove(run: RunFolder) -> None:
         raise DrklError(f"Cannot replace {str(run.root)!r}: {error.strerror or error} ({error.filename}).") from error
 
 
-def _make_trainer(
-    spec: RunSpec, resources: Resources, tokenizer_name: str, shared: SharedTokens | None, *, encoder_decoder: bool
-) -> DistillationTrainer:
+def _make_trainer(spec: RunSpec, prepared: Prepared) -> DistillationTrainer:
     """The trainer of a run whose parts are loaded and checked; nothing is written yet."""
+    resources, shared = prepared.resources, prepared.shared
     teacher = resources.teacher(spec.teacher)
-    tokenizer = resources.tokenizer(tokenizer_name)
+    tokenizer = resources.tokenizer(prepared.tokenizer_name)
     teacher_name = spec.teacher.model if spec.teacher else None
     student = make_student(spec.student, teacher_name, spec.run.seed, tokenizer, resources.classes)
-    needed = spec.rollouts.needs_responses
-    loaded = resources.rows(spec.data, tokenizer_name, encoder_decoder=encoder_decoder, needs_responses=needed)
+    loaded = prepared.rows(spec)
     reader = resources.teacher_tokenizer
     train = TokenisedRows(loaded.train, loaded.report, shared, spec.data.name, reader)
     heldout = TokenisedRows(loaded.heldout, loaded.report, shared, spec.data.eval_path) if loaded.heldout else None
