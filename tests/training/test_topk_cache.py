@@ -314,6 +314,11 @@ def test_two_stages_with_two_temperatures_from_the_command_line(tmp_path: Path, 
     assert done.code == 0, done.err
     assert "The student sees the teacher's 8 most probable tokens" in " ".join(done.out.split())
     run = RunFolder(tmp_path / "runs" / "r")
+    assert run.read_env()["topk"]["k"] == 8 and "of k + 1 classes, lower bounds" in run.read_env()["topk"]["log"]
+    assert (
+        "its teacher's 8 most probable tokens, with all others as one class."
+        in (run.student_path / "README.md").read_text()
+    )
     for one in (*run.stages(), run):
         assert all("teacher_tail_mass" in line for line in one.read_train_log() if "loss" in line)
     assert read_yaml(run.config_path)["teacher"]["cache"] == str(tmp_path / "cache")

@@ -34,7 +34,7 @@ from drkl.teachers.shards import (
     has_kinds,
     save_whole,
 )
-from drkl.teachers.stored import Stored, StoredStates, stored_in
+from drkl.teachers.stored import Stored, StoredStates, StoredTopK, stored_in
 
 HEAD = "head.safetensors"
 SHARD_BYTES = 64 * 2**20
@@ -109,6 +109,11 @@ class TeacherCache:
     def kind(self) -> str:
         """``hidden``, or ``topk``."""
         return self.stored.kind
+
+    @property
+    def k(self) -> int | None:
+        """How many logits are known at a position, with the others in sum; None for all."""
+        return self.stored.k if isinstance(self.stored, StoredTopK) else None
 
     def hidden_at(
         self, batch: Mapping[str, Tensor], keep: Tensor, *, labels: Tensor | None = None, remember: bool = True
