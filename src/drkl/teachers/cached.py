@@ -29,6 +29,7 @@ from drkl.teachers.shards import (
     MANIFEST,
     CacheRow,
     RowPlace,
+    ShardFiller,
     ShardReader,
     ShardWriter,
     has_kinds,
@@ -39,6 +40,10 @@ HEAD = "head.safetensors"
 SHARD_BYTES = 64 * 2**20
 """Values of a shard, about."""
 STATES = "states"
+ADD_ROWS = (
+    "Let teacher.fill_cache: true (in Python drkl.cache_teacher(..., fill=True)) load the teacher and add these rows, "
+    "or leave them out."
+)
 _KINDS: dict[str, type] = {
     "kind": str, "width": int, "dtype": str, "head": bool, "teacher": dict, "tokenizer": dict, "data": list,
 }  # fmt: skip
@@ -123,40 +128,50 @@ class TeacherCache:
             return torch.empty(0, self._rows.manifest["width"], dtype=self.model.dtype, device=keep.device)
         return torch.cat(parts).to(keep.device)
 
-    def check_rows(self, rows: Sequence[Row | LabelledRow], decoder_start: int | None, what: str) -> None:
+    def check_rows(
+        self, rows: Sequence[Row | LabelledRow], decoder_start: int | None, what: str, way_out: str = ADD_ROWS
+    ) -> None:
         """Raise DrklError unless the cache has the states of all rows.
 
         Args:
             rows: tokenised rows.
             decoder_start: of an encoder-decoder; None for others.
             what: the rows, in a sentence: "training rows".
+            way_out: what to do, in a sentence.
         """
-        lacking = [row.id for row in rows if self._places(row_of(row, decoder_start)) is None]
+        lacking = self.lacking(rows, decoder_start)
         if lacking:
             settings = ", ".join(f"{name} {value}" for name, value in self.manifest["data"][0].items())
             raise DrklError(
                 f"The cache {str(self.folder)!r} lacks {len(lacking):,} of {len(rows):,} {what}, first {lacking[0]!r}. "
-                f"It was made from other rows, or with other settings than {settings} or another tokenizer. Make it "
-                "again from these rows, or leave them out."
+                f"It was made from other rows, or with other settings than {settings} or another tokenizer. {way_out}"
             )
+
+    def lacking(self, rows: Sequence[Row | LabelledRow], decoder_start: int | None) -> list[str]:
+        """The ids of the rows of which the cache has no states; arguments as `check_rows`'s."""
+        return [row.id for row in rows if self._find(row_of(row, decoder_start)) is None]
+
+    def has(self, row: CacheRow) -> bool:
+        """Whether the cache has the states at all positions of a row."""
+        return self._find(row) is not None
 
     def states(self, batch: Batch) -> Tensor:
         """Return the states `[n, hidden]` at the positions that are read of some rows, on the head's device."""
         device = torch.device("cpu") if self.head is None else self.head.weight.device
         return self.hidden_at(batch.for_teacher.inputs, batch.for_teacher.keep).to(device)
 
-    def _places(self, row: CacheRow) -> list[tuple[RowPlace, Tensor]] | None:
-        """Where the positions of a row lie; None where one is nowhere."""
-        found = [(place, self._rows.positions(place)) for place in self._rows.find(row.digest)]
-        known = {int(position) for _, positions in found for position in positions}
-        return found if found and known.issuperset(row.positions) else None
+    def _find(self, row: CacheRow) -> tuple[list[RowPlace], list[int]] | None:
+        """Where a row lies, and the positions that are there, in their order; None where one of its own is missing."""
+        places = self._rows.find(row.digest)
+        held = [position for place in places for position in self._rows.positions(place).tolist()]
+        return (places, held) if places and set(held).issuperset(row.positions) else None
 
     def _states(self, row: CacheRow) -> Tensor | None:
-        found = self._places(row)
+        found = self._find(row)
         if found is None:
             return None
-        values = torch.cat([self._rows.read(place)[STATES] for place, _ in found])
-        held = torch.cat([positions for _, positions in found]).tolist()
+        places, held = found
+        values = torch.cat([self._rows.read(place)[STATES] for place in places])
         if held == [*row.positions]:
             return values
         order = {position: place for place, position in enumerate(held)}
@@ -218,7 +233,7 @@ def write_states(
     Args:
         folder: the cache's.
         teacher: on its device.
-        batches: inputs and kept positions, as training reads them and in its order.
+        batches: inputs and kept positions, as training reads them and in its order; each is asked for twice.
         about: what the cache is of.
         part: the part that this process writes, from 0.
         parts: the number of parts.
@@ -228,43 +243,129 @@ def write_states(
     Raises:
         DrklError: the folder holds another cache, states are not finite, or the disk is full.
     """
-    head = teacher.head
-    width = _width(teacher)
-    size = torch.empty(0, dtype=teacher.model.dtype).element_size() * width
-    shards, members = _plan(batches, max(1, SHARD_BYTES // size))
-    described = {"kind": "hidden", "width": width, "dtype": str(teacher.model.dtype).removeprefix("torch."),
-                 "head": head is not None, **about}  # fmt: skip
+    described = {**_described(teacher), **about}
+    shards, members = _plan(batches, _positions_of_a_shard(teacher))
     with ShardWriter(folder, described, shards, part=part, parts=parts) as writer:
-        todo = writer.missing
-        done, of = 0, sum(len(members[number]) for number in todo)
-        for number in todo:
-            found: dict[CacheRow, Tensor] = {}
-            wanted = Counter(shards[number])
-            for place in members[number]:
-                inputs, keep = batches[place]
-                device = next(teacher.model.parameters()).device
-                inputs = {name: value.to(device) for name, value in inputs.items()}
-                states = teacher.hidden_at(inputs, keep.to(device), remember=False).cpu()
-                rows = rows_of(inputs, keep)
-                for row, own in zip(rows, states.split([len(row.positions) for row in rows]), strict=True):
-                    if row in wanted:
-                        found.setdefault(row, own)
-                done += 1
-                progress(done, of)
-            writer.write(number, {STATES: torch.cat([found[row] for row in shards[number]])})
-        return writer.finish(lambda: [*_write_head(folder, head), *files(folder)])
+        _write(writer, teacher, batches, shards, members, progress)
+        return writer.finish(lambda: [*_write_head(folder, teacher.head), *files(folder)])
+
+
+def add_states(
+    folder: Path,
+    teacher: LiveTeacher,
+    batches: Sequence[tuple[Mapping[str, Tensor], Tensor]],
+    about: Mapping[str, Any],
+    *,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> int:
+    """Run a teacher over the batches that have rows which a finished cache lacks, add these, and return their number.
+
+    Args:
+        folder: the cache's; the caller holds it (`filling`).
+        teacher: the cache's, on its device.
+        batches: as in `write_states`.
+        about: what a cache of these batches would be of.
+        progress: as in `write_states`.
+
+    Raises:
+        DrklError: the cache is of another teacher or tokenizer, states are not finite, or the disk is full.
+    """
+    cache = TeacherCache.open(folder)
+    _check_same(cache, {**_described(teacher), **about})
+    shards, members = _plan(batches, _positions_of_a_shard(teacher), cache.has)
+    if not shards[0]:
+        return 0
+    with ShardFiller(cache._rows, shards, about["data"]) as writer:
+        _write(writer, teacher, batches, shards, members, progress)
+        writer.finish()
+    return sum(map(len, shards))
+
+
+def _check_same(cache: TeacherCache, wanted: Mapping[str, Any]) -> None:
+    """Raise DrklError where a teacher is not the one that a cache is of."""
+    found, name = cache.manifest, str(cache.folder)
+    if found["tokenizer"] != wanted["tokenizer"]:
+        raise other_tokenizer(name)
+    if found["dtype"] != wanted["dtype"]:
+        raise DrklError(
+            f"The teacher is in {wanted['dtype']}, and the cache {name!r} has states in {found['dtype']}. Load the "
+            "teacher in that dtype."
+        )
+    check_weights(found, wanted["teacher"]["name"], wanted["teacher"]["fingerprint"], name)
+
+
+def check_weights(manifest: Mapping[str, Any], teacher: str, fingerprint: str, folder: str) -> None:
+    """Raise DrklError where a teacher's fingerprint is not the one in the manifest of a cache."""
+    own = manifest["teacher"]
+    if own["fingerprint"] != fingerprint:
+        raise DrklError(
+            f"The teacher {teacher!r} is not the one of the cache {folder!r}, which is of {own['name']!r}: its weights "
+            f"or its config differ (fingerprint {fingerprint[:12]}, not {own['fingerprint'][:12]}). Use the teacher "
+            "that the cache was made of, or make a cache of this one with `drkl cache`."
+        )
+
+
+def other_tokenizer(folder: str) -> DrklError:
+    """The error of a cache that was made with another tokenizer than the run's."""
+    return DrklError(
+        f"The cache {folder!r} was made with another tokenizer: its ids mean other tokens. Use the one that lies in "
+        "the cache, or make the cache again."
+    )
+
+
+def _described(teacher: LiveTeacher) -> dict[str, Any]:
+    return {"kind": "hidden", "width": _width(teacher), "dtype": str(teacher.model.dtype).removeprefix("torch."),
+            "head": teacher.head is not None}  # fmt: skip
+
+
+def _positions_of_a_shard(teacher: LiveTeacher) -> int:
+    size = torch.empty(0, dtype=teacher.model.dtype).element_size() * _width(teacher)
+    return max(1, SHARD_BYTES // size)
+
+
+def _write(
+    writer: ShardWriter,
+    teacher: LiveTeacher,
+    batches: Sequence[tuple[Mapping[str, Tensor], Tensor]],
+    shards: Sequence[Sequence[CacheRow]],
+    members: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write the shards of a plan that are not there yet."""
+    todo = writer.missing
+    done, of = 0, sum(len(members[number]) for number in todo)
+    for number in todo:
+        found: dict[CacheRow, Tensor] = {}
+        wanted = Counter(shards[number])
+        for place in members[number]:
+            inputs, keep = batches[place]
+            device = next(teacher.model.parameters()).device
+            inputs = {name: value.to(device) for name, value in inputs.items()}
+            states = teacher.hidden_at(inputs, keep.to(device), remember=False).cpu()
+            rows = rows_of(inputs, keep)
+            for row, own in zip(rows, states.split([len(row.positions) for row in rows]), strict=True):
+                if row in wanted:
+                    found.setdefault(row, own)
+            done += 1
+            progress(done, of)
+        writer.write(number, {STATES: torch.cat([found[row] for row in shards[number]])})
 
 
 def _plan(
-    batches: Sequence[tuple[Mapping[str, Tensor], Tensor]], positions: int
+    batches: Sequence[tuple[Mapping[str, Tensor], Tensor]],
+    positions: int,
+    known: Callable[[CacheRow], bool] = lambda row: False,
 ) -> tuple[list[list[CacheRow]], list[list[int]]]:
-    """The rows of each shard, each row where it comes first, and the batches that a shard's rows are in."""
+    """The rows of each shard, each row where it comes first, and the batches that a shard's rows are in.
+
+    Rows that are ``known`` are in no shard.
+    """
     shards: list[list[CacheRow]] = [[]]
     members: list[list[int]] = [[]]
     seen: set[CacheRow] = set()
     count = 0
     for place, (inputs, keep) in enumerate(batches):
-        new = [row for row in dict.fromkeys(rows_of(inputs, keep)) if row not in seen]
+        new = [row for row in dict.fromkeys(rows_of(inputs, keep)) if row not in seen and not known(row)]
         seen.update(new)
         if not new:
             continue
