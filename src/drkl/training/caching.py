@@ -1,35 +1,32 @@
-"""Compute a teacher's hidden states for the rows of a run once, in the micro-batches that training would run."""
+"""Run a teacher over the rows of a run once, in the micro-batches that training would run, and keep what it knows."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import Tensor
 from transformers import GenerationMixin
 
 from drkl._version import __version__
 from drkl.data.batching import split_rows
-from drkl.data.collate import collate, teacher_inputs
 from drkl.data.rows import Rows
 from drkl.errors import DrklError
 from drkl.models.fingerprint import model_fingerprint, tokenizer_fingerprint
-from drkl.models.forward import decoder_start
+from drkl.models.forward import decoder_start, lm_head
 from drkl.models.load import words_of
-from drkl.models.readout import SHORT_TOKENS_PER_BATCH, batches
+from drkl.models.readout import SHORT_TOKENS_PER_BATCH, Batch, batches, to_batch
 from drkl.teachers.cached import TeacherCache, add_states, check_same_text, write_states
 from drkl.teachers.live import LiveTeacher
 from drkl.teachers.shards import filling, writing
+from drkl.teachers.stored import Stored, check_kind, topk_to_store
 from drkl.training.arguments import DistillationConfig
 from drkl.training.pair import Pair, make_pair
 from drkl.training.plan import plan_run
-
-Batch = tuple[Mapping[str, Tensor], Tensor]
 
 
 def cache_teacher(
@@ -41,12 +38,15 @@ def cache_teacher(
     output_dir: str | Path,
     args: DistillationConfig | None = None,
     processing_class: Any = None,
+    kind: str = "hidden",
+    k: int | None = None,
+    temperatures: Sequence[float] = (),
     part: int = 0,
     parts: int = 1,
     fill: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> TeacherCache | None:
-    """Write the hidden states of a teacher for the rows of a run into a folder, and open it.
+    """Write what a teacher knows of the rows of a run into a folder, and open it.
 
     Args:
         teacher_model: the teacher, as `DistillationTrainer` takes it.
@@ -56,30 +56,41 @@ def cache_teacher(
         output_dir: the folder of the cache; a pass that was killed goes on in it.
         args: of the run that will read the cache: lengths, template, and the size of a step.
         processing_class: as `DistillationTrainer` takes it.
+        kind: ``hidden`` keeps the teacher's last hidden states, which are exact for every objective at every
+            temperature. ``topk`` keeps its ``k`` largest logits, and what all others add up to.
+        k: of kind ``topk``, from 1 to the vocabulary less 1; None is 64.
+        temperatures: of kind ``topk``, further temperatures that a loss may have; those of ``args`` and 1 are there.
         part: the part of the cache that this process writes, from 0.
         parts: the number of parts.
-        fill: add the rows that a finished cache in ``output_dir`` lacks, in place of making one.
+        fill: add the rows that a finished cache in ``output_dir`` lacks, in place of making one; its kind stays.
         progress: called with the batches that are read, and that are to be read.
 
     Returns:
         The cache; None where other parts of it are not there yet.
 
     Raises:
-        DrklError: what `DistillationTrainer` refuses, another cache in the folder, states that are not finite, or a
-            disk that is full.
+        DrklError: what `DistillationTrainer` refuses, another cache in the folder, a kind with a setting that is
+            another's, values that are not finite, or a disk that is full.
     """
     args = DistillationConfig(output_dir=str(output_dir)) if args is None else args
+    check_kind(kind, k, temperatures)
     check_same_text(args.rollouts.is_on)
     folder = Path(output_dir)
     with filling(folder) if fill else contextlib.nullcontext():
         pair = make_pair(model, teacher_model, args, train_dataset, eval_dataset, processing_class)
-        return write_cache([(pair, args)], folder, part=part, parts=parts, fill=fill, progress=progress)
+        return write_cache(
+            [(pair, args)], folder, kind=kind, k=k, temperatures=temperatures, part=part, parts=parts, fill=fill,
+            progress=progress,
+        )  # fmt: skip
 
 
 def write_cache(
     runs: Sequence[tuple[Pair, DistillationConfig]],
     folder: Path,
     *,
+    kind: str = "hidden",
+    k: int | None = None,
+    temperatures: Sequence[float] = (),
     part: int = 0,
     parts: int = 1,
     fill: bool = False,
@@ -89,13 +100,18 @@ def write_cache(
 
     To fill a cache, the caller holds it (`drkl.teachers.shards.filling`).
     """
+    check_kind(kind, k, temperatures)
     pair = runs[0][0]
     if not isinstance(pair.teacher, LiveTeacher):
         raise DrklError("There is no teacher to cache; expected a teacher_model with weights.")
     if not 0 <= part < parts:
         raise DrklError(f"part is {part} of {parts}; expected a number from 0 to {parts - 1}.")
-    if fill and parts != 1:
-        raise DrklError(f"part is {part} of {parts}, and fill is true; one process fills a cache. Leave part out.")
+    if fill and (parts != 1 or kind != "hidden" or k is not None or temperatures):
+        raise DrklError(
+            "fill is true: one process adds rows to a cache, of the kind that it is. Leave part, parts, kind, k and "
+            "temperatures out."
+        )
+    stored = _topk(runs, k, temperatures) if kind == "topk" else None
     every = _Batches(runs)
     about = {
         "drkl": __version__,
@@ -111,12 +127,22 @@ def write_cache(
         pair.teacher,
         every,
         about,
+        stored=stored,
         part=part,
         parts=parts,
         files=lambda to: _write_description(to, pair),
         progress=progress,
     )
     return TeacherCache.open(folder) if finished else None
+
+
+def _topk(runs: Sequence[tuple[Pair, DistillationConfig]], k: int | None, temperatures: Sequence[float]) -> Stored:
+    pair = runs[0][0]
+    assert pair.teacher is not None
+    classifies = pair.classes is not None
+    shared = pair.vocab_size or (0 if classifies else lm_head(pair.teacher.model).vocab_size)
+    every = [*temperatures, *(args.temperature for _, args in runs)]
+    return topk_to_store(k, every, shared, pair.teacher.model.dtype, classifies=classifies)
 
 
 def _data_settings(pair: Pair, args: DistillationConfig) -> dict[str, Any]:
@@ -152,7 +178,8 @@ class _Batches(Sequence[Batch]):
 
     def __getitem__(self, place: Any) -> Any:
         pair, rows = self._rows[place]
-        return teacher_inputs(collate(rows, pad_id=pair.pad_id, decoder_start=decoder_start(pair.student)))
+        start = decoder_start(pair.student)
+        return to_batch(rows, [*range(len(rows))], pad_id=pair.pad_id, decoder_start=start)
 
 
 def _rows_of_batches(pair: Pair, args: DistillationConfig) -> Iterator[list[Any]]:
