@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from drkl.errors import DrklError
+from drkl.losses.topk import TopK
+from drkl.models.readout import to_batch
 from drkl.runs import read_json, write_jsonl
 from drkl.teachers.cached import TeacherCache
 from drkl.teachers.live import LiveTeacher
@@ -191,12 +193,27 @@ def test_in_python(tmp_path: Path) -> None:
     assert filled.lacking(trainer.pair.rows, None) == []
 
 
+def test_a_cache_of_largest_logits(tmp_path: Path) -> None:
+    student, teacher = tiny.llama(1, layers=2), tiny.llama(9)
+    cache_of(tmp_path, student, teacher, kind="topk", k=5)
+    rows = [ROWS[0] | {"response": f"{ROWS[0]['response']} w7"}, *MORE]
+    given: dict[str, Any] = {"args": config(tmp_path), "model": student, "processing_class": TOKENIZER}
+    filled = cache_teacher(teacher, rows, fill=True, output_dir=tmp_path / "cache", **given)
+    whole = cache_teacher(teacher, rows, kind="topk", k=5, output_dir=tmp_path / "whole", **given)
+    assert filled is not None and whole is not None and filled.manifest["rows"] == len(ROWS) + len(rows)
+    batch = to_batch(make(tmp_path, student, teacher, train_dataset=rows).pair.rows, [*range(len(rows))], pad_id=0)
+    ours, theirs = filled.states(batch), whole.states(batch)
+    assert isinstance(ours, TopK) and isinstance(theirs, TopK)
+    assert torch.equal(ours.ids, theirs.ids) and torch.equal(ours.logits, theirs.logits)
+
+
 @pytest.mark.parametrize(
     ("teacher", "changes", "message"),
     [
         (tiny.llama(8), {}, "is not the one of the cache"),
-        (tiny.llama(9).to(torch.bfloat16), {}, "The teacher is in bfloat16, and the cache '.*' has states in float32"),
-        (tiny.llama(9), {"part": 1, "parts": 2}, "part is 1 of 2, and fill is true; one process fills a cache"),
+        (tiny.llama(9).to(torch.bfloat16), {}, "The teacher is in bfloat16, and the cache '.*' is of one in float32"),
+        (tiny.llama(9), {"part": 1, "parts": 2}, "fill is true: one process adds rows to a cache, of the kind"),
+        (tiny.llama(9), {"kind": "topk"}, "of the kind that it is. Leave part, parts, kind, k and temperatures out"),
         (tiny.llama(9), {"output_dir": "nothing"}, "There is no folder '.*nothing'"),
         (tiny.llama(9), {"processing_class": tiny.tokenizer(words=tiny.VOCAB - 31)}, "made with another tokenizer"),
     ],
