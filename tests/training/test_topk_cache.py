@@ -25,7 +25,7 @@ from drkl.runs import RunFolder, read_json, read_yaml
 from drkl.teachers.cached import TeacherCache
 from drkl.teachers.live import LiveTeacher
 from drkl.teachers.stored import StoredTopK, stored_in
-from drkl.training.caching import _batches, cache_teacher
+from drkl.training.caching import _Batches, cache_teacher
 from drkl.training.estimate import estimate
 from drkl.training.forward import loss_of
 from drkl.training.run import cache_states
@@ -68,7 +68,7 @@ def test_it_has_the_live_teachers_numbers_bit_for_bit(tmp_path: Path, models: Mo
     cache = topk_of(tmp_path, models, temperatures=(2.0,))
     trainer = make(tmp_path, student, teacher)
     live, count, size = LiveTeacher(teacher), 0, trainer.vocab_size or V
-    for batch in _batches(trainer.pair, trainer.config):
+    for batch in _Batches([(trainer.pair, trainer.config)]):
         wide = live.head.weight[:size].float()
         logits = live.states(batch).float() @ wide.T * live.head.scale
         expected = TopK.of_logits(logits, 8, (1.0, 2.0), batch.labels)
@@ -99,7 +99,7 @@ def every_token(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, TeacherC
     student, teacher = llamas()
     folder = tmp_path_factory.mktemp("every")
     cache = topk_of(folder, lambda: (student, teacher), k=V - 1, temperatures=(2.0,))
-    batch = next(_batches((trainer := make(folder, student, teacher)).pair, trainer.config))
+    batch = _Batches([((trainer := make(folder, student, teacher)).pair, trainer.config)])[0]
     return student, cache, LiveTeacher(teacher), batch
 
 
