@@ -3,7 +3,8 @@
 A finished folder holds, directly in it::
 
     manifest.json               what the cache is of, and the bytes and the checksum of every other file
-    rows-00000.safetensors      digests [rows, 16], counts [rows], positions [sum of counts]: what the shard has
+    rows-00000.safetensors      digests [rows, 16], counts [rows], positions [sum of counts]: what the shard has; where
+                                the values depend on them also labels [sum of counts], the observed tokens
     values-00000.safetensors    the values at those positions, row after row, tensors [positions, …] by name
 
 and what the maker of the cache adds (the head, the tokenizer, …). The shards are the same whoever wrote them, and so is
@@ -19,7 +20,7 @@ import json
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,10 @@ MANIFEST = "manifest.json"
 DIGEST_BYTES = 16
 OPEN_FILES = 64
 """Shards that are kept open at once."""
+MADE_WITH = "made_with"
+"""What the manifest said before rows were added."""
 _READ_AT_ONCE = 1 << 24
+_SHARDS = ("rows-*.safetensors", "values-*.safetensors")
 _LEFT = (".part-rows-*", ".part-values-*", ".part-head.*", ".part-files-*", f".{MANIFEST}.*")
 """What a process that is killed may leave."""
 
@@ -49,6 +53,14 @@ class CacheRow(NamedTuple):
 
     digest: bytes
     positions: tuple[int, ...]
+    labels: tuple[int, ...] | None = None
+    """The tokens observed there, where what is kept depends on them: the last one of a text is not read."""
+
+    @property
+    def entries(self) -> list[tuple[int, ...]]:
+        """What tells the kept positions of one text apart."""
+        columns = (self.positions,) if self.labels is None else (self.positions, self.labels)
+        return list(zip(*columns, strict=True))
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,8 @@ class ShardWriter:
         parts: int = 1,
     ) -> None:
         self.folder, self._about, self._shards = folder, dict(about), shards
+        self._first = 0
+        """The number of the first shard of the plan."""
         self._mine = range(part, len(shards), parts)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -137,19 +151,18 @@ class ShardWriter:
                 row = int(np.searchsorted(np.cumsum(counts), bad, side="right"))
                 raise DrklError(
                     f"The teacher gives {name} that are not finite, first at position {bad - sum(counts[:row])} of "
-                    f"row {row} of shard {number}. Nothing of that shard was kept."
+                    f"row {row} of shard {self._first + number}. Nothing of that shard was kept."
                 )
         tensors = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-        save_whole(self.folder / _values(number), tensors)
+        save_whole(self.folder / _values(self._first + number), tensors)
         digests = torch.frombuffer(bytearray(b"".join(row.digest for row in rows)), dtype=torch.uint8)
-        positions = [position for row in rows for position in row.positions]
         index = {
             "digests": digests.reshape(-1, DIGEST_BYTES),
             "counts": torch.tensor(counts, dtype=torch.int32),
-            "positions": torch.tensor(positions, dtype=torch.int32),
+            **{name: torch.tensor(column, dtype=torch.int32) for name, column in _columns(rows).items()},
         }
         # Last: a shard is there where its rows are.
-        save_whole(self.folder / _rows(number), index)
+        save_whole(self.folder / _rows(self._first + number), index)
 
     def finish(self, files: Callable[[], Sequence[str]] = tuple) -> bool:
         """Write the manifest if every part is there, and say whether that is so; a finished cache is left as it is.
@@ -165,20 +178,32 @@ class ShardWriter:
         return True
 
     def _finish(self, files: Sequence[str]) -> None:
-        for left in (path for kind in _LEFT for path in self.folder.glob(kind)):  # of a process that was killed
+        names = [*files, *self._names()]
+        self._sweep(names)
+        listed = {name: _facts(self.folder / name) for name in sorted(names)}
+        _write_manifest(self.folder, self._manifest() | {"finished": True, "files": listed})
+
+    def _names(self) -> list[str]:
+        """The files of the plan's shards."""
+        numbers = range(self._first, self._first + len(self._shards))
+        return [name(number) for number in numbers for name in (_rows, _values)]
+
+    def _sweep(self, names: Collection[str]) -> None:
+        """Remove what killed processes left: files that are not whole, and shards that are none of ``names``."""
+        for left in (path for kind in _LEFT for path in self.folder.glob(kind)):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
-        names = [*files, *(name(number) for number in range(len(self._shards)) for name in (_rows, _values))]
-        listed = {name: _facts(self.folder / name) for name in sorted(names)}
-        _write_manifest(self.folder, self._manifest() | {"finished": True, "files": listed})
+        for left in (path for kind in _SHARDS for path in self.folder.glob(kind) if path.name not in names):
+            left.unlink(missing_ok=True)
 
     def _manifest(self) -> dict[str, Any]:
         rows = [row for shard in self._shards for row in shard]
         digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
         for row in rows:
-            digest.update(row.digest + np.array([len(row.positions), *row.positions], "<i8").tobytes())
+            entries = [len(row.positions), *row.positions, *(row.labels or ())]
+            digest.update(row.digest + np.array(entries, "<i8").tobytes())
         sizes = {"shards": len(self._shards), "rows": len(rows), "positions": sum(len(row.positions) for row in rows)}
         return {"format": FORMAT, **self._about, **sizes, "rows_digest": digest.hexdigest()}
 
@@ -197,8 +222,12 @@ class ShardWriter:
             _write_manifest(self.folder, wanted | {"finished": False})
             return
         found = read_manifest(self.folder)
-        if differing := differences(found, wanted):
-            raise DrklError(f"{str(self.folder)!r} is a cache of something else: {differing}. Choose another folder.")
+        # Rows that were added to it are none of this plan's, and stay where nothing is broken.
+        if differing := differences({**found, **found.get(MADE_WITH, {})}, wanted):
+            raise DrklError(
+                f"{str(self.folder)!r} is a cache of something else: {differing}. Choose another folder; rows are "
+                "added to a cache by teacher.fill_cache, in Python by drkl.cache_teacher(..., fill=True)."
+            )
         if found["finished"]:
             self._begin_again(found["files"], wanted)
 
@@ -216,16 +245,70 @@ class ShardWriter:
     def _is_whole(self, number: int) -> bool:
         """Whether a shard has the rows of the plan, and all of their values."""
         rows = self._shards[number]
-        positions = [position for row in rows for position in row.positions]
+        columns = _columns(rows)
         try:
-            index = load_file(self.folder / _rows(number))
-            with safe_open(self.folder / _values(number), framework="pt") as values:
+            index = load_file(self.folder / _rows(self._first + number))
+            with safe_open(self.folder / _values(self._first + number), framework="pt") as values:
                 lengths = {values.get_slice(name).get_shape()[0] for name in values.keys()}  # noqa: SIM118
-            found = index["digests"].numpy().tobytes(), index["counts"].tolist(), index["positions"].tolist()
+            found = index["digests"].numpy().tobytes(), index["counts"].tolist()
+            same = {name: index[name].tolist() for name in columns} == columns
         except (OSError, SafetensorError, KeyError):
             return False
-        expected = b"".join(row.digest for row in rows), [len(row.positions) for row in rows], positions
-        return found == expected and lengths == {len(positions)}
+        expected = b"".join(row.digest for row in rows), [len(row.positions) for row in rows]
+        return same and found == expected and lengths == {len(columns["positions"])}
+
+
+class ShardFiller(ShardWriter):
+    """Adds shards to a finished cache, behind those that it has; until all are there the cache is what it was.
+
+    Args:
+        reader: of the cache, opened after `filling` began.
+        shards: the rows of each new shard.
+        settings: further entries of the manifest's ``data``.
+
+    Raises:
+        DrklError: another process writes to the cache.
+    """
+
+    def __init__(
+        self, reader: ShardReader, shards: Sequence[Sequence[CacheRow]], settings: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        self._found, self._settings = reader.manifest, settings
+        super().__init__(reader.folder, {}, shards)
+        self._first = self._found["shards"]
+
+    def finish(self, files: Callable[[], Sequence[str]] = tuple) -> bool:
+        """Replace the manifest if all new shards are there, and say whether that is so.
+
+        Raises:
+            DrklError: the cache is another one by now.
+        """
+        if self.missing:
+            return False
+        with _locked(self.folder / ".part-finish.lock", wait=True):
+            if read_manifest(self.folder) != self._found:
+                raise DrklError(
+                    f"The cache {str(self.folder)!r} was changed while rows were added to it; the same command goes on."
+                )
+            self._finish(files())
+        return True
+
+    def _finish(self, files: Sequence[str]) -> None:
+        names = [*files, *self._names()]
+        self._sweep({*names, *self._found["files"]})
+        listed = self._found["files"] | {name: _facts(self.folder / name) for name in names}
+        _write_manifest(self.folder, self._manifest() | {"finished": True, "files": dict(sorted(listed.items()))})
+
+    def _manifest(self) -> dict[str, Any]:
+        found, new = self._found, super()._manifest()
+        sizes = {name: found[name] + new[name] for name in ("shards", "rows", "positions")}
+        both = hashlib.blake2b((found["rows_digest"] + new["rows_digest"]).encode(), digest_size=DIGEST_BYTES)
+        data = [*found["data"], *(dict(own) for own in self._settings if own not in found["data"])]
+        before = {name: found[name] for name in (*sizes, "rows_digest", "data")}
+        return {MADE_WITH: before, **found, **sizes, "rows_digest": both.hexdigest(), "data": data}
+
+    def _begin(self) -> None:
+        """Nothing: the cache is finished."""
 
 
 class ShardReader:
@@ -269,6 +352,11 @@ class ShardReader:
     def positions(self, place: RowPlace) -> Tensor:
         """The positions `[count]` of a row that are kept, ascending."""
         return self._positions[place.shard][place.start : place.start + place.count]
+
+    def labels(self, place: RowPlace) -> Tensor | None:
+        """The tokens `[count]` that are observed there; None where no value depends on them."""
+        labels = self._labels[place.shard]
+        return None if labels is None else labels[place.start : place.start + place.count]
 
     def read(self, place: RowPlace) -> dict[str, Tensor]:
         """The values of a row, `[count, …]` by name, on the CPU."""
@@ -323,13 +411,14 @@ class ShardReader:
                 self.check(name)
 
     def _index(self) -> None:
-        digests, places, self._positions = [], [], list[Tensor]()
+        digests, places, self._positions, self._labels = [], [], list[Tensor](), list[Tensor | None]()
         for number in range(self.manifest["shards"]):
             tensors = load_file(self.check(_rows(number)))
             counts = tensors["counts"].numpy().astype(np.int64)
             starts = np.concatenate([[0], np.cumsum(counts)[:-1]]) if len(counts) else counts
             digests.append(tensors["digests"].numpy())
             self._positions.append(tensors["positions"])
+            self._labels.append(tensors.get("labels"))
             places.append(np.stack([np.full_like(counts, number), starts, counts], 1))
         every = np.concatenate(digests) if digests else np.zeros((0, DIGEST_BYTES), np.uint8)
         self._keys, self._others = _halves(every)
@@ -416,6 +505,14 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return "; ".join(f"{name} is {json.dumps(found.get(name))}, not {json.dumps(wanted[name])}" for name in names)
 
 
+def _columns(rows: Sequence[CacheRow]) -> dict[str, list[int]]:
+    """What an index has of each kept position."""
+    columns = {"positions": [position for row in rows for position in row.positions]}
+    if any(row.labels is not None for row in rows):
+        columns["labels"] = [label for row in rows for label in row.labels or ()]
+    return columns
+
+
 def _halves(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Digests `[n, 16]` as two numbers each."""
     numbers = np.ascontiguousarray(digests).view(np.uint64).reshape(-1, 2)
@@ -469,6 +566,27 @@ def writing(path: Path) -> Iterator[None]:
             f"Cannot write {str(path)!r}: {error}. What was written before is kept; make room, then go on with the "
             "same command."
         ) from error
+
+
+@contextlib.contextmanager
+def filling(folder: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a cache to add rows to it; where another process does so, call ``on_wait`` and wait until it has ended.
+
+    Raises:
+        DrklError: there is no cache, or nothing can be written into its folder.
+    """
+    read_manifest(folder)
+    path = folder / ".part-fill.lock"
+    with contextlib.ExitStack() as held:
+        try:
+            try:
+                held.enter_context(_locked(path))
+            except BlockingIOError:
+                on_wait()
+                held.enter_context(_locked(path, wait=True))
+        except OSError as error:
+            raise DrklError(f"Cannot write into the folder {str(folder)!r}: {error.strerror}.") from error
+        yield
 
 
 @contextlib.contextmanager
