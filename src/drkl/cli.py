@@ -188,9 +188,13 @@ def cache(
         typer.Option(metavar="KIND", help="hidden: the teacher's last states, exact. topk: its k largest logits."),
     ] = "hidden",
     k: Annotated[
-        int | None,
+        list[int] | None,
         typer.Option(
-            "--k", metavar="K", help="Logits of a position, with --kind topk. Default: 64.", show_default=False
+            "--k",
+            metavar="K",
+            help="Logits of a position, with --kind topk. Default: 64. With --probe a k to try; may be repeated. "
+            "Default: 16, 64 and 256.",
+            show_default=False,
         ),
     ] = None,
     temperature: Annotated[
@@ -224,15 +228,6 @@ def cache(
             "write nothing.",
         ),
     ] = False,
-    k: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--k",
-            metavar="K",
-            help="With --probe: a k to try; may be repeated. Default: 16, 64 and 256.",
-            show_default=False,
-        ),
-    ] = None,
     positions: Annotated[
         int | None,
         typer.Option(help="With --probe: the most positions, of whole rows. Default: 2000.", show_default=False),
@@ -252,7 +247,7 @@ def cache(
     """Run the teacher of CONFIG once over its rows and keep what it knows; teacher.cache=FOLDER trains from that."""
     if (config is None) == (verify is None):
         raise DrklError("Give either a CONFIG or `--verify FOLDER`.")
-    asked = {"--k": k or None, "--positions": positions, "--student": student, "--format": output_format}
+    asked = {"--positions": positions, "--student": student, "--format": output_format}
     if not probe and (alone := [flag for flag, value in asked.items() if value is not None]):
         raise DrklError(f"`{alone[0]}` goes with `--probe`, which is not given.")
     if verify is not None:
@@ -262,11 +257,16 @@ def cache(
         return
     if probe:
         assert config is not None
-        written = {"--output": output, "--part": part, "--dry-run": dry_run or None}
-        if given := [flag for flag, value in written.items() if value is not None]:
-            raise DrklError(f"`--probe` writes nothing and takes no `{given[0]}`; leave one of the two out.")
-        _probe(config, overrides or [], k or (), positions, student, output_format or "text")
+        writes = {"--output": output, "--part": part, "--dry-run": dry_run, "--temperature": temperature}
+        if given := [flag for flag, value in writes.items() if value]:
+            raise DrklError(
+                f"`--probe` writes no cache, and takes no `{given[0]}`; leave one of the two out. Its temperature is "
+                "loss.temperature of CONFIG."
+            )
+        _probe(config, overrides or [], kind, k or (), positions, student, output_format or "text")
         return
+    if k is not None and len(k) > 1:
+        raise DrklError(f"`--k` is given {len(k)} times, and a cache has one k; several go with `--probe`.")
     if output is None and not dry_run:
         raise DrklError("`--output FOLDER` is missing: where the cache is to be written.")
     from drkl.config import load_config
@@ -274,6 +274,7 @@ def cache(
     from drkl.training.estimate import estimate_cache
     from drkl.training.run import Listener, cache_states
 
+    one_k = k[0] if k else None
     own = int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1"))
     number, of = own if part is None else _part(part)
     assert config is not None
@@ -282,7 +283,7 @@ def cache(
         print(note)
     quiet_transformers()
     if dry_run:
-        _print_estimate(estimate_cache(loaded.specs(), kind=kind, k=k, temperatures=temperature or ()))
+        _print_estimate(estimate_cache(loaded.specs(), kind=kind, k=one_k, temperatures=temperature or ()))
         return
     assert output is not None
     with progress_bars() as on_progress:
@@ -290,7 +291,7 @@ def cache(
             loaded.specs(),
             output,
             kind=kind,
-            k=k,
+            k=one_k,
             temperatures=temperature or (),
             part=number - 1,
             parts=of,
@@ -309,15 +310,23 @@ def cache(
 
 
 def _probe(
-    config: Path, overrides: list[str], k: Sequence[int], positions: int | None, student: str | None, form: str
+    config: Path,
+    overrides: list[str],
+    kind: str,
+    k: Sequence[int],
+    positions: int | None,
+    student: str | None,
+    form: str,
 ) -> None:
     import json
 
     from drkl.analysis.probe import POSITIONS, probe_specs
     from drkl.config import load_config
     from drkl.models.load import quiet_transformers
+    from drkl.teachers.stored import check_kind
     from drkl.training.run import Listener
 
+    check_kind(kind, None, ())
     if form not in ("text", "json"):
         raise DrklError(f"--format is {form!r}; expected text or json.")
     # What a program reads stays free of sentences; a person still gets them.

@@ -370,8 +370,19 @@ def test_teachers_that_are_refused(tmp_path: Path) -> None:
             raise AssertionError("nothing is read")
 
     pair.teacher, pair.teacher_name = Sparse(), "the served one"  # type: ignore[assignment]
-    with pytest.raises(DrklError, match="Of the teacher 'the served one' a few logits are known"):
+    with pytest.raises(DrklError, match="A few logits are known of the teacher 'the served one'"):
         probe_pair(pair, [(drkl.make_objective("rkl"), 1.0)], student="s", k=[4])
+
+
+def test_a_cache_of_a_few_logits(tmp_path: Path, cli: Cli) -> None:
+    values = tiny_runs.config(tmp_path)
+    path = tiny_runs.write_config(values, tmp_path / "c.yaml")
+    assert cli("cache", path, "--output", tmp_path / "cache", "--kind", "topk", "--k", 8).code == 0
+    # Whatever else the run asks for that this cache has not, this comes first.
+    done = cli("cache", path, "--probe", "--k", 4, f"teacher.cache={tmp_path / 'cache'}", "loss.temperature=3.0")
+    assert done.code == 2 and f"few logits are known of the teacher in the cache '{tmp_path / 'cache'}'" in done.err
+    with pytest.raises(DrklError, match="Take the teacher itself, or a cache of its hidden states"):
+        probe(tmp_path, teacher=drkl.TeacherCache.open(tmp_path / "cache"), fields={"temperature": 3.0})
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
@@ -386,13 +397,18 @@ def test_logits_that_are_no_numbers(tmp_path: Path, who: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{c}", "--k", "4", "--output", "x"), "`--k` goes with `--probe`, which is not given"),
+        (
+            ("{c}", "--k", "4", "--k", "8", "--output", "x", "--kind", "topk"),
+            "`--k` is given 2 times, and a cache has one",
+        ),
+        (("{c}", "--probe", "--temperature", "2"), "`--probe` writes no cache, and takes no `--temperature`"),
+        (("{c}", "--probe", "--kind", "top"), "kind is 'top'; expected one of hidden, topk"),
         (("{c}", "--positions", "4", "--dry-run"), "`--positions` goes with `--probe`"),
         (("{c}", "--student", "x", "--output", "x"), "`--student` goes with `--probe`"),
         (("{c}", "--format", "json", "--output", "x"), "`--format` goes with `--probe`"),
-        (("{c}", "--probe", "--output", "x"), "`--probe` writes nothing and takes no `--output`"),
-        (("{c}", "--probe", "--part", "1/2"), "`--probe` writes nothing and takes no `--part`"),
-        (("{c}", "--probe", "--dry-run"), "`--probe` writes nothing and takes no `--dry-run`"),
+        (("{c}", "--probe", "--output", "x"), "`--probe` writes no cache, and takes no `--output`"),
+        (("{c}", "--probe", "--part", "1/2"), "`--probe` writes no cache, and takes no `--part`"),
+        (("{c}", "--probe", "--dry-run"), "`--probe` writes no cache, and takes no `--dry-run`"),
         (("--verify", "x", "--probe"), "`--probe` measures a CONFIG, and `--verify` reads a cache"),
         (("--probe",), "Give either a CONFIG or `--verify FOLDER`"),
         (("{c}", "--probe", "--format", "csv"), "--format is 'csv'; expected text or json"),

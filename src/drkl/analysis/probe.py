@@ -19,13 +19,16 @@ from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import finite, placed
 from drkl.evaluation.bootstrap import Estimate, Resampled
 from drkl.evaluation.paired import MIN_UNITS
-from drkl.losses import LMHead, TopK, distillation_loss
+from drkl.losses import TopK
+from drkl.losses.common import make_settings
+from drkl.losses.fused import values_and_grads_
 from drkl.models.forward import decoder_start, lm_head
 from drkl.models.readout import batches, chunks, logits_of
 from drkl.objectives import OBJECTIVES, Objective
 from drkl.objectives.base import on_classes, why_not_on_classes
 from drkl.runs import RunFolder
-from drkl.teachers.cached import check_same_text
+from drkl.teachers.cached import TeacherCache, check_same_text
+from drkl.teachers.stored import StoredTopK, wide_head
 from drkl.training.arguments import DistillationConfig
 from drkl.training.pair import Pair, make_pair
 from drkl.training.run import Listener, prepare
@@ -82,6 +85,7 @@ def probe_top_k(
     check_same_text(args.rollouts.is_on)
     if not (args.kd_weight > 0 and args.make_objective().needs_teacher):
         raise DrklError(_NO_OBJECTIVE)
+    _check_whole(teacher_model)
     pair = make_pair(model, teacher_model, args, train_dataset, None, processing_class)
     own = [(args.make_objective(), args.temperature)]
     return probe_pair(pair, own, student=pair.student_name, k=k, positions=positions, seed=seed, progress=progress)
@@ -115,6 +119,8 @@ def probe_specs(
     learning = [number for number, spec in enumerate(specs) if spec.uses_teacher]
     if not learning:
         raise DrklError(_NO_OBJECTIVE)
+    if teacher.cache is not None:
+        _check_whole(TeacherCache.of(teacher))
     name = f"{start.init} of {start.model or teacher.model}, not trained"
     if student is not None:
         name = _student_of(student)
@@ -133,6 +139,18 @@ _NO_OBJECTIVE = (
     "The run learns from no teacher: its objective reads none, or kd_weight is 0, so there is nothing to lose. Set the "
     "objective that it is to minimise, such as drkl."
 )
+
+
+def _check_whole(teacher: Any) -> None:
+    if isinstance(teacher, TeacherCache) and teacher.kind != "hidden":
+        raise DrklError(_sparse(f"the teacher in the cache {str(teacher.folder)!r}"))
+
+
+def _sparse(teacher: str) -> str:
+    return (
+        f"A few logits are known of {teacher} at each position, and a probe compares with all of them. Take the "
+        "teacher itself, or a cache of its hidden states."
+    )
 
 
 def _student_of(name: str) -> str:
@@ -167,21 +185,20 @@ def probe_pair(
         raise DrklError("There is no teacher to probe; expected a teacher_model.")
     if pair.classes is not None:
         raise DrklError("The models are classifiers: their class logits are few, and a cache keeps all of them.")
-    if teacher.head is None:
-        raise DrklError(
-            f"Of the teacher {pair.teacher_name!r} a few logits are known at each position, and a probe compares with "
-            "all of them. Take the teacher itself, or a cache of its hidden states."
-        )
     head = teacher.head
+    if head is None:
+        raise DrklError(_sparse(f"the teacher {pair.teacher_name!r}"))
     size = pair.vocab_size or head.vocab_size
     ks, rows = _check_ks(k, size), _sample(pair.rows, positions)
     cases = _cases(own)
     with placed(pair.student, head.weight.device) as model, torch.no_grad():
-        heads = [_wide(lm_head(model), size), _wide(head, size)]
+        heads = [wide_head(one, size) for one in (lm_head(model), head)]
         sums = LossSums(len(rows), cases, ks)
         done = 0
         for batch in batches(rows, pad_id=pair.pad_id, decoder_start=decoder_start(model)):
-            states = [batch.states(model), teacher.states(batch)]
+            known = teacher.states(batch)
+            assert isinstance(known, Tensor)
+            states = [batch.states(model), known]
             place = torch.tensor(batch.rows).repeat_interleave(batch.keep.sum(1))
             for part in chunks(len(place), max(1, LOGITS // size)):
                 ours, theirs = (logits_of(s[part], one) for s, one in zip(states, heads, strict=True))
@@ -248,13 +265,6 @@ def _sample(rows: Sequence[Any], positions: int) -> list[Any]:
     raise DrklError("No training row has a response to learn from, so there is nothing to probe.")
 
 
-def _wide(head: LMHead, size: int) -> LMHead:
-    """The head of the first ids, in fp32 or wider, as the loss multiplies with it."""
-    own = head.detached().gathered().trimmed(size)
-    wide = torch.promote_types(torch.float32, own.weight.dtype)
-    return LMHead(own.weight.to(wide), None if own.bias is None else own.bias.to(wide), own.scale, own.softcap)
-
-
 def _check_numbers(ours: Tensor, theirs: Tensor, row_ids: Sequence[str]) -> None:
     for name, logits in (("student", ours), ("teacher", theirs)):
         bad = (logits.isnan() | (logits == torch.inf)).any(-1)
@@ -289,13 +299,13 @@ class LossSums:
         for number, case in enumerate(self._cases):
             value, gradient = _differentiated(case, ours, theirs, labels)
             count(_key("value", number), value)
-            count(_key("square", number), (gradient * gradient).sum(-1))
+            count(_key("square", number), torch.linalg.vecdot(gradient, gradient))
             for k, few in known.items() if on_classes(case.objective) is not None else ():
                 value, other = _differentiated(case, ours, few, labels)
                 change = other.sub_(gradient)
                 count(_key("kept", number, k), value)
-                count(_key("along", number, k), (change * gradient).sum(-1))
-                count(_key("change", number, k), (change * change).sum(-1))
+                count(_key("along", number, k), torch.linalg.vecdot(change, gradient))
+                count(_key("change", number, k), torch.linalg.vecdot(change, change))
 
     def result(self, seed: int, *, teacher: str, student: str, vocab_size: int, hidden_bytes: int) -> TopKProbe:
         """Every number with its interval."""
@@ -308,7 +318,7 @@ class LossSums:
             return Estimate(value, None if value is None else ends.get(name))
 
         masses = [
-            KeptMass(k, t, _bytes(k, len(self._stored), vocab_size), estimate("mass", t, k), estimate("tail", t, k))
+            KeptMass(k, t, self._size(k, vocab_size), estimate("mass", t, k), estimate("tail", t, k))
             for t in self._losses
             for k in self._ks
         ]
@@ -324,6 +334,9 @@ class LossSums:
             objectives.append(ProbedObjective(case.name, case.temperature, case.own, kind, reason, value, kept))
         positions = int(self._sums["positions"].sum())
         return TopKProbe(teacher, student, self._num_rows, positions, vocab_size, hidden_bytes, masses, objectives)
+
+    def _size(self, k: int, vocab_size: int) -> int:
+        return StoredTopK(k, self._stored, vocab_size, torch.float32).bytes_per_position
 
     def _metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Every number `[m]` for each of ``weights`` `[m, rows]`: how often a row counts."""
@@ -353,17 +366,10 @@ def _angle(square: np.ndarray, change: np.ndarray, along: np.ndarray) -> np.ndar
     return np.degrees(np.arctan2(across, square + along))
 
 
-def _bytes(k: int, temperatures: int, vocab_size: int) -> int:
-    """A cache's ids and logits, and the label's logit and the rest at each temperature beside them."""
-    return k * ((2 if vocab_size < 2**16 else 4) + 4) + 4 * (temperatures + 1)
-
-
 def _differentiated(case: Case, ours: Tensor, theirs: Tensor | TopK, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The values `[n]`, and their gradients on the student's logits `[n, vocab]`."""
-    with torch.enable_grad():
-        leaf = ours.detach().requires_grad_()
-        values = distillation_loss(
-            leaf, theirs, labels, objective=case.objective, temperature=case.temperature, reduction="none"
-        )
-        (gradient,) = torch.autograd.grad(values.sum(), leaf)
-    return values.detach(), gradient
+    settings = make_settings(case.objective, case.temperature, kd_weight=1.0, t2_scaling=False, reduction="none")
+    gradient = ours.clone()
+    # Both are overwritten.
+    values = values_and_grads_(gradient, theirs.clone() if isinstance(theirs, Tensor) else theirs, labels, settings)
+    return values, gradient
