@@ -50,7 +50,8 @@ def main() -> None:
             loss = one.kept[mass.k]
             rows.append(
                 {
-                    "config": options.config, "student": "start" if options.student is None else options.student,
+                    "config": options.config,
+                    "student": "start" if options.student is None else Path(options.student).name,
                     "objective": one.name, "k": str(mass.k), "temperature": f"{one.temperature:g}",
                     "on_classes": str(one.on_classes), "bytes_per_position": str(mass.bytes_per_position),
                     "hidden_bytes": str(found.hidden_bytes), "rows": str(found.rows),

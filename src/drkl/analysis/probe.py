@@ -121,7 +121,7 @@ def probe_specs(
         raise DrklError(_NO_OBJECTIVE)
     if teacher.cache is not None:
         _check_whole(TeacherCache.of(teacher))
-    name = f"{start.init} of {start.model or teacher.model}, not trained"
+    name = f"{start.init} of {start.model or start.model_type or teacher.model}, not trained"
     if student is not None:
         name = _student_of(student)
         start = type(start)(init="pretrained", model=name, dtype=start.dtype)
