@@ -218,6 +218,7 @@ def test_whole_rows_are_taken_evenly_spaced(tmp_path: Path) -> None:
 def test_intervals_hold_their_value_and_depend_on_the_seed_alone(tmp_path: Path) -> None:
     first, same, other = (probe(tmp_path, k=[4], seed=seed) for seed in (0, 0, 1))
     assert first.to_json() == same.to_json() != other.to_json()
+    assert probe(tmp_path, k=np.int64(4)).to_json() == first.to_json()
     for one in first.objectives:
         for estimate in (one.value, *one.kept[4]):
             assert estimate.interval is not None and estimate.value is not None
@@ -301,6 +302,7 @@ def test_the_command(tmp_path: Path, cli: Cli) -> None:
     count = re.search(r"(\d+) positions of (\d+) rows, 64 tokens", said)
     assert count is not None and 40 < int(count[1]) <= 60
     assert f"Student: prune of {tmp_path / 'teacher'}, not trained." in said
+    assert "the value of fkl at temperature 2 and its gradient" in said
     for part in ("hidden states", "k = 4 ", "k = 16 ", "drkl, γ 0.5 at T = 1 (this run)", "fkl at T = 2 (this run)",
                  "akl at T = 1 (approximation)", "both models read: done"):  # fmt: skip
         assert part in said, part
@@ -336,6 +338,10 @@ def test_a_trained_student(tmp_path: Path, cli: Cli) -> None:
         ({"k": [tiny.VOCAB]}, "k is 64; expected whole numbers from 1 to 63, below the 64 ids"),
         ({"k": [0]}, "k is 0; expected whole numbers from 1 to 63"),
         ({"k": [2.5]}, "k is 2.5; expected whole numbers"),
+        ({"k": True}, "k is True; expected whole numbers"),
+        ({"k": "16"}, "k is '1'; expected whole numbers"),
+        ({"seed": -1}, "seed is -1; expected a whole number of at least 0"),
+        ({"positions": None}, "positions is None; expected a whole number"),
         ({"positions": 0}, "positions is 0; expected a whole number of at least 1"),
         ({"fields": {"objective": "ce"}}, "learns from no teacher"),
         ({"fields": {"kd_weight": 0.0}}, "learns from no teacher"),
