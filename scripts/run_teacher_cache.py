@@ -127,7 +127,7 @@ def draw(text: str) -> str:
     rows = list(csv.DictReader(io.StringIO(text)))
     note = (
         "SmolLM2-135M-Instruct and ten of its layers, 180 steps on Dolly from one warmed-up student, one seed; bars: "
-        "95 % intervals over 100 held-out rows.\nThe last point of each line learnt from hidden states, which are exact."
+        "95 % intervals over 100 held-out rows.\nThe last point of each line is of hidden states, which are exact."
     )
     title = "What a student loses with a teacher known on k tokens"
     figure, axes = panels(1000, 420, title, note, legend_row=24, ncols=len(METRICS))
