@@ -64,9 +64,11 @@ def cache_of(kind: str) -> Path:
 
 
 def make_cache(kind: str) -> None:
-    """Write a cache, or go on with it."""
-    words = ["--kind", "hidden"] if kind == "hidden" else ["--kind", "topk", "--k", kind]
-    drkl("cache", "quickstart", *SETTINGS, "--output", str(cache_of(kind)), *words)
+    """Write a cache, or go on with it; those of largest logits are made of the one of hidden states."""
+    words = ["--output", str(cache_of(kind))]
+    if kind != "hidden":
+        words += ["--kind", "topk", "--k", kind, f"teacher.cache={cache_of('hidden')}"]
+    drkl("cache", "quickstart", *SETTINGS, *words)
 
 
 def train(name: str) -> None:
@@ -161,7 +163,7 @@ def main() -> None:
     chosen = parser.parse_args().only
     if not (WARMUP / "student").is_dir():
         drkl("distill", "quickstart", *WARM)
-    for kind in dict.fromkeys(name.split("-")[1] for name in chosen):
+    for kind in dict.fromkeys(["hidden", *(name.split("-")[1] for name in chosen)]):
         make_cache(kind)
     for name in chosen:
         train(name)
