@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from drkl.client import address_of, host_and_port
 from drkl.errors import DrklError
 from drkl.models.precision import pick_device, resolve_dtype, torch_dtype
 from drkl.models.student import make_student
-from drkl.rollouts.client import address_of, host_and_port
 from drkl.rollouts.served import INSTALL, check_servable, serve_command, served_copy, served_folder, write_served
 from drkl.training.checks import check_device
 from drkl.training.spec import RunSpec, fitted, run_classes, run_configs, run_room, run_tokenizer

@@ -1,14 +1,17 @@
-"""Questions to a vLLM server over HTTP, and what goes wrong with them."""
+"""Questions to a server over HTTP, and what goes wrong with them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import selectors
 import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -18,7 +21,7 @@ from drkl.errors import DrklError
 WAITS = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds between two tries of a question whose server cannot be reached for the moment."""
 GO_ON = "Then resume the run: it goes on from its last checkpoint."
-_MOMENTARY = (408, 429, 502, 503, 504)
+MOMENTARY = frozenset((408, 429, 502, 503, 504))
 """HTTP statuses of a server, or of a proxy before it, that may answer later."""
 _LONGEST = 400
 """Characters of a server's own words in a message."""
@@ -32,29 +35,61 @@ class Lost(Exception):
     """The server cannot be reached, or is gone in the middle of a question; it may be back in a while."""
 
 
+class Slow(DrklError):
+    """The server has not answered in time."""
+
+
 class Refused(DrklError):
     """The server answers that it does not do what it was asked."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What a client says of its server and of the settings that lead to it, and what it asks again.
+
+    Args:
+        server: the server, at the beginning of a sentence.
+        setting: the setting that has its address.
+        start: how to start it, a sentence.
+        faster: what to do where it does not answer in time, without a full stop.
+        no_route: why a route outside of ``/v1`` may not be there, a sentence.
+        keys: environment variables that may hold its key; the first that is set counts.
+        momentary: HTTP statuses after which it is asked again.
+        slow_tries: how often it is asked what it does not answer in time.
+    """
+
+    server: str
+    setting: str
+    start: str
+    faster: str
+    no_route: str
+    keys: tuple[str, ...]
+    momentary: frozenset[int] = MOMENTARY
+    slow_tries: int = 1
 
 
 class Client:
     """Asks one server.
 
     Args:
-        address: ``http://host:port``; a path after it stays, but for vLLM's own ``/v1``.
+        address: as `is_address` takes it; a path after the port stays, but for vLLM's own ``/v1``.
         timeout: longest wait for an answer, in seconds.
+        caller: who asks.
     """
 
-    def __init__(self, address: str, timeout: float) -> None:
-        parts = urlsplit(address)  # the section `rollouts` takes nothing else
-        self.address, self._timeout = address, timeout
+    def __init__(self, address: str, timeout: float, caller: Caller) -> None:
+        parts = urlsplit(address)
+        self.address, self._timeout, self._caller = address, timeout, caller
         self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._host, self._port = str(parts.hostname), parts.port
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY", "").strip():
-            if not (key.isascii() and key.isprintable()):
-                raise DrklError("VLLM_API_KEY in the environment has characters that a key cannot have; set it anew.")
-            self._headers["Authorization"] = f"Bearer {key}"
+        for name in caller.keys:
+            if key := os.environ.get(name, "").strip():
+                if not (key.isascii() and key.isprintable()):
+                    raise DrklError(f"{name} in the environment has characters that a key cannot have; set it anew.")
+                self._headers["Authorization"] = f"Bearer {key}"
+                break
 
     def ask(self, path: str, body: Any = None) -> Any:
         """Return the answer to one question: GET without a body, POST with one.
@@ -80,34 +115,68 @@ class Client:
             on_answer: called with a question's number and its answer.
 
         Raises:
-            Lost: the server is gone; what it answered before was reported.
+            Lost: a question has no answer. Those that were asked before it are answered still, and no other is asked.
             DrklError: as `ask`.
         """
         waiting = deque(range(len(bodies)))
-        connections = [self._connection() for _ in range(min(at_once, len(bodies)))]
-        try:
-            with selectors.DefaultSelector() as selector:
+        lost: list[Lost] = []
+        with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
 
-                def send(connection: HTTPConnection) -> None:
-                    number = waiting.popleft()
+            def send(connection: HTTPConnection) -> None:
+                if not waiting or lost:
+                    return
+                number = waiting.popleft()
+                try:
                     self._send(connection, path, bodies[number])
-                    selector.register(connection.sock, selectors.EVENT_READ, (connection, number))
+                except Lost as error:
+                    lost.append(error)
+                    return
+                selector.register(connection.sock, selectors.EVENT_READ, (connection, number, self._deadline()))
 
-                for connection in connections:
+            for _ in range(min(at_once, len(bodies))):
+                send(stack.enter_context(contextlib.closing(self._connection())))
+            while due := [key.data[2] for key in selector.get_map().values()]:
+                ready = selector.select(max(0.0, min(due) - time.monotonic()))
+                if not ready:
+                    raise self._slow(path)
+                for key, _ in ready:
+                    connection, number, _ = key.data
+                    selector.unregister(key.fileobj)
+                    try:
+                        answer = self._receive(connection, path)
+                    except Lost as error:
+                        lost.append(error)
+                        continue
+                    on_answer(number, answer)
                     send(connection)
-                while selector.get_map():
-                    ready = selector.select(self._timeout)
-                    if not ready:
-                        raise self._slow(path)
-                    for key, _ in ready:
-                        connection, number = key.data
-                        selector.unregister(key.fileobj)
-                        on_answer(number, self._receive(connection, path))
-                        if waiting:
-                            send(connection)
-        finally:
-            for connection in connections:
-                connection.close()
+        if lost:
+            raise lost[0]
+
+    def ask_each(
+        self, path: str, bodies: Sequence[Any], *, at_once: int, on_answer: Callable[[int, Any], None]
+    ) -> None:
+        """As `ask_all`, and what has no answer is asked again as in `patiently`, from the first try after each answer.
+
+        Raises:
+            DrklError: as `patiently`.
+        """
+        left = list(range(len(bodies)))
+
+        def ask() -> None:
+            asked, before = list(left), len(left)
+
+            def take(number: int, answer: Any) -> None:
+                on_answer(asked[number], answer)
+                left.remove(asked[number])
+
+            try:
+                self.ask_all(path, [bodies[i] for i in asked], at_once=at_once, on_answer=take)
+            except (Lost, Slow):
+                if len(left) == before:
+                    raise
+
+        while left:
+            self.patiently(ask)
 
     def patiently(self, action: Callable[[], T]) -> T:
         """Return what an action returns, tried again after each of `WAITS` while the server cannot be reached.
@@ -115,18 +184,25 @@ class Client:
         Raises:
             DrklError: it still cannot be reached, or the action raised it.
         """
-        end = time.monotonic() + self._timeout
+        end, slow = self._deadline(), 0
         for tries, wait in enumerate((*WAITS, None), start=1):
             try:
                 return action()
+            except Slow:
+                slow, end = slow + 1, self._deadline()
+                if slow >= self._caller.slow_tries:
+                    raise
             except Lost as error:
                 if wait is None or time.monotonic() + wait > end:
                     raise DrklError(
-                        f"The vLLM server at {self.address} cannot be reached ({error}); tried {tries} times. Start "
-                        f"it, or start it again, with `drkl rollout-server CONFIG`. {GO_ON}"
+                        f"{self._caller.server} at {self.address} cannot be reached ({error}); tried {tries} times. "
+                        f"{self._caller.start} {GO_ON}"
                     ) from error
                 time.sleep(wait)
         raise AssertionError("the last try returns or raises")
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._timeout
 
     def _connection(self) -> HTTPConnection:
         return self._kind(self._host, self._port, timeout=self._timeout)
@@ -145,13 +221,13 @@ class Client:
         except (OSError, HTTPException) as error:
             raise self._failed(error, path) from error
         text = content.decode("utf-8", "replace")
-        if status in _MOMENTARY:
+        if status in self._caller.momentary:
             raise Lost(f"HTTP {status}: {_words(text)}")
         if 300 <= status < 400:
             raise Refused(
                 f"{self.address}{path} sends to another address (HTTP {status}): "
-                f"{printable(response.headers.get('Location', '')) or 'it names none'}. Set rollout_server to that of "
-                "the vLLM server itself."
+                f"{printable(response.headers.get('Location', '')) or 'it names none'}. Set {self._caller.setting} "
+                "to that of the vLLM server itself."
             )
         if status != 200:
             raise self._refusal(status, path, _words(text))
@@ -162,7 +238,7 @@ class Client:
         except (ValueError, RecursionError) as error:
             raise DrklError(
                 f"{self.address}{path} does not answer with json but with {_words(text)!r}, so it is no vLLM server. "
-                "Set rollout_server to the address that `vllm serve` prints."
+                f"Set {self._caller.setting} to the address that `vllm serve` prints."
             ) from error
 
     def _read(self, response: HTTPResponse, path: str) -> bytes:
@@ -172,7 +248,7 @@ class Client:
         if len(content) > _LARGEST:
             raise DrklError(
                 f"{self.address}{path} answers with more than {_LARGEST >> 20} MiB, so it is no vLLM server. Set "
-                "rollout_server to the address that `vllm serve` prints."
+                f"{self._caller.setting} to the address that `vllm serve` prints."
             )
         if response.length:
             raise IncompleteRead(content, response.length)
@@ -183,32 +259,51 @@ class Client:
             return self._slow(path)
         if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
             return DrklError(
-                f"The vLLM server at {self.address} cannot be spoken to over https: {_named(error)}. Give its address "
-                "with http:// if it has no certificate (rollout_server), or name the file of a certificate of its own "
-                f"in the environment variable SSL_CERT_FILE. {GO_ON}"
+                f"{self._caller.server} at {self.address} cannot be spoken to over https: {_named(error)}. Give its "
+                f"address with http:// if it has no certificate ({self._caller.setting}), or name the file of a "
+                f"certificate of its own in the environment variable SSL_CERT_FILE. {GO_ON}"
             )
         return Lost(_named(error))
 
-    def _slow(self, path: str) -> DrklError:
-        return DrklError(
-            f"The vLLM server at {self.address} has not answered {path} within {self._timeout:g} seconds. Raise "
-            f"rollout_server_timeout, or lower rollout_batch_size or rollout_max_new_tokens. {GO_ON}"
+    def _slow(self, path: str) -> Slow:
+        return Slow(
+            f"{self._caller.server} at {self.address} has not answered {path} within {self._timeout:g} seconds. "
+            f"{self._caller.faster}. {GO_ON}"
         )
 
     def _refusal(self, status: int, path: str, words: str) -> Refused:
         cure = "The request is wrong for this server."
         if status in (401, 403):
-            cure = "Set VLLM_API_KEY in the environment to the key that the server was started with."
+            cure = f"Set {self._caller.keys[0]} in the environment to the key that the server was started with."
         elif status == 404 and path.startswith("/v"):
-            cure = "Is it a vLLM server? Set rollout_server to the address that `vllm serve` prints."
+            cure = f"Is it a vLLM server? Set {self._caller.setting} to the address that `vllm serve` prints."
         elif status == 404:
-            cure = (
-                "The routes for new weights exist only where the server was started with VLLM_SERVER_DEV_MODE=1, as "
-                "`drkl rollout-server CONFIG` does it."
-            )
+            cure = self._caller.no_route
         elif status >= 500:
             cure = f"See the server's own log, and start it again. {GO_ON}"
-        return Refused(f"The vLLM server at {self.address} refuses {path} (HTTP {status}): {words}. {cure}")
+        return Refused(f"{self._caller.server} at {self.address} refuses {path} (HTTP {status}): {words}. {cure}")
+
+
+def is_address(text: str) -> bool:
+    """Whether this is http or https, a host, and a port and a path or neither: nothing that would not be sent."""
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")  # as a socket does
+    except ValueError:
+        return False
+    is_plain = text.isprintable() and " " not in text and not parts.query and not parts.fragment
+    is_path = re.fullmatch(r"(/[\w.~@-]+)*/*", parts.path, re.ASCII) is not None
+    return is_plain and is_path and parts.scheme in ("http", "https") and bool(host.strip(".")) and port != 0
+
+
+def has_name_or_password(address: str) -> bool:
+    """Whether an address has something before its host that would stand in a run's files.
+
+    >>> has_name_or_password("http://me:word@host:8000"), has_name_or_password("http://host:8000")
+    (True, False)
+    """
+    return "@" in urlsplit(address).netloc
 
 
 def host_and_port(address: str) -> tuple[str, int]:
