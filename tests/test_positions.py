@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
 from drkl.objectives.divergences import GeneralizedJensenShannon
-from drkl.objectives.logspace import split
+from drkl.objectives.logspace import most_probable, split
 from drkl.positions import (
     TargetStatistics,
     comparison_statistics,
     distribution,
     entropy,
-    most_probable,
     target_statistics,
     token_statistics,
 )

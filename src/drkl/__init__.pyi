@@ -22,6 +22,7 @@ from .evaluation.findings import Finding as Finding
 from .evaluation.result import Evaluation as Evaluation
 from .losses import LMHead as LMHead
 from .losses import LogitChunk as LogitChunk
+from .losses import TopK as TopK
 from .losses import as_gkd_loss as as_gkd_loss
 from .losses import distillation_loss as distillation_loss
 from .losses import fused_distillation_loss as fused_distillation_loss

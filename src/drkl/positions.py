@@ -18,7 +18,7 @@ from torch import Tensor
 from drkl.losses.common import log_softmax
 from drkl.objectives.adaptive import head_mask, reached
 from drkl.objectives.divergences import GeneralizedJensenShannon
-from drkl.objectives.logspace import Split, argmax, kl, split
+from drkl.objectives.logspace import Ranked, Split, argmax, kl, most_probable, split
 
 
 class Distribution(NamedTuple):
@@ -262,32 +262,6 @@ def brier_score(probs: Float[Tensor, "n vocab"], labels: Int[Tensor, "n"]) -> Fl
     at_label = labels.unsqueeze(-1)
     missed = probs.scatter_add(-1, at_label, probs.new_full(at_label.shape, -1.0))
     return missed.square_().sum(-1)
-
-
-class Ranked(NamedTuple):
-    """The most probable tokens, best first."""
-
-    ids: Int[Tensor, "n k"]
-    taken: Int[Tensor, "n m"]
-    """The candidates, in the same order; past k, tokens as probable as the last may be missing."""
-
-
-def most_probable(logp: Float[Tensor, "n vocab"], count: int, *, spare: int) -> Ranked:
-    """The ``count`` most probable tokens, best first, the lower id first on ties.
-
-    topk does not say which of tied tokens it takes. So ``spare`` more are taken, and a row whose ties go on past those
-    is sorted in full.
-    """
-    vocab_size = logp.shape[-1]
-    ids = logp.topk(min(vocab_size, count + spare), -1, sorted=False).indices.sort(-1).values
-    values, order = logp.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, order)
-    if ids.shape[-1] < vocab_size:
-        open_ended = values[:, count - 1] == values[:, -1]
-        if bool(open_ended.any()):
-            full = logp[open_ended].sort(dim=-1, descending=True, stable=True).indices
-            ids[open_ended] = full[:, : ids.shape[-1]]
-    return Ranked(ids[:, :count], ids)
 
 
 def _token_statistics(student: Distribution, teacher: Distribution | None, labels: Tensor) -> TokenStatistics:

@@ -22,7 +22,7 @@ from transformers import (
 
 import drkl
 from drkl.errors import DrklError
-from drkl.losses import LMHead
+from drkl.losses import LMHead, TopK
 from drkl.models.forward import hidden_states, lm_head
 from drkl.models.pair_loss import count_tokens, pair_loss
 from tests.models import tiny, tiny_classifiers
@@ -260,6 +260,11 @@ def test_known_states_take_the_place_of_the_teacher(name: str) -> None:
     if name == "llama":
         loss = pair_loss(student, None, batch, teacher_hidden=states, teacher_head=teacher.lm_head.weight)
         assert number(loss) == pytest.approx(expected, rel=1e-12)
+        logits = head.logits(states[labels != -100])
+        topk = TopK.of_logits(logits, logits.shape[1] - 1)
+        assert number(pair_loss(student, None, batch, teacher_hidden=topk)) == pytest.approx(expected, rel=1e-9)
+        with pytest.raises(DrklError, match="takes the place of a teacher"):
+            pair_loss(student, teacher, batch, teacher_hidden=topk)
 
 
 def test_the_teacher_runs_in_eval_mode_without_gradients_and_is_put_back() -> None:

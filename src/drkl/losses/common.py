@@ -11,6 +11,7 @@ from torch import Tensor
 
 from drkl.errors import DrklError
 from drkl.losses.merged import MergedIds
+from drkl.losses.topk import TopK, objective_on_classes
 from drkl.objectives import Objective, ObjectiveLike, make_objective
 
 IGNORE_INDEX = -100
@@ -24,8 +25,9 @@ class LogitChunk(NamedTuple):
     student: Tensor
     """`[m, vocab]`, before the temperature, detached; in the dtype of the products or wider. With ``merged_ids`` of the
     merged vocabulary, as are the teacher's and the labels."""
-    teacher: Tensor | None
-    """`[m, vocab]`, likewise; None where no teacher is given. A loss without a teacher makes them for the observer."""
+    teacher: Tensor | TopK | None
+    """`[m, vocab]`, likewise, or what is known of them; None where no teacher is given. A loss without a teacher makes
+    them for the observer."""
     labels: Tensor | None
     """`[m]`, or None where none are given."""
     start: int
@@ -107,6 +109,19 @@ def shared_vocabulary(student: int, teacher: int | None, vocab_size: int | None)
             f"vocab_size is {vocab_size!r}; expected a whole number in [1, {smallest}], what both models have."
         )
     return vocab_size
+
+
+def check_topk(teacher: TopK, settings: LossSettings, shape: torch.Size, vocab_size: int) -> None:
+    """Raise DrklError unless an objective can be had from what is known of a teacher, at these positions."""
+    if teacher.shape != shape:
+        raise DrklError(
+            f"The teacher's TopK is of positions {list(teacher.shape)} and the student's are {list(shape)}; expected "
+            "the same positions."
+        )
+    teacher.check(vocab_size)
+    if settings.uses_teacher:
+        objective_on_classes(settings.objective)
+        teacher.rest(settings.temperature)
 
 
 def valid_positions(
@@ -192,9 +207,11 @@ def log_softmax(logits: Tensor, temperature: float, merged: MergedIds | None = N
 
 
 def observed_chunk(
-    student: Tensor, teacher: Tensor | None, labels: Tensor | None, start: int, merged: MergedIds | None
+    student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, start: int, merged: MergedIds | None
 ) -> LogitChunk:
     """What an observer is shown of logits over the whole vocabulary; ``labels`` are of the merged one already."""
     if merged is not None:
-        student, teacher = merged.merged(student), None if teacher is None else merged.merged(teacher)
+        student = merged.merged(student)
+        teacher = teacher.merged(merged, 1.0) if isinstance(teacher, TopK) else teacher
+        teacher = merged.merged(teacher) if isinstance(teacher, Tensor) else teacher
     return LogitChunk(student, teacher, labels, start)

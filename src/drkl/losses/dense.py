@@ -13,6 +13,7 @@ from drkl.losses.common import (
     LossSettings,
     Observer,
     Reduction,
+    check_topk,
     denominator,
     log_softmax,
     make_settings,
@@ -25,6 +26,7 @@ from drkl.losses.common import (
     valid_positions,
 )
 from drkl.losses.merged import make_merged
+from drkl.losses.topk import TopK, class_values
 from drkl.objectives import ObjectiveLike
 from drkl.objectives.base import check_values
 from drkl.objectives.logspace import weighted
@@ -32,7 +34,7 @@ from drkl.objectives.logspace import weighted
 
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    teacher_logits: Tensor | TopK | None,
     labels: Tensor | None = None,
     *,
     objective: ObjectiveLike = "drkl",
@@ -55,7 +57,8 @@ def distillation_loss(
 
     Args:
         student_logits: `[..., vocab]`, any float dtype; the maths runs in fp32 or wider.
-        teacher_logits: `[..., vocab]`, for the same positions; gets no gradient. None where the objective needs none.
+        teacher_logits: `[..., vocab]`, for the same positions; gets no gradient. None where the objective needs none. A
+            `TopK` in its place compares both models on its k + 1 classes.
         labels: `[...]`, already aligned: ``labels[..., t]`` is what ``logits[..., t]`` predict; -100 = ignore.
         objective: a name in `drkl.OBJECTIVES`, an objective, or a function
             ``(student_logp, teacher_logp, labels) -> [n]`` of log-probabilities `[n, vocab]`.
@@ -81,7 +84,8 @@ def distillation_loss(
 
     Raises:
         DrklError: shapes or vocabularies that differ, labels missing or out of range, ids to merge that are not there
-            or fewer than two, a value outside its domain, or an objective that does not return one value per position.
+            or fewer than two, a value outside its domain, an objective that does not return one value per position, or
+            one that cannot be had from a `TopK`.
 
     >>> student, teacher = torch.zeros(2, 4), torch.zeros(2, 4)
     >>> float(distillation_loss(student, teacher))
@@ -92,16 +96,22 @@ def distillation_loss(
     if settings.uses_teacher and teacher_logits is None:
         raise DrklError(f"Objective {settings.objective.name!r} compares with a teacher, but teacher_logits is None.")
     compared = teacher_logits if settings.uses_teacher or observe is not None else None
-    size = shared_vocabulary(student_logits.shape[-1], None if compared is None else compared.shape[-1], vocab_size)
-    if compared is not None and compared.shape[:-1] != shape:
+    known = compared if isinstance(compared, TopK) else None
+    logits = None if isinstance(compared, TopK) else compared
+    size = shared_vocabulary(student_logits.shape[-1], None if logits is None else logits.shape[-1], vocab_size)
+    if known is not None:
+        check_topk(known, settings, shape, size)
+    if logits is not None and logits.shape[:-1] != shape:
         raise DrklError(
-            f"teacher_logits has shape {list(compared.shape)} and student_logits {list(student_logits.shape)}; "
+            f"teacher_logits has shape {list(logits.shape)} and student_logits {list(student_logits.shape)}; "
             "expected the same positions."
         )
     settings = replace(settings, merged=make_merged(merged_ids, size))
     keep = valid_positions(shape, labels, token_mask, token_weights, settings, size)
     student = select(student_logits[..., :size], keep)
-    teacher = None if compared is None else select(compared.detach()[..., :size], keep)
+    teacher: Tensor | TopK | None = None if logits is None else select(logits.detach()[..., :size], keep)
+    if known is not None:
+        teacher = known.at(keep)
     kept_labels = select_labels(labels, keep)
     if settings.merged is not None:
         kept_labels = settings.merged.labels(kept_labels)
@@ -117,7 +127,7 @@ def distillation_loss(
 
 
 def position_values(
-    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, settings: LossSettings
+    student_logits: Tensor, teacher_logits: Tensor | TopK | None, labels: Tensor | None, settings: LossSettings
 ) -> Tensor:
     """The loss at each of `[n]` valid positions, differentiable; ``student_logits`` is `[n, vocab]`.
 
@@ -126,10 +136,14 @@ def position_values(
     parts = []
     if settings.uses_objective:
         student_logp = log_softmax(student_logits, settings.temperature, settings.merged)
-        teacher_logp = None
-        if settings.uses_teacher and teacher_logits is not None:
-            teacher_logp = log_softmax(teacher_logits, settings.temperature, settings.merged)
-        value = settings.objective(student_logp, teacher_logp, labels)
+        if isinstance(teacher_logits, TopK) and settings.uses_teacher:
+            known = teacher_logits.merged(settings.merged, settings.temperature)
+            value = class_values(settings.objective, student_logp, known, labels, settings.temperature)
+        else:
+            teacher_logp = None
+            if settings.uses_teacher and isinstance(teacher_logits, Tensor):
+                teacher_logp = log_softmax(teacher_logits, settings.temperature, settings.merged)
+            value = settings.objective(student_logp, teacher_logp, labels)
         check_values(settings.objective, value, student_logp.shape[0])
         parts.append(value if settings.kd_factor == 1.0 else settings.kd_factor * value)
     if settings.uses_cross_entropy:

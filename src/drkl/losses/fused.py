@@ -23,6 +23,7 @@ from drkl.losses.common import (
     LossSettings,
     Observer,
     Reduction,
+    check_topk,
     denominator,
     make_settings,
     observed_chunk,
@@ -36,6 +37,7 @@ from drkl.losses.common import (
 from drkl.losses.dense import position_values
 from drkl.losses.head import LMHead, as_head
 from drkl.losses.merged import MergedIds, make_merged
+from drkl.losses.topk import TopK, class_values_and_grads_
 from drkl.objectives import CrossEntropy, Objective, ObjectiveLike
 from drkl.objectives.base import check_values
 from drkl.objectives.logspace import weighted
@@ -70,7 +72,7 @@ def _not_compiled(function: Callable[P, R]) -> Callable[P, R]:
 def fused_distillation_loss(
     student_hidden: Tensor,
     student_head: Tensor | LMHead,
-    teacher_hidden: Tensor | None,
+    teacher_hidden: Tensor | TopK | None,
     teacher_head: Tensor | LMHead | None,
     labels: Tensor | None = None,
     *,
@@ -97,7 +99,8 @@ def fused_distillation_loss(
         student_hidden: `[..., student_hidden]`, the last hidden states (after the final norm).
         student_head: `[vocab, student_hidden]`, or an `LMHead` with bias, scale or soft-cap. A head that needs no
             gradient costs none; one sharded over processes (DTensor) is gathered once.
-        teacher_hidden: `[..., teacher_hidden]`; gets no gradient. None where the objective needs none.
+        teacher_hidden: `[..., teacher_hidden]`; gets no gradient. None where the objective needs none. A `TopK` in
+            its place says what is known of the teacher's distributions; then there is no ``teacher_head``.
         teacher_head: `[vocab, teacher_hidden]` or an `LMHead`; gets no gradient.
         labels, objective, temperature, kd_weight, t2_scaling, token_mask, token_weights, num_tokens, vocab_size,
             merged_ids: as in `distillation_loss`.
@@ -115,10 +118,16 @@ def fused_distillation_loss(
     shape = student_hidden.shape[:-1]
     head = as_head(student_head).gathered()
     _check_hidden("student", student_hidden, head)
+    known = teacher_hidden if isinstance(teacher_hidden, TopK) else None
     teacher = None
-    if settings.uses_teacher or (observe is not None and teacher_hidden is not None and teacher_head is not None):
+    if isinstance(teacher_hidden, TopK):
+        if teacher_head is not None:
+            raise DrklError("teacher_hidden is a TopK, which has logits already; leave teacher_head out.")
+    elif settings.uses_teacher or (observe is not None and teacher_hidden is not None and teacher_head is not None):
         teacher = _checked_teacher(teacher_hidden, teacher_head, settings, shape)
     size = shared_vocabulary(head.vocab_size, None if teacher is None else teacher[1].vocab_size, vocab_size)
+    if known is not None:
+        check_topk(known, settings, shape, size)
     head = head.trimmed(size)
     settings = replace(settings, merged=make_merged(merged_ids, size))
     keep = valid_positions(shape, labels, token_mask, token_weights, settings, size)
@@ -128,7 +137,7 @@ def fused_distillation_loss(
     dtype = _compute_dtype(hidden, head.weight)
     wide = torch.promote_types(torch.float32, dtype)
     scratch: dict[torch.dtype, Tensor] = {}
-    teacher_side = None
+    teacher_side: _Side | TopK | None = None if known is None else known.at(keep)
     if teacher is not None:
         # A student in low precision does not take the teacher's own precision from it.
         teacher_dtype = torch.promote_types(_compute_dtype(teacher[0], teacher[1].weight), dtype)
@@ -272,7 +281,7 @@ class _Side:
 
 def _run(
     student: _Side,
-    teacher: _Side | None,
+    teacher: _Side | TopK | None,
     labels: Tensor | None,
     token_weights: Tensor | None,
     settings: LossSettings,
@@ -292,14 +301,14 @@ def _run(
         rows = slice(start, min(start + size, count))
         chunk_labels = None if labels is None else labels[rows]
         done = capped = None
-        if kernel is not None and teacher is not None:
+        if kernel is not None and isinstance(teacher, _Side):
             grad, teacher_product = student.product(rows), teacher.product(rows)
             _show(observe, grad, teacher_product, chunk_labels, start, None)
             done = kernel.row_step_(grad, teacher_product, chunk_labels, settings)
         if done is not None and bool(done.isfinite().all()):
             values[rows] = done
         else:
-            grad, teacher_logits = student.logits(rows), None if teacher is None else teacher.logits(rows)
+            grad, teacher_logits = student.logits(rows), _teacher_chunk(teacher, rows)
             if done is None:
                 _show(observe, grad, teacher_logits, chunk_labels, start, settings.merged)
             capped = grad.clone() if head.softcap is not None and any(needs) else None
@@ -318,10 +327,16 @@ def _run(
     return values, (grad_hidden, grad_weight, grad_bias)
 
 
+def _teacher_chunk(teacher: _Side | TopK | None, rows: slice) -> Tensor | TopK | None:
+    if isinstance(teacher, _Side):
+        return teacher.logits(rows)
+    return None if teacher is None else teacher[rows]
+
+
 def _show(
     observe: Observer | None,
     student: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | TopK | None,
     labels: Tensor | None,
     start: int,
     merged: MergedIds | None,
@@ -330,10 +345,10 @@ def _show(
         observe(observed_chunk(student, teacher, labels, start, merged))
 
 
-def _row_kernel(student: _Side, teacher: _Side | None, settings: LossSettings) -> Any:
+def _row_kernel(student: _Side, teacher: _Side | TopK | None, settings: LossSettings) -> Any:
     """The module with the Triton kernel, where it runs for this loss on this device; else None."""
     device = student.hidden.device
-    if settings.merged is not None or device.type not in KERNEL_DEVICES or teacher is None:
+    if settings.merged is not None or device.type not in KERNEL_DEVICES or not isinstance(teacher, _Side):
         return None
     if torch.float64 in (student.dtype, teacher.dtype):
         return None
@@ -411,7 +426,7 @@ def _accumulate(
 
 
 def _values_and_grads_(
-    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, settings: LossSettings
+    student_logits: Tensor, teacher_logits: Tensor | TopK | None, labels: Tensor | None, settings: LossSettings
 ) -> Tensor:
     """Values `[n]`; ``student_logits`` `[n, vocab]` is overwritten with their gradient, block of rows by block."""
     count, vocab_size = student_logits.shape
@@ -423,7 +438,7 @@ def _values_and_grads_(
         student = student_logits[rows]
         teacher = None if teacher_logits is None else teacher_logits[rows]
         closed = settings.objective.has_closed_form or not settings.uses_objective
-        closed = closed and _all_finite(student) and (teacher is None or _all_finite(teacher))
+        closed = closed and _all_finite(student) and _teacher_is_finite(teacher, settings.temperature)
         step = _closed_form_ if closed else _autograd_
         values[rows] = step(student, teacher, None if labels is None else labels[rows], settings)
     return values
@@ -434,7 +449,15 @@ def _all_finite(block: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _closed_form_(student: Tensor, teacher: Tensor | None, labels: Tensor | None, settings: LossSettings) -> Tensor:
+def _teacher_is_finite(teacher: Tensor | TopK | None, temperature: float) -> bool:
+    if isinstance(teacher, TopK):
+        return teacher.is_finite(temperature)
+    return teacher is None or _all_finite(teacher)
+
+
+def _closed_form_(
+    student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, settings: LossSettings
+) -> Tensor:
     """The objective's own gradient, in place of the logits; cross-entropy beside it where it is asked for."""
     plain = student.clone() if settings.uses_cross_entropy and settings.uses_objective else student
     values: Tensor | None = None
@@ -442,9 +465,9 @@ def _closed_form_(student: Tensor, teacher: Tensor | None, labels: Tensor | None
         temperature = settings.temperature
         if temperature != 1.0:
             student /= temperature
-            if teacher is not None:
+            if isinstance(teacher, Tensor):
                 teacher /= temperature
-        values = _merged_value_and_grad_(settings.objective, student, teacher, labels, settings.merged)
+        values = _merged_value_and_grad_(settings.objective, student, teacher, labels, settings.merged, temperature)
         check_values(settings.objective, values, student.shape[0])
         if settings.kd_factor != 1.0:
             values = values * settings.kd_factor
@@ -463,18 +486,33 @@ def _closed_form_(student: Tensor, teacher: Tensor | None, labels: Tensor | None
 
 
 def _merged_value_and_grad_(
-    objective: Objective, student: Tensor, teacher: Tensor | None, labels: Tensor | None, merged: MergedIds | None
+    objective: Objective,
+    student: Tensor,
+    teacher: Tensor | TopK | None,
+    labels: Tensor | None,
+    merged: MergedIds | None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """``objective.value_and_grad_`` on the merged vocabulary; the gradient is on the logits of the whole one."""
     if merged is None:
-        return objective.value_and_grad_(student, teacher, labels)
+        return _value_and_grad_(objective, student, teacher, labels, temperature)
     classes, members = merged.merge_(student)
-    values = objective.value_and_grad_(classes, None if teacher is None else merged.merge_(teacher)[0], labels)
+    theirs = merged.merge_(teacher)[0] if isinstance(teacher, Tensor) else teacher
+    theirs = theirs.merged(merged, temperature) if isinstance(theirs, TopK) else theirs
+    values = _value_and_grad_(objective, classes, theirs, labels, temperature)
     merged.spread_(student, members)
     return values
 
 
-def _autograd_(student: Tensor, teacher: Tensor | None, labels: Tensor | None, settings: LossSettings) -> Tensor:
+def _value_and_grad_(
+    objective: Objective, student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, temperature: float
+) -> Tensor:
+    if isinstance(teacher, TopK):
+        return class_values_and_grads_(objective, student, teacher, labels, temperature)
+    return objective.value_and_grad_(student, teacher, labels)
+
+
+def _autograd_(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, settings: LossSettings) -> Tensor:
     """The definition itself, differentiated: for objectives without a closed form and for infinite logits."""
     with torch.enable_grad():
         leaf = student.detach().clone().requires_grad_()

@@ -56,7 +56,7 @@ class MergedIds:
         for source, place in self.moves:
             columns[place] = source
         kept = logits.index_select(-1, columns)
-        event = _log_sum_exp(self._members(logits))
+        event = log_sum_exp(self._members(logits))
         return kept.index_copy(-1, columns.new_tensor([self.event]), event)
 
     def merge_(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def make_merged(ids: Sequence[int] | None, vocab_size: int) -> MergedIds | None:
     return MergedIds(tuple(sorted(found)), vocab_size)
 
 
-def _log_sum_exp(members: Tensor) -> Tensor:
+def log_sum_exp(members: Tensor) -> Tensor:
     """`[n, 1]`; torch's own has no gradient where all of a row are -inf."""
     empty = (members == -math.inf).all(-1, keepdim=True)
     return torch.logsumexp(members.masked_fill(empty, 0.0), -1, keepdim=True).masked_fill(empty, -math.inf)

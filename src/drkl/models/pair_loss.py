@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
-from drkl.losses import IGNORE_INDEX, LMHead, distillation_loss, fused_distillation_loss
+from drkl.losses import IGNORE_INDEX, LMHead, TopK, distillation_loss, fused_distillation_loss
 from drkl.models.at_head import (
     CLASSIFIER,
     DECODER_ONLY,
@@ -50,7 +50,7 @@ def pair_loss(
     num_tokens: int | float | Tensor | None = None,
     vocab_size: int | None = None,
     merged_ids: Sequence[int] | None = None,
-    teacher_hidden: Tensor | None = None,
+    teacher_hidden: Tensor | TopK | None = None,
     teacher_head: Tensor | LMHead | None = None,
 ) -> Tensor:
     """The mean distillation loss of a student and its teacher over the tokens of a batch that count.
@@ -83,7 +83,7 @@ def pair_loss(
         teacher_hidden: the states that the teacher's head is given, where they are known already (its last hidden
             states, after the final norm; T5's after their scaling): `[batch, tokens, hidden]`, or `[n, hidden]` at the
             n positions that count, in order; for a classifier its class logits `[batch, classes]`. The teacher is then
-            not run, and gives its head only.
+            not run, and gives its head only. A `TopK` of those n positions, without a teacher or a head, does as well.
         teacher_head: that head, `[vocab, hidden]` or an `LMHead`, in place of a teacher.
 
     Returns:
@@ -109,7 +109,7 @@ def pair_loss(
     labels = _aligned_labels(batch, kind)
     inputs = model_inputs(ours.model, batch, "student")
     keep = labels != IGNORE_INDEX
-    known: tuple[Tensor | None, LMHead | None] = (None, None)
+    known: tuple[Tensor | TopK | None, LMHead | None] = (None, None)
     if kd_weight > 0 and chosen.needs_teacher:
         known = _teacher(teacher, batch, keep, kind, ours.model, teacher_hidden, teacher_head)
     processes, count = _processes(ours, keep, num_tokens)
@@ -218,10 +218,16 @@ def _teacher(
     keep: Tensor,
     kind: str,
     student: PreTrainedModel,
-    hidden: Tensor | None,
+    hidden: Tensor | TopK | None,
     head: Tensor | LMHead | None,
-) -> tuple[Tensor, LMHead | None]:
+) -> tuple[Tensor | TopK, LMHead | None]:
     """The teacher's states `[n, hidden]` at the positions that count, and its head; of a classifier its logits."""
+    if isinstance(hidden, TopK):
+        if teacher is not None or head is not None:
+            raise DrklError(
+                "teacher_hidden is a TopK, which takes the place of a teacher; leave that and its head out."
+            )
+        return hidden, None
     if teacher is not None and head is not None:
         raise DrklError("teacher and teacher_head are both given; teacher_head takes the place of a teacher's.")
     model = None

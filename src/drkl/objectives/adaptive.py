@@ -29,6 +29,7 @@ class AdaptiveKL(Objective):
     name = "akl"
     formula = "(g_h KL(p || q) + g_t KL(q || p)) / (g_h + g_t), g = sg[sum |p - q|] over head / tail"
     source = "AKL, Wu et al. 2024, arXiv 2404.02657"
+    on_classes = "approximation"
 
     mu: float = field(default=0.5, metadata=help_text("the teacher's mass in the head, in (0, 1]"))
 
@@ -127,6 +128,7 @@ class TokenWiseKL(Objective):
     name = "todi"
     formula = "sum sg[sigma(log p/q)] p log(p/q) + sg[sigma(log q/p)] q log(q/p)"
     source = "ToDi, Jung et al. 2025, arXiv 2505.16297"
+    on_classes = "approximation"
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Tensor:
         teacher_logp = teacher_logp.detach()

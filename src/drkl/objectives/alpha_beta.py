@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from drkl.errors import DrklError
-from drkl.objectives.base import Objective, check_number, help_text
+from drkl.objectives.base import Objective, OnClasses, check_number, help_text
 from drkl.objectives.closed_form import through_softmax_
 from drkl.objectives.terms import Terms, summands
 
@@ -39,6 +39,7 @@ class AlphaBeta(Objective):
     name = "ab"
     formula = "-1/(ab) sum p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b), with its limits"
     source = "ABKD, Wang et al. 2025, arXiv 2505.04560; Cichocki et al. 2011"
+    why_not_on_classes = "where alpha + beta is 0, every token counts alike, however little mass it has."
 
     alpha: float = field(default=0.2, metadata=help_text("a, at least 0 (or -beta): larger, more forward"))
     beta: float = field(default=0.7, metadata=help_text("b, at least 0 (or -alpha): larger, more reverse"))
@@ -50,6 +51,10 @@ class AlphaBeta(Objective):
             raise DrklError(
                 f"ab.alpha is {self.alpha} and ab.beta is {self.beta}; expected both at least 0, or alpha = -beta."
             )
+
+    @property
+    def on_classes(self) -> OnClasses | None:
+        return "approximation" if self.alpha + self.beta > 0 else None
 
     @property
     def has_closed_form(self) -> bool:

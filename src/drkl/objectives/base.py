@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from drkl.errors import DrklError, did_you_mean
+
+OnClasses = Literal["bound", "approximation"]
 
 
 @runtime_checkable
@@ -20,7 +22,7 @@ class Objective(Protocol):
     A subclass is a frozen dataclass whose fields are its hyper-parameters. It never masks, shifts, casts, scales or
     reduces: `drkl.losses` does, once for all objectives. Two more methods are optional: `value_and_grad_`, and
     ``terms``, which takes the arguments of ``__call__`` and returns a target term and a tail term, each `[n]`, that add
-    up to the value; `drkl.analysis` splits the gradient into theirs.
+    up to the value; `drkl.analysis` splits the gradient into theirs. So is an attribute, ``on_classes``.
     """
 
     name: str
@@ -69,14 +71,15 @@ class Objective(Protocol):
 class FunctionObjective(Objective):
     """A plain function ``(student_logp, teacher_logp, labels) -> [n]`` as an objective.
 
-    ``labels`` is None where the loss is given none. Attributes ``needs_teacher`` and ``needs_labels`` of the callable
-    are honoured; by default it needs the teacher and not the labels.
+    ``labels`` is None where the loss is given none. Attributes ``needs_teacher``, ``needs_labels`` and ``on_classes``
+    of the callable are honoured; by default it needs the teacher and not the labels.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         """Wrap any callable; raises DrklError where it does not take the three arguments."""
         bare = function.func if isinstance(function, functools.partial) else function
         self.function, self.name = function, getattr(bare, "__name__", type(bare).__name__)
+        self.on_classes = getattr(function, "on_classes", None)
         called = function.forward if isinstance(function, torch.nn.Module) else function
         try:
             signature = inspect.signature(called)
@@ -124,6 +127,22 @@ class FunctionObjective(Objective):
                 "operations, so there is nothing to minimise."
             )
         return values
+
+
+def on_classes(objective: Objective) -> OnClasses | None:
+    """What an objective's value is on a coarser list of classes, some tokens and all the rest as one.
+
+    Returns:
+        ``bound`` where it is a lower bound of the value on all tokens, ``approximation`` where it is near it; None
+        where it is neither, or where the objective does not say so by an attribute of this name.
+    """
+    return getattr(objective, "on_classes", None)
+
+
+def why_not_on_classes(objective: Objective) -> str:
+    """The reason where `on_classes` is None, as the end of a sentence."""
+    unsaid = "it does not say that all classes are alike to it (its attribute on_classes)."
+    return str(getattr(objective, "why_not_on_classes", unsaid))
 
 
 def check_values(objective: Objective, values: object, count: int) -> Tensor:

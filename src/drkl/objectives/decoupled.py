@@ -11,7 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from drkl.errors import DrklError
-from drkl.objectives.base import Objective, check_choice, check_number, check_values, help_text
+from drkl.objectives.base import (
+    Objective,
+    OnClasses,
+    check_choice,
+    check_number,
+    check_values,
+    help_text,
+    on_classes,
+    why_not_on_classes,
+)
 from drkl.objectives.closed_form import EXCLUDED, log_share, softmax_
 from drkl.objectives.divergences import ForwardKL, GeneralizedJensenShannon, ReverseKL
 from drkl.objectives.logspace import Split, argmax, kl, mixture, split, two_classes, weighted
@@ -76,6 +85,15 @@ class Decoupled(Objective):
         check_choice(self.name, "weight", self.weight, WEIGHTS)
 
     @property
+    def on_classes(self) -> OnClasses | None:
+        # Target and rest are the same two classes, whose part is exact.
+        return on_classes(self.on_tail)
+
+    @property
+    def why_not_on_classes(self) -> str:
+        return f"its tail is {self.on_tail.name!r}, and {why_not_on_classes(self.on_tail)}"
+
+    @property
     def has_closed_form(self) -> bool:
         return self.on_tail.has_closed_form
 
@@ -129,6 +147,7 @@ class DecoupledReverseKL(Objective):
     name = "drkl"
     formula = "KL(b_q || b_p) + gamma KL(q^ || p^)"
     source = "DRKL, arXiv 2604.00223, Eq. 9"
+    on_classes = "bound"
 
     gamma: float = field(default=0.5, metadata=help_text("weight of the tail, > 0"))
     target: str = field(default="teacher", metadata=help_text("teacher (its top token) or label (the observed token)"))
@@ -230,6 +249,7 @@ class DecoupledKnowledgeDistillation(Objective):
     name = "dkd"
     formula = "alpha KL(b_p || b_q) + beta KL(p^ || q^)"
     source = "DKD, Zhao et al. 2022, arXiv 2203.08679"
+    on_classes = "bound"
 
     alpha: float = field(default=1.0, metadata=help_text("weight of the target against the rest, at least 0"))
     beta: float = field(default=0.5, metadata=help_text("weight of the tail, at least 0; not both 0"))

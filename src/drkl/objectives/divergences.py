@@ -53,6 +53,7 @@ class ForwardKL(Objective):
     name = "fkl"
     formula = "KL(p || q)"
     source = "Hinton et al. 2015, arXiv 1503.02531"
+    on_classes = "bound"
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Tensor:
         return kl(teacher_logp.detach(), student_logp)
@@ -77,6 +78,7 @@ class ReverseKL(Objective):
     name = "rkl"
     formula = "KL(q || p)"
     source = "MiniLLM, Gu et al. 2024, arXiv 2306.08543"
+    on_classes = "bound"
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Tensor:
         return kl(student_logp, teacher_logp.detach())
@@ -104,6 +106,7 @@ class SymmetricKL(Objective):
     name = "symmetric_kl"
     formula = "w KL(p || q) + (1 - w) KL(q || p)"
     source = "Jeffreys 1946"
+    on_classes = "bound"
 
     forward_weight: float = field(default=0.5, metadata=help_text("w, the weight of KL(p || q), in [0, 1]"))
 
@@ -133,6 +136,7 @@ class GeneralizedJensenShannon(Objective):
     name = "gjs"
     formula = "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q"
     source = "GKD, Agarwal et al. 2024, arXiv 2306.13649"
+    on_classes = "bound"
 
     beta: float = field(default=0.5, metadata=help_text("share of the teacher in the mixture, in (0, 1)"))
 
@@ -172,6 +176,7 @@ class SkewForwardKL(Objective):
     name = "sfkl"
     formula = "KL(p || s p + (1 - s) q)"
     source = "DistiLLM, Ko et al. 2024, arXiv 2402.03898"
+    on_classes = "bound"
 
     skew: float = field(default=0.1, metadata=help_text("s, share of the teacher in the mixture, in [0, 1)"))
 
@@ -206,6 +211,7 @@ class SkewReverseKL(Objective):
     name = "srkl"
     formula = "KL(q || (1 - s) p + s q)"
     source = "DistiLLM, Ko et al. 2024, arXiv 2402.03898"
+    on_classes = "bound"
 
     skew: float = field(default=0.1, metadata=help_text("s, share of the student in the mixture, in [0, 1)"))
 
@@ -235,6 +241,7 @@ class TotalVariation(Objective):
     name = "tvd"
     formula = "1/2 sum |p - q|"
     source = "f-distill, Wen et al. 2023, arXiv 2307.15190"
+    on_classes = "bound"
 
     def __call__(self, student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None = None) -> Tensor:
         return 0.5 * (teacher_logp.detach().exp() - student_logp.exp()).abs().sum(-1)

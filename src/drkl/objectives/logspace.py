@@ -70,6 +70,32 @@ def argmax(logits: Float[Tensor, "n vocab"]) -> Int[Tensor, "n"]:
     return torch.where(rest > best, beyond + aligned, place)
 
 
+class Ranked(NamedTuple):
+    """The most probable tokens, best first."""
+
+    ids: Int[Tensor, "n k"]
+    taken: Int[Tensor, "n m"]
+    """The candidates, in the same order; past k, tokens as probable as the last may be missing."""
+
+
+def most_probable(logp: Float[Tensor, "n vocab"], count: int, *, spare: int) -> Ranked:
+    """The ``count`` most probable tokens, best first, the lower id first on ties.
+
+    topk does not say which of tied tokens it takes. So ``spare`` more are taken, and a row whose ties go on past those
+    is sorted in full.
+    """
+    vocab_size = logp.shape[-1]
+    ids = logp.topk(min(vocab_size, count + spare), -1, sorted=False).indices.sort(-1).values
+    values, order = logp.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, order)
+    if ids.shape[-1] < vocab_size:
+        open_ended = values[:, count - 1] == values[:, -1]
+        if bool(open_ended.any()):
+            full = logp[open_ended].sort(dim=-1, descending=True, stable=True).indices
+            ids[open_ended] = full[:, : ids.shape[-1]]
+    return Ranked(ids[:, :count], ids)
+
+
 class Split(NamedTuple):
     """One distribution seen from a target class: two classes, and the rest renormalised."""
 

@@ -104,7 +104,7 @@ class StatisticsSums:
     def __call__(self, chunk: LogitChunk) -> None:
         assert chunk.labels is not None
         some = slice(-chunk.start % self._every, None, self._every)
-        labels, teacher = chunk.labels[some], None if chunk.teacher is None else chunk.teacher[some]
+        labels, teacher = chunk.labels[some], chunk.teacher[some] if isinstance(chunk.teacher, Tensor) else None
         if not labels.numel():
             return
         values = token_statistics(chunk.student[some], teacher, labels)
