@@ -182,6 +182,24 @@ def cache(
     output: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where the cache is written.", show_default=False)
     ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(metavar="KIND", help="hidden: the teacher's last states, exact. topk: its k largest logits."),
+    ] = "hidden",
+    k: Annotated[
+        int | None,
+        typer.Option(
+            "--k", metavar="K", help="Logits of a position, with --kind topk. Default: 64.", show_default=False
+        ),
+    ] = None,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="T",
+            help="With --kind topk a further temperature of the loss, besides 1 and those of CONFIG; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     part: Annotated[
         str | None,
         typer.Option(
@@ -198,7 +216,7 @@ def cache(
         typer.Option(metavar="FOLDER", help="Compare every file of a cache with its checksum.", show_default=False),
     ] = None,
 ) -> None:
-    """Run the teacher of CONFIG once over its rows and keep its states; teacher.cache=FOLDER trains from them."""
+    """Run the teacher of CONFIG once over its rows and keep what it knows; teacher.cache=FOLDER trains from that."""
     if (config is None) == (verify is None):
         raise DrklError("Give either a CONFIG or `--verify FOLDER`.")
     if verify is not None:
@@ -219,13 +237,16 @@ def cache(
         print(note)
     quiet_transformers()
     if dry_run:
-        _print_estimate(estimate_cache(loaded.specs()))
+        _print_estimate(estimate_cache(loaded.specs(), kind=kind, k=k, temperatures=temperature or ()))
         return
     assert output is not None
     with progress_bars() as on_progress:
         made = cache_states(
             loaded.specs(),
             output,
+            kind=kind,
+            k=k,
+            temperatures=temperature or (),
             part=number - 1,
             parts=of,
             listener=Listener(on_message=print),
@@ -235,8 +256,9 @@ def cache(
         print(f"Part {number} of {of} is written. The cache is finished when all parts are.")
         return
     size = sum(file["bytes"] for file in made.manifest["files"].values())
+    what = "the states" if kind == "hidden" else f"{made.manifest['k']} logits and the rest"
     print(
-        f"{output} has the states of {made.manifest['rows']:,} rows at {made.manifest['positions']:,} positions "
+        f"{output} has {what} of {made.manifest['rows']:,} rows at {made.manifest['positions']:,} positions "
         f"({size / 2**20:,.1f} MiB). Next: drkl distill {config} teacher.cache={output}"
     )
 

@@ -20,6 +20,7 @@ import drkl
 from drkl.data.collate import collate, teacher_inputs
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
+from drkl.models.readout import to_batch
 from drkl.runs import RunFolder, read_json, read_yaml, write_json, write_jsonl
 from drkl.teachers.cached import TeacherCache, row_of, rows_of, write_states
 from drkl.teachers.config import TeacherConfig
@@ -198,11 +199,7 @@ def test_one_text_that_is_learnt_from_at_other_positions_too(tmp_path: Path) -> 
     """As ``turns: all`` in one stage and the last turn alone in another give it."""
     teacher = tiny.llama(9)
     rows = [Row("a", (5, 6), (7, 8, 9, 2), None, trained) for trained in ((True, True, False, True), None)]
-    batches = []
-    for row in rows:
-        batch = collate([row], pad_id=0)
-        del batch["row_ids"]
-        batches.append(teacher_inputs(batch))
+    batches = [to_batch([row], [0], pad_id=0) for row in rows]
     about = {"teacher": {"name": "a"}, "data": [{}], "tokenizer": {}}
 
     def files(folder: Path) -> list[str]:
@@ -211,9 +208,9 @@ def test_one_text_that_is_learnt_from_at_other_positions_too(tmp_path: Path) -> 
 
     assert write_states(tmp_path, LiveTeacher(teacher), batches, about, files=files)
     cache = TeacherCache.open(tmp_path)
-    for inputs, keep in batches:
-        expected = teacher.model(**inputs).last_hidden_state[keep]
-        torch.testing.assert_close(cache.hidden_at(inputs, keep), expected, rtol=0, atol=1e-6)
+    for batch in batches:
+        expected = teacher.model(**batch.inputs).last_hidden_state[batch.keep]
+        torch.testing.assert_close(cache.states(batch), expected, rtol=0, atol=1e-6)
     cache.check_rows(rows, None, "rows")
 
 

@@ -26,6 +26,7 @@ from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses.common import shared_vocabulary
 from drkl.losses.merged import make_merged
+from drkl.losses.topk import TopK
 from drkl.models.forward import decoder_start, in_eval_mode, output_head
 from drkl.models.readout import batches, chunks, logits_of
 from drkl.objectives import Objective, make_objective
@@ -80,7 +81,7 @@ class Probe:
         self._teacher = LiveTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher
         chosen = _choose([row.num_trained for row in rows], positions)
         self._batches = list(batches(rows, pad_id=pad_id, decoder_start=decoder_start, positions=chosen))
-        self._states = [self._teacher.states(batch) for batch in self._batches]
+        self._states = [_whole(self._teacher.states(batch)) for batch in self._batches]
 
     def __len__(self) -> int:
         return sum(batch.labels.numel() for batch in self._batches)
@@ -113,6 +114,15 @@ class Probe:
                 result = decompose(logits, teacher_logits, labels, objective, temperature)
                 parts.append([getattr(result, name).double().cpu() for name in MEANS])
         return {name: torch.cat(columns) for name, columns in zip(MEANS, zip(*parts, strict=True), strict=True)}
+
+
+def _whole(states: Tensor | TopK) -> Tensor:
+    if isinstance(states, TopK):
+        raise DrklError(
+            "The pushes on the target are of the teacher's whole distribution, and this teacher is known on its largest "
+            "logits alone. Leave analysis.watch_every out, or use a cache of hidden states or the teacher itself."
+        )
+    return states
 
 
 def _num_outputs(model: PreTrainedModel) -> int:

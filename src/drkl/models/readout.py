@@ -96,16 +96,27 @@ def batches(
         order = [i for group in groups for i in group]
         groups = [order[part] for part in chunks(len(order), rows_per_batch)]
     for group in groups:
-        members = [used[i] for i in group]
-        batch = collate([rows[i] for i in members], pad_id=pad_id, decoder_start=decoder_start)
-        own_view = "teacher_keep" in batch
-        inputs, places = teacher_inputs(batch)
-        labels, row_ids = batch.pop("labels"), batch.pop("row_ids")
-        keep = labels != IGNORE_INDEX
-        if positions is not None:
-            chosen = [positions[row] for row in members]
-            keep, places = _only(keep, chosen), _only(places, chosen)
-        yield Batch(members, batch, keep, labels[keep], row_ids, (inputs, places) if own_view else None)
+        yield to_batch(rows, [used[i] for i in group], pad_id=pad_id, decoder_start=decoder_start, positions=positions)
+
+
+def to_batch(
+    rows: Sequence[Row | LabelledRow],
+    members: list[int],
+    *,
+    pad_id: int,
+    decoder_start: int | None = None,
+    positions: Mapping[int, Sequence[int]] | None = None,
+) -> Batch:
+    """One batch: the rows at the places ``members``; the other arguments are those of `batches`."""
+    batch = collate([rows[i] for i in members], pad_id=pad_id, decoder_start=decoder_start)
+    own_view = "teacher_keep" in batch
+    inputs, places = teacher_inputs(batch)
+    labels, row_ids = batch.pop("labels"), batch.pop("row_ids")
+    keep = labels != IGNORE_INDEX
+    if positions is not None:
+        chosen = [positions[row] for row in members]
+        keep, places = _only(keep, chosen), _only(places, chosen)
+    return Batch(members, batch, keep, labels[keep], row_ids, (inputs, places) if own_view else None)
 
 
 def _only(keep: Tensor, chosen: Sequence[Sequence[int]]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A teacher whose hidden states were computed before: they are read from a cache, and its body is never loaded."""
+"""A teacher that was run before: what it knew is read from a cache, and its body is never loaded."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from drkl.data.classification import LabelledRow
-from drkl.data.collate import collate, teacher_inputs
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import LMHead
+from drkl.losses.topk import TopK
 from drkl.models.load import load_config, model_class
 from drkl.models.precision import DTYPES
-from drkl.models.readout import Batch
+from drkl.models.readout import Batch, to_batch
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
 from drkl.teachers.shards import (
@@ -34,18 +34,16 @@ from drkl.teachers.shards import (
     has_kinds,
     save_whole,
 )
+from drkl.teachers.stored import Stored, StoredStates, stored_in
 
 HEAD = "head.safetensors"
 SHARD_BYTES = 64 * 2**20
 """Values of a shard, about."""
-STATES = "states"
-_KINDS: dict[str, type] = {
-    "kind": str, "width": int, "dtype": str, "head": bool, "teacher": dict, "tokenizer": dict, "data": list,
-}  # fmt: skip
+_KINDS: dict[str, type] = {"kind": str, "teacher": dict, "tokenizer": dict, "data": list}
 
 
 class TeacherCache:
-    """A teacher's hidden states and output head, read from the folder that `drkl.cache_teacher` wrote.
+    """A teacher's hidden states and output head, or its k largest logits, as `drkl.cache_teacher` wrote them to a folder.
 
     It stands wherever a live teacher stands in training. ``model`` is the teacher without weights, for its config.
     """
@@ -59,15 +57,20 @@ class TeacherCache:
         Raises:
             DrklError: it is no finished cache, or one of another version.
         """
-        self.folder, self._rows = folder, ShardReader(folder)
-        if not (has_kinds(self.manifest, _KINDS) and self.manifest["kind"] == "hidden"):
+        self.folder, self._rows, self._device = folder, ShardReader(folder), torch.device(device)
+        stored = stored_in(self.manifest)
+        if stored is None or not has_kinds(self.manifest, _KINDS):
             raise DrklError(
-                f"{str(folder / MANIFEST)!r} does not describe the hidden states of a teacher. Make the cache again."
+                f"{str(folder / MANIFEST)!r} does not describe the hidden states of a teacher, nor its largest logits. "
+                "Make the cache again."
             )
+        self.stored = stored
+        """What is known at each position."""
         self._rows.check_descriptions()
-        self.model = _without_weights(folder, self._rows.manifest)
+        has_head = isinstance(stored, StoredStates) and stored.has_head
+        self.model = _without_weights(folder, stored)
         self.pad_id: int | None = None
-        self.head = _read_head(self._rows, device) if self._rows.manifest["head"] else None
+        self.head = _read_head(self._rows, device) if has_head else None
 
     @classmethod
     def open(cls, folder: str | Path, device: torch.device | str = "cpu") -> TeacherCache:
@@ -91,7 +94,7 @@ class TeacherCache:
             )
         if config.dtype != "auto" and DTYPES[config.dtype] != cache.model.dtype:
             raise DrklError(
-                f"teacher.dtype is {config.dtype}, and the cache {config.cache!r} has states in "
+                f"teacher.dtype is {config.dtype}, and the cache {config.cache!r} is of a teacher in "
                 f"{cache.manifest['dtype']}. Leave teacher.dtype out, or make a cache in that dtype with `drkl cache`."
             )
         return cache
@@ -101,69 +104,97 @@ class TeacherCache:
         """What the cache is of."""
         return self._rows.manifest
 
-    def hidden_at(self, batch: Mapping[str, Tensor], keep: Tensor, *, remember: bool = True) -> Tensor:
-        """Return the last hidden states `[n, hidden]` at the positions where ``keep`` `[batch, tokens]` is true.
+    @property
+    def kind(self) -> str:
+        """``hidden``, or ``topk``."""
+        return self.stored.kind
+
+    def hidden_at(
+        self, batch: Mapping[str, Tensor], keep: Tensor, *, labels: Tensor | None = None, remember: bool = True
+    ) -> Tensor | TopK:
+        """Return what is known at the `n` positions where ``keep`` `[batch, tokens]` is true.
+
+        Args:
+            batch: what the teacher reads.
+            keep: the positions.
+            labels: `[n]`, the tokens observed there, for their logits in a `TopK`.
+            remember: without effect.
+
+        Returns:
+            The last hidden states `[n, hidden]`, or the `TopK` of a cache of that kind.
 
         Raises:
-            DrklError: the cache lacks a row, or a position of one.
+            DrklError: the cache lacks a row, a position of one, or the logit of another label.
         """
         del remember  # everything is remembered already
-        parts = []
-        lacking = 0
-        for row in rows_of(batch, keep):
-            states = self._states(row)
-            lacking += states is None
-            parts.append(torch.empty(0) if states is None else states)
-        if lacking:
+        found = [self._read(row) for row in rows_of(batch, keep, labels if self.stored.labelled else None)]
+        parts = [part for part in found if part is not None]
+        if len(parts) < len(found):
             raise DrklError(
-                f"The cache {str(self.folder)!r} lacks {lacking} of the {len(parts)} rows of a batch. It was made from "
-                "other rows, or with another template, tokenizer or length: make it again from these."
+                f"The cache {str(self.folder)!r} lacks {len(found) - len(parts)} of the {len(found)} rows of a batch. It "
+                "was made from other rows, or with another template, tokenizer or length: make it again from these."
             )
         if not parts:
-            return torch.empty(0, self._rows.manifest["width"], dtype=self.model.dtype, device=keep.device)
-        return torch.cat(parts).to(keep.device)
+            return self.stored.empty().to(keep.device)
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return self.stored.restored(tensors, with_labels=labels is not None).to(keep.device)
 
     def check_rows(self, rows: Sequence[Row | LabelledRow], decoder_start: int | None, what: str) -> None:
-        """Raise DrklError unless the cache has the states of all rows.
+        """Raise DrklError unless the cache has all rows.
 
         Args:
             rows: tokenised rows.
             decoder_start: of an encoder-decoder; None for others.
             what: the rows, in a sentence: "training rows".
         """
-        lacking = [row.id for row in rows if self._places(row_of(row, decoder_start)) is None]
+        wanted = [(row.id, row_of(row, decoder_start, labelled=self.stored.labelled)) for row in rows]
+        missing = [(name, row) for name, row in wanted if self._places(row) is None]
+        lacking = [name for name, row in missing if self._places(row._replace(labels=None)) is None]
         if lacking:
-            settings = ", ".join(f"{name} {value}" for name, value in self.manifest["data"][0].items())
+            facts = {"kind": self.kind} | ({"k": self.manifest["k"]} if "k" in self.manifest else {})
+            settings = ", ".join(f"{name} {value}" for name, value in (facts | self.manifest["data"][0]).items())
             raise DrklError(
                 f"The cache {str(self.folder)!r} lacks {len(lacking):,} of {len(rows):,} {what}, first {lacking[0]!r}. "
                 f"It was made from other rows, or with other settings than {settings} or another tokenizer. Make it "
                 "again from these rows, or leave them out."
             )
+        if missing:
+            raise DrklError(
+                f"The cache {str(self.folder)!r} has {len(missing):,} of {len(rows):,} {what} with another last token, "
+                f"first {missing[0][0]!r}, and so not the logit of theirs. Make it again from these rows."
+            )
 
-    def states(self, batch: Batch) -> Tensor:
-        """Return the states `[n, hidden]` at the positions that are read of some rows, on the head's device."""
-        device = torch.device("cpu") if self.head is None else self.head.weight.device
-        return self.hidden_at(batch.for_teacher.inputs, batch.for_teacher.keep).to(device)
+    def states(self, batch: Batch) -> Tensor | TopK:
+        """Return what is known at the positions that are read of some rows, on the cache's device."""
+        read = batch.for_teacher
+        return self.hidden_at(read.inputs, read.keep, labels=batch.labels).to(self._device)
 
-    def _places(self, row: CacheRow) -> list[tuple[RowPlace, Tensor]] | None:
-        """Where the positions of a row lie; None where one is nowhere."""
-        found = [(place, self._rows.positions(place)) for place in self._rows.find(row.digest)]
-        known = {int(position) for _, positions in found for position in positions}
-        return found if found and known.issuperset(row.positions) else None
+    def _places(self, row: CacheRow) -> list[tuple[RowPlace, CacheRow]] | None:
+        """Where the positions of a row lie, and what of it lies there; None where one is nowhere."""
+        found = []
+        for place in self._rows.find(row.digest):
+            labels = None if row.labels is None else self._rows.labels(place)
+            known = None if labels is None else tuple(labels.tolist())
+            found.append((place, CacheRow(row.digest, tuple(self._rows.positions(place).tolist()), known)))
+        entries = {entry for _, held in found for entry in held.entries}
+        return found if found and entries.issuperset(row.entries) else None
 
-    def _states(self, row: CacheRow) -> Tensor | None:
+    def _read(self, row: CacheRow) -> dict[str, Tensor] | None:
+        """The tensors of a row; None where the cache lacks it."""
         found = self._places(row)
         if found is None:
             return None
-        values = torch.cat([self._rows.read(place)[STATES] for place, _ in found])
-        held = torch.cat([positions for _, positions in found]).tolist()
-        if held == [*row.positions]:
+        parts = [self._rows.read(place) for place, _ in found]
+        values = parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        held = [entry for _, own in found for entry in own.entries]
+        if held == row.entries:
             return values
-        order = {position: place for place, position in enumerate(held)}
-        return values[[order[position] for position in row.positions]]
+        order = {entry: place for place, entry in enumerate(held)}
+        places = [order[entry] for entry in row.entries]
+        return {name: value[places] for name, value in values.items()}
 
 
-def rows_of(batch: Mapping[str, Tensor], keep: Tensor) -> list[CacheRow]:
+def rows_of(batch: Mapping[str, Tensor], keep: Tensor, labels: Tensor | None = None) -> list[CacheRow]:
     """What a teacher reads in each row of a batch, padding aside, and at which positions its states are kept.
 
     A row that keeps none is left out: it is padding of the batch itself.
@@ -171,10 +202,13 @@ def rows_of(batch: Mapping[str, Tensor], keep: Tensor) -> list[CacheRow]:
     Args:
         batch: ``input_ids`` and ``attention_mask`` `[batch, tokens]`, and those of a decoder where there is one.
         keep: `[batch, tokens]`; of a classifier `[batch, 1]`.
+        labels: `[n]`, the tokens observed at the positions, where rows that differ in them are others.
     """
     pairs = [("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")]
     read = [(batch[ids].cpu().numpy(), batch[mask].cpu().numpy() != 0) for ids, mask in pairs if ids in batch]
+    observed = None if labels is None else labels.tolist()
     rows = []
+    before = 0
     for number, kept in enumerate(keep.cpu().numpy()):
         positions = tuple(np.flatnonzero(kept).tolist())
         if not positions:
@@ -183,13 +217,16 @@ def rows_of(batch: Mapping[str, Tensor], keep: Tensor) -> list[CacheRow]:
         for ids, mask in read:
             tokens = ids[number][mask[number]].astype("<i8")
             digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
-        rows.append(CacheRow(digest.digest(), positions))
+        own = None if observed is None else tuple(observed[before : before + len(positions)])
+        rows.append(CacheRow(digest.digest(), positions, own))
+        before += len(positions)
     return rows
 
 
-def row_of(row: Row | LabelledRow, decoder_start: int | None) -> CacheRow:
-    """A row as `rows_of` finds it in a batch."""
-    (found,) = rows_of(*teacher_inputs(collate([row], pad_id=0, decoder_start=decoder_start)))
+def row_of(row: Row | LabelledRow, decoder_start: int | None, *, labelled: bool = False) -> CacheRow:
+    """A row as `rows_of` finds it in a batch, with its labels where those are asked for."""
+    batch = to_batch([row], [0], pad_id=0, decoder_start=decoder_start)
+    (found,) = _rows_in(batch, labelled=labelled)
     return found
 
 
@@ -205,66 +242,76 @@ def check_same_text(samples: bool) -> None:
 def write_states(
     folder: Path,
     teacher: LiveTeacher,
-    batches: Sequence[tuple[Mapping[str, Tensor], Tensor]],
+    batches: Sequence[Batch],
     about: Mapping[str, Any],
     *,
+    stored: Stored | None = None,
     part: int = 0,
     parts: int = 1,
     files: Callable[[Path], Sequence[str]] = lambda folder: (),
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> bool:
-    """Run a teacher over batches, each row once, and write its states; say whether the cache is finished.
+    """Run a teacher over batches, each row once, and write what is to be kept; say whether the cache is finished.
 
     Args:
         folder: the cache's.
         teacher: on its device.
-        batches: inputs and kept positions, as training reads them and in its order.
+        batches: as training reads them and in its order.
         about: what the cache is of.
+        stored: what is kept at each position; None is the teacher's states.
         part: the part that this process writes, from 0.
         parts: the number of parts.
         files: writes further files of the cache into the folder, and returns their names.
         progress: called with the batches that are read, and that are to be read.
 
     Raises:
-        DrklError: the folder holds another cache, states are not finite, or the disk is full.
+        DrklError: the folder holds another cache, values are not finite, or the disk is full.
     """
-    head = teacher.head
-    width = _width(teacher)
-    size = torch.empty(0, dtype=teacher.model.dtype).element_size() * width
-    shards, members = _plan(batches, max(1, SHARD_BYTES // size))
-    described = {"kind": "hidden", "width": width, "dtype": str(teacher.model.dtype).removeprefix("torch."),
-                 "head": head is not None, **about}  # fmt: skip
-    with ShardWriter(folder, described, shards, part=part, parts=parts) as writer:
+    stored = states_of(teacher) if stored is None else stored
+    shards, members = _plan(batches, max(1, SHARD_BYTES // stored.bytes_per_position), labelled=stored.labelled)
+    with ShardWriter(folder, {**stored.described(), **about}, shards, part=part, parts=parts) as writer:
         todo = writer.missing
+        read = stored.reader(teacher) if todo else None
         done, of = 0, sum(len(members[number]) for number in todo)
         for number in todo:
-            found: dict[CacheRow, Tensor] = {}
+            assert read is not None
+            found: dict[CacheRow, dict[str, Tensor]] = {}
             wanted = Counter(shards[number])
             for place in members[number]:
-                inputs, keep = batches[place]
-                device = next(teacher.model.parameters()).device
-                inputs = {name: value.to(device) for name, value in inputs.items()}
-                states = teacher.hidden_at(inputs, keep.to(device), remember=False).cpu()
-                rows = rows_of(inputs, keep)
-                for row, own in zip(rows, states.split([len(row.positions) for row in rows]), strict=True):
+                rows = _rows_in(batches[place], labelled=stored.labelled)
+                counts = [len(row.positions) for row in rows]
+                columns = {name: value.split(counts) for name, value in read(batches[place]).items()}
+                for line, row in enumerate(rows):
                     if row in wanted:
-                        found.setdefault(row, own)
+                        found.setdefault(row, {name: column[line] for name, column in columns.items()})
                 done += 1
                 progress(done, of)
-            writer.write(number, {STATES: torch.cat([found[row] for row in shards[number]])})
+            names = found[shards[number][0]] if found else {}
+            writer.write(number, {name: torch.cat([found[row][name] for row in shards[number]]) for name in names})
+        head = teacher.head if isinstance(stored, StoredStates) else None
         return writer.finish(lambda: [*_write_head(folder, head), *files(folder)])
 
 
-def _plan(
-    batches: Sequence[tuple[Mapping[str, Tensor], Tensor]], positions: int
-) -> tuple[list[list[CacheRow]], list[list[int]]]:
+def states_of(teacher: LiveTeacher) -> StoredStates:
+    """What is kept of a teacher's states."""
+    head = teacher.head
+    width = int(teacher.model.config.num_labels or 0) if head is None else int(head.weight.shape[1])
+    return StoredStates(width, teacher.model.dtype, head is not None)
+
+
+def _rows_in(batch: Batch, *, labelled: bool) -> list[CacheRow]:
+    read = batch.for_teacher
+    return rows_of(read.inputs, read.keep, batch.labels if labelled else None)
+
+
+def _plan(batches: Sequence[Batch], positions: int, *, labelled: bool) -> tuple[list[list[CacheRow]], list[list[int]]]:
     """The rows of each shard, each row where it comes first, and the batches that a shard's rows are in."""
     shards: list[list[CacheRow]] = [[]]
     members: list[list[int]] = [[]]
     seen: set[CacheRow] = set()
     count = 0
-    for place, (inputs, keep) in enumerate(batches):
-        new = [row for row in dict.fromkeys(rows_of(inputs, keep)) if row not in seen]
+    for place, batch in enumerate(batches):
+        new = [row for row in dict.fromkeys(_rows_in(batch, labelled=labelled)) if row not in seen]
         seen.update(new)
         if not new:
             continue
@@ -276,10 +323,6 @@ def _plan(
         members[-1].append(place)
         count += sum(len(row.positions) for row in new)
     return shards, members
-
-
-def _width(teacher: LiveTeacher) -> int:
-    return int(teacher.model.config.num_labels or 0) if teacher.head is None else int(teacher.head.weight.shape[1])
 
 
 def _write_head(folder: Path, head: LMHead | None) -> list[str]:
@@ -300,10 +343,10 @@ def _read_head(rows: ShardReader, device: torch.device | str) -> LMHead:
     return LMHead(**values)
 
 
-def _without_weights(folder: Path, manifest: Mapping[str, Any]) -> PreTrainedModel:
+def _without_weights(folder: Path, stored: Stored) -> PreTrainedModel:
     config = load_config(folder)
-    config.dtype = getattr(torch, manifest["dtype"])
-    kind = model_class(config, classifier=not manifest["head"])
+    config.dtype = stored.dtype
+    kind = model_class(config, classifier=isinstance(stored, StoredStates) and not stored.has_head)
     with torch.device("meta"):
         model = kind.from_config(config)
     model.name_or_path = str(folder)

@@ -78,12 +78,16 @@ class LiveTeacher:
         inputs = {name: value.to(device) for name, value in read.inputs.items()}
         return self.hidden_at(inputs, read.keep.to(device), remember=False)
 
-    def hidden_at(self, batch: Mapping[str, Tensor], keep: Tensor, *, remember: bool = True) -> Tensor:
+    def hidden_at(
+        self, batch: Mapping[str, Tensor], keep: Tensor, *, labels: Tensor | None = None, remember: bool = True
+    ) -> Tensor:
         """Return the last hidden states `[n, hidden]` at the positions where ``keep`` `[batch, tokens]` is true.
 
         The states of a batch are kept while they fit into ``remember_mb``. The same batch gives the same bits again,
-        so remembering changes no result. ``remember=False`` is for batches that never come again.
+        so remembering changes no result. ``remember=False`` is for batches that never come again. ``labels`` `[n]` are
+        for teachers that know a few logits alone.
         """
+        del labels
         if not remember or (not self._bytes_left and not self._memory):
             return self.hidden(batch)[keep]
         key = _digest(*(batch[name] for name in INPUTS if name in batch), keep)

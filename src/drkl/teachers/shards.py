@@ -3,7 +3,8 @@
 A finished folder holds, directly in it::
 
     manifest.json               what the cache is of, and the bytes and the checksum of every other file
-    rows-00000.safetensors      digests [rows, 16], counts [rows], positions [sum of counts]: what the shard has
+    rows-00000.safetensors      digests [rows, 16], counts [rows], positions [sum of counts]: what the shard has; where
+                                the values depend on them also labels [sum of counts], the observed tokens
     values-00000.safetensors    the values at those positions, row after row, tensors [positions, …] by name
 
 and what the maker of the cache adds (the head, the tokenizer, …). The shards are the same whoever wrote them, and so is
@@ -49,6 +50,14 @@ class CacheRow(NamedTuple):
 
     digest: bytes
     positions: tuple[int, ...]
+    labels: tuple[int, ...] | None = None
+    """The tokens observed there, where what is kept depends on them: the last one of a text is not read."""
+
+    @property
+    def entries(self) -> list[tuple[int, ...]]:
+        """What tells the kept positions of one text apart."""
+        columns = (self.positions,) if self.labels is None else (self.positions, self.labels)
+        return list(zip(*columns, strict=True))
 
 
 @dataclass(frozen=True)
@@ -142,11 +151,10 @@ class ShardWriter:
         tensors = {name: value.detach().cpu().contiguous() for name, value in values.items()}
         save_whole(self.folder / _values(number), tensors)
         digests = torch.frombuffer(bytearray(b"".join(row.digest for row in rows)), dtype=torch.uint8)
-        positions = [position for row in rows for position in row.positions]
         index = {
             "digests": digests.reshape(-1, DIGEST_BYTES),
             "counts": torch.tensor(counts, dtype=torch.int32),
-            "positions": torch.tensor(positions, dtype=torch.int32),
+            **{name: torch.tensor(column, dtype=torch.int32) for name, column in _columns(rows).items()},
         }
         # Last: a shard is there where its rows are.
         save_whole(self.folder / _rows(number), index)
@@ -178,7 +186,8 @@ class ShardWriter:
         rows = [row for shard in self._shards for row in shard]
         digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
         for row in rows:
-            digest.update(row.digest + np.array([len(row.positions), *row.positions], "<i8").tobytes())
+            entries = [len(row.positions), *row.positions, *(row.labels or ())]
+            digest.update(row.digest + np.array(entries, "<i8").tobytes())
         sizes = {"shards": len(self._shards), "rows": len(rows), "positions": sum(len(row.positions) for row in rows)}
         return {"format": FORMAT, **self._about, **sizes, "rows_digest": digest.hexdigest()}
 
@@ -216,16 +225,17 @@ class ShardWriter:
     def _is_whole(self, number: int) -> bool:
         """Whether a shard has the rows of the plan, and all of their values."""
         rows = self._shards[number]
-        positions = [position for row in rows for position in row.positions]
+        columns = _columns(rows)
         try:
             index = load_file(self.folder / _rows(number))
             with safe_open(self.folder / _values(number), framework="pt") as values:
                 lengths = {values.get_slice(name).get_shape()[0] for name in values.keys()}  # noqa: SIM118
-            found = index["digests"].numpy().tobytes(), index["counts"].tolist(), index["positions"].tolist()
+            found = index["digests"].numpy().tobytes(), index["counts"].tolist()
+            same = {name: index[name].tolist() for name in columns} == columns
         except (OSError, SafetensorError, KeyError):
             return False
-        expected = b"".join(row.digest for row in rows), [len(row.positions) for row in rows], positions
-        return found == expected and lengths == {len(positions)}
+        expected = b"".join(row.digest for row in rows), [len(row.positions) for row in rows]
+        return same and found == expected and lengths == {len(columns["positions"])}
 
 
 class ShardReader:
@@ -269,6 +279,11 @@ class ShardReader:
     def positions(self, place: RowPlace) -> Tensor:
         """The positions `[count]` of a row that are kept, ascending."""
         return self._positions[place.shard][place.start : place.start + place.count]
+
+    def labels(self, place: RowPlace) -> Tensor | None:
+        """The tokens `[count]` that are observed there; None where no value depends on them."""
+        labels = self._labels[place.shard]
+        return None if labels is None else labels[place.start : place.start + place.count]
 
     def read(self, place: RowPlace) -> dict[str, Tensor]:
         """The values of a row, `[count, …]` by name, on the CPU."""
@@ -323,13 +338,14 @@ class ShardReader:
                 self.check(name)
 
     def _index(self) -> None:
-        digests, places, self._positions = [], [], list[Tensor]()
+        digests, places, self._positions, self._labels = [], [], list[Tensor](), list[Tensor | None]()
         for number in range(self.manifest["shards"]):
             tensors = load_file(self.check(_rows(number)))
             counts = tensors["counts"].numpy().astype(np.int64)
             starts = np.concatenate([[0], np.cumsum(counts)[:-1]]) if len(counts) else counts
             digests.append(tensors["digests"].numpy())
             self._positions.append(tensors["positions"])
+            self._labels.append(tensors.get("labels"))
             places.append(np.stack([np.full_like(counts, number), starts, counts], 1))
         every = np.concatenate(digests) if digests else np.zeros((0, DIGEST_BYTES), np.uint8)
         self._keys, self._others = _halves(every)
@@ -414,6 +430,14 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Where two descriptions of a cache differ, in words; empty where they do not."""
     names = [name for name in wanted if found.get(name) != wanted[name]]
     return "; ".join(f"{name} is {json.dumps(found.get(name))}, not {json.dumps(wanted[name])}" for name in names)
+
+
+def _columns(rows: Sequence[CacheRow]) -> dict[str, list[int]]:
+    """What an index has of each kept position."""
+    columns = {"positions": [position for row in rows for position in row.positions]}
+    if any(row.labels is not None for row in rows):
+        columns["labels"] = [label for row in rows for label in row.labels or ()]
+    return columns
 
 
 def _halves(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

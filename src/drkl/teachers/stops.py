@@ -7,6 +7,7 @@ the same by a finished answer, and the ends that the student is saved with all g
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from drkl.data.ends import as_ids, end_positions, special_tokens
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
+from drkl.losses.topk import TopK
 from drkl.models.ends import listed_ends, stops_of
 from drkl.models.forward import decoder_start
 from drkl.models.load import source_of
@@ -93,8 +95,22 @@ def _read(teacher: Teacher, rows: list[Row], ends: set[int], pad_id: int) -> tup
     for batch in batches(rows, pad_id=pad_id, decoder_start=decoder_start(teacher.model), positions=places):
         labels.append(batch.labels)
         states = teacher.states(batch)
-        logp.append(logits_of(states, teacher.head).float().log_softmax(-1).cpu())
+        if isinstance(states, TopK):
+            logp.append(_spread(states, batch.labels).cpu())
+        else:
+            logp.append(logits_of(states, teacher.head).float().log_softmax(-1).cpu())
     return torch.cat(labels), torch.cat(logp)
+
+
+def _spread(known: TopK, labels: Tensor) -> Tensor:
+    """The log-probabilities `[n, vocab]` of a few logits and the labels', and of all others that of no mass."""
+    classes = known.classes(1.0).log_softmax(-1)
+    logp = classes.new_full((len(known), known.vocab_size + 1), -math.inf)
+    logp.scatter_(-1, known.ids.masked_fill(known.ids < 0, known.vocab_size), classes[:, :-1])
+    if known.label_logits is not None:
+        log_z = known.logits[:, 0] - classes[:, 0]
+        logp.scatter_(-1, labels.to(logp.device).unsqueeze(-1), (known.label_logits - log_z).unsqueeze(-1))
+    return logp[:, :-1]
 
 
 def student_stops(student: PreTrainedModel, tokenizer: Any) -> list[int]:

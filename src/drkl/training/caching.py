@@ -1,34 +1,31 @@
-"""Compute a teacher's hidden states for the rows of a run once, in the micro-batches that training would run."""
+"""Run a teacher over the rows of a run once, in the micro-batches that training would run, and keep what it knows."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import Tensor
 from transformers import GenerationMixin
 
 from drkl._version import __version__
 from drkl.data.batching import split_rows
-from drkl.data.collate import collate, teacher_inputs
 from drkl.data.rows import Rows
 from drkl.errors import DrklError
 from drkl.models.fingerprint import model_fingerprint, tokenizer_fingerprint
-from drkl.models.forward import decoder_start
+from drkl.models.forward import decoder_start, lm_head
 from drkl.models.load import words_of
-from drkl.models.readout import SHORT_TOKENS_PER_BATCH, batches
+from drkl.models.readout import SHORT_TOKENS_PER_BATCH, Batch, batches, to_batch
 from drkl.teachers.cached import TeacherCache, check_same_text, write_states
 from drkl.teachers.live import LiveTeacher
 from drkl.teachers.shards import writing
+from drkl.teachers.stored import Stored, check_kind, topk_to_store
 from drkl.training.arguments import DistillationConfig
 from drkl.training.pair import Pair, make_pair
 from drkl.training.plan import plan_run
-
-Batch = tuple[Mapping[str, Tensor], Tensor]
 
 
 def cache_teacher(
@@ -40,11 +37,14 @@ def cache_teacher(
     output_dir: str | Path,
     args: DistillationConfig | None = None,
     processing_class: Any = None,
+    kind: str = "hidden",
+    k: int | None = None,
+    temperatures: Sequence[float] = (),
     part: int = 0,
     parts: int = 1,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> TeacherCache | None:
-    """Write the hidden states of a teacher for the rows of a run into a folder, and open it.
+    """Write what a teacher knows of the rows of a run into a folder, and open it.
 
     Args:
         teacher_model: the teacher, as `DistillationTrainer` takes it.
@@ -54,6 +54,10 @@ def cache_teacher(
         output_dir: the folder of the cache; a pass that was killed goes on in it.
         args: of the run that will read the cache: lengths, template, and the size of a step.
         processing_class: as `DistillationTrainer` takes it.
+        kind: ``hidden`` keeps the teacher's last hidden states, which are exact for every objective at every
+            temperature. ``topk`` keeps its ``k`` largest logits, and what all others add up to.
+        k: of kind ``topk``, from 1 to the vocabulary less 1; None is 64.
+        temperatures: of kind ``topk``, further temperatures that a loss may have; those of ``args`` and 1 are there.
         part: the part of the cache that this process writes, from 0.
         parts: the number of parts.
         progress: called with the batches that are read, and that are to be read.
@@ -62,29 +66,38 @@ def cache_teacher(
         The cache; None where other parts of it are not there yet.
 
     Raises:
-        DrklError: what `DistillationTrainer` refuses, another cache in the folder, states that are not finite, or a
-            disk that is full.
+        DrklError: what `DistillationTrainer` refuses, another cache in the folder, a kind with a setting that is
+            another's, values that are not finite, or a disk that is full.
     """
     args = DistillationConfig(output_dir=str(output_dir)) if args is None else args
+    check_kind(kind, k, temperatures)
     check_same_text(args.rollouts.is_on)
     pair = make_pair(model, teacher_model, args, train_dataset, eval_dataset, processing_class)
-    return write_cache([(pair, args)], Path(output_dir), part=part, parts=parts, progress=progress)
+    return write_cache(
+        [(pair, args)], Path(output_dir), kind=kind, k=k, temperatures=temperatures, part=part, parts=parts,
+        progress=progress,
+    )  # fmt: skip
 
 
 def write_cache(
     runs: Sequence[tuple[Pair, DistillationConfig]],
     folder: Path,
     *,
+    kind: str = "hidden",
+    k: int | None = None,
+    temperatures: Sequence[float] = (),
     part: int = 0,
     parts: int = 1,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> TeacherCache | None:
     """Write the cache of one or several stages with one teacher; arguments as `cache_teacher`'s."""
+    check_kind(kind, k, temperatures)
     pair = runs[0][0]
     if not isinstance(pair.teacher, LiveTeacher):
         raise DrklError("There is no teacher to cache; expected a teacher_model with weights.")
     if not 0 <= part < parts:
         raise DrklError(f"part is {part} of {parts}; expected a number from 0 to {parts - 1}.")
+    stored = _topk(runs, k, temperatures) if kind == "topk" else None
     every = [batch for own, args in runs for batch in _batches(own, args)]
     about = {
         "drkl": __version__,
@@ -97,12 +110,22 @@ def write_cache(
         pair.teacher,
         every,
         about,
+        stored=stored,
         part=part,
         parts=parts,
         files=lambda to: _write_description(to, pair),
         progress=progress,
     )
     return TeacherCache.open(folder) if finished else None
+
+
+def _topk(runs: Sequence[tuple[Pair, DistillationConfig]], k: int | None, temperatures: Sequence[float]) -> Stored:
+    pair = runs[0][0]
+    assert pair.teacher is not None
+    classifies = pair.classes is not None
+    shared = pair.vocab_size or (0 if classifies else lm_head(pair.teacher.model).vocab_size)
+    every = [*temperatures, *(args.temperature for _, args in runs)]
+    return topk_to_store(k, every, shared, pair.teacher.model.dtype, classifies=classifies)
 
 
 def _data_settings(pair: Pair, args: DistillationConfig) -> dict[str, Any]:
@@ -133,15 +156,13 @@ def _batches(pair: Pair, args: DistillationConfig) -> Iterator[Batch]:
     start = decoder_start(pair.student)
     for step in steps:
         for places in split_rows(step, args.gradient_accumulation_steps):
-            yield teacher_inputs(collate([rows[place] for place in places], pad_id=pair.pad_id, decoder_start=start))
+            yield to_batch(rows, places, pad_id=pair.pad_id, decoder_start=start)
     heldout: Rows = pair.eval_rows
     for some in (heldout[: args.eval_rows], heldout[args.eval_rows :] if args.eval_rows is not None else []):
-        read = batches(
+        yield from batches(
             some,
             pad_id=pair.pad_id,
             decoder_start=start,
             tokens_per_batch=SHORT_TOKENS_PER_BATCH,
             rows_per_batch=args.per_device_eval_batch_size,
         )
-        for one in read:
-            yield one.for_teacher.inputs, one.for_teacher.keep

@@ -21,9 +21,11 @@ from drkl.models.precision import DTYPES, pick_device, resolve_dtype
 from drkl.models.student import depth
 from drkl.rollouts.steps import planned_length
 from drkl.teachers.cached import TeacherCache, row_of
+from drkl.teachers.stored import DEFAULT_K, Stored, StoredStates, check_kind, topk_to_store
 from drkl.training.checks import check_device
 from drkl.training.plan import plan_run
-from drkl.training.run import Listener, check_cached, prepare
+from drkl.training.run import Listener, Prepared, check_cached, prepare
+from drkl.training.sparse import check_sparse
 from drkl.training.spec import (
     RunSpec,
     fitted,
@@ -53,8 +55,9 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     first = specs[0]
     check_device(specs[-1].run.device)
     device = pick_device(specs[-1].run.device)
+    cache = None
     if first.teacher is not None and first.teacher.cache is not None:
-        TeacherCache.of(first.teacher)  # its files are checked before its config and its tokenizer are read
+        cache = TeacherCache.of(first.teacher)  # its files are checked before its config and its tokenizer are read
     teacher_name = first.teacher.source if first.teacher else None
     tokenizer = run_tokenizer(specs)
     classes = run_classes(specs)
@@ -70,12 +73,14 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     sizes = {
         "student": count_parameters(student, classifier=first.classifies),
         "teacher": count_parameters(teacher, classifier=first.classifies) if teacher else None,
+        "teacher_head": _head_size(teacher) if teacher and (cache is None or cache.kind == "hidden") else 0,
     }
     rates: dict[str, float] = {}
     seen: set[tuple[str, ...]] = set()
     stages, encoder_decoder = [], is_encoder_decoder(student)
     own_reader = teacher_tokenizer(specs, tokenizer_name(specs))
     for spec in specs:
+        check_sparse(cache, training_config(spec, device))
         needed = spec.rollouts.needs_responses
         train, _ = read_shares(spec.data, classifier=first.classifies, needs_responses=needed)
         rows, report = make_rows(
@@ -90,41 +95,79 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     return {
         "config": last.resolved,
         "teacher_note": model_note(teacher_name) if teacher_name else None,
-        "parameters": sizes,
+        "parameters": {name: sizes[name] for name in ("student", "teacher")},
         "stages": stages,
         "estimated_minutes": round(sum(stage["estimated_minutes"] for stage in stages), 1),
     }
 
 
-def estimate_cache(specs: Sequence[RunSpec]) -> dict[str, Any]:
+def estimate_cache(
+    specs: Sequence[RunSpec], *, kind: str = "hidden", k: int | None = None, temperatures: Sequence[float] = ()
+) -> dict[str, Any]:
     """The size of a teacher cache of a run, the time of making it, and what each epoch of training then saves.
+
+    Args:
+        specs: the stages.
+        kind: as `cache_states` takes it, and so are the others.
+        k: of kind ``topk``.
+        temperatures: of kind ``topk``.
 
     Raises:
         DrklError: whatever `cache_states` would refuse before the teacher is loaded.
     """
+    check_kind(kind, k, temperatures)
     teacher = check_cached(specs)
     prepared = prepare(specs, Listener())
     config = load_config(teacher.source, **teacher.source_options)
     start = decoder_start(config)
     loaded = [prepared.rows(spec) for spec in prepared.specs]
-    distinct = {row_of(row, start): row for part in loaded for row in (*part.train, *part.heldout)}
+    dtype = DTYPES[resolve_dtype(teacher.dtype, prepared.resources.device)]
+    kinds = _kinds(prepared, config, dtype, kind, k, temperatures)
+    stored = kinds[kind]
+    distinct = {
+        row_of(row, start, labelled=stored.labelled): row for part in loaded for row in (*part.train, *part.heldout)
+    }
     positions = sum(len(row.positions) for row in distinct)
-    dtype = resolve_dtype(teacher.dtype, prepared.resources.device)
-    text, item = config.get_text_config(), torch.empty(0, dtype=DTYPES[dtype]).element_size()
-    width = config.num_labels if specs[0].classifies else text.hidden_size
+    head = _head_size(config) * dtype.itemsize if kind == "hidden" and not specs[0].classifies else 0
+    index = 8 if stored.labelled else 4
     body = count_parameters(config, classifier=specs[0].classifies) - _head_size(config)
-    rate = _flops_per_second(DTYPES[dtype], prepared.resources.device)
+    rate = _flops_per_second(dtype, prepared.resources.device)
     read = [sum(2 * body * row.length for row in part.train) / rate for part in loaded]
+    logits = 2 * _head_size(config) * positions if kind == "topk" else 0
     return {
+        **stored.described(),
         "rows": len(distinct),
         "positions": positions,
-        "bytes_per_position": width * item,
-        "cache_mib": round(
-            (positions * width * item + (0 if specs[0].classifies else _head_size(config) * item)) / 2**20, 1
-        ),
-        "estimated_seconds": round(sum(2 * body * row.length for row in distinct.values()) / rate, 1),
+        "bytes_per_position": stored.bytes_per_position,
+        "bytes_per_position_of_kinds": {
+            name if isinstance(one, StoredStates) else f"{name}, k {one.k}": one.bytes_per_position
+            for name, one in kinds.items()
+        },
+        "cache_mib": round((positions * (stored.bytes_per_position + index) + head) / 2**20, 1),
+        "estimated_seconds": round((sum(2 * body * row.length for row in distinct.values()) + logits) / rate, 1),
         "saved_seconds_per_epoch": [round(seconds, 1) for seconds in read],
         "pays": "from the second epoch over the rows on, and with every further student, objective or seed",
+    }
+
+
+def _kinds(
+    prepared: Prepared, config: Any, dtype: torch.dtype, kind: str, k: int | None, temperatures: Sequence[float]
+) -> dict[str, Stored]:
+    """What each kind of cache would store of a run."""
+    first, classes = prepared.specs[0], prepared.resources.classes
+    if classes is not None:
+        if kind == "topk":
+            topk_to_store(k, temperatures, 0, dtype, classifies=True)
+        return {"hidden": StoredStates(config.num_labels, dtype, has_head=False)}
+    tokenizer = prepared.resources.tokenizer(prepared.tokenizer_name)
+    student, teacher = _vocab_size(run_configs(first, tokenizer, classes)["student"]), _vocab_size(config)
+    shared = shared_vocabulary(student, teacher, prepared.shared, tokenizer, [])
+    size = teacher if shared is None else shared["shared"]
+    every = [*temperatures, *(spec.loss.temperature for spec in prepared.specs)]
+    least = min(DEFAULT_K, size - 1) if kind == "hidden" else k
+    return {
+        "hidden": StoredStates(config.get_text_config().hidden_size, dtype, has_head=True),
+        "topk": topk_to_store(least, every, size, dtype, classifies=False),
     }
 
 
@@ -286,8 +329,7 @@ def _flops(inputs: float, trained: float, student: Any, sizes: dict[str, Any], *
 
 
 def _teacher_flops(inputs: float, trained: float, teacher: Any, sizes: dict[str, Any]) -> float:
-    head = _head_size(teacher)
-    return 2 * (sizes["teacher"] - head) * inputs + 2 * head * trained
+    return 2 * (sizes["teacher"] - _head_size(teacher)) * inputs + 2 * sizes["teacher_head"] * trained
 
 
 def _head_size(config: Any) -> int:
@@ -303,7 +345,7 @@ def _memory(spec: RunSpec, student: Any, teacher: Any, sizes: dict[str, Any], in
     total = kept * weight * sizes["student"] + 4.0 * _head_size(student)
     total += 2.0 * 4.0 * text.vocab_size * chunk_rows(torch.empty(text.vocab_size, text.hidden_size, device="meta"), 4)
     if spec.teacher is not None:
-        held = sizes["teacher"] if spec.teacher.cache is None else _head_size(teacher)
+        held = sizes["teacher"] if spec.teacher.cache is None else sizes["teacher_head"]
         total += held * (4 if spec.resolved["teacher"]["dtype"] == "fp32" else 2)
         total += spec.teacher.remember_mb * 2**20
     micro = (arguments.tokens_per_step or inputs) / arguments.gradient_accumulation_steps

@@ -7,12 +7,17 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from drkl.losses.topk import TopK
 from drkl.objectives import Objective
 from drkl.teachers.teacher import Teacher
 
 
 def find_fault(
-    student: nn.Module, hidden: Tensor, teacher: Teacher | None, teacher_hidden: Tensor | None, objective: Objective
+    student: nn.Module,
+    hidden: Tensor,
+    teacher: Teacher | None,
+    teacher_hidden: Tensor | TopK | None,
+    objective: Objective,
 ) -> str:
     """Say which tensor stopped being finite first on the way to the loss."""
     for name, tensor in _on_the_way(student, hidden, teacher, teacher_hidden):
@@ -26,12 +31,12 @@ def find_fault(
 
 
 def _on_the_way(
-    student: nn.Module, hidden: Tensor, teacher: Teacher | None, teacher_hidden: Tensor | None
+    student: nn.Module, hidden: Tensor, teacher: Teacher | None, teacher_hidden: Tensor | TopK | None
 ) -> Iterator[tuple[str, Tensor]]:
     for name, weight in student.named_parameters():
         yield f"student weight {name!r}", weight
     yield "student hidden states", hidden
-    if teacher is not None and teacher_hidden is not None:
+    if teacher is not None and isinstance(teacher_hidden, Tensor):  # a few logits are finite or excluded
         for name, weight in teacher.model.named_parameters():
             if not weight.is_meta:  # those of a cached teacher
                 yield f"teacher weight {name!r}", weight

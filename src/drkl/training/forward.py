@@ -11,6 +11,8 @@ from torch import Tensor
 
 from drkl.losses import LMHead, LogitChunk, distillation_loss, fused_distillation_loss
 from drkl.losses.config import LossConfig
+from drkl.losses.topk import TopK
+from drkl.objectives.logspace import argmax
 from drkl.positions import token_statistics
 from drkl.rollouts.config import PREFIX
 
@@ -22,7 +24,7 @@ POSITIONS = "positions"
 def loss_of(
     hidden: Tensor,
     head: LMHead | None,
-    teacher_hidden: Tensor | None,
+    teacher_hidden: Tensor | TopK | None,
     teacher_head: LMHead | None,
     labels: Tensor,
     loss: LossConfig,
@@ -35,7 +37,7 @@ def loss_of(
     Args:
         hidden: `[n, hidden]`, the student's; `[n, classes]` where there is no head.
         head: the student's.
-        teacher_hidden: `[n, hidden]`, likewise; None where the objective needs none.
+        teacher_hidden: `[n, hidden]`, likewise, or the teacher's k largest logits; None where the objective needs none.
         teacher_head: the teacher's.
         labels: `[n]`.
         loss: the loss around the objective.
@@ -56,7 +58,7 @@ def loss_of(
 def _without_cross_entropy(
     hidden: Tensor,
     head: LMHead | None,
-    teacher_hidden: Tensor | None,
+    teacher_hidden: Tensor | TopK | None,
     teacher_head: LMHead | None,
     labels: Tensor,
     loss: LossConfig,
@@ -86,6 +88,32 @@ def _without_cross_entropy(
     return total
 
 
+@torch.no_grad()
+def class_columns(student: Tensor, teacher: TopK, temperature: float) -> dict[str, Tensor | None]:
+    """What is logged of a student and a teacher of which a few logits are known, at each of `[n]` positions.
+
+    The KLs and the teacher's entropy are those of the k + 1 classes at temperature 1, lower bounds of those over the
+    vocabulary. The agreement is exact.
+
+    Args:
+        student: `[n, vocab]`, its logits.
+        teacher: of the same positions.
+        temperature: at which the teacher's masses are told.
+    """
+    student = student.to(torch.promote_types(torch.float32, student.dtype))
+    classes = teacher.student_classes(student), teacher.classes(1.0).to(student.dtype)
+    values = token_statistics(*classes, torch.zeros(len(teacher), dtype=torch.long, device=teacher.device))
+    mass, tail_mass = teacher.masses(temperature)
+    return {
+        "fkl": values.fkl,
+        "rkl": values.rkl,
+        "agreement": (argmax(student) == teacher.ids[:, 0]).to(student.dtype),
+        "teacher_entropy": values.teacher_entropy,
+        "teacher_mass": mass,
+        "teacher_tail_mass": tail_mass,
+    }
+
+
 class StatisticsSums:
     """Sums of token statistics over every ``every``-th position of a loss: an observer of its logits.
 
@@ -95,11 +123,12 @@ class StatisticsSums:
     Args:
         every: 1 takes all positions.
         sampled: `[n]` bool over the positions of the loss, true in answers that a model wrote; None marks none.
+        temperature: of the loss, at which a teacher's masses are told.
     """
 
-    def __init__(self, every: int = 1, sampled: Tensor | None = None) -> None:
+    def __init__(self, every: int = 1, sampled: Tensor | None = None, *, temperature: float = 1.0) -> None:
         self.sums: dict[str, Tensor] = {POSITIONS: torch.tensor(0)}
-        self._every, self._sampled = every, sampled
+        self._every, self._sampled, self._temperature = every, sampled, temperature
 
     def __call__(self, chunk: LogitChunk) -> None:
         assert chunk.labels is not None
@@ -107,8 +136,9 @@ class StatisticsSums:
         labels, teacher = chunk.labels[some], chunk.teacher[some] if isinstance(chunk.teacher, Tensor) else None
         if not labels.numel():
             return
-        values = token_statistics(chunk.student[some], teacher, labels)
-        columns = {
+        student = chunk.student[some]
+        values = token_statistics(student, teacher if isinstance(teacher, Tensor) else None, labels)
+        columns: dict[str, Tensor | None] = {
             "nll": values.nll,
             "student_entropy": values.entropy,
             "fkl": values.fkl,
@@ -116,7 +146,7 @@ class StatisticsSums:
             "agreement": values.agreement,
             "teacher_entropy": values.teacher_entropy,
             POSITIONS: torch.ones(labels.numel(), dtype=torch.int64),
-        }
+        } | (class_columns(student, teacher, self._temperature) if isinstance(teacher, TopK) else {})
         for name, value in columns.items():
             if value is None:
                 continue

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.losses.config import LossConfig
+from drkl.losses.topk import TopK
 from drkl.models.forward import output_head
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, batches, chunks
 from drkl.objectives import Objective
@@ -53,7 +54,7 @@ class HeldOut:
                 rows_per_batch=rows_per_batch,
             )
         )
-        self._teacher_hidden: list[Tensor | None] = [None] * len(self._batches)
+        self._teacher_hidden: list[Tensor | TopK | None] = [None] * len(self._batches)
 
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel, objective: Objective, loss: LossConfig) -> dict[str, float]:
@@ -68,7 +69,7 @@ class HeldOut:
             labels = batch.labels.to(hidden.device)
             teacher_hidden = self._teacher_states(index, hidden.device)
             for part in chunks(labels.numel()):
-                statistics = StatisticsSums()
+                statistics = StatisticsSums(temperature=loss.temperature)
                 values = loss_of(
                     hidden[part],
                     head,
@@ -91,13 +92,14 @@ class HeldOut:
         count = sums.pop("positions", 0.0)
         return {name: value / max(count, 1) for name, value in sums.items()}
 
-    def _teacher_states(self, index: int, device: torch.device) -> Tensor | None:
+    def _teacher_states(self, index: int, device: torch.device) -> Tensor | TopK | None:
         if self._teacher is None:
             return None
         if (states := self._teacher_hidden[index]) is None:
             batch = self._batches[index].for_teacher
             inputs = {name: value.to(device) for name, value in batch.inputs.items()}
             # A teacher that remembers has them from the stage before.
-            states = self._teacher.hidden_at(inputs, batch.keep.to(device), remember=self._remember)
+            keep, labels = batch.keep.to(device), batch.labels.to(device)
+            states = self._teacher.hidden_at(inputs, keep, labels=labels, remember=self._remember)
             self._teacher_hidden[index] = states
         return states

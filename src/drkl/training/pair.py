@@ -47,6 +47,7 @@ from drkl.training.loading import (
     plain_options,
     tokenizer_of_rows,
 )
+from drkl.training.sparse import check_sparse, check_sparse_vocabulary, sparse_notes
 
 _log = logging.getLogger("drkl")
 
@@ -234,6 +235,7 @@ def make_pair(
         listed_ends=ends,
     )
     check_cache(pair, args)
+    pair.notes += sparse_notes(pair, args)
     if classes is None:
         settle_ends(pair, args)
     # Last, so that a student that is refused is left as it was passed.
@@ -253,6 +255,8 @@ def check_cache(pair: Pair, args: DistillationConfig) -> None:
             f"The cache {str(teacher.folder)!r} was made with another tokenizer: its ids mean other tokens. Use the "
             "one that lies in the cache, or make the cache again."
         )
+    check_sparse(teacher, args)
+    check_sparse_vocabulary(pair)
     start = decoder_start(pair.student)
     teacher.check_rows(pair.rows, start, "training rows")
     teacher.check_rows(pair.eval_rows, start, "held-out rows")

@@ -24,12 +24,14 @@ from drkl.runs import RunFolder, write_json, write_yaml
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.stored import check_kind
 from drkl.teachers.teacher import Teacher
 from drkl.training.caching import write_cache
 from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import keep_only, newest_checkpoint
 from drkl.training.checks import check_device, check_folder
 from drkl.training.pair import TokenisedRows
+from drkl.training.sparse import check_sparse
 from drkl.training.spec import (
     TWO_CLASSES,
     RunSpec,
@@ -167,7 +169,8 @@ def prepare(specs: Sequence[RunSpec], listener: Listener) -> Prepared:
     """
     check_device(specs[-1].run.device)
     resources = Resources(pick_device(specs[-1].run.device), listener)
-    if specs[0].teacher is not None and specs[0].teacher.cache is not None:
+    cached = specs[0].teacher is not None and specs[0].teacher.cache is not None
+    if cached:
         resources.teacher(specs[0].teacher)  # first: its files are checked before its config and its tokenizer are read
     resources.classes = run_classes(specs)
     if is_two_class(specs, resources.classes):
@@ -186,7 +189,7 @@ def prepare(specs: Sequence[RunSpec], listener: Listener) -> Prepared:
     ends = () if resources.classes is not None else run_ends(first, resources.tokenizer(name))
     resources.teacher_tokenizer = teacher_tokenizer(specs, name)
     for spec in specs:
-        training_config(spec, resources.device)
+        check_sparse(resources.teacher(spec.teacher) if cached else None, training_config(spec, resources.device))
         needed = spec.rollouts.needs_responses
         try:
             resources.rows(spec.data, name, encoder_decoder=encoder_decoder, ends=ends, needs_responses=needed)
@@ -215,16 +218,22 @@ def cache_states(
     specs: Sequence[RunSpec],
     folder: Path,
     *,
+    kind: str = "hidden",
+    k: int | None = None,
+    temperatures: Sequence[float] = (),
     part: int = 0,
     parts: int = 1,
     listener: Listener | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> TeacherCache | None:
-    """Write the teacher's states for the rows of every stage; None where other parts are not there yet.
+    """Write what the teacher knows of the rows of every stage; None where other parts are not there yet.
 
     Args:
         specs: the stages.
         folder: of the cache.
+        kind: ``hidden`` or ``topk``.
+        k: of kind ``topk``.
+        temperatures: of kind ``topk``, besides 1 and those of the stages.
         part: the part that this process writes, from 0.
         parts: the number of parts.
         listener: hooks for a front end.
@@ -233,6 +242,7 @@ def cache_states(
     Raises:
         DrklError: there is no teacher, answers are sampled, or what `write_cache` refuses.
     """
+    check_kind(kind, k, temperatures)
     check_cached(specs)
     prepared = prepare(specs, listener or Listener())
     with TemporaryDirectory() as unused:
@@ -240,7 +250,8 @@ def cache_states(
         stages = [replace(spec, student=specs[0].student, folder=RunFolder(Path(unused))) for spec in prepared.specs]
         trainers = [prepared.trainer(spec) for spec in stages]
         runs = [(trainer.pair, trainer.config) for trainer in trainers]
-        return write_cache(runs, folder, part=part, parts=parts, progress=progress)
+        what: Any = {"kind": kind, "k": k, "temperatures": temperatures}
+        return write_cache(runs, folder, **what, part=part, parts=parts, progress=progress)
 
 
 def distill(

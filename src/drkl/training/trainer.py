@@ -21,6 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 from drkl.data.collate import collate, teacher_inputs
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX, LMHead
+from drkl.losses.topk import TopK
 from drkl.models.at_head import call_at_head
 from drkl.models.forward import decoder_start
 from drkl.models.load import one_tokenizer
@@ -333,15 +334,20 @@ class DistillationTrainer(Trainer):
         num_tokens = torch.as_tensor(
             keep.sum() if num_items_in_batch is None else num_items_in_batch, device=labels.device
         )
-        teacher_hidden = teacher_head = None
+        teacher_hidden: Tensor | TopK | None = None
+        teacher_head = None
         if self._uses_teacher:
             assert self.teacher is not None
             comes_again = sampled is None or not bool(sampled.any())
-            teacher_hidden = self.teacher.hidden_at(teacher_batch, teacher_keep, remember=comes_again)
+            teacher_hidden = self.teacher.hidden_at(
+                teacher_batch, teacher_keep, labels=labels[keep], remember=comes_again
+            )
             teacher_head = self.teacher.head
         every = -(-int(keep.sum()) // STATISTICS_POSITIONS)
         of_sampled = None if sampled is None else sampled[keep]
-        statistics = StatisticsSums(every, of_sampled) if every and self._will_log() else None
+        statistics = None
+        if every and self._will_log():
+            statistics = StatisticsSums(every, of_sampled, temperature=self.loss_config.temperature)
         seen: list[Tensor] = []
 
         def at_head(hidden: Tensor, head: LMHead | None) -> Tensor:
@@ -382,7 +388,9 @@ class DistillationTrainer(Trainer):
         first = step == 1 and self.args.logging_first_step
         return first or step % every == 0 or step >= self.state.max_steps or self._epochs.logs_at(step)
 
-    def _stop_non_finite(self, loss: Tensor, row_ids: list[str], hidden: Tensor, teacher_hidden: Tensor | None) -> None:
+    def _stop_non_finite(
+        self, loss: Tensor, row_ids: list[str], hidden: Tensor, teacher_hidden: Tensor | TopK | None
+    ) -> None:
         teacher = self.teacher if self._uses_teacher else None
         fault = find_fault(self.student, hidden, teacher, teacher_hidden, self.objective)
         raise DrklError(
