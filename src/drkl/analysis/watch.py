@@ -119,7 +119,7 @@ class Probe:
 def _whole(states: Tensor | TopK) -> Tensor:
     if isinstance(states, TopK):
         raise DrklError(
-            "The pushes on the target are of the teacher's whole distribution, and this teacher is known on its largest "
+            "The pushes on the target are of the teacher's whole distribution, and this one is known on its largest "
             "logits alone. Leave analysis.watch_every out, or use a cache of hidden states or the teacher itself."
         )
     return states

@@ -43,7 +43,7 @@ _KINDS: dict[str, type] = {"kind": str, "teacher": dict, "tokenizer": dict, "dat
 
 
 class TeacherCache:
-    """A teacher's hidden states and output head, or its k largest logits, as `drkl.cache_teacher` wrote them to a folder.
+    """A teacher's hidden states and output head, or its k largest logits, as `drkl.cache_teacher` wrote them.
 
     It stands wherever a live teacher stands in training. ``model`` is the teacher without weights, for its config.
     """
@@ -92,9 +92,10 @@ class TeacherCache:
                 f"teacher.model is {config.model!r}, and the cache {config.cache!r} is of {name!r}. Set "
                 "teacher.model to that, or make a cache of this one with `drkl cache`."
             )
+        what = "states" if cache.kind == "hidden" else "logits of a teacher"
         if config.dtype != "auto" and DTYPES[config.dtype] != cache.model.dtype:
             raise DrklError(
-                f"teacher.dtype is {config.dtype}, and the cache {config.cache!r} is of a teacher in "
+                f"teacher.dtype is {config.dtype}, and the cache {config.cache!r} has {what} in "
                 f"{cache.manifest['dtype']}. Leave teacher.dtype out, or make a cache in that dtype with `drkl cache`."
             )
         return cache
@@ -131,8 +132,8 @@ class TeacherCache:
         parts = [part for part in found if part is not None]
         if len(parts) < len(found):
             raise DrklError(
-                f"The cache {str(self.folder)!r} lacks {len(found) - len(parts)} of the {len(found)} rows of a batch. It "
-                "was made from other rows, or with another template, tokenizer or length: make it again from these."
+                f"The cache {str(self.folder)!r} lacks {len(found) - len(parts)} of the {len(found)} rows of a batch. "
+                "It was made from other rows, or with another template, tokenizer or length: make it again from these."
             )
         if not parts:
             return self.stored.empty().to(keep.device)
@@ -152,7 +153,7 @@ class TeacherCache:
         lacking = [name for name, row in missing if self._places(row._replace(labels=None)) is None]
         if lacking:
             facts = {"kind": self.kind} | ({"k": self.manifest["k"]} if "k" in self.manifest else {})
-            settings = ", ".join(f"{name} {value}" for name, value in (facts | self.manifest["data"][0]).items())
+            settings = ", ".join(f"{name} {value}" for name, value in (self.manifest["data"][0] | facts).items())
             raise DrklError(
                 f"The cache {str(self.folder)!r} lacks {len(lacking):,} of {len(rows):,} {what}, first {lacking[0]!r}. "
                 f"It was made from other rows, or with other settings than {settings} or another tokenizer. Make it "

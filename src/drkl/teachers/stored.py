@@ -1,4 +1,4 @@
-"""What a cache stores at each position: a teacher's hidden states, or its k largest logits and what the others sum to."""
+"""What a cache stores at each position: a teacher's hidden states, or its k largest logits and the rest in sum."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class StoredTopK:
     temperatures: tuple[float, ...]
     vocab_size: int
     dtype: torch.dtype
-    """Of the teacher's weights."""
+    """The dtype of the teacher's weights."""
     kind: ClassVar = "topk"
     labelled: ClassVar = True
 

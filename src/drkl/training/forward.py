@@ -133,7 +133,7 @@ class StatisticsSums:
     def __call__(self, chunk: LogitChunk) -> None:
         assert chunk.labels is not None
         some = slice(-chunk.start % self._every, None, self._every)
-        labels, teacher = chunk.labels[some], chunk.teacher[some] if isinstance(chunk.teacher, Tensor) else None
+        labels, teacher = chunk.labels[some], None if chunk.teacher is None else chunk.teacher[some]
         if not labels.numel():
             return
         student = chunk.student[some]

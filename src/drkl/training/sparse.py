@@ -1,4 +1,4 @@
-"""A teacher of which the k largest logits are known: what a run can learn from it, and what its student will not see."""
+"""A teacher of which the k largest logits are known: what a run can learn from it, and what its student misses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from drkl.errors import DrklError
 from drkl.losses.topk import TopK, objective_on_classes
 from drkl.models.forward import decoder_start, lm_head
 from drkl.models.readout import batches
+from drkl.objectives.base import on_classes
 from drkl.teachers.cached import TeacherCache
 from drkl.teachers.stored import StoredTopK
 from drkl.teachers.teacher import Teacher
@@ -38,9 +39,9 @@ def check_sparse(teacher: Teacher | None, args: DistillationConfig) -> None:
     if args.temperature not in stored.temperatures:
         known = " and ".join(f"{t:g}" for t in stored.temperatures)
         raise DrklError(
-            f"The temperature of the loss is {args.temperature:g}, and the cache {str(teacher.folder)!r} knows what the "
-            f"tokens beyond its {stored.k} add up to at {known} alone. Use one of those, or make a cache with "
-            f"`drkl cache --kind topk --temperature {args.temperature:g}`."
+            f"The temperature of the loss is {args.temperature:g}, and the cache {str(teacher.folder)!r} knows what "
+            f"the tokens beyond its {stored.k} add up to at {known} alone. Use one of those, or make a "
+            "cache of kind topk with this temperature too."
         )
 
 
@@ -52,8 +53,8 @@ def check_sparse_vocabulary(pair: Pair) -> None:
     if stored.vocab_size != shared:
         raise DrklError(
             f"The cache {str(pair.teacher.folder)!r} is over the first {stored.vocab_size} ids, and this student is "
-            f"compared with its teacher on {shared}. What the tokens beyond its {stored.k} add up to cannot be cut: make "
-            "a cache with this student."
+            f"compared with its teacher on {shared}. What the tokens beyond its {stored.k} add up to cannot be cut: "
+            "make a cache with this student."
         )
 
 
@@ -84,12 +85,13 @@ def sparse_notes(pair: Pair, args: DistillationConfig) -> list[str]:
     if not masses:
         return []
     objective, mass, tail = args.make_objective(), torch.cat(masses), torch.cat(tails)
-    near = f" The value of {objective.name} is an approximation then, and no lower bound."
+    near = ""
+    if on_classes(objective) == "approximation":
+        near = f" The value of {objective.name} is an approximation then, and no lower bound."
     return [
-        f"The student sees the teacher's {k} most probable tokens, and all others as one class: at {len(mass):,} positions "
-        f"the {k} have {_percent(mass)} of its mass, and {_percent(tail)} of what is beside the "
-        f"most probable one.{near if objective.on_classes == 'approximation' else ''} `drkl cache CONFIG --probe` says "
-        "what that loses."
+        f"The student sees the teacher's {k} most probable tokens, and all others as one class: at {len(mass):,} "
+        f"positions the {k} have {_percent(mass)} of its mass, and {_percent(tail)} of what is beside the most "
+        f"probable one.{near} The probe of `drkl cache` says what that loses."
     ]
 
 
