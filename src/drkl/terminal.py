@@ -42,13 +42,14 @@ class TrainingProgress:
             console=self._console,
         )
         self._task: Any = None
+        self._fill: Any = None
         self._last_heldout: Any = None
 
     def __enter__(self) -> Listener:
         from drkl.training.run import Listener
 
         self._progress.__enter__()
-        return Listener(self._say, self._on_stage, self._on_progress)
+        return Listener(self._say, self._on_stage, self._on_progress, self._on_fill)
 
     def __exit__(self, *exc: Any) -> None:
         self._progress.__exit__(*exc)
@@ -62,6 +63,11 @@ class TrainingProgress:
         name = spec.folder.name if of == 1 or number < of else f"{spec.folder.name} (last stage)"
         label = f"{name}: {spec.objective.name}"
         self._task = self._progress.add_task(label, total=spec.training.max_steps, numbers="")
+
+    def _on_fill(self, done: int, of: int) -> None:
+        if self._fill is None:
+            self._fill = self._progress.add_task("the teacher reads", total=of, numbers="")
+        self._progress.update(self._fill, completed=done)
 
     def _on_progress(self, step: int, of: int, newest: dict[str, float]) -> None:
         texts = [

@@ -13,9 +13,19 @@ import pytest
 import torch
 
 from drkl.errors import DrklError
-from drkl.teachers.shards import MANIFEST, OPEN_FILES, CacheRow, ShardReader, ShardWriter, writing
+from drkl.teachers.shards import (
+    MADE_WITH,
+    MANIFEST,
+    OPEN_FILES,
+    CacheRow,
+    ShardFiller,
+    ShardReader,
+    ShardWriter,
+    filling,
+    writing,
+)
 
-ABOUT = {"kind": "hidden", "width": 3}
+ABOUT = {"kind": "hidden", "width": 3, "data": [{"turns": "last"}]}
 
 
 def digest(text: str) -> bytes:
@@ -330,3 +340,85 @@ def test_a_disk_that_is_full_is_named(tmp_path: Path, error: Exception) -> None:
         raise error
     with pytest.raises(ValueError, match="another"), writing(tmp_path / "x"):
         raise ValueError("another")
+
+
+def add(folder: Path, count: int = 2, *, stop: int | None = None, settings: Any = ()) -> bool:
+    """Add rows 6, 7, ... to the cache of `fill`, two to a shard."""
+    with ShardFiller(ShardReader(folder), plan(3 + count)[3:], settings) as writer:
+        for number in writer.missing[:stop]:
+            writer.write(number, {"states": torch.cat([states(6 + 2 * number + row) for row in range(2)])})
+        return writer.finish()
+
+
+def test_added_rows_lie_behind_the_others(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        fill(tmp_path / name)
+    assert add(tmp_path / "one", settings=[{"turns": "last"}, {"turns": "all"}])
+    reader = ShardReader(tmp_path / "one")
+    assert (len(reader), reader.manifest["rows"], reader.manifest["shards"]) == (10, 10, 5)
+    assert reader.manifest["data"] == [{"turns": "last"}, {"turns": "all"}]
+    assert reader.manifest["positions"] == sum(range(1, 11)) and reader.manifest[MADE_WITH]["positions"] == 21
+    for number in range(10):
+        [place] = reader.find(digest(f"row {number}"))
+        assert torch.equal(reader.read(place)["states"], states(number))
+    assert len([*reader.verify()]) == 10
+    before = contents(tmp_path / "two")
+    assert not add(tmp_path / "two", stop=1)  # killed
+    assert contents(tmp_path / "two").items() >= before.items() and len(ShardReader(tmp_path / "two")) == 6
+    add(tmp_path / "two", settings=[{"turns": "all"}])
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_rows_are_added_more_than_once(tmp_path: Path) -> None:
+    fill(tmp_path)
+    for first in (3, 4):
+        with ShardFiller(ShardReader(tmp_path), plan(first + 1)[first:]) as writer:
+            writer.write(0, {"states": torch.cat([states(2 * first), states(2 * first + 1)])})
+            assert writer.finish()
+    reader = ShardReader(tmp_path)
+    assert len(reader) == 10 and reader.manifest[MADE_WITH]["rows"] == 6
+    [place] = reader.find(digest("row 9"))
+    assert torch.equal(reader.read(place)["states"], states(9))
+
+
+def test_a_cache_that_changes_under_a_filler(tmp_path: Path) -> None:
+    fill(tmp_path)
+    reader = ShardReader(tmp_path)
+    add(tmp_path)
+    with (
+        ShardFiller(reader, plan(4)[3:]) as writer,
+        pytest.raises(DrklError, match="was changed while rows were added to it; the same command goes on"),
+    ):
+        writer.write(0, {"states": torch.cat([states(6), states(7)])})
+        writer.finish()
+
+
+def hold_and_add(folder: Path, ready: Any, leave: Any) -> None:
+    with filling(folder):
+        ready.set()
+        leave.wait()
+        add(folder)
+
+
+def test_a_filler_waits_for_another(tmp_path: Path) -> None:
+    fill(tmp_path)
+    context = multiprocessing.get_context("fork")
+    ready, leave = context.Event(), context.Event()
+    other = context.Process(target=hold_and_add, args=(tmp_path, ready, leave))
+    other.start()
+    assert ready.wait(60)
+    waited: list[int] = []
+
+    def on_wait() -> None:
+        waited.append(len(ShardReader(tmp_path)))
+        leave.set()
+
+    with filling(tmp_path, on_wait):
+        assert waited == [6] and len(ShardReader(tmp_path)) == 10
+    other.join()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_there_is_nothing_to_fill(tmp_path: Path) -> None:
+    with pytest.raises(DrklError, match=r"There is no folder '.*none'"), filling(tmp_path / "none"):
+        pass

@@ -25,7 +25,7 @@ from drkl.runs import RunFolder, read_json, read_yaml
 from drkl.teachers.cached import TeacherCache
 from drkl.teachers.live import LiveTeacher
 from drkl.teachers.stored import StoredTopK, stored_in
-from drkl.training.caching import _batches, cache_teacher
+from drkl.training.caching import _Batches, cache_teacher
 from drkl.training.estimate import estimate
 from drkl.training.forward import loss_of
 from drkl.training.run import cache_states
@@ -68,7 +68,7 @@ def test_it_has_the_live_teachers_numbers_bit_for_bit(tmp_path: Path, models: Mo
     cache = topk_of(tmp_path, models, temperatures=(2.0,))
     trainer = make(tmp_path, student, teacher)
     live, count, size = LiveTeacher(teacher), 0, trainer.vocab_size or V
-    for batch in _batches(trainer.pair, trainer.config):
+    for batch in _Batches([(trainer.pair, trainer.config)]):
         wide = live.head.weight[:size].float()
         logits = live.states(batch).float() @ wide.T * live.head.scale
         expected = TopK.of_logits(logits, 8, (1.0, 2.0), batch.labels)
@@ -99,7 +99,7 @@ def every_token(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, TeacherC
     student, teacher = llamas()
     folder = tmp_path_factory.mktemp("every")
     cache = topk_of(folder, lambda: (student, teacher), k=V - 1, temperatures=(2.0,))
-    batch = next(_batches((trainer := make(folder, student, teacher)).pair, trainer.config))
+    batch = _Batches([((trainer := make(folder, student, teacher)).pair, trainer.config)])[0]
     return student, cache, LiveTeacher(teacher), batch
 
 
@@ -314,6 +314,11 @@ def test_two_stages_with_two_temperatures_from_the_command_line(tmp_path: Path, 
     assert done.code == 0, done.err
     assert "The student sees the teacher's 8 most probable tokens" in " ".join(done.out.split())
     run = RunFolder(tmp_path / "runs" / "r")
+    assert run.read_env()["topk"]["k"] == 8 and "of k + 1 classes, lower bounds" in run.read_env()["topk"]["log"]
+    assert (
+        "its teacher's 8 most probable tokens, with all others as one class."
+        in (run.student_path / "README.md").read_text()
+    )
     for one in (*run.stages(), run):
         assert all("teacher_tail_mass" in line for line in one.read_train_log() if "loss" in line)
     assert read_yaml(run.config_path)["teacher"]["cache"] == str(tmp_path / "cache")

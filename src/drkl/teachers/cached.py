@@ -29,16 +29,21 @@ from drkl.teachers.shards import (
     MANIFEST,
     CacheRow,
     RowPlace,
+    ShardFiller,
     ShardReader,
     ShardWriter,
     has_kinds,
     save_whole,
 )
-from drkl.teachers.stored import Stored, StoredStates, stored_in
+from drkl.teachers.stored import Stored, StoredStates, StoredTopK, stored_in
 
 HEAD = "head.safetensors"
 SHARD_BYTES = 64 * 2**20
 """Values of a shard, about."""
+ADD_ROWS = (
+    "Let teacher.fill_cache: true (in Python drkl.cache_teacher(..., fill=True)) load the teacher and add these rows, "
+    "or leave them out."
+)
 _KINDS: dict[str, type] = {"kind": str, "teacher": dict, "tokenizer": dict, "data": list}
 
 
@@ -110,6 +115,11 @@ class TeacherCache:
         """``hidden``, or ``topk``."""
         return self.stored.kind
 
+    @property
+    def k(self) -> int | None:
+        """How many logits are known at a position, with the others in sum; None for all."""
+        return self.stored.k if isinstance(self.stored, StoredTopK) else None
+
     def hidden_at(
         self, batch: Mapping[str, Tensor], keep: Tensor, *, labels: Tensor | None = None, remember: bool = True
     ) -> Tensor | TopK:
@@ -140,30 +150,43 @@ class TeacherCache:
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return self.stored.restored(tensors, with_labels=labels is not None).to(keep.device)
 
-    def check_rows(self, rows: Sequence[Row | LabelledRow], decoder_start: int | None, what: str) -> None:
+    def check_rows(
+        self, rows: Sequence[Row | LabelledRow], decoder_start: int | None, what: str, way_out: str = ADD_ROWS
+    ) -> None:
         """Raise DrklError unless the cache has all rows.
 
         Args:
             rows: tokenised rows.
             decoder_start: of an encoder-decoder; None for others.
             what: the rows, in a sentence: "training rows".
+            way_out: what to do, in a sentence.
         """
-        wanted = [(row.id, row_of(row, decoder_start, labelled=self.stored.labelled)) for row in rows]
-        missing = [(name, row) for name, row in wanted if self._places(row) is None]
+        missing = self._missing(rows, decoder_start)
         lacking = [name for name, row in missing if self._places(row._replace(labels=None)) is None]
         if lacking:
             facts = {"kind": self.kind} | ({"k": self.manifest["k"]} if "k" in self.manifest else {})
             settings = ", ".join(f"{name} {value}" for name, value in (self.manifest["data"][0] | facts).items())
             raise DrklError(
                 f"The cache {str(self.folder)!r} lacks {len(lacking):,} of {len(rows):,} {what}, first {lacking[0]!r}. "
-                f"It was made from other rows, or with other settings than {settings} or another tokenizer. Make it "
-                "again from these rows, or leave them out."
+                f"It was made from other rows, or with other settings than {settings} or another tokenizer. {way_out}"
             )
         if missing:
             raise DrklError(
                 f"The cache {str(self.folder)!r} has {len(missing):,} of {len(rows):,} {what} with another last token, "
-                f"first {missing[0][0]!r}, and so not the logit of theirs. Make it again from these rows."
+                f"first {missing[0][0]!r}, and so not the logit of theirs. {way_out}"
             )
+
+    def lacking(self, rows: Sequence[Row | LabelledRow], decoder_start: int | None) -> list[str]:
+        """The ids of the rows that the cache has not; arguments as `check_rows`'s."""
+        return [name for name, _ in self._missing(rows, decoder_start)]
+
+    def has(self, row: CacheRow) -> bool:
+        """Whether the cache has all positions of a row."""
+        return self._places(row) is not None
+
+    def _missing(self, rows: Sequence[Row | LabelledRow], decoder_start: int | None) -> list[tuple[str, CacheRow]]:
+        wanted = ((row.id, row_of(row, decoder_start, labelled=self.stored.labelled)) for row in rows)
+        return [(name, row) for name, row in wanted if not self.has(row)]
 
     def states(self, batch: Batch) -> Tensor | TopK:
         """Return what is known at the positions that are read of some rows, on the cache's device."""
@@ -257,7 +280,7 @@ def write_states(
     Args:
         folder: the cache's.
         teacher: on its device.
-        batches: as training reads them and in its order.
+        batches: as training reads them and in its order; each is asked for twice.
         about: what the cache is of.
         stored: what is kept at each position; None is the teacher's states.
         part: the part that this process writes, from 0.
@@ -269,28 +292,112 @@ def write_states(
         DrklError: the folder holds another cache, values are not finite, or the disk is full.
     """
     stored = states_of(teacher) if stored is None else stored
-    shards, members = _plan(batches, max(1, SHARD_BYTES // stored.bytes_per_position), labelled=stored.labelled)
+    shards, members = _plan(batches, stored)
     with ShardWriter(folder, {**stored.described(), **about}, shards, part=part, parts=parts) as writer:
-        todo = writer.missing
-        read = stored.reader(teacher) if todo else None
-        done, of = 0, sum(len(members[number]) for number in todo)
-        for number in todo:
-            assert read is not None
-            found: dict[CacheRow, dict[str, Tensor]] = {}
-            wanted = Counter(shards[number])
-            for place in members[number]:
-                rows = _rows_in(batches[place], labelled=stored.labelled)
-                counts = [len(row.positions) for row in rows]
-                columns = {name: value.split(counts) for name, value in read(batches[place]).items()}
-                for line, row in enumerate(rows):
-                    if row in wanted:
-                        found.setdefault(row, {name: column[line] for name, column in columns.items()})
-                done += 1
-                progress(done, of)
-            names = found[shards[number][0]] if found else {}
-            writer.write(number, {name: torch.cat([found[row][name] for row in shards[number]]) for name in names})
+        _write(writer, teacher, batches, stored, shards, members, progress)
         head = teacher.head if isinstance(stored, StoredStates) else None
         return writer.finish(lambda: [*_write_head(folder, head), *files(folder)])
+
+
+def add_states(
+    folder: Path,
+    teacher: LiveTeacher,
+    batches: Sequence[Batch],
+    about: Mapping[str, Any],
+    *,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> int:
+    """Run a teacher over the batches that have rows which a finished cache lacks, add these, and return their number.
+
+    Args:
+        folder: the cache's; the caller holds it (`filling`).
+        teacher: the cache's, on its device.
+        batches: as in `write_states`.
+        about: what a cache of these batches would be of.
+        progress: as in `write_states`.
+
+    Raises:
+        DrklError: the cache is of another teacher or tokenizer, values are not finite, or the disk is full.
+    """
+    cache = TeacherCache.open(folder)
+    _check_same(cache, teacher, about)
+    shards, members = _plan(batches, cache.stored, cache.has)
+    if not shards[0]:
+        return 0
+    with ShardFiller(cache._rows, shards, about["data"]) as writer:
+        _write(writer, teacher, batches, cache.stored, shards, members, progress)
+        writer.finish()
+    return sum(map(len, shards))
+
+
+def _check_same(cache: TeacherCache, teacher: LiveTeacher, about: Mapping[str, Any]) -> None:
+    """Raise DrklError where a teacher or a tokenizer is not the one that a cache is of."""
+    if cache.manifest["tokenizer"] != about["tokenizer"]:
+        raise other_tokenizer(cache.folder)
+    if teacher.model.dtype != cache.stored.dtype:
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in (teacher.model.dtype, cache.stored.dtype)]
+        raise DrklError(
+            f"The teacher is in {dtypes[0]}, and the cache {str(cache.folder)!r} is of one in {dtypes[1]}. Load the "
+            "teacher in that dtype."
+        )
+    check_weights(cache.manifest, cache.folder, about["teacher"]["name"], about["teacher"]["fingerprint"])
+
+
+def check_weights(manifest: Mapping[str, Any], folder: Path, teacher: str, fingerprint: str) -> None:
+    """Raise DrklError where the weights of a teacher are not those that a cache is of.
+
+    Args:
+        manifest: of the cache.
+        folder: of the cache.
+        teacher: the teacher's name.
+        fingerprint: `drkl.models.fingerprint.model_fingerprint` of it.
+    """
+    own = manifest["teacher"]
+    if own["fingerprint"] != fingerprint:
+        raise DrklError(
+            f"The teacher {teacher!r} is not the one of the cache {str(folder)!r}, which is of {own['name']!r}: its "
+            f"weights or its config differ (fingerprint {fingerprint[:12]}, not {own['fingerprint'][:12]}). Use the "
+            "teacher that the cache was made of, or make a cache of this one with `drkl cache`."
+        )
+
+
+def other_tokenizer(folder: Path) -> DrklError:
+    """The error of a cache that was made with another tokenizer than the run's."""
+    return DrklError(
+        f"The cache {str(folder)!r} was made with another tokenizer: its ids mean other tokens. Use the one that lies "
+        "in the cache, or make the cache again."
+    )
+
+
+def _write(
+    writer: ShardWriter,
+    teacher: LiveTeacher,
+    batches: Sequence[Batch],
+    stored: Stored,
+    shards: Sequence[Sequence[CacheRow]],
+    members: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write the shards of a plan that are not there yet."""
+    todo = writer.missing
+    read = stored.reader(teacher) if todo else None
+    done, of = 0, sum(len(members[number]) for number in todo)
+    for number in todo:
+        assert read is not None
+        found: dict[CacheRow, dict[str, Tensor]] = {}
+        wanted = Counter(shards[number])
+        for place in members[number]:
+            batch = batches[place]
+            rows = _rows_in(batch, labelled=stored.labelled)
+            counts = [len(row.positions) for row in rows]
+            columns = {name: value.split(counts) for name, value in read(batch).items()}
+            for line, row in enumerate(rows):
+                if row in wanted:
+                    found.setdefault(row, {name: column[line] for name, column in columns.items()})
+            done += 1
+            progress(done, of)
+        names = found[shards[number][0]] if found else {}
+        writer.write(number, {name: torch.cat([found[row][name] for row in shards[number]]) for name in names})
 
 
 def states_of(teacher: LiveTeacher) -> StoredStates:
@@ -305,14 +412,21 @@ def _rows_in(batch: Batch, *, labelled: bool) -> list[CacheRow]:
     return rows_of(read.inputs, read.keep, batch.labels if labelled else None)
 
 
-def _plan(batches: Sequence[Batch], positions: int, *, labelled: bool) -> tuple[list[list[CacheRow]], list[list[int]]]:
-    """The rows of each shard, each row where it comes first, and the batches that a shard's rows are in."""
+def _plan(
+    batches: Sequence[Batch], stored: Stored, known: Callable[[CacheRow], bool] = lambda row: False
+) -> tuple[list[list[CacheRow]], list[list[int]]]:
+    """The rows of each shard, each row where it comes first, and the batches that a shard's rows are in.
+
+    Rows that are ``known`` are in no shard.
+    """
+    positions = max(1, SHARD_BYTES // stored.bytes_per_position)
     shards: list[list[CacheRow]] = [[]]
     members: list[list[int]] = [[]]
     seen: set[CacheRow] = set()
     count = 0
     for place, batch in enumerate(batches):
-        new = [row for row in dict.fromkeys(_rows_in(batch, labelled=labelled)) if row not in seen]
+        rows = dict.fromkeys(_rows_in(batch, labelled=stored.labelled))
+        new = [row for row in rows if row not in seen and not known(row)]
         seen.update(new)
         if not new:
             continue

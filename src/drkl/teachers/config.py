@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from drkl.models.config import Dtype, InitKwargs
 
@@ -29,12 +29,23 @@ class TeacherConfig(BaseModel):
         None,
         description="Folder of `drkl cache`: the teacher's states are read from it in place of running the model.",
     )
+    fill_cache: bool = Field(
+        False,
+        description="Load the model where the cache lacks rows of the run, and add these to it. Otherwise they are "
+        "refused.",
+    )
     dtype: Dtype = Field(
         "auto", description="Dtype of the teacher's weights. auto: bf16 if the hardware supports it, else fp32."
     )
     model_init_kwargs: InitKwargs = Field(
         default_factory=dict, description="Further arguments of from_pretrained for the model, such as revision."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> TeacherConfig:
+        if self.fill_cache and self.cache is None:
+            raise ValueError("fill_cache is true, and no cache is named that could be filled. Name its folder as cache")
+        return self
 
     @property
     def source(self) -> str:

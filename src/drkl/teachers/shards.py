@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,10 @@ MANIFEST = "manifest.json"
 DIGEST_BYTES = 16
 OPEN_FILES = 64
 """Shards that are kept open at once."""
+MADE_WITH = "made_with"
+"""What the manifest said before rows were added."""
 _READ_AT_ONCE = 1 << 24
+_SHARDS = ("rows-*.safetensors", "values-*.safetensors")
 _LEFT = (".part-rows-*", ".part-values-*", ".part-head.*", ".part-files-*", f".{MANIFEST}.*")
 """What a process that is killed may leave."""
 
@@ -93,6 +96,8 @@ class ShardWriter:
         parts: int = 1,
     ) -> None:
         self.folder, self._about, self._shards = folder, dict(about), shards
+        self._first = 0
+        """The number of the first shard of the plan."""
         self._mine = range(part, len(shards), parts)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -146,10 +151,10 @@ class ShardWriter:
                 row = int(np.searchsorted(np.cumsum(counts), bad, side="right"))
                 raise DrklError(
                     f"The teacher gives {name} that are not finite, first at position {bad - sum(counts[:row])} of "
-                    f"row {row} of shard {number}. Nothing of that shard was kept."
+                    f"row {row} of shard {self._first + number}. Nothing of that shard was kept."
                 )
         tensors = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-        save_whole(self.folder / _values(number), tensors)
+        save_whole(self.folder / _values(self._first + number), tensors)
         digests = torch.frombuffer(bytearray(b"".join(row.digest for row in rows)), dtype=torch.uint8)
         index = {
             "digests": digests.reshape(-1, DIGEST_BYTES),
@@ -157,7 +162,7 @@ class ShardWriter:
             **{name: torch.tensor(column, dtype=torch.int32) for name, column in _columns(rows).items()},
         }
         # Last: a shard is there where its rows are.
-        save_whole(self.folder / _rows(number), index)
+        save_whole(self.folder / _rows(self._first + number), index)
 
     def finish(self, files: Callable[[], Sequence[str]] = tuple) -> bool:
         """Write the manifest if every part is there, and say whether that is so; a finished cache is left as it is.
@@ -173,14 +178,25 @@ class ShardWriter:
         return True
 
     def _finish(self, files: Sequence[str]) -> None:
-        for left in (path for kind in _LEFT for path in self.folder.glob(kind)):  # of a process that was killed
+        names = [*files, *self._names()]
+        self._sweep(names)
+        listed = {name: _facts(self.folder / name) for name in sorted(names)}
+        _write_manifest(self.folder, self._manifest() | {"finished": True, "files": listed})
+
+    def _names(self) -> list[str]:
+        """The files of the plan's shards."""
+        numbers = range(self._first, self._first + len(self._shards))
+        return [name(number) for number in numbers for name in (_rows, _values)]
+
+    def _sweep(self, names: Collection[str]) -> None:
+        """Remove what killed processes left: files that are not whole, and shards that are none of ``names``."""
+        for left in (path for kind in _LEFT for path in self.folder.glob(kind)):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
-        names = [*files, *(name(number) for number in range(len(self._shards)) for name in (_rows, _values))]
-        listed = {name: _facts(self.folder / name) for name in sorted(names)}
-        _write_manifest(self.folder, self._manifest() | {"finished": True, "files": listed})
+        for left in (path for kind in _SHARDS for path in self.folder.glob(kind) if path.name not in names):
+            left.unlink(missing_ok=True)
 
     def _manifest(self) -> dict[str, Any]:
         rows = [row for shard in self._shards for row in shard]
@@ -206,8 +222,12 @@ class ShardWriter:
             _write_manifest(self.folder, wanted | {"finished": False})
             return
         found = read_manifest(self.folder)
-        if differing := differences(found, wanted):
-            raise DrklError(f"{str(self.folder)!r} is a cache of something else: {differing}. Choose another folder.")
+        # Rows that were added to it are none of this plan's, and stay where nothing is broken.
+        if differing := differences({**found, **found.get(MADE_WITH, {})}, wanted):
+            raise DrklError(
+                f"{str(self.folder)!r} is a cache of something else: {differing}. Choose another folder; rows are "
+                "added to a cache by teacher.fill_cache, in Python by drkl.cache_teacher(..., fill=True)."
+            )
         if found["finished"]:
             self._begin_again(found["files"], wanted)
 
@@ -227,8 +247,8 @@ class ShardWriter:
         rows = self._shards[number]
         columns = _columns(rows)
         try:
-            index = load_file(self.folder / _rows(number))
-            with safe_open(self.folder / _values(number), framework="pt") as values:
+            index = load_file(self.folder / _rows(self._first + number))
+            with safe_open(self.folder / _values(self._first + number), framework="pt") as values:
                 lengths = {values.get_slice(name).get_shape()[0] for name in values.keys()}  # noqa: SIM118
             found = index["digests"].numpy().tobytes(), index["counts"].tolist()
             same = {name: index[name].tolist() for name in columns} == columns
@@ -236,6 +256,59 @@ class ShardWriter:
             return False
         expected = b"".join(row.digest for row in rows), [len(row.positions) for row in rows]
         return same and found == expected and lengths == {len(columns["positions"])}
+
+
+class ShardFiller(ShardWriter):
+    """Adds shards to a finished cache, behind those that it has; until all are there the cache is what it was.
+
+    Args:
+        reader: of the cache, opened after `filling` began.
+        shards: the rows of each new shard.
+        settings: further entries of the manifest's ``data``.
+
+    Raises:
+        DrklError: another process writes to the cache.
+    """
+
+    def __init__(
+        self, reader: ShardReader, shards: Sequence[Sequence[CacheRow]], settings: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        self._found, self._settings = reader.manifest, settings
+        super().__init__(reader.folder, {}, shards)
+        self._first = self._found["shards"]
+
+    def finish(self, files: Callable[[], Sequence[str]] = tuple) -> bool:
+        """Replace the manifest if all new shards are there, and say whether that is so.
+
+        Raises:
+            DrklError: the cache is another one by now.
+        """
+        if self.missing:
+            return False
+        with _locked(self.folder / ".part-finish.lock", wait=True):
+            if read_manifest(self.folder) != self._found:
+                raise DrklError(
+                    f"The cache {str(self.folder)!r} was changed while rows were added to it; the same command goes on."
+                )
+            self._finish(files())
+        return True
+
+    def _finish(self, files: Sequence[str]) -> None:
+        names = [*files, *self._names()]
+        self._sweep({*names, *self._found["files"]})
+        listed = self._found["files"] | {name: _facts(self.folder / name) for name in names}
+        _write_manifest(self.folder, self._manifest() | {"finished": True, "files": dict(sorted(listed.items()))})
+
+    def _manifest(self) -> dict[str, Any]:
+        found, new = self._found, super()._manifest()
+        sizes = {name: found[name] + new[name] for name in ("shards", "rows", "positions")}
+        both = hashlib.blake2b((found["rows_digest"] + new["rows_digest"]).encode(), digest_size=DIGEST_BYTES)
+        data = [*found["data"], *(dict(own) for own in self._settings if own not in found["data"])]
+        before = {name: found[name] for name in (*sizes, "rows_digest", "data")}
+        return {MADE_WITH: before, **found, **sizes, "rows_digest": both.hexdigest(), "data": data}
+
+    def _begin(self) -> None:
+        """Nothing: the cache is finished."""
 
 
 class ShardReader:
@@ -493,6 +566,27 @@ def writing(path: Path) -> Iterator[None]:
             f"Cannot write {str(path)!r}: {error}. What was written before is kept; make room, then go on with the "
             "same command."
         ) from error
+
+
+@contextlib.contextmanager
+def filling(folder: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a cache to add rows to it; where another process does so, call ``on_wait`` and wait until it has ended.
+
+    Raises:
+        DrklError: there is no cache, or nothing can be written into its folder.
+    """
+    read_manifest(folder)
+    path = folder / ".part-fill.lock"
+    with contextlib.ExitStack() as held:
+        try:
+            try:
+                held.enter_context(_locked(path))
+            except BlockingIOError:
+                on_wait()
+                held.enter_context(_locked(path, wait=True))
+        except OSError as error:
+            raise DrklError(f"Cannot write into the folder {str(folder)!r}: {error.strerror}.") from error
+        yield
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,9 +20,9 @@ from drkl.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from drkl.models.forward import decoder_start, lm_head
 from drkl.models.load import words_of
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, Batch, batches, to_batch
-from drkl.teachers.cached import TeacherCache, check_same_text, write_states
+from drkl.teachers.cached import TeacherCache, add_states, check_same_text, write_states
 from drkl.teachers.live import LiveTeacher
-from drkl.teachers.shards import writing
+from drkl.teachers.shards import filling, writing
 from drkl.teachers.stored import Stored, check_kind, topk_to_store
 from drkl.training.arguments import DistillationConfig
 from drkl.training.pair import Pair, make_pair
@@ -42,6 +43,7 @@ def cache_teacher(
     temperatures: Sequence[float] = (),
     part: int = 0,
     parts: int = 1,
+    fill: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> TeacherCache | None:
     """Write what a teacher knows of the rows of a run into a folder, and open it.
@@ -60,6 +62,7 @@ def cache_teacher(
         temperatures: of kind ``topk``, further temperatures that a loss may have; those of ``args`` and 1 are there.
         part: the part of the cache that this process writes, from 0.
         parts: the number of parts.
+        fill: add the rows that a finished cache in ``output_dir`` lacks, in place of making one; its kind stays.
         progress: called with the batches that are read, and that are to be read.
 
     Returns:
@@ -72,11 +75,13 @@ def cache_teacher(
     args = DistillationConfig(output_dir=str(output_dir)) if args is None else args
     check_kind(kind, k, temperatures)
     check_same_text(args.rollouts.is_on)
-    pair = make_pair(model, teacher_model, args, train_dataset, eval_dataset, processing_class)
-    return write_cache(
-        [(pair, args)], Path(output_dir), kind=kind, k=k, temperatures=temperatures, part=part, parts=parts,
-        progress=progress,
-    )  # fmt: skip
+    folder = Path(output_dir)
+    with filling(folder) if fill else contextlib.nullcontext():
+        pair = make_pair(model, teacher_model, args, train_dataset, eval_dataset, processing_class)
+        return write_cache(
+            [(pair, args)], folder, kind=kind, k=k, temperatures=temperatures, part=part, parts=parts, fill=fill,
+            progress=progress,
+        )  # fmt: skip
 
 
 def write_cache(
@@ -88,23 +93,35 @@ def write_cache(
     temperatures: Sequence[float] = (),
     part: int = 0,
     parts: int = 1,
+    fill: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> TeacherCache | None:
-    """Write the cache of one or several stages with one teacher; arguments as `cache_teacher`'s."""
+    """Write the cache of one or several stages with one teacher; arguments as `cache_teacher`'s.
+
+    To fill a cache, the caller holds it (`drkl.teachers.shards.filling`).
+    """
     check_kind(kind, k, temperatures)
     pair = runs[0][0]
     if not isinstance(pair.teacher, LiveTeacher):
         raise DrklError("There is no teacher to cache; expected a teacher_model with weights.")
     if not 0 <= part < parts:
         raise DrklError(f"part is {part} of {parts}; expected a number from 0 to {parts - 1}.")
+    if fill and (parts != 1 or kind != "hidden" or k is not None or temperatures):
+        raise DrklError(
+            "fill is true: one process adds rows to a cache, of the kind that it is. Leave part, parts, kind, k and "
+            "temperatures out."
+        )
     stored = _topk(runs, k, temperatures) if kind == "topk" else None
-    every = [batch for own, args in runs for batch in _batches(own, args)]
+    every = _Batches(runs)
     about = {
         "drkl": __version__,
         "teacher": {"name": pair.teacher_name, "fingerprint": model_fingerprint(pair.teacher.model)},
         "tokenizer": {"fingerprint": tokenizer_fingerprint(pair.words)},
         "data": [_data_settings(own, args) for own, args in runs],
     }
+    if fill:
+        add_states(folder, pair.teacher, every, about, progress=progress)
+        return TeacherCache.open(folder)
     finished = write_states(
         folder,
         pair.teacher,
@@ -147,22 +164,40 @@ def _write_description(folder: Path, pair: Pair) -> list[str]:
     return names
 
 
-def _batches(pair: Pair, args: DistillationConfig) -> Iterator[Batch]:
-    """What the teacher reads in the first epoch, and in the evaluations of held-out rows."""
+class _Batches(Sequence[Batch]):
+    """What the teacher reads in the first epoch of every run, and in the evaluations of held-out rows.
+
+    Each is collated when it is asked for, so that the rows of a run are in memory once.
+    """
+
+    def __init__(self, runs: Sequence[tuple[Pair, DistillationConfig]]) -> None:
+        self._rows = [(pair, rows) for pair, args in runs for rows in _rows_of_batches(pair, args)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        pair, rows = self._rows[place]
+        start = decoder_start(pair.student)
+        return to_batch(rows, [*range(len(rows))], pad_id=pair.pad_id, decoder_start=start)
+
+
+def _rows_of_batches(pair: Pair, args: DistillationConfig) -> Iterator[list[Any]]:
     rows: Any = pair.rows
     once = replace(args, max_steps=-1, num_train_epochs=1.0, dataloader_drop_last=False)
     # As one process trains, however many write the cache: it is the same then.
     steps, _ = plan_run([row.length for row in rows], once, world_size=1)
-    start = decoder_start(pair.student)
     for step in steps:
         for places in split_rows(step, args.gradient_accumulation_steps):
-            yield to_batch(rows, places, pad_id=pair.pad_id, decoder_start=start)
+            yield [rows[place] for place in places]
     heldout: Rows = pair.eval_rows
     for some in (heldout[: args.eval_rows], heldout[args.eval_rows :] if args.eval_rows is not None else []):
-        yield from batches(
+        read = batches(
             some,
             pad_id=pair.pad_id,
-            decoder_start=start,
+            decoder_start=decoder_start(pair.student),
             tokens_per_batch=SHORT_TOKENS_PER_BATCH,
             rows_per_batch=args.per_device_eval_batch_size,
         )
+        for one in read:
+            yield [some[place] for place in one.rows]

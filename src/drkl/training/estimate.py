@@ -24,7 +24,7 @@ from drkl.teachers.cached import TeacherCache, row_of
 from drkl.teachers.stored import DEFAULT_K, Stored, StoredStates, check_kind, topk_to_store
 from drkl.training.checks import check_device
 from drkl.training.plan import plan_run
-from drkl.training.run import Listener, Prepared, check_cached, prepare
+from drkl.training.run import Listener, Prepared, check_cached, prepare, rows_to_fill
 from drkl.training.sparse import check_sparse
 from drkl.training.spec import (
     RunSpec,
@@ -55,9 +55,11 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     first = specs[0]
     check_device(specs[-1].run.device)
     device = pick_device(specs[-1].run.device)
-    cache = None
+    cache, filled = None, dict[str, int]()
     if first.teacher is not None and first.teacher.cache is not None:
         cache = TeacherCache.of(first.teacher)  # its files are checked before its config and its tokenizer are read
+        lacking = rows_to_fill(prepare(specs, Listener()))
+        filled = {"rows_added_to_the_cache": len(lacking)} if first.teacher.fill_cache else {}
     teacher_name = first.teacher.source if first.teacher else None
     tokenizer = run_tokenizer(specs)
     classes = run_classes(specs)
@@ -96,6 +98,7 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
         "config": last.resolved,
         "teacher_note": model_note(teacher_name) if teacher_name else None,
         "parameters": {name: sizes[name] for name in ("student", "teacher")},
+        **filled,
         "stages": stages,
         "estimated_minutes": round(sum(stage["estimated_minutes"] for stage in stages), 1),
     }
@@ -347,7 +350,7 @@ def _memory(spec: RunSpec, student: Any, teacher: Any, sizes: dict[str, Any], in
     if spec.teacher is not None:
         held = sizes["teacher"] if spec.teacher.cache is None else sizes["teacher_head"]
         total += held * (4 if spec.resolved["teacher"]["dtype"] == "fp32" else 2)
-        total += spec.teacher.remember_mb * 2**20
+        total += spec.teacher.remember_mb * 2**20 if spec.teacher.cache is None else 0
     micro = (arguments.tokens_per_step or inputs) / arguments.gradient_accumulation_steps
     return total + 2.0 * ACTIVATIONS_PER_TOKEN * depth(student) * text.hidden_size * micro
 

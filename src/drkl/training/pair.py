@@ -35,7 +35,7 @@ from drkl.models.pair import (
     shared_vocabulary,
 )
 from drkl.runs import IN_MEMORY
-from drkl.teachers.cached import TeacherCache, check_same_text
+from drkl.teachers.cached import TeacherCache, check_same_text, other_tokenizer
 from drkl.teachers.teacher import Teacher
 from drkl.training.arguments import DistillationConfig
 from drkl.training.ends import Ends, settle_ends
@@ -251,10 +251,7 @@ def check_cache(pair: Pair, args: DistillationConfig) -> None:
         return
     check_same_text(args.rollouts.is_on)
     if teacher.manifest["tokenizer"]["fingerprint"] != tokenizer_fingerprint(pair.words):
-        raise DrklError(
-            f"The cache {str(teacher.folder)!r} was made with another tokenizer: its ids mean other tokens. Use the "
-            "one that lies in the cache, or make the cache again."
-        )
+        raise other_tokenizer(teacher.folder)
     check_sparse(teacher, args)
     check_sparse_vocabulary(pair)
     start = decoder_start(pair.student)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,14 +17,16 @@ from drkl.data.lengths import NO_LIMIT, Room
 from drkl.data.rows import Rows, make_rows, read_shares
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
+from drkl.models.forward import decoder_start
 from drkl.models.load import load_tokenizer, model_note
 from drkl.models.pair import SharedTokens, check_families, check_tokenizers
-from drkl.models.precision import pick_device
+from drkl.models.precision import DTYPES, pick_device
 from drkl.models.student import make_student
 from drkl.runs import RunFolder, write_json, write_yaml
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.shards import filling
 from drkl.teachers.stored import check_kind
 from drkl.teachers.teacher import Teacher
 from drkl.training.caching import write_cache
@@ -59,6 +62,8 @@ class Listener:
     on_message: Callable[[str], None] = lambda text: None
     on_stage: Callable[[RunSpec, int, int], None] = lambda spec, number, of: None
     on_progress: OnProgress | None = None
+    on_fill: Callable[[int, int], None] = lambda done, of: None
+    """Called with the batches that the teacher has read for its cache, and that it is to read."""
 
 
 @dataclass
@@ -90,7 +95,9 @@ class Resources:
         if config is None:
             return None
         if config not in self._teachers and config.cache is not None:
-            self.listener.on_message(f"Reading the teacher's states from {config.cache}.")
+            unused = [f"teacher.{name}" for name in ("remember_mb", "model_init_kwargs") if getattr(config, name)]
+            without = f" Without effect on a cache: {', '.join(unused)}." if unused else ""
+            self.listener.on_message(f"Reading the teacher's states from {config.cache}.{without}")
             self._teachers[config] = TeacherCache.of(config, self.device)
         if config not in self._teachers:
             self.listener.on_message(f"Loading the teacher {config.model}.")
@@ -98,6 +105,10 @@ class Resources:
             if note := model_note(config.model):
                 self.listener.on_message(note)
         return self._teachers[config]
+
+    def open_again(self, config: TeacherConfig) -> None:
+        """Read a cache again that has more rows now."""
+        self._teachers[config] = TeacherCache.of(config, self.device)
 
     def tokenizer(self, name: str) -> Any:
         if name not in self._tokenizers:
@@ -203,6 +214,61 @@ def prepare(specs: Sequence[RunSpec], listener: Listener) -> Prepared:
     return Prepared(specs, resources, name, shared, encoder_decoder)
 
 
+def rows_to_fill(prepared: Prepared) -> list[str]:
+    """The ids of the rows of all stages that the teacher's cache lacks and that are to be added to it.
+
+    Raises:
+        DrklError: the cache lacks rows, and they are not to be added.
+    """
+    config = prepared.specs[0].teacher
+    if config is None or config.cache is None:
+        return []
+    check_same_text(any(spec.rollouts.is_on for spec in prepared.specs))
+    cache = prepared.resources.teacher(config)
+    assert isinstance(cache, TeacherCache)
+    start = decoder_start(cache.model)
+    lacking: dict[str, None] = {}
+    for spec in prepared.specs:
+        loaded = prepared.rows(spec)
+        for rows, what in ((loaded.train, "training rows"), (loaded.heldout, "held-out rows")):
+            if not config.fill_cache:
+                cache.check_rows(rows, start, what)
+            lacking |= dict.fromkeys(cache.lacking(rows, start))
+    return list(lacking)
+
+
+def fill_cache(prepared: Prepared) -> None:
+    """Add the rows of all stages that the teacher's cache lacks to it, where the config asks for that.
+
+    One of several processes does it; the others wait, and read what it wrote. The teacher is dropped afterwards.
+
+    Raises:
+        DrklError: what `write_cache` refuses.
+    """
+    if not rows_to_fill(prepared):
+        return
+    config, listener = prepared.specs[0].teacher, prepared.resources.listener
+    assert config is not None and config.cache is not None
+    waiting = f"Another process adds rows to {config.cache}; this one waits for it."
+    with filling(Path(config.source), lambda: listener.on_message(waiting)):
+        prepared.resources.open_again(config)
+        if lacking := rows_to_fill(prepared):
+            listener.on_message(f"{config.cache} lacks {len(lacking):,} rows, first {lacking[0]!r}; they are added.")
+            teacher = prepared.resources.teacher(config)
+            assert isinstance(teacher, TeacherCache)
+            names = {dtype: name for name, dtype in DTYPES.items()}
+            live = config.model_copy(
+                update={"cache": None, "fill_cache": False, "remember_mb": 0, "dtype": names[teacher.model.dtype]}
+            )
+            quiet = Listener(lambda text: listener.on_message(text) if text.startswith("Loading the teacher") else None)
+            specs = [replace(spec, teacher=live) for spec in prepared.specs]
+            cache_states(specs, Path(config.source), fill=True, listener=quiet, progress=listener.on_fill)
+            gc.collect()  # the teacher
+            if prepared.resources.device.type == "cuda":
+                torch.cuda.empty_cache()
+    prepared.resources.open_again(config)
+
+
 def check_cached(specs: Sequence[RunSpec]) -> TeacherConfig:
     """Return the teacher whose states can be cached for a run, or raise DrklError."""
     teacher = specs[0].teacher
@@ -223,6 +289,7 @@ def cache_states(
     temperatures: Sequence[float] = (),
     part: int = 0,
     parts: int = 1,
+    fill: bool = False,
     listener: Listener | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> TeacherCache | None:
@@ -236,6 +303,7 @@ def cache_states(
         temperatures: of kind ``topk``, besides 1 and those of the stages.
         part: the part that this process writes, from 0.
         parts: the number of parts.
+        fill: add the rows that a finished cache lacks; see `write_cache`.
         listener: hooks for a front end.
         progress: called with the batches that are read, and that are to be read.
 
@@ -251,7 +319,7 @@ def cache_states(
         trainers = [prepared.trainer(spec) for spec in stages]
         runs = [(trainer.pair, trainer.config) for trainer in trainers]
         what: Any = {"kind": kind, "k": k, "temperatures": temperatures}
-        return write_cache(runs, folder, **what, part=part, parts=parts, progress=progress)
+        return write_cache(runs, folder, **what, part=part, parts=parts, fill=fill, progress=progress)
 
 
 def distill(
@@ -279,6 +347,7 @@ def distill(
     last = specs[-1].folder
     check_folder(last, mode)
     prepared = prepare(specs, listener)
+    fill_cache(prepared)
     specs = prepared.specs
     # The line that made the run is what repeats it, also where another one finished it.
     made_by = last.read_env().get("command") if mode == "resume" else None
