@@ -84,12 +84,12 @@ class Client:
         self._host, self._port = str(parts.hostname), parts.port
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
-        for name in caller.keys:
-            if key := os.environ.get(name, "").strip():
-                if not (key.isascii() and key.isprintable()):
-                    raise DrklError(f"{name} in the environment has characters that a key cannot have; set it anew.")
-                self._headers["Authorization"] = f"Bearer {key}"
-                break
+        name = next((name for name in caller.keys if name in os.environ), caller.keys[0])
+        self._key = os.environ.get(name, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise DrklError(f"{name} in the environment has characters that a key cannot have; set it anew.")
+        if self._key:
+            self._headers["Authorization"] = f"Bearer {self._key}"
 
     def ask(self, path: str, body: Any = None) -> Any:
         """Return the answer to one question: GET without a body, POST with one.
@@ -222,7 +222,7 @@ class Client:
             raise self._failed(error, path) from error
         text = content.decode("utf-8", "replace")
         if status in self._caller.momentary:
-            raise Lost(f"HTTP {status}: {_words(text)}")
+            raise Lost(f"HTTP {status}: {self._words(text)}")
         if 300 <= status < 400:
             raise Refused(
                 f"{self.address}{path} sends to another address (HTTP {status}): "
@@ -230,15 +230,15 @@ class Client:
                 "to that of the vLLM server itself."
             )
         if status != 200:
-            raise self._refusal(status, path, _words(text))
+            raise self._refusal(status, path, self._words(text))
         if not text:
             return None
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DrklError(
-                f"{self.address}{path} does not answer with json but with {_words(text)!r}, so it is no vLLM server. "
-                f"Set {self._caller.setting} to the address that `vllm serve` prints."
+                f"{self.address}{path} does not answer with json but with {self._words(text)!r}, so it is no vLLM "
+                f"server. Set {self._caller.setting} to the address that `vllm serve` prints."
             ) from error
 
     def _read(self, response: HTTPResponse, path: str) -> bytes:
@@ -253,6 +253,10 @@ class Client:
         if response.length:
             raise IncompleteRead(content, response.length)
         return content
+
+    def _words(self, text: str) -> str:
+        """What the server says; some repeat what they were sent."""
+        return _words(text.replace(self._key, "…") if self._key else text)
 
     def _failed(self, error: Exception, path: str) -> Exception:
         if isinstance(error, TimeoutError):
