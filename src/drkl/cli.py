@@ -230,7 +230,7 @@ def cache(
     ] = False,
     positions: Annotated[
         int | None,
-        typer.Option(help="With --probe: the most positions, of whole rows. Default: 2000.", show_default=False),
+        typer.Option(min=1, help="With --probe: the most positions, of whole rows. Default: 2000.", show_default=False),
     ] = None,
     student: Annotated[
         str | None,

@@ -301,7 +301,7 @@ def test_the_command(tmp_path: Path, cli: Cli) -> None:
     said = " ".join(done.out.split())
     count = re.search(r"(\d+) positions of (\d+) rows, 64 tokens", said)
     assert count is not None and 40 < int(count[1]) <= 60
-    assert f"Student: prune of {tmp_path / 'teacher'}, not trained." in said
+    assert f"Student: prune of {tmp_path / 'teacher'}, before training." in said
     assert "the value of fkl at temperature 2 and its gradient" in said
     for part in ("hidden states", "k = 4 ", "k = 16 ", "drkl, γ 0.5 at T = 1 (this run)", "fkl at T = 2 (this run)",
                  "akl at T = 1 (approximation)", "both models read: done"):  # fmt: skip
@@ -366,6 +366,8 @@ def test_teachers_that_are_refused(tmp_path: Path) -> None:
             tiny_classifiers.make(seed=1), rows, model=tiny_classifiers.make(seed=2), args=config(tmp_path),
             processing_class=tiny_classifiers.tokenizer(),
         )  # fmt: skip
+    with pytest.raises(DrklError, match=r"few logits are known of the teacher at http://127\.0\.0\.1:9/v1"):
+        probe(tmp_path, teacher=drkl.ServedTeacher("http://127.0.0.1:9/v1", "x", 4))
     pair = make_pair(tiny.llama(1), tiny.llama(9), config(tmp_path), ROWS, None, TOKENIZER)
 
     class Sparse:
@@ -420,6 +422,12 @@ def test_logits_that_are_no_numbers(tmp_path: Path, who: str) -> None:
         (("{c}", "--probe", "--format", "csv"), "--format is 'csv'; expected text or json"),
         (("{c}", "--probe", "--k", "64"), "k is 64; expected whole numbers from 1 to 63"),
         (("{c}", "--probe", "--student", "nowhere/x"), "nowhere/x"),
+        (("{c}", "--probe", "--student", ""), "student is empty; expected a run folder, or the path or Hub id"),
+        (("{c}", "--probe", "--student", "{r}"), "has no student yet; `drkl distill --resume"),
+        (
+            ("{c}", "--probe", "teacher.dtype=auto", "teacher.server=http://127.0.0.1:9/v1"),
+            "known of the teacher at http",
+        ),
         (("{c}", "--probe", "loss.kd_weight=0"), "learns from no teacher"),
         (("{c}", "--probe", "nothing"), "The config has teacher: null, so there is nothing to probe"),
     ],
@@ -431,7 +439,10 @@ def test_flags_that_do_not_fit(tmp_path: Path, cli: Cli, arguments: tuple[str, .
         values |= {"teacher": None, "objective": {"name": "ce"}}
         values["student"] = {"init": "pretrained", "model": str(tmp_path / "teacher")}
     path = tiny_runs.write_config(values, tmp_path / "c.yaml")
-    done = cli("cache", *(one.format(c=path) for one in arguments))
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_text("{}")
+    done = cli("cache", *(one.format(c=path, r=unfinished) for one in arguments))
     assert done.code == 2 and message in done.err, done.err
     assert "Traceback" not in done.err
 

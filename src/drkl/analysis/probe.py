@@ -28,6 +28,7 @@ from drkl.objectives import OBJECTIVES, Objective
 from drkl.objectives.base import on_classes, why_not_on_classes
 from drkl.runs import RunFolder
 from drkl.teachers.cached import TeacherCache, check_same_text
+from drkl.teachers.served import ServedTeacher
 from drkl.teachers.stored import StoredTopK, wide_head
 from drkl.training.arguments import DistillationConfig
 from drkl.training.pair import Pair, make_pair
@@ -119,9 +120,12 @@ def probe_specs(
     learning = [number for number, spec in enumerate(specs) if spec.uses_teacher]
     if not learning:
         raise DrklError(_NO_OBJECTIVE)
+    if teacher.is_served:
+        raise DrklError(_sparse(f"the teacher at {teacher.server}"))
     if teacher.cache is not None:
         _check_whole(TeacherCache.of(teacher))
-    name = f"{start.init} of {start.model or start.model_type or teacher.model}, not trained"
+    source = start.model or start.model_type or teacher.model
+    name = f"{source if start.init == 'pretrained' else f'{start.init} of {source}'}, before training"
     if student is not None:
         name = _student_of(student)
         start = type(start)(init="pretrained", model=name, dtype=start.dtype)
@@ -142,6 +146,8 @@ _NO_OBJECTIVE = (
 
 
 def _check_whole(teacher: Any) -> None:
+    if isinstance(teacher, ServedTeacher):
+        raise DrklError(_sparse(f"the teacher at {teacher.server}"))
     if isinstance(teacher, TeacherCache) and teacher.kind != "hidden":
         raise DrklError(_sparse(f"the teacher in the cache {str(teacher.folder)!r}"))
 
@@ -155,8 +161,14 @@ def _sparse(teacher: str) -> str:
 
 def _student_of(name: str) -> str:
     """The student of a run folder; any other name is a model's."""
+    if not name.strip():
+        raise DrklError("student is empty; expected a run folder, or the path or Hub id of a model.")
     run = RunFolder(Path(name))
-    return str(run.student_path) if run.config_path.is_file() and run.student_path.is_dir() else name
+    if not run.config_path.is_file():
+        return name
+    if not any((run.student_path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise DrklError(f"The run {name!r} has no student yet; resume its training first.")
+    return str(run.student_path)
 
 
 def probe_pair(

@@ -24,6 +24,7 @@ from drkl.models.precision import DTYPES
 from drkl.models.readout import Batch, to_batch
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import (
     DIGEST_BYTES,
     MANIFEST,
@@ -265,7 +266,7 @@ def check_same_text(samples: bool) -> None:
 
 def write_states(
     folder: Path,
-    teacher: LiveTeacher,
+    teacher: LiveTeacher | TeacherCache | ServedTeacher,
     batches: Sequence[Batch],
     about: Mapping[str, Any],
     *,
@@ -279,7 +280,7 @@ def write_states(
 
     Args:
         folder: the cache's.
-        teacher: on its device.
+        teacher: on its device; a cache of states, for largest logits made of them.
         batches: as training reads them and in its order; each is asked for twice.
         about: what the cache is of.
         stored: what is kept at each position; None is the teacher's states.
@@ -291,7 +292,9 @@ def write_states(
     Raises:
         DrklError: the folder holds another cache, values are not finite, or the disk is full.
     """
-    stored = states_of(teacher) if stored is None else stored
+    if stored is None:
+        assert isinstance(teacher, LiveTeacher), "a server has no states"
+        stored = states_of(teacher)
     shards, members = _plan(batches, stored)
     with ShardWriter(folder, {**stored.described(), **about}, shards, part=part, parts=parts) as writer:
         _write(writer, teacher, batches, stored, shards, members, progress)
@@ -301,7 +304,7 @@ def write_states(
 
 def add_states(
     folder: Path,
-    teacher: LiveTeacher,
+    teacher: LiveTeacher | ServedTeacher,
     batches: Sequence[Batch],
     about: Mapping[str, Any],
     *,
@@ -330,7 +333,7 @@ def add_states(
     return sum(map(len, shards))
 
 
-def _check_same(cache: TeacherCache, teacher: LiveTeacher, about: Mapping[str, Any]) -> None:
+def _check_same(cache: TeacherCache, teacher: LiveTeacher | ServedTeacher, about: Mapping[str, Any]) -> None:
     """Raise DrklError where a teacher or a tokenizer is not the one that a cache is of."""
     if cache.manifest["tokenizer"] != about["tokenizer"]:
         raise other_tokenizer(cache.folder)
@@ -371,7 +374,7 @@ def other_tokenizer(folder: Path) -> DrklError:
 
 def _write(
     writer: ShardWriter,
-    teacher: LiveTeacher,
+    teacher: LiveTeacher | TeacherCache | ServedTeacher,
     batches: Sequence[Batch],
     stored: Stored,
     shards: Sequence[Sequence[CacheRow]],
@@ -381,6 +384,8 @@ def _write(
     """Write the shards of a plan that are not there yet."""
     todo = writer.missing
     read = stored.reader(teacher) if todo else None
+    if isinstance(teacher, ServedTeacher):
+        teacher.expect(batches[place] for number in todo for place in members[number])
     done, of = 0, sum(len(members[number]) for number in todo)
     for number in todo:
         assert read is not None
@@ -400,7 +405,7 @@ def _write(
         writer.write(number, {name: torch.cat([found[row][name] for row in shards[number]]) for name in names})
 
 
-def states_of(teacher: LiveTeacher) -> StoredStates:
+def states_of(teacher: LiveTeacher | TeacherCache) -> StoredStates:
     """What is kept of a teacher's states."""
     head = teacher.head
     width = int(teacher.model.config.num_labels or 0) if head is None else int(head.weight.shape[1])
