@@ -74,7 +74,7 @@ def load_teacher(teacher: Any, args: DistillationConfig) -> Teacher | None:
             f"cache of one, {str(teacher.folder)!r}. Leave them out, or give them to drkl.cache_teacher."
         )
     if teacher is None or isinstance(teacher, Teacher):
-        return teacher
+        return teacher.to(args.device) if isinstance(teacher, TeacherCache) else teacher
     device = args.device
     options = dict(args.teacher_model_init_kwargs or {})
     if isinstance(teacher, (str, Path)):
