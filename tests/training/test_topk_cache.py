@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,22 @@ def test_it_has_the_live_teachers_numbers_bit_for_bit(tmp_path: Path, models: Mo
         assert same(cache.states(batch), expected)
         count += len(logits)
     assert count and cache.kind == "topk" and cache.head is None and cache.manifest["vocab_size"] == size
+
+
+def test_it_is_made_of_a_cache_of_hidden_states_without_the_teacher(tmp_path: Path, cli: Cli) -> None:
+    values = tiny_runs.config(tmp_path)
+    student = tiny.save(tiny.llama(1, layers=2), tmp_path / "student")
+    values["student"] = {"init": "pretrained", "model": str(student)}
+    path = tiny_runs.write_config(values, tmp_path / "run.yaml")
+    direct, states, made = (tmp_path / name for name in ("direct", "states", "made"))
+    cli("cache", path, "--kind", "topk", "--k", "5", "--output", direct)
+    cli("cache", path, "--output", states)
+    shutil.rmtree(values["teacher"]["model"])
+    cli("cache", path, f"teacher.cache={states}", "--kind", "topk", "--k", "5", "--output", made)
+    assert read_json(made / "manifest.json") == read_json(direct / "manifest.json")
+    with pytest.raises(DrklError, match=r"of kind topk\. Of a cache of hidden states one of kind topk can be made"):
+        values["teacher"]["cache"] = str(made)
+        cache_states(tiny_runs.specs(values), tmp_path / "again", kind="topk")
 
 
 @pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"ce"}))
