@@ -24,6 +24,7 @@ from drkl.models.precision import DTYPES
 from drkl.models.readout import Batch, to_batch
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import (
     DIGEST_BYTES,
     MANIFEST,
@@ -271,7 +272,7 @@ def check_same_text(samples: bool) -> None:
 
 def write_states(
     folder: Path,
-    teacher: LiveTeacher | TeacherCache,
+    teacher: LiveTeacher | TeacherCache | ServedTeacher,
     batches: Sequence[Batch],
     about: Mapping[str, Any],
     *,
@@ -297,7 +298,9 @@ def write_states(
     Raises:
         DrklError: the folder holds another cache, values are not finite, or the disk is full.
     """
-    stored = states_of(teacher) if stored is None else stored
+    if stored is None:
+        assert isinstance(teacher, LiveTeacher), "a server has no states"
+        stored = states_of(teacher)
     shards, members = _plan(batches, stored)
     with ShardWriter(folder, {**stored.described(), **about}, shards, part=part, parts=parts) as writer:
         _write(writer, teacher, batches, stored, shards, members, progress)
@@ -307,7 +310,7 @@ def write_states(
 
 def add_states(
     folder: Path,
-    teacher: LiveTeacher,
+    teacher: LiveTeacher | ServedTeacher,
     batches: Sequence[Batch],
     about: Mapping[str, Any],
     *,
@@ -336,7 +339,7 @@ def add_states(
     return sum(map(len, shards))
 
 
-def _check_same(cache: TeacherCache, teacher: LiveTeacher, about: Mapping[str, Any]) -> None:
+def _check_same(cache: TeacherCache, teacher: LiveTeacher | ServedTeacher, about: Mapping[str, Any]) -> None:
     """Raise DrklError where a teacher or a tokenizer is not the one that a cache is of."""
     if cache.manifest["tokenizer"] != about["tokenizer"]:
         raise other_tokenizer(cache.folder)
@@ -377,7 +380,7 @@ def other_tokenizer(folder: Path) -> DrklError:
 
 def _write(
     writer: ShardWriter,
-    teacher: LiveTeacher | TeacherCache,
+    teacher: LiveTeacher | TeacherCache | ServedTeacher,
     batches: Sequence[Batch],
     stored: Stored,
     shards: Sequence[Sequence[CacheRow]],
@@ -387,6 +390,8 @@ def _write(
     """Write the shards of a plan that are not there yet."""
     todo = writer.missing
     read = stored.reader(teacher) if todo else None
+    if isinstance(teacher, ServedTeacher):
+        teacher.expect(batches[place] for number in todo for place in members[number])
     done, of = 0, sum(len(members[number]) for number in todo)
     for number in todo:
         assert read is not None
