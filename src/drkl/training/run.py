@@ -101,8 +101,9 @@ class Resources:
         if config not in self._teachers and config.cache is not None:
             unused = [f"teacher.{name}" for name in ("remember_mb", "model_init_kwargs") if getattr(config, name)]
             without = f" Without effect on a cache: {', '.join(unused)}." if unused else ""
-            self.listener.on_message(f"Reading the teacher's states from {config.cache}.{without}")
-            self._teachers[config] = TeacherCache.of(config, self.device)
+            self._teachers[config] = cache = TeacherCache.of(config, self.device)
+            what = "states" if cache.k is None else f"{cache.k} largest logits"
+            self.listener.on_message(f"Reading the teacher's {what} from {config.cache}.{without}")
         if config not in self._teachers and config.is_served:
             self.listener.on_message(f"The teacher {config.model} is asked at {config.server}.")
             self._teachers[config] = ServedTeacher.of(config)
