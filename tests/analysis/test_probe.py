@@ -216,9 +216,10 @@ def test_whole_rows_are_taken_evenly_spaced(tmp_path: Path) -> None:
 
 
 def test_intervals_hold_their_value_and_depend_on_the_seed_alone(tmp_path: Path) -> None:
-    first, same, other = (probe(tmp_path, k=[4], seed=seed) for seed in (0, 0, 1))
+    few: Any = {"train_dataset": ROWS[:8]}
+    first, same, other = (probe(tmp_path, k=[4], seed=seed, **few) for seed in (0, 0, 1))
     assert first.to_json() == same.to_json() != other.to_json()
-    assert probe(tmp_path, k=np.int64(4)).to_json() == first.to_json()
+    assert probe(tmp_path, k=np.int64(4), **few).to_json() == first.to_json()
     for one in first.objectives:
         for estimate in (one.value, *one.kept[4]):
             assert estimate.interval is not None and estimate.value is not None
@@ -400,6 +401,24 @@ def test_logits_that_are_no_numbers(tmp_path: Path, who: str) -> None:
         models[who].model.norm.weight.fill_(float("nan"))
     with pytest.raises(DrklError, match=f"The {who}'s logits are not numbers in row 'row-1'"):
         probe(tmp_path, models["student"], models["teacher"], train_dataset=ROWS[:1], k=[4], fields={"objective": "ab"})
+
+
+def test_a_token_that_the_teacher_excludes() -> None:
+    """Reverse KL is infinite, and there is no share of that; forward KL is what it is without the token."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(12, 9, generator=generator) for _ in range(2))
+    theirs[:, 4] = -torch.inf
+    cases = [Case(name, drkl.make_objective(name), 1.0, True) for name in ("rkl", "fkl", "tvd")]
+    sums = LossSums(6, cases, [3, 8])
+    sums.add(ours, theirs, torch.zeros(12, dtype=torch.long), np.arange(12) % 6)
+    rkl, fkl, tvd = sums.result(0, teacher="t", student="s", vocab_size=9, hidden_bytes=1).objectives
+    assert rkl.value == Estimate(None) and rkl.kept[3] == KeptLoss(Estimate(None), Estimate(None))
+    pairs = [(softmax(a), softmax(b)) for a, b in zip(ours.double().numpy(), theirs.double().numpy(), strict=True)]
+    exact = [kl(p, q) for q, p in pairs]
+    assert fkl.value.value == pytest.approx(np.mean(exact), rel=1e-5)
+    for one in (fkl, tvd):
+        assert one.kept[8].share.value == pytest.approx(1.0, rel=1e-4) and one.kept[8].angle.interval is not None
+        assert one.kept[3].share.value is not None and 0 < one.kept[3].share.value < 1
 
 
 @pytest.mark.parametrize(

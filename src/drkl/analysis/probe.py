@@ -18,6 +18,7 @@ from drkl.analysis.topk import KeptLoss, KeptMass, ProbedObjective, TopKProbe
 from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import finite, placed
 from drkl.evaluation.bootstrap import Estimate, Resampled
+from drkl.evaluation.calibration import weighted_sums
 from drkl.evaluation.paired import MIN_UNITS
 from drkl.losses import TopK
 from drkl.losses.common import make_settings
@@ -362,7 +363,7 @@ class LossSums:
     def _metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Every number `[m]` for each of ``weights`` `[m, rows]`: how often a row counts."""
         names = [*self._sums]
-        totals = weights @ np.stack([self._sums[name] for name in names], -1)
+        totals = weighted_sums(weights, np.stack([self._sums[name] for name in names], -1))
         sums = dict(zip(names, totals.T, strict=True))
         count = sums.pop("positions")
         found = {name: total / count for name, total in sums.items() if name.startswith(("mass", "tail", "value"))}
