@@ -97,7 +97,7 @@ def test_a_log_of_k_and_one_classes_says_so_and_shows_what_is_seen_of_the_teache
     run = read_run(some)
     captions = {one.title: one.caption for one in training_curves(run)[0]}
     assert captions["Reverse KL to the teacher"].startswith("KL(q‖p) of k + 1 classes, nats")
-    assert captions["Entropy"].endswith("the teacher is dashed, of k + 1 classes")
+    assert captions["Entropy"].endswith("the teacher is dashed, of k + 1 classes: a lower bound")
     assert captions["What is seen of the teacher"].startswith("share of its mass in the k tokens")
     assert "k + 1" not in captions["Top-token agreement"] + captions["Negative log-likelihood"]
     assert any("of these k + 1 classes, lower bounds" in text for text in notes([run]))

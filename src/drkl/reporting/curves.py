@@ -93,7 +93,8 @@ def _of_classes(runs: Sequence[Run], key: str, caption: str) -> str:
     quantity = key.removeprefix(SAMPLED)
     if quantity in ("fkl", "rkl"):
         return caption.replace(", nats", f" {classes}, nats", 1)
-    return f"{caption}, {classes}" if quantity == "entropy" and caption != "nats" else caption
+    dashed = "the teacher is dashed"
+    return caption.replace(dashed, f"{dashed}, {classes}: a lower bound") if quantity == "entropy" else caption
 
 
 def _as_drawn(caption: str, ax: Axes) -> str:

@@ -266,7 +266,7 @@ def check_same_text(samples: bool) -> None:
 
 def write_states(
     folder: Path,
-    teacher: LiveTeacher | ServedTeacher,
+    teacher: LiveTeacher | ServedTeacher | TeacherCache,
     batches: Sequence[Batch],
     about: Mapping[str, Any],
     *,
@@ -280,7 +280,7 @@ def write_states(
 
     Args:
         folder: the cache's.
-        teacher: on its device.
+        teacher: on its device; a cache of states, for largest logits made of them.
         batches: as training reads them and in its order; each is asked for twice.
         about: what the cache is of.
         stored: what is kept at each position; None is the teacher's states.
@@ -374,7 +374,7 @@ def other_tokenizer(folder: Path) -> DrklError:
 
 def _write(
     writer: ShardWriter,
-    teacher: LiveTeacher | ServedTeacher,
+    teacher: LiveTeacher | ServedTeacher | TeacherCache,
     batches: Sequence[Batch],
     stored: Stored,
     shards: Sequence[Sequence[CacheRow]],
@@ -405,7 +405,7 @@ def _write(
         writer.write(number, {name: torch.cat([found[row][name] for row in shards[number]]) for name in names})
 
 
-def states_of(teacher: LiveTeacher) -> StoredStates:
+def states_of(teacher: LiveTeacher | TeacherCache) -> StoredStates:
     """What is kept of a teacher's states."""
     head = teacher.head
     width = int(teacher.model.config.num_labels or 0) if head is None else int(head.weight.shape[1])

@@ -146,8 +146,9 @@ def estimate_cache(
     rate = _flops_per_second(dtype, prepared.resources.device)
     read = [sum(2 * body * row.length for row in part.train) / rate for part in loaded]
     logits = 2 * _head_size(config) * positions if kind == "topk" else 0
+    run = 0 if teacher.cache is not None else sum(2 * body * row.length for row in distinct.values())
     time: dict[str, Any] = {
-        "estimated_seconds": round((sum(2 * body * row.length for row in distinct.values()) + logits) / rate, 1),
+        "estimated_seconds": round((run + logits) / rate, 1),
         "saved_seconds_per_epoch": [round(seconds, 1) for seconds in read],
     }
     if teacher.is_served:

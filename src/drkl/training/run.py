@@ -30,7 +30,7 @@ from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import filling
 from drkl.teachers.stored import check_kind
 from drkl.teachers.teacher import Teacher
-from drkl.training.caching import write_cache
+from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import keep_only, newest_checkpoint
 from drkl.training.checks import check_device, check_folder
@@ -293,13 +293,13 @@ def fill_cache(prepared: Prepared) -> None:
 def check_cached(
     specs: Sequence[RunSpec], kind: str = "hidden", k: int | None = None, temperatures: Sequence[float] = ()
 ) -> TeacherConfig:
-    """Return the teacher that can be cached for a run, or raise DrklError; arguments as `cache_states`'s."""
+    """Return the teacher of which a cache can be made for a run, or raise DrklError; arguments as `cache_states`'s."""
     teacher = specs[0].teacher
     if teacher is None:
         raise DrklError("The config has teacher: null, so there is nothing to cache.")
     check_same_text(any(spec.rollouts.is_on for spec in specs))
     if teacher.cache is not None:
-        raise DrklError(f"teacher.cache is {teacher.cache!r} already; leave it out to make a cache.")
+        check_made_of(TeacherCache.of(teacher), kind)
     if teacher.is_served:
         check_served_kind(kind, k, teacher.top_k, temperatures)
     return teacher
