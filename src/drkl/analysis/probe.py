@@ -28,6 +28,7 @@ from drkl.objectives import OBJECTIVES, Objective
 from drkl.objectives.base import on_classes, why_not_on_classes
 from drkl.runs import RunFolder
 from drkl.teachers.cached import TeacherCache, check_same_text
+from drkl.teachers.served import ServedTeacher
 from drkl.teachers.stored import StoredTopK, wide_head
 from drkl.training.arguments import DistillationConfig
 from drkl.training.pair import Pair, make_pair
@@ -121,6 +122,8 @@ def probe_specs(
         raise DrklError(_NO_OBJECTIVE)
     if teacher.cache is not None:
         _check_whole(TeacherCache.of(teacher))
+    if teacher.is_served:
+        _check_whole(ServedTeacher.of(teacher))
     name = f"{start.init} of {start.model or start.model_type or teacher.model}, not trained"
     if student is not None:
         name = _student_of(student)
@@ -144,6 +147,8 @@ _NO_OBJECTIVE = (
 def _check_whole(teacher: Any) -> None:
     if isinstance(teacher, TeacherCache) and teacher.kind != "hidden":
         raise DrklError(_sparse(f"the teacher in the cache {str(teacher.folder)!r}"))
+    if isinstance(teacher, ServedTeacher):
+        raise DrklError(_sparse(f"the served teacher {teacher.name!r}"))
 
 
 def _sparse(teacher: str) -> str:

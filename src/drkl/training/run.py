@@ -294,7 +294,7 @@ def fill_cache(prepared: Prepared) -> None:
 def check_cached(
     specs: Sequence[RunSpec], kind: str = "hidden", k: int | None = None, temperatures: Sequence[float] = ()
 ) -> TeacherConfig:
-    """Return the teacher that can be cached for a run, or raise DrklError; arguments as `cache_states`'s."""
+    """Return the teacher of which a cache can be made for a run, or raise DrklError; arguments as `cache_states`'s."""
     teacher = specs[0].teacher
     if teacher is None:
         raise DrklError("The config has teacher: null, so there is nothing to cache.")
