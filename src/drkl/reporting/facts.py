@@ -70,6 +70,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
     """Return notes on the numbers: their sample sizes and limits."""
     run = runs[0]
     lines = [_basis(run)] if run.evaluation is not None else []
+    lines += [str(note) for own in runs if own.evaluation is not None and (note := own.settings.get("teacher_note"))]
     if len(runs) == 1 and not run.is_pair and run.has_teacher and run.task != "classification":
         lines.append(_other_objective(run))
     return lines

@@ -111,6 +111,13 @@ def training_config(spec: RunSpec, device: torch.device) -> Any:
         raise DrklError(f"training: {message}") from error
 
 
+def start_of(student: StudentConfig, teacher: TeacherConfig | None) -> str | None:
+    """What a student of the teacher's is made from. Random weights need its config alone, which a cache has too."""
+    if teacher is None:
+        return None
+    return teacher.source if student.init == "random" else teacher.model
+
+
 def run_classes(specs: Sequence[RunSpec]) -> tuple[str, ...] | None:
     """The names of the classes by number, one set for all stages; None where the task is generation.
 
