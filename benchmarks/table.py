@@ -71,13 +71,27 @@ def on_policy_table(rows: list[Row]) -> str:
 
 
 def teacher_cache_table(rows: list[Row]) -> str:
-    """A step with the teacher, with its states remembered, and from a cache."""
-    lines = ["| teacher | s a step | x of live | MiB |", "|---|---|---|---|"]
+    """A step with the teacher, with its states remembered, and from caches, with the bytes of a position."""
+    lines = ["| teacher | s a step | x of live | MiB | bytes a position |", "|---|---|---|---|---|"]
     steps = {row["variant"]: row for row in rows if row["median_s_per_step"]}
+    sizes = {row["variant"].removeprefix("the pass, "): row["bytes_per_position"] for row in rows}
     for name, row in steps.items():
         seconds = float(row["median_s_per_step"])
         ratio = seconds / float(steps["live"]["median_s_per_step"])
-        lines.append(f"| {name} | {seconds:.2f} | {ratio:.2f} | {int(row['peak_mib']):,} |")
+        size = sizes.get(name.removesuffix(", cold"), "")
+        cells = [name, f"{seconds:.2f}", f"{ratio:.2f}", f"{int(row['peak_mib']):,}", f"{int(size):,}" if size else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def large_teacher_table(rows: list[Row]) -> str:
+    """The bytes of a position for a teacher of today's larger sizes."""
+    lines = ["| kept | bytes a position | GB for 100M positions |", "|---|---|---|"]
+    for row in rows:
+        name, found, about = row["variant"].partition(" (")
+        if found and "hidden units" in about:
+            size = int(row["bytes_per_position"])
+            lines.append(f"| {name} | {size:,} | {size / 10:,.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -89,6 +103,7 @@ def tables() -> dict[str, str]:
         "sampling": sampling_table(read_rows(RESULTS / "rollouts.csv"), read_rows(RESULTS / "rollouts_vllm.csv")),
         "on-policy": on_policy_table(read_rows(RESULTS / "on_policy.csv")),
         "teacher-cache": teacher_cache_table(read_rows(RESULTS / "teacher_cache.csv")),
+        "large-teacher": large_teacher_table(read_rows(RESULTS / "teacher_cache.csv")),
     }
 
 

@@ -1,9 +1,10 @@
-"""A step with the teacher itself, with its states remembered, and from a cache: `python -m benchmarks.teacher_cache`.
+"""A step with the teacher itself, with its states remembered, and from caches: `python -m benchmarks.teacher_cache`.
 
 SmolLM2-135M-Instruct teaches the quickstart's ten layers of it on rows of the bundled Dolly slice, in the quickstart's
 steps. Each variant has a process of its own and trains the same batches three times; the seconds are those of the steps
-of the last two epochs, in which "remembered" runs no teacher at all. The page cache is warm. Rows go to
-``benchmarks/results/teacher_cache.csv``.
+of the last two epochs, in which "remembered" runs no teacher at all. "cold" is the first epoch, after the files of the
+cache were dropped from the page cache; everything else is warm. Two variants beside them are computed: the bytes of a
+position for a teacher of 4,096 hidden units and 151,936 tokens. Rows go to ``benchmarks/results/teacher_cache.csv``.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ import drkl
 from benchmarks.quickstart_pair import single_turns, write_pair
 from benchmarks.rows import Row, commit, own_memory_kib, processor, spread, write_rows
 from drkl.models.load import quiet_transformers
+from drkl.teachers.stored import StoredStates, StoredTopK
 
 RESULTS = Path(__file__).parent / "results" / "teacher_cache.csv"
 SETTINGS = ("rows", "tokens_per_step", "precision", "threads")
-VARIANTS = ("live", "remembered", "cache")
+KS = (16, 64, 256)
+CACHES = ("hidden", *(f"top-{k}" for k in KS))
+VARIANTS = ("live", "remembered", *CACHES, "hidden, cold")
 EPOCHS = 3
+LARGE = {"hidden units": 4096, "vocabulary": 151_936}
 
 
 class Clock(TrainerCallback):
@@ -61,23 +66,55 @@ def arguments(options: argparse.Namespace, **fields: Any) -> drkl.DistillationCo
     )  # fmt: skip
 
 
-def make_parts(options: argparse.Namespace) -> Row:
-    """Write student, teacher, rows and cache; return what the cache cost."""
+def make_parts(options: argparse.Namespace) -> list[Row]:
+    """Write student, teacher, rows and caches; return what the caches cost."""
     write_pair(options.folder)
     rows = single_turns()
     (options.folder / "rows.json").write_text(json.dumps(rows[: options.rows]))
+    return [make_cache(name, rows[: options.rows], options) for name in CACHES]
+
+
+def make_cache(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> Row:
+    """Write one cache."""
     started = time.perf_counter()
+    what: dict[str, Any] = {} if name == "hidden" else {"kind": "topk", "k": k_of(name)}
     cache = drkl.cache_teacher(
-        str(options.folder / "teacher"), rows[: options.rows], model=str(options.folder / "student"),
-        args=arguments(options), output_dir=options.folder / "cache",
+        str(options.folder / "teacher"), rows, model=str(options.folder / "student"), args=arguments(options),
+        output_dir=options.folder / name, **what,
     )  # fmt: skip
     assert cache is not None
-    states = sum(file["bytes"] for name, file in cache.manifest["files"].items() if name.startswith("values"))
+    states = sum(file["bytes"] for file_name, file in cache.manifest["files"].items() if file_name.startswith("values"))
     return {
-        "variant": "the cache pass", "total_s": f"{time.perf_counter() - started:.2f}",
+        "variant": f"the pass, {name}", "total_s": f"{time.perf_counter() - started:.2f}",
         "positions": str(cache.manifest["positions"]),
         "bytes_per_position": f"{states / cache.manifest['positions']:.0f}",
     }  # fmt: skip
+
+
+def k_of(name: str) -> int:
+    """The number of a variant's tokens."""
+    return int(name.removeprefix("top-"))
+
+
+def of_a_large_teacher() -> list[Row]:
+    """The bytes of a position where hidden states and vocabulary are those of today's larger teachers, computed."""
+    width, vocabulary = LARGE.values()
+    sizes = {
+        "full logits, bf16": 2 * vocabulary,
+        "hidden, bf16": StoredStates(width, torch.bfloat16, True).bytes_per_position,
+    }
+    sizes |= {f"top-{k}": StoredTopK(k, (1.0,), vocabulary, torch.bfloat16).bytes_per_position for k in KS}
+    about = ", ".join(f"{value:,} {name}" for name, value in LARGE.items())
+    return [{"variant": f"{name} ({about})", "bytes_per_position": str(size)} for name, size in sizes.items()]
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    """Let the system forget the files of a folder, so that the next read goes to the disk."""
+    os.sync()
+    for path in folder.iterdir():
+        handle = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
 
 
 def measure(name: str, options: argparse.Namespace) -> None:
@@ -87,17 +124,21 @@ def measure(name: str, options: argparse.Namespace) -> None:
     clock = Clock()
     teacher: Any = str(options.folder / "teacher")
     args = arguments(options, teacher_remember_mb=4096 if name == "remembered" else 0)
-    if name == "cache":
-        args = arguments(options)
+    cold = name.endswith(", cold")
+    if name.removesuffix(", cold") in CACHES:
         args.teacher_model_init_kwargs = None
-        teacher = drkl.TeacherCache.open(options.folder / "cache")
+        folder = options.folder / name.removesuffix(", cold")
+        teacher = drkl.TeacherCache.open(folder)
+        if cold:
+            drop_from_page_cache(folder)
     trainer = drkl.DistillationTrainer(
         str(options.folder / "student"), teacher, args, json.loads((options.folder / "rows.json").read_text()),
         callbacks=[clock],
     )  # fmt: skip
     trainer.train()
     per_epoch = len(clock.seconds) // EPOCHS
-    print(json.dumps({"seconds": clock.seconds[per_epoch:], "peak": own_memory_kib("VmHWM") / 1024}))
+    seconds = clock.seconds[:per_epoch] if cold else clock.seconds[per_epoch:]
+    print(json.dumps({"seconds": seconds, "peak": own_memory_kib("VmHWM") / 1024}))
 
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -134,7 +175,7 @@ def main() -> None:
     settings = {key: str(getattr(options, key)) for key in SETTINGS}
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
-        rows = [make_parts(options)]
+        rows = [*make_parts(options), *of_a_large_teacher()]
         for name in VARIANTS:
             found = measured(name, options)
             rows.append(

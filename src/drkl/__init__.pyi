@@ -13,7 +13,9 @@ from . import toy as toy
 from . import training as training
 from ._version import __version__ as __version__
 from .analysis.analyze import analyze as analyze
+from .analysis.probe import probe_top_k as probe_top_k
 from .analysis.result import Analysis as Analysis
+from .analysis.topk import TopKProbe as TopKProbe
 from .errors import DrklError as DrklError
 from .evaluation.comparison import Comparison as Comparison
 from .evaluation.comparison import compare as compare

@@ -18,6 +18,7 @@ from drkl.terminal import (
     TrainingProgress,
     print_analysis,
     print_evaluation,
+    print_probe,
     print_side_by_side,
     print_surveys,
     print_toy,
@@ -194,9 +195,13 @@ def cache(
         typer.Option(metavar="KIND", help="hidden: the teacher's last states, exact. topk: its k largest logits."),
     ] = "hidden",
     k: Annotated[
-        int | None,
+        list[int] | None,
         typer.Option(
-            "--k", metavar="K", help="Logits of a position, with --kind topk. Default: 64.", show_default=False
+            "--k",
+            metavar="K",
+            help="Logits of a position, with --kind topk. Default: 64. With --probe a k to try; may be repeated. "
+            "Default: 16, 64 and 256.",
+            show_default=False,
         ),
     ] = None,
     temperature: Annotated[
@@ -222,13 +227,53 @@ def cache(
         Path | None,
         typer.Option(metavar="FOLDER", help="Compare every file of a cache with its checksum.", show_default=False),
     ] = None,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe",
+            help="Measure on some rows what a cache of the k most probable tokens would lose, for each objective; "
+            "write nothing.",
+        ),
+    ] = False,
+    positions: Annotated[
+        int | None,
+        typer.Option(help="With --probe: the most positions, of whole rows. Default: 2000.", show_default=False),
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="With --probe: a run folder, or a model, in place of the student that CONFIG starts from.",
+            show_default=False,
+        ),
+    ] = None,
+    output_format: Annotated[
+        str | None, typer.Option("--format", help="With --probe: text or json. Default: text.", show_default=False)
+    ] = None,
 ) -> None:
     """Run the teacher of CONFIG once over its rows and keep what it knows; teacher.cache=FOLDER trains from that."""
     if (config is None) == (verify is None):
         raise DrklError("Give either a CONFIG or `--verify FOLDER`.")
+    asked = {"--positions": positions, "--student": student, "--format": output_format}
+    if not probe and (alone := [flag for flag, value in asked.items() if value is not None]):
+        raise DrklError(f"`{alone[0]}` goes with `--probe`, which is not given.")
     if verify is not None:
+        if probe:
+            raise DrklError("`--probe` measures a CONFIG, and `--verify` reads a cache; give one of them.")
         _verify(verify)
         return
+    if probe:
+        assert config is not None
+        writes = {"--output": output, "--part": part, "--dry-run": dry_run, "--temperature": temperature}
+        if given := [flag for flag, value in writes.items() if value]:
+            raise DrklError(
+                f"`--probe` writes no cache, and takes no `{given[0]}`; leave one of the two out. Its temperature is "
+                "loss.temperature of CONFIG."
+            )
+        _probe(config, overrides or [], kind, k or (), positions, student, output_format or "text")
+        return
+    if k is not None and len(k) > 1:
+        raise DrklError(f"`--k` is given {len(k)} times, and a cache has one k; several go with `--probe`.")
     if output is None and not dry_run:
         raise DrklError("`--output FOLDER` is missing: where the cache is to be written.")
     from drkl.config import load_config
@@ -236,6 +281,7 @@ def cache(
     from drkl.training.estimate import estimate_cache
     from drkl.training.run import Listener, cache_states
 
+    one_k = k[0] if k else None
     own = int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1"))
     number, of = own if part is None else _part(part)
     assert config is not None
@@ -244,7 +290,7 @@ def cache(
         print(note)
     quiet_transformers()
     if dry_run:
-        _print_estimate(estimate_cache(loaded.specs(), kind=kind, k=k, temperatures=temperature or ()))
+        _print_estimate(estimate_cache(loaded.specs(), kind=kind, k=one_k, temperatures=temperature or ()))
         return
     assert output is not None
     with progress_bars() as on_progress:
@@ -252,7 +298,7 @@ def cache(
             loaded.specs(),
             output,
             kind=kind,
-            k=k,
+            k=one_k,
             temperatures=temperature or (),
             part=number - 1,
             parts=of,
@@ -268,6 +314,47 @@ def cache(
         f"{output} has {what} of {made.manifest['rows']:,} rows at {made.manifest['positions']:,} positions "
         f"({size / 2**20:,.1f} MiB). Next: drkl distill {config} teacher.cache={output}"
     )
+
+
+def _probe(
+    config: Path,
+    overrides: list[str],
+    kind: str,
+    k: Sequence[int],
+    positions: int | None,
+    student: str | None,
+    form: str,
+) -> None:
+    import json
+
+    from drkl.analysis.probe import POSITIONS, probe_specs
+    from drkl.config import load_config
+    from drkl.models.load import quiet_transformers
+    from drkl.teachers.stored import check_kind
+    from drkl.training.run import Listener
+
+    check_kind(kind, None, ())
+    if form not in ("text", "json"):
+        raise DrklError(f"--format is {form!r}; expected text or json.")
+    # What a program reads stays free of sentences; a person still gets them.
+    notes = sys.stderr if form == "json" else sys.stdout
+    loaded, said = load_config(config, overrides)
+    for note in said:
+        print(note, file=notes)
+    quiet_transformers()
+    with progress_bars(notes) as on_progress, _options_named_as_flags():
+        found = probe_specs(
+            loaded.specs(),
+            student=student,
+            k=k,
+            positions=POSITIONS if positions is None else positions,
+            listener=Listener(on_message=lambda text: print(text, file=notes)),
+            progress=lambda done, total: on_progress("both models read", done, total),
+        )
+    if form == "json":
+        print(json.dumps(found.to_json(), indent=2, allow_nan=False))
+    else:
+        print_probe(found)
 
 
 def _part(text: str) -> tuple[int, int]:

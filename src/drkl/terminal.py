@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from drkl.analysis.topk import TopKProbe
     from drkl.data.survey import Survey
+    from drkl.evaluation.bootstrap import Estimate
     from drkl.evaluation.findings import Finding
     from drkl.evaluation.result import Evaluation
     from drkl.reporting.tables import PlainTable
@@ -89,8 +91,9 @@ class TrainingProgress:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Any]:
+def progress_bars(stream: TextIO | None = None) -> Iterator[Any]:
     """A bar for every part of the work, with the time it took and the time it will take."""
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         Progress,
@@ -102,7 +105,7 @@ def progress_bars() -> Iterator[Any]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    progress = Progress(*columns)
+    progress = Progress(*columns, console=Console(file=stream))
     progress.disable = not progress.console.is_terminal
     with progress:
         tasks: dict[str, Any] = {}
@@ -112,7 +115,7 @@ def progress_bars() -> Iterator[Any]:
                 tasks[what] = progress.add_task(what, total=total)
             progress.update(tasks[what], completed=done)
             if done >= total and not progress.console.is_terminal:  # a log shows no bars before the end
-                print(f"{what}: done", flush=True)
+                print(f"{what}: done", flush=True, file=stream)
 
         yield on_progress
 
@@ -207,6 +210,51 @@ def print_analysis(findings: Iterable[Finding], pushes: PlainTable) -> None:
     for row in pushes.rows:
         table.add_row(*(cell if isinstance(cell, str) else cell[0] for cell in row))  # the intervals are in the file
     Console(highlight=False).print(table)
+
+
+def print_probe(probe: TopKProbe) -> None:
+    """What each k keeps: of the teacher's mass, of every objective's value, and of its gradient's direction."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from drkl.analysis.topk import percent
+
+    def cell(estimate: Estimate, show: Callable[[float], str]) -> str:
+        if estimate.value is None:
+            return "-"
+        ends = "" if estimate.interval is None else f" ({show(estimate.interval[0])} to {show(estimate.interval[1])})"
+        return (show(estimate.value) + ends).replace(" %", "")
+
+    console = Console(highlight=False)
+    console.print(
+        f"{probe.positions:,} positions of {probe.rows:,} rows, {probe.vocab_size:,} tokens. Student: {probe.student}. "
+        "In brackets 95 % intervals over rows.",
+        markup=False,
+    )
+    several = len({objective.temperature for objective in probe.objectives}) > 1
+    masses = Table("k", "bytes a position", "mass, %", "mass of the tail, %", title="Kept of the teacher")
+    for kept in probe.masses:
+        name = f"{kept.k} at T = {kept.temperature:g}" if several else str(kept.k)
+        masses.add_row(name, f"{kept.bytes_per_position:,}", cell(kept.mass, percent), cell(kept.tail_mass, percent))
+    masses.add_row("hidden states", f"{probe.hidden_bytes:,}", percent(1.0)[:-2], percent(1.0)[:-2])
+    console.print(masses)
+    ks = list(dict.fromkeys(kept.k for kept in probe.masses))
+    shares = Table("objective", "nats", *(f"k = {k}" for k in ks), title="Kept of the value, %")
+    angles = Table("objective", *(f"k = {k}" for k in ks), title="Angle to the exact gradient on the logits, degrees")
+    for one in probe.objectives:
+        name = f"{one.name} at T = {one.temperature:g}" if several else one.name
+        name += " (this run)" if one.own and not one.name.startswith("this run") else ""
+        name += " (approximation)" if one.on_classes == "approximation" else ""
+        if one.reason is not None:
+            console.print(f"{name} cannot be had from k tokens and the rest: {one.reason}", markup=False)
+            continue
+        nats = "-" if one.value.value is None else f"{one.value.value:.3g}"
+        shares.add_row(name, nats, *(cell(one.kept[k].share, percent) for k in ks))
+        angles.add_row(name, *(cell(one.kept[k].angle, "{:.2f}".format) for k in ks))
+    console.print(shares)
+    console.print(angles)
+    for sentence in probe.advice():
+        console.print(sentence, markup=False)
 
 
 def print_surveys(surveys: Sequence[Survey], tokenizer: Any, console: Console | None = None) -> None:

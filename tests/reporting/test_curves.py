@@ -4,8 +4,10 @@ from typing import Any
 import pytest
 
 from drkl.reporting.curves import pushes, training_curves
+from drkl.reporting.facts import notes
 from drkl.reporting.inputs import read_run
 from drkl.reporting.plotting import Picture, plot_style
+from drkl.reporting.together import trained_together
 from drkl.runs import RunFolder, read_jsonl, write_jsonl
 from tests.reporting.conftest import MakeRun
 
@@ -83,3 +85,30 @@ def test_one_line_and_zero_values_can_be_drawn(make_run: MakeRun) -> None:
     run = make_run(warmup=False, evaluated=False)
     write_jsonl(run.train_log_path, [{"step": 1, "loss": 0.0, "rkl": 0.0, "agreement": 0.0}])
     assert len(training_curves(read_run(run))[0]) == 3
+
+
+def test_a_log_of_k_and_one_classes_says_so_and_shows_what_is_seen_of_the_teacher(make_run: MakeRun) -> None:
+    whole, some = make_run("whole"), make_run("some")
+    assert not any("k + 1 classes" in text for text in notes([read_run(whole)]))
+    pictures, _ = training_curves(read_run(whole))
+    assert not any("k + 1" in one.caption or "seen" in one.title for one in pictures)
+    rows = [row | {"teacher_mass": 0.75, "teacher_tail_mass": 0.5} for row in read_jsonl(some.train_log_path)]
+    write_jsonl(some.train_log_path, rows)
+    run = read_run(some)
+    captions = {one.title: one.caption for one in training_curves(run)[0]}
+    assert captions["Reverse KL to the teacher"].startswith("KL(q‖p) of k + 1 classes, nats")
+    assert captions["Entropy"].endswith("the teacher is dashed, of k + 1 classes: a lower bound")
+    assert captions["What is seen of the teacher"].startswith("share of its mass in the k tokens")
+    assert "k + 1" not in captions["Top-token agreement"] + captions["Negative log-likelihood"]
+    assert any("of these k + 1 classes, lower bounds" in text for text in notes([run]))
+    together = trained_together([read_run(whole), run])
+    assert together is not None and "KL(p‖q) some of k + 1 classes, nats" in together.curves[1].caption
+
+
+def test_the_start_is_not_drawn_beside_kls_of_k_and_one_classes(make_run: MakeRun) -> None:
+    run = make_run()
+    [first, *_], _ = training_curves(read_run(run))
+    before = read_run(run).value("before", "rkl")
+    write_jsonl(run.train_log_path, [row | {"teacher_mass": 0.5} for row in read_jsonl(run.train_log_path)])
+    [second, *_], _ = training_curves(read_run(run))
+    assert before is not None and first.svg.count("var(--before)") > second.svg.count("var(--before)")

@@ -10,6 +10,7 @@ import torch
 import drkl
 from drkl.data import Example
 from drkl.data.tokenize import Row, tokenize_examples
+from drkl.losses.topk import TopK
 from drkl.models.load import load_model
 from drkl.teachers.live import LiveTeacher
 from drkl.teachers.stops import ROWS, read_stops, student_stops
@@ -71,3 +72,25 @@ def test_a_trainer_reads_the_ends_once(tmp_path: Path) -> None:
     assert trainer.pair.ends is not None and not trainer.pair.ends.differ
     (note,) = [note for note in trainer.pair.notes if note.startswith("The student stops with")]
     assert f"a probability of {trainer.pair.ends.taught_probability:.2g}." in note
+
+
+def test_of_a_few_logits_the_ends_are_those_that_are_known(tmp_path: Path) -> None:
+    tokenizer = build(CHATML)
+    teacher = LiveTeacher(chain(tokenizer, {"\n": "hello", "hello": "<|im_end|>"}))
+    whole = read_stops(None, teacher, rows(3), tokenizer, [], pad_id=0)
+    labels = torch.full((3,), IM_END)
+
+    class Known:
+        model, head, k = teacher.model, None, 1
+
+        def states(self, batch: Any) -> TopK:
+            """Its most probable token is another one, and the label is known beside it."""
+            logits = whole.logp.index_fill(1, torch.tensor([7]), 5.0)
+            return TopK.of_logits(logits, 1, labels=labels)
+
+    stops = read_stops(None, Known(), rows(3), tokenizer, [], pad_id=0)  # type: ignore[arg-type]
+    expected = whole.logp.index_fill(1, torch.tensor([7]), 5.0).log_softmax(-1)
+    others = torch.ones(whole.logp.shape[1], dtype=torch.bool)
+    others[[7, IM_END]] = False
+    torch.testing.assert_close(stops.logp[:, ~others], expected[:, ~others])
+    assert bool((stops.logp[:, others] == -torch.inf).all()) and stops.teacher == whole.teacher

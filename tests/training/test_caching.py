@@ -357,7 +357,8 @@ def test_another_teacher_is_not_written_into_a_cache_nor_read_from_it(tmp_path: 
         DrklError, match=r"teacher.model is '.*other', and the cache '.*' is of '.*teacher'. Set teacher"
     ):
         tiny_runs.train(values)
-    with pytest.raises(DrklError, match=r"teacher.cache is '.*' already; leave it out to make a cache"):
+    values["teacher"]["model"] = TeacherCache.open(tmp_path / "cache").manifest["teacher"]["name"]
+    with pytest.raises(DrklError, match=r"The teacher is the cache '.*', of kind hidden. Of a cache of hidden states"):
         cache_states(tiny_runs.specs(values), tmp_path / "new")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from drkl.teachers.live import LiveTeacher
 from drkl.teachers.stored import StoredTopK, stored_in
 from drkl.training.caching import _Batches, cache_teacher
 from drkl.training.estimate import estimate
+from drkl.training.faults import find_fault
 from drkl.training.forward import loss_of
 from drkl.training.run import cache_states
 from tests.command_line import Cli
@@ -75,6 +77,22 @@ def test_it_has_the_live_teachers_numbers_bit_for_bit(tmp_path: Path, models: Mo
         assert same(cache.states(batch), expected)
         count += len(logits)
     assert count and cache.kind == "topk" and cache.head is None and cache.manifest["vocab_size"] == size
+
+
+def test_it_is_made_of_a_cache_of_hidden_states_without_the_teacher(tmp_path: Path, cli: Cli) -> None:
+    values = tiny_runs.config(tmp_path)
+    student = tiny.save(tiny.llama(1, layers=2), tmp_path / "student")
+    values["student"] = {"init": "pretrained", "model": str(student)}
+    path = tiny_runs.write_config(values, tmp_path / "run.yaml")
+    direct, states, made = (tmp_path / name for name in ("direct", "states", "made"))
+    cli("cache", path, "--kind", "topk", "--k", "5", "--output", direct)
+    cli("cache", path, "--output", states)
+    shutil.rmtree(values["teacher"]["model"])
+    cli("cache", path, f"teacher.cache={states}", "--kind", "topk", "--k", "5", "--output", made)
+    assert read_json(made / "manifest.json") == read_json(direct / "manifest.json")
+    with pytest.raises(DrklError, match=r"of kind topk\. Of a cache of hidden states one of kind topk can be made"):
+        values["teacher"]["cache"] = str(made)
+        cache_states(tiny_runs.specs(values), tmp_path / "again", kind="topk")
 
 
 @pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"ce"}))
@@ -250,7 +268,8 @@ def test_what_cannot_be_learnt_from_it(tmp_path: Path, changes: dict[str, Any], 
 def test_where_the_objective_reads_no_teacher_its_temperature_is_nobodys(tmp_path: Path) -> None:
     cache = topk_of(tmp_path)
     for fields in ({"objective": "ce", "temperature": 3.0}, {"kd_weight": 0.0, "temperature": 3.0}):
-        make(tmp_path, llamas()[0], cache, fields=fields)
+        values = make(tmp_path, llamas()[0], cache, fields=fields).evaluate()
+        assert values["eval_loss"] == pytest.approx(values["eval_nll"]) and 0 < values["eval_teacher_mass"] < 1
 
 
 def test_a_student_of_another_vocabulary(tmp_path: Path) -> None:
@@ -314,6 +333,11 @@ def test_two_stages_with_two_temperatures_from_the_command_line(tmp_path: Path, 
     assert done.code == 0, done.err
     assert "The student sees the teacher's 8 most probable tokens" in " ".join(done.out.split())
     run = RunFolder(tmp_path / "runs" / "r")
+    assert run.read_env()["topk"]["k"] == 8 and "of k + 1 classes, lower bounds" in run.read_env()["topk"]["log"]
+    assert (
+        "its teacher's 8 most probable tokens, with all others as one class."
+        in (run.student_path / "README.md").read_text()
+    )
     for one in (*run.stages(), run):
         assert all("teacher_tail_mass" in line for line in one.read_train_log() if "loss" in line)
     assert read_yaml(run.config_path)["teacher"]["cache"] == str(tmp_path / "cache")
@@ -381,3 +405,44 @@ def test_excluded_tokens_missing_ids_and_large_vocabularies_come_back_as_they_we
         assert all(value.isfinite().all() for value in tensors.values() if value.is_floating_point())
         assert sum(value.nbytes for value in tensors.values()) == 2 * stored.bytes_per_position
         assert same(stored.restored(tensors, with_labels=True), known)
+
+
+@pytest.mark.slow
+def test_every_turn_of_a_conversation_and_the_last_one_alone_are_read_from_one_cache(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": ("user", "assistant")[i % 2], "content": f"w{i + n} w{i}"} for i in range(4)]}
+        for n in range(6)
+    ]
+    data: dict[str, Any] = {"train_dataset": rows, "eval_dataset": None}
+    student, teacher = llamas()
+    args = config(tmp_path, turns="all")
+    made = cache_teacher(
+        teacher,
+        rows,
+        model=student,
+        args=args,
+        processing_class=TOKENIZER,
+        output_dir=tmp_path / "cache",
+        kind="topk",
+        k=5,
+    )
+    assert made is not None
+    for turns in ("all", "last"):
+        trainer = make(tmp_path, llamas()[0], TeacherCache.open(tmp_path / "cache"), fields={"turns": turns}, **data)
+        trainer.train()
+        for batch in batches(trainer.pair.rows, pad_id=trainer.pair.pad_id):
+            with torch.no_grad():
+                live = LiveTeacher(teacher)
+                logits = live.head.logits(live.states(batch))
+            expected, found = TopK.of_logits(logits, 5, labels=batch.labels), made.states(batch)
+            assert isinstance(found, TopK) and torch.equal(found.ids, expected.ids)
+            assert found.label_logits is not None and expected.label_logits is not None
+            torch.testing.assert_close(found.label_logits, expected.label_logits, rtol=0, atol=1e-5)
+
+
+def test_an_infinite_loss_is_laid_to_no_hidden_state(tmp_path: Path) -> None:
+    cache = topk_of(tmp_path)
+    batch = next(iter(batches(make(tmp_path, llamas()[0], cache).pair.rows, pad_id=0)))
+    student = llamas()[0]
+    objective = make_objective("rkl")
+    assert "the loss itself" in find_fault(student, torch.zeros(2, 4), cache, cache.states(batch), objective)

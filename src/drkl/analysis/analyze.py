@@ -268,11 +268,11 @@ def _read(name: str, inputs: Inputs, on_progress: Progress | None) -> Readout:
         "pad_id": inputs.tokenizer.pad_token_id, "vocab_size": inputs.vocab_size, "merged_ids": inputs.merged_ids,
         "progress": report,
     }  # fmt: skip
-    with placed(inputs.models[name], inputs.device) as model:
-        if isinstance(model, TeacherCache):
-            readout = read_cached(model, rows, **given)
-        else:
-            readout = read(model, rows, **given)
+    source = inputs.models[name]
+    if isinstance(source, TeacherCache):
+        return read_cached(source, rows, **given)
+    with placed(source, inputs.device) as model:
+        readout = read(model, rows, **given)
         del model
     free_memory(inputs.device)
     return readout

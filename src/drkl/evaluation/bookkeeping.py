@@ -21,16 +21,15 @@ from drkl.teachers.cached import TeacherCache
 Progress = Callable[[str, int, int], None]
 """Called with ("teacher: sampling", done, total)."""
 Report = Callable[[str, int], Callable[[int], None] | None]
-Source = PreTrainedModel | TeacherCache | Callable[[], PreTrainedModel]
-"""A model in memory, a teacher's cache, or a function that loads a model."""
+Loadable = PreTrainedModel | Callable[[], PreTrainedModel]
+"""A model in memory, or a function that loads one."""
+Source = Loadable | TeacherCache
+"""The same, or the cache of a teacher."""
 
 
 @contextmanager
-def placed(source: Source, device: str | torch.device) -> Iterator[PreTrainedModel | TeacherCache]:
+def placed(source: Loadable, device: str | torch.device) -> Iterator[PreTrainedModel]:
     """A model on its device in eval mode. One in memory is afterwards where and as it was; a loaded one is dropped."""
-    if isinstance(source, TeacherCache):
-        yield source
-        return
     if not isinstance(source, PreTrainedModel):
         loaded: Any = source()
         yield loaded.to(device).eval()

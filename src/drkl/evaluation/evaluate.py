@@ -207,6 +207,9 @@ def _measure(
     on_progress: Progress | None,
 ) -> None:
     started = time.perf_counter()
+    if isinstance(source, TeacherCache):
+        task.measure(name, source, reporter(name, on_progress), seconds)
+        return
     with placed(source, device) as model:
         seconds["load"] = time.perf_counter() - started
         task.measure(name, model, reporter(name, on_progress), seconds)

@@ -313,7 +313,7 @@ def _run(
                 _show(observe, grad, teacher_logits, chunk_labels, start, settings.merged)
             capped = grad.clone() if head.softcap is not None and any(needs) else None
             compared = teacher_logits if settings.uses_teacher else None
-            values[rows] = _values_and_grads_(grad, compared, chunk_labels, settings)
+            values[rows] = values_and_grads_(grad, compared, chunk_labels, settings)
         if any(needs):
             student.through_head_(grad, capped)
             share = None if token_weights is None else token_weights[rows]
@@ -425,7 +425,7 @@ def _accumulate(
             grad_weight += grad.T @ states
 
 
-def _values_and_grads_(
+def values_and_grads_(
     student_logits: Tensor, teacher_logits: Tensor | TopK | None, labels: Tensor | None, settings: LossSettings
 ) -> Tensor:
     """Values `[n]`; ``student_logits`` `[n, vocab]` is overwritten with their gradient, block of rows by block."""

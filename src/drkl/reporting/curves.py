@@ -49,9 +49,11 @@ def training_curves(run: Run) -> tuple[list[Picture], list[Picture]]:
         ("learning_rate", "Learning rate", "as scheduled"),
         ("tokens_per_second", "Speed", "input tokens per second"),
     ]
+    masses = {"teacher_tail_mass": "of its tail", "teacher_mass": "of all"}
     with plot_style():
         groups = [[picture_of(run, *panel) for panel in group] for group in ([*distances(run), loss], optimiser)]
-        groups[0].append(pushes(run))
+        what = "share of its mass in the k tokens; the tail is without the top one"
+        groups[0] += [pushes(run), beside(run, masses, "What is seen of the teacher", what, shares=True)]
     return [p for p in groups[0] if p], [p for p in groups[1] if p]
 
 
@@ -77,7 +79,22 @@ def picture_of(run: Run, key: str, title: str, caption: str) -> Picture | None:
     heldout = [stage.curve(_log_key(key), heldout=True) for stage in run.stages]
     if ends := [(curve.values[0], curve.values[-1]) for curve in heldout if curve]:
         alt += f"; on held-out rows from {ends[0][0]:.3g} at the first check to {ends[-1][1]:.3g} at the last"
-    return Picture(to_svg(figure, f"curve-{key}", alt + "."), title, _as_drawn(caption, ax), alt)
+    return Picture(
+        to_svg(figure, f"curve-{key}", alt + "."), title, _as_drawn(_of_classes([run], key, caption), ax), alt
+    )
+
+
+def _of_classes(runs: Sequence[Run], key: str, caption: str) -> str:
+    """The caption where the teacher was known on k tokens and the rest."""
+    known = [run.on_classes for run in runs]
+    if not any(known):
+        return caption
+    classes = "of k + 1 classes" if all(known) else "some of k + 1 classes"
+    quantity = key.removeprefix(SAMPLED)
+    if quantity in ("fkl", "rkl"):
+        return caption.replace(", nats", f" {classes}, nats", 1)
+    dashed = "the teacher is dashed"
+    return caption.replace(dashed, f"{dashed}, {classes}: a lower bound") if quantity == "entropy" else caption
 
 
 def _as_drawn(caption: str, ax: Axes) -> str:
@@ -102,7 +119,8 @@ def draw_curve(ax: Axes, run: Run, key: str, *, size: float = 11, names: bool = 
     if not seen:
         return False
     seen += _draw_goal(ax, run, key)
-    before = run.value("before", key)
+    # That is over the whole vocabulary, and on another scale than a log of k + 1 classes.
+    before = None if run.on_classes and key in ("fkl", "rkl") else run.value("before", key)
     if before is not None:
         ax.plot([0], [before], marker="o", markersize=6, color=COLORS["before"], clip_on=False, zorder=5)
         seen.append(before)
@@ -144,7 +162,7 @@ def curves_of_runs(runs: Sequence[Run], lines: Sequence[Line], panel: Panel) -> 
     _scale(ax, key, seen)
     _step_axis(ax, max(runs, key=lambda run: run.num_steps), stages=False)
     alt = f"{title} over the optimiser steps: {'; '.join(ends)}."
-    return Picture(to_svg(figure, f"runs-curve-{key}", alt), title, _as_drawn(caption, ax), alt)
+    return Picture(to_svg(figure, f"runs-curve-{key}", alt), title, _as_drawn(_of_classes(runs, key, caption), ax), alt)
 
 
 def _draw_goal(ax: Axes, run: Run, key: str) -> list[float]:
@@ -263,7 +281,9 @@ def _legend(ax: Axes) -> None:
     )
 
 
-def beside(run: Run, names: dict[str, str], title: str, caption: str, *, heldout: bool = False) -> Picture | None:
+def beside(
+    run: Run, names: dict[str, str], title: str, caption: str, *, heldout: bool = False, shares: bool = False
+) -> Picture | None:
     """Two logged quantities in one figure; None where the second was not logged. Needs ``plot_style``.
 
     Args:
@@ -272,6 +292,7 @@ def beside(run: Run, names: dict[str, str], title: str, caption: str, *, heldout
         title: of the figure.
         caption: of the figure.
         heldout: whether they are measured on held-out rows.
+        shares: whether they are shares, from 0 to 1.
     """
     figure, ax = new_figure(WIDTH, HEIGHT)
     tidy(ax)
@@ -287,8 +308,10 @@ def beside(run: Run, names: dict[str, str], title: str, caption: str, *, heldout
             ends.append(f"{name} from {values[0]:.3g} to {values[-1]:.3g}")
     if len(ends) < len(names):
         return None
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(bottom=0, top=1.02 if shares else None)
     ax.locator_params(axis="y", nbins=6)
+    if shares:
+        percent_axis(ax.yaxis)
     _step_axis(ax, run)
     _legend(ax)
     alt = f"{title} over {run.num_steps} optimiser steps: {'; '.join(ends)}."

@@ -71,6 +71,11 @@ def notes(runs: Sequence[Run]) -> list[str]:
     run = runs[0]
     lines = [_basis(run)] if run.evaluation is not None else []
     lines += [str(note) for own in runs if own.evaluation is not None and (note := own.settings.get("teacher_note"))]
+    if any(one.on_classes for one in runs):
+        lines.append(
+            "While training, a teacher was known on its k most probable tokens and all others as one class: the KLs "
+            "and the teacher's entropy in the training curves are of these k + 1 classes, lower bounds."
+        )
     if len(runs) == 1 and not run.is_pair and run.has_teacher and run.task != "classification":
         lines.append(_other_objective(run))
     return lines
@@ -113,6 +118,7 @@ def unevaluated(run: Run) -> str:
     text = f"This run has not been evaluated. `drkl evaluate {run.folder.root}` does that; then write the report again."
     for key, title in (("rkl", "reverse KL"), ("nll", "negative log-likelihood")):
         curve = run.stages[-1].curve(key, heldout=True)
+        title += " of k + 1 classes" if run.on_classes and key == "rkl" else ""
         if curve:
             return (
                 f"{text} At the last check on held-out rows during training, at step {curve.steps[-1]:,.0f}, its "

@@ -132,6 +132,12 @@ class Run:
         return bool(self.config.get("teacher"))
 
     @property
+    def on_classes(self) -> bool:
+        """Whether its log compares with a teacher's k most probable tokens, and all others as one class."""
+        rows = (row for stage in self.stages for row in (*stage.train, *stage.heldout))
+        return any(name.endswith("teacher_mass") for row in rows for name in row)
+
+    @property
     def teacher(self) -> str | None:
         """The teacher's path or id; None without one."""
         names = self.pair_names if self.is_pair else {"teacher": self.section("teacher").get("model")}

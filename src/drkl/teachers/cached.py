@@ -35,7 +35,7 @@ from drkl.teachers.shards import (
     has_kinds,
     save_whole,
 )
-from drkl.teachers.stored import Stored, StoredStates, stored_in
+from drkl.teachers.stored import Stored, StoredStates, StoredTopK, stored_in
 
 HEAD = "head.safetensors"
 SHARD_BYTES = 64 * 2**20
@@ -119,6 +119,11 @@ class TeacherCache:
     def kind(self) -> str:
         """``hidden``, or ``topk``."""
         return self.stored.kind
+
+    @property
+    def k(self) -> int | None:
+        """How many logits are known at a position, with the others in sum; None for all."""
+        return self.stored.k if isinstance(self.stored, StoredTopK) else None
 
     def hidden_at(
         self, batch: Mapping[str, Tensor], keep: Tensor, *, labels: Tensor | None = None, remember: bool = True
@@ -265,7 +270,7 @@ def check_same_text(samples: bool) -> None:
 
 def write_states(
     folder: Path,
-    teacher: LiveTeacher,
+    teacher: LiveTeacher | TeacherCache,
     batches: Sequence[Batch],
     about: Mapping[str, Any],
     *,
@@ -279,7 +284,7 @@ def write_states(
 
     Args:
         folder: the cache's.
-        teacher: on its device.
+        teacher: on its device; a cache of states, for largest logits made of them.
         batches: as training reads them and in its order; each is asked for twice.
         about: what the cache is of.
         stored: what is kept at each position; None is the teacher's states.
@@ -371,7 +376,7 @@ def other_tokenizer(folder: Path) -> DrklError:
 
 def _write(
     writer: ShardWriter,
-    teacher: LiveTeacher,
+    teacher: LiveTeacher | TeacherCache,
     batches: Sequence[Batch],
     stored: Stored,
     shards: Sequence[Sequence[CacheRow]],
@@ -400,7 +405,7 @@ def _write(
         writer.write(number, {name: torch.cat([found[row][name] for row in shards[number]]) for name in names})
 
 
-def states_of(teacher: LiveTeacher) -> StoredStates:
+def states_of(teacher: LiveTeacher | TeacherCache) -> StoredStates:
     """What is kept of a teacher's states."""
     head = teacher.head
     width = int(teacher.model.config.num_labels or 0) if head is None else int(head.weight.shape[1])

@@ -26,6 +26,9 @@ class LiveTeacher:
     The model may be somebody else's: its training mode and its ``requires_grad`` flags are as before after every call.
     """
 
+    k: int | None = None
+    """How many logits are known at a position, with the others in sum; None for all."""
+
     def __init__(self, model: PreTrainedModel, remember_mb: int = 0) -> None:
         """
         Args:

@@ -49,7 +49,8 @@ def cache_teacher(
     """Write what a teacher knows of the rows of a run into a folder, and open it.
 
     Args:
-        teacher_model: the teacher, as `DistillationTrainer` takes it.
+        teacher_model: the teacher, as `DistillationTrainer` takes it. Of a cache of hidden states one of kind ``topk``
+            is made without running the teacher.
         train_dataset: training rows, likewise; all of them are read, whatever ``max_steps`` is.
         eval_dataset: held-out rows, likewise.
         model: the student, likewise; it is left as it is. Its context decides how long a row may be.
@@ -102,8 +103,10 @@ def write_cache(
     """
     check_kind(kind, k, temperatures)
     pair = runs[0][0]
-    if not isinstance(pair.teacher, LiveTeacher):
-        raise DrklError("There is no teacher to cache; expected a teacher_model with weights.")
+    if pair.teacher is None:
+        raise DrklError("There is no teacher to cache; expected a teacher_model.")
+    if isinstance(pair.teacher, TeacherCache):
+        check_made_of(pair.teacher, kind, fill=fill)
     if not 0 <= part < parts:
         raise DrklError(f"part is {part} of {parts}; expected a number from 0 to {parts - 1}.")
     if fill and (parts != 1 or kind != "hidden" or k is not None or temperatures):
@@ -115,11 +118,12 @@ def write_cache(
     every = _Batches(runs)
     about = {
         "drkl": __version__,
-        "teacher": {"name": pair.teacher_name, "fingerprint": model_fingerprint(pair.teacher.model)},
+        "teacher": _about_teacher(pair),
         "tokenizer": {"fingerprint": tokenizer_fingerprint(pair.words)},
         "data": [_data_settings(own, args) for own, args in runs],
     }
     if fill:
+        assert isinstance(pair.teacher, LiveTeacher), "a cache is refused above"
         add_states(folder, pair.teacher, every, about, progress=progress)
         return TeacherCache.open(folder)
     finished = write_states(
@@ -134,6 +138,23 @@ def write_cache(
         progress=progress,
     )
     return TeacherCache.open(folder) if finished else None
+
+
+def check_made_of(cache: TeacherCache, kind: str, *, fill: bool = False) -> None:
+    """Raise DrklError unless a cache of this kind can be made of another cache: largest logits of hidden states."""
+    if cache.kind == "hidden" and kind == "topk" and not fill:
+        return
+    raise DrklError(
+        f"The teacher is the cache {str(cache.folder)!r}, of kind {cache.kind}. Of a cache of hidden states one of "
+        "kind topk can be made; for anything else give the teacher itself (leave teacher.cache out)."
+    )
+
+
+def _about_teacher(pair: Pair) -> dict[str, Any]:
+    if isinstance(pair.teacher, TeacherCache):
+        return dict(pair.teacher.manifest["teacher"])
+    assert pair.teacher is not None
+    return {"name": pair.teacher_name, "fingerprint": model_fingerprint(pair.teacher.model)}
 
 
 def _topk(runs: Sequence[tuple[Pair, DistillationConfig]], k: int | None, temperatures: Sequence[float]) -> Stored:

@@ -119,7 +119,7 @@ def estimate_cache(
         DrklError: whatever `cache_states` would refuse before the teacher is loaded.
     """
     check_kind(kind, k, temperatures)
-    teacher = check_cached(specs)
+    teacher = check_cached(specs, kind)
     prepared = prepare(specs, Listener())
     config = load_config(teacher.source, **teacher.source_options)
     start = decoder_start(config)
@@ -137,6 +137,7 @@ def estimate_cache(
     rate = _flops_per_second(dtype, prepared.resources.device)
     read = [sum(2 * body * row.length for row in part.train) / rate for part in loaded]
     logits = 2 * _head_size(config) * positions if kind == "topk" else 0
+    run = 0 if teacher.cache is not None else sum(2 * body * row.length for row in distinct.values())
     return {
         **stored.described(),
         "rows": len(distinct),
@@ -147,7 +148,7 @@ def estimate_cache(
             for name, one in kinds.items()
         },
         "cache_mib": round((positions * (stored.bytes_per_position + index) + head) / 2**20, 1),
-        "estimated_seconds": round((sum(2 * body * row.length for row in distinct.values()) + logits) / rate, 1),
+        "estimated_seconds": round((run + logits) / rate, 1),
         "saved_seconds_per_epoch": [round(seconds, 1) for seconds in read],
         "pays": "from the second epoch over the rows on, and with every further student, objective or seed",
     }

@@ -63,13 +63,15 @@ class HeldOut:
         All come from one product with each head.
         """
         head = output_head(model)
+        compares = loss.kd_weight > 0 and objective.needs_teacher
+        temperature = loss.temperature if compares else 1.0
         sums: dict[str, float] = {}
         for index, batch in enumerate(self._batches):
             hidden = batch.states(model)
             labels = batch.labels.to(hidden.device)
             teacher_hidden = self._teacher_states(index, hidden.device)
             for part in chunks(labels.numel()):
-                statistics = StatisticsSums(temperature=loss.temperature)
+                statistics = StatisticsSums(temperature=temperature)
                 values = loss_of(
                     hidden[part],
                     head,

@@ -31,6 +31,7 @@ from drkl.training.config import OWN_ARGUMENTS, OWNED, TrainingConfig
 from drkl.training.environment import describe_environment, now
 from drkl.training.loading import plain_options
 from drkl.training.pair import Pair
+from drkl.training.sparse import card_note, describe_sparse
 
 _SETTLED = (
     "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps", "average_tokens_across_devices",
@@ -82,6 +83,7 @@ class RunRecord:
             "data": describe_data(self.pair),
             "vocabulary": self.pair.vocabulary,
             "merged_ids": [*self.pair.merged_ids],
+            "topk": describe_sparse(self.pair),
             "ends": None if self.pair.ends is None else self.pair.ends.as_record(),
             "parameters": count_parameters(self.pair),
             "started": self.run.read_env().get("started", now()) if resumed else now(),
@@ -157,7 +159,7 @@ class RunRecord:
 
     def _card(self, state: TrainerState) -> str:
         pair = self.pair
-        note = _teacher_note(pair)
+        note = "\n\n".join(filter(None, (_teacher_note(pair), card_note(pair)))) or None
         kind = "classifier" if pair.classes else "encoder_decoder" if is_encoder_decoder(pair.student) else "decoder"
         if pair.adapter is not None and self.export == "adapter":
             base = (self.config or {}).get("student", {}).get("model") or pair.student_name

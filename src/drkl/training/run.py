@@ -29,7 +29,7 @@ from drkl.teachers.live import LiveTeacher
 from drkl.teachers.shards import filling
 from drkl.teachers.stored import check_kind
 from drkl.teachers.teacher import Teacher
-from drkl.training.caching import write_cache
+from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import keep_only, newest_checkpoint
 from drkl.training.checks import check_device, check_folder
@@ -270,14 +270,14 @@ def fill_cache(prepared: Prepared) -> None:
     prepared.resources.open_again(config)
 
 
-def check_cached(specs: Sequence[RunSpec]) -> TeacherConfig:
-    """Return the teacher whose states can be cached for a run, or raise DrklError."""
+def check_cached(specs: Sequence[RunSpec], kind: str = "hidden") -> TeacherConfig:
+    """Return the teacher of which a cache of a kind can be made for a run, or raise DrklError."""
     teacher = specs[0].teacher
     if teacher is None:
         raise DrklError("The config has teacher: null, so there is nothing to cache.")
     check_same_text(any(spec.rollouts.is_on for spec in specs))
     if teacher.cache is not None:
-        raise DrklError(f"teacher.cache is {teacher.cache!r} already; leave it out to make a cache.")
+        check_made_of(TeacherCache.of(teacher), kind)
     return teacher
 
 
@@ -312,7 +312,7 @@ def cache_states(
         DrklError: there is no teacher, answers are sampled, or what `write_cache` refuses.
     """
     check_kind(kind, k, temperatures)
-    check_cached(specs)
+    check_cached(specs, kind)
     prepared = prepare(specs, listener or Listener())
     with TemporaryDirectory() as unused:
         # A later stage starts from a student that is not trained yet; any student has the same rows.

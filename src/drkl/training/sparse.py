@@ -66,25 +66,18 @@ def sparse_notes(pair: Pair, args: DistillationConfig) -> list[str]:
         pair: the teacher is asked for its first rows.
         args: the loss of the run.
     """
-    if (
-        pair.teacher is None
-        or pair.classes is not None
-        or not learns_from_teacher(args)
-        or pair.teacher.head is not None
-    ):
+    if pair.teacher is None or pair.teacher.k is None or not learns_from_teacher(args):
         return []
-    masses, tails, k = list[torch.Tensor](), list[torch.Tensor](), 0
+    masses, tails = list[torch.Tensor](), list[torch.Tensor]()
     for batch in batches(_first_rows(pair), pad_id=pair.pad_id, decoder_start=decoder_start(pair.student)):
         known = pair.teacher.states(batch)
-        if not isinstance(known, TopK):
-            return []
+        assert isinstance(known, TopK)
         mass, tail = known.masses(args.temperature)
         masses.append(mass)
         tails.append(tail)
-        k = known.ids.shape[-1]
     if not masses:
         return []
-    objective, mass, tail = args.make_objective(), torch.cat(masses), torch.cat(tails)
+    k, objective, mass, tail = pair.teacher.k, args.make_objective(), torch.cat(masses), torch.cat(tails)
     near = ""
     if on_classes(objective) == "approximation":
         near = f" The value of {objective.name} is an approximation then, and no lower bound."
@@ -93,6 +86,23 @@ def sparse_notes(pair: Pair, args: DistillationConfig) -> list[str]:
         f"positions the {k} have {_percent(mass)} of its mass, and {_percent(tail)} of what is beside the most "
         f"probable one.{near} The probe of `drkl cache` says what that loses."
     ]
+
+
+def describe_sparse(pair: Pair) -> dict[str, Any] | None:
+    """For ``env.json``: how much was known of the teacher, and what the log's numbers are then; None where all was."""
+    if pair.teacher is None or pair.teacher.k is None:
+        return None
+    return {
+        "k": pair.teacher.k,
+        "log": "the KLs and the teacher's entropy are of k + 1 classes, lower bounds; the agreement is exact",
+    }
+
+
+def card_note(pair: Pair) -> str | None:
+    """For the model card: how much was known of the teacher; None where all was."""
+    if pair.teacher is None or pair.teacher.k is None:
+        return None
+    return f"It learnt from its teacher's {pair.teacher.k} most probable tokens, with all others as one class."
 
 
 def _first_rows(pair: Pair) -> list[Any]:
