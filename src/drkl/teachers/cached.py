@@ -112,6 +112,11 @@ class TeacherCache:
         return self._rows.manifest
 
     @property
+    def device(self) -> torch.device:
+        """Where the head is."""
+        return self._device
+
+    @property
     def kind(self) -> str:
         """``hidden``, or ``topk``."""
         return self.stored.kind

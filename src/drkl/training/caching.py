@@ -158,7 +158,9 @@ def _about_teacher(pair: Pair) -> dict[str, Any]:
     if isinstance(pair.teacher, TeacherCache):
         return dict(pair.teacher.manifest["teacher"])
     assert pair.teacher is not None
-    return {"name": pair.teacher_name, "fingerprint": _fingerprint(pair.teacher)}
+    if isinstance(pair.teacher, ServedTeacher):  # no more is known of it than its name
+        return {"name": pair.teacher_name, "fingerprint": f"served as {pair.teacher.name}"}
+    return {"name": pair.teacher_name, "fingerprint": model_fingerprint(pair.teacher.model)}
 
 
 def _topk(runs: Sequence[tuple[Pair, DistillationConfig]], k: int | None, temperatures: Sequence[float]) -> Stored:
@@ -170,11 +172,6 @@ def _topk(runs: Sequence[tuple[Pair, DistillationConfig]], k: int | None, temper
     if isinstance(pair.teacher, ServedTeacher):
         shared, every = pair.teacher.vocab_size, []
     return topk_to_store(k, every, shared, pair.teacher.model.dtype, classifies=classifies)
-
-
-def _fingerprint(teacher: LiveTeacher | ServedTeacher) -> str:
-    """What tells one teacher from another of its name; of a served one no more is known."""
-    return model_fingerprint(teacher.model) if isinstance(teacher, LiveTeacher) else f"served as {teacher.name}"
 
 
 def _data_settings(pair: Pair, args: DistillationConfig) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from drkl.training.spec import (
     run_ends,
     run_room,
     run_tokenizer,
+    start_of,
     teacher_tokenizer,
     tokenizer_name,
     training_config,
@@ -294,7 +295,7 @@ def fill_cache(prepared: Prepared) -> None:
 def check_cached(
     specs: Sequence[RunSpec], kind: str = "hidden", k: int | None = None, temperatures: Sequence[float] = ()
 ) -> TeacherConfig:
-    """Return the teacher that can be cached for a run, or raise DrklError; arguments as `cache_states`'s."""
+    """Return the teacher of which a cache can be made for a run, or raise DrklError; arguments as `cache_states`'s."""
     teacher = specs[0].teacher
     if teacher is None:
         raise DrklError("The config has teacher: null, so there is nothing to cache.")
@@ -414,8 +415,8 @@ def _make_trainer(spec: RunSpec, prepared: Prepared) -> DistillationTrainer:
     teacher = resources.teacher(spec.teacher)
     tokenizer = resources.tokenizer(prepared.tokenizer_name)
     teacher_name = spec.teacher.model if spec.teacher else None
-    student_source = spec.teacher.student_source if spec.teacher else None
-    student = make_student(spec.student, student_source, spec.run.seed, tokenizer, resources.classes)
+    start = start_of(spec.student, spec.teacher)
+    student = make_student(spec.student, start, spec.run.seed, tokenizer, resources.classes)
     loaded = prepared.rows(spec)
     reader = resources.teacher_tokenizer
     train = TokenisedRows(loaded.train, loaded.report, shared, spec.data.name, reader)
