@@ -26,12 +26,12 @@ from benchmarks.rollouts import Case
 from benchmarks.rows import Row, commit, processor, spread, write_rows
 from benchmarks.vllm_server import Server, free_address
 from drkl._version import __version__
+from drkl.client import Client, host_and_port
 from drkl.models.load import quiet_transformers
 from drkl.rollouts.answers import Request
-from drkl.rollouts.client import Client, host_and_port
 from drkl.rollouts.config import RolloutsConfig
 from drkl.rollouts.served import serve_command, served_copy, write_served
-from drkl.rollouts.server import ServerWriter
+from drkl.rollouts.server import CALLER, ServerWriter
 
 RESULTS = Path(__file__).parent / "results" / "rollouts_vllm.csv"
 STARTUP = 1800
@@ -71,7 +71,7 @@ def main() -> None:
         try:
             if not server.wait(STARTUP):
                 raise SystemExit("The server did not start; its messages stand above.")
-            version = str(Client(server.address, 60.0).ask("/version")["version"])
+            version = str(Client(server.address, 60.0, CALLER).ask("/version")["version"])
             config = RolloutsConfig(share=1.0, generator="vllm", server=server.address, batch_size=len(case.rows))
             prompts = [row.sampling_ids for row in case.rows]
             writer = ServerWriter(

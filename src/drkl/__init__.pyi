@@ -39,6 +39,7 @@ from .reporting.page import report as report
 from .run_models import analyze_run as analyze_run
 from .run_models import evaluate_run as evaluate_run
 from .teachers.cached import TeacherCache as TeacherCache
+from .teachers.served import ServedTeacher as ServedTeacher
 from .training.arguments import DistillationConfig as DistillationConfig
 from .training.caching import cache_teacher as cache_teacher
 from .training.trainer import DistillationTrainer as DistillationTrainer

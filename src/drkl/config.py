@@ -32,6 +32,7 @@ from drkl.training.config import (
     choose_one,
     default_warmup,
 )
+from drkl.training.served import check_settings
 from drkl.training.spec import RunSpec
 
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -111,6 +112,8 @@ class Config(BaseModel):
             )
         if self.rollouts.is_on and self.teacher is None:
             raise ValueError("rollouts.share is above 0, but teacher is null: nothing would judge the sampled answers")
+        if self.teacher is not None and self.teacher.is_served:
+            check_settings(self.objective.make(), self.loss, self.rollouts)
         self._check_classification()
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
@@ -128,6 +131,10 @@ class Config(BaseModel):
             (self.data.turns != "last", "data.turns is about conversations"),
             (self.data.template != "auto", "data.template is about prompts; a classifier reads the text as it is"),
             (self.student.encoder_layers is not None, "student.encoder_layers is about language models"),
+            (
+                self.teacher is not None and self.teacher.server is not None,
+                "teacher.server is of language models",
+            ),
             (self.rollouts.is_on, "rollouts.share is above 0: classifiers write no answers"),
             (any(s.weight != 1 for s in self.data.sources), "data.sources[].weight repeats rows of language models"),
         ]
@@ -200,7 +207,8 @@ def resolve(config: Config) -> dict[str, Any]:
         del values["evaluation"]["max_new_tokens"]  # an evaluation fits it to the models and the prompts
     device = pick_device(config.run.device)
     values["run"]["device"] = device.type
-    if config.teacher is not None:
+    # What a cache or a server has is in the dtype that it is in, whatever this machine is fast at.
+    if config.teacher is not None and config.teacher.cache is None and not config.teacher.is_served:
         values["teacher"]["dtype"] = resolve_dtype(config.teacher.dtype, device)
     values["training"] = config.training.resolved()
     values["training"]["precision"] = resolve_dtype(config.training.precision, device)

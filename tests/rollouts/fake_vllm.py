@@ -22,19 +22,25 @@ class Drop(Exception):
     """Raised by a fault: the connection breaks."""
 
 
+class Cut(Exception):
+    """Raised by a fault: the connection breaks in the middle of an answer."""
+
+
 class FakeVllm:
     """What one server holds, and what it was asked.
 
     Args:
         model: what it starts with.
-        facts: in the place of the right ones: name, version, dtype, max_model_len, root, vocabulary.
+        tokenizer: of ``/tokenize``; None where there is no such route.
+        facts: in the place of the right ones: name, version, dtype, max_model_len, root, vocabulary, max_logprobs, key.
     """
 
-    def __init__(self, model: PreTrainedModel, **facts: Any) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None, **facts: Any) -> None:
         self.start = self.model = model
+        self.tokenizer = tokenizer
         self.facts: dict[str, Any] = {
             "name": "student", "version": "0.32.0", "dtype": "torch.float32", "max_model_len": 96, "root": "nowhere",
-            "vocabulary": model.config.vocab_size,
+            "vocabulary": model.config.vocab_size, "max_logprobs": 20,
         } | facts  # fmt: skip
         self.asked: list[tuple[str, Any]] = []
         self.fault: Fault | None = None
@@ -72,10 +78,23 @@ class FakeVllm:
         if path == "/v1/completions":
             if body["model"] != self.facts["name"]:
                 return 404, json.dumps({"error": {"message": f"The model `{body['model']}` does not exist."}})
+            if isinstance(body["prompt"], str):
+                return 200, json.dumps({"choices": [{"index": 0, "prompt_token_ids": self._ids(body)}]})
+            if len(body["prompt"]) + body["max_tokens"] > self.facts["max_model_len"]:
+                return 400, json.dumps({"error": {"message": "The prompt is longer than the maximum model length"}})
+            if (asked := body.get("prompt_logprobs", 0)) > (most := self.facts["max_logprobs"]):
+                words = f"Requested prompt logprobs of {asked}, which is greater than max allowed: {most}"
+                return 400, json.dumps({"error": {"message": words}})
             if max(body["prompt"]) >= self.facts["vocabulary"]:
                 return 400, json.dumps({"error": {"message": f"Token id {max(body['prompt'])} is out of vocabulary"}})
             return 200, json.dumps(self._complete(body))
+        if path == "/tokenize" and self.tokenizer is not None:
+            return 200, json.dumps({"tokens": self._ids(body), "max_model_len": self.facts["max_model_len"]})
         return 404, json.dumps({"detail": "Not Found"})
+
+    def _ids(self, body: Any) -> list[int]:
+        ids: list[int] = self.tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"])["input_ids"]
+        return ids
 
     def _reload(self, folder: Path) -> tuple[int, str]:
         if not (folder / "model.safetensors").is_file():
@@ -88,15 +107,20 @@ class FakeVllm:
 
     @torch.no_grad()
     def _complete(self, body: Any) -> Any:
-        numbers = torch.Generator().manual_seed(body["seed"])
+        if "prompt_logprobs" in body:
+            return self.scored(body)
+        numbers = torch.Generator().manual_seed(body.get("seed", 0))
         ids, logprobs, reason = list(body["prompt"]), [], "length"
         for _ in range(min(body["max_tokens"], self.facts["max_model_len"] - len(body["prompt"]))):
             logp = self.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
             scores = logp.clone()
             for token, bias in body.get("logit_bias", {}).items():
                 scores[int(token)] += bias
-            probabilities = (scores / body["temperature"]).softmax(-1)
-            ids.append(int(torch.multinomial(probabilities, 1, generator=numbers)))
+            if body["temperature"] == 0:
+                ids.append(int(scores.argmax()))
+            else:
+                probabilities = (scores / body["temperature"]).softmax(-1)
+                ids.append(int(torch.multinomial(probabilities, 1, generator=numbers)))
             logprobs.append(float(logp[ids[-1]]))
             if ids[-1] in body.get("stop_token_ids", ()):
                 reason = "stop"
@@ -107,6 +131,27 @@ class FakeVllm:
             "prompt_token_ids": body["prompt"],
         }  # fmt: skip
         return {"choices": [choice]}
+
+    @torch.no_grad()
+    def scored(self, body: Any) -> Any:
+        """A completion with the log-probabilities of its prompt: the k best at each place, and the token there."""
+        prompt, k = body["prompt"], body["prompt_logprobs"]
+        logp = self.model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+        entries: list[Any] = [None]
+        for place, token in enumerate(prompt[1:]):
+            best = logp[place].topk(min(k, len(logp[place]))).indices.tolist()
+            ranks = {number: rank for rank, number in enumerate(best, start=1)}
+            entry = {
+                str(number): {
+                    "logprob": float(logp[place, number]),
+                    "rank": ranks.get(number, 99),
+                    "decoded_token": "?",
+                }
+                for number in dict.fromkeys([token, *best])
+            }
+            entries.append(entry)
+        choice = {"index": 0, "text": "?", "finish_reason": "length", "prompt_logprobs": entries}
+        return {"choices": [choice | ({"prompt_token_ids": prompt} if body.get("return_token_ids") else {})]}
 
 
 @contextmanager
@@ -121,14 +166,18 @@ def serving(fake: FakeVllm) -> Iterator[FakeVllm]:
             self._do(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
         def _do(self, body: Any) -> None:
+            missing = 0
             try:
                 status, text = fake.answer(self.path, body)
             except Drop:
                 self.close_connection = True
                 return
+            except Cut:
+                status, text, missing = 200, '{"choices": [', 99
             content = text.encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", str(len(content) + missing))
+            self.close_connection = missing > 0
             self.end_headers()
             self.wfile.write(content)
 
@@ -179,5 +228,22 @@ def slow(seconds: float) -> Fault:
     def fault(fake: FakeVllm, where: str, body: Any) -> None:
         if where == "/v1/completions":
             time.sleep(seconds)
+
+    return fault
+
+
+def rescored(change: Callable[[Any], Any], *, after: int = 0) -> Fault:
+    """A fault: the answers to scored prompts with their choice changed, after so many right ones."""
+    seen = [0]
+
+    def fault(fake: FakeVllm, where: str, body: Any) -> tuple[int, str] | None:
+        if where != "/v1/completions" or "prompt_logprobs" not in body:
+            return None
+        seen[0] += 1
+        if seen[0] <= after:
+            return None
+        answer = fake.scored(body)
+        answer["choices"] = change(answer["choices"])
+        return 200, json.dumps(answer)
 
     return fault

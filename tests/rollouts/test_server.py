@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from drkl import client
 from drkl.errors import DrklError
 from drkl.models.adapter import add_adapter
-from drkl.rollouts import client
 from drkl.rollouts.answers import Request
 from drkl.rollouts.config import RolloutsConfig
-from drkl.rollouts.server import ServerWriter
+from drkl.rollouts.server import CALLER, ServerWriter
 from tests.models import tiny
 from tests.rollouts.fake_vllm import Drop, FakeVllm, changed, on, serving, slow
 
@@ -343,14 +343,14 @@ def test_what_no_server_should_send(raw: bytes, message: str, monkeypatch: pytes
     monkeypatch.setattr(client, "WAITS", ())
     monkeypatch.setattr(client, "_LARGEST", 800)
     for address in answering(raw):
-        asker = client.Client(address, 20.0)
+        asker = client.Client(address, 20.0, CALLER)
         with pytest.raises(DrklError, match=message) as raised:
             asker.patiently(partial(asker.ask, "/version"))
     assert str(raised.value).isprintable()
 
 
 def test_https_where_there_is_none_is_named(fake: FakeVllm) -> None:
-    asker = client.Client(fake.address.replace("http:", "https:"), 20.0)
+    asker = client.Client(fake.address.replace("http:", "https:"), 20.0, CALLER)
     with pytest.raises(DrklError, match=r"over https: .* Give its address with http://.* SSL_CERT_FILE"):
         asker.patiently(lambda: asker.ask("/version"))
 
@@ -358,7 +358,7 @@ def test_https_where_there_is_none_is_named(fake: FakeVllm) -> None:
 def test_no_proxy_is_used(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    assert client.Client(fake.address, 20.0).ask("/version") == {"version": "0.32.0"}
+    assert client.Client(fake.address, 20.0, CALLER).ask("/version") == {"version": "0.32.0"}
 
 
 def test_another_model_is_refused_before_it_gets_weights(
@@ -407,7 +407,7 @@ def test_an_address_may_end_in_v1(student: PreTrainedModel, fake: FakeVllm, tmp_
 
 def test_a_path_stands_before_every_route(fake: FakeVllm) -> None:
     with pytest.raises(DrklError, match=r"/gpu/0/v1/ refuses /version \(HTTP 404\)"):
-        client.Client(fake.address + "/gpu/0/v1/", 20.0).ask("/version")
+        client.Client(fake.address + "/gpu/0/v1/", 20.0, CALLER).ask("/version")
     assert fake.asked == [("/gpu/0/version", None)]
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from drkl import client
 from drkl.errors import DrklError
 from drkl.models.student import make_student
-from drkl.rollouts import client
 from tests.command_line import Cli
 from tests.models import tiny
 from tests.rollouts.fake_vllm import Drop, FakeVllm, serving

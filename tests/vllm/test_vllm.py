@@ -16,13 +16,13 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.vllm_server import Server, free_address
+from drkl.client import Client
 from drkl.errors import DrklError
 from drkl.models.adapter import add_adapter
 from drkl.rollouts import served
 from drkl.rollouts.answers import Request
-from drkl.rollouts.client import Client
 from drkl.rollouts.config import RolloutsConfig
-from drkl.rollouts.server import TOLERANCE, ServerWriter
+from drkl.rollouts.server import CALLER, TOLERANCE, ServerWriter
 from drkl.runs import RunFolder
 from tests.models import tiny
 from tests.training import tiny_runs
@@ -186,7 +186,7 @@ def test_what_the_server_refuses_is_named(server: Server, student: PreTrainedMod
     with pytest.raises(DrklError, match=r"does not read token 79|vocab_size 64 and not 80"):
         writer(larger, server, tmp_path).sync(larger, 0)
     with pytest.raises(DrklError, match=r"does not exist"):
-        Client(server.address, 60.0).ask("/v1/completions", {"model": "other", "prompt": [5]})
+        Client(server.address, 60.0, CALLER).ask("/v1/completions", {"model": "other", "prompt": [5]})
     writer(student, server, tmp_path).sync(student, 0)  # none of it harmed the server
 
 

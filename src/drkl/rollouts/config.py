@@ -7,11 +7,11 @@ import os
 import re
 from numbers import Integral
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from drkl.client import has_name_or_password, is_address
 from drkl.data.lengths import Room
 
 PREFIX = "rollout_"
@@ -105,7 +105,7 @@ class RolloutsConfig(BaseModel):
     @field_validator("server")
     @classmethod
     def _check_server(cls, value: str | None) -> str | None:
-        if value is not None and not _is_address(value):
+        if value is not None and not is_address(value):
             raise _expected("expected an address such as http://127.0.0.1:8000")
         return value
 
@@ -133,7 +133,7 @@ class RolloutsConfig(BaseModel):
                 f"{PREFIX}source is {self.source!r} and {PREFIX}generator 'vllm': {reasons[self.source]}; set "
                 f"{PREFIX}generator='builtin'"
             )
-        if self.server is not None and "@" in urlsplit(self.server).netloc:
+        if self.server is not None and has_name_or_password(self.server):
             raise ValueError(
                 f"{PREFIX}server has a name or a password in it, which would stand in the run's files; give the "
                 "address alone, and the server's key in the environment variable VLLM_API_KEY"
@@ -249,16 +249,3 @@ def _read_share(value: Any) -> float | ShareRamp:
 def _expected(text: str) -> PydanticCustomError:
     """An error beside which the value that came is shown."""
     return PydanticCustomError("expected", "{text}", {"text": text})
-
-
-def _is_address(text: str) -> bool:
-    """Whether this is http or https, a host, and a port and a path or neither: nothing that would not be sent."""
-    try:
-        parts = urlsplit(text)
-        host, port = parts.hostname or "", parts.port
-        host.encode("idna")  # as a socket does
-    except ValueError:
-        return False
-    is_plain = text.isprintable() and " " not in text and not parts.query and not parts.fragment
-    is_path = re.fullmatch(r"(/[\w.~@-]+)*/*", parts.path, re.ASCII) is not None
-    return is_plain and is_path and parts.scheme in ("http", "https") and bool(host.strip(".")) and port != 0

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from drkl.client import GO_ON, Caller, Client, Refused, printable
 from drkl.data.examples import hash_of_id
 from drkl.errors import DrklError
 from drkl.models.check import own_logits, plain_ids
 from drkl.models.forward import in_eval_mode
 from drkl.rollouts.answers import Answer, Request
-from drkl.rollouts.client import GO_ON, Client, Refused, printable
 from drkl.rollouts.config import RolloutsConfig
 from drkl.rollouts.served import check_servable, served_copy, write_served
 
@@ -42,6 +42,18 @@ _SIZES = (
     "n_head", "num_key_value_heads", "head_dim", "intermediate_size", "n_inner",
 )  # fmt: skip
 """Fields of a config by which another model is known."""
+
+CALLER = Caller(
+    server="The vLLM server",
+    setting="rollout_server",
+    start="Start it, or start it again, with `drkl rollout-server CONFIG`.",
+    faster="Raise rollout_server_timeout, or lower rollout_batch_size or rollout_max_new_tokens",
+    no_route=(
+        "The routes for new weights exist only where the server was started with VLLM_SERVER_DEV_MODE=1, as `drkl "
+        "rollout-server CONFIG` does it."
+    ),
+    keys=("VLLM_API_KEY",),
+)
 
 _log = logging.getLogger("drkl")
 
@@ -79,7 +91,7 @@ class ServerWriter:
         self._prompts = [list(prompt)[:_LONGEST_PROBE] for prompt in prompts[:PROBES] if prompt]
         if not self._prompts:
             self._prompts = [plain_ids(student, 8)]
-        self._client = Client(config.server, config.server_timeout)
+        self._client = Client(config.server, config.server_timeout, CALLER)
         self._model = ""
         """The served model's name; empty until the server was looked at."""
         self._longest: int | None = None

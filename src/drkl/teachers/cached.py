@@ -24,6 +24,7 @@ from drkl.models.precision import DTYPES
 from drkl.models.readout import Batch, to_batch
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import (
     DIGEST_BYTES,
     MANIFEST,
@@ -32,6 +33,7 @@ from drkl.teachers.shards import (
     ShardFiller,
     ShardReader,
     ShardWriter,
+    differences,
     has_kinds,
     save_whole,
 )
@@ -270,7 +272,7 @@ def check_same_text(samples: bool) -> None:
 
 def write_states(
     folder: Path,
-    teacher: LiveTeacher | TeacherCache,
+    teacher: LiveTeacher | TeacherCache | ServedTeacher,
     batches: Sequence[Batch],
     about: Mapping[str, Any],
     *,
@@ -296,7 +298,9 @@ def write_states(
     Raises:
         DrklError: the folder holds another cache, values are not finite, or the disk is full.
     """
-    stored = states_of(teacher) if stored is None else stored
+    if stored is None:
+        assert isinstance(teacher, LiveTeacher), "a server has no states"
+        stored = states_of(teacher)
     shards, members = _plan(batches, stored)
     with ShardWriter(folder, {**stored.described(), **about}, shards, part=part, parts=parts) as writer:
         _write(writer, teacher, batches, stored, shards, members, progress)
@@ -306,7 +310,7 @@ def write_states(
 
 def add_states(
     folder: Path,
-    teacher: LiveTeacher,
+    teacher: LiveTeacher | ServedTeacher,
     batches: Sequence[Batch],
     about: Mapping[str, Any],
     *,
@@ -335,11 +339,18 @@ def add_states(
     return sum(map(len, shards))
 
 
-def _check_same(cache: TeacherCache, teacher: LiveTeacher, about: Mapping[str, Any]) -> None:
+def _check_same(cache: TeacherCache, teacher: LiveTeacher | ServedTeacher, about: Mapping[str, Any]) -> None:
     """Raise DrklError where a teacher or a tokenizer is not the one that a cache is of."""
     if cache.manifest["tokenizer"] != about["tokenizer"]:
         raise other_tokenizer(cache.folder)
-    if teacher.model.dtype != cache.stored.dtype:
+    if isinstance(teacher, ServedTeacher):
+        known = StoredTopK(teacher.top_k, (1.0,), teacher.vocab_size or 0, cache.stored.dtype)
+        if other := differences(cache.stored.described(), known.described()):
+            raise DrklError(
+                f"The teacher's server does not give what the cache {str(cache.folder)!r} has: {other}. Make a cache "
+                "of what it gives, or set teacher.top_k to the cache's k."
+            )
+    elif teacher.model.dtype != cache.stored.dtype:
         dtypes = [str(dtype).removeprefix("torch.") for dtype in (teacher.model.dtype, cache.stored.dtype)]
         raise DrklError(
             f"The teacher is in {dtypes[0]}, and the cache {str(cache.folder)!r} is of one in {dtypes[1]}. Load the "
@@ -376,7 +387,7 @@ def other_tokenizer(folder: Path) -> DrklError:
 
 def _write(
     writer: ShardWriter,
-    teacher: LiveTeacher | TeacherCache,
+    teacher: LiveTeacher | TeacherCache | ServedTeacher,
     batches: Sequence[Batch],
     stored: Stored,
     shards: Sequence[Sequence[CacheRow]],
@@ -386,6 +397,8 @@ def _write(
     """Write the shards of a plan that are not there yet."""
     todo = writer.missing
     read = stored.reader(teacher) if todo else None
+    if isinstance(teacher, ServedTeacher):
+        teacher.expect(batches[place] for number in todo for place in members[number])
     done, of = 0, sum(len(members[number]) for number in todo)
     for number in todo:
         assert read is not None

@@ -22,11 +22,13 @@ from drkl.models.load import words_of
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, Batch, batches, to_batch
 from drkl.teachers.cached import TeacherCache, add_states, check_same_text, write_states
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import filling, writing
 from drkl.teachers.stored import Stored, check_kind, topk_to_store
 from drkl.training.arguments import DistillationConfig
 from drkl.training.pair import Pair, make_pair
 from drkl.training.plan import plan_run
+from drkl.training.served import check_served_kind
 
 
 def cache_teacher(
@@ -107,6 +109,8 @@ def write_cache(
         raise DrklError("There is no teacher to cache; expected a teacher_model.")
     if isinstance(pair.teacher, TeacherCache):
         check_made_of(pair.teacher, kind, fill=fill)
+    if isinstance(pair.teacher, ServedTeacher) and not fill:
+        k = check_served_kind(kind, k, pair.teacher.top_k, temperatures)
     if not 0 <= part < parts:
         raise DrklError(f"part is {part} of {parts}; expected a number from 0 to {parts - 1}.")
     if fill and (parts != 1 or kind != "hidden" or k is not None or temperatures):
@@ -123,7 +127,7 @@ def write_cache(
         "data": [_data_settings(own, args) for own, args in runs],
     }
     if fill:
-        assert isinstance(pair.teacher, LiveTeacher), "a cache is refused above"
+        assert not isinstance(pair.teacher, TeacherCache), "refused above"
         add_states(folder, pair.teacher, every, about, progress=progress)
         return TeacherCache.open(folder)
     finished = write_states(
@@ -154,7 +158,7 @@ def _about_teacher(pair: Pair) -> dict[str, Any]:
     if isinstance(pair.teacher, TeacherCache):
         return dict(pair.teacher.manifest["teacher"])
     assert pair.teacher is not None
-    return {"name": pair.teacher_name, "fingerprint": model_fingerprint(pair.teacher.model)}
+    return {"name": pair.teacher_name, "fingerprint": _fingerprint(pair.teacher)}
 
 
 def _topk(runs: Sequence[tuple[Pair, DistillationConfig]], k: int | None, temperatures: Sequence[float]) -> Stored:
@@ -163,7 +167,14 @@ def _topk(runs: Sequence[tuple[Pair, DistillationConfig]], k: int | None, temper
     classifies = pair.classes is not None
     shared = pair.vocab_size or (0 if classifies else lm_head(pair.teacher.model).vocab_size)
     every = [*temperatures, *(args.temperature for _, args in runs)]
+    if isinstance(pair.teacher, ServedTeacher):
+        shared, every = pair.teacher.vocab_size, []
     return topk_to_store(k, every, shared, pair.teacher.model.dtype, classifies=classifies)
+
+
+def _fingerprint(teacher: LiveTeacher | ServedTeacher) -> str:
+    """What tells one teacher from another of its name; of a served one no more is known."""
+    return model_fingerprint(teacher.model) if isinstance(teacher, LiveTeacher) else f"served as {teacher.name}"
 
 
 def _data_settings(pair: Pair, args: DistillationConfig) -> dict[str, Any]:

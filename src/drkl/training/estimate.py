@@ -36,10 +36,13 @@ from drkl.training.spec import (
     teacher_tokenizer,
     tokenizer_name,
     training_config,
+    with_stand_in,
+    without_server,
 )
 
 ACTIVATIONS_PER_TOKEN = 34
 """Numbers kept for the backward pass per layer, token and hidden unit, in bytes of fp16 (Korthikanti et al. 2022)."""
+NOT_ASKED = "the time that the teacher's server takes, which was not asked"
 WRITING, READING = 2.0, 8
 """Writing answers takes so many times the time of its matrix products. At each token reading all weights from memory
 takes as long as so many more positions, which the answers that are written at once share. Measured on a CPU in bf16: 4
@@ -52,6 +55,7 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     Raises:
         DrklError: whatever `distill` would refuse before training.
     """
+    specs = with_stand_in(specs, without_server)
     first = specs[0]
     check_device(specs[-1].run.device)
     device = pick_device(specs[-1].run.device)
@@ -72,9 +76,10 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     specs = fitted(specs, room)
     last = specs[-1]
     student, teacher = configs["student"], configs.get("teacher")
+    served = first.teacher is not None and first.teacher.is_served
     sizes = {
         "student": count_parameters(student, classifier=first.classifies),
-        "teacher": count_parameters(teacher, classifier=first.classifies) if teacher else None,
+        "teacher": count_parameters(teacher, classifier=first.classifies) if teacher and not served else None,
         "teacher_head": _head_size(teacher) if teacher and (cache is None or cache.kind == "hidden") else 0,
     }
     rates: dict[str, float] = {}
@@ -96,11 +101,12 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
         stages.append(_stage(spec, rows, longest, report, student, teacher, sizes, device, rates, seen))
     return {
         "config": last.resolved,
-        "teacher_note": model_note(teacher_name) if teacher_name else None,
+        "teacher_note": model_note(teacher_name) if teacher_name and not served else None,
         "parameters": {name: sizes[name] for name in ("student", "teacher")},
         **filled,
         "stages": stages,
         "estimated_minutes": round(sum(stage["estimated_minutes"] for stage in stages), 1),
+        **({"not_estimated": NOT_ASKED} if served else {}),
     }
 
 
@@ -119,8 +125,11 @@ def estimate_cache(
         DrklError: whatever `cache_states` would refuse before the teacher is loaded.
     """
     check_kind(kind, k, temperatures)
-    teacher = check_cached(specs, kind)
-    prepared = prepare(specs, Listener())
+    check_cached(specs, kind, k, temperatures)
+    prepared = prepare(specs, Listener(), ask_server=False)
+    teacher = prepared.specs[0].teacher
+    assert teacher is not None
+    k = teacher.top_k if teacher.is_served else k
     config = load_config(teacher.source, **teacher.source_options)
     start = decoder_start(config)
     loaded = [prepared.rows(spec) for spec in prepared.specs]
@@ -138,6 +147,12 @@ def estimate_cache(
     read = [sum(2 * body * row.length for row in part.train) / rate for part in loaded]
     logits = 2 * _head_size(config) * positions if kind == "topk" else 0
     run = 0 if teacher.cache is not None else sum(2 * body * row.length for row in distinct.values())
+    time: dict[str, Any] = {
+        "estimated_seconds": round((run + logits) / rate, 1),
+        "saved_seconds_per_epoch": [round(seconds, 1) for seconds in read],
+    }
+    if teacher.is_served:
+        time = {"not_estimated": NOT_ASKED}
     return {
         **stored.described(),
         "rows": len(distinct),
@@ -148,8 +163,7 @@ def estimate_cache(
             for name, one in kinds.items()
         },
         "cache_mib": round((positions * (stored.bytes_per_position + index) + head) / 2**20, 1),
-        "estimated_seconds": round((run + logits) / rate, 1),
-        "saved_seconds_per_epoch": [round(seconds, 1) for seconds in read],
+        **time,
         "pays": "from the second epoch over the rows on, and with every further student, objective or seed",
     }
 
@@ -209,7 +223,7 @@ def _stage(
         )
     frozen = spec.student.freeze_embeddings and getattr(student.get_text_config(), "tie_word_embeddings", False)
     flops = _flops(inputs, trained, student, sizes, frozen=frozen)
-    if teacher is not None and spec.uses_teacher:
+    if teacher is not None and spec.uses_teacher and sizes["teacher"] is not None:
         flops += _teacher_flops(new, trained, teacher, sizes)
     precision = resolve_dtype(spec.training.precision, device)
     if precision not in rates:
@@ -348,7 +362,7 @@ def _memory(spec: RunSpec, student: Any, teacher: Any, sizes: dict[str, Any], in
     kept = 1.0 if spec.peft is not None else 4.0  # an adapter's gradients and moments are next to nothing
     total = kept * weight * sizes["student"] + 4.0 * _head_size(student)
     total += 2.0 * 4.0 * text.vocab_size * chunk_rows(torch.empty(text.vocab_size, text.hidden_size, device="meta"), 4)
-    if spec.teacher is not None:
+    if spec.teacher is not None and sizes["teacher"] is not None:
         held = sizes["teacher"] if spec.teacher.cache is None else sizes["teacher_head"]
         total += held * (4 if spec.resolved["teacher"]["dtype"] == "fp32" else 2)
         total += spec.teacher.remember_mb * 2**20 if spec.teacher.cache is None else 0

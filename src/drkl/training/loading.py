@@ -19,6 +19,7 @@ from drkl.models.precision import resolve_dtype
 from drkl.runs import IN_MEMORY
 from drkl.teachers.cached import TeacherCache
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import check_is_no_cache
 from drkl.teachers.teacher import Teacher
 from drkl.training.arguments import DistillationConfig
@@ -72,6 +73,13 @@ def load_teacher(teacher: Any, args: DistillationConfig) -> Teacher | None:
         raise DrklError(
             "teacher_model_init_kwargs and teacher_model_revision say how a teacher is loaded, and teacher_model is a "
             f"cache of one, {str(teacher.folder)!r}. Leave them out, or give them to drkl.cache_teacher."
+        )
+    if isinstance(teacher, ServedTeacher) and (
+        args.teacher_model_init_kwargs or args.teacher_model_revision is not None
+    ):
+        raise DrklError(
+            "teacher_model_init_kwargs and teacher_model_revision say how a teacher is loaded, and teacher_model is "
+            "one behind a server. Leave them out."
         )
     if teacher is None or isinstance(teacher, Teacher):
         return teacher

@@ -36,6 +36,7 @@ from drkl.models.pair import (
 )
 from drkl.runs import IN_MEMORY
 from drkl.teachers.cached import TeacherCache, check_same_text, other_tokenizer
+from drkl.teachers.served import ServedTeacher
 from drkl.teachers.teacher import Teacher
 from drkl.training.arguments import DistillationConfig
 from drkl.training.ends import Ends, settle_ends
@@ -47,6 +48,7 @@ from drkl.training.loading import (
     plain_options,
     tokenizer_of_rows,
 )
+from drkl.training.served import check_served, settle_served
 from drkl.training.sparse import check_sparse, check_sparse_vocabulary, sparse_notes
 
 _log = logging.getLogger("drkl")
@@ -168,6 +170,7 @@ def make_pair(
     student, adapter = load_student(model, args, quantization_config)
     classes = class_names(student, _name(model)) if is_classifier(student) else None
     teacher = load_teacher(teacher_model, args)
+    source = settle_served(teacher, model, student, args) or teacher_model
     if teacher is not None and teacher.model is student:
         raise DrklError(
             "model and teacher_model are the same object: the student is trained in place, so its teacher would move "
@@ -175,11 +178,11 @@ def make_pair(
         )
     check_kinds(student, teacher, classes, _name(model), _name(teacher_model))
     shared = train_dataset.shared_tokens if isinstance(train_dataset, TokenisedRows) else None
-    if shared is None and all(isinstance(name, (str, Path)) for name in (model, teacher_model)):
-        source = StudentConfig(init="pretrained", model=str(model))
-        shared = check_tokenizers(source, str(teacher_model), classifier=classes is not None)
+    if shared is None and all(isinstance(name, (str, Path)) for name in (model, source)):
+        config = StudentConfig(init="pretrained", model=str(model))
+        shared = check_tokenizers(config, str(source), classifier=classes is not None)
     if tokenizer is None:
-        tokenizer = tokenizer_of_rows(model, teacher_model, classifier=classes is not None)
+        tokenizer = tokenizer_of_rows(model, source, classifier=classes is not None)
     _pad_id(tokenizer)
     words = words_of(tokenizer)
     ends = [] if classes is not None else listed_ends(student if teacher is None else teacher.model, words)
@@ -235,6 +238,7 @@ def make_pair(
         listed_ends=ends,
     )
     check_cache(pair, args)
+    check_served(pair, args)
     pair.notes += sparse_notes(pair, args)
     if classes is None:
         settle_ends(pair, args)
@@ -274,6 +278,8 @@ def _name(model: Any) -> str:
         return str(model)
     if isinstance(model, TeacherCache):
         return str(model.manifest["teacher"]["name"])
+    if isinstance(model, ServedTeacher):
+        return model.name
     if isinstance(model, Teacher):
         model = model.model
     return f"{IN_MEMORY}: {type(model).__name__}"

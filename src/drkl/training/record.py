@@ -24,6 +24,7 @@ from drkl.objectives import OBJECTIVES
 from drkl.runs import IN_MEMORY, RunFolder, write_json, write_jsonl, write_text, write_yaml
 from drkl.teachers.cached import TeacherCache
 from drkl.teachers.config import TeacherConfig
+from drkl.teachers.served import ServedTeacher
 from drkl.training.arguments import DistillationConfig
 from drkl.training.card import model_card, usage_of
 from drkl.training.checkpoints import keep_only
@@ -200,7 +201,8 @@ def count_parameters(pair: Pair) -> dict[str, int | None]:
     if pair.adapter is not None:
         counts["adapter"] = adapter
     teacher = pair.teacher
-    counts["teacher"] = sum(p.numel() for p in teacher.model.parameters()) if teacher is not None else None
+    known = teacher is not None and not isinstance(teacher, ServedTeacher)  # another model may stand for that one
+    counts["teacher"] = sum(p.numel() for p in teacher.model.parameters()) if teacher is not None and known else None
     return counts
 
 
@@ -340,6 +342,8 @@ def _adapter_fields(adapter: Any) -> dict[str, Any]:
 
 def _teacher_note(pair: Pair) -> str | None:
     """A note on the teacher for readers of results, or None."""
+    if isinstance(pair.teacher, ServedTeacher):
+        return None  # what the server has under a name is not known
     return None if pair.teacher_name is None else model_note(pair.teacher_name)
 
 
@@ -351,6 +355,8 @@ def _teacher_config(pair: Pair, args: DistillationConfig) -> TeacherConfig | Non
     dtype: Any = names.get(str(pair.teacher.model.dtype), "auto")
     if isinstance(pair.teacher, TeacherCache):
         return TeacherConfig(model=pair.teacher_name, cache=str(pair.teacher.folder), dtype=dtype)
+    if isinstance(pair.teacher, ServedTeacher):
+        return pair.teacher.config
     options = plain_options(args.teacher_model_init_kwargs)
     if args.teacher_model_revision is not None:
         options.setdefault("revision", args.teacher_model_revision)

@@ -26,6 +26,7 @@ from drkl.runs import RunFolder, write_json, write_yaml
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
+from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import filling
 from drkl.teachers.stored import check_kind
 from drkl.teachers.teacher import Teacher
@@ -34,6 +35,7 @@ from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import keep_only, newest_checkpoint
 from drkl.training.checks import check_device, check_folder
 from drkl.training.pair import TokenisedRows
+from drkl.training.served import check_served_kind
 from drkl.training.sparse import check_sparse
 from drkl.training.spec import (
     TWO_CLASSES,
@@ -50,6 +52,8 @@ from drkl.training.spec import (
     teacher_tokenizer,
     tokenizer_name,
     training_config,
+    with_stand_in,
+    without_server,
 )
 from drkl.training.trainer import DistillationTrainer
 
@@ -100,6 +104,9 @@ class Resources:
             without = f" Without effect on a cache: {', '.join(unused)}." if unused else ""
             self.listener.on_message(f"Reading the teacher's states from {config.cache}.{without}")
             self._teachers[config] = TeacherCache.of(config, self.device)
+        if config not in self._teachers and config.is_served:
+            self.listener.on_message(f"The teacher {config.model} is asked at {config.server}.")
+            self._teachers[config] = ServedTeacher.of(config)
         if config not in self._teachers:
             self.listener.on_message(f"Loading the teacher {config.model}.")
             self._teachers[config] = LiveTeacher.load(config, self.device, classifier=self.classes is not None)
@@ -110,6 +117,14 @@ class Resources:
     def open_again(self, config: TeacherConfig) -> None:
         """Read a cache again that has more rows now."""
         self._teachers[config] = TeacherCache.of(config, self.device)
+
+    def stand_in(self, config: TeacherConfig, student: str) -> str:
+        """Ask a teacher's server what it serves; what stands for the teacher here is its tokenizer from now on."""
+        teacher = self.teacher(config)
+        assert isinstance(teacher, ServedTeacher)
+        teacher.settle(student)
+        self._teachers[config.model_copy(update={"tokenizer": teacher.source})] = teacher
+        return teacher.source
 
     def tokenizer(self, name: str) -> Any:
         if name not in self._tokenizers:
@@ -173,14 +188,20 @@ class Prepared:
         return _make_trainer(spec, self)
 
 
-def prepare(specs: Sequence[RunSpec], listener: Listener) -> Prepared:
+def prepare(specs: Sequence[RunSpec], listener: Listener, *, ask_server: bool = True) -> Prepared:
     """Load and check what all stages share; nothing is written.
+
+    Args:
+        specs: the stages.
+        listener: hooks for a front end.
+        ask_server: whether the server of a served teacher is asked what it serves.
 
     Raises:
         DrklError: whatever can be found out before a model is loaded.
     """
     check_device(specs[-1].run.device)
     resources = Resources(pick_device(specs[-1].run.device), listener)
+    specs = with_stand_in(specs, resources.stand_in if ask_server else without_server)
     cached = specs[0].teacher is not None and specs[0].teacher.cache is not None
     if cached:
         resources.teacher(specs[0].teacher)  # first: its files are checked before its config and its tokenizer are read
@@ -258,11 +279,12 @@ def fill_cache(prepared: Prepared) -> None:
             teacher = prepared.resources.teacher(config)
             assert isinstance(teacher, TeacherCache)
             names = {dtype: name for name, dtype in DTYPES.items()}
-            live = config.model_copy(
-                update={"cache": None, "fill_cache": False, "remember_mb": 0, "dtype": names[teacher.model.dtype]}
-            )
-            quiet = Listener(lambda text: listener.on_message(text) if text.startswith("Loading the teacher") else None)
-            specs = [replace(spec, teacher=live) for spec in prepared.specs]
+            changes: dict[str, Any] = {"cache": None, "fill_cache": False, "remember_mb": 0}
+            if config.server is None:
+                changes["dtype"] = names[teacher.model.dtype]
+            begins = ("Loading the teacher", "The teacher ")  # what else there is to say was said before
+            quiet = Listener(lambda text: listener.on_message(text) if text.startswith(begins) else None)
+            specs = [replace(spec, teacher=config.model_copy(update=changes)) for spec in prepared.specs]
             cache_states(specs, Path(config.source), fill=True, listener=quiet, progress=listener.on_fill)
             gc.collect()  # the teacher
             if prepared.resources.device.type == "cuda":
@@ -270,14 +292,18 @@ def fill_cache(prepared: Prepared) -> None:
     prepared.resources.open_again(config)
 
 
-def check_cached(specs: Sequence[RunSpec], kind: str = "hidden") -> TeacherConfig:
-    """Return the teacher of which a cache of a kind can be made for a run, or raise DrklError."""
+def check_cached(
+    specs: Sequence[RunSpec], kind: str = "hidden", k: int | None = None, temperatures: Sequence[float] = ()
+) -> TeacherConfig:
+    """Return the teacher that can be cached for a run, or raise DrklError; arguments as `cache_states`'s."""
     teacher = specs[0].teacher
     if teacher is None:
         raise DrklError("The config has teacher: null, so there is nothing to cache.")
     check_same_text(any(spec.rollouts.is_on for spec in specs))
     if teacher.cache is not None:
         check_made_of(TeacherCache.of(teacher), kind)
+    if teacher.is_served:
+        check_served_kind(kind, k, teacher.top_k, temperatures)
     return teacher
 
 
@@ -312,7 +338,7 @@ def cache_states(
         DrklError: there is no teacher, answers are sampled, or what `write_cache` refuses.
     """
     check_kind(kind, k, temperatures)
-    check_cached(specs, kind)
+    check_cached(specs, "topk" if fill else kind, k, temperatures)  # a cache that is filled has its kind
     prepared = prepare(specs, listener or Listener())
     with TemporaryDirectory() as unused:
         # A later stage starts from a student that is not trained yet; any student has the same rows.

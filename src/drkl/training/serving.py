@@ -8,13 +8,22 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from drkl.client import address_of, host_and_port
 from drkl.errors import DrklError
 from drkl.models.precision import pick_device, resolve_dtype, torch_dtype
 from drkl.models.student import make_student
-from drkl.rollouts.client import address_of, host_and_port
 from drkl.rollouts.served import INSTALL, check_servable, serve_command, served_copy, served_folder, write_served
 from drkl.training.checks import check_device
-from drkl.training.spec import RunSpec, fitted, run_classes, run_configs, run_room, run_tokenizer
+from drkl.training.spec import (
+    RunSpec,
+    fitted,
+    run_classes,
+    run_configs,
+    run_room,
+    run_tokenizer,
+    with_stand_in,
+    without_server,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ def prepare_server(
     program = shutil.which(vllm)
     if program is None and check:
         raise DrklError(f"There is no executable {vllm!r} here. Install vLLM: {INSTALL}")
+    specs = with_stand_in(specs, without_server)
     first = specs[0]
     answered = next((spec for spec in specs if spec.rollouts.is_on), specs[-1])
     if first.classifies:
@@ -81,7 +91,9 @@ def prepare_server(
         data.max_tokens + (rollouts.max_new_tokens or data.max_tokens - data.max_prompt_tokens)
         for data, rollouts in limits
     )
-    student = make_student(first.student, first.teacher.model if first.teacher else None, first.run.seed, tokenizer)
+    student = make_student(
+        first.student, first.teacher.student_source if first.teacher else None, first.run.seed, tokenizer
+    )
     check_servable(student)
     folder = served_folder(answered.rollouts, answered.folder.root) / "start"
     write_served(served_copy(student), tokenizer, folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,6 +57,36 @@ class RunSpec:
     def uses_teacher(self) -> bool:
         """Whether the loss reads the teacher; its KLs are reported on held-out rows wherever there is one."""
         return self.loss.kd_weight > 0 and self.objective.make().needs_teacher
+
+
+def with_stand_in(specs: Sequence[RunSpec], settle: Callable[[TeacherConfig, str], str]) -> list[RunSpec]:
+    """The specs of a run, what stands for a served teacher in its ``tokenizer``; others as they are.
+
+    Args:
+        specs: the stages.
+        settle: from the teacher and the student's folder or id (empty for none) to that.
+
+    Raises:
+        DrklError: nothing can stand for it, or the student is to be made of it and its weights are not here.
+    """
+    teacher, student = specs[0].teacher, specs[0].student
+    if teacher is None or not teacher.is_served:
+        return list(specs)
+    source = settle(teacher, student.model or "")
+    if student.model is None and student.model_type is None and source != teacher.model:
+        raise DrklError(
+            f"student.init is {student.init!r} and student.model names no model, so the student would be made of the "
+            f"teacher; but {teacher.model!r} is no folder or id here: its weights are the server's. Name a model in "
+            "student.model."
+        )
+    return [replace(spec, teacher=teacher.model_copy(update={"tokenizer": source})) for spec in specs]
+
+
+def without_server(teacher: TeacherConfig, student: str) -> str:
+    """The folder or id that stands for a served teacher, as far as it is known without its server."""
+    from drkl.teachers.served import stand_in
+
+    return stand_in(teacher.model, teacher.tokenizer, "", student)
 
 
 def training_config(spec: RunSpec, device: torch.device) -> Any:
@@ -115,7 +145,7 @@ def start_of(student: StudentConfig, teacher: TeacherConfig | None) -> str | Non
     """What a student of the teacher's is made from. Random weights need its config alone, which a cache has too."""
     if teacher is None:
         return None
-    return teacher.source if student.init == "random" else teacher.model
+    return teacher.source if student.init == "random" else teacher.student_source
 
 
 def run_classes(specs: Sequence[RunSpec]) -> tuple[str, ...] | None:

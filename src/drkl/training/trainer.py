@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
 from drkl.rollouts.steps import planned_length
 from drkl.runs import RunFolder
+from drkl.teachers.served import ServedTeacher
 from drkl.teachers.teacher import Teacher
 from drkl.training import trl
 from drkl.training.arguments import DistillationConfig
@@ -66,6 +67,7 @@ from drkl.training.on_policy import OnPolicy, check_rollouts, check_whole
 from drkl.training.pair import Pair, make_pair
 from drkl.training.plan import MicroBatches, Places, plan_run
 from drkl.training.record import RunRecord
+from drkl.training.served import questions_in
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 OTHER_ROWS = "other_"
@@ -431,13 +433,31 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of the next step; answers are written first where they are due."""
         if self._on_policy is None:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+            samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+            self._ask_ahead(samples[0], self._batches_of(self.state.global_step + 1))
+            return samples
         for _ in range(num_batches):
             next(epoch_iterator)
         batches, num_tokens = self._on_policy.micro_batches(self.state.global_step)
         self.num_tokens_seen += num_tokens
         self._row_ids = [row_id for batch in batches for part in batch["parts"] for row_id in part["row_ids"]]
+        self._ask_ahead([part for batch in batches for part in batch["parts"]])
         return batches, torch.tensor(num_tokens, device=device)
+
+    def _ask_ahead(self, *steps: Iterable[dict[str, Any]]) -> None:
+        """Let the server of a served teacher work on whole steps: this one's rows, and the next one's beside it."""
+        if self._uses_teacher and isinstance(self.teacher, ServedTeacher):
+            for batches in steps:
+                self.teacher.prepare(questions_in(batches))
+
+    def _batches_of(self, step: int) -> Iterator[dict[str, Any]]:
+        """The micro-batches of this process in a step, as they were planned; none after the last."""
+        args = self.args
+        parts = args.gradient_accumulation_steps * args.world_size
+        data: Any = self.train_dataset
+        if step < self.state.max_steps:
+            for place in range(step * parts + args.process_index, (step + 1) * parts, args.world_size):
+                yield self.data_collator([data[place]])
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

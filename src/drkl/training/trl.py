@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from drkl.client import address_of
 from drkl.errors import DrklError
-from drkl.rollouts.client import address_of
 
 RENAMED = {
     "max_completion_length": "rollout_max_new_tokens",
