@@ -109,7 +109,7 @@ def write_cache(
         raise DrklError("There is no teacher to cache; expected a teacher_model.")
     if isinstance(pair.teacher, TeacherCache):
         check_made_of(pair.teacher, kind, fill=fill)
-    if isinstance(pair.teacher, ServedTeacher):
+    if isinstance(pair.teacher, ServedTeacher) and not fill:
         k = check_served_kind(kind, k, pair.teacher.top_k, temperatures)
     if not 0 <= part < parts:
         raise DrklError(f"part is {part} of {parts}; expected a number from 0 to {parts - 1}.")
@@ -127,7 +127,7 @@ def write_cache(
         "data": [_data_settings(own, args) for own, args in runs],
     }
     if fill:
-        assert isinstance(pair.teacher, LiveTeacher), "a cache is refused above"
+        assert not isinstance(pair.teacher, TeacherCache), "refused above"
         add_states(folder, pair.teacher, every, about, progress=progress)
         return TeacherCache.open(folder)
     finished = write_states(
