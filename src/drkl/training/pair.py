@@ -170,7 +170,7 @@ def make_pair(
     student, adapter = load_student(model, args, quantization_config)
     classes = class_names(student, _name(model)) if is_classifier(student) else None
     teacher = load_teacher(teacher_model, args)
-    source = settle_served(teacher, model, student, args) or teacher_model
+    source = settle_served(teacher, model, student, tokenizer, args) or teacher_model
     if teacher is not None and teacher.model is student:
         raise DrklError(
             "model and teacher_model are the same object: the student is trained in place, so its teacher would move "
