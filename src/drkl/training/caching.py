@@ -21,7 +21,6 @@ from drkl.models.forward import decoder_start, lm_head
 from drkl.models.load import words_of
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, Batch, batches, to_batch
 from drkl.teachers.cached import SERVED, TeacherCache, add_states, check_same_text, write_states
-from drkl.teachers.live import LiveTeacher
 from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import filling, writing
 from drkl.teachers.stored import Stored, check_kind, topk_to_store
