@@ -170,7 +170,7 @@ def main() -> None:
         train(name)
     for name in chosen:
         if not (FOLDER / name / "eval.json").is_file():
-            drkl("evaluate", str(FOLDER / name), "--teacher", TEACHER, *EVALUATION)
+            drkl("evaluate", str(FOLDER / name), f"teacher.model={TEACHER}", *EVALUATION)
     if chosen == names():
         RESULTS.mkdir(parents=True, exist_ok=True)
         write_text(RESULTS / "table.csv", table())
