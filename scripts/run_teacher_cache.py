@@ -30,15 +30,16 @@ FIGURE = Path("docs/figures/teacher-cache.svg")
 TEACHER = "smollm2-135m-instruct"
 OBJECTIVES = ("fkl", "rkl", "drkl")
 KINDS = ("16", "64", "256", "hidden")
-STEPS = 180
+STEPS = 120
 WARM = (
     "run.name=warmup", "objective.name=fkl", "training.max_steps=90", "training.learning_rate=7e-4",
     "training.eval_every=45", "training.save_every=45", "stages=[]", f"run.dir={FOLDER}",
 )  # fmt: skip
 SETTINGS = (
-    "stages=[]", f"run.dir={FOLDER}", f"training.max_steps={STEPS}", "student.init=pretrained", "student.layers=null",
-    f"student.model={WARMUP / 'student'}", "teacher.remember_mb=0",
+    "stages=[]", f"run.dir={FOLDER}", f"training.max_steps={STEPS}", "training.eval_every=60", "training.save_every=60",
+    "student.init=pretrained", "student.layers=null", f"student.model={WARMUP / 'student'}", "teacher.remember_mb=0",
 )  # fmt: skip
+EVALUATION = ("--sweep", "none", "--prompts", "8", "--samples", "2")
 METRICS = {
     "rkl": ("reverse KL", "nats"), "fkl": ("forward KL", "nats"), "overconfidence": ("overconfidence", "probability"),
     "entropy": ("entropy", "nats"),
@@ -128,7 +129,7 @@ def draw(text: str) -> str:
     """The figure from the csv: the student's distance from the real teacher over the bytes of a position."""
     rows = list(csv.DictReader(io.StringIO(text)))
     note = (
-        "SmolLM2-135M-Instruct and ten of its layers, 180 steps on Dolly from one warmed-up student, one seed; bars: "
+        "SmolLM2-135M-Instruct and ten of its layers, 120 steps on Dolly from one warmed-up student, one seed; bars: "
         "95 % intervals over 100 held-out rows.\nThe last point of each line is of hidden states, which are exact."
     )
     title = "What a student loses with a teacher known on k tokens"
@@ -169,7 +170,7 @@ def main() -> None:
         train(name)
     for name in chosen:
         if not (FOLDER / name / "eval.json").is_file():
-            drkl("evaluate", str(FOLDER / name), "--teacher", TEACHER, "--sweep", "none")
+            drkl("evaluate", str(FOLDER / name), "--teacher", TEACHER, *EVALUATION)
     if chosen == names():
         RESULTS.mkdir(parents=True, exist_ok=True)
         write_text(RESULTS / "table.csv", table())

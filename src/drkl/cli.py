@@ -37,6 +37,13 @@ app = typer.Typer(
 RunArgument = Annotated[Path, typer.Argument(help="A run folder that `drkl distill` made.", show_default=False)]
 # Of the commands that take a run, or any two models.
 OptionalRun = Annotated[Path | None, typer.Argument(help="A run folder that `drkl distill` made.", show_default=False)]
+RunOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="teacher.model=PATH loads the teacher, where it was moved or the run was trained from its cache.",
+        show_default=False,
+    ),
+]
 StudentOption = Annotated[
     str | None, typer.Option(help="In place of RUN: path or Hub id of a student; needs --output.", show_default=False)
 ]
@@ -230,7 +237,7 @@ def cache(
     ] = False,
     positions: Annotated[
         int | None,
-        typer.Option(help="With --probe: the most positions, of whole rows. Default: 2000.", show_default=False),
+        typer.Option(min=1, help="With --probe: the most positions, of whole rows. Default: 2000.", show_default=False),
     ] = None,
     student: Annotated[
         str | None,
@@ -263,7 +270,7 @@ def cache(
                 f"`--probe` writes no cache, and takes no `{given[0]}`; leave one of the two out. Its temperature is "
                 "loss.temperature of CONFIG."
             )
-        _probe(config, overrides or [], kind, k or (), positions, student, output_format or "text")
+        _probe(config, overrides or [], kind, k, positions, student, output_format or "text")
         return
     if k is not None and len(k) > 1:
         raise DrklError(f"`--k` is given {len(k)} times, and a cache has one k; several go with `--probe`.")
@@ -313,7 +320,7 @@ def _probe(
     config: Path,
     overrides: list[str],
     kind: str,
-    k: Sequence[int],
+    k: list[int] | None,
     positions: int | None,
     student: str | None,
     form: str,
@@ -427,6 +434,7 @@ def rollout_server(
 @app.command()
 def evaluate(
     run: OptionalRun = None,
+    overrides: RunOverrides = None,
     student: StudentOption = None,
     teacher: TeacherOption = None,
     data: DataOption = None,
@@ -495,6 +503,7 @@ def evaluate(
         {"samples_per_prompt": samples, "sampling_temperature": sampling_temperature, "max_new_tokens": max_new_tokens,
          "batch_size": batch_size}, prompts, sweep, seeds,
     )  # fmt: skip
+    loaded = _teacher_model(overrides)
     if run is not None:
         _refuse_beside_a_run(pair, dtype, device)
     else:
@@ -510,7 +519,7 @@ def evaluate(
     }  # fmt: skip
     with _options_named_as_flags(), progress_bars() as on_progress:
         if run is not None:
-            evaluation = evaluate_run(run, on_progress=on_progress, **shared)
+            evaluation = evaluate_run(run, teacher_model=loaded, on_progress=on_progress, **shared)
         else:
             evaluation = evaluate_pair(
                 str(student), teacher, data, max_rows=max_rows, max_prompt_tokens=max_prompt_tokens,
@@ -593,6 +602,7 @@ def _options_named_as_flags() -> Iterator[None]:
 @app.command()
 def analyze(
     run: OptionalRun = None,
+    overrides: RunOverrides = None,
     student: StudentOption = None,
     teacher: TeacherOption = None,
     data: DataOption = None,
@@ -635,6 +645,7 @@ def analyze(
         raise DrklError("Give either a RUN, or `--student PATH --teacher PATH --data FILE --output DIR`.")
     pair = {"teacher": teacher, "data": data, "max_rows": max_rows, "max_prompt_tokens": max_prompt_tokens,
             "max_tokens": max_tokens, "template": template}  # fmt: skip
+    loaded = _teacher_model(overrides)
     if run is not None:
         _refuse_beside_a_run(pair, dtype, device)
     else:
@@ -651,7 +662,7 @@ def analyze(
     }  # fmt: skip
     with _options_named_as_flags(), progress_bars() as on_progress:
         if run is not None:
-            result = analyze_run(run, on_progress=on_progress, **shared)
+            result = analyze_run(run, teacher_model=loaded, on_progress=on_progress, **shared)
         else:
             result = analyze_pair(
                 str(student), str(teacher), data, max_rows=max_rows, max_prompt_tokens=max_prompt_tokens,
@@ -666,6 +677,19 @@ def analyze(
         f"Written: {folder / 'analysis.json'} and {len(paths)} figures beside {folder / 'analysis' / 'positions.csv'}."
     )
     print(f"Next: drkl report {folder}")
+
+
+def _teacher_model(overrides: list[str] | None) -> str | None:
+    """The teacher to load for a run; nothing else of its config can be given beside it."""
+    name = None
+    for text in overrides or ():
+        key, _, name = text.partition("=")
+        if key != "teacher.model" or not name:
+            raise DrklError(
+                f"{text!r} is given beside a run; expected teacher.model=PATH or nothing. A run brings the rest of its "
+                "config; options set what is measured (see --help)."
+            )
+    return name
 
 
 def _refuse_beside_a_run(pair: dict[str, Any], dtype: str, device: str) -> None:

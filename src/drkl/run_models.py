@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,20 +18,25 @@ from drkl.data.config import NO_ROWS
 from drkl.data.rows import make_rows, read_shares
 from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import Progress, Source
+from drkl.evaluation.cached import NOTE, put_cache
 from drkl.evaluation.evaluate import Settings, check_output, configured, evaluate_inputs
 from drkl.evaluation.pairs import Inputs, account, suite_rows, with_protocol
 from drkl.evaluation.result import MODELS, Evaluation
 from drkl.models.classes import class_names
+from drkl.models.fingerprint import model_fingerprint
 from drkl.models.load import load_classifier, load_model, load_tokenizer
 from drkl.models.load import load_config as load_model_config
 from drkl.models.pair import check_rows
-from drkl.models.precision import has_device, pick_device, resolve_dtype
+from drkl.models.precision import DTYPES, has_device, pick_device, resolve_dtype
 from drkl.models.readout import read
 from drkl.models.student import make_student
 from drkl.objectives import Objective
 from drkl.objectives.decoupled import GAMMA
 from drkl.runs import RunFolder
-from drkl.training.spec import RunSpec, has_encoder, run_ends, run_room, teacher_tokenizer, tokenizer_name
+from drkl.teachers.cached import TeacherCache, check_weights
+from drkl.teachers.config import TeacherConfig
+from drkl.teachers.shards import check_is_no_cache
+from drkl.training.spec import RunSpec, has_encoder, run_ends, run_room, start_of, teacher_tokenizer, tokenizer_name
 
 _OTHER_ROWS = (
     " for the evaluation (dolly, or dolly=FILE), or measure the student on other rows, with student, teacher and data "
@@ -44,6 +50,7 @@ def evaluate_run(
     *,
     suites: Sequence[str] = (),
     protocol: str | None = None,
+    teacher_model: str | Path | None = None,
     output_dir: str | Path | None = None,
     fresh: bool = False,
     facts: Mapping[str, Any] | None = None,
@@ -56,6 +63,8 @@ def evaluate_run(
         run: the run folder.
         suites: named test sets in place of the held-out rows: ``NAME`` or ``NAME=WHERE``.
         protocol: ``minillm`` for its prompt format, decoding and seeds; None for the run's own.
+        teacher_model: path or Hub id of the teacher. Default: that of the run, or the cache that it was trained from,
+            without the teacher's answers then.
         output_dir: where ``eval.json`` and the files beside it are written; default the run folder.
         fresh: use no finished parts of an earlier evaluation.
         facts: further settings for the record.
@@ -69,7 +78,7 @@ def evaluate_run(
     wanted = configured(config.evaluation, protocol, settings)
     if output_dir is not None:
         check_output(Path(output_dir))
-    inputs = run_inputs(specs, suites, protocol)
+    inputs = run_inputs(specs, suites, protocol, teacher_model=teacher_model)
     target = folder.root if output_dir is None else output_dir
     return evaluate_inputs(
         inputs, wanted, output_dir=target, fresh=fresh, facts=facts, on_progress=on_progress,
@@ -85,6 +94,7 @@ def analyze_run(
     gamma: float | None = None,
     temperature: float = 1.0,
     seed: int = 0,
+    teacher_model: str | Path | None = None,
     output_dir: str | Path | None = None,
     command: Sequence[str] | None = None,
     on_progress: Progress | None = None,
@@ -99,6 +109,7 @@ def analyze_run(
             else 0.5).
         temperature: see `drkl.analyze`.
         seed: see `drkl.analyze`.
+        teacher_model: see `evaluate_run`.
         output_dir: where ``analysis.json`` and ``analysis/positions.csv`` are written (default: the run folder).
         command: the command line that repeats the analysis, for the record.
         on_progress: called with ("teacher: reading", done, total).
@@ -110,7 +121,7 @@ def analyze_run(
     if output_dir is not None:
         check_output(Path(output_dir))
     return analyze_inputs(
-        run_inputs(specs),
+        run_inputs(specs, teacher_model=teacher_model),
         objectives=objectives,
         own=None if specs[-1].objective.in_memory else specs[-1].objective.make(),
         positions=positions,
@@ -143,20 +154,47 @@ def relocated(config: Config, folder: Path) -> Config:
     return config.model_copy(update={"run": run})
 
 
-def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: str | None = None) -> Inputs:
+def run_inputs(
+    specs: Sequence[RunSpec],
+    suites: Sequence[str] = (),
+    protocol: str | None = None,
+    *,
+    teacher_model: str | Path | None = None,
+) -> Inputs:
     """Models and rows of a finished run: its own held-out rows, or those of ``suites``.
 
+    Args:
+        specs: of the run.
+        suites: see `evaluate_run`.
+        protocol: see `evaluate_run`.
+        teacher_model: see `evaluate_run`.
+
     Raises:
-        DrklError: suites or a protocol for a classification run, or rows that cannot be read.
+        DrklError: suites or a protocol for a classification run, rows that cannot be read, or a teacher's cache that is
+            not there, or lacks rows.
     """
+    compared: TeacherCache | str | None = None
+    if teacher_model is not None:
+        specs, compared = _with_teacher(specs, str(teacher_model))
     first, last = specs[0], specs[-1]
-    models, tokenizer, device = evaluation_models(specs)
+    loaders, tokenizer, device = evaluation_models(specs, made=compared if isinstance(compared, TeacherCache) else None)
+    models: dict[str, Source] = {**loaders}
+    cache = _run_cache(last.teacher, device)
+    if start_missing := cache is not None and _is_made_of_teacher(first):
+        del models["before"]
     classes = trained_classes(last)
     if classes is not None and (suites or protocol):
         raise DrklError("Suites and protocols are about generated answers; a classification run has labels instead.")
     if classes is not None and first.student.init == "random":
-        del models["before"]  # its numbers are chance, its calibration by chance perfect
-    configs = trained_configs(last)
+        models.pop("before", None)  # its numbers are chance, its calibration by chance perfect
+    try:
+        configs = trained_configs(last)
+    except DrklError as error:
+        if last.teacher is None:
+            raise
+        raise DrklError(
+            f"{error} teacher.model=PATH on the command line (in Python teacher_model) says where the teacher is now."
+        ) from error
     room = run_room(configs, classes)
     data = with_protocol(last.data.fitted(room), protocol)
     encoder_decoder = classes is None and has_encoder(first, tokenizer)
@@ -214,6 +252,14 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
     merged_ids = tuple(environment.get("merged_ids") or ())
     if merged_ids:
         facts["merged_ids"] = [*merged_ids]
+    if cache is not None:
+        assert last.teacher is not None
+        put_cache(
+            models, facts, cache, rows, _load(last.teacher), classifies=classes is not None,
+            start_missing=start_missing,
+        )  # fmt: skip
+    elif isinstance(compared, str):
+        facts[NOTE] = compared
     name = str(last.run.name)
     return Inputs(
         models, tokenizer, rows, names, device, described, shared, classes, float(gamma), facts, name,
@@ -221,13 +267,58 @@ def run_inputs(specs: Sequence[RunSpec], suites: Sequence[str] = (), protocol: s
     )  # fmt: skip
 
 
+def _with_teacher(specs: Sequence[RunSpec], name: str) -> tuple[Sequence[RunSpec], TeacherCache | str | None]:
+    """The specs with a teacher of that name, which is loaded, and the cache that it is to be compared with.
+
+    Where the run's cache cannot be read, a sentence that says so in its place; None without one.
+    """
+    teacher = specs[-1].teacher
+    if teacher is None:
+        raise DrklError(
+            f"teacher.model is {name!r}, and the run was trained without a teacher. Measure its student beside one "
+            "with drkl.evaluate(student, teacher, rows)."
+        )
+    check_is_no_cache(name)
+    options = teacher.model_init_kwargs if name == teacher.model else {}
+    changes: dict[str, Any] = {"model": name, "cache": None, "fill_cache": False, "model_init_kwargs": options}
+    made: TeacherCache | str | None = None
+    if teacher.cache is not None:
+        try:
+            made = TeacherCache.open(teacher.source)
+            changes["dtype"] = {dtype: key for key, dtype in DTYPES.items()}[made.stored.dtype]
+        except DrklError as error:
+            made = f"The teacher was not compared with the cache that the student was trained from: {error}"
+    loaded = teacher.model_copy(update=changes)
+    return [replace(spec, teacher=loaded) for spec in specs], made
+
+
+def _run_cache(teacher: TeacherConfig | None, device: torch.device) -> TeacherCache | None:
+    """The cache that a run was trained from."""
+    if teacher is None or teacher.cache is None:
+        return None
+    try:
+        return TeacherCache.of(teacher, device)
+    except DrklError as error:
+        raise DrklError(f"{error} {_load(teacher)}") from error
+
+
+def _load(teacher: TeacherConfig) -> str:
+    return f"teacher.model={teacher.model} on the command line (in Python teacher_model) loads the teacher itself."
+
+
+def _is_made_of_teacher(first: RunSpec) -> bool:
+    """Whether the weights of the student before training are some of the teacher's."""
+    teacher, student = first.teacher, first.student
+    return teacher is not None and student.init == "prune" and student.model in (None, teacher.model)
+
+
 def evaluation_models(
-    specs: Sequence[RunSpec], names: Sequence[str] = MODELS
-) -> tuple[dict[str, Source], Any, torch.device]:
+    specs: Sequence[RunSpec], names: Sequence[str] = MODELS, made: TeacherCache | None = None
+) -> tuple[dict[str, Callable[[], PreTrainedModel]], Any, torch.device]:
     """Loaders by name, the tokenizer and the device.
 
     ``before`` is the first stage's init, made again from its config; ``warmup`` the student of the stage before the
-    last, where there is one; ``student`` the run's student.
+    last, where there is one; ``student`` the run's student. A cache ``made`` of the teacher is compared with it.
     """
     first, last = specs[0], specs[-1]
     # A run may have been made on another machine.
@@ -236,13 +327,18 @@ def evaluation_models(
     tokenizer = load_tokenizer(str(last.folder.student_path), classifier=last.classifies)
     classes = trained_classes(last)
     load: Callable[..., PreTrainedModel] = load_model if classes is None else load_classifier
-    loaders: dict[str, Source] = {}
+    loaders: dict[str, Callable[[], PreTrainedModel]] = {}
     if last.teacher is not None:
         teacher = last.teacher
-        loaders["teacher"] = lambda: load(
-            teacher.model, resolve_dtype(teacher.dtype, device), **teacher.model_init_kwargs
-        )
-    teacher_name = first.teacher.model if first.teacher else None
+
+        def load_teacher() -> PreTrainedModel:
+            model = load(teacher.model, resolve_dtype(teacher.dtype, device), **teacher.model_init_kwargs)
+            if made is not None:
+                check_weights(made.manifest, made.folder, teacher.model, model_fingerprint(model))
+            return model
+
+        loaders["teacher"] = load_teacher
+    teacher_name = start_of(first.student, first.teacher)
     loaders["before"] = lambda: make_student(first.student, teacher_name, first.run.seed, tokenizer, classes)
     if len(specs) > 1:
         loaders["warmup"] = lambda: load(str(specs[-2].folder.student_path), last.student.dtype)
@@ -261,7 +357,7 @@ def trained_classes(last: RunSpec) -> tuple[str, ...] | None:
 def trained_configs(last: RunSpec) -> dict[str, Any]:
     """The model configs of a finished run's student and of its teacher."""
     configs = {"student": load_model_config(str(last.folder.student_path))}
-    return configs if last.teacher is None else {**configs, "teacher": load_model_config(last.teacher.model)}
+    return configs if last.teacher is None else {**configs, "teacher": load_model_config(last.teacher.source)}
 
 
 def most_probable(

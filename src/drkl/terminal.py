@@ -150,6 +150,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
             for model in models:
                 per_suite.add_row(suite, model, *(metrics[key].show(numbers.value(model, key)) for key in keys))
         console.print(per_suite)
+    if note := evaluation.settings.get("teacher_note"):
+        console.print(note, markup=False)
     if unanswered := (evaluation.settings.get("data") or {}).get("no_room_for_an_answer"):
         console.print(f"{unanswered} prompts leave no room for an answer in the models' context: none was sampled.")
     print_findings(evaluation.findings)

@@ -437,11 +437,9 @@ def test_settings_that_a_cache_cannot_follow(tmp_path: Path) -> None:
 def test_a_cache_where_weights_are_needed(tmp_path: Path) -> None:
     cache = cache_of(tmp_path, tiny.llama(1, layers=2), tiny.llama(9))
     student, message = tiny.llama(1, layers=2), "cache' is a teacher cache, which has no weights"
-    for teacher in (cache, str(cache.folder)):
+    for weightless in (cache, str(cache.folder)):
         with pytest.raises(DrklError, match=message):
-            drkl.evaluate(student, teacher, ROWS[:2], TOKENIZER)  # type: ignore[arg-type]
-        with pytest.raises(DrklError, match=message):
-            drkl.analyze(student, teacher, ROWS[:2], TOKENIZER)  # type: ignore[arg-type]
+            drkl.evaluate(weightless, None, ROWS[:2], TOKENIZER)  # type: ignore[arg-type]
     with pytest.raises(DrklError, match=message):
         make(tmp_path, student, str(cache.folder))
     with pytest.raises(DrklError, match=message):
@@ -453,3 +451,10 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         DrklError, match=r"There is no folder '.*nothing', .* a path that is relative starts at the working"
     ):
         TeacherCache.open(tmp_path / "nothing")
+
+
+def test_its_head_goes_to_the_device_of_the_run(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, tiny.llama(1, layers=2), tiny.llama(9))
+    assert cache.to("meta").head is not None and cache.head.weight.is_meta
+    trainer = make(tmp_path, tiny.llama(1, layers=2), TeacherCache.open(tmp_path / "cache"))
+    assert trainer.teacher is not None and trainer.teacher.head.weight.device == trainer.args.device

@@ -16,6 +16,7 @@ from drkl.analysis.states import Observed, observe
 from drkl.analysis.tables import make_tables, upward_force
 from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import Progress, free_memory, placed, reporter, timed, versions
+from drkl.evaluation.cached import NOTE, no_distribution, read_cached
 from drkl.evaluation.evaluate import check_output
 from drkl.evaluation.findings import of_analysis
 from drkl.evaluation.pairs import Inputs, Model, pair_inputs
@@ -26,6 +27,7 @@ from drkl.models.readout import Readout, read
 from drkl.objectives import OBJECTIVES, Objective, make_objective
 from drkl.objectives.variants import parse_variants
 from drkl.runs import RunFolder
+from drkl.teachers.cached import TeacherCache
 from drkl.training.environment import now
 
 DEFAULT_OBJECTIVES = (*OBJECTIVES, "drkl@student", "drkl@floor", "drkl~0.1", "srkl+srkl", "rkl+fkl", "rkl+gjs")
@@ -34,7 +36,7 @@ DEFAULT_OBJECTIVES = (*OBJECTIVES, "drkl@student", "drkl@floor", "drkl~0.1", "sr
 
 def analyze(
     student: Model,
-    teacher: Model,
+    teacher: Model | TeacherCache,
     rows: Any,
     processing_class: Any = None,
     *,
@@ -65,7 +67,7 @@ def analyze(
     Args:
         student: a model in memory, or the folder or Hub id of one: decoder-only, encoder-decoder, or a classifier of
             three classes or more.
-        teacher: its teacher, of the same kind and vocabulary.
+        teacher: its teacher, of the same kind and vocabulary, or the cache of its hidden states on these rows.
         rows: held-out rows: a path, a ``datasets.Dataset``, a list of dicts, or tokenised rows; see
             `drkl.data.rows.rows_from`.
         processing_class: the tokenizer that both models share (default: the one saved with the student, else the
@@ -173,6 +175,7 @@ def analyze_inputs(
         **({} if inputs.classes is None else {"task": "classification"}),
         "models": {name: inputs.facts["models"][name] for name in ("teacher", "student")},
         "data": inputs.data,
+        **{key: inputs.facts[key] for key in ("teacher_cache",) if key in inputs.facts},
         "template": inputs.facts["template"],
         "device": str(inputs.device),
         **({} if command is None else {"command": list(command)}),
@@ -237,6 +240,8 @@ def _check(inputs: Inputs, gamma: float, positions: int, temperature: float) -> 
     Raises:
         DrklError: there is no teacher, there are two classes, or a value is outside its domain.
     """
+    if "teacher" not in inputs.models and NOTE in inputs.facts:
+        raise no_distribution(inputs.facts[NOTE])
     if "teacher" not in inputs.models:
         raise DrklError(
             "There is no teacher, and the analysis compares the student with one. A student that was trained without a "
@@ -259,15 +264,15 @@ def _read(name: str, inputs: Inputs, on_progress: Progress | None) -> Readout:
     rows: Any = inputs.rows
     if name == "teacher" and inputs.classes is None:
         rows = [row.for_teacher for row in rows]
-    with placed(inputs.models[name], inputs.device) as model:
-        readout = read(
-            model,
-            rows,
-            pad_id=inputs.tokenizer.pad_token_id,
-            vocab_size=inputs.vocab_size,
-            merged_ids=inputs.merged_ids,
-            progress=report,
-        )
+    given: dict[str, Any] = {
+        "pad_id": inputs.tokenizer.pad_token_id, "vocab_size": inputs.vocab_size, "merged_ids": inputs.merged_ids,
+        "progress": report,
+    }  # fmt: skip
+    source = inputs.models[name]
+    if isinstance(source, TeacherCache):
+        return read_cached(source, rows, **given)
+    with placed(source, inputs.device) as model:
+        readout = read(model, rows, **given)
         del model
     free_memory(inputs.device)
     return readout

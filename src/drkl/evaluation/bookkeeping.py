@@ -16,16 +16,19 @@ from transformers import PreTrainedModel
 
 from drkl._version import __version__
 from drkl.models.forward import in_eval_mode
+from drkl.teachers.cached import TeacherCache
 
 Progress = Callable[[str, int, int], None]
 """Called with ("teacher: sampling", done, total)."""
 Report = Callable[[str, int], Callable[[int], None] | None]
-Source = PreTrainedModel | Callable[[], PreTrainedModel]
+Loadable = PreTrainedModel | Callable[[], PreTrainedModel]
 """A model in memory, or a function that loads one."""
+Source = Loadable | TeacherCache
+"""The same, or the cache of a teacher."""
 
 
 @contextmanager
-def placed(source: Source, device: str | torch.device) -> Iterator[PreTrainedModel]:
+def placed(source: Loadable, device: str | torch.device) -> Iterator[PreTrainedModel]:
     """A model on its device in eval mode. One in memory is afterwards where and as it was; a loaded one is dropped."""
     if not isinstance(source, PreTrainedModel):
         loaded: Any = source()

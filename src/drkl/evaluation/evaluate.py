@@ -22,6 +22,7 @@ from drkl.models.load import one_tokenizer
 from drkl.models.precision import DtypeLike
 from drkl.models.smollm2 import cache_dir
 from drkl.runs import RunFolder
+from drkl.teachers.cached import TeacherCache
 
 
 class Settings(TypedDict, total=False):
@@ -39,7 +40,7 @@ class Settings(TypedDict, total=False):
 
 def evaluate(
     student: Model,
-    teacher: Model | None,
+    teacher: Model | TeacherCache | None,
     rows: Any = None,
     processing_class: Any = None,
     *,
@@ -68,7 +69,8 @@ def evaluate(
 
     Args:
         student: a model in memory, or the folder or Hub id of one: decoder-only, encoder-decoder or a classifier.
-        teacher: likewise, of the same kind and vocabulary; None leaves out what is measured against one.
+        teacher: likewise, of the same kind and vocabulary; None leaves out what is measured against one. From the cache
+            of its hidden states on these rows everything is measured but its answers.
         rows: held-out rows: a path, a ``datasets.Dataset``, a list of dicts, or tokenised rows; see
             `drkl.data.rows.rows_from`.
         processing_class: the tokenizer that both models share; default the one saved with the student, else the
@@ -205,6 +207,9 @@ def _measure(
     on_progress: Progress | None,
 ) -> None:
     started = time.perf_counter()
+    if isinstance(source, TeacherCache):
+        task.measure(name, source, reporter(name, on_progress), seconds)
+        return
     with placed(source, device) as model:
         seconds["load"] = time.perf_counter() - started
         task.measure(name, model, reporter(name, on_progress), seconds)

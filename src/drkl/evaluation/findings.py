@@ -148,6 +148,7 @@ def of_evaluation(
     return findings
 
 
+TEACHER_WROTE_NONE = "No answers of the teacher's were sampled."
 TWO_CLASSES = (
     "With two classes the tail is a single class and its divergence K is 0: DRKL without a skew equals reverse KL, so "
     "these models cannot show what decoupling does."
@@ -381,6 +382,8 @@ def _as_good(numbers: _Numbers) -> Finding:
     key = "accuracy" if numbers.classifies else "rouge_l"
     if numbers.evaluation.value("student", key) is None:
         return _not_applicable(id, "No answers were sampled.")
+    if numbers.evaluation.value("teacher", key) is None:
+        return _not_applicable(id, TEACHER_WROTE_NONE)
     return _compare_models(numbers, id, "teacher", "the teacher's", (key,), lambda _, difference: not_below(difference))
 
 
@@ -466,7 +469,9 @@ def _no_answers(numbers: _Numbers) -> str:
         return "A classifier writes no answers."
     if not numbers.has("teacher"):
         return "There is no teacher to compare the student with."
-    return "" if numbers.evaluation.value("student", "distinct_2") is not None else "No answers were sampled."
+    if numbers.evaluation.value("student", "distinct_2") is None:
+        return "No answers were sampled."
+    return "" if numbers.evaluation.value("teacher", "distinct_2") is not None else TEACHER_WROTE_NONE
 
 
 def _pushed(totals: Mapping[str, Estimate], counts: Mapping[str, Any], positions: int) -> Finding:

@@ -20,6 +20,7 @@ from drkl.data.seq2seq import set_languages
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import Source
+from drkl.evaluation.cached import as_cache, put_cache
 from drkl.evaluation.config import MINILLM_DATA
 from drkl.evaluation.suites import name_rows, parse_suite, read_suite
 from drkl.models.classes import check_classes, class_names, is_classifier
@@ -37,6 +38,8 @@ from drkl.teachers.shards import check_is_no_cache
 
 Model = str | os.PathLike[str] | PreTrainedModel
 """A model in memory, or the folder or Hub id of one."""
+
+LOAD = "With the teacher itself in its place everything is measured."
 
 
 class Inputs(NamedTuple):
@@ -71,7 +74,7 @@ class Inputs(NamedTuple):
 
 def pair_inputs(
     student: Model,
-    teacher: Model | None,
+    teacher: Model | TeacherCache | None,
     rows: Any,
     processing_class: Any = None,
     *,
@@ -93,12 +96,18 @@ def pair_inputs(
     """
     if (rows is None) == (not suites):
         raise DrklError(f"Expected exactly one of rows and suites; got {'neither' if rows is None else 'both'}.")
-    models = {"student": _unwrapped(student)} | ({} if teacher is None else {"teacher": _unwrapped(teacher)})
+    cache = as_cache(teacher)
+    models = {"student": _unwrapped(student)}
+    if teacher is not None:
+        # The folder of a cache has what is to be known of a teacher beside its weights.
+        models["teacher"] = _unwrapped(teacher) if cache is None else str(cache.folder)
     picked = _device(device, models["student"])
     names = {role: _name(model) for role, model in models.items()}
     configs = {role: load_config(model) for role, model in models.items()}
     # A model in memory says by its class what it is; a config only once it was saved.
     kinds_of = {role: configs[role] if isinstance(model, str) else model for role, model in models.items()}
+    if cache is not None:
+        kinds_of["teacher"] = cache.model
     classifiers = {role: is_classifier(kind) for role, kind in kinds_of.items()}
     classifier = classifiers["student"]
     if classifiers.get("teacher", classifier) != classifier:
@@ -118,7 +127,7 @@ def pair_inputs(
     sources: dict[str, Source] = {
         role: _source(models[role], wanted, classifier) for role in ("teacher", "student") if role in models
     }
-    facts = {
+    facts: dict[str, Any] = {
         "models": {role: names[role] for role in sources}, "protocol": protocol, "template": section.template,
         "dtype": wanted,
     }  # fmt: skip
@@ -146,6 +155,8 @@ def pair_inputs(
         sizes = [configs[role].get_text_config().vocab_size for role in ("student", "teacher")]
         shared = shared_vocabulary(sizes[0], sizes[1], tokens, tokenizer, examples)
         vocab_size = shared["shared"] if shared is not None else None
+    if cache is not None:
+        put_cache(sources, facts, cache, examples, LOAD, classifies=classifier)
     return Inputs(
         sources, tokenizer, examples, suite_names, picked, described, vocab_size, classes, GAMMA, facts,
         Path(names["student"].removeprefix(f"{IN_MEMORY}: ")).name, section.template, room,

@@ -22,6 +22,7 @@ from drkl.data.tokenize import Row
 from drkl.evaluation.answers import Answer, AnswerTable
 from drkl.evaluation.bookkeeping import Report, finite, timed, versions
 from drkl.evaluation.bootstrap import RESAMPLES, Interval, Metrics, Resampled
+from drkl.evaluation.cached import cache_fingerprint, read_cached
 from drkl.evaluation.calibration import EDGES, mass_bins, width_bins
 from drkl.evaluation.class_scores import ClassScores
 from drkl.evaluation.config import EvaluationConfig
@@ -48,6 +49,7 @@ from drkl.models.generate import sample_texts, sampling_batches
 from drkl.models.readout import Readout, read
 from drkl.objectives.decoupled import GAMMA
 from drkl.positions import brier_score, token_statistics
+from drkl.teachers.cached import TeacherCache
 
 ESTIMATES = tuple(key for key in KEYS if key not in ("num_tokens", "num_answers"))
 """The metrics that have intervals: a size is no estimate."""
@@ -59,13 +61,17 @@ OTHERS = ("teacher", "before", "warmup")
 """The models that the student is compared with in findings."""
 
 
+Measured = PreTrainedModel | TeacherCache
+"""A model, or the cache of a teacher."""
+
+
 class Task(Protocol):
     """A kind of evaluation: measures each model and collects the numbers."""
 
     settings: EvaluationConfig
 
-    def measure(self, name: str, model: PreTrainedModel, report: Report, seconds: dict[str, float]) -> None:
-        """Run a model, which is on its device in eval mode; the teacher comes first."""
+    def measure(self, name: str, model: Measured, report: Report, seconds: dict[str, float]) -> None:
+        """Run a model, which is on its device in eval mode, or read its cache; the teacher comes first."""
 
     def score(self, name: str, seconds: dict[str, float]) -> None:
         """Compute what needs no model, once it is gone."""
@@ -147,14 +153,16 @@ class Generation:
         self._pools: dict[str, dict[float, list[list[Answer]]]] = {}
         self._answers: dict[str, dict[float, dict[str, AnswerTable]]] = {}
 
-    def measure(self, name: str, model: PreTrainedModel, report: Report, seconds: dict[str, float]) -> None:
-        """Read the rows and sample the answers."""
+    def measure(self, name: str, model: Measured, report: Report, seconds: dict[str, float]) -> None:
+        """Read the rows and sample the answers; a cache writes none."""
         with timed(seconds, "load"):
-            mark = model_fingerprint(model) if self.parts is not None else ""
+            mark = _mark(model) if self.parts is not None else ""
         with timed(seconds, "teacher_forced"):
             self._tables[name] = self._read(name, model, mark, report)
         with timed(seconds, "samples"):
-            self._pools[name] = self._sample(name, model, mark, report)
+            self._pools[name] = {}
+            if not isinstance(model, TeacherCache):
+                self._pools[name] = self._sample(name, model, mark, report)
 
     def score(self, name: str, seconds: dict[str, float]) -> None:
         """Compare the answers with the references and with each other."""
@@ -163,33 +171,17 @@ class Generation:
                 temperature: self._answer_tables(pools) for temperature, pools in self._pools[name].items()
             }
 
-    def _read(self, name: str, model: PreTrainedModel, mark: str, report: Report) -> PositionTable:
+    def _read(self, name: str, model: Measured, mark: str, report: Report) -> PositionTable:
         """The teacher-forced numbers of a model; the teacher's states stay for those that follow."""
         store, rows = self._store(name), _as_read(name, self.rows)
         facts: dict[str, Any] = {
             "rows": fingerprint(value=[[row.id, row.prompt_ids, row.response_ids, row.trained] for row in rows]),
             "model": mark, "vocab": self.vocab_size, "device": model.device.type,
         }  # fmt: skip
-        states_key = fingerprint(kind="states at the head", **facts)
-        kept = store.read_tensors(states_key) if store is not None and name == "teacher" else None
-        if kept is not None:
-            head = lm_head(model)
-            head = head if self.vocab_size is None else head.trimmed(self.vocab_size)
-            states = Readout.from_tensors(kept, head, self.merged_ids)
+        if name == "teacher" and store is not None and not isinstance(model, TeacherCache):
+            states = self._kept_states(model, rows, store, fingerprint(kind="states at the head", **facts), report)
         else:
-            progress = report("reading", len(self.rows))
-            states = read(
-                model,
-                rows,
-                pad_id=self.pad_id,
-                vocab_size=self.vocab_size,
-                merged_ids=self.merged_ids,
-                progress=progress,
-            )
-            if store is not None and name == "teacher" and states.hidden.nbytes <= KEPT_STATES_BYTES:
-                # The head is the model's own, which is there whenever its states are.
-                kept = {part: tensor for part, tensor in states.to_tensors().items() if not part.startswith("head.")}
-                store.write_tensors(states_key, kept)
+            states = self._states(model, rows, report)
         self._num_outputs = states.num_outputs
         if name == "teacher":
             self._teacher = mark, states
@@ -204,6 +196,29 @@ class Generation:
         if store is not None:
             store.write_tensors(key, {column: torch.from_numpy(array) for column, array in table.to_arrays().items()})
         return table
+
+    def _states(self, model: Measured, rows: Sequence[Row], report: Report) -> Readout:
+        given: dict[str, Any] = {
+            "pad_id": self.pad_id, "vocab_size": self.vocab_size, "merged_ids": self.merged_ids,
+            "progress": report("reading", len(rows)),
+        }  # fmt: skip
+        return read_cached(model, rows, **given) if isinstance(model, TeacherCache) else read(model, rows, **given)
+
+    def _kept_states(
+        self, model: PreTrainedModel, rows: Sequence[Row], store: Store, key: str, report: Report
+    ) -> Readout:
+        """The teacher's states, from the parts where they are there."""
+        kept = store.read_tensors(key)
+        if kept is not None:
+            head = lm_head(model)
+            head = head if self.vocab_size is None else head.trimmed(self.vocab_size)
+            return Readout.from_tensors(kept, head, self.merged_ids)
+        states = self._states(model, rows, report)
+        if states.hidden.nbytes <= KEPT_STATES_BYTES:
+            # The head is the model's own, which is there whenever its states are.
+            kept = {part: tensor for part, tensor in states.to_tensors().items() if not part.startswith("head.")}
+            store.write_tensors(key, kept)
+        return states
 
     def _sample(self, name: str, model: PreTrainedModel, mark: str, report: Report) -> dict[float, list[list[Answer]]]:
         """Every prompt's answers by temperature; a batch that was finished before is read instead."""
@@ -433,6 +448,10 @@ def _prompt_length(row: Row) -> int:
     return max(len(row.sampling_ids), len(row.teacher_prompt_ids or ()))
 
 
+def _mark(model: Measured) -> str:
+    return cache_fingerprint(model) if isinstance(model, TeacherCache) else model_fingerprint(model)
+
+
 def _as_read(name: str, rows: Sequence[Row]) -> Sequence[Row]:
     return [row.for_teacher for row in rows] if name == "teacher" else rows
 
@@ -501,10 +520,14 @@ class Classification:
         self._logits: dict[str, Tensor] = {}
         self._scores: dict[str, ClassScores] = {}
 
-    def measure(self, name: str, model: PreTrainedModel, report: Report, seconds: dict[str, float]) -> None:
+    def measure(self, name: str, model: Measured, report: Report, seconds: dict[str, float]) -> None:
         """Read the texts."""
         with timed(seconds, "reading"):
-            readout = read(model, self.rows, pad_id=self.pad_id, progress=report("reading", len(self.rows)))
+            progress = report("reading", len(self.rows))
+            if isinstance(model, TeacherCache):
+                readout = read_cached(model, self.rows, pad_id=self.pad_id, progress=progress)
+            else:
+                readout = read(model, self.rows, pad_id=self.pad_id, progress=progress)
         self._logits[name] = readout.hidden
         self._scores[name] = class_scores(readout.hidden, readout.labels, self._logits.get("teacher"))
 

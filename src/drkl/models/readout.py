@@ -219,25 +219,61 @@ def read(
         tokens_per_batch: see `batches`; default `TOKENS_PER_BATCH`, or `SHORT_TOKENS_PER_BATCH` for a classifier.
         progress: called after each batch with the number of rows in it.
     """
-    assert rows, "at least one held-out row"
     assert not model.training, "dropout would make every number a random one"
     if not is_classifier(model):
         check_forward(model)
+    with _padded_with(model, pad_id):
+        return readout_of(
+            lambda batch: batch.states(model),
+            output_head(model),
+            rows,
+            pad_id=pad_id,
+            decoder_start=decoder_start_of(model),
+            vocab_size=vocab_size,
+            merged_ids=merged_ids,
+            tokens_per_batch=tokens_per_batch,
+            progress=progress,
+        )
+
+
+def readout_of(
+    states_of: Callable[[Batch], Tensor],
+    head: LMHead | None,
+    rows: Sequence[Row | LabelledRow],
+    *,
+    pad_id: int,
+    decoder_start: int | None,
+    vocab_size: int | None = None,
+    merged_ids: Sequence[int] = (),
+    tokens_per_batch: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Readout:
+    """The states at every trained position of rows, in their order, wherever they come from; see `read`.
+
+    Args:
+        states_of: gives the states `[n, hidden]` of a batch.
+        head: makes logits of them; None where they are logits.
+        rows: as in `read`, and so are those that follow.
+        pad_id: see `read`.
+        decoder_start: of an encoder-decoder; None for others.
+        vocab_size: see `read`.
+        merged_ids: see `read`.
+        tokens_per_batch: see `read`.
+        progress: see `read`.
+    """
+    assert rows, "at least one held-out row"
     hidden: list[Tensor] = [torch.empty(0)] * len(rows)
     labels: list[Tensor] = [torch.empty(0)] * len(rows)
-    start = decoder_start_of(model)
-    size = tokens_per_batch or (SHORT_TOKENS_PER_BATCH if is_classifier(model) else TOKENS_PER_BATCH)
-    with _padded_with(model, pad_id):
-        for batch in batches(rows, pad_id=pad_id, decoder_start=start, tokens_per_batch=size):
-            counts = batch.keep.sum(1).tolist()
-            # To the CPU: the states wait there while other models take the device.
-            states = batch.states(model).cpu().split(counts)
-            for row, own, observed in zip(batch.rows, states, batch.labels.split(counts), strict=True):
-                hidden[row], labels[row] = own, observed
-            if progress is not None:
-                progress(len(batch.rows))
+    size = tokens_per_batch or (SHORT_TOKENS_PER_BATCH if head is None else TOKENS_PER_BATCH)
+    for batch in batches(rows, pad_id=pad_id, decoder_start=decoder_start, tokens_per_batch=size):
+        counts = batch.keep.sum(1).tolist()
+        # To the CPU: the states wait there while other models take the device.
+        states = states_of(batch).cpu().split(counts)
+        for row, own, observed in zip(batch.rows, states, batch.labels.split(counts), strict=True):
+            hidden[row], labels[row] = own, observed
+        if progress is not None:
+            progress(len(batch.rows))
     row_index = torch.repeat_interleave(torch.tensor([len(own) for own in labels]))
-    head = output_head(model)
     states_of_all = torch.cat(hidden)
     if head is None:
         states_of_all = states_of_all.float()

@@ -70,6 +70,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
     """Return notes on the numbers: their sample sizes and limits."""
     run = runs[0]
     lines = [_basis(run)] if run.evaluation is not None else []
+    lines += [str(note) for own in runs if own.evaluation is not None and (note := own.settings.get("teacher_note"))]
     if any(one.on_classes for one in runs):
         lines.append(
             "While training, a teacher was known on its k most probable tokens and all others as one class: the KLs "

@@ -114,6 +114,11 @@ class TeacherCache:
         return self._rows.manifest
 
     @property
+    def device(self) -> torch.device:
+        """Where the head is."""
+        return self._device
+
+    @property
     def kind(self) -> str:
         """``hidden``, or ``topk``."""
         return self.stored.kind
@@ -122,6 +127,12 @@ class TeacherCache:
     def k(self) -> int | None:
         """How many logits are known at a position, with the others in sum; None for all."""
         return self.stored.k if isinstance(self.stored, StoredTopK) else None
+
+    def to(self, device: torch.device | str) -> TeacherCache:
+        """Move the head to a device, in place, and return the cache."""
+        self._device = torch.device(device)
+        self.head = None if self.head is None else self.head.to(device)
+        return self
 
     def hidden_at(
         self, batch: Mapping[str, Tensor], keep: Tensor, *, labels: Tensor | None = None, remember: bool = True
@@ -268,7 +279,7 @@ def check_same_text(samples: bool) -> None:
 
 def write_states(
     folder: Path,
-    teacher: LiveTeacher | ServedTeacher | TeacherCache,
+    teacher: LiveTeacher | TeacherCache | ServedTeacher,
     batches: Sequence[Batch],
     about: Mapping[str, Any],
     *,
@@ -379,7 +390,7 @@ def other_tokenizer(folder: Path) -> DrklError:
 
 def _write(
     writer: ShardWriter,
-    teacher: LiveTeacher | ServedTeacher | TeacherCache,
+    teacher: LiveTeacher | TeacherCache | ServedTeacher,
     batches: Sequence[Batch],
     stored: Stored,
     shards: Sequence[Sequence[CacheRow]],

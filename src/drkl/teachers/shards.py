@@ -492,11 +492,16 @@ def _edited(path: Path) -> DrklError:
 
 def check_is_no_cache(name: str) -> None:
     """Raise DrklError where the name of a model is the folder of a teacher cache."""
-    if (Path(name) / MANIFEST).is_file() and (Path(name) / _rows(0)).is_file():
+    if is_cache(name):
         raise DrklError(
             f"{name!r} is a teacher cache, which has no weights. Training reads it as teacher.cache, in Python as "
-            "drkl.TeacherCache.open(FOLDER); everything else needs the teacher itself."
+            "drkl.TeacherCache.open(FOLDER); what a teacher writes needs the teacher itself."
         )
+
+
+def is_cache(name: str) -> bool:
+    """Whether the name of a model is the folder of a teacher cache."""
+    return (Path(name) / MANIFEST).is_file() and (Path(name) / _rows(0)).is_file()
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -105,12 +105,12 @@ def write_cache(
     """
     check_kind(kind, k, temperatures)
     pair = runs[0][0]
-    if isinstance(pair.teacher, ServedTeacher):
-        k = check_served_kind(kind, k, pair.teacher.top_k, temperatures)
     if pair.teacher is None:
         raise DrklError("There is no teacher to cache; expected a teacher_model.")
     if isinstance(pair.teacher, TeacherCache):
         check_made_of(pair.teacher, kind, fill=fill)
+    if isinstance(pair.teacher, ServedTeacher):
+        k = check_served_kind(kind, k, pair.teacher.top_k, temperatures)
     if not 0 <= part < parts:
         raise DrklError(f"part is {part} of {parts}; expected a number from 0 to {parts - 1}.")
     if fill and (parts != 1 or kind != "hidden" or k is not None or temperatures):

@@ -48,6 +48,7 @@ from drkl.training.spec import (
     run_ends,
     run_room,
     run_tokenizer,
+    start_of,
     teacher_tokenizer,
     tokenizer_name,
     training_config,
@@ -101,8 +102,9 @@ class Resources:
         if config not in self._teachers and config.cache is not None:
             unused = [f"teacher.{name}" for name in ("remember_mb", "model_init_kwargs") if getattr(config, name)]
             without = f" Without effect on a cache: {', '.join(unused)}." if unused else ""
-            self.listener.on_message(f"Reading the teacher's states from {config.cache}.{without}")
-            self._teachers[config] = TeacherCache.of(config, self.device)
+            self._teachers[config] = cache = TeacherCache.of(config, self.device)
+            what = "states" if cache.k is None else f"{cache.k} largest logits"
+            self.listener.on_message(f"Reading the teacher's {what} from {config.cache}.{without}")
         if config not in self._teachers and config.is_served:
             self.listener.on_message(f"The teacher {config.model} is asked at {config.server}.")
             self._teachers[config] = ServedTeacher.of(config)
@@ -413,8 +415,8 @@ def _make_trainer(spec: RunSpec, prepared: Prepared) -> DistillationTrainer:
     teacher = resources.teacher(spec.teacher)
     tokenizer = resources.tokenizer(prepared.tokenizer_name)
     teacher_name = spec.teacher.model if spec.teacher else None
-    student_source = spec.teacher.student_source if spec.teacher else None
-    student = make_student(spec.student, student_source, spec.run.seed, tokenizer, resources.classes)
+    start = start_of(spec.student, spec.teacher)
+    student = make_student(spec.student, start, spec.run.seed, tokenizer, resources.classes)
     loaded = prepared.rows(spec)
     reader = resources.teacher_tokenizer
     train = TokenisedRows(loaded.train, loaded.report, shared, spec.data.name, reader)
