@@ -176,6 +176,8 @@ def run_inputs(
     compared: TeacherCache | str | None = None
     if teacher_model is not None:
         specs, compared = _with_teacher(specs, str(teacher_model))
+    else:
+        specs, compared = _without_served(specs)
     first, last = specs[0], specs[-1]
     loaders, tokenizer, device = evaluation_models(specs, made=compared if isinstance(compared, TeacherCache) else None)
     models: dict[str, Source] = {**loaders}
@@ -290,6 +292,22 @@ def _with_teacher(specs: Sequence[RunSpec], name: str) -> tuple[Sequence[RunSpec
             made = f"The teacher was not compared with the cache that the student was trained from: {error}"
     loaded = teacher.model_copy(update=changes)
     return [replace(spec, teacher=loaded) for spec in specs], made
+
+
+def _without_served(specs: Sequence[RunSpec]) -> tuple[Sequence[RunSpec], str | None]:
+    """The specs, without a served teacher whose name is no model here, and a sentence that says so."""
+    teacher = specs[0].teacher
+    if teacher is None or not teacher.is_served:
+        return specs, None
+    try:
+        load_model_config(teacher.model)
+        return specs, None
+    except DrklError:
+        note = (
+            f"The teacher {teacher.model!r} was asked through a server, which gives no whole distribution: the teacher "
+            "is left out. teacher.model=PATH on the command line (in Python teacher_model) loads it."
+        )
+        return [replace(spec, teacher=None) for spec in specs], note
 
 
 def _run_cache(teacher: TeacherConfig | None, device: torch.device) -> TeacherCache | None:

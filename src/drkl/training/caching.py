@@ -21,7 +21,6 @@ from drkl.models.forward import decoder_start, lm_head
 from drkl.models.load import words_of
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, Batch, batches, to_batch
 from drkl.teachers.cached import SERVED, TeacherCache, add_states, check_same_text, write_states
-from drkl.teachers.live import LiveTeacher
 from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import filling, writing
 from drkl.teachers.stored import Stored, check_kind, topk_to_store
@@ -109,7 +108,7 @@ def write_cache(
         raise DrklError("There is no teacher to cache; expected a teacher_model.")
     if isinstance(pair.teacher, TeacherCache):
         check_made_of(pair.teacher, kind, fill=fill)
-    if isinstance(pair.teacher, ServedTeacher):
+    if isinstance(pair.teacher, ServedTeacher) and not fill:
         k = check_served_kind(kind, k, pair.teacher.top_k, temperatures)
     if not 0 <= part < parts:
         raise DrklError(f"part is {part} of {parts}; expected a number from 0 to {parts - 1}.")
@@ -127,7 +126,10 @@ def write_cache(
         "data": [_data_settings(own, args) for own, args in runs],
     }
     if fill:
-        assert isinstance(pair.teacher, LiveTeacher), "a cache is refused above"
+        assert not isinstance(pair.teacher, TeacherCache), "a cache is refused above"
+        if isinstance(pair.teacher, ServedTeacher):
+            cache = TeacherCache.open(folder)
+            check_served_kind(cache.kind, cache.k, pair.teacher.top_k, ())
         add_states(folder, pair.teacher, every, about, progress=progress)
         return TeacherCache.open(folder)
     finished = write_states(

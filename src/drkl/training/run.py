@@ -338,7 +338,8 @@ def cache_states(
         DrklError: there is no teacher, answers are sampled, or what `write_cache` refuses.
     """
     check_kind(kind, k, temperatures)
-    check_cached(specs, kind, k, temperatures)
+    if not fill:
+        check_cached(specs, kind, k, temperatures)
     prepared = prepare(specs, listener or Listener())
     with TemporaryDirectory() as unused:
         # A later stage starts from a student that is not trained yet; any student has the same rows.
