@@ -95,6 +95,31 @@ def large_teacher_table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def topk_probe_table(rows: list[Row]) -> str:
+    """What k tokens keep of each objective: its value, and its gradient's direction."""
+    students = list(dict.fromkeys(row["student"] for row in rows))
+    ks = list(dict.fromkeys(row["k"] for row in rows))
+    named = {"start": "before training", "quickstart": "after it"}
+    head = [f"k = {k}, {named.get(student, student)}" for student in students for k in ks]
+    lines = [f"| | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
+    found = {(row["student"], row["k"], row["objective"]): row for row in rows}
+    first = rows[0]["objective"]
+    for name, key in (("mass", "mass"), ("mass of the tail", "tail_mass")):
+        cells = [f"{100 * float(found[s, k, first][key]):.1f} %" for s in students for k in ks]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name in dict.fromkeys(row["objective"] for row in rows):
+        of_all = [found[s, k, name] for s in students for k in ks]
+        cells = [f"{100 * float(row['share']):.1f} %, {float(row['degrees']):.1f}°" for row in of_all]
+        about = " *" if of_all[0]["on_classes"] == "approximation" else ""
+        lines.append(f"| {name}{about} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def topk_probe_tables() -> dict[str, str]:
+    """Those of docs/teacher-cache.md, likewise."""
+    return {"topk-probe": topk_probe_table(read_rows(RESULTS / "topk_probe.csv"))}
+
+
 def tables() -> dict[str, str]:
     """The tables by the marks between which README has them."""
     return {

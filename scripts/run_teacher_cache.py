@@ -36,7 +36,7 @@ WARM = (
     "training.eval_every=45", "training.save_every=45", "stages=[]", f"run.dir={FOLDER}",
 )  # fmt: skip
 SETTINGS = (
-    "stages=[]", f"run.dir={FOLDER}", f"training.max_steps={STEPS}", "training.eval_every=60",
+    "stages=[]", f"run.dir={FOLDER}", f"training.max_steps={STEPS}", "training.eval_every=60", "training.save_every=60",
     "student.init=pretrained", "student.layers=null", f"student.model={WARMUP / 'student'}", "teacher.remember_mb=0",
 )  # fmt: skip
 EVALUATION = ("--sweep", "none", "--prompts", "8", "--samples", "2")

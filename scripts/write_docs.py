@@ -2,7 +2,7 @@
 
 From the program: the table of objectives in docs/objectives/README.md, the metrics in docs/evaluate.md and
 docs/classification.md, and docs/reference.md. From committed rows: the benchmarks in docs/benchmarks.md, the results in
-README.md and docs/results/README.md, and the tables of docs/toy.md and docs/families.md.
+README.md and docs/results/README.md, and the tables of docs/teacher-cache.md, docs/toy.md and docs/families.md.
 """
 
 from __future__ import annotations
@@ -287,6 +287,7 @@ def pages() -> dict[Path, str]:
         ROOT / "README.md": {"students": results["students"]},
         docs / "results" / "README.md": {name: results[name] for name in results if name != "students"},
         docs / "benchmarks.md": table.tables(),
+        docs / "teacher-cache.md": table.topk_probe_tables(),
         docs / "objectives" / "README.md": {"objectives": describe.as_markdown()},
         docs / "evaluate.md": {"metrics": metrics(GROUPS, ORACLES)},
         docs / "classification.md": {"metrics": metrics(CLASS_GROUPS, CLASS_ORACLES)},

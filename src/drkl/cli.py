@@ -237,7 +237,7 @@ def cache(
     ] = False,
     positions: Annotated[
         int | None,
-        typer.Option(help="With --probe: the most positions, of whole rows. Default: 2000.", show_default=False),
+        typer.Option(min=1, help="With --probe: the most positions, of whole rows. Default: 2000.", show_default=False),
     ] = None,
     student: Annotated[
         str | None,
@@ -270,7 +270,7 @@ def cache(
                 f"`--probe` writes no cache, and takes no `{given[0]}`; leave one of the two out. Its temperature is "
                 "loss.temperature of CONFIG."
             )
-        _probe(config, overrides or [], kind, k or (), positions, student, output_format or "text")
+        _probe(config, overrides or [], kind, k, positions, student, output_format or "text")
         return
     if k is not None and len(k) > 1:
         raise DrklError(f"`--k` is given {len(k)} times, and a cache has one k; several go with `--probe`.")
@@ -320,7 +320,7 @@ def _probe(
     config: Path,
     overrides: list[str],
     kind: str,
-    k: Sequence[int],
+    k: list[int] | None,
     positions: int | None,
     student: str | None,
     form: str,

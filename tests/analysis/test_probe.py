@@ -216,8 +216,10 @@ def test_whole_rows_are_taken_evenly_spaced(tmp_path: Path) -> None:
 
 
 def test_intervals_hold_their_value_and_depend_on_the_seed_alone(tmp_path: Path) -> None:
-    first, same, other = (probe(tmp_path, k=[4], seed=seed) for seed in (0, 0, 1))
+    few: Any = {"train_dataset": ROWS[:8]}
+    first, same, other = (probe(tmp_path, k=[4], seed=seed, **few) for seed in (0, 0, 1))
     assert first.to_json() == same.to_json() != other.to_json()
+    assert probe(tmp_path, k=np.int64(4), **few).to_json() == first.to_json()
     for one in first.objectives:
         for estimate in (one.value, *one.kept[4]):
             assert estimate.interval is not None and estimate.value is not None
@@ -300,7 +302,8 @@ def test_the_command(tmp_path: Path, cli: Cli) -> None:
     said = " ".join(done.out.split())
     count = re.search(r"(\d+) positions of (\d+) rows, 64 tokens", said)
     assert count is not None and 40 < int(count[1]) <= 60
-    assert f"Student: prune of {tmp_path / 'teacher'}, not trained." in said
+    assert f"Student: prune of {tmp_path / 'teacher'}, before training." in said
+    assert "the value of fkl at temperature 2 and its gradient" in said
     for part in ("hidden states", "k = 4 ", "k = 16 ", "drkl, γ 0.5 at T = 1 (this run)", "fkl at T = 2 (this run)",
                  "akl at T = 1 (approximation)", "both models read: done"):  # fmt: skip
         assert part in said, part
@@ -336,6 +339,10 @@ def test_a_trained_student(tmp_path: Path, cli: Cli) -> None:
         ({"k": [tiny.VOCAB]}, "k is 64; expected whole numbers from 1 to 63, below the 64 ids"),
         ({"k": [0]}, "k is 0; expected whole numbers from 1 to 63"),
         ({"k": [2.5]}, "k is 2.5; expected whole numbers"),
+        ({"k": True}, "k is True; expected whole numbers"),
+        ({"k": "16"}, "k is '1'; expected whole numbers"),
+        ({"seed": -1}, "seed is -1; expected a whole number of at least 0"),
+        ({"positions": None}, "positions is None; expected a whole number"),
         ({"positions": 0}, "positions is 0; expected a whole number of at least 1"),
         ({"fields": {"objective": "ce"}}, "learns from no teacher"),
         ({"fields": {"kd_weight": 0.0}}, "learns from no teacher"),
@@ -360,6 +367,8 @@ def test_teachers_that_are_refused(tmp_path: Path) -> None:
             tiny_classifiers.make(seed=1), rows, model=tiny_classifiers.make(seed=2), args=config(tmp_path),
             processing_class=tiny_classifiers.tokenizer(),
         )  # fmt: skip
+    with pytest.raises(DrklError, match=r"few logits are known of the teacher at http://127\.0\.0\.1:9/v1"):
+        probe(tmp_path, teacher=drkl.ServedTeacher("http://127.0.0.1:9/v1", "x", 4))
     pair = make_pair(tiny.llama(1), tiny.llama(9), config(tmp_path), ROWS, None, TOKENIZER)
 
     class Sparse:
@@ -394,6 +403,24 @@ def test_logits_that_are_no_numbers(tmp_path: Path, who: str) -> None:
         probe(tmp_path, models["student"], models["teacher"], train_dataset=ROWS[:1], k=[4], fields={"objective": "ab"})
 
 
+def test_a_token_that_the_teacher_excludes() -> None:
+    """Reverse KL is infinite, and there is no share of that; forward KL is what it is without the token."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(12, 9, generator=generator) for _ in range(2))
+    theirs[:, 4] = -torch.inf
+    cases = [Case(name, drkl.make_objective(name), 1.0, True) for name in ("rkl", "fkl", "tvd")]
+    sums = LossSums(6, cases, [3, 8])
+    sums.add(ours, theirs, torch.zeros(12, dtype=torch.long), np.arange(12) % 6)
+    rkl, fkl, tvd = sums.result(0, teacher="t", student="s", vocab_size=9, hidden_bytes=1).objectives
+    assert rkl.value == Estimate(None) and rkl.kept[3] == KeptLoss(Estimate(None), Estimate(None))
+    pairs = [(softmax(a), softmax(b)) for a, b in zip(ours.double().numpy(), theirs.double().numpy(), strict=True)]
+    exact = [kl(p, q) for q, p in pairs]
+    assert fkl.value.value == pytest.approx(np.mean(exact), rel=1e-5)
+    for one in (fkl, tvd):
+        assert one.kept[8].share.value == pytest.approx(1.0, rel=1e-4) and one.kept[8].angle.interval is not None
+        assert one.kept[3].share.value is not None and 0 < one.kept[3].share.value < 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -414,6 +441,12 @@ def test_logits_that_are_no_numbers(tmp_path: Path, who: str) -> None:
         (("{c}", "--probe", "--format", "csv"), "--format is 'csv'; expected text or json"),
         (("{c}", "--probe", "--k", "64"), "k is 64; expected whole numbers from 1 to 63"),
         (("{c}", "--probe", "--student", "nowhere/x"), "nowhere/x"),
+        (("{c}", "--probe", "--student", ""), "student is empty; expected a run folder, or the path or Hub id"),
+        (("{c}", "--probe", "--student", "{r}"), "has no student yet; `drkl distill --resume"),
+        (
+            ("{c}", "--probe", "teacher.dtype=auto", "teacher.server=http://127.0.0.1:9/v1"),
+            "known of the teacher at http",
+        ),
         (("{c}", "--probe", "loss.kd_weight=0"), "learns from no teacher"),
         (("{c}", "--probe", "nothing"), "The config has teacher: null, so there is nothing to probe"),
     ],
@@ -425,7 +458,10 @@ def test_flags_that_do_not_fit(tmp_path: Path, cli: Cli, arguments: tuple[str, .
         values |= {"teacher": None, "objective": {"name": "ce"}}
         values["student"] = {"init": "pretrained", "model": str(tmp_path / "teacher")}
     path = tiny_runs.write_config(values, tmp_path / "c.yaml")
-    done = cli("cache", *(one.format(c=path) for one in arguments))
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_text("{}")
+    done = cli("cache", *(one.format(c=path, r=unfinished) for one in arguments))
     assert done.code == 2 and message in done.err, done.err
     assert "Traceback" not in done.err
 

@@ -460,3 +460,10 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         DrklError, match=r"There is no folder '.*nothing', .* a path that is relative starts at the working"
     ):
         TeacherCache.open(tmp_path / "nothing")
+
+
+def test_its_head_goes_to_the_device_of_the_run(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, tiny.llama(1, layers=2), tiny.llama(9))
+    assert cache.to("meta").head is not None and cache.head.weight.is_meta
+    trainer = make(tmp_path, tiny.llama(1, layers=2), TeacherCache.open(tmp_path / "cache"))
+    assert trainer.teacher is not None and trainer.teacher.head.weight.device == trainer.args.device

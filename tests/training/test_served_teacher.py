@@ -13,6 +13,7 @@ import yaml
 
 import drkl
 from drkl import client
+from drkl.analysis.probe import probe_specs
 from drkl.config import load_config
 from drkl.errors import DrklError
 from drkl.runs import RunFolder
@@ -260,6 +261,13 @@ def test_what_a_cache_of_it_cannot_have(
     specs = load_config(no_server(tmp_path))[0].specs()
     with pytest.raises(DrklError, match=message):
         cache_states(specs, tmp_path / "cache", **settings)
+
+
+def test_a_probe_needs_the_whole_distribution(tmp_path: Path, fake: FakeVllm, folder: str) -> None:
+    with pytest.raises(DrklError, match=r"A few logits are known of the teacher at http"):
+        drkl.probe_top_k(served(fake), ROWS, model=folder, args=config(tmp_path), processing_class=TOKENIZER)
+    with pytest.raises(DrklError, match=r"A few logits are known of the teacher at http"):
+        probe_specs(load_config(no_server(tmp_path))[0].specs())
 
 
 def test_estimates_ask_no_server(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,7 @@ from drkl.analysis.topk import KeptLoss, KeptMass, ProbedObjective, TopKProbe
 from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import finite, placed
 from drkl.evaluation.bootstrap import Estimate, Resampled
+from drkl.evaluation.calibration import weighted_sums
 from drkl.evaluation.paired import MIN_UNITS
 from drkl.losses import TopK
 from drkl.losses.common import make_settings
@@ -28,6 +29,7 @@ from drkl.objectives import OBJECTIVES, Objective
 from drkl.objectives.base import on_classes, why_not_on_classes
 from drkl.runs import RunFolder
 from drkl.teachers.cached import TeacherCache, check_same_text
+from drkl.teachers.served import ServedTeacher
 from drkl.teachers.stored import StoredTopK, wide_head
 from drkl.training.arguments import DistillationConfig
 from drkl.training.pair import Pair, make_pair
@@ -52,7 +54,7 @@ def probe_top_k(
     model: Any,
     args: DistillationConfig | None = None,
     processing_class: Any = None,
-    k: Sequence[int] = (),
+    k: int | Sequence[int] | None = None,
     positions: int = POSITIONS,
     seed: int = 0,
     progress: Progress = lambda done, of: None,
@@ -72,7 +74,7 @@ def probe_top_k(
             shares than the one it starts from.
         args: of the run: its objective and temperature, and how rows are read. `max_steps` has no effect.
         processing_class: as `DistillationTrainer` takes it.
-        k: numbers of tokens to try, each below the vocabulary. Default: those of 16, 64 and 256 that are.
+        k: a number of tokens to try, or several, each below the vocabulary. Default: those of 16, 64 and 256 that are.
         positions: whole rows, evenly spaced, are taken up to so many positions, and one row at least.
         seed: random seed of the intervals.
         progress: called with the rows that are compared, and that are to be compared.
@@ -95,7 +97,7 @@ def probe_specs(
     specs: Sequence[RunSpec],
     *,
     student: str | None = None,
-    k: Sequence[int] = (),
+    k: int | Sequence[int] | None = None,
     positions: int = POSITIONS,
     seed: int = 0,
     listener: Listener | None = None,
@@ -119,9 +121,12 @@ def probe_specs(
     learning = [number for number, spec in enumerate(specs) if spec.uses_teacher]
     if not learning:
         raise DrklError(_NO_OBJECTIVE)
+    if teacher.is_served:
+        raise DrklError(_sparse(f"the teacher at {teacher.server}"))
     if teacher.cache is not None:
         _check_whole(TeacherCache.of(teacher))
-    name = f"{start.init} of {start.model or start.model_type or teacher.model}, not trained"
+    source = start.model or start.model_type or teacher.model
+    name = f"{source if start.init == 'pretrained' else f'{start.init} of {source}'}, before training"
     if student is not None:
         name = _student_of(student)
         start = type(start)(init="pretrained", model=name, dtype=start.dtype)
@@ -142,6 +147,8 @@ _NO_OBJECTIVE = (
 
 
 def _check_whole(teacher: Any) -> None:
+    if isinstance(teacher, ServedTeacher):
+        raise DrklError(_sparse(f"the teacher at {teacher.server}"))
     if isinstance(teacher, TeacherCache) and teacher.kind != "hidden":
         raise DrklError(_sparse(f"the teacher in the cache {str(teacher.folder)!r}"))
 
@@ -155,8 +162,14 @@ def _sparse(teacher: str) -> str:
 
 def _student_of(name: str) -> str:
     """The student of a run folder; any other name is a model's."""
+    if not name.strip():
+        raise DrklError("student is empty; expected a run folder, or the path or Hub id of a model.")
     run = RunFolder(Path(name))
-    return str(run.student_path) if run.config_path.is_file() and run.student_path.is_dir() else name
+    if not run.config_path.is_file():
+        return name
+    if not any((run.student_path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise DrklError(f"The run {name!r} has no student yet; resume its training first.")
+    return str(run.student_path)
 
 
 def probe_pair(
@@ -164,7 +177,7 @@ def probe_pair(
     own: Sequence[tuple[Objective, float]],
     *,
     student: str,
-    k: Sequence[int] = (),
+    k: int | Sequence[int] | None = None,
     positions: int = POSITIONS,
     seed: int = 0,
     progress: Progress = lambda done, of: None,
@@ -184,10 +197,14 @@ def probe_pair(
     if teacher is None:
         raise DrklError("There is no teacher to probe; expected a teacher_model.")
     if pair.classes is not None:
-        raise DrklError("The models are classifiers: their class logits are few, and a cache keeps all of them.")
+        raise DrklError(
+            "The models are classifiers: their class logits are few, and a cache keeps all of them, so nothing is lost."
+        )
     head = teacher.head
     if head is None:
         raise DrklError(_sparse(f"the teacher {pair.teacher_name!r}"))
+    if not _is_whole(seed) or seed < 0:
+        raise DrklError(f"seed is {seed!r}; expected a whole number of at least 0.")
     size = pair.vocab_size or head.vocab_size
     ks, rows = _check_ks(k, size), _sample(pair.rows, positions)
     cases = _cases(own)
@@ -236,14 +253,15 @@ def _cases(own: Sequence[tuple[Objective, float]]) -> list[Case]:
     return cases
 
 
-def _check_ks(wanted: Sequence[int], size: int) -> list[int]:
+def _check_ks(given: int | Sequence[int] | None, size: int) -> list[int]:
+    wanted = [] if given is None else [*given] if isinstance(given, Iterable) else [given]
     for k in wanted:
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < size:
+        if not _is_whole(k) or not 1 <= k < size:
             raise DrklError(
                 f"k is {k!r}; expected whole numbers from 1 to {size - 1}, below the {size} ids that student and "
                 "teacher are compared on."
             )
-    found = sorted(set(wanted)) or [k for k in DEFAULT_KS if k < size]
+    found = sorted({int(k) for k in wanted}) or [k for k in DEFAULT_KS if k < size]
     if not found:
         raise DrklError(
             f"Student and teacher are compared on {size} ids, fewer than any k that is tried by itself; give k, from 1 "
@@ -252,9 +270,13 @@ def _check_ks(wanted: Sequence[int], size: int) -> list[int]:
     return found
 
 
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+
+
 def _sample(rows: Sequence[Any], positions: int) -> list[Any]:
     """Whole rows, evenly spaced, up to so many positions."""
-    if isinstance(positions, bool) or not isinstance(positions, int) or positions < 1:
+    if not _is_whole(positions) or positions < 1:
         raise DrklError(f"positions is {positions!r}; expected a whole number of at least 1.")
     with_labels = [row for row in rows if row.num_trained]
     counts = np.array([row.num_trained for row in with_labels])
@@ -341,7 +363,7 @@ class LossSums:
     def _metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Every number `[m]` for each of ``weights`` `[m, rows]`: how often a row counts."""
         names = [*self._sums]
-        totals = weights @ np.stack([self._sums[name] for name in names], -1)
+        totals = weighted_sums(weights, np.stack([self._sums[name] for name in names], -1))
         sums = dict(zip(names, totals.T, strict=True))
         count = sums.pop("positions")
         found = {name: total / count for name, total in sums.items() if name.startswith(("mass", "tail", "value"))}

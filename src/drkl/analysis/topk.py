@@ -75,6 +75,8 @@ class TopKProbe:
 
     def _advice(self, objective: ProbedObjective, sizes: Mapping[int, int]) -> str:
         name, hidden = objective.name, f"{self.hidden_bytes:,}"
+        if len({one.temperature for one in self.objectives}) > 1:
+            name += f" at temperature {objective.temperature:g}"
         if objective.reason is not None:
             return (
                 f"{name} cannot be had from k tokens and the rest: {objective.reason} Keep hidden states, at {hidden} "

@@ -58,6 +58,11 @@ class LMHead:
         bias = None if self.bias is None else self.bias.detach()
         return LMHead(self.weight.detach(), bias, self.scale, self.softcap)
 
+    def to(self, device: torch.device | str) -> LMHead:
+        """The head on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return LMHead(self.weight.to(device), bias, self.scale, self.softcap)
+
     def gathered(self) -> LMHead:
         """The head as ordinary tensors: parameters that are sharded over processes (DTensor) are gathered once.
 

@@ -127,6 +127,12 @@ class TeacherCache:
         """How many logits are known at a position, with the others in sum; None for all."""
         return self.stored.k if isinstance(self.stored, StoredTopK) else None
 
+    def to(self, device: torch.device | str) -> TeacherCache:
+        """Move the head to a device, in place, and return the cache."""
+        self._device = torch.device(device)
+        self.head = None if self.head is None else self.head.to(device)
+        return self
+
     def hidden_at(
         self, batch: Mapping[str, Tensor], keep: Tensor, *, labels: Tensor | None = None, remember: bool = True
     ) -> Tensor | TopK:

@@ -94,11 +94,6 @@ class TeacherConfig(BaseModel):
         return self.model if self.tokenizer is None else os.path.expanduser(self.tokenizer)
 
     @property
-    def student_source(self) -> str:
-        """What a student is made of that names no model of its own."""
-        return self.source if self.is_served else self.model
-
-    @property
     def source_options(self) -> dict[str, Any]:
         """Further arguments of from_pretrained for them."""
         return self.model_init_kwargs if self.cache is None else {}

@@ -21,7 +21,6 @@ from drkl.models.forward import decoder_start, lm_head
 from drkl.models.load import words_of
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, Batch, batches, to_batch
 from drkl.teachers.cached import TeacherCache, add_states, check_same_text, write_states
-from drkl.teachers.live import LiveTeacher
 from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import filling, writing
 from drkl.teachers.stored import Stored, check_kind, topk_to_store
@@ -158,7 +157,9 @@ def _about_teacher(pair: Pair) -> dict[str, Any]:
     if isinstance(pair.teacher, TeacherCache):
         return dict(pair.teacher.manifest["teacher"])
     assert pair.teacher is not None
-    return {"name": pair.teacher_name, "fingerprint": _fingerprint(pair.teacher)}
+    if isinstance(pair.teacher, ServedTeacher):  # no more is known of it than its name
+        return {"name": pair.teacher_name, "fingerprint": f"served as {pair.teacher.name}"}
+    return {"name": pair.teacher_name, "fingerprint": model_fingerprint(pair.teacher.model)}
 
 
 def _topk(runs: Sequence[tuple[Pair, DistillationConfig]], k: int | None, temperatures: Sequence[float]) -> Stored:
@@ -170,11 +171,6 @@ def _topk(runs: Sequence[tuple[Pair, DistillationConfig]], k: int | None, temper
     if isinstance(pair.teacher, ServedTeacher):
         shared, every = pair.teacher.vocab_size, []
     return topk_to_store(k, every, shared, pair.teacher.model.dtype, classifies=classifies)
-
-
-def _fingerprint(teacher: LiveTeacher | ServedTeacher) -> str:
-    """What tells one teacher from another of its name; of a served one no more is known."""
-    return model_fingerprint(teacher.model) if isinstance(teacher, LiveTeacher) else f"served as {teacher.name}"
 
 
 def _data_settings(pair: Pair, args: DistillationConfig) -> dict[str, Any]:

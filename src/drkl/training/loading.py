@@ -82,7 +82,7 @@ def load_teacher(teacher: Any, args: DistillationConfig) -> Teacher | None:
             "one behind a server. Leave them out."
         )
     if teacher is None or isinstance(teacher, Teacher):
-        return teacher
+        return teacher.to(args.device) if isinstance(teacher, TeacherCache) else teacher
     device = args.device
     options = dict(args.teacher_model_init_kwargs or {})
     if isinstance(teacher, (str, Path)):

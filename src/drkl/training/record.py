@@ -160,7 +160,7 @@ class RunRecord:
 
     def _card(self, state: TrainerState) -> str:
         pair = self.pair
-        note = "\n\n".join(filter(None, (_teacher_note(pair), card_note(pair)))) or None
+        note = "\n\n".join(filter(None, (_teacher_note(pair), card_note(pair, self.args)))) or None
         kind = "classifier" if pair.classes else "encoder_decoder" if is_encoder_decoder(pair.student) else "decoder"
         if pair.adapter is not None and self.export == "adapter":
             base = (self.config or {}).get("student", {}).get("model") or pair.student_name

@@ -33,7 +33,7 @@ from drkl.teachers.teacher import Teacher
 from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import keep_only, newest_checkpoint
-from drkl.training.checks import check_device, check_folder
+from drkl.training.checks import check_apart, check_device, check_folder
 from drkl.training.pair import TokenisedRows
 from drkl.training.served import check_served_kind
 from drkl.training.sparse import check_sparse
@@ -102,8 +102,9 @@ class Resources:
         if config not in self._teachers and config.cache is not None:
             unused = [f"teacher.{name}" for name in ("remember_mb", "model_init_kwargs") if getattr(config, name)]
             without = f" Without effect on a cache: {', '.join(unused)}." if unused else ""
-            self.listener.on_message(f"Reading the teacher's states from {config.cache}.{without}")
-            self._teachers[config] = TeacherCache.of(config, self.device)
+            self._teachers[config] = cache = TeacherCache.of(config, self.device)
+            what = "states" if cache.k is None else f"{cache.k} largest logits"
+            self.listener.on_message(f"Reading the teacher's {what} from {config.cache}.{without}")
         if config not in self._teachers and config.is_served:
             self.listener.on_message(f"The teacher {config.model} is asked at {config.server}.")
             self._teachers[config] = ServedTeacher.of(config)
@@ -295,7 +296,7 @@ def fill_cache(prepared: Prepared) -> None:
 def check_cached(
     specs: Sequence[RunSpec], kind: str = "hidden", k: int | None = None, temperatures: Sequence[float] = ()
 ) -> TeacherConfig:
-    """Return the teacher that can be cached for a run, or raise DrklError; arguments as `cache_states`'s."""
+    """Return the teacher of which a cache can be made for a run, or raise DrklError; arguments as `cache_states`'s."""
     teacher = specs[0].teacher
     if teacher is None:
         raise DrklError("The config has teacher: null, so there is nothing to cache.")
@@ -338,6 +339,7 @@ def cache_states(
         DrklError: there is no teacher, answers are sampled, or what `write_cache` refuses.
     """
     check_kind(kind, k, temperatures)
+    check_apart(folder, specs[-1].folder)
     check_cached(specs, "topk" if fill else kind, k, temperatures)  # a cache that is filled has its kind
     prepared = prepare(specs, listener or Listener())
     with TemporaryDirectory() as unused:
@@ -371,7 +373,9 @@ def distill(
         DrklError: wrong input; whatever can be checked is checked before anything is written.
     """
     listener = listener or Listener()
-    last = specs[-1].folder
+    last, teacher = specs[-1].folder, specs[-1].teacher
+    if teacher is not None and teacher.cache is not None and mode != "resume":
+        check_apart(teacher.cache, last)
     check_folder(last, mode)
     prepared = prepare(specs, listener)
     fill_cache(prepared)

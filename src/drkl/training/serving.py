@@ -21,6 +21,7 @@ from drkl.training.spec import (
     run_configs,
     run_room,
     run_tokenizer,
+    start_of,
     with_stand_in,
     without_server,
 )
@@ -91,9 +92,7 @@ def prepare_server(
         data.max_tokens + (rollouts.max_new_tokens or data.max_tokens - data.max_prompt_tokens)
         for data, rollouts in limits
     )
-    student = make_student(
-        first.student, first.teacher.student_source if first.teacher else None, first.run.seed, tokenizer
-    )
+    student = make_student(first.student, start_of(first.student, first.teacher), first.run.seed, tokenizer)
     check_servable(student)
     folder = served_folder(answered.rollouts, answered.folder.root) / "start"
     write_served(served_copy(student), tokenizer, folder)

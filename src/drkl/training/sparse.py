@@ -98,9 +98,9 @@ def describe_sparse(pair: Pair) -> dict[str, Any] | None:
     }
 
 
-def card_note(pair: Pair) -> str | None:
-    """For the model card: how much was known of the teacher; None where all was."""
-    if pair.teacher is None or pair.teacher.k is None:
+def card_note(pair: Pair, args: DistillationConfig) -> str | None:
+    """For the model card: how much was known of the teacher; None where all was, and where it taught nothing."""
+    if pair.teacher is None or pair.teacher.k is None or not learns_from_teacher(args):
         return None
     return f"It learnt from its teacher's {pair.teacher.k} most probable tokens, with all others as one class."
 

@@ -142,10 +142,11 @@ def training_config(spec: RunSpec, device: torch.device) -> Any:
 
 
 def start_of(student: StudentConfig, teacher: TeacherConfig | None) -> str | None:
-    """What a student of the teacher's is made from. Random weights need its config alone, which a cache has too."""
+    """What a student of the teacher's is made from. Random weights need its config alone, which a cache has too; of a
+    served teacher no more is known."""
     if teacher is None:
         return None
-    return teacher.source if student.init == "random" else teacher.student_source
+    return teacher.source if student.init == "random" or teacher.is_served else teacher.model
 
 
 def run_classes(specs: Sequence[RunSpec]) -> tuple[str, ...] | None:
