@@ -362,6 +362,19 @@ def test_a_student_that_would_be_made_of_the_served_teacher(tmp_path: Path, fake
 
 
 @pytest.mark.slow
+def test_models_in_memory_alone(tmp_path: Path, fake: FakeVllm) -> None:
+    """Where no folder has a config, the student's own stands for the teacher's, with the tokenizer that is passed."""
+    trainer = make(tmp_path, tiny.llama(1, layers=2, vocab=70), served(fake), fields={"max_steps": 3})
+    assert trainer.pair.vocabulary == {"shared": 64, "student": 70, "teacher": 64}
+    trainer.train()
+    assert len(tiny_runs.steps(trainer.run)) == 3
+    with pytest.raises(DrklError, match=r"Set teacher\.tokenizer to the folder"):
+        make(tmp_path, tiny.llama(1, layers=2), served(fake), processing_class=None)
+    with pytest.raises(DrklError, match=r"The student is an encoder-decoder, and the teacher is served"):
+        make(tmp_path, tiny.t5(1), served(fake))
+
+
+@pytest.mark.slow
 def test_a_student_with_random_weights(tmp_path: Path, fake: FakeVllm) -> None:
     shape = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 96}
     values = no_server(tmp_path, server=fake.address) | {"student": {"init": "random", "config": shape}}

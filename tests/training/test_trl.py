@@ -136,7 +136,7 @@ def test_every_name_that_is_mapped_is_tried() -> None:
         ({"log_completions": True}, "rollouts.jsonl in the run folder keeps answers"),
         ({"max_length": 1024}, "max_tokens counts prompt and response, max_prompt_tokens the prompt alone"),
         ({"packing": True}, "rows are tokenised, cut to max_tokens"),
-        ({"teacher_model_server_url": "http://h:1"}, "the teacher is a model in this process"),
+        ({"teacher_model_server_url": "http://h:1"}, "passed as teacher_model=drkl.ServedTeacher"),
         ({"trust_remote_code": True}, "drkl never runs code that comes with a model"),
         ({"shuffle_dataset": False}, "the rows are shuffled"),
         ({"max_completion_lenght": 5}, "has no field 'max_completion_lenght'"),

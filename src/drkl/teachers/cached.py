@@ -46,6 +46,8 @@ ADD_ROWS = (
     "Let teacher.fill_cache: true (in Python drkl.cache_teacher(..., fill=True)) load the teacher and add these rows, "
     "or leave them out."
 )
+SERVED = "served as "
+"""What stands, with the name that a server has for it, for the fingerprint of a teacher whose weights are not here."""
 _KINDS: dict[str, type] = {"kind": str, "teacher": dict, "tokenizer": dict, "data": list}
 
 
@@ -372,9 +374,12 @@ def check_weights(manifest: Mapping[str, Any], folder: Path, teacher: str, finge
         manifest: of the cache.
         folder: of the cache.
         teacher: the teacher's name.
-        fingerprint: `drkl.models.fingerprint.model_fingerprint` of it.
+        fingerprint: `drkl.models.fingerprint.model_fingerprint` of it. The weights of a served one are not known, so
+            that a cache of it may be of any.
     """
     own = manifest["teacher"]
+    if own["fingerprint"].startswith(SERVED) and not fingerprint.startswith(SERVED):
+        return
     if own["fingerprint"] != fingerprint:
         raise DrklError(
             f"The teacher {teacher!r} is not the one of the cache {str(folder)!r}, which is of {own['name']!r}: its "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from drkl.losses import LMHead
 from drkl.losses.topk import TopK
 from drkl.models.classes import is_classifier
 from drkl.models.forward import is_encoder_decoder, lm_head
-from drkl.models.load import load_config, load_tokenizer, model_class, resolve_model
+from drkl.models.load import load_config, load_tokenizer, model_class, resolve_model, words_of
 from drkl.models.readout import Batch
 from drkl.teachers.config import TeacherConfig, address_fault
 from drkl.teachers.scores import Odd, Scores, as_topk, read_scores
@@ -55,6 +56,10 @@ class Question(NamedTuple):
     ids: tuple[int, ...]
     """What the teacher reads, and one token more: a distribution is given where a token follows it."""
     positions: tuple[int, ...]
+
+
+class NothingStands(DrklError):
+    """No place has a config and a tokenizer for a served teacher."""
 
 
 class _Asked(NamedTuple):
@@ -104,7 +109,7 @@ class ServedTeacher:
         self.pad_id: int | None = None
         self.client = Client(server, server_timeout, CALLER)
         self.source = ""
-        """The folder or id whose config and tokenizer stand for the teacher's; empty until `settle`."""
+        """The folder or id whose config and tokenizer stand for the teacher's, once it is settled; empty for none."""
         self.vocab_size = 0
         """The ids, from 0, that both models have."""
         self._model: PreTrainedModel | None = None
@@ -158,29 +163,39 @@ class ServedTeacher:
             self._served = self._look(self.client.patiently(lambda: self.client.ask("/v1/models")))
         return self._served
 
-    def settle(self, student: str) -> None:
+    def settle(self, student: str, config: Any = None, tokenizer: Any = None) -> None:
         """Find a config and a tokenizer that stand for the teacher's, in the first of the places that have both.
 
         Args:
             student: folder or id of the student; empty where it has none.
+            config: the student's config, where no place has one; None for none.
+            tokenizer: goes with it.
 
         Raises:
             DrklError: the server cannot be reached or serves no such model, or no place has them.
         """
-        if not self.source:
+        if self._model is not None:
+            return
+        try:
             self.source = stand_in(self.name, self.tokenizer, self.served.root, student)
-            config = load_config(self.source)
+        except NothingStands:
+            if config is None or tokenizer is None or self.tokenizer is not None:
+                raise
+            config = copy.deepcopy(config)
+            _check_decoder(config, "The student")
+        else:
+            config, tokenizer = load_config(self.source), load_tokenizer(self.source)
+        self._model = _without_weights(config, self.source)
+        if self.served_ids is None and not self.reads(config.get_text_config().vocab_size - 1):
+            # The student's head may have rows beyond the vocabulary of both.
+            config.get_text_config().vocab_size = 1 + max(words_of(tokenizer).get_vocab().values())
             self._model = _without_weights(config, self.source)
-            if self.served_ids is None and not self.reads(config.get_text_config().vocab_size - 1):
-                # The student's head may have rows beyond the vocabulary of both.
-                config.get_text_config().vocab_size = 1 + max(load_tokenizer(self.source).get_vocab().values())
-                self._model = _without_weights(config, self.source)
-            self.vocab_size = lm_head(self._model).vocab_size
+        self.vocab_size = lm_head(self._model).vocab_size
 
     @property
     def served_ids(self) -> int | None:
         """The number of ids that the teacher has; None where another model's config stands for its own."""
-        own = self.source in (self.name, self.served.root)
+        own = bool(self.source) and self.source in (self.name, self.served.root)
         return int(self.model.config.get_text_config().vocab_size) if own else None
 
     def hidden_at(
@@ -390,17 +405,21 @@ def stand_in(name: str, tokenizer: str | None, root: str, student: str) -> str:
         except DrklError as error:
             reasons.append(f"{place!r}: {printable(str(error))}")
             continue
-        if is_encoder_decoder(config) or is_classifier(config):
-            kind = "an encoder-decoder" if is_encoder_decoder(config) else "a classifier"
-            raise DrklError(
-                f"{place!r} is {kind}, and the teacher is served: a server gives the log-probabilities of a decoder's "
-                "prompt alone. Load the teacher here: leave teacher.server out."
-            )
+        _check_decoder(config, repr(place))
         return place
-    raise DrklError(
+    raise NothingStands(
         "Nothing here has a config and a tokenizer that could stand for the served teacher's. Set teacher.tokenizer to "
         f"the folder or id of a model with its vocabulary. Tried: {' '.join(reasons) or 'nothing'}"
     )
+
+
+def _check_decoder(config: Any, name: str) -> None:
+    if is_encoder_decoder(config) or is_classifier(config):
+        kind = "an encoder-decoder" if is_encoder_decoder(config) else "a classifier"
+        raise DrklError(
+            f"{name} is {kind}, and the teacher is served: a server gives the log-probabilities of a decoder's prompt "
+            "alone. Load the teacher here: leave teacher.server out."
+        )
 
 
 def _without_weights(config: Any, source: str) -> PreTrainedModel:
@@ -408,7 +427,8 @@ def _without_weights(config: Any, source: str) -> PreTrainedModel:
     with torch.device("meta"):
         model: Any = model_class(config).from_config(config)
     model.name_or_path = source
+    if not source:
+        return cast("PreTrainedModel", model.eval())
     with contextlib.suppress(OSError):  # it has none of its own
         model.generation_config = GenerationConfig.from_pretrained(resolve_model(source))
-    made: PreTrainedModel = model.eval()
-    return made
+    return cast("PreTrainedModel", model.eval())

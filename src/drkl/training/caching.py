@@ -20,7 +20,7 @@ from drkl.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from drkl.models.forward import decoder_start, lm_head
 from drkl.models.load import words_of
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, Batch, batches, to_batch
-from drkl.teachers.cached import TeacherCache, add_states, check_same_text, write_states
+from drkl.teachers.cached import SERVED, TeacherCache, add_states, check_same_text, write_states
 from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import filling, writing
 from drkl.teachers.stored import Stored, check_kind, topk_to_store
@@ -158,7 +158,7 @@ def _about_teacher(pair: Pair) -> dict[str, Any]:
         return dict(pair.teacher.manifest["teacher"])
     assert pair.teacher is not None
     if isinstance(pair.teacher, ServedTeacher):  # no more is known of it than its name
-        return {"name": pair.teacher_name, "fingerprint": f"served as {pair.teacher.name}"}
+        return {"name": pair.teacher_name, "fingerprint": f"{SERVED}{pair.teacher.name}"}
     return {"name": pair.teacher_name, "fingerprint": model_fingerprint(pair.teacher.model)}
 
 

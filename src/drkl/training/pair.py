@@ -170,7 +170,7 @@ def make_pair(
     student, adapter = load_student(model, args, quantization_config)
     classes = class_names(student, _name(model)) if is_classifier(student) else None
     teacher = load_teacher(teacher_model, args)
-    source = settle_served(teacher, model, student, args) or teacher_model
+    source = settle_served(teacher, model, student, tokenizer, args) or teacher_model
     if teacher is not None and teacher.model is student:
         raise DrklError(
             "model and teacher_model are the same object: the student is trained in place, so its teacher would move "
@@ -254,6 +254,8 @@ def check_cache(pair: Pair, args: DistillationConfig) -> None:
     if not isinstance(teacher, TeacherCache):
         return
     check_same_text(args.rollouts.is_on)
+    if args.teacher_remember_mb:
+        pair.notes.append("teacher_remember_mb has no effect: teacher_model is a cache, which remembers everything.")
     if teacher.manifest["tokenizer"]["fingerprint"] != tokenizer_fingerprint(pair.words):
         raise other_tokenizer(teacher.folder)
     check_sparse(teacher, args)

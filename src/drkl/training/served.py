@@ -62,13 +62,16 @@ def check_served_kind(kind: str, k: int | None, top_k: int, temperatures: Sequen
     return top_k
 
 
-def settle_served(teacher: Any, model: Any, student: PreTrainedModel, args: DistillationConfig) -> str | None:
-    """The folder or id that stands for a served teacher; None for any other.
+def settle_served(
+    teacher: Any, model: Any, student: PreTrainedModel, tokenizer: Any, args: DistillationConfig
+) -> str | None:
+    """The folder or id that stands for a served teacher; None for any other, or where the student in memory does.
 
     Args:
         teacher: the teacher.
         model: the student, as it was passed.
         student: the student.
+        tokenizer: the one that was passed; None for none.
         args: how to train.
 
     Raises:
@@ -78,8 +81,8 @@ def settle_served(teacher: Any, model: Any, student: PreTrainedModel, args: Dist
         return None
     check_settings(args.make_objective(), args.loss_config, args.rollouts)
     teacher.remember_up_to(args.teacher_remember_mb)
-    teacher.settle(str(model) if isinstance(model, (str, Path)) else source_of(student))
-    return teacher.source
+    teacher.settle(str(model) if isinstance(model, (str, Path)) else source_of(student), student.config, tokenizer)
+    return teacher.source or None
 
 
 def check_served(pair: Pair, args: DistillationConfig) -> None:

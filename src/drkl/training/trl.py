@@ -35,7 +35,8 @@ _TEXTS_KEPT = (
 _ONE_ANSWER = "a prompt is answered once in each pass over the rows"
 _TOKENIZER = "set it in the tokenizer that is passed as processing_class"
 _ROWS = "rows are tokenised, cut to max_tokens and put into batches of like length by drkl itself"
-_SERVED_TEACHER = "the teacher is a model in this process: all of its probabilities are read"
+_SERVED_TEACHER = "a teacher behind a server is passed as teacher_model=drkl.ServedTeacher(server, model, top_k=64)"
+_TOP_K = "top_k of drkl.ServedTeacher, or a cache of kind topk, is that; all other tokens are always one class more"
 REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "top_k": (_SAMPLING, (None, -1, 0)),
     "min_p": (_SAMPLING, (0.0, None)),
@@ -86,8 +87,8 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "generation_batch_size": ("rollout_batch_size is the number of answers that are written at once", (None,)),
     "use_teacher_server": (_SERVED_TEACHER, (None, False)),
     "teacher_model_server_url": (_SERVED_TEACHER, (None,)),
-    "loss_top_k": (_SERVED_TEACHER, (None, 0)),
-    "loss_add_tail": (_SERVED_TEACHER, (None, True)),
+    "loss_top_k": (_TOP_K, (None, 0)),
+    "loss_add_tail": (_TOP_K, (None, True)),
 }  # fmt: skip
 """By name: why it is refused, and the values that ask for nothing and are taken."""
 
