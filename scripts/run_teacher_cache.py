@@ -18,15 +18,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from drkl.evaluation.result import Evaluation
-from drkl.reporting.plotting import svg_text
+from drkl.reporting.plotting import MUTED, svg_text
 from drkl.runs import read_json, write_text
+from drkl.teachers.stored import StoredStates, StoredTopK
 from scripts.draw_figures import BLUE, GREEN, ORANGE, finish, legend_above, panels
 
+ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("runs/teacher-cache")
 WARMUP = FOLDER / "warmup"
 RESULTS = Path("docs/results/teacher-cache")
 FIGURE = Path("docs/figures/teacher-cache.svg")
+SIZES = Path("docs/figures/teacher-cache-sizes.svg")
 TEACHER = "smollm2-135m-instruct"
 OBJECTIVES = ("fkl", "rkl", "drkl")
 KINDS = ("16", "64", "256", "hidden")
@@ -157,6 +162,58 @@ def draw(text: str) -> str:
     return svg_text(figure)
 
 
+def draw_sizes() -> str:
+    """The figure of what a cache takes: bytes over positions, for hidden states of several widths and for top-k."""
+    note = (
+        "Computed from the formats: hidden states in bf16 take 2 bytes for each unit, a top-k cache at one temperature "
+        "8 k + 8 bytes\n(more than 65,535 tokens). Full logits of 151,936 tokens in bf16 for comparison."
+    )
+    figure, axes = panels(1000, 520, "What a cache takes", note)
+    positions = [1e5, 1e10]
+    lines: dict[str, tuple[float, Any]] = {"full logits": (2 * 151_936, {"color": MUTED, "linestyle": ":"})}
+    for width in (576, 2048, 4096, 8192):
+        size = StoredStates(width, torch.bfloat16, has_head=True).bytes_per_position
+        lines[f"hidden, {width:,} units"] = (size, {"color": BLUE})
+    for k in (16, 64, 256):
+        size = StoredTopK(k, (1.0,), 151_936, torch.bfloat16).bytes_per_position
+        lines[f"k = {k}"] = (size, {"color": ORANGE, "linestyle": (0, (5, 2))})
+    axes.set(xscale="log", yscale="log", xlim=(1e5, 1.2e11), ylim=(3e6, 1e16))
+    for name, (each, style) in lines.items():
+        axes.plot(positions, [count * each for count in positions], linewidth=1.6, **style)
+        axes.text(1.15e10, 1e10 * each, name, color=style["color"], fontsize=10, va="center")
+    axes.set_xticks([10.0**power for power in range(5, 11)], ["100k", "1M", "10M", "100M", "1G", "10G"])
+    axes.set_yticks([1e9, 1e12, 1e15], ["1 GB", "1 TB", "1 PB"])
+    axes.minorticks_off()
+    finish(axes, "", "positions whose token is learnt")
+    return svg_text(figure)
+
+
+def students_table(text: str) -> str:
+    """The students of the study as a table for a page, from the csv."""
+    rows = list(csv.DictReader(io.StringIO(text)))
+    columns = ("rkl", "fkl", "agreement", "overconfidence", "entropy")
+    names = ("reverse KL", "forward KL", "same top token", "overconfidence", "entropy")
+    head = ["objective", "teacher known by", "bytes a position", *names]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    keys = [("", "", "before"), *((objective, kind, "student") for objective in OBJECTIVES for kind in KINDS[::-1])]
+    for objective, kind, model in keys:
+        mine = {
+            row["metric"]: row for row in rows
+            if (row["objective"], row["teacher"], row["model"]) == (objective, kind, model)
+        }  # fmt: skip
+        known = {"": "", "hidden": "hidden states"}.get(kind, f"k = {kind}")
+        size = mine["rkl"]["bytes_per_position"]
+        cells = [objective or "warm-up", known, f"{float(size):,.0f}" if size else ""]
+        cells += [f"{float(mine[column]['value']):.3f}" for column in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def tables() -> dict[str, str]:
+    """The tables of docs/teacher-cache.md by their marks."""
+    return {"sparse-students": students_table((ROOT / RESULTS / "table.csv").read_text(encoding="utf-8"))}
+
+
 def main() -> None:
     """Do what is not done yet."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -174,6 +231,7 @@ def main() -> None:
     if chosen == names():
         RESULTS.mkdir(parents=True, exist_ok=True)
         write_text(RESULTS / "table.csv", table())
+        write_text(SIZES, draw_sizes())
         write_text(FIGURE, draw((RESULTS / "table.csv").read_text()))
         for name in names():
             shutil.copy(FOLDER / name / "eval.json", RESULTS / f"{name}.eval.json")
