@@ -207,7 +207,8 @@ def resolve(config: Config) -> dict[str, Any]:
         del values["evaluation"]["max_new_tokens"]  # an evaluation fits it to the models and the prompts
     device = pick_device(config.run.device)
     values["run"]["device"] = device.type
-    if config.teacher is not None and config.teacher.server is None:
+    # What a cache or a server has is in the dtype that it is in, whatever this machine is fast at.
+    if config.teacher is not None and config.teacher.cache is None and not config.teacher.is_served:
         values["teacher"]["dtype"] = resolve_dtype(config.teacher.dtype, device)
     values["training"] = config.training.resolved()
     values["training"]["precision"] = resolve_dtype(config.training.precision, device)

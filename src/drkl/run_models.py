@@ -36,7 +36,17 @@ from drkl.runs import RunFolder
 from drkl.teachers.cached import TeacherCache, check_weights
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.shards import check_is_no_cache
-from drkl.training.spec import RunSpec, has_encoder, run_ends, run_room, start_of, teacher_tokenizer, tokenizer_name
+from drkl.training.spec import (
+    RunSpec,
+    has_encoder,
+    run_ends,
+    run_room,
+    start_of,
+    teacher_tokenizer,
+    tokenizer_name,
+    with_stand_in,
+    without_server,
+)
 
 _OTHER_ROWS = (
     " for the evaluation (dolly, or dolly=FILE), or measure the student on other rows, with student, teacher and data "
@@ -176,11 +186,12 @@ def run_inputs(
     compared: TeacherCache | str | None = None
     if teacher_model is not None:
         specs, compared = _with_teacher(specs, str(teacher_model))
-    else:
-        specs, compared = _without_served(specs)
+    specs = with_stand_in(specs, without_server)
     first, last = specs[0], specs[-1]
     loaders, tokenizer, device = evaluation_models(specs, made=compared if isinstance(compared, TeacherCache) else None)
     models: dict[str, Source] = {**loaders}
+    if served := last.teacher is not None and last.teacher.is_served:
+        del models["teacher"]
     cache = _run_cache(last.teacher, device)
     if start_missing := cache is not None and _is_made_of_teacher(first):
         del models["before"]
@@ -262,6 +273,12 @@ def run_inputs(
         )  # fmt: skip
     elif isinstance(compared, str):
         facts[NOTE] = compared
+    elif served and last.teacher is not None:
+        facts[NOTE] = (
+            f"The teacher is served, and a server gives its {last.teacher.top_k} most probable tokens, of which there "
+            "are no exact numbers: the teacher is left out. teacher.model=PATH on the command line (in Python "
+            "teacher_model) loads it."
+        )
     name = str(last.run.name)
     return Inputs(
         models, tokenizer, rows, names, device, described, shared, classes, float(gamma), facts, name,
@@ -282,32 +299,16 @@ def _with_teacher(specs: Sequence[RunSpec], name: str) -> tuple[Sequence[RunSpec
         )
     check_is_no_cache(name)
     options = teacher.model_init_kwargs if name == teacher.model else {}
-    changes: dict[str, Any] = {"model": name, "cache": None, "fill_cache": False, "model_init_kwargs": options}
+    loaded = TeacherConfig(model=name, dtype=teacher.dtype, model_init_kwargs=options)
     made: TeacherCache | str | None = None
     if teacher.cache is not None:
         try:
             made = TeacherCache.open(teacher.source)
-            changes["dtype"] = {dtype: key for key, dtype in DTYPES.items()}[made.stored.dtype]
+            names: dict[torch.dtype, Any] = {dtype: key for key, dtype in DTYPES.items()}
+            loaded = loaded.model_copy(update={"dtype": names[made.stored.dtype]})
         except DrklError as error:
             made = f"The teacher was not compared with the cache that the student was trained from: {error}"
-    loaded = teacher.model_copy(update=changes)
     return [replace(spec, teacher=loaded) for spec in specs], made
-
-
-def _without_served(specs: Sequence[RunSpec]) -> tuple[Sequence[RunSpec], str | None]:
-    """The specs, without a served teacher whose name is no model here, and a sentence that says so."""
-    teacher = specs[0].teacher
-    if teacher is None or not teacher.is_served:
-        return specs, None
-    try:
-        load_model_config(teacher.model)
-        return specs, None
-    except DrklError:
-        note = (
-            f"The teacher {teacher.model!r} was asked through a server, which gives no whole distribution: the teacher "
-            "is left out. teacher.model=PATH on the command line (in Python teacher_model) loads it."
-        )
-        return [replace(spec, teacher=None) for spec in specs], note
 
 
 def _run_cache(teacher: TeacherConfig | None, device: torch.device) -> TeacherCache | None:

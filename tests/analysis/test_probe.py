@@ -31,6 +31,12 @@ GAMMA = 0.5
 NAMES = ("fkl", "rkl", "drkl")
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a teacher and rows are written once."""
+    return tmp_path_factory.mktemp("root")
+
+
 def probe(folder: Path, student: Any = None, teacher: Any = None, **changes: Any) -> drkl.TopKProbe:
     fields = changes.pop("fields", {})
     given = {"args": config(folder, **fields), "processing_class": TOKENIZER, "train_dataset": ROWS} | changes
@@ -383,6 +389,7 @@ def test_teachers_that_are_refused(tmp_path: Path) -> None:
         probe_pair(pair, [(drkl.make_objective("rkl"), 1.0)], student="s", k=[4])
 
 
+@pytest.mark.slow
 def test_a_cache_of_a_few_logits(tmp_path: Path, cli: Cli) -> None:
     values = tiny_runs.config(tmp_path)
     path = tiny_runs.write_config(values, tmp_path / "c.yaml")
@@ -451,12 +458,12 @@ def test_a_token_that_the_teacher_excludes() -> None:
         (("{c}", "--probe", "nothing"), "The config has teacher: null, so there is nothing to probe"),
     ],
 )
-def test_flags_that_do_not_fit(tmp_path: Path, cli: Cli, arguments: tuple[str, ...], message: str) -> None:
-    values = tiny_runs.config(tmp_path)
+def test_flags_that_do_not_fit(tmp_path: Path, root: Path, cli: Cli, arguments: tuple[str, ...], message: str) -> None:
+    values = tiny_runs.config(root)
     if "nothing" in arguments:
         arguments = arguments[:-1]
         values |= {"teacher": None, "objective": {"name": "ce"}}
-        values["student"] = {"init": "pretrained", "model": str(tmp_path / "teacher")}
+        values["student"] = {"init": "pretrained", "model": str(root / "teacher")}
     path = tiny_runs.write_config(values, tmp_path / "c.yaml")
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()

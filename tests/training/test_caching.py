@@ -434,6 +434,15 @@ def test_settings_that_a_cache_cannot_follow(tmp_path: Path) -> None:
         TeacherCache.of(config)
 
 
+def test_the_dtype_of_a_cache_is_its_own_on_every_machine(tmp_path: Path) -> None:
+    """A run that is resumed, or evaluated elsewhere, reads its config again."""
+    values = tiny_runs.config(tmp_path)
+    cache_states(tiny_runs.specs(values), tmp_path / "cache")
+    values["teacher"] |= {"cache": str(tmp_path / "cache"), "dtype": "auto"}
+    [spec] = tiny_runs.specs(values)
+    assert TeacherCache.of(TeacherConfig.model_validate(spec.resolved["teacher"])).manifest["dtype"] == "float32"
+
+
 def test_a_cache_where_weights_are_needed(tmp_path: Path) -> None:
     cache = cache_of(tmp_path, tiny.llama(1, layers=2), tiny.llama(9))
     student, message = tiny.llama(1, layers=2), "cache' is a teacher cache, which has no weights"

@@ -24,6 +24,7 @@ from drkl.training.estimate import estimate
 from drkl.training.run import Listener, cache_states, distill
 from tests.command_line import Cli
 from tests.models import tiny
+from tests.rollouts.fake_vllm import FakeVllm, serving
 from tests.training import tiny_runs
 from tests.training.test_caching import cache_of, log_of
 from tests.training.test_python import ROWS, TOKENIZER, config, make
@@ -261,3 +262,35 @@ def test_held_out_rows_alone(tmp_path: Path) -> None:
     distill(tiny_runs.specs(filling(values)), listener=Listener(said.append))
     assert any("lacks 5 rows" in text for text in said)
     assert TeacherCache.open(tmp_path / "cache").manifest["rows"] == 45
+
+
+@pytest.mark.slow
+def test_a_server_adds_rows(tmp_path: Path, cli: Cli) -> None:
+    with serving(FakeVllm(tiny.llama(9), tiny.tokenizer(), name="big")) as fake:
+        student = tiny.save(tiny.llama(1, layers=2), tmp_path / "student")
+        values = tiny_runs.config(tmp_path, student={"init": "pretrained", "model": str(student), "layers": None})
+        values["teacher"] = {"server": f"{fake.address}/v1", "model": "big", "top_k": 8}
+        part = copy.deepcopy(values)
+        part["data"]["max_rows"] = 25
+        cache_states(tiny_runs.specs(part), tmp_path / "cache", kind="topk")
+        values["teacher"]["cache"] = str(tmp_path / "cache")
+        with pytest.raises(DrklError, match="lacks 13 of 38 training rows"):
+            tiny_runs.train(values)
+        other = filling(values)
+        other["teacher"]["top_k"] = 9
+        with pytest.raises(DrklError, match=r"server does not give what the cache .* has: k is 8, not 9"):
+            tiny_runs.train(other)
+        run = tiny_runs.train(filling(values))
+        assert TeacherCache.open(tmp_path / "cache").manifest["rows"] == 40
+        values["run"]["name"] = "served"
+        del values["teacher"]["cache"]
+        served = tiny_runs.train(values)
+    for folder in (run, served):  # the server is gone
+        done = cli("evaluate", folder.root, "--sweep", "none")
+        assert done.code == 0, done.err
+        assert "which give no exact numbers" in done.out or "of which there are no exact numbers" in done.out
+        done = cli("analyze", folder.root)
+        assert done.code == 2 and "compares the student with the whole distribution of its teacher" in done.err
+    teacher = tiny.save(tiny.llama(9), tmp_path / "big")
+    done = cli("evaluate", served.root, "--sweep", "none", f"teacher.model={teacher}")
+    assert done.code == 0 and "no exact numbers" not in done.out

@@ -33,6 +33,7 @@ from drkl.teachers.shards import (
     ShardFiller,
     ShardReader,
     ShardWriter,
+    differences,
     has_kinds,
     save_whole,
 )
@@ -350,7 +351,14 @@ def _check_same(cache: TeacherCache, teacher: LiveTeacher | ServedTeacher, about
     """Raise DrklError where a teacher or a tokenizer is not the one that a cache is of."""
     if cache.manifest["tokenizer"] != about["tokenizer"]:
         raise other_tokenizer(cache.folder)
-    if teacher.model.dtype != cache.stored.dtype:
+    if isinstance(teacher, ServedTeacher):
+        known = StoredTopK(teacher.top_k, (1.0,), teacher.vocab_size or 0, cache.stored.dtype)
+        if other := differences(cache.stored.described(), known.described()):
+            raise DrklError(
+                f"The teacher's server does not give what the cache {str(cache.folder)!r} has: {other}. Make a cache "
+                "of what it gives, or set teacher.top_k to the cache's k."
+            )
+    elif teacher.model.dtype != cache.stored.dtype:
         dtypes = [str(dtype).removeprefix("torch.") for dtype in (teacher.model.dtype, cache.stored.dtype)]
         raise DrklError(
             f"The teacher is in {dtypes[0]}, and the cache {str(cache.folder)!r} is of one in {dtypes[1]}. Load the "

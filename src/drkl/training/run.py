@@ -280,11 +280,12 @@ def fill_cache(prepared: Prepared) -> None:
             teacher = prepared.resources.teacher(config)
             assert isinstance(teacher, TeacherCache)
             names = {dtype: name for name, dtype in DTYPES.items()}
-            live = config.model_copy(
-                update={"cache": None, "fill_cache": False, "remember_mb": 0, "dtype": names[teacher.model.dtype]}
-            )
-            quiet = Listener(lambda text: listener.on_message(text) if text.startswith("Loading the teacher") else None)
-            specs = [replace(spec, teacher=live) for spec in prepared.specs]
+            changes: dict[str, Any] = {"cache": None, "fill_cache": False, "remember_mb": 0}
+            if config.server is None:
+                changes["dtype"] = names[teacher.model.dtype]
+            begins = ("Loading the teacher", "The teacher ")  # what else there is to say was said before
+            quiet = Listener(lambda text: listener.on_message(text) if text.startswith(begins) else None)
+            specs = [replace(spec, teacher=config.model_copy(update=changes)) for spec in prepared.specs]
             cache_states(specs, Path(config.source), fill=True, listener=quiet, progress=listener.on_fill)
             gc.collect()  # the teacher
             if prepared.resources.device.type == "cuda":
@@ -338,8 +339,7 @@ def cache_states(
         DrklError: there is no teacher, answers are sampled, or what `write_cache` refuses.
     """
     check_kind(kind, k, temperatures)
-    if not fill:
-        check_cached(specs, kind, k, temperatures)
+    check_cached(specs, "topk" if fill else kind, k, temperatures)  # a cache that is filled has its kind
     prepared = prepare(specs, listener or Listener())
     with TemporaryDirectory() as unused:
         # A later stage starts from a student that is not trained yet; any student has the same rows.
