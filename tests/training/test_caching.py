@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import drkl
+from drkl.analysis.config import AnalysisConfig
+from drkl.analysis.watch import GradientWatch
 from drkl.data.collate import collate, teacher_inputs
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
@@ -28,7 +30,7 @@ from drkl.teachers.live import LiveTeacher
 from drkl.teachers.shards import ShardWriter
 from drkl.training.caching import cache_teacher
 from drkl.training.estimate import estimate
-from drkl.training.run import cache_states, distill
+from drkl.training.run import Listener, cache_states, distill, prepare
 from tests.command_line import Cli
 from tests.models import tiny, tiny_classifiers
 from tests.training import tiny_runs
@@ -450,6 +452,30 @@ def test_the_dtype_of_a_cache_is_its_own_on_every_machine(tmp_path: Path) -> Non
     values["teacher"] |= {"cache": str(tmp_path / "cache"), "dtype": "auto"}
     [spec] = tiny_runs.specs(values)
     assert TeacherCache.of(TeacherConfig.model_validate(spec.resolved["teacher"])).manifest["dtype"] == "float32"
+
+
+def test_memory_for_what_is_remembered_anyway(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, tiny.llama(1, layers=2), tiny.llama(9))
+    trainer = make(tmp_path, tiny.llama(1, layers=2), cache, fields={"teacher_remember_mb": 5})
+    assert any(note.startswith("teacher_remember_mb has no effect") for note in trainer.pair.notes)
+    values = tiny_runs.config(tmp_path)
+    cache_states(tiny_runs.specs(values), tmp_path / "of")
+    values["teacher"] |= {"remember_mb": 5, "model_init_kwargs": {"use_cache": True}, "cache": str(tmp_path / "of")}
+    said: list[str] = []
+    prepare(tiny_runs.specs(values), Listener(said.append))
+    assert said[0].endswith("Without effect on a cache: teacher.remember_mb, teacher.model_init_kwargs.")
+
+
+def test_the_pushes_on_the_target_are_watched(tmp_path: Path) -> None:
+    logs = []
+    cache = cache_of(tmp_path, tiny.llama(1, layers=2), tiny.llama(9))
+    for folder, teacher in ((tmp_path / "a", cache), (tmp_path / "b", tiny.llama(9))):
+        folder.mkdir()
+        trainer = make(folder, tiny.llama(1, layers=2), teacher)
+        watch = GradientWatch.for_trainer(trainer, AnalysisConfig(watch_every=1, watch_positions=7))
+        assert watch is not None
+        logs.append(watch.measure(trainer.pair.student))
+    assert logs[0] == pytest.approx(logs[1], abs=1e-6)
 
 
 def test_a_cache_where_weights_are_needed(tmp_path: Path) -> None:

@@ -215,14 +215,35 @@ def test_a_config(tmp_path: Path, fake: FakeVllm, own: bool, cli: Cli) -> None:
     assert yaml.safe_load(run.config_path.read_text())["teacher"]["tokenizer"] is None
     assert len(tiny_runs.steps(run)) == 6
     assert cli("distill", path, "--overwrite", "teacher.top_k=21").code == 2
+    done = cli("evaluate", run.root)
+    assert done.code == 0, done.err
+    if not own:
+        note = (
+            "was asked through a server, which gives no whole distribution: the teacher is left out. teacher.model=PATH"
+        )
+        assert note in " ".join(done.out.split()) + " ".join(done.err.split())
+        done = cli("analyze", run.root)
+        assert done.code == 2 and "compares the student with the whole distribution of its teacher" in done.err
+        other = tiny.save(tiny.llama(9), tmp_path / "weights")
+        assert cli("analyze", run.root, f"teacher.model={other}").code == 0
+    assert cli("report", run.root).code == 0
     # And from a cache that the server filled, which needs the server no more.
     done = cli("cache", path, "--kind", "topk", "--output", tmp_path / "cache")
     assert done.code == 0, done.err
     assert TeacherCache.open(tmp_path / "cache").manifest["k"] == K
     before = len(fake.asked)
-    done = cli("distill", path, "--overwrite", f"teacher.cache={tmp_path / 'cache'}")
+    cached = f"teacher.cache={tmp_path / 'cache'}"
+    done = cli("distill", path, "--overwrite", cached)
     assert done.code == 0, done.err
     assert len(fake.asked) == before
+    # Rows that it lacks are asked for.
+    more = f"data.path={tiny_runs.write_rows(tmp_path / 'more.jsonl', count=44)}"
+    assert "lacks" in cli("distill", path, "--overwrite", cached, more).err
+    done = cli("distill", path, "--overwrite", cached, more, "teacher.fill_cache=true", "teacher.top_k=9")
+    assert "k is 8 and teacher.top_k 9" in done.err
+    done = cli("distill", path, "--overwrite", cached, more, "teacher.fill_cache=true")
+    assert done.code == 0, done.err
+    assert 0 < len(set(map(tuple, scored(fake)[-4:]))) <= 4
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ class Scores(NamedTuple):
     """The k most probable tokens at some positions of a row."""
 
     ids: np.ndarray
-    """`[n, k]` int64, -1 where a token is beyond the vocabulary."""
+    """`[n, k]` int32, -1 where a token is beyond the vocabulary."""
     logp: np.ndarray
     """`[n, k]` fp32."""
     log_rest: np.ndarray
@@ -51,9 +51,9 @@ def as_topk(parts: Sequence[Scores], k: int, vocab_size: int, *, labelled: bool)
         vocab_size: the ids that it is over.
         labelled: whether the tokens that follow are the observed ones at every position.
     """
-    empty = Scores(np.zeros((0, k), np.int64), np.zeros((0, k), np.float32), *np.zeros((2, 0), np.float32))
+    empty = Scores(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32), *np.zeros((2, 0), np.float32))
     ids, logp, rest, observed = (torch.from_numpy(np.concatenate(column)) for column in zip(empty, *parts, strict=True))
-    return TopK(ids, logp, rest[:, None], vocab_size, (1.0,), observed if labelled else None)
+    return TopK(ids.long(), logp, rest[:, None], vocab_size, (1.0,), observed if labelled else None)
 
 
 def read_scores(
@@ -73,7 +73,7 @@ def read_scores(
         Odd: it is no such answer.
     """
     entries = _entries(body, prompt)
-    ids = np.full((len(positions), k), -1, np.int64)
+    ids = np.full((len(positions), k), -1, np.int32)
     logp = np.full((len(positions), k), -np.inf, np.float32)
     rest, observed = np.empty(len(positions), np.float32), np.empty(len(positions), np.float32)
     for place, position in enumerate(positions):

@@ -26,6 +26,8 @@ from drkl.teachers.config import TeacherConfig, address_fault
 from drkl.teachers.scores import Odd, Scores, as_topk, read_scores
 
 COMPLETIONS = "/v1/completions"
+_BYTES_OF_ID = 40
+"""An id in a tuple of Python's."""
 _TOGETHER = 8
 """Rows that are asked for together in a pass over many, for each request that may wait."""
 CALLER = Caller(
@@ -215,8 +217,9 @@ class ServedTeacher:
         questions = questions_of(batch, keep, labels)
         found = self._answers(questions)
         for question, scores in found.items():
-            if remember and question not in self._memory and scores.num_bytes <= self._bytes_left:
-                self._bytes_left -= scores.num_bytes
+            size = scores.num_bytes + _BYTES_OF_ID * len(question.ids)
+            if remember and question not in self._memory and size <= self._bytes_left:
+                self._bytes_left -= size
                 self._memory[question] = scores
         parts = [found[question] for question in questions]
         return as_topk(parts, self.top_k, self.vocab_size, labelled=labels is not None).to(keep.device)

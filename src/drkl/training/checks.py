@@ -34,6 +34,16 @@ def check_folder(run: RunFolder, mode: str) -> None:
         )
 
 
+def check_apart(cache: str | Path, run: RunFolder) -> None:
+    """Raise DrklError where a teacher cache lies in the folder of a run, with which it would be removed."""
+    folder, root = Path(cache).expanduser().absolute(), run.root.absolute()
+    if folder.resolve().is_relative_to(root.resolve()):
+        raise DrklError(
+            f"The cache {str(cache)!r} lies in the run folder {str(run.root)!r}, which is the run's alone: replacing "
+            "the run would remove it. Choose a folder elsewhere for the cache."
+        )
+
+
 def check_device(name: str) -> None:
     """Raise DrklError where this machine has no such device."""
     if not has_device(name):

@@ -254,6 +254,8 @@ def check_cache(pair: Pair, args: DistillationConfig) -> None:
     if not isinstance(teacher, TeacherCache):
         return
     check_same_text(args.rollouts.is_on)
+    if args.teacher_remember_mb:
+        pair.notes.append("teacher_remember_mb has no effect: teacher_model is a cache, which remembers everything.")
     if teacher.manifest["tokenizer"]["fingerprint"] != tokenizer_fingerprint(pair.words):
         raise other_tokenizer(teacher.folder)
     check_sparse(teacher, args)

@@ -33,7 +33,7 @@ from drkl.teachers.teacher import Teacher
 from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import keep_only, newest_checkpoint
-from drkl.training.checks import check_device, check_folder
+from drkl.training.checks import check_apart, check_device, check_folder
 from drkl.training.pair import TokenisedRows
 from drkl.training.served import check_served_kind
 from drkl.training.sparse import check_sparse
@@ -339,6 +339,7 @@ def cache_states(
         DrklError: there is no teacher, answers are sampled, or what `write_cache` refuses.
     """
     check_kind(kind, k, temperatures)
+    check_apart(folder, specs[-1].folder)
     check_cached(specs, "topk" if fill else kind, k, temperatures)  # a cache that is filled has its kind
     prepared = prepare(specs, listener or Listener())
     with TemporaryDirectory() as unused:
@@ -372,7 +373,9 @@ def distill(
         DrklError: wrong input; whatever can be checked is checked before anything is written.
     """
     listener = listener or Listener()
-    last = specs[-1].folder
+    last, teacher = specs[-1].folder, specs[-1].teacher
+    if teacher is not None and teacher.cache is not None and mode != "resume":
+        check_apart(teacher.cache, last)
     check_folder(last, mode)
     prepared = prepare(specs, listener)
     fill_cache(prepared)

@@ -116,7 +116,8 @@ def training_config(spec: RunSpec, device: torch.device) -> Any:
         "max_tokens": spec.data.max_tokens,
         "turns": spec.data.turns,
         "template": spec.data.template,
-        "teacher_remember_mb": 0 if spec.teacher is None else spec.teacher.remember_mb,
+        # A cache remembers everything, which is said where it is opened.
+        "teacher_remember_mb": 0 if spec.teacher is None or spec.teacher.cache else spec.teacher.remember_mb,
         **spec.loss.model_dump(),
         **(spec.rollouts.as_arguments() if spec.rollouts.is_on else {}),
     }
