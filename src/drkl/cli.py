@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -260,6 +260,10 @@ def cache(
     if verify is not None:
         if probe:
             raise DrklError("`--probe` measures a CONFIG, and `--verify` reads a cache; give one of them.")
+        others = {"--output": output, "--kind": kind != "hidden", "--k": k, "--part": part,
+                  "--temperature": temperature, "--dry-run": dry_run}  # fmt: skip
+        if given := [flag for flag, value in others.items() if value]:
+            raise DrklError(f"`--verify` reads a cache, and takes no `{given[0]}`; leave one of the two out.")
         _verify(verify)
         return
     if probe:
@@ -290,10 +294,12 @@ def cache(
         print(note)
     quiet_transformers()
     if dry_run:
-        _print_estimate(estimate_cache(loaded.specs(), kind=kind, k=one_k, temperatures=temperature or ()))
+        with _options_named_as_flags(_CACHE_OPTIONS):
+            found = estimate_cache(loaded.specs(), kind=kind, k=one_k, temperatures=temperature or ())
+        _print_estimate(found)
         return
     assert output is not None
-    with progress_bars() as on_progress:
+    with progress_bars() as on_progress, _options_named_as_flags(_CACHE_OPTIONS):
         made = cache_states(
             loaded.specs(),
             output,
@@ -333,7 +339,8 @@ def _probe(
     from drkl.teachers.stored import check_kind
     from drkl.training.run import Listener
 
-    check_kind(kind, None, ())
+    with _options_named_as_flags(_CACHE_OPTIONS):
+        check_kind(kind, None, ())
     if form not in ("text", "json"):
         raise DrklError(f"--format is {form!r}; expected text or json.")
     # What a program reads stays free of sentences; a person still gets them.
@@ -342,7 +349,7 @@ def _probe(
     for note in said:
         print(note, file=notes)
     quiet_transformers()
-    with progress_bars(notes) as on_progress, _options_named_as_flags():
+    with progress_bars(notes) as on_progress, _options_named_as_flags(_PROBE_OPTIONS):
         found = probe_specs(
             loaded.specs(),
             student=student,
@@ -580,17 +587,25 @@ _OPTIONS = {
        ("prompts", "sampling_temperature", "sweep", "seeds", "max_new_tokens", "batch_size")},
 }  # fmt: skip
 """Names of options in the library, and the flags that set them."""
+_CACHE_OPTIONS = {
+    r"\bkind\b(?= is '| to '| '(topk|hidden)')": "--kind",
+    r"\btemperatures\b(?= goes| has| out)": "--temperature",
+    r"(?:^|(?<=Leave ))k(?= is | goes | out)": "--k",
+}
+"""Patterns of such names in the messages of `drkl cache`, and the flags."""
+_PROBE_OPTIONS = {r"^k(?= is )": "--k", r"give k,": "give --k,", r"^student(?= is )": "--student"}
+"""The same where it probes."""
 
 
 @contextmanager
-def _options_named_as_flags() -> Iterator[None]:
-    """Let the messages of errors inside the block speak of flags."""
+def _options_named_as_flags(patterns: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Let the messages of errors inside the block speak of flags: those of ``patterns``, else of `_OPTIONS`."""
     try:
         yield
     except DrklError as error:
         text = str(error)
-        for option, flag in _OPTIONS.items():
-            text = text.replace(option, flag)
+        for pattern, flag in (patterns or {re.escape(name): flag for name, flag in _OPTIONS.items()}).items():
+            text = re.sub(pattern, flag, text)
         text = re.sub(
             r"(The run '(.*)' has no student yet); resume its training first\.",
             r"\1; `drkl distill --resume \2` goes on with it.",
@@ -776,6 +791,7 @@ def compare(
 def generate(
     run: RunArgument,
     prompt: Annotated[str, typer.Option(help="The user's message.")],
+    overrides: RunOverrides = None,
     samples: Annotated[int, typer.Option(min=1, help="Number of answers of each model.")] = 1,
     sampling_temperature: Annotated[
         float, typer.Option(min=1e-3, help="Sampling temperature; 1 is the models' own distribution.")
@@ -797,16 +813,17 @@ def generate(
     from drkl.models.forward import is_encoder_decoder
     from drkl.models.generate import sample_texts
     from drkl.models.load import quiet_transformers
-    from drkl.run_models import evaluation_models, open_finished, trained_classes, trained_configs
-    from drkl.training.spec import run_room
+    from drkl.run_models import answering_models, open_finished
 
     if not prompt.strip():
         raise DrklError("--prompt is empty.")
+    loaded = _teacher_model(overrides)
     with _options_named_as_flags():
         _, config, specs = open_finished(run)
     quiet_transformers()
-    models, tokenizer, device = evaluation_models(specs, ("teacher", "student"))
-    room = run_room(trained_configs(specs[-1]), trained_classes(specs[-1]))
+    models, tokenizer, device, room, note = answering_models(specs, loaded)
+    if note is not None:
+        print(note)
     if config.task == "classification":
         print_side_by_side(_classify(prompt, models, tokenizer, device, config.data.fitted(room).max_tokens))
         return

@@ -15,6 +15,7 @@ from drkl.analysis.result import Analysis
 from drkl.config import Config, load_config
 from drkl.data.classification import tokenize_labelled
 from drkl.data.config import NO_ROWS
+from drkl.data.lengths import Room
 from drkl.data.rows import make_rows, read_shares
 from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import Progress, Source
@@ -363,6 +364,34 @@ def evaluation_models(
         loaders["warmup"] = lambda: load(str(specs[-2].folder.student_path), last.student.dtype)
     loaders["student"] = lambda: load(str(last.folder.student_path), last.student.dtype)
     return {name: loaders[name] for name in names if name in loaders}, tokenizer, device
+
+
+def answering_models(
+    specs: Sequence[RunSpec], teacher_model: str | None = None
+) -> tuple[dict[str, Callable[[], PreTrainedModel]], Any, torch.device, Room, str | None]:
+    """What `evaluation_models` gives of teacher and student, the room for an answer, and what is to be said.
+
+    A teacher that was read from a cache, or asked through a server, is left out: it has no weights here.
+
+    Args:
+        specs: of a finished run.
+        teacher_model: see `evaluate_run`.
+    """
+    teacher, made, note = specs[-1].teacher, None, None
+    if teacher_model is not None:
+        specs, compared = _with_teacher(specs, teacher_model)
+        made, note = (compared, None) if isinstance(compared, TeacherCache) else (None, compared)
+    elif teacher is not None and (teacher.cache is not None or teacher.server is not None):
+        cached = teacher.cache is not None
+        where = f"read from the cache {teacher.cache!r}" if cached else f"asked at {teacher.server}"
+        note = (
+            f"The teacher was {where}, so that its weights are not here: it is left out. teacher.model=PATH on the "
+            "command line loads it."
+        )
+        specs = [replace(spec, teacher=None) for spec in specs]
+    last = specs[-1]
+    models, tokenizer, device = evaluation_models(specs, ("teacher", "student"), made)
+    return models, tokenizer, device, run_room(trained_configs(last), trained_classes(last)), note
 
 
 def trained_classes(last: RunSpec) -> tuple[str, ...] | None:

@@ -446,9 +446,9 @@ def test_a_token_that_the_teacher_excludes() -> None:
         (("--verify", "x", "--probe"), "`--probe` measures a CONFIG, and `--verify` reads a cache"),
         (("--probe",), "Give either a CONFIG or `--verify FOLDER`"),
         (("{c}", "--probe", "--format", "csv"), "--format is 'csv'; expected text or json"),
-        (("{c}", "--probe", "--k", "64"), "k is 64; expected whole numbers from 1 to 63"),
+        (("{c}", "--probe", "--k", "64"), "--k is 64; expected whole numbers from 1 to 63"),
         (("{c}", "--probe", "--student", "nowhere/x"), "nowhere/x"),
-        (("{c}", "--probe", "--student", ""), "student is empty; expected a run folder, or the path or Hub id"),
+        (("{c}", "--probe", "--student", ""), "--student is empty; expected a run folder, or the path or Hub id"),
         (("{c}", "--probe", "--student", "{r}"), "has no student yet; `drkl distill --resume"),
         (
             ("{c}", "--probe", "teacher.dtype=auto", "teacher.server=http://127.0.0.1:9/v1"),

@@ -157,7 +157,12 @@ def test_a_run_whose_teacher_is_gone(runs: Path, cli: Cli) -> None:
         assert done.code == 2 and "There is no folder" in done.err
         assert "teacher.model=PATH on the command line (in Python teacher_model) says where the teacher is" in done.err
     done = cli("generate", runs / "runs" / "cached", "--prompt", "w1")
-    assert done.code == 2 and "There is no folder" in done.err
+    assert done.code == 0 and "student" in done.out and "weights are not here: it is left out." in done.out
+    done = cli("generate", runs / "runs" / "cached", f"teacher.model={runs / 'moved'}", "--prompt", "w1")
+    assert done.code == 0 and "student" in done.out and "left out" not in done.out, done.err
+    other = tiny.save(tiny.llama(7), runs / "not-it")
+    done = cli("generate", runs / "runs" / "cached", f"teacher.model={other}", "--prompt", "w1")
+    assert done.code == 2 and "is not the one of the cache" in done.err
     assert evaluate_run(runs / "runs" / "live", teacher_model=runs / "moved", output_dir=runs / "live-whole", sweep=())
     assert read_json(runs / "live-whole" / "eval.json")["settings"]["models"]["teacher"] == str(runs / "moved")
 

@@ -391,6 +391,15 @@ def test_the_files_are_safetensors_and_json(tmp_path: Path) -> None:
         (("quickstart", "--output", "x", "--part", "4/3"), "--part is '4/3'; expected I/N with I from 1 to N"),
         (("quickstart", "--output", "x", "rollouts.share=1"), "rollouts.share is above 0"),
         (("--verify", "nothing"), "There is no folder 'nothing'"),
+        (("--verify", "nothing", "--output", "x"), "`--verify` reads a cache, and takes no `--output`"),
+        (("--verify", "nothing", "--kind", "topk"), "takes no `--kind`"),
+        (("--verify", "nothing", "--dry-run"), "takes no `--dry-run`"),
+        (("quickstart", "--output", "x", "--kind", "top"), "Error: --kind is 'top'; expected one of hidden, topk"),
+        (("quickstart", "--probe", "--kind", "top"), "Error: --kind is 'top'; expected one of hidden, topk"),
+        (("quickstart", "--dry-run", "--k", "4"), "--k goes with --kind 'topk', and --kind is 'hidden', which"),
+        (("quickstart", "--dry-run", "--k", "4"), "Leave --k out, or set --kind to 'topk'"),
+        (("quickstart", "--output", "x", "--temperature", "2"), "Leave --temperature out, or set --kind to 'topk'"),
+        (("quickstart", "--dry-run", "--kind", "topk", "--temperature", "0"), "Error: --temperature has 0.0; expected"),
     ],
 )
 def test_words_that_make_no_command(words: tuple[str, ...], message: str, cli: Cli) -> None:

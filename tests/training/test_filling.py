@@ -23,7 +23,7 @@ from drkl.training.caching import cache_teacher
 from drkl.training.estimate import estimate
 from drkl.training.run import Listener, cache_states, distill
 from tests.command_line import Cli
-from tests.models import tiny
+from tests.models import tiny, tiny_classifiers
 from tests.rollouts.fake_vllm import FakeVllm, serving
 from tests.training import tiny_runs
 from tests.training.test_caching import cache_of, log_of
@@ -294,3 +294,29 @@ def test_a_server_adds_rows(tmp_path: Path, cli: Cli) -> None:
     teacher = tiny.save(tiny.llama(9), tmp_path / "big")
     done = cli("evaluate", served.root, "--sweep", "none", f"teacher.model={teacher}")
     assert done.code == 0 and "no exact numbers" not in done.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["t5", "classifier"])
+def test_other_models(tmp_path: Path, kind: str) -> None:
+    if kind == "t5":
+        rows: list[Any] = ROWS
+        make_pair, words = (lambda: (tiny.t5(1), tiny.t5(2))), TOKENIZER
+    else:
+        rows = [{"text": f"w{i} w{i + 1}", "label": tiny_classifiers.CLASSES[i % 3]} for i in range(12)]
+        make_pair = lambda: (tiny_classifiers.make(seed=1), tiny_classifiers.make(seed=2))  # noqa: E731
+        words = tiny_classifiers.tokenizer()
+    data = {"train_dataset": rows[4:], "eval_dataset": rows[2:4], "processing_class": words}
+    student, teacher = make_pair()
+    given: dict[str, Any] = {
+        "args": config(tmp_path), "model": student, "output_dir": tmp_path / "cache", "processing_class": words
+    }  # fmt: skip
+    cache_teacher(teacher, rows[:2], **given)
+    cache = cache_teacher(teacher, rows[4:], rows[2:4], fill=True, **given)
+    trainers = []
+    for name, own in (("live", teacher), ("cached", cache)):
+        (tmp_path / name).mkdir()
+        trainers.append(make(tmp_path / name, make_pair()[0], own, fields={"max_steps": 2}, **data))
+        trainers[-1].train()
+    live, cached = (trainer.pair.student.state_dict() for trainer in trainers)
+    assert all(torch.equal(cached[name], value) for name, value in live.items())

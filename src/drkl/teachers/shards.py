@@ -458,12 +458,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if version != FORMAT:
         raise DrklError(
-            f"{str(path)!r} has the format {version!r}; this version of drkl reads {FORMAT}. Make the cache again."
+            f"{str(path)!r} has the format {version!r}; this version of drkl reads {FORMAT}. Make the cache again, "
+            "in another folder or where this one was removed."
         )
     kinds = {"shards": int, "rows": int, "positions": int, "finished": bool}
     kinds |= {"files": dict} if manifest.get("finished") else {}
     if not has_kinds(manifest, kinds):
-        raise DrklError(f"{str(path)!r} does not list the files of a cache. Make the cache again.")
+        raise DrklError(f"{str(path)!r} does not list the files of a cache. Remove the folder, and make it again.")
     if manifest.pop("checksum", None) != _checksum(manifest):
         raise _edited(path)
     return manifest
