@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from drkl.evaluation.result import Evaluation
-from drkl.reporting.plotting import MUTED, svg_text
+from drkl.reporting.plotting import MUTED, PAPER, svg_text
 from drkl.runs import read_json, write_text
 from drkl.teachers.stored import StoredStates, StoredTopK
 from scripts.draw_figures import BLUE, GREEN, ORANGE, finish, legend_above, panels
@@ -135,31 +135,39 @@ def draw(text: str) -> str:
     rows = list(csv.DictReader(io.StringIO(text)))
     note = (
         "SmolLM2-135M-Instruct and ten of its layers, 120 steps on Dolly from one warmed-up student, one seed; bars: "
-        "95 % intervals over 100 held-out rows.\nThe last point of each line is of hidden states, which are exact."
+        "95 % intervals over 100 held-out rows.\nOpen marks and dashed lines: from hidden states, which are exact, at "
+        "1,152 bytes a position. Dotted: the warmed-up student."
     )
     title = "What a student loses with a teacher known on k tokens"
     figure, axes = panels(1000, 420, title, note, legend_row=24, ncols=len(METRICS))
     handles: dict[str, Any] = {}
     for ax, (metric, (words, unit)) in zip(axes, METRICS.items(), strict=True):
+        values = [row for row in rows if row["metric"] == metric]
+        (start,) = (float(row["value"]) for row in values if row["model"] == "before")
+        ax.axhline(start, color=MUTED, linewidth=1, linestyle=(0, (1, 1.5)))
         for shift, objective in zip((0.94, 1.0, 1.06), OBJECTIVES, strict=True):
-            mine = [row for row in rows if row["metric"] == metric and row["objective"] == objective]
-            mine.sort(key=lambda row: float(row["bytes_per_position"]))
-            x = [float(row["bytes_per_position"]) * shift for row in mine]
-            y = [float(row["value"]) for row in mine]
-            bars = [[abs(float(row["value"]) - float(row[end])) for row in mine] for end in ("low", "high")]
-            color = COLORS[objective]
-            handles[objective] = ax.errorbar(
-                x, y, yerr=bars, color=color, marker=MARKERS[objective], markersize=5, linewidth=1.4, elinewidth=0.8
-            )
+            mine = [row for row in values if row["objective"] == objective]
+            known = [row for row in mine if row["teacher"] != "hidden"]
+            (exact,) = (row for row in mine if row["teacher"] == "hidden")
+            look: dict[str, Any] = {"color": COLORS[objective], "marker": MARKERS[objective], "elinewidth": 0.8}
+            handles[objective] = _bars(ax, known, shift, linewidth=1.4, markersize=5, **look)
+            _bars(ax, [exact], shift, linewidth=0, markersize=6, markerfacecolor=PAPER, **look)
+            ax.axhline(float(exact["value"]), color=COLORS[objective], linewidth=0.8, linestyle=(0, (5, 2)))
+        sizes = {float(row["bytes_per_position"]): row["teacher"] for row in values if row["teacher"].isdigit()}
         ax.set_xscale("log")
-        ticks = sorted({float(row["bytes_per_position"]) for row in rows if row["bytes_per_position"]})
-        kinds = {float(row["bytes_per_position"]): row["teacher"] for row in rows if row["bytes_per_position"]}
-        labels = [f"{'k=' if kinds[tick].isdigit() else ''}{kinds[tick]}\n{tick:,.0f}" for tick in ticks]
-        ax.set_xticks(ticks, labels, fontsize=9)
+        ax.set_xticks(list(sizes), [f"k={kind}\n{size:,.0f}" for size, kind in sizes.items()], fontsize=9)
         ax.minorticks_off()
         finish(ax, f"{words}, {unit}", "bytes a position")
     legend_above(figure, list(handles.values()), list(handles), 80)
     return svg_text(figure)
+
+
+def _bars(ax: Any, rows: list[dict[str, str]], shift: float, **look: Any) -> Any:
+    """Values with their intervals, a little beside their place, so that three can be told apart."""
+    x = [float(row["bytes_per_position"]) * shift for row in rows]
+    y = [float(row["value"]) for row in rows]
+    bars = [[abs(float(row["value"]) - float(row[end])) for row in rows] for end in ("low", "high")]
+    return ax.errorbar(x, y, yerr=bars, **look)
 
 
 def draw_sizes() -> str:
@@ -235,6 +243,10 @@ def main() -> None:
         write_text(FIGURE, draw((RESULTS / "table.csv").read_text()))
         for name in names():
             shutil.copy(FOLDER / name / "eval.json", RESULTS / f"{name}.eval.json")
+        for objective, kind in ((objective, kind) for objective in OBJECTIVES for kind in KINDS[:-1]):
+            pair = f"{objective}-hidden", f"{objective}-{kind}"
+            target = RESULTS / f"compare-{pair[0]}-{kind}.md"
+            drkl("compare", *(str(FOLDER / name) for name in pair), "--format", "md", "--output", str(target))
 
 
 if __name__ == "__main__":
