@@ -128,6 +128,7 @@ def test_what_is_asked(fake: FakeVllm, folder: Path) -> None:
     assert [9, 10, 11, 12, 13] in [body["prompt"] for body in fake.bodies()]
 
 
+@pytest.mark.slow
 def test_rows_are_asked_at_once_and_never_more(model: PreTrainedModel, folder: Path) -> None:
     fake = FakeVllm(model, tiny.tokenizer(), name="big")
     waiting, most = [0], [0]
@@ -298,7 +299,7 @@ def cut(fake: FakeVllm, path: str, body: Any) -> None:
     raise Cut
 
 
-@pytest.mark.parametrize("status", [500, 502, 503, 429])
+@pytest.mark.parametrize("status", [500, *(pytest.param(n, marks=pytest.mark.slow) for n in (429, 502, 503))])
 def test_a_server_that_fails_for_a_while_is_asked_again(
     fake: FakeVllm, model: PreTrainedModel, folder: Path, status: int
 ) -> None:
@@ -309,6 +310,7 @@ def test_a_server_that_fails_for_a_while_is_asked_again(
         assert_is(ask(fake, folder), model)
 
 
+@pytest.mark.slow
 def test_an_answer_that_comes_late_is_asked_again(fake: FakeVllm, model: PreTrainedModel, folder: Path) -> None:
     def late(*_: Any) -> None:
         time.sleep(0.5)

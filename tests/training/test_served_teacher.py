@@ -109,6 +109,7 @@ def test_the_losses_are_those_of_the_models_own_k_largest_logits(
         torch.testing.assert_close(weights(runs[1])[name], value, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_folder_names_the_server_and_no_key(
     tmp_path: Path, fake: FakeVllm, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,12 +150,12 @@ def test_later_epochs_ask_nothing_again(tmp_path: Path, fake: FakeVllm, folder: 
 
 
 def test_a_server_that_dies_stops_the_run_at_a_good_checkpoint(tmp_path: Path, fake: FakeVllm, folder: str) -> None:
-    fields = {"max_steps": 5, "learning_rate": 1e-2, "save_steps": 2, "eval_steps": 2}
+    fields = {"max_steps": 3, "learning_rate": 1e-2, "save_steps": 1, "eval_strategy": "no"}
     whole = make(tmp_path, folder, served(fake), fields=fields)
     whole.train()
     (tmp_path / "a").mkdir()
     trainer = make(tmp_path / "a", folder, served(fake), fields=fields)
-    step_of_rows = [trainer.rows[i].prompt_ids + trainer.rows[i].response_ids for i in trainer._steps[4]]
+    step_of_rows = [trainer.rows[i].prompt_ids + trainer.rows[i].response_ids for i in trainer._steps[2]]
 
     def dies(server: FakeVllm, path: str, body: Any) -> None:
         if (
@@ -197,53 +198,65 @@ def test_on_policy(tmp_path: Path, fake: FakeVllm, folder: str, teacher: dict[st
     assert sampled
 
 
+def short(tmp_path: Path, fake: FakeVllm, **changes: Any) -> Path:
+    """A config with server, model and top_k alone, of two steps."""
+    values = no_server(tmp_path, server=f"{fake.address}/v1") | changes
+    values["training"] |= {"max_steps": 2}
+    return tiny_runs.write_config(values, tmp_path / "c.yaml")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True])
 def test_a_config(tmp_path: Path, fake: FakeVllm, own: bool, cli: Cli) -> None:
-    """With server, model and top_k alone; the student's folder stands for the teacher, or the teacher's own does."""
-    values = no_server(tmp_path)
-    values["teacher"]["server"] = f"{fake.address}/v1"
+    """The student's folder stands for the teacher, or the teacher's own does."""
+    changes: dict[str, Any] = {"stages": [{"name": "warmup", "training": {"max_steps": 1}}]}
     if own:
-        fake.facts["name"] = values["teacher"]["model"] = str(tiny.save(tiny.llama(9), tmp_path / "own"))
-        values["student"] = {"init": "prune", "layers": 2}
-    values["stages"] = tiny_runs.STAGES
-    path = tiny_runs.write_config(values, tmp_path / "c.yaml")
+        fake.facts["name"] = name = str(tiny.save(tiny.llama(9), tmp_path / "own"))
+        changes["teacher"] = {"server": fake.address, "model": name, "top_k": K}
+        changes["student"] = {"init": "prune", "layers": 2}
+    path = short(tmp_path, fake, **changes)
     done = cli("distill", path)
     assert done.code == 0, done.err
-    assert f"is asked at {fake.address}/v1" in done.out + done.err
+    assert f"is asked at {fake.address}" in done.out + done.err
     run = RunFolder(tmp_path / "runs" / "r")
     assert yaml.safe_load(run.config_path.read_text())["teacher"]["tokenizer"] is None
-    assert len(tiny_runs.steps(run)) == 6
-    assert cli("distill", path, "--overwrite", "teacher.top_k=21").code == 2
-    done = cli("evaluate", run.root)
+    assert len(tiny_runs.steps(run)) == 2
+    done = cli("distill", path, "--overwrite", "teacher.top_k=21")
+    assert done.code == 2 and "Start it with --max-logprobs 21" in done.err and run.is_finished()
+
+
+@pytest.mark.slow
+def test_an_evaluation_leaves_the_teacher_out(tmp_path: Path, fake: FakeVllm, cli: Cli) -> None:
+    assert cli("distill", short(tmp_path, fake)).code == 0
+    run = tmp_path / "runs" / "r"
+    done = cli("evaluate", run)
     assert done.code == 0, done.err
-    if not own:
-        note = (
-            "was asked through a server, which gives no whole distribution: the teacher is left out. teacher.model=PATH"
-        )
-        assert note in " ".join(done.out.split()) + " ".join(done.err.split())
-        done = cli("analyze", run.root)
-        assert done.code == 2 and "compares the student with the whole distribution of its teacher" in done.err
-        other = tiny.save(tiny.llama(9), tmp_path / "weights")
-        assert cli("analyze", run.root, f"teacher.model={other}").code == 0
-    assert cli("report", run.root).code == 0
-    # And from a cache that the server filled, which needs the server no more.
+    assert "of which there are no exact numbers: the teacher is left out" in " ".join((done.out + done.err).split())
+    done = cli("analyze", run)
+    assert done.code == 2 and "compares the student with the whole distribution of its teacher" in done.err
+    other = tiny.save(tiny.llama(9), tmp_path / "weights")
+    assert cli("analyze", run, f"teacher.model={other}").code == 0
+    assert cli("report", run).code == 0
+
+
+@pytest.mark.slow
+def test_a_cache_that_the_server_fills(tmp_path: Path, fake: FakeVllm, cli: Cli) -> None:
+    path = short(tmp_path, fake)
     done = cli("cache", path, "--kind", "topk", "--output", tmp_path / "cache")
     assert done.code == 0, done.err
     assert TeacherCache.open(tmp_path / "cache").manifest["k"] == K
-    before = len(fake.asked)
-    cached = f"teacher.cache={tmp_path / 'cache'}"
-    done = cli("distill", path, "--overwrite", cached)
+    before, cached = len(fake.asked), f"teacher.cache={tmp_path / 'cache'}"
+    done = cli("distill", path, cached)  # the server stands beside it, and is asked no more
     assert done.code == 0, done.err
     assert len(fake.asked) == before
     # Rows that it lacks are asked for.
-    more = f"data.path={tiny_runs.write_rows(tmp_path / 'more.jsonl', count=44)}"
-    assert "lacks" in cli("distill", path, "--overwrite", cached, more).err
-    done = cli("distill", path, "--overwrite", cached, more, "teacher.fill_cache=true", "teacher.top_k=9")
-    assert "k is 8 and teacher.top_k 9" in done.err
-    done = cli("distill", path, "--overwrite", cached, more, "teacher.fill_cache=true")
+    more = [cached, f"data.path={tiny_runs.write_rows(tmp_path / 'more.jsonl', count=44)}", "--overwrite"]
+    assert "lacks" in cli("distill", path, *more).err
+    done = cli("distill", path, *more, "teacher.fill_cache=true", "teacher.top_k=9")
+    assert "k is 8, not 9" in done.err and "or set teacher.top_k to the cache's k" in done.err
+    done = cli("distill", path, *more, "teacher.fill_cache=true")
     assert done.code == 0, done.err
-    assert 0 < len(set(map(tuple, scored(fake)[-4:]))) <= 4
+    assert len(TeacherCache.open(tmp_path / "cache")._rows) == 44
 
 
 @pytest.mark.slow

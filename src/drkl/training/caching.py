@@ -78,6 +78,8 @@ def cache_teacher(
     args = DistillationConfig(output_dir=str(output_dir)) if args is None else args
     check_kind(kind, k, temperatures)
     check_same_text(args.rollouts.is_on)
+    if isinstance(teacher_model, ServedTeacher) and not fill:
+        check_served_kind(kind, k, teacher_model.top_k, temperatures)
     with filling(folder) if fill else contextlib.nullcontext():
         pair = make_pair(model, teacher_model, args, train_dataset, eval_dataset, processing_class)
         return write_cache(
