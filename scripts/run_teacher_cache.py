@@ -18,15 +18,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from drkl.evaluation.result import Evaluation
-from drkl.reporting.plotting import svg_text
+from drkl.reporting.plotting import MUTED, PAPER, svg_text
 from drkl.runs import read_json, write_text
+from drkl.teachers.stored import StoredStates, StoredTopK
 from scripts.draw_figures import BLUE, GREEN, ORANGE, finish, legend_above, panels
 
+ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("runs/teacher-cache")
 WARMUP = FOLDER / "warmup"
 RESULTS = Path("docs/results/teacher-cache")
 FIGURE = Path("docs/figures/teacher-cache.svg")
+SIZES = Path("docs/figures/teacher-cache-sizes.svg")
 TEACHER = "smollm2-135m-instruct"
 OBJECTIVES = ("fkl", "rkl", "drkl")
 KINDS = ("16", "64", "256", "hidden")
@@ -130,31 +135,91 @@ def draw(text: str) -> str:
     rows = list(csv.DictReader(io.StringIO(text)))
     note = (
         "SmolLM2-135M-Instruct and ten of its layers, 120 steps on Dolly from one warmed-up student, one seed; bars: "
-        "95 % intervals over 100 held-out rows.\nThe last point of each line is of hidden states, which are exact."
+        "95 % intervals over 100 held-out rows.\nOpen marks and dashed lines: from hidden states, which are exact, at "
+        "1,152 bytes a position. Dotted: the warmed-up student."
     )
     title = "What a student loses with a teacher known on k tokens"
     figure, axes = panels(1000, 420, title, note, legend_row=24, ncols=len(METRICS))
     handles: dict[str, Any] = {}
     for ax, (metric, (words, unit)) in zip(axes, METRICS.items(), strict=True):
+        values = [row for row in rows if row["metric"] == metric]
+        (start,) = (float(row["value"]) for row in values if row["model"] == "before")
+        ax.axhline(start, color=MUTED, linewidth=1, linestyle=(0, (1, 1.5)))
         for shift, objective in zip((0.94, 1.0, 1.06), OBJECTIVES, strict=True):
-            mine = [row for row in rows if row["metric"] == metric and row["objective"] == objective]
-            mine.sort(key=lambda row: float(row["bytes_per_position"]))
-            x = [float(row["bytes_per_position"]) * shift for row in mine]
-            y = [float(row["value"]) for row in mine]
-            bars = [[abs(float(row["value"]) - float(row[end])) for row in mine] for end in ("low", "high")]
-            color = COLORS[objective]
-            handles[objective] = ax.errorbar(
-                x, y, yerr=bars, color=color, marker=MARKERS[objective], markersize=5, linewidth=1.4, elinewidth=0.8
-            )
+            mine = [row for row in values if row["objective"] == objective]
+            known = [row for row in mine if row["teacher"] != "hidden"]
+            (exact,) = (row for row in mine if row["teacher"] == "hidden")
+            look: dict[str, Any] = {"color": COLORS[objective], "marker": MARKERS[objective], "elinewidth": 0.8}
+            handles[objective] = _bars(ax, known, shift, linewidth=1.4, markersize=5, **look)
+            _bars(ax, [exact], shift, linewidth=0, markersize=6, markerfacecolor=PAPER, **look)
+            ax.axhline(float(exact["value"]), color=COLORS[objective], linewidth=0.8, linestyle=(0, (5, 2)))
+        sizes = {float(row["bytes_per_position"]): row["teacher"] for row in values if row["teacher"].isdigit()}
         ax.set_xscale("log")
-        ticks = sorted({float(row["bytes_per_position"]) for row in rows if row["bytes_per_position"]})
-        kinds = {float(row["bytes_per_position"]): row["teacher"] for row in rows if row["bytes_per_position"]}
-        labels = [f"{'k=' if kinds[tick].isdigit() else ''}{kinds[tick]}\n{tick:,.0f}" for tick in ticks]
-        ax.set_xticks(ticks, labels, fontsize=9)
+        ax.set_xticks(list(sizes), [f"k={kind}\n{size:,.0f}" for size, kind in sizes.items()], fontsize=9)
         ax.minorticks_off()
         finish(ax, f"{words}, {unit}", "bytes a position")
     legend_above(figure, list(handles.values()), list(handles), 80)
     return svg_text(figure)
+
+
+def _bars(ax: Any, rows: list[dict[str, str]], shift: float, **look: Any) -> Any:
+    """Values with their intervals, a little beside their place, so that three can be told apart."""
+    x = [float(row["bytes_per_position"]) * shift for row in rows]
+    y = [float(row["value"]) for row in rows]
+    bars = [[abs(float(row["value"]) - float(row[end])) for row in rows] for end in ("low", "high")]
+    return ax.errorbar(x, y, yerr=bars, **look)
+
+
+def draw_sizes() -> str:
+    """The figure of what a cache takes: bytes over positions, for hidden states of several widths and for top-k."""
+    note = (
+        "Computed from the formats: hidden states in bf16 take 2 bytes for each unit, a top-k cache at one temperature "
+        "8 k + 8 bytes\n(more than 65,535 tokens). Full logits of 151,936 tokens in bf16 for comparison."
+    )
+    figure, axes = panels(1000, 520, "What a cache takes", note)
+    positions = [1e5, 1e10]
+    lines: dict[str, tuple[float, Any]] = {"full logits": (2 * 151_936, {"color": MUTED, "linestyle": ":"})}
+    for width in (576, 2048, 4096, 8192):
+        size = StoredStates(width, torch.bfloat16, has_head=True).bytes_per_position
+        lines[f"hidden, {width:,} units"] = (size, {"color": BLUE})
+    for k in (16, 64, 256):
+        size = StoredTopK(k, (1.0,), 151_936, torch.bfloat16).bytes_per_position
+        lines[f"k = {k}"] = (size, {"color": ORANGE, "linestyle": (0, (5, 2))})
+    axes.set(xscale="log", yscale="log", xlim=(1e5, 1.2e11), ylim=(3e6, 1e16))
+    for name, (each, style) in lines.items():
+        axes.plot(positions, [count * each for count in positions], linewidth=1.6, **style)
+        axes.text(1.15e10, 1e10 * each, name, color=style["color"], fontsize=10, va="center")
+    axes.set_xticks([10.0**power for power in range(5, 11)], ["100k", "1M", "10M", "100M", "1G", "10G"])
+    axes.set_yticks([1e9, 1e12, 1e15], ["1 GB", "1 TB", "1 PB"])
+    axes.minorticks_off()
+    finish(axes, "", "positions whose token is learnt")
+    return svg_text(figure)
+
+
+def students_table(text: str) -> str:
+    """The students of the study as a table for a page, from the csv."""
+    rows = list(csv.DictReader(io.StringIO(text)))
+    columns = ("rkl", "fkl", "agreement", "overconfidence", "entropy")
+    names = ("reverse KL", "forward KL", "same top token", "overconfidence", "entropy")
+    head = ["objective", "teacher known by", "bytes a position", *names]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    keys = [("", "", "before"), *((objective, kind, "student") for objective in OBJECTIVES for kind in KINDS[::-1])]
+    for objective, kind, model in keys:
+        mine = {
+            row["metric"]: row for row in rows
+            if (row["objective"], row["teacher"], row["model"]) == (objective, kind, model)
+        }  # fmt: skip
+        known = {"": "", "hidden": "hidden states"}.get(kind, f"k = {kind}")
+        size = mine["rkl"]["bytes_per_position"]
+        cells = [objective or "warm-up", known, f"{float(size):,.0f}" if size else ""]
+        cells += [f"{float(mine[column]['value']):.3f}" for column in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def tables() -> dict[str, str]:
+    """The tables of docs/teacher-cache.md by their marks."""
+    return {"sparse-students": students_table((ROOT / RESULTS / "table.csv").read_text(encoding="utf-8"))}
 
 
 def main() -> None:
@@ -170,13 +235,18 @@ def main() -> None:
         train(name)
     for name in chosen:
         if not (FOLDER / name / "eval.json").is_file():
-            drkl("evaluate", str(FOLDER / name), "--teacher", TEACHER, *EVALUATION)
+            drkl("evaluate", str(FOLDER / name), f"teacher.model={TEACHER}", *EVALUATION)
     if chosen == names():
         RESULTS.mkdir(parents=True, exist_ok=True)
         write_text(RESULTS / "table.csv", table())
+        write_text(SIZES, draw_sizes())
         write_text(FIGURE, draw((RESULTS / "table.csv").read_text()))
         for name in names():
             shutil.copy(FOLDER / name / "eval.json", RESULTS / f"{name}.eval.json")
+        for objective, kind in ((objective, kind) for objective in OBJECTIVES for kind in KINDS[:-1]):
+            pair = f"{objective}-hidden", f"{objective}-{kind}"
+            target = RESULTS / f"compare-{pair[0]}-{kind}.md"
+            drkl("compare", *(str(FOLDER / name) for name in pair), "--format", "md", "--output", str(target))
 
 
 if __name__ == "__main__":

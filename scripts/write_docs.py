@@ -25,7 +25,7 @@ from drkl.evaluation.result import Evaluation
 from drkl.objectives import describe
 from drkl.reporting.tables import DIRECTIONS
 from drkl.training.arguments import DistillationConfig
-from scripts import families_page
+from scripts import families_page, run_teacher_cache
 from scripts.oracles import CLASS_ORACLES, ORACLES, Oracle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,7 +287,7 @@ def pages() -> dict[Path, str]:
         ROOT / "README.md": {"students": results["students"]},
         docs / "results" / "README.md": {name: results[name] for name in results if name != "students"},
         docs / "benchmarks.md": table.tables(),
-        docs / "teacher-cache.md": table.topk_probe_tables(),
+        docs / "teacher-cache.md": table.topk_probe_tables() | run_teacher_cache.tables(),
         docs / "objectives" / "README.md": {"objectives": describe.as_markdown()},
         docs / "evaluate.md": {"metrics": metrics(GROUPS, ORACLES)},
         docs / "classification.md": {"metrics": metrics(CLASS_GROUPS, CLASS_ORACLES)},
