@@ -495,6 +495,26 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         DrklError, match=r"There is no folder '.*nothing', .* a path that is relative starts at the working"
     ):
         TeacherCache.open(tmp_path / "nothing")
+    for nothing in (None, "", 3):
+        with pytest.raises(DrklError, match=f"folder is {nothing!r}; expected the path of a folder"):
+            TeacherCache.open(nothing)  # type: ignore[arg-type]
+        with pytest.raises(DrklError, match=f"output_dir is {nothing!r}; expected the path of a folder"):
+            cache_of(tmp_path, tiny.llama(1, layers=2), tiny.llama(9), output_dir=nothing)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"part": -1}, "part is -1; expected a whole number of at least 0"),
+        ({"part": 0.5, "parts": 2}, "part is 0.5; expected"),
+        ({"part": "1", "parts": 2}, "part is '1'; expected"),
+        ({"parts": 0}, "parts is 0; expected a whole number of at least 1"),
+        ({"parts": True}, "parts is True; expected"),
+    ],
+)
+def test_parts_that_are_none(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DrklError, match=message):
+        cache_of(tmp_path, tiny.llama(1, layers=2), tiny.llama(9), **changes)
 
 
 def test_its_head_goes_to_the_device_of_the_run(tmp_path: Path) -> None:

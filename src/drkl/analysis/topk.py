@@ -13,6 +13,10 @@ ENOUGH, CLOSE = 0.95, 5.0
 """The share of an objective's value that a k has to keep, and the degrees that its gradient may turn, to be advised."""
 
 
+ROUNDING = 2.0**-22
+"""Where a share is nearer to 1, the digits of fp32 do not tell it from 1."""
+
+
 class KeptMass(NamedTuple):
     """What k tokens hold of the teacher's distributions; means over positions."""
 
@@ -120,8 +124,9 @@ class TopKProbe:
 
 
 def percent(share: float) -> str:
-    """A share as "99.8 %"; what is not all is not rounded to it."""
-    digits = next((digits for digits in range(1, 5) if share >= 1 or round(100 * share, digits) < 100), 5)
+    """A share as "99.8 %"; what is not all is not rounded to it, rounding of fp32 aside."""
+    whole = share > 1 - ROUNDING
+    digits = next((digits for digits in range(1, 5) if whole or round(100 * share, digits) < 100), 5)
     return f"{100 * share:.{digits}f} %"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ class TeacherCache:
     @classmethod
     def open(cls, folder: str | Path, device: torch.device | str = "cpu") -> TeacherCache:
         """Open the cache of a folder; the arguments are those of the class."""
-        return cls(Path(folder), device)
+        return cls(folder_of(folder, "folder"), device)
 
     @classmethod
     def of(cls, config: TeacherConfig, device: torch.device | str = "cpu") -> TeacherCache:
@@ -231,6 +232,13 @@ class TeacherCache:
         order = {entry: place for place, entry in enumerate(held)}
         places = [order[entry] for entry in row.entries]
         return {name: value[places] for name, value in values.items()}
+
+
+def folder_of(value: Any, name: str) -> Path:
+    """A folder that was given as ``name``; raise DrklError where it is no path."""
+    if not isinstance(value, (str, os.PathLike)) or not str(value).strip():
+        raise DrklError(f"{name} is {value!r}; expected the path of a folder.")
+    return Path(value)
 
 
 def rows_of(batch: Mapping[str, Tensor], keep: Tensor, labels: Tensor | None = None) -> list[CacheRow]:

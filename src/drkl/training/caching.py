@@ -20,7 +20,7 @@ from drkl.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from drkl.models.forward import decoder_start, lm_head
 from drkl.models.load import words_of
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, Batch, batches, to_batch
-from drkl.teachers.cached import SERVED, TeacherCache, add_states, check_same_text, write_states
+from drkl.teachers.cached import SERVED, TeacherCache, add_states, check_same_text, folder_of, write_states
 from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import filling, writing
 from drkl.teachers.stored import Stored, check_kind, topk_to_store
@@ -74,12 +74,12 @@ def cache_teacher(
         DrklError: what `DistillationTrainer` refuses, another cache in the folder, a kind with a setting that is
             another's, values that are not finite, or a disk that is full.
     """
+    folder = folder_of(output_dir, "output_dir")
     args = DistillationConfig(output_dir=str(output_dir)) if args is None else args
     check_kind(kind, k, temperatures)
     check_same_text(args.rollouts.is_on)
     if isinstance(teacher_model, ServedTeacher) and not fill:
         check_served_kind(kind, k, teacher_model.top_k, temperatures)
-    folder = Path(output_dir)
     with filling(folder) if fill else contextlib.nullcontext():
         pair = make_pair(model, teacher_model, args, train_dataset, eval_dataset, processing_class)
         return write_cache(
@@ -112,7 +112,10 @@ def write_cache(
         check_made_of(pair.teacher, kind, fill=fill)
     if isinstance(pair.teacher, ServedTeacher) and not fill:
         k = check_served_kind(kind, k, pair.teacher.top_k, temperatures)
-    if not 0 <= part < parts:
+    for name, number, least in (("parts", parts, 1), ("part", part, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise DrklError(f"{name} is {number!r}; expected a whole number of at least {least}.")
+    if part >= parts:
         raise DrklError(f"part is {part} of {parts}; expected a number from 0 to {parts - 1}.")
     if fill and (parts != 1 or kind != "hidden" or k is not None or temperatures):
         raise DrklError(
