@@ -37,6 +37,7 @@ def cached(folder: Path, student: Any, teacher: Any, tokenizer: Any = TOKENIZER,
     return made
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_teacher(tmp_path: Path) -> None:
     student, teacher = tiny.llama(1, layers=2), tiny.llama(9)
     cache = cached(tmp_path, student, teacher)

@@ -50,6 +50,7 @@ def filling(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"teacher": values["teacher"] | {"fill_cache": True}}
 
 
+@pytest.mark.slow
 def test_rows_are_added_and_training_is_near_the_live_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = small(tmp_path)
     values["training"] |= {"max_steps": 2}
@@ -100,6 +101,7 @@ def test_a_cache_that_is_filled_with_every_row_is_the_live_teacher(tmp_path: Pat
     assert len(settings) > 1 and settings[0] != settings[1]
 
 
+@pytest.mark.slow
 def test_how_many_rows_would_be_added(tmp_path: Path, cli: Cli) -> None:
     values = small(tmp_path)
     with pytest.raises(DrklError, match="lacks 13 of 38 training rows"):

@@ -149,6 +149,7 @@ def test_later_epochs_ask_nothing_again(tmp_path: Path, fake: FakeVllm, folder: 
     assert len(scored(fake)) - before == len(ROWS)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_stops_the_run_at_a_good_checkpoint(tmp_path: Path, fake: FakeVllm, folder: str) -> None:
     fields = {"max_steps": 3, "learning_rate": 1e-2, "save_steps": 1, "eval_strategy": "no"}
     whole = make(tmp_path, folder, served(fake), fields=fields)
