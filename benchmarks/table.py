@@ -74,7 +74,8 @@ def teacher_cache_table(rows: list[Row]) -> str:
     """A step with the teacher, with its states remembered, and from caches, with the bytes of a position."""
     lines = ["| teacher | s a step | x of live | MiB | bytes a position |", "|---|---|---|---|---|"]
     steps = {row["variant"]: row for row in rows if row["median_s_per_step"]}
-    sizes = {row["variant"].removeprefix("the pass, "): row["bytes_per_position"] for row in rows}
+    passes = {row["variant"]: row["bytes_per_position"] for row in rows if row["bytes_per_position"]}
+    sizes = {name.removeprefix("the pass, "): size for name, size in passes.items()}
     for name, row in steps.items():
         seconds = float(row["median_s_per_step"])
         ratio = seconds / float(steps["live"]["median_s_per_step"])
