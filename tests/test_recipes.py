@@ -150,6 +150,7 @@ def test_the_articles_pairs_with_stand_ins(
 
 
 @pytest.mark.parametrize(("name", "data"), [("dialogue", "sgd"), ("summarise-smollm2", "scitldr")])
+@pytest.mark.slow
 def test_a_pruned_student_on_the_slice_that_ships(tmp_path: Path, name: str, data: str) -> None:
     teacher = tmp_path / "teacher"
     tiny.save(tiny.llama(max_position_embeddings=1000), teacher)

@@ -103,6 +103,7 @@ def test_an_overconfident_pair_is_called_so_and_a_calibrated_one_is_not(
     assert "overconfident, measured against its teacher?" in text and "| rkl |" in text
 
 
+@pytest.mark.slow
 def test_models_in_memory(models: dict[str, Path], tmp_path: Path) -> None:
     student, teacher = (LlamaForCausalLM.from_pretrained(models[name]) for name in ("surer", "teacher"))
     student.train()

@@ -151,6 +151,7 @@ def test_fewer_rows_than_prompts_and_all_of_them() -> None:
         assert len(samples) == 6 * 2
 
 
+@pytest.mark.slow
 def test_sample_rows() -> None:
     _, samples, _ = run("teacher before student")
     counts = {"teacher": 12, "before": 6, "student": 12}
@@ -295,6 +296,7 @@ def test_one_model_at_a_time() -> None:
     assert len(alive) == 4
 
 
+@pytest.mark.slow
 def test_order_is_that_of_the_table_whatever_the_mappings() -> None:
     result, _, _ = run("student before teacher")
     assert [name for name in result if name in MODELS] == ["teacher", "before", "student"]

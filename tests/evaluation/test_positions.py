@@ -298,6 +298,7 @@ def test_compute_is_every_row_once() -> None:
 
 @settings(max_examples=20)
 @given(st.integers(0, 10_000), st.integers(1, 30), st.integers(2, 5), st.booleans(), st.data())
+@pytest.mark.slow
 def test_order_and_merging_change_nothing(seed: int, count: int, vocab: int, coarse: bool, data: st.DataObject) -> None:
     student, teacher, labels = logits(seed, count, vocab), logits(seed + 1, count, vocab), observed(count, vocab)
     if coarse:  # many equal confidences

@@ -55,6 +55,7 @@ def test_a_caption_speaks_of_a_log_scale_only_where_there_is_one(make_run: MakeR
     assert [picture.caption for picture in together.curves] == ["KL(q‖p), nats, log scale", "KL(p‖q), nats"]
 
 
+@pytest.mark.slow
 def test_the_answers_of_each_run_that_wrote_some(make_run: MakeRun) -> None:
     writer = sampled(make_run("writer"))
     write_jsonl(writer.rollouts_path, [text(step, id=f"p{n}") for step in (1, 9) for n in range(PROMPTS + 1)])

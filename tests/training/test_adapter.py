@@ -49,6 +49,7 @@ def test_a_run_trains_the_adapter_and_exports_it(tmp_path: Path, export: str) ->
     assert evaluation["student"]["rkl"] == pytest.approx(losses[run.read_env()["best_step"]], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_pruned_student_in_two_stages_ends_as_an_ordinary_model(tmp_path: Path) -> None:
     values = values_of(tmp_path, student={"init": "prune", "layers": 2}, stages=tiny_runs.STAGES)
     run = tiny_runs.train(values)

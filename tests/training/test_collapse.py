@@ -45,6 +45,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ends at once", 
 
 
 @pytest.mark.parametrize("name", ["ends as the student does", "never ends", *SLOW])
+@pytest.mark.slow
 def test_the_watch_speaks_up_for_a_run_built_to_collapse_alone(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

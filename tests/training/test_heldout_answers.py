@@ -182,6 +182,7 @@ class Planted(TrainerCallback):
             logs |= endless(state.global_step)
 
 
+@pytest.mark.slow
 def test_the_warning_comes_once_and_not_again_after_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = rows(6)
 

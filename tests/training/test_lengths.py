@@ -111,6 +111,7 @@ def test_what_was_given_and_does_not_fit_is_refused(
     assert tiny_runs.tree(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_stage_has_lengths_of_its_own(tmp_path: Path) -> None:
     values = config(tmp_path) | {"stages": [{**tiny_runs.STAGES[0], "data": {"max_tokens": 24}}]}
     run = tiny_runs.train(values)

@@ -127,6 +127,7 @@ def test_a_finished_answer_keeps_its_end_and_a_cut_one_gets_none(tmp_path: Path)
 
 
 @pytest.mark.parametrize("settings", [{"gradient_accumulation_steps": 3}, {"tokens_per_step": 90}, {"rows": 2}])
+@pytest.mark.slow
 def test_micro_batches_change_no_answer_and_no_gradient(tmp_path: Path, settings: dict[str, Any]) -> None:
     """One step of all rows against the same step cut smaller, by whichever limit."""
     data = rows(12)
@@ -272,6 +273,7 @@ def test_two_processes_take_the_step_that_one_takes(tmp_path: Path, count: int, 
     assert_same(found["weights"], {name: ours[name] for name in found["weights"]})
 
 
+@pytest.mark.slow
 def test_lora_and_encoder_decoder(tmp_path: Path) -> None:
     lora = tiny_runs.config(
         tmp_path, student={"init": "pretrained", "model": str(tmp_path / "teacher"), "layers": None},
@@ -311,6 +313,7 @@ def test_the_log_holds_the_seconds_and_the_share(tmp_path: Path) -> None:
     assert not [line for line in comparable(run) if "seconds" in line]
 
 
+@pytest.mark.slow
 def test_equal_runs_are_equal(tmp_path: Path) -> None:
     """Two whole runs in different processes, and the comparison of resumed runs can tell them apart."""
     values = tiny_runs.config(tmp_path, rollouts={"share": 1.0, "max_new_tokens": 4, "replay": 0.3})

@@ -192,6 +192,7 @@ def test_cut_off_in_removing_an_old_checkpoint(tmp_path: Path, monkeypatch: pyte
     "moment",
     [pytest.param("model_card", marks=pytest.mark.slow), pytest.param("now", marks=pytest.mark.slow), "write_text"],
 )
+@pytest.mark.slow
 def test_cut_off_in_writing_the_student(tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values, whole = reference(tmp_path)
 
@@ -209,6 +210,7 @@ def test_cut_off_in_writing_the_student(tmp_path: Path, moment: str, monkeypatch
 
 
 @pytest.mark.parametrize("patience", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_early_stop_counts_on(tmp_path: Path, patience: int, rising: None) -> None:
     values, whole = reference(tmp_path, training={"max_steps": 30, "early_stop_patience": patience})
     assert whole.read_env()["steps"] == 2 + 2 * patience
@@ -258,6 +260,7 @@ def test_resumed_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
 
+@pytest.mark.slow
 def test_the_record_tells_of_both_parts(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path, stages=tiny_runs.STAGES)
     run = cut_off(values, kill_at_step("01-warmup", 3))

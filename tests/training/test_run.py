@@ -160,6 +160,7 @@ def test_the_same_config_gives_the_same_student(tmp_path: Path) -> None:
     assert tiny_runs.weights(tiny_runs.train(other)) != first
 
 
+@pytest.mark.slow
 def test_overwrite_leaves_nothing_of_the_old_run(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path, stages=tiny_runs.STAGES)
     run = tiny_runs.train(values)

@@ -54,6 +54,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     save_file(change(load_file(path)), path, {"format": "pt"})
 
 
+@pytest.mark.slow
 def test_a_compiled_teacher_is_refused_and_teaches_the_same_once_it_is_renamed(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path)
     shutil.copytree(tmp_path / "teacher", tmp_path / "compiled")
