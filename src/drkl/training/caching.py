@@ -132,9 +132,6 @@ def write_cache(
     }
     if fill:
         assert not isinstance(pair.teacher, TeacherCache), "a cache is refused above"
-        if isinstance(pair.teacher, ServedTeacher):
-            cache = TeacherCache.open(folder)
-            check_served_kind(cache.kind, cache.k, pair.teacher.top_k, ())
         add_states(folder, pair.teacher, every, about, progress=progress)
         return TeacherCache.open(folder)
     finished = write_states(
