@@ -100,7 +100,7 @@ def topk_probe_table(rows: list[Row]) -> str:
     """What k tokens keep of each objective: its value, and its gradient's direction."""
     students = list(dict.fromkeys(row["student"] for row in rows))
     ks = list(dict.fromkeys(row["k"] for row in rows))
-    named = {"start": "before training", "quickstart": "after it"}
+    named = {"start": "before training", "drkl-hidden": "after it"}
     head = [f"k = {k}, {named.get(student, student)}" for student in students for k in ks]
     lines = [f"| | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     found = {(row["student"], row["k"], row["objective"]): row for row in rows}
