@@ -42,17 +42,21 @@ def names() -> list[str]:
     return [f"{objective}-{share}" for objective in OBJECTIVES for share in SHARES]
 
 
-def train(name: str) -> None:
-    """Train one run, or go on with it."""
-    objective, share = name.split("-")
-    run = FOLDER / name
+def distill(run: Path, *words: str) -> None:
+    """Train a run of the quickstart's with some settings, go on with it, or leave it as it is where it is finished."""
     if (run / "student").is_dir():
         return
     if (run / "config.yaml").is_file():
         drkl("distill", "--resume", str(run))
         return
-    drkl(
-        "distill", "quickstart", *SETTINGS, f"run.name={name}", f"objective.name={objective}",
+    drkl("distill", "quickstart", *words)
+
+
+def train(name: str) -> None:
+    """Train one run, or go on with it."""
+    objective, share = name.split("-")
+    distill(
+        FOLDER / name, *SETTINGS, f"run.name={name}", f"objective.name={objective}",
         "student.init=pretrained", "student.layers=null", f"student.model={WARMUP / 'student'}",
         f"training.max_steps={STEPS}", f"rollouts.share={share}",
     )  # fmt: skip

@@ -13,8 +13,6 @@ import argparse
 import csv
 import io
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from drkl.reporting.plotting import MUTED, PAPER, svg_text
 from drkl.runs import read_json, write_text
 from drkl.teachers.stored import StoredStates, StoredTopK
 from scripts.draw_figures import BLUE, GREEN, ORANGE, finish, legend_above, panels
+from scripts.run_on_policy import distill, drkl
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("runs/teacher-cache")
@@ -54,11 +53,6 @@ COLORS = dict(zip(OBJECTIVES, (GREEN, ORANGE, BLUE), strict=True))
 MARKERS = dict(zip(OBJECTIVES, "s^o", strict=True))
 
 
-def drkl(*words: str) -> None:
-    """Run the command line."""
-    subprocess.run([sys.executable, "-m", "drkl", *words], check=True)
-
-
 def names() -> list[str]:
     """The twelve runs."""
     return [f"{objective}-{kind}" for objective in OBJECTIVES for kind in KINDS]
@@ -80,14 +74,8 @@ def make_cache(kind: str) -> None:
 def train(name: str) -> None:
     """Train one run, or go on with it."""
     objective, kind = name.split("-")
-    run = FOLDER / name
-    if (run / "student").is_dir():
-        return
-    if (run / "config.yaml").is_file():
-        drkl("distill", "--resume", str(run))
-        return
-    drkl(
-        "distill", "quickstart", *SETTINGS, f"run.name={name}", f"objective.name={objective}",
+    distill(
+        FOLDER / name, *SETTINGS, f"run.name={name}", f"objective.name={objective}",
         f"teacher.cache={cache_of(kind)}",
     )  # fmt: skip
 

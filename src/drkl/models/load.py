@@ -217,6 +217,23 @@ def _in_memory(model: PreTrainedModel, dtype: DtypeLike, options: Mapping[str, A
     return model
 
 
+def without_weights(config: Any, dtype: torch.dtype, name: str, *, classifier: bool = False) -> PreTrainedModel:
+    """A model on the meta device, in eval mode, for its config alone.
+
+    Args:
+        config: of the model; its dtype is set.
+        dtype: that of the weights which are not here.
+        name: the folder or id that it is known by; empty for none.
+        classifier: whether it is a classifier.
+    """
+    config.dtype = dtype
+    with torch.device("meta"):
+        model: Any = model_class(config, classifier=classifier).from_config(config)
+    model.name_or_path = name
+    made: PreTrainedModel = model.eval()
+    return made
+
+
 def model_class(config: Any, *, classifier: bool = False) -> Any:
     """The Auto class of classifiers, or of language models of this config's kind.
 

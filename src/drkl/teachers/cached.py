@@ -20,7 +20,7 @@ from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import LMHead
 from drkl.losses.topk import TopK
-from drkl.models.load import load_config, model_class
+from drkl.models.load import load_config, without_weights
 from drkl.models.precision import DTYPES
 from drkl.models.readout import Batch, to_batch
 from drkl.teachers.config import TeacherConfig
@@ -496,10 +496,5 @@ def _read_head(rows: ShardReader, device: torch.device | str) -> LMHead:
 
 
 def _without_weights(folder: Path, stored: Stored) -> PreTrainedModel:
-    config = load_config(folder)
-    config.dtype = stored.dtype
-    kind = model_class(config, classifier=isinstance(stored, StoredStates) and not stored.has_head)
-    with torch.device("meta"):
-        model = kind.from_config(config)
-    model.name_or_path = str(folder)
-    return model.eval()
+    classifier = isinstance(stored, StoredStates) and not stored.has_head
+    return without_weights(load_config(folder), stored.dtype, str(folder), classifier=classifier)

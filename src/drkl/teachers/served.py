@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from drkl.losses import LMHead
 from drkl.losses.topk import TopK
 from drkl.models.classes import is_classifier
 from drkl.models.forward import is_encoder_decoder, lm_head
-from drkl.models.load import load_config, load_tokenizer, model_class, resolve_model, words_of
+from drkl.models.load import load_config, load_tokenizer, resolve_model, without_weights, words_of
 from drkl.models.readout import Batch
 from drkl.teachers.config import TeacherConfig, address_fault
 from drkl.teachers.scores import Odd, Scores, as_topk, read_scores
@@ -426,12 +426,8 @@ def _check_decoder(config: Any, name: str) -> None:
 
 
 def _without_weights(config: Any, source: str) -> PreTrainedModel:
-    config.dtype = torch.float32
-    with torch.device("meta"):
-        model: Any = model_class(config).from_config(config)
-    model.name_or_path = source
-    if not source:
-        return cast("PreTrainedModel", model.eval())
-    with contextlib.suppress(OSError):  # it has none of its own
-        model.generation_config = GenerationConfig.from_pretrained(resolve_model(source))
-    return cast("PreTrainedModel", model.eval())
+    model = without_weights(config, torch.float32, source)
+    if source:
+        with contextlib.suppress(OSError):  # it has none of its own
+            model.generation_config = GenerationConfig.from_pretrained(resolve_model(source))
+    return model
