@@ -73,7 +73,7 @@ def test_steps_are_their_lists(lists: list[list[int]], part: slice) -> None:
     steps = Steps.of(lists)
     assert list(steps) == lists and steps == lists and len(steps) == len(lists)
     assert steps[part] == lists[part] and [steps[-i - 1] for i in range(len(lists))] == lists[::-1]
-    assert Steps.joined([steps, steps]) == lists + lists and not (steps == [*lists, [1]])
+    assert Steps.joined([steps, steps]) == lists + lists and steps != [*lists, [1]]
     assert all(type(number) is int for step in steps for number in step)
 
 
