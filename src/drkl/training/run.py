@@ -36,8 +36,9 @@ from drkl.teachers.teacher import Teacher
 from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import keep_only, newest_checkpoint
-from drkl.training.checks import check_apart, check_device, check_folder
+from drkl.training.checks import check_apart, check_device, check_folder, check_same_config
 from drkl.training.pair import TokenisedRows
+from drkl.training.record import training_section
 from drkl.training.served import check_served_kind
 from drkl.training.sparse import check_sparse
 from drkl.training.spec import (
@@ -60,7 +61,7 @@ from drkl.training.spec import (
 )
 from drkl.training.trainer import DistillationTrainer
 
-Mode = Literal["new", "overwrite", "resume"]
+Mode = Literal["new", "overwrite", "resume", "auto"]
 _SECONDS_TO_SEE = 20
 """Until a file that another machine has written is seen."""
 
@@ -369,7 +370,9 @@ def distill(
     Args:
         specs: the stages, first to last; each starts from the student of the one before.
         mode: ``new`` refuses a folder that is there, ``overwrite`` replaces it, ``resume`` goes on with it: finished
-            stages are kept, the unfinished one continues from its newest whole checkpoint.
+            stages are kept, the unfinished one continues from its newest whole checkpoint. ``auto`` is for a job that
+            may be started again: it resumes a run of this config that is there, starts one that is not, and leaves a
+            finished one as it is.
         listener: hooks for a front end.
         on_trainer: called with each stage's trainer before it trains, to add callbacks.
         command: the command line that repeats the run, for ``env.json``.
@@ -384,7 +387,10 @@ def distill(
     last, teacher = specs[-1].folder, specs[-1].teacher
     if teacher is not None and teacher.cache is not None and mode != "resume":
         check_apart(teacher.cache, last)
-    first_alone(lambda: check_folder(last, mode))
+    mode = first_alone(lambda: _settled_mode(specs[-1], mode))
+    if mode == "auto":
+        listener.on_message(f"The run {str(last.root)!r} is finished; nothing is left to do.")
+        return last
     prepared = prepare(specs, listener)
     fill_cache(prepared)
     specs = prepared.specs
@@ -410,6 +416,25 @@ def distill(
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     return last
+
+
+def _settled_mode(spec: RunSpec, mode: Mode) -> Mode:
+    """The mode that a run goes on in; ``auto`` where it is finished already.
+
+    Raises:
+        DrklError: a run of this mode must not touch the folder.
+    """
+    run = spec.folder
+    if mode == "auto":
+        mode = "resume" if run.config_path.is_file() else "overwrite"  # of what is empty
+        if mode == "resume":
+            section = spec.resolved["training"]
+            settled = training_section(training_config(spec, pick_device(spec.run.device)), section)
+            check_same_config(run, spec.resolved | {"training": section | settled})
+            if run.is_finished():
+                return "auto"
+    check_folder(run, mode)
+    return mode
 
 
 def _begin(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
