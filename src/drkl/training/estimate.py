@@ -67,7 +67,7 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
     here = processes is None
     processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
     shardings = [sharding_of(spec) for spec in specs]
-    there = specs[-1].run.device
+    there: str = specs[-1].run.device
     specs = with_stand_in(specs if here else list(map(_as_if_here, specs)), without_server)
     first = specs[0]
     check_device(specs[-1].run.device)
@@ -125,7 +125,7 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
         )  # fmt: skip
         memory = predict(known)
         said = {"advice": memory.advice(available_bytes(device) if here and there == device.type else None)}
-        stage |= {"estimated_memory_gb": round(memory.peak_bytes / 1e9, 2), "memory": memory.to_json() | said}
+        stage |= {"estimated_memory_gb": float(f"{memory.peak_bytes / 1e9:.3g}"), "memory": memory.to_json() | said}
         stages.append(stage)
     return {
         "config": last.resolved,
@@ -253,7 +253,7 @@ def _stage(
     rates: dict[str, float],
     seen: set[tuple[str, ...]],
     processes: int,
-) -> tuple[dict[str, Any], list[list[int]], Any]:
+) -> tuple[dict[str, Any], Sequence[list[int]], Any]:
     """What is printed of a stage but for its memory, its steps and its arguments."""
     arguments = training_config(spec, device)
     on_policy = spec.rollouts.is_on
@@ -279,7 +279,7 @@ def _stage(
     writing = _writing(answered, steps, spec, share, student, teacher, sizes) if on_policy else None
     if writing is not None:
         seconds += writing.flops / rates[precision] * len(steps)
-    stage = {
+    stage: dict[str, Any] = {
         "name": spec.folder.name,
         "objective": dict(spec.resolved["objective"]),
         "data": report.summary(),
@@ -317,7 +317,7 @@ def _known(
     vocab_size: int | None,
     rows: Any,
     heldout: Any,
-    steps: list[list[int]],
+    steps: Sequence[list[int]],
     longest: int,
     device: str,
     processes: int,
@@ -338,7 +338,8 @@ def _known(
         served = config.is_served
         held = "topk" if served or (cache is not None and cache.k is not None) else "hidden" if cache else "live"
         k = config.top_k if served else 0 if cache is None or cache.k is None else cache.k
-    micro, positions = micro_batches(planned, steps, parts)
+    alike = processes > 1 and arguments.per_device_train_batch_size is None
+    micro, positions = micro_batches(planned, steps, parts, alike=alike and not on_policy)
     return Known(
         spec=spec,
         arguments=arguments,
@@ -350,8 +351,8 @@ def _known(
         micro=micro,
         positions=positions,
         heldout=largest_heldout_batch([row for row in heldout if row.num_trained]),
-        heldout_positions=sum(row.num_trained for row in heldout),
-        train_positions=sum(row.num_trained for row in rows),
+        heldout_positions=-(-sum(row.num_trained for row in heldout) // processes),
+        train_positions=sum(rows[i].num_trained for i in {i for step in steps for i in step}),
         answers=answers,
         several=arguments.gradient_accumulation_steps > 1 or on_policy,
         sharding=sharding,
