@@ -21,6 +21,7 @@ from drkl.terminal import (
     TrainingProgress,
     print_analysis,
     print_evaluation,
+    print_memory,
     print_probe,
     print_side_by_side,
     print_surveys,
@@ -166,6 +167,14 @@ def distill(
         bool,
         typer.Option("--dry-run", help="Print the config, sizes, and estimates of memory and time; write nothing."),
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With --dry-run: estimate for N processes, on a machine that may have other devices than this one.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Distil a student as CONFIG says; stages one after the other."""
     from drkl.config import load_config
@@ -173,6 +182,8 @@ def distill(
 
     if (config is None) == (resume is None):
         raise DrklError("Give either a CONFIG or `--resume RUN`.")
+    if processes is not None and not dry_run:
+        raise DrklError("`--processes` goes with `--dry-run`; torchrun and accelerate launch start several processes.")
     if resume is not None:
         if overrides or overwrite or auto_resume or dry_run:
             raise DrklError("`--resume` goes on with the run as it was configured; it takes nothing beside the folder.")
@@ -195,7 +206,10 @@ def distill(
     if dry_run:
         from drkl.training.estimate import estimate
 
-        _print_estimate(estimate(loaded.specs()))
+        plan = estimate(loaded.specs(), processes)
+        if os.environ.get("RANK", "0") == "0":
+            _print_estimate(plan)
+            print_memory(plan["stages"])
         return
     modes = {"resume": resume is not None, "overwrite": overwrite, "auto": auto_resume, "new": True}
     _distill(loaded, next(mode for mode, chosen in modes.items() if chosen))
