@@ -23,6 +23,7 @@ def plan_epochs(
     seed: int,
     same_batches: bool = False,
     drop_last: bool = False,
+    first: int = 0,
 ) -> Iterator[list[list[int]]]:
     """Yield the optimiser steps of one epoch after the other, without end; a step is a list of row indices.
 
@@ -37,6 +38,7 @@ def plan_epochs(
         seed: seed of the shuffles.
         same_batches: every epoch has the first one's steps, in another order.
         drop_last: with ``rows_per_step``, leave out the last step of an epoch where it has fewer rows.
+        first: the number of the first epoch, which its shuffle follows from.
 
     Raises:
         DrklError: no rows, a size below 1, or ``drop_last`` where it leaves no step.
@@ -50,7 +52,7 @@ def plan_epochs(
         raise DrklError(
             f"dataloader_drop_last leaves out every step: there are {len(lengths)} rows and a step has {rows_per_step}."
         )
-    return _epochs(lengths, tokens_per_step, rows_per_step, seed, same_batches, drop_last)
+    return _epochs(lengths, tokens_per_step, rows_per_step, seed, same_batches, drop_last, first)
 
 
 def _epochs(
@@ -60,11 +62,12 @@ def _epochs(
     seed: int,
     same_batches: bool,
     drop_last: bool,
+    number_of_first: int,
 ) -> Iterator[list[list[int]]]:
     first: list[list[int]] = []
-    for epoch in itertools.count():
+    for epoch in itertools.count(number_of_first):
         generator = np.random.default_rng([seed, epoch])
-        if same_batches and epoch:
+        if same_batches and first:
             yield [first[i] for i in generator.permutation(len(first)).tolist()]
             continue
         if rows_per_step is not None:

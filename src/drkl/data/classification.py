@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from drkl.data.config import DataConfig
 from drkl.data.examples import Example, load_examples
-from drkl.data.tokenize import DropReport
+from drkl.data.tokenize import DropReport, NothingLeft
 from drkl.errors import DrklError, did_you_mean
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def tokenize_labelled(
         rows.append(LabelledRow(row_id, tuple(ids), ids_of[label], text))
     report.kept = len(rows)
     if not rows:
-        raise DrklError(f"None of the {sum(report.dropped.values())} rows has both a text and a label.")
+        raise NothingLeft(report, f"None of the {sum(report.dropped.values())} rows has both a text and a label.")
     return rows, report
 
 

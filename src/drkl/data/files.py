@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import bz2
 import codecs
+import contextlib
 import csv
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -75,6 +78,86 @@ def file_rows(path: str, row_format: str = "auto") -> Rows:
     if suffix in (".csv", ".tsv"):
         return _csv(text, path, tabs=suffix == ".tsv")
     return _json(text, path)
+
+
+def file_rows_after(path: str, row_format: str, count: int) -> Rows:
+    """Yield what `file_rows` yields after so many rows; a parquet file is not read up to there.
+
+    Raises:
+        DrklError: as `file_rows`.
+    """
+    file = Path(path).expanduser()
+    if not path.startswith("bundled:") and _suffix(file) == ".parquet":
+        return _parquet(file, path, count)
+    return itertools.islice(file_rows(path, row_format), count, None)
+
+
+def is_plain_text(path: str) -> bool:
+    """Whether `file_rows` takes a file for one plain text."""
+    return _suffix(Path(path)) == ".txt"
+
+
+def is_one_a_line(path: str) -> bool:
+    """Whether a file holds json objects, the first of several in the first line that is not empty."""
+    file = Path(path).expanduser()
+    if path.startswith("bundled:") or _suffix(file) in (".json", ".csv", ".tsv", ".parquet", ".txt"):
+        return False
+    with open_bytes(path) as stream:
+        lines = (line for line in stream if line.strip())
+        first, second = next(lines, b""), next(lines, b"")
+    try:
+        return bool(second) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):  # another encoding, or an object of several lines
+        return False
+
+
+def lines_from(path: str, start: int, line: int) -> Iterator[tuple[int, int, Any]]:
+    """Yield the json value of every line that is not empty, with the byte and the number of the line that follows.
+
+    Args:
+        path: a file for which `is_one_a_line` is true.
+        start: the byte at which a line begins, of the unpacked file.
+        line: the number of the line before it.
+
+    Raises:
+        DrklError: a line that is not one json value, or that cannot be read.
+    """
+    with open_bytes(path) as stream:
+        stream.seek(start)
+        for data in stream:
+            start += len(data)
+            line += 1
+            if data.strip():
+                yield start, line, _value_of_line(data, path, line)
+
+
+def _value_of_line(data: bytes, path: str, line: int) -> Any:
+    place = f"{path}:{line}"
+    try:
+        return _DECODER.decode(data.decode("utf-8").strip())
+    except json.JSONDecodeError as error:
+        raise DrklError(
+            f"{place}: not valid JSON: {error.msg} (column {error.colno}). A stream has one object in each line."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DrklError(f"{place}: not UTF-8 text (byte {error.start} of the line). Save it as UTF-8.") from error
+    except _SameName as error:
+        raise DrklError(f"{place}: {error}.") from error
+    except RecursionError as error:
+        raise DrklError(f"{place}: not valid JSON: nested too deeply.") from error
+    except ValueError as error:  # int() refuses more than 4,300 digits
+        raise DrklError(f"{place}: a number has too many digits; write it as text, in quotes.") from error
+
+
+@contextlib.contextmanager
+def open_bytes(path: str) -> Iterator[Any]:
+    """Open a file, packed or not; what goes wrong as it is read is a DrklError."""
+    file = Path(path).expanduser()
+    try:
+        with _PACKED.get(file.suffix.lower(), open)(file, "rb") as stream:
+            yield stream
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DrklError(f"Cannot read {path!r}: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _suffix(file: Path) -> str:
@@ -283,18 +366,23 @@ def _check_names(names: Sequence[str], place: str) -> None:
 # parquet and data sets --------------------------------------------------------------------------------------------
 
 
-def _parquet(file: Path, name: str) -> Rows:
+def _parquet(file: Path, name: str, start: int = 0) -> Rows:
     from pyarrow import ArrowException, parquet
 
     if not file.is_file():
         raise DrklError(f"There is no file {name!r}.")
     try:
-        number = 0
         with parquet.ParquetFile(file) as opened:
             _check_names(opened.schema_arrow.names, name)
             to_name = _class_names(opened.schema_arrow)
-            for batch in opened.iter_batches():
-                for row in batch.to_pylist():
+            sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+            ends = list(itertools.accumulate(sizes))
+            first = bisect.bisect_right(ends, start)
+            number = ends[first - 1] if first else 0
+            for batch in opened.iter_batches(row_groups=range(first, len(sizes))):
+                skipped = min(max(0, start - number), batch.num_rows)
+                number += skipped
+                for row in batch.slice(skipped).to_pylist():
                     number += 1
                     yield f"{name}, row {number}", _with_name(row, to_name)
     except (ArrowException, OSError) as error:
@@ -311,14 +399,41 @@ def dataset_rows(name: str, *, split: str = "train", data_files: str | None = No
     Raises:
         DrklError: no such data set.
     """
+    if Path(name).expanduser().is_file():
+        yield from file_rows(name)
+        return
+    files, rows, is_csv = opened_dataset(name, split=split, data_files=data_files)
+    if files:
+        for file in files:
+            yield from file_rows(file)
+        return
+    for place, row in labelled_by_name(rows, name):
+        yield place, nulls_as_empty(row) if is_csv else row
+
+
+def nulls_as_empty(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a csv file as `file_rows` gives it, where `datasets` read it."""
+    return {key: "" if value is None else value for key, value in row.items()}
+
+
+def opened_dataset(
+    name: str, *, split: str = "train", data_files: str | None = None, streaming: bool = False
+) -> tuple[Sequence[str], Any, bool]:
+    """Open a ``datasets`` id or folder.
+
+    Returns:
+        The text files of a local folder, which are read as `file_rows` reads them; or none, one split, and whether it
+        was csv.
+
+    Raises:
+        DrklError: no such data set.
+    """
     import datasets
 
     local = Path(name).expanduser()
-    if local.is_file():
-        yield from file_rows(name)
-        return
     where, config_name = (str(local), None) if local.exists() else _split_config(name)
     files: Sequence[str] = ()
+    rows: Any = None
     is_csv = False
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
@@ -332,6 +447,7 @@ def dataset_rows(name: str, *, split: str = "train", data_files: str | None = No
             if not files:
                 is_csv = builder.name == "csv"
                 options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if is_csv else {}
+                options |= {"streaming": True} if streaming else {}
                 rows = datasets.load_dataset(where, config_name, split=split, data_files=data_files, **options)
     # `datasets` raises what its readers raise: OSError, KeyError, ValueError, its own, the network's.
     except Exception as error:
@@ -341,18 +457,16 @@ def dataset_rows(name: str, *, split: str = "train", data_files: str | None = No
             f"Cannot load the data set {where!r} (config {config_name or 'default'}, split {split!r}); looked at: "
             f"{looked}. {type(error).__name__}: {reason.rstrip('.')}. A jsonl file in data.path needs no hub."
         ) from error
-    if files:
-        for file in files:
-            yield from file_rows(file)
-        return
-    for place, row in labelled_by_name(rows, name):
-        yield place, {key: "" if value is None else value for key, value in row.items()} if is_csv else row
+    return files, rows, is_csv
 
 
-def labelled_by_name(dataset: Any, name: str) -> Rows:
-    """Yield ``(place, row)`` of a ``datasets.Dataset`` called ``name`` in errors; class numbers become names."""
+def labelled_by_name(dataset: Any, name: str, start: int = 1) -> Rows:
+    """Yield ``(place, row)`` of a data set of ``datasets``, called ``name`` in errors; class numbers become names.
+
+    ``start`` is the number of its first row.
+    """
     to_name = getattr(dataset.features.get("label") if dataset.features else None, "int2str", None)
-    for number, row in enumerate(dataset, start=1):
+    for number, row in enumerate(dataset, start=start):
         yield f"{name}, row {number}", _with_name(row, to_name)
 
 
@@ -378,13 +492,23 @@ def rows_at(where: str | os.PathLike[str], row_format: str = "auto", *, split: s
         DrklError: as `file_rows` and `dataset_rows`.
     """
     name = os.fspath(where)
+    return dataset_rows(name, split=split) if is_dataset_name(where) else file_rows(name, row_format)
+
+
+def is_dataset_name(where: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a ``datasets`` folder or id, and not of a file or of bundled data.
+
+    Raises:
+        DrklError: it is a path, and nothing is there.
+    """
+    name = os.fspath(where)
     path = Path(name).expanduser()
     if name.startswith("bundled:") or path.is_file():
-        return file_rows(name, row_format)
+        return False
     is_local = name.startswith((".", "/", "~")) or _suffix(path) in SUFFIXES or not isinstance(where, str)
     if is_local and not path.exists():
         raise DrklError(f"There is no file {name!r}.")
-    return dataset_rows(name, split=split)
+    return True
 
 
 def _split_config(name: str) -> tuple[str, str | None]:

@@ -133,6 +133,17 @@ class DropReport:
             parts.append(f"{self.per_epoch} an epoch by their weights")
         return " ".join([", ".join(parts) + ".", *self.notes])
 
+    def add(self, more: DropReport) -> None:
+        """Count the rows of another part of the same data."""
+        for name in ("kept", "responses_cut", "documents", "prompts_alone"):
+            setattr(self, name, getattr(self, name) + getattr(more, name))
+        for name in ("dropped", "openings"):
+            counts = getattr(self, name)
+            counts |= {key: counts.get(key, 0) + count for key, count in getattr(more, name).items()}
+        self.what_is_cut = more.what_is_cut
+        self.date = self.date or more.date
+        self.difference = self.difference or more.difference
+
     @property
     def notes(self) -> list[str]:
         """What the template does that the rows do not show, in sentences."""
@@ -146,6 +157,14 @@ class DropReport:
         if self.difference:
             notes.append(self.difference)
         return notes
+
+
+class NothingLeft(DrklError):
+    """No row is left of those that were to be tokenised; ``report`` is the account of them."""
+
+    def __init__(self, report: DropReport, message: str) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 def tokenize_examples(
@@ -247,7 +266,7 @@ def tokenize_examples(
         report.documents += len(documents)
     report.kept = len(rows)
     if not rows:
-        raise DrklError(nothing_left(report, shortest, Lengths(max_prompt_tokens, max_tokens), room))
+        raise NothingLeft(report, nothing_left(report, shortest, Lengths(max_prompt_tokens, max_tokens), room))
     if teacher is not None and (other := next((row for row in rows if row.teacher_prompt_ids), None)) is not None:
         report.difference = teacher.difference(other, tokenizer)
     if any(row.example.weight != 1 for row in rows):

@@ -12,6 +12,7 @@ import torch
 from drkl.data.classification import LabelledRow
 from drkl.data.lengths import Lengths, Room, answer_room
 from drkl.data.rows import make_rows, read_shares
+from drkl.data.streams import stream_of
 from drkl.data.tokenize import DropReport, Row
 from drkl.losses.fused import chunk_rows
 from drkl.models.forward import decoder_start, is_encoder_decoder
@@ -89,11 +90,13 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
     for spec in specs:
         check_sparse(cache, training_config(spec, device))
         needed = spec.rollouts.needs_responses
+        kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder, "room": room}
+        kind |= {"needs_responses": needed, "teacher_tokenizer": own_reader}
         train, _ = read_shares(spec.data, classifier=first.classifies, needs_responses=needed)
-        rows, report = make_rows(
-            train, spec.data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, room=room,
-            needs_responses=needed, teacher_tokenizer=own_reader,
-        )  # fmt: skip
+        if spec.data.streaming:
+            rows, report = stream_of(spec.data, tokenizer, **kind).sample()
+        else:
+            rows, report = make_rows(train, spec.data, tokenizer, **kind)
         check_rows(rows, configs)
         if teacher is not None and classes is None:
             shared_vocabulary(_vocab_size(student), _vocab_size(teacher), tokens, tokenizer, rows)
@@ -236,7 +239,7 @@ def _stage(
     stage = {
         "name": spec.folder.name,
         "objective": dict(spec.resolved["objective"]),
-        "data": report.summary(),
+        "data": ("The first rows of the stream: " if spec.data.streaming else "") + report.summary(),
         "steps": len(steps),
         "tokens_per_step": {
             "budget": arguments.tokens_per_step,
