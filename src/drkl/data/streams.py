@@ -138,7 +138,7 @@ class RowStream:
             state: where to begin, a `Window.begin`; None for the begin of the stream.
             seed: of the shuffles.
             tokens_per_step: as `plan_epochs` takes it, and so are the others.
-            rows_per_step: see ``tokens_per_step``. A window then has whole steps, unless a source ends in it.
+            rows_per_step: see ``tokens_per_step``. A window is then filled up to a whole step, unless a source ends in it.
             drop_last: see ``tokens_per_step``.
 
         Raises:
@@ -148,7 +148,7 @@ class RowStream:
         first, step = (0, 0) if state is None else (int(state["window"]), int(state["step"]))
         size = self.shuffle_buffer
         if rows_per_step is not None:
-            size = rows_per_step * max(1, size // rows_per_step)
+            size = rows_per_step * -(-size // rows_per_step)
         for number in itertools.count(first):
             begin = {"window": number, "step": step, **mixed.state()}
             rows = mixed.take(size)
@@ -218,9 +218,9 @@ class _Chunks:
         self.rows_read, self.dropped = self._begin["read"], Counter[str](self._begin["dropped"])
         """In all passes; those dropped by reason."""
         self.report = DropReport()
-        """Of the rows that were read here."""
+        """The account of the rows that were read here."""
         self._row = self._begin["row"]
-        """Of the pass: so many were read."""
+        """Rows of the pass that were read."""
         self._rows: Sequence[Any] = []
         self._taken = 0
         self._has_kept = self.rows_read > self.dropped.total()

@@ -304,6 +304,7 @@ class DistillationTrainer(Trainer):
             student.config.use_cache = False
         try:
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+            read = None if self._streamed is None else self._streamed.account(self.state.global_step)
         finally:
             if self._streamed is not None:
                 self._streamed.end()
@@ -313,7 +314,6 @@ class DistillationTrainer(Trainer):
                 student.config.use_cache = self._use_cache
             student.train(training)
         if self.is_world_process_zero():
-            read = None if self._streamed is None else self._streamed.account(self.state.global_step)
             self.record.trained(self.state, self._train_log.seconds, read)
         self.accelerator.wait_for_everyone()
         return output
