@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from numbers import Integral
@@ -191,7 +191,28 @@ def parse_rows(
     Raises:
         DrklError: a bad row, columns that fit two shapes, two rows of one id, or no rows.
     """
-    read = []
+    read = list(each_example(rows, row_format, needs_responses=needs_responses))
+    if not read:
+        raise DrklError(no_rows(source))
+    ids = row_ids([(place, own) for place, own, _ in read])
+    return [replace(example, id=row_id) for row_id, (_, _, example) in zip(ids, read, strict=True)]
+
+
+def no_rows(source: str) -> str:
+    """The error for a source without rows."""
+    return f"{source} has no rows; expected some, with prompt and response, or messages, or text."
+
+
+def each_example(
+    rows: Iterable[tuple[str, Any]], row_format: str = "auto", *, needs_responses: bool = True
+) -> Iterator[tuple[str, str | None, Example]]:
+    """Yield the place, the own id (None where it has none) and the example of every row; the example has no id yet.
+
+    The arguments are those of `parse_rows`.
+
+    Raises:
+        DrklError: a bad row, or columns that fit two shapes.
+    """
     for place, row in rows:
         if not isinstance(row, Mapping):
             raise DrklError(
@@ -203,15 +224,8 @@ def parse_rows(
         shape = shape_of(place, row, row_format, needs_responses=needs_responses)
         kind, row = standard_row(row, shape, needs_responses=needs_responses)
         title = f"{shape.title}, as messages" if kind == "messages" and shape.name.startswith("prompt") else shape.title
-        read.append((place, title, kind, row))
-    ids = row_ids([(place, written_id(place, row)) for place, _, _, row in read])
-    examples = [
-        _example(place, row_id, kind, row, title, needs_responses=needs_responses)
-        for row_id, (place, title, kind, row) in zip(ids, read, strict=True)
-    ]
-    if not examples:
-        raise DrklError(f"{source} has no rows; expected some, with prompt and response, or messages, or text.")
-    return examples
+        own = written_id(place, row)
+        yield place, own, _example(place, "", kind, row, title, needs_responses=needs_responses)
 
 
 def _way_out(row: Any) -> str:

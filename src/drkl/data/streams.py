@@ -138,7 +138,7 @@ class RowStream:
             state: where to begin, a `Window.begin`; None for the begin of the stream.
             seed: of the shuffles.
             tokens_per_step: as `plan_epochs` takes it, and so are the others.
-            rows_per_step: see ``tokens_per_step``. A window is then filled up to a whole step, unless a source ends in it.
+            rows_per_step: see ``tokens_per_step``. A window is filled up to a whole step, unless a source ends in it.
             drop_last: see ``tokens_per_step``.
 
         Raises:

@@ -17,7 +17,7 @@ from drkl.errors import DrklError
 from drkl.runs import read_json, write_json
 from drkl.training.arguments import DistillationConfig
 from drkl.training.checkpoints import step_of
-from drkl.training.plan import MicroBatches, step_size
+from drkl.training.plan import cut_step, cuts_by_cost, step_size
 
 STATE = "stream.json"
 """In a checkpoint: where the window of its step begins in the stream."""
@@ -75,7 +75,7 @@ class StreamedBatches(Dataset[list[Any]]):
     def __getitem__(self, index: int) -> list[Any]:
         step, part = divmod(index, self._parts)
         window = self._window(step)
-        return MicroBatches(window.rows, [window.steps[step - window.first_step]], self._parts)[part]
+        return cut_step(window.rows_of(step), self._parts, alike=cuts_by_cost(self._args))[part]
 
     def begin(self, checkpoint: Path | None) -> None:
         """Begin with the stream, or go on where a checkpoint was written.
