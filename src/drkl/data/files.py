@@ -144,7 +144,7 @@ def lines_from(path: str, start: int, line: int) -> Iterator[tuple[int, int, Any
 def _value_of_line(data: bytes, path: str, line: int) -> Any:
     place = f"{path}:{line}"
     try:
-        return _DECODER.decode(data.decode("utf-8").strip())
+        return _DECODER.decode(data.decode("utf-8-sig" if line == 1 else "utf-8").strip())
     except json.JSONDecodeError as error:
         raise DrklError(
             f"{place}: not valid JSON: {error.msg} (column {error.colno}). A stream has one object in each line."
@@ -167,7 +167,7 @@ def open_bytes(path: str) -> Iterator[Any]:
         with _PACKED.get(file.suffix.lower(), open)(file, "rb") as stream:
             yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DrklError(f"Cannot read {path!r}: {getattr(error, 'strerror', None) or error}.") from error
+        raise _unreadable(file, error) from error
 
 
 def _suffix(file: Path) -> str:
@@ -191,11 +191,16 @@ def _blocks(file: Path) -> Iterator[str]:
     try:
         with _PACKED.get(suffix, open)(file, "rb") as stream:
             yield from _decoded(stream, name, suffix)
-    except FileNotFoundError as error:
-        raise DrklError(f"There is no file {name!r}.{_elsewhere(name)}") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        way_out = " A folder of files goes into data.dataset." if file.is_dir() else ""
-        raise DrklError(f"Cannot read {name!r}: {getattr(error, 'strerror', None) or error}.{way_out}") from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> DrklError:
+    name = str(file)
+    if isinstance(error, FileNotFoundError):
+        return DrklError(f"There is no file {name!r}.{_elsewhere(name)}")
+    way_out = " A folder of files goes into data.dataset." if file.is_dir() else ""
+    return DrklError(f"Cannot read {name!r}: {getattr(error, 'strerror', None) or error}.{way_out}")
 
 
 def _decoded(stream: Any, name: str, suffix: str) -> Iterator[str]:

@@ -149,9 +149,15 @@ class RowStream:
         size = self.shuffle_buffer
         if rows_per_step is not None:
             size = rows_per_step * -(-size // rows_per_step)
+        was_short = False
         for number in itertools.count(first):
             begin = {"window": number, "step": step, **mixed.state()}
             rows = mixed.take(size)
+            is_short = drop_last and len(rows) < (rows_per_step or 0)
+            if is_short and not was_short:
+                was_short = True  # the end of a source, left out; two of them are the whole of it
+                continue
+            was_short = False
             lengths = [row.length for row in rows]
             plan = plan_epochs(
                 lengths, tokens_per_step=tokens_per_step, rows_per_step=rows_per_step, seed=seed, drop_last=drop_last,
@@ -226,6 +232,8 @@ class _Chunks:
         self._has_kept = self.rows_read > self.dropped.total()
         self._unused = 0
         """Rows since the last usable one."""
+        self._why = ""
+        """The reason of those."""
         self._open(self._begin["position"])
         if start.get("taken"):
             self._read_chunk()
@@ -251,11 +259,7 @@ class _Chunks:
 
     def _next_pass(self) -> None:
         if not self._has_kept:
-            raise DrklError(
-                f"{self.source.name} has no rows."
-                if not self.rows_read
-                else f"{self.source.name}: none of its {self.rows_read:,} rows can be used. {self._why}"
-            )
+            raise DrklError(f"{self.source.name} has no rows." if not self.rows_read else self._nothing())
         self._row = 0
         self._begin |= {"position": None, "row": 0}
         self._rows, self._taken = [], 0
@@ -279,14 +283,17 @@ class _Chunks:
         self._see_unused(0 if self._rows else len(items), items[-1][0])
         return True
 
-    _why = ""
+    def _nothing(self) -> str:
+        return (
+            f"{self.source.name}: nothing is left of its first {self.rows_read:,} rows. Of the last ones: {self._why}"
+        )
 
     def _see_unused(self, count: int, place: str) -> None:
         before, self._unused = self._unused, self._unused + count if count else 0
         if before >= self._patience or self._unused < self._patience:
             return
         if not self._has_kept:
-            raise DrklError(f"{self.source.name}: none of its first {self.rows_read:,} rows can be used. {self._why}")
+            raise DrklError(self._nothing())
         _log.warning(
             "Warning: up to %s, %s rows in a row could not be used; the stream is read on. %s",
             place, f"{self._unused:,}", self._why,

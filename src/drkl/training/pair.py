@@ -229,6 +229,8 @@ def make_pair(
     _check_rows(everything, student, teacher)
     # The command line says what there is to say of its rows where it reads them.
     notes = [] if isinstance(train_dataset, TokenisedRows) else list(report.notes)
+    if stream is not None and args.dataloader_num_workers:
+        notes.append("dataloader_num_workers has no effect: a stream is read ahead by a thread of its own.")
     vocabulary = None
     if classes is None:
         check_student(student)
