@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,15 +11,16 @@ from typing import Any, Protocol
 
 from drkl.data.examples import check_readable
 from drkl.data.files import (
+    SUFFIXES,
     Rows,
-    file_rows_after,
+    dataset_of,
+    file_rows,
     is_dataset_name,
-    is_one_a_line,
-    is_plain_text,
+    json_values,
     labelled_by_name,
-    lines_from,
-    nulls_as_empty,
-    opened_dataset,
+    open_bytes,
+    parquet_rows,
+    suffix_of,
 )
 from drkl.errors import DrklError
 
@@ -56,14 +59,17 @@ def open_file(path: str, row_format: str = "auto") -> Open:
         DrklError: it is a plain text (txt), which is one row, or cannot be read.
     """
     check_readable(path)
-    if is_plain_text(path):
+    suffix = suffix_of(Path(path))
+    if suffix == ".txt":
         raise DrklError(
             f"{path} is one plain text, which a stream would hold in memory as a whole. Write it as jsonl, one "
             '{"text": …} in each line, or leave data.streaming out.'
         )
-    if is_one_a_line(path):
+    if suffix == ".parquet":
+        return counted(lambda count: _parquet_after(path, count))
+    if suffix not in SUFFIXES[1:] and not path.startswith("bundled:") and _has_lines(path):
         return lambda position: _Lines(path, position)
-    return counted(lambda count: file_rows_after(path, row_format, count))
+    return counted(lambda count: itertools.islice(file_rows(path, row_format), count, None))
 
 
 def open_dataset(name: str) -> Open:
@@ -74,7 +80,7 @@ def open_dataset(name: str) -> Open:
     """
     if Path(name).expanduser().is_file():
         return open_file(name)
-    files, dataset, is_csv = opened_dataset(name, streaming=True)
+    files, dataset, is_csv = dataset_of(name, streaming=True)
     if files:
         return _open_files([open_file(str(file)) for file in files])
     return open_stream(dataset, name, nulls_are_empty=is_csv)
@@ -90,8 +96,7 @@ def open_stream(dataset: Any, name: str, *, nulls_are_empty: bool = False) -> Op
 
     plain = dataset.with_format(None)
     if isinstance(plain, datasets.Dataset):
-        size = len(plain)
-        return counted(lambda count: labelled_by_name(plain.select(range(count, size)), name, count + 1))
+        return counted(lambda count: labelled_by_name(plain, name, count))
     if any(type(part).__name__ == SHUFFLED for part in _parts(plain._ex_iterable)):
         raise DrklError(
             f"{name} shuffles in a buffer of its own, and what is in there would be lost where a run is interrupted. "
@@ -122,9 +127,13 @@ class _Lines:
         self._start, self._line = position or (0, 0)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        for start, line, value in lines_from(self._path, self._start, self._line):
-            self._start, self._line = start, line
-            yield f"{self._path}:{self._line}", value
+        with open_bytes(self._path) as stream:
+            stream.seek(self._start)
+            for data in stream:
+                self._start += len(data)
+                self._line += 1
+                if data.strip():
+                    yield _value_of(data, self._path, self._line)
 
     def position(self) -> list[int]:
         return [self._start, self._line]
@@ -175,10 +184,10 @@ class _Streamed:
             self._dataset.load_state_dict(self._position["state"])
         else:
             self._dataset.load_state_dict(None)
-        rows = labelled_by_name(self._dataset, self._name, self._count + 1)
+        rows = labelled_by_name(self._dataset, self._name)
         while True:
             try:
-                place, row = next(rows)
+                _, row = next(rows)
             except StopIteration:
                 return
             except DrklError:
@@ -190,12 +199,59 @@ class _Streamed:
                 ) from error
             self._count += 1
             self._position = None
-            yield place, nulls_as_empty(row) if self._nulls_are_empty else row
+            if self._nulls_are_empty:
+                row = {key: "" if value is None else value for key, value in row.items()}
+            yield f"{self._name}, row {self._count}", row
 
     def position(self) -> Any:
         if self._count == 0 or self._position is not None:  # nothing was read yet
             return self._position
         return {"row": self._count, "state": self._dataset.state_dict()}
+
+
+def _has_lines(path: str) -> bool:
+    """Whether a file holds several json objects, the first in its first line that is not empty, in UTF-8."""
+    with open_bytes(path) as stream:
+        lines = (line for line in stream if line.strip())
+        first, second = next(lines, b""), next(lines, b"")
+    try:
+        return bool(second) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):  # another encoding, or an object of several lines
+        return False
+
+
+def _value_of(data: bytes, path: str, line: int) -> tuple[str, Any]:
+    """The one json value of a line, and its place."""
+    place, once = f"{path}:{line}", "A stream has one object in each line."
+    try:
+        values = list(json_values(iter([data.decode()]), path, line))
+    except UnicodeDecodeError as error:
+        raise DrklError(f"{place}: not UTF-8 text (byte {error.start} of the line). Save it as UTF-8.") from error
+    except DrklError as error:
+        raise DrklError(f"{error} {once}") from error
+    if len(values) != 1:
+        raise DrklError(f"{place}: {len(values)} values in one line. {once}")
+    return values[0]
+
+
+def _parquet_after(path: str, count: int) -> Rows:
+    """The rows of a parquet file after so many; the row groups before are not read."""
+    from pyarrow import ArrowException, parquet
+
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DrklError(f"There is no file {path!r}.")
+    try:
+        with parquet.ParquetFile(file) as opened:
+            sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+    except (ArrowException, OSError):
+        sizes = [0]  # its reader says what is wrong
+    before = 0
+    for group, size in enumerate(sizes):
+        if before + size > count or size == 0:
+            rows = parquet_rows(file, path, group, before)
+            yield from itertools.islice(rows, max(0, count - before), None)
+        before += size
 
 
 def _parts(iterable: Any) -> Iterator[Any]:

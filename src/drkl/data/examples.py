@@ -251,10 +251,7 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     for example in sorted(examples, key=lambda example: hash_of_id(example.id)):
         groups.setdefault(json.dumps(example.prompt_messages or example.messages, default=str), []).append(example.id)
     if len(groups) < 2:
-        raise DrklError(
-            f"{len(examples)} row(s) with {len(groups)} different prompt(s) cannot be split into training and held-out "
-            "rows. Add rows, or set data.eval_path (none: no held-out rows)."
-        )
+        raise cannot_be_split(len(examples), len(groups))
     held: set[str] = set()
     for ids in groups.values():
         if len(held) + len(ids) <= wanted:
@@ -263,6 +260,14 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
         smallest: list[str] = min(groups.values(), key=len)
         held.update(smallest)
     return [e for e in examples if e.id not in held], [e for e in examples if e.id in held]
+
+
+def cannot_be_split(num_rows: int, num_prompts: int) -> DrklError:
+    """The error for rows of which none can be held out."""
+    return DrklError(
+        f"{num_rows} row(s) with {num_prompts} different prompt(s) cannot be split into training and held-out "
+        "rows. Add rows, or set data.eval_path (none: no held-out rows)."
+    )
 
 
 def hash_of_id(row_id: str) -> bytes:

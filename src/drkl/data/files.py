@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import bisect
 import bz2
 import codecs
 import contextlib
 import csv
 import gzip
-import itertools
 import json
 import lzma
 import os
@@ -70,12 +68,11 @@ def file_rows(path: str, row_format: str = "auto") -> Rows:
             raise DrklError(
                 f"There is no bundled data {path!r}; there is {', '.join(BUNDLED)}.{did_you_mean(path, BUNDLED)}"
             )
-        text = resources.files("drkl.data").joinpath("bundled", BUNDLED[path]).read_text(encoding="utf-8")
-        return _json(iter([text]), path)
+        return _json(_blocks(bundled_path(path)), path)
     file = Path(path).expanduser()
-    suffix = _suffix(file)
+    suffix = suffix_of(file)
     if suffix == ".parquet":
-        return _parquet(file, path)
+        return parquet_rows(file, path)
     blocks = _blocks(file)
     if suffix == ".txt":
         if row_format not in ("auto", "text"):
@@ -86,91 +83,16 @@ def file_rows(path: str, row_format: str = "auto") -> Rows:
     return _json(blocks, path)
 
 
+def bundled_path(name: str) -> Path:
+    """The file of bundled data."""
+    return Path(str(resources.files("drkl.data").joinpath("bundled", BUNDLED[name])))
+
+
 def _one_text(blocks: Iterator[str], place: str, name: str) -> Rows:
     yield place, {"text": "".join(blocks).replace("\r\n", "\n").replace("\r", "\n"), "id": name}
 
 
-def file_rows_after(path: str, row_format: str, count: int) -> Rows:
-    """Yield what `file_rows` yields after so many rows; a parquet file is not read up to there.
-
-    Raises:
-        DrklError: as `file_rows`.
-    """
-    file = Path(path).expanduser()
-    if not path.startswith("bundled:") and _suffix(file) == ".parquet":
-        return _parquet(file, path, count)
-    return itertools.islice(file_rows(path, row_format), count, None)
-
-
-def is_plain_text(path: str) -> bool:
-    """Whether `file_rows` takes a file for one plain text."""
-    return _suffix(Path(path)) == ".txt"
-
-
-def is_one_a_line(path: str) -> bool:
-    """Whether a file holds json objects, the first of several in the first line that is not empty."""
-    file = Path(path).expanduser()
-    if path.startswith("bundled:") or _suffix(file) in (".json", ".csv", ".tsv", ".parquet", ".txt"):
-        return False
-    with open_bytes(path) as stream:
-        lines = (line for line in stream if line.strip())
-        first, second = next(lines, b""), next(lines, b"")
-    try:
-        return bool(second) and isinstance(json.loads(first), dict)
-    except (ValueError, RecursionError):  # another encoding, or an object of several lines
-        return False
-
-
-def lines_from(path: str, start: int, line: int) -> Iterator[tuple[int, int, Any]]:
-    """Yield the json value of every line that is not empty, with the byte and the number of the line that follows.
-
-    Args:
-        path: a file for which `is_one_a_line` is true.
-        start: the byte at which a line begins, of the unpacked file.
-        line: the number of the line before it.
-
-    Raises:
-        DrklError: a line that is not one json value, or that cannot be read.
-    """
-    with open_bytes(path) as stream:
-        stream.seek(start)
-        for data in stream:
-            start += len(data)
-            line += 1
-            if data.strip():
-                yield start, line, _value_of_line(data, path, line)
-
-
-def _value_of_line(data: bytes, path: str, line: int) -> Any:
-    place = f"{path}:{line}"
-    try:
-        return _DECODER.decode(data.decode("utf-8-sig" if line == 1 else "utf-8").strip())
-    except json.JSONDecodeError as error:
-        raise DrklError(
-            f"{place}: not valid JSON: {error.msg} (column {error.colno}). A stream has one object in each line."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DrklError(f"{place}: not UTF-8 text (byte {error.start} of the line). Save it as UTF-8.") from error
-    except _SameName as error:
-        raise DrklError(f"{place}: {error}.") from error
-    except RecursionError as error:
-        raise DrklError(f"{place}: not valid JSON: nested too deeply.") from error
-    except ValueError as error:  # int() refuses more than 4,300 digits
-        raise DrklError(f"{place}: a number has too many digits; write it as text, in quotes.") from error
-
-
-@contextlib.contextmanager
-def open_bytes(path: str) -> Iterator[Any]:
-    """Open a file, packed or not; what goes wrong as it is read is a DrklError."""
-    file = Path(path).expanduser()
-    try:
-        with _PACKED.get(file.suffix.lower(), open)(file, "rb") as stream:
-            yield stream
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise _unreadable(file, error) from error
-
-
-def _suffix(file: Path) -> str:
+def suffix_of(file: Path) -> str:
     """What kind of file it is, packed or not."""
     return Path(file.stem if file.suffix.lower() in _PACKED else file.name).suffix.lower()
 
@@ -191,8 +113,22 @@ def _blocks(file: Path) -> Iterator[str]:
     try:
         with _PACKED.get(suffix, open)(file, "rb") as stream:
             yield from _decoded(stream, name, suffix)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except _UNREADABLE as error:
         raise _unreadable(file, error) from error
+
+
+@contextlib.contextmanager
+def open_bytes(path: str) -> Iterator[Any]:
+    """Open a file, packed or not; what goes wrong as it is read is a DrklError."""
+    file = Path(path).expanduser()
+    try:
+        with _PACKED.get(file.suffix.lower(), open)(file, "rb") as stream:
+            yield stream
+    except _UNREADABLE as error:
+        raise _unreadable(file, error) from error
+
+
+_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def _unreadable(file: Path, error: Exception) -> DrklError:
@@ -329,7 +265,7 @@ class _Window:
                 "the whole into [ ]."
             )
         end = text.find("\n", start, broken.pos)
-        if end >= 0 and _suffix(Path(name)) != ".json":
+        if end >= 0 and suffix_of(Path(name)) != ".json":
             # One object a line, and this one breaks off: the fault is in its own line.
             try:
                 _DECODER.decode(text[start:end].rstrip("\r"))
@@ -339,7 +275,7 @@ class _Window:
                 pass
         line, before = self.line + text.count("\n", start, broken.pos), text.rfind("\n", 0, broken.pos)
         column = broken.pos - before if before >= 0 else self._column + broken.pos + 1
-        known = _suffix(Path(name)) in (*SUFFIXES, "") or name.startswith("bundled:")
+        known = suffix_of(Path(name)) in (*SUFFIXES, "") or name.startswith("bundled:")
         return DrklError(
             f"{name}:{line}: not valid JSON: {broken.msg} (column {column})."
             + ("" if known else " It is read as jsonl, since its suffix is unknown; plain text is called .txt.")
@@ -383,7 +319,7 @@ def _only_value(value: Any, place: str, name: str) -> Rows:
             value = value[lists[0]]
         elif columns:
             value = [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
-    one_a_line = _suffix(Path(name)) != ".json"
+    one_a_line = suffix_of(Path(name)) != ".json"
     if not isinstance(value, list) or (one_a_line and value and not isinstance(value[0], dict)):
         yield place, value
         return
@@ -495,23 +431,29 @@ def _check_names(names: Sequence[str], place: str) -> None:
 # parquet and data sets --------------------------------------------------------------------------------------------
 
 
-def _parquet(file: Path, name: str, start: int = 0) -> Rows:
+def parquet_rows(file: Path, name: str, group: int | None = None, before: int = 0) -> Rows:
+    """Yield ``(place, value)`` of every row of a parquet file, or of one of its row groups.
+
+    Args:
+        file: its path.
+        name: what errors call it.
+        group: the row group; None for all.
+        before: the number of rows before the row group.
+
+    Raises:
+        DrklError: a file that is missing, unreadable or broken.
+    """
     from pyarrow import ArrowException, parquet
 
     if not file.is_file():
         raise DrklError(f"There is no file {name!r}.")
     try:
+        number = before
         with parquet.ParquetFile(file) as opened:
             _check_names(opened.schema_arrow.names, name)
             to_name = _class_names(opened.schema_arrow)
-            sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-            ends = list(itertools.accumulate(sizes))
-            first = bisect.bisect_right(ends, start)
-            number = ends[first - 1] if first else 0
-            for batch in opened.iter_batches(ROWS_AT_ONCE, row_groups=range(first, len(sizes))):
-                skipped = min(max(0, start - number), batch.num_rows)
-                number += skipped
-                for row in batch.slice(skipped).to_pylist():
+            for batch in opened.iter_batches(ROWS_AT_ONCE, row_groups=None if group is None else [group]):
+                for row in batch.to_pylist():
                     number += 1
                     yield f"{name}, row {number}", _with_name(row, to_name)
     except (ArrowException, OSError) as error:
@@ -531,28 +473,23 @@ def dataset_rows(name: str, *, split: str = "train", data_files: str | None = No
     if Path(name).expanduser().is_file():
         yield from file_rows(name)
         return
-    files, rows, is_csv = opened_dataset(name, split=split, data_files=data_files)
-    if files:
-        for file in files:
-            yield from file_rows(file)
-        return
-    for place, row in labelled_by_name(rows, name):
-        yield place, nulls_as_empty(row) if is_csv else row
+    files, rows, is_csv = dataset_of(name, split=split, data_files=data_files)
+    for file in files:
+        yield from file_rows(file)
+    if rows is not None:
+        for place, row in labelled_by_name(rows, name):
+            yield place, {key: "" if value is None else value for key, value in row.items()} if is_csv else row
 
 
-def nulls_as_empty(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a csv file as `file_rows` gives it, where `datasets` read it."""
-    return {key: "" if value is None else value for key, value in row.items()}
-
-
-def opened_dataset(
+def dataset_of(
     name: str, *, split: str = "train", data_files: str | None = None, streaming: bool = False
 ) -> tuple[Sequence[str], Any, bool]:
-    """Open a ``datasets`` id or folder.
+    """Load one split of a ``datasets`` id or folder.
 
     Returns:
-        The text files of a local folder, which are read as `file_rows` reads them; or none, one split, and whether it
-        was csv.
+        The text files of a local folder, which `file_rows` reads; else the ``datasets.Dataset`` (where it is to be
+        streamed, and was not saved as one, an ``IterableDataset``), and whether it was made of csv, in which an empty
+        field is "".
 
     Raises:
         DrklError: no such data set.
@@ -562,8 +499,7 @@ def opened_dataset(
     local = Path(name).expanduser()
     where, config_name = (str(local), None) if local.exists() else _split_config(name)
     files: Sequence[str] = ()
-    rows: Any = None
-    is_csv = False
+    rows, is_csv = None, False
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
             loaded = datasets.load_from_disk(str(local))
@@ -589,13 +525,14 @@ def opened_dataset(
     return files, rows, is_csv
 
 
-def labelled_by_name(dataset: Any, name: str, start: int = 1) -> Rows:
-    """Yield ``(place, row)`` of a data set of ``datasets``, called ``name`` in errors; class numbers become names.
+def labelled_by_name(dataset: Any, name: str, start: int = 0, end: int | None = None) -> Rows:
+    """Yield ``(place, row)`` of a ``datasets.Dataset`` called ``name`` in errors; class numbers become names.
 
-    ``start`` is the number of its first row.
+    ``start`` and ``end`` are a range of its rows; all by default.
     """
     to_name = getattr(dataset.features.get("label") if dataset.features else None, "int2str", None)
-    for number, row in enumerate(dataset, start=start):
+    part = dataset if start == 0 and end is None else dataset.select(range(start, len(dataset) if end is None else end))
+    for number, row in enumerate(part, start=start + 1):
         yield f"{name}, row {number}", _with_name(row, to_name)
 
 
@@ -634,7 +571,7 @@ def is_dataset_name(where: str | os.PathLike[str]) -> bool:
     path = Path(name).expanduser()
     if name.startswith("bundled:") or path.is_file():
         return False
-    is_local = name.startswith((".", "/", "~")) or _suffix(path) in SUFFIXES or not isinstance(where, str)
+    is_local = name.startswith((".", "/", "~")) or suffix_of(path) in SUFFIXES or not isinstance(where, str)
     if is_local and not path.exists():
         raise DrklError(f"There is no file {name!r}.")
     return True

@@ -120,7 +120,7 @@ class RowStream:
         rows = mixed.take(min(SAMPLE_ROWS, self.shuffle_buffer))
         report = DropReport()
         for source in mixed.sources:
-            report.add(source.report)
+            _add(report, source.report)
         return rows, report
 
     def windows(
@@ -277,7 +277,7 @@ class _Chunks:
             self._rows, report = self._tokenize(Placed(items), self.source.name, self.source.row_format)
         except NothingLeft as error:
             report, self._why = error.report, str(error)
-        self.report.add(report)
+        _add(self.report, report)
         self.dropped.update(report.dropped)
         self._has_kept |= bool(self._rows)
         self._see_unused(0 if self._rows else len(items), items[-1][0])
@@ -384,6 +384,16 @@ def tokenizing(
         return rows_from(part, own, name=name, row_format=row_format, teacher_tokenizer=theirs, **settings)
 
     return tokenize
+
+
+def _add(report: DropReport, more: DropReport) -> None:
+    """Add the account of other rows, each of which was finished for itself."""
+    report.add(more)
+    report.kept += more.kept
+    report.documents += more.documents
+    report.what_is_cut = more.what_is_cut
+    report.date = report.date or more.date
+    report.difference = report.difference or more.difference
 
 
 def _digest(rows: Iterable[Any]) -> str:
