@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from drkl.errors import DrklError
 from drkl.runs import RunFolder
-from drkl.training.config import TrainingConfig
 from drkl.training.run import Listener
 from drkl.training.streaming import STATE, check_streaming
-from tests.models import tiny
+from tests.models import tiny, tiny_classifiers
+from tests.models.tiny_classifiers import CLASSES
 from tests.training import tiny_runs
+from tests.training.test_caching import cache_of
+from tests.training.test_python import ROWS, make
+from tests.training.test_python import config as python_config
 from tests.training.test_resume import Killed, assert_equal, comparable, cut_off, kill_at_step, killed_by_signal
-from tests.training.test_trainer import make_trainer, rows
 
 
 def config(root: Path, **sections: Any) -> dict[str, Any]:
@@ -108,3 +110,109 @@ def test_a_bad_row_deep_in_the_stream_keeps_the_last_checkpoint(tmp_path: Path) 
     assert (run.checkpoints_path / "checkpoint-6" / STATE).is_file()
     data.write_text("".join(lines))
     assert_equal(tiny_runs.train(values, "resume"), whole)
+
+
+def streamed(rows: Sequence[Any]) -> datasets.IterableDataset:
+    def generate() -> Iterator[Any]:
+        yield from rows
+
+    return datasets.IterableDataset.from_generator(generate)
+
+
+TEXTS = [{"text": f"w{i} w{i * 2 % 9}", "label": CLASSES[i % 3]} for i in range(12)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["decoder", "t5", "classifier", "tokenised"])
+def test_an_iterable_dataset_trains_as_its_list_does(tmp_path: Path, kind: str) -> None:
+    def pair() -> tuple[Any, Any]:
+        if kind == "t5":
+            return tiny.t5(1, layers=2), tiny.t5(9)
+        if kind == "classifier":
+            return tiny_classifiers.make("bert", 1), tiny_classifiers.make("bert", 9)
+        return tiny.llama(1, layers=2), tiny.llama(9)
+
+    data: list[Any] = TEXTS if kind == "classifier" else ROWS
+    if kind == "tokenised":
+        data = [{"input_ids": [5, 6, 7 + i % 9, 4], "labels": [-100, -100, 7 + i % 9, 4]} for i in range(12)]
+    weights, logs = [], []
+    for name, given in (("list", data), ("stream", streamed(data))):
+        trainer = make(tmp_path / name, *pair(), fields={"max_steps": 6}, train_dataset=given, eval_dataset=data[:3])
+        trainer.train()
+        weights.append({name: weight.clone() for name, weight in trainer.student.state_dict().items()})
+        logs.append(without_account(trainer.run))
+    assert logs[0] == logs[1]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.slow
+def test_an_iterable_dataset_is_resumed(tmp_path: Path) -> None:
+    fields = {"max_steps": 8, "shuffle_buffer": 6}
+    whole = make(tmp_path / "whole", fields=fields, train_dataset=streamed(ROWS))
+    whole.train()
+    again = make(tmp_path / "again", fields=fields, train_dataset=streamed(ROWS))
+    shutil.copytree(whole.run.root, again.run.root, dirs_exist_ok=True)
+    shutil.rmtree(again.run.checkpoints_path / "checkpoint-8")
+    kept = [line for line in whole.run.read_train_log() if line["step"] <= 7]
+    again.train(resume_from_checkpoint=True)
+    assert comparable(again.run) == comparable(whole.run)
+    assert [line for line in again.run.read_train_log() if line["step"] <= 7] == kept, "one step was taken"
+    ours, theirs = again.student.state_dict(), whole.student.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_a_cache_serves_a_stream_of_its_rows_and_names_another(tmp_path: Path) -> None:
+    fields = {"max_steps": 4, "shuffle_buffer": 6}
+    live = make(tmp_path / "live", tiny.llama(1, layers=2), tiny.llama(9), fields=fields, train_dataset=streamed(ROWS))
+    live.train()
+    cache = cache_of(tmp_path, tiny.llama(1, layers=2), tiny.llama(9))
+    read = make(tmp_path / "read", tiny.llama(1, layers=2), cache, fields=fields, train_dataset=streamed(ROWS))
+    read.train()
+    ours, theirs = read.student.state_dict(), live.student.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    other = {"id": "new", "prompt": "w1 w1 w1", "response": "w2"}
+    later = streamed([*ROWS[:10], other, *ROWS[10:]])
+    trainer = make(tmp_path / "later", tiny.llama(1, layers=2), cache, fields=fields, train_dataset=later)
+    with pytest.raises(DrklError, match="lacks 1 of 6 rows of the stream, first 'new'"):
+        trainer.train()
+
+
+ROWS_OF_FOUR: Any = ({}, {}), ({"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2})
+"""A step in rows has those of both processes."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES, ids=["tokens", "rows"])
+def test_two_processes_see_the_plan_of_one(tmp_path: Path, size: dict[str, Any]) -> None:
+    """A step's gradient is summed in another order, which moves each weight by less than 1e-3 of a step of Adam."""
+    values = config(tmp_path, training=size)
+    one, two = [values | {"training": values["training"] | more} for more in ROWS_OF_FOUR[bool(size)]]
+    alone, values = tiny_runs.train(named(one, "alone")), two
+    path = tiny_runs.write_config(values, tmp_path / "c.yaml")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, "-m", "drkl", "distill", str(path)], env=tiny_runs.environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    both = RunFolder(Path(values["run"]["dir"]) / "r")
+    exact = ("step", "num_tokens", "rows_read", "rows_dropped")
+    for ours, theirs in zip(both.read_train_log(), alone.read_train_log(), strict=True):
+        assert [ours.get(name) for name in exact] == [theirs.get(name) for name in exact]
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    ours, theirs = (load_file(run.student_path / "model.safetensors") for run in (both, alone))
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=10 * 1e-2 * 1e-3), name
+
+
+def test_what_a_stream_cannot_do_is_said_first(tmp_path: Path) -> None:
+    for fields, message in (
+        ({"num_train_epochs": 1}, "has no end that is known: give max_steps"),
+        ({"same_batches": True}, "gives no batch again: leave same_batches out"),
+        ({"teacher_remember_mb": 1}, "nothing to remember"),
+        ({"rollout_share": 0.5}, "leave rollout_share at 0"),
+        ({"save_strategy": "epoch", "eval_strategy": "epoch"}, "has no epochs: eval_strategy is 'epoch'"),
+    ):
+        with pytest.raises(DrklError, match=f"^train_dataset is a stream, which .*{message}"):
+            check_streaming(python_config(tmp_path, **fields))
