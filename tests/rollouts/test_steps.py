@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from drkl.data.lengths import NO_LIMIT, Room
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
+from drkl.models.share import Failure, Share
 from drkl.rollouts.answers import Answer, Request
-from drkl.rollouts.asking import Asker, Share
+from drkl.rollouts.asking import Asker
 from drkl.rollouts.config import RolloutsConfig
 from drkl.rollouts.steps import AnsweredSteps, cut, planned_length
 
@@ -220,7 +221,7 @@ def test_an_error_in_one_process_is_raised_in_all() -> None:
         with pytest.raises(DrklError, match="the logits are not finite"):
             answered(Broken(), processes=processes).rows_of(0)
     with pytest.raises(DrklError, match="elsewhere"):
-        answered(Echo(), processes=Share(0, 2, lambda own: [*own, (-1, "elsewhere")])).rows_of(0)
+        answered(Echo(), processes=Share(0, 2, lambda own: [*own, Failure(1, "elsewhere")])).rows_of(0)
 
 
 def test_the_other_processes_are_told_of_any_error() -> None:
@@ -231,7 +232,7 @@ def test_the_other_processes_are_told_of_any_error() -> None:
     told: list[Any] = []
     with pytest.raises(MemoryError, match="no room"):
         answered(Full(), processes=Share(1, 2, lambda own: told.extend(own) or own)).rows_of(0)  # type: ignore[func-returns-value]
-    assert told == [(-1, "A process failed: MemoryError('no room')")]
+    assert told == [Failure(1, "Process 1 failed: MemoryError('no room')")]
 
 
 def test_an_answer_fits_the_context() -> None:
