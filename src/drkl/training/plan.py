@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from drkl.data.batching import plan_epochs, split_rows
+from drkl.data.batching import plan_epochs, split_by_cost, split_rows
 from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.training.arguments import DistillationConfig
@@ -59,17 +59,33 @@ class MicroBatches(Dataset[list[Any]]):
         steps: the indices of the rows of every optimiser step.
         parts: micro-batches in a step, over all processes. Whole steps are planned and then cut, so that the optimiser
             sees the same rows in the same step however many parts there are.
+        alike: the parts of a step are of like cost, as several processes wait for the costliest; else of as many rows.
     """
 
-    def __init__(self, rows: Sequence[Row | LabelledRow], steps: Sequence[Sequence[int]], parts: int) -> None:
-        self._rows = rows
-        self._batches = [part for step in steps for part in split_rows(step, parts)]
+    def __init__(
+        self, rows: Sequence[Row | LabelledRow], steps: Sequence[Sequence[int]], parts: int, *, alike: bool = False
+    ) -> None:
+        self._rows, self._steps, self._parts, self._alike = rows, steps, parts, alike
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._steps) * self._parts
 
     def __getitem__(self, index: int) -> list[Any]:
-        return [self._rows[i] for i in self._batches[index]]
+        step, part = divmod(index, self._parts)
+        rows = [self._rows[i] for i in self._steps[step]]
+        return cut_step(rows, self._parts, alike=self._alike)[part]
+
+
+def cut_step(rows: Sequence[Any], parts: int, *, alike: bool) -> list[list[Any]]:
+    """Cut the rows of a step; arguments as of `MicroBatches`."""
+    if not alike:
+        return split_rows(rows, parts)
+    return [[rows[i] for i in part] for part in split_by_cost([row.length for row in rows], parts)]
+
+
+def cuts_by_cost(args: DistillationConfig) -> bool:
+    """Whether the steps are cut into parts of like cost: on several processes, unless the rows of each are counted."""
+    return args.world_size > 1 and args.per_device_train_batch_size is None
 
 
 class Places(Dataset[Tensor]):
