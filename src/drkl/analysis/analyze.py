@@ -33,9 +33,9 @@ from drkl.evaluation.store import fingerprint
 from drkl.models.load import one_tokenizer
 from drkl.models.precision import DtypeLike
 from drkl.models.readout import Readout, read
-from drkl.models.share import Share
 from drkl.objectives import OBJECTIVES, Objective, make_objective
 from drkl.objectives.variants import parse_variants
+from drkl.processes import Share
 from drkl.runs import RunFolder
 from drkl.teachers.cached import TeacherCache
 from drkl.training.environment import now

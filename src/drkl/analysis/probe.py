@@ -26,9 +26,9 @@ from drkl.losses.common import make_settings
 from drkl.losses.fused import values_and_grads_
 from drkl.models.forward import decoder_start, lm_head
 from drkl.models.readout import batch_rows, chunks, logits_of, to_batch
-from drkl.models.share import Share
 from drkl.objectives import OBJECTIVES, Objective
 from drkl.objectives.base import on_classes, why_not_on_classes
+from drkl.processes import Share
 from drkl.runs import RunFolder
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.served import ServedTeacher
@@ -242,7 +242,7 @@ def probe_pair(
 
 def _check_same(pair: Pair, rows: Sequence[Any], cases: Sequence[Case], ks: Sequence[int], share: Share) -> None:
     """Raise DrklError unless several processes probe the same."""
-    if share.processes == 1:
+    if not share.is_divided:
         return
     asked = fingerprint(rows=[[row.id, *row.all_ids] for row in rows], cases=repr(cases), ks=list(ks))
     share.check_same("rows or settings", asked)

@@ -14,10 +14,10 @@ from drkl.analysis.gradients import decompose
 from drkl.evaluation.bookkeeping import finite
 from drkl.losses.common import check_vocabularies, log_softmax
 from drkl.models.readout import Readout, chunks, read_logits
-from drkl.models.share import ALONE, Share
 from drkl.objectives import Objective
 from drkl.objectives.logspace import argmax, split
 from drkl.positions import at, target_statistics, token_statistics
+from drkl.processes import ALONE, Share
 
 CHUNK = 128
 """Positions whose logits exist at once."""

@@ -19,7 +19,7 @@ from drkl._version import __version__
 from drkl.errors import DrklError
 from drkl.models.fingerprint import model_fingerprint
 from drkl.models.forward import in_eval_mode
-from drkl.models.share import Share
+from drkl.processes import Share
 from drkl.teachers.cached import TeacherCache
 
 Progress = Callable[[str, int, int], None]
@@ -57,7 +57,7 @@ def placed(source: Loadable, device: str | torch.device) -> Iterator[PreTrainedM
 
 def check_same_weights(name: str, model: PreTrainedModel, share: Share) -> None:
     """Raise DrklError unless every process has the same weights of a model, whole."""
-    if share.processes > 1:
+    if share.is_divided:
         share.check_same(f"weights of the {name}", model_fingerprint(model))
 
 

@@ -11,7 +11,7 @@ from drkl.evaluation.bookkeeping import Source
 from drkl.evaluation.store import fingerprint
 from drkl.models.forward import decoder_start
 from drkl.models.readout import Readout, readout_of
-from drkl.models.share import ALONE, Share
+from drkl.processes import ALONE, Share
 from drkl.teachers.cached import TeacherCache
 from drkl.teachers.shards import is_cache
 

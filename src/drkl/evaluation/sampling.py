@@ -12,7 +12,7 @@ from drkl.data.tokenize import Row
 from drkl.evaluation.answers import Answer
 from drkl.evaluation.store import Store, fingerprint
 from drkl.models.generate import sample_texts
-from drkl.models.share import Share
+from drkl.processes import Share
 
 Advance = Callable[[int], None] | None
 """Called with the token slots that are done."""
@@ -53,7 +53,7 @@ class Sampler:
         found = self.share.first(lambda: [self._read(batch) for batch in batches])
         missing = [batch for batch, known in zip(batches, found, strict=True) if known is None]
         made = zip(missing, self.share.map(self._make, missing), strict=True)
-        own = {id(batch) for batch in missing[self.share.process :: self.share.processes]}
+        own = {id(batch) for batch in missing[self.share.place.number :: self.share.place.count]}
         for batch, known in zip(batches, found, strict=True):
             if known is None:
                 _, answers = next(made)

@@ -49,9 +49,9 @@ from drkl.models.fingerprint import model_fingerprint
 from drkl.models.forward import lm_head
 from drkl.models.generate import sampling_batches
 from drkl.models.readout import Readout, read
-from drkl.models.share import ALONE, Share
 from drkl.objectives.decoupled import GAMMA
 from drkl.positions import brier_score, token_statistics
+from drkl.processes import ALONE, Share
 from drkl.teachers.cached import TeacherCache
 
 ESTIMATES = tuple(key for key in KEYS if key not in ("num_tokens", "num_answers"))
@@ -161,7 +161,7 @@ class Generation:
     def measure(self, name: str, model: Measured, report: Report, seconds: dict[str, float]) -> None:
         """Read the rows and sample the answers; a cache writes none."""
         with timed(seconds, "load"):
-            mark = _mark(model) if self.parts is not None or self.share.processes > 1 else ""
+            mark = _mark(model) if self.parts is not None or self.share.is_divided else ""
             self.share.check_same(f"weights of the {name}", mark)
         with timed(seconds, "teacher_forced"):
             self._tables[name] = self._read(name, model, mark, report)

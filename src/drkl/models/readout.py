@@ -31,7 +31,7 @@ from drkl.models.check import check_forward
 from drkl.models.classes import is_classifier
 from drkl.models.forward import decoder_start as decoder_start_of
 from drkl.models.forward import hidden_states, output_head
-from drkl.models.share import ALONE, Share
+from drkl.processes import ALONE, Share
 
 TOKENS_PER_BATCH = 2048
 """Tokens of a batch at most, with padding; rows of like length go together. In bf16 another size moves digits."""
@@ -203,7 +203,7 @@ class Readout:
             return self
         count = sum(share.together(lambda: [len(self.labels)]))
         blocks = []
-        for part in chunks(count, share.processes * 16 * CHUNK):
+        for part in chunks(count, share.place.count * 16 * CHUNK):
             block = self.at(torch.arange(count)[part], share)
             if share.is_first:
                 blocks.append(block)
@@ -356,9 +356,9 @@ def in_own_chunks(count: int, share: Share) -> Tensor | None:
 
     They are whole chunks of `CHUNK`, so that each logit comes of the same product as in one process.
     """
-    if share.processes == 1:
+    if not share.is_divided:
         return None
-    return torch.arange(count) // CHUNK % share.processes == share.process
+    return torch.arange(count) // CHUNK % share.place.count == share.place.number
 
 
 @torch.no_grad()

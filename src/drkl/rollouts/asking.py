@@ -8,7 +8,7 @@ from dataclasses import replace
 from drkl.data.lengths import Room
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
-from drkl.models.share import Share
+from drkl.processes import Share
 from drkl.rollouts.answers import Answer, Request, Writer
 
 

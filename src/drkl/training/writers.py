@@ -7,7 +7,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from drkl.models.ends import answer_start, stops_of
-from drkl.models.share import Share
+from drkl.processes import Share
 from drkl.rollouts.answers import Writer
 from drkl.rollouts.asking import Asker
 from drkl.rollouts.builtin import BuiltInWriter
