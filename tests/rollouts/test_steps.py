@@ -288,13 +288,6 @@ def test_parts_hold_every_row_once_within_the_budget(
         assert all(any(slot) for slot in made)  # nobody idles while another has rows to give
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_the_first_process_may_write_them_all(process: int) -> None:
-    share = Share(Place(process, 2), first_alone=True)
-    assert list(share.of([3, 1, 2])) == ([] if process else [3, 1, 2])
-    assert list(Share(Place(process, 2)).of([3, 1, 2])) == ([1] if process else [3, 2])
-
-
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=7), padding=st.integers(1, 40))
 def test_parts_cost_least(lengths: list[int], padding: int) -> None:
     """Against every way to cut the sorted rows."""
