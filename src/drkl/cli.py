@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ import typer
 
 from drkl._version import __version__
 from drkl.errors import DrklError, did_you_mean
-from drkl.processes import launched
+from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
 from drkl.terminal import (
     TrainingProgress,
     print_analysis,
@@ -70,18 +72,59 @@ DtypeOption = Annotated[str, typer.Option(help="Without RUN: auto, fp32, bf16 or
 DeviceOption = Annotated[str, typer.Option(help="Without RUN: auto, cpu, cuda or mps.")]
 
 
+_PATIENCE = 5.0
+"""Seconds that a process leaves another one to speak and to end."""
+LOST = (
+    "Another process of this run has ended, and this one cannot go on without it. The message of that process says "
+    "why; if it left none, it was killed from outside, often for want of memory."
+)
+
+
 def main() -> None:
-    """Run the command line; what a user can mend ends with a short message and status 2."""
+    """Run the command line; what a user can mend ends with a short message and status 2.
+
+    Of several processes the first one speaks.
+    """
+    place = Place()
     try:
-        app(standalone_mode=True)
-    except DrklError as error:
+        place = launched()
+        if place.is_first:
+            app(standalone_mode=True)
+        else:
+            with speechless():
+                status = app(standalone_mode=False)
+            sys.exit(status)
+    except Exception as error:
+        _fail(error, place)
+    except KeyboardInterrupt:
+        if place.is_first:
+            print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(error: Exception, place: Place) -> None:
+    """End with an error. Of several processes the one that failed first, or the first one, is to be heard first."""
+    lost = place.count > 1 and lost_another(error)
+    if lost or not place.is_first:
+        time.sleep(_PATIENCE * (1 + lost))  # with the same error the first process ends the others meanwhile
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # of the command line itself
+        error.show()
+        sys.exit(error.exit_code)
+    if place.count == 1 and not isinstance(error, DrklError):
+        raise error
+    text, status = "".join(traceback.format_exception(error)), 1
+    if lost or isinstance(error, DrklError):
         from drkl.rollouts.config import in_words_of_config
 
-        print(f"Error: {in_words_of_config(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        sys.exit(130)
+        text, status = LOST if lost else in_words_of_config(str(error)), 2
+    if place.is_first or not raised_in_all(error):
+        who = "Error" if place.is_first else f"Error in process {place.number} of {place.count}, counted from 0"
+        print(f"{who}: {text}", file=sys.stderr)
+    if place.count > 1:
+        tell_launcher(text)
+        sys.stderr.flush()
+        os._exit(status)  # at once: what the libraries clean up waits for the other processes
+    sys.exit(status)
 
 
 def _version(value: bool) -> None:

@@ -5,14 +5,21 @@ The process group is torch.distributed's. Without one there is one process, and 
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import pickle
+import sys
+import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from drkl.errors import DrklError
 
@@ -89,7 +96,7 @@ def first_alone(work: Callable[[], T]) -> T:
     outcomes: list[tuple[Any, Exception | None]] = gather([_outcome(work) if place.is_first else (None, None)])
     value, error = outcomes[0]
     if error is not None:
-        raise error
+        _raise_in_all(error)
     found: T = value
     return found
 
@@ -117,9 +124,19 @@ def shared_work(pieces: int, work: Callable[[int], T], *, even: bool = False) ->
     every = sorted(gather(found), key=lambda one: one[0])
     for _, _, error in every:
         if error is not None:
-            raise error
+            _raise_in_all(error)
     values = {piece: value for piece, value, _ in reversed(every)}
     return [values[piece] for piece in range(pieces)]
+
+
+def _raise_in_all(error: Exception) -> NoReturn:
+    error.raised_in_all = True  # type: ignore[attr-defined]
+    raise error
+
+
+def raised_in_all(error: BaseException | None) -> bool:
+    """Whether every process raises an error, or one that led to it, so that one of them can speak for all."""
+    return error is not None and (hasattr(error, "raised_in_all") or raised_in_all(error.__cause__))
 
 
 def _outcome(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
@@ -136,17 +153,17 @@ def _outcome(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return None, sent if type(sent) is type(error) else DrklError(f"A process failed: {error!r}")
 
 
-def lost_another(error: BaseException) -> bool:
-    """Whether an error says that another process has ended, as the libraries below torch.distributed say it."""
+def lost_another(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that another process has ended, as torch.distributed says it."""
+    if error is None or "torch" not in sys.modules:
+        return False
     from torch import distributed
 
-    if isinstance(error, distributed.DistError):
-        return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
+    lost = isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
+    return lost or isinstance(error, distributed.DistError) or lost_another(error.__cause__ or error.__context__)
 
 
-_TOLD = "Every process of the group knows of this error."
 _WAIT = timedelta(days=1)
 """A process that ends closes its connections, which is noticed at once; one that works is waited for."""
 
@@ -231,8 +248,7 @@ class Share:
             f"The processes of the group have different {what}. They divide one piece of work: give each of them the "
             "same models, rows and settings."
         )
-        error.add_note(_TOLD)
-        raise error
+        _raise_in_all(error)
 
     def _exchange(self, part: list[Any]) -> list[Any]:
         if not self.is_divided:
@@ -244,21 +260,19 @@ class Share:
                 "Another process of the group has ended, or does not answer. What it said tells why; where it said "
                 "nothing, see that every process calls the same function."
             )
-            lost.add_note(_TOLD)
             raise lost from error
         for item in parts:
             if isinstance(item, Failure):
-                item.error.add_note(_TOLD)
-                raise item.error
+                _raise_in_all(item.error)
         return parts
 
     def _tell(self, error: Exception) -> None:
         """Let the others know of an error, who wait for this process's part."""
-        if not self.is_divided or _is_told(error) or lost_another(error):
+        if not self.is_divided or raised_in_all(error) or lost_another(error):
             return
         with suppress(RuntimeError):  # they may be gone
             self.gather([Failure(_sendable(error, self.place))])
-        error.add_note(_TOLD)
+        error.raised_in_all = True  # type: ignore[attr-defined]
 
 
 ALONE = Share()
@@ -281,14 +295,28 @@ def _each(work: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
     return [work(item) for item in items]
 
 
-def _is_told(error: BaseException | None) -> bool:
-    """Whether every process knows of an error, or of the one that it was made of."""
-    return error is not None and (_TOLD in getattr(error, "__notes__", ()) or _is_told(error.__cause__))
-
-
 def _sendable(error: Exception, place: Place) -> Exception:
     """An error as it can be sent to other processes."""
     with suppress(Exception):
         if isinstance(error, DrklError) and type(pickle.loads(pickle.dumps(error))) is type(error):
             return error
-    return DrklError(f"Process {place.number} of {place.count}, counted from 0, failed: {error!r}")
+    text = "".join(traceback.format_exception(error))
+    return DrklError(f"Process {place.number} of {place.count}, counted from 0, failed:\n{text}")
+
+
+@contextmanager
+def speechless() -> Iterator[None]:
+    """Inside, only errors are said: of several processes the first one speaks."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    logging.getLogger("drkl").setLevel(logging.ERROR)
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def tell_launcher(text: str) -> None:
+    """Leave torchrun the message that it ends with, where torchrun started this process."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message}))
