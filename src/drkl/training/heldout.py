@@ -62,7 +62,7 @@ class HeldOut:
 
         All come from one product with each head.
         """
-        head = output_head(model)
+        head, teacher_head = output_head(model), None if self._teacher is None else self._teacher.head
         compares = loss.kd_weight > 0 and objective.needs_teacher
         temperature = loss.temperature if compares else 1.0
         sums: dict[str, float] = {}
@@ -76,7 +76,7 @@ class HeldOut:
                     hidden[part],
                     head,
                     None if teacher_hidden is None else teacher_hidden[part],
-                    None if self._teacher is None else self._teacher.head,
+                    teacher_head,
                     labels[part],
                     loss,
                     objective=objective,
