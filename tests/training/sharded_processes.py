@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from transformers import TrainerCallback
+
 from drkl.errors import DrklError
 from drkl.training.trainer import DistillationTrainer
 from tests.models import tiny
@@ -67,6 +69,7 @@ CASES = {
     ),
     "teacher untied": Case(teacher=lambda: tiny.llama(9, **UNTIED).double(), teacher_by="drkl"),
     "both by the caller": Case(teacher_by="caller"),
+    "plain": Case(by="nobody"),
     "few rows": Case(arguments={"gradient_accumulation_steps": 2}, count=3),
     "t5": Case(
         student=lambda: tiny.t5(1, layers=2).double(),
@@ -116,23 +119,35 @@ def numbers(trainer: DistillationTrainer) -> list[dict[str, float]]:
     return [{name: float(line[name]) for name in names if name in line} for line in trainer.state.log_history]
 
 
-def train(folder: Path, case: Case, resume: bool = False) -> dict[str, Any]:
-    """Train and save a case; what was logged, and whether the student was in pieces."""
+class Stop(TrainerCallback):
+    """Ends a run after its second step, as a machine that is taken away."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 2
+
+
+def train(folder: Path, case: Case, mode: str = "whole") -> dict[str, Any]:
+    """Train and save a case; what was logged, and whether the student was in pieces.
+
+    In mode ``begin`` the run is cut off after its checkpoint of step 2, and in mode ``resume`` it goes on from there.
+    """
     trainer = make(folder, case)
-    trainer.train(resume_from_checkpoint=resume or None)
+    if mode == "begin":
+        trainer.add_callback(Stop())
+    trainer.train(resume_from_checkpoint=mode == "resume" or None)
     weights = list(trainer.student.parameters())
     sharded = all(isinstance(weight, DTensor) for weight in weights)
-    trainer.save_model()
+    if mode != "begin":
+        trainer.save_model()
     return {"log": numbers(trainer), "sharded": sharded, "parameters": sum(weight.numel() for weight in weights)}
 
 
-def main(folder: Path, names: list[str], resume: bool) -> None:
+def main(folder: Path, mode: str, names: list[str]) -> None:
     dist.init_process_group("gloo")
     found: dict[str, Any] = {}
     for name in names:
-        where = folder / name.replace(" ", "-")
         try:
-            found[name] = train(where, CASES[name], resume)
+            found[name] = train(folder / name.replace(" ", "-"), CASES[name], mode)
         except DrklError as error:
             found[name] = str(error)
         dist.barrier()
@@ -142,4 +157,4 @@ def main(folder: Path, names: list[str], resume: bool) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), [name for name in sys.argv[2:] if name != "resume"], "resume" in sys.argv)
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
