@@ -360,6 +360,7 @@ def cache_states(
     check_kind(kind, k, temperatures)
     check_apart(folder, specs[-1].folder)
     check_cached(specs, "topk" if fill else kind, k, temperatures)  # a cache that is filled has its kind
+    specs = [_with_whole_teacher(spec) for spec in specs]
     prepared = prepare(specs, listener or Listener())
     with TemporaryDirectory() as unused:
         # A later stage starts from a student that is not trained yet; any student has the same rows.
@@ -368,6 +369,11 @@ def cache_states(
         runs = [(trainer.pair, trainer.config) for trainer in trainers]
         what: Any = {"kind": kind, "k": k, "temperatures": temperatures}
         return write_cache(runs, folder, **what, part=part, parts=parts, fill=fill, progress=progress)
+
+
+def _with_whole_teacher(spec: RunSpec) -> RunSpec:
+    """The spec with a teacher that each process has whole: those that write a cache read rows of their own."""
+    return spec if spec.teacher is None else replace(spec, teacher=spec.teacher.model_copy(update={"shard": False}))
 
 
 def distill(

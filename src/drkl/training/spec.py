@@ -120,6 +120,7 @@ def training_config(spec: RunSpec, device: torch.device) -> Any:
         "shuffle_buffer": spec.data.shuffle_buffer,
         # A cache remembers everything, which is said where it is opened.
         "teacher_remember_mb": 0 if spec.teacher is None or spec.teacher.cache else spec.teacher.remember_mb,
+        "teacher_shard": spec.teacher is not None and spec.teacher.shard,
         **spec.loss.model_dump(),
         **(spec.rollouts.as_arguments() if spec.rollouts.is_on else {}),
     }
