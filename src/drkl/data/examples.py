@@ -109,7 +109,7 @@ class Example:
 
 
 def load_examples(config: DataConfig, *, needs_responses: bool = True) -> tuple[list[Example], list[Example]]:
-    """Return the training rows and the held-out rows.
+    """Return the training rows and the held-out rows; of a stream the held-out rows alone.
 
     Rows with an empty prompt or response are still here: ``tokenize_examples`` drops and counts them. Where a model
     answers every row (``needs_responses`` is False), a row may be a prompt alone.
@@ -117,6 +117,8 @@ def load_examples(config: DataConfig, *, needs_responses: bool = True) -> tuple[
     Raises:
         DrklError: a file or data set that is missing or unreadable, a bad row (with file:line), no rows at all.
     """
+    if config.streaming:
+        return [], read_heldout(config, needs_responses=needs_responses)
     train: list[Example] = []
     held_out: list[Example] = []
     sources = config.all_sources()
@@ -166,12 +168,17 @@ def read_examples(path: str, row_format: str = "auto", *, needs_responses: bool 
     Raises:
         DrklError: see ``load_examples``.
     """
+    check_readable(path)
+    return parse_rows(file_rows(path, row_format), path, row_format, needs_responses=needs_responses)
+
+
+def check_readable(path: str) -> None:
+    """Raise DrklError for what stands in a run's record for rows that were passed in memory."""
     if path.startswith(IN_MEMORY):
         raise DrklError(
             f"The rows were passed to the trainer {path.replace(':', ',', 1)}, so they cannot be read again. Go on in "
             "Python: trainer.train(resume_from_checkpoint=True), or drkl.evaluate(student, teacher, rows)."
         )
-    return parse_rows(file_rows(path, row_format), path, row_format, needs_responses=needs_responses)
 
 
 def parse_rows(
@@ -244,10 +251,7 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     for example in sorted(examples, key=lambda example: hash_of_id(example.id)):
         groups.setdefault(json.dumps(example.prompt_messages or example.messages, default=str), []).append(example.id)
     if len(groups) < 2:
-        raise DrklError(
-            f"{len(examples)} row(s) with {len(groups)} different prompt(s) cannot be split into training and held-out "
-            "rows. Add rows, or set data.eval_path (none: no held-out rows)."
-        )
+        raise cannot_be_split(len(examples), len(groups))
     held: set[str] = set()
     for ids in groups.values():
         if len(held) + len(ids) <= wanted:
@@ -256,6 +260,14 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
         smallest: list[str] = min(groups.values(), key=len)
         held.update(smallest)
     return [e for e in examples if e.id not in held], [e for e in examples if e.id in held]
+
+
+def cannot_be_split(num_rows: int, num_prompts: int) -> DrklError:
+    """The error for rows of which none can be held out."""
+    return DrklError(
+        f"{num_rows} row(s) with {num_prompts} different prompt(s) cannot be split into training and held-out "
+        "rows. Add rows, or set data.eval_path (none: no held-out rows)."
+    )
 
 
 def hash_of_id(row_id: str) -> bytes:

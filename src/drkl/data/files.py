@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
 import csv
 import gzip
 import json
@@ -67,12 +68,11 @@ def file_rows(path: str, row_format: str = "auto") -> Rows:
             raise DrklError(
                 f"There is no bundled data {path!r}; there is {', '.join(BUNDLED)}.{did_you_mean(path, BUNDLED)}"
             )
-        text = resources.files("drkl.data").joinpath("bundled", BUNDLED[path]).read_text(encoding="utf-8")
-        return _json(iter([text]), path)
+        return _json(_blocks(bundled_path(path)), path)
     file = Path(path).expanduser()
-    suffix = _suffix(file)
+    suffix = suffix_of(file)
     if suffix == ".parquet":
-        return _parquet(file, path)
+        return parquet_rows(file, path)
     blocks = _blocks(file)
     if suffix == ".txt":
         if row_format not in ("auto", "text"):
@@ -83,11 +83,16 @@ def file_rows(path: str, row_format: str = "auto") -> Rows:
     return _json(blocks, path)
 
 
+def bundled_path(name: str) -> Path:
+    """The file of bundled data."""
+    return Path(str(resources.files("drkl.data").joinpath("bundled", BUNDLED[name])))
+
+
 def _one_text(blocks: Iterator[str], place: str, name: str) -> Rows:
     yield place, {"text": "".join(blocks).replace("\r\n", "\n").replace("\r", "\n"), "id": name}
 
 
-def _suffix(file: Path) -> str:
+def suffix_of(file: Path) -> str:
     """What kind of file it is, packed or not."""
     return Path(file.stem if file.suffix.lower() in _PACKED else file.name).suffix.lower()
 
@@ -108,11 +113,30 @@ def _blocks(file: Path) -> Iterator[str]:
     try:
         with _PACKED.get(suffix, open)(file, "rb") as stream:
             yield from _decoded(stream, name, suffix)
-    except FileNotFoundError as error:
-        raise DrklError(f"There is no file {name!r}.{_elsewhere(name)}") from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        way_out = " A folder of files goes into data.dataset." if file.is_dir() else ""
-        raise DrklError(f"Cannot read {name!r}: {getattr(error, 'strerror', None) or error}.{way_out}") from error
+    except _UNREADABLE as error:
+        raise _unreadable(file, error) from error
+
+
+@contextlib.contextmanager
+def open_bytes(path: str) -> Iterator[Any]:
+    """Open a file, packed or not; what goes wrong as it is read is a DrklError."""
+    file = Path(path).expanduser()
+    try:
+        with _PACKED.get(file.suffix.lower(), open)(file, "rb") as stream:
+            yield stream
+    except _UNREADABLE as error:
+        raise _unreadable(file, error) from error
+
+
+_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+
+def _unreadable(file: Path, error: Exception) -> DrklError:
+    name = str(file)
+    if isinstance(error, FileNotFoundError):
+        return DrklError(f"There is no file {name!r}.{_elsewhere(name)}")
+    way_out = " A folder of files goes into data.dataset." if file.is_dir() else ""
+    return DrklError(f"Cannot read {name!r}: {getattr(error, 'strerror', None) or error}.{way_out}")
 
 
 def _decoded(stream: Any, name: str, suffix: str) -> Iterator[str]:
@@ -241,7 +265,7 @@ class _Window:
                 "the whole into [ ]."
             )
         end = text.find("\n", start, broken.pos)
-        if end >= 0 and _suffix(Path(name)) != ".json":
+        if end >= 0 and suffix_of(Path(name)) != ".json":
             # One object a line, and this one breaks off: the fault is in its own line.
             try:
                 _DECODER.decode(text[start:end].rstrip("\r"))
@@ -251,7 +275,7 @@ class _Window:
                 pass
         line, before = self.line + text.count("\n", start, broken.pos), text.rfind("\n", 0, broken.pos)
         column = broken.pos - before if before >= 0 else self._column + broken.pos + 1
-        known = _suffix(Path(name)) in (*SUFFIXES, "") or name.startswith("bundled:")
+        known = suffix_of(Path(name)) in (*SUFFIXES, "") or name.startswith("bundled:")
         return DrklError(
             f"{name}:{line}: not valid JSON: {broken.msg} (column {column})."
             + ("" if known else " It is read as jsonl, since its suffix is unknown; plain text is called .txt.")
@@ -295,7 +319,7 @@ def _only_value(value: Any, place: str, name: str) -> Rows:
             value = value[lists[0]]
         elif columns:
             value = [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
-    one_a_line = _suffix(Path(name)) != ".json"
+    one_a_line = suffix_of(Path(name)) != ".json"
     if not isinstance(value, list) or (one_a_line and value and not isinstance(value[0], dict)):
         yield place, value
         return
@@ -407,17 +431,28 @@ def _check_names(names: Sequence[str], place: str) -> None:
 # parquet and data sets --------------------------------------------------------------------------------------------
 
 
-def _parquet(file: Path, name: str) -> Rows:
+def parquet_rows(file: Path, name: str, group: int | None = None, before: int = 0) -> Rows:
+    """Yield ``(place, value)`` of every row of a parquet file, or of one of its row groups.
+
+    Args:
+        file: its path.
+        name: what errors call it.
+        group: the row group; None for all.
+        before: the number of rows before the row group.
+
+    Raises:
+        DrklError: a file that is missing, unreadable or broken.
+    """
     from pyarrow import ArrowException, parquet
 
     if not file.is_file():
         raise DrklError(f"There is no file {name!r}.")
     try:
-        number = 0
+        number = before
         with parquet.ParquetFile(file) as opened:
             _check_names(opened.schema_arrow.names, name)
             to_name = _class_names(opened.schema_arrow)
-            for batch in opened.iter_batches(ROWS_AT_ONCE):
+            for batch in opened.iter_batches(ROWS_AT_ONCE, row_groups=None if group is None else [group]):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{name}, row {number}", _with_name(row, to_name)
@@ -435,15 +470,36 @@ def dataset_rows(name: str, *, split: str = "train", data_files: str | None = No
     Raises:
         DrklError: no such data set.
     """
+    if Path(name).expanduser().is_file():
+        yield from file_rows(name)
+        return
+    files, rows, is_csv = dataset_of(name, split=split, data_files=data_files)
+    for file in files:
+        yield from file_rows(file)
+    if rows is not None:
+        for place, row in labelled_by_name(rows, name):
+            yield place, {key: "" if value is None else value for key, value in row.items()} if is_csv else row
+
+
+def dataset_of(
+    name: str, *, split: str = "train", data_files: str | None = None, streaming: bool = False
+) -> tuple[Sequence[str], Any, bool]:
+    """Load one split of a ``datasets`` id or folder.
+
+    Returns:
+        The text files of a local folder, which `file_rows` reads; else the ``datasets.Dataset`` (where it is to be
+        streamed, and was not saved as one, an ``IterableDataset``), and whether it was made of csv, in which an empty
+        field is "".
+
+    Raises:
+        DrklError: no such data set.
+    """
     import datasets
 
     local = Path(name).expanduser()
-    if local.is_file():
-        yield from file_rows(name)
-        return
     where, config_name = (str(local), None) if local.exists() else _split_config(name)
     files: Sequence[str] = ()
-    is_csv = False
+    rows, is_csv = None, False
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
             loaded = datasets.load_from_disk(str(local))
@@ -456,6 +512,7 @@ def dataset_rows(name: str, *, split: str = "train", data_files: str | None = No
             if not files:
                 is_csv = builder.name == "csv"
                 options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if is_csv else {}
+                options |= {"streaming": True} if streaming else {}
                 rows = datasets.load_dataset(where, config_name, split=split, data_files=data_files, **options)
     # `datasets` raises what its readers raise: OSError, KeyError, ValueError, its own, the network's.
     except Exception as error:
@@ -465,18 +522,17 @@ def dataset_rows(name: str, *, split: str = "train", data_files: str | None = No
             f"Cannot load the data set {where!r} (config {config_name or 'default'}, split {split!r}); looked at: "
             f"{looked}. {type(error).__name__}: {reason.rstrip('.')}. A jsonl file in data.path needs no hub."
         ) from error
-    if files:
-        for file in files:
-            yield from file_rows(file)
-        return
-    for place, row in labelled_by_name(rows, name):
-        yield place, {key: "" if value is None else value for key, value in row.items()} if is_csv else row
+    return files, rows, is_csv
 
 
-def labelled_by_name(dataset: Any, name: str) -> Rows:
-    """Yield ``(place, row)`` of a ``datasets.Dataset`` called ``name`` in errors; class numbers become names."""
+def labelled_by_name(dataset: Any, name: str, start: int = 0, end: int | None = None) -> Rows:
+    """Yield ``(place, row)`` of a ``datasets.Dataset`` called ``name`` in errors; class numbers become names.
+
+    ``start`` and ``end`` are a range of its rows; all by default.
+    """
     to_name = getattr(dataset.features.get("label") if dataset.features else None, "int2str", None)
-    for number, row in enumerate(dataset, start=1):
+    part = dataset if start == 0 and end is None else dataset.select(range(start, len(dataset) if end is None else end))
+    for number, row in enumerate(part, start=start + 1):
         yield f"{name}, row {number}", _with_name(row, to_name)
 
 
@@ -502,13 +558,23 @@ def rows_at(where: str | os.PathLike[str], row_format: str = "auto", *, split: s
         DrklError: as `file_rows` and `dataset_rows`.
     """
     name = os.fspath(where)
+    return dataset_rows(name, split=split) if is_dataset_name(where) else file_rows(name, row_format)
+
+
+def is_dataset_name(where: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a ``datasets`` folder or id, and not of a file or of bundled data.
+
+    Raises:
+        DrklError: it is a path, and nothing is there.
+    """
+    name = os.fspath(where)
     path = Path(name).expanduser()
     if name.startswith("bundled:") or path.is_file():
-        return file_rows(name, row_format)
-    is_local = name.startswith((".", "/", "~")) or _suffix(path) in SUFFIXES or not isinstance(where, str)
+        return False
+    is_local = name.startswith((".", "/", "~")) or suffix_of(path) in SUFFIXES or not isinstance(where, str)
     if is_local and not path.exists():
         raise DrklError(f"There is no file {name!r}.")
-    return dataset_rows(name, split=split)
+    return True
 
 
 def _split_config(name: str) -> tuple[str, str | None]:
