@@ -15,13 +15,14 @@ import argparse
 import ctypes
 import gc
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,12 @@ RESULTS = Path(__file__).parent / "results" / "memory.csv"
 LABELS = ("good", "bad", "neither")
 STEPS = 2
 WORDS = "the model learns to write what its teacher would write and where it is not sure it says so".split()
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+ALLOCATOR = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+}
 
 SMALL = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 4}
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -205,9 +211,7 @@ class Sampler(threading.Thread):
 
 def measure(name: str, folder: Path) -> None:
     """Run the case in this process and print what it took, as json."""
-    quiet_transformers()
     rank = os.environ.get("RANK", "0")
-    warm_up(folder / f"warm-{rank}")
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before, anonymous = own_memory_kib("VmRSS"), own_memory_kib("RssAnon")
@@ -224,26 +228,39 @@ def measure(name: str, folder: Path) -> None:
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
 
 
-def warm_up(folder: Path) -> None:
-    """A run of a tiny model of the same kind, by this process alone."""
-    folder.mkdir()
-    world = {name: os.environ.pop(name) for name in ("WORLD_SIZE",) if name in os.environ}
-    values = tiny_runs.config(folder, training={"max_steps": 2, "eval_every": 2, "save_every": 2})
-    if not world:  # a process group is started once
+def warm_up() -> None:
+    """A run of a tiny model, by this process alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        training = {"max_steps": 2, "eval_every": 2, "save_every": 2}
+        values = tiny_runs.config(Path(folder), training=training)
         distill(load_config(values)[0].specs(), mode="new", listener=Listener())
-    os.environ |= world
+
+
+def in_a_child(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a process of its own, which begins as this one is: with its imports, and warm."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{arguments[0]}: the process ended with status {process.exitcode}.")
+
+
+def prepare_case(name: str, folder: Path) -> None:
+    """Write what the case needs, and what is predicted for it."""
+    write_parts(name, folder)
+    (folder / "predicted.json").write_text(json.dumps(predicted(name, folder).to_json()))
 
 
 def run_case(name: str, folder: Path) -> Row:
-    """Predict and measure one case, each in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--folder", str(folder), "--case", name]
+    """Predict and measure one case."""
+    in_a_child(prepare_case, name, folder)
     processes = CASES[name].get("processes", {}).get("count", 1)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([*command, "--write"], check=True, env=environment)
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    subprocess.run([*launcher, *command[1:], "--measure"], check=True, env=environment | ALLOCATOR)
+    if processes == 1:
+        in_a_child(measure, name, folder)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += ["-m", "benchmarks.memory", "--folder", str(folder), "--case", name]
+        subprocess.run(command, check=True)
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("found-*.json"))]
     memory = Memory.from_json(json.loads((folder / "predicted.json").read_text()))
     peak, anonymous = (max(one[key] for one in found) / 1024 for key in ("peak_kib", "anonymous_kib"))
@@ -276,25 +293,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="Cases, by parts of their names.")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--write", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.write:
-        quiet_transformers()
-        write_parts(options.case, options.folder)
-        (options.folder / "predicted.json").write_text(json.dumps(predicted(options.case, options.folder).to_json()))
-    elif options.measure:
+    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:]], os.environ | ALLOCATOR)
+    torch.set_num_threads(1)
+    quiet_transformers()
+    if options.case:  # one of several processes, in which a warm-up would be a run of all of them
         measure(options.case, options.folder)
-    else:
-        for name in CASES:
-            if options.only and not any(word in name for word in options.only):
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                row = run_case(name, Path(folder))
-            print(
-                {key: row[key] for key in ("case", "predicted_mib", "measured_mib", "ratio", "anonymous_mib", "moment")}
-            )
-            write_rows(RESULTS, [row], ("case",))
+        return
+    warm_up()
+    for name in CASES:
+        if options.only and not any(word in name for word in options.only):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            row = run_case(name, Path(folder))
+        print({key: row[key] for key in ("case", "predicted_mib", "measured_mib", "ratio", "anonymous_mib", "moment")})
+        write_rows(RESULTS, [row], ("case",))
 
 
 if __name__ == "__main__":
