@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,55 +57,49 @@ VOCABULARY = 8192
 PAIR: dict[str, Any] = {
     "teacher": {"model": "llama-12", "dtype": "fp32"},
     "student": {"init": "prune", "layers": 6},
-    "training": {"tokens_per_step": 256},
+    "training": {"tokens_per_step": 96},
 }
 
 
-def pair(**changes: Mapping[str, Any]) -> dict[str, Any]:
+def pair(**changes: Any) -> dict[str, Any]:
     """`PAIR` with other settings in its sections."""
-    return {name: PAIR.get(name, {}) | dict(changes.get(name, {})) for name in (*PAIR, *changes)}
+    task = {"task": changes.pop("task")} if "task" in changes else {}
+    return task | {name: PAIR.get(name, {}) | changes.get(name, {}) for name in dict.fromkeys((*PAIR, *changes))}
 
 
-LARGE = {"init": "pretrained", "model": "smollm2-30", "layers": None}
+def shallow(**changes: Any) -> dict[str, Any]:
+    """Two layers that read 1,024 tokens at once."""
+    training = {"tokens_per_step": 1024} | changes.pop("training", {})
+    return pair(teacher={"model": "llama-2"}, student={"layers": 2} | changes.pop("student", {}), training=training)
+
+
+SAME = {"init": "pretrained", "model": "llama-12", "layers": None}
 FROZEN = {"freeze_embeddings": True}
 CASES: dict[str, dict[str, Any]] = {
     "6 of 12 layers": pair(),
     "frozen embeddings": pair(student=FROZEN),
-    "quickstart's pair, 10 of 30 layers": pair(
-        teacher={"model": "smollm2-30"},
-        student=FROZEN | {"layers": 10},
-        training={"tokens_per_step": 384, "save": True},
-    ),
-    "135M student": pair(student=LARGE),
-    "135M student, LoRA": pair(student=LARGE, peft={"r": 16, "target_modules": "all-linear"}),
-    "1,536 tokens": pair(training={"tokens_per_step": 1536}),
-    "1,536 tokens, gradient checkpointing": pair(training={"tokens_per_step": 1536, "gradient_checkpointing": True}),
-    "1,536 tokens, 4 micro-batches": pair(training={"tokens_per_step": 1536, "accumulate": 4}),
-    "1,536 tokens, eager attention": pair(
-        student={"model_init_kwargs": {"attn_implementation": "eager"}}, training={"tokens_per_step": 1536}
-    ),
-    "bf16 autocast": pair(training={"precision": "bf16"}),
-    "bf16 weights": pair(student={"dtype": "bf16"}, teacher={"dtype": "bf16"}),
-    "teacher remembered": pair(student=FROZEN, teacher={"remember_mb": 64}, training={"same_batches": True}),
+    "LoRA on all 12 layers": pair(student=SAME, peft={"r": 16, "target_modules": "all-linear"}),
+    "bf16 weights, both": pair(student={"dtype": "bf16"}, teacher={"dtype": "bf16"}),
+    "1,024 tokens, 2 layers": shallow(),
+    "the same, gradient checkpointing": shallow(training={"gradient_checkpointing": True}),
     "teacher cached, hidden": pair(student=FROZEN, cache={"kind": "hidden"}),
     "teacher cached, top 64": pair(student=FROZEN, cache={"kind": "topk"}),
     "adafactor": pair(training={"optim": "adafactor"}),
     "sgd": pair(training={"optim": "sgd"}),
-    "answers written": pair(student=FROZEN, rollouts={"share": 1.0, "max_new_tokens": 32, "batch_size": 8}),
-    "T5, 6 + 6 layers": {
-        "teacher": {"model": "t5-6", "dtype": "fp32"},
-        "student": {"init": "prune", "layers": 3},
-        "training": {"tokens_per_step": 768},
-    },
-    "classifier, 12 layers": {
-        "task": "classification",
-        "teacher": {"model": "bert-12", "dtype": "fp32"},
-        "student": {"init": "prune", "layers": 4},
-        "training": {"tokens_per_step": 1536},
-    },
-    "V = 49,152": pair(teacher={"model": "v49152-4"}, student={"layers": 2}),
-    "V = 151,936": pair(teacher={"model": "v151936-2"}, student={"layers": 1}),
+    "T5, 3 + 3 of 6 + 6 layers": pair(teacher={"model": "t5-6"}, student={"layers": 3}),
+    "classifier, 4 of 8 layers": pair(task="classification", teacher={"model": "bert-8"}, student={"layers": 4}),
     "two processes, DDP": pair(student=FROZEN, processes={"count": 2}),
+    "V = 49,152": pair(teacher={"model": "v49152-4"}, student={"layers": 2}),
+    "135M student": pair(student={"init": "pretrained", "model": "smollm2-30", "layers": None}),
+    "teacher remembered": pair(student=FROZEN, teacher={"remember_mb": 64}, training={"same_batches": True}),
+    "answers written": pair(student=FROZEN, rollouts={"share": 1.0, "max_new_tokens": 16, "batch_size": 8}),
+    "4 micro-batches": shallow(training={"accumulate": 4}),
+    "eager attention": shallow(student={"model_init_kwargs": {"attn_implementation": "eager"}}),
+    "bf16 autocast": shallow(training={"precision": "bf16"}),
+    "V = 151,936": pair(teacher={"model": "v151936-2"}, student={"layers": 1}),
+    "the quickstart's shape, 10 of 30 layers": pair(
+        teacher={"model": "smollm2-30"}, student=FROZEN | {"layers": 10}, training={"save": True}
+    ),
 }
 
 
@@ -133,10 +127,10 @@ def write_model(name: str, folder: Path) -> None:
 
 
 def write_data(path: Path, *, labelled: bool) -> None:
-    """Rows of 20 to 200 words."""
+    """Rows of 10 to 40 words, each a token as the blanks between them are."""
     lines = []
     for number in range(96):
-        words = [WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(20 + number * 13 % 180)]
+        words = [WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(10 + number * 7 % 30)]
         if labelled:
             row = {"text": " ".join(words), "label": LABELS[number % 3]}
         else:
@@ -153,19 +147,17 @@ def config_of(name: str, folder: Path) -> dict[str, Any]:
     own = {"optim": training.pop("optim", None), "gradient_accumulation_steps": training.pop("accumulate", None)}
     arguments = {key: value for key, value in own.items() if value is not None} | {"report_to": []}
     arguments |= {} if training.pop("save", False) else {"save_strategy": "no"}
-    case["run"] = {"name": "run", "dir": str(folder / "runs"), "device": "cpu"}
+    case["run"] = {"name": name.replace(" ", "-"), "dir": str(folder / "runs"), "device": "cpu"}
     case["training"] = {
-        "max_steps": STEPS, "eval_every": STEPS, "save_every": STEPS, "eval_rows": 4, "precision": "fp32",
+        "max_steps": STEPS, "eval_every": STEPS, "save_every": STEPS, "eval_rows": 2, "precision": "fp32",
         "logging_steps": 1, "arguments": arguments,
     } | training  # fmt: skip
-    case["data"] = {"path": str(folder / "rows.jsonl"), "max_prompt_tokens": 128, "max_tokens": 320}
-    if case.get("task") == "classification":
-        case["data"] = {"path": str(folder / "rows.jsonl"), "max_tokens": 320}
+    case["data"] = {"path": str(folder / ("texts.jsonl" if "task" in case else "rows.jsonl"))}
     for section in ("teacher", "student"):
         if (model := case[section].get("model")) is not None:
             case[section]["model"] = str(folder / model)
     if cache is not None:
-        case["teacher"]["cache"] = str(folder / "cache")
+        case["teacher"]["cache"] = str(folder / cache["kind"])
     return case
 
 
@@ -173,12 +165,14 @@ def write_parts(name: str, folder: Path) -> None:
     """Models, rows, and the teacher's cache."""
     case = CASES[name]
     for model in {case["teacher"]["model"], case["student"].get("model", case["teacher"]["model"])}:
-        write_model(model, folder / model)
-    write_data(folder / "rows.jsonl", labelled=case.get("task") == "classification")
+        if not (folder / model).exists():
+            write_model(model, folder / model)
+    for file, labelled in (("rows.jsonl", False), ("texts.jsonl", True)):
+        write_data(folder / file, labelled=labelled)
     if (cache := case.get("cache")) is not None:
         config = config_of(name, folder)
         del config["teacher"]["cache"]
-        cache_states(load_config(config)[0].specs(), folder / "cache", kind=cache["kind"])
+        cache_states(load_config(config)[0].specs(), folder / cache["kind"], kind=cache["kind"])
 
 
 def predicted(name: str, folder: Path) -> Memory:
@@ -261,7 +255,7 @@ def run_case(name: str, folder: Path) -> Row:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += ["-m", "benchmarks.memory", "--folder", str(folder), "--case", name]
         subprocess.run(command, check=True)
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("found-*.json"))]
+    found = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(processes)]
     memory = Memory.from_json(json.loads((folder / "predicted.json").read_text()))
     peak, anonymous = (max(one[key] for one in found) / 1024 for key in ("peak_kib", "anonymous_kib"))
     parts = {part: memory.moments[memory.peak].get(part, 0) / 2**20 for part in PARTS}
@@ -302,13 +296,14 @@ def main() -> None:
         measure(options.case, options.folder)
         return
     warm_up()
-    for name in CASES:
-        if options.only and not any(word in name for word in options.only):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
+    shown = ("case", "predicted_mib", "measured_mib", "ratio", "anonymous_mib", "moment", "seconds")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in CASES:
+            if options.only and not any(word in name for word in options.only):
+                continue
             row = run_case(name, Path(folder))
-        print({key: row[key] for key in ("case", "predicted_mib", "measured_mib", "ratio", "anonymous_mib", "moment")})
-        write_rows(RESULTS, [row], ("case",))
+            print({key: row[key] for key in shown})
+            write_rows(RESULTS, [row], ("case",))
 
 
 if __name__ == "__main__":
