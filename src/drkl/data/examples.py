@@ -166,12 +166,17 @@ def read_examples(path: str, row_format: str = "auto", *, needs_responses: bool 
     Raises:
         DrklError: see ``load_examples``.
     """
+    check_can_be_read(path)
+    return parse_rows(file_rows(path, row_format), path, row_format, needs_responses=needs_responses)
+
+
+def check_can_be_read(path: str) -> None:
+    """Raise DrklError where a section names rows that were passed in memory."""
     if path.startswith(IN_MEMORY):
         raise DrklError(
             f"The rows were passed to the trainer {path.replace(':', ',', 1)}, so they cannot be read again. Go on in "
             "Python: trainer.train(resume_from_checkpoint=True), or drkl.evaluate(student, teacher, rows)."
         )
-    return parse_rows(file_rows(path, row_format), path, row_format, needs_responses=needs_responses)
 
 
 def parse_rows(

@@ -13,16 +13,17 @@ from drkl.data.examples import read_heldout as heldout_examples
 from drkl.data.files import labelled_by_name, rows_at
 from drkl.data.formats import NEEDS_NONE
 from drkl.data.lengths import NO_LIMIT, Room, fit_lengths
+from drkl.data.loading import with_class_names
 from drkl.data.seq2seq import set_languages
 from drkl.data.tokenize import DropReport, Row, tokenize_examples
-from drkl.data.tokenized import class_name, tokenized_rows, tokenized_texts
+from drkl.data.tokenized import tokenized_rows, tokenized_texts
 from drkl.data.views import TeacherView, has_own_view
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Rows = list[Row] | list[LabelledRow]
+Rows = Sequence[Row] | Sequence[LabelledRow]
 
 
 def rows_from(
@@ -95,7 +96,7 @@ def rows_from(
         examples = [example for _, example in items]
     else:
         wanted = row_format if classes is None else "text_label"
-        examples = parse_rows(_with_class_names(items, classes), name, wanted, needs_responses=needs_responses)
+        examples = parse_rows(with_class_names(items, classes), name, wanted, needs_responses=needs_responses)
     if classes is not None:
         return tokenize_labelled(labelled_texts(examples), tokenizer, classes, max_tokens=fitted.max_tokens)
     settings: dict[str, Any] = {"turns": turns, "template": template, "encoder_decoder": encoder_decoder, **lengths}
@@ -224,10 +225,3 @@ def _checked(
 
 def _language_model(encoder_decoder: bool) -> str:
     return "an encoder-decoder" if encoder_decoder else "a decoder-only model"
-
-
-def _with_class_names(items: Iterable[tuple[str, Any]], classes: Sequence[str] | None) -> Iterable[tuple[str, Any]]:
-    for place, row in items:
-        if classes is not None and isinstance(row, Mapping) and "label" in row:
-            row = {**row, "label": class_name(row["label"], classes)}
-        yield place, row

@@ -153,7 +153,8 @@ def source_at(name: str, row_format: str = "auto") -> Source:
         suffix = suffix_of(path)
         if suffix == ".parquet":
             return ParquetSource(name, path)
-        if suffix not in (".json", ".csv", ".tsv", ".txt") and _has_objects(path):
+        is_large = path.stat().st_size > BLOCK_BYTES
+        if is_large and suffix not in (".json", ".csv", ".tsv", ".txt") and _has_objects(path):
             return LinesSource(name, path)
     return Source(name, lambda: file_rows(name, row_format), lambda: file_identity(path))
 

@@ -315,6 +315,10 @@ class StoredRows(Sequence[Any]):
         values = self._files.column(name)
         return values if self._order is None else values[self._order]
 
+    def ids(self) -> Iterator[str]:
+        """The ids of the rows as they are in their files."""
+        return self._files.ids()
+
     def turn_ends(self) -> Ints:
         """The last token of every learnt turn of every row, in order."""
         sizes, values = self._files.lists("ends")

@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import torch
 
-from drkl.data.config import NO_ROWS, DataConfig
+from drkl.data.config import DataConfig
 from drkl.data.lengths import NO_LIMIT, Room
-from drkl.data.rows import Rows, make_rows, read_shares
+from drkl.data.rows import Rows
+from drkl.data.shares import load_shares
+from drkl.data.store import Watch
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
 from drkl.models.forward import decoder_start
@@ -69,6 +71,8 @@ class Listener:
     on_progress: OnProgress | None = None
     on_fill: Callable[[int, int], None] = lambda done, of: None
     """Called with the batches that the teacher has read for its cache, and that it is to read."""
+    on_rows: Callable[[str, int, int], None] = lambda what, done, of: None
+    """Called as rows are made for the first time; see `drkl.data.store.Watch`."""
 
 
 @dataclass
@@ -148,22 +152,19 @@ class Resources:
     ) -> Loaded:
         key = (config, tokenizer_name, encoder_decoder, needs_responses)
         if key not in self._rows:
-            shares = read_shares(config, classifier=self.classes is not None, needs_responses=needs_responses)
             kind: dict[str, Any] = {"classes": self.classes, "encoder_decoder": encoder_decoder, "ends": ends}
             kind |= {"room": self.room, "needs_responses": needs_responses}
             kind["teacher_tokenizer"] = self.teacher_tokenizer
-            train, report = make_rows(shares[0], config, self.tokenizer(tokenizer_name), **kind)
-            message = f"Training data: {report.summary()}"
-            heldout: Rows = []
-            if config.eval_path != NO_ROWS:
-                try:
-                    heldout, heldout_report = make_rows(shares[1], config, self.tokenizer(tokenizer_name), **kind)
-                except DrklError as error:
-                    raise DrklError(f"Held-out rows: {error}") from error
-                heldout_report.difference = None  # said of the training rows already
-                message += f" Held out: {heldout_report.summary()}"
+            watch = Watch(self.listener.on_message, self.listener.on_rows)
+            shares = load_shares(config, self.tokenizer(tokenizer_name), watch=watch, **kind)
+            message = f"Training data: {shares.report.summary()}"
+            if shares.heldout_report is not None:
+                shares.heldout_report.difference = None  # said of the training rows already
+                message += f" Held out: {shares.heldout_report.summary()}"
+            if shares.cached:
+                message += " The rows are read from drkl's cache."
             self.listener.on_message(message)
-            self._rows[key] = Loaded(train, heldout, report)
+            self._rows[key] = Loaded(shares.train, shares.heldout, shares.report)
         return self._rows[key]
 
 

@@ -1,0 +1,157 @@
+"""The rows of a data section, tokenised: those that are trained on and those that are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drkl.data.config import NO_ROWS, DataConfig, SourceConfig
+from drkl.data.examples import Example, check_can_be_read
+from drkl.data.lengths import Lengths
+from drkl.data.loading import Wanted, load
+from drkl.data.making import heldout_examples
+from drkl.data.rows import Rows, make_rows, read_shares
+from drkl.data.seq2seq import set_languages
+from drkl.data.sources import Source, source_at, source_of_dataset
+from drkl.data.split import Scan
+from drkl.data.store import Made, Watch
+from drkl.data.stored import NotStorable
+from drkl.data.tokenize import DropReport
+from drkl.errors import DrklError
+
+
+@dataclass
+class Shares:
+    """The rows of a data section, and the accounts of those that were dropped.
+
+    ``heldout_report`` is None where nothing is held out; ``cached`` says whether the training rows were tokenised
+    before.
+    """
+
+    train: Rows
+    report: DropReport
+    heldout: Rows
+    heldout_report: DropReport | None
+    cached: bool = False
+
+
+def load_shares(
+    config: DataConfig, tokenizer: Any, *, classes: Sequence[str] | None, watch: Watch | None = None, **kind: Any
+) -> Shares:
+    """Return the rows of a data section, which are tokenised once and kept in drkl's cache.
+
+    Args:
+        config: the section.
+        tokenizer: the one that both models share; the section's languages are set on it.
+        classes: a classifier's classes, by number; None for a language model.
+        watch: hooks for a front end.
+        **kind: the model, as `drkl.data.rows.rows_from` takes it.
+
+    Raises:
+        DrklError: whatever `drkl.data.rows.rows_from` refuses.
+    """
+    for one in (tokenizer, kind.get("teacher_tokenizer")):
+        if one is not None:
+            set_languages(one, config.src_lang, config.tgt_lang)
+    kind["classes"] = classes
+    try:
+        found = _train(config, tokenizer, watch, kind)
+        rows: Any = found.rows
+        train, report, examples, cached = rows, found.report, heldout_examples(found.about), found.cached
+    except NotStorable:
+        cached = False
+        shares = read_shares(config, classifier=classes is not None, needs_responses=kind["needs_responses"])
+        train, report = make_rows(shares[0], config, tokenizer, **kind)
+        examples = shares[1]
+    if config.eval_path == NO_ROWS:
+        return Shares(train, report, [], None, cached)
+    try:
+        heldout, heldout_report = _heldout(config, tokenizer, watch, kind, examples)
+    except DrklError as error:
+        raise DrklError(f"Held-out rows: {error}") from error
+    return Shares(train, report, heldout, heldout_report, cached)
+
+
+def _train(config: DataConfig, tokenizer: Any, watch: Watch | None, kind: dict[str, Any]) -> Made:
+    """The training rows, and in what is said of them the examples that are held out of the same sources."""
+    sources = _section(config, kind).all_sources()
+    splits = config.eval_path is None
+    wanted = []
+    for number, source in enumerate(sources, start=1):
+        prefix = f"{number}:" if len(sources) > 1 else ""  # rows of two files may have the same ids
+        choose = _Choice(splits, source.max_rows)
+        facts = [splits, source.max_rows]
+        wanted.append(Wanted(_source(source), source.format or "auto", choose, facts, prefix, source.weight))
+    return load(wanted, tokenizer, _lengths(config), watch, **_settings(config), **kind)
+
+
+def _heldout(
+    config: DataConfig, tokenizer: Any, watch: Watch | None, kind: dict[str, Any], examples: list[Example]
+) -> tuple[Rows, DropReport]:
+    if config.eval_path is not None:
+        section = _section(config, kind)
+        wanted = Wanted(
+            _source(SourceConfig(path=config.eval_path)), section.format, _first_by_hash(config.eval_max_rows),
+            ["eval", config.eval_max_rows],
+        )  # fmt: skip
+        try:
+            found = load([wanted], tokenizer, _lengths(config), watch, **_settings(config), **kind)
+        except NotStorable:
+            needed = kind["needs_responses"]
+            examples = read_shares(config, classifier=kind["classes"] is not None, needs_responses=needed)[1]
+        else:
+            rows: Any = found.rows
+            return rows, found.report
+    return make_rows(examples, config, tokenizer, **kind)
+
+
+def _section(config: DataConfig, kind: dict[str, Any]) -> DataConfig:
+    return config if kind["classes"] is None else config.model_copy(update={"format": "text_label"})
+
+
+def _settings(config: DataConfig) -> dict[str, Any]:
+    return {"turns": config.turns, "template": config.template}
+
+
+def _lengths(config: DataConfig) -> Lengths:
+    return Lengths(config.max_prompt_tokens, config.max_tokens)
+
+
+def _source(source: SourceConfig) -> Source:
+    if source.path is not None:
+        check_can_be_read(source.path)
+        return source_at(source.path, source.format or "auto")
+    assert source.dataset is not None
+    return source_of_dataset(source.dataset)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Of a source's rows those that are trained on, and those that are held out."""
+
+    splits: bool
+    max_rows: int | None
+
+    def __call__(self, rows: Scan) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        held = rows.held_out() if self.splits else np.zeros(len(rows), np.bool_)
+        if held is None:
+            raise NotStorable("The ends of few texts are held out, which are cut in memory.")
+        train = ~held
+        if self.max_rows is not None:
+            train[np.flatnonzero(train)[self.max_rows :]] = False
+        return train, held
+
+
+def _first_by_hash(count: int | None) -> Any:
+    def choose(rows: Scan) -> tuple[NDArray[np.bool_] | None, None]:
+        if count is None:
+            return None, None
+        chosen = np.zeros(len(rows), np.bool_)
+        chosen[rows.by_hash[:count]] = True
+        return chosen, None
+
+    return choose
