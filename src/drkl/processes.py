@@ -5,11 +5,18 @@ The process group is torch.distributed's. Without one there is one process, and 
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 from drkl.errors import DrklError
 
@@ -85,7 +92,7 @@ def first_alone(work: Callable[[], T]) -> T:
     outcomes: list[tuple[Any, Exception | None]] = gather([_outcome(work) if place.is_first else (None, None)])
     value, error = outcomes[0]
     if error is not None:
-        raise error
+        _raise_in_all(error)
     found: T = value
     return found
 
@@ -113,9 +120,19 @@ def shared_work(pieces: int, work: Callable[[int], T], *, even: bool = False) ->
     every = sorted(gather(found), key=lambda one: one[0])
     for _, _, error in every:
         if error is not None:
-            raise error
+            _raise_in_all(error)
     values = {piece: value for piece, value, _ in reversed(every)}
     return [values[piece] for piece in range(pieces)]
+
+
+def _raise_in_all(error: Exception) -> NoReturn:
+    error.raised_in_all = True  # type: ignore[attr-defined]
+    raise error
+
+
+def raised_in_all(error: BaseException | None) -> bool:
+    """Whether every process raises an error, or one that led to it, so that one of them can speak for all."""
+    return error is not None and (hasattr(error, "raised_in_all") or raised_in_all(error.__cause__))
 
 
 def _outcome(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
@@ -132,11 +149,30 @@ def _outcome(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return None, sent if type(sent) is type(error) else DrklError(f"A process failed: {error!r}")
 
 
-def lost_another(error: BaseException) -> bool:
-    """Whether an error says that another process has ended, as the libraries below torch.distributed say it."""
+def lost_another(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that another process has ended, as torch.distributed says it."""
+    if error is None or "torch" not in sys.modules:
+        return False
     from torch import distributed
 
-    if isinstance(error, distributed.DistError):
-        return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
+    lost = isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
+    return lost or isinstance(error, distributed.DistError) or lost_another(error.__cause__ or error.__context__)
+
+
+@contextmanager
+def speechless() -> Iterator[None]:
+    """Inside, only errors are said: of several processes the first one speaks."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    logging.getLogger("drkl").setLevel(logging.ERROR)
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def tell_launcher(text: str) -> None:
+    """Leave torchrun the message that it ends with, where torchrun started this process."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message}))
