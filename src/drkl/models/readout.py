@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from drkl.data.batching import bucket_by_length
 from drkl.data.classification import LabelledRow
 from drkl.data.collate import IGNORE_INDEX, collate, teacher_inputs
+from drkl.data.stored import column
 from drkl.data.tokenize import Row
 from drkl.losses import LMHead
 from drkl.losses.merged import MergedIds, make_merged
@@ -91,7 +92,8 @@ def batches(
         rows_per_batch: a batch has this many rows, whatever their tokens; None counts tokens.
     """
     used = list(range(len(rows))) if positions is None else [row for row in positions if positions[row]]
-    groups = bucket_by_length([rows[i].length for i in used], tokens_per_batch)
+    lengths = column(rows, "length") if positions is None else [rows[i].length for i in used]
+    groups = bucket_by_length(lengths, tokens_per_batch)
     if rows_per_batch is not None:
         order = [i for group in groups for i in group]
         groups = [order[part] for part in chunks(len(order), rows_per_batch)]

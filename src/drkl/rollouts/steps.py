@@ -9,8 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from drkl.data.batching import bucket_by_length
 from drkl.data.examples import hash_of_id
+from drkl.data.stored import column
 from drkl.data.tokenize import Row
 from drkl.rollouts.answers import Request
 from drkl.rollouts.asking import Asker, answered_row
@@ -188,6 +192,14 @@ def planned_length(row: Row, max_new_tokens: int) -> int:
         return row.length
     prompt = len(row.sampling_ids)
     return max(prompt, max_new_tokens) if row.encoder_decoder else prompt + max_new_tokens - 1
+
+
+def planned_lengths(rows: Sequence[Row], max_new_tokens: int) -> NDArray[np.int32]:
+    """`planned_length` of every row, `[rows]`."""
+    prompts = column(rows, "sampling")
+    separate = len(rows) > 0 and rows[0].encoder_decoder
+    alone = np.maximum(prompts, max_new_tokens) if separate else prompts + max_new_tokens - 1
+    return np.where(column(rows, "response") > 0, column(rows, "length"), alone)
 
 
 def cut(

@@ -253,7 +253,7 @@ def _stage(
     rates: dict[str, float],
     seen: set[tuple[str, ...]],
     processes: int,
-) -> tuple[dict[str, Any], list[list[int]], Any]:
+) -> tuple[dict[str, Any], Sequence[Sequence[int]], Any]:
     """What is printed of a stage but for its memory, its steps and its arguments."""
     arguments = training_config(spec, device)
     on_policy = spec.rollouts.is_on
