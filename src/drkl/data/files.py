@@ -534,13 +534,23 @@ def rows_at(where: str | os.PathLike[str], row_format: str = "auto", *, split: s
         DrklError: as `file_rows` and `dataset_rows`.
     """
     name = os.fspath(where)
+    return file_rows(name, row_format) if is_file(where) else dataset_rows(name, split=split)
+
+
+def is_file(where: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a file or of bundled data; else it is a folder or an id of `datasets`.
+
+    Raises:
+        DrklError: it looks like a file's, and there is none.
+    """
+    name = os.fspath(where)
     path = Path(name).expanduser()
     if name.startswith("bundled:") or path.is_file():
-        return file_rows(name, row_format)
+        return True
     is_local = name.startswith((".", "/", "~")) or suffix_of(path) in SUFFIXES or not isinstance(where, str)
     if is_local and not path.exists():
         raise DrklError(f"There is no file {name!r}.")
-    return dataset_rows(name, split=split)
+    return False
 
 
 def _split_config(name: str) -> tuple[str, str | None]:

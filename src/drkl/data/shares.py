@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,17 @@ from numpy.typing import NDArray
 from drkl.data.config import NO_ROWS, DataConfig, SourceConfig
 from drkl.data.examples import Example, check_can_be_read
 from drkl.data.lengths import Lengths
-from drkl.data.loading import Wanted, load
+from drkl.data.loading import Wanted, load, reader
 from drkl.data.making import heldout_examples
 from drkl.data.rows import Rows, make_rows, read_shares
 from drkl.data.seq2seq import set_languages
 from drkl.data.sources import Source, source_at, source_of_dataset
-from drkl.data.split import Scan
-from drkl.data.store import Made, Watch
-from drkl.data.stored import NotStorable
+from drkl.data.split import Scan, scan
+from drkl.data.store import Made, Watch, key_of, rows_folder
+from drkl.data.stored import NotStorable, to_json
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
+from drkl.runs import read_json, write_json
 
 
 @dataclass
@@ -78,35 +80,110 @@ def load_shares(
 
 def _train(config: DataConfig, tokenizer: Any, watch: Watch | None, kind: dict[str, Any]) -> Made:
     """The training rows, and in what is said of them the examples that are held out of the same sources."""
-    sources = _section(config, kind).all_sources()
-    splits = config.eval_path is None
-    wanted = []
+    wanted = _training_sources(_section(config, kind))
+    return load(wanted, tokenizer, _lengths(config), watch, **_settings(config), **kind)
+
+
+def _training_sources(section: DataConfig) -> list[Wanted]:
+    sources, splits, wanted = section.all_sources(), section.eval_path is None, []
     for number, source in enumerate(sources, start=1):
         prefix = f"{number}:" if len(sources) > 1 else ""  # rows of two files may have the same ids
         choose = _Choice(splits, source.max_rows)
         facts = [splits, source.max_rows]
         wanted.append(Wanted(_source(source), source.format or "auto", choose, facts, prefix, source.weight))
-    return load(wanted, tokenizer, _lengths(config), watch, **_settings(config), **kind)
+    return wanted
+
+
+def _eval_source(section: DataConfig) -> Wanted:
+    source = _source(SourceConfig(path=section.eval_path))
+    return Wanted(source, section.format, _first_by_hash(section.eval_max_rows), ["eval", section.eval_max_rows])
 
 
 def _heldout(
     config: DataConfig, tokenizer: Any, watch: Watch | None, kind: dict[str, Any], examples: list[Example]
 ) -> tuple[Rows, DropReport]:
     if config.eval_path is not None:
-        section = _section(config, kind)
-        wanted = Wanted(
-            _source(SourceConfig(path=config.eval_path)), section.format, _first_by_hash(config.eval_max_rows),
-            ["eval", config.eval_max_rows],
-        )  # fmt: skip
         try:
-            found = load([wanted], tokenizer, _lengths(config), watch, **_settings(config), **kind)
+            found = load(
+                [_eval_source(_section(config, kind))], tokenizer, _lengths(config), watch, **_settings(config), **kind
+            )
         except NotStorable:
-            needed = kind["needs_responses"]
-            examples = read_shares(config, classifier=kind["classes"] is not None, needs_responses=needed)[1]
+            classifies = kind["classes"] is not None
+            examples = heldout_of(config, classifier=classifies, needs_responses=kind["needs_responses"])
         else:
             rows: Any = found.rows
             return rows, found.report
     return make_rows(examples, config, tokenizer, **kind)
+
+
+def each_training_example(config: DataConfig, *, classifier: bool = False) -> Iterator[Example]:
+    """Yield the training examples of a data section, which are never in memory all at once.
+
+    Raises:
+        DrklError: see `drkl.data.examples.load_examples`.
+    """
+    kind = {"classes": () if classifier else None}
+    section = _section(config, kind)
+    for wanted in _training_sources(section):
+        found = _scanned(wanted)
+        try:
+            train, _ = wanted.choose(found)
+        except NotStorable:  # few texts
+            yield from read_shares(config, classifier=classifier)[0]
+            return
+        assert train is not None
+        yield from (replace(example, weight=wanted.weight) for example in _chosen(found, wanted, train))
+
+
+def heldout_of(config: DataConfig, *, classifier: bool = False, needs_responses: bool = True) -> list[Example]:
+    """Return the held-out examples of a data section; of its rows no more is in memory.
+
+    Those of a large source are kept in drkl's cache.
+
+    Raises:
+        DrklError: see `drkl.data.examples.load_examples`.
+    """
+    if config.eval_path == NO_ROWS:
+        return []
+    section = _section(config, {"classes": () if classifier else None})
+    wanted = [_eval_source(section)] if section.eval_path is not None else _training_sources(section)
+    described = [[one.source.identity(), one.row_format, one.facts, one.prefix] for one in wanted]
+    key = key_of({"heldout": described, "needs_responses": needs_responses})
+    kept = rows_folder(Watch()) / f"heldout-{key}.json"
+    if kept.is_file():
+        with contextlib.suppress(DrklError, ValueError, TypeError):
+            return heldout_examples({"heldout": read_json(kept)})
+    examples: list[Example] = []
+    is_large = False
+    for one in wanted:
+        found = _scanned(one, needs_responses=needs_responses)
+        try:
+            train, heldout = one.choose(found)
+        except NotStorable:
+            return read_shares(config, classifier=classifier, needs_responses=needs_responses)[1]
+        chosen = heldout if section.eval_path is None else train
+        chosen = np.ones(len(found), np.bool_) if chosen is None else chosen
+        examples += _chosen(found, one, chosen, needs_responses=needs_responses)
+        is_large = is_large or len(found.sizes) > 1
+    if is_large and all(one[0] is not None for one in described):
+        with contextlib.suppress(DrklError, NotStorable):
+            write_json(kept, [(example.id, to_json(example)) for example in examples])
+    return examples
+
+
+def _scanned(wanted: Wanted, *, needs_responses: bool = True) -> Scan:
+    return scan(wanted.source, reader(wanted.row_format, None, needs_responses=needs_responses), wanted.prefix)
+
+
+def _chosen(rows: Scan, wanted: Wanted, mask: NDArray[np.bool_], *, needs_responses: bool = True) -> Iterator[Example]:
+    """The examples of some rows of a source."""
+    read, start = reader(wanted.row_format, None, needs_responses=needs_responses), 0
+    for block, size in zip(rows.source.blocks(), rows.sizes, strict=True):
+        if mask[start : start + size].any():
+            for number, (_, own, example) in enumerate(read(rows.source.read(block)), start=start):
+                if mask[number]:
+                    yield replace(example, id=rows.name(number, own))
+        start += size
 
 
 def _section(config: DataConfig, kind: dict[str, Any]) -> DataConfig:
@@ -131,7 +208,7 @@ def _source(source: SourceConfig) -> Source:
 
 @dataclass(frozen=True)
 class _Choice:
-    """Of a source's rows those that are trained on, and those that are held out."""
+    """Chooses the rows of a source that are trained on, and those that are held out."""
 
     splits: bool
     max_rows: int | None

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from drkl.data.classification import LabelledRow
-from drkl.data.config import NO_ROWS
 from drkl.data.lengths import Lengths, Room, answer_room
-from drkl.data.rows import make_rows, read_shares
+from drkl.data.shares import load_shares
+from drkl.data.stored import column
 from drkl.data.tokenize import DropReport, Row
-from drkl.errors import DrklError
 from drkl.models.forward import decoder_start, is_encoder_decoder
 from drkl.models.load import count_parameters, load_config, model_note
 from drkl.models.pair import check_families, check_rows, check_tokenizers, shared_vocabulary
 from drkl.models.precision import DTYPES, has_device, pick_device, resolve_dtype
-from drkl.rollouts.steps import planned_length
+from drkl.rollouts.steps import planned_lengths
 from drkl.teachers.cached import TeacherCache, row_of
 from drkl.teachers.stored import DEFAULT_K, Stored, StoredStates, check_kind, topk_to_store
 from drkl.training.checks import check_device
@@ -36,6 +33,7 @@ from drkl.training.spec import (
     fitted,
     run_classes,
     run_configs,
+    run_ends,
     run_room,
     run_tokenizer,
     teacher_tokenizer,
@@ -67,7 +65,7 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
     here = processes is None
     processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
     shardings = [sharding_of(spec) for spec in specs]
-    there = specs[-1].run.device
+    there: str = specs[-1].run.device
     specs = with_stand_in(specs if here else list(map(_as_if_here, specs)), without_server)
     first = specs[0]
     check_device(specs[-1].run.device)
@@ -96,6 +94,7 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
         "teacher": count_parameters(teacher, classifier=first.classifies) if teacher and not served else None,
         "teacher_head": _head_size(teacher) if teacher and (cache is None or cache.kind == "hidden") else 0,
     }
+    ends = () if classes is not None else run_ends(first, tokenizer)
     rates: dict[str, float] = {}
     seen: set[tuple[str, ...]] = set()
     stages, encoder_decoder = [], is_encoder_decoder(student)
@@ -103,12 +102,11 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
     for spec, sharding in zip(specs, shardings, strict=True):
         check_sparse(cache, training_config(spec, device))
         needed = spec.rollouts.needs_responses
-        train, held_out = read_shares(spec.data, classifier=first.classifies, needs_responses=needed)
-        read = partial(
-            make_rows, config=spec.data, tokenizer=tokenizer, classes=classes, encoder_decoder=encoder_decoder,
-            room=room, needs_responses=needed, teacher_tokenizer=own_reader,
+        shares = load_shares(
+            spec.data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends, room=room,
+            needs_responses=needed, teacher_tokenizer=own_reader,
         )  # fmt: skip
-        rows, report = read(train)
+        rows, report = shares.train, shares.report
         check_rows(rows, configs)
         shared = None
         if teacher is not None and classes is None:
@@ -117,7 +115,8 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
         stage, steps, arguments = _stage(
             spec, rows, longest, report, student, teacher, sizes, device, rates, seen, processes
         )
-        heldout = _heldout_rows(read, held_out, spec)
+        evaluates = spec.training.arguments.get("eval_strategy") != "no"
+        heldout = shares.heldout[: spec.training.eval_rows] if evaluates else []
         vocab_size = None if shared is None else shared["shared"]
         known = _known(
             spec, arguments, student, teacher, cache, vocab_size, rows, heldout, steps, longest, there, processes,
@@ -257,7 +256,7 @@ def _stage(
     """What is printed of a stage but for its memory, its steps and its arguments."""
     arguments = training_config(spec, device)
     on_policy = spec.rollouts.is_on
-    lengths = [planned_length(row, longest) if on_policy else row.length for row in rows]
+    lengths = planned_lengths(rows, longest) if on_policy else column(rows, "length")
     steps, _ = plan_run(lengths, arguments, processes)
     inputs, trained, new = _tokens_per_step(rows, steps, spec, seen)
     answered = _answered(rows, longest) if on_policy else rows
@@ -298,16 +297,6 @@ def _stage(
     return stage, steps, arguments
 
 
-def _heldout_rows(read: Any, examples: Sequence[Any], spec: RunSpec) -> Any:
-    """The rows of a held-out loss, as far as they can be used; others are refused where training begins."""
-    examples = examples[: spec.training.eval_rows]
-    if not examples or spec.data.eval_path == NO_ROWS or spec.training.arguments.get("eval_strategy") == "no":
-        return []
-    with contextlib.suppress(DrklError):
-        return read(examples)[0]
-    return []
-
-
 def _known(
     spec: RunSpec,
     arguments: Any,
@@ -317,7 +306,7 @@ def _known(
     vocab_size: int | None,
     rows: Any,
     heldout: Any,
-    steps: list[list[int]],
+    steps: Sequence[Sequence[int]],
     longest: int,
     device: str,
     processes: int,
