@@ -124,7 +124,7 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
         )  # fmt: skip
         memory = predict(known)
         said = {"advice": memory.advice(available_bytes(device) if here and there == device.type else None)}
-        stage |= {"estimated_memory_gb": round(memory.peak_bytes / 1e9, 2), "memory": memory.to_json() | said}
+        stage |= {"estimated_memory_gb": float(f"{memory.peak_bytes / 1e9:.3g}"), "memory": memory.to_json() | said}
         stages.append(stage)
     return {
         "config": last.resolved,
@@ -252,7 +252,7 @@ def _stage(
     rates: dict[str, float],
     seen: set[tuple[str, ...]],
     processes: int,
-) -> tuple[dict[str, Any], Sequence[Sequence[int]], Any]:
+) -> tuple[dict[str, Any], Sequence[list[int]], Any]:
     """What is printed of a stage but for its memory, its steps and its arguments."""
     arguments = training_config(spec, device)
     on_policy = spec.rollouts.is_on
@@ -278,7 +278,7 @@ def _stage(
     writing = _writing(answered, steps, spec, share, student, teacher, sizes) if on_policy else None
     if writing is not None:
         seconds += writing.flops / rates[precision] * len(steps)
-    stage = {
+    stage: dict[str, Any] = {
         "name": spec.folder.name,
         "objective": dict(spec.resolved["objective"]),
         "data": report.summary(),
@@ -306,7 +306,7 @@ def _known(
     vocab_size: int | None,
     rows: Any,
     heldout: Any,
-    steps: Sequence[Sequence[int]],
+    steps: Sequence[list[int]],
     longest: int,
     device: str,
     processes: int,
@@ -327,7 +327,8 @@ def _known(
         served = config.is_served
         held = "topk" if served or (cache is not None and cache.k is not None) else "hidden" if cache else "live"
         k = config.top_k if served else 0 if cache is None or cache.k is None else cache.k
-    micro, positions = micro_batches(planned, steps, parts)
+    alike = processes > 1 and arguments.per_device_train_batch_size is None
+    micro, positions = micro_batches(planned, steps, parts, alike=alike and not on_policy)
     return Known(
         spec=spec,
         arguments=arguments,
@@ -339,8 +340,8 @@ def _known(
         micro=micro,
         positions=positions,
         heldout=largest_heldout_batch([row for row in heldout if row.num_trained]),
-        heldout_positions=sum(row.num_trained for row in heldout),
-        train_positions=sum(row.num_trained for row in rows),
+        heldout_positions=-(-sum(row.num_trained for row in heldout) // processes),
+        train_positions=sum(rows[i].num_trained for i in {i for step in steps for i in step}),
         answers=answers,
         several=arguments.gradient_accumulation_steps > 1 or on_policy,
         sharding=sharding,
