@@ -21,6 +21,7 @@ from drkl.data.stored import RowFiles, StoredRows, from_json, to_json, to_record
 from drkl.data.tokenize import (
     Chunk,
     DropReport,
+    NothingLeft,
     Text,
     around_texts,
     block_rows,
@@ -233,7 +234,7 @@ def _finish(found: Sequence[dict[str, Any]], settings: Settings, parts: Parts, p
     weight = np.concatenate([np.empty(0), *weights])
     report.kept = len(weight)
     if not len(weight):
-        raise DrklError(_nothing(report, found, settings))
+        raise NothingLeft(report, _nothing(report, found, settings))
     rows = StoredRows(RowFiles([parts.folder / name for name in files]))
     if settings.teacher is not None and len(numbers := np.flatnonzero(rows.column("teacher"))):
         report.difference = settings.teacher.difference(rows[int(numbers[0])], settings.tokenizer)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drkl.data.config import NO_ROWS, DataConfig, SourceConfig
-from drkl.data.examples import Example, check_can_be_read
+from drkl.data.examples import Example, check_readable
 from drkl.data.lengths import Lengths
 from drkl.data.loading import Wanted, load, reader
 from drkl.data.making import heldout_examples
@@ -56,9 +56,7 @@ def load_shares(
     Raises:
         DrklError: whatever `drkl.data.rows.rows_from` refuses.
     """
-    for one in (tokenizer, kind.get("teacher_tokenizer")):
-        if one is not None:
-            set_languages(one, config.src_lang, config.tgt_lang)
+    _set_languages(config, tokenizer, kind)
     kind["classes"] = classes
     try:
         found = _train(config, tokenizer, watch, kind)
@@ -69,13 +67,28 @@ def load_shares(
         shares = read_shares(config, classifier=classes is not None, needs_responses=kind["needs_responses"])
         train, report = make_rows(shares[0], config, tokenizer, **kind)
         examples = shares[1]
-    if config.eval_path == NO_ROWS:
-        return Shares(train, report, [], None, cached)
-    try:
-        heldout, heldout_report = _heldout(config, tokenizer, watch, kind, examples)
-    except DrklError as error:
-        raise DrklError(f"Held-out rows: {error}") from error
+    heldout, heldout_report = _heldout(config, tokenizer, watch, kind, examples)
     return Shares(train, report, heldout, heldout_report, cached)
+
+
+def load_heldout(
+    config: DataConfig, tokenizer: Any, *, classes: Sequence[str] | None, watch: Watch | None = None, **kind: Any
+) -> tuple[Rows, DropReport | None]:
+    """Return the held-out rows of a data section whose training rows are streamed, and the account of the others.
+
+    The arguments are those of `load_shares`; the account is None where nothing is held out.
+
+    Raises:
+        DrklError: see `load_shares`.
+    """
+    _set_languages(config, tokenizer, kind)
+    return _heldout(config, tokenizer, watch, kind | {"classes": classes}, [])
+
+
+def _set_languages(config: DataConfig, tokenizer: Any, kind: dict[str, Any]) -> None:
+    for one in (tokenizer, kind.get("teacher_tokenizer")):
+        if one is not None:
+            set_languages(one, config.src_lang, config.tgt_lang)
 
 
 def _train(config: DataConfig, tokenizer: Any, watch: Watch | None, kind: dict[str, Any]) -> Made:
@@ -100,6 +113,17 @@ def _eval_source(section: DataConfig) -> Wanted:
 
 
 def _heldout(
+    config: DataConfig, tokenizer: Any, watch: Watch | None, kind: dict[str, Any], examples: list[Example]
+) -> tuple[Rows, DropReport | None]:
+    if config.eval_path == NO_ROWS:
+        return [], None
+    try:
+        return _tokenized(config, tokenizer, watch, kind, examples)
+    except DrklError as error:
+        raise DrklError(f"Held-out rows: {error}") from error
+
+
+def _tokenized(
     config: DataConfig, tokenizer: Any, watch: Watch | None, kind: dict[str, Any], examples: list[Example]
 ) -> tuple[Rows, DropReport]:
     if config.eval_path is not None:
@@ -200,7 +224,7 @@ def _lengths(config: DataConfig) -> Lengths:
 
 def _source(source: SourceConfig) -> Source:
     if source.path is not None:
-        check_can_be_read(source.path)
+        check_readable(source.path)
         return source_at(source.path, source.format or "auto")
     assert source.dataset is not None
     return source_of_dataset(source.dataset)

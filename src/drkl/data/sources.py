@@ -18,7 +18,7 @@ from drkl.data.files import (
     bundled_path,
     dataset_of,
     file_rows,
-    is_file,
+    is_dataset_name,
     json_values,
     labelled_by_name,
     parquet_rows,
@@ -152,9 +152,7 @@ def source_of(where: str | os.PathLike[str], row_format: str = "auto") -> Source
         DrklError: there is none.
     """
     name = os.fspath(where)
-    if is_file(where):
-        return source_at(name, row_format)
-    return source_of_dataset(name)
+    return source_of_dataset(name) if is_dataset_name(where) else source_at(name, row_format)
 
 
 def source_at(name: str, row_format: str = "auto") -> Source:

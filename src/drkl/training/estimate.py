@@ -12,8 +12,9 @@ import torch
 
 from drkl.data.classification import LabelledRow
 from drkl.data.lengths import Lengths, Room, answer_room
-from drkl.data.shares import load_shares
+from drkl.data.shares import load_heldout, load_shares
 from drkl.data.stored import column
+from drkl.data.streams import stream_of
 from drkl.data.tokenize import DropReport, Row
 from drkl.models.forward import decoder_start, is_encoder_decoder
 from drkl.models.load import count_parameters, load_config, model_note
@@ -102,11 +103,16 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
     for spec, sharding in zip(specs, shardings, strict=True):
         check_sparse(cache, training_config(spec, device))
         needed = spec.rollouts.needs_responses
-        shares = load_shares(
-            spec.data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends, room=room,
-            needs_responses=needed, teacher_tokenizer=own_reader,
-        )  # fmt: skip
-        rows, report = shares.train, shares.report
+        kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder, "room": room, "ends": ends}
+        kind |= {"needs_responses": needed, "teacher_tokenizer": own_reader}
+        rows: Any
+        held_out: Any
+        if spec.data.streaming:
+            rows, report = stream_of(spec.data, tokenizer, **kind).sample()
+            held_out, _ = load_heldout(spec.data, tokenizer, **kind)
+        else:
+            shares = load_shares(spec.data, tokenizer, **kind)
+            rows, report, held_out = shares.train, shares.report, shares.heldout
         check_rows(rows, configs)
         shared = None
         if teacher is not None and classes is None:
@@ -116,7 +122,7 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
             spec, rows, longest, report, student, teacher, sizes, device, rates, seen, processes
         )
         evaluates = spec.training.arguments.get("eval_strategy") != "no"
-        heldout = shares.heldout[: spec.training.eval_rows] if evaluates else []
+        heldout = held_out[: spec.training.eval_rows] if evaluates else []
         vocab_size = None if shared is None else shared["shared"]
         known = _known(
             spec, arguments, student, teacher, cache, vocab_size, rows, heldout, steps, longest, there, processes,
@@ -281,7 +287,7 @@ def _stage(
     stage: dict[str, Any] = {
         "name": spec.folder.name,
         "objective": dict(spec.resolved["objective"]),
-        "data": report.summary(),
+        "data": ("The first rows of the stream: " if spec.data.streaming else "") + report.summary(),
         "steps": len(steps),
         "tokens_per_step": {
             "budget": arguments.tokens_per_step,
