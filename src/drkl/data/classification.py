@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from drkl.data.config import DataConfig
 from drkl.data.examples import Example, load_examples
-from drkl.data.tokenize import DropReport
+from drkl.data.tokenize import DropReport, NothingLeft
 from drkl.errors import DrklError, did_you_mean
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def tokenize_labelled(
     rows, report = label_chunk(labelled, tokenizer, classes, max_tokens=max_tokens)
     report.kept = len(rows)
     if not rows:
-        raise DrklError(no_text_left(report))
+        raise NothingLeft(report, no_text_left(report))
     return rows, report
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from drkl.data.classification import LabelledRow
 from drkl.data.config import NO_ROWS
 from drkl.data.lengths import Lengths, Room, answer_room
 from drkl.data.rows import make_rows, read_shares
+from drkl.data.streams import stream_of
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
 from drkl.models.forward import decoder_start, is_encoder_decoder
@@ -104,11 +105,12 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
         check_sparse(cache, training_config(spec, device))
         needed = spec.rollouts.needs_responses
         train, held_out = read_shares(spec.data, classifier=first.classifies, needs_responses=needed)
-        read = partial(
-            make_rows, config=spec.data, tokenizer=tokenizer, classes=classes, encoder_decoder=encoder_decoder,
-            room=room, needs_responses=needed, teacher_tokenizer=own_reader,
-        )  # fmt: skip
-        rows, report = read(train)
+        kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder, "room": room}
+        kind |= {"needs_responses": needed, "teacher_tokenizer": own_reader}
+        read: Callable[[Any], tuple[Any, DropReport]] = partial(
+            make_rows, config=spec.data, tokenizer=tokenizer, **kind
+        )
+        rows, report = stream_of(spec.data, tokenizer, **kind).sample() if spec.data.streaming else read(train)
         check_rows(rows, configs)
         shared = None
         if teacher is not None and classes is None:
@@ -282,7 +284,7 @@ def _stage(
     stage: dict[str, Any] = {
         "name": spec.folder.name,
         "objective": dict(spec.resolved["objective"]),
-        "data": report.summary(),
+        "data": ("The first rows of the stream: " if spec.data.streaming else "") + report.summary(),
         "steps": len(steps),
         "tokens_per_step": {
             "budget": arguments.tokens_per_step,

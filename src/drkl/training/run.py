@@ -17,6 +17,7 @@ import torch
 from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.lengths import NO_LIMIT, Room
 from drkl.data.rows import Rows, make_rows, read_shares
+from drkl.data.streams import RowStream, stream_of
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
 from drkl.models.forward import decoder_start
@@ -79,11 +80,12 @@ class Listener:
 
 @dataclass
 class Loaded:
-    """Rows of one data section under one tokenizer."""
+    """Rows of one data section under one tokenizer; of a stream the first training rows."""
 
     train: Rows
     heldout: Rows
     report: DropReport
+    stream: RowStream | None = None
 
 
 @dataclass
@@ -158,8 +160,14 @@ class Resources:
             kind: dict[str, Any] = {"classes": self.classes, "encoder_decoder": encoder_decoder, "ends": ends}
             kind |= {"room": self.room, "needs_responses": needs_responses}
             kind["teacher_tokenizer"] = self.teacher_tokenizer
-            train, report = make_rows(shares[0], config, self.tokenizer(tokenizer_name), **kind)
-            message = f"Training data: {report.summary()}"
+            stream = None
+            if config.streaming:
+                stream = stream_of(config, self.tokenizer(tokenizer_name), **kind)
+                train, report = stream.sample()
+                message = f"The first rows of the training data, which is read as training goes on: {report.summary()}"
+            else:
+                train, report = make_rows(shares[0], config, self.tokenizer(tokenizer_name), **kind)
+                message = f"Training data: {report.summary()}"
             heldout: Rows = []
             if config.eval_path != NO_ROWS:
                 try:
@@ -169,7 +177,7 @@ class Resources:
                 heldout_report.difference = None  # said of the training rows already
                 message += f" Held out: {heldout_report.summary()}"
             self.listener.on_message(message)
-            self._rows[key] = Loaded(train, heldout, report)
+            self._rows[key] = Loaded(train, heldout, report, stream)
         return self._rows[key]
 
 
@@ -307,6 +315,11 @@ def check_cached(
     if teacher is None:
         raise DrklError("The config has teacher: null, so there is nothing to cache.")
     check_same_text(any(spec.rollouts.is_on for spec in specs))
+    if any(spec.data.streaming for spec in specs):
+        raise DrklError(
+            "data.streaming is true, and a cache holds every row of a run: a stream has no end that is known. Set it "
+            "to false, with the rows that are to be cached as the training data."
+        )
     if teacher.cache is not None:
         check_made_of(TeacherCache.of(teacher), kind)
     if teacher.is_served:
@@ -483,7 +496,7 @@ def _make_trainer(spec: RunSpec, prepared: Prepared) -> DistillationTrainer:
     student = make_student(spec.student, start, spec.run.seed, tokenizer, resources.classes)
     loaded = prepared.rows(spec)
     reader = resources.teacher_tokenizer
-    train = TokenisedRows(loaded.train, loaded.report, shared, spec.data.name, reader)
+    train = TokenisedRows(loaded.train, loaded.report, shared, spec.data.name, reader, loaded.stream)
     heldout = TokenisedRows(loaded.heldout, loaded.report, shared, spec.data.eval_path) if loaded.heldout else None
     trainer = DistillationTrainer(
         model=student,
