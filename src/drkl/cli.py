@@ -21,6 +21,7 @@ from drkl.terminal import (
     TrainingProgress,
     print_analysis,
     print_evaluation,
+    print_memory,
     print_probe,
     print_side_by_side,
     print_surveys,
@@ -180,10 +181,25 @@ def distill(
         Path | None, typer.Option(metavar="RUN", help="Continue this interrupted run.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.")] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option(
+            "--auto-resume",
+            help="Continue the run of CONFIG if its folder exists, else start it: for a job that may be started again.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the config, sizes, and estimates of memory and time; write nothing."),
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With --dry-run: estimate for N processes, on a machine that may have other devices than this one.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Distil a student as CONFIG says; stages one after the other."""
     from drkl.config import load_config
@@ -191,13 +207,17 @@ def distill(
 
     if (config is None) == (resume is None):
         raise DrklError("Give either a CONFIG or `--resume RUN`.")
+    if processes is not None and not dry_run:
+        raise DrklError("`--processes` goes with `--dry-run`; torchrun and accelerate launch start several processes.")
     if resume is not None:
-        if overrides or overwrite or dry_run:
+        if overrides or overwrite or auto_resume or dry_run:
             raise DrklError("`--resume` goes on with the run as it was configured; it takes nothing beside the folder.")
         source = RunFolder.open(resume).config_path
     else:
         assert config is not None
         source = config
+    if overwrite and auto_resume:
+        raise DrklError("`--overwrite` replaces a run that is there, and `--auto-resume` goes on with it; give one.")
     loaded, notes = load_config(source, overrides or [])
     for note in notes:
         print(note)
@@ -211,9 +231,13 @@ def distill(
     if dry_run:
         from drkl.training.estimate import estimate
 
-        _print_estimate(estimate(loaded.specs()))
+        plan = estimate(loaded.specs(), processes)
+        if os.environ.get("RANK", "0") == "0":
+            _print_estimate(plan)
+            print_memory(plan["stages"])
         return
-    _distill(loaded, "resume" if resume is not None else "overwrite" if overwrite else "new")
+    modes = {"resume": resume is not None, "overwrite": overwrite, "auto": auto_resume, "new": True}
+    _distill(loaded, next(mode for mode, chosen in modes.items() if chosen))
 
 
 def _distill(config: Any, mode: Any) -> None:

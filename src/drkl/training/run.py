@@ -17,6 +17,7 @@ import torch
 from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.lengths import NO_LIMIT, Room
 from drkl.data.rows import Rows, make_rows, read_shares
+from drkl.data.streams import RowStream, stream_of
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
 from drkl.models.forward import decoder_start
@@ -36,8 +37,9 @@ from drkl.teachers.teacher import Teacher
 from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import keep_only, newest_checkpoint
-from drkl.training.checks import check_apart, check_device, check_folder
+from drkl.training.checks import check_apart, check_device, check_folder, check_same_config
 from drkl.training.pair import TokenisedRows
+from drkl.training.record import training_section
 from drkl.training.served import check_served_kind
 from drkl.training.sparse import check_sparse
 from drkl.training.spec import (
@@ -60,7 +62,7 @@ from drkl.training.spec import (
 )
 from drkl.training.trainer import DistillationTrainer
 
-Mode = Literal["new", "overwrite", "resume"]
+Mode = Literal["new", "overwrite", "resume", "auto"]
 _SECONDS_TO_SEE = 20
 """Until a file that another machine has written is seen."""
 
@@ -78,11 +80,12 @@ class Listener:
 
 @dataclass
 class Loaded:
-    """Rows of one data section under one tokenizer."""
+    """Rows of one data section under one tokenizer; of a stream the first training rows."""
 
     train: Rows
     heldout: Rows
     report: DropReport
+    stream: RowStream | None = None
 
 
 @dataclass
@@ -157,8 +160,14 @@ class Resources:
             kind: dict[str, Any] = {"classes": self.classes, "encoder_decoder": encoder_decoder, "ends": ends}
             kind |= {"room": self.room, "needs_responses": needs_responses}
             kind["teacher_tokenizer"] = self.teacher_tokenizer
-            train, report = make_rows(shares[0], config, self.tokenizer(tokenizer_name), **kind)
-            message = f"Training data: {report.summary()}"
+            stream = None
+            if config.streaming:
+                stream = stream_of(config, self.tokenizer(tokenizer_name), **kind)
+                train, report = stream.sample()
+                message = f"The first rows of the training data, which is read as training goes on: {report.summary()}"
+            else:
+                train, report = make_rows(shares[0], config, self.tokenizer(tokenizer_name), **kind)
+                message = f"Training data: {report.summary()}"
             heldout: Rows = []
             if config.eval_path != NO_ROWS:
                 try:
@@ -168,7 +177,7 @@ class Resources:
                 heldout_report.difference = None  # said of the training rows already
                 message += f" Held out: {heldout_report.summary()}"
             self.listener.on_message(message)
-            self._rows[key] = Loaded(train, heldout, report)
+            self._rows[key] = Loaded(train, heldout, report, stream)
         return self._rows[key]
 
 
@@ -306,6 +315,11 @@ def check_cached(
     if teacher is None:
         raise DrklError("The config has teacher: null, so there is nothing to cache.")
     check_same_text(any(spec.rollouts.is_on for spec in specs))
+    if any(spec.data.streaming for spec in specs):
+        raise DrklError(
+            "data.streaming is true, and a cache holds every row of a run: a stream has no end that is known. Set it "
+            "to false, with the rows that are to be cached as the training data."
+        )
     if teacher.cache is not None:
         check_made_of(TeacherCache.of(teacher), kind)
     if teacher.is_served:
@@ -346,6 +360,7 @@ def cache_states(
     check_kind(kind, k, temperatures)
     check_apart(folder, specs[-1].folder)
     check_cached(specs, "topk" if fill else kind, k, temperatures)  # a cache that is filled has its kind
+    specs = [_with_whole_teacher(spec) for spec in specs]
     prepared = prepare(specs, listener or Listener())
     with TemporaryDirectory() as unused:
         # A later stage starts from a student that is not trained yet; any student has the same rows.
@@ -354,6 +369,11 @@ def cache_states(
         runs = [(trainer.pair, trainer.config) for trainer in trainers]
         what: Any = {"kind": kind, "k": k, "temperatures": temperatures}
         return write_cache(runs, folder, **what, part=part, parts=parts, fill=fill, progress=progress)
+
+
+def _with_whole_teacher(spec: RunSpec) -> RunSpec:
+    """The spec with a teacher that each process has whole: those that write a cache read rows of their own."""
+    return spec if spec.teacher is None else replace(spec, teacher=spec.teacher.model_copy(update={"shard": False}))
 
 
 def distill(
@@ -369,7 +389,9 @@ def distill(
     Args:
         specs: the stages, first to last; each starts from the student of the one before.
         mode: ``new`` refuses a folder that is there, ``overwrite`` replaces it, ``resume`` goes on with it: finished
-            stages are kept, the unfinished one continues from its newest whole checkpoint.
+            stages are kept, the unfinished one continues from its newest whole checkpoint. ``auto`` is for a job that
+            may be started again: it resumes a run of this config that is there, starts one that is not, and leaves a
+            finished one as it is.
         listener: hooks for a front end.
         on_trainer: called with each stage's trainer before it trains, to add callbacks.
         command: the command line that repeats the run, for ``env.json``.
@@ -384,7 +406,10 @@ def distill(
     last, teacher = specs[-1].folder, specs[-1].teacher
     if teacher is not None and teacher.cache is not None and mode != "resume":
         check_apart(teacher.cache, last)
-    first_alone(lambda: check_folder(last, mode))
+    mode = first_alone(lambda: _settled_mode(specs[-1], mode))
+    if mode == "auto":
+        listener.on_message(f"The run {str(last.root)!r} is finished; nothing is left to do.")
+        return last
     prepared = prepare(specs, listener)
     fill_cache(prepared)
     specs = prepared.specs
@@ -410,6 +435,25 @@ def distill(
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     return last
+
+
+def _settled_mode(spec: RunSpec, mode: Mode) -> Mode:
+    """The mode that a run goes on in; ``auto`` where it is finished already.
+
+    Raises:
+        DrklError: a run of this mode must not touch the folder.
+    """
+    run = spec.folder
+    if mode == "auto":
+        mode = "resume" if run.config_path.is_file() else "overwrite"  # of what is empty
+        if mode == "resume":
+            section = spec.resolved["training"]
+            settled = training_section(training_config(spec, pick_device(spec.run.device)), section)
+            check_same_config(run, spec.resolved | {"training": section | settled})
+            if run.is_finished():
+                return "auto"
+    check_folder(run, mode)
+    return mode
 
 
 def _begin(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
@@ -458,7 +502,7 @@ def _make_trainer(spec: RunSpec, prepared: Prepared) -> DistillationTrainer:
     student = make_student(spec.student, start, spec.run.seed, tokenizer, resources.classes)
     loaded = prepared.rows(spec)
     reader = resources.teacher_tokenizer
-    train = TokenisedRows(loaded.train, loaded.report, shared, spec.data.name, reader)
+    train = TokenisedRows(loaded.train, loaded.report, shared, spec.data.name, reader, loaded.stream)
     heldout = TokenisedRows(loaded.heldout, loaded.report, shared, spec.data.eval_path) if loaded.heldout else None
     trainer = DistillationTrainer(
         model=student,

@@ -105,10 +105,16 @@ def check_served(pair: Pair, args: DistillationConfig) -> None:
             f"expected at most {teacher.vocab_size - 1}."
         )
     rows: list[Any] = [*pair.rows, *pair.eval_rows]
-    longest, row_id = max((_longest(row, pair.max_new_tokens, pair.room.decoder), row.id) for row in rows)
-    check_length(teacher, longest, row_id)
+    check_lengths(pair, rows)
     check_vocabulary(teacher, pair.words)
     check_distributions(teacher, [row.teacher_prompt_ids or row.prompt_ids for row in rows[:PROMPTS]])
+
+
+def check_lengths(pair: Pair, rows: Sequence[Any]) -> None:
+    """Raise DrklError where the teacher is served, and its server cannot read the longest of some rows."""
+    if isinstance(pair.teacher, ServedTeacher):
+        longest, row_id = max((_longest(row, pair.max_new_tokens, pair.room.decoder), row.id) for row in rows)
+        check_length(pair.teacher, longest, row_id)
 
 
 def _longest(row: Any, max_new_tokens: int, context: int | None) -> int:
