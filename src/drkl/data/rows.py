@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.classification import LabelledRow, labelled_texts, tokenize_labelled
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Rows = list[Row] | list[LabelledRow]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Rows with their places, for errors: a part of a stream."""
+
+    items: Sequence[tuple[str, Any]]
 
 
 def rows_from(
@@ -111,6 +119,8 @@ def dataset_items(dataset: Any, name: str, row_format: str = "auto") -> Iterable
     Raises:
         DrklError: something that has no rows, or cannot be read twice.
     """
+    if isinstance(dataset, Placed):
+        return dataset.items
     if isinstance(dataset, str | os.PathLike):
         return rows_at(dataset, row_format)
     if isinstance(dataset, list | tuple):
@@ -144,7 +154,8 @@ def dataset_items(dataset: Any, name: str, row_format: str = "auto") -> Iterable
     if hasattr(dataset, "__iter__"):
         raise DrklError(
             f"{name} is a {type(dataset).__name__}, which can be read once and may have no end; every epoch reads the "
-            f"rows again. Pass a list of them: list({name}), or the first of a stream: list({name}.take(10_000))."
+            f"rows again. Pass a list of them: list({name}), or the first of a stream: list({name}.take(10_000)). A "
+            "datasets.IterableDataset is read as training goes on where it is the train_dataset and args has max_steps."
         )
     raise DrklError(
         f"{name} is a {type(dataset).__name__}; expected a datasets.Dataset, a list of dicts, or the path of a file."

@@ -24,6 +24,9 @@ from drkl.training.arguments import DistillationConfig
 if TYPE_CHECKING:
     from drkl.training.pair import Pair
 
+OF_TRAINING = ("sampled", "places")
+"""What the training loop adds to a batch."""
+
 
 def check_settings(objective: Objective, loss: LossConfig, rollouts: RolloutsConfig) -> None:
     """Raise DrklError where a run asks of a served teacher what a server does not give."""
@@ -102,10 +105,16 @@ def check_served(pair: Pair, args: DistillationConfig) -> None:
             f"expected at most {teacher.vocab_size - 1}."
         )
     rows: list[Any] = [*pair.rows, *pair.eval_rows]
-    longest, row_id = max((_longest(row, pair.max_new_tokens, pair.room.decoder), row.id) for row in rows)
-    check_length(teacher, longest, row_id)
+    check_lengths(pair, rows)
     check_vocabulary(teacher, pair.words)
     check_distributions(teacher, [row.teacher_prompt_ids or row.prompt_ids for row in rows[:PROMPTS]])
+
+
+def check_lengths(pair: Pair, rows: Sequence[Any]) -> None:
+    """Raise DrklError where the teacher is served, and its server cannot read the longest of some rows."""
+    if isinstance(pair.teacher, ServedTeacher):
+        longest, row_id = max((_longest(row, pair.max_new_tokens, pair.room.decoder), row.id) for row in rows)
+        check_length(pair.teacher, longest, row_id)
 
 
 def _longest(row: Any, max_new_tokens: int, context: int | None) -> int:
@@ -123,6 +132,6 @@ def questions_in(batches: Iterable[Mapping[str, Any]]) -> list[Question]:
     questions = []
     for batch in batches:
         labels = batch["labels"]
-        inputs, keep = teacher_inputs({name: value for name, value in batch.items() if name != "sampled"})
+        inputs, keep = teacher_inputs({name: value for name, value in batch.items() if name not in OF_TRAINING})
         questions += questions_of(inputs, keep, labels[labels != IGNORE_INDEX])
     return questions

@@ -116,6 +116,8 @@ def training_config(spec: RunSpec, device: torch.device) -> Any:
         "max_tokens": spec.data.max_tokens,
         "turns": spec.data.turns,
         "template": spec.data.template,
+        "streaming": spec.data.streaming,
+        "shuffle_buffer": spec.data.shuffle_buffer,
         # A cache remembers everything, which is said where it is opened.
         "teacher_remember_mb": 0 if spec.teacher is None or spec.teacher.cache else spec.teacher.remember_mb,
         **spec.loss.model_dump(),
@@ -172,6 +174,12 @@ def run_classes(specs: Sequence[RunSpec]) -> tuple[str, ...] | None:
         config = load_config(student.model, **student.model_init_kwargs)
         if is_classifier(config):
             return class_names(config, student.model)
+    if any(spec.data.streaming for spec in specs):
+        raise DrklError(
+            "data.streaming is true, and nothing names the classes: without a teacher or a student that is a "
+            "classifier they are the labels of all training rows, which a stream never has. Name a classifier in "
+            "teacher.model or student.model (its config.json has id2label), or set data.streaming to false."
+        )
     return label_set(row for data in dict.fromkeys(spec.data for spec in specs) for row in load_labelled(data)[0])
 
 
