@@ -129,12 +129,15 @@ def unpack(folder: Path, site: Path) -> str:
         return f"the packages carried along are for Python {facts['python']}, and this is {here}: they are not used"
     skipped = {name for name in LEFT_OUT_WITH if importlib.util.find_spec(name)}
     skipped |= {name for name, needed in LEFT_OUT_WITHOUT.items() if not importlib.util.find_spec(needed)}
+    met = set()
     with tarfile.open(folder / "packages.tar.xz") as packed:
         for member in packed:
             name, _, member.name = member.name.partition("/")
+            met.add(name)
             if name not in skipped:
                 packed.extract(member, site, filter="data")
-    return "unpacked what was carried along" + (f", without {', '.join(sorted(skipped))}" if skipped else "")
+    left = ", ".join(sorted(met & skipped))
+    return "unpacked what was carried along" + (f", without {left}" if left else "")
 
 
 def versions() -> dict[str, str]:
