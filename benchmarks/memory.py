@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401  (loaded before the first measurement)
 import torch
 import transformers
 from transformers import BertConfig, LlamaConfig, T5Config
@@ -33,7 +34,7 @@ from transformers import BertConfig, LlamaConfig, T5Config
 from benchmarks.rows import Row, commit, own_memory_kib, processor, write_rows
 from drkl.config import load_config
 from drkl.models.load import model_class, quiet_transformers
-from drkl.training.estimate import estimate
+from drkl.training.estimate import memory_of
 from drkl.training.memory import Memory
 from drkl.training.run import Listener, cache_states, distill
 from tests.data.tiny_tokenizers import build
@@ -178,9 +179,7 @@ def write_parts(name: str, folder: Path) -> None:
 def predicted(name: str, folder: Path) -> Memory:
     """What a dry run prints."""
     processes = CASES[name].get("processes", {}).get("count")
-    return Memory.from_json(
-        estimate(load_config(config_of(name, folder))[0].specs(), processes)["stages"][-1]["memory"]
-    )
+    return memory_of(load_config(config_of(name, folder))[0].specs(), processes)[-1]
 
 
 class Sampler(threading.Thread):

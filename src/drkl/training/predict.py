@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from drkl.data.batching import bucket_by_length
+from drkl.data.batching import bucket_by_length, split_by_cost, split_rows
+from drkl.data.stored import column, take
 from drkl.data.tokenize import Row
 from drkl.losses import LMHead, fused
 from drkl.losses.topk import TopK
@@ -29,7 +30,6 @@ from drkl.models.readout import CHUNK, SHORT_TOKENS_PER_BATCH
 from drkl.models.student import depth, source_model
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of
 from drkl.training.memory import MOMENTS, Memory
-from drkl.training.plan import cut_step
 from drkl.training.spec import RunSpec
 from drkl.training.tracing import LiveBytes, backward, bytes_of, traced
 
@@ -127,9 +127,18 @@ def micro_batches(
         parts: micro-batches in a step, over all processes.
         alike: as for `MicroBatches`.
     """
-    cut = (part for step in set(map(tuple, steps)) for part in cut_step([rows[i] for i in step], parts, alike=alike))
-    shapes = [shape_of(part) for part in cut if part]
-    return max(shapes, key=lambda one: (one.size, one.positions)), sorted({one.positions for one in shapes})
+    lengths, trained = column(rows, "length"), column(rows, "trained")
+    largest: tuple[int, int, list[int]] = (0, 0, [])
+    counts: set[int] = set()
+    for step in steps:
+        own = lengths[step].tolist()
+        for part in split_by_cost(own, parts) if alike else split_rows(range(len(own)), parts):
+            if part:
+                members = [step[place] for place in part]
+                count = int(trained[members].sum())
+                counts.add(count)
+                largest = max(largest, (len(part) * max(own[place] for place in part), count, members))
+    return shape_of(take(rows, largest[2])), sorted(counts)
 
 
 def largest_heldout_batch(rows: Sequence[Any]) -> Shape | None:

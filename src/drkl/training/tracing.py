@@ -82,7 +82,7 @@ class LiveBytes(TorchDispatchMode):
         if func is _NONZERO and args[0].is_meta:
             return args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
         if func is _GROUPED and args[0].is_meta:  # which the meta device has in bf16 alone
-            return args[0].new_empty(_grouped_shape(*args[:2], args[2] if len(args) > 2 else None))
+            return args[0].new_empty(_grouped_shape(args[0], args[1], args[2] if len(args) > 2 else None))
         if func is _INDEX and args[0].is_meta:
             args = (args[0], [place for index in args[1] for place in _places(index)])
         out = func(*args, **(kwargs or {}))
