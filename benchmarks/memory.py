@@ -17,6 +17,7 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -148,7 +149,7 @@ def config_of(name: str, folder: Path) -> dict[str, Any]:
     own = {"optim": training.pop("optim", None), "gradient_accumulation_steps": training.pop("accumulate", None)}
     arguments = {key: value for key, value in own.items() if value is not None} | {"report_to": []}
     arguments |= {} if training.pop("save", False) else {"save_strategy": "no"}
-    case["run"] = {"name": name.replace(" ", "-"), "dir": str(folder / "runs"), "device": "cpu"}
+    case["run"] = {"name": re.sub(r"\W+", "-", name), "dir": str(folder / "runs"), "device": "cpu"}
     case["training"] = {
         "max_steps": STEPS, "eval_every": STEPS, "save_every": STEPS, "eval_rows": 2, "precision": "fp32",
         "logging_steps": 1, "arguments": arguments,
