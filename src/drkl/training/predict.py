@@ -341,11 +341,10 @@ def _read(model: PreTrainedModel, shape: Shape, device: str) -> int:
 
 
 def _heldout(student: PreTrainedModel, teacher: PreTrainedModel | None, known: Known) -> Parts:
-    """A held-out batch: both models read it, then its positions are compared chunk by chunk."""
+    """A held-out batch: the larger model reads it, then its positions are compared chunk by chunk."""
     assert known.heldout is not None
-    live_teacher = teacher if known.held == "live" else None
-    models = [model for model in (student, live_teacher) if model is not None]
-    reading = max(_read(model, known.heldout, known.device) for model in models)
+    models = [student, *([teacher] if teacher is not None and known.held == "live" else [])]
+    reading = _read(max(models, key=lambda model: model.num_parameters()), known.heldout, known.device)
     head = output_head(student)
     live = LiveBytes()
     with traced(live, known.device), torch.no_grad():
