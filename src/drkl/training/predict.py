@@ -425,13 +425,19 @@ def _kept_states(teacher: PreTrainedModel | None, known: Known) -> int:
 
 
 def _start(known: Known) -> int | None:
-    """The whole model that a student is cut from, while it is; it waits in the memory of the processor."""
+    """While the student is made: the whole model that it is cut from, and a file that is read into another dtype.
+
+    Both wait in the memory of the processor.
+    """
     student, teacher = known.spec.student, known.spec.teacher
-    if student.init != "prune" or known.device != "cpu":
+    if student.init == "random" or known.device != "cpu":
         return None
     source = source_model(student, teacher.source if teacher else None)
     config = load_config(source, **student.model_init_kwargs)
-    return count_parameters(config, classifier=known.spec.classifies) * DTYPES[student.dtype].itemsize
+    numbers, wanted = count_parameters(config, classifier=known.spec.classifies), DTYPES[student.dtype]
+    stored = getattr(config, "dtype", None) or wanted
+    file = 0 if stored == wanted else numbers * stored.itemsize
+    return file + (numbers * wanted.itemsize if student.init == "prune" else 0) or None
 
 
 def _answers(student: PreTrainedModel, known: Known) -> int:
