@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +16,12 @@ import typer
 
 from drkl._version import __version__
 from drkl.errors import DrklError, did_you_mean
+from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
 from drkl.terminal import (
     TrainingProgress,
     print_analysis,
     print_evaluation,
+    print_memory,
     print_probe,
     print_side_by_side,
     print_surveys,
@@ -69,18 +73,59 @@ DtypeOption = Annotated[str, typer.Option(help="Without RUN: auto, fp32, bf16 or
 DeviceOption = Annotated[str, typer.Option(help="Without RUN: auto, cpu, cuda or mps.")]
 
 
+_PATIENCE = 5.0
+"""Seconds that a process leaves another one to speak and to end."""
+LOST = (
+    "Another process of this run has ended, and this one cannot go on without it. The message of that process says "
+    "why; if it left none, it was killed from outside, often for want of memory."
+)
+
+
 def main() -> None:
-    """Run the command line; what a user can mend ends with a short message and status 2."""
+    """Run the command line; what a user can mend ends with a short message and status 2.
+
+    Of several processes the first one speaks.
+    """
+    place = Place()
     try:
-        app(standalone_mode=True)
-    except DrklError as error:
+        place = launched()
+        if place.is_first:
+            app(standalone_mode=True)
+        else:
+            with speechless():
+                status = app(standalone_mode=False)
+            sys.exit(status)
+    except Exception as error:
+        _fail(error, place)
+    except KeyboardInterrupt:
+        if place.is_first:
+            print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(error: Exception, place: Place) -> None:
+    """End with an error. Of several processes the one that failed first, or the first one, is to be heard first."""
+    lost = place.count > 1 and lost_another(error)
+    if lost or not place.is_first:
+        time.sleep(_PATIENCE * (1 + lost))  # with the same error the first process ends the others meanwhile
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # of the command line itself
+        error.show()
+        sys.exit(error.exit_code)
+    if place.count == 1 and not isinstance(error, DrklError):
+        raise error
+    text, status = "".join(traceback.format_exception(error)), 1
+    if lost or isinstance(error, DrklError):
         from drkl.rollouts.config import in_words_of_config
 
-        print(f"Error: {in_words_of_config(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        sys.exit(130)
+        text, status = LOST if lost else in_words_of_config(str(error)), 2
+    if place.is_first or not raised_in_all(error):
+        who = "Error" if place.is_first else f"Error in process {place.number} of {place.count}, counted from 0"
+        print(f"{who}: {text}", file=sys.stderr)
+    if place.count > 1:
+        tell_launcher(text)
+        sys.stderr.flush()
+        os._exit(status)  # at once: what the libraries clean up waits for the other processes
+    sys.exit(status)
 
 
 def _version(value: bool) -> None:
@@ -115,6 +160,14 @@ def distill(
         bool,
         typer.Option("--dry-run", help="Print the config, sizes, and estimates of memory and time; write nothing."),
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With --dry-run: estimate for N processes, on a machine that may have other devices than this one.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Distil a student as CONFIG says; stages one after the other."""
     from drkl.config import load_config
@@ -122,6 +175,8 @@ def distill(
 
     if (config is None) == (resume is None):
         raise DrklError("Give either a CONFIG or `--resume RUN`.")
+    if processes is not None and not dry_run:
+        raise DrklError("`--processes` goes with `--dry-run`; torchrun and accelerate launch start several processes.")
     if resume is not None:
         if overrides or overwrite or dry_run:
             raise DrklError("`--resume` goes on with the run as it was configured; it takes nothing beside the folder.")
@@ -142,7 +197,10 @@ def distill(
     if dry_run:
         from drkl.training.estimate import estimate
 
-        _print_estimate(estimate(loaded.specs()))
+        plan = estimate(loaded.specs(), processes)
+        if os.environ.get("RANK", "0") == "0":
+            _print_estimate(plan)
+            print_memory(plan["stages"])
         return
     _distill(loaded, "resume" if resume is not None else "overwrite" if overwrite else "new")
 
@@ -286,8 +344,8 @@ def cache(
     from drkl.training.run import Listener, cache_states
 
     one_k = k[0] if k else None
-    own = int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1"))
-    number, of = own if part is None else _part(part)
+    own = launched()
+    number, of = (own.number + 1, own.count) if part is None else _part(part)
     assert config is not None
     loaded, notes = load_config(config, overrides or [])
     for note in notes:

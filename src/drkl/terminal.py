@@ -257,6 +257,17 @@ def print_probe(probe: TopKProbe) -> None:
         console.print(sentence, markup=False)
 
 
+def print_memory(stages: Sequence[dict[str, Any]]) -> None:
+    """The memory of each stage of an estimate as a table, in lines that yaml takes for comments."""
+    from drkl.training.memory import Memory
+
+    for stage in stages:
+        memory = Memory.from_json(stage["memory"])
+        about = f"{memory.processes} process{'es' if memory.processes > 1 else ''}, {memory.device}"
+        lines = [f"Memory of {stage['name']}, predicted ({about})", *memory.table().splitlines()]
+        print("\n".join(["", *(f"# {line}" for line in [*lines, stage["memory"]["advice"], *memory.notes])]))
+
+
 def print_surveys(surveys: Sequence[Survey], tokenizer: Any, console: Console | None = None) -> None:
     """Print what sources hold: counts, histograms of lengths, and a row with its trained tokens in colour.
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-
 from transformers import TrainerCallback
 
 from drkl.errors import DrklError
@@ -69,6 +73,16 @@ CASES = {
     ),
     "teacher untied": Case(teacher=lambda: tiny.llama(9, **UNTIED).double(), teacher_by="drkl"),
     "both by the caller": Case(teacher_by="caller"),
+    "accelerate": Case(by="accelerate"),
+    "accelerate untied": Case(student=lambda: tiny.llama(1, layers=2, **UNTIED).double(), by="accelerate"),
+    "accelerate frozen": Case(by="accelerate", arguments={"freeze_embeddings": True}),
+    "accelerate lora": Case(student=lambda: lora(tiny.llama(1, layers=2).double()), by="accelerate"),
+    "accelerate merged": Case(student=lambda: lora(tiny.llama(1, layers=2).double()), by="accelerate", export="merged"),
+    "accelerate checkpointing": Case(by="accelerate", arguments={"fsdp_config": {"activation_checkpointing": True}}),
+    "accelerate accumulation": Case(by="accelerate", arguments={"gradient_accumulation_steps": 3}),
+    "accelerate pieces": Case(
+        by="accelerate", teacher_by="drkl", arguments={"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    ),
     "plain": Case(by="nobody"),
     "few rows": Case(arguments={"gradient_accumulation_steps": 2}, count=3),
     "t5": Case(
@@ -77,6 +91,27 @@ CASES = {
         arguments={"disable_dropout": True},
     ),
 }
+
+
+@contextmanager
+def accelerate_on_a_gpu() -> Iterator[None]:
+    """Inside, accelerate takes the CPU for a GPU, where it shards; what it then does is its own."""
+    backend, environment = PartialState._prepare_backend, {"ACCELERATE_TORCH_DEVICE": "cpu"}
+
+    def prepare(self: PartialState, *args: Any, **words: Any) -> tuple[str, DistributedType]:
+        return backend(self, *args, **words)[0], DistributedType.MULTI_GPU
+
+    def barrier(device_ids: Any = None) -> None:
+        wait()
+
+    wait = dist.barrier
+    with (
+        mock.patch.object(PartialState, "_prepare_backend", prepare),
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(dist, "barrier", barrier),
+    ):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def shard(model: Any) -> None:
@@ -105,11 +140,12 @@ def make(folder: Path, case: Case) -> DistillationTrainer:
     }  # fmt: skip
     if case.by == "accelerate" and several:
         settings |= {"fsdp": True}
+    settings |= {name: value for name, value in case.arguments.items() if several or name != "fsdp_config"}
     if case.teacher_by == "drkl":
         settings |= {"teacher_shard": several}
     kind = base_of(student).config.is_encoder_decoder
     data, heldout = ([replace(row, encoder_decoder=kind) for row in rows(count)] for count in (case.count, 5))
-    trainer = make_trainer(folder, data, model=student, teacher=teacher, heldout=heldout, **settings | case.arguments)
+    trainer = make_trainer(folder, data, model=student, teacher=teacher, heldout=heldout, **settings)
     trainer.record.export = case.export
     return trainer
 
@@ -147,7 +183,8 @@ def main(folder: Path, mode: str, names: list[str]) -> None:
     found: dict[str, Any] = {}
     for name in names:
         try:
-            found[name] = train(folder / name.replace(" ", "-"), CASES[name], mode)
+            with accelerate_on_a_gpu() if CASES[name].by == "accelerate" else nullcontext():
+                found[name] = train(folder / name.replace(" ", "-"), CASES[name], mode)
         except DrklError as error:
             found[name] = str(error)
         dist.barrier()

@@ -88,6 +88,22 @@ def tokenize_labelled(
     Raises:
         DrklError: an unknown label, or no row left.
     """
+    rows, report = label_chunk(labelled, tokenizer, classes, max_tokens=max_tokens)
+    report.kept = len(rows)
+    if not rows:
+        raise DrklError(no_text_left(report))
+    return rows, report
+
+
+def no_text_left(report: DropReport) -> str:
+    """The error for a data set of which no row is left."""
+    return f"None of the {sum(report.dropped.values())} rows has both a text and a label."
+
+
+def label_chunk(
+    labelled: Iterable[Labelled], tokenizer: PreTrainedTokenizerBase, classes: Sequence[str], *, max_tokens: int
+) -> tuple[list[LabelledRow], DropReport]:
+    """Return the rows of some texts and the account of the others, by the rules of `tokenize_labelled`."""
     ids_of = {name: number for number, name in enumerate(classes)}
     limit = min(max_tokens, tokenizer.model_max_length)
     rows: list[LabelledRow] = []
@@ -105,9 +121,6 @@ def tokenize_labelled(
             ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
             report.responses_cut += 1
         rows.append(LabelledRow(row_id, tuple(ids), ids_of[label], text))
-    report.kept = len(rows)
-    if not rows:
-        raise DrklError(f"None of the {sum(report.dropped.values())} rows has both a text and a label.")
     return rows, report
 
 

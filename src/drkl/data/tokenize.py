@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drkl.data.examples import Example, free_id, hash_of_id
 from drkl.data.formats import NEEDS_NONE
@@ -118,6 +118,14 @@ class DropReport:
     prompts_alone: int = 0
     difference: str | None = None
 
+    def add(self, other: DropReport) -> None:
+        """Count what is said of other examples of the same data set too; ``kept`` and what follows of it stay."""
+        for ours, theirs in ((self.dropped, other.dropped), (self.openings, other.openings)):
+            for name, number in theirs.items():
+                ours[name] = ours.get(name, 0) + number
+        self.responses_cut += other.responses_cut
+        self.prompts_alone += other.prompts_alone
+
     def summary(self) -> str:
         """Return a sentence for people, and one for each thing that the template does."""
         total = self.kept + sum(self.dropped.values())
@@ -185,19 +193,71 @@ def tokenize_examples(
     Raises:
         DrklError: no row is left, or a row that the chat template refuses (with its id).
     """
+    settings: dict[str, Any] = {"max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens, "room": room}
+    settings |= {"encoder_decoder": encoder_decoder, "template": template, "teacher": teacher}
+    chunk = tokenize_chunk(examples, tokenizer, turns=turns, ends=ends, needs_responses=needs_responses, **settings)
+    return finish_rows(chunk, tokenizer, **settings)
+
+
+@dataclass
+class Chunk:
+    """Some examples of a data set as rows, and what the end of them all needs (`finish_rows`).
+
+    ``shortest`` is the shortest prompt of a conversation in tokens, None where there is no conversation.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    texts: list[Text] = field(default_factory=list)
+    report: DropReport = field(default_factory=DropReport)
+    shortest: int | None = None
+
+    def drop(self, reason: str) -> None:
+        """Count an example that cannot be used."""
+        self.report.dropped[reason] = self.report.dropped.get(reason, 0) + 1
+
+    def saw_prompt(self, length: int) -> None:
+        """Note the length of a prompt in tokens."""
+        self.shortest = length if self.shortest is None else min(self.shortest, length)
+
+
+class Text(NamedTuple):
+    """A plain text as token ids, to be joined with others and cut into blocks."""
+
+    id: str
+    weight: float
+    ids: Sequence[int]
+
+
+def tokenize_chunk(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int,
+    max_tokens: int,
+    turns: str = "last",
+    template: str = "auto",
+    encoder_decoder: bool = False,
+    room: Room = NO_LIMIT,
+    ends: Sequence[int] = (),
+    needs_responses: bool = True,
+    teacher: TeacherView | None = None,
+) -> Chunk:
+    """Return the rows of some examples, by the rules and with the arguments of `tokenize_examples`.
+
+    Every example is tokenised for itself: the chunks of a data set, put one after the other, are those of the whole.
+    """
     if max_tokens <= max_prompt_tokens:
         raise DrklError(f"max_tokens ({max_tokens}) must be larger than max_prompt_tokens ({max_prompt_tokens}).")
     turns = "last" if encoder_decoder else turns
-    rows: list[Row] = []
-    texts: dict[float, list[Example]] = {}
-    report = DropReport()
-    shortest: int | None = None
+    chunk = Chunk()
+    rows, report = chunk.rows, chunk.report
     written: set[Sign] = set()
     for example in examples:
         alone = not needs_responses and example.is_prompt_alone
         reason = _empty(example, turns, alone=alone)
         if reason is None and example.is_text:
-            texts.setdefault(example.weight, []).append(example)
+            encoded_text = tokenizer(example.response, add_special_tokens=False, verbose=False)
+            chunk.texts.append(Text(example.id, example.weight, encoded_text["input_ids"]))
             continue
         if reason is None:
             try:
@@ -226,7 +286,7 @@ def tokenize_examples(
                 row = teacher.add_to(row)
                 row, cut = _cut_for_teacher(row, max_tokens, room)
                 length = max(length, len(row.teacher_prompt_ids or ()))
-            shortest = length if shortest is None else min(shortest, length)
+            chunk.saw_prompt(length)
             if 0 < length <= max_prompt_tokens:
                 rows.append(row)
                 report.prompts_alone += alone
@@ -236,18 +296,36 @@ def tokenize_examples(
                     report.openings[text] = report.openings.get(text, 0) + 1
                 continue
             reason = "prompt_too_long" if length else "empty_prompt"  # the tokenizer leaves nothing of some texts
-        report.dropped[reason] = report.dropped.get(reason, 0) + 1
+        chunk.drop(reason)
+    return chunk
+
+
+def finish_rows(
+    chunk: Chunk,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int,
+    max_tokens: int,
+    template: str = "auto",
+    encoder_decoder: bool = False,
+    room: Room = NO_LIMIT,
+    teacher: TeacherView | None = None,
+) -> tuple[list[Row], DropReport]:
+    """Return the rows of a whole data set and the account of the others, with the arguments of `tokenize_examples`.
+
+    Args:
+        chunk: all examples of the data set.
+    """
+    rows, report = chunk.rows, chunk.report
     report.date = date_told(tokenizer, template) if rows and not encoder_decoder else None
-    for documents in texts.values():
-        blocks = _blocks(documents, tokenizer, max_tokens)
-        if encoder_decoder:
-            rows += _halves(blocks, tokenizer, max_prompt_tokens, rows)
-        else:
-            rows += _continuations(blocks, tokenizer, max_prompt_tokens, rows)
-        report.documents += len(documents)
+    for weight in dict.fromkeys(text.weight for text in chunk.texts):
+        blocks = _blocks([text for text in chunk.texts if text.weight == weight], tokenizer, max_tokens)
+        numbered = number_blocks(blocks, len(rows), {row.id for row in rows})
+        rows += block_rows(numbered, tokenizer, max_prompt_tokens, encoder_decoder=encoder_decoder)
+    report.documents = len(chunk.texts)
     report.kept = len(rows)
     if not rows:
-        raise DrklError(nothing_left(report, shortest, Lengths(max_prompt_tokens, max_tokens), room))
+        raise DrklError(nothing_left(report, chunk.shortest, Lengths(max_prompt_tokens, max_tokens), room))
     if teacher is not None and (other := next((row for row in rows if row.teacher_prompt_ids), None)) is not None:
         report.difference = teacher.difference(other, tokenizer)
     if any(row.example.weight != 1 for row in rows):
@@ -281,14 +359,19 @@ def weigh(rows: Sequence[Row]) -> list[Row]:
     share: dict[str, int] = {}
     for weight in dict.fromkeys(row.example.weight for row in rows):
         group = [row.id for row in rows if row.example.weight == weight]
-        more = round((weight - int(weight)) * len(group))
-        ranked = sorted(group, key=hash_of_id)
-        share |= dict.fromkeys(group, int(weight)) | dict.fromkeys(ranked[:more], int(weight) + 1)
+        share |= dict.fromkeys(group, int(weight))
+        share |= dict.fromkeys(taken_once_more(group, weight), int(weight) + 1)
     repeated = []
     for copy in range(max(share.values(), default=0)):
         chosen = [row for row in rows if share[row.id] > copy]
         repeated += chosen if not copy else [replace(row, id=free_id(f"{row.id}#{copy + 1}", share)) for row in chosen]
     return repeated
+
+
+def taken_once_more(ids: Sequence[str], weight: float) -> list[str]:
+    """The ids of the rows of a weight, given all of theirs, that its fraction repeats once more."""
+    more = round((weight - int(weight)) * len(ids))
+    return sorted(ids, key=hash_of_id)[:more] if more else []
 
 
 def _encode_prompt(
@@ -414,76 +497,88 @@ def row_of_spans(
     return Row(example.id, prompt_ids, response_ids, example, tuple(trained[len(prompt_ids) : end]), context)
 
 
-def _blocks(
-    documents: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> list[tuple[Example, list[int]]]:
+def _blocks(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[tuple[Text, list[int]]]:
     """Cut the texts, joined by eos, into blocks that overlap by one token; each with the text that it begins in."""
+    begin, eos = around_texts(tokenizer)
+    stream = [begin]
+    owners = [0]
+    for number, text in enumerate(texts):
+        stream += [*text.ids, eos]
+        owners += [number] * (len(text.ids) + 1)
+    starts = range(0, len(stream) - 1, max_tokens - 1)
+    return [(texts[owners[start + 1]], stream[start : start + max_tokens]) for start in starts]
+
+
+def around_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Return the token before the first of joined texts, and the one after each.
+
+    Raises:
+        DrklError: the tokenizer has no eos token.
+    """
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DrklError("Plain text is joined with the tokenizer's eos token, and it has none. Set its eos_token.")
-    stream = [eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-    owners = [0]
-    for number, document in enumerate(documents):
-        ids = [*tokenizer(document.response, add_special_tokens=False, verbose=False)["input_ids"], eos]
-        stream += ids
-        owners += [number] * len(ids)
-    starts = range(0, len(stream) - 1, max_tokens - 1)
-    return [(documents[owners[start + 1]], stream[start : start + max_tokens]) for start in starts]
+    return eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id, eos
 
 
-def _continuations(
-    blocks: Sequence[tuple[Example, list[int]]],
+def number_blocks(
+    blocks: Iterable[tuple[Text, list[int]]], first: int, taken: Container[str]
+) -> Iterator[tuple[str, Text, list[int]]]:
+    """Yield each block of texts with an id that is not ``taken`` by another row; the first has the number ``first``."""
+    for number, (text, ids) in enumerate(blocks, start=first):
+        yield free_id(f"{text.id}/{number}", taken), text, ids
+
+
+def block_rows(
+    blocks: Iterable[tuple[str, Text, list[int]]],
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
-    others: Sequence[Row],
+    *,
+    encoder_decoder: bool,
 ) -> list[Row]:
-    """Rows for a decoder-only model, which learns every token of a block but the first."""
-    rows = []
-    for block_id, document, ids in _numbered(blocks, others):
-        # A sample continues the beginning of the block.
-        num_shown = max(1, min(len(ids) // 4, max_prompt_tokens))
-        block = _text_example(document, block_id, tokenizer, ids[:num_shown], ids[num_shown:])
-        rows.append(Row(block.id, tuple(ids[:1]), tuple(ids[1:]), block, sampling_context=tuple(ids[:num_shown])))
-    return rows
+    """Return the rows of numbered blocks; an encoder-decoder reads the first half and learns the second."""
+    if not encoder_decoder:
+        return [_continuation(*block, tokenizer, max_prompt_tokens) for block in blocks]
+    around = tokens_around(tokenizer), tokens_around(tokenizer, target=True)
+    halves = (_half(*block, tokenizer, max_prompt_tokens, around) for block in blocks)
+    return [row for row in halves if row is not None]
 
 
-def _halves(
-    blocks: Sequence[tuple[Example, list[int]]],
+def _continuation(
+    block_id: str, text: Text, ids: list[int], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
+) -> Row:
+    """The row of a decoder-only model, which learns every token of a block but the first."""
+    # A sample continues the beginning of the block.
+    num_shown = max(1, min(len(ids) // 4, max_prompt_tokens))
+    block = _text_example(text, block_id, tokenizer, ids[:num_shown], ids[num_shown:])
+    return Row(block.id, tuple(ids[:1]), tuple(ids[1:]), block, sampling_context=tuple(ids[:num_shown]))
+
+
+def _half(
+    block_id: str,
+    text: Text,
+    block_ids: list[int],
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
-    others: Sequence[Row],
-) -> list[Row]:
-    """Rows for an encoder-decoder, which reads the first half of a block and learns the second."""
-    before, after = tokens_around(tokenizer)
-    begin, _ = tokens_around(tokenizer, target=True)  # the stream has an end where a text ends, and only there
-    rows = []
-    for block_id, document, block_ids in _numbered(blocks, others):
-        ids = block_ids[1:]
-        half = min(len(ids) // 2, max_prompt_tokens - len(before) - len(after))
-        if half < 1:
-            continue
-        block = _text_example(document, block_id, tokenizer, ids[:half], ids[half:])
-        source, target = (*before, *ids[:half], *after), (*begin, *ids[half:])
-        rows.append(Row(block.id, source, target, block, encoder_decoder=True))
-    return rows
-
-
-def _numbered(
-    blocks: Sequence[tuple[Example, list[int]]], others: Sequence[Row]
-) -> Iterable[tuple[str, Example, list[int]]]:
-    """Each block with its text and an id that no other row has."""
-    taken = {row.id for row in others}
-    for number, (document, ids) in enumerate(blocks, start=len(others)):
-        yield free_id(f"{document.id}/{number}", taken), document, ids
+    around: tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]],
+) -> Row | None:
+    """The row of an encoder-decoder; None where a block is too short to have two halves."""
+    (before, after), (begin, _) = around  # the stream has an end where a text ends, and only there
+    ids = block_ids[1:]
+    half = min(len(ids) // 2, max_prompt_tokens - len(before) - len(after))
+    if half < 1:
+        return None
+    block = _text_example(text, block_id, tokenizer, ids[:half], ids[half:])
+    return Row(block.id, (*before, *ids[:half], *after), (*begin, *ids[half:]), block, encoder_decoder=True)
 
 
 def _text_example(
-    document: Example, block_id: str, tokenizer: PreTrainedTokenizerBase, beginning: list[int], rest: list[int]
+    text: Text, block_id: str, tokenizer: PreTrainedTokenizerBase, beginning: list[int], rest: list[int]
 ) -> Example:
     """A block as a conversation, for display and for sampling."""
     texts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in (beginning, rest)]
     messages = ({"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]})
-    return Example(block_id, messages, weight=document.weight)
+    return Example(block_id, messages, weight=text.weight)
 
 
 def _empty(example: Example, turns: str, *, alone: bool = False) -> str | None:

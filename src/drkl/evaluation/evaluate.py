@@ -20,8 +20,7 @@ from drkl.evaluation.store import CACHE_BYTES, Store
 from drkl.evaluation.tasks import Classification, Generation, Parts, Task
 from drkl.models.load import one_tokenizer
 from drkl.models.precision import DtypeLike
-from drkl.models.smollm2 import cache_dir
-from drkl.runs import RunFolder
+from drkl.runs import RunFolder, cache_dir
 from drkl.teachers.cached import TeacherCache
 
 

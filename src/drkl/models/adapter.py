@@ -38,13 +38,14 @@ _WHOLE_MODEL = ("model.safetensors", "model.safetensors.index.json")
 _FAILURES = (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, ImportError, RuntimeError)
 
 
-def add_adapter(model: PreTrainedModel, config: Any, seed: int) -> Any:
+def add_adapter(model: PreTrainedModel, config: Any, seed: int, *, check: bool = True) -> Any:
     """Put LoRA layers into a model, in place, so that they alone are trained.
 
     Args:
         model: stays this `PreTrainedModel`, with other layers inside.
         config: the `peft` section, a `peft.PeftConfig`, or a dict of fields of `peft.LoraConfig`.
         seed: random seed for the adapter's first weights; the model's function is unchanged by them.
+        check: try the adapter, for which the model needs its weights.
 
     Returns:
         peft's handle on the model, for `save_adapter` and `merge_adapter`.
@@ -68,7 +69,8 @@ def add_adapter(model: PreTrainedModel, config: Any, seed: int) -> Any:
         raise
     except _FAILURES as error:
         raise _refusal(error) from error
-    check_adapter(adapter)
+    if check:
+        check_adapter(adapter)
     return adapter
 
 

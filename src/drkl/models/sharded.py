@@ -19,6 +19,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(map(is_fully_sharded, model.modules())) or any(map(is_shard, model.parameters()))
 
 
+def runs_together(model: nn.Module) -> bool:
+    """Whether a forward is one of all processes (fully_shard, DeepSpeed ZeRO-3), each of which has to take part."""
+    return is_sharded(model) or any(hasattr(weight, "ds_id") for weight in model.parameters())
+
+
 def is_shard(value: Any) -> bool:
     """Whether a tensor is one process's part of a tensor of all."""
     return hasattr(value, "full_tensor")  # importing DTensor to ask takes a second

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
-from drkl.data.batching import split_rows
 from drkl.data.collate import collate
 from drkl.data.examples import hash_of_id
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
 from drkl.models.forward import decoder_start
 from drkl.models.sharded import is_sharded
+from drkl.processes import gather
 from drkl.rollouts.asking import answer_in
 from drkl.rollouts.health import RolloutLog
 from drkl.rollouts.steps import AnsweredSteps, cut
@@ -25,6 +27,7 @@ from drkl.runs import RunFolder, read_json, write_json
 from drkl.training.arguments import DistillationConfig
 from drkl.training.checkpoints import step_of
 from drkl.training.pair import Pair
+from drkl.training.plan import cut_step, cuts_by_cost
 from drkl.training.writers import answer_begin, answer_stops, builtin_writer, make_asker, server_writer
 
 _log = logging.getLogger("drkl")
@@ -96,16 +99,21 @@ class OnPolicy:
                 padding=PADDING[args.device.type != "cpu"],
             )
         else:  # as planned, and so the step that a run without answers takes
-            slots = [[[rows[i] for i in part]] for part in split_rows(range(len(rows)), self._slots)]
+            slots = [[part] for part in cut_step(rows, self._slots, alike=cuts_by_cost(args))]
         mine = slots[args.process_index :: args.world_size]
-        batches = [{"parts": [self._batch(part) for part in slot]} for slot in mine]
+        ends = itertools.accumulate(row.num_trained for row in rows)
+        firsts = {id(row): end - row.num_trained for row, end in zip(rows, ends, strict=True)}
+        batches = [{"parts": [self._batch(part, firsts) for part in slot]} for slot in mine]
         return batches, sum(row.num_trained for row in rows)
 
-    def _batch(self, rows: Sequence[Any]) -> dict[str, Any]:
+    def _batch(self, rows: Sequence[Any], firsts: Mapping[int, int]) -> dict[str, Any]:
+        """The batch of some rows; ``firsts`` has the place of the first trained token of each in the step."""
         batch = collate(rows, pad_id=self._pair.pad_id, decoder_start=self._start)
         # Cross-entropy and the log tell answers from the data's responses.
         sampled = torch.tensor([row.sampled for row in rows] or [False])
-        return batch | {"sampled": sampled[:, None].expand_as(batch["labels"]) & (batch["labels"] != IGNORE_INDEX)}
+        places = [place for row in rows for place in range(firsts[id(row)], firsts[id(row)] + row.num_trained)]
+        sampled = sampled[:, None].expand_as(batch["labels"]) & (batch["labels"] != IGNORE_INDEX)
+        return batch | {"sampled": sampled, "places": torch.tensor(places, dtype=torch.int64)}
 
     def learnt(self, seconds: float) -> None:
         """Note how long a micro-batch took."""
@@ -114,6 +122,8 @@ class OnPolicy:
     def numbers(self) -> dict[str, float]:
         """What is logged of the steps since the last call."""
         sums, self._sums = self._sums, _Sums()
+        clocks = gather([(sums.generating, sums.learning)])
+        sums.generating, sums.learning = (fmean(seconds) for seconds in zip(*clocks, strict=True))
         return sums.means() | self._log.pop()
 
     def save(self, checkpoint: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from drkl.models.load import load_tokenizer, model_note
 from drkl.models.pair import SharedTokens, check_families, check_tokenizers
 from drkl.models.precision import DTYPES, pick_device
 from drkl.models.student import make_student
+from drkl.processes import first_alone, joined, launched
 from drkl.runs import RunFolder, write_json, write_yaml
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.config import TeacherConfig
@@ -58,6 +61,8 @@ from drkl.training.spec import (
 from drkl.training.trainer import DistillationTrainer
 
 Mode = Literal["new", "overwrite", "resume"]
+_SECONDS_TO_SEE = 20
+"""Until a file that another machine has written is seen."""
 
 
 @dataclass
@@ -378,11 +383,14 @@ def distill(
     Raises:
         DrklError: wrong input; whatever can be checked is checked before anything is written.
     """
-    listener = listener or Listener()
+    if launched().count > 1:
+        check_device(specs[-1].run.device)
+        training_config(specs[-1], pick_device(specs[-1].run.device))  # makes the process group
+    listener = listener if listener is not None and joined().is_first else Listener()
     last, teacher = specs[-1].folder, specs[-1].teacher
     if teacher is not None and teacher.cache is not None and mode != "resume":
         check_apart(teacher.cache, last)
-    check_folder(last, mode)
+    first_alone(lambda: check_folder(last, mode))
     prepared = prepare(specs, listener)
     fill_cache(prepared)
     specs = prepared.specs
@@ -390,26 +398,53 @@ def distill(
     made_by = last.read_env().get("command") if mode == "resume" else None
     command = made_by or (None if command is None else list(command))
     for number, spec in enumerate(specs, start=1):
-        if mode == "resume" and spec.folder.is_finished():
-            keep_only(spec.folder.checkpoints_path, spec.folder.read_env().get("best_step"))
+        if mode == "resume" and first_alone(functools.partial(_is_over, spec.folder)):
             continue
         listener.on_stage(spec, number, len(specs))
         trainer = prepared.trainer(spec)
         if on_trainer is not None:
             on_trainer(trainer)
-        if number == 1 and mode == "overwrite" and last.root.exists():
-            _remove(last)
         if number == 1:
-            write_yaml(last.config_path, specs[-1].resolved)  # from here on a resume finds it
-            known = last.read_env() if mode == "resume" else {}
-            write_json(last.env_path, known | {"command": command, "finished": None})
+            first_alone(lambda: _begin(specs[-1], mode, command))
+            _check_shared(last)
         trainer.record.command = command
-        checkpoint = newest_checkpoint(spec.folder.checkpoints_path) if mode == "resume" else None
+        folder = spec.folder.checkpoints_path
+        checkpoint = first_alone(functools.partial(newest_checkpoint, folder)) if mode == "resume" else None
         if checkpoint is not None:
+            checkpoint = folder / checkpoint.name
             listener.on_message(f"Going on from {checkpoint.name}.")
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     return last
+
+
+def _begin(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
+    """Make the folder of a run; one that is to be replaced is removed. Called in one process."""
+    run = spec.folder
+    if mode == "overwrite" and run.root.exists():
+        _remove(run)
+    write_yaml(run.config_path, spec.resolved)  # from here on a resume finds it
+    known = run.read_env() if mode == "resume" else {}
+    write_json(run.env_path, known | {"command": command, "finished": None})
+
+
+def _check_shared(run: RunFolder) -> None:
+    """Raise DrklError in a process that does not see the folder that the first one has made."""
+    for _ in range(_SECONDS_TO_SEE):
+        if run.config_path.is_file():
+            return
+        time.sleep(1)  # of a network's file system
+    raise DrklError(
+        f"The run folder {str(run.root.absolute())!r} was made by the first process, and this one does not see it. All "
+        "processes need one run folder, on a disk that all machines share; set run.dir to its absolute path."
+    )
+
+
+def _is_over(run: RunFolder) -> bool:
+    """Whether a stage has ended; then its last checkpoints are removed. Called in one process."""
+    if run.is_finished():
+        keep_only(run.checkpoints_path, run.read_env().get("best_step"))
+    return run.is_finished()
 
 
 def _remove(run: RunFolder) -> None:

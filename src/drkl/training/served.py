@@ -24,6 +24,9 @@ from drkl.training.arguments import DistillationConfig
 if TYPE_CHECKING:
     from drkl.training.pair import Pair
 
+OF_TRAINING = ("sampled", "places")
+"""What the training loop adds to a batch."""
+
 
 def check_settings(objective: Objective, loss: LossConfig, rollouts: RolloutsConfig) -> None:
     """Raise DrklError where a run asks of a served teacher what a server does not give."""
@@ -123,6 +126,6 @@ def questions_in(batches: Iterable[Mapping[str, Any]]) -> list[Question]:
     questions = []
     for batch in batches:
         labels = batch["labels"]
-        inputs, keep = teacher_inputs({name: value for name, value in batch.items() if name != "sampled"})
+        inputs, keep = teacher_inputs({name: value for name, value in batch.items() if name not in OF_TRAINING})
         questions += questions_of(inputs, keep, labels[labels != IGNORE_INDEX])
     return questions

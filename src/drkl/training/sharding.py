@@ -20,6 +20,7 @@ from drkl.errors import DrklError
 from drkl.models.at_head import Wrapped
 from drkl.models.pair_loss import data_parallel
 from drkl.models.sharded import as_shard, gathered_values, is_sharded
+from drkl.models.weights import weight_files
 
 if TYPE_CHECKING:
     from drkl.training.arguments import DistillationConfig
@@ -93,7 +94,7 @@ def check_sharded(student: PreTrainedModel, world_size: int) -> None:
 
 def weights_in(checkpoint: str | Path) -> Iterator[tuple[str, Tensor]]:
     """The whole weights of a checkpoint by name, one at a time, in main memory."""
-    for path in sorted(Path(checkpoint).glob("model*.safetensors")):
+    for path in weight_files(Path(checkpoint)):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (no mapping)
                 yield name, file.get_tensor(name)

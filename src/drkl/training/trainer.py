@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
@@ -30,6 +29,7 @@ from drkl.models.pair_loss import model_inputs
 from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_state
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
+from drkl.processes import gather
 from drkl.rollouts.steps import planned_length
 from drkl.runs import RunFolder
 from drkl.teachers.served import ServedTeacher
@@ -60,6 +60,7 @@ from drkl.training.checkpoints import (
 )
 from drkl.training.checks import check_disk
 from drkl.training.faults import find_fault, list_rows
+from drkl.training.feeding import Fed, Feeding
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of, means_of
 from drkl.training.heldout import NonFiniteLoss
 from drkl.training.heldout_answers import HeldOutAnswers
@@ -67,12 +68,11 @@ from drkl.training.loop import check_optimizer, loop_arguments
 from drkl.training.measures import Measures, make_measures
 from drkl.training.on_policy import OnPolicy, check_rollouts, check_whole
 from drkl.training.pair import Pair, make_pair
-from drkl.training.plan import MicroBatches, Places, plan_run
+from drkl.training.plan import MicroBatches, Places, cuts_by_cost, plan_run
 from drkl.training.record import RunRecord
 from drkl.training.served import questions_in
 from drkl.training.sharding import check_kind, load_optimizer, save_optimizer, weights_in
 
-MASKS = ("attention_mask", "decoder_attention_mask")
 OTHER_ROWS = "other_"
 REMEDY = "A lower learning rate, a warm-up, or training.precision=fp32 often help."
 _log = logging.getLogger("drkl")
@@ -195,7 +195,7 @@ class DistillationTrainer(Trainer):
         self.record.optimizers = optimizers
         self._sums: dict[str, float] = {}
         self._since = time.monotonic()
-        self._input_tokens = 0
+        self._feeding = Feeding()
         self._from = Reached(0)
         """Where the training began."""
         self.num_tokens_seen = 0
@@ -242,7 +242,8 @@ class DistillationTrainer(Trainer):
         reshard(pair.student)  # it has been tried
         pad_id, start = pair.pad_id, decoder_start(pair.student)
         parts = inner.gradient_accumulation_steps * inner.world_size
-        batches: Any = Places(len(steps) * parts) if on_policy else MicroBatches(pair.rows, steps, parts)
+        alike = cuts_by_cost(self.config)
+        batches: Any = Places(len(steps) * parts) if on_policy else MicroBatches(pair.rows, steps, parts, alike=alike)
 
         def to_batch(items: list[Any]) -> Any:
             return items[0] if on_policy else collate(items[0], pad_id=pad_id, decoder_start=start)
@@ -297,6 +298,7 @@ class DistillationTrainer(Trainer):
             self._from = reached_at(checkpoint)
             self._check_plan(checkpoint)
         self.num_tokens_seen = self._from.num_tokens
+        self._feeding.begin(self._from.fed)
         if self._on_policy is not None:
             self._on_policy.begin(checkpoint)
         if self.is_world_process_zero():
@@ -355,7 +357,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The summed loss of a micro-batch over the valid tokens of the whole optimiser step, all ranks together."""
-        row_ids, sampled = inputs.pop("row_ids"), inputs.pop("sampled", None)
+        row_ids, sampled, places = inputs.pop("row_ids"), inputs.pop("sampled", None), inputs.pop("places", None)
         teacher_batch, teacher_keep = teacher_inputs(inputs)
         labels = inputs.pop("labels")
         keep = labels != IGNORE_INDEX
@@ -371,11 +373,11 @@ class DistillationTrainer(Trainer):
                 teacher_batch, teacher_keep, labels=labels[keep], remember=comes_again
             )
             teacher_head = self.teacher.head
-        every = -(-int(keep.sum()) // STATISTICS_POSITIONS)
+        every = -(-int(num_tokens) // STATISTICS_POSITIONS)
         of_sampled = None if sampled is None else sampled[keep]
         statistics = None
-        if every and self._will_log():
-            statistics = StatisticsSums(every, of_sampled, temperature=self.loss_config.temperature)
+        if bool(keep.any()) and self._will_log():
+            statistics = StatisticsSums(every, of_sampled, temperature=self.loss_config.temperature, places=places)
         seen: list[Tensor] = []
 
         def at_head(hidden: Tensor, head: LMHead | None) -> Tensor:
@@ -401,7 +403,7 @@ class DistillationTrainer(Trainer):
             self._stop_non_finite(loss, row_ids, seen[0], teacher_hidden)
         for name, value in (statistics.sums if statistics else {}).items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
-        self._input_tokens += sum(int(inputs[name].sum()) for name in MASKS if name in inputs)
+        self._feeding.add(inputs, row_ids)
         # Ranks' gradients are averaged; the sum over ranks is what was divided by the global count.
         return loss * self.accelerator.num_processes
 
@@ -504,11 +506,15 @@ class DistillationTrainer(Trainer):
         # Labels are aligned here: every one that is not ignored counts, the first column too.
         if not batch_samples:
             return None
-        count = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batch_samples]).sum().to(device)
-        total: Tensor = self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
-        self.num_tokens_seen += int(total)
+        own = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batch_samples]
+        of_all = self.accelerator.gather(torch.tensor([own], device=device)) if self.args.world_size > 1 else [own]
+        counts = [int(count) for micro_step in zip(*of_all, strict=True) for count in micro_step]  # as the step was cut
+        for number, batch in enumerate(batch_samples):
+            first = sum(counts[: number * self.args.world_size + self.args.process_index])
+            batch["places"] = torch.arange(first, first + own[number])
+        self.num_tokens_seen += sum(counts)
         self._row_ids = [row_id for batch in batch_samples for row_id in batch["row_ids"]]
-        return total
+        return torch.tensor(sum(counts), device=device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; an optimiser that is not installed is a DrklError."""
@@ -572,12 +578,12 @@ class DistillationTrainer(Trainer):
         """Add what `compute_loss` gathered since the last training line."""
         if "loss" in logs:
             logs |= means_of(self._sums_of_all())
-            now = time.monotonic()
-            tokens = self._input_tokens * self.accelerator.num_processes  # steps are cut evenly between the processes
-            logs["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
+            now, fed = time.monotonic(), self._feeding.of_all()
+            logs["tokens_per_second"] = (fed.tokens - self._feeding.before.tokens) / max(now - self._since, 1e-9)
             logs["num_tokens"] = self.num_tokens_seen
-            logs |= self._on_policy.numbers() if self._on_policy is not None else {}
-            self._sums, self._input_tokens, self._since = {}, 0, now
+            logs |= fed.shares() | (self._on_policy.numbers() if self._on_policy is not None else {})
+            self._feeding.begin(Fed())
+            self._sums, self._since = {}, now
         super().log(logs, start_time)
 
     def _check_plan(self, checkpoint: Path) -> None:
@@ -593,7 +599,7 @@ class DistillationTrainer(Trainer):
     def _sums_of_all(self) -> dict[str, float]:
         """The sums of all processes: rows are dealt out by length, so that those of one are no sample."""
         sums: Counter[str] = Counter()
-        for part in gather_object([self._sums]):
+        for part in gather([self._sums]):
             sums.update(part)
         return dict(sums)
 
@@ -667,9 +673,10 @@ class DistillationTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-            losses = tuple(gather_object([float(self._tr_loss)]))  # and every process has written its part
+            losses = tuple(gather([float(self._tr_loss)]))  # and every process has written its part
+            fed = self._feeding.of_all()
             if self.args.should_save:
-                self._complete(folder, losses)
+                self._complete(folder, losses, fed)
         # A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
         except (DrklError, OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -679,13 +686,13 @@ class DistillationTrainer(Trainer):
                 "resume."
             ) from error
 
-    def _complete(self, folder: Path, losses: tuple[float, ...]) -> None:
+    def _complete(self, folder: Path, losses: tuple[float, ...], fed: Fed) -> None:
         """Make a checkpoint count, and remove old ones."""
         step = self.state.global_step
         if self._on_policy is not None:
             self._on_policy.save(folder)
         plan = plan_digest(self._steps[:step])
-        mark_complete(folder, Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan))
+        mark_complete(folder, Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan, fed))
         if self._keep_checkpoints:
             best = self.state.best_model_checkpoint
             rotate(folder.parent, self._keep_checkpoints, Path(best) if best else None)
