@@ -234,7 +234,6 @@ def main(folder: Path, mode: str, names: list[str]) -> None:
     dist.init_process_group("gloo")
     found: dict[str, Any] = {}
     for name in names:
-        print("CASE", name, flush=True)
         case = REFUSED[name][0] if mode == "refused" else CASES[name]
         try:
             with accelerate_on_a_gpu() if case.by == "accelerate" else nullcontext():
@@ -247,6 +246,5 @@ def main(folder: Path, mode: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import faulthandler; faulthandler.enable()
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

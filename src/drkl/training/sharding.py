@@ -30,15 +30,20 @@ FSDP_WEIGHTS = "pytorch_model_fsdp"
 """What the names of accelerate's own weights in a checkpoint begin with."""
 
 
+def asks_for_fsdp(args: DistillationConfig) -> bool:
+    """Whether accelerate is to shard the student, by ``fsdp`` or by the environment of ``accelerate launch``."""
+    return args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
 def check_fsdp(args: DistillationConfig) -> None:
     """Raise DrklError where accelerate is asked to shard and would not, or would in its older way.
 
     Args:
         args: with accelerate's settings made, from ``fsdp`` or from the environment of ``accelerate launch``.
     """
-    plugin = args.fsdp_plugin_args
-    if plugin is None and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if not asks_for_fsdp(args):
         return
+    plugin = args.fsdp_plugin_args
     name = "ACCELERATE_USE_FSDP (accelerate launch --use_fsdp)" if plugin is None else "fsdp"
     kind = args.distributed_state.distributed_type
     if kind == DistributedType.MULTI_CPU or (kind == DistributedType.NO and args.device.type == "cpu"):

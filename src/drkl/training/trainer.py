@@ -674,6 +674,10 @@ class DistillationTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             losses = tuple(gather([float(self._tr_loss)]))  # and every process has written its part
+            # transformers looks for the best one's folder while others may not have made it yet.
+            best = folder.parent / f"checkpoint-{self.state.best_global_step}"
+            if gather([best.is_dir()])[0]:
+                self.state.best_model_checkpoint = str(best)
             fed = self._feeding.of_all()
             if self.args.should_save:
                 self._complete(folder, losses, fed)
