@@ -27,8 +27,8 @@ from drkl.runs import RunFolder, read_json, write_json
 from drkl.training.arguments import DistillationConfig
 from drkl.training.checkpoints import step_of
 from drkl.training.pair import Pair
-from drkl.training.sharding import asks_for_fsdp
 from drkl.training.plan import cut_step, cuts_by_cost
+from drkl.training.sharding import asks_for_fsdp
 from drkl.training.writers import answer_begin, answer_stops, builtin_writer, make_asker, server_writer
 
 _log = logging.getLogger("drkl")
