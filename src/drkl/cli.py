@@ -134,13 +134,38 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+_DIVIDED = ("distill", "cache", "evaluate", "analyze")
+"""The commands whose work several processes divide; the first process does any other alone."""
+
+
 @app.callback()
 def _common(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Distil a language model into a smaller one that is faithful to its teacher, and as diverse."""
+    if context.invoked_subcommand not in _DIVIDED:
+        _first_alone()
+
+
+def _first_alone() -> None:
+    """End the other processes of a launcher; this one goes on."""
+    if not launched().is_first:
+        raise typer.Exit
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Let the processes of a launcher divide what is done inside; an error in one of them ends all."""
+    if launched().count == 1:
+        yield
+        return
+    from drkl.processes import join_launched
+
+    with join_launched().joined():
+        yield
 
 
 @app.command()
@@ -156,6 +181,13 @@ def distill(
         Path | None, typer.Option(metavar="RUN", help="Continue this interrupted run.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.")] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option(
+            "--auto-resume",
+            help="Continue the run of CONFIG if its folder exists, else start it: for a job that may be started again.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the config, sizes, and estimates of memory and time; write nothing."),
@@ -178,12 +210,14 @@ def distill(
     if processes is not None and not dry_run:
         raise DrklError("`--processes` goes with `--dry-run`; torchrun and accelerate launch start several processes.")
     if resume is not None:
-        if overrides or overwrite or dry_run:
+        if overrides or overwrite or auto_resume or dry_run:
             raise DrklError("`--resume` goes on with the run as it was configured; it takes nothing beside the folder.")
         source = RunFolder.open(resume).config_path
     else:
         assert config is not None
         source = config
+    if overwrite and auto_resume:
+        raise DrklError("`--overwrite` replaces a run that is there, and `--auto-resume` goes on with it; give one.")
     loaded, notes = load_config(source, overrides or [])
     for note in notes:
         print(note)
@@ -202,7 +236,8 @@ def distill(
             _print_estimate(plan)
             print_memory(plan["stages"])
         return
-    _distill(loaded, "resume" if resume is not None else "overwrite" if overwrite else "new")
+    modes = {"resume": resume is not None, "overwrite": overwrite, "auto": auto_resume, "new": True}
+    _distill(loaded, next(mode for mode, chosen in modes.items() if chosen))
 
 
 def _distill(config: Any, mode: Any) -> None:
@@ -352,6 +387,7 @@ def cache(
         print(note)
     quiet_transformers()
     if dry_run:
+        _first_alone()
         with _options_named_as_flags(_CACHE_OPTIONS):
             found = estimate_cache(loaded.specs(), kind=kind, k=one_k, temperatures=temperature or ())
         _print_estimate(found)
@@ -407,7 +443,7 @@ def _probe(
     for note in said:
         print(note, file=notes)
     quiet_transformers()
-    with progress_bars(notes) as on_progress, _options_named_as_flags(_PROBE_OPTIONS):
+    with _together(), progress_bars(notes) as on_progress, _options_named_as_flags(_PROBE_OPTIONS):
         found = probe_specs(
             loaded.specs(),
             student=student,
@@ -416,6 +452,7 @@ def _probe(
             listener=Listener(on_message=lambda text: print(text, file=notes)),
             progress=lambda done, total: on_progress("both models read", done, total),
         )
+    _first_alone()
     if form == "json":
         print(json.dumps(found.to_json(), indent=2, allow_nan=False))
     else:
@@ -432,6 +469,7 @@ def _part(text: str) -> tuple[int, int]:
 def _verify(folder: Path) -> None:
     from drkl.teachers.shards import ShardReader
 
+    _first_alone()
     reader = ShardReader(folder)
     names = [*reader.manifest["files"]]
     with progress_bars() as on_progress:
@@ -582,7 +620,7 @@ def evaluate(
         "suites": suite or (), "protocol": protocol, "output_dir": output, "fresh": fresh,
         "facts": {"command": ["drkl", *sys.argv[1:]]}, **settings,
     }  # fmt: skip
-    with _options_named_as_flags(), progress_bars() as on_progress:
+    with _together(), _options_named_as_flags(), progress_bars() as on_progress:
         if run is not None:
             evaluation = evaluate_run(run, teacher_model=loaded, on_progress=on_progress, **shared)
         else:
@@ -591,6 +629,7 @@ def evaluate(
                 max_tokens=max_tokens, template=template or "auto", dtype=dtype, device=device,
                 on_progress=on_progress, **shared,
             )  # fmt: skip
+    _first_alone()
     print_evaluation(evaluation)
     assert evaluation.folder is not None
     print(f"Written: {evaluation.folder / 'eval.json'}. Next: drkl report {evaluation.folder}")
@@ -733,7 +772,7 @@ def analyze(
         "gamma": gamma, "temperature": temperature, "seed": seed, "output_dir": output,
         "command": ["drkl", *sys.argv[1:]],
     }  # fmt: skip
-    with _options_named_as_flags(), progress_bars() as on_progress:
+    with _together(), _options_named_as_flags(), progress_bars() as on_progress:
         if run is not None:
             result = analyze_run(run, teacher_model=loaded, on_progress=on_progress, **shared)
         else:
@@ -742,6 +781,7 @@ def analyze(
                 max_tokens=max_tokens, template=template or "auto", dtype=dtype, device=device,
                 on_progress=on_progress, **shared,
             )  # fmt: skip
+    _first_alone()
     folder = output or run
     assert folder is not None
     paths = figures.write_figures(result.to_json(), folder / "analysis")

@@ -91,6 +91,7 @@ def plan_epochs(
     seed: int,
     same_batches: bool = False,
     drop_last: bool = False,
+    first: int = 0,
 ) -> Iterator[Steps]:
     """Yield the optimiser steps of one epoch after the other, without end; a step is a list of row indices.
 
@@ -105,6 +106,7 @@ def plan_epochs(
         seed: seed of the shuffles.
         same_batches: every epoch has the first one's steps, in another order.
         drop_last: with ``rows_per_step``, leave out the last step of an epoch where it has fewer rows.
+        first: the number of the first epoch, which its shuffle follows from.
 
     Raises:
         DrklError: no rows, a size below 1, or ``drop_last`` where it leaves no step.
@@ -119,7 +121,7 @@ def plan_epochs(
         raise DrklError(
             f"dataloader_drop_last leaves out every step: there are {len(lengths)} rows and a step has {rows_per_step}."
         )
-    return _epochs(lengths, tokens_per_step, rows_per_step, seed, same_batches, drop_last)
+    return _epochs(lengths, tokens_per_step, rows_per_step, seed, same_batches, drop_last, first)
 
 
 def _epochs(
@@ -129,9 +131,10 @@ def _epochs(
     seed: int,
     same_batches: bool,
     drop_last: bool,
+    number_of_first: int,
 ) -> Iterator[Steps]:
     first: Steps | None = None
-    for epoch in itertools.count():
+    for epoch in itertools.count(number_of_first):
         generator = np.random.default_rng([seed, epoch])
         if first is not None and same_batches:
             yield first.reordered(generator.permutation(len(first)))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from drkl.data.config import DataConfig
 from drkl.data.examples import Example, load_examples
-from drkl.data.tokenize import DropReport
+from drkl.data.tokenize import DropReport, NothingLeft
 from drkl.errors import DrklError, did_you_mean
 
 if TYPE_CHECKING:
@@ -57,7 +57,12 @@ def load_labelled(config: DataConfig) -> tuple[list[Labelled], list[Labelled]]:
 
 def labelled_texts(examples: Iterable[Example]) -> list[Labelled]:
     """Return ``(id, text, label)`` of examples that have a label."""
-    return [(example.id, example.prompt_text, example.label or "") for example in examples]
+    return list(each_labelled(examples))
+
+
+def each_labelled(examples: Iterable[Example]) -> Iterator[Labelled]:
+    """Yield ``(id, text, label)`` of examples that have a label."""
+    return ((example.id, example.prompt_text, example.label or "") for example in examples)
 
 
 def label_set(labelled: Iterable[Labelled]) -> tuple[str, ...]:
@@ -91,7 +96,7 @@ def tokenize_labelled(
     rows, report = label_chunk(labelled, tokenizer, classes, max_tokens=max_tokens)
     report.kept = len(rows)
     if not rows:
-        raise DrklError(no_text_left(report))
+        raise NothingLeft(report, no_text_left(report))
     return rows, report
 
 

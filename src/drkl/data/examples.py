@@ -109,7 +109,7 @@ class Example:
 
 
 def load_examples(config: DataConfig, *, needs_responses: bool = True) -> tuple[list[Example], list[Example]]:
-    """Return the training rows and the held-out rows.
+    """Return the training rows and the held-out rows; of a stream the held-out rows alone.
 
     Rows with an empty prompt or response are still here: ``tokenize_examples`` drops and counts them. Where a model
     answers every row (``needs_responses`` is False), a row may be a prompt alone.
@@ -117,6 +117,8 @@ def load_examples(config: DataConfig, *, needs_responses: bool = True) -> tuple[
     Raises:
         DrklError: a file or data set that is missing or unreadable, a bad row (with file:line), no rows at all.
     """
+    if config.streaming:
+        return [], read_heldout(config, needs_responses=needs_responses)
     train: list[Example] = []
     held_out: list[Example] = []
     sources = config.all_sources()
@@ -166,12 +168,17 @@ def read_examples(path: str, row_format: str = "auto", *, needs_responses: bool 
     Raises:
         DrklError: see ``load_examples``.
     """
+    check_readable(path)
+    return parse_rows(file_rows(path, row_format), path, row_format, needs_responses=needs_responses)
+
+
+def check_readable(path: str) -> None:
+    """Raise DrklError for what stands in a run's record for rows that were passed in memory."""
     if path.startswith(IN_MEMORY):
         raise DrklError(
             f"The rows were passed to the trainer {path.replace(':', ',', 1)}, so they cannot be read again. Go on in "
             "Python: trainer.train(resume_from_checkpoint=True), or drkl.evaluate(student, teacher, rows)."
         )
-    return parse_rows(file_rows(path, row_format), path, row_format, needs_responses=needs_responses)
 
 
 def parse_rows(

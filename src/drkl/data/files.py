@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
 import csv
 import gzip
 import json
@@ -112,11 +113,30 @@ def _blocks(file: Path) -> Iterator[str]:
     try:
         with _PACKED.get(suffix, open)(file, "rb") as stream:
             yield from _decoded(stream, name, suffix)
-    except FileNotFoundError as error:
-        raise DrklError(f"There is no file {name!r}.{_elsewhere(name)}") from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        way_out = " A folder of files goes into data.dataset." if file.is_dir() else ""
-        raise DrklError(f"Cannot read {name!r}: {getattr(error, 'strerror', None) or error}.{way_out}") from error
+    except _UNREADABLE as error:
+        raise _unreadable(file, error) from error
+
+
+@contextlib.contextmanager
+def open_bytes(path: str) -> Iterator[Any]:
+    """Open a file, packed or not; what goes wrong as it is read is a DrklError."""
+    file = Path(path).expanduser()
+    try:
+        with _PACKED.get(file.suffix.lower(), open)(file, "rb") as stream:
+            yield stream
+    except _UNREADABLE as error:
+        raise _unreadable(file, error) from error
+
+
+_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+
+def _unreadable(file: Path, error: Exception) -> DrklError:
+    name = str(file)
+    if isinstance(error, FileNotFoundError):
+        return DrklError(f"There is no file {name!r}.{_elsewhere(name)}")
+    way_out = " A folder of files goes into data.dataset." if file.is_dir() else ""
+    return DrklError(f"Cannot read {name!r}: {getattr(error, 'strerror', None) or error}.{way_out}")
 
 
 def _decoded(stream: Any, name: str, suffix: str) -> Iterator[str]:
@@ -461,12 +481,15 @@ def dataset_rows(name: str, *, split: str = "train", data_files: str | None = No
             yield place, {key: "" if value is None else value for key, value in row.items()} if is_csv else row
 
 
-def dataset_of(name: str, *, split: str = "train", data_files: str | None = None) -> tuple[Sequence[str], Any, bool]:
+def dataset_of(
+    name: str, *, split: str = "train", data_files: str | None = None, streaming: bool = False
+) -> tuple[Sequence[str], Any, bool]:
     """Load one split of a ``datasets`` id or folder.
 
     Returns:
-        The text files of a local folder, which `file_rows` reads; else the ``datasets.Dataset``, and whether it was
-        made of csv, in which an empty field is "".
+        The text files of a local folder, which `file_rows` reads; else the ``datasets.Dataset`` (where it is to be
+        streamed, and was not saved as one, an ``IterableDataset``), and whether it was made of csv, in which an empty
+        field is "".
 
     Raises:
         DrklError: no such data set.
@@ -489,6 +512,7 @@ def dataset_of(name: str, *, split: str = "train", data_files: str | None = None
             if not files:
                 is_csv = builder.name == "csv"
                 options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if is_csv else {}
+                options |= {"streaming": True} if streaming else {}
                 rows = datasets.load_dataset(where, config_name, split=split, data_files=data_files, **options)
     # `datasets` raises what its readers raise: OSError, KeyError, ValueError, its own, the network's.
     except Exception as error:
@@ -534,13 +558,23 @@ def rows_at(where: str | os.PathLike[str], row_format: str = "auto", *, split: s
         DrklError: as `file_rows` and `dataset_rows`.
     """
     name = os.fspath(where)
+    return dataset_rows(name, split=split) if is_dataset_name(where) else file_rows(name, row_format)
+
+
+def is_dataset_name(where: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a ``datasets`` folder or id, and not of a file or of bundled data.
+
+    Raises:
+        DrklError: it is a path, and nothing is there.
+    """
+    name = os.fspath(where)
     path = Path(name).expanduser()
     if name.startswith("bundled:") or path.is_file():
-        return file_rows(name, row_format)
+        return False
     is_local = name.startswith((".", "/", "~")) or suffix_of(path) in SUFFIXES or not isinstance(where, str)
     if is_local and not path.exists():
         raise DrklError(f"There is no file {name!r}.")
-    return dataset_rows(name, split=split)
+    return True
 
 
 def _split_config(name: str) -> tuple[str, str | None]:

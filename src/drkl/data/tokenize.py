@@ -156,6 +156,14 @@ class DropReport:
         return notes
 
 
+class NothingLeft(DrklError):
+    """No row is left of those that were to be tokenised; ``report`` is the account of them."""
+
+    def __init__(self, report: DropReport, message: str) -> None:
+        super().__init__(message)
+        self.report = report
+
+
 def tokenize_examples(
     examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -325,7 +333,7 @@ def finish_rows(
     report.documents = len(chunk.texts)
     report.kept = len(rows)
     if not rows:
-        raise DrklError(nothing_left(report, chunk.shortest, Lengths(max_prompt_tokens, max_tokens), room))
+        raise NothingLeft(report, nothing_left(report, chunk.shortest, Lengths(max_prompt_tokens, max_tokens), room))
     if teacher is not None and (other := next((row for row in rows if row.teacher_prompt_ids), None)) is not None:
         report.difference = teacher.difference(other, tokenizer)
     if any(row.example.weight != 1 for row in rows):

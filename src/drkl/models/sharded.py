@@ -20,7 +20,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def runs_together(model: nn.Module) -> bool:
-    """Whether a forward is one of all processes (fully_shard, DeepSpeed ZeRO-3), each of which has to take part."""
+    """Whether a forward pass is one of all processes, as each has a part of the weights (FSDP, DeepSpeed's ZeRO-3)."""
     return is_sharded(model) or any(hasattr(weight, "ds_id") for weight in model.parameters())
 
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from drkl.data.classification import LabelledRow
-from drkl.data.config import NO_ROWS
 from drkl.data.lengths import Lengths, Room, answer_room
-from drkl.data.rows import make_rows, read_shares
+from drkl.data.shares import load_heldout, load_shares
+from drkl.data.stored import column
+from drkl.data.streams import stream_of
 from drkl.data.tokenize import DropReport, Row
-from drkl.errors import DrklError
 from drkl.models.forward import decoder_start, is_encoder_decoder
 from drkl.models.load import count_parameters, load_config, model_note
 from drkl.models.pair import check_families, check_rows, check_tokenizers, shared_vocabulary
 from drkl.models.precision import DTYPES, has_device, pick_device, resolve_dtype
-from drkl.rollouts.steps import planned_length
+from drkl.rollouts.steps import planned_lengths
 from drkl.teachers.cached import TeacherCache, row_of
 from drkl.teachers.stored import DEFAULT_K, Stored, StoredStates, check_kind, topk_to_store
 from drkl.training.checks import check_device
@@ -36,6 +34,7 @@ from drkl.training.spec import (
     fitted,
     run_classes,
     run_configs,
+    run_ends,
     run_room,
     run_tokenizer,
     teacher_tokenizer,
@@ -67,7 +66,7 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
     here = processes is None
     processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
     shardings = [sharding_of(spec) for spec in specs]
-    there = specs[-1].run.device
+    there: str = specs[-1].run.device
     specs = with_stand_in(specs if here else list(map(_as_if_here, specs)), without_server)
     first = specs[0]
     check_device(specs[-1].run.device)
@@ -96,6 +95,7 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
         "teacher": count_parameters(teacher, classifier=first.classifies) if teacher and not served else None,
         "teacher_head": _head_size(teacher) if teacher and (cache is None or cache.kind == "hidden") else 0,
     }
+    ends = () if classes is not None else run_ends(first, tokenizer)
     rates: dict[str, float] = {}
     seen: set[tuple[str, ...]] = set()
     stages, encoder_decoder = [], is_encoder_decoder(student)
@@ -103,12 +103,16 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
     for spec, sharding in zip(specs, shardings, strict=True):
         check_sparse(cache, training_config(spec, device))
         needed = spec.rollouts.needs_responses
-        train, held_out = read_shares(spec.data, classifier=first.classifies, needs_responses=needed)
-        read = partial(
-            make_rows, config=spec.data, tokenizer=tokenizer, classes=classes, encoder_decoder=encoder_decoder,
-            room=room, needs_responses=needed, teacher_tokenizer=own_reader,
-        )  # fmt: skip
-        rows, report = read(train)
+        kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder, "room": room, "ends": ends}
+        kind |= {"needs_responses": needed, "teacher_tokenizer": own_reader}
+        rows: Any
+        held_out: Any
+        if spec.data.streaming:
+            rows, report = stream_of(spec.data, tokenizer, **kind).sample()
+            held_out, _ = load_heldout(spec.data, tokenizer, **kind)
+        else:
+            shares = load_shares(spec.data, tokenizer, **kind)
+            rows, report, held_out = shares.train, shares.report, shares.heldout
         check_rows(rows, configs)
         shared = None
         if teacher is not None and classes is None:
@@ -117,7 +121,8 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
         stage, steps, arguments = _stage(
             spec, rows, longest, report, student, teacher, sizes, device, rates, seen, processes
         )
-        heldout = _heldout_rows(read, held_out, spec)
+        evaluates = spec.training.arguments.get("eval_strategy") != "no"
+        heldout = held_out[: spec.training.eval_rows] if evaluates else []
         vocab_size = None if shared is None else shared["shared"]
         known = _known(
             spec, arguments, student, teacher, cache, vocab_size, rows, heldout, steps, longest, there, processes,
@@ -125,7 +130,7 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
         )  # fmt: skip
         memory = predict(known)
         said = {"advice": memory.advice(available_bytes(device) if here and there == device.type else None)}
-        stage |= {"estimated_memory_gb": round(memory.peak_bytes / 1e9, 2), "memory": memory.to_json() | said}
+        stage |= {"estimated_memory_gb": float(f"{memory.peak_bytes / 1e9:.3g}"), "memory": memory.to_json() | said}
         stages.append(stage)
     return {
         "config": last.resolved,
@@ -253,11 +258,11 @@ def _stage(
     rates: dict[str, float],
     seen: set[tuple[str, ...]],
     processes: int,
-) -> tuple[dict[str, Any], list[list[int]], Any]:
+) -> tuple[dict[str, Any], Sequence[list[int]], Any]:
     """What is printed of a stage but for its memory, its steps and its arguments."""
     arguments = training_config(spec, device)
     on_policy = spec.rollouts.is_on
-    lengths = [planned_length(row, longest) if on_policy else row.length for row in rows]
+    lengths = planned_lengths(rows, longest) if on_policy else column(rows, "length")
     steps, _ = plan_run(lengths, arguments, processes)
     inputs, trained, new = _tokens_per_step(rows, steps, spec, seen)
     answered = _answered(rows, longest) if on_policy else rows
@@ -279,10 +284,10 @@ def _stage(
     writing = _writing(answered, steps, spec, share, student, teacher, sizes) if on_policy else None
     if writing is not None:
         seconds += writing.flops / rates[precision] * len(steps)
-    stage = {
+    stage: dict[str, Any] = {
         "name": spec.folder.name,
         "objective": dict(spec.resolved["objective"]),
-        "data": report.summary(),
+        "data": ("The first rows of the stream: " if spec.data.streaming else "") + report.summary(),
         "steps": len(steps),
         "tokens_per_step": {
             "budget": arguments.tokens_per_step,
@@ -298,16 +303,6 @@ def _stage(
     return stage, steps, arguments
 
 
-def _heldout_rows(read: Any, examples: Sequence[Any], spec: RunSpec) -> Any:
-    """The rows of a held-out loss, as far as they can be used; others are refused where training begins."""
-    examples = examples[: spec.training.eval_rows]
-    if not examples or spec.data.eval_path == NO_ROWS or spec.training.arguments.get("eval_strategy") == "no":
-        return []
-    with contextlib.suppress(DrklError):
-        return read(examples)[0]
-    return []
-
-
 def _known(
     spec: RunSpec,
     arguments: Any,
@@ -317,7 +312,7 @@ def _known(
     vocab_size: int | None,
     rows: Any,
     heldout: Any,
-    steps: list[list[int]],
+    steps: Sequence[list[int]],
     longest: int,
     device: str,
     processes: int,
@@ -338,7 +333,8 @@ def _known(
         served = config.is_served
         held = "topk" if served or (cache is not None and cache.k is not None) else "hidden" if cache else "live"
         k = config.top_k if served else 0 if cache is None or cache.k is None else cache.k
-    micro, positions = micro_batches(planned, steps, parts)
+    alike = processes > 1 and arguments.per_device_train_batch_size is None
+    micro, positions = micro_batches(planned, steps, parts, alike=alike and not on_policy)
     return Known(
         spec=spec,
         arguments=arguments,
@@ -350,8 +346,8 @@ def _known(
         micro=micro,
         positions=positions,
         heldout=largest_heldout_batch([row for row in heldout if row.num_trained]),
-        heldout_positions=sum(row.num_trained for row in heldout),
-        train_positions=sum(row.num_trained for row in rows),
+        heldout_positions=-(-sum(row.num_trained for row in heldout) // processes),
+        train_positions=sum(rows[i].num_trained for i in {i for step in steps for i in step}),
         answers=answers,
         several=arguments.gradient_accumulation_steps > 1 or on_policy,
         sharding=sharding,

@@ -68,6 +68,7 @@ class HeldOut:
         All come from one product with each head. Every process returns them, to the same last digit whatever their
         number.
         """
+        # Once, as every process has to ask for a head whose parts are spread over them.
         heads = output_head(model), None if self._teacher is None else self._teacher.head
         parts = shared_work(
             len(self._batches),
@@ -90,7 +91,7 @@ class HeldOut:
     ) -> list[dict[str, float]]:
         """The sums over the positions of a batch, chunk by chunk: added up in this order they give the same digits
         whichever process read the batch."""
-        batch = self._batches[index]
+        batch, (head, teacher_head) = self._batches[index], heads
         compares = loss.kd_weight > 0 and objective.needs_teacher
         hidden = batch.states(model)
         labels = batch.labels.to(hidden.device)
@@ -100,9 +101,9 @@ class HeldOut:
             statistics = StatisticsSums(temperature=loss.temperature if compares else 1.0)
             values = loss_of(
                 hidden[part],
-                heads[0],
+                head,
                 None if teacher_hidden is None else teacher_hidden[part],
-                heads[1],
+                teacher_head,
                 labels[part],
                 loss,
                 objective=objective,

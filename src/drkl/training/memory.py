@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory) if torch.cuda.is_available() else None
     try:
-        lines = open("/proc/meminfo", encoding="ascii").read().splitlines()  # noqa: SIM115
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     found = next((line.split()[1] for line in lines if line.startswith("MemTotal")), None)

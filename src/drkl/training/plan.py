@@ -28,14 +28,10 @@ def plan_run(lengths: ArrayLike, args: DistillationConfig, world_size: int) -> t
     Returns:
         The row indices of every step, and the numbers of the steps after which an epoch ends.
     """
-    rows_per_step = None
-    if args.per_device_train_batch_size is not None:
-        rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
     epochs = plan_epochs(
         lengths,
-        tokens_per_step=None if rows_per_step else args.tokens_per_step,
-        rows_per_step=rows_per_step,
-        seed=args.seed if args.data_seed is None else args.data_seed,
+        **step_size(args, world_size),
+        seed=args.plan_seed,
         same_batches=args.same_batches,
         drop_last=args.dataloader_drop_last,
     )
@@ -50,6 +46,14 @@ def plan_run(lengths: ArrayLike, args: DistillationConfig, world_size: int) -> t
         ends.append(num_steps)
         left -= 1
     return Steps.joined(parts), ends
+
+
+def step_size(args: DistillationConfig, world_size: int) -> dict[str, Any]:
+    """The size of a step as `plan_epochs` takes it: in tokens, or in rows over all processes."""
+    if args.per_device_train_batch_size is None:
+        return {"tokens_per_step": args.tokens_per_step, "rows_per_step": None}
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
+    return {"tokens_per_step": None, "rows_per_step": rows}
 
 
 class MicroBatches(Dataset[list[Any]]):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from drkl.data.batching import bucket_by_length, split_rows
+from drkl.data.batching import bucket_by_length
 from drkl.data.tokenize import Row
 from drkl.losses import LMHead, fused
 from drkl.losses.topk import TopK
@@ -29,6 +29,7 @@ from drkl.models.readout import CHUNK, SHORT_TOKENS_PER_BATCH
 from drkl.models.student import depth, source_model
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of
 from drkl.training.memory import MOMENTS, Memory
+from drkl.training.plan import cut_step
 from drkl.training.spec import RunSpec
 from drkl.training.tracing import LiveBytes, backward, bytes_of, traced
 
@@ -77,8 +78,8 @@ class Known:
         micro: the largest micro-batch.
         positions: those that have a loss, of each micro-batch; which of them needs most is another matter.
         heldout: the largest held-out batch; None where there is none.
-        heldout_positions: positions of all held-out rows.
-        train_positions: positions of all training rows.
+        heldout_positions: positions of all held-out rows of a process.
+        train_positions: positions of all rows that are trained on.
         answers: answers that are written at once by this process, and the most tokens of one with its prompt; None
             where none is written here.
         several: whether a process takes several micro-batches in a step.
@@ -115,10 +116,19 @@ def shape_of(rows: Sequence[Any]) -> Shape:
     return Shape(len(rows), max(row.length for row in rows), None, positions)
 
 
-def micro_batches(rows: Sequence[Any], steps: Sequence[Sequence[int]], parts: int) -> tuple[Shape, list[int]]:
-    """The largest of the micro-batches that steps are cut into, and the positions of each that have a loss."""
-    batches = {tuple(part) for step in steps for part in split_rows(step, parts) if len(part)}
-    shapes = [shape_of([rows[i] for i in batch]) for batch in batches]
+def micro_batches(
+    rows: Sequence[Any], steps: Sequence[Sequence[int]], parts: int, *, alike: bool = False
+) -> tuple[Shape, list[int]]:
+    """The largest of the micro-batches that steps are cut into, and the positions of each that have a loss.
+
+    Args:
+        rows: tokenised rows.
+        steps: the indices of the rows of every optimiser step.
+        parts: micro-batches in a step, over all processes.
+        alike: as for `MicroBatches`.
+    """
+    cut = (part for step in set(map(tuple, steps)) for part in cut_step([rows[i] for i in step], parts, alike=alike))
+    shapes = [shape_of(part) for part in cut if part]
     return max(shapes, key=lambda one: (one.size, one.positions)), sorted({one.positions for one in shapes})
 
 

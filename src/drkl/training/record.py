@@ -106,9 +106,10 @@ class RunRecord:
             write_jsonl(self.run.eval_rows_path, self.pair.eval_dataset)
         write_json(self.run.env_path, self._environment)
 
-    def trained(self, state: TrainerState, seconds: float) -> None:
-        """Note in ``env.json`` that training came to its end."""
+    def trained(self, state: TrainerState, seconds: float, read: dict[str, Any] | None = None) -> None:
+        """Note in ``env.json`` that training came to its end, and what was ``read`` of a stream."""
         self._completed = True
+        self._environment["data"] |= read or {}
         self._environment |= {
             "seconds": round(seconds, 1),
             "steps": state.global_step,
@@ -213,7 +214,7 @@ def describe_data(pair: Pair) -> dict[str, Any]:
     """Numbers of rows, and what was left out of them."""
     report: DropReport = pair.report
     return {
-        "train_rows": len(pair.rows),
+        **({"train_rows": len(pair.rows)} if pair.stream is None else {"rows_read": 0}),
         "heldout_rows": len(pair.eval_rows),
         "dropped": dict(report.dropped),
         "responses_cut": report.responses_cut,
@@ -274,6 +275,7 @@ def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder, num_steps
             "eval_path": eval_path,
             "turns": args.turns,
             "template": args.template,
+            **({} if pair.stream is None else {"streaming": True, "shuffle_buffer": args.shuffle_buffer}),
             **pair.lengths._asdict(),
         }
     )

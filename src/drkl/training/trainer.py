@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from drkl.data.batching import Steps
 from drkl.data.collate import collate, teacher_inputs
+from drkl.data.stored import column
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX, LMHead
 from drkl.losses.topk import TopK
@@ -30,7 +32,7 @@ from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_st
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
 from drkl.processes import gather
-from drkl.rollouts.steps import planned_length
+from drkl.rollouts.steps import planned_lengths
 from drkl.runs import RunFolder
 from drkl.teachers.served import ServedTeacher
 from drkl.teachers.teacher import Teacher
@@ -72,6 +74,7 @@ from drkl.training.plan import MicroBatches, Places, cuts_by_cost, plan_run
 from drkl.training.record import RunRecord
 from drkl.training.served import questions_in
 from drkl.training.sharding import check_kind, load_optimizer, save_optimizer, weights_in
+from drkl.training.streaming import StreamedBatches
 
 OTHER_ROWS = "other_"
 REMEDY = "A lower learning rate, a warm-up, or training.precision=fp32 often help."
@@ -166,14 +169,18 @@ class DistillationTrainer(Trainer):
         for note in pair.notes:
             _log.info(note)
         self.run = RunFolder(Path(str(args.output_dir)))
-        samples, any_rows = args.rollouts.is_on, list[Any](pair.rows)
+        any_rows: Any = pair.rows
+        samples = args.rollouts.is_on
         if samples:
             check_rollouts(pair, args)
-        lengths = [planned_length(row, pair.max_new_tokens) if samples else row.length for row in any_rows]
-        steps, ends = plan_run(lengths, args, args.world_size)
+        steps, ends = Steps.of([]), [args.max_steps]
+        if pair.stream is None:
+            lengths = planned_lengths(any_rows, pair.max_new_tokens) if samples else column(any_rows, "length")
+            steps, ends = plan_run(lengths, args, args.world_size)
         self._steps = steps
         self._on_policy = OnPolicy(pair, args, self.run, steps, ends) if samples else None
-        inner = loop_arguments(args, self.run, len(steps), heldout=bool(self.eval_rows))
+        self._streamed: StreamedBatches | None = None
+        inner = loop_arguments(args, self.run, len(steps) or args.max_steps, heldout=bool(self.eval_rows))
         # Old checkpoints are removed here: transformers does so before the new one is marked whole.
         self._keep_checkpoints, inner.save_total_limit = inner.save_total_limit, None
         check_optimizer(optimizers[0], pair.student)
@@ -244,6 +251,10 @@ class DistillationTrainer(Trainer):
         parts = inner.gradient_accumulation_steps * inner.world_size
         alike = cuts_by_cost(self.config)
         batches: Any = Places(len(steps) * parts) if on_policy else MicroBatches(pair.rows, steps, parts, alike=alike)
+        if pair.stream is not None:
+            self._streamed = batches = StreamedBatches(pair.stream, self.config, parts, pair.check_more)
+            inner.dataloader_num_workers, inner.dataloader_prefetch_factor = 0, None  # it reads ahead by itself
+            inner.dataloader_persistent_workers = False
 
         def to_batch(items: list[Any]) -> Any:
             return items[0] if on_policy else collate(items[0], pad_id=pad_id, decoder_start=start)
@@ -301,6 +312,8 @@ class DistillationTrainer(Trainer):
         self._feeding.begin(self._from.fed)
         if self._on_policy is not None:
             self._on_policy.begin(checkpoint)
+        if self._streamed is not None:
+            self._streamed.begin(checkpoint)
         if self.is_world_process_zero():
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
         self.accelerator.wait_for_everyone()
@@ -318,14 +331,17 @@ class DistillationTrainer(Trainer):
             student.config.use_cache = False
         try:
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+            read = None if self._streamed is None else self._streamed.account(self.state.global_step)
         finally:
+            if self._streamed is not None:
+                self._streamed.end()
             student.__dict__.pop("forward", None)  # accelerate's, with autocast
             self.processing_class = tokenizer
             if self._use_cache is not None:
                 student.config.use_cache = self._use_cache
             student.train(training)
         if self.is_world_process_zero():
-            self.record.trained(self.state, self._train_log.seconds)
+            self.record.trained(self.state, self._train_log.seconds, read)
         self.accelerator.wait_for_everyone()
         return output
 
@@ -582,12 +598,15 @@ class DistillationTrainer(Trainer):
             logs["tokens_per_second"] = (fed.tokens - self._feeding.before.tokens) / max(now - self._since, 1e-9)
             logs["num_tokens"] = self.num_tokens_seen
             logs |= fed.shares() | (self._on_policy.numbers() if self._on_policy is not None else {})
+            logs |= self._streamed.numbers(self.state.global_step) if self._streamed is not None else {}
             self._feeding.begin(Fed())
             self._sums, self._since = {}, now
         super().log(logs, start_time)
 
     def _check_plan(self, checkpoint: Path) -> None:
         plan = self._from.plan
+        if self._streamed is not None:
+            return  # it compares the rows themselves
         if plan not in (None, plan_digest(self._steps[: self._from.step])) and self.args.process_index == 0:
             _log.warning(
                 "Warning: the steps up to %s had other rows than those of this run: the data, the seed or the size of "
@@ -695,6 +714,8 @@ class DistillationTrainer(Trainer):
         step = self.state.global_step
         if self._on_policy is not None:
             self._on_policy.save(folder)
+        if self._streamed is not None:
+            self._streamed.save(folder)
         plan = plan_digest(self._steps[:step])
         mark_complete(folder, Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan, fed))
         if self._keep_checkpoints:
