@@ -71,6 +71,9 @@ CASES = {
     "frozen untied": Case(
         student=lambda: tiny.llama(1, layers=2, **UNTIED).double(), arguments={"freeze_embeddings": True}
     ),
+    "hybrid": Case(by="caller, hybrid"),
+    "at once": Case(by="caller, at once"),
+    "head by itself": Case(student=lambda: tiny.llama(1, layers=2, **UNTIED).double(), by="caller, head by itself"),
     "lora": Case(student=lambda: lora(tiny.llama(1, layers=2).double())),
     "lora merged": Case(student=lambda: lora(tiny.llama(1, layers=2).double()), export="merged"),
     "checkpointing": Case(arguments={"activation_checkpointing": True}),
@@ -105,6 +108,7 @@ CASES = {
     "accelerate lora": Case(student=lambda: lora(tiny.llama(1, layers=2).double()), by="accelerate"),
     "accelerate merged": Case(student=lambda: lora(tiny.llama(1, layers=2).double()), by="accelerate", export="merged"),
     "accelerate checkpointing": Case(by="accelerate", arguments={"fsdp_config": {"activation_checkpointing": True}}),
+    "accelerate checkpointing by transformers": Case(by="accelerate", arguments={"activation_checkpointing": True}),
     "accelerate accumulation": Case(by="accelerate", arguments={"gradient_accumulation_steps": 3}),
     "accelerate bf16": Case(
         student=lambda: tiny.llama(1, layers=2),
@@ -161,11 +165,15 @@ REFUSED: dict[str, tuple[Case, str]] = {
 
 
 def shard(model: Any, how: str = "") -> None:
-    """As PyTorch's own tutorial does it: each layer, then the model; or in a way that is refused."""
+    """As PyTorch's own tutorial does it, each layer and then the model, or in another way."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if how == "each by itself":
         mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("all", "own"))["own"]
-    for block in blocks(model):
+    if how == "hybrid":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicas", "shards"))
+    if how == "head by itself":
+        fully_shard(model.lm_head, mesh=mesh)
+    for block in blocks(model) if how != "at once" else ():
         if how == "by columns":
             parallelize_module(block.mlp.up_proj, mesh, ColwiseParallel())
         else:

@@ -114,3 +114,38 @@ def test_runs_go_on_with_any_number_of_processes(
             assert all(expected in rank[name] for rank in found), found
         else:
             assert error(student(folder, name), student(whole[0], name)) <= tolerance, name
+
+
+def distill(config: Path, processes: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    environment = tiny_runs.environment() | {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launch, "-m", "drkl", "distill", str(config), *overrides]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_a_config_shards_its_teacher(tmp_path: Path) -> None:
+    """In fp32, where the order of the sums moves a gradient by an ulp for each of the tokens of a step."""
+    values = tiny_runs.config(tmp_path)
+    values["training"] |= {"max_grad_norm": 0.0}
+    values["training"]["arguments"] |= {"optim": "sgd"}
+    config = tiny_runs.write_config(values, tmp_path / "config.yaml")
+    alone = tiny_runs.train(values | {"run": values["run"] | {"name": "alone"}})
+    done = distill(config, 2, "teacher.shard=true")
+    assert done.returncode == 0, done.stderr[-4000:]
+    run = tmp_path / "runs" / "r"
+    ours, theirs = (load_file(folder / "student" / "model.safetensors") for folder in (run, alone.root))
+    assert error(ours, theirs) <= 6 * 1e-2 * 120 * 2**-23
+    assert "shard: true" in (run / "config.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="accelerate shards on GPUs alone")
+def test_accelerate_shards_on_one_gpu(tmp_path: Path) -> None:
+    values = tiny_runs.config(tmp_path)
+    values["run"]["device"] = "cuda"
+    config = tiny_runs.write_config(values, tmp_path / "config.yaml")
+    done = distill(config, 1, "training.arguments.fsdp=true")
+    assert done.returncode == 0, done.stderr[-4000:]
+    weights = load_file(tmp_path / "runs" / "r" / "student" / "model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())

@@ -12,8 +12,10 @@ from torch import device
 
 from drkl.errors import DrklError
 from drkl.teachers.config import TeacherConfig
+from drkl.training import loading
 from drkl.training.arguments import DistillationConfig
 from drkl.training.sharding import check_fsdp, check_kind
+from tests.models import tiny
 from tests.training import tiny_runs
 from tests.training.test_trainer import make_trainer, rows
 
@@ -92,3 +94,10 @@ def test_one_process_has_the_whole_teacher_and_says_so(tmp_path: Path, caplog: p
     trainer = make_trainer(tmp_path, rows(3), teacher_shard=True)
     assert "teacher_shard has no effect: there is one process" in caplog.text
     assert trainer.config.teacher_shard
+
+
+def test_an_adapter_is_added_before_sharding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "is_sharded", lambda model: True)
+    args = DistillationConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(DrklError, match=r"sharded already, .* Call peft.get_peft_model first"):
+        loading.make_trainable(tiny.llama(layers=1), None, args, {"r": 2})
