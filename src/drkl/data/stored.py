@@ -149,10 +149,9 @@ def to_json(example: Example) -> str:
         "weight": example.weight, "references": example.references, "tools": example.tools,
         "template_kwargs": example.template_kwargs, "unlearnt": example.unlearnt, "shape": example.shape,
     }  # fmt: skip
+    given = {name: value for name, value in values.items() if value not in (None, ()) and (name, value) != _USUAL}
     try:
-        text = json.dumps(
-            {name: value for name, value in values.items() if value not in (None, ())}, ensure_ascii=False
-        )
+        text = json.dumps(given, ensure_ascii=False)
         if from_json(example.id, text) != example:
             raise NotStorable(f"The row {example.id!r} is not the same once it is written as json.")
         text.encode()
