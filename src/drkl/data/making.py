@@ -134,7 +134,7 @@ class _Tasks:
             wanted = source.train | source.heldout
             start = first = chosen = 0
             blocks: list[Any] = []
-            for block, size in zip(source.scan.source.blocks(), source.scan.sizes, strict=True):
+            for block, size in source.scan.blocks():
                 here = int(wanted[start : start + size].sum())
                 if not blocks:
                     first = start
