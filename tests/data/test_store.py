@@ -320,16 +320,21 @@ def test_while_one_process_makes_rows_another_waits(tmp_path: Path) -> None:
     load_shares(config, build(), **KIND)
     (folder,) = kept()
     folder.rename(tmp_path / "aside")
-    said = threading.Event()
+    said, shown = threading.Event(), threading.Event()
     found: list[Any] = []
 
+    watch = Watch(lambda text: said.set(), lambda what, done, of: shown.set() if (done, of) == (0, 27) else None)
+
     def ask() -> None:
-        found.append(load_shares(config, build(), watch=Watch(lambda text: said.set()), **KIND))
+        found.append(load_shares(config, build(), watch=watch, **KIND))
 
     with locked(folder.with_name(f".{folder.name}.lock")):
         asking = threading.Thread(target=ask)
         asking.start()
         assert said.wait(60)
+        parts = store.Parts(folder.with_name(f".making-{folder.name}"))
+        parts.expect(27)
+        assert shown.wait(60)
         (tmp_path / "aside").rename(folder)
     asking.join()
     assert len(found[0].train) and not found[0].report.dropped.get("x")
