@@ -16,7 +16,8 @@ from drkl.config import Config, load_config
 from drkl.data.classification import tokenize_labelled
 from drkl.data.config import NO_ROWS
 from drkl.data.lengths import Room
-from drkl.data.rows import make_rows, read_shares
+from drkl.data.rows import make_rows
+from drkl.data.shares import heldout_of
 from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import Progress, Source
 from drkl.evaluation.cached import NOTE, put_cache
@@ -231,7 +232,7 @@ def run_inputs(
                 f"a suite{_OTHER_ROWS}"
             )
         needed = last.rollouts.needs_responses
-        heldout = read_shares(data, classifier=last.classifies, needs_responses=needed)[1]
+        heldout = heldout_of(data, classifier=last.classifies, needs_responses=needed)
         if heldout and all(example.is_prompt_alone for example in heldout):
             raise DrklError(
                 f"The held-out rows of the run {str(last.folder.root)!r} are prompts alone: there are no responses to "

@@ -96,7 +96,7 @@ def open_stream(dataset: Any, name: str, *, nulls_are_empty: bool = False) -> Op
 
     plain = dataset.with_format(None)
     if isinstance(plain, datasets.Dataset):
-        return counted(lambda count: labelled_by_name(plain, name, count))
+        return counted(lambda count: labelled_by_name(plain, name, count) if count < len(plain) else iter(()))
     if any(type(part).__name__ == SHUFFLED for part in _parts(plain._ex_iterable)):
         raise DrklError(
             f"{name} shuffles in a buffer of its own, and what is in there would be lost where a run is interrupted. "

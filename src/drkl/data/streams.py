@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS, CHUNK_CHARACTERS = 1000, 4_000_000
 """Rows that are tokenised at once, at most, and the text in them: a chunk ends with the row that reaches it."""
+PATIENCE = 100_000
+"""After so many rows on end that cannot be used, a stream that never had one that can is given up; else it is said."""
 SAMPLE_ROWS = 1000
 """The first rows, by which models and rows are checked before the first step."""
 _log = logging.getLogger("drkl")
@@ -217,7 +219,6 @@ class _Chunks:
     def __init__(self, source: Source, stream: RowStream, state: Mapping[str, Any] | None, prefix: str) -> None:
         self.source, self._tokenize, self._prefix = source, stream.tokenize, prefix
         self._chunk_rows = min(CHUNK_ROWS, stream.shuffle_buffer)
-        self._patience = max(stream.shuffle_buffer, CHUNK_ROWS)
         start: Mapping[str, Any] = {} if state is None else state
         self._begin: dict[str, Any] = {"position": start.get("position"), "dropped": dict(start.get("dropped", {}))}
         self._begin |= {name: int(start.get(name, 0)) for name in ("row", "read")}
@@ -232,6 +233,7 @@ class _Chunks:
         self._has_kept = self.rows_read > self.dropped.total()
         self._unused = 0
         """Rows since the last usable one."""
+        self._has_warned = False
         self._why = ""
         """The reason of those."""
         self._open(self._begin["position"])
@@ -289,11 +291,12 @@ class _Chunks:
         )
 
     def _see_unused(self, count: int, place: str) -> None:
-        before, self._unused = self._unused, self._unused + count if count else 0
-        if before >= self._patience or self._unused < self._patience:
+        self._unused = self._unused + count if count else 0
+        if self._unused < PATIENCE or self._has_warned:
             return
         if not self._has_kept:
             raise DrklError(self._nothing())
+        self._has_warned = True
         _log.warning(
             "Warning: up to %s, %s rows in a row could not be used; the stream is read on. %s",
             place, f"{self._unused:,}", self._why,

@@ -97,6 +97,7 @@ class OnPolicy:
                 tokens=tokens,
                 rows_per_part=args.per_device_train_batch_size,
                 padding=PADDING[args.device.type != "cpu"],
+                side_by_side=args.world_size > 1,
             )
         else:  # as planned, and so the step that a run without answers takes
             slots = [[part] for part in cut_step(rows, self._slots, alike=cuts_by_cost(args))]

@@ -20,6 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from drkl.data.batching import Steps
 from drkl.data.collate import collate, teacher_inputs
+from drkl.data.stored import column
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX, LMHead
 from drkl.losses.topk import TopK
@@ -31,7 +32,7 @@ from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_st
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
 from drkl.processes import gather
-from drkl.rollouts.steps import planned_length
+from drkl.rollouts.steps import planned_lengths
 from drkl.runs import RunFolder
 from drkl.teachers.served import ServedTeacher
 from drkl.teachers.teacher import Teacher
@@ -168,12 +169,13 @@ class DistillationTrainer(Trainer):
         for note in pair.notes:
             _log.info(note)
         self.run = RunFolder(Path(str(args.output_dir)))
-        samples, any_rows = args.rollouts.is_on, list[Any](pair.rows)
+        any_rows: Any = pair.rows
+        samples = args.rollouts.is_on
         if samples:
             check_rollouts(pair, args)
         steps, ends = Steps.of([]), [args.max_steps]
         if pair.stream is None:
-            lengths = [planned_length(row, pair.max_new_tokens) if samples else row.length for row in any_rows]
+            lengths = planned_lengths(any_rows, pair.max_new_tokens) if samples else column(any_rows, "length")
             steps, ends = plan_run(lengths, args, args.world_size)
         self._steps = steps
         self._on_policy = OnPolicy(pair, args, self.run, steps, ends) if samples else None
