@@ -187,7 +187,7 @@ ROWS_OF_FOUR: Any = ({}, {}), ({"per_device_train_batch_size": 4}, {"per_device_
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=["tokens", "rows"])
 def test_two_processes_see_the_plan_of_one(tmp_path: Path, size: dict[str, Any]) -> None:
-    """A step's gradient is summed in another order, which moves each weight by less than 1e-3 of a step of Adam."""
+    """A gradient's sum has another order, which in fp32 is 1e-6 of it; where sums cancel, 1e-4 of a step of Adam."""
     values = config(tmp_path, training=size)
     one, two = [values | {"training": values["training"] | more} for more in ROWS_OF_FOUR[bool(size)]]
     alone, values = tiny_runs.train(named(one, "alone")), two
@@ -202,10 +202,10 @@ def test_two_processes_see_the_plan_of_one(tmp_path: Path, size: dict[str, Any])
     for ours, theirs in zip(both.read_train_log(), alone.read_train_log(), strict=True):
         assert [ours.get(name) for name in exact] == [theirs.get(name) for name in exact]
         if "loss" in ours:
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     ours, theirs = (load_file(run.student_path / "model.safetensors") for run in (both, alone))
     for name in ours:
-        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=10 * 1e-2 * 1e-3), name
+        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=10 * 1e-2 * 1e-4), name
 
 
 def test_what_a_stream_cannot_do_is_said_first(tmp_path: Path) -> None:
