@@ -6,11 +6,13 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import lzma
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,17 +27,21 @@ PACKAGES = """
 transformers accelerate tokenizers safetensors huggingface_hub regex numpy PyYAML packaging filelock fsspec tqdm
 typing_extensions httpx2 httpcore2 h11 anyio certifi idna truststore typer click rich markdown-it-py mdurl Pygments
 shellingham annotated-doc annotated-types pydantic pydantic_core typing-inspection Jinja2 MarkupSafe lazy-loader
-jaxtyping wadler_lindig psutil gguf datasets dill multiprocess xxhash requests urllib3 charset-normalizer pytest
-pluggy iniconfig hypothesis sortedcontainers sacrebleu lxml portalocker tabulate colorama nltk defusedxml absl-py
-joblib six rouge_score liger-kernel trl
+jaxtyping wadler_lindig psutil gguf datasets pyarrow dill multiprocess xxhash requests urllib3 charset-normalizer
+pytest pluggy iniconfig hypothesis sortedcontainers sacrebleu lxml portalocker tabulate colorama nltk defusedxml
+absl-py joblib six rouge_score liger-kernel trl
 """.split()
 """What drkl, its tests and the peers import on the way, without torch and what torch brings."""
-LEFT_OUT_WITH = {"numpy": "numpy"}
-"""Packages that a machine keeps its own of: other compiled ones of it were built for that."""
-LEFT_OUT_WITHOUT = {name: ("pyarrow", "pandas") for name in ("datasets", "dill", "multiprocess", "xxhash")}
-"""Packages that are broken without those, which are too large to carry; drkl reads rows in memory without them."""
-UNUSED = ("tests", "test")
-"""Folders of a package that no program needs."""
+LEFT_OUT_WITH = ("numpy", "pyarrow")
+"""Packages that a machine keeps its own of: what else it has was built for that."""
+LEFT_OUT_WITHOUT = {name: "pandas" for name in ("datasets", "dill", "multiprocess", "xxhash")}
+"""Packages that are broken without another one, which is too large to carry; rows in memory are read without them."""
+UNUSED = (
+    "*/tests/*", "*/test/*", "*.pyi", "*.pxi", "*.pxd", "pyarrow/include/*", "pyarrow/*flight*", "pyarrow/*s3*",
+    "pyarrow/*encryption*", "pyarrow/libarrow_python.so", "pyarrow/libarrow_python.so.*.*",
+)  # fmt: skip
+"""Files of packages that no part of this needs; the last two are copies."""
+FILTERS = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9}]
 SHOWN = """
 torch triton transformers accelerate tokenizers safetensors huggingface_hub numpy pydantic datasets pyarrow pandas
 peft pytest sacrebleu rouge_score liger_kernel trl
@@ -51,7 +57,7 @@ def pack(folder: Path, python: str) -> None:
     archive = folder / "packages.tar.xz"
     with TemporaryDirectory() as wheels:
         _download(Path(wheels), python)
-        with tarfile.open(archive, "w:xz") as packed:
+        with lzma.open(archive, "wb", filters=FILTERS) as file, tarfile.open(fileobj=file, mode="w") as packed:
             for wheel in sorted(Path(wheels).glob("*.whl"), key=lambda path: path.name.lower()):
                 _add(packed, wheel)
     about = {"python": python, "commit": commit()}
@@ -89,8 +95,7 @@ def _add(packed: tarfile.TarFile, wheel: Path) -> None:
     """The files of a wheel, in a folder that has the name of its package."""
     with zipfile.ZipFile(wheel) as contents:
         for entry in contents.infolist():
-            parts = Path(entry.filename).parts
-            if entry.is_dir() or entry.filename.endswith(".pyi") or any(part in UNUSED for part in parts[:-1]):
+            if entry.is_dir() or any(fnmatch(entry.filename, pattern) for pattern in UNUSED):
                 continue
             member = tarfile.TarInfo(f"{_plain(wheel.name.partition('-')[0])}/{entry.filename}")
             member.size = entry.file_size
@@ -122,14 +127,17 @@ def unpack(folder: Path, site: Path) -> str:
         return f"no packages were carried along in {folder}"
     if facts["python"] != here:
         return f"the packages carried along are for Python {facts['python']}, and this is {here}: they are not used"
-    skipped = {name for name, own in LEFT_OUT_WITH.items() if importlib.util.find_spec(own)}
-    skipped |= {name for name, needs in LEFT_OUT_WITHOUT.items() if not all(map(importlib.util.find_spec, needs))}
+    skipped = {name for name in LEFT_OUT_WITH if importlib.util.find_spec(name)}
+    skipped |= {name for name, needed in LEFT_OUT_WITHOUT.items() if not importlib.util.find_spec(needed)}
+    met = set()
     with tarfile.open(folder / "packages.tar.xz") as packed:
         for member in packed:
             name, _, member.name = member.name.partition("/")
+            met.add(name)
             if name not in skipped:
                 packed.extract(member, site, filter="data")
-    return "unpacked what was carried along" + (f", without {', '.join(sorted(skipped))}" if skipped else "")
+    left = ", ".join(sorted(met & skipped))
+    return "unpacked what was carried along" + (f", without {left}" if left else "")
 
 
 def versions() -> dict[str, str]:

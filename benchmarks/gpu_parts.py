@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import random
 import statistics
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +26,11 @@ from benchmarks.fused_loss import Case
 from benchmarks.fused_loss_gpu import Variant, measured, of_drkl, of_peers
 from benchmarks.quickstart_pair import single_turns
 from benchmarks.rows import Row
-from drkl.data.config import TokenizerConfig
+from drkl.config import load_config
+from drkl.data.config import NO_ROWS, TokenizerConfig
 from drkl.data.tokenizer import learn_tokenizer
 from drkl.runs import RunFolder
+from drkl.training.estimate import estimate
 
 ROOT = Path(__file__).parents[1]
 KERNEL_TESTS = ("tests/losses/test_row_kernel.py", "tests/losses/test_on_the_device.py")
@@ -50,6 +55,8 @@ TINY: dict[str, Any] = {
     "vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 512,
 }  # fmt: skip
+Shapes = tuple[dict[str, Any], dict[str, Any]]
+"""Of a teacher and a student."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,9 @@ class Sizes:
     vocab: int
     hidden: int
     rounds: int
-    small: tuple[dict[str, Any], dict[str, Any]]
-    """Teacher and student, of the quickstart's shape."""
-    large: tuple[dict[str, Any], dict[str, Any]]
+    small: Shapes
+    """Of the quickstart's shape."""
+    large: Shapes
     tokens_per_step: tuple[int, int]
     """Of the small pair and of the large one."""
     steps: int
@@ -93,18 +100,20 @@ CPU = Sizes(
 def made(shape: dict[str, Any], device: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     """A model with random weights, made on the device."""
     torch.manual_seed(seed)
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config(shape), dtype=dtype)
+    return model.eval()
+
+
+def model_config(shape: dict[str, Any]) -> Any:
+    """The config of a model of a shape."""
     fields = {name: value for name, value in shape.items() if name not in ("model_type", "rope_theta")}
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": shape["rope_theta"]}
-    config = AutoConfig.for_model(shape["model_type"], **fields, bos_token_id=0, eos_token_id=0)
-    with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
+    return AutoConfig.for_model(shape["model_type"], **fields, bos_token_id=0, eos_token_id=0)
 
 
 def made_tokenizer(vocab_size: int) -> Any:
     """A tokenizer learnt from the bundled text, with tokens that no text has up to the size of the vocabulary."""
-    import json
-
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -157,8 +166,16 @@ def now() -> float:
     return time.perf_counter()
 
 
+def start_peak() -> None:
+    """Forget what was before, so that `peak_mib` is of what comes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_mib() -> Row:
-    """The most memory that torch had on the device so far; nothing on a CPU."""
+    """The most memory that torch had on the device since `start_peak`; nothing on a CPU."""
     return {"peak_mib": f"{torch.cuda.max_memory_allocated() / 2**20:.0f}"} if torch.cuda.is_available() else {}
 
 
@@ -172,8 +189,12 @@ def config(sizes: Sizes, folder: str, changes: dict[str, Any]) -> drkl.Distillat
     return drkl.DistillationConfig(**(settings | changes))
 
 
-def trained(sizes: Sizes, shapes: tuple[dict[str, Any], dict[str, Any]], **settings: Any) -> Row:
-    """Train a pair for some steps by `drkl.DistillationTrainer`; what its log says after its first line."""
+def trained(variant: str, sizes: Sizes, shapes: Shapes, shown: Row, **settings: Any) -> Iterator[Row]:
+    """Train a pair for some steps by `drkl.DistillationTrainer`: what its log says after its first line.
+
+    The row comes twice, the second time with the memory that is predicted, which takes some seconds.
+    """
+    start_peak()
     teacher = made(shapes[0], sizes.device, torch.bfloat16, 0)
     student = made(shapes[1], sizes.device, torch.float32, 1)
     settings = {"max_steps": sizes.steps, "logging_steps": max(1, sizes.steps // 6)} | settings
@@ -186,6 +207,7 @@ def trained(sizes: Sizes, shapes: tuple[dict[str, Any], dict[str, Any]], **setti
         trainer.train()
         lines = [line for line in RunFolder(Path(folder) / "run").read_train_log() if "loss" in line]
     found = {
+        "variant": variant,
         "steps": str(len(meter.seconds)),
         "s_per_step": f"{statistics.median(meter.seconds[1:]):.4f}",
         "trained_tokens_per_step": f"{trainer.num_tokens_seen / len(meter.seconds):.0f}",
@@ -197,7 +219,43 @@ def trained(sizes: Sizes, shapes: tuple[dict[str, Any], dict[str, Any]], **setti
         values = [line[name] for line in lines[1:] if name in line]
         if values:
             found[name] = f"{statistics.median(values):.{digits}f}"
-    return found | peak_mib()
+    found |= peak_mib() | shown
+    yield found
+    yield found | predicted(sizes, shapes, tokenizer, rows, settings)
+
+
+def predicted(
+    sizes: Sizes, shapes: Shapes, tokenizer: Any, rows: list[dict[str, Any]], settings: dict[str, Any]
+) -> Row:
+    """The memory that ``drkl distill --dry-run`` says of such a run; nothing where it cannot say."""
+    rollouts = {name.removeprefix("rollout_"): value for name, value in settings.items() if name.startswith("rollout_")}
+    own = {name: settings[name] for name in ("tokens_per_step", "per_device_train_batch_size") if name in settings}
+    others = {
+        name: settings[name] for name in ("gradient_accumulation_steps", "fsdp", "fsdp_config") if name in settings
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape in zip(("teacher", "student"), shapes, strict=True):
+            model_config(shape).save_pretrained(f"{folder}/{name}")
+            tokenizer.save_pretrained(f"{folder}/{name}")
+        Path(folder, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values: dict[str, Any] = {
+            "run": {"name": "run", "dir": folder, "device": sizes.device},
+            "teacher": {"model": f"{folder}/teacher", "dtype": "bf16"},
+            "student": {"init": "pretrained", "model": f"{folder}/student"},
+            "data": {
+                "path": f"{folder}/rows.jsonl", "eval_path": NO_ROWS, "template": "plain",
+                "max_tokens": sizes.max_tokens,
+                "max_prompt_tokens": settings.get("max_prompt_tokens", sizes.max_tokens // 2),
+            },
+            "training": {"max_steps": settings["max_steps"], "precision": "bf16", "arguments": others, **own},
+            "rollouts": rollouts,
+        }  # fmt: skip
+        try:
+            stage = estimate(load_config(values)[0].specs())["stages"][-1]
+        except Exception:  # what was measured counts without it
+            traceback.print_exc()
+            return {}
+    return {"predicted_mib": f"{stage['memory']['peak_bytes'] / 2**20:.0f}"}
 
 
 def kernel_tests(sizes: Sizes) -> Iterator[Row]:
@@ -237,13 +295,13 @@ def fused_rows(make: Callable[[], dict[str, Variant]]) -> Callable[[Sizes], Iter
 def small_pair(sizes: Sizes) -> Iterator[Row]:
     """Distil a pair of the quickstart's shape."""
     settings = {"tokens_per_step": sizes.tokens_per_step[0]}
-    yield {"variant": "135M to 10 layers"} | trained(sizes, sizes.small, **settings) | as_text(settings)
+    yield from trained("135M to 10 layers", sizes, sizes.small, as_text(settings), **settings)
 
 
 def large_pair(sizes: Sizes) -> Iterator[Row]:
     """Distil 1.5B to 0.5B."""
     settings = {"tokens_per_step": sizes.tokens_per_step[1]}
-    yield {"variant": "1.5B to 0.5B"} | trained(sizes, sizes.large, **settings) | as_text(settings)
+    yield from trained("1.5B to 0.5B", sizes, sizes.large, as_text(settings), **settings)
 
 
 def sharded(sizes: Sizes) -> Iterator[Row]:
@@ -255,8 +313,8 @@ def sharded(sizes: Sizes) -> Iterator[Row]:
     os.environ |= {name: str(value) for name, value in (group | {"MASTER_PORT": 29507}).items()}
     settings = {"tokens_per_step": sizes.tokens_per_step[1]}
     plugin = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-    found = trained(sizes, sizes.large, fsdp=True, fsdp_config=plugin, **settings)
-    yield {"variant": "1.5B to 0.5B, FSDP2"} | found | as_text(settings)
+    sharding = {"fsdp": True, "fsdp_config": plugin}
+    yield from trained("1.5B to 0.5B, FSDP2", sizes, sizes.large, as_text(settings), **settings, **sharding)
 
 
 def on_policy(sizes: Sizes) -> Iterator[Row]:
@@ -268,7 +326,7 @@ def on_policy(sizes: Sizes) -> Iterator[Row]:
     }  # fmt: skip
     shown = as_text({"answers": sizes.answers, "max_new_tokens": sizes.max_new_tokens})
     for name, shapes in (("135M to 10 layers", sizes.small), ("1.5B to 0.5B", sizes.large)):
-        yield {"variant": name} | trained(sizes, shapes, **settings) | shown
+        yield from trained(name, sizes, shapes, shown, **settings)
 
 
 def cache_capture(sizes: Sizes) -> Iterator[Row]:
@@ -280,6 +338,7 @@ def cache_capture(sizes: Sizes) -> Iterator[Row]:
     for kind, k in (("hidden", None), ("topk", 64)):
         with tempfile.TemporaryDirectory() as folder:
             args = config(sizes, folder, {"tokens_per_step": sizes.tokens_per_step[1]})
+            start_peak()
             started = now()
             cache = drkl.cache_teacher(
                 teacher, rows, model=student, output_dir=f"{folder}/cache", args=args, processing_class=tokenizer,
@@ -313,6 +372,7 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
         "max_new_tokens": sizes.max_new_tokens,
     }
     for name, settings in (("teacher-forced", {"prompts": 0}), ("with answers", answers)):
+        start_peak()
         started = now()
         result = drkl.evaluate(student, teacher, rows, tokenizer, template="plain", sweep=(), **lengths, **settings)
         row = {"variant": name, "s": f"{now() - started:.2f}", "rows": str(len(rows))}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from typing import Any
 
 import pytest
 
+from drkl import processes
 from drkl.errors import DrklError
 from drkl.processes import (
     Place,
@@ -151,6 +154,18 @@ def test_a_process_that_is_gone_is_no_traceback_and_is_told_nothing() -> None:
     assert lost_another(caught.value)
     with pytest.raises(KeyError), share.joined():
         raise KeyError("own")
+
+
+def test_a_process_that_comes_alone_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_LONG", 0.0)
+    said = threading.Event()
+    monkeypatch.setattr(logging.getLogger("drkl"), "warning", lambda text: said.set() if "waits for" in text else None)
+
+    def gather(own: list[Any]) -> list[Any]:
+        assert said.wait(20)
+        return [*own, *own]
+
+    Share(Place(0, 2), gather).check_same("rows", "a")
 
 
 def test_one_process_is_not_held_up() -> None:

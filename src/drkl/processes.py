@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -164,6 +165,8 @@ def lost_another(error: BaseException | None) -> bool:
     return lost or isinstance(error, distributed.DistError) or lost_another(error.__cause__ or error.__context__)
 
 
+_LONG = 60.0
+"""Seconds after which a process says that it waits for the others to begin."""
 _WAIT = timedelta(days=1)
 """A process that ends closes its connections, which is noticed at once; one that works is waited for."""
 
@@ -242,7 +245,11 @@ class Share:
 
     def check_same(self, what: str, value: str) -> None:
         """Raise DrklError unless ``value``, which stands for ``what``, is the same in every process."""
-        if len({*self.together(lambda: [value])}) == 1:
+        if not self.is_divided:
+            return
+        with _patience():
+            values = self.together(lambda: [value])
+        if len({*values}) == 1:
             return
         error = DrklError(
             f"The processes of the group have different {what}. They divide one piece of work: give each of them the "
@@ -276,6 +283,19 @@ class Share:
 
 
 ALONE = Share()
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Say once what is waited for, where the block takes long: in one process alone it would have no end."""
+    text = "drkl waits for the other processes of the group: every one of them has to call the same function."
+    timer = threading.Timer(_LONG, logging.getLogger("drkl").warning, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def join_launched() -> Share:

@@ -120,7 +120,7 @@ def test_the_commands_write_what_one_process_writes(tmp_path: Path) -> None:
     done = launch(2, "-m", "drkl", "generate", run.root, "--prompt", "w1 w2")
     assert done.returncode == 0 and done.stdout.count("student") == 1, done.stderr
     done = launch(2, "-m", "drkl", "evaluate", run.root, "--prompts", "0", "--seeds", "-1")
-    assert done.returncode == 1 and done.stderr.count("Error: seeds.0") == 1, done.stderr
+    assert done.returncode == 1 and done.stderr.count("Error: --seeds: seeds are different") == 1, done.stderr
 
 
 def results(run: RunFolder) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -302,3 +303,18 @@ def test_parts_cost_least(lengths: list[int], padding: int) -> None:
 
     (made,) = cut(data, 1, tokens=10**6, rows_per_part=None, padding=padding)
     assert cost([[row.length for row in part] for part in made]) == min(map(cost, every(lengths)))
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4])
+@pytest.mark.parametrize("lengths", [[9, 9, 1, 1, 1, 1], [30, 2, 2, 2, 3, 3, 9, 9], [5], [4] * 9, [*range(1, 20)]])
+def test_parts_side_by_side_have_rows_and_are_of_like_cost(lengths: list[int], slots: int) -> None:
+    rows = [Row(str(number), (1,), (2,) * length, example=None) for number, length in enumerate(lengths)]
+    dealt = cut(rows, slots, tokens=30, rows_per_part=None, padding=4, side_by_side=True)
+    assert len(dealt) == slots and len({len(parts) for parts in dealt}) == 1
+    seen = [row.id for parts in dealt for part in parts for row in part]
+    assert sorted(seen, key=int) == [row.id for row in rows]
+    rounds = list(zip(*dealt, strict=True))
+    assert sum(bool(part) for one in rounds for part in one) >= min(len(rows), slots * len(rounds))
+    costs = [[len(part) * max(row.length for row in part) for part in one if part] for one in rounds]
+    for one, after in itertools.pairwise(costs):
+        assert min(one) >= max(after)

@@ -173,10 +173,33 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, 
     return configs, root
 
 
+def alone(values: dict[str, Any], name: str, *, rows_of_each: int | None = None) -> tuple[RunFolder, Terms]:
+    """The run of a config in this process, and the sizes of what its gradients are made of."""
+    run, training = values["run"], values["training"]
+    size = {} if rows_of_each is None else {"per_device_train_batch_size": rows_of_each}
+    whole = {"run": run | {"name": f"{run['name']}-{name}"}, "training": training | size}
+    one = distill(tiny_runs.specs(values | whole))
+    terms, arguments = Terms(), training["arguments"] | {"gradient_accumulation_steps": rows_of_each or 24}
+    size = {} if rows_of_each is None else {"per_device_train_batch_size": 1}
+    apart = {"run": run | {"name": f"{run['name']}-apart-{name}"}}
+    apart["training"] = training | size | {"arguments": arguments}
+    distill(tiny_runs.specs(values | apart), on_trainer=lambda trainer: trainer.add_callback(terms))
+    return one, terms
+
+
+def distance(run: RunFolder, other: RunFolder) -> float:
+    """The norm of the difference of their students' weights."""
+    ours, theirs = (load_file(one.student_path / "model.safetensors") for one in (run, other))
+    assert ours.keys() == theirs.keys()
+    return float(torch.cat([(ours[name] - theirs[name]).flatten() for name in ours]).norm())
+
+
 def run_of(values: dict[str, Any], suffix: str) -> RunFolder:
     return RunFolder(Path(values["run"]["dir"]) / f"{values['run']['name']}{suffix}")
 
 
+ROUNDING = 2 * torch.finfo(torch.float32).eps * (24 + 120 + 16 + 32 + tiny.VOCAB)
+"""Between two orders of a sum, by the sum of the sizes: rows of a step, positions, widths of layers, vocabulary."""
 CLOCK = {"seconds", "tokens_per_second", "seconds_generating", "seconds_learning"}
 OF_PROCESSES = {"padding_share", "idle_share"}
 """Columns that tell how a step was cut."""
@@ -203,26 +226,10 @@ def test_several_processes_are_one(runs: Any, case: str, count: int, monkeypatch
     monkeypatch.setattr(heldout, "SHORT_TOKENS_PER_BATCH", TOKENS)
     values = runs[0][case]
     several = run_of(values, f"-{count}")
-    arguments = dict(values["training"]["arguments"])
-    same = {"per_device_train_batch_size": 12} if case == "rows" else {}
-    one = distill(
-        tiny_runs.specs(values, [f"run.name={case}-1-{count}", *(f"training.{k}={v}" for k, v in same.items())])
-    )
-    terms = Terms()
-    apart = {"run": values["run"] | {"name": f"{case}-apart-{count}"}}
-    apart["training"] = values["training"] | {"arguments": arguments | {"gradient_accumulation_steps": 24}}
-    if case == "rows":
-        apart["training"] |= {"per_device_train_batch_size": 1}
-        apart["training"]["arguments"]["gradient_accumulation_steps"] = 12
-    distill(tiny_runs.specs(values | apart), on_trainer=lambda trainer: trainer.add_callback(terms))
-
-    rounding = 2 * torch.finfo(torch.float32).eps * (24 + 120 + 16 + 32 + tiny.VOCAB)
-    moved = rounding * terms.moved
-    told = 2 * rounding * terms.in_loss if case == "adam" else 4 * terms.largest * moved
-    ours, theirs = (load_file(run.student_path / "model.safetensors") for run in (several, one))
-    assert ours.keys() == theirs.keys()
-    apart_by = float(torch.cat([(ours[name] - theirs[name]).flatten() for name in ours]).norm())
-    assert apart_by <= moved or case == "adam"
+    one, terms = alone(values, f"1-{count}", rows_of_each=12 if case == "rows" else None)
+    moved = ROUNDING * terms.moved
+    told = 2 * ROUNDING * terms.in_loss if case == "adam" else 4 * terms.largest * moved
+    assert distance(several, one) <= moved or case == "adam"
     assert moved < 1e-3 * terms.moved, "far less than any row moves the weights"
 
     for stage, other in zip([*several.stages(), several], [*one.stages(), one], strict=True):
@@ -237,7 +244,7 @@ def test_several_processes_are_one(runs: Any, case: str, count: int, monkeypatch
                 elif name.endswith("agreement"):
                     assert abs(line[name] - wanted[name]) <= 0.1, name  # one token of a small step
                 else:
-                    size = rounding * max(1.0, abs(wanted[name]))
+                    size = ROUNDING * max(1.0, abs(wanted[name]))
                     assert abs(line[name] - wanted[name]) <= size + told, (line["step"], name)
             if "idle_share" in line:
                 assert wanted["idle_share"] == 0 and 0 <= line["idle_share"] < 1 and 0 <= line["padding_share"] < 1
@@ -250,3 +257,27 @@ def test_each_process_reads_its_share_of_the_held_out_rows_alone(runs: Any) -> N
     done = launch(2, ROOT / "tests" / "training" / "several.py", "shares", path)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [f"batches that the teacher read: {4 + own}" for own in (6, 7)]
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("rollouts", [{}, ROLLOUTS])
+def test_a_run_goes_on_with_another_number_of_processes(
+    tmp_path: Path, first: int, then: int, rollouts: dict[str, Any]
+) -> None:
+    """Cut off in the fourth of six steps, and resumed after the second."""
+    values = settings(tmp_path, "r", training={"max_steps": 6}, rollouts=rollouts)
+    path = tiny_runs.write_config(values, tmp_path / "c.yaml")
+    cut_off = launch(first, ROOT / "tests" / "training" / "failing.py", "error", 0, "distill", path)
+    assert "The disk of this process is full" in cut_off.stderr
+    resumed = launch(then, "-m", "drkl", "distill", "--resume", tmp_path / "runs" / "r")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Going on from checkpoint-2." in resumed.stdout
+    run = RunFolder(tmp_path / "runs" / "r")
+    one, terms = alone(values, "alone")
+    assert distance(run, one) <= ROUNDING * terms.moved
+    lines, expected = run.read_train_log(), one.read_train_log()
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    for line, wanted in zip(lines, expected, strict=True):
+        assert line.keys() == wanted.keys() and line.get("num_tokens") == wanted.get("num_tokens")
+        for name in line.keys() & {"loss", "eval_loss", "fkl", "rollout_loss"}:
+            assert abs(line[name] - wanted[name]) <= ROUNDING + 4 * terms.largest * ROUNDING * terms.moved, name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,7 +57,12 @@ def load_labelled(config: DataConfig) -> tuple[list[Labelled], list[Labelled]]:
 
 def labelled_texts(examples: Iterable[Example]) -> list[Labelled]:
     """Return ``(id, text, label)`` of examples that have a label."""
-    return [(example.id, example.prompt_text, example.label or "") for example in examples]
+    return list(each_labelled(examples))
+
+
+def each_labelled(examples: Iterable[Example]) -> Iterator[Labelled]:
+    """Yield ``(id, text, label)`` of examples that have a label."""
+    return ((example.id, example.prompt_text, example.label or "") for example in examples)
 
 
 def label_set(labelled: Iterable[Labelled]) -> tuple[str, ...]:

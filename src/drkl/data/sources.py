@@ -18,6 +18,7 @@ from drkl.data.files import (
     bundled_path,
     dataset_of,
     file_rows,
+    is_dataset_name,
     json_values,
     labelled_by_name,
     parquet_rows,
@@ -26,9 +27,9 @@ from drkl.data.files import (
 from drkl.errors import DrklError
 
 BLOCK_BYTES = 4 << 20
-"""Of a file of lines."""
+"""The size of a block of a file of lines."""
 BLOCK_ROWS = 2048
-"""Of any other source."""
+"""The rows of a block of any other source."""
 
 
 class Source:
@@ -46,6 +47,10 @@ class Source:
     def identity(self) -> Any | None:
         """What the rows are read from, as json; None where that cannot be told."""
         return None if self._identity is None else self._identity()
+
+    def first(self) -> tuple[str, Any] | None:
+        """The first row with its place; None where there is none."""
+        return next(self._rows(), None)
 
     def blocks(self) -> Iterator[Any]:
         """The blocks in order; each is small, or has its rows with it."""
@@ -140,6 +145,16 @@ class DatasetSource(Source):
         return ((place, {key: "" if v is None else v for key, v in row.items()}) for place, row in rows)
 
 
+def source_of(where: str | os.PathLike[str], row_format: str = "auto") -> Source:
+    """The source that `drkl.data.files.rows_at` reads.
+
+    Raises:
+        DrklError: there is none.
+    """
+    name = os.fspath(where)
+    return source_of_dataset(name) if is_dataset_name(where) else source_at(name, row_format)
+
+
 def source_at(name: str, row_format: str = "auto") -> Source:
     """The source that a path, or the name of bundled data, stands for.
 
@@ -153,7 +168,8 @@ def source_at(name: str, row_format: str = "auto") -> Source:
         suffix = suffix_of(path)
         if suffix == ".parquet":
             return ParquetSource(name, path)
-        if suffix not in (".json", ".csv", ".tsv", ".txt") and _has_objects(path):
+        is_large = path.stat().st_size > BLOCK_BYTES
+        if is_large and suffix not in (".json", ".csv", ".tsv", ".txt") and _has_objects(path):
             return LinesSource(name, path)
     return Source(name, lambda: file_rows(name, row_format), lambda: file_identity(path))
 

@@ -37,11 +37,11 @@ class Facts(NamedTuple):
     """What is known of the rows of a block."""
 
     ids: Hashes
-    """Of the rows' own ids; 0 where there is none."""
+    """The hashes of the rows' own ids; 0 where there is none."""
     named: NDArray[np.bool_]
     """Whether a row has an id of its own."""
     prompts: Hashes
-    """Of the prompts; of a row that is no example 0."""
+    """The hashes of the prompts; 0 for a row that is no example."""
     texts: int
     """How many rows are plain texts."""
 

@@ -14,10 +14,10 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from drkl.data.classification import LabelledRow
-from drkl.data.ends import end_positions
+from drkl.data.ends import ends_of, turn_ends
 from drkl.data.examples import Example
 from drkl.data.tokenize import Row
 
@@ -48,16 +48,11 @@ def column(rows: Sequence[Any], name: str) -> Ints:
     return np.fromiter(map(NUMBERS[name], rows), np.int32, len(rows))
 
 
-def turn_ends(rows: Sequence[Row]) -> Ints:
-    """The last token of every learnt turn of every row, in order."""
-    if isinstance(rows, StoredRows | JoinedRows):
-        return rows.turn_ends()
-    return np.fromiter((token for row in rows for token in _ends(row)), np.int32)
-
-
-def _ends(row: Row) -> list[int]:
-    trained = row.trained_ids
-    return [trained[place] for place in end_positions(row)]
+def take(rows: Sequence[Any], numbers: ArrayLike) -> Sequence[Any]:
+    """The rows of some numbers, in their order."""
+    if isinstance(rows, StoredRows):
+        return rows.take(np.asarray(numbers, np.int64))
+    return [rows[number] for number in np.asarray(numbers).tolist()]
 
 
 # writing ----------------------------------------------------------------------------------------------------------
@@ -94,7 +89,7 @@ def _record(rows: Sequence[Row] | Sequence[LabelledRow]) -> pa.RecordBatch:
             "context_start": pa.array([_context(row)[0] for row in plain], pa.int32()),
             "context_tail": _lists(_context(row)[1] for row in plain),
             "teacher_prompt_ids": _lists(row.teacher_prompt_ids or () for row in plain),
-            "ends": _lists(map(_ends, plain)),
+            "ends": _lists(map(ends_of, plain)),
             "encoder_decoder": pa.array([row.encoder_decoder for row in plain], pa.bool_()),
             "example": pa.array([to_json(row.example) for row in plain], pa.string()),
         }
@@ -289,9 +284,7 @@ class StoredRows(Sequence[Any]):
     def __getitem__(self, index: slice) -> StoredRows: ...
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            order = np.arange(len(self)) if self._order is None else self._order
-            copies = None if self._copies is None else self._copies[index]
-            return StoredRows(self._files, order[index], copies, self._renamed)
+            return self.take(np.arange(len(self))[index])
         if not -len(self) <= index < len(self):
             raise IndexError(f"There are {len(self)} rows, and none of the number {index}.")
         index = int(index) % len(self)
@@ -310,10 +303,20 @@ class StoredRows(Sequence[Any]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def take(self, numbers: NDArray[np.int64]) -> StoredRows:
+        """The rows of some numbers, in their order."""
+        order = numbers if self._order is None else self._order[numbers]
+        copies = None if self._copies is None else self._copies[numbers]
+        return StoredRows(self._files, order, copies, self._renamed)
+
     def column(self, name: str) -> Ints:
         """One number of every row, `[rows]`, by its name in `NUMBERS`."""
         values = self._files.column(name)
         return values if self._order is None else values[self._order]
+
+    def ids(self) -> Iterator[str]:
+        """The ids of the rows as they are in their files."""
+        return self._files.ids()
 
     def turn_ends(self) -> Ints:
         """The last token of every learnt turn of every row, in order."""

@@ -117,6 +117,7 @@ def survey(
     kind |= {"needs_responses": needs_responses, "teacher_tokenizer": teacher_tokenizer}
 
     def add(name: str, share: str, examples: Any, weight: float = 1.0, stream: RowStream | None = None) -> None:
+        rows: Any
         try:
             if stream is not None:
                 rows, report = stream.sample()

@@ -20,6 +20,10 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+class WorkerEnded(DrklError):
+    """A process was ended from outside; what the others finished is good."""
+
+
 def num_cores() -> int:
     """The processors that this process may use; 1 where processes are not forked."""
     # Elsewhere the libraries that are loaded here do not outlive a fork, and a new process would run the user's script.
@@ -32,7 +36,7 @@ def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], processes: i
     ``work`` and what it refers to is there in each process as it is here; tasks and results are sent.
 
     Raises:
-        DrklError: a process was ended from outside.
+        WorkerEnded: a process was ended from outside.
     """
     if processes == 1:
         yield from map(work, tasks)
@@ -43,7 +47,7 @@ def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], processes: i
     try:
         yield from _results(pool, iter(tasks), 2 * processes)
     except BrokenProcessPool as error:
-        raise DrklError(
+        raise WorkerEnded(
             "A process that reads and tokenises rows was ended from outside, most often because memory ran out. What "
             "it had finished is kept: start again to go on, on fewer cores (taskset -c 0-3 …) if memory is short."
         ) from error

@@ -154,6 +154,7 @@ def pair_inputs(
     kind: dict[str, Any] = {"encoder_decoder": encoder_decoder, "ends": ends, "room": room}
     suite_names: list[str] | None = None
     if suites:
+        examples: Any
         examples, suite_names, described = suite_rows(suites, section, tokenizer, **kind, max_rows=max_rows)
     else:
         examples, described = _rows(rows, section, tokenizer, classes, max_rows, **kind)

@@ -18,12 +18,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from drkl.data.batching import bucket_by_length
 from drkl.data.classification import LabelledRow
 from drkl.data.collate import IGNORE_INDEX, collate, teacher_inputs
+from drkl.data.stored import column
 from drkl.data.tokenize import Row
 from drkl.losses import LMHead
 from drkl.losses.merged import MergedIds, make_merged
@@ -93,12 +95,13 @@ def batches(
         rows_per_batch: a batch has this many rows, whatever their tokens; None counts tokens.
     """
     used = list(range(len(rows))) if positions is None else [row for row in positions if positions[row]]
-    for group in batch_rows([rows[i].length for i in used], tokens_per_batch, rows_per_batch):
+    lengths = column(rows, "length") if positions is None else [rows[i].length for i in used]
+    for group in batch_rows(lengths, tokens_per_batch, rows_per_batch):
         yield to_batch(rows, [used[i] for i in group], pad_id=pad_id, decoder_start=decoder_start, positions=positions)
 
 
 def batch_rows(
-    lengths: Sequence[int], tokens_per_batch: int = TOKENS_PER_BATCH, rows_per_batch: int | None = None
+    lengths: ArrayLike, tokens_per_batch: int = TOKENS_PER_BATCH, rows_per_batch: int | None = None
 ) -> list[list[int]]:
     """The rows of each batch, the shortest rows first; see `batches`."""
     groups = bucket_by_length(lengths, tokens_per_batch)

@@ -295,8 +295,3 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(set(index["weight_map"].values()))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the weights are spread over the processes (FSDP, DeepSpeed ZeRO-3): a forward is then one of them all."""
-    return any(hasattr(weight, "full_tensor") or hasattr(weight, "ds_id") for weight in model.parameters())

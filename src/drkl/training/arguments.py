@@ -23,6 +23,7 @@ from drkl.objectives import Objective, make_objective
 from drkl.rollouts.config import PREFIX, RolloutsConfig
 from drkl.training import trl
 from drkl.training.config import DEFAULT_TOKENS_PER_STEP, default_warmup
+from drkl.training.sharding import check_fsdp
 
 _log = logging.getLogger("drkl")
 _EVAL_STEPS, _SAVE_STEPS = 50, 100
@@ -85,6 +86,7 @@ class DistillationConfig(TrainingArguments):
         eval_rows: rows of ``eval_dataset`` for the losses during training, at most.
         early_stop_patience: stop after this number of held-out losses without a new best; None: never.
         teacher_remember_mb: memory, in MiB, for the teacher's states of batches already seen (see ``same_batches``).
+        teacher_shard: spread the teacher's weights over the processes (FSDP2), in place; without effect in one process.
         precision: auto, fp32, bf16 or fp16; the same as transformers' ``bf16`` and ``fp16`` flags.
         model_init_kwargs: for a ``model`` given by its name: ``dtype``, and what ``from_pretrained`` takes.
         teacher_model_init_kwargs: the same for ``teacher_model``.
@@ -171,6 +173,7 @@ class DistillationConfig(TrainingArguments):
         default=None, metadata={"help": "Stop after so many losses without a new best."}
     )
     teacher_remember_mb: int = field(default=0, metadata={"help": "Memory in MiB for the teacher's states."})
+    teacher_shard: bool = field(default=False, metadata={"help": "Spread the teacher over the processes (FSDP2)."})
     precision: str = field(default="auto", metadata={"help": "Compute precision: auto, fp32, bf16, fp16."})
     model_init_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "For from_pretrained (student)."})
     teacher_model_init_kwargs: dict[str, Any] | None = field(
@@ -217,6 +220,7 @@ class DistillationConfig(TrainingArguments):
             self.warmup_steps = warmup_steps
         except (TypeError, ValueError, ImportError) as error:
             raise DrklError(f"DistillationConfig: {' '.join(str(error).split())}") from error
+        check_fsdp(self)
         for name in ("dispatch_batches", "split_batches"):
             if getattr(self.accelerator_config, name):
                 raise DrklError(

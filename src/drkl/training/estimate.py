@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from drkl.data.classification import LabelledRow
-from drkl.data.config import NO_ROWS
 from drkl.data.lengths import Lengths, Room, answer_room
-from drkl.data.rows import make_rows, read_shares
+from drkl.data.shares import load_heldout, load_shares
+from drkl.data.stored import column
 from drkl.data.streams import stream_of
 from drkl.data.tokenize import DropReport, Row
-from drkl.errors import DrklError
 from drkl.models.forward import decoder_start, is_encoder_decoder
 from drkl.models.load import count_parameters, load_config, model_note
 from drkl.models.pair import check_families, check_rows, check_tokenizers, shared_vocabulary
 from drkl.models.precision import DTYPES, has_device, pick_device, resolve_dtype
-from drkl.rollouts.steps import planned_length
+from drkl.rollouts.steps import planned_lengths
 from drkl.teachers.cached import TeacherCache, row_of
 from drkl.teachers.stored import DEFAULT_K, Stored, StoredStates, check_kind, topk_to_store
 from drkl.training.checks import check_device
@@ -37,6 +34,7 @@ from drkl.training.spec import (
     fitted,
     run_classes,
     run_configs,
+    run_ends,
     run_room,
     run_tokenizer,
     teacher_tokenizer,
@@ -97,6 +95,7 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
         "teacher": count_parameters(teacher, classifier=first.classifies) if teacher and not served else None,
         "teacher_head": _head_size(teacher) if teacher and (cache is None or cache.kind == "hidden") else 0,
     }
+    ends = () if classes is not None else run_ends(first, tokenizer)
     rates: dict[str, float] = {}
     seen: set[tuple[str, ...]] = set()
     stages, encoder_decoder = [], is_encoder_decoder(student)
@@ -104,13 +103,16 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
     for spec, sharding in zip(specs, shardings, strict=True):
         check_sparse(cache, training_config(spec, device))
         needed = spec.rollouts.needs_responses
-        train, held_out = read_shares(spec.data, classifier=first.classifies, needs_responses=needed)
-        kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder, "room": room}
+        kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder, "room": room, "ends": ends}
         kind |= {"needs_responses": needed, "teacher_tokenizer": own_reader}
-        read: Callable[[Any], tuple[Any, DropReport]] = partial(
-            make_rows, config=spec.data, tokenizer=tokenizer, **kind
-        )
-        rows, report = stream_of(spec.data, tokenizer, **kind).sample() if spec.data.streaming else read(train)
+        rows: Any
+        held_out: Any
+        if spec.data.streaming:
+            rows, report = stream_of(spec.data, tokenizer, **kind).sample()
+            held_out, _ = load_heldout(spec.data, tokenizer, **kind)
+        else:
+            shares = load_shares(spec.data, tokenizer, **kind)
+            rows, report, held_out = shares.train, shares.report, shares.heldout
         check_rows(rows, configs)
         shared = None
         if teacher is not None and classes is None:
@@ -119,7 +121,8 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
         stage, steps, arguments = _stage(
             spec, rows, longest, report, student, teacher, sizes, device, rates, seen, processes
         )
-        heldout = _heldout_rows(read, held_out, spec)
+        evaluates = spec.training.arguments.get("eval_strategy") != "no"
+        heldout = held_out[: spec.training.eval_rows] if evaluates else []
         vocab_size = None if shared is None else shared["shared"]
         known = _known(
             spec, arguments, student, teacher, cache, vocab_size, rows, heldout, steps, longest, there, processes,
@@ -259,7 +262,7 @@ def _stage(
     """What is printed of a stage but for its memory, its steps and its arguments."""
     arguments = training_config(spec, device)
     on_policy = spec.rollouts.is_on
-    lengths = [planned_length(row, longest) if on_policy else row.length for row in rows]
+    lengths = planned_lengths(rows, longest) if on_policy else column(rows, "length")
     steps, _ = plan_run(lengths, arguments, processes)
     inputs, trained, new = _tokens_per_step(rows, steps, spec, seen)
     answered = _answered(rows, longest) if on_policy else rows
@@ -298,16 +301,6 @@ def _stage(
     if writing is not None:
         stage["answers_per_step"] = writing.as_record(longest, len(steps) / rates[precision] / 60)
     return stage, steps, arguments
-
-
-def _heldout_rows(read: Any, examples: Sequence[Any], spec: RunSpec) -> Any:
-    """The rows of a held-out loss, as far as they can be used; others are refused where training begins."""
-    examples = examples[: spec.training.eval_rows]
-    if not examples or spec.data.eval_path == NO_ROWS or spec.training.arguments.get("eval_strategy") == "no":
-        return []
-    with contextlib.suppress(DrklError):
-        return read(examples)[0]
-    return []
 
 
 def _known(

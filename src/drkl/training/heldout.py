@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
+from drkl.losses import LMHead
 from drkl.losses.config import LossConfig
 from drkl.losses.topk import TopK
 from drkl.models.forward import output_head
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, batches, chunks
-from drkl.models.weights import is_sharded
+from drkl.models.sharded import runs_together
 from drkl.objectives import Objective
 from drkl.processes import shared_work
 from drkl.teachers.teacher import Teacher
@@ -67,10 +68,12 @@ class HeldOut:
         All come from one product with each head. Every process returns them, to the same last digit whatever their
         number.
         """
+        # Once, as every process has to ask for a head whose parts are spread over them.
+        heads = output_head(model), None if self._teacher is None else self._teacher.head
         parts = shared_work(
             len(self._batches),
-            lambda index: self._sums_of(index, model, objective, loss),
-            even=is_sharded(model) or (self._teacher is not None and is_sharded(self._teacher.model)),
+            lambda index: self._sums_of(index, model, heads, objective, loss),
+            even=runs_together(model) or (self._teacher is not None and runs_together(self._teacher.model)),
         )
         sums: dict[str, float] = {}
         for name, value in (item for batch in parts for part in batch for item in part.items()):
@@ -79,11 +82,16 @@ class HeldOut:
         return {name: value / max(count, 1) for name, value in sums.items()}
 
     def _sums_of(
-        self, index: int, model: PreTrainedModel, objective: Objective, loss: LossConfig
+        self,
+        index: int,
+        model: PreTrainedModel,
+        heads: tuple[LMHead | None, LMHead | None],
+        objective: Objective,
+        loss: LossConfig,
     ) -> list[dict[str, float]]:
         """The sums over the positions of a batch, chunk by chunk: added up in this order they give the same digits
         whichever process read the batch."""
-        batch, head = self._batches[index], output_head(model)
+        batch, (head, teacher_head) = self._batches[index], heads
         compares = loss.kd_weight > 0 and objective.needs_teacher
         hidden = batch.states(model)
         labels = batch.labels.to(hidden.device)
@@ -95,7 +103,7 @@ class HeldOut:
                 hidden[part],
                 head,
                 None if teacher_hidden is None else teacher_hidden[part],
-                None if self._teacher is None else self._teacher.head,
+                teacher_head,
                 labels[part],
                 loss,
                 objective=objective,

@@ -18,6 +18,7 @@ from drkl.data.examples import hash_of_id
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
 from drkl.models.forward import decoder_start
+from drkl.models.sharded import is_sharded
 from drkl.processes import gather
 from drkl.rollouts.asking import answer_in
 from drkl.rollouts.health import RolloutLog
@@ -96,6 +97,7 @@ class OnPolicy:
                 tokens=tokens,
                 rows_per_part=args.per_device_train_batch_size,
                 padding=PADDING[args.device.type != "cpu"],
+                side_by_side=args.world_size > 1,
             )
         else:  # as planned, and so the step that a run without answers takes
             slots = [[part] for part in cut_step(rows, self._slots, alike=cuts_by_cost(args))]
@@ -202,6 +204,13 @@ def check_rollouts(pair: Pair, args: DistillationConfig) -> None:
             "rollout_share is above 0, but there is no teacher to judge the sampled answers; pass teacher_model, or "
             "leave it out."
         )
+    if is_sharded(pair.student):
+        raise _in_pieces("fully_shard")
+    if args.rollouts.source != "student" and is_sharded(pair.teacher.model):
+        raise DrklError(
+            f"rollout_source is {args.rollouts.source!r} and the teacher's weights are cut over the processes, but an "
+            "answer needs all of them in one. Use rollout_source='student', or leave teacher_shard out."
+        )
     given = len(answer_begin(pair, args.rollouts.source))
     if pair.max_new_tokens <= given:
         raise DrklError(
@@ -213,10 +222,15 @@ def check_rollouts(pair: Pair, args: DistillationConfig) -> None:
 def check_whole(trainer: Any) -> None:
     """Raise DrklError where no process has the whole student, to write with or to send to a server."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    wrapper = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed ZeRO-3" if plugin and plugin.zero_stage == 3 else None
-    if wrapper is not None:
-        raise DrklError(
-            f"rollout_share is above 0 and {wrapper} cuts the student's weights over the processes, but an answer "
-            "needs all of them in one. Use DistributedDataParallel (torchrun or accelerate without FSDP) or DeepSpeed "
-            "ZeRO-1 or ZeRO-2; LoRA or gradient checkpointing save memory there."
-        )
+    if trainer.is_fsdp_enabled:
+        raise _in_pieces("FSDP")
+    if plugin and plugin.zero_stage == 3:
+        raise _in_pieces("DeepSpeed ZeRO-3")
+
+
+def _in_pieces(wrapper: str) -> DrklError:
+    return DrklError(
+        f"rollout_share is above 0 and {wrapper} cuts the student's weights over the processes, but an answer needs "
+        "all of them in one. Use DistributedDataParallel (torchrun or accelerate without FSDP) or DeepSpeed ZeRO-1 or "
+        "ZeRO-2; LoRA or gradient checkpointing save memory there."
+    )

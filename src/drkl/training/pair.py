@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from drkl.data.classification import LabelledRow
 from drkl.data.lengths import Lengths, Room, answer_room, fit_lengths
 from drkl.data.rows import Rows, rows_from
+from drkl.data.stored import JoinedRows
 from drkl.data.streams import RowStream, has_no_end, stream_from, tokenizing
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
@@ -225,7 +226,7 @@ def make_pair(
     eval_rows: Rows = []
     if eval_dataset is not None:
         eval_rows, _ = tokenize(eval_dataset, "eval_dataset")
-    everything: list[Any] = [*rows, *eval_rows]
+    everything = JoinedRows(rows, eval_rows)
     _check_rows(everything, student, teacher)
     # The command line says what there is to say of its rows where it reads them.
     notes = [] if isinstance(train_dataset, TokenisedRows) else list(report.notes)

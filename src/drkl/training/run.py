@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import torch
 
-from drkl.data.config import NO_ROWS, DataConfig
+from drkl.data.config import DataConfig
 from drkl.data.lengths import NO_LIMIT, Room
-from drkl.data.rows import Rows, make_rows, read_shares
+from drkl.data.rows import Rows
+from drkl.data.shares import load_heldout, load_shares
+from drkl.data.store import Watch
 from drkl.data.streams import RowStream, stream_of
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
@@ -76,6 +78,8 @@ class Listener:
     on_progress: OnProgress | None = None
     on_fill: Callable[[int, int], None] = lambda done, of: None
     """Called with the batches that the teacher has read for its cache, and that it is to read."""
+    on_rows: Callable[[str, int, int], None] = lambda what, done, of: None
+    """Called as rows are made for the first time; see `drkl.data.store.Watch`."""
 
 
 @dataclass
@@ -156,26 +160,27 @@ class Resources:
     ) -> Loaded:
         key = (config, tokenizer_name, encoder_decoder, needs_responses)
         if key not in self._rows:
-            shares = read_shares(config, classifier=self.classes is not None, needs_responses=needs_responses)
             kind: dict[str, Any] = {"classes": self.classes, "encoder_decoder": encoder_decoder, "ends": ends}
             kind |= {"room": self.room, "needs_responses": needs_responses}
             kind["teacher_tokenizer"] = self.teacher_tokenizer
-            stream = None
+            watch = Watch(self.listener.on_message, self.listener.on_rows)
+            tokenizer, stream, cached = self.tokenizer(tokenizer_name), None, False
             if config.streaming:
-                stream = stream_of(config, self.tokenizer(tokenizer_name), **kind)
+                stream = stream_of(config, tokenizer, **kind)
+                train: Rows
                 train, report = stream.sample()
                 message = f"The first rows of the training data, which is read as training goes on: {report.summary()}"
+                heldout, heldout_report = load_heldout(config, tokenizer, watch=watch, **kind)
             else:
-                train, report = make_rows(shares[0], config, self.tokenizer(tokenizer_name), **kind)
+                shares = load_shares(config, tokenizer, watch=watch, **kind)
+                train, report, cached = shares.train, shares.report, shares.cached
+                heldout, heldout_report = shares.heldout, shares.heldout_report
                 message = f"Training data: {report.summary()}"
-            heldout: Rows = []
-            if config.eval_path != NO_ROWS:
-                try:
-                    heldout, heldout_report = make_rows(shares[1], config, self.tokenizer(tokenizer_name), **kind)
-                except DrklError as error:
-                    raise DrklError(f"Held-out rows: {error}") from error
+            if heldout_report is not None:
                 heldout_report.difference = None  # said of the training rows already
                 message += f" Held out: {heldout_report.summary()}"
+            if cached:
+                message += " The rows are read from drkl's cache."
             self.listener.on_message(message)
             self._rows[key] = Loaded(train, heldout, report, stream)
         return self._rows[key]
@@ -360,6 +365,7 @@ def cache_states(
     check_kind(kind, k, temperatures)
     check_apart(folder, specs[-1].folder)
     check_cached(specs, "topk" if fill else kind, k, temperatures)  # a cache that is filled has its kind
+    specs = [_with_whole_teacher(spec) for spec in specs]
     prepared = prepare(specs, listener or Listener())
     with TemporaryDirectory() as unused:
         # A later stage starts from a student that is not trained yet; any student has the same rows.
@@ -368,6 +374,11 @@ def cache_states(
         runs = [(trainer.pair, trainer.config) for trainer in trainers]
         what: Any = {"kind": kind, "k": k, "temperatures": temperatures}
         return write_cache(runs, folder, **what, part=part, parts=parts, fill=fill, progress=progress)
+
+
+def _with_whole_teacher(spec: RunSpec) -> RunSpec:
+    """The spec with a teacher that each process has whole: those that write a cache read rows of their own."""
+    return spec if spec.teacher is None else replace(spec, teacher=spec.teacher.model_copy(update={"shard": False}))
 
 
 def distill(

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from drkl.data.batching import Steps
 from drkl.data.collate import collate, teacher_inputs
+from drkl.data.stored import column
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX, LMHead
 from drkl.losses.topk import TopK
@@ -26,10 +28,11 @@ from drkl.models.at_head import call_at_head
 from drkl.models.forward import decoder_start
 from drkl.models.load import one_tokenizer
 from drkl.models.pair_loss import model_inputs
+from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_state
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
 from drkl.processes import gather
-from drkl.rollouts.steps import planned_length
+from drkl.rollouts.steps import planned_lengths
 from drkl.runs import RunFolder
 from drkl.teachers.served import ServedTeacher
 from drkl.teachers.teacher import Teacher
@@ -70,6 +73,7 @@ from drkl.training.pair import Pair, make_pair
 from drkl.training.plan import MicroBatches, Places, cuts_by_cost, plan_run
 from drkl.training.record import RunRecord
 from drkl.training.served import questions_in
+from drkl.training.sharding import check_kind, load_optimizer, save_optimizer, weights_in
 from drkl.training.streaming import StreamedBatches
 
 OTHER_ROWS = "other_"
@@ -165,12 +169,13 @@ class DistillationTrainer(Trainer):
         for note in pair.notes:
             _log.info(note)
         self.run = RunFolder(Path(str(args.output_dir)))
-        samples, any_rows = args.rollouts.is_on, list[Any](pair.rows)
+        any_rows: Any = pair.rows
+        samples = args.rollouts.is_on
         if samples:
             check_rollouts(pair, args)
         steps, ends = Steps.of([]), [args.max_steps]
         if pair.stream is None:
-            lengths = [planned_length(row, pair.max_new_tokens) if samples else row.length for row in any_rows]
+            lengths = planned_lengths(any_rows, pair.max_new_tokens) if samples else column(any_rows, "length")
             steps, ends = plan_run(lengths, args, args.world_size)
         self._steps = steps
         self._on_policy = OnPolicy(pair, args, self.run, steps, ends) if samples else None
@@ -218,6 +223,20 @@ class DistillationTrainer(Trainer):
             own.append(BeforeFirstStep(lambda: self._log_first_answers(answers)))
         return own
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_sharded(model):  # its parts lie where they are used
+            super()._move_model_to_device(model, device)
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        # transformers' own asks the config how the model was sharded, which a caller need not have written there.
+        student: Any = self.student
+        student.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            student.set_requires_gradient_sync(True)
+
     def _set_up_loop(
         self,
         inner: DistillationConfig,
@@ -227,6 +246,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         """Set up transformers' own trainer, which is given micro-batches whole."""
         pair, on_policy = self.pair, self._on_policy is not None
+        reshard(pair.student)  # it has been tried
         pad_id, start = pair.pad_id, decoder_start(pair.student)
         parts = inner.gradient_accumulation_steps * inner.world_size
         alike = cuts_by_cost(self.config)
@@ -255,6 +275,9 @@ class DistillationTrainer(Trainer):
             if isinstance(error, DrklError):
                 raise
             raise DrklError(f"transformers.Trainer refuses the arguments: {' '.join(str(error).split())}") from error
+        self._sharded_by_caller = is_sharded(pair.student) and not self.is_fsdp_enabled
+        if self._sharded_by_caller:
+            self.is_distributed_loading_by_transformers = True  # so that accelerate wraps nothing around it
 
     @property
     def student(self) -> nn.Module:
@@ -282,6 +305,7 @@ class DistillationTrainer(Trainer):
         self._from = Reached(0)
         if checkpoint is not None:
             check_checkpoint(checkpoint, optimizer=not (self.is_deepspeed_enabled or self.is_fsdp_enabled))
+            check_kind(checkpoint, by_accelerate=self.is_fsdp_enabled)
             self._from = reached_at(checkpoint)
             self._check_plan(checkpoint)
         self.num_tokens_seen = self._from.num_tokens
@@ -333,8 +357,12 @@ class DistillationTrainer(Trainer):
         if _internal_call:
             super().save_model(None if output_dir is None else str(output_dir), _internal_call=True)
             return
-        if self.is_world_process_zero():
-            self.record.save_student(None if output_dir is None else Path(output_dir), self.state)
+        writes = self.is_world_process_zero()
+        state: dict[str, Tensor] | None = None
+        if is_sharded(self.student):
+            state = whole_state(self.student if self.pair.adapter is None else self.pair.adapter, keep=writes)
+        if writes:
+            self.record.save_student(None if output_dir is None else Path(output_dir), self.state, state)
         self.accelerator.wait_for_everyone()
 
     def compute_loss(
@@ -480,7 +508,7 @@ class DistillationTrainer(Trainer):
         # fp16 skips such steps by itself; anywhere else the step would spoil the weights.
         if norm is not None and self.args.fp16 is False and not math.isfinite(float(norm)):
             gradients = {n: p.grad for n, p in self.student.named_parameters() if p.grad is not None}
-            bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+            bad = [name for name, gradient in gradients.items() if not torch.isfinite(local(gradient)).all()]
             # Clipping by a norm that is NaN makes every gradient NaN; then none can be named.
             where = "" if len(bad) == len(gradients) else f" (first in {next(iter(bad), 'its norm')!r})"
             raise DrklError(
@@ -614,23 +642,40 @@ class DistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # By the names of the model in memory, as transformers' loop reads them back; by those of a family's files it
         # would find no experts, and go on with the weights that are there.
+        student: Any = self.student
+        if self._sharded_by_caller:
+            state_dict = whole_state(student, keep=self.args.should_save)
         if self.args.should_save:
-            student: Any = self.student
             student.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._sharded_by_caller:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir), writes=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with readable(resume_from_checkpoint, "weights"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self._sharded_by_caller:
+                self._issue_warnings_after_load(load_whole(self.student, weights_in(resume_from_checkpoint)))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with readable(str(checkpoint), "optimiser's state"):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if self._sharded_by_caller and checkpoint is not None:
+                load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with readable(str(checkpoint), "random state"):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
+        if self._sharded_by_caller:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+            return
         with readable(str(self.state.best_model_checkpoint), "weights"):
             super()._load_best_model()
 
