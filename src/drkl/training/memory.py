@@ -56,6 +56,9 @@ _CURES = {
     "start": "student.init=pretrained, with a student that was cut before (drkl.prune), loads no larger model",
 }
 
+_UNITS = (("GB", 1e9, 1), ("MB", 1e6, 0), ("kB", 1e3, 0))
+"""Names, bytes and digits."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -119,8 +122,7 @@ class Memory:
 
     def table(self) -> str:
         """The parts as lines of text, a column for each moment."""
-        unit, size = ("GB", 1e9) if self.peak_bytes >= 10e9 else ("MB", 1e6)
-        digits = 1 if unit == "GB" else 0
+        unit, size, digits = next(one for one in _UNITS if self.peak_bytes >= 10 * one[1] or one is _UNITS[-1])
         keys = [key for key in MOMENTS if key in self.moments]
         used = [part for part in PARTS if any(self.moments[key].get(part) for key in keys)]
 
