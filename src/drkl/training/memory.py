@@ -43,7 +43,7 @@ _CURES = {
     "optimiser": "training.arguments.optim=adafactor (or sgd) keeps less, and so does a `peft` section (LoRA); "
     "training.arguments.fsdp shards it over GPUs",
     "teacher_weights": "`drkl cache` and teacher.cache=FOLDER train without the teacher, teacher.server asks one "
-    "elsewhere, teacher.dtype=bf16 halves it",
+    "elsewhere, teacher.dtype=bf16 halves it, teacher.shard=true cuts it over several processes",
     "teacher_states": "a smaller teacher.remember_mb or training.eval_rows keeps fewer",
     "activations": "training.gradient_checkpointing=true keeps one input for each layer; "
     "training.arguments.gradient_accumulation_steps cuts a step into smaller micro-batches; data.max_tokens shortens "
