@@ -53,7 +53,7 @@ _CURES = {
     "buckets": "training.arguments.fsdp in place of plain DDP needs none",
     "gathered": "they are those of the largest layer and of the embeddings; a smaller vocabulary is the only cure",
     "answers": "a smaller rollouts.batch_size or rollouts.max_new_tokens needs less",
-    "start": "student.init=pretrained, with a student that was cut before (drkl.prune) and saved in its own dtype, loads "
+    "start": "student.init=pretrained, with a student cut before (drkl.prune) and saved in its own dtype, loads "
     "no more than itself",
 }
 
