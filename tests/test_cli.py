@@ -244,7 +244,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(cli: Cli, recipe: Path, t
     assert {"budget", "input", "trained"} <= stage["tokens_per_step"].keys()
     assert stage["estimated_memory_gb"] > 0 and "estimated_minutes" in plan
     # The table for people is a comment to those who read yaml.
-    assert "\n# Memory of r, predicted (1 process, cpu)\n# MB of each process  " in done.out
+    assert "\n# Memory of r, predicted (1 process, cpu)\n# kB of each process  " in done.out
     assert f"\n# {stage['memory']['advice']}\n" in done.out
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from drkl.errors import DrklError
-from drkl.training.estimate import estimate
+from drkl.training.estimate import memory_of
 from drkl.training.memory import Memory
 from drkl.training.run import Listener, cache_states, prepare
 from drkl.training.trainer import DistillationTrainer
@@ -19,7 +19,7 @@ from tests.training import tiny_runs
 
 
 def predicted(values: dict[str, Any], processes: int | None = None) -> Memory:
-    return Memory.from_json(estimate(tiny_runs.specs(values), processes)["stages"][-1]["memory"])
+    return memory_of(tiny_runs.specs(values), processes)[-1]
 
 
 def trained(values: dict[str, Any]) -> DistillationTrainer:

@@ -43,7 +43,7 @@ _CURES = {
     "optimiser": "training.arguments.optim=adafactor (or sgd) keeps less, and so does a `peft` section (LoRA); "
     "training.arguments.fsdp shards it over GPUs",
     "teacher_weights": "`drkl cache` and teacher.cache=FOLDER train without the teacher, teacher.server asks one "
-    "elsewhere, teacher.dtype=bf16 halves it",
+    "elsewhere, teacher.dtype=bf16 halves it, teacher.shard=true cuts it over several processes",
     "teacher_states": "a smaller teacher.remember_mb or training.eval_rows keeps fewer",
     "activations": "training.gradient_checkpointing=true keeps one input for each layer; "
     "training.arguments.gradient_accumulation_steps cuts a step into smaller micro-batches; data.max_tokens shortens "
@@ -55,6 +55,9 @@ _CURES = {
     "answers": "a smaller rollouts.batch_size or rollouts.max_new_tokens needs less",
     "start": "student.init=pretrained, with a student that was cut before (drkl.prune), loads no larger model",
 }
+
+_UNITS = (("GB", 1e9, 1), ("MB", 1e6, 0), ("kB", 1e3, 0))
+"""Names, bytes and digits."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,7 @@ class Memory:
 
     def table(self) -> str:
         """The parts as lines of text, a column for each moment."""
-        unit, size = ("GB", 1e9) if self.peak_bytes >= 10e9 else ("MB", 1e6)
-        digits = 1 if unit == "GB" else 0
+        unit, size, digits = next(one for one in _UNITS if self.peak_bytes >= 10 * one[1] or one is _UNITS[-1])
         keys = [key for key in MOMENTS if key in self.moments]
         used = [part for part in PARTS if any(self.moments[key].get(part) for key in keys)]
 
