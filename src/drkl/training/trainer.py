@@ -304,8 +304,8 @@ class DistillationTrainer(Trainer):
         # What cannot be gone on from is refused before anything of the run is touched.
         self._from = Reached(0)
         if checkpoint is not None:
-            check_checkpoint(checkpoint, optimizer=not (self.is_deepspeed_enabled or self.is_fsdp_enabled))
             check_kind(checkpoint, by_accelerate=self.is_fsdp_enabled)
+            check_checkpoint(checkpoint, optimizer=not (self.is_deepspeed_enabled or self.is_fsdp_enabled))
             self._from = reached_at(checkpoint)
             self._check_plan(checkpoint)
         self.num_tokens_seen = self._from.num_tokens
