@@ -49,7 +49,7 @@ class Shape:
     rows: int
     tokens: int
     decoder_tokens: int | None
-    """Of an encoder-decoder; ``tokens`` are then the encoder's."""
+    """The decoder's, in an encoder-decoder; ``tokens`` are then the encoder's."""
     positions: int
     """Those that have a loss."""
 
@@ -341,11 +341,10 @@ def _read(model: PreTrainedModel, shape: Shape, device: str) -> int:
 
 
 def _heldout(student: PreTrainedModel, teacher: PreTrainedModel | None, known: Known) -> Parts:
-    """A held-out batch: both models read it, then its positions are compared chunk by chunk."""
+    """A held-out batch: the larger model reads it, then its positions are compared chunk by chunk."""
     assert known.heldout is not None
-    live_teacher = teacher if known.held == "live" else None
-    models = [model for model in (student, live_teacher) if model is not None]
-    reading = max(_read(model, known.heldout, known.device) for model in models)
+    models = [student, *([teacher] if teacher is not None and known.held == "live" else [])]
+    reading = _read(max(models, key=lambda model: model.num_parameters()), known.heldout, known.device)
     head = output_head(student)
     live = LiveBytes()
     with traced(live, known.device), torch.no_grad():
@@ -426,13 +425,19 @@ def _kept_states(teacher: PreTrainedModel | None, known: Known) -> int:
 
 
 def _start(known: Known) -> int | None:
-    """The whole model that a student is cut from, while it is; it waits in the memory of the processor."""
+    """While the student is made: the whole model that it is cut from, and a file that is read into another dtype.
+
+    Both wait in the memory of the processor.
+    """
     student, teacher = known.spec.student, known.spec.teacher
-    if student.init != "prune" or known.device != "cpu":
+    if student.init == "random" or known.device != "cpu":
         return None
     source = source_model(student, teacher.source if teacher else None)
     config = load_config(source, **student.model_init_kwargs)
-    return count_parameters(config, classifier=known.spec.classifies) * DTYPES[student.dtype].itemsize
+    numbers, wanted = count_parameters(config, classifier=known.spec.classifies), DTYPES[student.dtype]
+    stored = getattr(config, "dtype", None) or wanted
+    file = 0 if stored == wanted else numbers * stored.itemsize
+    return file + (numbers * wanted.itemsize if student.init == "prune" else 0) or None
 
 
 def _answers(student: PreTrainedModel, known: Known) -> int:
