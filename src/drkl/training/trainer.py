@@ -31,7 +31,7 @@ from drkl.models.pair_loss import model_inputs
 from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_state
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
-from drkl.processes import first_alone, gather
+from drkl.processes import first_alone, gather, lost_another
 from drkl.rollouts.steps import planned_lengths
 from drkl.runs import RunFolder
 from drkl.teachers.served import ServedTeacher
@@ -703,6 +703,8 @@ class DistillationTrainer(Trainer):
         # A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
         except (DrklError, OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
+            if lost_another(error):
+                raise  # there may be room enough
             raise DrklError(
                 f"Could not write the checkpoint of step {self.state.global_step} to {str(folder)!r}: "
                 f"{' '.join(str(error).split())[:200].rstrip('.')}. The last good checkpoint is kept; make room, then "
