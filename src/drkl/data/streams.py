@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -366,15 +367,13 @@ def stream_from(dataset: Any, name: str, tokenize: Tokenize, shuffle_buffer: int
 
 def has_no_end(dataset: Any) -> bool:
     """Whether a data set is a ``datasets.IterableDataset``, or holds one as its only split."""
-    import datasets
-
-    return isinstance(_only_split(dataset), datasets.IterableDataset)
+    datasets = sys.modules.get("datasets")  # before it is imported nothing is of its classes
+    return datasets is not None and isinstance(_only_split(dataset), datasets.IterableDataset)
 
 
 def _only_split(dataset: Any) -> Any:
-    import datasets
-
-    is_one = isinstance(dataset, datasets.IterableDatasetDict) and len(dataset) == 1
+    datasets = sys.modules.get("datasets")
+    is_one = datasets is not None and isinstance(dataset, datasets.IterableDatasetDict) and len(dataset) == 1
     return next(iter(dataset.values())) if is_one else dataset
 
 
