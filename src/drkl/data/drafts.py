@@ -23,9 +23,11 @@ class Draft(NamedTuple):
 
     example: Example
     encode: Callable[[], Turns]
-    texts: Sequence[str] = ()
+    texts: Sequence[Sequence[str]] = ()
     sources: Sequence[str] = ()
     targets: Sequence[str] = ()
+    replies: Sequence[str] = ()
+    """What is written of each learnt turn, without an eos that is put after it; none where texts are not kept."""
 
 
 @dataclass
@@ -63,7 +65,12 @@ class Drafter:
             return Draft(example, partial(self._pair, source, target), sources=[source], targets=[target])
         make = Conversation.whole if self.turns == "all" else Conversation.last
         talk = make(self._writer(example), example.messages)
-        return Draft(example, partial(self._turns, example, talk), texts=talk.texts)
+        learnt: Sequence[int] = [0]
+        if self.turns == "all":
+            spoken = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+            learnt = [place for place, index in enumerate(spoken) if index not in example.unlearnt]
+        replies = [talk.turns[place].reply for place in learnt]
+        return Draft(example, partial(self._turns, talk, learnt), texts=talk.texts, replies=replies)
 
     def prompt(self, answered: Example) -> Draft:
         """The prompt of an example, after which nothing is learnt; its response is read by templates that need one.
@@ -76,12 +83,12 @@ class Drafter:
             return self.source(answered)
         writer = self._writer(answered)
         text = prompt_alone(writer, answered.prompt_messages)
-        return Draft(answered, lambda: _nothing_after(encode_from_start(writer, text)), texts=[text])
+        return Draft(answered, lambda: _nothing_after(encode_from_start(writer, text)), texts=[[text]])
 
     def text(self, example: Example) -> Draft:
         """A plain text, in which there are no turns."""
         text = example.response
-        return Draft(example, lambda: Turns(self.encoder.ids(text), [], []), texts=[text])
+        return Draft(example, lambda: Turns(self.encoder.ids(text), [], []), texts=[[text]])
 
     def source(self, example: Example) -> Draft:
         """The prompt of an example as an encoder reads it."""
@@ -111,14 +118,9 @@ class Drafter:
         ids, start = ids + target_ids(self.encoder, target), len(ids)
         return Turns(ids, [(start, len(ids))], [[]])
 
-    def _turns(self, example: Example, talk: Conversation) -> Turns:
-        encoded = talk.encode(self.ends)
-        if self.turns != "all":
-            return encoded
-        replies = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        learnt = [place for place, index in enumerate(replies) if index not in example.unlearnt]
-        spans, openings = [encoded.spans[place] for place in learnt], [encoded.openings[place] for place in learnt]
-        return Turns(encoded.ids, spans, openings)
+    def _turns(self, talk: Conversation, learnt: Sequence[int]) -> Turns:
+        ids, spans, openings = talk.encode(self.ends)
+        return Turns(ids, [spans[place] for place in learnt], [openings[place] for place in learnt])
 
 
 def with_stand_in(example: Example) -> Example:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
+
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from drkl.data.ends import as_ids, special_tokens
 from drkl.errors import DrklError
@@ -48,13 +50,43 @@ class TextEncoder:
         bos = as_ids(self.tokenizer.bos_token_id)
         return bool(bos) and self.tokenizer("a", verbose=False)["input_ids"][:1] == bos
 
-    def read(self, texts: Iterable[str], *, sources: Iterable[str] = (), targets: Iterable[str] = ()) -> None:
-        """Encode texts at once, so that `ids` and `framed` have them; those of the call before are forgotten."""
+    @cached_property
+    def special_texts(self) -> dict[int, str]:
+        """The tokenizer's special tokens, by their ids."""
+        return {number: text for text, number in self.special_tokens.items()}
+
+    def keeps_bytes(self, text: str) -> bool:
+        """Whether the ids of a text read as no more bytes than it has, but for a blank before it."""
+        return self._keeps_bytes and (text.isascii() or self.tokenizer.backend_tokenizer.normalizer is None)
+
+    @cached_property
+    def _keeps_bytes(self) -> bool:
+        if not self.tokenizer.is_fast:
+            return False
+        backend = self.tokenizer.backend_tokenizer
+        steps = repr(backend.pre_tokenizer)
+        return (
+            isinstance(backend.decoder, decoders.ByteLevel)
+            and isinstance(backend.model, models.BPE)
+            and isinstance(backend.normalizer, normalizers.NFC | None)  # leaves what is ascii
+            and "ByteLevel(" in steps
+            and "Metaspace(" not in steps
+            and all(backend.token_to_id(byte) is not None for byte in pre_tokenizers.ByteLevel.alphabet())
+        )
+
+    def read(self, texts: Iterable[Sequence[str]], *, sources: Iterable[str] = (), targets: Iterable[str] = ()) -> None:
+        """Encode texts at once, so that `ids` and `framed` have them; those of the call before are forgotten.
+
+        Args:
+            texts: each as pieces, of which the first one, the first two and so on are encoded.
+            sources: texts that an encoder reads.
+            targets: texts that a decoder writes.
+        """
         self._known, self._framed = {}, {}
         if not self.tokenizer.is_fast:  # another is not faster at once
             return
         self._cuts = self._safe_cuts
-        if parts := list(dict.fromkeys(part for text in texts for part in self._parts(text))):
+        if parts := list(dict.fromkeys(part for pieces in texts for part in self._parts_of_all(pieces))):
             encoded = self.tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]
             self._known = dict(zip(parts, encoded, strict=True))
         for target, group in ((False, list(dict.fromkeys(sources))), (True, list(dict.fromkeys(targets)))):
@@ -68,7 +100,7 @@ class TextEncoder:
         Raises:
             DrklError: the tokenizer cannot encode the text.
         """
-        parts = self._parts(text)
+        parts = self.parts(text)
         try:
             if len(parts) == 1:
                 return self._part(text)
@@ -95,11 +127,20 @@ class TextEncoder:
         templates = "".join(templates.values()) if isinstance(templates, Mapping) else templates
         return _cuts(self.tokenizer, self._template + templates)
 
-    def _parts(self, text: str) -> list[str]:
+    def parts(self, text: str) -> list[str]:
+        """Return a text cut where its ids are cut too; what is added to it changes the ids of the last part alone."""
         if self._cuts is None:
             return [text]
-        places = [0, *(match.start() for match in self._cuts.finditer(text)), len(text)]
-        return [text[start:end] for start, end in pairwise(places) if start < end] or [text]
+        first, *rest = self._cuts.split(text)
+        parts = [token + following for token, following in zip(rest[::2], rest[1::2], strict=True)]
+        return [first, *parts] if first or not parts else parts
+
+    def _parts_of_all(self, pieces: Sequence[str]) -> Iterator[str]:
+        last = ""
+        for piece in pieces:
+            parts = self.parts(last + piece)
+            yield from parts
+            last = parts[-1]
 
     def _part(self, part: str) -> list[int]:
         known = self._known.get(part)
@@ -124,7 +165,7 @@ class TextEncoder:
 
 
 def _cuts(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str] | None:
-    """Matches the tokens of a template before which a text may be cut; None if there are none.
+    """Matches (and has as its group) the tokens of a template before which a text may be cut; None if there are none.
 
     A fast tokenizer finds its added tokens in the text as it is, from left to right and of those that begin at one
     place the longest, and encodes what is between two of them by itself. A text is cut at those tokens that are found
@@ -147,7 +188,7 @@ def _cuts(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str] 
         return None
     if not safe or list(chain(*apart)) != whole:  # its class may do something of its own with a text
         return None
-    return re.compile("|".join(map(re.escape, safe)))
+    return re.compile(f"({'|'.join(map(re.escape, safe))})")
 
 
 def _overlaps(other: str, token: str) -> bool:

@@ -37,20 +37,21 @@ class Stream:
         self.ids: list[int] = []
         self._writer = writer
         self._text = ""
-        self._known = ""
-        self._whole: list[int] = []
+        self._settled = False
+        self._open = ""
+        self._known: list[int] | None = []
+        """The ids of the text that is open, if they are known; what is before it is settled, whatever follows."""
 
     def add(self, piece: str) -> None:
         """Append the ids of a piece."""
-        if self._known != self._text:
-            self._whole = encode_from_start(self._writer, self._text)
+        known = self._ids(self._open) if self._known is None else self._known
         self._text += piece
-        known = self._whole
-        self._whole, self._known = encode_from_start(self._writer, self._text), self._text
-        if self._whole[: len(known)] == known:
-            self.ids += self._whole[len(known) :]
-        else:
-            self.ids += self._apart(piece)
+        self._open += piece
+        self._known = self._ids(self._open)
+        self.ids += self._known[len(known) :] if self._known[: len(known)] == known else self._apart(piece)
+        *ready, last = self._writer.encoder.parts(self._open)
+        if ready:
+            self._open, self._known, self._settled = last, self._writer.encoder.ids(last), True
 
     def end(self) -> None:
         """Append eos.
@@ -60,6 +61,11 @@ class Stream:
         """
         self.ids.append(eos_of(self._writer.tokenizer))
         self._text += str(self._writer.tokenizer.eos_token)
+        self._open += str(self._writer.tokenizer.eos_token)
+        self._known = None
+
+    def _ids(self, text: str) -> list[int]:
+        return self._writer.encoder.ids(text) if self._settled else encode_from_start(self._writer, text)
 
     def _apart(self, piece: str) -> list[int]:
         """The ids of a piece by itself.
@@ -68,7 +74,7 @@ class Stream:
         follows the context is right if the row then reads as the whole text does.
         """
         tokenizer, encode = self._writer.tokenizer, self._writer.encoder.ids
-        text = _decode(tokenizer, self._whole)
+        text = _decode(tokenizer, encode_from_start(self._writer, self._text))
         for context, part in product(("", "\n", "a", "."), (piece, piece.lstrip())):
             start, ids = encode(context), encode(context + part)
             if ids[: len(start)] == start and _decode(tokenizer, self.ids + ids[len(start) :]) == text:

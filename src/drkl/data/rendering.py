@@ -16,6 +16,8 @@ from drkl.errors import DrklError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from drkl.data.outline import Outlines
+
     Messages = Sequence[Mapping[str, Any]]
 
 ALPACA = (
@@ -126,6 +128,23 @@ class Writer:
         Raises:
             DrklError: the template refuses the conversation, or fails.
         """
+        if self._outlines is None:
+            return self._rendered(messages, add_generation_prompt)
+        return self._outlines.text(messages, add_generation_prompt=add_generation_prompt)
+
+    @cached_property
+    def _outlines(self) -> Outlines | None:
+        """What the template writes around contents, if no more of a conversation matters to it."""
+        from transformers import PreTrainedTokenizerBase
+
+        from drkl.data.outline import Outlines, writes_contents_alone
+
+        renders = getattr(self.tokenizer.apply_chat_template, "__func__", None)
+        if self.tools is not None or self.template_kwargs or renders is not PreTrainedTokenizerBase.apply_chat_template:
+            return None
+        return Outlines(self._rendered) if writes_contents_alone(self._dated_template) else None
+
+    def _rendered(self, messages: Messages, add_generation_prompt: bool) -> str:
         import jinja2
 
         template = self._dated_template

@@ -75,17 +75,15 @@ class Conversation(NamedTuple):
         return cls(writer, last, turns)
 
     @property
-    def texts(self) -> list[str]:
-        """What `encode` is going to encode, or most of it."""
+    def texts(self) -> list[list[str]]:
+        """What `encode` is going to encode, or most of it, as `TextEncoder.read` has it."""
         eos = self.writer.tokenizer.eos_token or ""
-        texts = [text for turn in self.turns if turn.opening for text in (turn.before, turn.before + turn.opening)]
-        written = said = ""
+        pieces: list[str] = []
+        said = ""
         for turn in self.turns:
-            before = written + turn.before[len(said) :]
+            pieces += (turn.before[len(said) :], turn.reply, "" if turn.ended else eos)
             said = turn.before + turn.reply
-            texts += [before, before + turn.reply]
-            written = texts[-1] + ("" if turn.ended else eos)
-        return texts
+        return [pieces, *([turn.before, turn.opening] for turn in self.turns if turn.opening)]
 
     def encode(self, ends: Sequence[int] = ()) -> Turns:
         """Encode the turns; eos is put after those that nothing ends.

@@ -322,8 +322,8 @@ class _Maker:
         except Exception:
             if len(examples) == 1:
                 raise
-            # Which of them is the first to fail shows where each is made by itself.
-            return [made for example in examples for made in self._make([example])]
+        # Which of them is the first to fail shows where each is made by itself.
+        return [made for example in examples for made in self._make([example])]
 
     def _make(self, examples: Sequence[Example]) -> list[_Made]:
         made = [self._drafted(example) for example in examples]
@@ -369,7 +369,9 @@ class _Maker:
         row = row_of_spans(example, ids, spans, limit, openings)
         row = replace(row, encoder_decoder=True) if encoder_decoder else row
         place = len(_learnt(row.example)) - 1 if self.drafter.turns == "all" else -1
-        made.row = _with_written_references(row, self.drafter.encoder.tokenizer, ids[slice(*spans[place])])
+        reply = ids[slice(*spans[place])]
+        is_content = draft.replies and _is_content(self.drafter.encoder, row.example, reply, draft.replies[place])
+        made.row = row if is_content else _with_written_references(row, self.drafter.encoder.tokenizer, reply)
         made.cut = spans[-1][1] > limit
 
     def _add_teacher(self, teacher: TeacherView, made: Sequence[_Made]) -> None:
@@ -476,6 +478,14 @@ def _cut_for_teacher(row: Row, max_tokens: int, room: Room) -> tuple[Row, bool]:
     if not prompt or len(row.response_ids) <= left:
         return row, False
     return replace(row, response_ids=row.response_ids[:left]), True
+
+
+def _is_content(encoder: TextEncoder, example: Example, reply: Sequence[int], text: str) -> bool:
+    """Whether a reply surely reads as the response's content alone; ``text`` is what the template writes of it."""
+    if has_more(example.messages[-1]) or not encoder.keeps_bytes(text):
+        return False
+    end = encoder.special_texts.get(reply[-1], "") if reply else ""
+    return text.removesuffix(end).strip() == example.response.strip()
 
 
 def _with_written_references(row: Row, tokenizer: PreTrainedTokenizerBase, reply: Sequence[int]) -> Row:
