@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from tokenizers import decoders, models, normalizers, pre_tokenizers
-
+from drkl.data.cuts import NO_CUTS, Cuts, is_of_bytes, safe_tokens, words_are_apart
 from drkl.data.ends import as_ids, special_tokens
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Item = TypeVar("Item")
+AT_ONCE = 256
+"""The texts or examples that a tokenizer is given at once, at most."""
+CHARACTERS_AT_ONCE = 1_000_000
+"""With an item that brings those of a batch to more characters, the batch ends: all of their tokens are in memory."""
+
+
+def batched(items: Iterable[Item], characters: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Yield some items at a time for a tokenizer, fewer where they are long."""
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += characters(item)
+        if len(batch) == AT_ONCE or size > CHARACTERS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 class Framed(NamedTuple):
@@ -35,7 +53,7 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "") -> None:
         self.tokenizer = tokenizer
         self._template = template
-        self._cuts: re.Pattern[str] | None = None
+        self._cuts = NO_CUTS
         self._known: dict[str, list[int]] = {}
         self._framed: dict[tuple[bool, str], Framed] = {}
 
@@ -57,22 +75,13 @@ class TextEncoder:
 
     def keeps_bytes(self, text: str) -> bool:
         """Whether the ids of a text read as no more bytes than it has, but for a blank before it."""
-        return self._keeps_bytes and (text.isascii() or self.tokenizer.backend_tokenizer.normalizer is None)
+        # Bytes without a token are left out, and what is left of a letter then reads as the mark of a bad one.
+        no_normalizer = self._keeps_bytes and self.tokenizer.backend_tokenizer.normalizer is None
+        return self._keeps_bytes and (text.isascii() or (no_normalizer and "\ufffd" not in text))
 
     @cached_property
     def _keeps_bytes(self) -> bool:
-        if not self.tokenizer.is_fast:
-            return False
-        backend = self.tokenizer.backend_tokenizer
-        steps = repr(backend.pre_tokenizer)
-        return (
-            isinstance(backend.decoder, decoders.ByteLevel)
-            and isinstance(backend.model, models.BPE)
-            and isinstance(backend.normalizer, normalizers.NFC | None)  # leaves what is ascii
-            and "ByteLevel(" in steps
-            and "Metaspace(" not in steps
-            and all(backend.token_to_id(byte) is not None for byte in pre_tokenizers.ByteLevel.alphabet())
-        )
+        return is_of_bytes(self.tokenizer)
 
     def read(self, texts: Iterable[Sequence[str]], *, sources: Iterable[str] = (), targets: Iterable[str] = ()) -> None:
         """Encode texts at once, so that `ids` and `framed` have them; those of the call before are forgotten.
@@ -87,8 +96,7 @@ class TextEncoder:
             return
         self._cuts = self._safe_cuts
         if parts := list(dict.fromkeys(part for pieces in texts for part in self._parts_of_all(pieces))):
-            encoded = self.tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]
-            self._known = dict(zip(parts, encoded, strict=True))
+            self._known = dict(zip(parts, self._ids_of_all(parts), strict=True))
         for target, group in ((False, list(dict.fromkeys(sources))), (True, list(dict.fromkeys(targets)))):
             if group:
                 keys = ((target, text) for text in group)
@@ -100,7 +108,7 @@ class TextEncoder:
         Raises:
             DrklError: the tokenizer cannot encode the text.
         """
-        parts = self.parts(text)
+        parts = [text] if text in self._known else self.parts(text)
         try:
             if len(parts) == 1:
                 return self._part(text)
@@ -122,25 +130,37 @@ class TextEncoder:
         return self._framed[key]
 
     @cached_property
-    def _safe_cuts(self) -> re.Pattern[str] | None:
+    def _safe_cuts(self) -> Cuts:
         templates = self.tokenizer.chat_template or ""
         templates = "".join(templates.values()) if isinstance(templates, Mapping) else templates
-        return _cuts(self.tokenizer, self._template + templates)
+        return Cuts(safe_tokens(self.tokenizer, self._template + templates), words_are_apart(self.tokenizer))
 
     def parts(self, text: str) -> list[str]:
         """Return a text cut where its ids are cut too; what is added to it changes the ids of the last part alone."""
-        if self._cuts is None:
-            return [text]
-        first, *rest = self._cuts.split(text)
-        parts = [token + following for token, following in zip(rest[::2], rest[1::2], strict=True)]
-        return [first, *parts] if first or not parts else parts
+        return self._cuts.parts(text)
 
     def _parts_of_all(self, pieces: Sequence[str]) -> Iterator[str]:
+        if len(pieces) == 1:  # nothing to share
+            yield pieces[0]
+            return
         last = ""
         for piece in pieces:
             parts = self.parts(last + piece)
             yield from parts
             last = parts[-1]
+
+    def _ids_of_all(self, texts: list[str]) -> list[list[int]]:
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = self.tokenizer
+        kind, backend = type(tokenizer), tokenizer.backend_tokenizer
+        is_plain = kind.__call__ is PreTrainedTokenizerFast.__call__
+        is_plain = is_plain and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+        is_plain = is_plain and backend.truncation is None and backend.padding is None
+        if is_plain and backend.encode_special_tokens == tokenizer.split_special_tokens:
+            # Where in the text each token is, and masks, are not needed.
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _part(self, part: str) -> list[int]:
         known = self._known.get(part)
@@ -162,37 +182,3 @@ class TextEncoder:
                 "data.tgt_lang (and data.src_lang), or in Python tokenizer.tgt_lang."
             ) from error
         return list(map(Framed, encoded["input_ids"], encoded["special_tokens_mask"]))
-
-
-def _cuts(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str] | None:
-    """Matches (and has as its group) the tokens of a template before which a text may be cut; None if there are none.
-
-    A fast tokenizer finds its added tokens in the text as it is, from left to right and of those that begin at one
-    place the longest, and encodes what is between two of them by itself. A text is cut at those tokens that are found
-    wherever they stand, whatever is around them: no other token overlaps them, and they take no blanks from the left.
-    """
-    if not tokenizer.is_fast or tokenizer.split_special_tokens:
-        return None
-    added = list(tokenizer.added_tokens_decoder.values())
-    if any(token.single_word for token in added):  # it depends on what is around it
-        return None
-    found = [token.content for token in added if not token.normalized]
-    ends = (tokenizer.bos_token, tokenizer.eos_token)
-    wanted = {token.content for token in added if not token.normalized and not token.lstrip}
-    wanted = {text for text in wanted if text == text.strip() and (text in ends or text in template)}
-    safe = sorted(text for text in wanted if not any(_overlaps(other, text) for other in found))
-    parts = ["a b", *(f"{text}a b" for text in safe)]
-    try:
-        *apart, whole = tokenizer([*parts, "".join(parts)], add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception:  # a tokenizer without an unknown token, perhaps
-        return None
-    if not safe or list(chain(*apart)) != whole:  # its class may do something of its own with a text
-        return None
-    return re.compile(f"({'|'.join(map(re.escape, safe))})")
-
-
-def _overlaps(other: str, token: str) -> bool:
-    """Whether a token of a text may be hidden by another that begins before it, or with it and is longer."""
-    if token[0] not in other[1:] and not other.startswith(token):
-        return False
-    return (other != token and token in other) or any(token.startswith(other[i:]) for i in range(1, len(other)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drkl.data.drafts import Draft, Drafter, with_stand_in
-from drkl.data.encoding import TextEncoder
+from drkl.data.encoding import TextEncoder, batched
 from drkl.data.examples import Example, free_id, hash_of_id
 from drkl.data.formats import NEEDS_NONE
 from drkl.data.lengths import NO_LIMIT, Lengths, Room, no_prompt_fits
@@ -32,11 +32,6 @@ _REASONS = {
     "weight_0": "weight 0, so no reply to learn",
     "text_too_long": "text longer than max_tokens",
 }
-
-AT_ONCE = 256
-"""The examples that the tokenizer is given at once, at most."""
-CHARACTERS_AT_ONCE = 1_000_000
-"""With an example that brings those of a batch to more characters, the batch ends: their tokens are in memory."""
 
 
 @dataclass(frozen=True)
@@ -265,24 +260,10 @@ def tokenize_chunk(
     drafter = Drafter(TextEncoder(tokenizer, template), template, turns, encoder_decoder=encoder_decoder, ends=ends)
     maker = _Maker(drafter, max_prompt_tokens, max_tokens, room, needs_responses=needs_responses, teacher=teacher)
     chunk = Chunk()
-    for batch in _batches(examples):
+    for batch in batched(examples, _num_characters):
         for made in maker.make(batch):
             chunk.add(made, tokenizer)
     return chunk
-
-
-def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """Some examples at a time, fewer where they are long."""
-    batch: list[Example] = []
-    size = 0
-    for example in examples:
-        batch.append(example)
-        size += sum(len(message["content"]) for message in example.messages)
-        if len(batch) == AT_ONCE or size > CHARACTERS_AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 @dataclass
@@ -382,6 +363,10 @@ class _Maker:
             one.length = max(one.length, len(row.teacher_prompt_ids or ()))
             if one.length > self.max_prompt_tokens:
                 one.reason = _unfit(one.length)
+
+
+def _num_characters(example: Example) -> int:
+    return sum(len(message["content"]) for message in example.messages)
 
 
 def _unfit(length: int) -> str:
