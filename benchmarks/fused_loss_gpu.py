@@ -1,10 +1,10 @@
 """Time and memory of the fused loss on a GPU: `python -m benchmarks.fused_loss_gpu [--help]`.
 
 Forward and backward, to the hidden states and the head, bf16. The floor is the four matrix products alone, in the same
-chunks; `eager` is the usual line of autograd code on whole logits, `compiled` the same under torch.compile. Peers (TRL,
-Liger-Kernel) are timed where they are installed (`benchmarks/requirements.txt`). Times are CUDA events, medians over
-rounds, each round running every variant once; the peak is torch's, above what the inputs and their gradients take. Rows
-go to ``benchmarks/results/fused_loss_gpu.csv``.
+chunks; `eager rkl` is the usual line of autograd code on whole logits, `compiled rkl` the same under torch.compile,
+`eager drkl` the definition on whole logits. Peers (TRL, Liger-Kernel) are timed where they are installed
+(`benchmarks/requirements.txt`). Times are CUDA events, medians over rounds, each round running every variant once; the
+peak is torch's, above what the inputs take. Rows go to ``benchmarks/results/fused_loss_gpu.csv``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 import drkl
-from benchmarks.fused_loss import Case
+from benchmarks.fused_loss import Case, dense
 from benchmarks.rows import Row, commit, spread, write_rows
 from drkl.losses import fused as fused_module
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums
@@ -93,30 +94,52 @@ def liger_rkl(compiled: bool) -> Callable[[], Variant]:
     return make
 
 
-def variants() -> dict[str, Variant]:
-    """Every variant that can be made here."""
-    compiled = torch.compile(usual_rkl)
-    made: dict[str, Variant] = {
+def of_drkl() -> dict[str, Variant]:
+    """The floor, the usual code and every objective of drkl."""
+    return {
         "floor": floor,
         "eager rkl": lambda case: usual_rkl(*tensors(case)).backward(),
-        "compiled rkl": lambda case: compiled(*tensors(case)).backward(),
-        **{f"fused {name}": fused(name) for name in ("rkl", "fkl", "srkl", "drkl")},
+        **{f"fused {name}": fused(name) for name in drkl.OBJECTIVES},
         "fused drkl, stats": fused("drkl", stats=True),
         "fused drkl, no kernel": fused("drkl", kernel=False),
-        "fused gjs": fused("gjs"),
+        "eager drkl": dense("drkl"),
     }
-    peers = {"trl rkl": trl_rkl, "liger rkl": liger_rkl(False), "liger rkl, compiled": liger_rkl(True)}
+
+
+def compiled_rkl() -> Variant:
+    """`usual_rkl` under torch.compile."""
+    compiled = torch.compile(usual_rkl)
+    return lambda case: compiled(*tensors(case)).backward()
+
+
+def of_peers() -> dict[str, Variant]:
+    """The floor, and what others have, as far as it can be made here."""
+    peers: dict[str, Callable[[], Variant]] = {
+        "compiled rkl": compiled_rkl,
+        "liger rkl": liger_rkl(False),
+        "liger rkl, compiled": liger_rkl(True),
+        "trl rkl": trl_rkl,
+    }
+    made: dict[str, Variant] = {"floor": floor}
     for name, make in peers.items():
         try:
             made[name] = make()
         except Exception as error:  # a peer that is not installed, or does not fit the other versions here
-            print(f"{name}: left out ({type(error).__name__}: {str(error)[:200]})", file=sys.stderr)
+            _left_out(name, error)
     return made
 
 
+def _left_out(name: str, error: Exception) -> None:
+    print(f"{name}: left out ({type(error).__name__}: {str(error)[:200]})", file=sys.stderr)
+
+
 def milliseconds(variant: Variant, case: Case) -> float:
-    """Of one forward and backward, by the GPU's own clock."""
+    """Of one forward and backward, by the GPU's own clock where there is one."""
     case.clear()
+    if not case.student_hidden.is_cuda:
+        started = time.perf_counter()
+        variant(case)
+        return 1000 * (time.perf_counter() - started)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -127,7 +150,9 @@ def milliseconds(variant: Variant, case: Case) -> float:
 
 
 def extra_peak_mib(variant: Variant, case: Case) -> float:
-    """What a run needs at most, above the inputs; the gradients it leaves are counted in."""
+    """What a run needs at most, above the inputs; the gradients it leaves are counted in. NaN without a GPU."""
+    if not case.student_hidden.is_cuda:
+        return float("nan")
     case.clear()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -135,6 +160,28 @@ def extra_peak_mib(variant: Variant, case: Case) -> float:
     variant(case)
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def measured(made: dict[str, Variant], case: Case, rounds: int) -> list[Row]:
+    """A row for each variant that runs here, after two times that warm it up."""
+    taken: dict[str, list[float]] = {}
+    peaks: dict[str, float] = {}
+    for name, variant in made.items():
+        try:
+            milliseconds(variant, case)
+            milliseconds(variant, case)
+            peaks[name], taken[name] = extra_peak_mib(variant, case), []
+        except Exception as error:  # out of memory, or a peer that cannot run: the others still count
+            _left_out(name, error)
+    for _ in range(rounds):
+        for name, values in taken.items():
+            values.append(milliseconds(made[name], case))
+    size = {"positions": len(case.labels), "vocab": len(case.student_head), "hidden": case.student_head.shape[1]}
+    settings = {name: str(value) for name, value in size.items()} | {"rounds": str(rounds)}
+    return [
+        {"variant": name, **spread(values, "ms"), "extra_peak_mib": f"{peaks[name]:.0f}", **settings}
+        for name, values in taken.items()
+    ]
 
 
 def main() -> None:
@@ -149,21 +196,6 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here")
     case = Case(arguments.positions, arguments.vocab, arguments.hidden, torch.bfloat16, "cuda")
-    made = variants()
-    taken: dict[str, list[float]] = {}
-    peaks: dict[str, float] = {}
-    for name, variant in list(made.items()):
-        try:
-            milliseconds(variant, case)
-            milliseconds(variant, case)
-            peaks[name], taken[name] = extra_peak_mib(variant, case), []
-        except Exception as error:  # out of memory, or a peer that cannot run: the others still count
-            print(f"{name}: left out ({type(error).__name__}: {str(error)[:200]})", file=sys.stderr)
-            del made[name]
-    for _ in range(arguments.rounds):
-        for name, variant in made.items():
-            taken[name].append(milliseconds(variant, case))
-    settings = {key: str(getattr(arguments, key)) for key in SETTINGS}
     about = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -171,15 +203,14 @@ def main() -> None:
         "drkl": drkl.__version__,
         "commit": commit(),
     }
-    rows: list[Row] = []
-    base = statistics.median(taken["floor"])
+    rows = measured(of_drkl() | of_peers(), case, arguments.rounds)
+    base = statistics.median(float(row["median_ms"]) for row in rows if row["variant"] == "floor")
     print(f"{'variant':<22} {'median ms':>9} {'p20':>8} {'p80':>8} {'x floor':>8} {'extra MiB':>10}")
-    for name, values in taken.items():
-        row = {"variant": name, **spread(values, "ms"), "extra_peak_mib": f"{peaks[name]:.0f}"}
+    for row in rows:
         median, low, high = (float(row[f"{key}_ms"]) for key in ("median", "p20", "p80"))
-        print(f"{name:<22} {median:>9.2f} {low:>8.2f} {high:>8.2f} {median / base:>8.2f} {peaks[name]:>10.0f}")
-        rows.append(row | settings | {"rounds": str(arguments.rounds)} | about)
-    write_rows(arguments.output, rows, ("variant", *SETTINGS, "gpu"))
+        peak = row["extra_peak_mib"]
+        print(f"{row['variant']:<22} {median:>9.2f} {low:>8.2f} {high:>8.2f} {median / base:>8.2f} {peak:>10}")
+    write_rows(arguments.output, [row | about for row in rows], ("variant", *SETTINGS, "gpu"))
 
 
 if __name__ == "__main__":

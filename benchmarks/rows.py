@@ -1,8 +1,10 @@
-"""What the benchmarks share: where a row comes from, its spread, and the csv file that keeps it."""
+"""What the benchmarks share: where a row comes from, its spread, and the files that keep it."""
 
 from __future__ import annotations
 
 import csv
+import json
+import os
 import platform
 import statistics
 import subprocess
@@ -28,7 +30,11 @@ def commit() -> str:
     """
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
+        here = Path(__file__).parent
+        try:
+            return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=here).stdout.strip()
+        except OSError:  # a machine without git
+            return ""
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
     return git("describe", "--always") + ("-dirty" if changed else "")
@@ -65,3 +71,23 @@ def write_rows(path: Path, rows: list[Row], same: Sequence[str]) -> None:
         writer.writeheader()
         writer.writerows(kept + rows)
     print(f"The rows are in {path}")
+
+
+def read_json(path: Path) -> list[Row]:
+    """The rows of a file with one in a line, none where it is not there; a line that was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def append_json(path: Path, row: Row) -> None:
+    """Add a row to such a file, to be there even if the machine goes away."""
+    with path.open("a") as file:
+        # A line of its own, whatever a process that was killed left behind.
+        file.write(f"\n{json.dumps(row)}\n")
+        file.flush()
+        os.fsync(file.fileno())

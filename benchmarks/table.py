@@ -30,15 +30,36 @@ def cpu_table(rows: list[Row]) -> str:
 
 
 def gpu_table(rows: list[Row]) -> str:
-    """Milliseconds, times the floor and extra memory of each variant."""
-    floor = next(float(row["median_ms"]) for row in rows if row["variant"] == "floor")
-    first = rows[0]
-    size = f"{int(first['positions']):,} positions, V = {int(first['vocab']):,}, hidden {first['hidden']}, bf16"
-    lines = [f"| {size} | ms | x floor | MiB |", "|---|---|---|---|"]
+    """Milliseconds, times the floor and extra memory of each variant, for every GPU."""
+    tables = []
+    for gpu in dict.fromkeys(row["gpu"] for row in rows):
+        of_one = [row for row in rows if row["gpu"] == gpu]
+        floor = next(float(row["median_ms"]) for row in of_one if row["variant"] == "floor")
+        first = of_one[0]
+        size = f"{int(first['positions']):,} positions, V = {int(first['vocab']):,}, hidden {first['hidden']}, bf16"
+        lines = [f"| {gpu}: {size} | ms | x floor | MiB |", "|---|---|---|---|"]
+        for row in of_one:
+            milliseconds = float(row["median_ms"])
+            ratio, peak = f"{milliseconds / floor:.2f}", f"{int(row['extra_peak_mib']):,}"
+            lines.append(f"| {row['variant']} | {milliseconds:.1f} | {ratio} | {peak} |")
+        tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
+
+
+def gpu_day_table(rows: list[Row]) -> str:
+    """What `scripts/gpu_day.sh` measured of whole runs, or that nothing was."""
+    if not rows:
+        return "Nothing of this has been measured on a GPU yet.\n"
+    columns = {
+        "s_per_step": "s a step", "tokens_per_second": "tokens a second", "seconds_generating": "of a step generating",
+        "peak_mib": "peak MiB", "predicted_mib": "predicted MiB", "s": "s in all", "positions_per_second":
+        "positions a second", "passed": "passed", "failed": "failed",
+    }  # fmt: skip
+    lines = [f"| GPU | part | of it | {' | '.join(columns.values())} | |", "|---" * (4 + len(columns)) + "|"]
     for row in rows:
-        milliseconds = float(row["median_ms"])
-        ratio, peak = f"{milliseconds / floor:.2f}", f"{int(row['extra_peak_mib']):,}"
-        lines.append(f"| {row['variant']} | {milliseconds:.1f} | {ratio} | {peak} |")
+        note = "" if row["status"] == "measured" else f"{row['status']}: {row['error']}"
+        cells = [row["gpu"], row["part"], row["variant"], *(row[name] for name in columns), note]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -126,6 +147,7 @@ def tables() -> dict[str, str]:
     return {
         "fused-cpu": cpu_table(read_rows(RESULTS / "fused_loss.csv")),
         "fused-gpu": gpu_table(read_rows(RESULTS / "fused_loss_gpu.csv")),
+        "gpu-day": gpu_day_table(read_rows(RESULTS / "gpu_day.csv")),
         "sampling": sampling_table(read_rows(RESULTS / "rollouts.csv"), read_rows(RESULTS / "rollouts_vllm.csv")),
         "on-policy": on_policy_table(read_rows(RESULTS / "on_policy.csv")),
         "teacher-cache": teacher_cache_table(read_rows(RESULTS / "teacher_cache.csv")),

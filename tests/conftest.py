@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,9 @@ def pytest_configure(config: pytest.Config) -> None:
     patch.setattr(socket.socket, "connect_ex", _refuse_remote(socket.socket.connect_ex))
     patch.setattr(socket, "getaddrinfo", _refuse_lookup(socket.getaddrinfo))
     config.add_cleanup(patch.undo)
+    cache = tempfile.mkdtemp(prefix="drkl-tests-")
+    patch.setenv("DRKL_CACHE", cache)
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
 
 
 @pytest.fixture

@@ -89,6 +89,7 @@ def test_the_library_speaks_of_no_flag(name: str) -> None:
     assert [f"{place(name, node)}: {' '.join(sorted(some))}" for node, some in spoken if some] == []
 
 
+@cache
 def imports(name: str) -> set[str]:
     """The modules of drkl that a module imports, in its functions too; types alone do not count."""
     path = MODULES[name]

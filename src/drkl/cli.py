@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +16,12 @@ import typer
 
 from drkl._version import __version__
 from drkl.errors import DrklError, did_you_mean
+from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
 from drkl.terminal import (
     TrainingProgress,
     print_analysis,
     print_evaluation,
+    print_memory,
     print_probe,
     print_side_by_side,
     print_surveys,
@@ -69,18 +73,59 @@ DtypeOption = Annotated[str, typer.Option(help="Without RUN: auto, fp32, bf16 or
 DeviceOption = Annotated[str, typer.Option(help="Without RUN: auto, cpu, cuda or mps.")]
 
 
+_PATIENCE = 5.0
+"""Seconds that a process leaves another one to speak and to end."""
+LOST = (
+    "Another process of this run has ended, and this one cannot go on without it. The message of that process says "
+    "why; if it left none, it was killed from outside, often for want of memory."
+)
+
+
 def main() -> None:
-    """Run the command line; what a user can mend ends with a short message and status 2."""
+    """Run the command line; what a user can mend ends with a short message and status 2.
+
+    Of several processes the first one speaks.
+    """
+    place = Place()
     try:
-        app(standalone_mode=True)
-    except DrklError as error:
+        place = launched()
+        if place.is_first:
+            app(standalone_mode=True)
+        else:
+            with speechless():
+                status = app(standalone_mode=False)
+            sys.exit(status)
+    except Exception as error:
+        _fail(error, place)
+    except KeyboardInterrupt:
+        if place.is_first:
+            print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(error: Exception, place: Place) -> None:
+    """End with an error. Of several processes the one that failed first, or the first one, is to be heard first."""
+    lost = place.count > 1 and lost_another(error)
+    if lost or not place.is_first:
+        time.sleep(_PATIENCE * (1 + lost))  # with the same error the first process ends the others meanwhile
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # of the command line itself
+        error.show()
+        sys.exit(error.exit_code)
+    if place.count == 1 and not isinstance(error, DrklError):
+        raise error
+    text, status = "".join(traceback.format_exception(error)), 1
+    if lost or isinstance(error, DrklError):
         from drkl.rollouts.config import in_words_of_config
 
-        print(f"Error: {in_words_of_config(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        sys.exit(130)
+        text, status = LOST if lost else in_words_of_config(str(error)), 2
+    if place.is_first or not raised_in_all(error):
+        who = "Error" if place.is_first else f"Error in process {place.number} of {place.count}, counted from 0"
+        print(f"{who}: {text}", file=sys.stderr)
+    if place.count > 1:
+        tell_launcher(text)
+        sys.stderr.flush()
+        os._exit(status)  # at once: what the libraries clean up waits for the other processes
+    sys.exit(status)
 
 
 def _version(value: bool) -> None:
@@ -89,13 +134,38 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+_DIVIDED = ("distill", "cache", "evaluate", "analyze")
+"""The commands whose work several processes divide; the first process does any other alone."""
+
+
 @app.callback()
 def _common(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Distil a language model into a smaller one that is faithful to its teacher, and as diverse."""
+    if context.invoked_subcommand not in _DIVIDED:
+        _first_alone()
+
+
+def _first_alone() -> None:
+    """End the other processes of a launcher; this one goes on."""
+    if not launched().is_first:
+        raise typer.Exit
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Let the processes of a launcher divide what is done inside; an error in one of them ends all."""
+    if launched().count == 1:
+        yield
+        return
+    from drkl.processes import join_launched
+
+    with join_launched().joined():
+        yield
 
 
 @app.command()
@@ -111,10 +181,25 @@ def distill(
         Path | None, typer.Option(metavar="RUN", help="Continue this interrupted run.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.")] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option(
+            "--auto-resume",
+            help="Continue the run of CONFIG if its folder exists, else start it: for a job that may be started again.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the config, sizes, and estimates of memory and time; write nothing."),
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With --dry-run: estimate for N processes, on a machine that may have other devices than this one.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Distil a student as CONFIG says; stages one after the other."""
     from drkl.config import load_config
@@ -122,13 +207,17 @@ def distill(
 
     if (config is None) == (resume is None):
         raise DrklError("Give either a CONFIG or `--resume RUN`.")
+    if processes is not None and not dry_run:
+        raise DrklError("`--processes` goes with `--dry-run`; torchrun and accelerate launch start several processes.")
     if resume is not None:
-        if overrides or overwrite or dry_run:
+        if overrides or overwrite or auto_resume or dry_run:
             raise DrklError("`--resume` goes on with the run as it was configured; it takes nothing beside the folder.")
         source = RunFolder.open(resume).config_path
     else:
         assert config is not None
         source = config
+    if overwrite and auto_resume:
+        raise DrklError("`--overwrite` replaces a run that is there, and `--auto-resume` goes on with it; give one.")
     loaded, notes = load_config(source, overrides or [])
     for note in notes:
         print(note)
@@ -142,9 +231,13 @@ def distill(
     if dry_run:
         from drkl.training.estimate import estimate
 
-        _print_estimate(estimate(loaded.specs()))
+        plan = estimate(loaded.specs(), processes)
+        if os.environ.get("RANK", "0") == "0":
+            _print_estimate(plan)
+            print_memory(plan["stages"])
         return
-    _distill(loaded, "resume" if resume is not None else "overwrite" if overwrite else "new")
+    modes = {"resume": resume is not None, "overwrite": overwrite, "auto": auto_resume, "new": True}
+    _distill(loaded, next(mode for mode, chosen in modes.items() if chosen))
 
 
 def _distill(config: Any, mode: Any) -> None:
@@ -286,14 +379,15 @@ def cache(
     from drkl.training.run import Listener, cache_states
 
     one_k = k[0] if k else None
-    own = int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1"))
-    number, of = own if part is None else _part(part)
+    own = launched()
+    number, of = (own.number + 1, own.count) if part is None else _part(part)
     assert config is not None
     loaded, notes = load_config(config, overrides or [])
     for note in notes:
         print(note)
     quiet_transformers()
     if dry_run:
+        _first_alone()
         with _options_named_as_flags(_CACHE_OPTIONS):
             found = estimate_cache(loaded.specs(), kind=kind, k=one_k, temperatures=temperature or ())
         _print_estimate(found)
@@ -349,7 +443,7 @@ def _probe(
     for note in said:
         print(note, file=notes)
     quiet_transformers()
-    with progress_bars(notes) as on_progress, _options_named_as_flags(_PROBE_OPTIONS):
+    with _together(), progress_bars(notes) as on_progress, _options_named_as_flags(_PROBE_OPTIONS):
         found = probe_specs(
             loaded.specs(),
             student=student,
@@ -358,6 +452,7 @@ def _probe(
             listener=Listener(on_message=lambda text: print(text, file=notes)),
             progress=lambda done, total: on_progress("both models read", done, total),
         )
+    _first_alone()
     if form == "json":
         print(json.dumps(found.to_json(), indent=2, allow_nan=False))
     else:
@@ -374,6 +469,7 @@ def _part(text: str) -> tuple[int, int]:
 def _verify(folder: Path) -> None:
     from drkl.teachers.shards import ShardReader
 
+    _first_alone()
     reader = ShardReader(folder)
     names = [*reader.manifest["files"]]
     with progress_bars() as on_progress:
@@ -524,7 +620,7 @@ def evaluate(
         "suites": suite or (), "protocol": protocol, "output_dir": output, "fresh": fresh,
         "facts": {"command": ["drkl", *sys.argv[1:]]}, **settings,
     }  # fmt: skip
-    with _options_named_as_flags(), progress_bars() as on_progress:
+    with _together(), _options_named_as_flags(), progress_bars() as on_progress:
         if run is not None:
             evaluation = evaluate_run(run, teacher_model=loaded, on_progress=on_progress, **shared)
         else:
@@ -533,6 +629,7 @@ def evaluate(
                 max_tokens=max_tokens, template=template or "auto", dtype=dtype, device=device,
                 on_progress=on_progress, **shared,
             )  # fmt: skip
+    _first_alone()
     print_evaluation(evaluation)
     assert evaluation.folder is not None
     print(f"Written: {evaluation.folder / 'eval.json'}. Next: drkl report {evaluation.folder}")
@@ -675,7 +772,7 @@ def analyze(
         "gamma": gamma, "temperature": temperature, "seed": seed, "output_dir": output,
         "command": ["drkl", *sys.argv[1:]],
     }  # fmt: skip
-    with _options_named_as_flags(), progress_bars() as on_progress:
+    with _together(), _options_named_as_flags(), progress_bars() as on_progress:
         if run is not None:
             result = analyze_run(run, teacher_model=loaded, on_progress=on_progress, **shared)
         else:
@@ -684,6 +781,7 @@ def analyze(
                 max_tokens=max_tokens, template=template or "auto", dtype=dtype, device=device,
                 on_progress=on_progress, **shared,
             )  # fmt: skip
+    _first_alone()
     folder = output or run
     assert folder is not None
     paths = figures.write_figures(result.to_json(), folder / "analysis")

@@ -115,6 +115,7 @@ class Config(BaseModel):
         if self.teacher is not None and self.teacher.is_served:
             check_settings(self.objective.make(), self.loss, self.rollouts)
         self._check_classification()
+        self._check_streaming()
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages have the same name: {', '.join(names)}")
@@ -141,6 +142,30 @@ class Config(BaseModel):
         for wrong, why in checks:
             if wrong:
                 raise ValueError(f"task is 'classification', and {why}; leave it out")
+
+    def _check_streaming(self) -> None:
+        """Refuse settings that need all training rows at once, or the end of them."""
+        if not self.data.streaming:
+            return
+        training, teacher = self.training, self.teacher
+        strategies = ("eval_strategy", "save_strategy", "logging_strategy")
+        by_epoch = next((name for name in strategies if training.arguments.get(name) == "epoch"), None)
+        checks = [
+            (training.max_steps is None, "a stream has no end that is known: give training.max_steps in place of "
+             "num_train_epochs"),
+            (training.same_batches, "a stream gives no batch again: leave training.same_batches out"),
+            (teacher is not None and teacher.remember_mb > 0, "a stream gives no batch again, so there is nothing to "
+             "remember: leave teacher.remember_mb out"),
+            (teacher is not None and teacher.fill_cache, "the rows that a cache lacks are added before the first step: "
+             "leave teacher.fill_cache out, and use a cache that has the rows of the stream"),
+            (self.tokenizer is not None, "a tokenizer is learnt from all of the text: leave the section tokenizer out, "
+             "and name a model or a folder that has one"),
+            (self.rollouts.is_on, "a stream is read for its responses: leave rollouts.share at 0"),
+            (by_epoch is not None, f"a stream has no epochs: training.arguments.{by_epoch} is 'epoch'; count steps"),
+        ]  # fmt: skip
+        for wrong, why in checks:
+            if wrong:
+                raise ValueError(f"data.streaming is true, and {why}")
 
     def specs(self) -> list[RunSpec]:
         """The runs, first to last; the last one's folder is ``run.dir/run.name``."""

@@ -16,7 +16,8 @@ from drkl.config import Config, load_config
 from drkl.data.classification import tokenize_labelled
 from drkl.data.config import NO_ROWS
 from drkl.data.lengths import Room
-from drkl.data.rows import make_rows, read_shares
+from drkl.data.rows import make_rows
+from drkl.data.shares import heldout_of
 from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import Progress, Source
 from drkl.evaluation.cached import NOTE, put_cache
@@ -33,6 +34,7 @@ from drkl.models.readout import read
 from drkl.models.student import make_student
 from drkl.objectives import Objective
 from drkl.objectives.decoupled import GAMMA
+from drkl.processes import Share
 from drkl.runs import RunFolder
 from drkl.teachers.cached import TeacherCache, check_weights
 from drkl.teachers.config import TeacherConfig
@@ -85,16 +87,17 @@ def evaluate_run(
     Raises:
         DrklError: no run, or one without a student; a setting out of range; suites or a protocol for a classifier.
     """
-    folder, config, specs = open_finished(run)
-    wanted = configured(config.evaluation, protocol, settings)
-    if output_dir is not None:
-        check_output(Path(output_dir))
-    inputs = run_inputs(specs, suites, protocol, teacher_model=teacher_model)
-    target = folder.root if output_dir is None else output_dir
-    return evaluate_inputs(
-        inputs, wanted, output_dir=target, fresh=fresh, facts=facts, on_progress=on_progress,
-        name=config.run.name if output_dir is None else None,
-    )  # fmt: skip
+    with Share.of_group().joined():
+        folder, config, specs = open_finished(run)
+        wanted = configured(config.evaluation, protocol, settings)
+        if output_dir is not None:
+            check_output(Path(output_dir))
+        inputs = run_inputs(specs, suites, protocol, teacher_model=teacher_model)
+        target = folder.root if output_dir is None else output_dir
+        return evaluate_inputs(
+            inputs, wanted, output_dir=target, fresh=fresh, facts=facts, on_progress=on_progress,
+            name=config.run.name if output_dir is None else None,
+        )  # fmt: skip
 
 
 def analyze_run(
@@ -128,22 +131,23 @@ def analyze_run(
     Raises:
         DrklError: there is no run, it has no student or no teacher, or a value is outside its domain.
     """
-    folder, config, specs = open_finished(run)
-    if output_dir is not None:
-        check_output(Path(output_dir))
-    return analyze_inputs(
-        run_inputs(specs, teacher_model=teacher_model),
-        objectives=objectives,
-        own=None if specs[-1].objective.in_memory else specs[-1].objective.make(),
-        positions=positions,
-        gamma=gamma,
-        temperature=temperature,
-        seed=seed,
-        evaluation_seed=config.evaluation.seed,
-        output_dir=folder.root if output_dir is None else output_dir,
-        command=command,
-        on_progress=on_progress,
-    )
+    with Share.of_group().joined():
+        folder, config, specs = open_finished(run)
+        if output_dir is not None:
+            check_output(Path(output_dir))
+        return analyze_inputs(
+            run_inputs(specs, teacher_model=teacher_model),
+            objectives=objectives,
+            own=None if specs[-1].objective.in_memory else specs[-1].objective.make(),
+            positions=positions,
+            gamma=gamma,
+            temperature=temperature,
+            seed=seed,
+            evaluation_seed=config.evaluation.seed,
+            output_dir=folder.root if output_dir is None else output_dir,
+            command=command,
+            on_progress=on_progress,
+        )
 
 
 def open_finished(run: str | Path) -> tuple[RunFolder, Config, list[RunSpec]]:
@@ -228,7 +232,7 @@ def run_inputs(
                 f"a suite{_OTHER_ROWS}"
             )
         needed = last.rollouts.needs_responses
-        heldout = read_shares(data, classifier=last.classifies, needs_responses=needed)[1]
+        heldout = heldout_of(data, classifier=last.classifies, needs_responses=needed)
         if heldout and all(example.is_prompt_alone for example in heldout):
             raise DrklError(
                 f"The held-out rows of the run {str(last.folder.root)!r} are prompts alone: there are no responses to "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,3 +264,34 @@ def new_file_mode() -> int:
     current = os.umask(0)
     os.umask(current)
     return 0o666 & ~current
+
+
+def cache_dir() -> Path:
+    """Return drkl's cache folder: ``DRKL_CACHE``, else ``drkl`` in the user's cache folder."""
+    if "DRKL_CACHE" in os.environ:
+        return Path(os.environ["DRKL_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drkl"
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file; it is let go when the process dies, however it dies.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one is not to wait.
+    """
+    import fcntl  # Windows has none, and reads run folders all the same
+
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Whoever held it has removed the file by now: another process may lock a new one of that name.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(handle)

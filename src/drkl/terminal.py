@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
@@ -45,13 +46,14 @@ class TrainingProgress:
         )
         self._task: Any = None
         self._fill: Any = None
+        self._rows: dict[str, tuple[Any, float]] = {}
         self._last_heldout: Any = None
 
     def __enter__(self) -> Listener:
         from drkl.training.run import Listener
 
         self._progress.__enter__()
-        return Listener(self._say, self._on_stage, self._on_progress, self._on_fill)
+        return Listener(self._say, self._on_stage, self._on_progress, self._on_fill, self._on_rows)
 
     def __exit__(self, *exc: Any) -> None:
         self._progress.__exit__(*exc)
@@ -70,6 +72,13 @@ class TrainingProgress:
         if self._fill is None:
             self._fill = self._progress.add_task("the teacher reads", total=of, numbers="")
         self._progress.update(self._fill, completed=done)
+
+    def _on_rows(self, what: str, done: int, of: int) -> None:
+        if what not in self._rows:
+            self._rows[what] = self._progress.add_task(what, total=of or None, numbers=""), time.monotonic()
+        task, started = self._rows[what]
+        rate = f"{done / max(time.monotonic() - started, 1e-9):,.0f} rows/s" if done else ""
+        self._progress.update(task, completed=done, total=of or None, numbers=rate)
 
     def _on_progress(self, step: int, of: int, newest: dict[str, float]) -> None:
         texts = [
@@ -255,6 +264,17 @@ def print_probe(probe: TopKProbe) -> None:
     console.print(angles)
     for sentence in probe.advice():
         console.print(sentence, markup=False)
+
+
+def print_memory(stages: Sequence[dict[str, Any]]) -> None:
+    """The memory of each stage of an estimate as a table, in lines that yaml takes for comments."""
+    from drkl.training.memory import Memory
+
+    for stage in stages:
+        memory = Memory.from_json(stage["memory"])
+        about = f"{memory.processes} process{'es' if memory.processes > 1 else ''}, {memory.device}"
+        lines = [f"Memory of {stage['name']}, predicted ({about})", *memory.table().splitlines()]
+        print("\n".join(["", *(f"# {line}" for line in [*lines, stage["memory"]["advice"], *memory.notes])]))
 
 
 def print_surveys(surveys: Sequence[Survey], tokenizer: Any, console: Console | None = None) -> None:

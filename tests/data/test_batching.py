@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from itertools import chain, islice, pairwise
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drkl.data.batching import bucket_by_length, plan_epochs, split_rows
+from drkl.data.batching import bucket_by_length, plan_epochs, split_by_cost, split_rows
 from drkl.errors import DrklError
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
@@ -129,3 +131,27 @@ def test_split_rows(rows: list[int], parts: int) -> None:
 def test_split_rows_needs_a_part() -> None:
     with pytest.raises(DrklError, match="at least 1 part, got 0"):
         split_rows([1], 0)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "lengths", [[], [7], [3, 3], [1, 1, 1, 1, 2, 4], [9, 8, 5, 5, 2, 1, 1], [4, 1, 6, 2, 2, 9, 1], [5] * 8]
+)
+def test_the_costliest_of_contiguous_parts_costs_as_little_as_it_can(lengths: list[int], parts: int) -> None:
+    def cost(rows: Sequence[int]) -> int:
+        return len(rows) * max((lengths[row] for row in rows), default=0)
+
+    cut = split_by_cost(lengths, parts)
+    assert len(cut) == parts and [row for part in cut for row in part] == list(range(len(lengths)))
+    assert sum(bool(part) for part in cut) == min(parts, len(lengths))
+    places = range(len(lengths) + 1)
+    every = (
+        [range(a, b) for a, b in itertools.pairwise((0, *ends, len(lengths)))]
+        for ends in itertools.combinations_with_replacement(places, parts - 1)
+    )
+    assert max(map(cost, cut)) == min(max(map(cost, other)) for other in every)
+
+
+def test_split_by_cost_needs_a_part() -> None:
+    with pytest.raises(DrklError, match="at least 1 part, got 0"):
+        split_by_cost([1], 0)

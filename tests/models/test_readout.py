@@ -13,9 +13,12 @@ from drkl.data import Example
 from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import tokenize_examples
 from drkl.losses import LMHead
+from drkl.models import readout
 from drkl.models.forward import decoder_start, output_head
 from drkl.models.readout import Readout, batches, chunks, logits_of, read, read_logits
+from drkl.processes import Share
 from tests.evaluation import tiny
+from tests.groups import in_group
 from tests.models import tiny as tiny_models
 from tests.models import tiny_classifiers
 
@@ -179,3 +182,47 @@ def test_a_readout_survives_a_file(dtype: torch.dtype) -> None:
         assert Readout.from_tensors(few, head).head is head
     classes = Readout(hidden, labels, rows, None)
     assert Readout.from_tensors(load(save(classes.to_tensors()))).head is None
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_processes_compare_whole_chunks_and_have_all_positions_together(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also more processes than chunks: some have no positions then."""
+    monkeypatch.setattr(readout, "CHUNK", 4)
+    rows, whole = tiny.rows(), read(tiny.gpt2(0), tiny.rows(), pad_id=0, tokens_per_batch=40)
+    models = [tiny.gpt2(0) for _ in range(count)]
+    wanted = torch.tensor([1, 2, 5, 11])
+
+    def work(share: Share) -> list[Any]:
+        model = models[share.place.number]
+        own = read(model, rows, pad_id=0, tokens_per_batch=40, share=share)
+        every = read(model, rows, pad_id=0, tokens_per_batch=40, share=share, whole=True)
+        return [own, every, whole.own(share), own.at(wanted, share), own.in_first(share)]
+
+    found = in_group(count, work)
+    places = [own.positions.tolist() for own, *_ in found]
+    total = len(whole.labels)
+    assert places == [[i for i in range(total) if i // 4 % count == number] for number in range(count)]
+    for own, every, cut, some, in_first in found:
+        assert_same(own, whole, own.positions)
+        assert_same(cut, whole, own.positions)
+        assert_same(every, whole, torch.arange(total))
+        assert_same(some, whole, wanted)
+        assert every.positions is None and cut.positions.tolist() == own.positions.tolist()
+        assert in_first is None or found[0][4] is in_first
+    assert_same(found[0][4], whole, torch.arange(total))
+
+
+def assert_same(part: Readout, whole: Readout, places: torch.Tensor) -> None:
+    for name in ("hidden", "labels", "row_index"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[places]), name
+
+
+def test_the_first_process_has_long_texts_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readout, "CHUNK", 1)
+    states = torch.arange(100.0)[:, None]
+    whole = Readout(states, torch.arange(100), torch.arange(100) // 9, None)
+    first, second = in_group(2, lambda share: whole.own(share).in_first(share))
+    assert second is None and first.positions is None
+    assert_same(first, whole, torch.arange(100))

@@ -112,3 +112,12 @@ def test_the_start_is_not_drawn_beside_kls_of_k_and_one_classes(make_run: MakeRu
     write_jsonl(run.train_log_path, [row | {"teacher_mass": 0.5} for row in read_jsonl(run.train_log_path)])
     [second, *_], _ = training_curves(read_run(run))
     assert before is not None and first.svg.count("var(--before)") > second.svg.count("var(--before)")
+
+
+def test_padding_and_waiting_are_drawn_where_they_are_logged(make_run: MakeRun) -> None:
+    run = make_run()
+    assert "Padding and waiting" not in {one.title for one in training_curves(read_run(run))[1]}
+    rows = [row | {"padding_share": 0.125, "idle_share": 0.25} for row in read_jsonl(run.train_log_path)]
+    write_jsonl(run.train_log_path, rows)
+    [picture] = [one for one in training_curves(read_run(run))[1] if one.title == "Padding and waiting"]
+    assert "waiting from 0.25 to 0.25; padding from 0.125 to 0.125" in picture.alt

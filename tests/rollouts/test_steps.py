@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from drkl.data.lengths import NO_LIMIT, Room
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
+from drkl.processes import Failure, Place, Share
 from drkl.rollouts.answers import Answer, Request
-from drkl.rollouts.asking import Asker, Share
+from drkl.rollouts.asking import Asker
 from drkl.rollouts.config import RolloutsConfig
 from drkl.rollouts.steps import AnsweredSteps, cut, planned_length
 
@@ -198,10 +200,10 @@ def test_processes_write_a_part_each_and_have_all() -> None:
         return [item for number in sorted(parts) for item in parts[number]]
 
     # The second runs after the first: each step's first part is there when the second gathers.
-    other = answered(writers[0], processes=Share(0, 2, lambda own: _both(own, parts, 0)))
+    other = answered(writers[0], processes=Share(Place(0, 2), lambda own: _both(own, parts, 0)))
     with pytest.raises(KeyError):  # nothing of the other process yet
         other.rows_of(0)
-    both = answered(writers[1], processes=Share(1, 2, lambda own: gather(own, 1)))
+    both = answered(writers[1], processes=Share(Place(1, 2), lambda own: gather(own, 1)))
     assert both.rows_of(0) == expected[0]
     assert [len(writer.calls[0]) for writer in writers] == [2, 1]
 
@@ -216,11 +218,11 @@ def test_an_error_in_one_process_is_raised_in_all() -> None:
         def write(self, *args: Any, **words: Any) -> list[Answer]:
             raise DrklError("the logits are not finite")
 
-    for processes in (None, Share(0, 2, lambda own: [*own, (1, Answer((1,), True))])):
+    for processes in (None, Share(Place(0, 2), lambda own: [*own, (1, Answer((1,), True))])):
         with pytest.raises(DrklError, match="the logits are not finite"):
             answered(Broken(), processes=processes).rows_of(0)
     with pytest.raises(DrklError, match="elsewhere"):
-        answered(Echo(), processes=Share(0, 2, lambda own: [*own, (-1, "elsewhere")])).rows_of(0)
+        answered(Echo(), processes=Share(Place(0, 2), lambda own: [*own, Failure(DrklError("elsewhere"))])).rows_of(0)
 
 
 def test_the_other_processes_are_told_of_any_error() -> None:
@@ -230,8 +232,10 @@ def test_the_other_processes_are_told_of_any_error() -> None:
 
     told: list[Any] = []
     with pytest.raises(MemoryError, match="no room"):
-        answered(Full(), processes=Share(1, 2, lambda own: told.extend(own) or own)).rows_of(0)  # type: ignore[func-returns-value]
-    assert told == [(-1, "A process failed: MemoryError('no room')")]
+        answered(Full(), processes=Share(Place(1, 2), lambda own: told.extend(own) or own)).rows_of(0)  # type: ignore[func-returns-value]
+    [failure] = told
+    assert str(failure.error).startswith("Process 1 of 2, counted from 0, failed:\nTraceback")
+    assert str(failure.error).endswith("MemoryError: no room\n")
 
 
 def test_an_answer_fits_the_context() -> None:
@@ -285,13 +289,6 @@ def test_parts_hold_every_row_once_within_the_budget(
         assert all(any(slot) for slot in made)  # nobody idles while another has rows to give
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_the_first_process_may_write_them_all(process: int) -> None:
-    share = Share(process, 2, first_alone=True)
-    assert list(share.of([3, 1, 2])) == ([] if process else [3, 1, 2])
-    assert list(Share(process, 2).of([3, 1, 2])) == ([1] if process else [3, 2])
-
-
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=7), padding=st.integers(1, 40))
 def test_parts_cost_least(lengths: list[int], padding: int) -> None:
     """Against every way to cut the sorted rows."""
@@ -306,3 +303,18 @@ def test_parts_cost_least(lengths: list[int], padding: int) -> None:
 
     (made,) = cut(data, 1, tokens=10**6, rows_per_part=None, padding=padding)
     assert cost([[row.length for row in part] for part in made]) == min(map(cost, every(lengths)))
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4])
+@pytest.mark.parametrize("lengths", [[9, 9, 1, 1, 1, 1], [30, 2, 2, 2, 3, 3, 9, 9], [5], [4] * 9, [*range(1, 20)]])
+def test_parts_side_by_side_have_rows_and_are_of_like_cost(lengths: list[int], slots: int) -> None:
+    rows = [Row(str(number), (1,), (2,) * length, example=None) for number, length in enumerate(lengths)]
+    dealt = cut(rows, slots, tokens=30, rows_per_part=None, padding=4, side_by_side=True)
+    assert len(dealt) == slots and len({len(parts) for parts in dealt}) == 1
+    seen = [row.id for parts in dealt for part in parts for row in part]
+    assert sorted(seen, key=int) == [row.id for row in rows]
+    rounds = list(zip(*dealt, strict=True))
+    assert sum(bool(part) for one in rounds for part in one) >= min(len(rows), slots * len(rounds))
+    costs = [[len(part) * max(row.length for row in part) for part in one if part] for one in rounds]
+    for one, after in itertools.pairwise(costs):
+        assert min(one) >= max(after)

@@ -51,6 +51,23 @@ def test_every_so_many_positions_however_they_are_cut(every: int, size: int) -> 
         torch.testing.assert_close(sums.sums[name], getattr(expected, column).sum())
 
 
+@pytest.mark.parametrize("ends", [[23], [9, 23], [1, 8, 20, 23]])
+def test_the_same_positions_however_a_step_is_cut(ends: list[int]) -> None:
+    student, teacher, labels = logits(23)
+    sampled = torch.tensor([place % 5 in (1, 2) for place in range(23)])
+    whole = StatisticsSums(3, sampled)
+    whole(LogitChunk(student, teacher, labels, 0))
+    sums: dict[str, float] = {}
+    for begin, end in zip([0, *ends], ends, strict=False):
+        of_part = StatisticsSums(3, sampled[begin:end], places=torch.arange(begin, end))
+        for start in range(begin, end, 4):  # chunks of a part
+            part = slice(start, min(start + 4, end))
+            of_part(LogitChunk(student[part], teacher[part], labels[part], start - begin))
+        for name, value in of_part.sums.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    assert sums == pytest.approx({name: float(value) for name, value in whole.sums.items()}, rel=1e-12)
+
+
 def test_without_a_teacher_its_sums_are_left_out() -> None:
     student, _, labels = logits(5)
     sums = StatisticsSums()

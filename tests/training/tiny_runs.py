@@ -118,10 +118,9 @@ def plant_heldout_losses(monkeypatch: pytest.MonkeyPatch, loss_at: Callable[[int
 
 
 def tree(root: Path) -> dict[str, bytes | None]:
-    """Every path under a folder, with the contents of the files."""
-    return {
-        str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))
-    }
+    """Every path under a folder, drkl's cache aside, with the contents of the files."""
+    paths = [path for path in sorted(root.rglob("*")) if path.relative_to(root).parts[0] != "drkl-cache"]
+    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def weights(run: RunFolder) -> bytes:

@@ -15,17 +15,27 @@ from drkl.analysis.result import Analysis, claim_folder
 from drkl.analysis.states import Observed, observe
 from drkl.analysis.tables import make_tables, upward_force
 from drkl.errors import DrklError
-from drkl.evaluation.bookkeeping import Progress, free_memory, placed, reporter, timed, versions
+from drkl.evaluation.bookkeeping import (
+    Progress,
+    check_same_weights,
+    free_memory,
+    placed,
+    reporter,
+    timed,
+    versions,
+)
 from drkl.evaluation.cached import NOTE, no_distribution, read_cached
 from drkl.evaluation.evaluate import check_output
 from drkl.evaluation.findings import of_analysis
 from drkl.evaluation.pairs import Inputs, Model, pair_inputs
 from drkl.evaluation.result import Evaluation
+from drkl.evaluation.store import fingerprint
 from drkl.models.load import one_tokenizer
 from drkl.models.precision import DtypeLike
 from drkl.models.readout import Readout, read
 from drkl.objectives import OBJECTIVES, Objective, make_objective
 from drkl.objectives.variants import parse_variants
+from drkl.processes import Share
 from drkl.runs import RunFolder
 from drkl.teachers.cached import TeacherCache
 from drkl.training.environment import now
@@ -94,31 +104,32 @@ def analyze(
         DrklError: a value is outside its domain, the models are no pair, the classifier has two classes, there are no
             rows, or ``output_dir`` belongs to a run or cannot be written to.
     """
-    if output_dir is not None:
-        check_output(Path(output_dir))
-    inputs = pair_inputs(
-        student,
-        teacher,
-        rows,
-        one_tokenizer(processing_class, tokenizer),
-        template=template,
-        max_prompt_tokens=max_prompt_tokens,
-        max_tokens=max_tokens,
-        max_rows=max_rows,
-        dtype=dtype,
-        device=device,
-    )
-    return analyze_inputs(
-        inputs,
-        objectives=objectives,
-        positions=positions,
-        gamma=gamma,
-        temperature=temperature,
-        seed=seed,
-        output_dir=output_dir,
-        command=command,
-        on_progress=on_progress,
-    )
+    with Share.of_group().joined():
+        if output_dir is not None:
+            check_output(Path(output_dir))
+        inputs = pair_inputs(
+            student,
+            teacher,
+            rows,
+            one_tokenizer(processing_class, tokenizer),
+            template=template,
+            max_prompt_tokens=max_prompt_tokens,
+            max_tokens=max_tokens,
+            max_rows=max_rows,
+            dtype=dtype,
+            device=device,
+        )
+        return analyze_inputs(
+            inputs,
+            objectives=objectives,
+            positions=positions,
+            gamma=gamma,
+            temperature=temperature,
+            seed=seed,
+            output_dir=output_dir,
+            command=command,
+            on_progress=on_progress,
+        )
 
 
 def analyze_inputs(
@@ -154,24 +165,43 @@ def analyze_inputs(
     Raises:
         DrklError: there is no teacher, a value is outside its domain, or the models cannot be compared.
     """
-    gamma = inputs.gamma if gamma is None else gamma
-    _check(inputs, gamma, positions, temperature)
-    chosen = named_objectives(DEFAULT_OBJECTIVES if objectives is None else objectives, own=own, gamma=gamma)
-    shared = True
-    if output_dir is not None:
-        evaluation_seed, shared = _evaluation_beside(RunFolder(Path(output_dir)), inputs, evaluation_seed)
-        claim_folder(RunFolder(Path(output_dir)))
-    started, seconds = time.perf_counter(), dict[str, float]()
-    with timed(seconds, "reading"):
-        student, teacher = (_read(name, inputs, on_progress) for name in ("student", "teacher"))
-    with timed(seconds, "differentiating"):
-        observed = observe(
-            student, teacher, chosen, positions=positions, temperature=temperature,
-            on_reading=reporter("both", on_progress)("comparing", len(student.labels)),
-            on_objective=reporter("both", on_progress)("differentiating", len(chosen)),
-        )  # fmt: skip
-    tables = make_tables(observed, gamma=gamma, seed=seed, evaluation_seed=evaluation_seed)
-    tables["settings"] = {
+    share = Share.of_group()
+    with share.joined():
+        gamma = inputs.gamma if gamma is None else gamma
+        _check(inputs, gamma, positions, temperature)
+        chosen = named_objectives(DEFAULT_OBJECTIVES if objectives is None else objectives, own=own, gamma=gamma)
+        asked = [repr(chosen), positions, gamma, temperature, seed]
+        share.check_same("models, rows or settings", fingerprint(inputs=inputs.digest(), settings=asked))
+        shared = True
+        if output_dir is not None:
+            folder = RunFolder(Path(output_dir))
+            evaluation_seed, shared = share.first(lambda: _claimed(folder, inputs, evaluation_seed))
+        started, seconds = time.perf_counter(), dict[str, float]()
+        with timed(seconds, "reading"):
+            student, teacher = (_read(name, inputs, share, on_progress) for name in ("student", "teacher"))
+        with timed(seconds, "differentiating"):
+            observed = observe(
+                student, teacher, chosen, positions=positions, temperature=temperature, share=share,
+                on_reading=reporter("both", on_progress)("comparing", len(student.labels)),
+                on_objective=reporter("both", on_progress)("differentiating", len(chosen)),
+            )  # fmt: skip
+        tables = make_tables(observed, gamma=gamma, seed=seed, evaluation_seed=evaluation_seed)
+        tables["settings"] = _facts(inputs, command) | tables["settings"]
+        tables["timing"] = {
+            **{name: round(value, 2) for name, value in seconds.items()},
+            "total": round(time.perf_counter() - started, 2),
+            "finished": now(),
+        }
+        columns = _position_columns(observed, [row.id for row in inputs.rows])
+        analysis = Analysis(tables, of_analysis(tables, shared=shared), columns)
+        if output_dir is not None and share.is_first:
+            analysis.save(output_dir)
+        return analysis
+
+
+def _facts(inputs: Inputs, command: Sequence[str] | None) -> dict[str, Any]:
+    """What was analysed, for the record."""
+    return {
         **({} if inputs.classes is None else {"task": "classification"}),
         "models": {name: inputs.facts["models"][name] for name in ("teacher", "student")},
         "data": inputs.data,
@@ -180,17 +210,14 @@ def analyze_inputs(
         "device": str(inputs.device),
         **({} if command is None else {"command": list(command)}),
         "versions": versions(),
-        **tables["settings"],
     }
-    tables["timing"] = {
-        **{name: round(value, 2) for name, value in seconds.items()}, "total": round(time.perf_counter() - started, 2),
-        "finished": now(),
-    }  # fmt: skip
-    columns = _position_columns(observed, [row.id for row in inputs.rows])
-    analysis = Analysis(tables, of_analysis(tables, shared=shared), columns)
-    if output_dir is not None:
-        analysis.save(output_dir)
-    return analysis
+
+
+def _claimed(folder: RunFolder, inputs: Inputs, evaluation_seed: int) -> tuple[int, bool]:
+    """`_evaluation_beside`, and the folder is made ready for the results."""
+    found = _evaluation_beside(folder, inputs, evaluation_seed)
+    claim_folder(folder)
+    return found
 
 
 def named_objectives(
@@ -258,20 +285,21 @@ def _check(inputs: Inputs, gamma: float, positions: int, temperature: float) -> 
         raise DrklError(f"positions is {positions}; expected at least 1.")
 
 
-def _read(name: str, inputs: Inputs, on_progress: Progress | None) -> Readout:
-    """Run one model over the rows; of a model that was loaded only the head is kept."""
+def _read(name: str, inputs: Inputs, share: Share, on_progress: Progress | None) -> Readout:
+    """Run one model over the rows; of a model that was loaded only the head is kept. See `Readout.own`."""
     report = reporter(name, on_progress)("reading", len(inputs.rows))
     rows: Any = inputs.rows
     if name == "teacher" and inputs.classes is None:
         rows = [row.for_teacher for row in rows]
     given: dict[str, Any] = {
         "pad_id": inputs.tokenizer.pad_token_id, "vocab_size": inputs.vocab_size, "merged_ids": inputs.merged_ids,
-        "progress": report,
+        "share": share, "progress": report,
     }  # fmt: skip
     source = inputs.models[name]
     if isinstance(source, TeacherCache):
         return read_cached(source, rows, **given)
     with placed(source, inputs.device) as model:
+        check_same_weights(name, model, share)
         readout = read(model, rows, **given)
         del model
     free_memory(inputs.device)

@@ -16,17 +16,19 @@ from drkl.analysis.analyze import named_objectives
 from drkl.analysis.states import evenly
 from drkl.analysis.topk import KeptLoss, KeptMass, ProbedObjective, TopKProbe
 from drkl.errors import DrklError
-from drkl.evaluation.bookkeeping import finite, placed
+from drkl.evaluation.bookkeeping import check_same_weights, finite, placed
 from drkl.evaluation.bootstrap import Estimate, Resampled
 from drkl.evaluation.calibration import weighted_sums
 from drkl.evaluation.paired import MIN_UNITS
+from drkl.evaluation.store import fingerprint
 from drkl.losses import TopK
 from drkl.losses.common import make_settings
 from drkl.losses.fused import values_and_grads_
 from drkl.models.forward import decoder_start, lm_head
-from drkl.models.readout import batches, chunks, logits_of
+from drkl.models.readout import batch_rows, chunks, logits_of, to_batch
 from drkl.objectives import OBJECTIVES, Objective
 from drkl.objectives.base import on_classes, why_not_on_classes
+from drkl.processes import Share
 from drkl.runs import RunFolder
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.served import ServedTeacher
@@ -84,13 +86,14 @@ def probe_top_k(
             a run that learns from no teacher, sampled answers, a number out of range, or logits that are no numbers.
     """
     args = DistillationConfig(output_dir=".") if args is None else args
-    check_same_text(args.rollouts.is_on)
-    if not (args.kd_weight > 0 and args.make_objective().needs_teacher):
-        raise DrklError(_NO_OBJECTIVE)
-    _check_whole(teacher_model)
-    pair = make_pair(model, teacher_model, args, train_dataset, None, processing_class)
-    own = [(args.make_objective(), args.temperature)]
-    return probe_pair(pair, own, student=pair.student_name, k=k, positions=positions, seed=seed, progress=progress)
+    with Share.of_group().joined():
+        check_same_text(args.rollouts.is_on)
+        if not (args.kd_weight > 0 and args.make_objective().needs_teacher):
+            raise DrklError(_NO_OBJECTIVE)
+        _check_whole(teacher_model)
+        pair = make_pair(model, teacher_model, args, train_dataset, None, processing_class)
+        own = [(args.make_objective(), args.temperature)]
+        return probe_pair(pair, own, student=pair.student_name, k=k, positions=positions, seed=seed, progress=progress)
 
 
 def probe_specs(
@@ -208,25 +211,45 @@ def probe_pair(
     size = pair.vocab_size or head.vocab_size
     ks, rows = _check_ks(k, size), _sample(pair.rows, positions)
     cases = _cases(own)
-    with placed(pair.student, head.weight.device) as model, torch.no_grad():
+    share = Share.of_group()
+    sums = LossSums(len(rows), cases, ks)
+    with share.joined(), placed(pair.student, head.weight.device) as model, torch.no_grad():
+        _check_same(pair, rows, cases, ks, share)
         heads = [wide_head(one, size) for one in (lm_head(model), head)]
-        sums = LossSums(len(rows), cases, ks)
-        done = 0
-        for batch in batches(rows, pad_id=pair.pad_id, decoder_start=decoder_start(model)):
-            known = teacher.states(batch)
+
+        def compared(members: list[int]) -> tuple[int, LossSums]:
+            batch = to_batch(rows, members, pad_id=pair.pad_id, decoder_start=decoder_start(model))
+            known, found = teacher.states(batch), LossSums(len(rows), cases, ks)
             assert isinstance(known, Tensor)
             states = [batch.states(model), known]
             place = torch.tensor(batch.rows).repeat_interleave(batch.keep.sum(1))
             for part in chunks(len(place), max(1, LOGITS // size)):
                 ours, theirs = (logits_of(s[part], one) for s, one in zip(states, heads, strict=True))
                 _check_numbers(ours, theirs, [rows[i].id for i in place[part].tolist()])
-                sums.add(ours, theirs, batch.labels[part].to(ours.device), place[part].numpy())
-            done += len(batch.rows)
+                found.add(ours, theirs, batch.labels[part].to(ours.device), place[part].numpy())
+            return len(members), found
+
+        done = 0
+        for count, part_sums in share.map(compared, batch_rows([row.length for row in rows])):
+            sums.merge(part_sums)
+            done += count
             progress(done, len(rows))
     bytes_of_state = int(head.weight.shape[1]) * teacher.model.dtype.itemsize
     return sums.result(
         seed, teacher=pair.teacher_name or "", student=student, vocab_size=size, hidden_bytes=bytes_of_state
     )
+
+
+def _check_same(pair: Pair, rows: Sequence[Any], cases: Sequence[Case], ks: Sequence[int], share: Share) -> None:
+    """Raise DrklError unless several processes probe the same."""
+    if not share.is_divided:
+        return
+    asked = fingerprint(rows=[[row.id, *row.all_ids] for row in rows], cases=repr(cases), ks=list(ks))
+    share.check_same("rows or settings", asked)
+    assert pair.teacher is not None
+    for name, model in (("student", pair.student), ("teacher", pair.teacher.model)):
+        if not (name == "teacher" and isinstance(pair.teacher, TeacherCache)):
+            check_same_weights(name, model, share)
 
 
 @dataclass(frozen=True)
@@ -328,6 +351,11 @@ class LossSums:
                 count(_key("kept", number, k), value)
                 count(_key("along", number, k), torch.linalg.vecdot(change, gradient))
                 count(_key("change", number, k), torch.linalg.vecdot(change, change))
+
+    def merge(self, other: LossSums) -> None:
+        """Add the sums of other rows; each row's positions are all in one of the two."""
+        for name, values in other._sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + values
 
     def result(self, seed: int, *, teacher: str, student: str, vocab_size: int, hidden_bytes: int) -> TopKProbe:
         """Every number with its interval."""

@@ -13,10 +13,11 @@ from torch import Tensor
 from drkl.analysis.gradients import decompose
 from drkl.evaluation.bookkeeping import finite
 from drkl.losses.common import check_vocabularies, log_softmax
-from drkl.models.readout import Readout, read_logits
+from drkl.models.readout import Readout, chunks, read_logits
 from drkl.objectives import Objective
 from drkl.objectives.logspace import argmax, split
 from drkl.positions import at, target_statistics, token_statistics
+from drkl.processes import ALONE, Share
 
 CHUNK = 128
 """Positions whose logits exist at once."""
@@ -80,18 +81,20 @@ def observe(
     *,
     positions: int = 512,
     temperature: float = 1.0,
+    share: Share = ALONE,
     on_reading: Progress = None,
     on_objective: Progress = None,
 ) -> Observed:
     """Compare two models position by position, and differentiate every objective at some of them.
 
     Args:
-        student: the student's readout, of at least one position.
+        student: the student's readout, of at least one position; of several processes each has its own positions.
         teacher: the teacher's readout of the same positions.
         objectives: the objectives by the names that the result uses.
         positions: number of evenly spaced positions at which each objective is differentiated. Half as many are added
             from the positions where the target is matched, which are few.
         temperature: T > 0, divides both models' logits in everything except confidence and accuracy.
+        share: of several processes, which divide positions and objectives and have the result each.
         on_reading: called after each chunk with its number of positions.
         on_objective: called with 1 after each objective.
 
@@ -99,21 +102,40 @@ def observe(
         DrklError: the vocabularies differ, or `decompose` refuses an objective.
     """
     check_vocabularies(student.num_outputs, teacher.num_outputs)
-    parts = []
-    for _, student_logits, teacher_logits, labels in read_logits(student, teacher, CHUNK):
-        assert teacher_logits is not None
-        parts.append(_columns(student_logits, teacher_logits, labels, temperature))
-        if on_reading is not None:
-            on_reading(len(labels))
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    columns, rows, labels = _compared(student, teacher, temperature, share, on_reading)
     chosen, sampled = _choose(np.abs(columns["D"]) <= MATCHED, positions)
+    both = [model.at(torch.from_numpy(chosen), share) for model in (student, teacher)]
+
+    def differentiate(name: str) -> Pushes:
+        return _pushes(both[0], both[1], objectives[name], temperature)
+
     pushes = {}
-    for name, objective in objectives.items():
-        pushes[name] = _pushes(student, teacher, objective, torch.from_numpy(chosen), temperature)
+    for name, pushed in zip(objectives, share.map(differentiate, list(objectives)), strict=True):
+        pushes[name] = pushed
         if on_objective is not None:
             on_objective(1)
-    row = student.row_index.numpy()
-    return Observed(columns, row, int(row.max()) + 1, student.labels.numpy(), temperature, chosen, sampled, pushes)
+    return Observed(columns, rows, int(rows.max()) + 1, labels, temperature, chosen, sampled, pushes)
+
+
+def _compared(
+    student: Readout, teacher: Readout, temperature: float, share: Share, on_reading: Progress
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """The columns, the rows and the labels of all positions, in every process."""
+    places = torch.arange(len(student.labels)) if student.positions is None else student.positions
+    parts = []
+    for part, student_logits, teacher_logits, labels in read_logits(student, teacher, CHUNK):
+        assert teacher_logits is not None
+        facts = {"place": places[part], "row": student.row_index[part], "label": student.labels[part]}
+        known = {name: value.numpy() for name, value in facts.items()}
+        parts.append(known | _columns(student_logits, teacher_logits, labels, temperature))
+        if on_reading is not None:
+            on_reading(len(labels))
+    found = share.together(lambda: parts)
+    columns = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    order = columns.pop("place").argsort()
+    columns = {name: values[order] for name, values in columns.items()}
+    rows, labels_of_all = columns.pop("row"), columns.pop("label")
+    return columns, rows, labels_of_all
 
 
 @torch.no_grad()
@@ -158,10 +180,11 @@ def evenly(values: np.ndarray, count: int) -> np.ndarray:
     return values[np.linspace(0, len(values) - 1, count).round().astype(np.int64)]
 
 
-def _pushes(student: Readout, teacher: Readout, objective: Objective, chosen: Tensor, temperature: float) -> Pushes:
+def _pushes(student: Readout, teacher: Readout, objective: Objective, temperature: float) -> Pushes:
+    """The pushes at every position of the two readouts."""
     parts: list[Sequence[Tensor]] = []
     gap: float | None = None
-    for number, some in enumerate(chosen.split(CHUNK)):
+    for number, some in enumerate(chunks(len(student.labels), CHUNK)):
         student_logits = student.logits(some)
         teacher_logits = teacher.logits(some).to(student_logits.device)
         # With labels, the target of an objective that has none of its own would be the label.

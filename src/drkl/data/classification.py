@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from drkl.data.config import DataConfig
 from drkl.data.encoding import batched
 from drkl.data.examples import Example, load_examples
-from drkl.data.tokenize import DropReport
+from drkl.data.tokenize import DropReport, NothingLeft
 from drkl.errors import DrklError, did_you_mean
 
 if TYPE_CHECKING:
@@ -58,7 +58,12 @@ def load_labelled(config: DataConfig) -> tuple[list[Labelled], list[Labelled]]:
 
 def labelled_texts(examples: Iterable[Example]) -> list[Labelled]:
     """Return ``(id, text, label)`` of examples that have a label."""
-    return [(example.id, example.prompt_text, example.label or "") for example in examples]
+    return list(each_labelled(examples))
+
+
+def each_labelled(examples: Iterable[Example]) -> Iterator[Labelled]:
+    """Yield ``(id, text, label)`` of examples that have a label."""
+    return ((example.id, example.prompt_text, example.label or "") for example in examples)
 
 
 def label_set(labelled: Iterable[Labelled]) -> tuple[str, ...]:
@@ -89,6 +94,22 @@ def tokenize_labelled(
     Raises:
         DrklError: an unknown label, or no row left.
     """
+    rows, report = label_chunk(labelled, tokenizer, classes, max_tokens=max_tokens)
+    report.kept = len(rows)
+    if not rows:
+        raise NothingLeft(report, no_text_left(report))
+    return rows, report
+
+
+def no_text_left(report: DropReport) -> str:
+    """The error for a data set of which no row is left."""
+    return f"None of the {sum(report.dropped.values())} rows has both a text and a label."
+
+
+def label_chunk(
+    labelled: Iterable[Labelled], tokenizer: PreTrainedTokenizerBase, classes: Sequence[str], *, max_tokens: int
+) -> tuple[list[LabelledRow], DropReport]:
+    """Return the rows of some texts and the account of the others, by the rules of `tokenize_labelled`."""
     ids_of = {name: number for number, name in enumerate(classes)}
     limit = min(max_tokens, tokenizer.model_max_length)
     rows: list[LabelledRow] = []
@@ -110,9 +131,6 @@ def tokenize_labelled(
                 ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
                 report.responses_cut += 1
             rows.append(LabelledRow(row_id, tuple(ids), ids_of[label], text))
-    report.kept = len(rows)
-    if not rows:
-        raise DrklError(f"None of the {sum(report.dropped.values())} rows has both a text and a label.")
     return rows, report
 
 

@@ -11,6 +11,7 @@ from drkl.data.rendering import check_template
 
 NO_ROWS = "none"
 """What ``eval_path`` says where nothing is held out."""
+SHUFFLE_BUFFER = 10_000
 Format = Literal[
     "auto", "prompt_response", "prompt_completion", "instruction", "messages", "conversations", "text_label", "text"
 ]
@@ -42,7 +43,8 @@ class SourceConfig(BaseModel):
         gt=0,
         le=1000,
         description="How often an epoch takes the rows. With 1.5 an epoch has every row once and half of the rows, "
-        "selected by a hash of the row id, twice.",
+        "selected by a hash of the row id, twice. With data.streaming: the share of the rows that come from here is "
+        "this weight in the sum of all.",
     )
     max_rows: int | None = Field(
         default=None, gt=0, description="Number of training rows to use, from the start (default: all)."
@@ -91,6 +93,16 @@ class DataConfig(BaseModel):
         default=None,
         gt=0,
         description="Number of training rows (of texts, for plain text) to use, from the start (default: all).",
+    )
+    streaming: bool = Field(
+        default=False,
+        description="Read and tokenise the training rows while training goes on, for what has no end or is too large "
+        "to tokenise first. Needs training.max_steps and eval_path.",
+    )
+    shuffle_buffer: int = Field(
+        default=SHUFFLE_BUFFER,
+        ge=1,
+        description="Number of rows of a stream that are shuffled among each other, and held in memory.",
     )
     format: Format = Field(
         default="auto",
@@ -146,6 +158,15 @@ class DataConfig(BaseModel):
             )
         if self.sources and self.max_rows is not None:
             raise ValueError("max_rows is set beside sources; each source has a max_rows of its own.")
+        if self.streaming and self.eval_path is None:
+            raise ValueError(
+                "streaming is true and eval_path is not set: from a stream no share can be held out. Set eval_path to "
+                "a file of held-out rows, or to none."
+            )
+        if self.shuffle_buffer != SHUFFLE_BUFFER and not self.streaming:
+            raise ValueError(
+                "shuffle_buffer is set, but streaming is not: rows that are all read first are shuffled all together."
+            )
         if self.eval_max_rows is not None and self.eval_path in (None, NO_ROWS):
             raise ValueError("eval_max_rows is set, but eval_path, whose rows it counts, is not.")
         # Not through the fields' setters: what the user did not give stays known as such.

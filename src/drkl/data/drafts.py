@@ -76,7 +76,7 @@ class Drafter:
         """The prompt of an example, after which nothing is learnt; its response is read by templates that need one.
 
         Raises:
-            DrklError: as `as_written` and `encode_alone`.
+            DrklError: as `as_written` and `prompt_alone`.
         """
         answered = self._as_written(answered)
         if self.encoder_decoder:

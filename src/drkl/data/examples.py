@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from numbers import Integral
@@ -109,7 +109,7 @@ class Example:
 
 
 def load_examples(config: DataConfig, *, needs_responses: bool = True) -> tuple[list[Example], list[Example]]:
-    """Return the training rows and the held-out rows.
+    """Return the training rows and the held-out rows; of a stream the held-out rows alone.
 
     Rows with an empty prompt or response are still here: ``tokenize_examples`` drops and counts them. Where a model
     answers every row (``needs_responses`` is False), a row may be a prompt alone.
@@ -117,6 +117,8 @@ def load_examples(config: DataConfig, *, needs_responses: bool = True) -> tuple[
     Raises:
         DrklError: a file or data set that is missing or unreadable, a bad row (with file:line), no rows at all.
     """
+    if config.streaming:
+        return [], read_heldout(config, needs_responses=needs_responses)
     train: list[Example] = []
     held_out: list[Example] = []
     sources = config.all_sources()
@@ -166,12 +168,17 @@ def read_examples(path: str, row_format: str = "auto", *, needs_responses: bool 
     Raises:
         DrklError: see ``load_examples``.
     """
+    check_readable(path)
+    return parse_rows(file_rows(path, row_format), path, row_format, needs_responses=needs_responses)
+
+
+def check_readable(path: str) -> None:
+    """Raise DrklError for what stands in a run's record for rows that were passed in memory."""
     if path.startswith(IN_MEMORY):
         raise DrklError(
             f"The rows were passed to the trainer {path.replace(':', ',', 1)}, so they cannot be read again. Go on in "
             "Python: trainer.train(resume_from_checkpoint=True), or drkl.evaluate(student, teacher, rows)."
         )
-    return parse_rows(file_rows(path, row_format), path, row_format, needs_responses=needs_responses)
 
 
 def parse_rows(
@@ -184,7 +191,28 @@ def parse_rows(
     Raises:
         DrklError: a bad row, columns that fit two shapes, two rows of one id, or no rows.
     """
-    read = []
+    read = list(each_example(rows, row_format, needs_responses=needs_responses))
+    if not read:
+        raise DrklError(no_rows(source))
+    ids = row_ids([(place, own) for place, own, _ in read])
+    return [replace(example, id=row_id) for row_id, (_, _, example) in zip(ids, read, strict=True)]
+
+
+def no_rows(source: str) -> str:
+    """The error for a source without rows."""
+    return f"{source} has no rows; expected some, with prompt and response, or messages, or text."
+
+
+def each_example(
+    rows: Iterable[tuple[str, Any]], row_format: str = "auto", *, needs_responses: bool = True
+) -> Iterator[tuple[str, str | None, Example]]:
+    """Yield the place, the own id (None where it has none) and the example of every row; the example has no id yet.
+
+    The arguments are those of `parse_rows`.
+
+    Raises:
+        DrklError: a bad row, or columns that fit two shapes.
+    """
     for place, row in rows:
         if not isinstance(row, Mapping):
             raise DrklError(
@@ -196,15 +224,8 @@ def parse_rows(
         shape = shape_of(place, row, row_format, needs_responses=needs_responses)
         kind, row = standard_row(row, shape, needs_responses=needs_responses)
         title = f"{shape.title}, as messages" if kind == "messages" and shape.name.startswith("prompt") else shape.title
-        read.append((place, title, kind, row))
-    ids = row_ids([(place, written_id(place, row)) for place, _, _, row in read])
-    examples = [
-        _example(place, row_id, kind, row, title, needs_responses=needs_responses)
-        for row_id, (place, title, kind, row) in zip(ids, read, strict=True)
-    ]
-    if not examples:
-        raise DrklError(f"{source} has no rows; expected some, with prompt and response, or messages, or text.")
-    return examples
+        own = written_id(place, row)
+        yield place, own, _example(place, "", kind, row, title, needs_responses=needs_responses)
 
 
 def _way_out(row: Any) -> str:
@@ -230,10 +251,7 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     for example in sorted(examples, key=lambda example: hash_of_id(example.id)):
         groups.setdefault(json.dumps(example.prompt_messages or example.messages, default=str), []).append(example.id)
     if len(groups) < 2:
-        raise DrklError(
-            f"{len(examples)} row(s) with {len(groups)} different prompt(s) cannot be split into training and held-out "
-            "rows. Add rows, or set data.eval_path (none: no held-out rows)."
-        )
+        raise cannot_be_split(len(examples), len(groups))
     held: set[str] = set()
     for ids in groups.values():
         if len(held) + len(ids) <= wanted:
@@ -242,6 +260,14 @@ def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
         smallest: list[str] = min(groups.values(), key=len)
         held.update(smallest)
     return [e for e in examples if e.id not in held], [e for e in examples if e.id in held]
+
+
+def cannot_be_split(num_rows: int, num_prompts: int) -> DrklError:
+    """The error for rows of which none can be held out."""
+    return DrklError(
+        f"{num_rows} row(s) with {num_prompts} different prompt(s) cannot be split into training and held-out "
+        "rows. Add rows, or set data.eval_path (none: no held-out rows)."
+    )
 
 
 def hash_of_id(row_id: str) -> bytes:

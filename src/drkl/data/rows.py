@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.classification import LabelledRow, labelled_texts, tokenize_labelled
@@ -13,16 +16,31 @@ from drkl.data.examples import read_heldout as heldout_examples
 from drkl.data.files import labelled_by_name, rows_at
 from drkl.data.formats import NEEDS_NONE
 from drkl.data.lengths import NO_LIMIT, Room, fit_lengths
+from drkl.data.loading import Wanted, load, with_class_names
 from drkl.data.seq2seq import set_languages
+from drkl.data.sources import DatasetSource, Source, source_of
+from drkl.data.store import Watch
+from drkl.data.stored import NotStorable
 from drkl.data.tokenize import DropReport, Row, tokenize_examples
-from drkl.data.tokenized import class_name, tokenized_rows, tokenized_texts
+from drkl.data.tokenized import tokenized_rows, tokenized_texts
 from drkl.data.views import TeacherView, has_own_view
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Rows = list[Row] | list[LabelledRow]
+IN_MEMORY_ROWS = 20_000
+"""A list or a frame of more rows is tokenised into files, which are removed when the process ends."""
+_log = logging.getLogger("drkl")
+
+Rows = Sequence[Row] | Sequence[LabelledRow]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Rows with their places, for errors: a part of a stream."""
+
+    items: Sequence[tuple[str, Any]]
 
 
 def rows_from(
@@ -76,6 +94,15 @@ def rows_from(
     """
     fitted = fit_lengths(max_prompt_tokens, max_tokens, room)
     lengths: dict[str, Any] = {**fitted._asdict(), "room": room}
+    if (source := _to_store(dataset, name, row_format)) is not None:
+        kind_of_model: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder, "ends": ends}
+        kind_of_model |= {"needs_responses": needs_responses, "teacher_tokenizer": teacher_tokenizer, "room": room}
+        with contextlib.suppress(NotStorable):
+            watch = Watch(lambda text: _log.warning("Warning: %s", text))
+            some = [Wanted(source, row_format)]
+            found = load(some, tokenizer, fitted, watch, turns=turns, template=template, **kind_of_model)
+            rows: Any = found.rows
+            return rows, found.report
     items = list(dataset_items(dataset, name, row_format))
     if not items:
         raise DrklError(f"{name} has no rows.")
@@ -95,7 +122,7 @@ def rows_from(
         examples = [example for _, example in items]
     else:
         wanted = row_format if classes is None else "text_label"
-        examples = parse_rows(_with_class_names(items, classes), name, wanted, needs_responses=needs_responses)
+        examples = parse_rows(with_class_names(items, classes), name, wanted, needs_responses=needs_responses)
     if classes is not None:
         return tokenize_labelled(labelled_texts(examples), tokenizer, classes, max_tokens=fitted.max_tokens)
     settings: dict[str, Any] = {"turns": turns, "template": template, "encoder_decoder": encoder_decoder, **lengths}
@@ -105,12 +132,43 @@ def rows_from(
     return tokenize_examples(examples, tokenizer, **settings)
 
 
+def _to_store(dataset: Any, name: str, row_format: str) -> Source | None:
+    """The source of a data set whose rows go through the cache; None for what is tokenised in memory.
+
+    In memory stay small lists and frames, rows that are tokenised already, and what is no data set.
+    """
+    import datasets
+
+    source: Source | None = None
+    if isinstance(dataset, str | os.PathLike):
+        source = source_of(dataset, row_format)
+    elif isinstance(dataset, datasets.Dataset):
+        plain = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
+        source = DatasetSource(name, plain)
+    elif _is_long(dataset):
+        source = Source(name, lambda: iter(dataset_items(dataset, name, row_format)), None)
+    if source is None:
+        return None
+    first = source.first()
+    if first is None:
+        raise DrklError(f"{name} has no rows.")
+    is_made = isinstance(first[1], Row | LabelledRow | Example)
+    return None if is_made or (isinstance(first[1], Mapping) and "input_ids" in first[1]) else source
+
+
+def _is_long(dataset: Any) -> bool:
+    is_sequence = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, Mapping)
+    return is_sequence and len(dataset) > IN_MEMORY_ROWS
+
+
 def dataset_items(dataset: Any, name: str, row_format: str = "auto") -> Iterable[tuple[str, Any]]:
     """Yield ``(place, row)`` of whatever `rows_from` takes as a data set.
 
     Raises:
         DrklError: something that has no rows, or cannot be read twice.
     """
+    if isinstance(dataset, Placed):
+        return dataset.items
     if isinstance(dataset, str | os.PathLike):
         return rows_at(dataset, row_format)
     if isinstance(dataset, list | tuple):
@@ -144,7 +202,8 @@ def dataset_items(dataset: Any, name: str, row_format: str = "auto") -> Iterable
     if hasattr(dataset, "__iter__"):
         raise DrklError(
             f"{name} is a {type(dataset).__name__}, which can be read once and may have no end; every epoch reads the "
-            f"rows again. Pass a list of them: list({name}), or the first of a stream: list({name}.take(10_000))."
+            f"rows again. Pass a list of them: list({name}), or the first of a stream: list({name}.take(10_000)). A "
+            "datasets.IterableDataset is read as training goes on where it is the train_dataset and args has max_steps."
         )
     raise DrklError(
         f"{name} is a {type(dataset).__name__}; expected a datasets.Dataset, a list of dicts, or the path of a file."
@@ -224,10 +283,3 @@ def _checked(
 
 def _language_model(encoder_decoder: bool) -> str:
     return "an encoder-decoder" if encoder_decoder else "a decoder-only model"
-
-
-def _with_class_names(items: Iterable[tuple[str, Any]], classes: Sequence[str] | None) -> Iterable[tuple[str, Any]]:
-    for place, row in items:
-        if classes is not None and isinstance(row, Mapping) and "label" in row:
-            row = {**row, "label": class_name(row["label"], classes)}
-        yield place, row

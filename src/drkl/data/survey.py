@@ -11,6 +11,7 @@ from drkl.data.classification import LabelledRow
 from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.lengths import NO_LIMIT, Room
 from drkl.data.rows import make_rows, read_shares
+from drkl.data.streams import SAMPLE_ROWS, RowStream, stream_of
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
 
@@ -112,13 +113,17 @@ def survey(
         DrklError: whatever a run would refuse, with the source's name.
     """
     surveys = []
+    kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder, "ends": ends, "room": room}
+    kind |= {"needs_responses": needs_responses, "teacher_tokenizer": teacher_tokenizer}
 
-    def add(name: str, share: str, examples: Any, weight: float = 1.0) -> None:
+    def add(name: str, share: str, examples: Any, weight: float = 1.0, stream: RowStream | None = None) -> None:
+        rows: Any
         try:
-            rows, report = make_rows(
-                examples, config, tokenizer, classes=classes, encoder_decoder=encoder_decoder, ends=ends, room=room,
-                needs_responses=needs_responses, teacher_tokenizer=teacher_tokenizer,
-            )  # fmt: skip
+            if stream is not None:
+                rows, report = stream.sample()
+                examples = [row.example for row in rows if isinstance(row, Row)]
+            else:
+                rows, report = make_rows(examples, config, tokenizer, **kind)
         except DrklError as error:
             raise DrklError(f"{name} ({share}): {error}") from error
         shapes = Counter(example.shape for example in examples)
@@ -131,7 +136,11 @@ def survey(
         train, heldout = read_shares(
             config.model_copy(update=alone), classifier=classes is not None, needs_responses=needs_responses
         )
-        add(source.name, "training", train, source.weight)
+        if config.streaming:
+            stream = stream_of(config.model_copy(update=alone), tokenizer, **kind)
+            add(source.name, f"training: its first {SAMPLE_ROWS:,} rows", [], stream=stream)
+        else:
+            add(source.name, "training", train, source.weight)
         if config.eval_path is None:
             add(source.name, "held out", heldout)
     if config.eval_path not in (None, NO_ROWS):

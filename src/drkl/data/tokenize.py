@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -121,6 +121,14 @@ class DropReport:
     prompts_alone: int = 0
     difference: str | None = None
 
+    def add(self, other: DropReport) -> None:
+        """Count what is said of other examples of the same data set too; ``kept`` and what follows of it stay."""
+        for ours, theirs in ((self.dropped, other.dropped), (self.openings, other.openings)):
+            for name, number in theirs.items():
+                ours[name] = ours.get(name, 0) + number
+        self.responses_cut += other.responses_cut
+        self.prompts_alone += other.prompts_alone
+
     def summary(self) -> str:
         """Return a sentence for people, and one for each thing that the template does."""
         total = self.kept + sum(self.dropped.values())
@@ -149,6 +157,14 @@ class DropReport:
         if self.difference:
             notes.append(self.difference)
         return notes
+
+
+class NothingLeft(DrklError):
+    """No row is left of those that were to be tokenised; ``report`` is the account of them."""
+
+    def __init__(self, report: DropReport, message: str) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 def tokenize_examples(
@@ -402,12 +418,12 @@ def finish_rows(
     report.date = date_told(tokenizer, template) if rows and not encoder_decoder else None
     for weight in dict.fromkeys(text.weight for text in chunk.texts):
         blocks = _blocks([text for text in chunk.texts if text.weight == weight], tokenizer, max_tokens)
-        make = _halves if encoder_decoder else _continuations
-        rows += make(blocks, tokenizer, max_prompt_tokens, rows)
+        numbered = number_blocks(blocks, len(rows), {row.id for row in rows})
+        rows += block_rows(numbered, tokenizer, max_prompt_tokens, encoder_decoder=encoder_decoder)
     report.documents = len(chunk.texts)
     report.kept = len(rows)
     if not rows:
-        raise DrklError(nothing_left(report, chunk.shortest, Lengths(max_prompt_tokens, max_tokens), room))
+        raise NothingLeft(report, nothing_left(report, chunk.shortest, Lengths(max_prompt_tokens, max_tokens), room))
     if teacher is not None and (other := next((row for row in rows if row.teacher_prompt_ids), None)) is not None:
         report.difference = teacher.difference(other, tokenizer)
     if any(row.example.weight != 1 for row in rows):
@@ -441,14 +457,19 @@ def weigh(rows: Sequence[Row]) -> list[Row]:
     share: dict[str, int] = {}
     for weight in dict.fromkeys(row.example.weight for row in rows):
         group = [row.id for row in rows if row.example.weight == weight]
-        more = round((weight - int(weight)) * len(group))
-        ranked = sorted(group, key=hash_of_id)
-        share |= dict.fromkeys(group, int(weight)) | dict.fromkeys(ranked[:more], int(weight) + 1)
+        share |= dict.fromkeys(group, int(weight))
+        share |= dict.fromkeys(taken_once_more(group, weight), int(weight) + 1)
     repeated = []
     for copy in range(max(share.values(), default=0)):
         chosen = [row for row in rows if share[row.id] > copy]
         repeated += chosen if not copy else [replace(row, id=free_id(f"{row.id}#{copy + 1}", share)) for row in chosen]
     return repeated
+
+
+def taken_once_more(ids: Sequence[str], weight: float) -> list[str]:
+    """The ids of the rows of a weight, given all of theirs, that its fraction repeats once more."""
+    more = round((weight - int(weight)) * len(ids))
+    return sorted(ids, key=hash_of_id)[:more] if more else []
 
 
 def longest_row(prompt: int, max_tokens: int, room: Room) -> int:
@@ -525,10 +546,8 @@ def row_of_spans(
 
 def _blocks(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[tuple[Text, list[int]]]:
     """Cut the texts, joined by eos, into blocks that overlap by one token; each with the text that it begins in."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise DrklError("Plain text is joined with the tokenizer's eos token, and it has none. Set its eos_token.")
-    stream = [eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    begin, eos = around_texts(tokenizer)
+    stream = [begin]
     owners = [0]
     for number, text in enumerate(texts):
         stream += [*text.ids, eos]
@@ -537,48 +556,67 @@ def _blocks(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_token
     return [(texts[owners[start + 1]], stream[start : start + max_tokens]) for start in starts]
 
 
-def _continuations(
-    blocks: Sequence[tuple[Text, list[int]]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    others: Sequence[Row],
-) -> list[Row]:
-    """Rows for a decoder-only model, which learns every token of a block but the first."""
-    rows = []
-    for block_id, text, ids in _numbered(blocks, others):
-        # A sample continues the beginning of the block.
-        num_shown = max(1, min(len(ids) // 4, max_prompt_tokens))
-        block = _text_example(text, block_id, tokenizer, ids[:num_shown], ids[num_shown:])
-        rows.append(Row(block.id, tuple(ids[:1]), tuple(ids[1:]), block, sampling_context=tuple(ids[:num_shown])))
-    return rows
+def around_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Return the token before the first of joined texts, and the one after each.
+
+    Raises:
+        DrklError: the tokenizer has no eos token.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DrklError("Plain text is joined with the tokenizer's eos token, and it has none. Set its eos_token.")
+    return eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id, eos
 
 
-def _halves(
-    blocks: Sequence[tuple[Text, list[int]]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    others: Sequence[Row],
-) -> list[Row]:
-    """Rows for an encoder-decoder, which reads the first half of a block and learns the second."""
-    before, after = tokens_around(tokenizer)
-    begin, _ = tokens_around(tokenizer, target=True)  # the stream has an end where a text ends, and only there
-    rows = []
-    for block_id, text, block_ids in _numbered(blocks, others):
-        ids = block_ids[1:]
-        half = min(len(ids) // 2, max_prompt_tokens - len(before) - len(after))
-        if half < 1:
-            continue
-        block = _text_example(text, block_id, tokenizer, ids[:half], ids[half:])
-        source, target = (*before, *ids[:half], *after), (*begin, *ids[half:])
-        rows.append(Row(block.id, source, target, block, encoder_decoder=True))
-    return rows
-
-
-def _numbered(blocks: Sequence[tuple[Text, list[int]]], others: Sequence[Row]) -> Iterable[tuple[str, Text, list[int]]]:
-    """Each block with its text and an id that no other row has."""
-    taken = {row.id for row in others}
-    for number, (text, ids) in enumerate(blocks, start=len(others)):
+def number_blocks(
+    blocks: Iterable[tuple[Text, list[int]]], first: int, taken: Container[str]
+) -> Iterator[tuple[str, Text, list[int]]]:
+    """Yield each block of texts with an id that is not ``taken`` by another row; the first has the number ``first``."""
+    for number, (text, ids) in enumerate(blocks, start=first):
         yield free_id(f"{text.id}/{number}", taken), text, ids
+
+
+def block_rows(
+    blocks: Iterable[tuple[str, Text, list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    *,
+    encoder_decoder: bool,
+) -> list[Row]:
+    """Return the rows of numbered blocks; an encoder-decoder reads the first half and learns the second."""
+    if not encoder_decoder:
+        return [_continuation(*block, tokenizer, max_prompt_tokens) for block in blocks]
+    around = tokens_around(tokenizer), tokens_around(tokenizer, target=True)
+    halves = (_half(*block, tokenizer, max_prompt_tokens, around) for block in blocks)
+    return [row for row in halves if row is not None]
+
+
+def _continuation(
+    block_id: str, text: Text, ids: list[int], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
+) -> Row:
+    """The row of a decoder-only model, which learns every token of a block but the first."""
+    # A sample continues the beginning of the block.
+    num_shown = max(1, min(len(ids) // 4, max_prompt_tokens))
+    block = _text_example(text, block_id, tokenizer, ids[:num_shown], ids[num_shown:])
+    return Row(block.id, tuple(ids[:1]), tuple(ids[1:]), block, sampling_context=tuple(ids[:num_shown]))
+
+
+def _half(
+    block_id: str,
+    text: Text,
+    block_ids: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    around: tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]],
+) -> Row | None:
+    """The row of an encoder-decoder; None where a block is too short to have two halves."""
+    (before, after), (begin, _) = around  # the stream has an end where a text ends, and only there
+    ids = block_ids[1:]
+    half = min(len(ids) // 2, max_prompt_tokens - len(before) - len(after))
+    if half < 1:
+        return None
+    block = _text_example(text, block_id, tokenizer, ids[:half], ids[half:])
+    return Row(block.id, (*before, *ids[:half], *after), (*begin, *ids[half:]), block, encoder_decoder=True)
 
 
 def _text_example(

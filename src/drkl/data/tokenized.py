@@ -13,7 +13,7 @@ from drkl.data.examples import Example, row_ids, written_id
 from drkl.data.fields import is_void
 from drkl.data.formats import NEEDS_NONE
 from drkl.data.lengths import NO_LIMIT, Lengths, Room
-from drkl.data.tokenize import DropReport, Row, longest_row, nothing_left, row_of_spans
+from drkl.data.tokenize import DropReport, NothingLeft, Row, longest_row, nothing_left, row_of_spans
 from drkl.errors import DrklError
 from drkl.losses.common import IGNORE_INDEX
 
@@ -84,7 +84,7 @@ def tokenized_rows(
         rows.append(replace(tokenised, encoder_decoder=encoder_decoder))
     report.kept = len(rows)
     if not rows:
-        raise DrklError(nothing_left(report, shortest, Lengths(max_prompt_tokens, max_tokens), room))
+        raise NothingLeft(report, nothing_left(report, shortest, Lengths(max_prompt_tokens, max_tokens), room))
     return rows, report
 
 
@@ -119,7 +119,7 @@ def tokenized_texts(
         rows.append(LabelledRow(row_id, tuple(ids), list(classes).index(label), text))
     report.kept = len(rows)
     if not rows:
-        raise DrklError(nothing_left(report, None, Lengths(1, max_tokens)))
+        raise NothingLeft(report, nothing_left(report, None, Lengths(1, max_tokens)))
     return rows, report
 
 

@@ -12,10 +12,14 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from drkl._version import __version__
+from drkl.errors import DrklError
+from drkl.models.fingerprint import model_fingerprint
 from drkl.models.forward import in_eval_mode
+from drkl.processes import Share
 from drkl.teachers.cached import TeacherCache
 
 Progress = Callable[[str, int, int], None]
@@ -34,6 +38,11 @@ def placed(source: Loadable, device: str | torch.device) -> Iterator[PreTrainedM
         loaded: Any = source()
         yield loaded.to(device).eval()
         return
+    if any(isinstance(weight, DTensor) for weight in source.parameters()):
+        raise DrklError(
+            f"The weights of the {type(source).__name__} lie in parts in several processes, and rows are divided over "
+            "whole models. Save it, and give the folder."
+        )
     model: Any = source
     before, wanted = next(model.parameters()).device, torch.device(device)
     # A quantised model refuses every move, even one to where it is.
@@ -44,6 +53,12 @@ def placed(source: Loadable, device: str | torch.device) -> Iterator[PreTrainedM
     finally:
         if moves:
             model.to(before)
+
+
+def check_same_weights(name: str, model: PreTrainedModel, share: Share) -> None:
+    """Raise DrklError unless every process has the same weights of a model, whole."""
+    if share.is_divided:
+        share.check_same(f"weights of the {name}", model_fingerprint(model))
 
 
 def reporter(name: str, on_progress: Progress | None) -> Report:

@@ -11,6 +11,7 @@ from drkl.evaluation.bookkeeping import Source
 from drkl.evaluation.store import fingerprint
 from drkl.models.forward import decoder_start
 from drkl.models.readout import Readout, readout_of
+from drkl.processes import ALONE, Share
 from drkl.teachers.cached import TeacherCache
 from drkl.teachers.shards import is_cache
 
@@ -34,13 +35,15 @@ def read_cached(
     pad_id: int,
     vocab_size: int | None = None,
     merged_ids: Sequence[int] = (),
+    share: Share = ALONE,
+    whole: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Readout:
     """What `drkl.models.readout.read` gives of the teacher itself, from its cache of hidden states."""
     states: Callable[..., Any] = cache.states
     return readout_of(
         states, cache.head, rows, pad_id=pad_id, decoder_start=decoder_start(cache.model), vocab_size=vocab_size,
-        merged_ids=merged_ids, progress=progress,
+        merged_ids=merged_ids, share=share, whole=whole, progress=progress,
     )  # fmt: skip
 
 

@@ -16,12 +16,12 @@ from drkl.evaluation.bookkeeping import Progress, Source, free_memory, placed, r
 from drkl.evaluation.config import MINILLM, EvaluationConfig
 from drkl.evaluation.pairs import Inputs, Model, pair_inputs
 from drkl.evaluation.result import MODELS, Evaluation
-from drkl.evaluation.store import CACHE_BYTES, Store
+from drkl.evaluation.store import CACHE_BYTES, Store, fingerprint
 from drkl.evaluation.tasks import Classification, Generation, Parts, Task
 from drkl.models.load import one_tokenizer
 from drkl.models.precision import DtypeLike
-from drkl.models.smollm2 import cache_dir
-from drkl.runs import RunFolder
+from drkl.processes import Share
+from drkl.runs import RunFolder, cache_dir
 from drkl.teachers.cached import TeacherCache
 
 
@@ -98,27 +98,28 @@ def evaluate(
         DrklError: a setting out of range, models of two kinds or vocabularies, classes that differ, a token outside the
             vocabulary, no rows, or an ``output_dir`` that belongs to a run.
     """
-    config = configured(EvaluationConfig(), protocol, settings)
-    if output_dir is not None:
-        check_output(Path(output_dir))
-    inputs = pair_inputs(
-        student,
-        teacher,
-        rows,
-        one_tokenizer(processing_class, tokenizer),
-        suites=suites,
-        protocol=protocol,
-        template=template,
-        max_prompt_tokens=max_prompt_tokens,
-        max_tokens=max_tokens,
-        max_rows=max_rows,
-        max_new_tokens=config.max_new_tokens if "max_new_tokens" in config.model_fields_set else None,
-        dtype=dtype,
-        device=device,
-    )
-    return evaluate_inputs(
-        inputs, config, output_dir=output_dir, fresh=fresh, name=name, facts=facts, on_progress=on_progress
-    )
+    with Share.of_group().joined():
+        config = configured(EvaluationConfig(), protocol, settings)
+        if output_dir is not None:
+            check_output(Path(output_dir))
+        inputs = pair_inputs(
+            student,
+            teacher,
+            rows,
+            one_tokenizer(processing_class, tokenizer),
+            suites=suites,
+            protocol=protocol,
+            template=template,
+            max_prompt_tokens=max_prompt_tokens,
+            max_tokens=max_tokens,
+            max_rows=max_rows,
+            max_new_tokens=config.max_new_tokens if "max_new_tokens" in config.model_fields_set else None,
+            dtype=dtype,
+            device=device,
+        )
+        return evaluate_inputs(
+            inputs, config, output_dir=output_dir, fresh=fresh, name=name, facts=facts, on_progress=on_progress
+        )
 
 
 def evaluate_inputs(
@@ -136,33 +137,40 @@ def evaluate_inputs(
     Finished parts lie in the output folder's ``.evaluation`` until the files are written. The teacher's stay in the
     user's cache, for other students.
     """
-    task: Task
-    folder = None if output_dir is None else RunFolder(Path(output_dir))
-    own = None if folder is None else Store(folder.parts_path)
-    if inputs.classes is not None:
-        rows: Any = inputs.rows
-        task = Classification(rows, inputs.classes, settings, pad_id=inputs.tokenizer.pad_token_id)
-    else:
-        parts = None
-        if own is not None:
-            if fresh:
-                own.remove()
-            parts = Parts(own, own if fresh else Store(cache_dir() / "evaluation", limit=CACHE_BYTES))
-        rows = inputs.rows
-        task = Generation(
-            inputs.tokenizer, rows, settings, suites=inputs.suites, vocab_size=inputs.vocab_size,
-            merged_ids=inputs.merged_ids, gamma=inputs.gamma, parts=parts, template=inputs.template, room=inputs.room,
+    share = Share.of_group()
+    with share.joined():
+        asked = fingerprint(inputs=inputs.digest(), settings=settings.model_dump(mode="json"))
+        share.check_same("models, rows or settings", asked)
+        folder = None if output_dir is None else RunFolder(Path(output_dir))
+        own = None if folder is None else Store(folder.parts_path)
+        if own is not None and fresh and share.is_first:
+            own.remove()
+        result = run_task(
+            _task(inputs, settings, own, fresh, share),
+            inputs.models, device=inputs.device, data=inputs.data, facts={**inputs.facts, **(facts or {})},
+            on_progress=on_progress,
         )  # fmt: skip
-    result = run_task(
-        task, inputs.models, device=inputs.device, data=inputs.data, facts={**inputs.facts, **(facts or {})},
-        on_progress=on_progress,
+        result = replace(result, name=name or inputs.name)
+        if folder is None or own is None:
+            return result
+        if share.is_first:
+            result.save(folder.root)
+            own.remove()
+        return replace(result, folder=folder.root, name=name or folder.name)
+
+
+def _task(inputs: Inputs, settings: EvaluationConfig, own: Store | None, fresh: bool, share: Share) -> Task:
+    rows: Any = inputs.rows
+    if inputs.classes is not None:
+        return Classification(rows, inputs.classes, settings, pad_id=inputs.tokenizer.pad_token_id, share=share)
+    parts = None
+    if own is not None:
+        parts = Parts(own, own if fresh else Store(cache_dir() / "evaluation", limit=CACHE_BYTES))
+    return Generation(
+        inputs.tokenizer, rows, settings, suites=inputs.suites, vocab_size=inputs.vocab_size,
+        merged_ids=inputs.merged_ids, gamma=inputs.gamma, parts=parts, template=inputs.template, room=inputs.room,
+        share=share,
     )  # fmt: skip
-    result = replace(result, name=name or inputs.name)
-    if folder is None or own is None:
-        return result
-    result = replace(result, folder=result.save(folder.root), name=name or folder.name)
-    own.remove()
-    return result
 
 
 def run_task(

@@ -22,6 +22,7 @@ from drkl.errors import DrklError
 from drkl.evaluation.bookkeeping import Source
 from drkl.evaluation.cached import as_cache, put_cache
 from drkl.evaluation.config import MINILLM_DATA
+from drkl.evaluation.store import fingerprint
 from drkl.evaluation.suites import name_rows, parse_suite, read_suite
 from drkl.models.classes import check_classes, class_names, is_classifier
 from drkl.models.config import StudentConfig
@@ -70,6 +71,13 @@ class Inputs(NamedTuple):
     """The models' context."""
     merged_ids: tuple[int, ...] = ()
     """Token ids that are one class when the models are compared."""
+
+    def digest(self) -> str:
+        """A hash of what is measured, and on what; the weights aside."""
+        return fingerprint(
+            rows=self.data, models=self.facts["models"], suites=self.suites, vocab=self.vocab_size,
+            merged=list(self.merged_ids), template=self.template, room=list(self.room),
+        )  # fmt: skip
 
 
 def pair_inputs(
@@ -146,6 +154,7 @@ def pair_inputs(
     kind: dict[str, Any] = {"encoder_decoder": encoder_decoder, "ends": ends, "room": room}
     suite_names: list[str] | None = None
     if suites:
+        examples: Any
         examples, suite_names, described = suite_rows(suites, section, tokenizer, **kind, max_rows=max_rows)
     else:
         examples, described = _rows(rows, section, tokenizer, classes, max_rows, **kind)

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ from drkl.data.examples import hash_of_id
 from drkl.data.lengths import NO_LIMIT, Room, check_answer, fit_answer
 from drkl.data.tokenize import Row
 from drkl.evaluation.answers import Answer, AnswerTable
-from drkl.evaluation.bookkeeping import Report, finite, timed, versions
+from drkl.evaluation.bookkeeping import Report, check_same_weights, finite, timed, versions
 from drkl.evaluation.bootstrap import RESAMPLES, Interval, Metrics, Resampled
 from drkl.evaluation.cached import cache_fingerprint, read_cached
 from drkl.evaluation.calibration import EDGES, mass_bins, width_bins
@@ -40,15 +41,17 @@ from drkl.evaluation.result import (
     SweepPoint,
     TailProfile,
 )
+from drkl.evaluation.sampling import Drawn, Sampler
 from drkl.evaluation.store import Store, fingerprint
 from drkl.losses.common import log_softmax
 from drkl.models.ends import stops_of
 from drkl.models.fingerprint import model_fingerprint
 from drkl.models.forward import lm_head
-from drkl.models.generate import sample_texts, sampling_batches
+from drkl.models.generate import sampling_batches
 from drkl.models.readout import Readout, read
 from drkl.objectives.decoupled import GAMMA
 from drkl.positions import brier_score, token_statistics
+from drkl.processes import ALONE, Share
 from drkl.teachers.cached import TeacherCache
 
 ESTIMATES = tuple(key for key in KEYS if key not in ("num_tokens", "num_answers"))
@@ -115,6 +118,7 @@ class Generation:
         template: how the prompts were written, which says what ends an answer.
         room: the models' context. Where ``settings`` do not say how long an answer is, it fits the models, and prompts
             that leave it no room are not answered.
+        share: of several processes, which divide the work and have all numbers each.
 
     Raises:
         DrklError: answers as long as ``settings`` say do not fit the models.
@@ -134,8 +138,9 @@ class Generation:
         pad_id: int | None = None,
         template: str = "auto",
         room: Room = NO_LIMIT,
+        share: Share = ALONE,
     ) -> None:
-        self.tokenizer, self.rows = tokenizer, rows
+        self.tokenizer, self.rows, self.share = tokenizer, rows, share
         self.vocab_size, self.gamma, self.parts = vocab_size, gamma, parts
         self.merged_ids = merged_ids
         self.pad_id: int = tokenizer.pad_token_id if pad_id is None else pad_id
@@ -156,7 +161,8 @@ class Generation:
     def measure(self, name: str, model: Measured, report: Report, seconds: dict[str, float]) -> None:
         """Read the rows and sample the answers; a cache writes none."""
         with timed(seconds, "load"):
-            mark = _mark(model) if self.parts is not None else ""
+            mark = _mark(model) if self.parts is not None or self.share.is_divided else ""
+            self.share.check_same(f"weights of the {name}", mark)
         with timed(seconds, "teacher_forced"):
             self._tables[name] = self._read(name, model, mark, report)
         with timed(seconds, "samples"):
@@ -189,35 +195,40 @@ class Generation:
         if self.merged_ids:
             facts["merged"] = [*self.merged_ids]
         key = fingerprint(kind="positions", against=against, gamma=self.gamma, **facts)
-        arrays = store.read_tensors(key) if store is not None else None
+        arrays = None if store is None else self.share.first(lambda: store.read_tensors(key))
         if arrays is not None:
             return PositionTable.from_arrays({column: tensor.numpy() for column, tensor in arrays.items()})
-        table = compare(states, teacher, gamma=self.gamma, progress=report("comparing", len(states.labels)))
-        if store is not None:
+        own = compare(states, teacher, gamma=self.gamma, progress=report("comparing", len(states.labels)))
+        table = PositionTable(self.gamma)
+        for part in self.share.together(lambda: [own.to_arrays()]):
+            table.merge(PositionTable.from_arrays(part))
+        if store is not None and self.share.is_first:
             store.write_tensors(key, {column: torch.from_numpy(array) for column, array in table.to_arrays().items()})
         return table
 
     def _states(self, model: Measured, rows: Sequence[Row], report: Report) -> Readout:
         given: dict[str, Any] = {
             "pad_id": self.pad_id, "vocab_size": self.vocab_size, "merged_ids": self.merged_ids,
-            "progress": report("reading", len(rows)),
+            "share": self.share, "progress": report("reading", len(rows)),
         }  # fmt: skip
         return read_cached(model, rows, **given) if isinstance(model, TeacherCache) else read(model, rows, **given)
 
     def _kept_states(
         self, model: PreTrainedModel, rows: Sequence[Row], store: Store, key: str, report: Report
     ) -> Readout:
-        """The teacher's states, from the parts where they are there."""
+        """The teacher's states, from the parts where they are there, for every process."""
         kept = store.read_tensors(key)
-        if kept is not None:
+        if all(self.share.together(lambda: [kept is not None])):
+            assert kept is not None
             head = lm_head(model)
             head = head if self.vocab_size is None else head.trimmed(self.vocab_size)
-            return Readout.from_tensors(kept, head, self.merged_ids)
+            return Readout.from_tensors(kept, head, self.merged_ids).own(self.share)
         states = self._states(model, rows, report)
-        if states.hidden.nbytes <= KEPT_STATES_BYTES:
+        if sum(self.share.together(lambda: [states.hidden.nbytes])) <= KEPT_STATES_BYTES:
             # The head is the model's own, which is there whenever its states are.
-            kept = {part: tensor for part, tensor in states.to_tensors().items() if not part.startswith("head.")}
-            store.write_tensors(key, kept)
+            whole = replace(states, head=None, merged=None).in_first(self.share)
+            if whole is not None:
+                store.write_tensors(key, whole.to_tensors())
         return states
 
     def _sample(self, name: str, model: PreTrainedModel, mark: str, report: Report) -> dict[float, list[list[Answer]]]:
@@ -225,64 +236,24 @@ class Generation:
         settings, prompts = self.settings, _as_read(name, self.prompts)
         if not prompts:
             return {}
-        by_temperature: dict[float, list[list[Answer]]] = {}
         lengths = [len(row.sampling_ids) for row in prompts]
-        for temperature in settings.temperatures if name in SWEPT else settings.temperatures[:1]:
-            pools: list[list[Answer]] = [[] for _ in prompts]
-            total = len(prompts) * len(settings.all_seeds) * settings.samples_per_prompt * self.max_new_tokens
-            advance = report(f"sampling at {temperature:g}", total)
-            for seed in settings.all_seeds:
-                for group, numbers in sampling_batches(lengths, settings.samples_per_prompt, settings.batch_size):
-                    rows = [prompts[i] for i in group]
-                    answers = self._batch(name, model, mark, rows, numbers, temperature, seed, advance)
-                    for place, pool in zip(group, answers, strict=True):
-                        pools[place] += pool
-            by_temperature[temperature] = pools
-        return by_temperature
-
-    def _batch(
-        self,
-        name: str,
-        model: PreTrainedModel,
-        mark: str,
-        rows: Sequence[Row],
-        numbers: range,
-        temperature: float,
-        seed: int,
-        advance: Callable[[int], None] | None,
-    ) -> list[list[Answer]]:
-        """The answers of one batch: samples ``numbers`` of each row."""
-        store, length = self._store(name), self.max_new_tokens
-        stops = stops_of(model, self.tokenizer, self.template, self.taught)
-        key = fingerprint(
-            kind="answers", model=mark, prompts=fingerprint(value=[[row.id, row.sampling_ids] for row in rows]),
-            seed=seed, temperature=temperature, samples=[numbers.start, numbers.stop], device=model.device.type,
-            max_new_tokens=length, stops=stops,
+        temperatures = settings.temperatures if name in SWEPT else settings.temperatures[:1]
+        drawn = [
+            Drawn(temperature, seed, group, numbers)
+            for temperature in temperatures
+            for seed in settings.all_seeds
+            for group, numbers in sampling_batches(lengths, settings.samples_per_prompt, settings.batch_size)
+        ]
+        by_temperature: dict[float, list[list[Answer]]] = {t: [[] for _ in prompts] for t in temperatures}
+        total = len(prompts) * len(settings.all_seeds) * settings.samples_per_prompt * self.max_new_tokens
+        sampler = Sampler(
+            model, self.tokenizer, prompts, stops_of(model, self.tokenizer, self.template, self.taught),
+            self.max_new_tokens, mark, self._store(name), self.share, lambda t: report(f"sampling at {t:g}", total),
         )  # fmt: skip
-        lines = store.read_lines(key) if store is not None else None
-        if lines is not None and len(lines) == len(rows) * len(numbers):
-            if advance is not None:
-                advance(len(lines) * length)
-            flat = [Answer(line["text"], line["num_tokens"], line["ended"]) for line in lines]
-            return [flat[i : i + len(numbers)] for i in range(0, len(flat), len(numbers))]
-        generations = sample_texts(
-            model,
-            self.tokenizer,
-            [row.sampling_ids for row in rows],
-            samples_per_prompt=len(numbers),
-            first_sample=numbers.start,
-            sampling_temperature=temperature,
-            max_new_tokens=length,
-            seed=seed,
-            batch_size=len(rows) * len(numbers),
-            keys=[row.id for row in rows],
-            stop_ids=stops,
-            progress=advance,
-        )
-        answers = [[Answer(text.text, text.num_tokens, text.finished) for text in pool] for pool in generations]
-        if store is not None:
-            store.write_lines(key, [answer._asdict() for pool in answers for answer in pool])
-        return answers
+        for batch, answers in zip(drawn, sampler.answers(drawn), strict=True):
+            for place, pool in zip(batch.group, answers, strict=True):
+                by_temperature[batch.temperature][place] += pool
+        return by_temperature
 
     def _store(self, name: str) -> Store | None:
         if self.parts is None:
@@ -291,9 +262,17 @@ class Generation:
 
     def _answer_tables(self, pools: Sequence[Sequence[Answer]]) -> dict[str, AnswerTable]:
         """The answers' table of each suite."""
+
+        def scored(place: int) -> tuple[int, AnswerTable]:
+            table = AnswerTable()
+            table.update(self.prompts[place].example.all_references, pools[place])
+            return place, table
+
+        places = range(len(pools))
+        by_place = dict(self.share.together(lambda: [scored(place) for place in self.share.of(places)]))
         tables: dict[str, AnswerTable] = {}
-        for row, pool in zip(self.prompts, pools, strict=True):
-            tables.setdefault(self.suite_of[row.id], AnswerTable()).update(row.example.all_references, pool)
+        for place in places:
+            tables.setdefault(self.suite_of[self.prompts[place].id], AnswerTable()).merge(by_place[place])
         return tables
 
     # From here on there are no models.
@@ -511,23 +490,33 @@ class Classification:
         classes: the names of the classes, by number.
         settings: the ``seed`` of the resampling; nothing is sampled.
         pad_id: fills batches.
+        share: of several processes, which divide the batches and have all numbers each.
     """
 
     def __init__(
-        self, rows: Sequence[LabelledRow], classes: Sequence[str], settings: EvaluationConfig, *, pad_id: int
+        self,
+        rows: Sequence[LabelledRow],
+        classes: Sequence[str],
+        settings: EvaluationConfig,
+        *,
+        pad_id: int,
+        share: Share = ALONE,
     ) -> None:
-        self.rows, self.classes, self.settings, self.pad_id = rows, classes, settings, pad_id
+        self.rows, self.classes, self.settings, self.pad_id, self.share = rows, classes, settings, pad_id, share
         self._logits: dict[str, Tensor] = {}
         self._scores: dict[str, ClassScores] = {}
 
     def measure(self, name: str, model: Measured, report: Report, seconds: dict[str, float]) -> None:
         """Read the texts."""
+        if not isinstance(model, TeacherCache):
+            check_same_weights(name, model, self.share)
         with timed(seconds, "reading"):
-            progress = report("reading", len(self.rows))
+            given: dict[str, Any] = {"pad_id": self.pad_id, "share": self.share, "whole": True}
+            given["progress"] = report("reading", len(self.rows))
             if isinstance(model, TeacherCache):
-                readout = read_cached(model, self.rows, pad_id=self.pad_id, progress=progress)
+                readout = read_cached(model, self.rows, **given)
             else:
-                readout = read(model, self.rows, pad_id=self.pad_id, progress=progress)
+                readout = read(model, self.rows, **given)
         self._logits[name] = readout.hidden
         self._scores[name] = class_scores(readout.hidden, readout.labels, self._logits.get("teacher"))
 

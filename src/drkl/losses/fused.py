@@ -155,7 +155,7 @@ def fused_distillation_loss(
     # The autograd function cannot see that grad mode is off: it would make gradients that nobody takes.
     result: Tensor
     if reduction == "none" or not torch.is_grad_enabled():
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(_autocast_device(hidden), enabled=False):
             values, _ = run((False, False, False))
         result = spread(values, keep, shape) if reduction == "none" else values.sum()
     else:
@@ -188,10 +188,15 @@ def _checked_teacher(
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of the matrix products: autocast's where it is on, else the wider of the two inputs'."""
-    device = hidden.device.type
+    device = _autocast_device(hidden)
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def _autocast_device(tensor: Tensor) -> str:
+    """The device whose autocast a tensor follows; one on the meta device has none of its own."""
+    return "cpu" if tensor.is_meta else tensor.device.type
 
 
 class _FusedSum(torch.autograd.Function):
@@ -201,7 +206,7 @@ class _FusedSum(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, run: Callable[..., tuple[Tensor, Gradients]]
     ) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(_autocast_device(hidden), enabled=False):
             values, ctx.grads = run(ctx.needs_input_grad[:3])
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return values.sum()
@@ -296,7 +301,7 @@ def _run(
     grad_weight = torch.zeros_like(head.weight, dtype=wide) if needs[1] else None
     grad_bias = torch.zeros_like(head.bias, dtype=wide) if needs[2] and head.bias is not None else None
     kernel = _row_kernel(student, teacher, settings)
-    size = _even(count, chunk_rows(head.weight, (student.dtype if kernel else wide).itemsize))
+    size = even(count, chunk_rows(head.weight, (student.dtype if kernel else wide).itemsize))
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         chunk_labels = None if labels is None else labels[rows]
@@ -398,7 +403,7 @@ def chunk_rows(weight: Tensor, itemsize: int) -> int:
     return max(1, CHUNK_BYTES // (vocab_size * itemsize), min(256, hidden_size // 4))
 
 
-def _even(count: int, most: int) -> int:
+def even(count: int, most: int) -> int:
     """The size of equal chunks of at most ``most`` rows: a last one of few rows would read both heads for nothing."""
     return max(1, -(-count // max(1, -(-count // most))))
 

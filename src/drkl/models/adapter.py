@@ -16,10 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from drkl.errors import DrklError
+from drkl.losses.head import gather
 from drkl.models.config import PeftConfig
 from drkl.models.forward import is_encoder_decoder, probe_logits
+from drkl.models.sharded import is_sharded, own_class
 from drkl.models.weights import is_finite, listed, not_loaded, rename_cure
 
 CONFIG = "adapter_config.json"
@@ -35,13 +38,14 @@ _WHOLE_MODEL = ("model.safetensors", "model.safetensors.index.json")
 _FAILURES = (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, ImportError, RuntimeError)
 
 
-def add_adapter(model: PreTrainedModel, config: Any, seed: int) -> Any:
+def add_adapter(model: PreTrainedModel, config: Any, seed: int, *, check: bool = True) -> Any:
     """Put LoRA layers into a model, in place, so that they alone are trained.
 
     Args:
         model: stays this `PreTrainedModel`, with other layers inside.
         config: the `peft` section, a `peft.PeftConfig`, or a dict of fields of `peft.LoraConfig`.
         seed: random seed for the adapter's first weights; the model's function is unchanged by them.
+        check: try the adapter, for which the model needs its weights.
 
     Returns:
         peft's handle on the model, for `save_adapter` and `merge_adapter`.
@@ -65,7 +69,8 @@ def add_adapter(model: PreTrainedModel, config: Any, seed: int) -> Any:
         raise
     except _FAILURES as error:
         raise _refusal(error) from error
-    check_adapter(adapter)
+    if check:
+        check_adapter(adapter)
     return adapter
 
 
@@ -182,7 +187,8 @@ def _try_merging(model: PreTrainedModel) -> None:
         kind = (type(layer), type(inner), getattr(inner, "bias", None) is None)
         if kind not in tried:
             tried.add(kind)
-            copy.deepcopy(layer).merge()
+            whole = {id(weight): nn.Parameter(gather(weight.detach()), False) for weight in layer.parameters()}
+            copy.deepcopy(layer, whole if is_sharded(layer) else None).merge()
 
 
 def adapter_start(adapter: Any) -> dict[str, Tensor]:
@@ -217,7 +223,35 @@ def _is_lora(key: str) -> bool:
     return key.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
-def save_adapter(adapter: Any, folder: Path, start: Mapping[str, Tensor] | None = None) -> None:
+def whole_adapter(adapter: Any, weights: dict[str, Tensor]) -> Any:
+    """Make the model that a sharded one is with its adapter once more, with whole weights, in main memory.
+
+    Args:
+        adapter: peft's handle on the sharded model.
+        weights: the `whole_state` of that handle.
+
+    Returns:
+        peft's handle on the copy.
+    """
+    from peft import get_peft_model
+
+    student: Any = adapter.get_base_model()
+    with torch.random.fork_rng(), no_init_weights():
+        base = own_class(student)(copy.deepcopy(student.config)).to(student.dtype)
+        config = copy.deepcopy(adapter.peft_config[_name(adapter)])
+        config.init_lora_weights = True  # another start would be computed, and is replaced anyway
+        with _quiet_peft():
+            whole = get_peft_model(base, config, adapter_name=_name(adapter))
+    base.generation_config = copy.deepcopy(student.generation_config)
+    result = whole.load_state_dict(weights, strict=False, assign=True)
+    assert not not_loaded(whole, set(result.missing_keys)) and not result.unexpected_keys
+    base.tie_weights()
+    return whole.eval()
+
+
+def save_adapter(
+    adapter: Any, folder: Path, start: Mapping[str, Tensor] | None = None, weights: dict[str, Tensor] | None = None
+) -> None:
     """Save the adapter alone, without a config.json, for which transformers would expect a whole model's weights.
 
     Args:
@@ -225,10 +259,13 @@ def save_adapter(adapter: Any, folder: Path, start: Mapping[str, Tensor] | None 
         folder: is made.
         start: `adapter_start` from before training; where it is not empty, the adapter is written as plain LoRA of
             twice the rank, which gives the trained model on the base as it was.
+        weights: the `whole_state` of the handle where the model is sharded; None takes its own.
     """
     name = _name(adapter)
     # With "auto" peft would look for the base model's embeddings on the hub.
-    adapter.save_pretrained(folder, selected_adapters=[name], safe_serialization=True, save_embedding_layers=False)
+    adapter.save_pretrained(
+        folder, selected_adapters=[name], safe_serialization=True, save_embedding_layers=False, state_dict=weights
+    )
     if name != "default":  # peft gives any other name a folder of its own
         for path in (folder / name).iterdir():
             shutil.move(path, folder / path.name)

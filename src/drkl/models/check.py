@@ -99,7 +99,8 @@ def _check_forward(model: PreTrainedModel) -> None:
     rows = [ids[: min(6, written)], ids[: min(3, written)]]
     sources: list[Any] = [None, None] if start is None else [ids[-min(3, read) :], ids[-min(6, read) :]]
     own = [own_logits(model, row, source) for row, source in zip(rows, sources, strict=True)]
-    ours = lm_head(model).logits(hidden_states(model, right_padded(model, rows, None if start is None else sources)))
+    hidden = hidden_states(model, right_padded(model, rows, None if start is None else sources))
+    ours = lm_head(model).gathered().logits(hidden)
     for i, row in enumerate(rows):
         if not same_logits(ours[i, : len(row)], own[i], model.dtype):
             raise DrklError(_fault(model, row, sources[i], own[i]))
@@ -122,7 +123,7 @@ def _fault(model: PreTrainedModel, row: list[int], source: list[int] | None, own
     """What is wrong with a row's logits in a batch, which differ from its own."""
     name = type(model).__name__
     alone = hidden_states(model, right_padded(model, [row], None if source is None else [source]))
-    if not same_logits(lm_head(model).logits(alone)[0], own, model.dtype):
+    if not same_logits(lm_head(model).gathered().logits(alone)[0], own, model.dtype):
         return (
             f"{name} does not compute its logits as softcap(scale * (hidden @ weight.T + bias)), so its head cannot be "
             "used chunk by chunk. Use a model of another family."

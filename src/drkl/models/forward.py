@@ -16,6 +16,7 @@ from drkl.data.collate import collate_sources
 from drkl.errors import DrklError
 from drkl.losses import LMHead
 from drkl.models.classes import is_classifier
+from drkl.models.sharded import is_fully_sharded, reshard
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids", "decoder_attention_mask")
 
@@ -64,11 +65,9 @@ def hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
     Raises:
         DrklError: a model that calls its head never, or several times.
     """
-    # Not called as a module, and not by an instance's own `forward`: hooks and autocast of a training around the model
-    # are not for these numbers.
-    forward = functools.partial(type(model).forward, model)
     if is_classifier(model):
-        logits: Tensor = forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        with _forward_of(model) as forward:
+            logits: Tensor = forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return logits.unsqueeze(1)
     given: list[Tensor] = []
 
@@ -76,7 +75,7 @@ def hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
         given.append(hidden)
         return hidden.new_zeros(1, 1, 1)  # the model goes on with a single made-up logit
 
-    with replaced(output_module(model), keep):
+    with replaced(output_module(model), keep), _forward_of(model) as forward:
         forward(**accepted_inputs(model, batch))
     expected = batch["decoder_input_ids" if is_encoder_decoder(model) else "input_ids"].shape
     if len(given) != 1 or given[0].shape[:-1] != expected:
@@ -86,6 +85,23 @@ def hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
             "all positions, once. Use a model of another family."
         )
     return given[0]
+
+
+@contextmanager
+def _forward_of(model: PreTrainedModel) -> Iterator[Callable[..., Any]]:
+    """The forward of the model's class: hooks and autocast of a training around it are not for these numbers.
+
+    Of a sharded model it is the call of the module, whose hooks gather the weights.
+    """
+    forward = functools.partial(type(model).forward, model)
+    if not is_fully_sharded(model):
+        yield forward
+        return
+    try:
+        with replaced(model, forward):
+            yield model
+    finally:
+        reshard(model)
 
 
 def right_padded(
@@ -164,12 +180,15 @@ def output_module(model: PreTrainedModel) -> Any:
 
 
 def output_head(model: PreTrainedModel) -> LMHead | None:
-    """The head that makes logits of `hidden_states`; None of a classifier, whose states are its class logits."""
-    return None if is_classifier(model) else lm_head(model)
+    """The head that makes logits of `hidden_states`; None of a classifier, whose states are its class logits.
+
+    It is whole: of a sharded model every process has to ask for it.
+    """
+    return None if is_classifier(model) else lm_head(model).gathered()
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:
-    """The model's head with the scale and the soft-cap that its own forward applies."""
+    """The model's head with the scale and the soft-cap that its own forward applies, sharded where the model is."""
     module = output_module(model)
     config = model.config.get_text_config()
     scale = 1.0

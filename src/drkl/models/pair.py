@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from drkl.data.classification import LabelledRow
 from drkl.data.seq2seq import take_languages
+from drkl.data.stored import column
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.models.config import StudentConfig
@@ -140,13 +142,14 @@ def shared_vocabulary(
         return None
     known = tokens.num_ids if tokens is not None else 1 + max(tokenizer.get_vocab().values())
     shared = min(known, student, teacher)
-    for row in rows:
-        if (top := max(row.all_ids)) >= shared:
-            raise DrklError(
-                f"Row {row.id!r} has the token {tokenizer.convert_ids_to_tokens(top)!r} (id {top}), but the student "
-                f"and the teacher share the ids 0 to {shared - 1} only. Take such rows out, or choose a student with "
-                "the teacher's tokenizer."
-            )
+    tops = column(rows, "top")
+    if len(beyond := np.flatnonzero(tops >= shared)):
+        row, top = rows[int(beyond[0])], int(tops[beyond[0]])
+        raise DrklError(
+            f"Row {row.id!r} has the token {tokenizer.convert_ids_to_tokens(top)!r} (id {top}), but the student "
+            f"and the teacher share the ids 0 to {shared - 1} only. Take such rows out, or choose a student with "
+            "the teacher's tokenizer."
+        )
     return {"shared": shared, "student": student, "teacher": teacher}
 
 
@@ -163,23 +166,26 @@ def check_rows(rows: Sequence[Row | LabelledRow], configs: Mapping[str, Any]) ->
     separate = isinstance(rows[0], Row) and rows[0].encoder_decoder
     for role, config in sorted(configs.items(), key=lambda item: context_of(item[1]) or math.inf):
         (_check_sides if separate else _check_length)(rows, config, role)
-    top = max((max(row.all_ids), row.id) for row in rows)
+    tops = column(rows, "top")
+    top = int(tops.max())
     for role, config in configs.items():
-        if top[0] >= (size := config.get_text_config().vocab_size):
+        if top >= (size := config.get_text_config().vocab_size):
+            row_id = max(rows[int(number)].id for number in np.flatnonzero(tops == top))
             raise DrklError(
-                f"Row {top[1]!r} has the token id {top[0]}, but the {role} has embeddings for ids 0 to {size - 1} "
+                f"Row {row_id!r} has the token id {top}, but the {role} has embeddings for ids 0 to {size - 1} "
                 "only: its tokenizer belongs to another model."
             )
 
 
 def _check_length(rows: Sequence[Any], config: Any, role: str) -> None:
-    context, longest = context_of(config), max(rows, key=lambda row: row.length)
-    if context is None or longest.length <= context:
+    context, lengths = context_of(config), column(rows, "length")
+    if context is None or lengths.max() <= context:
         return
+    longest = rows[int(lengths.argmax())]
     message = f"Row {longest.id!r} has {longest.length} tokens and the {role}'s context {context}."
     if isinstance(longest, LabelledRow):
         raise DrklError(f"{message} Set data.max_tokens to at most {context}.")
-    shortest = min(len(row.prompt_ids) for row in rows)
+    shortest = int(column(rows, "prompt").min())
     if shortest >= context:
         raise DrklError(
             f"{message} The shortest prompt has {shortest} tokens, so no row fits: shorten the prompts, or choose "
@@ -196,12 +202,12 @@ def _check_sides(rows: Sequence[Any], config: Any, role: str) -> None:
     for side, context, option in zip(
         ("prompt", "response"), contexts_of(config), ("max_prompt_tokens", "max_tokens"), strict=True
     ):
-        lengths = [len(row.prompt_ids if side == "prompt" else row.response_ids) for row in rows]
-        longest = max(range(len(rows)), key=lengths.__getitem__)
+        lengths = column(rows, side)
+        longest = int(lengths.argmax())
         if context is not None and lengths[longest] > context:
             whose = "encoder" if side == "prompt" else "decoder"
             raise DrklError(
                 f"Row {rows[longest].id!r} has a {side} of {lengths[longest]} tokens and the {role}'s {whose} a "
                 f"context of {context}. Set data.{option} to at most {context}; the shortest {side} has "
-                f"{min(lengths)} tokens."
+                f"{lengths.min()} tokens."
             )

@@ -325,7 +325,7 @@ def _processes(
         )
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 1, num_tokens
-    parallel = _data_parallel(student)
+    parallel = data_parallel(student)
     if parallel is None:
         if num_tokens is None and torch.is_grad_enabled() and torch.distributed.get_world_size() > 1:
             raise DrklError(
@@ -342,7 +342,7 @@ def _processes(
     return parallel.size, count.clamp(min=1)
 
 
-class _DataParallel(NamedTuple):
+class DataParallel(NamedTuple):
     """The processes over which DDP or FSDP averages gradients."""
 
     groups: list[Any]
@@ -351,8 +351,12 @@ class _DataParallel(NamedTuple):
     """The devices on which the groups' collectives run."""
 
 
-def _data_parallel(student: Wrapped) -> _DataParallel | None:
-    """None of a student that nothing wraps."""
+def data_parallel(student: Wrapped) -> DataParallel | None:
+    """Find the processes over which a student's gradients are averaged; None where nothing wraps it.
+
+    Raises:
+        DrklError: a wrapper that leaves some gradients out, or divides them by another number.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     wrapper: Any
@@ -364,7 +368,7 @@ def _data_parallel(student: Wrapped) -> _DataParallel | None:
         if isinstance(wrapper, nn.parallel.DistributedDataParallel) or is_fsdp1(wrapper):
             group = wrapper.process_group
             device = next(student.model.parameters()).device
-            return _DataParallel([group], torch.distributed.get_world_size(group), device)
+            return DataParallel([group], torch.distributed.get_world_size(group), device)
     outermost = (*student.wrappers, student.model)[0]
     sharded = [module for module in outermost.modules() if isinstance(module, FSDPModule)]
     if not sharded:
@@ -390,4 +394,4 @@ def _data_parallel(student: Wrapped) -> _DataParallel | None:
     if len(meshes) != 1:
         raise DrklError(f"The student is sharded over {len(meshes)} device meshes; expected one for all of its parts.")
     mesh = meshes.pop()
-    return _DataParallel([mesh.get_group(dim) for dim in range(mesh.ndim)], mesh.size(), mesh.device_type)
+    return DataParallel([mesh.get_group(dim) for dim in range(mesh.ndim)], mesh.size(), mesh.device_type)

@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from drkl.data.batching import bucket_by_length
 from drkl.data.classification import LabelledRow
 from drkl.data.collate import IGNORE_INDEX, collate, teacher_inputs
+from drkl.data.stored import column
 from drkl.data.tokenize import Row
 from drkl.losses import LMHead
 from drkl.losses.merged import MergedIds, make_merged
@@ -30,6 +33,7 @@ from drkl.models.check import check_forward
 from drkl.models.classes import is_classifier
 from drkl.models.forward import decoder_start as decoder_start_of
 from drkl.models.forward import hidden_states, output_head
+from drkl.processes import ALONE, Share
 
 TOKENS_PER_BATCH = 2048
 """Tokens of a batch at most, with padding; rows of like length go together. In bf16 another size moves digits."""
@@ -91,12 +95,20 @@ def batches(
         rows_per_batch: a batch has this many rows, whatever their tokens; None counts tokens.
     """
     used = list(range(len(rows))) if positions is None else [row for row in positions if positions[row]]
-    groups = bucket_by_length([rows[i].length for i in used], tokens_per_batch)
-    if rows_per_batch is not None:
-        order = [i for group in groups for i in group]
-        groups = [order[part] for part in chunks(len(order), rows_per_batch)]
-    for group in groups:
+    lengths = column(rows, "length") if positions is None else [rows[i].length for i in used]
+    for group in batch_rows(lengths, tokens_per_batch, rows_per_batch):
         yield to_batch(rows, [used[i] for i in group], pad_id=pad_id, decoder_start=decoder_start, positions=positions)
+
+
+def batch_rows(
+    lengths: ArrayLike, tokens_per_batch: int = TOKENS_PER_BATCH, rows_per_batch: int | None = None
+) -> list[list[int]]:
+    """The rows of each batch, the shortest rows first; see `batches`."""
+    groups = bucket_by_length(lengths, tokens_per_batch)
+    if rows_per_batch is None:
+        return groups
+    order = [i for group in groups for i in group]
+    return [order[part] for part in chunks(len(order), rows_per_batch)]
 
 
 def to_batch(
@@ -144,6 +156,8 @@ class Readout:
     row_index: Tensor
     head: LMHead | None
     merged: MergedIds | None = None
+    positions: Tensor | None = None
+    """`[n]`, ascending: the places of these positions among those of all rows; None where they are all."""
 
     @property
     def num_outputs(self) -> int:
@@ -164,6 +178,46 @@ class Readout:
             return self.hidden[at]
         logits = self.head.logits(self.hidden[at].to(self.head.weight.device))
         return logits if self.merged is None else self.merged.merged(logits)
+
+    def own(self, share: Share) -> Readout:
+        """The positions that one of several processes compares: whole chunks, as one process would make them."""
+        mine = in_own_chunks(len(self.labels), share)
+        if mine is None:
+            return self
+        columns = [tensor[mine] for tensor in (self.hidden, self.labels, self.row_index)]
+        return self._with(columns, mine.nonzero().squeeze(1))
+
+    def at(self, wanted: Tensor, share: Share) -> Readout:
+        """The positions ``wanted`` `[m]`, ascending, in every process; each process has some of all."""
+        places = torch.arange(len(self.labels)) if self.positions is None else self.positions
+        mine = torch.isin(places, wanted)
+        own = [tensor[mine] for tensor in (places, self.hidden, self.labels, self.row_index)]
+        parts = zip(*share.together(lambda: [own]), strict=True)
+        found, *columns = (torch.cat(part) for part in parts)
+        order = found.argsort()
+        return self._with([column[order] for column in columns], found[order])
+
+    def in_first(self, share: Share) -> Readout | None:
+        """All positions, in the first process; each process has those of `own`. None in the others.
+
+        They pass through every process, a block at a time.
+        """
+        if self.positions is None:
+            return self
+        count = sum(share.together(lambda: [len(self.labels)]))
+        blocks = []
+        for part in chunks(count, share.place.count * 16 * CHUNK):
+            block = self.at(torch.arange(count)[part], share)
+            if share.is_first:
+                blocks.append(block)
+        if not blocks:
+            return None
+        columns = [torch.cat(parts) for parts in zip(*((b.hidden, b.labels, b.row_index) for b in blocks), strict=True)]
+        return replace(self._with(columns, torch.arange(count)), positions=None)
+
+    def _with(self, columns: Sequence[Tensor], positions: Tensor) -> Readout:
+        hidden, labels, row_index = columns
+        return Readout(hidden, labels, row_index, self.head, self.merged, positions)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything as contiguous tensors by name, on the CPU, the head included: what safetensors saves."""
@@ -206,6 +260,8 @@ def read(
     vocab_size: int | None = None,
     merged_ids: Sequence[int] = (),
     tokens_per_batch: int | None = None,
+    share: Share = ALONE,
+    whole: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Readout:
     """Run a model over the rows once and keep what it computed at every trained position, in the order of the rows.
@@ -217,6 +273,8 @@ def read(
         vocab_size: keep the head of the first so many ids only, those that the compared models share.
         merged_ids: ids that count as one class, of which the logits have the summed probability.
         tokens_per_batch: see `batches`; default `TOKENS_PER_BATCH`, or `SHORT_TOKENS_PER_BATCH` for a classifier.
+        share: of several processes, each of which runs the model over some of the batches.
+        whole: return all positions in every process; otherwise those that this one compares, see `Readout.own`.
         progress: called after each batch with the number of rows in it.
     """
     assert not model.training, "dropout would make every number a random one"
@@ -232,6 +290,8 @@ def read(
             vocab_size=vocab_size,
             merged_ids=merged_ids,
             tokens_per_batch=tokens_per_batch,
+            share=share,
+            whole=whole,
             progress=progress,
         )
 
@@ -246,6 +306,8 @@ def readout_of(
     vocab_size: int | None = None,
     merged_ids: Sequence[int] = (),
     tokens_per_batch: int | None = None,
+    share: Share = ALONE,
+    whole: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Readout:
     """The states at every trained position of rows, in their order, wherever they come from; see `read`.
@@ -259,27 +321,47 @@ def readout_of(
         vocab_size: see `read`.
         merged_ids: see `read`.
         tokens_per_batch: see `read`.
+        share: see `read`.
+        whole: see `read`.
         progress: see `read`.
     """
     assert rows, "at least one held-out row"
+    ends = np.cumsum([row.num_trained for row in rows])
+    wanted = None if whole else in_own_chunks(int(ends[-1]), share)
     hidden: list[Tensor] = [torch.empty(0)] * len(rows)
     labels: list[Tensor] = [torch.empty(0)] * len(rows)
-    size = tokens_per_batch or (SHORT_TOKENS_PER_BATCH if head is None else TOKENS_PER_BATCH)
-    for batch in batches(rows, pad_id=pad_id, decoder_start=decoder_start, tokens_per_batch=size):
-        counts = batch.keep.sum(1).tolist()
+
+    def of_batch(members: list[int]) -> tuple[list[int], Tensor, Tensor]:
+        batch = to_batch(rows, members, pad_id=pad_id, decoder_start=decoder_start)
         # To the CPU: the states wait there while other models take the device.
-        states = states_of(batch).cpu().split(counts)
-        for row, own, observed in zip(batch.rows, states, batch.labels.split(counts), strict=True):
-            hidden[row], labels[row] = own, observed
+        return members, states_of(batch).cpu(), batch.labels
+
+    size = tokens_per_batch or (SHORT_TOKENS_PER_BATCH if head is None else TOKENS_PER_BATCH)
+    for members, states, observed in share.map(of_batch, batch_rows([row.length for row in rows], size)):
+        counts = [rows[row].num_trained for row in members]
+        for row, own, of_row in zip(members, states.split(counts), observed.split(counts), strict=True):
+            some = slice(None) if wanted is None else wanted[ends[row] - len(own) : ends[row]]
+            hidden[row], labels[row] = own[some], of_row[some]
         if progress is not None:
-            progress(len(batch.rows))
+            progress(len(members))
     row_index = torch.repeat_interleave(torch.tensor([len(own) for own in labels]))
     states_of_all = torch.cat(hidden)
     if head is None:
         states_of_all = states_of_all.float()
     elif vocab_size is not None:
         head = head.trimmed(vocab_size)
-    return Readout(states_of_all, torch.cat(labels), row_index, head, _merged(merged_ids, head))
+    positions = None if wanted is None else wanted.nonzero().squeeze(1)
+    return Readout(states_of_all, torch.cat(labels), row_index, head, _merged(merged_ids, head), positions)
+
+
+def in_own_chunks(count: int, share: Share) -> Tensor | None:
+    """`[count]` bool, the positions that one of several processes compares; None where it compares all.
+
+    They are whole chunks of `CHUNK`, so that each logit comes of the same product as in one process.
+    """
+    if not share.is_divided:
+        return None
+    return torch.arange(count) // CHUNK % share.place.count == share.place.number
 
 
 @torch.no_grad()

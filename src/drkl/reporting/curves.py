@@ -54,6 +54,9 @@ def training_curves(run: Run) -> tuple[list[Picture], list[Picture]]:
         groups = [[picture_of(run, *panel) for panel in group] for group in ([*distances(run), loss], optimiser)]
         what = "share of its mass in the k tokens; the tail is without the top one"
         groups[0] += [pushes(run), beside(run, masses, "What is seen of the teacher", what, shares=True)]
+        fed = {"idle_share": "waiting", "padding_share": "padding"}
+        what = "padding: share of the positions that are fed; waiting: for the process with the most of them"
+        groups[1].append(beside(run, fed, "Padding and waiting", what, shares=True))
     return [p for p in groups[0] if p], [p for p in groups[1] if p]
 
 

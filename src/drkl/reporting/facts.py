@@ -134,7 +134,11 @@ def data_of(run: Run) -> list[tuple[str, str]]:
         return [(short(key).replace("_", " "), short(str(value), 120)) for key, value in known.items()]
     data = _mapping(run.env.get("data"))
     rows = []
-    for key, title in (("train_rows", "Training rows"), ("heldout_rows", "Held-out rows")):
+    for key, title in (
+        ("train_rows", "Training rows"),
+        ("rows_read", "Rows read from the stream"),
+        ("heldout_rows", "Held-out rows"),
+    ):
         if (rows_of := as_number(data.get(key))) is not None:
             rows.append((title, f"{rows_of:,.0f}"))
     if "dropped" in data:

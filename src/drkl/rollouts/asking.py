@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from drkl.data.lengths import Room
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
+from drkl.processes import Share
 from drkl.rollouts.answers import Answer, Request, Writer
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of all requests that one process writes, and how the parts come together."""
-
-    process: int = 0
-    processes: int = 1
-    gather: Callable[[list[Any]], list[Any]] = list
-    """From one list in each process to their concatenation, in every process."""
-    first_alone: bool = False
-    """The first process writes everything, as where a server does the work."""
-
-    def of(self, numbers: Sequence[int]) -> Sequence[int]:
-        """Those that this process writes."""
-        if self.first_alone:
-            return numbers if self.process == 0 else []
-        return numbers[self.process :: self.processes]
 
 
 class Asker:
@@ -84,8 +66,6 @@ class Asker:
         # Alike in cost: neighbours in length go to different processes.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
         mine = self._share.of(order)
-        part: list[Any]
-        own: Exception | None = None
         done = 0
 
         def progress(more: int) -> None:
@@ -93,23 +73,13 @@ class Asker:
             done += more
             self.on_writing(done, len(mine))
 
-        try:
+        def write() -> list[tuple[int, Answer]]:
             if mine:
                 before()
             answers = self._writer.write([requests[i] for i in mine], seed=self.seed, progress=progress)
-            part = [(i, answer) for i, answer in zip(mine, answers, strict=True)]
-        except Exception as error:
-            if self._share.processes == 1:
-                raise
-            own = error  # the others wait in `gather`, whatever went wrong
-            part = [(-1, str(error) if isinstance(error, DrklError) else f"A process failed: {error!r}")]
-        parts = self._share.gather(part)
-        if own is not None:
-            raise own
-        failed = [text for i, text in parts if i < 0]
-        if failed:
-            raise DrklError(failed[0])
-        by_number = dict(parts)
+            return list(zip(mine, answers, strict=True))
+
+        by_number = dict(self._share.together(write))
         return [by_number[i] for i in range(len(requests))]
 
 

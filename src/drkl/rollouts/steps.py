@@ -9,8 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from drkl.data.batching import bucket_by_length
+import numpy as np
+from numpy.typing import NDArray
+
+from drkl.data.batching import bucket_by_length, split_by_cost
 from drkl.data.examples import hash_of_id
+from drkl.data.stored import column
 from drkl.data.tokenize import Row
 from drkl.rollouts.answers import Request
 from drkl.rollouts.asking import Asker, answered_row
@@ -190,8 +194,22 @@ def planned_length(row: Row, max_new_tokens: int) -> int:
     return max(prompt, max_new_tokens) if row.encoder_decoder else prompt + max_new_tokens - 1
 
 
+def planned_lengths(rows: Sequence[Row], max_new_tokens: int) -> NDArray[np.int32]:
+    """`planned_length` of every row, `[rows]`."""
+    prompts = column(rows, "sampling")
+    separate = len(rows) > 0 and rows[0].encoder_decoder
+    alone = np.maximum(prompts, max_new_tokens) if separate else prompts + max_new_tokens - 1
+    return np.where(column(rows, "response") > 0, column(rows, "length"), alone)
+
+
 def cut(
-    rows: Sequence[Row], slots: int, *, tokens: int | None, rows_per_part: int | None, padding: int
+    rows: Sequence[Row],
+    slots: int,
+    *,
+    tokens: int | None,
+    rows_per_part: int | None,
+    padding: int,
+    side_by_side: bool = False,
 ) -> list[list[list[Row]]]:
     """Cut the rows of a step into parts by their real lengths, and deal these out to slots.
 
@@ -201,6 +219,8 @@ def cut(
         tokens: positions of a part at most, padding included; a longer row is alone.
         rows_per_part: rows of a part at most, where rows are counted.
         padding: positions of padding that cost as much as another part.
+        side_by_side: slots work at the same time, in several processes: the n-th parts of all are then of like cost,
+            and none is empty where there are rows enough.
 
     Returns:
         For each slot its parts, the same number for all; some have no rows.
@@ -222,9 +242,33 @@ def cut(
         largest = max(range(len(groups)), key=lambda i: len(groups[i]))
         group = groups[largest]
         groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+    if side_by_side:
+        groups = _in_rounds(groups, lengths, slots)
     parts = [[rows[i] for i in group] for group in groups]
     deep = -(-len(parts) // slots)
     return [[*parts[slot::slots], *[[]] * deep][: max(1, deep)] for slot in range(slots)]
+
+
+def _in_rounds(groups: Sequence[list[int]], lengths: Sequence[int], slots: int) -> list[list[int]]:
+    """Parts for whole rounds over the slots, those of a round of like cost.
+
+    >>> _in_rounds([[0, 1], [2], [3]], [2, 2, 9, 9], slots=2)
+    [[2], [3], [1], [0]]
+    """
+
+    def cost(group: Sequence[int]) -> int:
+        return len(group) * max(lengths[i] for i in group)
+
+    groups = list(groups)
+    while len(groups) % slots and any(len(group) > 1 for group in groups):
+        costliest = max((i for i, group in enumerate(groups) if len(group) > 1), key=lambda i: cost(groups[i]))
+        group = groups[costliest]
+        halves = split_by_cost([lengths[i] for i in group], 2)
+        groups[costliest : costliest + 1] = [[group[i] for i in half] for half in halves]
+    groups.sort(key=cost, reverse=True)
+    rounds = [groups[first : first + slots] for first in range(0, len(groups), slots)]
+    # To and fro, so that a slot with more in one round has less in the next.
+    return [group for number, one in enumerate(rounds) for group in (one[::-1] if number % 2 else one)]
 
 
 def _alike(group: Sequence[int], lengths: Sequence[int], padding: int) -> list[list[int]]:

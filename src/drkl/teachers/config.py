@@ -26,6 +26,11 @@ class TeacherConfig(BaseModel):
         description="Memory in MiB for the teacher's hidden states of batches already seen. An epoch or a stage that "
         "trains on the same batches again does not run the teacher again.",
     )
+    shard: bool = Field(
+        False,
+        description="Spread the teacher's weights over the processes of a training (FSDP2), where it does not fit on "
+        "one device. Without effect in one process.",
+    )
     cache: str | None = Field(
         None,
         description="Folder of `drkl cache`: the teacher's states are read from it in place of running the model.",
@@ -76,6 +81,11 @@ class TeacherConfig(BaseModel):
             name = "dtype" if self.dtype != "auto" else "model_init_kwargs"
             raise ValueError(
                 f"{name} says how weights are loaded, and those of a served teacher are the server's; leave it out"
+            )
+        if self.shard and (self.cache is not None or self.server is not None):
+            where = "a cache" if self.cache is not None else "a server"
+            raise ValueError(
+                f"shard spreads a teacher's weights over processes, and this one is in {where}; leave it out"
             )
         if self.fill_cache and self.cache is None:
             raise ValueError("fill_cache is true, and no cache is named that could be filled. Name its folder as cache")

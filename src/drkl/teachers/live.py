@@ -16,6 +16,7 @@ from drkl.models.forward import INPUTS, hidden_states, in_eval_mode, output_head
 from drkl.models.load import load_classifier, load_model
 from drkl.models.precision import resolve_dtype
 from drkl.models.readout import Batch
+from drkl.models.sharded import is_sharded, shard_frozen
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.shards import check_is_no_cache
 
@@ -44,19 +45,21 @@ class LiveTeacher:
         self.pad_id: int | None = None
         """What batches are padded with, where it is not the model's own: a decoder that classifies looks for it."""
         self._memory: dict[bytes, Tensor] = {}
-        self._bytes_left = remember_mb * 2**20
+        self._bytes_left, self._remembers = remember_mb * 2**20, remember_mb > 0
+        self._is_sharded = is_sharded(model)
 
     @classmethod
     def load(cls, config: TeacherConfig, device: torch.device, *, classifier: bool = False) -> LiveTeacher:
-        """Load the teacher of a config onto a device."""
+        """Load the teacher of a config onto a device, or a part of it onto that of each process."""
         check_is_no_cache(config.model)
         load = load_classifier if classifier else load_model
         model = load(config.model, resolve_dtype(config.dtype, device), **config.model_init_kwargs)
-        return cls(model.to(device), config.remember_mb)  # type: ignore[arg-type]
+        return cls(placed(model, device, shard=config.shard), config.remember_mb)
 
     @property
+    @torch.no_grad()
     def head(self) -> LMHead | None:
-        """The output head, detached; None for a classifier."""
+        """The output head, whole and detached; None for a classifier. Of a sharded teacher all processes ask for it."""
         head = output_head(self.model)
         return None if head is None else head.detached()
 
@@ -88,20 +91,49 @@ class LiveTeacher:
 
         The states of a batch are kept while they fit into ``remember_mb``. The same batch gives the same bits again,
         so remembering changes no result. ``remember=False`` is for batches that never come again. ``labels`` `[n]` are
-        for teachers that know a few logits alone.
+        for teachers that know a few logits alone. A sharded teacher runs in all processes or in none: each of them
+        calls this as often as the others.
         """
         del labels
-        if not remember or (not self._bytes_left and not self._memory):
+        if not self._remembers:
             return self.hidden(batch)[keep]
-        key = _digest(*(batch[name] for name in INPUTS if name in batch), keep)
-        if (states := self._memory.get(key)) is not None:
-            return states.to(keep.device)
+        key = _digest(*(batch[name] for name in INPUTS if name in batch), keep) if remember else None
+        known = None if key is None else self._memory.get(key)
+        if self._all_have(known is not None, keep.device):
+            assert known is not None
+            return known.to(keep.device)
         states = self.hidden(batch)[keep]
         size = states.numel() * states.element_size()
-        if size <= self._bytes_left:
+        if key is not None and key not in self._memory and size <= self._bytes_left:
             self._bytes_left -= size
             self._memory[key] = states.cpu()
         return states
+
+    def _all_have(self, found: bool, device: torch.device) -> bool:
+        """Whether every process that the teacher is sharded over has found the states of its batch."""
+        if not self._is_sharded:
+            return found
+        count = torch.tensor(int(found), device=device)
+        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MIN)
+        return bool(count)
+
+
+def placed(model: PreTrainedModel, device: torch.device, *, shard: bool = False) -> PreTrainedModel:
+    """Put a teacher's weights where they are used.
+
+    Args:
+        model: as it was loaded. One that is sharded or spread over devices already stays as it is.
+        device: of this process.
+        shard: cut it over the processes, where there are several; in place.
+    """
+    if is_sharded(model):
+        return model
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if shard and together and torch.distributed.get_world_size() > 1:
+        shard_frozen(model, device)
+    elif getattr(model, "hf_device_map", None) is None:
+        model.to(device)  # type: ignore[arg-type]
+    return model
 
 
 def _digest(*tensors: Tensor) -> bytes:

@@ -14,7 +14,6 @@ the finished folder.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -32,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drkl.errors import DrklError
-from drkl.runs import new_file_mode, read_json, write_json
+from drkl.runs import locked, new_file_mode, read_json, write_json
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -105,7 +104,7 @@ class ShardWriter:
             raise DrklError(f"Cannot make the folder {str(folder)!r}: {error.strerror}.") from error
         self._lock = contextlib.ExitStack()
         try:
-            self._lock.enter_context(_locked(folder / f".part-{part}-of-{parts}.lock"))
+            self._lock.enter_context(locked(folder / f".part-{part}-of-{parts}.lock"))
         except BlockingIOError as error:
             raise DrklError(
                 f"Another process is writing part {part + 1} of {parts} of the cache {str(folder)!r}. Wait until it "
@@ -172,7 +171,7 @@ class ShardWriter:
         """
         if not all(self._is_whole(number) for number in range(len(self._shards))):
             return False
-        with _locked(self.folder / ".part-finish.lock", wait=True):
+        with locked(self.folder / ".part-finish.lock", wait=True):
             if not read_manifest(self.folder)["finished"]:
                 self._finish(files())
         return True
@@ -285,7 +284,7 @@ class ShardFiller(ShardWriter):
         """
         if self.missing:
             return False
-        with _locked(self.folder / ".part-finish.lock", wait=True):
+        with locked(self.folder / ".part-finish.lock", wait=True):
             if read_manifest(self.folder) != self._found:
                 raise DrklError(
                     f"The cache {str(self.folder)!r} was changed while rows were added to it; the same command goes on."
@@ -586,28 +585,10 @@ def filling(folder: Path, on_wait: Callable[[], None] = lambda: None) -> Iterato
     with contextlib.ExitStack() as held:
         try:
             try:
-                held.enter_context(_locked(path))
+                held.enter_context(locked(path))
             except BlockingIOError:
                 on_wait()
-                held.enter_context(_locked(path, wait=True))
+                held.enter_context(locked(path, wait=True))
         except OSError as error:
             raise DrklError(f"Cannot write into the folder {str(folder)!r}: {error.strerror}.") from error
         yield
-
-
-@contextlib.contextmanager
-def _locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock file; it is let go when the process dies, however it dies."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # Whoever held it has removed the file by now: another process may lock a new one of that name.
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-        finally:
-            os.close(handle)

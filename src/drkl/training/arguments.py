@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
+from drkl.data.config import SHUFFLE_BUFFER
 from drkl.errors import DrklError, did_you_mean
 from drkl.losses.config import LossConfig
 from drkl.models.precision import pick_device, resolve_dtype
@@ -22,6 +23,7 @@ from drkl.objectives import Objective, make_objective
 from drkl.rollouts.config import PREFIX, RolloutsConfig
 from drkl.training import trl
 from drkl.training.config import DEFAULT_TOKENS_PER_STEP, default_warmup
+from drkl.training.sharding import check_fsdp
 
 _log = logging.getLogger("drkl")
 _EVAL_STEPS, _SAVE_STEPS = 50, 100
@@ -77,10 +79,14 @@ class DistillationConfig(TrainingArguments):
             the models' context.
         turns: "last" (learn the last assistant turn of a conversation) or "all".
         template: how a prompt is written: auto, chat, chat:NAME, alpaca, minillm, plain, or jinja text.
+        streaming: read ``train_dataset`` while training goes on, as a `datasets.IterableDataset` always is; needs
+            ``max_steps``.
+        shuffle_buffer: rows of a stream that are shuffled among each other.
         freeze_embeddings: keep the token embeddings, and a head tied to them, as they are.
         eval_rows: rows of ``eval_dataset`` for the losses during training, at most.
         early_stop_patience: stop after this number of held-out losses without a new best; None: never.
         teacher_remember_mb: memory, in MiB, for the teacher's states of batches already seen (see ``same_batches``).
+        teacher_shard: spread the teacher's weights over the processes (FSDP2), in place; without effect in one process.
         precision: auto, fp32, bf16 or fp16; the same as transformers' ``bf16`` and ``fp16`` flags.
         model_init_kwargs: for a ``model`` given by its name: ``dtype``, and what ``from_pretrained`` takes.
         teacher_model_init_kwargs: the same for ``teacher_model``.
@@ -157,12 +163,17 @@ class DistillationConfig(TrainingArguments):
     max_tokens: int | None = field(default=None, metadata={"help": "Longest row, in tokens. Default: 512."})
     turns: str = field(default="last", metadata={"help": "Turns of the assistant to learn: last or all."})
     template: str = field(default="auto", metadata={"help": "Prompt template, as data.template."})
+    streaming: bool = field(default=False, metadata={"help": "Read train_dataset while training goes on."})
+    shuffle_buffer: int = field(
+        default=SHUFFLE_BUFFER, metadata={"help": "Rows of a stream that are shuffled among each other."}
+    )
     freeze_embeddings: bool = field(default=False, metadata={"help": "Do not train the token embeddings."})
     eval_rows: int = field(default=48, metadata={"help": "Maximum number of rows in a held-out loss."})
     early_stop_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many losses without a new best."}
     )
     teacher_remember_mb: int = field(default=0, metadata={"help": "Memory in MiB for the teacher's states."})
+    teacher_shard: bool = field(default=False, metadata={"help": "Spread the teacher over the processes (FSDP2)."})
     precision: str = field(default="auto", metadata={"help": "Compute precision: auto, fp32, bf16, fp16."})
     model_init_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "For from_pretrained (student)."})
     teacher_model_init_kwargs: dict[str, Any] | None = field(
@@ -209,6 +220,7 @@ class DistillationConfig(TrainingArguments):
             self.warmup_steps = warmup_steps
         except (TypeError, ValueError, ImportError) as error:
             raise DrklError(f"DistillationConfig: {' '.join(str(error).split())}") from error
+        check_fsdp(self)
         for name in ("dispatch_batches", "split_batches"):
             if getattr(self.accelerator_config, name):
                 raise DrklError(
@@ -267,6 +279,11 @@ class DistillationConfig(TrainingArguments):
             )
 
     @property
+    def plan_seed(self) -> int:
+        """The seed of the order of the rows."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
     def rollouts(self) -> RolloutsConfig:
         """The settings of sampled answers, as the `rollouts` section of a config has them."""
         values = {name: getattr(self, PREFIX + name) for name in RolloutsConfig.model_fields}
@@ -291,7 +308,7 @@ class DistillationConfig(TrainingArguments):
         least = {
             "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "tokens_per_step": 1,
             "gradient_accumulation_steps": 1, "eval_rows": 1, "early_stop_patience": 1, "teacher_remember_mb": 0,
-            "max_tokens": 2, "max_prompt_tokens": 1,
+            "max_tokens": 2, "max_prompt_tokens": 1, "shuffle_buffer": 1,
         }  # fmt: skip
         for name, lowest in least.items():
             value = getattr(self, name)

@@ -15,6 +15,7 @@ from transformers import GenerationMixin
 from drkl._version import __version__
 from drkl.data.batching import split_rows
 from drkl.data.rows import Rows
+from drkl.data.stored import column
 from drkl.errors import DrklError
 from drkl.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from drkl.models.forward import decoder_start, lm_head
@@ -219,7 +220,7 @@ def _rows_of_batches(pair: Pair, args: DistillationConfig) -> Iterator[list[Any]
     rows: Any = pair.rows
     once = replace(args, max_steps=-1, num_train_epochs=1.0, dataloader_drop_last=False)
     # As one process trains, however many write the cache: it is the same then.
-    steps, _ = plan_run([row.length for row in rows], once, world_size=1)
+    steps, _ = plan_run(column(rows, "length"), once, world_size=1)
     for step in steps:
         for places in split_rows(step, args.gradient_accumulation_steps):
             yield [rows[place] for place in places]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from drkl.display import as_number
+from drkl.processes import joined
 from drkl.rollouts.health import Detector
 from drkl.runs import RunFolder, append_jsonl, lines_up_to, write_jsonl
 
@@ -37,7 +37,7 @@ class TrainLog(TrainerCallback):
         kept = lines_up_to(self._path, from_step)
         self._start = time.monotonic() - max((as_number(row.get("seconds")) or 0.0 for row in kept), default=0.0)
         self._newest = {}
-        if int(os.environ.get("RANK", "0")) == 0:
+        if joined().is_first:
             write_jsonl(self._path, kept)
 
     @property

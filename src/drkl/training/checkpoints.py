@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
 from transformers import TrainerState
 
-from drkl.data.examples import hash_of_id
 from drkl.errors import DrklError
 from drkl.runs import RunFolder, read_json, write_json
+from drkl.training.feeding import Fed
 
 MARKER = "complete.json"
 """Written into a checkpoint last of all; a folder without it was cut off in writing and does not count."""
@@ -34,6 +35,8 @@ class Reached:
     """The losses of the steps since then, summed in each process."""
     plan: str | None = None
     """The `plan_digest` of the steps so far."""
+    fed: Fed = field(default_factory=Fed)
+    """What the processes were fed since ``logged_step``."""
 
     def loss_sum(self, process: int, processes: int) -> float:
         """The sum of one process: its own, or the mean where the run goes on with another number of processes."""
@@ -42,8 +45,12 @@ class Reached:
 
 
 def plan_digest(steps: Sequence[Sequence[int]]) -> str:
-    """A hash of the numbers of the rows of steps."""
-    return hash_of_id(str([list(numbers) for numbers in steps])).hex()
+    """A hash of the numbers of the rows of steps: of their text as a list of lists, which is never there whole."""
+    digest = hashlib.sha256(b"[")
+    for number, rows in enumerate(steps):
+        digest.update(f"{', ' if number else ''}{list(rows)}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def mark_complete(checkpoint: Path, reached: Reached) -> None:
@@ -60,7 +67,8 @@ def reached_at(checkpoint: Path) -> Reached:
     path = checkpoint / MARKER
     try:
         values = read_json(path)
-        return Reached(**values | {"loss_sums": tuple(map(float, values.get("loss_sums", ())))})
+        fed = Fed(**values.get("fed", {}))
+        return Reached(**values | {"loss_sums": tuple(map(float, values.get("loss_sums", ()))), "fed": fed})
     except (AttributeError, TypeError, ValueError) as error:
         raise DrklError(
             f"{str(path)!r} does not say how far the run had come ({error}). Remove that checkpoint to go on from the "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drkl.data.ends import taught_ends
+from drkl.data.stored import JoinedRows
 from drkl.models.ends import set_ends, stops_of
 from drkl.rollouts.stops import agree_on_stops
 from drkl.teachers.stops import Stops, read_stops
@@ -74,7 +75,7 @@ def settle_ends(pair: Pair, args: DistillationConfig) -> None:
     warning = None
     if pair.teacher is not None and (rollouts.is_on or learns):
         stops = read_stops(
-            student if rollouts.is_on else None, pair.teacher, [*rows, *pair.eval_rows], words, taught,
+            student if rollouts.is_on else None, pair.teacher, JoinedRows(rows, pair.eval_rows), words, taught,
             pad_id=pair.pad_id, teacher_tokenizer=pair.teacher_tokenizer,
         )  # fmt: skip
         pair.teacher_stops = stops.teacher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,19 +12,21 @@ import torch
 
 from drkl.data.classification import LabelledRow
 from drkl.data.lengths import Lengths, Room, answer_room
-from drkl.data.rows import make_rows, read_shares
+from drkl.data.shares import load_heldout, load_shares
+from drkl.data.stored import column
+from drkl.data.streams import stream_of
 from drkl.data.tokenize import DropReport, Row
-from drkl.losses.fused import chunk_rows
 from drkl.models.forward import decoder_start, is_encoder_decoder
 from drkl.models.load import count_parameters, load_config, model_note
 from drkl.models.pair import check_families, check_rows, check_tokenizers, shared_vocabulary
-from drkl.models.precision import DTYPES, pick_device, resolve_dtype
-from drkl.models.student import depth
-from drkl.rollouts.steps import planned_length
+from drkl.models.precision import DTYPES, has_device, pick_device, resolve_dtype
+from drkl.rollouts.steps import planned_lengths
 from drkl.teachers.cached import TeacherCache, row_of
 from drkl.teachers.stored import DEFAULT_K, Stored, StoredStates, check_kind, topk_to_store
 from drkl.training.checks import check_device
+from drkl.training.memory import available_bytes, check_processes
 from drkl.training.plan import plan_run
+from drkl.training.predict import Known, largest_heldout_batch, micro_batches, predict, sharding_of
 from drkl.training.run import Listener, Prepared, check_cached, prepare, rows_to_fill
 from drkl.training.sparse import check_sparse
 from drkl.training.spec import (
@@ -31,6 +34,7 @@ from drkl.training.spec import (
     fitted,
     run_classes,
     run_configs,
+    run_ends,
     run_room,
     run_tokenizer,
     teacher_tokenizer,
@@ -40,8 +44,6 @@ from drkl.training.spec import (
     without_server,
 )
 
-ACTIVATIONS_PER_TOKEN = 34
-"""Numbers kept for the backward pass per layer, token and hidden unit, in bytes of fp16 (Korthikanti et al. 2022)."""
 NOT_ASKED = "the time that the teacher's server takes, which was not asked"
 WRITING, READING = 2.0, 8
 """Writing answers takes so many times the time of its matrix products. At each token reading all weights from memory
@@ -49,16 +51,27 @@ takes as long as so many more positions, which the answers that are written at o
 to 48 answers at once, of 64 tokens, by a student of 10 layers, took 2.4 to 7.5 times the products. No GPU was tried."""
 
 
-def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
+def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str, Any]:
     """The resolved config and, stage by stage, sizes, memory and time.
+
+    Args:
+        specs: the stages.
+        processes: how many the run is divided over, on a machine that need not be this one and may have other devices;
+            None is as many as this process is one of, here.
 
     Raises:
         DrklError: whatever `distill` would refuse before training.
     """
-    specs = with_stand_in(specs, without_server)
+    check_processes(processes)
+    here = processes is None
+    processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
+    shardings = [sharding_of(spec) for spec in specs]
+    there: str = specs[-1].run.device
+    specs = with_stand_in(specs if here else list(map(_as_if_here, specs)), without_server)
     first = specs[0]
     check_device(specs[-1].run.device)
     device = pick_device(specs[-1].run.device)
+    there = device.type if here or there == "auto" else there
     cache, filled = None, dict[str, int]()
     if first.teacher is not None and first.teacher.cache is not None:
         cache = TeacherCache.of(first.teacher)  # its files are checked before its config and its tokenizer are read
@@ -82,23 +95,43 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
         "teacher": count_parameters(teacher, classifier=first.classifies) if teacher and not served else None,
         "teacher_head": _head_size(teacher) if teacher and (cache is None or cache.kind == "hidden") else 0,
     }
+    ends = () if classes is not None else run_ends(first, tokenizer)
     rates: dict[str, float] = {}
     seen: set[tuple[str, ...]] = set()
     stages, encoder_decoder = [], is_encoder_decoder(student)
     own_reader = teacher_tokenizer(specs, tokenizer_name(specs))
-    for spec in specs:
+    for spec, sharding in zip(specs, shardings, strict=True):
         check_sparse(cache, training_config(spec, device))
         needed = spec.rollouts.needs_responses
-        train, _ = read_shares(spec.data, classifier=first.classifies, needs_responses=needed)
-        rows, report = make_rows(
-            train, spec.data, tokenizer, classes=classes, encoder_decoder=encoder_decoder, room=room,
-            needs_responses=needed, teacher_tokenizer=own_reader,
-        )  # fmt: skip
+        kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder, "room": room, "ends": ends}
+        kind |= {"needs_responses": needed, "teacher_tokenizer": own_reader}
+        rows: Any
+        held_out: Any
+        if spec.data.streaming:
+            rows, report = stream_of(spec.data, tokenizer, **kind).sample()
+            held_out, _ = load_heldout(spec.data, tokenizer, **kind)
+        else:
+            shares = load_shares(spec.data, tokenizer, **kind)
+            rows, report, held_out = shares.train, shares.report, shares.heldout
         check_rows(rows, configs)
+        shared = None
         if teacher is not None and classes is None:
-            shared_vocabulary(_vocab_size(student), _vocab_size(teacher), tokens, tokenizer, rows)
+            shared = shared_vocabulary(_vocab_size(student), _vocab_size(teacher), tokens, tokenizer, rows)
         longest = _longest_answer(spec, room)
-        stages.append(_stage(spec, rows, longest, report, student, teacher, sizes, device, rates, seen))
+        stage, steps, arguments = _stage(
+            spec, rows, longest, report, student, teacher, sizes, device, rates, seen, processes
+        )
+        evaluates = spec.training.arguments.get("eval_strategy") != "no"
+        heldout = held_out[: spec.training.eval_rows] if evaluates else []
+        vocab_size = None if shared is None else shared["shared"]
+        known = _known(
+            spec, arguments, student, teacher, cache, vocab_size, rows, heldout, steps, longest, there, processes,
+            sharding,
+        )  # fmt: skip
+        memory = predict(known)
+        said = {"advice": memory.advice(available_bytes(device) if here and there == device.type else None)}
+        stage |= {"estimated_memory_gb": float(f"{memory.peak_bytes / 1e9:.3g}"), "memory": memory.to_json() | said}
+        stages.append(stage)
     return {
         "config": last.resolved,
         "teacher_note": model_note(teacher_name) if teacher_name and not served else None,
@@ -108,6 +141,22 @@ def estimate(specs: Sequence[RunSpec]) -> dict[str, Any]:
         "estimated_minutes": round(sum(stage["estimated_minutes"] for stage in stages), 1),
         **({"not_estimated": NOT_ASKED} if served else {}),
     }
+
+
+def _as_if_here(spec: RunSpec) -> RunSpec:
+    """A stage that is meant for another machine, with what this one can take of it: its device, and no sharding."""
+    training, teacher, resolved = spec.training, spec.teacher, spec.resolved
+    own = {
+        name: value for name, value in training.arguments.items() if name not in ("fsdp", "fsdp_config", "deepspeed")
+    }
+    change: dict[str, Any] = {"arguments": own}
+    run = spec.run
+    if not has_device(run.device):
+        run = run.model_copy(update={"device": "cpu"})
+        change["precision"] = "bf16" if training.precision == "auto" else training.precision
+        if teacher is not None and teacher.dtype == "auto" and "dtype" in resolved["teacher"]:
+            resolved = {**resolved, "teacher": resolved["teacher"] | {"dtype": "bf16"}}
+    return replace(spec, run=run, training=training.model_copy(update=change), resolved=resolved)
 
 
 def estimate_cache(
@@ -208,11 +257,13 @@ def _stage(
     device: torch.device,
     rates: dict[str, float],
     seen: set[tuple[str, ...]],
-) -> dict[str, Any]:
+    processes: int,
+) -> tuple[dict[str, Any], Sequence[list[int]], Any]:
+    """What is printed of a stage but for its memory, its steps and its arguments."""
     arguments = training_config(spec, device)
     on_policy = spec.rollouts.is_on
-    lengths = [planned_length(row, longest) if on_policy else row.length for row in rows]
-    steps, _ = plan_run(lengths, arguments, arguments.world_size)
+    lengths = planned_lengths(rows, longest) if on_policy else column(rows, "length")
+    steps, _ = plan_run(lengths, arguments, processes)
     inputs, trained, new = _tokens_per_step(rows, steps, spec, seen)
     answered = _answered(rows, longest) if on_policy else rows
     share = sum(map(spec.rollouts.share_at, range(len(steps)))) / len(steps)
@@ -233,24 +284,76 @@ def _stage(
     writing = _writing(answered, steps, spec, share, student, teacher, sizes) if on_policy else None
     if writing is not None:
         seconds += writing.flops / rates[precision] * len(steps)
-    stage = {
+    stage: dict[str, Any] = {
         "name": spec.folder.name,
         "objective": dict(spec.resolved["objective"]),
-        "data": report.summary(),
+        "data": ("The first rows of the stream: " if spec.data.streaming else "") + report.summary(),
         "steps": len(steps),
         "tokens_per_step": {
             "budget": arguments.tokens_per_step,
             "input": round(inputs, 1),
             "trained": round(trained, 1),
             "through_the_teacher": round(new, 1) if spec.uses_teacher else 0,
-            "micro_batches": arguments.gradient_accumulation_steps * arguments.world_size,
+            "micro_batches": arguments.gradient_accumulation_steps * processes,
         },
-        "estimated_memory_gb": round(_memory(spec, student, teacher, sizes, inputs, arguments) / 1e9, 2),
         "estimated_minutes": round(seconds / 60, 1),
     }
-    if writing is None:
-        return stage
-    return stage | {"answers_per_step": writing.as_record(longest, len(steps) / rates[precision] / 60)}
+    if writing is not None:
+        stage["answers_per_step"] = writing.as_record(longest, len(steps) / rates[precision] / 60)
+    return stage, steps, arguments
+
+
+def _known(
+    spec: RunSpec,
+    arguments: Any,
+    student: Any,
+    teacher: Any,
+    cache: TeacherCache | None,
+    vocab_size: int | None,
+    rows: Any,
+    heldout: Any,
+    steps: Sequence[list[int]],
+    longest: int,
+    device: str,
+    processes: int,
+    sharding: str,
+) -> Known:
+    """What the memory of a stage depends on."""
+    on_policy = spec.rollouts.is_on
+    planned = _answered(rows, longest) if on_policy else rows
+    parts = arguments.gradient_accumulation_steps * processes
+    answers = None
+    if on_policy and spec.rollouts.generator != "vllm":
+        written = max(map(len, steps)) * spec.rollouts.refresh_every // processes
+        most = max(len(row.sampling_ids) for row in rows) + longest
+        answers = max(1, min(spec.rollouts.batch_size, written)), most
+    config = spec.teacher
+    held, k = "none", 0
+    if config is not None and teacher is not None:
+        served = config.is_served
+        held = "topk" if served or (cache is not None and cache.k is not None) else "hidden" if cache else "live"
+        k = config.top_k if served else 0 if cache is None or cache.k is None else cache.k
+    alike = processes > 1 and arguments.per_device_train_batch_size is None
+    micro, positions = micro_batches(planned, steps, parts, alike=alike and not on_policy)
+    return Known(
+        spec=spec,
+        arguments=arguments,
+        student=student,
+        teacher=teacher,
+        held=held,
+        k=k,
+        vocab_size=vocab_size,
+        micro=micro,
+        positions=positions,
+        heldout=largest_heldout_batch([row for row in heldout if row.num_trained]),
+        heldout_positions=-(-sum(row.num_trained for row in heldout) // processes),
+        train_positions=sum(rows[i].num_trained for i in {i for step in steps for i in step}),
+        answers=answers,
+        several=arguments.gradient_accumulation_steps > 1 or on_policy,
+        sharding=sharding,
+        processes=processes,
+        device=device,
+    )
 
 
 def _answered(rows: Any, longest: int) -> Any:
@@ -353,21 +456,6 @@ def _teacher_flops(inputs: float, trained: float, teacher: Any, sizes: dict[str,
 def _head_size(config: Any) -> int:
     text = config.get_text_config()
     return int(text.vocab_size * text.hidden_size)
-
-
-def _memory(spec: RunSpec, student: Any, teacher: Any, sizes: dict[str, Any], inputs: float, arguments: Any) -> float:
-    """Bytes: weights, gradients and two moments; the teacher; activations of a micro-batch; the loss's chunks."""
-    weight = 2 if spec.student.dtype == "bf16" else 4
-    text = student.get_text_config()
-    kept = 1.0 if spec.peft is not None else 4.0  # an adapter's gradients and moments are next to nothing
-    total = kept * weight * sizes["student"] + 4.0 * _head_size(student)
-    total += 2.0 * 4.0 * text.vocab_size * chunk_rows(torch.empty(text.vocab_size, text.hidden_size, device="meta"), 4)
-    if spec.teacher is not None and sizes["teacher"] is not None:
-        held = sizes["teacher"] if spec.teacher.cache is None else sizes["teacher_head"]
-        total += held * (4 if spec.resolved["teacher"]["dtype"] == "fp32" else 2)
-        total += spec.teacher.remember_mb * 2**20 if spec.teacher.cache is None else 0
-    micro = (arguments.tokens_per_step or inputs) / arguments.gradient_accumulation_steps
-    return total + 2.0 * ACTIVATIONS_PER_TOKEN * depth(student) * text.hidden_size * micro
 
 
 def _flops_per_second(dtype: torch.dtype, device: torch.device) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from drkl.losses.topk import TopK
+from drkl.models.sharded import local
 from drkl.objectives import Objective
 from drkl.teachers.teacher import Teacher
 
@@ -21,6 +22,7 @@ def find_fault(
 ) -> str:
     """Say which tensor stopped being finite first on the way to the loss."""
     for name, tensor in _on_the_way(student, hidden, teacher, teacher_hidden):
+        tensor = local(tensor)  # other processes may have no fault to look for
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             return f"{bad} of {tensor.numel()} numbers in the {name}"

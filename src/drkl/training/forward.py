@@ -17,7 +17,7 @@ from drkl.positions import token_statistics
 from drkl.rollouts.config import PREFIX
 
 STATISTICS_POSITIONS = 256
-"""At most this many positions of a micro-batch, evenly spread, give the logged entropies and KLs."""
+"""At most this many positions of a step, evenly spread, give the logged entropies and KLs."""
 POSITIONS = "positions"
 
 
@@ -124,15 +124,24 @@ class StatisticsSums:
         every: 1 takes all positions.
         sampled: `[n]` bool over the positions of the loss, true in answers that a model wrote; None marks none.
         temperature: of the loss, at which a teacher's masses are told.
+        places: `[n]` ints, by which the positions are counted, where the loss is one part of a step: the same positions
+            are taken however the step is cut. None counts from 0.
     """
 
-    def __init__(self, every: int = 1, sampled: Tensor | None = None, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        every: int = 1,
+        sampled: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        places: Tensor | None = None,
+    ) -> None:
         self.sums: dict[str, Tensor] = {POSITIONS: torch.tensor(0)}
-        self._every, self._sampled, self._temperature = every, sampled, temperature
+        self._every, self._sampled, self._temperature, self._places = every, sampled, temperature, places
 
     def __call__(self, chunk: LogitChunk) -> None:
         assert chunk.labels is not None
-        some = slice(-chunk.start % self._every, None, self._every)
+        some = self._some(chunk)
         labels, teacher = chunk.labels[some], None if chunk.teacher is None else chunk.teacher[some]
         if not labels.numel():
             return
@@ -157,14 +166,23 @@ class StatisticsSums:
         """An observer of a loss at some of the positions, `[n]` bool, that adds to the same sums."""
         part = copy.copy(self)
         part._sampled = None if self._sampled is None else self._sampled[places]
+        part._places = None if self._places is None else self._places[places]
         return part
 
-    def _parts(self, chunk: LogitChunk, some: slice, value: Tensor) -> list[tuple[str, Tensor]]:
+    def _some(self, chunk: LogitChunk) -> slice | Tensor:
+        """The positions of a chunk that are summed."""
+        assert chunk.labels is not None
+        if self._places is None:
+            return slice(-chunk.start % self._every, None, self._every)
+        own = self._places[chunk.start : chunk.start + chunk.labels.numel()]
+        return (own % self._every == 0).to(chunk.labels.device)
+
+    def _parts(self, chunk: LogitChunk, some: slice | Tensor, value: Tensor) -> list[tuple[str, Tensor]]:
         """The values of data rows and those of rollouts, each with the prefix of its names."""
         if self._sampled is None:
             return [("", value)]
         assert chunk.labels is not None
-        own = self._sampled[chunk.start : chunk.start + chunk.labels.numel()][some].to(value.device)
+        own = self._sampled[chunk.start : chunk.start + chunk.labels.numel()].to(value.device)[some]
         parts = [("", value[~own]), (PREFIX, value[own])]
         return [(prefix, part) for prefix, part in parts if part.numel()]
 

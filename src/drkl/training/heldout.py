@@ -11,11 +11,14 @@ from transformers import PreTrainedModel
 
 from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
+from drkl.losses import LMHead
 from drkl.losses.config import LossConfig
 from drkl.losses.topk import TopK
 from drkl.models.forward import output_head
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, batches, chunks
+from drkl.models.sharded import runs_together
 from drkl.objectives import Objective
+from drkl.processes import shared_work
 from drkl.teachers.teacher import Teacher
 from drkl.training.faults import find_fault, list_rows
 from drkl.training.forward import StatisticsSums, loss_of
@@ -27,6 +30,8 @@ class NonFiniteLoss(ArithmeticError):
 
 class HeldOut:
     """Held-out rows in batches, with the teacher's hidden states at the response positions kept from the first use.
+
+    Several processes share the batches; a process has the teacher read its own alone.
 
     ``remember=False`` is for rows that no later pass reads: a teacher that remembers keeps none of their states.
     """
@@ -60,39 +65,59 @@ class HeldOut:
     def evaluate(self, model: PreTrainedModel, objective: Objective, loss: LossConfig) -> dict[str, float]:
         """Means over the response tokens of all rows: loss, nll, entropies and, with a teacher, KLs and agreement.
 
-        All come from one product with each head.
+        All come from one product with each head. Every process returns them, to the same last digit whatever their
+        number.
         """
-        head = output_head(model)
-        compares = loss.kd_weight > 0 and objective.needs_teacher
-        temperature = loss.temperature if compares else 1.0
+        # Once, as every process has to ask for a head whose parts are spread over them.
+        heads = output_head(model), None if self._teacher is None else self._teacher.head
+        parts = shared_work(
+            len(self._batches),
+            lambda index: self._sums_of(index, model, heads, objective, loss),
+            even=runs_together(model) or (self._teacher is not None and runs_together(self._teacher.model)),
+        )
         sums: dict[str, float] = {}
-        for index, batch in enumerate(self._batches):
-            hidden = batch.states(model)
-            labels = batch.labels.to(hidden.device)
-            teacher_hidden = self._teacher_states(index, hidden.device)
-            for part in chunks(labels.numel()):
-                statistics = StatisticsSums(temperature=temperature)
-                values = loss_of(
-                    hidden[part],
-                    head,
-                    None if teacher_hidden is None else teacher_hidden[part],
-                    None if self._teacher is None else self._teacher.head,
-                    labels[part],
-                    loss,
-                    objective=objective,
-                    vocab_size=self._vocab_size,
-                    merged_ids=self._merged_ids,
-                    reduction="none",
-                    observe=statistics,
-                )
-                for name, value in (statistics.sums | {"loss": values.sum()}).items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
-            if not math.isfinite(sums.get("loss", 0.0)):
-                rows = list_rows(batch.row_ids)
-                fault = find_fault(model, hidden, self._teacher, teacher_hidden, objective)
-                raise NonFiniteLoss(f"the held-out loss is not finite, rows {rows}. First non-finite tensor: {fault}.")
+        for name, value in (item for batch in parts for part in batch for item in part.items()):
+            sums[name] = sums.get(name, 0.0) + value
         count = sums.pop("positions", 0.0)
         return {name: value / max(count, 1) for name, value in sums.items()}
+
+    def _sums_of(
+        self,
+        index: int,
+        model: PreTrainedModel,
+        heads: tuple[LMHead | None, LMHead | None],
+        objective: Objective,
+        loss: LossConfig,
+    ) -> list[dict[str, float]]:
+        """The sums over the positions of a batch, chunk by chunk: added up in this order they give the same digits
+        whichever process read the batch."""
+        batch, (head, teacher_head) = self._batches[index], heads
+        compares = loss.kd_weight > 0 and objective.needs_teacher
+        hidden = batch.states(model)
+        labels = batch.labels.to(hidden.device)
+        teacher_hidden = self._teacher_states(index, hidden.device)
+        sums = []
+        for part in chunks(labels.numel()):
+            statistics = StatisticsSums(temperature=loss.temperature if compares else 1.0)
+            values = loss_of(
+                hidden[part],
+                head,
+                None if teacher_hidden is None else teacher_hidden[part],
+                teacher_head,
+                labels[part],
+                loss,
+                objective=objective,
+                vocab_size=self._vocab_size,
+                merged_ids=self._merged_ids,
+                reduction="none",
+                observe=statistics,
+            )
+            sums.append({name: float(value) for name, value in (statistics.sums | {"loss": values.sum()}).items()})
+        if not all(math.isfinite(part["loss"]) for part in sums):
+            rows = list_rows(batch.row_ids)
+            fault = find_fault(model, hidden, self._teacher, teacher_hidden, objective)
+            raise NonFiniteLoss(f"the held-out loss is not finite, rows {rows}. First non-finite tensor: {fault}.")
+        return sums
 
     def _teacher_states(self, index: int, device: torch.device) -> Tensor | TopK | None:
         if self._teacher is None:

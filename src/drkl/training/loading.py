@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from drkl.models.pair import check_same_family
 from drkl.models.precision import resolve_dtype
 from drkl.runs import IN_MEMORY
 from drkl.teachers.cached import TeacherCache
-from drkl.teachers.live import LiveTeacher
+from drkl.teachers.live import LiveTeacher, placed
 from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import check_is_no_cache
 from drkl.teachers.teacher import Teacher
 from drkl.training.arguments import DistillationConfig
+from drkl.training.sharding import check_sharded
+
+_log = logging.getLogger("drkl")
 
 
 def load_student(model: Any, args: DistillationConfig, quantization_config: Any) -> tuple[PreTrainedModel, Any]:
@@ -44,7 +48,10 @@ def load_student(model: Any, args: DistillationConfig, quantization_config: Any)
         if value is not None:
             raise DrklError(f"{name} is for a model given by its name, and model is a {type(model).__name__} already.")
     model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PreTrainedModel):
+        check_sharded(model, args.world_size)
     if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        check_sharded(model.get_base_model(), args.world_size)
         if model.active_peft_config.is_prompt_learning:
             raise DrklError(
                 "model has prompts that peft puts before its input; only adapters inside the layers (LoRA and its kin) "
@@ -81,6 +88,13 @@ def load_teacher(teacher: Any, args: DistillationConfig) -> Teacher | None:
             "teacher_model_init_kwargs and teacher_model_revision say how a teacher is loaded, and teacher_model is "
             "one behind a server. Leave them out."
         )
+    if args.teacher_shard and isinstance(teacher, (TeacherCache, ServedTeacher)):
+        raise DrklError(
+            "teacher_shard spreads a teacher's weights over processes, and teacher_model is a cache or a server, which "
+            "has them elsewhere. Leave it out."
+        )
+    if args.teacher_shard and args.world_size == 1:
+        _log.warning("Warning: teacher_shard has no effect: there is one process, which has the whole teacher.")
     if teacher is None or isinstance(teacher, Teacher):
         return teacher.to(args.device) if isinstance(teacher, TeacherCache) else teacher
     device = args.device
@@ -100,9 +114,7 @@ def load_teacher(teacher: Any, args: DistillationConfig) -> Teacher | None:
         raise DrklError(
             f"teacher_model is a {type(teacher).__name__}; expected a name or a transformers.PreTrainedModel."
         )
-    if getattr(teacher, "hf_device_map", None) is None:
-        teacher = teacher.to(device)  # type: ignore[arg-type]
-    return LiveTeacher(teacher, args.teacher_remember_mb)
+    return LiveTeacher(placed(teacher, device, shard=args.teacher_shard), args.teacher_remember_mb)
 
 
 def _load(name: str, options: dict[str, Any], dtype: str, device: torch.device, where: str) -> PreTrainedModel:

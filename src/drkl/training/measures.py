@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from drkl.data.rows import Rows
+from drkl.data.stored import column, take
 from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.models.forward import decoder_start
@@ -89,7 +91,7 @@ def make_measures(rows: Rows, pair: Pair, args: DistillationConfig, run: RunFold
     rollouts = args.rollouts
     if not rollouts.is_on:
         return Measures(reader(rows, remember=True), None)
-    any_rows: list[Any] = list(rows)
+    any_rows: Sequence[Any] = rows
     answers = None
     if rollouts.eval_prompts:
         answers = HeldOutAnswers(
@@ -101,7 +103,7 @@ def make_measures(rows: Rows, pair: Pair, args: DistillationConfig, run: RunFold
             rollouts,
             stops=answer_stops(pair, args, "student"),
         )
-    with_response = [row for row in any_rows if row.response_ids]
+    with_response = take(any_rows, np.flatnonzero(column(any_rows, "response")))
     if not with_response and answers is None:
         raise DrklError(
             "The held-out rows have no responses and rollout_eval_prompts is 0, so there is nothing to measure on "

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
-from drkl.data.batching import split_rows
 from drkl.data.collate import collate
 from drkl.data.examples import hash_of_id
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
 from drkl.models.forward import decoder_start
+from drkl.models.sharded import is_sharded
+from drkl.processes import gather
 from drkl.rollouts.asking import answer_in
 from drkl.rollouts.health import RolloutLog
 from drkl.rollouts.steps import AnsweredSteps, cut
@@ -24,6 +27,7 @@ from drkl.runs import RunFolder, read_json, write_json
 from drkl.training.arguments import DistillationConfig
 from drkl.training.checkpoints import step_of
 from drkl.training.pair import Pair
+from drkl.training.plan import cut_step, cuts_by_cost
 from drkl.training.writers import answer_begin, answer_stops, builtin_writer, make_asker, server_writer
 
 _log = logging.getLogger("drkl")
@@ -93,18 +97,24 @@ class OnPolicy:
                 tokens=tokens,
                 rows_per_part=args.per_device_train_batch_size,
                 padding=PADDING[args.device.type != "cpu"],
+                side_by_side=args.world_size > 1,
             )
         else:  # as planned, and so the step that a run without answers takes
-            slots = [[[rows[i] for i in part]] for part in split_rows(range(len(rows)), self._slots)]
+            slots = [[part] for part in cut_step(rows, self._slots, alike=cuts_by_cost(args))]
         mine = slots[args.process_index :: args.world_size]
-        batches = [{"parts": [self._batch(part) for part in slot]} for slot in mine]
+        ends = itertools.accumulate(row.num_trained for row in rows)
+        firsts = {id(row): end - row.num_trained for row, end in zip(rows, ends, strict=True)}
+        batches = [{"parts": [self._batch(part, firsts) for part in slot]} for slot in mine]
         return batches, sum(row.num_trained for row in rows)
 
-    def _batch(self, rows: Sequence[Any]) -> dict[str, Any]:
+    def _batch(self, rows: Sequence[Any], firsts: Mapping[int, int]) -> dict[str, Any]:
+        """The batch of some rows; ``firsts`` has the place of the first trained token of each in the step."""
         batch = collate(rows, pad_id=self._pair.pad_id, decoder_start=self._start)
         # Cross-entropy and the log tell answers from the data's responses.
         sampled = torch.tensor([row.sampled for row in rows] or [False])
-        return batch | {"sampled": sampled[:, None].expand_as(batch["labels"]) & (batch["labels"] != IGNORE_INDEX)}
+        places = [place for row in rows for place in range(firsts[id(row)], firsts[id(row)] + row.num_trained)]
+        sampled = sampled[:, None].expand_as(batch["labels"]) & (batch["labels"] != IGNORE_INDEX)
+        return batch | {"sampled": sampled, "places": torch.tensor(places, dtype=torch.int64)}
 
     def learnt(self, seconds: float) -> None:
         """Note how long a micro-batch took."""
@@ -113,6 +123,8 @@ class OnPolicy:
     def numbers(self) -> dict[str, float]:
         """What is logged of the steps since the last call."""
         sums, self._sums = self._sums, _Sums()
+        clocks = gather([(sums.generating, sums.learning)])
+        sums.generating, sums.learning = (fmean(seconds) for seconds in zip(*clocks, strict=True))
         return sums.means() | self._log.pop()
 
     def save(self, checkpoint: Path) -> None:
@@ -192,6 +204,13 @@ def check_rollouts(pair: Pair, args: DistillationConfig) -> None:
             "rollout_share is above 0, but there is no teacher to judge the sampled answers; pass teacher_model, or "
             "leave it out."
         )
+    if is_sharded(pair.student):
+        raise _in_pieces("fully_shard")
+    if args.rollouts.source != "student" and is_sharded(pair.teacher.model):
+        raise DrklError(
+            f"rollout_source is {args.rollouts.source!r} and the teacher's weights are cut over the processes, but an "
+            "answer needs all of them in one. Use rollout_source='student', or leave teacher_shard out."
+        )
     given = len(answer_begin(pair, args.rollouts.source))
     if pair.max_new_tokens <= given:
         raise DrklError(
@@ -203,10 +222,15 @@ def check_rollouts(pair: Pair, args: DistillationConfig) -> None:
 def check_whole(trainer: Any) -> None:
     """Raise DrklError where no process has the whole student, to write with or to send to a server."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    wrapper = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed ZeRO-3" if plugin and plugin.zero_stage == 3 else None
-    if wrapper is not None:
-        raise DrklError(
-            f"rollout_share is above 0 and {wrapper} cuts the student's weights over the processes, but an answer "
-            "needs all of them in one. Use DistributedDataParallel (torchrun or accelerate without FSDP) or DeepSpeed "
-            "ZeRO-1 or ZeRO-2; LoRA or gradient checkpointing save memory there."
-        )
+    if trainer.is_fsdp_enabled:
+        raise _in_pieces("FSDP")
+    if plugin and plugin.zero_stage == 3:
+        raise _in_pieces("DeepSpeed ZeRO-3")
+
+
+def _in_pieces(wrapper: str) -> DrklError:
+    return DrklError(
+        f"rollout_share is above 0 and {wrapper} cuts the student's weights over the processes, but an answer needs "
+        "all of them in one. Use DistributedDataParallel (torchrun or accelerate without FSDP) or DeepSpeed ZeRO-1 or "
+        "ZeRO-2; LoRA or gradient checkpointing save memory there."
+    )

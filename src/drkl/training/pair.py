@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from drkl.data.classification import LabelledRow
 from drkl.data.lengths import Lengths, Room, answer_room, fit_lengths
 from drkl.data.rows import Rows, rows_from
+from drkl.data.stored import JoinedRows
+from drkl.data.streams import RowStream, has_no_end, stream_from, tokenizing
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
 from drkl.models.adapter import adapter_start
@@ -48,15 +50,19 @@ from drkl.training.loading import (
     plain_options,
     tokenizer_of_rows,
 )
-from drkl.training.served import check_served, settle_served
+from drkl.training.served import check_lengths, check_served, settle_served
 from drkl.training.sparse import check_sparse, check_sparse_vocabulary, sparse_notes
+from drkl.training.streaming import check_streaming
 
 _log = logging.getLogger("drkl")
 
 
 @dataclass(frozen=True)
 class TokenisedRows:
-    """Rows that a run has tokenised already, with the account of them, and what two tokenizers share."""
+    """Rows that a run has tokenised already, with the account of them, and what two tokenizers share.
+
+    Of a stream the ``rows`` are the first.
+    """
 
     rows: Rows
     report: DropReport
@@ -64,6 +70,7 @@ class TokenisedRows:
     source: str | None = None
     teacher_tokenizer: Any = None
     """The teacher's, where it read the prompts in a rendering of its own; None where it read the run's."""
+    stream: RowStream | None = None
 
 
 @dataclass
@@ -110,6 +117,10 @@ class Pair:
     """Where the teacher ends an answer, and where the rows do."""
     merged_ids: tuple[int, ...] = ()
     """The stop tokens that count as one event in the loss; empty where each counts for itself."""
+    stream: RowStream | None = None
+    """Where the training rows come from while training goes on; ``rows`` are then the first of them."""
+    shared_tokens: SharedTokens | None = None
+    """What the tokenizers of two models given by name share."""
     teacher_stops: Sequence[int] = ()
     """The ids that end an answer of the teacher's; empty where they are not asked for."""
 
@@ -133,6 +144,15 @@ class Pair:
         rows, _ = self.tokenize(dataset, "eval_dataset")
         _check_rows(rows, self.student, self.teacher)
         return rows
+
+    def check_more(self, rows: Sequence[Any]) -> None:
+        """Raise DrklError where training rows that came later cannot be used as the first ones."""
+        _check_rows(rows, self.student, self.teacher)
+        if self.classes is None:
+            _compare_vocabularies(self.student, self.teacher, self.shared_tokens, self.tokenizer, rows, [])
+        if isinstance(self.teacher, TeacherCache):
+            self.teacher.check_rows(rows, decoder_start(self.student), "rows of the stream")
+        check_lengths(self, rows)
 
 
 def make_pair(
@@ -167,6 +187,9 @@ def make_pair(
     teacher_model = named_teacher if teacher_model is None else teacher_model
     if train_dataset is None:
         raise DrklError("train_dataset is missing: a data set, a list of rows, or a file.")
+    streams = _is_stream(train_dataset, args)
+    if streams:
+        check_streaming(args)
     student, adapter = load_student(model, args, quantization_config)
     classes = class_names(student, _name(model)) if is_classifier(student) else None
     teacher = load_teacher(teacher_model, args)
@@ -195,14 +218,20 @@ def make_pair(
         own_reader = own_tokenizer(teacher.model, tokenizer)
     settings: dict[str, Any] = {"classes": classes, "ends": ends, "room": room, "teacher_tokenizer": own_reader}
     tokenize = partial(_tokenize, args=args, tokenizer=tokenizer, **settings, **lengths._asdict())
-    rows, report = tokenize(train_dataset, "train_dataset")
+    stream = None
+    if streams:
+        stream, rows, report = _first_rows(train_dataset, args, tokenizer, **settings, **lengths._asdict())
+    else:
+        rows, report = tokenize(train_dataset, "train_dataset")
     eval_rows: Rows = []
     if eval_dataset is not None:
         eval_rows, _ = tokenize(eval_dataset, "eval_dataset")
-    everything: list[Any] = [*rows, *eval_rows]
+    everything = JoinedRows(rows, eval_rows)
     _check_rows(everything, student, teacher)
     # The command line says what there is to say of its rows where it reads them.
     notes = [] if isinstance(train_dataset, TokenisedRows) else list(report.notes)
+    if stream is not None and args.dataloader_num_workers:
+        notes.append("dataloader_num_workers has no effect: a stream is read ahead by a thread of its own.")
     vocabulary = None
     if classes is None:
         check_student(student)
@@ -234,6 +263,8 @@ def make_pair(
         ),
         tokenize=tokenize,
         notes=notes,
+        stream=stream,
+        shared_tokens=shared,
         teacher_tokenizer=own_reader,
         listed_ends=ends,
     )
@@ -334,11 +365,35 @@ def _tokenize(
     )
     if name != "train_dataset":
         report.difference = None  # said of the training rows already
+    _warn_of(report, name, args)
+    return rows, report
+
+
+def _warn_of(report: DropReport, name: str, args: DistillationConfig) -> None:
     lost = report.dropped or report.responses_cut
     said = f"{name}: {report.summary()}" if lost else report.difference
     if said and args.process_index == 0:
         _log.warning("Warning: %s", said)
-    return rows, report
+
+
+def _is_stream(dataset: Any, args: DistillationConfig) -> bool:
+    if isinstance(dataset, TokenisedRows):
+        return dataset.stream is not None
+    return args.streaming or has_no_end(dataset)
+
+
+def _first_rows(
+    dataset: Any, args: DistillationConfig, tokenizer: Any, **settings: Any
+) -> tuple[RowStream, Rows, DropReport]:
+    """The training rows as a stream, and the first of them; ``settings`` are those of `rows_from`."""
+    if isinstance(dataset, TokenisedRows):
+        assert dataset.stream is not None
+        return dataset.stream, dataset.rows, dataset.report
+    settings |= {"turns": args.turns, "template": args.template, "encoder_decoder": settings["room"].separate}
+    stream = stream_from(dataset, "train_dataset", tokenizing(tokenizer, **settings), args.shuffle_buffer)
+    rows, report = stream.sample()
+    _warn_of(report, "train_dataset, its first rows", args)
+    return stream, rows, report
 
 
 def _configs(student: PreTrainedModel, teacher: Teacher | None) -> dict[str, Any]:

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from drkl.data.batching import plan_epochs, split_rows
+from drkl.data.batching import Steps, part_of, plan_epochs, split_by_cost, split_rows
 from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.training.arguments import DistillationConfig
 
 
-def plan_run(lengths: Sequence[int], args: DistillationConfig, world_size: int) -> tuple[list[list[int]], list[int]]:
+def plan_run(lengths: ArrayLike, args: DistillationConfig, world_size: int) -> tuple[Steps, list[int]]:
     """Plan the optimiser steps of a run.
 
     Args:
@@ -27,28 +28,32 @@ def plan_run(lengths: Sequence[int], args: DistillationConfig, world_size: int) 
     Returns:
         The row indices of every step, and the numbers of the steps after which an epoch ends.
     """
-    rows_per_step = None
-    if args.per_device_train_batch_size is not None:
-        rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
     epochs = plan_epochs(
         lengths,
-        tokens_per_step=None if rows_per_step else args.tokens_per_step,
-        rows_per_step=rows_per_step,
-        seed=args.seed if args.data_seed is None else args.data_seed,
+        **step_size(args, world_size),
+        seed=args.plan_seed,
         same_batches=args.same_batches,
         drop_last=args.dataloader_drop_last,
     )
-    steps: list[list[int]] = []
+    parts: list[Steps] = []
     ends: list[int] = []
-    left = float(args.num_train_epochs)
-    while len(steps) < args.max_steps if args.max_steps > 0 else left > 1e-9:
+    num_steps, left = 0, float(args.num_train_epochs)
+    while num_steps < args.max_steps if args.max_steps > 0 else left > 1e-9:
         epoch = next(epochs)
-        steps += epoch[: math.ceil(len(epoch) * min(left, 1.0) - 1e-9)] if args.max_steps < 0 else epoch
-        ends.append(len(steps))
+        wanted = args.max_steps - num_steps if args.max_steps > 0 else math.ceil(len(epoch) * min(left, 1.0) - 1e-9)
+        parts.append(epoch if wanted >= len(epoch) else epoch[:wanted])
+        num_steps += len(parts[-1])
+        ends.append(num_steps)
         left -= 1
-    if args.max_steps > 0 and len(steps) > args.max_steps:
-        steps, ends = steps[: args.max_steps], [*ends[:-1], args.max_steps]
-    return steps, ends
+    return Steps.joined(parts), ends
+
+
+def step_size(args: DistillationConfig, world_size: int) -> dict[str, Any]:
+    """The size of a step as `plan_epochs` takes it: in tokens, or in rows over all processes."""
+    if args.per_device_train_batch_size is None:
+        return {"tokens_per_step": args.tokens_per_step, "rows_per_step": None}
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
+    return {"tokens_per_step": None, "rows_per_step": rows}
 
 
 class MicroBatches(Dataset[list[Any]]):
@@ -59,17 +64,35 @@ class MicroBatches(Dataset[list[Any]]):
         steps: the indices of the rows of every optimiser step.
         parts: micro-batches in a step, over all processes. Whole steps are planned and then cut, so that the optimiser
             sees the same rows in the same step however many parts there are.
+        alike: the parts of a step are of like cost, as several processes wait for the costliest; else of as many rows.
     """
 
-    def __init__(self, rows: Sequence[Row | LabelledRow], steps: Sequence[Sequence[int]], parts: int) -> None:
-        self._rows = rows
-        self._batches = [part for step in steps for part in split_rows(step, parts)]
+    def __init__(
+        self, rows: Sequence[Row | LabelledRow], steps: Sequence[Sequence[int]], parts: int, *, alike: bool = False
+    ) -> None:
+        self._rows, self._steps, self._parts, self._alike = rows, steps, parts, alike
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._steps) * self._parts
 
     def __getitem__(self, index: int) -> list[Any]:
-        return [self._rows[i] for i in self._batches[index]]
+        step, part = divmod(index, self._parts)
+        if not self._alike:
+            return [self._rows[i] for i in part_of(self._steps[step], part, self._parts)]
+        rows = [self._rows[i] for i in self._steps[step]]
+        return cut_step(rows, self._parts, alike=True)[part]
+
+
+def cut_step(rows: Sequence[Any], parts: int, *, alike: bool) -> list[list[Any]]:
+    """Cut the rows of a step; arguments as of `MicroBatches`."""
+    if not alike:
+        return split_rows(rows, parts)
+    return [[rows[i] for i in part] for part in split_by_cost([row.length for row in rows], parts)]
+
+
+def cuts_by_cost(args: DistillationConfig) -> bool:
+    """Whether the steps are cut into parts of like cost: on several processes, unless the rows of each are counted."""
+    return args.world_size > 1 and args.per_device_train_batch_size is None
 
 
 class Places(Dataset[Tensor]):

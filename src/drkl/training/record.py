@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
-from drkl.models.adapter import merge_adapter, save_adapter
+from drkl.models.adapter import merge_adapter, save_adapter, whole_adapter
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import model_note
@@ -105,9 +106,10 @@ class RunRecord:
             write_jsonl(self.run.eval_rows_path, self.pair.eval_dataset)
         write_json(self.run.env_path, self._environment)
 
-    def trained(self, state: TrainerState, seconds: float) -> None:
-        """Note in ``env.json`` that training came to its end."""
+    def trained(self, state: TrainerState, seconds: float, read: dict[str, Any] | None = None) -> None:
+        """Note in ``env.json`` that training came to its end, and what was ``read`` of a stream."""
         self._completed = True
+        self._environment["data"] |= read or {}
         self._environment |= {
             "seconds": round(seconds, 1),
             "steps": state.global_step,
@@ -116,12 +118,13 @@ class RunRecord:
         }
         write_json(self.run.env_path, self._environment)
 
-    def save_student(self, folder: Path | None, state: TrainerState) -> None:
+    def save_student(self, folder: Path | None, state: TrainerState, weights: dict[str, Tensor] | None = None) -> None:
         """Write the student, its tokenizer and its model card, whole or not at all.
 
         Args:
             folder: where to; None is ``student/`` of the run, which is then finished.
             state: the trainer's.
+            weights: of a sharded student, the whole weights of it, or of the adapter with it inside.
 
         Raises:
             DrklError: it cannot be written there.
@@ -131,7 +134,7 @@ class RunRecord:
         shutil.rmtree(staging, ignore_errors=True)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._write(staging)
+            self._write(staging, weights)
             self.pair.tokenizer.save_pretrained(staging)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(staging, ignore_errors=True)
@@ -149,14 +152,15 @@ class RunRecord:
             if self._completed and state.best_global_step is not None:
                 keep_only(self.run.checkpoints_path, state.best_global_step)
 
-    def _write(self, folder: Path) -> None:
-        if self.pair.adapter is None:
-            self.pair.student.save_pretrained(folder)
+    def _write(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        adapter = self.pair.adapter
+        if adapter is None:
+            self.pair.student.save_pretrained(folder, state_dict=weights)
         elif self.export == "adapter":
-            save_adapter(self.pair.adapter, folder, self.pair.adapter_start)
+            save_adapter(adapter, folder, self.pair.adapter_start, weights)
             self.pair.student.generation_config.save_pretrained(folder)
         else:
-            merge_adapter(self.pair.adapter).save_pretrained(folder)
+            merge_adapter(adapter if weights is None else whole_adapter(adapter, weights)).save_pretrained(folder)
 
     def _card(self, state: TrainerState) -> str:
         pair = self.pair
@@ -210,7 +214,7 @@ def describe_data(pair: Pair) -> dict[str, Any]:
     """Numbers of rows, and what was left out of them."""
     report: DropReport = pair.report
     return {
-        "train_rows": len(pair.rows),
+        **({"train_rows": len(pair.rows)} if pair.stream is None else {"rows_read": 0}),
         "heldout_rows": len(pair.eval_rows),
         "dropped": dict(report.dropped),
         "responses_cut": report.responses_cut,
@@ -271,6 +275,7 @@ def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder, num_steps
             "eval_path": eval_path,
             "turns": args.turns,
             "template": args.template,
+            **({} if pair.stream is None else {"streaming": True, "shuffle_buffer": args.shuffle_buffer}),
             **pair.lengths._asdict(),
         }
     )
@@ -361,5 +366,9 @@ def _teacher_config(pair: Pair, args: DistillationConfig) -> TeacherConfig | Non
     if args.teacher_model_revision is not None:
         options.setdefault("revision", args.teacher_model_revision)
     return TeacherConfig(
-        model=pair.teacher_name, remember_mb=args.teacher_remember_mb, dtype=dtype, model_init_kwargs=options
+        model=pair.teacher_name,
+        remember_mb=args.teacher_remember_mb,
+        shard=args.teacher_shard,
+        dtype=dtype,
+        model_init_kwargs=options,
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +14,12 @@ from typing import Any, Literal
 
 import torch
 
-from drkl.data.config import NO_ROWS, DataConfig
+from drkl.data.config import DataConfig
 from drkl.data.lengths import NO_LIMIT, Room
-from drkl.data.rows import Rows, make_rows, read_shares
+from drkl.data.rows import Rows
+from drkl.data.shares import load_heldout, load_shares
+from drkl.data.store import Watch
+from drkl.data.streams import RowStream, stream_of
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
 from drkl.models.forward import decoder_start
@@ -22,6 +27,7 @@ from drkl.models.load import load_tokenizer, model_note
 from drkl.models.pair import SharedTokens, check_families, check_tokenizers
 from drkl.models.precision import DTYPES, pick_device
 from drkl.models.student import make_student
+from drkl.processes import first_alone, joined, launched
 from drkl.runs import RunFolder, write_json, write_yaml
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.config import TeacherConfig
@@ -33,8 +39,9 @@ from drkl.teachers.teacher import Teacher
 from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import keep_only, newest_checkpoint
-from drkl.training.checks import check_apart, check_device, check_folder
+from drkl.training.checks import check_apart, check_device, check_folder, check_same_config
 from drkl.training.pair import TokenisedRows
+from drkl.training.record import training_section
 from drkl.training.served import check_served_kind
 from drkl.training.sparse import check_sparse
 from drkl.training.spec import (
@@ -57,7 +64,9 @@ from drkl.training.spec import (
 )
 from drkl.training.trainer import DistillationTrainer
 
-Mode = Literal["new", "overwrite", "resume"]
+Mode = Literal["new", "overwrite", "resume", "auto"]
+_SECONDS_TO_SEE = 20
+"""Until a file that another machine has written is seen."""
 
 
 @dataclass
@@ -69,15 +78,18 @@ class Listener:
     on_progress: OnProgress | None = None
     on_fill: Callable[[int, int], None] = lambda done, of: None
     """Called with the batches that the teacher has read for its cache, and that it is to read."""
+    on_rows: Callable[[str, int, int], None] = lambda what, done, of: None
+    """Called as rows are made for the first time; see `drkl.data.store.Watch`."""
 
 
 @dataclass
 class Loaded:
-    """Rows of one data section under one tokenizer."""
+    """Rows of one data section under one tokenizer; of a stream the first training rows."""
 
     train: Rows
     heldout: Rows
     report: DropReport
+    stream: RowStream | None = None
 
 
 @dataclass
@@ -148,22 +160,29 @@ class Resources:
     ) -> Loaded:
         key = (config, tokenizer_name, encoder_decoder, needs_responses)
         if key not in self._rows:
-            shares = read_shares(config, classifier=self.classes is not None, needs_responses=needs_responses)
             kind: dict[str, Any] = {"classes": self.classes, "encoder_decoder": encoder_decoder, "ends": ends}
             kind |= {"room": self.room, "needs_responses": needs_responses}
             kind["teacher_tokenizer"] = self.teacher_tokenizer
-            train, report = make_rows(shares[0], config, self.tokenizer(tokenizer_name), **kind)
-            message = f"Training data: {report.summary()}"
-            heldout: Rows = []
-            if config.eval_path != NO_ROWS:
-                try:
-                    heldout, heldout_report = make_rows(shares[1], config, self.tokenizer(tokenizer_name), **kind)
-                except DrklError as error:
-                    raise DrklError(f"Held-out rows: {error}") from error
+            watch = Watch(self.listener.on_message, self.listener.on_rows)
+            tokenizer, stream, cached = self.tokenizer(tokenizer_name), None, False
+            if config.streaming:
+                stream = stream_of(config, tokenizer, **kind)
+                train: Rows
+                train, report = stream.sample()
+                message = f"The first rows of the training data, which is read as training goes on: {report.summary()}"
+                heldout, heldout_report = load_heldout(config, tokenizer, watch=watch, **kind)
+            else:
+                shares = load_shares(config, tokenizer, watch=watch, **kind)
+                train, report, cached = shares.train, shares.report, shares.cached
+                heldout, heldout_report = shares.heldout, shares.heldout_report
+                message = f"Training data: {report.summary()}"
+            if heldout_report is not None:
                 heldout_report.difference = None  # said of the training rows already
                 message += f" Held out: {heldout_report.summary()}"
+            if cached:
+                message += " The rows are read from drkl's cache."
             self.listener.on_message(message)
-            self._rows[key] = Loaded(train, heldout, report)
+            self._rows[key] = Loaded(train, heldout, report, stream)
         return self._rows[key]
 
 
@@ -301,6 +320,11 @@ def check_cached(
     if teacher is None:
         raise DrklError("The config has teacher: null, so there is nothing to cache.")
     check_same_text(any(spec.rollouts.is_on for spec in specs))
+    if any(spec.data.streaming for spec in specs):
+        raise DrklError(
+            "data.streaming is true, and a cache holds every row of a run: a stream has no end that is known. Set it "
+            "to false, with the rows that are to be cached as the training data."
+        )
     if teacher.cache is not None:
         check_made_of(TeacherCache.of(teacher), kind)
     if teacher.is_served:
@@ -341,6 +365,7 @@ def cache_states(
     check_kind(kind, k, temperatures)
     check_apart(folder, specs[-1].folder)
     check_cached(specs, "topk" if fill else kind, k, temperatures)  # a cache that is filled has its kind
+    specs = [_with_whole_teacher(spec) for spec in specs]
     prepared = prepare(specs, listener or Listener())
     with TemporaryDirectory() as unused:
         # A later stage starts from a student that is not trained yet; any student has the same rows.
@@ -349,6 +374,11 @@ def cache_states(
         runs = [(trainer.pair, trainer.config) for trainer in trainers]
         what: Any = {"kind": kind, "k": k, "temperatures": temperatures}
         return write_cache(runs, folder, **what, part=part, parts=parts, fill=fill, progress=progress)
+
+
+def _with_whole_teacher(spec: RunSpec) -> RunSpec:
+    """The spec with a teacher that each process has whole: those that write a cache read rows of their own."""
+    return spec if spec.teacher is None else replace(spec, teacher=spec.teacher.model_copy(update={"shard": False}))
 
 
 def distill(
@@ -364,7 +394,9 @@ def distill(
     Args:
         specs: the stages, first to last; each starts from the student of the one before.
         mode: ``new`` refuses a folder that is there, ``overwrite`` replaces it, ``resume`` goes on with it: finished
-            stages are kept, the unfinished one continues from its newest whole checkpoint.
+            stages are kept, the unfinished one continues from its newest whole checkpoint. ``auto`` is for a job that
+            may be started again: it resumes a run of this config that is there, starts one that is not, and leaves a
+            finished one as it is.
         listener: hooks for a front end.
         on_trainer: called with each stage's trainer before it trains, to add callbacks.
         command: the command line that repeats the run, for ``env.json``.
@@ -372,11 +404,17 @@ def distill(
     Raises:
         DrklError: wrong input; whatever can be checked is checked before anything is written.
     """
-    listener = listener or Listener()
+    if launched().count > 1:
+        check_device(specs[-1].run.device)
+        training_config(specs[-1], pick_device(specs[-1].run.device))  # makes the process group
+    listener = listener if listener is not None and joined().is_first else Listener()
     last, teacher = specs[-1].folder, specs[-1].teacher
     if teacher is not None and teacher.cache is not None and mode != "resume":
         check_apart(teacher.cache, last)
-    check_folder(last, mode)
+    mode = first_alone(lambda: _settled_mode(specs[-1], mode))
+    if mode == "auto":
+        listener.on_message(f"The run {str(last.root)!r} is finished; nothing is left to do.")
+        return last
     prepared = prepare(specs, listener)
     fill_cache(prepared)
     specs = prepared.specs
@@ -384,26 +422,72 @@ def distill(
     made_by = last.read_env().get("command") if mode == "resume" else None
     command = made_by or (None if command is None else list(command))
     for number, spec in enumerate(specs, start=1):
-        if mode == "resume" and spec.folder.is_finished():
-            keep_only(spec.folder.checkpoints_path, spec.folder.read_env().get("best_step"))
+        if mode == "resume" and first_alone(functools.partial(_is_over, spec.folder)):
             continue
         listener.on_stage(spec, number, len(specs))
         trainer = prepared.trainer(spec)
         if on_trainer is not None:
             on_trainer(trainer)
-        if number == 1 and mode == "overwrite" and last.root.exists():
-            _remove(last)
         if number == 1:
-            write_yaml(last.config_path, specs[-1].resolved)  # from here on a resume finds it
-            known = last.read_env() if mode == "resume" else {}
-            write_json(last.env_path, known | {"command": command, "finished": None})
+            first_alone(lambda: _begin(specs[-1], mode, command))
+            _check_shared(last)
         trainer.record.command = command
-        checkpoint = newest_checkpoint(spec.folder.checkpoints_path) if mode == "resume" else None
+        folder = spec.folder.checkpoints_path
+        checkpoint = first_alone(functools.partial(newest_checkpoint, folder)) if mode == "resume" else None
         if checkpoint is not None:
+            checkpoint = folder / checkpoint.name
             listener.on_message(f"Going on from {checkpoint.name}.")
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     return last
+
+
+def _settled_mode(spec: RunSpec, mode: Mode) -> Mode:
+    """The mode that a run goes on in; ``auto`` where it is finished already.
+
+    Raises:
+        DrklError: a run of this mode must not touch the folder.
+    """
+    run = spec.folder
+    if mode == "auto":
+        mode = "resume" if run.config_path.is_file() else "overwrite"  # of what is empty
+        if mode == "resume":
+            section = spec.resolved["training"]
+            settled = training_section(training_config(spec, pick_device(spec.run.device)), section)
+            check_same_config(run, spec.resolved | {"training": section | settled})
+            if run.is_finished():
+                return "auto"
+    check_folder(run, mode)
+    return mode
+
+
+def _begin(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
+    """Make the folder of a run; one that is to be replaced is removed. Called in one process."""
+    run = spec.folder
+    if mode == "overwrite" and run.root.exists():
+        _remove(run)
+    write_yaml(run.config_path, spec.resolved)  # from here on a resume finds it
+    known = run.read_env() if mode == "resume" else {}
+    write_json(run.env_path, known | {"command": command, "finished": None})
+
+
+def _check_shared(run: RunFolder) -> None:
+    """Raise DrklError in a process that does not see the folder that the first one has made."""
+    for _ in range(_SECONDS_TO_SEE):
+        if run.config_path.is_file():
+            return
+        time.sleep(1)  # of a network's file system
+    raise DrklError(
+        f"The run folder {str(run.root.absolute())!r} was made by the first process, and this one does not see it. All "
+        "processes need one run folder, on a disk that all machines share; set run.dir to its absolute path."
+    )
+
+
+def _is_over(run: RunFolder) -> bool:
+    """Whether a stage has ended; then its last checkpoints are removed. Called in one process."""
+    if run.is_finished():
+        keep_only(run.checkpoints_path, run.read_env().get("best_step"))
+    return run.is_finished()
 
 
 def _remove(run: RunFolder) -> None:
@@ -423,7 +507,7 @@ def _make_trainer(spec: RunSpec, prepared: Prepared) -> DistillationTrainer:
     student = make_student(spec.student, start, spec.run.seed, tokenizer, resources.classes)
     loaded = prepared.rows(spec)
     reader = resources.teacher_tokenizer
-    train = TokenisedRows(loaded.train, loaded.report, shared, spec.data.name, reader)
+    train = TokenisedRows(loaded.train, loaded.report, shared, spec.data.name, reader, loaded.stream)
     heldout = TokenisedRows(loaded.heldout, loaded.report, shared, spec.data.eval_path) if loaded.heldout else None
     trainer = DistillationTrainer(
         model=student,

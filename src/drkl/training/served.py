@@ -6,9 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from drkl.data.collate import teacher_inputs
+from drkl.data.stored import JoinedRows, column
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
 from drkl.losses.config import LossConfig
@@ -23,6 +26,9 @@ from drkl.training.arguments import DistillationConfig
 
 if TYPE_CHECKING:
     from drkl.training.pair import Pair
+
+OF_TRAINING = ("sampled", "places")
+"""What the training loop adds to a batch."""
 
 
 def check_settings(objective: Objective, loss: LossConfig, rollouts: RolloutsConfig) -> None:
@@ -101,21 +107,27 @@ def check_served(pair: Pair, args: DistillationConfig) -> None:
             f"teacher.top_k is {teacher.top_k}, and student and teacher are compared on {teacher.vocab_size} ids; "
             f"expected at most {teacher.vocab_size - 1}."
         )
-    rows: list[Any] = [*pair.rows, *pair.eval_rows]
-    longest, row_id = max((_longest(row, pair.max_new_tokens, pair.room.decoder), row.id) for row in rows)
-    check_length(teacher, longest, row_id)
+    rows = JoinedRows(pair.rows, pair.eval_rows)
+    check_lengths(pair, rows)
     check_vocabulary(teacher, pair.words)
     check_distributions(teacher, [row.teacher_prompt_ids or row.prompt_ids for row in rows[:PROMPTS]])
 
 
-def _longest(row: Any, max_new_tokens: int, context: int | None) -> int:
-    """Tokens of a row as the teacher reads it, or with the longest answer that may be sampled."""
-    prompts = [row.prompt_ids, row.sampling_ids, row.teacher_prompt_ids or ()]
-    prompt = max(map(len, prompts))
-    sampled = prompt + max_new_tokens if max_new_tokens else 0
+def check_lengths(pair: Pair, rows: Sequence[Any]) -> None:
+    """Raise DrklError where the teacher is served, and its server cannot read the longest of some rows."""
+    if isinstance(pair.teacher, ServedTeacher):
+        lengths = _longest(rows, pair.max_new_tokens, pair.room.decoder)
+        row_id = max(rows[int(number)].id for number in np.flatnonzero(lengths == lengths.max()))
+        check_length(pair.teacher, int(lengths.max()), row_id)
+
+
+def _longest(rows: Sequence[Any], max_new_tokens: int, context: int | None) -> NDArray[np.int32]:
+    """Tokens of each row as the teacher reads it, or with the longest answer that may be sampled, `[rows]`."""
+    prompts = np.maximum.reduce([column(rows, name) for name in ("prompt", "sampling", "teacher")])
+    sampled = prompts + max_new_tokens if max_new_tokens else np.zeros_like(prompts)
     if context is not None:
-        sampled = min(sampled, context)
-    return max(prompt + len(row.response_ids), sampled)
+        sampled = np.minimum(sampled, context)
+    return np.maximum(prompts + column(rows, "response"), sampled)
 
 
 def questions_in(batches: Iterable[Mapping[str, Any]]) -> list[Question]:
@@ -123,6 +135,6 @@ def questions_in(batches: Iterable[Mapping[str, Any]]) -> list[Question]:
     questions = []
     for batch in batches:
         labels = batch["labels"]
-        inputs, keep = teacher_inputs({name: value for name, value in batch.items() if name != "sampled"})
+        inputs, keep = teacher_inputs({name: value for name, value in batch.items() if name not in OF_TRAINING})
         questions += questions_of(inputs, keep, labels[labels != IGNORE_INDEX])
     return questions

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from drkl.data.classification import label_set, load_labelled
+from drkl.data.classification import each_labelled, label_set
 from drkl.data.config import DataConfig, TokenizerConfig
-from drkl.data.examples import load_examples
 from drkl.data.lengths import Lengths, Room, answer_room
+from drkl.data.shares import each_training_example
 from drkl.data.tokenizer import learn_tokenizer, texts_of
 from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
@@ -116,8 +116,11 @@ def training_config(spec: RunSpec, device: torch.device) -> Any:
         "max_tokens": spec.data.max_tokens,
         "turns": spec.data.turns,
         "template": spec.data.template,
+        "streaming": spec.data.streaming,
+        "shuffle_buffer": spec.data.shuffle_buffer,
         # A cache remembers everything, which is said where it is opened.
         "teacher_remember_mb": 0 if spec.teacher is None or spec.teacher.cache else spec.teacher.remember_mb,
+        "teacher_shard": spec.teacher is not None and spec.teacher.shard,
         **spec.loss.model_dump(),
         **(spec.rollouts.as_arguments() if spec.rollouts.is_on else {}),
     }
@@ -172,7 +175,15 @@ def run_classes(specs: Sequence[RunSpec]) -> tuple[str, ...] | None:
         config = load_config(student.model, **student.model_init_kwargs)
         if is_classifier(config):
             return class_names(config, student.model)
-    return label_set(row for data in dict.fromkeys(spec.data for spec in specs) for row in load_labelled(data)[0])
+    if any(spec.data.streaming for spec in specs):
+        raise DrklError(
+            "data.streaming is true, and nothing names the classes: without a teacher or a student that is a "
+            "classifier they are the labels of all training rows, which a stream never has. Name a classifier in "
+            "teacher.model or student.model (its config.json has id2label), or set data.streaming to false."
+        )
+    sections = dict.fromkeys(spec.data for spec in specs)
+    examples = (example for data in sections for example in each_training_example(data, classifier=True))
+    return label_set(each_labelled(examples))
 
 
 def is_two_class(specs: Sequence[RunSpec], classes: Sequence[str] | None) -> bool:
@@ -233,10 +244,10 @@ def run_tokenizer(specs: Sequence[RunSpec]) -> Any:
     if config is None:
         return load_tokenizer(tokenizer_name(specs), classifier=classifier)
     sections = dict.fromkeys(spec.data for spec in specs)
+    examples = (example for data in sections for example in each_training_example(data, classifier=classifier))
     if classifier:
-        texts = (text for data in sections for _, text, _ in load_labelled(data)[0])
-        return learn_tokenizer(config, texts, classifier=True)
-    return learn_tokenizer(config, (text for data in sections for text in texts_of(load_examples(data)[0])))
+        return learn_tokenizer(config, (text for _, text, _ in each_labelled(examples)), classifier=True)
+    return learn_tokenizer(config, texts_of(examples))
 
 
 def run_ends(first: RunSpec, tokenizer: Any) -> Sequence[int]:

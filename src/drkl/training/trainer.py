@@ -8,17 +8,19 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from drkl.data.batching import Steps
 from drkl.data.collate import collate, teacher_inputs
+from drkl.data.stored import column
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX, LMHead
 from drkl.losses.topk import TopK
@@ -26,9 +28,11 @@ from drkl.models.at_head import call_at_head
 from drkl.models.forward import decoder_start
 from drkl.models.load import one_tokenizer
 from drkl.models.pair_loss import model_inputs
+from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_state
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
-from drkl.rollouts.steps import planned_length
+from drkl.processes import gather
+from drkl.rollouts.steps import planned_lengths
 from drkl.runs import RunFolder
 from drkl.teachers.served import ServedTeacher
 from drkl.teachers.teacher import Teacher
@@ -58,6 +62,7 @@ from drkl.training.checkpoints import (
 )
 from drkl.training.checks import check_disk
 from drkl.training.faults import find_fault, list_rows
+from drkl.training.feeding import Fed, Feeding
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of, means_of
 from drkl.training.heldout import NonFiniteLoss
 from drkl.training.heldout_answers import HeldOutAnswers
@@ -65,11 +70,12 @@ from drkl.training.loop import check_optimizer, loop_arguments
 from drkl.training.measures import Measures, make_measures
 from drkl.training.on_policy import OnPolicy, check_rollouts, check_whole
 from drkl.training.pair import Pair, make_pair
-from drkl.training.plan import MicroBatches, Places, plan_run
+from drkl.training.plan import MicroBatches, Places, cuts_by_cost, plan_run
 from drkl.training.record import RunRecord
 from drkl.training.served import questions_in
+from drkl.training.sharding import check_kind, load_optimizer, save_optimizer, weights_in
+from drkl.training.streaming import StreamedBatches
 
-MASKS = ("attention_mask", "decoder_attention_mask")
 OTHER_ROWS = "other_"
 REMEDY = "A lower learning rate, a warm-up, or training.precision=fp32 often help."
 _log = logging.getLogger("drkl")
@@ -163,14 +169,18 @@ class DistillationTrainer(Trainer):
         for note in pair.notes:
             _log.info(note)
         self.run = RunFolder(Path(str(args.output_dir)))
-        samples, any_rows = args.rollouts.is_on, list[Any](pair.rows)
+        any_rows: Any = pair.rows
+        samples = args.rollouts.is_on
         if samples:
             check_rollouts(pair, args)
-        lengths = [planned_length(row, pair.max_new_tokens) if samples else row.length for row in any_rows]
-        steps, ends = plan_run(lengths, args, args.world_size)
+        steps, ends = Steps.of([]), [args.max_steps]
+        if pair.stream is None:
+            lengths = planned_lengths(any_rows, pair.max_new_tokens) if samples else column(any_rows, "length")
+            steps, ends = plan_run(lengths, args, args.world_size)
         self._steps = steps
         self._on_policy = OnPolicy(pair, args, self.run, steps, ends) if samples else None
-        inner = loop_arguments(args, self.run, len(steps), heldout=bool(self.eval_rows))
+        self._streamed: StreamedBatches | None = None
+        inner = loop_arguments(args, self.run, len(steps) or args.max_steps, heldout=bool(self.eval_rows))
         # Old checkpoints are removed here: transformers does so before the new one is marked whole.
         self._keep_checkpoints, inner.save_total_limit = inner.save_total_limit, None
         check_optimizer(optimizers[0], pair.student)
@@ -192,7 +202,7 @@ class DistillationTrainer(Trainer):
         self.record.optimizers = optimizers
         self._sums: dict[str, float] = {}
         self._since = time.monotonic()
-        self._input_tokens = 0
+        self._feeding = Feeding()
         self._from = Reached(0)
         """Where the training began."""
         self.num_tokens_seen = 0
@@ -213,6 +223,20 @@ class DistillationTrainer(Trainer):
             own.append(BeforeFirstStep(lambda: self._log_first_answers(answers)))
         return own
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_sharded(model):  # its parts lie where they are used
+            super()._move_model_to_device(model, device)
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        # transformers' own asks the config how the model was sharded, which a caller need not have written there.
+        student: Any = self.student
+        student.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            student.set_requires_gradient_sync(True)
+
     def _set_up_loop(
         self,
         inner: DistillationConfig,
@@ -222,9 +246,15 @@ class DistillationTrainer(Trainer):
     ) -> None:
         """Set up transformers' own trainer, which is given micro-batches whole."""
         pair, on_policy = self.pair, self._on_policy is not None
+        reshard(pair.student)  # it has been tried
         pad_id, start = pair.pad_id, decoder_start(pair.student)
         parts = inner.gradient_accumulation_steps * inner.world_size
-        batches: Any = Places(len(steps) * parts) if on_policy else MicroBatches(pair.rows, steps, parts)
+        alike = cuts_by_cost(self.config)
+        batches: Any = Places(len(steps) * parts) if on_policy else MicroBatches(pair.rows, steps, parts, alike=alike)
+        if pair.stream is not None:
+            self._streamed = batches = StreamedBatches(pair.stream, self.config, parts, pair.check_more)
+            inner.dataloader_num_workers, inner.dataloader_prefetch_factor = 0, None  # it reads ahead by itself
+            inner.dataloader_persistent_workers = False
 
         def to_batch(items: list[Any]) -> Any:
             return items[0] if on_policy else collate(items[0], pad_id=pad_id, decoder_start=start)
@@ -245,6 +275,9 @@ class DistillationTrainer(Trainer):
             if isinstance(error, DrklError):
                 raise
             raise DrklError(f"transformers.Trainer refuses the arguments: {' '.join(str(error).split())}") from error
+        self._sharded_by_caller = is_sharded(pair.student) and not self.is_fsdp_enabled
+        if self._sharded_by_caller:
+            self.is_distributed_loading_by_transformers = True  # so that accelerate wraps nothing around it
 
     @property
     def student(self) -> nn.Module:
@@ -272,11 +305,15 @@ class DistillationTrainer(Trainer):
         self._from = Reached(0)
         if checkpoint is not None:
             check_checkpoint(checkpoint, optimizer=not (self.is_deepspeed_enabled or self.is_fsdp_enabled))
+            check_kind(checkpoint, by_accelerate=self.is_fsdp_enabled)
             self._from = reached_at(checkpoint)
             self._check_plan(checkpoint)
         self.num_tokens_seen = self._from.num_tokens
+        self._feeding.begin(self._from.fed)
         if self._on_policy is not None:
             self._on_policy.begin(checkpoint)
+        if self._streamed is not None:
+            self._streamed.begin(checkpoint)
         if self.is_world_process_zero():
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
         self.accelerator.wait_for_everyone()
@@ -294,14 +331,17 @@ class DistillationTrainer(Trainer):
             student.config.use_cache = False
         try:
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+            read = None if self._streamed is None else self._streamed.account(self.state.global_step)
         finally:
+            if self._streamed is not None:
+                self._streamed.end()
             student.__dict__.pop("forward", None)  # accelerate's, with autocast
             self.processing_class = tokenizer
             if self._use_cache is not None:
                 student.config.use_cache = self._use_cache
             student.train(training)
         if self.is_world_process_zero():
-            self.record.trained(self.state, self._train_log.seconds)
+            self.record.trained(self.state, self._train_log.seconds, read)
         self.accelerator.wait_for_everyone()
         return output
 
@@ -317,8 +357,12 @@ class DistillationTrainer(Trainer):
         if _internal_call:
             super().save_model(None if output_dir is None else str(output_dir), _internal_call=True)
             return
-        if self.is_world_process_zero():
-            self.record.save_student(None if output_dir is None else Path(output_dir), self.state)
+        writes = self.is_world_process_zero()
+        state: dict[str, Tensor] | None = None
+        if is_sharded(self.student):
+            state = whole_state(self.student if self.pair.adapter is None else self.pair.adapter, keep=writes)
+        if writes:
+            self.record.save_student(None if output_dir is None else Path(output_dir), self.state, state)
         self.accelerator.wait_for_everyone()
 
     def compute_loss(
@@ -329,7 +373,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The summed loss of a micro-batch over the valid tokens of the whole optimiser step, all ranks together."""
-        row_ids, sampled = inputs.pop("row_ids"), inputs.pop("sampled", None)
+        row_ids, sampled, places = inputs.pop("row_ids"), inputs.pop("sampled", None), inputs.pop("places", None)
         teacher_batch, teacher_keep = teacher_inputs(inputs)
         labels = inputs.pop("labels")
         keep = labels != IGNORE_INDEX
@@ -345,11 +389,11 @@ class DistillationTrainer(Trainer):
                 teacher_batch, teacher_keep, labels=labels[keep], remember=comes_again
             )
             teacher_head = self.teacher.head
-        every = -(-int(keep.sum()) // STATISTICS_POSITIONS)
+        every = -(-int(num_tokens) // STATISTICS_POSITIONS)
         of_sampled = None if sampled is None else sampled[keep]
         statistics = None
-        if every and self._will_log():
-            statistics = StatisticsSums(every, of_sampled, temperature=self.loss_config.temperature)
+        if bool(keep.any()) and self._will_log():
+            statistics = StatisticsSums(every, of_sampled, temperature=self.loss_config.temperature, places=places)
         seen: list[Tensor] = []
 
         def at_head(hidden: Tensor, head: LMHead | None) -> Tensor:
@@ -375,7 +419,7 @@ class DistillationTrainer(Trainer):
             self._stop_non_finite(loss, row_ids, seen[0], teacher_hidden)
         for name, value in (statistics.sums if statistics else {}).items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
-        self._input_tokens += sum(int(inputs[name].sum()) for name in MASKS if name in inputs)
+        self._feeding.add(inputs, row_ids)
         # Ranks' gradients are averaged; the sum over ranks is what was divided by the global count.
         return loss * self.accelerator.num_processes
 
@@ -464,7 +508,7 @@ class DistillationTrainer(Trainer):
         # fp16 skips such steps by itself; anywhere else the step would spoil the weights.
         if norm is not None and self.args.fp16 is False and not math.isfinite(float(norm)):
             gradients = {n: p.grad for n, p in self.student.named_parameters() if p.grad is not None}
-            bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+            bad = [name for name, gradient in gradients.items() if not torch.isfinite(local(gradient)).all()]
             # Clipping by a norm that is NaN makes every gradient NaN; then none can be named.
             where = "" if len(bad) == len(gradients) else f" (first in {next(iter(bad), 'its norm')!r})"
             raise DrklError(
@@ -478,11 +522,15 @@ class DistillationTrainer(Trainer):
         # Labels are aligned here: every one that is not ignored counts, the first column too.
         if not batch_samples:
             return None
-        count = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batch_samples]).sum().to(device)
-        total: Tensor = self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
-        self.num_tokens_seen += int(total)
+        own = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batch_samples]
+        of_all = self.accelerator.gather(torch.tensor([own], device=device)) if self.args.world_size > 1 else [own]
+        counts = [int(count) for micro_step in zip(*of_all, strict=True) for count in micro_step]  # as the step was cut
+        for number, batch in enumerate(batch_samples):
+            first = sum(counts[: number * self.args.world_size + self.args.process_index])
+            batch["places"] = torch.arange(first, first + own[number])
+        self.num_tokens_seen += sum(counts)
         self._row_ids = [row_id for batch in batch_samples for row_id in batch["row_ids"]]
-        return total
+        return torch.tensor(sum(counts), device=device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; an optimiser that is not installed is a DrklError."""
@@ -546,16 +594,19 @@ class DistillationTrainer(Trainer):
         """Add what `compute_loss` gathered since the last training line."""
         if "loss" in logs:
             logs |= means_of(self._sums_of_all())
-            now = time.monotonic()
-            tokens = self._input_tokens * self.accelerator.num_processes  # steps are cut evenly between the processes
-            logs["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
+            now, fed = time.monotonic(), self._feeding.of_all()
+            logs["tokens_per_second"] = (fed.tokens - self._feeding.before.tokens) / max(now - self._since, 1e-9)
             logs["num_tokens"] = self.num_tokens_seen
-            logs |= self._on_policy.numbers() if self._on_policy is not None else {}
-            self._sums, self._input_tokens, self._since = {}, 0, now
+            logs |= fed.shares() | (self._on_policy.numbers() if self._on_policy is not None else {})
+            logs |= self._streamed.numbers(self.state.global_step) if self._streamed is not None else {}
+            self._feeding.begin(Fed())
+            self._sums, self._since = {}, now
         super().log(logs, start_time)
 
     def _check_plan(self, checkpoint: Path) -> None:
         plan = self._from.plan
+        if self._streamed is not None:
+            return  # it compares the rows themselves
         if plan not in (None, plan_digest(self._steps[: self._from.step])) and self.args.process_index == 0:
             _log.warning(
                 "Warning: the steps up to %s had other rows than those of this run: the data, the seed or the size of "
@@ -567,7 +618,7 @@ class DistillationTrainer(Trainer):
     def _sums_of_all(self) -> dict[str, float]:
         """The sums of all processes: rows are dealt out by length, so that those of one are no sample."""
         sums: Counter[str] = Counter()
-        for part in gather_object([self._sums]):
+        for part in gather([self._sums]):
             sums.update(part)
         return dict(sums)
 
@@ -591,23 +642,40 @@ class DistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # By the names of the model in memory, as transformers' loop reads them back; by those of a family's files it
         # would find no experts, and go on with the weights that are there.
+        student: Any = self.student
+        if self._sharded_by_caller:
+            state_dict = whole_state(student, keep=self.args.should_save)
         if self.args.should_save:
-            student: Any = self.student
             student.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._sharded_by_caller:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir), writes=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with readable(resume_from_checkpoint, "weights"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self._sharded_by_caller:
+                self._issue_warnings_after_load(load_whole(self.student, weights_in(resume_from_checkpoint)))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with readable(str(checkpoint), "optimiser's state"):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if self._sharded_by_caller and checkpoint is not None:
+                load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with readable(str(checkpoint), "random state"):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
+        if self._sharded_by_caller:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+            return
         with readable(str(self.state.best_model_checkpoint), "weights"):
             super()._load_best_model()
 
@@ -624,9 +692,10 @@ class DistillationTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-            losses = tuple(gather_object([float(self._tr_loss)]))  # and every process has written its part
+            losses = tuple(gather([float(self._tr_loss)]))  # and every process has written its part
+            fed = self._feeding.of_all()
             if self.args.should_save:
-                self._complete(folder, losses)
+                self._complete(folder, losses, fed)
         # A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
         except (DrklError, OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -636,13 +705,15 @@ class DistillationTrainer(Trainer):
                 "resume."
             ) from error
 
-    def _complete(self, folder: Path, losses: tuple[float, ...]) -> None:
+    def _complete(self, folder: Path, losses: tuple[float, ...], fed: Fed) -> None:
         """Make a checkpoint count, and remove old ones."""
         step = self.state.global_step
         if self._on_policy is not None:
             self._on_policy.save(folder)
+        if self._streamed is not None:
+            self._streamed.save(folder)
         plan = plan_digest(self._steps[:step])
-        mark_complete(folder, Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan))
+        mark_complete(folder, Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan, fed))
         if self._keep_checkpoints:
             best = self.state.best_model_checkpoint
             rotate(folder.parent, self._keep_checkpoints, Path(best) if best else None)

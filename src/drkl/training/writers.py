@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from drkl.models.ends import answer_start, stops_of
+from drkl.processes import Share
 from drkl.rollouts.answers import Writer
-from drkl.rollouts.asking import Asker, Share
+from drkl.rollouts.asking import Asker
 from drkl.rollouts.builtin import BuiltInWriter
 from drkl.rollouts.served import served_folder
 from drkl.rollouts.server import PROBES, ServerWriter
@@ -78,9 +78,7 @@ def answer_stops(pair: Pair, args: DistillationConfig, source: Source) -> list[i
 
 def make_asker(pair: Pair, args: DistillationConfig, writer: Writer, *, first_alone: bool = False) -> Asker:
     """What has the answers written, each process writing its part; with ``first_alone`` the first writes them all."""
-    share = None
-    if args.world_size > 1:
-        share = Share(args.process_index, args.world_size, gather_object, first_alone)
+    share = Share.of_group(first_alone=first_alone)
     return Asker(writer, seed=args.seed, max_new_tokens=pair.max_new_tokens, room=pair.room, share=share)
 
 
