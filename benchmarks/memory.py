@@ -15,16 +15,19 @@ import argparse
 import ctypes
 import gc
 import json
+import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401  (loaded before the first measurement)
 import torch
 import transformers
 from transformers import BertConfig, LlamaConfig, T5Config
@@ -32,7 +35,7 @@ from transformers import BertConfig, LlamaConfig, T5Config
 from benchmarks.rows import Row, commit, own_memory_kib, processor, write_rows
 from drkl.config import load_config
 from drkl.models.load import model_class, quiet_transformers
-from drkl.training.estimate import estimate
+from drkl.training.estimate import memory_of
 from drkl.training.memory import Memory
 from drkl.training.run import Listener, cache_states, distill
 from tests.data.tiny_tokenizers import build
@@ -42,7 +45,12 @@ RESULTS = Path(__file__).parent / "results" / "memory.csv"
 LABELS = ("good", "bad", "neither")
 STEPS = 2
 WORDS = "the model learns to write what its teacher would write and where it is not sure it says so".split()
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+ALLOCATOR = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+}
 
 SMALL = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 4}
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -51,55 +59,49 @@ VOCABULARY = 8192
 PAIR: dict[str, Any] = {
     "teacher": {"model": "llama-12", "dtype": "fp32"},
     "student": {"init": "prune", "layers": 6},
-    "training": {"tokens_per_step": 256},
+    "training": {"tokens_per_step": 96},
 }
 
 
-def pair(**changes: Mapping[str, Any]) -> dict[str, Any]:
+def pair(**changes: Any) -> dict[str, Any]:
     """`PAIR` with other settings in its sections."""
-    return {name: PAIR.get(name, {}) | dict(changes.get(name, {})) for name in (*PAIR, *changes)}
+    task = {"task": changes.pop("task")} if "task" in changes else {}
+    return task | {name: PAIR.get(name, {}) | changes.get(name, {}) for name in dict.fromkeys((*PAIR, *changes))}
 
 
-LARGE = {"init": "pretrained", "model": "smollm2-30", "layers": None}
+def shallow(**changes: Any) -> dict[str, Any]:
+    """Two layers that read 1,024 tokens at once."""
+    training = {"tokens_per_step": 1024} | changes.pop("training", {})
+    return pair(teacher={"model": "llama-2"}, student={"layers": 2} | changes.pop("student", {}), training=training)
+
+
+SAME = {"init": "pretrained", "model": "llama-12", "layers": None}
 FROZEN = {"freeze_embeddings": True}
 CASES: dict[str, dict[str, Any]] = {
     "6 of 12 layers": pair(),
     "frozen embeddings": pair(student=FROZEN),
-    "quickstart's pair, 10 of 30 layers": pair(
-        teacher={"model": "smollm2-30"},
-        student=FROZEN | {"layers": 10},
-        training={"tokens_per_step": 384, "save": True},
-    ),
-    "135M student": pair(student=LARGE),
-    "135M student, LoRA": pair(student=LARGE, peft={"r": 16, "target_modules": "all-linear"}),
-    "1,536 tokens": pair(training={"tokens_per_step": 1536}),
-    "1,536 tokens, gradient checkpointing": pair(training={"tokens_per_step": 1536, "gradient_checkpointing": True}),
-    "1,536 tokens, 4 micro-batches": pair(training={"tokens_per_step": 1536, "accumulate": 4}),
-    "1,536 tokens, eager attention": pair(
-        student={"model_init_kwargs": {"attn_implementation": "eager"}}, training={"tokens_per_step": 1536}
-    ),
-    "bf16 autocast": pair(training={"precision": "bf16"}),
-    "bf16 weights": pair(student={"dtype": "bf16"}, teacher={"dtype": "bf16"}),
-    "teacher remembered": pair(student=FROZEN, teacher={"remember_mb": 64}, training={"same_batches": True}),
+    "LoRA on all 12 layers": pair(student=SAME, peft={"r": 16, "target_modules": "all-linear"}),
+    "bf16 weights, both": pair(student={"dtype": "bf16"}, teacher={"dtype": "bf16"}),
+    "1,024 tokens, 2 layers": shallow(),
+    "the same, gradient checkpointing": shallow(training={"gradient_checkpointing": True}),
     "teacher cached, hidden": pair(student=FROZEN, cache={"kind": "hidden"}),
     "teacher cached, top 64": pair(student=FROZEN, cache={"kind": "topk"}),
     "adafactor": pair(training={"optim": "adafactor"}),
     "sgd": pair(training={"optim": "sgd"}),
-    "answers written": pair(student=FROZEN, rollouts={"share": 1.0, "max_new_tokens": 32, "batch_size": 8}),
-    "T5, 6 + 6 layers": {
-        "teacher": {"model": "t5-6", "dtype": "fp32"},
-        "student": {"init": "prune", "layers": 3},
-        "training": {"tokens_per_step": 768},
-    },
-    "classifier, 12 layers": {
-        "task": "classification",
-        "teacher": {"model": "bert-12", "dtype": "fp32"},
-        "student": {"init": "prune", "layers": 4},
-        "training": {"tokens_per_step": 1536},
-    },
-    "V = 49,152": pair(teacher={"model": "v49152-4"}, student={"layers": 2}),
-    "V = 151,936": pair(teacher={"model": "v151936-2"}, student={"layers": 1}),
+    "T5, 3 + 3 of 6 + 6 layers": pair(teacher={"model": "t5-6"}, student={"layers": 3}),
+    "classifier, 4 of 8 layers": pair(task="classification", teacher={"model": "bert-8"}, student={"layers": 4}),
     "two processes, DDP": pair(student=FROZEN, processes={"count": 2}),
+    "V = 49,152": pair(teacher={"model": "v49152-4"}, student={"layers": 2}),
+    "135M student": pair(student={"init": "pretrained", "model": "smollm2-30", "layers": None}),
+    "teacher remembered": pair(student=FROZEN, teacher={"remember_mb": 64}, training={"same_batches": True}),
+    "answers written": pair(student=FROZEN, rollouts={"share": 1.0, "max_new_tokens": 16, "batch_size": 8}),
+    "4 micro-batches": shallow(training={"accumulate": 4}),
+    "eager attention": shallow(student={"model_init_kwargs": {"attn_implementation": "eager"}}),
+    "bf16 autocast": shallow(training={"precision": "bf16"}),
+    "V = 151,936": pair(teacher={"model": "v151936-2"}, student={"layers": 1}),
+    "the quickstart's shape, 10 of 30 layers": pair(
+        teacher={"model": "smollm2-30"}, student=FROZEN | {"layers": 10}, training={"save": True}
+    ),
 }
 
 
@@ -127,10 +129,10 @@ def write_model(name: str, folder: Path) -> None:
 
 
 def write_data(path: Path, *, labelled: bool) -> None:
-    """Rows of 20 to 200 words."""
+    """Rows of 10 to 40 words, each a token as the blanks between them are."""
     lines = []
     for number in range(96):
-        words = [WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(20 + number * 13 % 180)]
+        words = [WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(10 + number * 7 % 30)]
         if labelled:
             row = {"text": " ".join(words), "label": LABELS[number % 3]}
         else:
@@ -147,19 +149,17 @@ def config_of(name: str, folder: Path) -> dict[str, Any]:
     own = {"optim": training.pop("optim", None), "gradient_accumulation_steps": training.pop("accumulate", None)}
     arguments = {key: value for key, value in own.items() if value is not None} | {"report_to": []}
     arguments |= {} if training.pop("save", False) else {"save_strategy": "no"}
-    case["run"] = {"name": "run", "dir": str(folder / "runs"), "device": "cpu"}
+    case["run"] = {"name": re.sub(r"\W+", "-", name), "dir": str(folder / "runs"), "device": "cpu"}
     case["training"] = {
-        "max_steps": STEPS, "eval_every": STEPS, "save_every": STEPS, "eval_rows": 4, "precision": "fp32",
+        "max_steps": STEPS, "eval_every": STEPS, "save_every": STEPS, "eval_rows": 2, "precision": "fp32",
         "logging_steps": 1, "arguments": arguments,
     } | training  # fmt: skip
-    case["data"] = {"path": str(folder / "rows.jsonl"), "max_prompt_tokens": 128, "max_tokens": 320}
-    if case.get("task") == "classification":
-        case["data"] = {"path": str(folder / "rows.jsonl"), "max_tokens": 320}
+    case["data"] = {"path": str(folder / ("texts.jsonl" if "task" in case else "rows.jsonl"))}
     for section in ("teacher", "student"):
         if (model := case[section].get("model")) is not None:
             case[section]["model"] = str(folder / model)
     if cache is not None:
-        case["teacher"]["cache"] = str(folder / "cache")
+        case["teacher"]["cache"] = str(folder / cache["kind"])
     return case
 
 
@@ -167,20 +167,20 @@ def write_parts(name: str, folder: Path) -> None:
     """Models, rows, and the teacher's cache."""
     case = CASES[name]
     for model in {case["teacher"]["model"], case["student"].get("model", case["teacher"]["model"])}:
-        write_model(model, folder / model)
-    write_data(folder / "rows.jsonl", labelled=case.get("task") == "classification")
+        if not (folder / model).exists():
+            write_model(model, folder / model)
+    for file, labelled in (("rows.jsonl", False), ("texts.jsonl", True)):
+        write_data(folder / file, labelled=labelled)
     if (cache := case.get("cache")) is not None:
         config = config_of(name, folder)
         del config["teacher"]["cache"]
-        cache_states(load_config(config)[0].specs(), folder / "cache", kind=cache["kind"])
+        cache_states(load_config(config)[0].specs(), folder / cache["kind"], kind=cache["kind"])
 
 
 def predicted(name: str, folder: Path) -> Memory:
     """What a dry run prints."""
     processes = CASES[name].get("processes", {}).get("count")
-    return Memory.from_json(
-        estimate(load_config(config_of(name, folder))[0].specs(), processes)["stages"][-1]["memory"]
-    )
+    return memory_of(load_config(config_of(name, folder))[0].specs(), processes)[-1]
 
 
 class Sampler(threading.Thread):
@@ -205,9 +205,7 @@ class Sampler(threading.Thread):
 
 def measure(name: str, folder: Path) -> None:
     """Run the case in this process and print what it took, as json."""
-    quiet_transformers()
     rank = os.environ.get("RANK", "0")
-    warm_up(folder / f"warm-{rank}")
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before, anonymous = own_memory_kib("VmRSS"), own_memory_kib("RssAnon")
@@ -224,27 +222,40 @@ def measure(name: str, folder: Path) -> None:
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
 
 
-def warm_up(folder: Path) -> None:
-    """A run of a tiny model of the same kind, by this process alone."""
-    folder.mkdir()
-    world = {name: os.environ.pop(name) for name in ("WORLD_SIZE",) if name in os.environ}
-    values = tiny_runs.config(folder, training={"max_steps": 2, "eval_every": 2, "save_every": 2})
-    if not world:  # a process group is started once
+def warm_up() -> None:
+    """A run of a tiny model, by this process alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        training = {"max_steps": 2, "eval_every": 2, "save_every": 2}
+        values = tiny_runs.config(Path(folder), training=training)
         distill(load_config(values)[0].specs(), mode="new", listener=Listener())
-    os.environ |= world
+
+
+def in_a_child(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a process of its own, which begins as this one is: with its imports, and warm."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{arguments[0]}: the process ended with status {process.exitcode}.")
+
+
+def prepare_case(name: str, folder: Path) -> None:
+    """Write what the case needs, and what is predicted for it."""
+    write_parts(name, folder)
+    (folder / "predicted.json").write_text(json.dumps(predicted(name, folder).to_json()))
 
 
 def run_case(name: str, folder: Path) -> Row:
-    """Predict and measure one case, each in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--folder", str(folder), "--case", name]
+    """Predict and measure one case."""
+    in_a_child(prepare_case, name, folder)
     processes = CASES[name].get("processes", {}).get("count", 1)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([*command, "--write"], check=True, env=environment)
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    subprocess.run([*launcher, *command[1:], "--measure"], check=True, env=environment | ALLOCATOR)
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("found-*.json"))]
+    if processes == 1:
+        in_a_child(measure, name, folder)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += ["-m", "benchmarks.memory", "--folder", str(folder), "--case", name]
+        subprocess.run(command, check=True)
+    found = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(processes)]
     memory = Memory.from_json(json.loads((folder / "predicted.json").read_text()))
     peak, anonymous = (max(one[key] for one in found) / 1024 for key in ("peak_kib", "anonymous_kib"))
     parts = {part: memory.moments[memory.peak].get(part, 0) / 2**20 for part in PARTS}
@@ -276,24 +287,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="Cases, by parts of their names.")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--write", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.write:
-        quiet_transformers()
-        write_parts(options.case, options.folder)
-        (options.folder / "predicted.json").write_text(json.dumps(predicted(options.case, options.folder).to_json()))
-    elif options.measure:
+    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:]], os.environ | ALLOCATOR)
+    torch.set_num_threads(1)
+    quiet_transformers()
+    if options.case:  # one of several processes, in which a warm-up would be a run of all of them
         measure(options.case, options.folder)
-    else:
+        return
+    warm_up()
+    shown = ("case", "predicted_mib", "measured_mib", "ratio", "anonymous_mib", "moment", "seconds")
+    with tempfile.TemporaryDirectory() as folder:
         for name in CASES:
             if options.only and not any(word in name for word in options.only):
                 continue
-            with tempfile.TemporaryDirectory() as folder:
-                row = run_case(name, Path(folder))
-            print(
-                {key: row[key] for key in ("case", "predicted_mib", "measured_mib", "ratio", "anonymous_mib", "moment")}
-            )
+            row = run_case(name, Path(folder))
+            print({key: row[key] for key in shown})
             write_rows(RESULTS, [row], ("case",))
 
 

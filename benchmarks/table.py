@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.rows import Row, read_rows
+from drkl.training.memory import MOMENTS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -140,6 +141,35 @@ def topk_probe_table(rows: list[Row]) -> str:
 def topk_probe_tables() -> dict[str, str]:
     """Those of docs/teacher-cache.md, likewise."""
     return {"topk-probe": topk_probe_table(read_rows(RESULTS / "topk_probe.csv"))}
+
+
+MEMORY_PARTS = {
+    "weights": ("student_weights", "teacher_weights", "teacher_states", "start"),
+    "gradients": ("gradients", "buckets"),
+    "optimiser": ("optimiser",),
+    "activations": ("activations",),
+    "loss": ("loss", "answers"),
+}
+"""Columns of the table of memory, and the parts that each has."""
+
+
+def memory_table(rows: list[Row]) -> str:
+    """Predicted and measured memory of each case, and the parts of what is predicted."""
+    lines = [
+        f"| MiB | predicted | measured | ratio | at its peak | {' | '.join(MEMORY_PARTS)} |",
+        "|---" * (5 + len(MEMORY_PARTS)) + "|",
+    ]
+    for row in rows:
+        numbers = [f"{int(row[name]):,}" for name in ("predicted_mib", "measured_mib")]
+        parts = [sum(int(row[f"{part}_mib"]) for part in names) for names in MEMORY_PARTS.values()]
+        cells = [row["case"], *numbers, f"{float(row['ratio']):.2f}", MOMENTS[row["moment"]]]
+        lines.append("| " + " | ".join([*cells, *(f"{size:,}" if size else "" for size in parts)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def memory_tables() -> dict[str, str]:
+    """Those of docs/scale.md, likewise."""
+    return {"memory": memory_table(read_rows(RESULTS / "memory.csv"))}
 
 
 def tables() -> dict[str, str]:

@@ -244,7 +244,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(cli: Cli, recipe: Path, t
     assert {"budget", "input", "trained"} <= stage["tokens_per_step"].keys()
     assert stage["estimated_memory_gb"] > 0 and "estimated_minutes" in plan
     # The table for people is a comment to those who read yaml.
-    assert "\n# Memory of r, predicted (1 process, cpu)\n# MB of each process  " in done.out
+    assert "\n# Memory of r, predicted (1 process, cpu)\n# kB of each process  " in done.out
     assert f"\n# {stage['memory']['advice']}\n" in done.out
 
 
@@ -255,7 +255,7 @@ def test_a_dry_run_for_another_machine(cli: Cli, recipe: Path, tmp_path: Path) -
     (stage,) = yaml.safe_load(done.out)["stages"]
     assert (stage["memory"]["processes"], stage["memory"]["device"]) == (8, "cuda")
     assert "predicted (8 processes, cuda)" in done.out
-    assert "--processes is 0; expected" in refuse(cli, tmp_path, "distill", recipe, "--dry-run", "--processes", "0")
+    assert "processes is 0; expected" in refuse(cli, tmp_path, "distill", recipe, "--dry-run", "--processes", "0")
     assert "`--processes` goes with `--dry-run`" in refuse(cli, tmp_path, "distill", recipe, "--processes", "2")
 
 

@@ -69,7 +69,7 @@ sizes = st.one_of(
 )
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=30).filter(any), buffer=st.integers(1, 12), size=sizes,
     chunk=st.integers(1, 9),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import TrainerCallback
 
 from drkl.errors import DrklError
@@ -22,6 +28,11 @@ from tests.models import tiny
 from tests.models.pair_processes import blocks
 from tests.training.test_trainer import make_trainer, rows
 
+TOKENS, STEPS, RATE = 60, 4, 1e-2
+FP32 = STEPS * RATE * TOKENS * 2**-23
+"""Of plain gradient descent: the order in which a gradient below 1 is summed over the tokens of a step costs an ulp for
+each of them, and it is taken so many times with this rate. bf16 has 16 bits less."""
+BF16 = FP32 * 2**16
 UNTIED = {"tie_word_embeddings": False}
 
 
@@ -43,14 +54,16 @@ class Case:
     teacher: Callable[[], Any] = lambda: tiny.llama(9).double()
     arguments: dict[str, Any] = field(default_factory=dict)
     by: str = "caller"
-    """Who shards the student: the caller, accelerate or nobody."""
+    """Who shards the student, and how: the caller, accelerate or nobody."""
     teacher_by: str = "nobody"
     """Who shards the teacher: the caller, drkl or nobody."""
     export: str = "adapter"
     count: int = 9
-    peft_config: Any = None
+    tolerance: float | None = None
+    """Of the weights and the log, where it is not that of float64."""
 
 
+ANSWERS = {"rollout_share": 1.0, "rollout_max_new_tokens": 4}
 CASES = {
     "tied": Case(),
     "untied": Case(student=lambda: tiny.llama(1, layers=2, **UNTIED).double()),
@@ -58,16 +71,55 @@ CASES = {
     "frozen untied": Case(
         student=lambda: tiny.llama(1, layers=2, **UNTIED).double(), arguments={"freeze_embeddings": True}
     ),
+    "hybrid": Case(by="caller, hybrid"),
+    "at once": Case(by="caller, at once"),
+    "head by itself": Case(student=lambda: tiny.llama(1, layers=2, **UNTIED).double(), by="caller, head by itself"),
     "lora": Case(student=lambda: lora(tiny.llama(1, layers=2).double())),
     "lora merged": Case(student=lambda: lora(tiny.llama(1, layers=2).double()), export="merged"),
     "checkpointing": Case(arguments={"activation_checkpointing": True}),
     "accumulation": Case(arguments={"gradient_accumulation_steps": 3}),
+    "fp32": Case(
+        student=lambda: tiny.llama(1, layers=2),
+        teacher=lambda: tiny.llama(9),
+        arguments={"optim": "sgd", "max_grad_norm": 0.0},
+        tolerance=FP32,
+    ),
+    "bf16 compute": Case(
+        student=lambda: tiny.llama(1, layers=2),
+        teacher=lambda: tiny.llama(9),
+        arguments={"precision": "bf16", "optim": "sgd", "max_grad_norm": 0.0},
+        tolerance=BF16,
+    ),
+    "bf16 weights": Case(
+        student=lambda: tiny.llama(1, layers=2).bfloat16(),
+        teacher=lambda: tiny.llama(9).bfloat16(),
+        arguments={"precision": "bf16", "optim": "sgd", "max_grad_norm": 0.0},
+        tolerance=BF16,
+    ),
     "teacher": Case(by="nobody", teacher_by="drkl", arguments={"gradient_accumulation_steps": 2}, count=3),
     "teacher remembers": Case(
         by="nobody", teacher_by="drkl", arguments={"teacher_remember_mb": 1, "same_batches": True, "max_steps": 8}
     ),
     "teacher untied": Case(teacher=lambda: tiny.llama(9, **UNTIED).double(), teacher_by="drkl"),
     "both by the caller": Case(teacher_by="caller"),
+    "accelerate": Case(by="accelerate"),
+    "accelerate untied": Case(student=lambda: tiny.llama(1, layers=2, **UNTIED).double(), by="accelerate"),
+    "accelerate frozen": Case(by="accelerate", arguments={"freeze_embeddings": True}),
+    "accelerate lora": Case(student=lambda: lora(tiny.llama(1, layers=2).double()), by="accelerate"),
+    "accelerate merged": Case(student=lambda: lora(tiny.llama(1, layers=2).double()), by="accelerate", export="merged"),
+    "accelerate checkpointing": Case(by="accelerate", arguments={"fsdp_config": {"activation_checkpointing": True}}),
+    "accelerate checkpointing by transformers": Case(by="accelerate", arguments={"activation_checkpointing": True}),
+    "accelerate accumulation": Case(by="accelerate", arguments={"gradient_accumulation_steps": 3}),
+    "accelerate bf16": Case(
+        student=lambda: tiny.llama(1, layers=2),
+        teacher=lambda: tiny.llama(9),
+        by="accelerate",
+        arguments={"precision": "bf16", "optim": "sgd", "max_grad_norm": 0.0},
+        tolerance=BF16,
+    ),
+    "accelerate pieces": Case(
+        by="accelerate", teacher_by="drkl", arguments={"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    ),
     "plain": Case(by="nobody"),
     "few rows": Case(arguments={"gradient_accumulation_steps": 2}, count=3),
     "t5": Case(
@@ -78,12 +130,56 @@ CASES = {
 }
 
 
-def shard(model: Any) -> None:
-    """As PyTorch's own tutorial does it: each layer, then the model."""
+@contextmanager
+def accelerate_on_a_gpu() -> Iterator[None]:
+    """Inside, accelerate takes the CPU for a GPU, where it shards; what it then does is its own."""
+    backend, environment = PartialState._prepare_backend, {"ACCELERATE_TORCH_DEVICE": "cpu"}
+
+    def prepare(self: PartialState, *args: Any, **words: Any) -> tuple[str, DistributedType]:
+        return backend(self, *args, **words)[0], DistributedType.MULTI_GPU
+
+    def barrier(device_ids: Any = None) -> None:
+        wait()
+
+    wait = dist.barrier
+    with (
+        mock.patch.object(PartialState, "_prepare_backend", prepare),
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(dist, "barrier", barrier),
+    ):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+REFUSED: dict[str, tuple[Case, str]] = {
+    "parts": (Case(by="caller, parts"), "fully_shard was applied to parts of the student"),
+    "each by itself": (Case(by="caller, each by itself"), "sharded over 1 of 2 processes"),
+    "by columns": (Case(by="caller, by columns"), "not by torch.distributed.fsdp.fully_shard"),
+    "answers": (Case(arguments=ANSWERS), "fully_shard cuts the student's weights over the processes"),
+    "answers, accelerate": (Case(by="accelerate", arguments=ANSWERS), "FSDP cuts the student's weights"),
+    "answers of a teacher": (
+        Case(by="nobody", teacher_by="drkl", arguments=ANSWERS | {"rollout_source": "teacher"}),
+        "the teacher's weights are cut over the processes",
+    ),
+}
+
+
+def shard(model: Any, how: str = "") -> None:
+    """As PyTorch's own tutorial does it, each layer and then the model, or in another way."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in blocks(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    if how == "each by itself":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("all", "own"))["own"]
+    if how == "hybrid":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicas", "shards"))
+    if how == "head by itself":
+        fully_shard(model.lm_head, mesh=mesh)
+    for block in blocks(model) if how != "at once" else ():
+        if how == "by columns":
+            parallelize_module(block.mlp.up_proj, mesh, ColwiseParallel())
+        else:
+            fully_shard(block, mesh=mesh)
+    if how not in ("parts", "by columns"):
+        fully_shard(model, mesh=mesh)
 
 
 def base_of(model: Any) -> Any:
@@ -94,21 +190,22 @@ def make(folder: Path, case: Case) -> DistillationTrainer:
     """The trainer of a case; with one process nothing is sharded."""
     several = dist.is_initialized() and dist.get_world_size() > 1
     student, teacher = case.student(), case.teacher()
-    if several and case.by == "caller":
-        shard(base_of(student))
+    if several and case.by.startswith("caller"):
+        shard(base_of(student), case.by.removeprefix("caller").removeprefix(", "))
     if several and case.teacher_by == "caller":
         shard(teacher)
     settings: dict[str, Any] = {
-        "max_steps": 4, "tokens_per_step": 60, "eval_steps": 2, "save_steps": 2, "save_strategy": "steps",
-        "max_grad_norm": 0.05, "learning_rate": 1e-2, "save_total_limit": 9, "ddp_backend": "gloo" if several else None,
+        "max_steps": STEPS, "tokens_per_step": TOKENS, "eval_steps": 2, "save_steps": 2, "save_strategy": "steps",
+        "max_grad_norm": 0.05, "learning_rate": RATE, "save_total_limit": 9, "ddp_backend": "gloo" if several else None,
     }  # fmt: skip
     if case.by == "accelerate" and several:
         settings |= {"fsdp": True}
+    settings |= {name: value for name, value in case.arguments.items() if several or name != "fsdp_config"}
     if case.teacher_by == "drkl":
         settings |= {"teacher_shard": several}
     kind = base_of(student).config.is_encoder_decoder
     data, heldout = ([replace(row, encoder_decoder=kind) for row in rows(count)] for count in (case.count, 5))
-    trainer = make_trainer(folder, data, model=student, teacher=teacher, heldout=heldout, **settings | case.arguments)
+    trainer = make_trainer(folder, data, model=student, teacher=teacher, heldout=heldout, **settings)
     trainer.record.export = case.export
     return trainer
 
@@ -145,8 +242,10 @@ def main(folder: Path, mode: str, names: list[str]) -> None:
     dist.init_process_group("gloo")
     found: dict[str, Any] = {}
     for name in names:
+        case = REFUSED[name][0] if mode == "refused" else CASES[name]
         try:
-            found[name] = train(folder / name.replace(" ", "-"), CASES[name], mode)
+            with accelerate_on_a_gpu() if case.by == "accelerate" else nullcontext():
+                found[name] = train(folder / name.replace(" ", "-"), case, mode)
         except DrklError as error:
             found[name] = str(error)
         dist.barrier()

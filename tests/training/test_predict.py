@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from drkl.errors import DrklError
-from drkl.training.estimate import estimate
+from drkl.training.estimate import memory_of
 from drkl.training.memory import Memory
 from drkl.training.run import Listener, cache_states, prepare
 from drkl.training.trainer import DistillationTrainer
@@ -19,7 +19,7 @@ from tests.training import tiny_runs
 
 
 def predicted(values: dict[str, Any], processes: int | None = None) -> Memory:
-    return Memory.from_json(estimate(tiny_runs.specs(values), processes)["stages"][-1]["memory"])
+    return memory_of(tiny_runs.specs(values), processes)[-1]
 
 
 def trained(values: dict[str, Any]) -> DistillationTrainer:
@@ -157,3 +157,17 @@ def test_a_family_that_cannot_be_run_without_numbers_goes_by_a_rule(
     memory = predicted(tiny_runs.config(tmp_path))
     assert "LlamaForCausalLM cannot be run without numbers" in memory.notes[0]
     assert memory.moments["loss"]["activations"] > 0 and memory.moments["backward"]["gradients"] > 0
+
+
+@pytest.mark.slow
+def test_what_a_student_is_made_from(tmp_path: Path) -> None:
+    def of(**student: Any) -> dict[str, int]:
+        return dict(predicted(tiny_runs.config(tmp_path, student=student)).moments.get("start", {}))
+
+    numbers = sum(p.numel() for p in tiny.llama().parameters())
+    teacher = str(tmp_path / "teacher")
+    assert of(layers=2)["start"] == 4 * numbers
+    assert of(layers=2, dtype="bf16")["start"] == (2 + 4) * numbers
+    assert of(init="pretrained", model=teacher, layers=None) == {}
+    assert of(init="pretrained", model=teacher, layers=None, dtype="bf16")["start"] == 4 * numbers
+    assert of(init="random", layers=2) == {}

@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from drkl.data.streams import RowStream
 from drkl.errors import DrklError
 from drkl.runs import RunFolder
 from drkl.training.run import Listener
-from drkl.training.streaming import STATE, check_streaming
+from drkl.training.streaming import STATE, StreamedBatches, check_streaming
+from tests.data.test_streams import NUMBERS, source, take
 from tests.models import tiny, tiny_classifiers
 from tests.models.tiny_classifiers import CLASSES
 from tests.training import tiny_runs
@@ -185,7 +187,7 @@ ROWS_OF_FOUR: Any = ({}, {}), ({"per_device_train_batch_size": 4}, {"per_device_
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=["tokens", "rows"])
 def test_two_processes_see_the_plan_of_one(tmp_path: Path, size: dict[str, Any]) -> None:
-    """A step's gradient is summed in another order, which moves each weight by less than 1e-3 of a step of Adam."""
+    """A gradient's sum has another order, which in fp32 is 1e-6 of it; where sums cancel, 1e-4 of a step of Adam."""
     values = config(tmp_path, training=size)
     one, two = [values | {"training": values["training"] | more} for more in ROWS_OF_FOUR[bool(size)]]
     alone, values = tiny_runs.train(named(one, "alone")), two
@@ -200,10 +202,10 @@ def test_two_processes_see_the_plan_of_one(tmp_path: Path, size: dict[str, Any])
     for ours, theirs in zip(both.read_train_log(), alone.read_train_log(), strict=True):
         assert [ours.get(name) for name in exact] == [theirs.get(name) for name in exact]
         if "loss" in ours:
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     ours, theirs = (load_file(run.student_path / "model.safetensors") for run in (both, alone))
     for name in ours:
-        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=10 * 1e-2 * 1e-3), name
+        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=10 * 1e-2 * 1e-4), name
 
 
 def test_what_a_stream_cannot_do_is_said_first(tmp_path: Path) -> None:
@@ -216,3 +218,123 @@ def test_what_a_stream_cannot_do_is_said_first(tmp_path: Path) -> None:
     ):
         with pytest.raises(DrklError, match=f"^train_dataset is a stream, which .*{message}"):
             check_streaming(python_config(tmp_path, **fields))
+
+
+# without models ---------------------------------------------------------------------------------------------------
+
+
+def batches(folder: Path, stream: RowStream, **fields: Any) -> StreamedBatches:
+    def check(rows: Sequence[Any]) -> None:
+        if any(row.id == "r-refused" for row in rows):
+            raise DrklError("A row is refused.")
+
+    args = python_config(folder, **{"max_steps": 12, "tokens_per_step": 12} | fields)
+    return StreamedBatches(stream, args, 2, check)
+
+
+def numbers(rows: Sequence[dict[str, Any]] = NUMBERS, buffer: int = 7) -> RowStream:
+    return RowStream([source(rows)], take, buffer)
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    return path
+
+
+def ids(made: StreamedBatches, first: int = 0) -> list[list[str]]:
+    return [[row.id for row in made[index]] for index in range(first, len(made))]
+
+
+def test_batches_go_on_from_the_window_of_a_checkpoint(tmp_path: Path) -> None:
+    whole = batches(tmp_path, numbers())
+    whole.begin(None)
+    expected = ids(whole)
+    whole.begin(None)
+    assert ids(whole) == expected, "another training begins anew"
+    for step in (1, 3, 5, 8, 11, 12):
+        whole.begin(None)
+        for index in range(2 * step + (step < 12)):  # one ahead
+            whole[index]
+        whole.save(checkpoint(tmp_path, step))
+        resumed = batches(tmp_path, numbers())
+        resumed.begin(tmp_path / f"checkpoint-{step}")
+        assert ids(resumed, 2 * step) == expected[2 * step :]
+        assert resumed.account(12) == whole_account(tmp_path)
+    whole.end()
+
+
+def whole_account(folder: Path) -> dict[str, Any]:
+    made = batches(folder, numbers())
+    made.begin(None)
+    ids(made)
+    return made.account(12)
+
+
+def test_a_checkpoint_of_another_kind_or_with_other_settings_is_refused(tmp_path: Path) -> None:
+    made = batches(tmp_path, numbers())
+    made.begin(None)
+    made[0]
+    made.save(path := checkpoint(tmp_path, 1))
+    for other, message in (
+        (batches(tmp_path, numbers(buffer=8)), "with shuffle_buffer 7, and this one has 8: its steps would have other"),
+        (batches(tmp_path, numbers(), seed=1), "with seed 0, and this one has 1"),
+        (batches(tmp_path, numbers(), tokens_per_step=13), "with tokens_per_step 12, and this one has 13"),
+        (batches(tmp_path, numbers(), per_device_train_batch_size=3), "tokens_per_step 12, and this one has None"),
+    ):
+        with pytest.raises(DrklError, match=message):
+            other.begin(path)
+    (path / STATE).write_text("{}")
+    with pytest.raises(DrklError, match=r"stream\.json' does not say where the stream was \('settings'\)"):
+        made.begin(path)
+    (path / STATE).unlink()
+    with pytest.raises(DrklError, match=r"has no stream\.json: its run read all rows before its first step"):
+        made.begin(path)
+
+
+def test_other_rows_under_a_resumed_run_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = batches(tmp_path, numbers())
+    made.begin(None)
+    made[0]
+    made.save(path := checkpoint(tmp_path, 1))
+    made.begin(path)
+    made[2]
+    assert not caplog.records
+    other = batches(tmp_path, numbers([{**row, "id": f"x{i}"} for i, row in enumerate(NUMBERS)]))
+    other.begin(path)
+    other[2]
+    assert [record.getMessage()[:90] for record in caplog.records] == [
+        "Warning: the stream gives other rows than those that this run was trained on: numbers is a"
+    ]
+
+
+def test_what_is_wrong_is_said_where_its_rows_are_needed(tmp_path: Path) -> None:
+    made = batches(tmp_path, numbers([*NUMBERS[:9], {"id": "r-refused", "n": 1}, *NUMBERS[9:]]))
+    made.begin(None)
+    first = made._window(0)
+    assert [row.id for row in first.rows] == [f"r{i}" for i in range(7)]
+    with pytest.raises(DrklError, match=r"^A row is refused\.$"):
+        made[2 * first.end]
+    broken = batches(tmp_path, numbers([*NUMBERS[:9], {"id": "no number"}]))
+    broken.begin(None)
+    broken[0]
+    with pytest.raises(KeyError, match="n"):  # a bug is no message
+        broken[2 * first.end]
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ([(None, "The disk of another is gone.")], r"^The disk of another is gone\.$"),
+        ([("another", None)], "^The processes read different rows from numbers; each has to read the whole stream"),
+    ],
+)
+def test_every_process_ends_where_one_reads_other_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[Any], message: str
+) -> None:
+    made = batches(tmp_path, numbers())
+    monkeypatch.setattr("drkl.training.streaming.gather_object", lambda own: own + told)
+    monkeypatch.setattr(type(made._args), "world_size", property(lambda self: 2))
+    made.begin(None)
+    with pytest.raises(DrklError, match=message):
+        made[0]

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from drkl.data.batching import plan_epochs
+from drkl.data.batching import plan_epochs, split_by_cost
 from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
@@ -261,3 +261,14 @@ def test_checkpoints_are_marked_and_rotated(tmp_path: Path) -> None:
     assert marker.pop("fed") == {"fed": 0, "tokens": 0, "room": 0}
     assert marker == {"step": 5, "num_tokens": 5 * tokens, "logged_step": 5, "loss_sums": [0.0]}
     assert not list(tmp_path.rglob("training_args.bin"))
+
+
+def test_every_step_sees_the_same_rows_cut_into_parts_of_like_cost() -> None:
+    data = rows(40)
+    steps = next(plan_epochs([row.length for row in data], tokens_per_step=60, seed=3))[:5]
+    whole, cut = MicroBatches(data, steps, 1), MicroBatches(data, steps, 3, alike=True)
+    assert len(cut) == 15
+    for step in range(5):
+        parts = [cut[3 * step + part] for part in range(3)]
+        assert [row for part in parts for row in part] == whole[step]
+        assert parts == [[whole[step][i] for i in part] for part in split_by_cost([r.length for r in whole[step]], 3)]

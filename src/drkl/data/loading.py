@@ -15,7 +15,7 @@ from drkl.data.lengths import NO_LIMIT, Lengths, Room
 from drkl.data.making import Chosen, Settings, make
 from drkl.data.sources import Source, tokenizer_identity
 from drkl.data.split import Reader, Scan, scan
-from drkl.data.store import Made, Parts, Watch, key_of, made
+from drkl.data.store import READING, Made, Parts, Watch, key_of, made
 from drkl.data.tokenize import Chunk, tokenize_chunk
 from drkl.data.tokenized import class_name
 from drkl.data.views import TeacherView, has_own_view
@@ -123,7 +123,7 @@ def load(wanted: Sequence[Wanted], tokenizer: Any, lengths: Lengths, watch: Watc
         chosen = []
         for one in wanted:
             read = reader(one.row_format, classes, needs_responses=needs_responses)
-            found = scan(one.source, read, one.prefix, lambda rows: watch.on_rows("Reading rows", rows, 0))
+            found = scan(one.source, read, one.prefix, lambda rows: watch.on_rows(READING, rows, 0))
             train, heldout = one.choose(found)
             size = len(found)
             train = np.ones(size, np.bool_) if train is None else train

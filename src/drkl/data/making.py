@@ -16,7 +16,7 @@ from drkl.data.examples import Example, free_id
 from drkl.data.lengths import Lengths, Room
 from drkl.data.rendering import date_told
 from drkl.data.split import Reader, Scan
-from drkl.data.store import Parts, Watch, facts_of, manifest_of, merged, order_by_weight
+from drkl.data.store import TOKENISING, Parts, Watch, facts_of, manifest_of, merged, order_by_weight
 from drkl.data.stored import RowFiles, StoredRows, from_json, to_json, to_record
 from drkl.data.tokenize import (
     Chunk,
@@ -97,7 +97,8 @@ def make(sources: Sequence[Chosen], settings: Settings, parts: Parts, watch: Wat
     total = sum(int(source.train.sum()) for source in sources)
     processes = num_cores() if total > PART_ROWS else 1
     done = 0
-    watch.on_rows("Tokenising rows", 0, total)
+    parts.expect(total)
+    watch.on_rows(TOKENISING, 0, total)
     found: list[dict[str, Any]] = []
 
     def work(task: Task) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def make(sources: Sequence[Chosen], settings: Settings, parts: Parts, watch: Wat
     for about in _with_known(tasks, in_order(work, tasks, processes)):
         found.append(about)
         done += about["wanted"]
-        watch.on_rows("Tokenising rows", done, total)
+        watch.on_rows(TOKENISING, done, total)
     return _finish(found, settings, parts, processes)
 
 
@@ -134,7 +135,7 @@ class _Tasks:
             wanted = source.train | source.heldout
             start = first = chosen = 0
             blocks: list[Any] = []
-            for block, size in zip(source.scan.source.blocks(), source.scan.sizes, strict=True):
+            for block, size in source.scan.blocks():
                 here = int(wanted[start : start + size].sum())
                 if not blocks:
                     first = start

@@ -202,7 +202,7 @@ def _scanned(wanted: Wanted, *, needs_responses: bool = True) -> Scan:
 def _chosen(rows: Scan, wanted: Wanted, mask: NDArray[np.bool_], *, needs_responses: bool = True) -> Iterator[Example]:
     """The examples of some rows of a source."""
     read, start = reader(wanted.row_format, None, needs_responses=needs_responses), 0
-    for block, size in zip(rows.source.blocks(), rows.sizes, strict=True):
+    for block, size in rows.blocks():
         if mask[start : start + size].any():
             for number, (_, own, example) in enumerate(read(rows.source.read(block)), start=start):
                 if mask[number]:

@@ -78,6 +78,21 @@ class Scan:
         ids[unnamed] = _hashes(hash_of_id(self.name(number, None)) for number in unnamed.tolist())
         return np.lexsort((ids[:, 1], ids[:, 0]))
 
+    def blocks(self) -> Iterator[tuple[Any, int]]:
+        """Every block of the source again, with the number of its rows.
+
+        Raises:
+            DrklError: the source has other blocks by now.
+        """
+        try:
+            yield from zip(self.source.blocks(), self.sizes, strict=True)
+        except ValueError as error:
+            if isinstance(error, DrklError):
+                raise
+            raise DrklError(
+                f"{self.source.name} changed while it was read. Start again once nothing writes to it any more."
+            ) from error
+
     def held_out(self) -> NDArray[np.bool_] | None:
         """The rows that `drkl.data.examples.hold_out` selects; None where it cuts texts.
 

@@ -35,6 +35,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 CACHE_BYTES = 64 * 2**30
 """Size limit of the cache of rows; the folders used longest ago are deleted first."""
+TOKENISING, READING = "Tokenising rows", "Reading rows"
+TOTAL = "total"
 LOOK_EVERY = 0.5
 """Seconds between two looks at what another process makes."""
 
@@ -45,7 +47,7 @@ class Watch:
 
     on_message: Callable[[str], None] = lambda text: None
     on_rows: Callable[[str, int, int], None] = lambda what, done, of: None
-    """Called with what is done (reading rows, tokenising rows), and with the rows done and in all (0: not known)."""
+    """Called with what is done, `READING` or `TOKENISING`, and with the rows done and in all (0: not known)."""
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
@@ -164,6 +166,9 @@ def _held(folder: Path, watch: Watch) -> Iterator[None]:
                 if not waiting:
                     watch.on_message("Another process reads and tokenises the same rows; this one waits for it.")
                 waiting = True
+                done, of = Parts(folder.with_name(f".making-{folder.name}"), make=False).progress()
+                if of:
+                    watch.on_rows(TOKENISING, done, of)
                 time.sleep(LOOK_EVERY)
         yield
 
@@ -172,12 +177,27 @@ class Parts:
     """The files of rows that are being made, and what is said of each.
 
     Args:
-        folder: where they are; it is made, and what it has of an earlier start is used.
+        folder: where they are; what it has of an earlier start is used.
+        make: whether the folder is made.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, make: bool = True) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def expect(self, total: int) -> None:
+        """Note how many rows are to be tokenised."""
+        write_json(self.folder / TOTAL, total)
+
+    def progress(self) -> tuple[int, int]:
+        """How many rows are tokenised, and how many are to be; 0 while that is not known."""
+        try:
+            total = read_json(self.folder / TOTAL)
+            parts = [read_json(path) for path in self.folder.glob("[0-9]*.json")]
+            return sum(part["wanted"] for part in parts), total
+        except (DrklError, KeyError, TypeError):
+            return 0, 0
 
     def read(self, name: str) -> dict[str, Any] | None:
         """What is said of a part; None where it is not there, or not whole."""

@@ -6,6 +6,7 @@ A file is an Arrow stream, one record batch for each chunk of examples, which `d
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
@@ -149,10 +150,9 @@ def to_json(example: Example) -> str:
         "weight": example.weight, "references": example.references, "tools": example.tools,
         "template_kwargs": example.template_kwargs, "unlearnt": example.unlearnt, "shape": example.shape,
     }  # fmt: skip
+    given = {name: value for name, value in values.items() if value not in (None, ()) and (name, value) != _USUAL}
     try:
-        text = json.dumps(
-            {name: value for name, value in values.items() if value not in (None, ())}, ensure_ascii=False
-        )
+        text = json.dumps(given, ensure_ascii=False)
         if from_json(example.id, text) != example:
             raise NotStorable(f"The row {example.id!r} is not the same once it is written as json.")
         text.encode()
@@ -191,6 +191,11 @@ class RowFiles:
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)]).tolist()
         self._views: list[dict[str, Any]] = [{} for _ in self._batches]
         self._numbers: dict[str, Ints] = {}
+
+    @property
+    def folder(self) -> Path:
+        """Where the first file lies."""
+        return self.paths[0].parent
 
     def __reduce__(self) -> Any:
         return RowFiles, (self.paths,)
@@ -317,6 +322,16 @@ class StoredRows(Sequence[Any]):
     def ids(self) -> Iterator[str]:
         """The ids of the rows as they are in their files."""
         return self._files.ids()
+
+    def is_known(self, fact: str) -> bool:
+        """Whether `note` was told a fact of these rows, in this process or in another."""
+        return self._order is None and (self._files.folder / f"{fact}.known").is_file()
+
+    def note(self, fact: str) -> None:
+        """Keep beside the rows that something is so of all of them, for example that a cache has them."""
+        if self._order is None:
+            with contextlib.suppress(OSError):  # a cache that is read-only is still read
+                (self._files.folder / f"{fact}.known").touch()
 
     def turn_ends(self) -> Ints:
         """The last token of every learnt turn of every row, in order."""

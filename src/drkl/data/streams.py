@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CHUNK_ROWS, CHUNK_CHARACTERS = 1000, 4_000_000
 """Rows that are tokenised at once, at most, and the text in them: a chunk ends with the row that reaches it."""
 PATIENCE = 100_000
-"""After so many rows on end that cannot be used, a stream that never had one that can is given up; else it is said."""
+"""So many rows without a usable one end the run where there never was one; later they are told."""
 SAMPLE_ROWS = 1000
 """The first rows, by which models and rows are checked before the first step."""
 _log = logging.getLogger("drkl")

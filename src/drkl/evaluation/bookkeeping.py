@@ -12,13 +12,13 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from drkl._version import __version__
 from drkl.errors import DrklError
 from drkl.models.fingerprint import model_fingerprint
 from drkl.models.forward import in_eval_mode
+from drkl.models.sharded import runs_together
 from drkl.processes import Share
 from drkl.teachers.cached import TeacherCache
 
@@ -38,7 +38,7 @@ def placed(source: Loadable, device: str | torch.device) -> Iterator[PreTrainedM
         loaded: Any = source()
         yield loaded.to(device).eval()
         return
-    if any(isinstance(weight, DTensor) for weight in source.parameters()):
+    if runs_together(source):
         raise DrklError(
             f"The weights of the {type(source).__name__} lie in parts in several processes, and rows are divided over "
             "whole models. Save it, and give the folder."

@@ -241,7 +241,7 @@ def check_stored_dtypes(model: PreTrainedModel, folder: str, subfolder: str = ""
         return
     prefix = f"{model.base_model_prefix}."
     floats = {key for key, parameter in model.named_parameters() if parameter.is_floating_point()}
-    for path in _weight_files(Path(folder, subfolder)):
+    for path in weight_files(Path(folder, subfolder)):
         codes = {key: dtype for key, dtype in _stored_dtypes(path).items() if not dtype.startswith(("F", "BF"))}
         # A layer's experts lie one by one in the file and have one name together in the model.
         bad = [k for k in codes if k.endswith(".weight") or floats & {k, prefix + k, k.removeprefix(prefix)}]
@@ -273,7 +273,7 @@ def conversion_errors(error: BaseException) -> list[str]:
 
 def file_faults(folder: str | os.PathLike[str]) -> str | None:
     """What is wrong with the weight files of a folder that cannot be loaded, and the way out; None where unknown."""
-    files = _weight_files(Path(folder))
+    files = weight_files(Path(folder))
     if lost := [path.name for path in files if not path.is_file()]:
         return f"its index names {len(lost)} file(s) that are not there ({listed(lost)}). Copy or download them, too."
     for path in files:
@@ -286,7 +286,7 @@ def file_faults(folder: str | os.PathLike[str]) -> str | None:
 _POINTER = b"version https://git-lfs"
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that transformers reads: the whole one, else those that the index names, there or not."""
     if (whole := folder / "model.safetensors").is_file():
         return [whole]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from drkl.data.classification import LabelledRow
+from drkl.data.stored import StoredRows
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.losses import LMHead
@@ -201,8 +203,17 @@ class TeacherCache:
         return self._places(row) is not None
 
     def _missing(self, rows: Sequence[Row | LabelledRow], decoder_start: int | None) -> list[tuple[str, CacheRow]]:
+        # Rows on disk are looked up once for all runs: what a finished cache has it keeps.
+        stored = rows if isinstance(rows, StoredRows) else None
+        facts = [self.manifest["files"], decoder_start, self.stored.labelled]
+        fact = f"cached-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]}"
+        if stored is not None and stored.is_known(fact):
+            return []
         wanted = ((row.id, row_of(row, decoder_start, labelled=self.stored.labelled)) for row in rows)
-        return [(name, row) for name, row in wanted if not self.has(row)]
+        missing = [(name, row) for name, row in wanted if not self.has(row)]
+        if stored is not None and not missing:
+            stored.note(fact)
+        return missing
 
     def states(self, batch: Batch) -> Tensor | TopK:
         """Return what is known at the positions that are read of some rows, on the cache's device."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import GenerationMixin
 
 from drkl._version import __version__
@@ -20,7 +22,7 @@ from drkl.errors import DrklError
 from drkl.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from drkl.models.forward import decoder_start, lm_head
 from drkl.models.load import words_of
-from drkl.models.readout import SHORT_TOKENS_PER_BATCH, Batch, batches, to_batch
+from drkl.models.readout import SHORT_TOKENS_PER_BATCH, Batch, batch_rows, to_batch
 from drkl.teachers.cached import SERVED, TeacherCache, add_states, check_same_text, folder_of, write_states
 from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import filling, writing
@@ -201,37 +203,32 @@ def _write_description(folder: Path, pair: Pair) -> list[str]:
 class _Batches(Sequence[Batch]):
     """What the teacher reads in the first epoch of every run, and in the evaluations of held-out rows.
 
-    Each is collated when it is asked for, so that the rows of a run are in memory once.
+    Each is read and collated when it is asked for.
     """
 
     def __init__(self, runs: Sequence[tuple[Pair, DistillationConfig]]) -> None:
-        self._rows = [(pair, rows) for pair, args in runs for rows in _rows_of_batches(pair, args)]
+        self._places = [(pair, *where) for pair, args in runs for where in _places_of_batches(pair, args)]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
     def __getitem__(self, place: Any) -> Any:
-        pair, rows = self._rows[place]
+        pair, rows, places = self._places[place]
+        some = [rows[number] for number in places.tolist()]
         start = decoder_start(pair.student)
-        return to_batch(rows, [*range(len(rows))], pad_id=pair.pad_id, decoder_start=start)
+        return to_batch(some, [*range(len(some))], pad_id=pair.pad_id, decoder_start=start)
 
 
-def _rows_of_batches(pair: Pair, args: DistillationConfig) -> Iterator[list[Any]]:
+def _places_of_batches(pair: Pair, args: DistillationConfig) -> Iterator[tuple[Any, NDArray[np.int32]]]:
+    """The rows of each batch: which they are of, and their numbers."""
     rows: Any = pair.rows
     once = replace(args, max_steps=-1, num_train_epochs=1.0, dataloader_drop_last=False)
     # As one process trains, however many write the cache: it is the same then.
     steps, _ = plan_run(column(rows, "length"), once, world_size=1)
     for step in steps:
         for places in split_rows(step, args.gradient_accumulation_steps):
-            yield [rows[place] for place in places]
+            yield rows, np.array(places, np.int32)
     heldout: Rows = pair.eval_rows
     for some in (heldout[: args.eval_rows], heldout[args.eval_rows :] if args.eval_rows is not None else []):
-        read = batches(
-            some,
-            pad_id=pair.pad_id,
-            decoder_start=decoder_start(pair.student),
-            tokens_per_batch=SHORT_TOKENS_PER_BATCH,
-            rows_per_batch=args.per_device_eval_batch_size,
-        )
-        for one in read:
-            yield [some[place] for place in one.rows]
+        for places in batch_rows(column(some, "length"), SHORT_TOKENS_PER_BATCH, args.per_device_eval_batch_size):
+            yield some, np.array(places, np.int32)

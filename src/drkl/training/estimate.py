@@ -24,7 +24,7 @@ from drkl.rollouts.steps import planned_lengths
 from drkl.teachers.cached import TeacherCache, row_of
 from drkl.teachers.stored import DEFAULT_K, Stored, StoredStates, check_kind, topk_to_store
 from drkl.training.checks import check_device
-from drkl.training.memory import available_bytes, check_processes
+from drkl.training.memory import Memory, available_bytes, check_processes
 from drkl.training.plan import plan_run
 from drkl.training.predict import Known, largest_heldout_batch, micro_batches, predict, sharding_of
 from drkl.training.run import Listener, Prepared, check_cached, prepare, rows_to_fill
@@ -141,6 +141,11 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
         "estimated_minutes": round(sum(stage["estimated_minutes"] for stage in stages), 1),
         **({"not_estimated": NOT_ASKED} if served else {}),
     }
+
+
+def memory_of(specs: Sequence[RunSpec], processes: int | None = None) -> list[Memory]:
+    """The memory of each stage of a run, as `estimate` predicts it."""
+    return [Memory.from_json(stage["memory"]) for stage in estimate(specs, processes)["stages"]]
 
 
 def _as_if_here(spec: RunSpec) -> RunSpec:
@@ -325,7 +330,7 @@ def _known(
     answers = None
     if on_policy and spec.rollouts.generator != "vllm":
         written = max(map(len, steps)) * spec.rollouts.refresh_every // processes
-        most = max(len(row.sampling_ids) for row in rows) + longest
+        most = int(column(rows, "sampling").max()) + longest
         answers = max(1, min(spec.rollouts.batch_size, written)), most
     config = spec.teacher
     held, k = "none", 0
@@ -347,7 +352,7 @@ def _known(
         positions=positions,
         heldout=largest_heldout_batch([row for row in heldout if row.num_trained]),
         heldout_positions=-(-sum(row.num_trained for row in heldout) // processes),
-        train_positions=sum(rows[i].num_trained for i in {i for step in steps for i in step}),
+        train_positions=int(column(rows, "trained")[sorted({i for step in steps for i in step})].sum()),
         answers=answers,
         several=arguments.gradient_accumulation_steps > 1 or on_policy,
         sharding=sharding,
@@ -462,7 +467,7 @@ def _flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
     """The speed of a matrix product of the size that training is made of."""
     a = torch.ones(1024, 1024, dtype=dtype, device=device)
     best = float("inf")
-    for _ in range(5):
+    for _ in range(3):
         start = time.perf_counter()
         float((a @ a)[0, 0])
         best = min(best, time.perf_counter() - start)

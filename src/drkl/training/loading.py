@@ -17,6 +17,7 @@ from drkl.models.dropout import disable_dropout
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from drkl.models.pair import check_same_family
 from drkl.models.precision import resolve_dtype
+from drkl.models.sharded import is_sharded
 from drkl.runs import IN_MEMORY
 from drkl.teachers.cached import TeacherCache
 from drkl.teachers.live import LiveTeacher, placed
@@ -145,6 +146,12 @@ def make_trainable(student: PreTrainedModel, adapter: Any, args: DistillationCon
     if peft_config is not None:
         if adapter is not None:
             raise DrklError("model is a PeftModel, which has its adapter; leave peft_config out.")
+        if is_sharded(student):
+            raise DrklError(
+                "peft_config adds an adapter to a student that is sharded already, so that it would lie whole in each "
+                "process beside its parts. Call peft.get_peft_model first, then fully_shard on what get_base_model() "
+                "of it returns, and pass the PeftModel."
+            )
         if is_classifier(student):
             raise DrklError("peft_config goes with language models: LoRA leaves a classifier's head as it is.")
         adapter = add_adapter(student, peft_config, args.seed)

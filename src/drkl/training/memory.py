@@ -22,7 +22,7 @@ PARTS = {
     "buckets": "gradients on their way between processes",
     "gathered": "weights gathered from other processes",
     "answers": "answers that are written: cache and logits",
-    "start": "model that the student is cut from",
+    "start": "files that the student is made from",
 }
 """The parts by their keys, in the order in which they are shown."""
 MOMENTS = {
@@ -43,7 +43,7 @@ _CURES = {
     "optimiser": "training.arguments.optim=adafactor (or sgd) keeps less, and so does a `peft` section (LoRA); "
     "training.arguments.fsdp shards it over GPUs",
     "teacher_weights": "`drkl cache` and teacher.cache=FOLDER train without the teacher, teacher.server asks one "
-    "elsewhere, teacher.dtype=bf16 halves it",
+    "elsewhere, teacher.dtype=bf16 halves it, teacher.shard=true cuts it over several processes",
     "teacher_states": "a smaller teacher.remember_mb or training.eval_rows keeps fewer",
     "activations": "training.gradient_checkpointing=true keeps one input for each layer; "
     "training.arguments.gradient_accumulation_steps cuts a step into smaller micro-batches; data.max_tokens shortens "
@@ -53,8 +53,12 @@ _CURES = {
     "buckets": "training.arguments.fsdp in place of plain DDP needs none",
     "gathered": "they are those of the largest layer and of the embeddings; a smaller vocabulary is the only cure",
     "answers": "a smaller rollouts.batch_size or rollouts.max_new_tokens needs less",
-    "start": "student.init=pretrained, with a student that was cut before (drkl.prune), loads no larger model",
+    "start": "student.init=pretrained, with a student that was cut before (drkl.prune) and saved in its own dtype, loads "
+    "no more than itself",
 }
+
+_UNITS = (("GB", 1e9, 1), ("MB", 1e6, 0), ("kB", 1e3, 0))
+"""Names, bytes and digits."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,7 @@ class Memory:
 
     def table(self) -> str:
         """The parts as lines of text, a column for each moment."""
-        unit, size = ("GB", 1e9) if self.peak_bytes >= 10e9 else ("MB", 1e6)
-        digits = 1 if unit == "GB" else 0
+        unit, size, digits = next(one for one in _UNITS if self.peak_bytes >= 10 * one[1] or one is _UNITS[-1])
         keys = [key for key in MOMENTS if key in self.moments]
         used = [part for part in PARTS if any(self.moments[key].get(part) for key in keys)]
 
@@ -180,4 +183,4 @@ def available_bytes(device: torch.device) -> int | None:
 def check_processes(processes: int | None) -> None:
     """Raise DrklError unless a number of processes is one."""
     if processes is not None and processes < 1:
-        raise DrklError(f"--processes is {processes}; expected a whole number of at least 1.")
+        raise DrklError(f"processes is {processes}; expected a whole number of at least 1.")

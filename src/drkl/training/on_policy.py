@@ -28,6 +28,7 @@ from drkl.training.arguments import DistillationConfig
 from drkl.training.checkpoints import step_of
 from drkl.training.pair import Pair
 from drkl.training.plan import cut_step, cuts_by_cost
+from drkl.training.sharding import asks_for_fsdp
 from drkl.training.writers import answer_begin, answer_stops, builtin_writer, make_asker, server_writer
 
 _log = logging.getLogger("drkl")
@@ -204,8 +205,8 @@ def check_rollouts(pair: Pair, args: DistillationConfig) -> None:
             "rollout_share is above 0, but there is no teacher to judge the sampled answers; pass teacher_model, or "
             "leave it out."
         )
-    if is_sharded(pair.student):
-        raise _in_pieces("fully_shard")
+    if asks_for_fsdp(args) or is_sharded(pair.student):
+        raise _in_pieces("FSDP" if asks_for_fsdp(args) else "fully_shard")
     if args.rollouts.source != "student" and is_sharded(pair.teacher.model):
         raise DrklError(
             f"rollout_source is {args.rollouts.source!r} and the teacher's weights are cut over the processes, but an "

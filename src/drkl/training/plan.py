@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from drkl.data.batching import Steps, part_of, plan_epochs, split_by_cost, split_rows
 from drkl.data.classification import LabelledRow
+from drkl.data.stored import column
 from drkl.data.tokenize import Row
 from drkl.training.arguments import DistillationConfig
 
@@ -70,17 +71,19 @@ class MicroBatches(Dataset[list[Any]]):
     def __init__(
         self, rows: Sequence[Row | LabelledRow], steps: Sequence[Sequence[int]], parts: int, *, alike: bool = False
     ) -> None:
-        self._rows, self._steps, self._parts, self._alike = rows, steps, parts, alike
+        self._rows, self._steps, self._parts = rows, steps, parts
+        self._lengths = column(rows, "length") if alike else None
 
     def __len__(self) -> int:
         return len(self._steps) * self._parts
 
     def __getitem__(self, index: int) -> list[Any]:
         step, part = divmod(index, self._parts)
-        if not self._alike:
+        if self._lengths is None:
             return [self._rows[i] for i in part_of(self._steps[step], part, self._parts)]
-        rows = [self._rows[i] for i in self._steps[step]]
-        return cut_step(rows, self._parts, alike=True)[part]
+        numbers = list(self._steps[step])
+        cut = split_by_cost([int(self._lengths[i]) for i in numbers], self._parts)
+        return [self._rows[numbers[i]] for i in cut[part]]
 
 
 def cut_step(rows: Sequence[Any], parts: int, *, alike: bool) -> list[list[Any]]:

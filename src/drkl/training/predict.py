@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from drkl.data.batching import bucket_by_length
+from drkl.data.batching import bucket_by_length, split_by_cost, split_rows
+from drkl.data.stored import column, take
 from drkl.data.tokenize import Row
 from drkl.losses import LMHead, fused
 from drkl.losses.topk import TopK
@@ -29,7 +30,6 @@ from drkl.models.readout import CHUNK, SHORT_TOKENS_PER_BATCH
 from drkl.models.student import depth, source_model
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of
 from drkl.training.memory import MOMENTS, Memory
-from drkl.training.plan import cut_step
 from drkl.training.spec import RunSpec
 from drkl.training.tracing import LiveBytes, backward, bytes_of, traced
 
@@ -49,7 +49,7 @@ class Shape:
     rows: int
     tokens: int
     decoder_tokens: int | None
-    """Of an encoder-decoder; ``tokens`` are then the encoder's."""
+    """The decoder's, in an encoder-decoder; ``tokens`` are then the encoder's."""
     positions: int
     """Those that have a loss."""
 
@@ -127,9 +127,18 @@ def micro_batches(
         parts: micro-batches in a step, over all processes.
         alike: as for `MicroBatches`.
     """
-    cut = (part for step in set(map(tuple, steps)) for part in cut_step([rows[i] for i in step], parts, alike=alike))
-    shapes = [shape_of(part) for part in cut if part]
-    return max(shapes, key=lambda one: (one.size, one.positions)), sorted({one.positions for one in shapes})
+    lengths, trained = column(rows, "length"), column(rows, "trained")
+    largest: tuple[int, int, list[int]] = (0, 0, [])
+    counts: set[int] = set()
+    for step in steps:
+        own = lengths[step].tolist()
+        for part in split_by_cost(own, parts) if alike else split_rows(range(len(own)), parts):
+            if part:
+                members = [step[place] for place in part]
+                count = int(trained[members].sum())
+                counts.add(count)
+                largest = max(largest, (len(part) * max(own[place] for place in part), count, members))
+    return shape_of(take(rows, largest[2])), sorted(counts)
 
 
 def largest_heldout_batch(rows: Sequence[Any]) -> Shape | None:
@@ -196,8 +205,10 @@ def _student(known: Known) -> PreTrainedModel:
     if spec.peft is not None:
         # Other starts need the weights, and have the same size.
         add_adapter(model, spec.peft.lora | {"init_lora_weights": True}, 0, check=False)
-    if spec.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    fsdp_config = spec.training.arguments.get("fsdp_config")
+    again = isinstance(fsdp_config, Mapping) and fsdp_config.get("activation_checkpointing")
+    if spec.training.gradient_checkpointing or again:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
@@ -330,11 +341,10 @@ def _read(model: PreTrainedModel, shape: Shape, device: str) -> int:
 
 
 def _heldout(student: PreTrainedModel, teacher: PreTrainedModel | None, known: Known) -> Parts:
-    """A held-out batch: both models read it, then its positions are compared chunk by chunk."""
+    """A held-out batch: the larger model reads it, then its positions are compared chunk by chunk."""
     assert known.heldout is not None
-    live_teacher = teacher if known.held == "live" else None
-    models = [model for model in (student, live_teacher) if model is not None]
-    reading = max(_read(model, known.heldout, known.device) for model in models)
+    models = [student, *([teacher] if teacher is not None and known.held == "live" else [])]
+    reading = _read(max(models, key=lambda model: model.num_parameters()), known.heldout, known.device)
     head = output_head(student)
     live = LiveBytes()
     with traced(live, known.device), torch.no_grad():
@@ -415,13 +425,19 @@ def _kept_states(teacher: PreTrainedModel | None, known: Known) -> int:
 
 
 def _start(known: Known) -> int | None:
-    """The whole model that a student is cut from, while it is; it waits in the memory of the processor."""
+    """While the student is made: the whole model that it is cut from, and a file that is read into another dtype.
+
+    Both wait in the memory of the processor.
+    """
     student, teacher = known.spec.student, known.spec.teacher
-    if student.init != "prune" or known.device != "cpu":
+    if student.init == "random" or known.device != "cpu":
         return None
     source = source_model(student, teacher.source if teacher else None)
     config = load_config(source, **student.model_init_kwargs)
-    return count_parameters(config, classifier=known.spec.classifies) * DTYPES[student.dtype].itemsize
+    numbers, wanted = count_parameters(config, classifier=known.spec.classifies), DTYPES[student.dtype]
+    stored = getattr(config, "dtype", None) or wanted
+    file = 0 if stored == wanted else numbers * stored.itemsize
+    return file + (numbers * wanted.itemsize if student.init == "prune" else 0) or None
 
 
 def _answers(student: PreTrainedModel, known: Known) -> int:
@@ -493,11 +509,14 @@ def _divide(
             parts[part] = -(-parts.get(part, 0) // count)
     if "student_weights" in divided:
         largest, root = _groups(student)
+        config = known.spec.training.arguments.get("fsdp_config")
+        stays = isinstance(config, Mapping) and config.get("reshard_after_forward") is False
+        # The layer that computes and the next one; or all of them, where they stay until the way back.
+        whole = sum(p.numel() for p in student.parameters()) if stays else min(2 * largest, _in_layers(student)) + root
         for name in ("loss", "backward", "heldout"):
             if name in moments:
-                # The layer that computes and the next one; on the way back the layer's gradients too.
-                numbers = 2 * largest + root + (largest + root if name == "backward" else 0)
-                moments[name]["gathered"] = numbers * (2 if half else 4)
+                gradients = largest + root if name == "backward" else 0
+                moments[name]["gathered"] = (whole + gradients) * (2 if half else 4)
     if teacher is not None and known.held == "live" and getattr(known.spec.teacher, "shard", False):
         largest, root = _groups(teacher)
         for name, parts in moments.items():
@@ -511,6 +530,11 @@ def _groups(model: PreTrainedModel) -> tuple[int, int]:
     whole = sum(parameter.numel() for parameter in model.parameters())
     layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in _layers(model)]
     return max(layers, default=0), max(0, whole - sum(layers))
+
+
+def _in_layers(model: PreTrainedModel) -> int:
+    """Parameters of a model's layers."""
+    return sum(parameter.numel() for layer in _layers(model) for parameter in layer.parameters())
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

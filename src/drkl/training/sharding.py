@@ -20,6 +20,7 @@ from drkl.errors import DrklError
 from drkl.models.at_head import Wrapped
 from drkl.models.pair_loss import data_parallel
 from drkl.models.sharded import as_shard, gathered_values, is_sharded
+from drkl.models.weights import weight_files
 
 if TYPE_CHECKING:
     from drkl.training.arguments import DistillationConfig
@@ -29,15 +30,20 @@ FSDP_WEIGHTS = "pytorch_model_fsdp"
 """What the names of accelerate's own weights in a checkpoint begin with."""
 
 
+def asks_for_fsdp(args: DistillationConfig) -> bool:
+    """Whether accelerate is to shard the student, by ``fsdp`` or by the environment of ``accelerate launch``."""
+    return args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
 def check_fsdp(args: DistillationConfig) -> None:
     """Raise DrklError where accelerate is asked to shard and would not, or would in its older way.
 
     Args:
         args: with accelerate's settings made, from ``fsdp`` or from the environment of ``accelerate launch``.
     """
-    plugin = args.fsdp_plugin_args
-    if plugin is None and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if not asks_for_fsdp(args):
         return
+    plugin = args.fsdp_plugin_args
     name = "ACCELERATE_USE_FSDP (accelerate launch --use_fsdp)" if plugin is None else "fsdp"
     kind = args.distributed_state.distributed_type
     if kind == DistributedType.MULTI_CPU or (kind == DistributedType.NO and args.device.type == "cpu"):
@@ -93,7 +99,7 @@ def check_sharded(student: PreTrainedModel, world_size: int) -> None:
 
 def weights_in(checkpoint: str | Path) -> Iterator[tuple[str, Tensor]]:
     """The whole weights of a checkpoint by name, one at a time, in main memory."""
-    for path in sorted(Path(checkpoint).glob("model*.safetensors")):
+    for path in weight_files(Path(checkpoint)):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (no mapping)
                 yield name, file.get_tensor(name)

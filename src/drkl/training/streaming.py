@@ -21,6 +21,7 @@ from drkl.training.plan import cut_step, cuts_by_cost, step_size
 
 STATE = "stream.json"
 """In a checkpoint: where the window of its step begins in the stream."""
+_MEANT = {"rows_per_step": " (per_device_train_batch_size counts for each process and each accumulated gradient)"}
 _log = logging.getLogger("drkl")
 
 
@@ -92,7 +93,7 @@ class StreamedBatches(Dataset[list[Any]]):
                 if (came := state["settings"].get(name)) != value:
                     raise DrklError(
                         f"The run of {str(checkpoint)!r} read its stream with {name} {came}, and this one has {value}: "
-                        "its steps would have other rows. Set it back, or start a new run."
+                        f"its steps would have other rows{_MEANT.get(name, '')}. Set it back, or start a new run."
                     )
         self._expected = state.get("digest")
         size = step_size(self._args, self._args.world_size)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from drkl.losses import fused
 
 _VALUE, _ANY = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.any
+_GROUPED = torch.ops.aten._grouped_mm.default if hasattr(torch.ops.aten, "_grouped_mm") else None
 _INDEX, _NONZERO = torch.ops.aten.index.Tensor, torch.ops.aten.nonzero.default
 _PRODUCTS = (
     F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.addmm, torch.baddbmm,
@@ -38,7 +39,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         """At most, since `restart`."""
         self.gradients = 0
-        """Of ``now``, those of parameters that `watch` was given."""
+        """What of ``now`` belongs to parameters that `watch` was given."""
         self.gradients_at_peak = 0
         self._sizes: dict[int, int] = {}
         self._never: set[int] = set()
@@ -61,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def others(self) -> int:
-        """Of ``now``, all but gradients."""
+        """All of ``now`` but gradients."""
         return self.now - self.gradients
 
     def _hook(self) -> Callable[[Tensor], None]:
@@ -80,6 +81,8 @@ class LiveBytes(TorchDispatchMode):
             return self._made_up(args[0])
         if func is _NONZERO and args[0].is_meta:
             return args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
+        if func is _GROUPED and args[0].is_meta:  # which the meta device has in bf16 alone
+            return args[0].new_empty(_grouped_shape(args[0], args[1], args[2] if len(args) > 2 else None))
         if func is _INDEX and args[0].is_meta:
             args = (args[0], [place for index in args[1] for place in _places(index)])
         out = func(*args, **(kwargs or {}))
@@ -109,6 +112,15 @@ class LiveBytes(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+def _grouped_shape(left: Tensor, right: Tensor, ends: Tensor | None) -> tuple[int, ...]:
+    """The shape of the products of experts: rows in groups that end where ``ends`` says, or a batch of them."""
+    inner = () if left.dim() == 2 or right.dim() == 2 else (left.shape[0],)
+    if left.dim() == right.dim() == 2:
+        assert ends is not None
+        inner = (ends.numel(),)
+    return (*inner, left.shape[-2], right.shape[-1])
 
 
 def _places(index: Tensor | None) -> list[Tensor | None]:

@@ -31,7 +31,7 @@ from drkl.models.pair_loss import model_inputs
 from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_state
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
-from drkl.processes import gather
+from drkl.processes import first_alone, gather
 from drkl.rollouts.steps import planned_lengths
 from drkl.runs import RunFolder
 from drkl.teachers.served import ServedTeacher
@@ -300,7 +300,7 @@ class DistillationTrainer(Trainer):
         Raises:
             DrklError: a loss or a gradient that is not finite, a folder that cannot be written, or no checkpoint.
         """
-        checkpoint = wanted_checkpoint(self.run, resume_from_checkpoint)
+        checkpoint = first_alone(lambda: wanted_checkpoint(self.run, resume_from_checkpoint))
         # What cannot be gone on from is refused before anything of the run is touched.
         self._from = Reached(0)
         if checkpoint is not None:
@@ -693,6 +693,10 @@ class DistillationTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             losses = tuple(gather([float(self._tr_loss)]))  # and every process has written its part
+            # transformers looks for the best one's folder while others may not have made it yet.
+            best = folder.parent / f"checkpoint-{self.state.best_global_step}"
+            if gather([best.is_dir()])[0]:
+                self.state.best_model_checkpoint = str(best)
             fed = self._feeding.of_all()
             if self.args.should_save:
                 self._complete(folder, losses, fed)
