@@ -139,3 +139,18 @@ def test_numbers_that_are_not_there_are_made_up() -> None:
         assert bool(mask.all()) and not bool(mask.any())
         assert float(numbers.max()) == 1.0
         assert numbers[mask].shape == (8,) and mask.nonzero().shape == (8, 2)
+
+
+@pytest.mark.slow
+def test_two_gradients_of_one_weight_are_added_up_in_place() -> None:
+    empty = without_weights(tiny.llama(vocab=4096).config, torch.float32, "").train()
+    embeddings = 4096 * 16 * 4
+    live = LiveBytes()
+    live.watch(empty)
+    with traced(live, "cpu"):
+        hidden = hidden_states(empty, batch(empty, "meta"))
+        logits = hidden @ empty.get_output_embeddings().weight.T
+        live.restart()
+        backward(logits.sum())
+    others = ROWS * TOKENS * 4096 * 4
+    assert 2 * embeddings < live.peak < 3 * embeddings + 2 * others

@@ -53,8 +53,8 @@ _CURES = {
     "buckets": "training.arguments.fsdp in place of plain DDP needs none",
     "gathered": "they are those of the largest layer and of the embeddings; a smaller vocabulary is the only cure",
     "answers": "a smaller rollouts.batch_size or rollouts.max_new_tokens needs less",
-    "start": "student.init=pretrained, with a student cut before (drkl.prune) and saved in its own dtype, loads "
-    "no more than itself",
+    "start": "student.init=pretrained, with a student that was cut before (drkl.prune) and saved in its own dtype, "
+    "loads no more than itself",
 }
 
 _UNITS = (("GB", 1e9, 1), ("MB", 1e6, 0), ("kB", 1e3, 0))
@@ -183,4 +183,4 @@ def available_bytes(device: torch.device) -> int | None:
 def check_processes(processes: int | None) -> None:
     """Raise DrklError unless a number of processes is one."""
     if processes is not None and processes < 1:
-        raise DrklError(f"processes is {processes}; expected a whole number of at least 1.")
+        raise DrklError(f"--processes is {processes}; expected a whole number of at least 1.")

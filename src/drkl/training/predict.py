@@ -505,8 +505,10 @@ def _divide(
         if known.sharding.startswith("zero") and half:
             # DeepSpeed computes in half precision, and updates weights in fp32.
             parts["optimiser"] = parts.get("optimiser", 0) + 4 * sum(p.numel() for p in trained)
+        # FSDP2 keeps weights in fp32 where it computes in half precision.
+        wider = 4 // student.dtype.itemsize if known.sharding == "fsdp" and half else 1
         for part in divided if name != "start" else ():
-            parts[part] = -(-parts.get(part, 0) // count)
+            parts[part] = -(-wider * parts.get(part, 0) // count)
     if "student_weights" in divided:
         largest, root = _groups(student)
         config = known.spec.training.arguments.get("fsdp_config")

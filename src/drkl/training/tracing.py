@@ -18,6 +18,7 @@ from drkl.losses import fused
 
 _VALUE, _ANY = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.any
 _GROUPED = torch.ops.aten._grouped_mm.default if hasattr(torch.ops.aten, "_grouped_mm") else None
+_ADD = torch.ops.aten.add.Tensor
 _INDEX, _NONZERO = torch.ops.aten.index.Tensor, torch.ops.aten.nonzero.default
 _PRODUCTS = (
     F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.addmm, torch.baddbmm,
@@ -43,6 +44,7 @@ class LiveBytes(TorchDispatchMode):
         self.gradients_at_peak = 0
         self._sizes: dict[int, int] = {}
         self._never: set[int] = set()
+        self._shapes: set[torch.Size] = set()
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Do not count tensors that are there already."""
@@ -54,6 +56,7 @@ class LiveBytes(TorchDispatchMode):
         self.leave_out((*model.parameters(), *model.buffers()))
         for parameter in model.parameters():
             if parameter.requires_grad:
+                self._shapes.add(parameter.shape)
                 parameter.register_post_accumulate_grad_hook(self._hook())
 
     def restart(self) -> None:
@@ -81,6 +84,8 @@ class LiveBytes(TorchDispatchMode):
             return self._made_up(args[0])
         if func is _NONZERO and args[0].is_meta:
             return args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
+        if func is _ADD and self._sums_gradients(*args[:2]):
+            return args[0]
         if func is _GROUPED and args[0].is_meta:  # which the meta device has in bf16 alone
             return args[0].new_empty(_grouped_shape(args[0], args[1], args[2] if len(args) > 2 else None))
         if func is _INDEX and args[0].is_meta:
@@ -93,6 +98,13 @@ class LiveBytes(TorchDispatchMode):
             self._never.add(id(out))
             weakref.finalize(out, self._never.discard, id(out))
         return out
+
+    def _sums_gradients(self, first: Any, second: Any) -> bool:
+        """Whether two gradients of one weight are added up: autograd does so in place, unless a mode such as this one
+        looks on."""
+        if torch.is_grad_enabled() or not (isinstance(second, Tensor) and first.is_meta):
+            return False
+        return first.shape == second.shape and first.shape in self._shapes
 
     def _made_up(self, tensor: Tensor) -> Any:
         if tensor.dtype == torch.bool:
