@@ -34,7 +34,7 @@ absl-py joblib six rouge_score liger-kernel trl
 """What drkl, its tests and the peers import on the way, without torch and what torch brings."""
 LEFT_OUT_WITH = ("numpy", "pyarrow")
 """Packages that a machine keeps its own of: what else it has was built for that."""
-LEFT_OUT_WITHOUT = {name: "pandas" for name in ("datasets", "dill", "multiprocess", "xxhash")}
+LEFT_OUT_WITHOUT = {"datasets": "pandas"}
 """Packages that are broken without another one, which is too large to carry; rows in memory are read without them."""
 UNUSED = (
     "*/tests/*", "*/test/*", "*.pyi", "*.pxi", "*.pxd", "pyarrow/include/*", "pyarrow/*flight*", "pyarrow/*s3*",

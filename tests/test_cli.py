@@ -255,7 +255,7 @@ def test_a_dry_run_for_another_machine(cli: Cli, recipe: Path, tmp_path: Path) -
     (stage,) = yaml.safe_load(done.out)["stages"]
     assert (stage["memory"]["processes"], stage["memory"]["device"]) == (8, "cuda")
     assert "predicted (8 processes, cuda)" in done.out
-    assert "--processes is 0; expected" in refuse(cli, tmp_path, "distill", recipe, "--dry-run", "--processes", "0")
+    assert "processes is 0; expected" in refuse(cli, tmp_path, "distill", recipe, "--dry-run", "--processes", "0")
     assert "`--processes` goes with `--dry-run`" in refuse(cli, tmp_path, "distill", recipe, "--processes", "2")
 
 

@@ -77,7 +77,8 @@ class TrainingProgress:
         if what not in self._rows:
             self._rows[what] = self._progress.add_task(what, total=of or None, numbers=""), time.monotonic()
         task, started = self._rows[what]
-        rate = f"{done / max(time.monotonic() - started, 1e-9):,.0f} rows/s" if done else ""
+        seconds = time.monotonic() - started
+        rate = f"{done / seconds:,.0f} rows/s" if seconds > 1 else ""
         self._progress.update(task, completed=done, total=of or None, numbers=rate)
 
     def _on_progress(self, step: int, of: int, newest: dict[str, float]) -> None:

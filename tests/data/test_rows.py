@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from drkl.data.classification import LabelledRow
 from drkl.data.examples import Example, hold_out, parse_rows
 from drkl.data.rows import rows_from
+from drkl.data.streams import has_no_end
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from tests.data.tiny_tokenizers import build
@@ -322,3 +324,10 @@ def test_no_made_up_id_of_a_block_clashes_with_a_written_one() -> None:
     texts = parse_rows([(f"a:{name}", {"id": name, "text": "a b " * 30}) for name in ("x", "x-end")], "a")
     train, held_out = hold_out(texts)
     assert [row.id for row in train] == ["x", "x-end"] and [row.id for row in held_out] == ["x-end'", "x-end-end"]
+
+
+def test_rows_in_memory_need_no_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # an import of it fails
+    dataset = [{"prompt": "a", "completion": "b c"}]
+    assert not has_no_end(dataset)
+    assert len(rows_from(dataset, TOKENIZER, **SMALL)[0]) == 1

@@ -101,6 +101,8 @@ CASES = {
         by="nobody", teacher_by="drkl", arguments={"teacher_remember_mb": 1, "same_batches": True, "max_steps": 8}
     ),
     "teacher untied": Case(teacher=lambda: tiny.llama(9, **UNTIED).double(), teacher_by="drkl"),
+    "held-out batches": Case(teacher_by="drkl", arguments={"per_device_eval_batch_size": 2}),
+    "answers to a teacher in pieces": Case(by="nobody", teacher_by="drkl", arguments=ANSWERS),
     "both by the caller": Case(teacher_by="caller"),
     "accelerate": Case(by="accelerate"),
     "accelerate untied": Case(student=lambda: tiny.llama(1, layers=2, **UNTIED).double(), by="accelerate"),

@@ -180,3 +180,19 @@ def test_numbers_outside_their_domain(fields: dict[str, Any], message: str) -> N
 def test_the_loss_may_be_named_as_what_decides() -> None:
     for name in ("loss", "eval_loss", None):
         assert DistillationConfig("x", metric_for_best_model=name, greater_is_better=False).greater_is_better is False
+
+
+@pytest.mark.parametrize(("fields", "rows"), [({}, None), ({"per_device_train_batch_size": 8}, 8)])
+def test_deepspeed_has_a_number_of_rows_to_multiply_with(
+    tmp_path: Path, fields: dict[str, Any], rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    settle = TrainingArguments.__post_init__
+
+    def watched(self: Any) -> None:
+        seen.append(self.per_device_train_batch_size)
+        settle(self)
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", watched)
+    args = DistillationConfig(output_dir=str(tmp_path), **fields)
+    assert (seen, args.per_device_train_batch_size) == ([rows or 1], rows)

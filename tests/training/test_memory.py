@@ -64,5 +64,5 @@ def test_every_part_can_be_advised_on() -> None:
 def test_a_number_of_processes() -> None:
     check_processes(None)
     check_processes(1)
-    with pytest.raises(DrklError, match="--processes is 0; expected a whole number of at least 1"):
+    with pytest.raises(DrklError, match="processes is 0; expected a whole number of at least 1"):
         check_processes(0)

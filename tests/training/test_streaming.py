@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drkl.data.streams import RowStream
+from drkl.data.cursors import counted
+from drkl.data.rows import Placed
+from drkl.data.streams import RowStream, Source
+from drkl.data.tokenize import DropReport, Row
 from drkl.errors import DrklError
 from drkl.runs import RunFolder
 from drkl.training.run import Listener
@@ -218,6 +222,33 @@ def test_what_a_stream_cannot_do_is_said_first(tmp_path: Path) -> None:
     ):
         with pytest.raises(DrklError, match=f"^train_dataset is a stream, which .*{message}"):
             check_streaming(python_config(tmp_path, **fields))
+
+
+def anonymous_memory() -> float:
+    """In MiB, without mapped files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory of a process is read there")
+def test_the_memory_does_not_grow_with_the_rows_that_were_read(tmp_path: Path) -> None:
+    """200,000 rows of 60 tokens, which would be 1.5 GB together."""
+
+    def forever(count: int) -> Iterator[tuple[str, Any]]:
+        return (
+            (f"row {i}", {"id": f"r{i}", "tokens": [j % 9000 for j in range(i, i + 60)]}) for i in count_from(count)
+        )
+
+    def tokenise(part: Placed, name: str, row_format: str) -> tuple[list[Row], DropReport]:
+        rows = [Row(row["id"], (1,), tuple(row["tokens"]), None) for _, row in part.items]  # type: ignore[arg-type]
+        return rows, DropReport(kept=len(rows))
+
+    stream = RowStream([Source("endless", counted(forever))], tokenise, 2000)
+    made = batches(tmp_path, stream, tokens_per_step=None, per_device_train_batch_size=200, max_steps=1000)
+    made.begin(None)
+    after = {step: anonymous_memory() for step in range(1000) if made[2 * step] and step % 100 == 99}
+    assert after[999] - after[199] < 30, after
 
 
 # without models ---------------------------------------------------------------------------------------------------

@@ -236,6 +236,7 @@ def test_a_held_out_loss_that_is_no_number_names_the_tensor_too(tmp_path: Path) 
         OSError(28, "No space left on device"),
         SafetensorError("StorageFull"),
         RuntimeError("PytorchStreamWriter failed"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_written(
@@ -246,7 +247,9 @@ def test_a_checkpoint_that_cannot_be_written(
 
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", fail)
     trainer = make_trainer(tmp_path, rows(3), save_strategy="steps", save_steps=1)
-    with pytest.raises(DrklError, match=r"Could not write the checkpoint of step 1 .*make room"):
+    lost = "gloo" in str(failure)  # another process has ended, which has nothing to do with room
+    wanted = "Connection closed" if lost else r"Could not write the checkpoint of step 1 .*make room"
+    with pytest.raises(RuntimeError if lost else DrklError, match=wanted):
         trainer.train()
     assert not (tmp_path / "checkpoints" / "checkpoint-1").exists()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from drkl.data.config import DataConfig
+from drkl.data.encoding import batched
 from drkl.data.examples import Example, load_examples
 from drkl.data.tokenize import DropReport, NothingLeft
 from drkl.errors import DrklError, did_you_mean
@@ -113,19 +114,23 @@ def label_chunk(
     limit = min(max_tokens, tokenizer.model_max_length)
     rows: list[LabelledRow] = []
     report = DropReport(what_is_cut="texts")
-    for row_id, text, label in labelled:
-        reason = None if text.strip() else "empty_text"
-        reason = reason or (None if label.strip() else "empty_label")
-        if reason is not None:
-            report.dropped[reason] = report.dropped.get(reason, 0) + 1
-            continue
-        if label not in ids_of:
-            raise _unknown_label(row_id, label, classes)
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        if len(ids) > limit:
-            ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
-            report.responses_cut += 1
-        rows.append(LabelledRow(row_id, tuple(ids), ids_of[label], text))
+    for batch in batched(labelled, lambda row: len(row[1])):
+        usable: list[Labelled] = []
+        for row_id, text, label in batch:
+            reason = None if text.strip() else "empty_text"
+            reason = reason or (None if label.strip() else "empty_label")
+            if reason is not None:
+                report.dropped[reason] = report.dropped.get(reason, 0) + 1
+                continue
+            if label not in ids_of:
+                raise _unknown_label(row_id, label, classes)
+            usable.append((row_id, text, label))
+        encoded = tokenizer([text for _, text, _ in usable], verbose=False)["input_ids"] if usable else []
+        for (row_id, text, label), ids in zip(usable, encoded, strict=True):
+            if len(ids) > limit:
+                ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+                report.responses_cut += 1
+            rows.append(LabelledRow(row_id, tuple(ids), ids_of[label], text))
     return rows, report
 
 

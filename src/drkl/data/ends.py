@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from drkl.data.encoding import TextEncoder
     from drkl.data.tokenize import Row
 
 RARE = 0.1
@@ -43,21 +44,21 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {str(text): int(number) for text, number in (tokens | added).items() if text}
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase, suffix: str, continued: Callable[[], str | None]) -> int:
+def end_of_turn(encoder: TextEncoder, suffix: str, continued: Callable[[], str | None]) -> int:
     """Return the offset in ``suffix`` just past the end of the turn; 0 where the template writes none.
 
     Special tokens right after the first belong to the end as far as the template also writes them before a next turn:
     Command R7B closes a turn with two, where Phi-4-mini writes ``<|end|>`` and then, once, eos.
 
     Args:
-        tokenizer: names the special tokens; other added tokens count where there is no special one.
+        encoder: its tokenizer names the special tokens; other added tokens count where there is no special one.
         suffix: what the template writes after the content of the last message.
         continued: returns what it writes there before a next turn, or None; asked only where it matters.
     """
-    specials = special_tokens(tokenizer)
+    specials = encoder.special_tokens
     _, end = _next_token(specials, suffix)
     if not end:
-        others = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
+        others = {str(token): number for number, token in encoder.tokenizer.added_tokens_decoder.items()}
         return _next_token(others, suffix)[1]
     following = None
     while (more := _next_token(specials, suffix[end:])) and more[1] and more[0] == 0:

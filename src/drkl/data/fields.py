@@ -75,7 +75,8 @@ def read_message(place: str, name: str, value: Any, *, sharegpt: bool = False) -
             "learnt) or 1 in its place, or remove it."
         )
     for key in MEDIA:
-        refuse_media(place, f"{name}.{key}", fields.pop(key, None))
+        if key in fields:
+            refuse_media(place, f"{name}.{key}", fields.pop(key))
     if "role" not in fields:
         raise DrklError(f"{place}: {name} must have {_wanted(sharegpt)}; found {names_of(value)}.")
     if sharegpt and isinstance(fields["role"], str):
@@ -104,9 +105,12 @@ def read_message(place: str, name: str, value: Any, *, sharegpt: bool = False) -
 def check_columns(place: str, row: Mapping[str, Any]) -> None:
     """Raise DrklError for columns that would change what is learnt, and that nothing here can obey."""
     for name in MEDIA:
-        refuse_media(place, f"the column {name!r}", row.get(name))
+        if name in row:
+            refuse_media(place, f"the column {name!r}", row[name])
     for name in WEIGHTS:
         value = row.get(name)
+        if value is None:
+            continue
         items = value if isinstance(value, list | tuple) else [value]
         if not all(item in (None, "", "1", "1.0", "true", "True") or (is_number(item) and item == 1) for item in items):
             raise DrklError(
@@ -278,12 +282,18 @@ def _call(place: str, name: str, value: Any) -> dict[str, Any]:
 
 def check_json(place: str, name: str, value: Any) -> None:
     """Raise DrklError for what a template could not write: half a surrogate pair, a number of thousands of digits."""
+    if value is None or (type(value) is dict and all(map(_is_ascii, value)) and all(map(_is_ascii, value.values()))):
+        return  # as most values are
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         raise DrklError(f"{place}: {name} has half a surrogate pair: not valid text.") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise DrklError(f"{place}: {name} cannot be written as json: {error}.") from error
+
+
+def _is_ascii(value: Any) -> bool:
+    return type(value) is str and value.isascii()
 
 
 def from_json(value: Any) -> Any:

@@ -29,7 +29,13 @@ class Shape:
 
     def fits(self, names: Collection[str]) -> bool:
         """Whether columns of these names hold the shape."""
-        return any(all(name in names for name in columns) for columns in self.columns)
+        for columns in self.columns:  # loops: every row is asked eight times and more
+            for name in columns:
+                if name not in names:
+                    break
+            else:
+                return True
+        return False
 
 
 SHAPES = (

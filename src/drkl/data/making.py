@@ -98,7 +98,9 @@ def make(sources: Sequence[Chosen], settings: Settings, parts: Parts, watch: Wat
     processes = num_cores() if total > PART_ROWS else 1
     done = 0
     parts.expect(total)
-    watch.on_rows(TOKENISING, 0, total)
+    # Few rows are made before a bar could be read.
+    show = watch.on_rows if total > PART_ROWS else Watch().on_rows
+    show(TOKENISING, 0, total)
     found: list[dict[str, Any]] = []
 
     def work(task: Task) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def make(sources: Sequence[Chosen], settings: Settings, parts: Parts, watch: Wat
     for about in _with_known(tasks, in_order(work, tasks, processes)):
         found.append(about)
         done += about["wanted"]
-        watch.on_rows(TOKENISING, done, total)
+        show(TOKENISING, done, total)
     return _finish(found, settings, parts, processes)
 
 

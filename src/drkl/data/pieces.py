@@ -14,30 +14,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
-    try:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as error:
-        if type(error) is not Exception:  # what tokenizers raises, for instance for a word without an unknown token
-            raise
-        raise DrklError(f"The tokenizer cannot encode {text[:60]!r}: {error}.") from error
-    return list(ids)
-
-
 def encode_from_start(writer: Writer, text: str) -> list[int]:
     """Return the ids of a text that begins a sequence; some templates and texts write their own bos, or want none.
 
     Raises:
         DrklError: the tokenizer cannot encode the text, or the template is unknown.
     """
-    tokenizer = writer.tokenizer
-    ids = _encode(tokenizer, text)
-    bos = as_ids(tokenizer.bos_token_id)
-    if not bos or ids[:1] == bos or writer.kind in ("chat", "minillm") or "bos_token" in writer.template:
+    ids = writer.encoder.ids(text)
+    if writer.kind in ("chat", "minillm") or "bos_token" in writer.template:
         return ids
-    adds_bos = tokenizer("a", verbose=False)["input_ids"][:1] == bos
-    return [*bos, *ids] if adds_bos else ids
+    bos = as_ids(writer.tokenizer.bos_token_id)
+    return [*bos, *ids] if ids[:1] != bos and writer.encoder.adds_bos else ids
 
 
 class Stream:
@@ -50,17 +37,21 @@ class Stream:
         self.ids: list[int] = []
         self._writer = writer
         self._text = ""
-        self._whole: list[int] = []
+        self._settled = False
+        self._open = ""
+        self._known: list[int] | None = []
+        """The ids of the text that is open, if they are known; what is before it is settled, whatever follows."""
 
     def add(self, piece: str) -> None:
         """Append the ids of a piece."""
+        known = self._ids(self._open) if self._known is None else self._known
         self._text += piece
-        known = self._whole
-        self._whole = encode_from_start(self._writer, self._text)
-        if self._whole[: len(known)] == known:
-            self.ids += self._whole[len(known) :]
-        else:
-            self.ids += self._apart(piece)
+        self._open += piece
+        self._known = self._ids(self._open)
+        self.ids += self._known[len(known) :] if self._known[: len(known)] == known else self._apart(piece)
+        *ready, last = self._writer.encoder.parts(self._open)
+        if ready:
+            self._open, self._known, self._settled = last, self._writer.encoder.ids(last), True
 
     def end(self) -> None:
         """Append eos.
@@ -70,7 +61,11 @@ class Stream:
         """
         self.ids.append(eos_of(self._writer.tokenizer))
         self._text += str(self._writer.tokenizer.eos_token)
-        self._whole = encode_from_start(self._writer, self._text)
+        self._open += str(self._writer.tokenizer.eos_token)
+        self._known = None
+
+    def _ids(self, text: str) -> list[int]:
+        return self._writer.encoder.ids(text) if self._settled else encode_from_start(self._writer, text)
 
     def _apart(self, piece: str) -> list[int]:
         """The ids of a piece by itself.
@@ -78,13 +73,13 @@ class Stream:
         Sentencepiece writes a blank before a text, which the piece does not have, so a context is encoded with it. What
         follows the context is right if the row then reads as the whole text does.
         """
-        tokenizer = self._writer.tokenizer
-        text = _decode(tokenizer, self._whole)
+        tokenizer, encode = self._writer.tokenizer, self._writer.encoder.ids
+        text = _decode(tokenizer, encode_from_start(self._writer, self._text))
         for context, part in product(("", "\n", "a", "."), (piece, piece.lstrip())):
-            start, ids = _encode(tokenizer, context), _encode(tokenizer, context + part)
+            start, ids = encode(context), encode(context + part)
             if ids[: len(start)] == start and _decode(tokenizer, self.ids + ids[len(start) :]) == text:
                 return ids[len(start) :]
-        return _encode(tokenizer, piece)
+        return encode(piece)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

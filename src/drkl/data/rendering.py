@@ -7,13 +7,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from drkl.data.encoding import TextEncoder
 from drkl.errors import DrklError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from drkl.data.outline import Outlines
 
     Messages = Sequence[Mapping[str, Any]]
 
@@ -61,7 +64,7 @@ class Writer:
         context_start: the character at which the input of a single user message begins.
         tools: the tools that a chat template or jinja text is given, as json schemas.
         template_kwargs: what it is given besides, by name.
-        ends: the ids that the model's own settings list as ends of an answer.
+        shared: what encodes the texts of this writer and of others; by default one of its own does.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -69,9 +72,14 @@ class Writer:
     context_start: int | None = None
     tools: Sequence[Any] | None = None
     template_kwargs: Mapping[str, Any] | None = None
-    ends: Sequence[int] = ()
+    shared: TextEncoder | None = None
 
-    @property
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        """What encodes the texts."""
+        return self.shared or TextEncoder(self.tokenizer)
+
+    @cached_property
     def kind(self) -> str:
         """``chat``, ``alpaca``, ``minillm``, ``plain`` or ``jinja``.
 
@@ -120,10 +128,26 @@ class Writer:
         Raises:
             DrklError: the template refuses the conversation, or fails.
         """
+        if self._outlines is None:
+            return self._rendered(messages, add_generation_prompt)
+        return self._outlines.text(messages, add_generation_prompt=add_generation_prompt)
+
+    @cached_property
+    def _outlines(self) -> Outlines | None:
+        """What the template writes around contents, if no more of a conversation matters to it."""
+        from transformers import PreTrainedTokenizerBase
+
+        from drkl.data.outline import Outlines, writes_contents_alone
+
+        renders = getattr(self.tokenizer.apply_chat_template, "__func__", None)
+        if self.tools is not None or self.template_kwargs or renders is not PreTrainedTokenizerBase.apply_chat_template:
+            return None
+        return Outlines(self._rendered) if writes_contents_alone(self._dated_template) else None
+
+    def _rendered(self, messages: Messages, add_generation_prompt: bool) -> str:
         import jinja2
 
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        template = _with_fixed_date(self.chat_template)
+        template = self._dated_template
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -139,15 +163,20 @@ class Writer:
             ) from error
         except jinja2.TemplateError as error:
             raise DrklError(
-                f"The tokenizer's chat template refuses the roles {roles}: {str(error).rstrip('.')}. Change such rows, "
-                "or set data.template to alpaca, plain or jinja text."
+                f"The tokenizer's chat template refuses the roles {_roles(messages)}: {str(error).rstrip('.')}. Change "
+                "such rows, or set data.template to alpaca, plain or jinja text."
             ) from error
         # A template is somebody's code: it may fail in any way.
         except Exception as error:
             raise DrklError(
-                f"The tokenizer's chat template failed on the roles {roles}: {type(error).__name__}: {error}.{_WAY_OUT}"
+                f"The tokenizer's chat template failed on the roles {_roles(messages)}: {type(error).__name__}: "
+                f"{error}.{_WAY_OUT}"
             ) from error
         return str(text)
+
+    @cached_property
+    def _dated_template(self) -> str:
+        return _with_fixed_date(self.chat_template)
 
     @property
     def chat_template(self) -> str:
@@ -187,6 +216,10 @@ class Writer:
                 f"input, tools, bos_token and eos_token.{_ONLY_PROMPTS}"
             ) from error
         return str(text)
+
+
+def _roles(messages: Messages) -> str:
+    return ", ".join(str(message.get("role")) for message in messages)
 
 
 def _with_fixed_date(template: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -137,12 +138,11 @@ def _to_store(dataset: Any, name: str, row_format: str) -> Source | None:
 
     In memory stay small lists and frames, rows that are tokenised already, and what is no data set.
     """
-    import datasets
-
+    datasets = sys.modules.get("datasets")  # before it is imported nothing is of its classes
     source: Source | None = None
     if isinstance(dataset, str | os.PathLike):
         source = source_of(dataset, row_format)
-    elif isinstance(dataset, datasets.Dataset):
+    elif datasets is not None and isinstance(dataset, datasets.Dataset):
         plain = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
         source = DatasetSource(name, plain)
     elif _is_long(dataset):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from drkl.data.encoding import TextEncoder
 from drkl.data.rendering import instruction_text
 from drkl.errors import DrklError, did_you_mean
 
@@ -17,7 +18,7 @@ def encode_source(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
 
     A longer conversation is written as `instruction_text` does.
     """
-    return _encode(tokenizer, text=instruction_text(messages))[0]
+    return TextEncoder(tokenizer).framed(instruction_text(messages)).ids
 
 
 def encode_target(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -29,12 +30,21 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     Raises:
         DrklError: the tokenizer has no eos token, or needs a target language.
     """
-    eos = tokenizer.eos_token_id
+    return target_ids(TextEncoder(tokenizer), text)
+
+
+def target_ids(encoder: TextEncoder, text: str) -> list[int]:
+    """Return the decoder's target as `encode_target` does, from a shared encoder.
+
+    Raises:
+        DrklError: as `encode_target`.
+    """
+    eos = encoder.tokenizer.eos_token_id
     if eos is None:
         raise DrklError(
             "The tokenizer has no eos token, so the student could never learn to stop. Set the tokenizer's eos_token."
         )
-    ids, special = _encode(tokenizer, text_target=text)
+    ids, special = encoder.framed(text, target=True)
     after = len(special) - special[::-1].index(0) if 0 in special else len(special)
     if eos in ids[after:]:
         return ids[: ids.index(eos, after) + 1]
@@ -43,23 +53,8 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def tokens_around(tokenizer: PreTrainedTokenizerBase, *, target: bool = False) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts before a text, and those after it."""
-    ids, special = _encode(tokenizer, **{"text_target" if target else "text": "a"})
+    ids, special = TextEncoder(tokenizer).framed("a", target=target)
     return ids[: special.index(0)], ids[len(special) - special[::-1].index(0) :]
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, **text: str) -> tuple[list[int], list[int]]:
-    """The ids of a text, and which of them (1) the tokenizer put around it."""
-    try:
-        # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
-        encoded = tokenizer(**text, return_special_tokens_mask=True, verbose=False)
-    except KeyError as error:
-        if "text_target" not in text or getattr(tokenizer, "tgt_lang", "") is not None:
-            raise
-        raise DrklError(
-            f"The {type(tokenizer).__name__} writes the language before each text, and has no target language: set "
-            "data.tgt_lang (and data.src_lang), or in Python tokenizer.tgt_lang."
-        ) from error
-    return list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
 
 
 def set_languages(tokenizer: Any, src_lang: str | None, tgt_lang: str | None) -> None:

@@ -163,7 +163,8 @@ def _scan(source: Source, read: Reader, prefix: str, progress: Callable[[int], N
     for facts in in_order(facts_of, chain(first, blocks), processes):
         found.append(facts)
         rows += len(facts.named)
-        progress(rows)
+        if len(first) > 1:
+            progress(rows)
     if not rows:
         raise DrklError(no_rows(source.name))
     joined = Facts(

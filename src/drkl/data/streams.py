@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class Window:
         begin: the state of the stream before the window, as json: `RowStream.windows` goes on from it.
         rows_read: rows of all sources that were read up to here.
         dropped: how many of them could not be used, by reason.
+        responses_cut: how many were cut at their end.
         digest: a hash of the tokens of the rows.
     """
 
@@ -77,6 +79,7 @@ class Window:
     begin: dict[str, Any]
     rows_read: int
     dropped: dict[str, int]
+    responses_cut: int
     digest: str
 
     @property
@@ -165,7 +168,7 @@ class RowStream:
                 lengths, tokens_per_step=tokens_per_step, rows_per_step=rows_per_step, seed=seed, drop_last=drop_last,
                 first=number,
             )  # fmt: skip
-            window = Window(number, step, rows, next(plan), begin, mixed.rows_read, mixed.dropped, _digest(rows))
+            window = Window(number, step, rows, next(plan), begin, **mixed.account(), digest=_digest(rows))
             step = window.end
             yield window
 
@@ -185,13 +188,13 @@ class _Mixed:
     def state(self) -> dict[str, Any]:
         return {"given": list(self._given), "sources": [source.state() for source in self.sources]}
 
-    @property
-    def rows_read(self) -> int:
-        return sum(source.rows_read for source in self.sources)
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        return dict(sum((Counter(source.dropped) for source in self.sources), Counter[str]()))
+    def account(self) -> dict[str, Any]:
+        """What `Window` says of the rows that were read."""
+        return {
+            "rows_read": sum(source.rows_read for source in self.sources),
+            "dropped": dict(sum((Counter(source.dropped) for source in self.sources), Counter[str]())),
+            "responses_cut": sum(source.responses_cut for source in self.sources),
+        }
 
     def take(self, count: int) -> list[Any]:
         """So many rows; fewer where a single source ends."""
@@ -221,9 +224,10 @@ class _Chunks:
         self._chunk_rows = min(CHUNK_ROWS, stream.shuffle_buffer)
         start: Mapping[str, Any] = {} if state is None else state
         self._begin: dict[str, Any] = {"position": start.get("position"), "dropped": dict(start.get("dropped", {}))}
-        self._begin |= {name: int(start.get(name, 0)) for name in ("row", "read")}
-        self.rows_read, self.dropped = self._begin["read"], Counter[str](self._begin["dropped"])
-        """In all passes; those dropped by reason."""
+        self._begin |= {name: int(start.get(name, 0)) for name in ("row", "read", "cut")}
+        self.rows_read, self.responses_cut = self._begin["read"], self._begin["cut"]
+        self.dropped = Counter[str](self._begin["dropped"])
+        """By reason; in all passes, as the other two."""
         self.report = DropReport()
         """The account of the rows that were read here."""
         self._row = self._begin["row"]
@@ -248,7 +252,7 @@ class _Chunks:
         """The next row; None once where a pass ends, after which the source begins again."""
         while self._taken >= len(self._rows):
             self._begin |= {"position": self._cursor.position(), "row": self._row}
-            self._begin |= {"read": self.rows_read, "dropped": dict(self.dropped)}
+            self._begin |= {"read": self.rows_read, "dropped": dict(self.dropped), "cut": self.responses_cut}
             if not self._read_chunk():
                 self._next_pass()
                 return None
@@ -281,6 +285,7 @@ class _Chunks:
             report, self._why = error.report, str(error)
         _add(self.report, report)
         self.dropped.update(report.dropped)
+        self.responses_cut += report.responses_cut
         self._has_kept |= bool(self._rows)
         self._see_unused(0 if self._rows else len(items), items[-1][0])
         return True
@@ -362,15 +367,13 @@ def stream_from(dataset: Any, name: str, tokenize: Tokenize, shuffle_buffer: int
 
 def has_no_end(dataset: Any) -> bool:
     """Whether a data set is a ``datasets.IterableDataset``, or holds one as its only split."""
-    import datasets
-
-    return isinstance(_only_split(dataset), datasets.IterableDataset)
+    datasets = sys.modules.get("datasets")  # before it is imported nothing is of its classes
+    return datasets is not None and isinstance(_only_split(dataset), datasets.IterableDataset)
 
 
 def _only_split(dataset: Any) -> Any:
-    import datasets
-
-    is_one = isinstance(dataset, datasets.IterableDatasetDict) and len(dataset) == 1
+    datasets = sys.modules.get("datasets")
+    is_one = datasets is not None and isinstance(dataset, datasets.IterableDatasetDict) and len(dataset) == 1
     return next(iter(dataset.values())) if is_one else dataset
 
 

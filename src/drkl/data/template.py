@@ -7,7 +7,7 @@ from contextlib import suppress
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drkl.data.ends import as_ids, end_of_turn, opening_tag, special_tokens
+from drkl.data.ends import as_ids, end_of_turn, opening_tag
 from drkl.data.fields import REASONING
 from drkl.data.pieces import Stream, encode_from_start, eos_of
 from drkl.data.rendering import FOLLOW_UP, Writer, instruction_text
@@ -42,6 +42,75 @@ class _Turn(NamedTuple):
     reply: str
     ended: bool = False
     opening: str = ""
+
+
+class Conversation(NamedTuple):
+    """A conversation as text, the assistant's turns in it, and who writes it; ``messages`` end with the last turn."""
+
+    writer: Writer
+    messages: Messages
+    turns: list[_Turn]
+
+    @classmethod
+    def last(cls, writer: Writer, messages: Messages) -> Conversation:
+        """One of which the last turn is learnt.
+
+        Raises:
+            DrklError: as `encode_last`.
+        """
+        return cls(writer, messages, [_turn(writer, messages, None)])
+
+    @classmethod
+    def whole(cls, writer: Writer, messages: Messages) -> Conversation:
+        """One of which all turns are learnt.
+
+        Raises:
+            DrklError: as `encode_turns`.
+        """
+        turns: list[_Turn] = []
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                last = messages[: index + 1]
+                turns.append(_turn(writer, last, turns[-1] if turns else None))
+        return cls(writer, last, turns)
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """What `encode` is going to encode, or most of it, as `TextEncoder.read` has it."""
+        eos = self.writer.tokenizer.eos_token or ""
+        pieces: list[str] = []
+        said = ""
+        for turn in self.turns:
+            pieces += (turn.before[len(said) :], turn.reply, "" if turn.ended else eos)
+            said = turn.before + turn.reply
+        return [pieces, *([turn.before, turn.opening] for turn in self.turns if turn.opening)]
+
+    def encode(self, ends: Sequence[int] = ()) -> Turns:
+        """Encode the turns; eos is put after those that nothing ends.
+
+        Raises:
+            DrklError: as `encode_last`.
+        """
+        writer, turns = self.writer, self.turns
+        stream = Stream(writer)
+        result = Turns(stream.ids, [], [])
+        eos = as_ids(writer.tokenizer.eos_token_id)
+        text = ""
+        for turn, following in zip_longest(turns, turns[1:]):
+            stream.add(turn.before[len(text) :])
+            start = len(stream.ids)
+            text = turn.before + turn.reply
+            closing = ""
+            if not turn.ended:
+                after = following.before[len(text) :] if following else _continuation(writer, self.messages, text)
+                closing = opening_tag(writer.tokenizer, after or "", [*eos, *ends])
+            stream.add(turn.reply + closing)
+            text += closing
+            if not (turn.ended or closing or stream.ids[start:][-1:] == eos):
+                stream.end()
+            result.spans.append((start, len(stream.ids)))
+            result.openings.append(_opening_ids(writer, turn))
+        return result
 
 
 def encode_prompt(
@@ -79,19 +148,16 @@ def encode_prompt(
     return encode_from_start(writer, writer.prompt(messages))
 
 
-def encode_alone(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str = "auto", **given: Any
-) -> list[int]:
-    """Return the ids of a prompt of the data without a response, as `encode_prompt` with the same arguments.
+def prompt_alone(writer: Writer, messages: Messages) -> str:
+    """Return the text of a prompt of the data without a response.
 
     Raises:
         DrklError: as `encode_prompt`; the chat template leaves out what a message says.
     """
-    writer = Writer(tokenizer, template, **given)
     text = writer.prompt(messages)
     if writer.kind == "chat":
         _check_written(writer, messages, text)
-    return encode_from_start(writer, text)
+    return text
 
 
 def encode_response(
@@ -147,7 +213,7 @@ def encode_last(
             or leaves the response out, or a part of it; the tokenizer has no eos token and the template ends no turn.
     """
     writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
-    return _encode_turns(writer, messages, [_turn(writer, messages, None)], ends)
+    return Conversation.last(writer, messages).encode(ends)
 
 
 def encode_turns(
@@ -170,35 +236,7 @@ def encode_turns(
         DrklError: as `encode_last`; a template that writes an earlier turn differently once others follow it.
     """
     writer = Writer(tokenizer, template, context_start, tools, template_kwargs)
-    turns: list[_Turn] = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            turns.append(_turn(writer, messages[: index + 1], turns[-1] if turns else None))
-            last = messages[: index + 1]
-    return _encode_turns(writer, last, turns, ends)
-
-
-def _encode_turns(writer: Writer, messages: Messages, turns: Sequence[_Turn], ends: Sequence[int]) -> Turns:
-    """Encode the turns of one conversation, which ends with the last; eos is put after those that nothing ends."""
-    stream = Stream(writer)
-    result = Turns(stream.ids, [], [])
-    eos = as_ids(writer.tokenizer.eos_token_id)
-    text = ""
-    for turn, following in zip_longest(turns, turns[1:]):
-        stream.add(turn.before[len(text) :])
-        start = len(stream.ids)
-        text = turn.before + turn.reply
-        closing = ""
-        if not turn.ended:
-            between = following.before[len(text) :] if following else _continuation(writer, messages, text) or ""
-            closing = opening_tag(writer.tokenizer, between, [*eos, *ends])
-        stream.add(turn.reply + closing)
-        text += closing
-        if not (turn.ended or closing or stream.ids[start:][-1:] == eos):
-            stream.end()
-        result.spans.append((start, len(stream.ids)))
-        result.openings.append(_opening_ids(writer, turn))
-    return result
+    return Conversation.whole(writer, messages).encode(ends)
 
 
 def _opening_ids(writer: Writer, turn: _Turn) -> list[int]:
@@ -277,7 +315,7 @@ def _chat_turn(writer: Writer, messages: Messages, prompt: str) -> _Turn:
         full, cut = whole, len(prompt)
     before = prompt[: _border(writer, messages, prompt, cut)]
     said = full.removesuffix(tail)
-    end = end_of_turn(writer.tokenizer, tail, lambda: _continuation(writer, messages, said))
+    end = end_of_turn(writer.encoder, tail, lambda: _continuation(writer, messages, said))
     reply = said[len(before) :] + tail[:end]
     return _Turn(before, reply, ended=end > 0, opening=prompt[len(before) :])
 
@@ -314,7 +352,7 @@ def _around(writer: Writer, messages: Messages, full: str) -> tuple[str, str]:
         raise DrklError("The chat template leaves the assistant's last message out; there is nothing to train on.")
     # The end depends on the message, as where calls of tools end in a token of their own.
     rest = full.rstrip()
-    token = max((token for token in special_tokens(writer.tokenizer) if rest.endswith(token)), key=len, default="")
+    token = max((token for token in writer.encoder.special_tokens if rest.endswith(token)), key=len, default="")
     return full[: _num_common(full, probe)], full[len(rest) - len(token) :] if token else ""
 
 

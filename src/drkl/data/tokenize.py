@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from drkl.data.drafts import Draft, Drafter, with_stand_in
+from drkl.data.encoding import TextEncoder, batched
 from drkl.data.examples import Example, free_id, hash_of_id
 from drkl.data.formats import NEEDS_NONE
 from drkl.data.lengths import NO_LIMIT, Lengths, Room, no_prompt_fits
-from drkl.data.rendering import Sign, date_told
-from drkl.data.seq2seq import encode_source, encode_target, tokens_around
-from drkl.data.template import Turns, encode_alone, encode_last, encode_prompt, encode_turns
-from drkl.data.views import TeacherView, with_stand_in
-from drkl.data.written import as_written, has_more
+from drkl.data.rendering import date_told
+from drkl.data.seq2seq import encode_source, tokens_around
+from drkl.data.template import Turns, encode_prompt
+from drkl.data.views import TeacherView
+from drkl.data.written import has_more
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -223,9 +226,22 @@ class Chunk:
         """Count an example that cannot be used."""
         self.report.dropped[reason] = self.report.dropped.get(reason, 0) + 1
 
-    def saw_prompt(self, length: int) -> None:
-        """Note the length of a prompt in tokens."""
-        self.shortest = length if self.shortest is None else min(self.shortest, length)
+    def add(self, made: _Made, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take what became of an example."""
+        if made.turns is not None and made.example.is_text:
+            self.texts.append(Text(made.example.id, made.example.weight, made.turns.ids))
+            return
+        if made.turns is not None:
+            self.shortest = made.length if self.shortest is None else min(self.shortest, made.length)
+        if made.reason is not None or made.row is None or made.turns is None:
+            self.drop(str(made.reason))
+            return
+        self.rows.append(made.row)
+        self.report.prompts_alone += made.alone
+        self.report.responses_cut += made.cut
+        if opening := max(made.turns.openings, key=len):
+            text = str(tokenizer.decode(opening, clean_up_tokenization_spaces=False))
+            self.report.openings[text] = self.report.openings.get(text, 0) + 1
 
 
 class Text(NamedTuple):
@@ -257,55 +273,129 @@ def tokenize_chunk(
     if max_tokens <= max_prompt_tokens:
         raise DrklError(f"max_tokens ({max_tokens}) must be larger than max_prompt_tokens ({max_prompt_tokens}).")
     turns = "last" if encoder_decoder else turns
+    drafter = Drafter(TextEncoder(tokenizer, template), template, turns, encoder_decoder=encoder_decoder, ends=ends)
+    maker = _Maker(drafter, max_prompt_tokens, max_tokens, room, needs_responses=needs_responses, teacher=teacher)
     chunk = Chunk()
-    rows, report = chunk.rows, chunk.report
-    written: set[Sign] = set()
-    for example in examples:
-        alone = not needs_responses and example.is_prompt_alone
-        reason = _empty(example, turns, alone=alone)
-        if reason is None and example.is_text:
-            encoded_text = tokenizer(example.response, add_special_tokens=False, verbose=False)
-            chunk.texts.append(Text(example.id, example.weight, encoded_text["input_ids"]))
-            continue
-        if reason is None:
-            try:
-                if alone:
-                    example, encoded = _encode_prompt(
-                        example, tokenizer, template, written, encoder_decoder=encoder_decoder
-                    )
-                else:
-                    example, encoded = _encode_whole(
-                        example, tokenizer, turns, template, written, encoder_decoder=encoder_decoder, ends=ends
-                    )
-            except DrklError as error:
-                raise DrklError(f"Row {example.id!r}: {error}") from error
-            ids, spans, openings = encoded
-            length = spans[0][0] + len(openings[0])
-            if alone:
-                row = Row(example.id, tuple(ids), (), example, encoder_decoder=encoder_decoder)
-            elif 0 < length <= max_prompt_tokens:
-                limit = longest_row(length, max_tokens, room)
-                row = row_of_spans(example, ids, spans, limit, openings)
-                row = replace(row, encoder_decoder=encoder_decoder)
-                place = len(_learnt(row.example)) - 1 if turns == "all" else -1
-                row = _with_written_references(row, tokenizer, ids[slice(*spans[place])])
-            cut = False
-            if teacher is not None and 0 < length <= max_prompt_tokens:
-                row = teacher.add_to(row)
-                row, cut = _cut_for_teacher(row, max_tokens, room)
-                length = max(length, len(row.teacher_prompt_ids or ()))
-            chunk.saw_prompt(length)
-            if 0 < length <= max_prompt_tokens:
-                rows.append(row)
-                report.prompts_alone += alone
-                report.responses_cut += cut or (not alone and spans[-1][1] > limit)
-                if opening := max(openings, key=len):
-                    text = str(tokenizer.decode(opening, clean_up_tokenization_spaces=False))
-                    report.openings[text] = report.openings.get(text, 0) + 1
-                continue
-            reason = "prompt_too_long" if length else "empty_prompt"  # the tokenizer leaves nothing of some texts
-        chunk.drop(reason)
+    for batch in batched(examples, _num_characters):
+        for made in maker.make(batch):
+            chunk.add(made, tokenizer)
     return chunk
+
+
+@dataclass
+class _Made:
+    """What became of an example: a row, a text's ids, or the reason why it is dropped."""
+
+    example: Example
+    alone: bool = False
+    reason: str | None = None
+    draft: Draft | None = None
+    turns: Turns | None = None
+    row: Row | None = None
+    length: int = 0
+    """The tokens of its prompt, as the longer of student and teacher reads it."""
+    cut: bool = False
+
+
+@dataclass
+class _Maker:
+    """Makes rows of examples, with the arguments of `tokenize_examples`."""
+
+    drafter: Drafter
+    max_prompt_tokens: int
+    max_tokens: int
+    room: Room
+    needs_responses: bool
+    teacher: TeacherView | None
+
+    def make(self, examples: Sequence[Example]) -> list[_Made]:
+        """What becomes of some examples, in order.
+
+        Raises:
+            DrklError: as `tokenize_examples`, for the first of them that fails.
+        """
+        try:
+            return self._make(examples)
+        except Exception:
+            if len(examples) == 1:
+                raise
+        # Which of them is the first to fail shows where each is made by itself.
+        return [made for example in examples for made in self._make([example])]
+
+    def _make(self, examples: Sequence[Example]) -> list[_Made]:
+        made = [self._drafted(example) for example in examples]
+        if len(made) > 1:
+            self.drafter.read([one.draft for one in made if one.draft is not None])
+        for one in made:
+            if one.draft is not None:
+                self._encode(one, one.draft)
+        if self.teacher is not None:
+            self._add_teacher(self.teacher, [one for one in made if one.row is not None])
+        return made
+
+    def _drafted(self, example: Example) -> _Made:
+        alone = not self.needs_responses and example.is_prompt_alone
+        reason = _empty(example, self.drafter.turns, alone=alone)
+        if reason is not None:
+            return _Made(example, alone, reason)
+        if example.is_text:
+            return _Made(example, draft=self.drafter.text(example))
+        with _naming(example):
+            if alone:
+                draft = self.drafter.prompt(with_stand_in(example))
+                example = replace(example, messages=(*draft.example.prompt_messages, example.messages[-1]))
+                return _Made(example, alone, draft=draft)
+            draft = self.drafter.whole(example)
+        return _Made(draft.example, draft=draft)
+
+    def _encode(self, made: _Made, draft: Draft) -> None:
+        example = made.example
+        with _naming(example):
+            made.turns = ids, spans, openings = draft.encode()
+        if example.is_text:
+            return
+        made.length = length = spans[0][0] + len(openings[0])
+        if not 0 < length <= self.max_prompt_tokens:
+            made.reason = _unfit(length)
+            return
+        encoder_decoder = self.drafter.encoder_decoder
+        if made.alone:
+            made.row = Row(example.id, tuple(ids), (), example, encoder_decoder=encoder_decoder)
+            return
+        limit = longest_row(length, self.max_tokens, self.room)
+        row = row_of_spans(example, ids, spans, limit, openings)
+        row = replace(row, encoder_decoder=True) if encoder_decoder else row
+        place = len(_learnt(row.example)) - 1 if self.drafter.turns == "all" else -1
+        reply = ids[slice(*spans[place])]
+        is_content = draft.replies and _is_content(self.drafter.encoder, row.example, reply, draft.replies[place])
+        made.row = row if is_content else _with_written_references(row, self.drafter.encoder.tokenizer, reply)
+        made.cut = spans[-1][1] > limit
+
+    def _add_teacher(self, teacher: TeacherView, made: Sequence[_Made]) -> None:
+        rows = teacher.add_to([one.row for one in made if one.row is not None])
+        for one, row in zip(made, rows, strict=True):
+            one.row, cut = _cut_for_teacher(row, self.max_tokens, self.room)
+            one.cut = one.cut or cut
+            one.length = max(one.length, len(row.teacher_prompt_ids or ()))
+            if one.length > self.max_prompt_tokens:
+                one.reason = _unfit(one.length)
+
+
+def _num_characters(example: Example) -> int:
+    return sum(len(message["content"]) for message in example.messages)
+
+
+def _unfit(length: int) -> str:
+    """Why a prompt of so many tokens is dropped; the tokenizer leaves nothing of some texts."""
+    return "prompt_too_long" if length else "empty_prompt"
+
+
+@contextmanager
+def _naming(example: Example) -> Iterator[None]:
+    try:
+        yield
+    except DrklError as error:
+        raise DrklError(f"Row {example.id!r}: {error}") from error
 
 
 def finish_rows(
@@ -382,65 +472,6 @@ def taken_once_more(ids: Sequence[str], weight: float) -> list[str]:
     return sorted(ids, key=hash_of_id)[:more] if more else []
 
 
-def _encode_prompt(
-    example: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    written: set[Sign],
-    *,
-    encoder_decoder: bool,
-) -> tuple[Example, Turns]:
-    """A prompt alone as its template reads it, and its ids, after which nothing is learnt."""
-    known = as_written(with_stand_in(example), tokenizer, template, written, encoder_decoder=encoder_decoder)
-    example = replace(example, messages=(*known.prompt_messages, example.messages[-1]))
-    if encoder_decoder:
-        ids = encode_source(tokenizer, example.prompt_messages)
-    else:
-        given: dict[str, Any] = {"context_start": example.context_start, "tools": example.tools}
-        given["template_kwargs"] = example.template_kwargs
-        ids = encode_alone(tokenizer, example.prompt_messages, template, **given)
-    return example, Turns(ids, [(len(ids), len(ids))], [[]])
-
-
-def _encode_whole(
-    example: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    turns: str,
-    template: str,
-    written: set[Sign],
-    *,
-    encoder_decoder: bool,
-    ends: Sequence[int],
-) -> tuple[Example, Turns]:
-    """A conversation as its template reads it, its ids, and the turns that are learnt."""
-    example = as_written(example, tokenizer, template, written, encoder_decoder=encoder_decoder)
-    return example, _encode(example, tokenizer, turns, template, encoder_decoder=encoder_decoder, ends=ends)
-
-
-def _encode(
-    example: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    turns: str,
-    template: str,
-    *,
-    encoder_decoder: bool,
-    ends: Sequence[int],
-) -> Turns:
-    """The ids of a conversation, and the turns that are learnt."""
-    if encoder_decoder:
-        source, target = encode_source(tokenizer, example.prompt_messages), encode_target(tokenizer, example.response)
-        return Turns(source + target, [(len(source), len(source) + len(target))], [[]])
-    given: dict[str, Any] = {"context_start": example.context_start, "tools": example.tools}
-    given |= {"template_kwargs": example.template_kwargs, "ends": ends}
-    if turns == "all":
-        encoded = encode_turns(tokenizer, example.messages, template, **given)
-        replies = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        learnt = [place for place, index in enumerate(replies) if index not in example.unlearnt]
-        spans, openings = [encoded.spans[place] for place in learnt], [encoded.openings[place] for place in learnt]
-        return Turns(encoded.ids, spans, openings)
-    return encode_last(tokenizer, example.messages, template, **given)
-
-
 def longest_row(prompt: int, max_tokens: int, room: Room) -> int:
     """The tokens of a row that are kept, by those of its prompt: a target has to fit its decoder."""
     return min(max_tokens, prompt + room.decoder) if room.separate and room.decoder is not None else max_tokens
@@ -453,6 +484,14 @@ def _cut_for_teacher(row: Row, max_tokens: int, room: Room) -> tuple[Row, bool]:
     if not prompt or len(row.response_ids) <= left:
         return row, False
     return replace(row, response_ids=row.response_ids[:left]), True
+
+
+def _is_content(encoder: TextEncoder, example: Example, reply: Sequence[int], text: str) -> bool:
+    """Whether a reply surely reads as the response's content alone; ``text`` is what the template writes of it."""
+    if has_more(example.messages[-1]) or not encoder.keeps_bytes(text):
+        return False
+    end = encoder.special_texts.get(reply[-1], "") if reply else ""
+    return text.removesuffix(end).strip() == example.response.strip()
 
 
 def _with_written_references(row: Row, tokenizer: PreTrainedTokenizerBase, reply: Sequence[int]) -> Row:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
+from drkl.data.drafts import Draft, Drafter, with_stand_in
+from drkl.data.encoding import TextEncoder
 from drkl.data.ends import special_tokens
-from drkl.data.rendering import CHAT_NAMED, Sign
-from drkl.data.seq2seq import encode_source
-from drkl.data.template import encode_alone
-from drkl.data.written import as_written
+from drkl.data.rendering import CHAT_NAMED
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from drkl.data.examples import Example
     from drkl.data.tokenize import Row
 
 SHOWN = 24
@@ -36,19 +36,26 @@ class TeacherView:
     tokenizer: PreTrainedTokenizerBase
     template: str = "auto"
     encoder_decoder: bool = False
-    _known: set[Sign] = field(default_factory=set)
 
-    def add_to(self, row: Row) -> Row:
-        """The row with the teacher's rendering of its prompt, if that is another.
+    @cached_property
+    def _drafter(self) -> Drafter:
+        return Drafter(TextEncoder(self.tokenizer), self._named(), encoder_decoder=self.encoder_decoder)
+
+    def add_to(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows, each with the teacher's rendering of its prompt, if that is another.
 
         Raises:
             DrklError: the teacher's template refuses the conversation or leaves out a part of it, or the row has
                 several learnt turns, of which the later prompts stand inside the response.
         """
-        try:
-            ids = tuple(self._prompt(row.example))
-        except DrklError as error:
-            raise DrklError(f"Row {row.id!r}, as the teacher reads it: {error}") from error
+        drafts = [self._draft(row) for row in rows]
+        if len(drafts) > 1:
+            self._drafter.read(drafts)
+        return [self._with_prompt(row, draft) for row, draft in zip(rows, drafts, strict=True)]
+
+    def _with_prompt(self, row: Row, draft: Draft) -> Row:
+        with _naming(row):
+            ids = tuple(draft.encode().ids)
         if ids == row.sampling_ids:
             return row
         if row.trained is not None:
@@ -59,15 +66,12 @@ class TeacherView:
             )
         return replace(row, teacher_prompt_ids=ids)
 
-    def _prompt(self, example: Example) -> Sequence[int]:
-        if self.encoder_decoder:
-            return encode_source(self.tokenizer, example.prompt_messages)
-        answered = example if example.messages[-1]["content"] else with_stand_in(example)
-        template = self._named()
-        written = as_written(answered, self.tokenizer, template, self._known)
-        given: dict[str, Any] = {"context_start": example.context_start, "tools": example.tools}
-        given["template_kwargs"] = example.template_kwargs
-        return encode_alone(self.tokenizer, written.prompt_messages, template, **given)
+    def _draft(self, row: Row) -> Draft:
+        example = row.example
+        with _naming(row):
+            if self.encoder_decoder:
+                return self._drafter.source(example)
+            return self._drafter.prompt(example if example.messages[-1]["content"] else with_stand_in(example))
 
     def _named(self) -> str:
         """A template of that name where the teacher has one too, else its own."""
@@ -93,9 +97,12 @@ class TeacherView:
         )
 
 
-def with_stand_in(example: Example) -> Example:
-    """A prompt alone with a response in its place, for templates that write no empty ones."""
-    return replace(example, messages=(*example.prompt_messages, {"role": "assistant", "content": "0"}))
+@contextmanager
+def _naming(row: Row) -> Iterator[None]:
+    try:
+        yield
+    except DrklError as error:
+        raise DrklError(f"Row {row.id!r}, as the teacher reads it: {error}") from error
 
 
 def has_own_view(teacher: PreTrainedTokenizerBase, rows: PreTrainedTokenizerBase, template: str) -> bool:

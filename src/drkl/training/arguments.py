@@ -213,11 +213,13 @@ class DistillationConfig(TrainingArguments):
         self._check_refused()
         self._choose_strategies()
         self._choose_precision()
-        warmup_steps = self.warmup_steps
+        warmup_steps, rows = self.warmup_steps, self.per_device_train_batch_size
         try:
             self.warmup_steps = warmup_steps or 0  # transformers compares it with 0
+            # For DeepSpeed it is multiplied with. A micro-batch is one item of the training data.
+            self.per_device_train_batch_size = 1 if rows is None else rows
             super().__post_init__()
-            self.warmup_steps = warmup_steps
+            self.warmup_steps, self.per_device_train_batch_size = warmup_steps, rows
         except (TypeError, ValueError, ImportError) as error:
             raise DrklError(f"DistillationConfig: {' '.join(str(error).split())}") from error
         check_fsdp(self)

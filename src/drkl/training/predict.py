@@ -49,7 +49,7 @@ class Shape:
     rows: int
     tokens: int
     decoder_tokens: int | None
-    """Of an encoder-decoder; ``tokens`` are then the encoder's."""
+    """The decoder's, in an encoder-decoder; ``tokens`` are then the encoder's."""
     positions: int
     """Those that have a loss."""
 

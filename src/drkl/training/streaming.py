@@ -115,7 +115,11 @@ class StreamedBatches(Dataset[list[Any]]):
     def account(self, step: int) -> dict[str, Any]:
         """The same for a record, dropped rows by reason."""
         window = self._window(step - 1)  # a run that went on after its last step has read nothing
-        return {"rows_read": window.rows_read, "dropped": dict(window.dropped)}
+        return {
+            "rows_read": window.rows_read,
+            "dropped": dict(window.dropped),
+            "responses_cut": window.responses_cut,
+        }
 
     def end(self) -> None:
         """Wait for what is being read, and read no more."""

@@ -40,7 +40,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         """At most, since `restart`."""
         self.gradients = 0
-        """Of ``now``, those of parameters that `watch` was given."""
+        """What of ``now`` belongs to parameters that `watch` was given."""
         self.gradients_at_peak = 0
         self._sizes: dict[int, int] = {}
         self._never: set[int] = set()
@@ -65,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def others(self) -> int:
-        """Of ``now``, all but gradients."""
+        """All of ``now`` but gradients."""
         return self.now - self.gradients
 
     def _hook(self) -> Callable[[Tensor], None]:

@@ -31,7 +31,7 @@ from drkl.models.pair_loss import model_inputs
 from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_state
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
-from drkl.processes import first_alone, gather
+from drkl.processes import first_alone, gather, lost_another
 from drkl.rollouts.steps import planned_lengths
 from drkl.runs import RunFolder
 from drkl.teachers.served import ServedTeacher
@@ -304,8 +304,8 @@ class DistillationTrainer(Trainer):
         # What cannot be gone on from is refused before anything of the run is touched.
         self._from = Reached(0)
         if checkpoint is not None:
-            check_checkpoint(checkpoint, optimizer=not (self.is_deepspeed_enabled or self.is_fsdp_enabled))
             check_kind(checkpoint, by_accelerate=self.is_fsdp_enabled)
+            check_checkpoint(checkpoint, optimizer=not (self.is_deepspeed_enabled or self.is_fsdp_enabled))
             self._from = reached_at(checkpoint)
             self._check_plan(checkpoint)
         self.num_tokens_seen = self._from.num_tokens
@@ -703,6 +703,8 @@ class DistillationTrainer(Trainer):
         # A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
         except (DrklError, OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
+            if lost_another(error):
+                raise  # there may be room enough
             raise DrklError(
                 f"Could not write the checkpoint of step {self.state.global_step} to {str(folder)!r}: "
                 f"{' '.join(str(error).split())[:200].rstrip('.')}. The last good checkpoint is kept; make room, then "
