@@ -183,4 +183,4 @@ def available_bytes(device: torch.device) -> int | None:
 def check_processes(processes: int | None) -> None:
     """Raise DrklError unless a number of processes is one."""
     if processes is not None and processes < 1:
-        raise DrklError(f"--processes is {processes}; expected a whole number of at least 1.")
+        raise DrklError(f"processes is {processes}; expected a whole number of at least 1.")
