@@ -185,3 +185,9 @@ def test_the_first_process_may_do_everything(number: int) -> None:
     share = Share(Place(number, 2), first_alone=True)
     assert share.of([3, 1, 2]) == ([] if number else [3, 1, 2])
     assert Share(Place(number, 2)).of([3, 1, 2]) == ([1] if number else [3, 2])
+
+
+def test_an_error_that_is_raised_from_itself_is_none_of_another_process() -> None:
+    error = DrklError("learning_rate is -1.0; expected a number above 0.")
+    error.__cause__ = error
+    assert not lost_another(error)

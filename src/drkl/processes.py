@@ -156,13 +156,20 @@ def _outcome(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 def lost_another(error: BaseException | None) -> bool:
     """Whether an error, or one that led to it, says that another process has ended, as torch.distributed says it."""
-    if error is None or "torch" not in sys.modules:
+    if "torch" not in sys.modules:
         return False
     from torch import distributed
 
-    text = str(error)
-    lost = isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
-    return lost or isinstance(error, distributed.DistError) or lost_another(error.__cause__ or error.__context__)
+    seen: set[int] = set()  # an error that is raised from itself leads to itself
+    while error is not None and id(error) not in seen:
+        text = str(error)
+        if isinstance(error, distributed.DistError):
+            return True
+        if isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 _LONG = 60.0

@@ -14,7 +14,7 @@ from drkl.errors import DrklError
 from drkl.teachers.config import TeacherConfig
 from drkl.training import loading
 from drkl.training.arguments import DistillationConfig
-from drkl.training.sharding import check_fsdp, check_kind
+from drkl.training.sharding import check_deepspeed, check_fsdp, check_kind
 from tests.models import tiny
 from tests.training import tiny_runs
 from tests.training.test_trainer import make_trainer, rows
@@ -101,3 +101,13 @@ def test_an_adapter_is_added_before_sharding(tmp_path: Path, monkeypatch: pytest
     args = DistillationConfig(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(DrklError, match=r"sharded already, .* Call peft.get_peft_model first"):
         loading.make_trainable(tiny.llama(layers=1), None, args, {"r": 2})
+
+
+@pytest.mark.parametrize("stage", [None, 0, 1, 2])
+def test_stages_of_deepspeed_that_leave_the_weights_whole_are_taken(stage: int | None) -> None:
+    check_deepspeed(None if stage is None else SimpleNamespace(zero_stage=stage))
+
+
+def test_stage_3_of_deepspeed_is_refused() -> None:
+    with pytest.raises(DrklError, match=r"ZeRO stage 3.*Use stage 1 or 2, or FSDP2"):
+        check_deepspeed(SimpleNamespace(zero_stage=3))

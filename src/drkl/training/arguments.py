@@ -23,7 +23,7 @@ from drkl.objectives import Objective, make_objective
 from drkl.rollouts.config import PREFIX, RolloutsConfig
 from drkl.training import trl
 from drkl.training.config import DEFAULT_TOKENS_PER_STEP, default_warmup
-from drkl.training.sharding import check_fsdp
+from drkl.training.sharding import check_deepspeed, check_fsdp
 
 _log = logging.getLogger("drkl")
 _EVAL_STEPS, _SAVE_STEPS = 50, 100
@@ -223,6 +223,7 @@ class DistillationConfig(TrainingArguments):
         except (TypeError, ValueError, ImportError) as error:
             raise DrklError(f"DistillationConfig: {' '.join(str(error).split())}") from error
         check_fsdp(self)
+        check_deepspeed(self.deepspeed_plugin)
         for name in ("dispatch_batches", "split_batches"):
             if getattr(self.accelerator_config, name):
                 raise DrklError(
@@ -474,7 +475,8 @@ def _init(self: DistillationConfig, *args: Any, **kwargs: Any) -> None:
     try:
         _generated(self, *args, **fields)
     except DrklError as error:
-        raise trl.in_words_of(error, kwargs) from error
+        named = trl.in_words_of(error, kwargs)
+        raise named from (None if named is error else error)
     if self.process_index == 0:
         for note in trl.notes(kwargs, self) or self.rollouts.notes(PREFIX):
             _log.warning("Warning: %s", note)

@@ -75,6 +75,15 @@ def check_fsdp(args: DistillationConfig) -> None:
             )
 
 
+def check_deepspeed(plugin: Any) -> None:
+    """Raise DrklError where DeepSpeed is asked to cut the weights; ``plugin`` is accelerate's, or None."""
+    if plugin is not None and plugin.zero_stage == 3:
+        raise DrklError(
+            "deepspeed asks for ZeRO stage 3, which leaves no process a whole head, and the loss reads the head's "
+            "weights. Use stage 1 or 2, or FSDP2 (fsdp and fsdp_config), which cuts a student's weights too."
+        )
+
+
 def check_sharded(student: PreTrainedModel, world_size: int) -> None:
     """Raise DrklError for a student that the caller has sharded, and not over the processes that train it.
 
