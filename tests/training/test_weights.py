@@ -104,7 +104,7 @@ def test_the_best_checkpoint_is_what_is_saved(tmp_path: Path, kind: str, capfd, 
     after: dict[str, Tensor] = {}
     write = RunRecord._write
     monkeypatch.setattr(
-        RunRecord, "_write", lambda self, folder: (after.update(self.pair.student.state_dict()), write(self, folder))[1]
+        RunRecord, "_write", lambda self, *given: (after.update(self.pair.student.state_dict()), write(self, *given))[1]
     )
     transformers_logging.set_verbosity_warning()
     try:

@@ -128,7 +128,7 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
             spec, arguments, student, teacher, cache, vocab_size, rows, heldout, steps, longest, there, processes,
             sharding,
         )  # fmt: skip
-        memory = predict(known)
+        memory = predict(replace(known, follows=spec is not first))
         said = {"advice": memory.advice(available_bytes(device) if here and there == device.type else None)}
         stage |= {"estimated_memory_gb": float(f"{memory.peak_bytes / 1e9:.3g}"), "memory": memory.to_json() | said}
         stages.append(stage)

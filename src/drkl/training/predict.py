@@ -86,6 +86,7 @@ class Known:
         sharding: `sharding_of` the stage.
         processes: how many there are.
         device: the device's type.
+        follows: whether the student is the one that the stage before writes.
     """
 
     spec: RunSpec
@@ -105,6 +106,7 @@ class Known:
     sharding: str
     processes: int
     device: str
+    follows: bool = False
 
 
 def shape_of(rows: Sequence[Any]) -> Shape:
@@ -430,7 +432,7 @@ def _start(known: Known) -> int | None:
     Both wait in the memory of the processor.
     """
     student, teacher = known.spec.student, known.spec.teacher
-    if student.init == "random" or known.device != "cpu":
+    if student.init == "random" or known.device != "cpu" or known.follows:
         return None
     source = source_model(student, teacher.source if teacher else None)
     config = load_config(source, **student.model_init_kwargs)
