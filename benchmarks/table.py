@@ -167,6 +167,30 @@ def memory_table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def data_scale_table(rows: list[Row]) -> str:
+    """The first start, the next one, and the memory that rows take, beside the code of before."""
+    lines = ["| | rows | first start | of the tokenizer's own speed | next start | anonymous memory | on disk |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in rows:
+        disk = f"{row['disk_bytes_per_token']} bytes a token" if float(row["disk_bytes_per_token"]) else "nothing"
+        cells = (
+            row["code"],
+            f"{int(row['rows']):,}",
+            f"{float(row['first_seconds']):,.0f} s, {int(row['first_rows_per_second']):,} rows/s",
+            f"{float(row['share_of_tokenizer']):.0%}",
+            f"{float(row['next_seconds']):,.1f} s",
+            f"+{int(row['rss_anon_grown_mb']):,} MB, at most +{int(row['rss_anon_peak_grown_mb']):,} MB",
+            disk,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def data_scale_tables() -> dict[str, str]:
+    """Those of docs/data.md, likewise."""
+    return {"data-scale": data_scale_table(read_rows(RESULTS / "data_scale.csv"))}
+
+
 def memory_tables() -> dict[str, str]:
     """Those of docs/scale.md, likewise."""
     return {"memory": memory_table(read_rows(RESULTS / "memory.csv"))}

@@ -288,6 +288,7 @@ def pages() -> dict[Path, str]:
         docs / "results" / "README.md": {name: results[name] for name in results if name != "students"},
         docs / "benchmarks.md": table.tables(),
         docs / "teacher-cache.md": table.topk_probe_tables() | run_teacher_cache.tables(),
+        docs / "data.md": table.data_scale_tables(),
         docs / "scale.md": table.memory_tables(),
         docs / "objectives" / "README.md": {"objectives": describe.as_markdown()},
         docs / "evaluate.md": {"metrics": metrics(GROUPS, ORACLES)},
