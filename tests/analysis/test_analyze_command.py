@@ -126,7 +126,7 @@ def test_models_in_memory(models: dict[str, Path], tmp_path: Path) -> None:
     [
         ({}, True, 7),
         pytest.param({"seed": None}, True, 0, marks=pytest.mark.slow),
-        ({"models": {"teacher": "another", "student": "s"}}, False, 7),
+        pytest.param({"models": {"teacher": "another", "student": "s"}}, False, 7, marks=pytest.mark.slow),
         pytest.param({"data": {"heldout_rows": 3}}, False, 7, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
@@ -146,6 +146,7 @@ def test_what_an_evaluation_beside_it_decides(
     )
 
 
+@pytest.mark.slow
 def test_settings_are_taken(cli: Cli, models: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     call = (

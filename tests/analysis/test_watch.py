@@ -230,6 +230,7 @@ def plain_trainer(tmp_path: Path, model: Any, callbacks: list[TrainerCallback] |
     return Trainer(model, arguments, train_dataset=data, callbacks=callbacks)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
 def test_any_trainer_and_a_lora_student(tmp_path: Path) -> None:
     teacher, base = tiny.llama(2), tiny.llama(1, layers=2)
@@ -348,6 +349,7 @@ def test_a_classifier_and_cross_entropy_alone(tmp_path: Path) -> None:
         assert line["watch_tail_push"] == 0
 
 
+@pytest.mark.slow
 def test_the_command_line_watches_what_the_config_says(cli: Cli, tmp_path: Path) -> None:
     config = tiny_runs.write_config(tiny_runs.config(tmp_path, training={"max_steps": 1}), tmp_path / "c.yaml")
     done = cli("distill", config, "analysis.watch_every=1", "analysis.watch_positions=4", "objective.name=rkl")

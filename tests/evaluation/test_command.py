@@ -75,6 +75,7 @@ def test_other_families(cli: Cli, tmp_path: Path, family: str) -> None:
     assert read(out)["student"]["rkl"] > 0
 
 
+@pytest.mark.slow
 def test_a_pair_of_classifiers(cli: Cli, tmp_path: Path) -> None:
     student = tiny_classifiers.save(tiny_classifiers.make(seed=1), tmp_path / "student")
     teacher = tiny_classifiers.save(tiny_classifiers.make(seed=0), tmp_path / "teacher")
@@ -126,6 +127,7 @@ def test_suites_of_a_pair(cli: Cli, pair: dict[str, Path], tmp_path: Path) -> No
     assert samples(tmp_path / "one")[0]["prompt_id"].startswith("r")
 
 
+@pytest.mark.slow
 def test_minillms_protocol(cli: Cli, pair: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = cli(
@@ -220,6 +222,7 @@ def test_killed_and_started_again(pair: dict[str, Path], tmp_path: Path, moment:
     assert (whole / "heldout.jsonl").read_text() == (killed / "heldout.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_lengths_that_are_not_given_fit_the_context(cli: Cli, pair: dict[str, Path], tmp_path: Path) -> None:
     long = {"id": "long", "prompt": " ".join(["w1"] * 70), "response": "w2"}
     with pair["--data"].open("a") as file:

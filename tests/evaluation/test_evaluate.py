@@ -87,6 +87,7 @@ def test_the_table_of_the_contract() -> None:
     json.dumps([result, samples], allow_nan=False)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_number_and_are_paired() -> None:
     result, _, _ = run("teacher student")
     for name in ("teacher", "student"):
@@ -226,8 +227,8 @@ class Stopped(Exception):
 @pytest.mark.parametrize(
     "stop_at",
     [
-        "sampling at 1",
-        *(pytest.param(part, marks=pytest.mark.slow) for part in ("reading", "sampling at 0.5", "later")),
+        "reading",
+        *(pytest.param(part, marks=pytest.mark.slow) for part in ("sampling at 0.5", "sampling at 1", "later")),
     ],
 )
 def test_an_evaluation_that_was_stopped_goes_on(tmp_path: Path, stop_at: str) -> None:

@@ -114,12 +114,14 @@ def test_two_processes_give_the_gradients_of_one_in_every_wrapper(
     assert_like_one(slow, name, wrapper)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", pair.WRONG)
 def test_the_comparison_sees_a_loss_that_reads_around_the_wrapper(quick: list[dict[str, Any]], how: str) -> None:
     errors = [error(rank[how], alone("llama untied")[1]) for rank in quick]
     assert min(errors) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "words"),
     [

@@ -230,6 +230,7 @@ def test_other_families_train_too(tmp_path: Path, kind: str) -> None:
     assert tiny_runs.steps(run) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_two_classes_are_told_that_drkl_is_rkl(tmp_path: Path) -> None:
     pair = ("card", "loan")
     teacher = tiny_classifiers.save(tiny_classifiers.make(classes=pair), tmp_path / "teacher")

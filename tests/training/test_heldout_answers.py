@@ -161,6 +161,7 @@ def test_a_resumed_run_keeps_the_texts_of_the_steps_it_keeps(tmp_path: Path) -> 
     assert run.rollouts_path.read_text() == expected, "an old run's texts are gone"
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_again_in_its_folder_has_each_line_once(tmp_path: Path) -> None:
     for _ in range(2):
         trainer_with(tmp_path, heldout_rows(2), max_steps=1).train()

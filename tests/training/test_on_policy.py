@@ -218,6 +218,7 @@ def test_a_checkpoint_whose_answers_were_changed_is_refused(tmp_path: Path) -> N
             trainer.train(resume_from_checkpoint=path.parent)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_settings_goes_on_with_new_answers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,6 +231,7 @@ def test_a_checkpoint_of_other_settings_goes_on_with_new_answers(
     assert other.state.log_history[-2]["rollout_length"] <= 2
 
 
+@pytest.mark.slow
 def test_other_steps_are_said_where_a_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "tokens_per_step": 30}
     make_trainer(tmp_path, rows(8), max_steps=2, **settings).train()
@@ -340,6 +342,7 @@ def test_progress_tells_how_many_answers_are_written(tmp_path: Path) -> None:
     assert (0, 6, 6) in seen and seen[-1][0] == 1
 
 
+@pytest.mark.slow
 def test_training_again_samples_again(tmp_path: Path) -> None:
     """Of prompts alone: answers of the first training would leave nothing to train on in the second."""
     data = [Row(row.id, row.prompt_ids, (), None) for row in rows(6)]  # type: ignore[arg-type]

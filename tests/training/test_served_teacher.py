@@ -78,7 +78,7 @@ def no_server(tmp_path: Path, **teacher: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"objective": "drkl"},
+        pytest.param({"objective": "drkl"}, marks=pytest.mark.slow),
         pytest.param(
             {"objective": "drkl", "objective_params": {"target": "label"}, "gradient_accumulation_steps": 2},
             marks=pytest.mark.slow,

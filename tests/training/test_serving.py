@@ -112,6 +112,7 @@ def test_an_encoder_decoder_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert done.code == 2 and "encoder-decoders, which vLLM does not serve" in done.err
 
 
+@pytest.mark.slow
 def test_a_run_s_answers_come_from_the_server(fake: FakeVllm, tmp_path: Path) -> None:
     values = tiny_runs.config(
         tmp_path, rollouts=on_policy(fake, refresh_every=2, max_new_tokens=6), training={"max_steps": 4}
