@@ -73,9 +73,9 @@ def test_every_process_has_the_result_of_one(made: Made, processes: int, case: s
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_the_kept_parts_are_those_of_one(made: Made, processes: int) -> None:
-    names = [sorted(path.name for path in (made[n] / "shared").rglob("*.*")) for n in (1, processes)]
+    names = [sorted(path.name for path in (made[n] / "shared" / "evaluation").rglob("*.*")) for n in (1, processes)]
     assert names[0] == names[1] and len(names[0]) > 10
-    for path in (made[1] / "shared").rglob("*.*"):
+    for path in (made[1] / "shared" / "evaluation").rglob("*.*"):
         assert path.read_bytes() == (made[processes] / path.relative_to(made[1])).read_bytes()
 
 
