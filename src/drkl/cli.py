@@ -232,7 +232,7 @@ def distill(
         from drkl.training.estimate import estimate
 
         plan = estimate(loaded.specs(), processes)
-        if os.environ.get("RANK", "0") == "0":
+        if launched().is_first:
             _print_estimate(plan)
             print_memory(plan["stages"])
         return

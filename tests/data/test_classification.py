@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drkl.data.classification import LabelledRow, label_set, load_labelled, tokenize_labelled
+from drkl.data.classification import LabelledRow, label_set, labelled_texts, tokenize_labelled
 from drkl.data.collate import collate
 from drkl.data.config import DataConfig, TokenizerConfig
+from drkl.data.rows import read_shares
 from drkl.data.tokenizer import learn_tokenizer
 from drkl.errors import DrklError
 from tests.models.tiny_classifiers import tokenizer
@@ -48,7 +49,8 @@ def test_the_classes_are_the_sorted_labels() -> None:
         label_set(ROWS[:3])
     with pytest.raises(DrklError, match="have none"):
         label_set([])
-    train, held_out = load_labelled(DataConfig(path="bundled:banking77", eval_path="bundled:banking77-eval"))
+    config = DataConfig(path="bundled:banking77", eval_path="bundled:banking77-eval")
+    train, held_out = map(labelled_texts, read_shares(config, classifier=True))
     assert len(label_set(train)) == 77 and {label for *_, label in held_out} <= set(label_set(train))
 
 

@@ -10,8 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from drkl.data import DataConfig, Example, load_examples
-from drkl.data.classification import labelled_texts, load_labelled
+from drkl.data.classification import labelled_texts
 from drkl.data.examples import read_examples
+from drkl.data.rows import read_shares
 from drkl.data.tokenize import tokenize_examples
 from drkl.errors import DrklError
 from tests.data.tiny_tokenizers import build
@@ -183,11 +184,11 @@ def test_texts_with_labels(tmp_path: Path) -> None:
     path.write_text("text,label,id\nhi,greet,1\na b,other,2\nc,3,3\n")
     texts = labelled_texts(read_examples(str(path), "text_label"))
     assert texts == [("1", "hi", "greet"), ("2", "a b", "other"), ("3", "c", "3")]
-    train, held_out = load_labelled(DataConfig(path=str(path)))
+    train, held_out = map(labelled_texts, read_shares(DataConfig(path=str(path)), classifier=True))
     assert sorted(train + held_out) == texts and len(held_out) == 1
     path.write_text("text,labl\nhi,greet\n")
     with pytest.raises(DrklError, match=r"a\.csv:2: expected the fields text and label; found text, labl"):
-        load_labelled(DataConfig(path=str(path)))
+        read_shares(DataConfig(path=str(path)), classifier=True)
 
 
 def test_labels_of_a_data_set_are_read_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +196,7 @@ def test_labels_of_a_data_set_are_read_by_name(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]))
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features).save_to_disk(tmp_path / "d")
-    train, held_out = load_labelled(DataConfig(dataset=str(tmp_path / "d")))
+    train, held_out = map(labelled_texts, read_shares(DataConfig(dataset=str(tmp_path / "d")), classifier=True))
     assert sorted(train + held_out) == [("row-1", "a", "yes"), ("row-2", "b", "no")]
 
 

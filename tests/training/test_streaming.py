@@ -364,7 +364,7 @@ def test_every_process_ends_where_one_reads_other_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[Any], message: str
 ) -> None:
     made = batches(tmp_path, numbers())
-    monkeypatch.setattr("drkl.training.streaming.gather_object", lambda own: own + told)
+    monkeypatch.setattr("drkl.training.streaming.gather", lambda own: own + told)
     monkeypatch.setattr(type(made._args), "world_size", property(lambda self: 2))
     made.begin(None)
     with pytest.raises(DrklError, match=message):

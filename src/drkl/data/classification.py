@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from drkl.data.config import DataConfig
 from drkl.data.encoding import batched
-from drkl.data.examples import Example, load_examples
+from drkl.data.examples import Example
 from drkl.data.tokenize import DropReport, NothingLeft
 from drkl.errors import DrklError, did_you_mean
 
@@ -42,18 +41,6 @@ class LabelledRow:
     def length(self) -> int:
         """Number of positions the model is fed."""
         return len(self.ids)
-
-
-def load_labelled(config: DataConfig) -> tuple[list[Labelled], list[Labelled]]:
-    """Return the training rows and the held-out rows of a data section, by the same rules as ``load_examples``.
-
-    Each row is ``(id, text, label)``; whole-number labels become text.
-
-    Raises:
-        DrklError: a file or data set that is missing or unreadable, or a bad row (with file:line).
-    """
-    train, held_out = load_examples(config.model_copy(update={"format": "text_label"}))
-    return labelled_texts(train), labelled_texts(held_out)
 
 
 def labelled_texts(examples: Iterable[Example]) -> list[Labelled]:

@@ -18,7 +18,7 @@ from drkl.data.split import Reader, Scan, scan
 from drkl.data.store import READING, Made, Parts, Watch, key_of, made
 from drkl.data.tokenize import Chunk, tokenize_chunk
 from drkl.data.tokenized import class_name
-from drkl.data.views import TeacherView, has_own_view
+from drkl.data.views import view_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,9 +79,8 @@ def settings_of(
 
         settings = Settings(label, tokenizer, lengths, room, nothing_left=no_text_left)
         return settings, facts if known else None
-    teacher = None
-    if teacher_tokenizer is not None and (encoder_decoder or has_own_view(teacher_tokenizer, tokenizer, template)):
-        teacher = TeacherView(teacher_tokenizer, template, encoder_decoder)
+    teacher = view_of(teacher_tokenizer, tokenizer, template, encoder_decoder=encoder_decoder)
+    if teacher is not None:
         facts["teacher"] = tokenizer_identity(teacher_tokenizer)
         known = known and facts["teacher"]
     tokenize = partial(

@@ -24,7 +24,7 @@ from drkl.data.store import Watch
 from drkl.data.stored import NotStorable
 from drkl.data.tokenize import DropReport, Row, tokenize_examples
 from drkl.data.tokenized import tokenized_rows, tokenized_texts
-from drkl.data.views import TeacherView, has_own_view
+from drkl.data.views import view_of
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ def rows_from(
         return tokenize_labelled(labelled_texts(examples), tokenizer, classes, max_tokens=fitted.max_tokens)
     settings: dict[str, Any] = {"turns": turns, "template": template, "encoder_decoder": encoder_decoder, **lengths}
     settings |= {"ends": ends, "needs_responses": needs_responses}
-    if teacher_tokenizer is not None and (encoder_decoder or has_own_view(teacher_tokenizer, tokenizer, template)):
-        settings["teacher"] = TeacherView(teacher_tokenizer, template, encoder_decoder)
+    settings["teacher"] = view_of(teacher_tokenizer, tokenizer, template, encoder_decoder=encoder_decoder)
     return tokenize_examples(examples, tokenizer, **settings)
 
 

@@ -105,6 +105,15 @@ def _naming(row: Row) -> Iterator[None]:
         raise DrklError(f"Row {row.id!r}, as the teacher reads it: {error}") from error
 
 
+def view_of(
+    teacher: PreTrainedTokenizerBase | None, rows: PreTrainedTokenizerBase, template: str, *, encoder_decoder: bool
+) -> TeacherView | None:
+    """How a teacher reads the prompts that are written for the tokenizer of the rows; None where it reads them so."""
+    if teacher is None or not (encoder_decoder or has_own_view(teacher, rows, template)):
+        return None
+    return TeacherView(teacher, template, encoder_decoder)
+
+
 def has_own_view(teacher: PreTrainedTokenizerBase, rows: PreTrainedTokenizerBase, template: str) -> bool:
     """Whether a teacher may read prompts otherwise than they are written by the tokenizer of the rows.
 

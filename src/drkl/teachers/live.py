@@ -17,6 +17,7 @@ from drkl.models.load import load_classifier, load_model
 from drkl.models.precision import resolve_dtype
 from drkl.models.readout import Batch
 from drkl.models.sharded import is_sharded, shard_frozen
+from drkl.processes import joined
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.shards import check_is_no_cache
 
@@ -128,8 +129,7 @@ def placed(model: PreTrainedModel, device: torch.device, *, shard: bool = False)
     """
     if is_sharded(model):
         return model
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if shard and together and torch.distributed.get_world_size() > 1:
+    if shard and joined().count > 1:
         shard_frozen(model, device)
     elif getattr(model, "hf_device_map", None) is None:
         model.to(device)  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,12 +19,13 @@ from drkl.models.forward import decoder_start, is_encoder_decoder
 from drkl.models.load import count_parameters, load_config, model_note
 from drkl.models.pair import check_families, check_rows, check_tokenizers, shared_vocabulary
 from drkl.models.precision import DTYPES, has_device, pick_device, resolve_dtype
+from drkl.processes import launched
 from drkl.rollouts.steps import planned_lengths
 from drkl.teachers.cached import TeacherCache, row_of
 from drkl.teachers.stored import DEFAULT_K, Stored, StoredStates, check_kind, topk_to_store
 from drkl.training.checks import check_device
 from drkl.training.memory import Memory, available_bytes, check_processes
-from drkl.training.plan import plan_run
+from drkl.training.plan import cuts_by_cost, plan_run
 from drkl.training.predict import Known, largest_heldout_batch, micro_batches, predict, sharding_of
 from drkl.training.run import Listener, Prepared, check_cached, prepare, rows_to_fill
 from drkl.training.sparse import check_sparse
@@ -64,7 +64,7 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
     """
     check_processes(processes)
     here = processes is None
-    processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
+    processes = launched().count if processes is None else processes
     shardings = [sharding_of(spec) for spec in specs]
     there: str = specs[-1].run.device
     specs = with_stand_in(specs if here else list(map(_as_if_here, specs)), without_server)
@@ -338,8 +338,8 @@ def _known(
         served = config.is_served
         held = "topk" if served or (cache is not None and cache.k is not None) else "hidden" if cache else "live"
         k = config.top_k if served else 0 if cache is None or cache.k is None else cache.k
-    alike = processes > 1 and arguments.per_device_train_batch_size is None
-    micro, positions = micro_batches(planned, steps, parts, alike=alike and not on_policy)
+    alike = cuts_by_cost(arguments, processes) and not on_policy
+    micro, positions = micro_batches(planned, steps, parts, alike=alike)
     return Known(
         spec=spec,
         arguments=arguments,

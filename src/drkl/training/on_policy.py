@@ -101,7 +101,7 @@ class OnPolicy:
                 side_by_side=args.world_size > 1,
             )
         else:  # as planned, and so the step that a run without answers takes
-            slots = [[part] for part in cut_step(rows, self._slots, alike=cuts_by_cost(args))]
+            slots = [[part] for part in cut_step(rows, self._slots, alike=cuts_by_cost(args, args.world_size))]
         mine = slots[args.process_index :: args.world_size]
         ends = itertools.accumulate(row.num_trained for row in rows)
         firsts = {id(row): end - row.num_trained for row, end in zip(rows, ends, strict=True)}

@@ -88,14 +88,17 @@ class MicroBatches(Dataset[list[Any]]):
 
 def cut_step(rows: Sequence[Any], parts: int, *, alike: bool) -> list[list[Any]]:
     """Cut the rows of a step; arguments as of `MicroBatches`."""
-    if not alike:
-        return split_rows(rows, parts)
-    return [[rows[i] for i in part] for part in split_by_cost([row.length for row in rows], parts)]
+    return [[rows[i] for i in part] for part in cut_lengths([row.length for row in rows], parts, alike=alike)]
 
 
-def cuts_by_cost(args: DistillationConfig) -> bool:
+def cut_lengths(lengths: Sequence[int], parts: int, *, alike: bool) -> list[list[int]]:
+    """Cut the rows of a step, known by their lengths; each part has the places of its rows in the step."""
+    return split_by_cost(lengths, parts) if alike else split_rows(range(len(lengths)), parts)
+
+
+def cuts_by_cost(args: DistillationConfig, world_size: int) -> bool:
     """Whether the steps are cut into parts of like cost: on several processes, unless the rows of each are counted."""
-    return args.world_size > 1 and args.per_device_train_batch_size is None
+    return world_size > 1 and args.per_device_train_batch_size is None
 
 
 class Places(Dataset[Tensor]):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from drkl.data.batching import bucket_by_length, split_by_cost, split_rows
+from drkl.data.batching import bucket_by_length
 from drkl.data.stored import column, take
 from drkl.data.tokenize import Row
 from drkl.losses import LMHead, fused
@@ -30,6 +30,7 @@ from drkl.models.readout import CHUNK, SHORT_TOKENS_PER_BATCH
 from drkl.models.student import depth, source_model
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of
 from drkl.training.memory import MOMENTS, Memory
+from drkl.training.plan import cut_lengths
 from drkl.training.spec import RunSpec
 from drkl.training.tracing import LiveBytes, backward, bytes_of, traced
 
@@ -134,7 +135,7 @@ def micro_batches(
     counts: set[int] = set()
     for step in steps:
         own = lengths[step].tolist()
-        for part in split_by_cost(own, parts) if alike else split_rows(range(len(own)), parts):
+        for part in cut_lengths(own, parts, alike=alike):
             if part:
                 members = [step[place] for place in part]
                 count = int(trained[members].sum())

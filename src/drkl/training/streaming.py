@@ -9,11 +9,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 
 from drkl.data.streams import RowStream, Window
 from drkl.errors import DrklError
+from drkl.processes import gather
 from drkl.runs import read_json, write_json
 from drkl.training.arguments import DistillationConfig
 from drkl.training.checkpoints import step_of
@@ -76,7 +76,7 @@ class StreamedBatches(Dataset[list[Any]]):
     def __getitem__(self, index: int) -> list[Any]:
         step, part = divmod(index, self._parts)
         window = self._window(step)
-        return cut_step(window.rows_of(step), self._parts, alike=cuts_by_cost(self._args))[part]
+        return cut_step(window.rows_of(step), self._parts, alike=cuts_by_cost(self._args, self._args.world_size))[part]
 
     def begin(self, checkpoint: Path | None) -> None:
         """Begin with the stream, or go on where a checkpoint was written.
@@ -174,7 +174,7 @@ class StreamedBatches(Dataset[list[Any]]):
         """What is wrong with the window of any process; each has to see the same rows."""
         if self._args.world_size == 1:
             return error
-        told = gather_object([(None if window is None else window.digest, None if error is None else str(error))])
+        told = gather([(None if window is None else window.digest, None if error is None else str(error))])
         messages = [message for _, message in told if message is not None]
         if messages:
             return error or DrklError(messages[0])

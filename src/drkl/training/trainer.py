@@ -249,7 +249,7 @@ class DistillationTrainer(Trainer):
         reshard(pair.student)  # it has been tried
         pad_id, start = pair.pad_id, decoder_start(pair.student)
         parts = inner.gradient_accumulation_steps * inner.world_size
-        alike = cuts_by_cost(self.config)
+        alike = cuts_by_cost(self.config, self.config.world_size)
         batches: Any = Places(len(steps) * parts) if on_policy else MicroBatches(pair.rows, steps, parts, alike=alike)
         if pair.stream is not None:
             self._streamed = batches = StreamedBatches(pair.stream, self.config, parts, pair.check_more)
