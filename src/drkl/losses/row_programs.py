@@ -142,16 +142,19 @@ def row_step(
                 student, teacher, target, vocab_size, inverse_temperature, norm_z, norm_y, g_a,
                 HEADS, TARGET, BLOCK,
             )  # fmt: skip
-        slopes = 0.0
         if FORWARD or REVERSE:
             value = mean_of_two(g_a, mass_p * (-mean_y - shift), mean_z + shift)
             slopes = mean_of_two(g_a, -mass_p, mean_z + shift)
-        if TARGET != "none":
-            value = tl.where(s == INFINITE, 0.0, value)
-        if tl.abs(value) == INFINITE or not (FORWARD or REVERSE):
+            # What is infinite has the slopes of its finite terms, unless there is no tail of the student's to compare.
+            if (tl.abs(value) == INFINITE) & (s != INFINITE):
+                value, slopes = sum_of_terms(
+                    student, teacher, target, vocab_size, inverse_temperature, norm_z, norm_y, shift,
+                    g_a, g_b, g_c, g_e, HEADS, TARGET, ON_CLASSES, BLOCK,
+                )  # fmt: skip
+        else:
             value, slopes = sum_of_terms(
-                student, teacher, target, vocab_size, inverse_temperature, norm_z, norm_y, shift, g_a, g_b, g_c, g_e,
-                HEADS, TARGET, ON_CLASSES, BLOCK,
+                student, teacher, target, vocab_size, inverse_temperature, norm_z, norm_y, shift,
+                g_a, g_b, g_c, g_e, HEADS, TARGET, ON_CLASSES, BLOCK,
             )  # fmt: skip
         on_slope, on_prob = factor, factor * slopes
         if TARGET != "none":
