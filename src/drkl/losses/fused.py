@@ -37,6 +37,7 @@ from drkl.losses.common import (
 from drkl.losses.dense import position_values
 from drkl.losses.head import LMHead, as_head
 from drkl.losses.merged import MergedIds, make_merged
+from drkl.losses.products import add_product_
 from drkl.losses.topk import TopK, class_values_and_grads_
 from drkl.objectives import CrossEntropy, Objective, ObjectiveLike
 from drkl.objectives.base import check_values
@@ -424,10 +425,7 @@ def _accumulate(
         states = student.states(rows)
         if share is not None:
             states = (states * share.unsqueeze(-1)).to(grad.dtype)
-        if grad.dtype == grad_weight.dtype:
-            grad_weight.addmm_(grad.T, states)
-        else:
-            grad_weight += grad.T @ states
+        add_product_(grad_weight, grad.T, states)
 
 
 def values_and_grads_(
