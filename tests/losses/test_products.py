@@ -18,6 +18,10 @@ def test_a_product_is_added_to_wide_sums(narrow: torch.dtype) -> None:
     expected = total.double().cpu() + left.double().cpu().T @ right.double().cpu()
     add_product_(total, left.T, right)
     assert torch.equal(total.double().cpu(), expected)  # small whole numbers: nothing is rounded
+    total.fill_(torch.nan)
+    add_product_(total, left.T, right, scale=0.5, first=True)
+    add_product_(total, left.T, right, scale=2.0)
+    assert torch.equal(total.double().cpu(), 2.5 * (left.double().cpu().T @ right.double().cpu()))
 
 
 def test_only_a_gpu_widens_in_the_product_itself() -> None:

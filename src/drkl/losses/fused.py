@@ -132,8 +132,6 @@ def fused_distillation_loss(
     head = head.trimmed(size)
     settings = replace(settings, merged=make_merged(merged_ids, size))
     keep = valid_positions(shape, labels, token_mask, token_weights, settings, size)
-    if keep is not None and bool(keep.all()):
-        keep = None  # nothing to leave out, so nothing to copy
     hidden = select(student_hidden, keep)
     dtype = _compute_dtype(hidden, head.weight)
     wide = torch.promote_types(torch.float32, dtype)

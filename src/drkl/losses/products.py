@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left @ right`` to ``total``, whose dtype may be wider than that of the factors.
+def add_product_(total: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0, first: bool = False) -> None:
+    """Add ``scale * left @ right`` to ``total``, whose dtype may be wider than that of the factors.
 
     A GPU writes the product of bf16 or fp16 factors into fp32 in the same pass; elsewhere a product in their own dtype
     is made and added.
@@ -18,13 +18,18 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total: `[a, b]`.
         left: `[a, n]`.
         right: `[n, b]`, of the same dtype.
+        scale: a factor on the product.
+        first: overwrite ``total``, whose contents have no meaning yet.
     """
+    old = 0 if first else 1
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        torch.addmm(total, left, right, beta=old, alpha=scale, out=total)
     elif widens(total.dtype, left.dtype, left.device):
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, beta=old, alpha=scale, out_dtype=total.dtype, out=total)
+    elif first:
+        total.copy_(left @ right).mul_(scale)
     else:
-        total += left @ right
+        total.add_(left @ right, alpha=scale)
 
 
 @functools.lru_cache
