@@ -39,6 +39,7 @@ from drkl.losses.common import (
 from drkl.losses.dense import position_values
 from drkl.losses.head import LMHead, as_head
 from drkl.losses.merged import MergedIds, make_merged
+from drkl.losses.products import add_product_
 from drkl.losses.topk import TopK, class_values_and_grads_
 from drkl.objectives import CrossEntropy, Objective, ObjectiveLike
 from drkl.objectives.base import check_values
@@ -133,8 +134,6 @@ def fused_distillation_loss(
     head = head.trimmed(size)
     settings = replace(settings, merged=make_merged(merged_ids, size))
     keep = valid_positions(shape, labels, token_mask, token_weights, settings, size)
-    if keep is not None and bool(keep.all()):
-        keep = None  # nothing to leave out, so nothing to copy
     hidden = select(student_hidden, keep)
     dtype = _compute_dtype(hidden, head.weight)
     wide = torch.promote_types(torch.float32, dtype)
@@ -449,13 +448,7 @@ def _accumulate(
         states = student.states(rows)
         if share is not None:
             states = (states * share.unsqueeze(-1)).to(grad.dtype)
-        first = rows.start == 0  # what is there has no meaning yet
-        if grad.dtype == grad_weight.dtype:
-            torch.addmm(grad_weight, grad.T, states, beta=0 if first else 1, alpha=scale, out=grad_weight)
-        elif first:
-            grad_weight.copy_(grad.T @ states).mul_(scale)
-        else:
-            grad_weight.add_(grad.T @ states, alpha=scale)
+        add_product_(grad_weight, grad.T, states, scale=scale, first=rows.start == 0)
 
 
 def values_and_grads_(

@@ -122,7 +122,7 @@ class TopK:
         return self._each(lambda tensor: tensor.to(device))
 
     def at(self, keep: Tensor | None) -> TopK:
-        """The positions of a flat mask, in one dimension; None takes all."""
+        """The positions of these numbers, in one dimension; None takes all."""
         count = self.shape.numel()
         flat = self._each(lambda tensor: tensor.reshape(count, *tensor.shape[len(self.shape) :]))
         return flat if keep is None else flat[keep]
@@ -234,10 +234,11 @@ class TopK:
                 f"{vocab_size}. What all other tokens add up to cannot be cut afterwards: compare on "
                 f"{self.vocab_size}, or make the cache with these two models."
             )
-        if self.ids.numel() and (int(self.ids.max()) >= vocab_size or bool((self.ids[..., 0] < 0).any())):
-            raise DrklError(
-                f"TopK has ids up to {int(self.ids.max())}; expected ids in [0, {vocab_size}), or -1 after the first."
-            )
+        if self.ids.is_meta or not self.ids.numel():
+            return
+        highest, first = torch.stack((self.ids.max(), self.ids[..., 0].min())).tolist()
+        if highest >= vocab_size or first < 0:
+            raise DrklError(f"TopK has ids up to {highest}; expected ids in [0, {vocab_size}), or -1 after the first.")
 
     def is_finite(self, temperature: float) -> bool:
         """Whether the teacher excludes no token, as far as this tells, and no number is infinite or none."""
