@@ -234,7 +234,7 @@ def groups(
         found = np.take_along_axis(of, at_label, -1)
         np.put_along_axis(of, at_label, np.where(found == k, k + 1, found), -1)
     labels = np.take_along_axis(of, at_label, -1)[:, 0]
-    return Groups(of, k + 2, labels, np.zeros(count, np.int64))
+    return Groups(of, k + 2, labels, np.zeros(count, np.int64), last_is_taken=label)
 
 
 def _merged(rows: Rows, ids: list[int]) -> Groups:

@@ -60,6 +60,8 @@ class Answer:
 def through_softmax(lq: Array, slope: Array) -> Array:
     """h_j - q_j sum_i h_i, as sum_i (q_i h_j - q_j h_i): nothing cancels where one class has nearly all the mass."""
     q = np.exp(lq)
+    if lq.shape[-1] > 100:  # too many pairs; what cancels is small beside the largest of so many
+        return slope - q * slope.sum(-1, keepdims=True)
     pairs = q[:, None, :] * slope[:, :, None]
     return (pairs - pairs.transpose(0, 2, 1)).sum(-1)
 
@@ -213,7 +215,7 @@ def skewed_drkl(
     dB / dq_j = log Q / M - s Q / M, dK / dq_j = (L_j - sum q^ L - s q_j / m_j + s Q / M) / Q, up to one number for all.
     """
     lq, lp = log_softmax(z), log_softmax(y)
-    student, teacher, log_m = split(z, target), split(y, target), mix(lp, lq, 1 - WIDE(skew))
+    student, teacher, log_m = split(z, target), split(y, target), mix(lq, lp, skew)
     compared = split(log_m, target)
     w, s, at = tail_weight(weight, gamma, student, teacher), WIDE(skew), target[:, None]
     on_two, on_tail = PARTS["rkl"](student.two, compared.two), PARTS["rkl"](student.tail, compared.tail)
@@ -281,6 +283,18 @@ class Groups:
     count: int
     labels: NDArray[np.int64]
     top: NDArray[np.int64] | None = None
+    last_is_taken: bool = False
+    """Whether the teacher's last class is known to have been in the last but one, whose own mass is what is left."""
+
+    def unclear(self, classes: Array, near: Array) -> NDArray[np.bool_]:
+        """Where rounding decides which class is the target, or what of the rest is left."""
+        if self.top is None:
+            first = classes.max(-1, keepdims=True)
+            distance = first - classes
+            return ((distance > 0) & (distance < near)).any(-1)
+        rest, label = classes[:, -2], classes[:, -1]
+        little = np.exp(np.minimum(minus(rest, label), 0)) < near[:, 0]
+        return np.asarray(little & (label > -INF) & self.last_is_taken)
 
     def together(self, logits: Array) -> Array:
         members = (np.where(self.of == c, logits, -INF) for c in range(self.count))
@@ -337,4 +351,4 @@ def _grouped(
     top = theirs.argmax(-1) if groups.top is None else groups.top
     found = objective(name, params, ours, theirs, groups.labels, top, near)
     found.grad = groups.apart(found.grad, z, ours)
-    return found
+    return found.open_where(groups.unclear(theirs, near))
