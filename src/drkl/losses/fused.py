@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drkl.errors import DrklError
+from drkl.losses import buffers
 from drkl.losses.common import (
     LossSettings,
     Observer,
@@ -154,13 +156,18 @@ def fused_distillation_loss(
     )
     # The autograd function cannot see that grad mode is off: it would make gradients that nobody takes.
     result: Tensor
+    divisor = denominator(num_tokens, hidden.shape[0]) if reduction == "mean" else 1.0
     if reduction == "none" or not torch.is_grad_enabled():
         with torch.no_grad(), torch.autocast(_autocast_device(hidden), enabled=False):
-            values, _ = run((False, False, False))
-        result = spread(values, keep, shape) if reduction == "none" else values.sum()
-    else:
-        result = _FusedSum.apply(hidden, head.weight, head.bias, run)
-    return result / denominator(num_tokens, hidden.shape[0]) if reduction == "mean" else result
+            values, _ = run((False, False, False), 1.0)
+        return spread(values, keep, shape) if reduction == "none" else values.sum() / divisor
+    if isinstance(divisor, Tensor):
+        if divisor.device.type != "cpu":  # its number is not known without waiting for the device
+            result = _FusedSum.apply(hidden, head.weight, head.bias, run, 1.0)
+            return result / divisor
+        divisor = float(divisor)
+    result = _FusedSum.apply(hidden, head.weight, head.bias, run, divisor)
+    return result
 
 
 def _check_hidden(whose: str, hidden: Tensor, head: LMHead) -> None:
@@ -200,16 +207,21 @@ def _autocast_device(tensor: Tensor) -> str:
 
 
 class _FusedSum(torch.autograd.Function):
-    """The sum of the values; its gradients are made in the forward pass."""
+    """The sum of the values over a number; its gradients are made in the forward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, run: Callable[..., tuple[Tensor, Gradients]]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        run: Callable[..., tuple[Tensor, Gradients]],
+        divisor: float,
     ) -> Tensor:
         with torch.autocast(_autocast_device(hidden), enabled=False):
-            values, ctx.grads = run(ctx.needs_input_grad[:3])
+            values, ctx.grads = run(ctx.needs_input_grad[:3], 1.0 / divisor)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return values.sum()
+        return values.sum() / divisor
 
     @staticmethod
     @once_differentiable
@@ -218,11 +230,13 @@ class _FusedSum(torch.autograd.Function):
         if grads is None:
             raise RuntimeError("The fused loss was differentiated twice; its gradients are made once and given away.")
         ctx.grads = None
-        # In place: the sums are nobody else's, and the head's is as large as the head.
-        scaled = [
-            None if g is None else g.mul_(upstream.to(g.dtype)).to(d) for g, d in zip(grads, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None)
+        # The sums are nobody else's, and the head's is as large as the head: no pass over it that can be spared.
+        if upstream.device.type != "cpu" or float(upstream) != 1.0:
+            for grad in grads:
+                if grad is not None:
+                    grad *= upstream.to(grad.dtype)
+        scaled = [None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
+        return (*scaled, None, None)
 
 
 class _Side:
@@ -277,11 +291,13 @@ class _Side:
         """A chunk's gradient in ``dtype``, for the matrix products."""
         return grad if grad.dtype == self.dtype else self._buffer(self._scratch, self.dtype, len(grad)).copy_(grad)
 
-    def _buffer(self, buffers: dict[torch.dtype, Tensor], dtype: torch.dtype, rows: int) -> Tensor:
+    def _buffer(self, made: dict[torch.dtype, Tensor], dtype: torch.dtype, rows: int) -> Tensor:
         """`[rows, vocab]` with arbitrary contents; the first chunk, for which it is made, is the largest."""
-        if dtype not in buffers:
-            buffers[dtype] = self.weight.new_empty(rows, self.weight.shape[0], dtype=dtype)
-        return buffers[dtype][:rows]
+        if dtype not in made:
+            # As many rows as a chunk may have, though fewer are written: the next call finds one of its size.
+            most = rows if self.weight.is_cuda else max(rows, chunk_rows(self.weight, self.wide.itemsize))
+            made[dtype] = buffers.empty((most, self.weight.shape[0]), dtype, self.weight.device)
+        return made[dtype][:rows]
 
 
 def _run(
@@ -292,13 +308,17 @@ def _run(
     settings: LossSettings,
     observe: Observer | None,
     needs: tuple[bool, bool, bool],
+    scale: float,
 ) -> tuple[Tensor, Gradients]:
-    """Values `[n]` and the gradients of their sum."""
+    """Values `[n]`, and the gradients of ``scale`` times their sum."""
     hidden, head, wide = student.hidden, student.head, student.wide
     count = hidden.shape[0]
     values = torch.empty(count, dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden, dtype=wide) if needs[0] else None
-    grad_weight = torch.zeros_like(head.weight, dtype=wide) if needs[1] else None
+    grad_weight = None
+    if needs[1]:
+        make = buffers.empty if count else torch.zeros
+        grad_weight = make(tuple(head.weight.shape), dtype=wide, device=hidden.device)
     grad_bias = torch.zeros_like(head.bias, dtype=wide) if needs[2] and head.bias is not None else None
     kernel = _row_kernel(student, teacher, settings)
     size = even(count, chunk_rows(head.weight, (student.dtype if kernel else wide).itemsize))
@@ -326,9 +346,11 @@ def _run(
                 grad[share == 0] = 0  # 0 * inf: what has no weight may be infinite
             if grad_bias is not None:
                 grad_bias += grad.sum(0) if share is None else share @ grad
-            _accumulate(student.narrowed(grad), student, rows, grad_hidden, grad_weight, share)
+            _accumulate(student.narrowed(grad), student, rows, grad_hidden, grad_weight, share, scale)
     if token_weights is not None:
         values = weighted(token_weights, values)
+    if grad_bias is not None:
+        grad_bias *= scale
     return values, (grad_hidden, grad_weight, grad_bias)
 
 
@@ -415,19 +437,23 @@ def _accumulate(
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
     share: Tensor | None,
+    scale: float,
 ) -> None:
     """Carry a chunk's gradient on; the positions' weights act on [rows, hidden], not on [rows, vocab]."""
     if grad_hidden is not None:
         product = grad @ student.weight
-        grad_hidden[rows] = product if share is None else product * share.unsqueeze(-1)
+        grad_hidden[rows] = (product if share is None else product * share.unsqueeze(-1)) * scale
     if grad_weight is not None:
         states = student.states(rows)
         if share is not None:
             states = (states * share.unsqueeze(-1)).to(grad.dtype)
+        first = rows.start == 0  # what is there has no meaning yet
         if grad.dtype == grad_weight.dtype:
-            grad_weight.addmm_(grad.T, states)
+            torch.addmm(grad_weight, grad.T, states, beta=0 if first else 1, alpha=scale, out=grad_weight)
+        elif first:
+            grad_weight.copy_(grad.T @ states).mul_(scale)
         else:
-            grad_weight += grad.T @ states
+            grad_weight.add_(grad.T @ states, alpha=scale)
 
 
 def values_and_grads_(
@@ -450,8 +476,9 @@ def values_and_grads_(
 
 
 def _all_finite(block: Tensor) -> bool:
-    low, high = torch.aminmax(block)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    # A sum is infinite, or not a number, where one of its terms is; where only the sum overflows, the definition is
+    # taken for nothing.
+    return math.isfinite(block.sum())
 
 
 def _teacher_is_finite(teacher: Tensor | TopK | None, temperature: float) -> bool:
