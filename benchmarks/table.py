@@ -125,6 +125,31 @@ def on_policy_table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def train_step_table(rows: list[Row]) -> str:
+    """A step on data of each trainer; drkl with the same objective is the first."""
+    first = rows[0]
+    lines = [
+        f"| {first['prompts']} rows a step, {first['tokens_per_step']} trained tokens, {first['precision']} "
+        "| trained tokens a second | drkl's, x this | s a step (20 % to 80 %) | MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        rate = float(row["tokens_per_second"])
+        median, low, high = (f"{float(row[f'{name}_s_per_step']):.2f}" for name in ("median", "p20", "p80"))
+        ratio = f"{float(first['tokens_per_second']) / rate:.2f}"
+        cells = [row["variant"], f"{rate:.1f}", ratio, f"{median} ({low} to {high})", f"{int(row['peak_mib']):,}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def step_profile_table(rows: list[Row]) -> str:
+    """Where the time of a quickstart step goes."""
+    lines = ["| part of a step | share | s |", "|---|---|---|"]
+    for row in rows:
+        lines.append(f"| {row['part']} | {float(row['share']):.1%} | {float(row['s_per_step']):.3f} |")
+    return "\n".join(lines) + "\n"
+
+
 def teacher_cache_table(rows: list[Row]) -> str:
     """A step with the teacher, with its states remembered, and from caches, with the bytes of a position."""
     lines = ["| teacher | s a step | x of live | MiB | bytes a position |", "|---|---|---|---|---|"]
@@ -237,6 +262,8 @@ def tables() -> dict[str, str]:
         "fused-gpu": gpu_table(read_rows(RESULTS / "fused_loss_gpu.csv")),
         "gpu-day": gpu_day_table(read_rows(RESULTS / "gpu_day.csv")),
         "sampling": sampling_table(read_rows(RESULTS / "rollouts.csv"), read_rows(RESULTS / "rollouts_vllm.csv")),
+        "train-step": train_step_table(read_rows(RESULTS / "train_step.csv")),
+        "step-profile": step_profile_table(read_rows(RESULTS / "step_profile.csv")),
         "on-policy": on_policy_table(read_rows(RESULTS / "on_policy.csv")),
         "teacher-cache": teacher_cache_table(read_rows(RESULTS / "teacher_cache.csv")),
         "large-teacher": large_teacher_table(read_rows(RESULTS / "teacher_cache.csv")),
