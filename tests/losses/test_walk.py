@@ -130,7 +130,9 @@ def faults(found: Found, expected: Answer, near: Array, names: list[str]) -> lis
                 list_of_faults.append(f"{name}: value {values[i]:.8g}, expected {value:.3g}")
         else:
             if not error[i] <= value_budget[i]:
-                list_of_faults.append(f"{name}: value {values[i]:.8g}, expected {value:.8g} within {value_budget[i]:.1e}")
+                list_of_faults.append(
+                    f"{name}: value {values[i]:.8g}, expected {value:.8g} within {value_budget[i]:.1e}"
+                )
             wrong = ~(grad_error[i] <= grad_budget[i]) & (abs(grad) <= dtype.max)
             if wrong.any():
                 j = int(wrong.argmax())
