@@ -141,11 +141,14 @@ class StatisticsSums:
 
     def __call__(self, chunk: LogitChunk) -> None:
         assert chunk.labels is not None
-        some = self._some(chunk)
-        labels, teacher = chunk.labels[some], None if chunk.teacher is None else chunk.teacher[some]
+        if chunk.rows is None:
+            rows = self.chosen(chunk.start, chunk.labels.numel(), chunk.labels.device)
+            theirs = None if chunk.teacher is None else chunk.teacher[rows]
+            chunk = LogitChunk(chunk.student[rows], theirs, chunk.labels[rows], chunk.start, rows)
+        student, teacher, labels = chunk.student, chunk.teacher, chunk.labels
+        assert labels is not None
         if not labels.numel():
             return
-        student = chunk.student[some]
         values = token_statistics(student, teacher if isinstance(teacher, Tensor) else None, labels)
         columns: dict[str, Tensor | None] = {
             "nll": values.nll,
@@ -156,11 +159,11 @@ class StatisticsSums:
             "teacher_entropy": values.teacher_entropy,
             POSITIONS: torch.ones(labels.numel(), dtype=torch.int64),
         } | (class_columns(student, teacher, self._temperature) if isinstance(teacher, TopK) else {})
-        for name, value in columns.items():
-            if value is None:
-                continue
-            for prefix, part in self._parts(chunk, some, value):
-                self.sums[prefix + name] = self.sums.get(prefix + name, 0) + part.sum()
+        for prefix, part in self._parts(chunk, labels.device):
+            for name, value in columns.items():
+                if value is not None:
+                    chosen = value[part if isinstance(part, slice) else part.to(value.device)]
+                    self.sums[prefix + name] = self.sums.get(prefix + name, 0) + chosen.sum()
 
     def at(self, places: Tensor) -> StatisticsSums:
         """An observer of a loss at some of the positions, `[n]` bool, that adds to the same sums."""
@@ -169,21 +172,25 @@ class StatisticsSums:
         part._places = None if self._places is None else self._places[places]
         return part
 
-    def _some(self, chunk: LogitChunk) -> slice | Tensor:
-        """The positions of a chunk that are summed."""
-        assert chunk.labels is not None
-        if self._places is None:
-            return slice(-chunk.start % self._every, None, self._every)
-        own = self._places[chunk.start : chunk.start + chunk.labels.numel()]
-        return (own % self._every == 0).to(chunk.labels.device)
+    def chosen(self, start: int, count: int, device: torch.device) -> slice | Tensor:
+        """Which positions of a chunk are summed.
 
-    def _parts(self, chunk: LogitChunk, some: slice | Tensor, value: Tensor) -> list[tuple[str, Tensor]]:
-        """The values of data rows and those of rollouts, each with the prefix of its names."""
+        Args:
+            start: the number of positions before the chunk.
+            count: the number of its own.
+            device: where the indices are wanted.
+        """
+        if self._places is None:
+            return slice(-start % self._every, count, self._every)
+        own = self._places[start : start + count]
+        return (own % self._every == 0).nonzero().squeeze(-1).to(device)
+
+    def _parts(self, chunk: LogitChunk, device: torch.device) -> list[tuple[str, slice | Tensor]]:
+        """The numbers of data rows and those of rollouts among a chunk's rows, each with the prefix of its names."""
         if self._sampled is None:
-            return [("", value)]
-        assert chunk.labels is not None
-        own = self._sampled[chunk.start : chunk.start + chunk.labels.numel()].to(value.device)[some]
-        parts = [("", value[~own]), (PREFIX, value[own])]
+            return [("", slice(None))]
+        own = self._sampled[chunk.start :].to(device)[chunk.rows]
+        parts = [("", (~own).nonzero().squeeze(-1)), (PREFIX, own.nonzero().squeeze(-1))]
         return [(prefix, part) for prefix, part in parts if part.numel()]
 
 

@@ -1,0 +1,219 @@
+"""A chunk of positions on a device with the Triton kernel: products in, values and the gradient on the products out."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from drkl.losses.common import LogitChunk, LossSettings, Observer, observed_chunk
+from drkl.losses.head import LMHead
+from drkl.losses.kernel_topk import top_k_step_
+from drkl.losses.merged import MergedIds, ids_on, log_sum_exp, shares
+from drkl.losses.topk import TopK
+
+if TYPE_CHECKING:
+    from drkl.losses.fused import Side
+
+
+class KernelSteps:
+    """A loss by the row kernel, chunk by chunk.
+
+    Args:
+        student: the student's products.
+        teacher: the teacher's, or what is known of its logits; None where there is none.
+        settings: what `why_not` has no reason against.
+        needs_grad: whether a gradient is made.
+        observe: the loss's observer.
+    """
+
+    def __init__(
+        self,
+        student: Side,
+        teacher: Side | TopK | None,
+        settings: LossSettings,
+        needs_grad: bool,
+        observe: Observer | None,
+    ) -> None:
+        self._student, self._teacher, self._settings = student, teacher, settings
+        self._needs_grad, self._observe = needs_grad, observe
+
+    def __call__(self, rows: slice, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The values `[n]` of some positions, and the gradient of their sum on ``hidden @ weight.T`` `[n, vocab]`.
+
+        Args:
+            rows: which positions.
+            labels: `[n]`, theirs; classes where ids are merged.
+        """
+        settings, head = self._settings, self._student.head
+        product = self._student.product(rows)
+        known = self._teacher[rows] if isinstance(self._teacher, TopK) else None
+        teacher, teacher_head = None, None
+        if self._teacher is not None and not isinstance(self._teacher, TopK):
+            teacher, teacher_head = self._teacher.product(rows), self._teacher.head
+        if self._observe is not None:
+            theirs = known if teacher is None else teacher
+            _show(self._observe, product, head, theirs, teacher_head, labels, rows.start, settings.merged)
+        if known is not None and settings.uses_teacher:
+            return top_k_step_(product, known, labels, settings, head, self._needs_grad), product
+        if not settings.uses_teacher:
+            teacher, teacher_head = None, None
+        step = _whole_step_ if settings.merged is None else _merged_step_
+        return step(product, teacher, labels, settings, head, teacher_head, self._needs_grad), product
+
+
+def why_not(student: Side, teacher: Side | TopK | None, settings: LossSettings) -> str | None:
+    """The reason why the kernel does not compute a loss, as a sentence; None where it does."""
+    sides = [side for side in (student, teacher) if side is not None and not isinstance(side, TopK)]
+    if torch.float64 in [side.dtype for side in sides]:
+        return "The row kernel computes in fp32, and these products are in float64."
+    if importlib.util.find_spec("triton") is None:
+        return "The row kernel needs Triton, which is not installed."
+    if isinstance(teacher, TopK) and settings.uses_teacher:
+        return None  # whatever the kernel does not know is computed on the few classes
+    from drkl.losses import row_kernel
+
+    return row_kernel.why_not(settings)
+
+
+@functools.lru_cache
+def kernel_runs(
+    settings: LossSettings, vocab_size: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> bool:
+    """Try the kernel on one row, which also compiles it; warn and return False where it fails."""
+    from drkl.losses import row_kernel
+
+    student, teacher = (torch.zeros(1, vocab_size, dtype=dtype, device=device) for dtype in dtypes)
+    labels = torch.zeros(1, dtype=torch.long, device=device)
+    try:
+        if row_kernel.why_not(settings) is None:
+            compared = teacher if settings.uses_teacher else None
+            row_kernel.row_step_(student, compared, labels if settings.uses_labels else None, settings)
+        else:
+            row_kernel.rest_log_sum_exp(student, (settings.temperature,))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # without a C compiler, say, Triton cannot build it
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"The Triton kernel does not run here; the loss goes on without it, slower. {reason}", stacklevel=2
+        )
+        return False
+    return True
+
+
+def _show(
+    observe: Observer,
+    product: Tensor,
+    head: LMHead,
+    teacher: Tensor | TopK | None,
+    teacher_head: LMHead | None,
+    labels: Tensor | None,
+    start: int,
+    merged: MergedIds | None,
+) -> None:
+    """Give an observer the logits, those alone that it looks at: they are made for it."""
+    rows: slice | Tensor | None = None
+    if (choose := getattr(observe, "chosen", None)) is not None:
+        rows = choose(start, len(product), product.device)
+        product, labels = product[rows], None if labels is None else labels[rows]
+        teacher = None if teacher is None else teacher[rows]
+    student = _logits(product, head, merged)
+    if isinstance(teacher, Tensor) and teacher_head is not None:
+        teacher = _logits(teacher, teacher_head, merged)
+    chunk: LogitChunk = observed_chunk(student, teacher, labels, start, merged)
+    observe(chunk._replace(rows=rows))
+
+
+def _logits(product: Tensor, head: LMHead, merged: MergedIds | None) -> Tensor:
+    return product if head.is_plain and merged is None else head.of_products(product)
+
+
+def _whole_step_(
+    product: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    settings: LossSettings,
+    head: LMHead,
+    teacher_head: LMHead | None,
+    needs_grad: bool,
+    event: tuple[int, Tensor, Tensor | None] | None = None,
+) -> Tensor:
+    from drkl.losses import row_kernel
+
+    values: Tensor = row_kernel.row_step_(
+        product,
+        teacher,
+        labels if settings.uses_labels else None,
+        settings,
+        student_head=head,
+        teacher_head=teacher_head,
+        event=event,
+        needs_grad=needs_grad,
+    )
+    return values
+
+
+def _merged_step_(
+    product: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    settings: LossSettings,
+    head: LMHead,
+    teacher_head: LMHead | None,
+    needs_grad: bool,
+) -> Tensor:
+    """Some ids as one class, at whose first id the kernel is told the logit of all."""
+    assert settings.merged is not None
+    labels = None if labels is None else settings.merged.columns(labels)
+    rest = labels, settings.merged, head, teacher_head, needs_grad
+    temperature = settings.temperature if settings.uses_objective else 1.0
+    if not (settings.uses_objective and settings.uses_cross_entropy) or temperature == 1.0:
+        return _one_merged_step_(product, teacher, settings, temperature, *rest)
+    # The class has another logit at each temperature, so the objective and the cross-entropy have a sweep each.
+    share = settings.kd_weight
+    observed = product.clone()
+    values = _one_merged_step_(product, teacher, replace(settings, kd_weight=1.0), temperature, *rest)
+    others = _one_merged_step_(observed, None, replace(settings, kd_weight=0.0), 1.0, *rest)
+    if needs_grad:
+        torch.lerp(observed, product, share, out=product)
+    return torch.lerp(others, values, share)
+
+
+def _one_merged_step_(
+    product: Tensor,
+    teacher: Tensor | None,
+    settings: LossSettings,
+    temperature: float,
+    labels: Tensor | None,
+    merged: MergedIds,
+    head: LMHead,
+    teacher_head: LMHead | None,
+    needs_grad: bool,
+) -> Tensor:
+    ids = ids_on(merged, product.device)
+    members, together = _take_out_members_(product, merged, ids, head, temperature)
+    theirs = None
+    if teacher is not None and teacher_head is not None:
+        _, theirs = _take_out_members_(teacher, merged, ids, teacher_head, temperature)
+    event = merged.event, together, theirs
+    values = _whole_step_(product, teacher, labels, settings, head, teacher_head, needs_grad, event)
+    if needs_grad:
+        shares = shares(members / temperature) * product[:, merged.event].unsqueeze(-1)
+        product.index_copy_(1, ids, (shares * head.slope(members)).to(product.dtype))
+    return values
+
+
+def _take_out_members_(
+    product: Tensor, merged: MergedIds, ids: Tensor, head: LMHead, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The logits `[n, m]` of ids that are one class, and that of the class `[n]`; the products keep its column only."""
+    members = head.of_products(product.index_select(1, ids), ids)
+    product.index_fill_(1, ids[1:], -math.inf)
+    return members, temperature * log_sum_exp(members / temperature).squeeze(-1)
