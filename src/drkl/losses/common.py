@@ -39,9 +39,9 @@ class LogitChunk(NamedTuple):
 Observer = Callable[[LogitChunk], None]
 """Called once with every position that counts, in order and in chunks.
 
-One that looks at some positions alone may have a method ``chosen``, of the number of positions before a chunk, the number
-of its own, and the device: it returns which they are, as a slice or as indices. On a device with a kernel it is given
-these, and the logits of others are not made.
+One that looks at some positions alone may have a method ``chosen``: of the number of positions before a chunk, the
+number of its own, and the device, it returns which those are, a slice or indices. On a device with a kernel it is given
+these, and the logits of the others are not made.
 """
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from drkl.losses.common import LossSettings
+from drkl.losses.topk import TopK
 
-ClosedForm = Callable[[Tensor, Tensor | None, Tensor | None, LossSettings], Tensor]
+ClosedForm = Callable[[Tensor, Tensor | TopK | None, Tensor | None, LossSettings], Tensor]
 """Values `[n]` from both logits `[n, vocab]` and labels `[n]`; the student's are overwritten with their gradient."""
 
 

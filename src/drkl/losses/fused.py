@@ -8,7 +8,7 @@ tokens; the backward pass only scales.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drkl.errors import DrklError
+from drkl.losses import buffers
 from drkl.losses.common import (
     LossSettings,
     Observer,
@@ -34,8 +35,10 @@ from drkl.losses.common import (
     spread,
     valid_positions,
 )
+from drkl.losses.compiled import ClosedForm, compiled
 from drkl.losses.dense import position_values
 from drkl.losses.head import LMHead, as_head
+from drkl.losses.kernel_steps import KernelSteps, kernel_runs, why_not
 from drkl.losses.merged import MergedIds, make_merged
 from drkl.losses.products import add_product_
 from drkl.losses.topk import TopK, class_values_and_grads_
@@ -153,13 +156,18 @@ def fused_distillation_loss(
     )
     # The autograd function cannot see that grad mode is off: it would make gradients that nobody takes.
     result: Tensor
+    divisor = denominator(num_tokens, hidden.shape[0]) if reduction == "mean" else 1.0
     if reduction == "none" or not torch.is_grad_enabled():
         with torch.no_grad(), torch.autocast(_autocast_device(hidden), enabled=False):
-            values, _ = run((False, False, False))
-        result = spread(values, keep, shape) if reduction == "none" else values.sum()
-    else:
-        result = _FusedSum.apply(hidden, head.weight, head.bias, run)
-    return result / denominator(num_tokens, hidden.shape[0]) if reduction == "mean" else result
+            values, _ = run((False, False, False), 1.0)
+        return spread(values, keep, shape) if reduction == "none" else values.sum() / divisor
+    if isinstance(divisor, Tensor):
+        if divisor.device.type != "cpu":  # its number is not known without waiting for the device
+            result = _FusedSum.apply(hidden, head.weight, head.bias, run, 1.0)
+            return result / divisor
+        divisor = float(divisor)
+    result = _FusedSum.apply(hidden, head.weight, head.bias, run, divisor)
+    return result
 
 
 def _check_hidden(whose: str, hidden: Tensor, head: LMHead) -> None:
@@ -199,16 +207,21 @@ def _autocast_device(tensor: Tensor) -> str:
 
 
 class _FusedSum(torch.autograd.Function):
-    """The sum of the values; its gradients are made in the forward pass."""
+    """The sum of the values over a number; its gradients are made in the forward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, run: Callable[..., tuple[Tensor, Gradients]]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        run: Callable[..., tuple[Tensor, Gradients]],
+        divisor: float,
     ) -> Tensor:
         with torch.autocast(_autocast_device(hidden), enabled=False):
-            values, ctx.grads = run(ctx.needs_input_grad[:3])
+            values, ctx.grads = run(ctx.needs_input_grad[:3], 1.0 / divisor)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return values.sum()
+        return values.sum() / divisor
 
     @staticmethod
     @once_differentiable
@@ -217,11 +230,13 @@ class _FusedSum(torch.autograd.Function):
         if grads is None:
             raise RuntimeError("The fused loss was differentiated twice; its gradients are made once and given away.")
         ctx.grads = None
-        # In place: the sums are nobody else's, and the head's is as large as the head.
-        scaled = [
-            None if g is None else g.mul_(upstream.to(g.dtype)).to(d) for g, d in zip(grads, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None)
+        # The sums are nobody else's, and the head's is as large as the head: no pass over it that can be spared.
+        if upstream.device.type != "cpu" or float(upstream) != 1.0:
+            for grad in grads:
+                if grad is not None:
+                    grad *= upstream.to(grad.dtype)
+        scaled = [None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
+        return (*scaled, None, None)
 
 
 class _Side:
@@ -276,11 +291,13 @@ class _Side:
         """A chunk's gradient in ``dtype``, for the matrix products."""
         return grad if grad.dtype == self.dtype else self._buffer(self._scratch, self.dtype, len(grad)).copy_(grad)
 
-    def _buffer(self, buffers: dict[torch.dtype, Tensor], dtype: torch.dtype, rows: int) -> Tensor:
+    def _buffer(self, made: dict[torch.dtype, Tensor], dtype: torch.dtype, rows: int) -> Tensor:
         """`[rows, vocab]` with arbitrary contents; the first chunk, for which it is made, is the largest."""
-        if dtype not in buffers:
-            buffers[dtype] = self.weight.new_empty(rows, self.weight.shape[0], dtype=dtype)
-        return buffers[dtype][:rows]
+        if dtype not in made:
+            # As many rows as a chunk may have, though fewer are written: the next call finds one of its size.
+            most = rows if self.weight.is_cuda else max(rows, chunk_rows(self.weight, self.wide.itemsize))
+            made[dtype] = buffers.empty((most, self.weight.shape[0]), dtype, self.weight.device)
+        return made[dtype][:rows]
 
 
 def _run(
@@ -291,43 +308,45 @@ def _run(
     settings: LossSettings,
     observe: Observer | None,
     needs: tuple[bool, bool, bool],
+    scale: float,
 ) -> tuple[Tensor, Gradients]:
-    """Values `[n]` and the gradients of their sum."""
+    """Values `[n]`, and the gradients of ``scale`` times their sum."""
     hidden, head, wide = student.hidden, student.head, student.wide
     count = hidden.shape[0]
     values = torch.empty(count, dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden, dtype=wide) if needs[0] else None
-    grad_weight = torch.zeros_like(head.weight, dtype=wide) if needs[1] else None
+    grad_weight = None
+    if needs[1]:
+        make = buffers.empty if count else torch.zeros
+        grad_weight = make(tuple(head.weight.shape), dtype=wide, device=hidden.device)
     grad_bias = torch.zeros_like(head.bias, dtype=wide) if needs[2] and head.bias is not None else None
-    kernel = _row_kernel(student, teacher, settings)
+    kernel = _kernel_steps(student, teacher, settings, any(needs), observe)
+    closed_form = _closed_form_ if kernel is not None else _best_closed_form(student, teacher, settings)
     size = even(count, chunk_rows(head.weight, (student.dtype if kernel else wide).itemsize))
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         chunk_labels = None if labels is None else labels[rows]
-        done = capped = None
-        if kernel is not None and isinstance(teacher, _Side):
-            grad, teacher_product = student.product(rows), teacher.product(rows)
-            _show(observe, grad, teacher_product, chunk_labels, start, None)
-            done = kernel.row_step_(grad, teacher_product, chunk_labels, settings)
-        if done is not None and bool(done.isfinite().all()):
-            values[rows] = done
+        if kernel is not None:
+            values[rows], grad = kernel(rows, chunk_labels)
         else:
             grad, teacher_logits = student.logits(rows), _teacher_chunk(teacher, rows)
-            if done is None:
-                _show(observe, grad, teacher_logits, chunk_labels, start, settings.merged)
+            _show(observe, grad, teacher_logits, chunk_labels, start, settings.merged)
             capped = grad.clone() if head.softcap is not None and any(needs) else None
             compared = teacher_logits if settings.uses_teacher else None
-            values[rows] = values_and_grads_(grad, compared, chunk_labels, settings)
+            values[rows] = values_and_grads_(grad, compared, chunk_labels, settings, closed_form)
+            if any(needs):
+                student.through_head_(grad, capped)
         if any(needs):
-            student.through_head_(grad, capped)
             share = None if token_weights is None else token_weights[rows]
             if share is not None:
-                grad[share == 0] = 0  # 0 * inf: what has no weight may be infinite
+                grad.masked_fill_((share == 0).unsqueeze(-1), 0)  # 0 * inf: what has no weight may be infinite
             if grad_bias is not None:
-                grad_bias += grad.sum(0) if share is None else share @ grad
-            _accumulate(student.narrowed(grad), student, rows, grad_hidden, grad_weight, share)
+                _add_bias_grad_(grad_bias, grad, share)
+            _accumulate(student.narrowed(grad), student, rows, grad_hidden, grad_weight, share, scale)
     if token_weights is not None:
         values = weighted(token_weights, values)
+    if grad_bias is not None:
+        grad_bias *= scale
     return values, (grad_hidden, grad_weight, grad_bias)
 
 
@@ -349,45 +368,39 @@ def _show(
         observe(observed_chunk(student, teacher, labels, start, merged))
 
 
-def _row_kernel(student: _Side, teacher: _Side | TopK | None, settings: LossSettings) -> Any:
-    """The module with the Triton kernel, where it runs for this loss on this device; else None."""
+def _kernel_steps(
+    student: _Side, teacher: _Side | TopK | None, settings: LossSettings, needs_grad: bool, observe: Observer | None
+) -> KernelSteps | None:
+    """The loss by the Triton kernel, where it runs for this loss on this device; else None."""
     device = student.hidden.device
-    if settings.merged is not None or device.type not in KERNEL_DEVICES or not isinstance(teacher, _Side):
+    if device.type not in KERNEL_DEVICES or student.head.vocab_size < 2 or why_not(student, teacher, settings):
         return None
-    if torch.float64 in (student.dtype, teacher.dtype):
-        return None
-    heads = (student.head, teacher.head)
-    if any(h.bias is not None or h.scale != 1.0 or h.softcap is not None or h.vocab_size < 2 for h in heads):
-        return None
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from drkl.losses import row_kernel
+    theirs = teacher.dtype if isinstance(teacher, _Side) else student.dtype
+    runs = kernel_runs(replace(settings, merged=None), student.head.vocab_size, (student.dtype, theirs), device)
+    return KernelSteps(student, teacher, settings, needs_grad, observe) if runs else None
 
-    if not row_kernel.supports(settings):
-        return None
-    runs = _kernel_runs(settings, student.head.vocab_size, (student.dtype, teacher.dtype), device)
-    return row_kernel if runs else None
+
+def _best_closed_form(student: _Side, teacher: _Side | TopK | None, settings: LossSettings) -> ClosedForm:
+    """The closed form compiled, where the kernel does not know the loss that it could run for."""
+    device, vocab_size = student.hidden.device, student.head.vocab_size
+    if device.type not in KERNEL_DEVICES or vocab_size < 2 or not _has_closed_form(settings):
+        return _closed_form_
+    reason = why_not(student, teacher, settings)
+    if reason is None:
+        return _closed_form_  # the kernel does not run, which has been said
+    _say_once(f"{reason} The loss goes on without it, slower.")
+    if isinstance(teacher, TopK) and settings.uses_teacher:
+        return _closed_form_
+    return compiled(_closed_form_, settings, vocab_size, student.wide, device)
 
 
 @functools.lru_cache
-def _kernel_runs(
-    settings: LossSettings, vocab_size: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
-) -> bool:
-    """Try the kernel on one row, which also compiles it; warn and return False where it fails."""
-    from drkl.losses import row_kernel
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
-    student, teacher = (torch.zeros(1, vocab_size, dtype=dtype, device=device) for dtype in dtypes)
-    try:
-        row_kernel.row_step_(student, teacher, torch.zeros(1, dtype=torch.long, device=device), settings)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # without a C compiler, say, Triton cannot build it
-        reason = " ".join(str(error).split())[:200]
-        warnings.warn(
-            f"The Triton kernel does not run here; the loss goes on without it, slower. {reason}", stacklevel=2
-        )
-        return False
-    return True
+
+def _has_closed_form(settings: LossSettings) -> bool:
+    return settings.objective.has_closed_form or not settings.uses_objective
 
 
 def chunk_rows(weight: Tensor, itemsize: int) -> int:
@@ -407,6 +420,15 @@ def even(count: int, most: int) -> int:
     return max(1, -(-count // max(1, -(-count // most))))
 
 
+def _add_bias_grad_(grad_bias: Tensor, grad: Tensor, share: Tensor | None) -> None:
+    if share is None:
+        grad_bias += grad.sum(0, dtype=grad_bias.dtype)
+    elif grad.dtype == share.dtype:
+        grad_bias += share @ grad
+    else:
+        add_product_(grad_bias.unsqueeze(0), share.to(grad.dtype).unsqueeze(0), grad)
+
+
 def _accumulate(
     grad: Tensor,
     student: _Side,
@@ -414,20 +436,25 @@ def _accumulate(
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
     share: Tensor | None,
+    scale: float,
 ) -> None:
     """Carry a chunk's gradient on; the positions' weights act on [rows, hidden], not on [rows, vocab]."""
     if grad_hidden is not None:
         product = grad @ student.weight
-        grad_hidden[rows] = product if share is None else product * share.unsqueeze(-1)
+        grad_hidden[rows] = (product if share is None else product * share.unsqueeze(-1)) * scale
     if grad_weight is not None:
         states = student.states(rows)
         if share is not None:
             states = (states * share.unsqueeze(-1)).to(grad.dtype)
-        add_product_(grad_weight, grad.T, states)
+        add_product_(grad_weight, grad.T, states, scale=scale, first=rows.start == 0)
 
 
 def values_and_grads_(
-    student_logits: Tensor, teacher_logits: Tensor | TopK | None, labels: Tensor | None, settings: LossSettings
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopK | None,
+    labels: Tensor | None,
+    settings: LossSettings,
+    closed_form: ClosedForm | None = None,
 ) -> Tensor:
     """Values `[n]`; ``student_logits`` `[n, vocab]` is overwritten with their gradient, block of rows by block."""
     count, vocab_size = student_logits.shape
@@ -438,16 +465,18 @@ def values_and_grads_(
         rows = slice(start, min(start + size, count))
         student = student_logits[rows]
         teacher = None if teacher_logits is None else teacher_logits[rows]
-        closed = settings.objective.has_closed_form or not settings.uses_objective
-        closed = closed and _all_finite(student) and _teacher_is_finite(teacher, settings.temperature)
-        step = _closed_form_ if closed else _autograd_
+        closed = (
+            _has_closed_form(settings) and _all_finite(student) and _teacher_is_finite(teacher, settings.temperature)
+        )
+        step = (closed_form or _closed_form_) if closed else _autograd_
         values[rows] = step(student, teacher, None if labels is None else labels[rows], settings)
     return values
 
 
 def _all_finite(block: Tensor) -> bool:
-    low, high = torch.aminmax(block)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    # A sum is infinite, or not a number, where one of its terms is; where only the sum overflows, the definition is
+    # taken for nothing.
+    return math.isfinite(block.sum())
 
 
 def _teacher_is_finite(teacher: Tensor | TopK | None, temperature: float) -> bool:

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,15 @@ from drkl.losses.kernel_topk import top_k_step_
 from drkl.losses.merged import MergedIds, ids_on, log_sum_exp, shares
 from drkl.losses.topk import TopK
 
-if TYPE_CHECKING:
-    from drkl.losses.fused import Side
+
+class Products(Protocol):
+    """One model's products with its head."""
+
+    head: LMHead
+    dtype: torch.dtype
+
+    def product(self, rows: slice) -> Tensor:
+        """``hidden @ weight.T`` `[n, vocab]` of some positions."""
 
 
 class KernelSteps:
@@ -35,8 +42,8 @@ class KernelSteps:
 
     def __init__(
         self,
-        student: Side,
-        teacher: Side | TopK | None,
+        student: Products,
+        teacher: Products | TopK | None,
         settings: LossSettings,
         needs_grad: bool,
         observe: Observer | None,
@@ -68,7 +75,7 @@ class KernelSteps:
         return step(product, teacher, labels, settings, head, teacher_head, self._needs_grad), product
 
 
-def why_not(student: Side, teacher: Side | TopK | None, settings: LossSettings) -> str | None:
+def why_not(student: Products, teacher: Products | TopK | None, settings: LossSettings) -> str | None:
     """The reason why the kernel does not compute a loss, as a sentence; None where it does."""
     sides = [side for side in (student, teacher) if side is not None and not isinstance(side, TopK)]
     if torch.float64 in [side.dtype for side in sides]:
@@ -205,8 +212,8 @@ def _one_merged_step_(
     event = merged.event, together, theirs
     values = _whole_step_(product, teacher, labels, settings, head, teacher_head, needs_grad, event)
     if needs_grad:
-        shares = shares(members / temperature) * product[:, merged.event].unsqueeze(-1)
-        product.index_copy_(1, ids, (shares * head.slope(members)).to(product.dtype))
+        given = shares(members / temperature) * product[:, merged.event].unsqueeze(-1)
+        product.index_copy_(1, ids, (given * head.slope(members)).to(product.dtype))
     return values
 
 

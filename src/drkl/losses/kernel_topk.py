@@ -103,9 +103,7 @@ class _Listed:
         return over.masked_fill(self.unused, -math.inf)
 
 
-def _take_out_(
-    product: Tensor, known: TopK, labels: Tensor | None, merged: MergedIds | None, head: LMHead
-) -> _Listed:
+def _take_out_(product: Tensor, known: TopK, labels: Tensor | None, merged: MergedIds | None, head: LMHead) -> _Listed:
     """Look at the k tokens, whose products are -inf afterwards."""
     places, unused = known.places
     if merged is not None:

@@ -159,11 +159,13 @@ class StatisticsSums:
             "teacher_entropy": values.teacher_entropy,
             POSITIONS: torch.ones(labels.numel(), dtype=torch.int64),
         } | (class_columns(student, teacher, self._temperature) if isinstance(teacher, TopK) else {})
-        for prefix, part in self._parts(chunk, labels.device):
-            for name, value in columns.items():
-                if value is not None:
-                    chosen = value[part if isinstance(part, slice) else part.to(value.device)]
-                    self.sums[prefix + name] = self.sums.get(prefix + name, 0) + chosen.sum()
+        parts = self._parts(chunk, labels.device)
+        for name, value in columns.items():
+            if value is None:
+                continue
+            for prefix, part in parts:
+                some = value[part if isinstance(part, slice) else part.to(value.device)]
+                self.sums[prefix + name] = self.sums.get(prefix + name, 0) + some.sum()
 
     def at(self, places: Tensor) -> StatisticsSums:
         """An observer of a loss at some of the positions, `[n]` bool, that adds to the same sums."""
