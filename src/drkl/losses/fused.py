@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -38,7 +38,7 @@ from drkl.losses.common import (
 from drkl.losses.compiled import ClosedForm, compiled
 from drkl.losses.dense import position_values
 from drkl.losses.head import LMHead, as_head
-from drkl.losses.kernel_steps import KernelSteps, kernel_runs, why_not
+from drkl.losses.kernel_steps import Chunk, KernelSteps, kernel_runs, why_not
 from drkl.losses.merged import MergedIds, make_merged
 from drkl.losses.products import add_product_
 from drkl.losses.topk import TopK, class_values_and_grads_
@@ -257,15 +257,18 @@ class _Side:
         self.hidden, self.head, self.dtype, self.wide = hidden, head, dtype, wide
         self.weight = head.weight.to(dtype)
         self._logits: dict[torch.dtype, Tensor] = {}
+        self._products: dict[int, dict[torch.dtype, Tensor]] = {}
         self._scratch = scratch
 
     def states(self, rows: slice) -> Tensor:
         """The hidden states of a chunk."""
         return self.hidden[rows].to(self.dtype)
 
-    def product(self, rows: slice) -> Tensor:
-        """``hidden @ weight.T`` of a chunk, in ``dtype``."""
-        return self.states(rows) @ self.weight.T
+    def product(self, rows: slice, turn: int) -> Tensor:
+        """``hidden @ weight.T`` of a chunk, in ``dtype``, over the last one of the same turn."""
+        states = self.states(rows)
+        made = self._products.setdefault(turn, {})
+        return torch.mm(states, self.weight.T, out=self._buffer(made, self.dtype, len(states)))
 
     def logits(self, rows: slice) -> Tensor:
         """A chunk's logits, in ``wide``."""
@@ -321,21 +324,11 @@ def _run(
         grad_weight = make(tuple(head.weight.shape), dtype=wide, device=hidden.device)
     grad_bias = torch.zeros_like(head.bias, dtype=wide) if needs[2] and head.bias is not None else None
     kernel = _kernel_steps(student, teacher, settings, any(needs), observe)
-    closed_form = _closed_form_ if kernel is not None else _best_closed_form(student, teacher, settings)
     size = even(count, chunk_rows(head.weight, (student.dtype if kernel else wide).itemsize))
-    for start in range(0, count, size):
-        rows = slice(start, min(start + size, count))
-        chunk_labels = None if labels is None else labels[rows]
-        if kernel is not None:
-            values[rows], grad = kernel(rows, chunk_labels)
-        else:
-            grad, teacher_logits = student.logits(rows), _teacher_chunk(teacher, rows)
-            _show(observe, grad, teacher_logits, chunk_labels, start, settings.merged)
-            capped = grad.clone() if head.softcap is not None and any(needs) else None
-            compared = teacher_logits if settings.uses_teacher else None
-            values[rows] = values_and_grads_(grad, compared, chunk_labels, settings, closed_form)
-            if any(needs):
-                student.through_head_(grad, capped)
+    chunks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    way = kernel or functools.partial(_closed_form_chunks, student, teacher, settings, any(needs), observe)
+    for rows, found, grad in way(chunks, labels):
+        values[rows] = found
         if any(needs):
             share = None if token_weights is None else token_weights[rows]
             if share is not None:
@@ -348,6 +341,27 @@ def _run(
     if grad_bias is not None:
         grad_bias *= scale
     return values, (grad_hidden, grad_weight, grad_bias)
+
+
+def _closed_form_chunks(
+    student: _Side,
+    teacher: _Side | TopK | None,
+    settings: LossSettings,
+    needs_grad: bool,
+    observe: Observer | None,
+    chunks: Sequence[slice],
+    labels: Tensor | None,
+) -> Iterator[Chunk]:
+    """Each chunk in turn by the objective's closed form, or by its definition."""
+    closed_form = _best_closed_form(student, teacher, settings)
+    for rows in chunks:
+        own = None if labels is None else labels[rows]
+        grad, teacher_logits = student.logits(rows), _teacher_chunk(teacher, rows)
+        _show(observe, grad, teacher_logits, own, rows.start, settings.merged)
+        capped = grad.clone() if student.head.softcap is not None and needs_grad else None
+        compared = teacher_logits if settings.uses_teacher else None
+        values = values_and_grads_(grad, compared, own, settings, closed_form)
+        yield rows, values, student.through_head_(grad, capped) if needs_grad else grad
 
 
 def _teacher_chunk(teacher: _Side | TopK | None, rows: slice) -> Tensor | TopK | None:
@@ -372,17 +386,16 @@ def _kernel_steps(
     student: _Side, teacher: _Side | TopK | None, settings: LossSettings, needs_grad: bool, observe: Observer | None
 ) -> KernelSteps | None:
     """The loss by the Triton kernel, where it runs for this loss on this device; else None."""
-    device = student.hidden.device
-    if device.type not in KERNEL_DEVICES or student.head.vocab_size < 2 or why_not(student, teacher, settings):
+    if student.weight.device.type not in KERNEL_DEVICES or student.head.vocab_size < 2:
         return None
-    theirs = teacher.dtype if isinstance(teacher, _Side) else student.dtype
-    runs = kernel_runs(replace(settings, merged=None), student.head.vocab_size, (student.dtype, theirs), device)
-    return KernelSteps(student, teacher, settings, needs_grad, observe) if runs else None
+    if why_not(student, teacher, settings) is not None or not kernel_runs(student, teacher, settings):
+        return None
+    return KernelSteps(student, teacher, settings, needs_grad, observe)
 
 
 def _best_closed_form(student: _Side, teacher: _Side | TopK | None, settings: LossSettings) -> ClosedForm:
     """The closed form compiled, where the kernel does not know the loss that it could run for."""
-    device, vocab_size = student.hidden.device, student.head.vocab_size
+    device, vocab_size = student.weight.device, student.head.vocab_size
     if device.type not in KERNEL_DEVICES or vocab_size < 2 or not _has_closed_form(settings):
         return _closed_form_
     reason = why_not(student, teacher, settings)

@@ -6,8 +6,9 @@ import functools
 import importlib.util
 import math
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +18,26 @@ from drkl.losses.head import LMHead
 from drkl.losses.kernel_topk import top_k_step_
 from drkl.losses.merged import MergedIds, ids_on, log_sum_exp, shares
 from drkl.losses.topk import TopK
+from drkl.objectives import ReverseKL
+
+OVERLAPPED = False
+"""Whether a chunk's sweeps run on a second stream of the GPU beside the next chunk's products, in the memory of two
+chunks. Not measured on a GPU."""
+Chunk = tuple[slice, Tensor, Tensor]
+"""Which positions, their values `[n]`, and the gradient of the values' sum on ``hidden @ weight.T`` `[n, vocab]`."""
+_Given = tuple[Tensor, Tensor | TopK | None, Tensor | None]
+"""A chunk's products or what is known of the teacher, and its labels."""
 
 
 class Products(Protocol):
     """One model's products with its head."""
 
     head: LMHead
+    weight: Tensor
     dtype: torch.dtype
 
-    def product(self, rows: slice) -> Tensor:
-        """``hidden @ weight.T`` `[n, vocab]` of some positions."""
+    def product(self, rows: slice, turn: int) -> Tensor:
+        """``hidden @ weight.T`` `[n, vocab]` of some positions, over the last one that was made in the same turn."""
 
 
 class KernelSteps:
@@ -51,28 +62,73 @@ class KernelSteps:
         self._student, self._teacher, self._settings = student, teacher, settings
         self._needs_grad, self._observe = needs_grad, observe
 
-    def __call__(self, rows: slice, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The values `[n]` of some positions, and the gradient of their sum on ``hidden @ weight.T`` `[n, vocab]`.
+    def __call__(self, chunks: Sequence[slice], labels: Tensor | None) -> Iterator[Chunk]:
+        """Each chunk of positions in turn.
 
         Args:
-            rows: which positions.
-            labels: `[n]`, theirs; classes where ids are merged.
+            chunks: which positions they have.
+            labels: `[n]`, of all positions; classes where ids are merged.
         """
-        settings, head = self._settings, self._student.head
-        product = self._student.product(rows)
-        known = self._teacher[rows] if isinstance(self._teacher, TopK) else None
-        teacher, teacher_head = None, None
-        if self._teacher is not None and not isinstance(self._teacher, TopK):
-            teacher, teacher_head = self._teacher.product(rows), self._teacher.head
+        device = self._student.weight.device
+        if OVERLAPPED and device.type == "cuda":
+            ours, theirs = torch.cuda.current_stream(device), _second_stream(device)
+            yield from self.overlapped(chunks, labels, ours, theirs, torch.cuda.stream)
+            return
+        for rows in chunks:
+            yield rows, *self._step(self._products(rows, labels))
+
+    def overlapped(
+        self, chunks: Sequence[slice], labels: Tensor | None, ours: Any, second: Any, on_stream: Callable[[Any], Any]
+    ) -> Iterator[Chunk]:
+        """The same, each chunk's sweeps on a second stream while the first one has the next chunk's products.
+
+        Two turns of buffers: the first stream writes one anew when it has waited for the sweeps over it.
+        """
+        ahead = self._products(chunks[0], labels) if chunks else None
+        for number, rows in enumerate(chunks):
+            assert ahead is not None
+            now = ahead
+            second.wait_stream(ours)
+            with on_stream(second):
+                values, grad = self._step(now)
+            done = second.record_event()
+            ahead = self._products(chunks[number + 1], labels, (number + 1) % 2) if number + 1 < len(chunks) else None
+            ours.wait_event(done)
+            values.record_stream(ours)
+            yield rows, values, grad
+
+    def _products(self, rows: slice, labels: Tensor | None, turn: int = 0) -> _Given:
+        """Both models' products of a chunk; the observer has seen them."""
+        product = self._student.product(rows, turn)
+        teacher: Tensor | TopK | None = None
+        if isinstance(self._teacher, TopK):
+            teacher = self._teacher[rows]
+        elif self._teacher is not None:
+            teacher = self._teacher.product(rows, turn)
+        own = None if labels is None else labels[rows]
         if self._observe is not None:
-            theirs = known if teacher is None else teacher
-            _show(self._observe, product, head, theirs, teacher_head, labels, rows.start, settings.merged)
-        if known is not None and settings.uses_teacher:
-            return top_k_step_(product, known, labels, settings, head, self._needs_grad), product
-        if not settings.uses_teacher:
-            teacher, teacher_head = None, None
+            head, theirs = self._student.head, self._teacher_head
+            _show(self._observe, product, head, teacher, theirs, own, rows.start, self._settings.merged)
+        return product, teacher if self._settings.uses_teacher else None, own
+
+    @property
+    def _teacher_head(self) -> LMHead | None:
+        return None if self._teacher is None or isinstance(self._teacher, TopK) else self._teacher.head
+
+    def _step(self, given: _Given) -> tuple[Tensor, Tensor]:
+        """The values of a chunk, and the gradient in place of the student's products."""
+        product, teacher, labels = given
+        settings, head = self._settings, self._student.head
+        if isinstance(teacher, TopK):
+            return top_k_step_(product, teacher, labels, settings, head, self._needs_grad), product
         step = _whole_step_ if settings.merged is None else _merged_step_
-        return step(product, teacher, labels, settings, head, teacher_head, self._needs_grad), product
+        theirs = None if teacher is None else self._teacher_head
+        return step(product, teacher, labels, settings, head, theirs, self._needs_grad), product
+
+
+@functools.lru_cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def why_not(student: Products, teacher: Products | TopK | None, settings: LossSettings) -> str | None:
@@ -89,21 +145,27 @@ def why_not(student: Products, teacher: Products | TopK | None, settings: LossSe
     return row_kernel.why_not(settings)
 
 
-@functools.lru_cache
-def kernel_runs(
-    settings: LossSettings, vocab_size: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
-) -> bool:
+def kernel_runs(student: Products, teacher: Products | TopK | None, settings: LossSettings) -> bool:
     """Try the kernel on one row, which also compiles it; warn and return False where it fails."""
     from drkl.losses import row_kernel
 
+    settings = replace(settings, merged=None)
+    if row_kernel.why_not(settings) is not None:  # of few classes
+        settings = replace(settings, objective=ReverseKL())
+    theirs = student if teacher is None or isinstance(teacher, TopK) else teacher
+    return _runs(settings, student.head.vocab_size, (student.dtype, theirs.dtype), student.weight.device)
+
+
+@functools.lru_cache
+def _runs(
+    settings: LossSettings, vocab_size: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> bool:
+    from drkl.losses import row_kernel
+
     student, teacher = (torch.zeros(1, vocab_size, dtype=dtype, device=device) for dtype in dtypes)
-    labels = torch.zeros(1, dtype=torch.long, device=device)
+    labels = torch.zeros(1, dtype=torch.long, device=device) if settings.uses_labels else None
     try:
-        if row_kernel.why_not(settings) is None:
-            compared = teacher if settings.uses_teacher else None
-            row_kernel.row_step_(student, compared, labels if settings.uses_labels else None, settings)
-        else:
-            row_kernel.rest_log_sum_exp(student, (settings.temperature,))
+        row_kernel.row_step_(student, teacher if settings.uses_teacher else None, labels, settings)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # without a C compiler, say, Triton cannot build it
