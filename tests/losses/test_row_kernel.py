@@ -229,7 +229,13 @@ def test_a_chunk_that_the_kernel_gives_up_is_observed_once(monkeypatch: pytest.M
 
 
 def test_what_the_kernel_does_not_know() -> None:
-    assert not row_kernel.supports(loss_settings("gjs", {}))
-    assert not row_kernel.supports(loss_settings("drkl", {"tail": "gjs"}))
-    assert not row_kernel.supports(loss_settings("drkl", {"skew": 0.1}))
-    assert not row_kernel.supports(make_settings("rkl", 1.0, 0.5, False, "mean"))
+    def mine(student_logp: Tensor, teacher_logp: Tensor, labels: Tensor | None) -> Tensor:
+        return -student_logp[:, 0]
+
+    class Mine(drkl.objectives.ReverseKL):
+        pass
+
+    for objective in (mine, Mine(), drkl.decoupled(mine, "rkl"), drkl.decoupled("rkl", mine)):
+        reason = row_kernel.why_not(make_settings(objective, 1.0, 1.0, False, "mean"))
+        assert reason is not None and "has no device function for objective" in reason
+        assert row_kernel.supports(make_settings(objective, 1.0, 0.0, False, "mean"))  # cross-entropy alone
