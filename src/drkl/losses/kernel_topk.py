@@ -51,8 +51,8 @@ def top_k_step_(
         ce = share * ((at_one - log_norm).exp() - listed.hit.to(at_one.dtype))
         parts.append((1.0, log_norm.squeeze(-1), torch.full_like(values, share)))
     if needs_grad:
-        label_share = {} if ce is None else {"labels": listed.observed_alone, "label_share": share}
-        row_kernel.spread_rest_(product, parts, head=head, **label_share)
+        alone = None if ce is None else listed.observed_alone
+        row_kernel.spread_rest_(product, parts, labels=alone, label_share=0.0 if ce is None else share, head=head)
         _put_in_(product, listed, kd[:, :-1], ce, temperature, share, head)
     return values
 

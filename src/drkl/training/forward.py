@@ -11,6 +11,7 @@ from torch import Tensor
 
 from drkl.losses import LMHead, LogitChunk, distillation_loss, fused_distillation_loss
 from drkl.losses.config import LossConfig
+from drkl.losses.kernel_statistics import kernel_statistics
 from drkl.losses.topk import TopK
 from drkl.objectives.logspace import argmax
 from drkl.positions import token_statistics
@@ -88,8 +89,30 @@ def _without_cross_entropy(
     return total
 
 
+def logged_columns(student: Tensor, teacher: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+    """What is logged at each of `[n]` positions, from logits `[n, vocab]`: by a kernel where one runs.
+
+    Args:
+        student: the student's.
+        teacher: the teacher's; without it only what is the student's own.
+        labels: `[n]`.
+    """
+    if (found := kernel_statistics(student, teacher, labels)) is not None:
+        return found
+    values = token_statistics(student, teacher, labels)
+    columns = {
+        "nll": values.nll,
+        "student_entropy": values.entropy,
+        "fkl": values.fkl,
+        "rkl": values.rkl,
+        "agreement": values.agreement,
+        "teacher_entropy": values.teacher_entropy,
+    }
+    return {name: value for name, value in columns.items() if value is not None}
+
+
 @torch.no_grad()
-def class_columns(student: Tensor, teacher: TopK, temperature: float) -> dict[str, Tensor | None]:
+def class_columns(student: Tensor, teacher: TopK, temperature: float) -> dict[str, Tensor]:
     """What is logged of a student and a teacher of which a few logits are known, at each of `[n]` positions.
 
     The KLs and the teacher's entropy are those of the k + 1 classes at temperature 1, lower bounds of those over the
@@ -102,13 +125,13 @@ def class_columns(student: Tensor, teacher: TopK, temperature: float) -> dict[st
     """
     student = student.to(torch.promote_types(torch.float32, student.dtype))
     classes = teacher.student_classes(student), teacher.classes(1.0).to(student.dtype)
-    values = token_statistics(*classes, torch.zeros(len(teacher), dtype=torch.long, device=teacher.device))
+    values = logged_columns(*classes, torch.zeros(len(teacher), dtype=torch.long, device=teacher.device))
     mass, tail_mass = teacher.masses(temperature)
     return {
-        "fkl": values.fkl,
-        "rkl": values.rkl,
+        "fkl": values["fkl"],
+        "rkl": values["rkl"],
         "agreement": (argmax(student) == teacher.ids[:, 0]).to(student.dtype),
-        "teacher_entropy": values.teacher_entropy,
+        "teacher_entropy": values["teacher_entropy"],
         "teacher_mass": mass,
         "teacher_tail_mass": tail_mass,
     }
@@ -149,20 +172,13 @@ class StatisticsSums:
         assert labels is not None
         if not labels.numel():
             return
-        values = token_statistics(student, teacher if isinstance(teacher, Tensor) else None, labels)
-        columns: dict[str, Tensor | None] = {
-            "nll": values.nll,
-            "student_entropy": values.entropy,
-            "fkl": values.fkl,
-            "rkl": values.rkl,
-            "agreement": values.agreement,
-            "teacher_entropy": values.teacher_entropy,
-            POSITIONS: torch.ones(labels.numel(), dtype=torch.int64),
-        } | (class_columns(student, teacher, self._temperature) if isinstance(teacher, TopK) else {})
+        logits = teacher if isinstance(teacher, Tensor) else None
+        columns = logged_columns(student, logits, labels)
+        columns[POSITIONS] = torch.ones(labels.numel(), dtype=torch.int64)
+        if isinstance(teacher, TopK):
+            columns |= class_columns(student, teacher, self._temperature)
         parts = self._parts(chunk, labels.device)
         for name, value in columns.items():
-            if value is None:
-                continue
             for prefix, part in parts:
                 some = value[part if isinstance(part, slice) else part.to(value.device)]
                 self.sums[prefix + name] = self.sums.get(prefix + name, 0) + some.sum()
