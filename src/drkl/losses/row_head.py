@@ -124,7 +124,7 @@ def _search(
     mass_0, mass_1, mass_2, mass_3 = zeros, zeros, zeros, zeros
     for start in range(0, vocab_size, BLOCK):
         columns = start + lanes
-        y = logits(teacher, columns, vocab_size, HEADS[3], HEADS[4], HEADS[5]) * inverse_temperature
+        y = logits(teacher, columns, vocab_size, HEADS[1]) * inverse_temperature
         if TARGET != "none":
             y = tl.where(columns == target, LOWEST, y)
         p, key = tl.exp(y - log_y), order_key(y).to(tl.int64)

@@ -143,6 +143,9 @@ def supports(settings: LossSettings) -> bool:
     return why_not(settings) is None
 
 
+Event = tuple[int, Tensor, Tensor | None]
+
+
 def row_step_(
     student: Tensor,
     teacher: Tensor | None,
@@ -152,6 +155,7 @@ def row_step_(
     vocab_size: int | None = None,
     student_head: LMHead | None = None,
     teacher_head: LMHead | None = None,
+    event: Event | None = None,
     needs_grad: bool = True,
 ) -> Tensor:
     """Return the values `[n]` in fp32 and overwrite ``student`` with their gradient on it.
@@ -166,6 +170,9 @@ def row_step_(
         vocab_size: the number of columns that count, from 0; None for all.
         student_head: its bias, scale and soft-cap, which stand between the products and the logits.
         teacher_head: the same of the teacher.
+        event: a column, and both models' logits `[n]` in fp32 that stand there instead of what the rows hold (ids that
+            count as one class); what is written there is the gradient on that logit itself. One temperature at a time:
+            no cross-entropy beside an objective whose temperature is not 1.
         needs_grad: False leaves ``student`` as it is.
     """
     count, width = student.shape
@@ -174,7 +181,10 @@ def row_step_(
     launch = _launch(settings, vocab_size)
     compared_with = student if teacher is None else teacher
     assert student.stride(-1) == 1 and compared_with.stride(-1) == 1 and compared_with.shape[0] == count
-    heads = [_Head.of(head, values) for head in (student_head, teacher_head)]
+    column, ours, theirs = (-1, values, None) if event is None else event
+    assert event is None or not launch.constants["UNIT"]
+    has_event = event is not None
+    heads = [_Head.of(head, values, has_event) for head in (student_head, teacher_head)]
     if count:
         _row_step[(count,)](
             student,
@@ -186,10 +196,13 @@ def row_step_(
             student.stride(0),
             compared_with.stride(0),
             vocab_size,
+            column,
+            ours,
+            ours if theirs is None else theirs,
             *heads[0].numbers,
             *heads[1].numbers,
             *launch.numbers,
-            HEADS=heads[0].flags + heads[1].flags,
+            HEADS=(heads[0].flags, heads[1].flags),
             GRAD=needs_grad,
             **launch.constants,
         )
@@ -284,16 +297,16 @@ class _Head(NamedTuple):
 
     bias: Tensor
     numbers: tuple[float, float]
-    flags: tuple[bool, bool, bool]
+    flags: tuple[bool, bool, bool, bool]
 
     @classmethod
-    def of(cls, head: LMHead | None, unused: Tensor) -> _Head:
+    def of(cls, head: LMHead | None, unused: Tensor, has_event: bool = False) -> _Head:
         if head is None:
-            return cls(unused, (1.0, 1.0), (False, False, False))
+            return cls(unused, (1.0, 1.0), (False, False, False, has_event))
         capped, biased = head.softcap is not None, head.bias is not None
         mapped = biased or capped or head.scale != 1.0
         bias = unused if head.bias is None else head.bias.contiguous()
-        return cls(bias, (float(head.scale), float(head.softcap or 1.0)), (biased, mapped, capped))
+        return cls(bias, (float(head.scale), float(head.softcap or 1.0)), (biased, mapped, capped, has_event))
 
 
 class _Launch(NamedTuple):
@@ -391,6 +404,9 @@ def _row_step(
     student_stride,
     teacher_stride,
     vocab_size,
+    event,
+    student_event_pointer,
+    teacher_event_pointer,
     student_scale,
     student_cap,
     teacher_scale,
@@ -428,8 +444,11 @@ def _row_step(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    student = (student_pointer + row * student_stride, student_bias, student_scale, student_cap)
-    teacher = (teacher_pointer + row * teacher_stride, teacher_bias, teacher_scale, teacher_cap)
+    student_event, teacher_event = 0.0, 0.0
+    if HEADS[0][3]:
+        student_event, teacher_event = tl.load(student_event_pointer + row), tl.load(teacher_event_pointer + row)
+    student = (student_pointer + row * student_stride, student_bias, student_scale, student_cap, event, student_event)
+    teacher = (teacher_pointer + row * teacher_stride, teacher_bias, teacher_scale, teacher_cap, event, teacher_event)
     label = -1
     if TARGET == "label" or AT_TEMPERATURE or AT_ONE:
         label = tl.load(label_pointer + row).to(tl.int32)
@@ -452,6 +471,7 @@ def _row_step(
     value, push, on_slope, on_prob, shift = 0.0, 0.0, 0.0, 0.0, 0.0
     if COMPARES:
         valid = valid & _is_number(log_y, y_t)
+        mass_p = tl.where(log_y == LOWEST, 0.0, 1.0)
         log_y = tl.where(log_y == LOWEST, 0.0, log_y)
         shift = log_y - log_z
         if SKEWED:
@@ -463,8 +483,8 @@ def _row_step(
             )  # fmt: skip
         slopes = 0.0
         if FORWARD or REVERSE:
-            value = mean_of_two(g_a, -mean_y - shift, mean_z + shift)
-            slopes = mean_of_two(g_a, -1.0, mean_z + shift)
+            value = mean_of_two(g_a, mass_p * (-mean_y - shift), mean_z + shift)
+            slopes = mean_of_two(g_a, -mass_p, mean_z + shift)
         if TARGET != "none":
             value = tl.where(s == INFINITE, 0.0, value)
         if tl.abs(value) == INFINITE or not (FORWARD or REVERSE):
@@ -492,7 +512,7 @@ def _row_step(
             on_slope, on_prob, push = factor * weight, factor * (weight * slopes + push), factor * push
         value *= factor
     if AT_TEMPERATURE or AT_ONE:
-        observed = logits(student, label, vocab_size, HEADS[0], HEADS[1], HEADS[2])
+        observed = logits(student, label, vocab_size, HEADS[0])
         if AT_TEMPERATURE:
             value += at_temperature * (log_all - observed * inverse_temperature)
         if AT_ONE:
@@ -513,14 +533,14 @@ def _row_step(
                 if TARGET != "none":
                     grad = tl.where(columns == target, push, grad)
             else:
-                x = logits(student, columns, vocab_size, HEADS[0], HEADS[1], HEADS[2])
+                x = logits(student, columns, vocab_size, HEADS[0])
             if AT_TEMPERATURE:
                 seen = tl.where(columns == label, 1.0, 0.0)
                 grad += at_temperature * (tl.exp(x * inverse_temperature - log_all) - seen)
             if AT_ONE:
                 seen = tl.where(columns == label, 1.0, 0.0)
                 grad += at_one * (tl.exp(x - log_all_unit) - seen)
-            grad = through_head(grad, x, student, HEADS[1], HEADS[2])
+            grad = through_head(grad, x, columns, student, HEADS[0])
             tl.store(student_pointer + row * student_stride + columns, grad, mask=columns < vocab_size)
 
 
@@ -540,10 +560,10 @@ def _rest_sums(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    side = (pointer + row * stride, bias_pointer, scale, cap)
+    side = (pointer + row * stride, bias_pointer, scale, cap, -1, 0.0)
     _, _, _, log_sum, _, _, _, _, log_second = sums(
         side, side, -1, vocab_size, inverse_temperature, second,
-        HEAD + HEAD, "none", False, False, False, COUNT == 2, BLOCK,
+        (HEAD, HEAD), "none", False, False, False, COUNT == 2, BLOCK,
     )  # fmt: skip
     tl.store(sum_pointer + row * COUNT, log_sum)
     if COUNT == 2:
@@ -572,13 +592,13 @@ def _spread_rest(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    side = (pointer + row * stride, bias_pointer, scale, cap)
+    side = (pointer + row * stride, bias_pointer, scale, cap, -1, 0.0)
     log_sum, factor = tl.load(log_sum_pointer + row), tl.load(factor_pointer + row)
     # Where nothing is left there is no class, and nothing to divide by.
     log_sum = tl.where(log_sum == LOWEST, 0.0, log_sum)
     for start in range(0, vocab_size, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        x = logits(side, columns, vocab_size, HEAD[0], HEAD[1], HEAD[2])
+        x = logits(side, columns, vocab_size, HEAD)
         grad = factor * tl.exp(x * inverse_temperature - log_sum)
         if COUNT == 2:
             second = tl.load(second_log_sum_pointer + row)
@@ -586,5 +606,5 @@ def _spread_rest(
         if LABEL:
             label = tl.load(label_pointer + row).to(tl.int32)
             grad -= tl.where((columns == label) & (x != LOWEST), label_share, 0.0)
-        grad = through_head(grad, x, side, HEAD[1], HEAD[2])
+        grad = through_head(grad, x, columns, side, HEAD)
         tl.store(pointer + row * stride + columns, grad, mask=columns < vocab_size)

@@ -15,35 +15,41 @@ from drkl.losses.row_terms import INFINITE, LOWEST, tanh
 
 
 @triton.jit
-def logits(side, columns, vocab_size, BIAS: tl.constexpr, MAPPED: tl.constexpr, CAPPED: tl.constexpr):
+def logits(side, columns, vocab_size, HEAD: tl.constexpr):
     """The logits of some columns, softcap(scale (product + bias)); -inf beyond the row and where the product is -inf.
 
-    ``side`` is (pointer to the row, pointer to the bias, scale, soft-cap).
+    ``side`` is (pointer to the row, pointer to the bias, scale, soft-cap, a column and the logit that stands there
+    instead), and HEAD says which of them there are: (the bias, any, the soft-cap, the column).
     """
-    pointer, bias_pointer, scale, cap = side
+    pointer, bias_pointer, scale, cap, event, at_event = side
     inside = columns < vocab_size
     product = tl.load(pointer + columns, mask=inside, other=LOWEST).to(tl.float32)
     value = product
-    if BIAS:
+    if HEAD[0]:
         value += tl.load(bias_pointer + columns, mask=inside, other=0.0).to(tl.float32)
-    if MAPPED:
+    if HEAD[1]:
         value *= scale
-        if CAPPED:
+        if HEAD[2]:
             value = tanh(value / cap) * cap
         value = tl.where(product == LOWEST, LOWEST, value)
+    if HEAD[3]:
+        value = tl.where(columns == event, at_event, value)
     return value
 
 
 @triton.jit
-def through_head(grad, values, side, MAPPED: tl.constexpr, CAPPED: tl.constexpr):
+def through_head(grad, values, columns, side, HEAD: tl.constexpr):
     """From the gradient on logits, which are ``values``, to that on the products."""
-    _, _, scale, cap = side
-    if MAPPED:
-        grad *= scale
-        if CAPPED:
+    _, _, scale, cap, event, _ = side
+    through = grad
+    if HEAD[1]:
+        through *= scale
+        if HEAD[2]:
             share = tl.where(values == LOWEST, 0.0, values) / cap
-            grad *= 1.0 - share * share
-    return grad
+            through *= 1.0 - share * share
+        if HEAD[3]:
+            through = tl.where(columns == event, grad, through)
+    return through
 
 
 @triton.jit
@@ -112,10 +118,10 @@ def sums(
     target, z_t, y_t = label, low, low
     for start in range(0, vocab_size, BLOCK):
         columns = start + lanes
-        z = logits(student, columns, vocab_size, HEADS[0], HEADS[1], HEADS[2]) * inverse_temperature
+        z = logits(student, columns, vocab_size, HEADS[0]) * inverse_temperature
         y = z
         if TEACHER:
-            y = logits(teacher, columns, vocab_size, HEADS[3], HEADS[4], HEADS[5]) * inverse_temperature
+            y = logits(teacher, columns, vocab_size, HEADS[1]) * inverse_temperature
         if TARGET == "label":
             z, y = tl.where(columns == target, LOWEST, z), tl.where(columns == target, LOWEST, y)
         if TARGET == "teacher":
@@ -125,8 +131,8 @@ def sums(
             y, best_y = tl.where(better, best_y, y), tl.where(better, y, best_y)
         state = _add(state, z, y, temperature, TEACHER, FORWARD, REVERSE, UNIT)
     if TARGET == "label":
-        z_t = logits(student, target, vocab_size, HEADS[0], HEADS[1], HEADS[2]) * inverse_temperature
-        y_t = logits(teacher, target, vocab_size, HEADS[3], HEADS[4], HEADS[5]) * inverse_temperature
+        z_t = logits(student, target, vocab_size, HEADS[0]) * inverse_temperature
+        y_t = logits(teacher, target, vocab_size, HEADS[1]) * inverse_temperature
     if TARGET == "teacher":
         # A lane has the first of its equals, so the lowest index of all is among them.
         y_t = tl.max(best_y, 0)
@@ -167,9 +173,9 @@ def pair(
 ):
     """Both models' logits over the temperature of a block, without the target; and the student's own logits."""
     columns = start + tl.arange(0, BLOCK)
-    x = logits(student, columns, vocab_size, HEADS[0], HEADS[1], HEADS[2])
+    x = logits(student, columns, vocab_size, HEADS[0])
     z = x * inverse_temperature
-    y = logits(teacher, columns, vocab_size, HEADS[3], HEADS[4], HEADS[5]) * inverse_temperature
+    y = logits(teacher, columns, vocab_size, HEADS[1]) * inverse_temperature
     if TARGET != "none":
         z, y = tl.where(columns == target, LOWEST, z), tl.where(columns == target, LOWEST, y)
     return x, z, y

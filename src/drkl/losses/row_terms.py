@@ -60,7 +60,8 @@ def decay(t):
 @triton.jit
 def tanh(x):
     double = 2.0 * tl.abs(x)
-    size = double * decay(double) / (1.0 + tl.exp(-double))
+    near, small = tl.minimum(double, 0.25), tl.exp(-double)
+    size = tl.where(double <= 0.25, near * decay(near), 1.0 - small) / (1.0 + small)
     return tl.where(x < 0, -size, size)
 
 
