@@ -202,8 +202,7 @@ def test_no_chunk_waits_for_the_device(k: int | None, monkeypatch: pytest.Monkey
     monkeypatch.setattr(row_kernel, "row_step_", step)
     monkeypatch.setattr(row_kernel, "rest_log_sum_exp", lambda product, temperatures, **_: product[:, :1].float())
     monkeypatch.setattr(row_kernel, "spread_rest_", lambda *_, **__: None)
-    inputs, words = Inputs(k=k, bias=True), {"kd_weight": 0.6, "observe": StatisticsSums(2)}
-    words |= {"merged_ids": (3, 7)} if k else {}
+    inputs, words = Inputs(k=k, bias=True), {"merged_ids": (3, 7), "kd_weight": 0.6, "observe": StatisticsSums(2)}
     hidden, weight, bias = inputs.side(0, STUDENT, FP32)
     teacher_hidden, teacher_weight, _ = inputs.side(10, TEACHER, FP32)
     known = TopK.of_logits(teacher_hidden @ teacher_weight.T, 3) if k else None
@@ -276,7 +275,7 @@ def test_the_sweeps_of_a_chunk_run_beside_the_next_products(monkeypatch: pytest.
 
 
 def test_an_observer_is_given_what_it_has_chosen() -> None:
-    words: dict[str, Any] = {"temperature": 2.0}
+    words: dict[str, Any] = {"temperature": 2.0, "merged_ids": (3, 7)}
     sums, all_sums = StatisticsSums(2), StatisticsSums(2)
     seen: list[int] = []
 

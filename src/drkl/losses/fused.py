@@ -388,8 +388,6 @@ def _kernel_steps(
     """The loss by the Triton kernel, where it runs for this loss on this device; else None."""
     if student.weight.device.type not in KERNEL_DEVICES or student.head.vocab_size < 2:
         return None
-    if settings.merged is not None and not isinstance(teacher, TopK):
-        return None
     if why_not(student, teacher, settings) is not None or not kernel_runs(student, teacher, settings):
         return None
     return KernelSteps(student, teacher, settings, needs_grad, observe)

@@ -223,8 +223,8 @@ def _whole_step_(
         settings,
         student_head=head,
         teacher_head=teacher_head,
+        event=event,
         needs_grad=needs_grad,
-        **({} if event is None else {"event": event}),  # type: ignore[arg-type]
     )
     return values
 
