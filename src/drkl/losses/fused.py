@@ -48,8 +48,8 @@ from drkl.objectives.logspace import weighted
 
 CHUNK_BYTES = 48 * 2**20
 """Bytes of logits that one model has at a time."""
-BLOCK_BYTES = 2**20
-"""Bytes of logits whose gradient is made at a time: small enough to stay in the processor's cache between passes."""
+BLOCK_BYTES = 2**19
+"""Bytes of logits that a thread makes the gradient of at a time: few enough to stay in its cache between passes."""
 CUDA_CHUNK_BYTES, CUDA_BLOCK_BYTES = 512 * 2**20, 128 * 2**20
 """The same on a GPU, which wants more rows in a matrix product, and more work in a call, than a processor."""
 KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
@@ -294,13 +294,15 @@ class _Side:
         """A chunk's gradient in ``dtype``, for the matrix products."""
         return grad if grad.dtype == self.dtype else self._buffer(self._scratch, self.dtype, len(grad)).copy_(grad)
 
-    def _buffer(self, made: dict[torch.dtype, Tensor], dtype: torch.dtype, rows: int) -> Tensor:
-        """`[rows, vocab]` with arbitrary contents; the first chunk, for which it is made, is the largest."""
+    def _buffer(self, made: dict[torch.dtype, Tensor], dtype: torch.dtype, count: int) -> Tensor:
+        """`[count, vocab]` with arbitrary contents; the first chunk, for which it is made, is the largest."""
         if dtype not in made:
-            # As many rows as a chunk may have, though fewer are written: the next call finds one of its size.
-            most = rows if self.weight.is_cuda else max(rows, chunk_rows(self.weight, self.wide.itemsize))
-            made[dtype] = buffers.empty((most, self.weight.shape[0]), dtype, self.weight.device)
-        return made[dtype][:rows]
+            rows = count
+            if self.weight.device.type == "cpu":
+                # As many as a chunk may have, though fewer are written: the next call finds one of its size.
+                rows = max(rows, chunk_rows(self.weight, self.wide.itemsize))
+            made[dtype] = buffers.empty((rows, self.weight.shape[0]), dtype, self.weight.device)
+        return made[dtype][:count]
 
 
 def _run(
@@ -473,6 +475,8 @@ def values_and_grads_(
     count, vocab_size = student_logits.shape
     block_bytes = CUDA_BLOCK_BYTES if student_logits.is_cuda else BLOCK_BYTES
     size = max(1, block_bytes // (vocab_size * student_logits.element_size()))
+    if student_logits.device.type == "cpu":  # as many for each thread, or one waits for another in every pass
+        size *= torch.get_num_threads()
     values = torch.empty(count, dtype=student_logits.dtype, device=student_logits.device)
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))

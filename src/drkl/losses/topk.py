@@ -195,6 +195,7 @@ class TopK:
         ids = torch.cat([self.ids, torch.where(found, -1, labels).unsqueeze(-1)], -1)
         scaled = torch.stack([logit / t for t in self.temperatures], -1).double()
         taken = (scaled - self.log_rest.double()).exp().clamp(max=1.0 - torch.finfo(torch.float32).eps)
+        taken = taken.masked_fill(scaled == -math.inf, 0.0)  # also where nothing is left to take it from
         left = (self.log_rest.double() + torch.log1p(-taken)).to(self.log_rest.dtype)
         # A last other token is all of the rest: nothing is left but rounding.
         left = left.masked_fill(((ids >= 0).sum(-1) == self.vocab_size).unsqueeze(-1), -math.inf)
