@@ -14,6 +14,7 @@ from drkl.errors import DrklError
 from drkl.models.adapter import add_adapter, changes_base, check_adapter
 from drkl.models.classes import check_classes, is_classifier
 from drkl.models.dropout import disable_dropout
+from drkl.models.forward import uses_flash
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from drkl.models.pair import check_same_family
 from drkl.models.precision import resolve_dtype
@@ -25,7 +26,7 @@ from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import check_is_no_cache
 from drkl.teachers.teacher import Teacher
 from drkl.training.arguments import DistillationConfig
-from drkl.training.sharding import check_sharded
+from drkl.training.sharding import asks_for_fsdp, check_sharded
 
 _log = logging.getLogger("drkl")
 
@@ -71,6 +72,13 @@ def load_student(model: Any, args: DistillationConfig, quantization_config: Any)
             f"model is a {type(model).__name__}; expected a name, a transformers.PreTrainedModel or a peft.PeftModel."
         )
     return model, None
+
+
+def place_for_flash(student: PreTrainedModel, args: DistillationConfig) -> None:
+    """Put a student with a FlashAttention, which runs on a GPU alone, where it will be trained: it is tried before."""
+    apart = is_sharded(student) or asks_for_fsdp(args) or args.deepspeed
+    if uses_flash(student) and not apart and getattr(student, "hf_device_map", None) is None:
+        student.to(args.device)  # type: ignore[arg-type]
 
 
 def load_teacher(teacher: Any, args: DistillationConfig) -> Teacher | None:

@@ -47,6 +47,7 @@ from drkl.training.loading import (
     load_student,
     load_teacher,
     make_trainable,
+    place_for_flash,
     plain_options,
     tokenizer_of_rows,
 )
@@ -123,6 +124,8 @@ class Pair:
     """What the tokenizers of two models given by name share."""
     teacher_stops: Sequence[int] = ()
     """The ids that end an answer of the teacher's; empty where they are not asked for."""
+    packed: bool = False
+    """Whether batches have no padding: their rows lie one after the other."""
 
     @property
     def vocab_size(self) -> int | None:
@@ -191,6 +194,7 @@ def make_pair(
     if streams:
         check_streaming(args)
     student, adapter = load_student(model, args, quantization_config)
+    place_for_flash(student, args)
     classes = class_names(student, _name(model)) if is_classifier(student) else None
     teacher = load_teacher(teacher_model, args)
     source = settle_served(teacher, model, student, tokenizer, args) or teacher_model

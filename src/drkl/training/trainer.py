@@ -69,6 +69,7 @@ from drkl.training.heldout_answers import HeldOutAnswers
 from drkl.training.loop import check_optimizer, loop_arguments
 from drkl.training.measures import Measures, make_measures
 from drkl.training.on_policy import OnPolicy, check_rollouts, check_whole
+from drkl.training.packing import packs
 from drkl.training.pair import Pair, make_pair
 from drkl.training.plan import MicroBatches, Places, cuts_by_cost, plan_run
 from drkl.training.record import RunRecord
@@ -168,6 +169,7 @@ class DistillationTrainer(Trainer):
             )
         for note in pair.notes:
             _log.info(note)
+        pair.packed = packs(pair, args)
         self.run = RunFolder(Path(str(args.output_dir)))
         any_rows: Any = pair.rows
         samples = args.rollouts.is_on
@@ -250,14 +252,17 @@ class DistillationTrainer(Trainer):
         pad_id, start = pair.pad_id, decoder_start(pair.student)
         parts = inner.gradient_accumulation_steps * inner.world_size
         alike = cuts_by_cost(self.config, self.config.world_size)
-        batches: Any = Places(len(steps) * parts) if on_policy else MicroBatches(pair.rows, steps, parts, alike=alike)
+        packed = pair.packed
+        batches: Any = Places(len(steps) * parts)
+        if not on_policy:
+            batches = MicroBatches(pair.rows, steps, parts, alike=alike, packed=packed)
         if pair.stream is not None:
-            self._streamed = batches = StreamedBatches(pair.stream, self.config, parts, pair.check_more)
+            self._streamed = batches = StreamedBatches(pair.stream, self.config, parts, pair.check_more, packed=packed)
             inner.dataloader_num_workers, inner.dataloader_prefetch_factor = 0, None  # it reads ahead by itself
             inner.dataloader_persistent_workers = False
 
         def to_batch(items: list[Any]) -> Any:
-            return items[0] if on_policy else collate(items[0], pad_id=pad_id, decoder_start=start)
+            return items[0] if on_policy else collate(items[0], pad_id=pad_id, decoder_start=start, packed=packed)
 
         try:
             super().__init__(
@@ -472,7 +477,7 @@ class DistillationTrainer(Trainer):
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         for part in inputs.get("parts", [inputs]):
-            super()._track_num_input_tokens(part)
+            super()._track_num_input_tokens({"attention_mask": torch.ones_like(part["input_ids"])} | part)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of the next step; answers are written first where they are due."""
