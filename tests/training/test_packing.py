@@ -20,6 +20,7 @@ from drkl.training.arguments import DistillationConfig
 from drkl.training.run import cache_states
 from tests.families import builder
 from tests.models import tiny, tiny_classifiers
+from tests.models.test_varlen import varlen_reference
 from tests.training import tiny_runs
 from tests.training.test_distributed import distance, launch, settings
 from tests.training.test_on_policy import gradients_of
@@ -94,12 +95,53 @@ def test_the_setting_of_a_command_line_is_a_text(tmp_path: Path, value: Any, exp
     assert DistillationConfig(output_dir=str(tmp_path), padding_free=value).padding_free == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"heldout": lambda: rows(5), **EVALUATION},
+        {"activation_checkpointing": True, "max_steps": 3, "save_strategy": "steps", "save_steps": 3},
+        {"model": lambda: builder.build("mistral").double(), "teacher": lambda: builder.build("llama", 1).double()},
+        {"rollout_share": 1.0, "rollout_max_new_tokens": 6, "heldout": lambda: rows(5), **EVALUATION},
+    ],
+    ids=lambda words: next(iter(words)),
+)
+def test_torchs_flash_attention_takes_the_place_of_sdpa_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, words: dict[str, Any]
+) -> None:
+    """On a CPU, with a loop in place of the kernel of a GPU."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    calls = []
+
+    def attend(*args: Any, **settings: Any) -> Tensor:
+        calls.append(args[5])
+        return varlen_reference(*args, **settings)
+
+    monkeypatch.setattr(varlen, "varlen_attn", attend)
+    monkeypatch.setattr(packing, "_varlen", lambda models, args: list(models.values()))
+    padded, packed, one, other = both(tmp_path, **words)
+    assert_same(packed, padded)
+    assert_same_log(other.state.log_history, one.state.log_history, rel=1e-9)
+    assert len(calls) > 12 and "mask" not in caplog.text
+    student = other.pair.student
+    assert student.config._attn_implementation == other.pair.teacher.model.config._attn_implementation == "sdpa"
+    assert not any("varlen" in path.read_text() for path in tmp_path.rglob("config.json"))
+
+
+def test_held_out_rows_of_weights_in_float32_stay_padded(tmp_path: Path) -> None:
+    pair = make_trainer(tmp_path, rows(3), model=tiny.llama(1)).pair
+    pair.packed = True
+    assert pair.packs_heldout
+    pair.varlen = [pair.student]
+    assert not pair.packs_heldout
+
+
 class OnGpu:
     """Arguments of a run on a GPU."""
 
     def __init__(self, padding_free: Any) -> None:
         self.padding_free = padding_free
-        self.device = torch.device("cuda")
+        self.device, self.precision = torch.device("cuda"), "bf16"
         self.process_index, self.tokens_per_step = 0, 1024
         self.per_device_train_batch_size = self.per_device_eval_batch_size = None
 
@@ -108,6 +150,7 @@ class OnGpu:
     ("flash", "fault", "packs", "said"),
     [
         ("both", None, True, ""),
+        ("none", None, False, ""),
         ("student", None, False, ""),
         ("both", "it fails", False, "batches are padded: rows cannot be laid one after the other for the student"),
     ],
@@ -117,12 +160,15 @@ def test_of_itself_a_gpu_packs_where_both_models_have_a_flash_attention(
     packs: bool, said: str,
 ) -> None:  # fmt: skip
     pair = make_trainer(tmp_path, rows(3)).pair
-    monkeypatch.setattr(packing, "uses_flash", lambda model: flash == "both" or model is pair.student)
-    monkeypatch.setattr(packing, "packing_fault", lambda model, most: fault)
+    monkeypatch.setattr(
+        packing, "uses_flash", lambda model: flash == "both" or (flash == "student" and model is pair.student)
+    )
+    monkeypatch.setattr(packing, "packing_fault", lambda model, most, dtype: fault)
+    monkeypatch.setattr(packing, "place", lambda student, args: None)
     arguments: Any = OnGpu("auto")
-    assert packing.packs(pair, arguments) is packs
+    packing.settle_packing(pair, arguments)
+    assert pair.packed is packs
     assert said in caplog.text if said else not caplog.text
-    assert not packing.packs(pair, OnGpu(False))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -278,9 +324,9 @@ def test_two_processes(tmp_path: Path, case: str) -> None:
 @pytest.mark.slow
 def test_an_encoder_decoder_and_a_classifier_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DrklError, match=r"T5ForConditionalGeneration.: it is an encoder-decoder"):
-        packing.packs(_pair(tiny.t5()), OnGpu(True))  # type: ignore[arg-type]
+        packing.settle_packing(_pair(tiny.t5()), OnGpu(True))  # type: ignore[arg-type]
     with pytest.raises(DrklError, match=r"ForSequenceClassification.: it is a classifier"):
-        packing.packs(_pair(tiny_classifiers.make()), OnGpu(True))  # type: ignore[arg-type]
+        packing.settle_packing(_pair(tiny_classifiers.make()), OnGpu(True))  # type: ignore[arg-type]
 
 
 def _pair(student: PreTrainedModel) -> Any:

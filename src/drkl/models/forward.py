@@ -23,6 +23,8 @@ from drkl.models.sharded import is_fully_sharded, reshard
 INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids", "decoder_attention_mask")
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """Keys that describe packed sequences, which models accept without naming them."""
+VARLEN = "torch_varlen"
+"""transformers' name for `drkl.models.varlen`."""
 
 
 def is_encoder_decoder(model_or_config: Any) -> bool:
@@ -150,7 +152,8 @@ def accepted_inputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, An
 
 def uses_flash(model: PreTrainedModel) -> bool:
     """Whether a model runs a FlashAttention, which reads packed rows without a mask."""
-    return is_flash_attention_requested(model.config.get_text_config())
+    config = model.config.get_text_config()
+    return config._attn_implementation == VARLEN or is_flash_attention_requested(config)
 
 
 def row_bounds(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:

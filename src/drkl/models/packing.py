@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,18 +29,22 @@ _LEAK = 1 / 16
 
 
 @torch.no_grad()
-def packing_fault(model: PreTrainedModel, most: int) -> str | None:
+def packing_fault(model: PreTrainedModel, most: int, dtype: torch.dtype | None = None) -> str | None:
     """Say why packed rows would not be read as each is alone; None where they are, tried on a few short ones.
 
     Args:
         model: where it is trained or read, with the attention that it then has.
         most: the most tokens of a packed batch.
+        dtype: computed in, where autocast makes it another than that of the weights.
     """
     if (fault := _kind(model)) is not None:
         return fault
+    own = dtype in (None, model.dtype)
     try:
-        with in_eval_mode(model):
-            return _tried(model, most)
+        with nullcontext() if own else torch.autocast(model.device.type, dtype=dtype):
+            _try_in_training(model)
+            with in_eval_mode(model):
+                return _tried(model, most, dtype or model.dtype)
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
@@ -66,7 +71,18 @@ def _kind(model: PreTrainedModel) -> str | None:
 _ALIBI = ("bloom", "mpt")
 
 
-def _tried(model: PreTrainedModel, most: int) -> str | None:
+def _try_in_training(model: PreTrainedModel) -> None:
+    """Fail where an attention does so in training alone, for want of dropout."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.random.fork_rng():
+            _packed_states(model.train(), [plain_ids(model, 1), plain_ids(model, 2)])
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _tried(model: PreTrainedModel, most: int, dtype: torch.dtype) -> str | None:
     context = context_of(model.config)
     lengths = [min(length, context or length) for length in _LENGTHS]
     ids = plain_ids(model, sum(lengths) + 1)
@@ -75,7 +91,7 @@ def _tried(model: PreTrainedModel, most: int) -> str | None:
     states = _packed_states(model, rows)
     padded = hidden_states(model, right_padded(model, rows))
     for own, line in zip(states, padded, strict=True):
-        if not same_logits(head.logits(own), head.logits(line[: len(own)]), model.dtype):
+        if not same_logits(head.logits(own), head.logits(line[: len(own)]), dtype):
             return "it gives a row other logits there than alone"
     changed = _packed_states(model, [ids[-1 : -lengths[0] - 1 : -1], *rows[1:]])
     within, *across = (_difference(*pair) for pair in zip(states, changed, strict=True))

@@ -14,7 +14,6 @@ from drkl.errors import DrklError
 from drkl.models.adapter import add_adapter, changes_base, check_adapter
 from drkl.models.classes import check_classes, is_classifier
 from drkl.models.dropout import disable_dropout
-from drkl.models.forward import uses_flash
 from drkl.models.load import load_classifier, load_config, load_model, load_tokenizer
 from drkl.models.pair import check_same_family
 from drkl.models.precision import resolve_dtype
@@ -74,10 +73,10 @@ def load_student(model: Any, args: DistillationConfig, quantization_config: Any)
     return model, None
 
 
-def place_for_flash(student: PreTrainedModel, args: DistillationConfig) -> None:
-    """Put a student with a FlashAttention, which runs on a GPU alone, where it will be trained: it is tried before."""
+def place(student: PreTrainedModel, args: DistillationConfig) -> None:
+    """Put a student where it will be trained, if the loop would: a FlashAttention runs there alone, and is tried."""
     apart = is_sharded(student) or asks_for_fsdp(args) or args.deepspeed
-    if uses_flash(student) and not apart and getattr(student, "hf_device_map", None) is None:
+    if not apart and getattr(student, "hf_device_map", None) is None and not getattr(student, "is_quantized", False):
         student.to(args.device)  # type: ignore[arg-type]
 
 

@@ -29,6 +29,7 @@ from drkl.models.forward import decoder_start
 from drkl.models.load import one_tokenizer
 from drkl.models.pair_loss import model_inputs
 from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_state
+from drkl.models.varlen import with_varlen
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
 from drkl.processes import first_alone, gather, lost_another
@@ -69,7 +70,7 @@ from drkl.training.heldout_answers import HeldOutAnswers
 from drkl.training.loop import check_optimizer, loop_arguments
 from drkl.training.measures import Measures, make_measures
 from drkl.training.on_policy import OnPolicy, check_rollouts, check_whole
-from drkl.training.packing import packs
+from drkl.training.packing import settle_packing
 from drkl.training.pair import Pair, make_pair
 from drkl.training.plan import MicroBatches, Places, cuts_by_cost, plan_run
 from drkl.training.record import RunRecord
@@ -169,7 +170,7 @@ class DistillationTrainer(Trainer):
             )
         for note in pair.notes:
             _log.info(note)
-        pair.packed = packs(pair, args)
+        settle_packing(pair, args)
         self.run = RunFolder(Path(str(args.output_dir)))
         any_rows: Any = pair.rows
         samples = args.rollouts.is_on
@@ -335,7 +336,8 @@ class DistillationTrainer(Trainer):
         if self._use_cache is not None:
             student.config.use_cache = False
         try:
-            output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+            with with_varlen(self.pair.varlen):
+                output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
             read = None if self._streamed is None else self._streamed.account(self.state.global_step)
         finally:
             if self._streamed is not None:
