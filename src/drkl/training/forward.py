@@ -11,6 +11,7 @@ from torch import Tensor
 
 from drkl.losses import LMHead, LogitChunk, distillation_loss, fused_distillation_loss
 from drkl.losses.config import LossConfig
+from drkl.losses.fused import block_rows
 from drkl.losses.topk import TopK
 from drkl.objectives.logspace import argmax
 from drkl.positions import token_statistics
@@ -143,9 +144,21 @@ class StatisticsSums:
         assert chunk.labels is not None
         some = self._some(chunk)
         labels, teacher = chunk.labels[some], None if chunk.teacher is None else chunk.teacher[some]
+        student = chunk.student[some]
         if not labels.numel():
             return
-        student = chunk.student[some]
+        size = block_rows(student)
+        parts = [
+            self._columns(student[rows], None if teacher is None else teacher[rows], labels[rows])
+            for rows in (slice(start, start + size) for start in range(0, len(labels), size))
+        ]
+        for name in parts[0]:
+            value = torch.cat([part[name] for part in parts])
+            for prefix, own in self._parts(chunk, some, value):
+                self.sums[prefix + name] = self.sums.get(prefix + name, 0) + own.sum()
+
+    def _columns(self, student: Tensor, teacher: Tensor | TopK | None, labels: Tensor) -> dict[str, Tensor]:
+        """The statistics of some positions, each `[n]`."""
         values = token_statistics(student, teacher if isinstance(teacher, Tensor) else None, labels)
         columns: dict[str, Tensor | None] = {
             "nll": values.nll,
@@ -156,11 +169,7 @@ class StatisticsSums:
             "teacher_entropy": values.teacher_entropy,
             POSITIONS: torch.ones(labels.numel(), dtype=torch.int64),
         } | (class_columns(student, teacher, self._temperature) if isinstance(teacher, TopK) else {})
-        for name, value in columns.items():
-            if value is None:
-                continue
-            for prefix, part in self._parts(chunk, some, value):
-                self.sums[prefix + name] = self.sums.get(prefix + name, 0) + part.sum()
+        return {name: value for name, value in columns.items() if value is not None}
 
     def at(self, places: Tensor) -> StatisticsSums:
         """An observer of a loss at some of the positions, `[n]` bool, that adds to the same sums."""

@@ -22,7 +22,7 @@ from drkl.data.batching import Steps
 from drkl.data.collate import collate, teacher_inputs
 from drkl.data.stored import column
 from drkl.errors import DrklError
-from drkl.losses import IGNORE_INDEX, LMHead
+from drkl.losses import IGNORE_INDEX, LMHead, release_buffers
 from drkl.losses.topk import TopK
 from drkl.models.at_head import call_at_head
 from drkl.models.forward import decoder_start
@@ -347,6 +347,7 @@ class DistillationTrainer(Trainer):
             if self._use_cache is not None:
                 student.config.use_cache = self._use_cache
             student.train(training)
+            release_buffers()
         if self.is_world_process_zero():
             self.record.trained(self.state, self._train_log.seconds, read)
         self.accelerator.wait_for_everyone()
