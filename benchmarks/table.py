@@ -8,11 +8,13 @@ from benchmarks.rows import Row, read_rows
 from drkl.training.memory import MOMENTS
 
 RESULTS = Path(__file__).parent / "results"
+TODAY = "today"
+"""The code that is measured, in a column of rows that compare it with another."""
 
 
 def cpu_table(rows: list[Row]) -> str:
     """Seconds, times the floor and extra memory of each variant, for every vocabulary at 1,024 positions in fp32."""
-    rows = [row for row in rows if row["positions"] == "1024" and row["dtype"] == "float32"]
+    rows = [row for row in rows if row["positions"] == "1024" and row["dtype"] == "float32" and _is_widest(row, rows)]
     settings = sorted({(int(row["vocab"]), int(row["hidden"])) for row in rows})
     found = {(int(row["vocab"]), row["variant"]): row for row in rows}
     head = " | ".join(f"V = {vocab:,}, hidden {hidden}: s | x floor | MiB" for vocab, hidden in settings)
@@ -24,8 +26,39 @@ def cpu_table(rows: list[Row]) -> str:
             if row is None:
                 cells += ["", "", ""]
                 continue
-            seconds = float(row["median_s"])
-            cells += [f"{seconds:.2f}", f"{seconds / float(floor['median_s']):.2f}", f"{int(row['extra_peak_mib']):,}"]
+            seconds = float(row["least_s"])
+            cells += [f"{seconds:.2f}", f"{seconds / float(floor['least_s']):.2f}", f"{int(row['extra_peak_mib']):,}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _is_widest(row: Row, rows: list[Row]) -> bool:
+    """Whether a row is of today's code with the widest vector instructions that were measured."""
+    widest = max(row["instructions"] for row in rows)  # AVX2, AVX512
+    return row["code"] == TODAY and row["instructions"] == widest
+
+
+def small_batches_table(rows: list[Row]) -> str:
+    """Times the floor, for few positions and many: the code of before and today's, with all vector instructions."""
+    rows = [row for row in rows if row["dtype"] == "float32" and row["vocab"] == "49152"]
+    least = {
+        (row["instructions"], row["code"], row["positions"], row["variant"]): float(row["least_s"]) for row in rows
+    }
+    counts = sorted({row["positions"] for row in rows if row["code"] != TODAY}, key=int)
+    columns = [(kind, count) for kind in sorted({row["instructions"] for row in rows}) for count in counts]
+    names = [name for name in dict.fromkeys(row["variant"] for row in rows) if name.startswith(("floor", "fused"))]
+    head = " | ".join(f"{kind}, {int(count):,}" for kind, count in columns)
+    lines = [f"| x floor, before and today | {head} |", "|---" * (1 + len(columns)) + "|"]
+    for name in names:
+        cells = []
+        for kind, count in columns:
+            taken = [least.get((kind, code, count, name)) for code in ("before", TODAY)]
+            floors = [least.get((kind, code, count, "floor")) for code in ("before", TODAY)]
+            if name == "floor":
+                cells.append(f"{floors[1]:.3f} s" if floors[1] else "")
+            else:
+                ratios = [f"{t / f:.2f}" for t, f in zip(taken, floors, strict=True) if t and f]
+                cells.append(", ".join(ratios))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -89,6 +122,31 @@ def on_policy_table(rows: list[Row]) -> str:
         seconds = [f"{float(row[f'{name}_s_per_step']):.2f}" for name in ("median", "generating", "learning")]
         cells = [row["variant"], row["tokens_per_second"], *seconds, f"{int(row['peak_mib']):,}"]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def train_step_table(rows: list[Row]) -> str:
+    """A step on data of each trainer; drkl with the same objective is the first."""
+    first = rows[0]
+    lines = [
+        f"| {first['prompts']} rows a step, {first['tokens_per_step']} trained tokens, {first['precision']} "
+        "| trained tokens a second | drkl's, x this | s a step (20 % to 80 %) | MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        rate = float(row["tokens_per_second"])
+        median, low, high = (f"{float(row[f'{name}_s_per_step']):.2f}" for name in ("median", "p20", "p80"))
+        ratio = f"{float(first['tokens_per_second']) / rate:.2f}"
+        cells = [row["variant"], f"{rate:.1f}", ratio, f"{median} ({low} to {high})", f"{int(row['peak_mib']):,}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def step_profile_table(rows: list[Row]) -> str:
+    """Where the time of a quickstart step goes."""
+    lines = ["| part of a step | share | s |", "|---|---|---|"]
+    for row in rows:
+        lines.append(f"| {row['part']} | {float(row['share']):.1%} | {float(row['s_per_step']):.3f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -200,9 +258,12 @@ def tables() -> dict[str, str]:
     """The tables by the marks between which README has them."""
     return {
         "fused-cpu": cpu_table(read_rows(RESULTS / "fused_loss.csv")),
+        "fused-small": small_batches_table(read_rows(RESULTS / "fused_loss.csv")),
         "fused-gpu": gpu_table(read_rows(RESULTS / "fused_loss_gpu.csv")),
         "gpu-day": gpu_day_table(read_rows(RESULTS / "gpu_day.csv")),
         "sampling": sampling_table(read_rows(RESULTS / "rollouts.csv"), read_rows(RESULTS / "rollouts_vllm.csv")),
+        "train-step": train_step_table(read_rows(RESULTS / "train_step.csv")),
+        "step-profile": step_profile_table(read_rows(RESULTS / "step_profile.csv")),
         "on-policy": on_policy_table(read_rows(RESULTS / "on_policy.csv")),
         "teacher-cache": teacher_cache_table(read_rows(RESULTS / "teacher_cache.csv")),
         "large-teacher": large_teacher_table(read_rows(RESULTS / "teacher_cache.csv")),

@@ -1,5 +1,6 @@
 """Losses compute an objective on a batch: mask, vocabulary, temperature, dtype, reduction and memory."""
 
+from drkl.losses.buffers import release_buffers
 from drkl.losses.common import IGNORE_INDEX, LogitChunk, Observer
 from drkl.losses.dense import distillation_loss
 from drkl.losses.fused import fused_distillation_loss
@@ -16,4 +17,5 @@ __all__ = [
     "as_gkd_loss",
     "distillation_loss",
     "fused_distillation_loss",
+    "release_buffers",
 ]

@@ -87,36 +87,37 @@ class AlphaBeta(Objective):
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
         assert self.has_closed_form
         log_q, log_p = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
-        terms, slope = terms_and_slope(log_q, log_p, self.alpha, self.beta)
-        if self.alpha + self.beta < SMALL_SUM:
-            terms = class_terms(log_q, log_p, self.alpha, self.beta)
         torch.exp(log_q, out=student_logits)
-        values = terms.sum(-1)
+        if self.alpha + self.beta < SMALL_SUM:
+            values = class_terms(log_q, log_p, self.alpha, self.beta).sum(-1)
+            slope = rise(log_p, log_q, self.alpha, self.beta).neg_()
+        else:
+            values, slope = values_and_slope_(log_q, log_p, self.alpha, self.beta)
         through_softmax_(student_logits, slope)
         return values
 
 
-def terms_and_slope(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
-    """The term of each class, and d / d log q of it (as if free), for s > 0.
+def values_and_slope_(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+    """The sums over classes `[n]`, and d / d log q of each term (as if free) `[n, k]`; overwrites both logs.
 
-    The same as `class_terms`, with half of the exponentials: the larger of two neighbours in P, M, Q is one
-    exponential, and 1 - smaller / larger an expm1.
+    Of two neighbours in P, M, Q the difference is their sum times tanh(half the difference of their logs), which is
+    exact where they are close, and nothing overflows.
     """
     s = alpha + beta
     difference = log_p - log_q
-    above = difference.clamp(min=0.0)
-    larger = torch.mul(log_q, s).add_(above, alpha=alpha).exp_()  # of M and Q
-    slope = larger.mul_(_one_minus_ratio(difference, alpha)).neg_()
-    larger = above.sub_(difference).mul_(beta).add_(log_p, alpha=s).exp_()  # of P and M
-    terms = larger.mul_(_one_minus_ratio(difference, beta)).add_(slope).div_(s)
-    return terms, slope
+    q_s = log_q.mul_(s)
+    middle = torch.add(q_s, difference, alpha=alpha).exp_()
+    q_s, p_s = q_s.exp_(), log_p.mul_(s).exp_()
+    # As alpha goes to 0, tanh(alpha d / 2) / alpha goes to d / 2.
+    per_alpha, per_beta = (1.0 / exponent if exponent > 0 else 0.5 for exponent in (alpha, beta))
+    slope = _gap_(q_s.add_(middle), difference, alpha).mul_(-per_alpha)
+    terms = torch.add(slope, _gap_(p_s.add_(middle), difference, beta), alpha=per_beta, out=difference)
+    return terms.sum(-1).div_(s), slope
 
 
-def _one_minus_ratio(difference: Tensor, exponent: float) -> Tensor:
-    """(1 - e^(-a |d|)) sign(d) / a, and d at a = 0."""
-    if exponent == 0.0:
-        return difference
-    return torch.mul(difference.abs(), -exponent).expm1_().copysign_(difference).div_(exponent)
+def _gap_(total: Tensor, difference: Tensor, exponent: float) -> Tensor:
+    """x - y in place of x + y, for log(x / y) = a d; (x + y) d at a = 0."""
+    return total.mul_(torch.mul(difference, 0.5 * exponent).tanh_() if exponent > 0 else difference)
 
 
 def power(log_p: Tensor, alpha: float, log_q: Tensor, beta: float) -> Tensor:

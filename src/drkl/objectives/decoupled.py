@@ -191,26 +191,17 @@ class DecoupledReverseKL(Objective):
             return self._operator.value_and_grad_(student_logits, teacher_logits, labels)
         # d/dz_t = q_t (1 - q_t) D; reverse tail: d/dz_j = q^_j [w (d_j - K) - q_t (1 - q_t) D], d_j = log q^_j / p^_j.
         at_target = target_class(self.target, teacher_logits, labels).unsqueeze(-1)
-        z_t, y_t = student_logits.gather(-1, at_target), teacher_logits.gather(-1, at_target)
-        difference = (student_logits - teacher_logits).scatter_(-1, at_target, 0.0)
-        student_logits.scatter_(-1, at_target, EXCLUDED)
-        teacher_logits.scatter_(-1, at_target, EXCLUDED)
-        log_rest_q, log_rest_p = softmax_(student_logits), softmax_(teacher_logits)
-        s, u = z_t - log_rest_q, y_t - log_rest_p
-        shift = log_rest_p - log_rest_q
-        weight = tail_weight(self.weight, self.gamma, s, u)
-        push = torch.sigmoid(s) * torch.sigmoid(-s) * (s - u)
-        on_target = _two_class_reverse_kl(s, u)
+        s, u, difference, shift = _apart_(student_logits, teacher_logits, at_target)
         if self.skew > 0:
             return self._skewed_(student_logits, difference.add_(shift), at_target, s, u)
+        weight = tail_weight(self.weight, self.gamma, s, u)
+        push = torch.sigmoid(s) * torch.sigmoid(-s) * (s - u)
         if self.tail == "rkl":
             on_tail = torch.linalg.vecdot(student_logits, difference).unsqueeze(-1) + shift
-            student_logits.mul_(difference.add_(shift - on_tail).mul_(weight).sub_(push))
+            student_logits.mul_(difference.add_(shift - on_tail).mul_(weight).sub_(push)).scatter_(-1, at_target, push)
         else:
-            on_tail = -torch.linalg.vecdot(teacher_logits, difference).unsqueeze(-1) - shift
-            student_logits.mul_(weight - push).sub_(teacher_logits.mul_(weight))
-        student_logits.scatter_(-1, at_target, push)
-        return (on_target + weight * on_tail).squeeze(-1)
+            on_tail = _forward_tail_(student_logits, teacher_logits, at_target, difference, shift, weight, push)
+        return (_two_class_kl(s, u) + weight * on_tail).squeeze(-1)
 
     def _skewed_(self, tail_q: Tensor, log_ratio: Tensor, at_target: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Values `[n]`, and the gradient in place of the student's tail; ``log_ratio`` is log q^/p^, 0 at the target.
@@ -233,10 +224,45 @@ class DecoupledReverseKL(Objective):
         return (inside * l_t + outside * l_r + weight * on_tail).squeeze(-1)
 
 
-def _two_class_reverse_kl(s: Tensor, u: Tensor) -> Tensor:
-    """B from the log-odds of the target under the student (s) and the teacher (u); exact at any confidence."""
+def _apart_(student_logits: Tensor, teacher_logits: Tensor, at_target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Overwrite both finite logits `[n, k]` with their tails, 0 at the target.
+
+    Returns:
+        The target's log-odds under the student and the teacher, both `[n, 1]`; the difference of the logits, 0 at the
+        target, and what is added to it for log q^/p^ elsewhere, `[n, 1]`.
+    """
+    z_t, y_t = student_logits.gather(-1, at_target), teacher_logits.gather(-1, at_target)
+    difference = (student_logits - teacher_logits).scatter_(-1, at_target, 0.0)
+    student_logits.scatter_(-1, at_target, EXCLUDED)
+    teacher_logits.scatter_(-1, at_target, EXCLUDED)
+    log_rest_q, log_rest_p = softmax_(student_logits), softmax_(teacher_logits)
+    return z_t - log_rest_q, y_t - log_rest_p, difference, log_rest_p - log_rest_q
+
+
+def _forward_tail_(
+    tail_q: Tensor, tail_p: Tensor, at_target: Tensor, difference: Tensor, shift: Tensor, weight: Tensor, push: Tensor
+) -> Tensor:
+    """KL(p^ || q^) `[n, 1]`; the student's tail becomes the gradient of it times ``weight``, with the target's push."""
+    on_tail = -torch.linalg.vecdot(tail_p, difference).unsqueeze(-1) - shift
+    tail_q.mul_(weight - push).addcmul_(tail_p, weight, value=-1).scatter_(-1, at_target, push)
+    return on_tail
+
+
+def _two_class_kl(s: Tensor, u: Tensor) -> Tensor:
+    """KL of two pairs (target, rest) from the log-odds of the target under the first (s) and the second (u).
+
+    Exact at any confidence.
+    """
     inside = torch.sigmoid(s) * (F.logsigmoid(s) - F.logsigmoid(u))
     return inside + torch.sigmoid(-s) * (F.logsigmoid(-s) - F.logsigmoid(-u))
+
+
+def _sigmoid_gap(s: Tensor, u: Tensor) -> Tensor:
+    """sigmoid(s) - sigmoid(u), exact where both are near 0 or near 1."""
+    gap = s - u
+    larger, smaller = torch.maximum(s, u), torch.minimum(s, u)
+    size = torch.sigmoid(larger) * torch.sigmoid(-smaller) * -torch.expm1(-gap.abs())
+    return size.copysign(gap)
 
 
 @dataclass(frozen=True)
@@ -274,4 +300,8 @@ class DecoupledKnowledgeDistillation(Objective):
         return self._operator.terms(student_logp, teacher_logp, labels)
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
-        return self._operator.value_and_grad_(student_logits, teacher_logits, labels)
+        at_target = target_class(self.target, teacher_logits, labels).unsqueeze(-1)
+        s, u, difference, shift = _apart_(student_logits, teacher_logits, at_target)
+        weight, push = torch.full_like(s, self.beta), self.alpha * _sigmoid_gap(s, u)
+        on_tail = _forward_tail_(student_logits, teacher_logits, at_target, difference, shift, weight, push)
+        return (self.alpha * _two_class_kl(u, s) + weight * on_tail).squeeze(-1)

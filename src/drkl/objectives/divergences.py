@@ -63,12 +63,9 @@ class ForwardKL(Objective):
         return kl_terms_of(teacher, student)
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
-        difference = teacher_logits - student_logits
-        log_norm_q, log_norm_p = softmax_(student_logits), softmax_(teacher_logits)
-        shift = log_norm_q - log_norm_p
-        value = torch.linalg.vecdot(teacher_logits, difference).unsqueeze(-1) + shift
+        log_ratio = log_ratio_(student_logits, teacher_logits)
         student_logits.sub_(teacher_logits)
-        return value.squeeze(-1)
+        return torch.linalg.vecdot(teacher_logits, log_ratio).neg_()
 
 
 @dataclass(frozen=True)
@@ -88,12 +85,12 @@ class ReverseKL(Objective):
         return kl_terms_of(student, teacher)
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
-        difference = student_logits - teacher_logits
-        log_norm_q, log_norm_p = softmax_(student_logits), softmax_(teacher_logits)
-        shift = log_norm_p - log_norm_q
-        value = torch.linalg.vecdot(student_logits, difference).unsqueeze(-1) + shift
-        student_logits.mul_(difference.add_(shift - value))
-        return value.squeeze(-1)
+        log_q, log_p = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
+        log_ratio = log_p.neg_().add_(log_q)
+        torch.exp(log_q, out=student_logits)
+        value = torch.linalg.vecdot(student_logits, log_ratio)
+        student_logits.mul_(log_ratio.sub_(value.unsqueeze(-1)))
+        return value
 
 
 @dataclass(frozen=True)
@@ -160,8 +157,9 @@ class GeneralizedJensenShannon(Objective):
         log_ratio = log_ratio_(student_logits, teacher_logits)
         log_q_m = log_share(log_ratio, 1.0 - self.beta, self.beta)
         on_student = torch.linalg.vecdot(student_logits, log_q_m).unsqueeze(-1)
-        on_teacher = torch.linalg.vecdot(teacher_logits, log_ratio.neg_().add_(log_q_m)).unsqueeze(-1)
-        student_logits.mul_(log_q_m.sub_(on_student)).mul_(1.0 - self.beta)
+        on_teacher = torch.linalg.vecdot(teacher_logits, torch.sub(log_q_m, log_ratio, out=log_ratio)).unsqueeze(-1)
+        share = 1.0 - self.beta
+        student_logits.mul_(torch.add(-share * on_student, log_q_m, alpha=share, out=log_q_m))
         return (self.beta * on_teacher + (1.0 - self.beta) * on_student).squeeze(-1)
 
 
@@ -195,7 +193,7 @@ class SkewForwardKL(Objective):
         # h = d value / d log q = -(1 - s) p q/m
         log_ratio = log_ratio_(student_logits, teacher_logits)
         log_q_m = log_share(log_ratio, 1.0 - self.skew, self.skew)
-        value = torch.linalg.vecdot(teacher_logits, log_ratio.neg_().add_(log_q_m))
+        value = torch.linalg.vecdot(teacher_logits, torch.sub(log_q_m, log_ratio, out=log_ratio))
         slope = log_q_m.exp_().mul_(teacher_logits).mul_(self.skew - 1.0)
         through_softmax_(student_logits, slope)
         return value
@@ -250,10 +248,10 @@ class TotalVariation(Objective):
         return summands(self, student_logp, teacher_logp, labels)
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
-        softmax_(student_logits)
-        softmax_(teacher_logits)
-        difference = torch.sub(student_logits, teacher_logits, out=teacher_logits)
-        value = 0.5 * difference.abs().sum(-1)
-        sign = difference.sign_().mul_(0.5)
-        student_logits.mul_(sign.sub_(torch.linalg.vecdot(student_logits, sign).unsqueeze(-1)))
+        q, p = torch.softmax(student_logits, -1), torch.softmax(teacher_logits, -1)
+        difference = torch.sub(q, p, out=student_logits)
+        value = 0.5 * torch.abs(difference, out=p).sum(-1)
+        sign = difference.sign_()
+        mean = torch.linalg.vecdot(q, sign).unsqueeze(-1)
+        torch.mul(q, torch.add(-0.5 * mean, sign, alpha=0.5, out=p), out=student_logits)
         return value
