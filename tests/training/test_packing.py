@@ -90,6 +90,14 @@ def test_the_setting_is_one_of_three(tmp_path: Path, value: Any) -> None:
         DistillationConfig(output_dir=str(tmp_path), padding_free=value)
 
 
+def test_the_setting_of_a_config_is_one_of_three(tmp_path: Path) -> None:
+    values = tiny_runs.config(tmp_path, training={"padding_free": "automatic"})
+    with pytest.raises(
+        DrklError, match=r"training\.padding_free: input should be 'auto', True or False, got 'automatic'"
+    ):
+        tiny_runs.specs(values)
+
+
 @pytest.mark.parametrize(("value", "expected"), [("True", True), ("false", False), (None, "auto"), ("auto", "auto")])
 def test_the_setting_of_a_command_line_is_a_text(tmp_path: Path, value: Any, expected: Any) -> None:
     assert DistillationConfig(output_dir=str(tmp_path), padding_free=value).padding_free == expected
