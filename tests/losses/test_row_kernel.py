@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import drkl
-from drkl.losses import fused
+from drkl.losses import fused, kernel_steps
 from drkl.losses.common import LossSettings, make_settings
 from tests.objectives import reference, tensors
 from tests.objectives.cases import CASES, FEW, LIMITS, Case
@@ -280,11 +280,11 @@ def test_the_fused_loss_takes_it(name: str, params: dict[str, Any], monkeypatch:
     monkeypatch.setattr(fused, "CUDA_CHUNK_BYTES", 5 * 30 * 4)
     calls: list[int] = []
     step = row_kernel.row_step_
-    fused._kernel_runs.cache_clear()
+    kernel_steps._runs.cache_clear()
 
-    def watch(*args: Any) -> Tensor:
+    def watch(*args: Any, **words: Any) -> Tensor:
         calls.append(len(args[0]))
-        return step(*args)
+        return step(*args, **words)
 
     monkeypatch.setattr(row_kernel, "row_step_", watch)
     generator = torch.Generator().manual_seed(0)
@@ -324,17 +324,17 @@ def test_the_fused_loss_takes_it(name: str, params: dict[str, Any], monkeypatch:
 def test_without_a_compiler_the_loss_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "KERNEL_DEVICES", ("cuda", "cpu"))
 
-    def broken(*args: Any) -> Tensor:
+    def broken(*args: Any, **words: Any) -> Tensor:
         raise RuntimeError("Failed to find C compiler.")
 
     monkeypatch.setattr(row_kernel, "row_step_", broken)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((5, 6), (30, 6), (5, 8), (30, 8))]
-    fused._kernel_runs.cache_clear()
+    kernel_steps._runs.cache_clear()
     with pytest.warns(UserWarning, match="goes on without it, slower. Failed to find C compiler"):
         loss = drkl.fused_distillation_loss(*inputs)
     torch.testing.assert_close(loss, drkl.fused_distillation_loss(*inputs))  # without a further warning
-    fused._kernel_runs.cache_clear()
+    kernel_steps._runs.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of an infinite logit

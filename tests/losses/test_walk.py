@@ -1,7 +1,7 @@
 """One walk over objectives, variants, dtypes and hazards: definition, closed forms and row kernel, against numpy.
 
-Each of the three has to be as near the truth as rounding lets it, from the equations' own sensitivity to an error in the
-last bits of the log-probabilities. It is +inf where the truth is, and nowhere else; nothing is ever NaN.
+Each of the three has to be as near the truth as rounding lets it, from the equations' own sensitivity to an error in
+the last bits of the log-probabilities. It is +inf where the truth is, and nowhere else; nothing is ever NaN.
 """
 
 from __future__ import annotations

@@ -31,11 +31,18 @@ class LogitChunk(NamedTuple):
     labels: Tensor | None
     """`[m]`, or None where none are given."""
     start: int
-    """The number of counted positions before these."""
+    """The number of counted positions before these, or before the chunk that ``rows`` are of."""
+    rows: slice | Tensor | None = None
+    """Which positions of a chunk these are, where its observer has said by ``chosen`` that it looks at these alone."""
 
 
 Observer = Callable[[LogitChunk], None]
-"""Called once with every position that counts, in order and in chunks."""
+"""Called once with every position that counts, in order and in chunks.
+
+One that looks at some positions alone may have a method ``chosen``: of the number of positions before a chunk, the
+number of its own, and the device, it returns which those are, a slice or indices. On a device with a kernel it is given
+these, and the logits of the others are not made.
+"""
 
 
 @dataclass(frozen=True)
