@@ -1,11 +1,14 @@
 """Time and memory of the fused loss beside the dense one: `python -m benchmarks.fused_loss [--help]`.
 
 Forward and backward, to the hidden states and the head. The floor is the four matrix products alone (both logits, the
-gradients on hidden states and head); `eager rkl` is the usual line of autograd code, `eager drkl` the definition on
-whole logits. Peers (TRL's chunked divergence and Liger-Kernel's chunked loss, each at its reverse KL) are timed where
-they are installed (`benchmarks/requirements.txt`). Times are medians over rounds, each round running every variant
-once, in one process; the extra peak memory of a variant is measured in a process of its own (on Linux). Rows go to
-``benchmarks/results/fused_loss.csv``.
+gradients on hidden states and head), into memory that is there already; `eager rkl` is the usual line of autograd code,
+`eager drkl` the definition on whole logits. Peers (TRL's chunked divergence and Liger-Kernel's chunked loss, each at
+its reverse KL) are timed where they are installed (`benchmarks/requirements.txt`). Each round runs every variant once,
+in one process; times are the least and the median of the rounds. The extra peak memory of a variant is measured in a
+process of its own (on Linux), at 1,024 positions and more. Rows go to ``benchmarks/results/fused_loss.csv``.
+
+The vector instructions follow the processor; the same with fewer of them:
+`ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.fused_loss`.
 """
 
 from __future__ import annotations
@@ -29,6 +32,10 @@ from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums
 
 RESULTS = Path(__file__).parent / "results" / "fused_loss.csv"
 SETTINGS = ("positions", "vocab", "hidden", "dtype", "threads")
+MEMORY_FROM = 1024
+"""Positions from which on the extra memory is measured."""
+CHUNK = 256
+"""Positions of a chunk of the floor."""
 Variant = Callable[["Case"], None]
 
 
@@ -46,6 +53,15 @@ class Case:
         self.teacher_hidden = normal(positions, 1.0)
         self.teacher_head = normal(vocab, 3 / hidden**0.5)
         self.labels = torch.randint(0, vocab, (positions,), generator=generator).to(device)
+        self._kept: list[Tensor] = []
+
+    def kept(self) -> list[Tensor]:
+        """What the floor writes to: both logits of a chunk, the gradients on hidden states and head."""
+        if not self._kept:
+            hidden, head = self.student_hidden.detach(), self.student_head.detach()
+            logits = [head.new_empty(min(len(hidden), CHUNK), len(head)) for _ in range(2)]
+            self._kept = [*logits, torch.empty_like(hidden), torch.empty_like(head)]
+        return self._kept
 
     def clear(self) -> None:
         """Drop the gradients."""
@@ -55,12 +71,14 @@ class Case:
 def floor(case: Case) -> None:
     """The four matrix products, in the chunks that keep memory flat."""
     hidden, head = case.student_hidden.detach(), case.student_head.detach()
-    grad_head = torch.zeros_like(head)
-    for rows in torch.arange(hidden.shape[0]).split(256):
-        logits = hidden[rows] @ head.T
-        case.teacher_hidden[rows] @ case.teacher_head.T
-        logits @ head
-        grad_head.addmm_(logits.T, hidden[rows])
+    *logits, grad_hidden, grad_head = case.kept()
+    for start in range(0, len(hidden), CHUNK):
+        rows = slice(start, min(start + CHUNK, len(hidden)))
+        student, teacher = (buffer[: rows.stop - start] for buffer in logits)
+        torch.mm(hidden[rows], head.T, out=student)
+        torch.mm(case.teacher_hidden[rows], case.teacher_head.T, out=teacher)
+        torch.mm(student, head, out=grad_hidden[rows])
+        torch.addmm(grad_head, student.T, hidden[rows], beta=1 if start else 0, out=grad_head)
 
 
 def eager_rkl(case: Case) -> None:
@@ -152,10 +170,10 @@ def seconds(variant: Variant, case: Case) -> float:
     return time.perf_counter() - started
 
 
-def extra_peak_mb(name: str, arguments: argparse.Namespace) -> float:
+def extra_peak_mb(name: str, positions: int, arguments: argparse.Namespace) -> float:
     """MiB by which the peak memory of a process of its own grows while it runs the variant, gradients included."""
-    command = [sys.executable, "-m", "benchmarks.fused_loss", "--memory-of", name]
-    for option in SETTINGS:
+    command = [sys.executable, "-m", "benchmarks.fused_loss", "--memory-of", name, "--positions", str(positions)]
+    for option in SETTINGS[1:]:
         command += [f"--{option}", str(getattr(arguments, option))]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -173,46 +191,59 @@ def print_own_extra_peak(name: str, case: Case) -> None:
     print((own_memory_kib("VmHWM") - before) / 1024)
 
 
-def main() -> None:
-    """Measure, print, write the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--positions", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=49152)
-    parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--output", type=Path, default=RESULTS, help="rows at the same settings are replaced in it")
-    parser.add_argument("--memory-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    case = Case(arguments.positions, arguments.vocab, arguments.hidden, getattr(torch, arguments.dtype))
-    if arguments.memory_of:
-        print_own_extra_peak(arguments.memory_of, case)
-        return
-    about = {"processor": processor(), "torch": torch.__version__, "drkl": drkl.__version__, "commit": commit()}
+def measured(case: Case, arguments: argparse.Namespace) -> list[Row]:
+    """A row for each variant at one number of positions; they are printed, too."""
+    positions = len(case.labels)
     taken: dict[str, list[float]] = {name: [] for name in VARIANTS if name in arguments.only and runs_here(name)}
     for round_number in range(arguments.rounds + 1):
         for name in taken:
             value = seconds(VARIANTS[name], case)
             if round_number:  # the first one warms up
                 taken[name].append(value)
-        print(f"round {round_number} of {arguments.rounds}", file=sys.stderr)
-    del case
-    settings = {key: str(getattr(arguments, key)) for key in SETTINGS}
+        print(f"{positions} positions: round {round_number} of {arguments.rounds}", file=sys.stderr)
+    case.clear()
+    floors = taken.get("floor", [float("nan")])
     rows: list[Row] = []
-    base = statistics.median(taken["floor"]) if "floor" in taken else float("nan")
-    print(f"{'variant':<18} {'median s':>9} {'p20':>8} {'p80':>8} {'x floor':>8} {'extra MiB':>10}")
+    print(
+        f"{f'{positions} positions':<20} {'least s':>8} {'x floor':>8} {'median s':>9} {'x floor':>8} {'extra MiB':>10}"
+    )
     for name, values in taken.items():
-        row = {"variant": name, **spread(values, "s"), "extra_peak_mib": f"{extra_peak_mb(name, arguments):.0f}"}
-        ratio = statistics.median(values) / base
-        print(
-            f"{name:<18} {float(row['median_s']):>9.3f} {float(row['p20_s']):>8.3f} {float(row['p80_s']):>8.3f} "
-            f"{ratio:>8.2f} {row['extra_peak_mib']:>10}"
-        )
-        rows.append(row | settings | {"rounds": str(arguments.rounds)} | about)
-    write_rows(arguments.output, rows, ("variant", *SETTINGS))
+        peak = f"{extra_peak_mb(name, positions, arguments):.0f}" if positions >= MEMORY_FROM else ""
+        least, median = min(values), statistics.median(values)
+        ratios = least / min(floors), median / statistics.median(floors)
+        print(f"{name:<20} {least:>8.4f} {ratios[0]:>8.2f} {median:>9.4f} {ratios[1]:>8.2f} {peak:>10}")
+        row = {"variant": name, "least_s": f"{least:.4f}", **spread(values, "s"), "extra_peak_mib": peak}
+        rows.append(row | {"positions": str(positions)})
+    return rows
+
+
+def main() -> None:
+    """Measure, print, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--positions", type=int, nargs="+", default=[64, 128, 256, 1024])
+    parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--code", default="today", help="name of the code that is measured, where it is not today's")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="rows at the same settings are replaced in it")
+    parser.add_argument("--memory-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    size = arguments.vocab, arguments.hidden, getattr(torch, arguments.dtype)
+    if arguments.memory_of:
+        print_own_extra_peak(arguments.memory_of, Case(arguments.positions[0], *size))
+        return
+    shared = {key: str(getattr(arguments, key)) for key in SETTINGS[1:]} | {
+        "instructions": torch.backends.cpu.get_cpu_capability(), "code": arguments.code,
+        "rounds": str(arguments.rounds), "processor": processor(), "torch": torch.__version__,
+        "drkl": drkl.__version__, "commit": commit(),
+    }  # fmt: skip
+    for positions in arguments.positions:
+        rows = [row | shared for row in measured(Case(positions, *size), arguments)]
+        write_rows(arguments.output, rows, ("variant", *SETTINGS, "instructions", "code"))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from benchmarks.rows import Row
 from drkl.config import load_config
 from drkl.data.config import NO_ROWS, TokenizerConfig
 from drkl.data.tokenizer import learn_tokenizer
+from drkl.losses import fused
 from drkl.runs import RunFolder
 from drkl.training.estimate import estimate
 
@@ -89,7 +90,7 @@ GPU = Sizes(
     steps=30, max_tokens=1024, answers=64, max_new_tokens=128, on_policy_steps=5, rows=1000, cached_rows=512,
 )  # fmt: skip
 CPU = Sizes(
-    device="cpu", positions=96, vocab=500, hidden=16, rounds=4,
+    device="cpu", positions=12, vocab=500, hidden=16, rounds=2,
     small=(SMOLLM2 | TINY, SMOLLM2 | TINY | {"num_hidden_layers": 2}),
     large=(QWEN | TINY, QWEN | TINY | {"num_hidden_layers": 2, "hidden_size": 16}), tokens_per_step=(256, 256),
     steps=6, max_tokens=96, answers=4, max_new_tokens=8, on_policy_steps=2, rows=40, cached_rows=8,
@@ -286,8 +287,10 @@ def fused_rows(make: Callable[[], dict[str, Variant]]) -> Callable[[Sizes], Iter
     """A part that times variants of the loss."""
 
     def part(sizes: Sizes) -> Iterator[Row]:
-        case = Case(sizes.positions, sizes.vocab, sizes.hidden, torch.bfloat16, sizes.device)
-        yield from measured(make(), case, sizes.rounds)
+        if sizes.device == "cpu":
+            fused.KERNEL_DEVICES = ("cuda", "cpu")  # in Triton's interpreter
+        shape = sizes.vocab, sizes.hidden, torch.bfloat16, sizes.device
+        yield from measured(make(), Case(sizes.positions, *shape), Case(2 * sizes.positions, *shape), sizes.rounds)
 
     return part
 

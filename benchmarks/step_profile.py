@@ -77,12 +77,12 @@ def part_of(event: Any) -> str:
 
 def shares(found: Profiled) -> dict[str, float]:
     """The share of each part in the time by the clock."""
-    parts = dict.fromkeys(PARTS, 0.0)
+    parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     events: Any = found.profile.events()
     for event in events:
         parts[part_of(event)] += event.self_cpu_time_total / 1e6
     parts[PARTS[6]] += max(0.0, found.seconds - sum(parts.values()))
-    return {name: seconds / sum(parts.values()) for name, seconds in parts.items()}
+    return {name: parts[name] / sum(parts.values()) for name in PARTS}
 
 
 def main() -> None:

@@ -9,11 +9,13 @@ from drkl.training.memory import MOMENTS
 
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "Not measured yet.\n"
+TODAY = "today"
+"""The code that is measured, in a column of rows that compare it with another."""
 
 
 def cpu_table(rows: list[Row]) -> str:
     """Seconds, times the floor and extra memory of each variant, for every vocabulary at 1,024 positions in fp32."""
-    rows = [row for row in rows if row["positions"] == "1024" and row["dtype"] == "float32"]
+    rows = [row for row in rows if row["positions"] == "1024" and row["dtype"] == "float32" and _is_widest(row, rows)]
     settings = sorted({(int(row["vocab"]), int(row["hidden"])) for row in rows})
     found = {(int(row["vocab"]), row["variant"]): row for row in rows}
     head = " | ".join(f"V = {vocab:,}, hidden {hidden}: s | x floor | MiB" for vocab, hidden in settings)
@@ -25,8 +27,39 @@ def cpu_table(rows: list[Row]) -> str:
             if row is None:
                 cells += ["", "", ""]
                 continue
-            seconds = float(row["median_s"])
-            cells += [f"{seconds:.2f}", f"{seconds / float(floor['median_s']):.2f}", f"{int(row['extra_peak_mib']):,}"]
+            seconds = float(row["least_s"])
+            cells += [f"{seconds:.2f}", f"{seconds / float(floor['least_s']):.2f}", f"{int(row['extra_peak_mib']):,}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _is_widest(row: Row, rows: list[Row]) -> bool:
+    """Whether a row is of today's code with the widest vector instructions that were measured."""
+    widest = max(row["instructions"] for row in rows)  # AVX2, AVX512
+    return row["code"] == TODAY and row["instructions"] == widest
+
+
+def small_batches_table(rows: list[Row]) -> str:
+    """Times the floor, for few positions and many: the code of before and today's, with all vector instructions."""
+    rows = [row for row in rows if row["dtype"] == "float32" and row["vocab"] == "49152"]
+    least = {
+        (row["instructions"], row["code"], row["positions"], row["variant"]): float(row["least_s"]) for row in rows
+    }
+    counts = sorted({row["positions"] for row in rows if row["code"] != TODAY}, key=int)
+    columns = [(kind, count) for kind in sorted({row["instructions"] for row in rows}) for count in counts]
+    names = [name for name in dict.fromkeys(row["variant"] for row in rows) if name.startswith(("floor", "fused"))]
+    head = " | ".join(f"{kind}, {int(count):,}" for kind, count in columns)
+    lines = [f"| x floor, before and today | {head} |", "|---" * (1 + len(columns)) + "|"]
+    for name in names:
+        cells = []
+        for kind, count in columns:
+            taken = [least.get((kind, code, count, name)) for code in ("before", TODAY)]
+            floors = [least.get((kind, code, count, "floor")) for code in ("before", TODAY)]
+            if name == "floor":
+                cells.append(f"{floors[1]:.3f} s" if floors[1] else "")
+            else:
+                ratios = [f"{t / f:.2f}" for t, f in zip(taken, floors, strict=True) if t and f]
+                cells.append(", ".join(ratios))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -230,6 +263,7 @@ def tables() -> dict[str, str]:
     """The tables by the marks between which README has them."""
     return {
         "fused-cpu": cpu_table(read_rows(RESULTS / "fused_loss.csv")),
+        "fused-small": small_batches_table(read_rows(RESULTS / "fused_loss.csv")),
         "fused-gpu": gpu_table(read_rows(RESULTS / "fused_loss_gpu.csv")),
         "gpu-day": gpu_day_table(read_rows(RESULTS / "gpu_day.csv")),
         "sampling": sampling_table(read_rows(RESULTS / "rollouts.csv"), read_rows(RESULTS / "rollouts_vllm.csv")),

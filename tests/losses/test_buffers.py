@@ -27,6 +27,11 @@ def take(rows: int, columns: int = 8) -> Tensor:
     return buffers.empty((rows, columns), torch.float32, CPU)
 
 
+def gradient(head: Tensor) -> Tensor:
+    assert head.grad is not None
+    return head.grad
+
+
 def test_memory_comes_back_when_no_tensor_has_it() -> None:
     first = take(4)
     place, view = first.data_ptr(), first[1:]
@@ -40,28 +45,26 @@ def test_a_gradient_keeps_its_memory_as_long_as_it_is_there() -> None:
     hidden, head = torch.randn(5, 6), torch.nn.Parameter(torch.randn(30, 6))
     teacher = torch.randn(5, 8), torch.randn(30, 8)
     drkl.fused_distillation_loss(hidden, head, *teacher).backward()
-    assert head.grad is not None
-    kept, copy, place = head.grad, head.grad.clone(), head.grad.data_ptr()
+    kept = gradient(head)
+    copy, place = kept.clone(), kept.data_ptr()
     head.grad = None
     drkl.fused_distillation_loss(hidden, head, *teacher, objective="rkl").backward()
-    assert head.grad is not None and head.grad.data_ptr() != place
+    assert gradient(head).data_ptr() != place
     torch.testing.assert_close(kept, copy, rtol=0, atol=0)
     del kept
     head.grad = None
     gc.collect()
     drkl.fused_distillation_loss(hidden, head, *teacher).backward()
-    assert head.grad is not None
-    torch.testing.assert_close(head.grad, copy, rtol=0, atol=0)
+    torch.testing.assert_close(gradient(head), copy, rtol=0, atol=0)
 
 
 def test_gradients_accumulate() -> None:
     hidden, teacher = torch.randn(5, 6), (torch.randn(5, 8), torch.randn(30, 8))
     head = torch.nn.Parameter(torch.randn(30, 6))
     drkl.fused_distillation_loss(hidden, head, *teacher).backward()
-    assert head.grad is not None
-    once = head.grad.clone()
+    once = gradient(head).clone()
     drkl.fused_distillation_loss(hidden, head, *teacher).backward()
-    torch.testing.assert_close(head.grad, 2 * once)
+    torch.testing.assert_close(gradient(head), 2 * once)
 
 
 def test_no_more_is_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,6 +282,7 @@ def test_excluded_tokens_take_the_definition(case: Case, whose: str, sizes: tupl
 
 def test_one_infinite_row_takes_only_its_block_off_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "BLOCK_BYTES", 2 * VOCAB * 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     slow: list[int] = []
     original = fused._autograd_
 

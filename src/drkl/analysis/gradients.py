@@ -126,9 +126,9 @@ def _check(
         )
     shape, vocab_size = student_logits.shape[:1], student_logits.shape[1]
     keep = valid_positions(shape, labels, None, None, settings, vocab_size)
-    if keep is not None and not bool(keep.all()):
+    if keep is not None:
         raise DrklError(
-            f"labels has {int((~keep).sum())} positions that do not count (-100), which have no gradient to split; "
+            f"labels has {shape[0] - len(keep)} positions that do not count (-100), which have no gradient to split; "
             "pass the rows that count only."
         )
     return settings.objective

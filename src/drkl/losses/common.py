@@ -31,11 +31,18 @@ class LogitChunk(NamedTuple):
     labels: Tensor | None
     """`[m]`, or None where none are given."""
     start: int
-    """The number of counted positions before these."""
+    """The number of counted positions before these, or before the chunk that ``rows`` are of."""
+    rows: slice | Tensor | None = None
+    """Which positions of a chunk these are, where its observer has said by ``chosen`` that it looks at these alone."""
 
 
 Observer = Callable[[LogitChunk], None]
-"""Called once with every position that counts, in order and in chunks."""
+"""Called once with every position that counts, in order and in chunks.
+
+One that looks at some positions alone may have a method ``chosen``: of the number of positions before a chunk, the
+number of its own, and the device, it returns which those are, a slice or indices. On a device with a kernel it is given
+these, and the logits of the others are not made.
+"""
 
 
 @dataclass(frozen=True)
@@ -132,9 +139,9 @@ def valid_positions(
     settings: LossSettings,
     vocab_size: int,
 ) -> Tensor | None:
-    """Check shapes and labels; return the flat boolean mask of the positions that count, or None where all do.
+    """Check shapes and labels; return the numbers of the positions that count, flat and ascending, or None for all.
 
-    A position counts iff its label is not -100 and its mask is true.
+    A position counts iff its label is not -100 and its mask is true. A device is waited for once.
     """
     for name, tensor in (("labels", labels), ("token_mask", token_mask), ("token_weights", token_weights)):
         if tensor is not None and tensor.shape != shape:
@@ -146,14 +153,21 @@ def valid_positions(
     if token_mask is not None:
         mask = token_mask.reshape(-1).bool()
         keep = mask if keep is None else keep & mask
-    if labels is not None and keep is not None:
+    if keep is None or keep.is_meta or not keep.numel():
+        return None
+    facts = [keep.sum()]
+    if labels is not None:
+        facts += torch.where(keep, labels.reshape(-1), 0).long().aminmax()
+    count, *ends = torch.stack(facts).tolist()
+    if labels is not None and (ends[0] < 0 or ends[1] >= vocab_size):
         kept = labels.reshape(-1)[keep]
-        if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= vocab_size):
-            raise DrklError(
-                f"labels run from {int(kept.min())} to {int(kept.max())}; expected ids in [0, {vocab_size}) or "
-                f"{IGNORE_INDEX} for positions that do not count."
-            )
-    return keep
+        raise DrklError(
+            f"labels run from {int(kept.min())} to {int(kept.max())}; expected ids in [0, {vocab_size}) or "
+            f"{IGNORE_INDEX} for positions that do not count."
+        )
+    if count == keep.numel():
+        return None
+    return keep.logical_not().byte().argsort(stable=True)[:count]  # nonzero would wait for the device once more
 
 
 def select(tensor: Tensor, keep: Tensor | None) -> Tensor:
@@ -195,8 +209,7 @@ def spread(values: Tensor, keep: Tensor | None, shape: torch.Size) -> Tensor:
     """Put per-position values back into the shape of the labels, with 0 at the positions that do not count."""
     if keep is None:
         return values.reshape(shape)
-    out = values.new_zeros(keep.shape)
-    return out.masked_scatter(keep, values).reshape(shape)
+    return values.new_zeros(shape.numel()).index_copy(0, keep, values).reshape(shape)
 
 
 def log_softmax(logits: Tensor, temperature: float, merged: MergedIds | None = None) -> Tensor:

@@ -8,10 +8,9 @@ tokens; the backward pass only scales.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -36,9 +35,12 @@ from drkl.losses.common import (
     spread,
     valid_positions,
 )
+from drkl.losses.compiled import ClosedForm, compiled
 from drkl.losses.dense import position_values
 from drkl.losses.head import LMHead, as_head
+from drkl.losses.kernel_steps import Chunk, KernelSteps, kernel_runs, why_not
 from drkl.losses.merged import MergedIds, make_merged
+from drkl.losses.products import add_product_
 from drkl.losses.topk import TopK, class_values_and_grads_
 from drkl.objectives import CrossEntropy, Objective, ObjectiveLike
 from drkl.objectives.base import check_values
@@ -46,8 +48,8 @@ from drkl.objectives.logspace import weighted
 
 CHUNK_BYTES = 48 * 2**20
 """Bytes of logits that one model has at a time."""
-BLOCK_BYTES = 2**20
-"""Bytes of logits whose gradient is made at a time: small enough to stay in the processor's cache between passes."""
+BLOCK_BYTES = 2**19
+"""Bytes of logits that a thread makes the gradient of at a time: few enough to stay in its cache between passes."""
 CUDA_CHUNK_BYTES, CUDA_BLOCK_BYTES = 512 * 2**20, 128 * 2**20
 """The same on a GPU, which wants more rows in a matrix product, and more work in a call, than a processor."""
 KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
@@ -133,8 +135,6 @@ def fused_distillation_loss(
     head = head.trimmed(size)
     settings = replace(settings, merged=make_merged(merged_ids, size))
     keep = valid_positions(shape, labels, token_mask, token_weights, settings, size)
-    if keep is not None and bool(keep.all()):
-        keep = None  # nothing to leave out, so nothing to copy
     hidden = select(student_hidden, keep)
     dtype = _compute_dtype(hidden, head.weight)
     wide = torch.promote_types(torch.float32, dtype)
@@ -257,15 +257,18 @@ class _Side:
         self.hidden, self.head, self.dtype, self.wide = hidden, head, dtype, wide
         self.weight = head.weight.to(dtype)
         self._logits: dict[torch.dtype, Tensor] = {}
+        self._products: dict[int, dict[torch.dtype, Tensor]] = {}
         self._scratch = scratch
 
     def states(self, rows: slice) -> Tensor:
         """The hidden states of a chunk."""
         return self.hidden[rows].to(self.dtype)
 
-    def product(self, rows: slice) -> Tensor:
-        """``hidden @ weight.T`` of a chunk, in ``dtype``."""
-        return self.states(rows) @ self.weight.T
+    def product(self, rows: slice, turn: int) -> Tensor:
+        """``hidden @ weight.T`` of a chunk, in ``dtype``, over the last one of the same turn."""
+        states = self.states(rows)
+        made = self._products.setdefault(turn, {})
+        return torch.mm(states, self.weight.T, out=self._buffer(made, self.dtype, len(states)))
 
     def logits(self, rows: slice) -> Tensor:
         """A chunk's logits, in ``wide``."""
@@ -291,13 +294,15 @@ class _Side:
         """A chunk's gradient in ``dtype``, for the matrix products."""
         return grad if grad.dtype == self.dtype else self._buffer(self._scratch, self.dtype, len(grad)).copy_(grad)
 
-    def _buffer(self, made: dict[torch.dtype, Tensor], dtype: torch.dtype, rows: int) -> Tensor:
-        """`[rows, vocab]` with arbitrary contents; the first chunk, for which it is made, is the largest."""
+    def _buffer(self, made: dict[torch.dtype, Tensor], dtype: torch.dtype, count: int) -> Tensor:
+        """`[count, vocab]` with arbitrary contents; the first chunk, for which it is made, is the largest."""
         if dtype not in made:
-            # As many rows as a chunk may have, though fewer are written: the next call finds one of its size.
-            most = rows if self.weight.is_cuda else max(rows, chunk_rows(self.weight, self.wide.itemsize))
-            made[dtype] = buffers.empty((most, self.weight.shape[0]), dtype, self.weight.device)
-        return made[dtype][:rows]
+            rows = count
+            if self.weight.device.type == "cpu":
+                # As many as a chunk may have, though fewer are written: the next call finds one of its size.
+                rows = max(rows, chunk_rows(self.weight, self.wide.itemsize))
+            made[dtype] = buffers.empty((rows, self.weight.shape[0]), dtype, self.weight.device)
+        return made[dtype][:count]
 
 
 def _run(
@@ -320,38 +325,45 @@ def _run(
         make = buffers.empty if count else torch.zeros
         grad_weight = make(tuple(head.weight.shape), dtype=wide, device=hidden.device)
     grad_bias = torch.zeros_like(head.bias, dtype=wide) if needs[2] and head.bias is not None else None
-    kernel = _row_kernel(student, teacher, settings)
+    kernel = _kernel_steps(student, teacher, settings, any(needs), observe)
     size = even(count, chunk_rows(head.weight, (student.dtype if kernel else wide).itemsize))
-    for start in range(0, count, size):
-        rows = slice(start, min(start + size, count))
-        chunk_labels = None if labels is None else labels[rows]
-        done = capped = None
-        if kernel is not None and isinstance(teacher, _Side):
-            grad, teacher_product = student.product(rows), teacher.product(rows)
-            _show(observe, grad, teacher_product, chunk_labels, start, None)
-            done = kernel.row_step_(grad, teacher_product, chunk_labels, settings)
-        if done is not None and bool(done.isfinite().all()):
-            values[rows] = done
-        else:
-            grad, teacher_logits = student.logits(rows), _teacher_chunk(teacher, rows)
-            if done is None:
-                _show(observe, grad, teacher_logits, chunk_labels, start, settings.merged)
-            capped = grad.clone() if head.softcap is not None and any(needs) else None
-            compared = teacher_logits if settings.uses_teacher else None
-            values[rows] = values_and_grads_(grad, compared, chunk_labels, settings)
+    chunks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    way = kernel or functools.partial(_closed_form_chunks, student, teacher, settings, any(needs), observe)
+    for rows, found, grad in way(chunks, labels):
+        values[rows] = found
         if any(needs):
-            student.through_head_(grad, capped)
             share = None if token_weights is None else token_weights[rows]
             if share is not None:
-                grad[share == 0] = 0  # 0 * inf: what has no weight may be infinite
+                grad.masked_fill_((share == 0).unsqueeze(-1), 0)  # 0 * inf: what has no weight may be infinite
             if grad_bias is not None:
-                grad_bias += grad.sum(0) if share is None else share @ grad
+                _add_bias_grad_(grad_bias, grad, share)
             _accumulate(student.narrowed(grad), student, rows, grad_hidden, grad_weight, share, scale)
     if token_weights is not None:
         values = weighted(token_weights, values)
     if grad_bias is not None:
         grad_bias *= scale
     return values, (grad_hidden, grad_weight, grad_bias)
+
+
+def _closed_form_chunks(
+    student: _Side,
+    teacher: _Side | TopK | None,
+    settings: LossSettings,
+    needs_grad: bool,
+    observe: Observer | None,
+    chunks: Sequence[slice],
+    labels: Tensor | None,
+) -> Iterator[Chunk]:
+    """Each chunk in turn by the objective's closed form, or by its definition."""
+    closed_form = _best_closed_form(student, teacher, settings)
+    for rows in chunks:
+        own = None if labels is None else labels[rows]
+        grad, teacher_logits = student.logits(rows), _teacher_chunk(teacher, rows)
+        _show(observe, grad, teacher_logits, own, rows.start, settings.merged)
+        capped = grad.clone() if student.head.softcap is not None and needs_grad else None
+        compared = teacher_logits if settings.uses_teacher else None
+        values = values_and_grads_(grad, compared, own, settings, closed_form)
+        yield rows, values, student.through_head_(grad, capped) if needs_grad else grad
 
 
 def _teacher_chunk(teacher: _Side | TopK | None, rows: slice) -> Tensor | TopK | None:
@@ -372,45 +384,38 @@ def _show(
         observe(observed_chunk(student, teacher, labels, start, merged))
 
 
-def _row_kernel(student: _Side, teacher: _Side | TopK | None, settings: LossSettings) -> Any:
-    """The module with the Triton kernel, where it runs for this loss on this device; else None."""
-    device = student.hidden.device
-    if settings.merged is not None or device.type not in KERNEL_DEVICES or not isinstance(teacher, _Side):
+def _kernel_steps(
+    student: _Side, teacher: _Side | TopK | None, settings: LossSettings, needs_grad: bool, observe: Observer | None
+) -> KernelSteps | None:
+    """The loss by the Triton kernel, where it runs for this loss on this device; else None."""
+    if student.weight.device.type not in KERNEL_DEVICES or student.head.vocab_size < 2:
         return None
-    if torch.float64 in (student.dtype, teacher.dtype):
+    if why_not(student, teacher, settings) is not None or not kernel_runs(student, teacher, settings):
         return None
-    heads = (student.head, teacher.head)
-    if any(h.bias is not None or h.scale != 1.0 or h.softcap is not None or h.vocab_size < 2 for h in heads):
-        return None
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from drkl.losses import row_kernel
+    return KernelSteps(student, teacher, settings, needs_grad, observe)
 
-    if not row_kernel.supports(settings):
-        return None
-    runs = _kernel_runs(settings, student.head.vocab_size, (student.dtype, teacher.dtype), device)
-    return row_kernel if runs else None
+
+def _best_closed_form(student: _Side, teacher: _Side | TopK | None, settings: LossSettings) -> ClosedForm:
+    """The closed form compiled, where the kernel does not know the loss that it could run for."""
+    device, vocab_size = student.weight.device, student.head.vocab_size
+    if device.type not in KERNEL_DEVICES or vocab_size < 2 or not _has_closed_form(settings):
+        return _closed_form_
+    reason = why_not(student, teacher, settings)
+    if reason is None:
+        return _closed_form_  # the kernel does not run, which has been said
+    _say_once(f"{reason} The loss goes on without it, slower.")
+    if isinstance(teacher, TopK) and settings.uses_teacher:
+        return _closed_form_
+    return compiled(_closed_form_, settings, vocab_size, student.wide, device)
 
 
 @functools.lru_cache
-def _kernel_runs(
-    settings: LossSettings, vocab_size: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
-) -> bool:
-    """Try the kernel on one row, which also compiles it; warn and return False where it fails."""
-    from drkl.losses import row_kernel
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
-    student, teacher = (torch.zeros(1, vocab_size, dtype=dtype, device=device) for dtype in dtypes)
-    try:
-        row_kernel.row_step_(student, teacher, torch.zeros(1, dtype=torch.long, device=device), settings)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # without a C compiler, say, Triton cannot build it
-        reason = " ".join(str(error).split())[:200]
-        warnings.warn(
-            f"The Triton kernel does not run here; the loss goes on without it, slower. {reason}", stacklevel=2
-        )
-        return False
-    return True
+
+def _has_closed_form(settings: LossSettings) -> bool:
+    return settings.objective.has_closed_form or not settings.uses_objective
 
 
 def chunk_rows(weight: Tensor, itemsize: int) -> int:
@@ -430,6 +435,15 @@ def even(count: int, most: int) -> int:
     return max(1, -(-count // max(1, -(-count // most))))
 
 
+def _add_bias_grad_(grad_bias: Tensor, grad: Tensor, share: Tensor | None) -> None:
+    if share is None:
+        grad_bias += grad.sum(0, dtype=grad_bias.dtype)
+    elif grad.dtype == share.dtype:
+        grad_bias += share @ grad
+    else:
+        add_product_(grad_bias.unsqueeze(0), share.to(grad.dtype).unsqueeze(0), grad)
+
+
 def _accumulate(
     grad: Tensor,
     student: _Side,
@@ -447,30 +461,36 @@ def _accumulate(
         states = student.states(rows)
         if share is not None:
             states = (states * share.unsqueeze(-1)).to(grad.dtype)
-        first = rows.start == 0  # what is there has no meaning yet
-        if grad.dtype == grad_weight.dtype:
-            torch.addmm(grad_weight, grad.T, states, beta=0 if first else 1, alpha=scale, out=grad_weight)
-        elif first:
-            grad_weight.copy_(grad.T @ states).mul_(scale)
-        else:
-            grad_weight.add_(grad.T @ states, alpha=scale)
+        add_product_(grad_weight, grad.T, states, scale=scale, first=rows.start == 0)
+
+
+def block_rows(logits: Tensor) -> int:
+    """The number of rows of ``logits`` `[n, vocab]` that are worked on at a time, where several passes go over each."""
+    block_bytes = CUDA_BLOCK_BYTES if logits.is_cuda else BLOCK_BYTES
+    rows = max(1, block_bytes // (logits.shape[-1] * logits.element_size()))
+    # As many for each thread, or one waits for another in every pass.
+    return rows * torch.get_num_threads() if logits.device.type == "cpu" else rows
 
 
 def values_and_grads_(
-    student_logits: Tensor, teacher_logits: Tensor | TopK | None, labels: Tensor | None, settings: LossSettings
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopK | None,
+    labels: Tensor | None,
+    settings: LossSettings,
+    closed_form: ClosedForm | None = None,
 ) -> Tensor:
     """Values `[n]`; ``student_logits`` `[n, vocab]` is overwritten with their gradient, block of rows by block."""
-    count, vocab_size = student_logits.shape
-    block_bytes = CUDA_BLOCK_BYTES if student_logits.is_cuda else BLOCK_BYTES
-    size = max(1, block_bytes // (vocab_size * student_logits.element_size()))
+    count = len(student_logits)
+    size = block_rows(student_logits)
     values = torch.empty(count, dtype=student_logits.dtype, device=student_logits.device)
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         student = student_logits[rows]
         teacher = None if teacher_logits is None else teacher_logits[rows]
-        closed = settings.objective.has_closed_form or not settings.uses_objective
-        closed = closed and _all_finite(student) and _teacher_is_finite(teacher, settings.temperature)
-        step = _closed_form_ if closed else _autograd_
+        closed = (
+            _has_closed_form(settings) and _all_finite(student) and _teacher_is_finite(teacher, settings.temperature)
+        )
+        step = (closed_form or _closed_form_) if closed else _autograd_
         values[rows] = step(student, teacher, None if labels is None else labels[rows], settings)
     return values
 

@@ -38,6 +38,11 @@ class LMHead:
     def vocab_size(self) -> int:
         return int(self.weight.shape[0])
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the logits are ``hidden @ weight.T`` itself."""
+        return self.bias is None and self.scale == 1.0 and self.softcap is None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits `[n, vocab]` of hidden states `[n, hidden]`, in fp32 or wider."""
         product = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
@@ -45,6 +50,24 @@ class LMHead:
         if self.scale != 1.0:
             out = out * self.scale
         return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
+
+    def of_products(self, products: Tensor, columns: Tensor | None = None) -> Tensor:
+        """The logits, in fp32 or wider, of ``hidden @ weight.T`` `[n, vocab]`, or of some columns of it `[n, k]`.
+
+        Args:
+            products: left as they are.
+            columns: `[k]` or `[n, k]`, which columns they are; None for all.
+        """
+        out = products.to(torch.promote_types(torch.float32, products.dtype))
+        if self.bias is not None:
+            out = out + (self.bias if columns is None else self.bias[columns])
+        if self.scale != 1.0:
+            out = out * self.scale
+        return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """The derivative of each logit by its ``hidden @ weight.T``."""
+        return self.scale if self.softcap is None else self.scale * (1.0 - (logits / self.softcap) ** 2)
 
     def trimmed(self, vocab_size: int) -> LMHead:
         """The head of the first ``vocab_size`` tokens; the gradient reaches the full head."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,13 @@ class MergedIds:
         for source, place in self.moves:
             labels = labels.masked_fill(labels == source, place)
         return labels
+
+    def columns(self, classes: Tensor) -> Tensor:
+        """Classes as the ids that they stand for, the event as the first of its own; what is below 0 stays."""
+        moved = classes
+        for source, place in self.moves:
+            moved = moved.masked_fill(classes == place, source)
+        return moved
 
     def merged(self, logits: Tensor) -> Tensor:
         """Logits or log-probabilities `[n, vocab]` as new ones `[n, size]`, differentiable."""
@@ -99,3 +107,15 @@ def log_sum_exp(members: Tensor) -> Tensor:
     """`[n, 1]`; torch's own has no gradient where all of a row are -inf."""
     empty = (members == -math.inf).all(-1, keepdim=True)
     return torch.logsumexp(members.masked_fill(empty, 0.0), -1, keepdim=True).masked_fill(empty, -math.inf)
+
+
+def shares(members: Tensor) -> Tensor:
+    """The softmax `[n, m]` of some logits; 0 where all of a row are -inf."""
+    together = log_sum_exp(members)
+    return (members - together.masked_fill(together == -math.inf, 0.0)).exp()
+
+
+@functools.lru_cache
+def ids_on(merged: MergedIds, device: torch.device) -> Tensor:
+    """The ids `[m]` on a device, where they stay: it is waited for once."""
+    return torch.tensor(merged.ids, device=device)

@@ -1,204 +1,611 @@
 """The row step of the fused loss as one Triton kernel: a position's value, and its gradient in place of its logits.
 
-The same equations as the objectives' closed forms, in fp32, for logits of any width: a program takes a row, reads it
-twice or three times and writes it once. Finite logits only: a row with an infinite one gets a value that is not finite,
-and the caller goes back to the definition. Imported only where Triton is there and used.
+The same equations as the objectives' definitions, in fp32, for rows of any width. A program takes a row and sweeps over
+it, reading both models' products with their heads once in each sweep:
+
+1. the log-sum-exps, with the sums of the two KLs beside them; a target class is left out of them, and where it is the
+   teacher's top token it is found in the same sweep;
+2. for akl alone, the teacher's head set, unless its top token is all of it, and the gaps in and out of it;
+3. the sums of the objective's terms and slopes, unless the first sweep's give them;
+4. the gradient.
+
+Infinite logits are what they are in the definition: an infinite value comes with the finite gradient of the other
+classes, which takes such a row sweep 3. Imported only where Triton is there and used. Triton's interpreter runs all of
+it on a processor, one program after the other and with numpy's functions: it cuts to bf16 where a GPU rounds, and shows
+nothing of a GPU's own exponentials, of threads that do not wait for each other, or of what the compiler refuses.
 """
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from drkl.losses import row_terms
 from drkl.losses.common import LossSettings
-from drkl.objectives import DecoupledReverseKL, ForwardKL, ReverseKL, SkewReverseKL
+from drkl.losses.head import LMHead
+from drkl.losses.row_head import forward_share
+from drkl.losses.row_sweeps import compared, log_prob, logits, pair, sum_of_terms, sums, through_head
+from drkl.losses.row_terms import INFINITE, LOWEST, log_add_exp, log_sigmoid, mean_of_two, sigmoid, weighted
+from drkl.objectives import (
+    AdaptiveKL,
+    AlphaBeta,
+    CrossEntropy,
+    Decoupled,
+    DecoupledKnowledgeDistillation,
+    DecoupledReverseKL,
+    ForwardKL,
+    GeneralizedJensenShannon,
+    Objective,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    SymmetricKL,
+    TokenWiseKL,
+    TotalVariation,
+)
+from drkl.objectives.adaptive import reached
+from drkl.objectives.alpha_beta import SMALL_SUM
 
-BLOCK, WARPS = 8192, 16
+BLOCK, WARPS = 2048, 8
+
+
+class Part(NamedTuple):
+    """A divergence as the kernel has it: which sweeps it needs, and its parameters."""
+
+    term: Any
+    """Its device function, in `drkl.losses.row_terms`."""
+    needs_sweep: bool
+    """Whether its value takes a sweep of its own; else the first sweep gives it as a mean of the two KLs."""
+    parameters: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """What its function takes; where it needs no sweep, the first is the weight of forward KL."""
+    is_adaptive: bool = False
+    """Whether that weight is the row's own; the first parameter is then the mass of the head."""
+
+
+def _mixed(term: Any, teacher_weight: float, student_weight: float) -> Part:
+    return Part(term, True, (teacher_weight, student_weight, math.log(teacher_weight), math.log(student_weight)))
+
+
+def _alpha_beta(objective: AlphaBeta) -> Part:
+    total = objective.alpha + objective.beta
+    term = row_terms.ab if total >= SMALL_SUM else row_terms.ab_small if total > 0 else row_terms.ab_zero
+    return Part(term, True, (objective.alpha, objective.beta, total, 0.0))
+
+
+FKL, RKL = Part(row_terms.fkl, False, (1.0, 0.0, 0.0, 0.0)), Part(row_terms.rkl, False)
+PARTS: dict[type[Objective], Any] = {
+    ForwardKL: lambda o: FKL,
+    ReverseKL: lambda o: RKL,
+    SymmetricKL: lambda o: Part(row_terms.symmetric_kl, False, (o.forward_weight, 0.0, 0.0, 0.0)),
+    AdaptiveKL: lambda o: Part(
+        row_terms.symmetric_kl, False, (reached(o.mu, torch.float32) if o.mu < 1 else 2.0, 0.0, 0.0, 0.0), True
+    ),
+    GeneralizedJensenShannon: lambda o: _mixed(row_terms.gjs, o.beta, 1.0 - o.beta),
+    SkewForwardKL: lambda o: _mixed(row_terms.sfkl, o.skew, 1.0 - o.skew) if o.skew > 0 else FKL,
+    SkewReverseKL: lambda o: _mixed(row_terms.srkl, 1.0 - o.skew, o.skew) if o.skew > 0 else RKL,
+    TotalVariation: lambda o: Part(row_terms.tvd, True),
+    TokenWiseKL: lambda o: Part(row_terms.todi, True),
+    AlphaBeta: _alpha_beta,
+}
+"""Every divergence over a list of classes."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """An objective as the kernel has it: one divergence on all classes, or on the target and on the tail."""
+
+    on_classes: Part
+    on_target: Part = RKL
+    target: str = "none"
+    weight: str = "constant"
+    gamma: float = 1.0
+    target_weight: float = 1.0
+    is_skewed: bool = False
+
+
+def _program(objective: Objective) -> Program | None:
+    """None for an objective that the kernel does not know; a subclass may compute anything."""
+    if type(objective) is DecoupledKnowledgeDistillation:
+        return _program(objective._operator)
+    if type(objective) is DecoupledReverseKL:
+        program = _program(objective._operator)
+        if program is None or objective.skew == 0:
+            return program
+        skewed = PARTS[SkewReverseKL](SkewReverseKL(objective.skew))
+        return Program(skewed, skewed, program.target, program.weight, program.gamma, is_skewed=True)
+    if type(objective) is Decoupled:
+        if type(objective.on_target) not in PARTS or type(objective.on_tail) not in PARTS:
+            return None
+        on_target, on_tail = (PARTS[type(part)](part) for part in (objective.on_target, objective.on_tail))
+        o = objective
+        return Program(on_tail, on_target, o.target, o.weight, o.gamma, o.target_weight)
+    return Program(PARTS[type(objective)](objective)) if type(objective) in PARTS else None
+
+
+def why_not(settings: LossSettings) -> str | None:
+    """Why the kernel cannot compute this loss, as a sentence; None where it can."""
+    objective = settings.objective
+    if not settings.uses_objective or type(objective) is CrossEntropy or _program(objective) is not None:
+        return None
+    return f"The row kernel has no device function for objective {objective.name!r}, which is none of drkl.OBJECTIVES."
 
 
 def supports(settings: LossSettings) -> bool:
-    """Whether the kernel knows this loss: fkl, rkl, srkl, or drkl with the reverse tail and no skew, without ce."""
-    objective = settings.objective
-    known = type(objective) in (ForwardKL, ReverseKL, SkewReverseKL, DecoupledReverseKL)
-    if isinstance(objective, DecoupledReverseKL):
-        known = objective.skew == 0 and objective.tail == "rkl"
-    return known and settings.uses_objective and not settings.uses_cross_entropy
+    """Whether the kernel computes this loss."""
+    return why_not(settings) is None
 
 
-def row_step_(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, settings: LossSettings) -> Tensor:
-    """Return the values `[n]` in fp32 and overwrite ``student_logits`` with their gradient on it.
+Event = tuple[int, Tensor, Tensor | None]
+
+
+def row_step_(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    settings: LossSettings,
+    *,
+    vocab_size: int | None = None,
+    student_head: LMHead | None = None,
+    teacher_head: LMHead | None = None,
+    event: Event | None = None,
+    needs_grad: bool = True,
+) -> Tensor:
+    """Return the values `[n]` in fp32 and overwrite ``student`` with their gradient on it.
 
     Args:
-        student_logits: `[n, vocab]`, contiguous, before the temperature.
-        teacher_logits: `[n, vocab]`, likewise; left as it is.
-        labels: `[n]`, for ``target="label"``.
-        settings: what `supports` accepts.
+        student: `[n, width]` in fp32, bf16 or fp16, ``hidden @ weight.T``; rows may be any distance apart. A product of
+            -inf is a class that is excluded, also below a soft-cap. The gradient is that on the products, which is that
+            on ``product + bias`` too: the bias's is its sum over the rows.
+        teacher: the same of the teacher, left as it is; None where the loss needs none.
+        labels: `[n]`, where the loss needs them.
+        settings: what `supports` accepts; ``merged`` is not looked at.
+        vocab_size: the number of columns that count, from 0; None for all.
+        student_head: its bias, scale and soft-cap, which stand between the products and the logits.
+        teacher_head: the same of the teacher.
+        event: a column, and both models' logits `[n]` in fp32 that stand there instead of what the rows hold (ids that
+            count as one class); what is written there is the gradient on that logit itself. One temperature at a time:
+            no cross-entropy beside an objective whose temperature is not 1.
+        needs_grad: False leaves ``student`` as it is.
     """
-    count, vocab_size = student_logits.shape
-    assert student_logits.is_contiguous() and teacher_logits.is_contiguous() and vocab_size > 1
-    objective = settings.objective
-    kind, gamma, skew, weight, at_label = objective.name, 0.0, 0.5, "constant", False
-    if isinstance(objective, DecoupledReverseKL):
-        gamma, weight, at_label = objective.gamma, objective.weight, objective.target == "label"
-    elif isinstance(objective, SkewReverseKL):
-        kind, skew = ("srkl", objective.skew) if objective.skew > 0 else ("rkl", skew)
-    values = torch.empty(count, dtype=torch.float32, device=student_logits.device)
+    count, width = student.shape
+    vocab_size = width if vocab_size is None else vocab_size
+    values = torch.empty(count, dtype=torch.float32, device=student.device)
+    launch = _launch(settings, vocab_size)
+    compared_with = student if teacher is None else teacher
+    assert student.stride(-1) == 1 and compared_with.stride(-1) == 1 and compared_with.shape[0] == count
+    column, ours, theirs = (-1, values, None) if event is None else event
+    assert event is None or not launch.constants["UNIT"]
+    has_event = event is not None
+    heads = [_Head.of(head, values, has_event) for head in (student_head, teacher_head)]
     if count:
         _row_step[(count,)](
-            student_logits,
-            teacher_logits,
-            labels if at_label else values,
+            student,
+            compared_with,
+            values if labels is None else labels,
             values,
+            heads[0].bias,
+            heads[1].bias,
+            student.stride(0),
+            compared_with.stride(0),
             vocab_size,
-            1.0 / settings.temperature,
-            settings.kd_factor,
-            gamma,
-            skew,
-            KIND=kind,
-            AT_LABEL=at_label,
-            WEIGHT=weight,
-            BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)),
-            num_warps=WARPS,
+            column,
+            ours,
+            ours if theirs is None else theirs,
+            *heads[0].numbers,
+            *heads[1].numbers,
+            *launch.numbers,
+            HEADS=(heads[0].flags, heads[1].flags),
+            GRAD=needs_grad,
+            **launch.constants,
         )
     return values
 
 
-@triton.jit
-def _log1p(x):  # type: ignore[no-untyped-def]
-    """For x >= 0; 1 + x forgets a small x."""
-    return tl.where(x < 1e-3, x - 0.5 * x * x, tl.log(1.0 + x))
+def rest_log_sum_exp(
+    products: Tensor, temperatures: Sequence[float], *, vocab_size: int | None = None, head: LMHead | None = None
+) -> Tensor:
+    """Return the log-sum-exps `[n, m]` in fp32 of logits over each of m temperatures, one or two, in one sweep.
+
+    A column whose product is -inf is left out: put -inf where the tokens of a `TopK` stand, once they are gathered.
+
+    Args:
+        products: `[n, width]`, as in `row_step_`.
+        temperatures: m numbers.
+        vocab_size: as in `row_step_`.
+        head: what stands between the products and the logits.
+    """
+    count, width = products.shape
+    vocab_size = width if vocab_size is None else vocab_size
+    sums = torch.empty(count, len(temperatures), dtype=torch.float32, device=products.device)
+    first, last, taken = temperatures[0], temperatures[-1], _Head.of(head, sums)
+    if count:
+        _rest_sums[(count,)](
+            products,
+            taken.bias,
+            sums,
+            products.stride(0),
+            vocab_size,
+            *taken.numbers,
+            1.0 / first,
+            first / last,
+            HEAD=taken.flags,
+            COUNT=len(temperatures),
+            **_shape(vocab_size),
+        )
+    return sums
+
+
+Share = tuple[float, Tensor, Tensor]
+"""A temperature, the log-sum-exp `[n]` that belongs to it, and a factor `[n]`."""
+
+
+def spread_rest_(
+    products: Tensor,
+    shares: Sequence[Share],
+    *,
+    labels: Tensor | None = None,
+    label_share: float = 0.0,
+    vocab_size: int | None = None,
+    head: LMHead | None = None,
+) -> None:
+    """Overwrite ``products`` with the gradient of a value that saw some of the columns as one class.
+
+    The gradient on a column's logit z is the sum over ``shares`` of factor exp(z / temperature - log_sum), less
+    ``label_share`` at the label. A column whose product is -inf gets 0.
+
+    Args:
+        products: `[n, width]`, as in `row_step_`.
+        shares: one or two.
+        labels: `[n]`, where ``label_share`` is not 0.
+        label_share: what the label's column loses.
+        vocab_size: as in `row_step_`.
+        head: what stands between the products and the logits.
+    """
+    count, width = products.shape
+    vocab_size = width if vocab_size is None else vocab_size
+    first, last = shares[0], shares[-1]
+    taken = _Head.of(head, first[1])
+    if count:
+        _spread_rest[(count,)](
+            products,
+            taken.bias,
+            *(vector.float().contiguous() for share in (first, last) for vector in share[1:]),
+            first[1] if labels is None else labels,
+            products.stride(0),
+            vocab_size,
+            *taken.numbers,
+            1.0 / first[0],
+            1.0 / last[0],
+            float(label_share),
+            HEAD=taken.flags,
+            COUNT=len(shares),
+            LABEL=labels is not None,
+            **_shape(vocab_size),
+        )
+
+
+class _Head(NamedTuple):
+    """What stands between products and logits, as the kernel takes it."""
+
+    bias: Tensor
+    numbers: tuple[float, float]
+    flags: tuple[bool, bool, bool, bool]
+
+    @classmethod
+    def of(cls, head: LMHead | None, unused: Tensor, has_event: bool = False) -> _Head:
+        if head is None:
+            return cls(unused, (1.0, 1.0), (False, False, False, has_event))
+        capped, biased = head.softcap is not None, head.bias is not None
+        mapped = biased or capped or head.scale != 1.0
+        bias = unused if head.bias is None else head.bias.contiguous()
+        return cls(bias, (float(head.scale), float(head.softcap or 1.0)), (biased, mapped, capped, has_event))
+
+
+class _Launch(NamedTuple):
+    """The arguments that follow from the loss."""
+
+    numbers: tuple[float, ...]
+    constants: dict[str, Any]
+
+
+def _shape(vocab_size: int) -> dict[str, int]:
+    """The columns that a program takes at a time, and its warps: a row that is one block gets no more than it needs."""
+    block = min(BLOCK, triton.next_power_of_2(vocab_size))
+    return {"BLOCK": block, "num_warps": max(1, min(WARPS, block // 256))}
+
+
+def _launch(settings: LossSettings, vocab_size: int) -> _Launch:
+    observes = settings.uses_objective and type(settings.objective) is CrossEntropy
+    program = _program(settings.objective) if settings.uses_objective and not observes else None
+    assert supports(settings)
+    temperature = settings.temperature if settings.uses_objective else 1.0
+    at_temperature = settings.kd_factor if observes else 0.0
+    at_one = 1.0 - settings.kd_weight
+    if temperature == 1.0:
+        at_temperature, at_one = 0.0, at_one + at_temperature
+    parts = program or Program(RKL)
+    constants: dict[str, Any] = {
+        "COMPARES": program is not None,
+        "AT_TEMPERATURE": at_temperature > 0,
+        "AT_ONE": at_one > 0,
+        "UNIT": at_one > 0 and temperature != 1.0,
+        "TARGET": parts.target,
+        "WEIGHT": parts.weight,
+        "SKEWED": parts.is_skewed,
+        "ON_TARGET": parts.on_target.term,
+        "ADAPTIVE_TARGET": parts.on_target.is_adaptive,
+        "ON_CLASSES": parts.on_classes.term,
+        "ADAPTIVE_CLASSES": parts.on_classes.is_adaptive,
+        "FORWARD": not parts.on_classes.needs_sweep and parts.on_classes.term is not row_terms.rkl,
+        "REVERSE": not parts.on_classes.needs_sweep and parts.on_classes.term is not row_terms.fkl,
+        **_shape(vocab_size),
+    }
+    numbers = [1.0 / temperature, temperature, settings.kd_factor, at_temperature, at_one]
+    numbers += [parts.gamma, parts.target_weight, *parts.on_target.parameters, *parts.on_classes.parameters]
+    return _Launch(tuple(map(float, numbers)), constants)
 
 
 @triton.jit
-def _log_sigmoid(x):  # type: ignore[no-untyped-def]
-    return tl.minimum(x, 0.0) - _log1p(tl.exp(-tl.abs(x)))
+def _two_class_share(s, u, q_1, p_1, p_2, mu):
+    """akl's weight of forward KL on two classes, whose gaps are equal: 1 where both are in the head, else 1/2."""
+    first = tl.exp(tl.maximum(p_1, p_2))
+    both = (first < mu) & (p_1 != LOWEST) & (p_2 != LOWEST)
+    return tl.where(both & (s != u), 1.0, 0.5)
 
 
 @triton.jit
-def _sigmoid(x):  # type: ignore[no-untyped-def]
-    small = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+def _two_classes(s, u, a, b, c, e, TERM: tl.constexpr, ADAPTIVE: tl.constexpr):
+    """A divergence on (target, rest) from the log-odds, and its derivative by the student's."""
+    q_1, q_2, p_1, p_2 = log_sigmoid(s), log_sigmoid(-s), log_sigmoid(u), log_sigmoid(-u)
+    if ADAPTIVE:
+        a = _two_class_share(s, u, q_1, p_1, p_2, a)
+    log_q, log_p, d, gone_q, gone_p = compared(q_1, p_1, (0.0, 0.0), (0.0, 0.0), 0.0)
+    term_1, slope_1 = TERM(log_q, log_p, d, gone_q, gone_p, a, b, c, e)
+    log_q, log_p, d, gone_q, gone_p = compared(q_2, p_2, (0.0, 0.0), (0.0, 0.0), 0.0)
+    term_2, slope_2 = TERM(log_q, log_p, d, gone_q, gone_p, a, b, c, e)
+    push = slope_1 * sigmoid(-s) - slope_2 * sigmoid(s)
+    return term_1 + term_2, tl.where(tl.abs(s) == INFINITE, 0.0, push)
 
 
 @triton.jit
-def _load(pointer, offsets, vocab_size, inverse_temperature, other):  # type: ignore[no-untyped-def]
-    loaded = tl.load(pointer + offsets, mask=offsets < vocab_size, other=0.0).to(tl.float32) * inverse_temperature
-    return tl.where(offsets < vocab_size, loaded, other)
+def _skewed_tail(s, u, c, e):
+    """The weights of p^ and q^ in the renormalised mixture, and their logs; c, e: the logs of those of p and q."""
+    on_teacher, on_student = c + log_sigmoid(-u), e + log_sigmoid(-s)
+    rest = log_add_exp(on_teacher, on_student)
+    # Without a student's tail nothing is compared.
+    empty = on_student == LOWEST
+    log_teacher = tl.where(empty, 0.0, on_teacher) - tl.where(empty, 0.0, rest)
+    log_student = tl.where(empty, 0.0, on_student) - tl.where(empty, 0.0, rest)
+    return tl.exp(log_teacher), tl.exp(log_student), log_teacher, log_student
 
 
 @triton.jit
-def _row_step(  # type: ignore[no-untyped-def]
+def _is_number(log_sum, logit):
+    """Whether the logits that a log-sum-exp and one more are made of are numbers or -inf, and not all -inf."""
+    return (log_sum < INFINITE) & (logit < INFINITE) & (tl.maximum(log_sum, logit) > LOWEST)
+
+
+@triton.jit
+def _row_step(
     student_pointer,
     teacher_pointer,
     label_pointer,
     value_pointer,
+    student_bias,
+    teacher_bias,
+    student_stride,
+    teacher_stride,
     vocab_size,
+    event,
+    student_event_pointer,
+    teacher_event_pointer,
+    student_scale,
+    student_cap,
+    teacher_scale,
+    teacher_cap,
     inverse_temperature,
+    temperature,
     factor,
+    at_temperature,
+    at_one,
     gamma,
-    skew,
-    KIND: tl.constexpr,
-    AT_LABEL: tl.constexpr,
+    target_weight,
+    f_a,
+    f_b,
+    f_c,
+    f_e,
+    g_a,
+    g_b,
+    g_c,
+    g_e,
+    COMPARES: tl.constexpr,
+    AT_TEMPERATURE: tl.constexpr,
+    AT_ONE: tl.constexpr,
+    UNIT: tl.constexpr,
+    TARGET: tl.constexpr,
     WEIGHT: tl.constexpr,
+    SKEWED: tl.constexpr,
+    ON_TARGET: tl.constexpr,
+    ADAPTIVE_TARGET: tl.constexpr,
+    ON_CLASSES: tl.constexpr,
+    ADAPTIVE_CLASSES: tl.constexpr,
+    FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HEADS: tl.constexpr,
+    GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    student_pointer += row * vocab_size
-    teacher_pointer += row * vocab_size
-    lanes = tl.arange(0, BLOCK)
-    low = -float("inf")
+    student_event, teacher_event = 0.0, 0.0
+    if HEADS[0][3]:
+        student_event, teacher_event = tl.load(student_event_pointer + row), tl.load(teacher_event_pointer + row)
+    student = (student_pointer + row * student_stride, student_bias, student_scale, student_cap, event, student_event)
+    teacher = (teacher_pointer + row * teacher_stride, teacher_bias, teacher_scale, teacher_cap, event, teacher_event)
+    label = -1
+    if TARGET == "label" or AT_TEMPERATURE or AT_ONE:
+        label = tl.load(label_pointer + row).to(tl.int32)
 
-    # The target class; -1 for an objective without one.
-    target = -1
-    if KIND == "drkl":
-        if AT_LABEL:
-            target = tl.load(label_pointer + row).to(tl.int32)
-        else:
-            best = tl.full((BLOCK,), low, tl.float32)
-            place = tl.zeros((BLOCK,), tl.int32)
-            for start in range(0, vocab_size, BLOCK):
-                y = _load(teacher_pointer, start + lanes, vocab_size, 1.0, low)
-                place = tl.where(y > best, start + lanes, place)
-                best = tl.maximum(best, y)
-            # A lane keeps the first of its equals, so the lowest index of all is among them.
-            target = tl.min(tl.where(best == tl.max(best, 0), place, vocab_size), 0)
+    target, z_t, y_t, norm_z, norm_y, mean_z, mean_y, log_unit = sums(
+        student, teacher, label, vocab_size, inverse_temperature, temperature,
+        HEADS, TARGET, COMPARES, FORWARD, REVERSE, UNIT, BLOCK,
+    )  # fmt: skip
+    log_all = norm_z[0] + norm_z[1]
+    valid = _is_number(log_all, z_t)
+    s, u, log_all_unit = 0.0, 0.0, log_unit
+    if TARGET != "none":
+        s, u = log_prob(z_t, norm_z), log_prob(y_t, norm_y)
+        log_all = log_add_exp(log_all, z_t)
+        log_all_unit = log_all
+        if UNIT:
+            log_all_unit = log_add_exp(log_unit, z_t * temperature)
+    # Of a row of excluded classes there is nothing to normalise.
+    norm_z = norm_z[0], tl.where(norm_z[1] == LOWEST, 0.0, norm_z[1])
 
-    # Log-sum-exps of both, and the sums of e^z (z - y) and e^y (z - y); the target left out.
-    max_z, sum_z, gap_z, max_y, sum_y, gap_y = low, 0.0, 0.0, low, 0.0, 0.0
-    for start in range(0, vocab_size, BLOCK):
-        offsets = start + lanes
-        z = _load(student_pointer, offsets, vocab_size, inverse_temperature, 0.0)
-        y = _load(teacher_pointer, offsets, vocab_size, inverse_temperature, 0.0)
-        counted = (offsets < vocab_size) & (offsets != target)
-        difference = tl.where(counted, z - y, 0.0)
-        z, y = tl.where(counted, z, low), tl.where(counted, y, low)
-        new_z, new_y = tl.maximum(max_z, tl.max(z, 0)), tl.maximum(max_y, tl.max(y, 0))
-        # A block that holds the target alone leaves the maximum at -inf.
-        base_z, base_y = tl.where(new_z == low, 0.0, new_z), tl.where(new_y == low, 0.0, new_y)
-        scale_z, scale_y = tl.exp(max_z - base_z), tl.exp(max_y - base_y)
-        e_z, e_y = tl.exp(z - base_z), tl.exp(y - base_y)
-        sum_z = sum_z * scale_z + tl.sum(e_z, 0)
-        gap_z = gap_z * scale_z + tl.sum(e_z * difference, 0)
-        sum_y = sum_y * scale_y + tl.sum(e_y, 0)
-        gap_y = gap_y * scale_y + tl.sum(e_y * difference, 0)
-        max_z, max_y = new_z, new_y
-    log_z, log_y = max_z + tl.log(sum_z), max_y + tl.log(sum_y)
-    shift = log_y - log_z
+    value, push, on_slope, on_prob, shift = 0.0, 0.0, 0.0, 0.0, 0.0
+    if COMPARES:
+        valid = valid & _is_number(norm_y[0] + norm_y[1], y_t)
+        mass_p = tl.where(norm_y[1] == LOWEST, 0.0, 1.0)
+        norm_y = norm_y[0], tl.where(norm_y[1] == LOWEST, 0.0, norm_y[1])
+        shift = (norm_y[0] - norm_z[0]) + (norm_y[1] - norm_z[1])
+        if SKEWED:
+            g_a, g_b, g_c, g_e = _skewed_tail(s, u, g_c, g_e)
+        if ADAPTIVE_CLASSES:
+            g_a = forward_share(
+                student, teacher, target, vocab_size, inverse_temperature, norm_z, norm_y, g_a,
+                HEADS, TARGET, BLOCK,
+            )  # fmt: skip
+        slopes = 0.0
+        if FORWARD or REVERSE:
+            value = mean_of_two(g_a, mass_p * (-mean_y - shift), mean_z + shift)
+            slopes = mean_of_two(g_a, -mass_p, mean_z + shift)
+        if TARGET != "none":
+            value = tl.where(s == INFINITE, 0.0, value)
+        if tl.abs(value) == INFINITE or not (FORWARD or REVERSE):
+            value, slopes = sum_of_terms(
+                student, teacher, target, vocab_size, inverse_temperature, norm_z, norm_y, shift, g_a, g_b, g_c, g_e,
+                HEADS, TARGET, ON_CLASSES, BLOCK,
+            )  # fmt: skip
+        on_slope, on_prob = factor, factor * slopes
+        if TARGET != "none":
+            weight = gamma
+            if WEIGHT == "student":
+                weight = sigmoid(-s)
+            if WEIGHT == "teacher":
+                weight = sigmoid(-u)
+            if WEIGHT == "floor":
+                weight = tl.maximum(gamma, sigmoid(-s))
+            # Without a student's tail there is nothing to compare.
+            weight = tl.where(s == INFINITE, 0.0, weight)
+            on_target, push = _two_classes(s, u, f_a, f_b, f_c, f_e, ON_TARGET, ADAPTIVE_TARGET)
+            push *= target_weight
+            if SKEWED:
+                # The mixture of the tails moves with the target's log-odds.
+                push += weighted(weight, sigmoid(s) * (value - slopes - g_b))
+            value = weighted(target_weight, on_target) + weighted(weight, value)
+            on_slope, on_prob, push = factor * weight, factor * (weight * slopes + push), factor * push
+        value *= factor
+    if AT_TEMPERATURE or AT_ONE:
+        observed = logits(student, label, vocab_size, HEADS[0])
+        if AT_TEMPERATURE:
+            value += at_temperature * (log_all - observed * inverse_temperature)
+        if AT_ONE:
+            value += at_one * (log_all_unit - observed)
+    tl.store(value_pointer + row, tl.where(valid, value, float("nan")))
 
-    mean_gap = gap_z / sum_z
-    value, push, tail_weight, mean_slope = 0.0, 0.0, 1.0, 0.0
-    odds, log_skew = 0.0, 0.0
-    if KIND == "fkl":
-        value = -gap_y / sum_y - shift
-    if KIND == "rkl":
-        value = mean_gap + shift
-    if KIND == "srkl":
-        log_skew = tl.log(skew)
-        odds = tl.log(1.0 - skew) - log_skew
+    if GRAD:
+        on_slope, on_prob = on_slope * inverse_temperature, on_prob * inverse_temperature
+        push, at_temperature = push * inverse_temperature, at_temperature * inverse_temperature
         for start in range(0, vocab_size, BLOCK):
-            offsets = start + lanes
-            z = _load(student_pointer, offsets, vocab_size, inverse_temperature, 0.0)
-            y = _load(teacher_pointer, offsets, vocab_size, inverse_temperature, 0.0)
-            q = tl.exp(tl.where(offsets < vocab_size, z - log_z, low))
-            ratio = z - y + shift
-            log_q_m = -(tl.maximum(odds - ratio, 0.0) + _log1p(tl.exp(-tl.abs(odds - ratio)))) - log_skew
-            value += tl.sum(q * log_q_m, 0)
-            mean_slope += tl.sum(q * (log_q_m - skew * tl.exp(log_q_m)), 0)
-    if KIND == "drkl":
-        z_t = tl.load(student_pointer + target).to(tl.float32) * inverse_temperature
-        y_t = tl.load(teacher_pointer + target).to(tl.float32) * inverse_temperature
-        s, u = z_t - log_z, y_t - log_y
-        inside, outside = _sigmoid(s), _sigmoid(-s)
-        push = inside * outside * (s - u)
-        on_tail = mean_gap + shift
-        tail_weight = gamma
-        if WEIGHT == "student":
-            tail_weight = outside
-        if WEIGHT == "teacher":
-            tail_weight = _sigmoid(-u)
-        if WEIGHT == "floor":
-            tail_weight = tl.maximum(gamma, outside)
-        on_target = inside * (_log_sigmoid(s) - _log_sigmoid(u)) + outside * (_log_sigmoid(-s) - _log_sigmoid(-u))
-        value = on_target + tail_weight * on_tail
-    tl.store(value_pointer + row, value * factor)
+            columns = start + tl.arange(0, BLOCK)
+            grad = tl.zeros((BLOCK,), tl.float32)
+            if COMPARES:
+                x, z, y = pair(student, teacher, start, target, vocab_size, inverse_temperature, HEADS, TARGET, BLOCK)
+                log_q, log_p, d, gone_q, gone_p = compared(z, y, norm_z, norm_y, shift)
+                _, slope = ON_CLASSES(log_q, log_p, d, gone_q, gone_p, g_a, g_b, g_c, g_e)
+                grad = on_slope * slope - on_prob * tl.exp(log_q)
+                if TARGET != "none":
+                    grad = tl.where(columns == target, push, grad)
+            else:
+                x = logits(student, columns, vocab_size, HEADS[0])
+            if AT_TEMPERATURE:
+                seen = tl.where(columns == label, 1.0, 0.0)
+                grad += at_temperature * (tl.exp(x * inverse_temperature - log_all) - seen)
+            if AT_ONE:
+                seen = tl.where(columns == label, 1.0, 0.0)
+                grad += at_one * (tl.exp(x - log_all_unit) - seen)
+            grad = through_head(grad, x, columns, student, HEADS[0])
+            tl.store(student_pointer + row * student_stride + columns, grad, mask=columns < vocab_size)
 
-    scale = factor * inverse_temperature
+
+@triton.jit
+def _rest_sums(
+    pointer,
+    bias_pointer,
+    sum_pointer,
+    stride,
+    vocab_size,
+    scale,
+    cap,
+    inverse_temperature,
+    second,
+    HEAD: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    side = (pointer + row * stride, bias_pointer, scale, cap, -1, 0.0)
+    _, _, _, norm, _, _, _, log_second = sums(
+        side, side, -1, vocab_size, inverse_temperature, second,
+        (HEAD, HEAD), "none", False, False, False, COUNT == 2, BLOCK,
+    )  # fmt: skip
+    tl.store(sum_pointer + row * COUNT, norm[0] + norm[1])
+    if COUNT == 2:
+        tl.store(sum_pointer + row * COUNT + 1, log_second)
+
+
+@triton.jit
+def _spread_rest(
+    pointer,
+    bias_pointer,
+    log_sum_pointer,
+    factor_pointer,
+    second_log_sum_pointer,
+    second_factor_pointer,
+    label_pointer,
+    stride,
+    vocab_size,
+    scale,
+    cap,
+    inverse_temperature,
+    second_inverse_temperature,
+    label_share,
+    HEAD: tl.constexpr,
+    COUNT: tl.constexpr,
+    LABEL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    side = (pointer + row * stride, bias_pointer, scale, cap, -1, 0.0)
+    log_sum, factor = tl.load(log_sum_pointer + row), tl.load(factor_pointer + row)
+    # Where nothing is left there is no class, and nothing to divide by.
+    log_sum = tl.where(log_sum == LOWEST, 0.0, log_sum)
     for start in range(0, vocab_size, BLOCK):
-        offsets = start + lanes
-        z = _load(student_pointer, offsets, vocab_size, inverse_temperature, 0.0)
-        y = _load(teacher_pointer, offsets, vocab_size, inverse_temperature, 0.0)
-        counted = (offsets < vocab_size) & (offsets != target)
-        q = tl.exp(tl.where(counted, z - log_z, low))
-        ratio = z - y + shift
-        if KIND == "fkl":
-            grad = q - tl.exp(tl.where(counted, y - log_y, low))
-        elif KIND == "srkl":
-            log_q_m = -(tl.maximum(odds - ratio, 0.0) + _log1p(tl.exp(-tl.abs(odds - ratio)))) - log_skew
-            grad = q * (log_q_m - skew * tl.exp(log_q_m) - mean_slope)
-        else:
-            grad = q * (tail_weight * (z - y - mean_gap) - push)
-        if KIND == "drkl":
-            grad = tl.where(offsets == target, push, grad)
-        tl.store(student_pointer + offsets, grad * scale, mask=offsets < vocab_size)
+        columns = start + tl.arange(0, BLOCK)
+        x = logits(side, columns, vocab_size, HEAD)
+        grad = factor * tl.exp(x * inverse_temperature - log_sum)
+        if COUNT == 2:
+            second = tl.load(second_log_sum_pointer + row)
+            grad += tl.load(second_factor_pointer + row) * tl.exp(x * second_inverse_temperature - second)
+        if LABEL:
+            label = tl.load(label_pointer + row).to(tl.int32)
+            grad -= tl.where((columns == label) & (x != LOWEST), label_share, 0.0)
+        grad = through_head(grad, x, columns, side, HEAD)
+        tl.store(pointer + row * stride + columns, grad, mask=columns < vocab_size)

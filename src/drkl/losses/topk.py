@@ -122,7 +122,7 @@ class TopK:
         return self._each(lambda tensor: tensor.to(device))
 
     def at(self, keep: Tensor | None) -> TopK:
-        """The positions of a flat mask, in one dimension; None takes all."""
+        """The positions of these numbers, in one dimension; None takes all."""
         count = self.shape.numel()
         flat = self._each(lambda tensor: tensor.reshape(count, *tensor.shape[len(self.shape) :]))
         return flat if keep is None else flat[keep]
@@ -183,7 +183,8 @@ class TopK:
         """
         same = self.ids == labels.unsqueeze(-1)
         found = same.any(-1)
-        if bool(found.all()):
+        # A GPU is not waited for: a class that is none changes nothing.
+        if (self.label_logits is None or not labels.is_cuda) and bool(found.all()):
             return self, same.to(torch.uint8).argmax(-1)
         if self.label_logits is None:
             raise DrklError(
@@ -194,6 +195,7 @@ class TopK:
         ids = torch.cat([self.ids, torch.where(found, -1, labels).unsqueeze(-1)], -1)
         scaled = torch.stack([logit / t for t in self.temperatures], -1).double()
         taken = (scaled - self.log_rest.double()).exp().clamp(max=1.0 - torch.finfo(torch.float32).eps)
+        taken = taken.masked_fill(scaled == -math.inf, 0.0)  # also where nothing is left to take it from
         left = (self.log_rest.double() + torch.log1p(-taken)).to(self.log_rest.dtype)
         # A last other token is all of the rest: nothing is left but rounding.
         left = left.masked_fill(((ids >= 0).sum(-1) == self.vocab_size).unsqueeze(-1), -math.inf)
@@ -234,10 +236,11 @@ class TopK:
                 f"{vocab_size}. What all other tokens add up to cannot be cut afterwards: compare on "
                 f"{self.vocab_size}, or make the cache with these two models."
             )
-        if self.ids.numel() and (int(self.ids.max()) >= vocab_size or bool((self.ids[..., 0] < 0).any())):
-            raise DrklError(
-                f"TopK has ids up to {int(self.ids.max())}; expected ids in [0, {vocab_size}), or -1 after the first."
-            )
+        if self.ids.is_meta or not self.ids.numel():
+            return
+        highest, first = torch.stack((self.ids.max(), self.ids[..., 0].min())).tolist()
+        if highest >= vocab_size or first < 0:
+            raise DrklError(f"TopK has ids up to {highest}; expected ids in [0, {vocab_size}), or -1 after the first.")
 
     def is_finite(self, temperature: float) -> bool:
         """Whether the teacher excludes no token, as far as this tells, and no number is infinite or none."""

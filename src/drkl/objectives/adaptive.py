@@ -59,8 +59,7 @@ class AdaptiveKL(Objective):
         torch.exp(log_q, out=student_logits)
         torch.exp(log_p, out=teacher_logits)
         gap = (teacher_logits - student_logits).abs_()
-        total = gap.sum(-1, keepdim=True)
-        share = _share(gap_in_head(gap, log_p, self.mu), total)
+        share = _share(gap_in_head(gap, log_p, self.mu), gap.sum(-1, keepdim=True))
         return two_kls_(student_logits, teacher_logits, log_q.sub_(log_p), share)
 
 

@@ -108,16 +108,16 @@ def values_and_slope_(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -
     q_s = log_q.mul_(s)
     middle = torch.add(q_s, difference, alpha=alpha).exp_()
     q_s, p_s = q_s.exp_(), log_p.mul_(s).exp_()
-    slope = _gap_(q_s.add_(middle), difference, alpha).neg_()
-    terms = _gap_(p_s.add_(middle), difference, beta).add_(slope)
+    # As alpha goes to 0, tanh(alpha d / 2) / alpha goes to d / 2.
+    per_alpha, per_beta = (1.0 / exponent if exponent > 0 else 0.5 for exponent in (alpha, beta))
+    slope = _gap_(q_s.add_(middle), difference, alpha).mul_(-per_alpha)
+    terms = torch.add(slope, _gap_(p_s.add_(middle), difference, beta), alpha=per_beta, out=difference)
     return terms.sum(-1).div_(s), slope
 
 
 def _gap_(total: Tensor, difference: Tensor, exponent: float) -> Tensor:
-    """(x - y) / a in place of x + y, for log(x / y) = a d; x d at a = 0."""
-    if exponent == 0.0:
-        return total.mul_(difference).mul_(0.5)
-    return total.mul_(torch.mul(difference, 0.5 * exponent).tanh_()).div_(exponent)
+    """x - y in place of x + y, for log(x / y) = a d; (x + y) d at a = 0."""
+    return total.mul_(torch.mul(difference, 0.5 * exponent).tanh_() if exponent > 0 else difference)
 
 
 def power(log_p: Tensor, alpha: float, log_q: Tensor, beta: float) -> Tensor:

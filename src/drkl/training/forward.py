@@ -11,6 +11,8 @@ from torch import Tensor
 
 from drkl.losses import LMHead, LogitChunk, distillation_loss, fused_distillation_loss
 from drkl.losses.config import LossConfig
+from drkl.losses.fused import block_rows
+from drkl.losses.kernel_statistics import kernel_statistics
 from drkl.losses.topk import TopK
 from drkl.objectives.logspace import argmax
 from drkl.positions import token_statistics
@@ -88,8 +90,30 @@ def _without_cross_entropy(
     return total
 
 
+def logged_columns(student: Tensor, teacher: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+    """What is logged at each of `[n]` positions, from logits `[n, vocab]`: by a kernel where one runs.
+
+    Args:
+        student: the student's.
+        teacher: the teacher's; without it only what is the student's own.
+        labels: `[n]`.
+    """
+    if (found := kernel_statistics(student, teacher, labels)) is not None:
+        return found
+    values = token_statistics(student, teacher, labels)
+    columns = {
+        "nll": values.nll,
+        "student_entropy": values.entropy,
+        "fkl": values.fkl,
+        "rkl": values.rkl,
+        "agreement": values.agreement,
+        "teacher_entropy": values.teacher_entropy,
+    }
+    return {name: value for name, value in columns.items() if value is not None}
+
+
 @torch.no_grad()
-def class_columns(student: Tensor, teacher: TopK, temperature: float) -> dict[str, Tensor | None]:
+def class_columns(student: Tensor, teacher: TopK, temperature: float) -> dict[str, Tensor]:
     """What is logged of a student and a teacher of which a few logits are known, at each of `[n]` positions.
 
     The KLs and the teacher's entropy are those of the k + 1 classes at temperature 1, lower bounds of those over the
@@ -102,13 +126,13 @@ def class_columns(student: Tensor, teacher: TopK, temperature: float) -> dict[st
     """
     student = student.to(torch.promote_types(torch.float32, student.dtype))
     classes = teacher.student_classes(student), teacher.classes(1.0).to(student.dtype)
-    values = token_statistics(*classes, torch.zeros(len(teacher), dtype=torch.long, device=teacher.device))
+    values = logged_columns(*classes, torch.zeros(len(teacher), dtype=torch.long, device=teacher.device))
     mass, tail_mass = teacher.masses(temperature)
     return {
-        "fkl": values.fkl,
-        "rkl": values.rkl,
+        "fkl": values["fkl"],
+        "rkl": values["rkl"],
         "agreement": (argmax(student) == teacher.ids[:, 0]).to(student.dtype),
-        "teacher_entropy": values.teacher_entropy,
+        "teacher_entropy": values["teacher_entropy"],
         "teacher_mass": mass,
         "teacher_tail_mass": tail_mass,
     }
@@ -141,26 +165,33 @@ class StatisticsSums:
 
     def __call__(self, chunk: LogitChunk) -> None:
         assert chunk.labels is not None
-        some = self._some(chunk)
-        labels, teacher = chunk.labels[some], None if chunk.teacher is None else chunk.teacher[some]
+        if chunk.rows is None:
+            rows = self.chosen(chunk.start, chunk.labels.numel(), chunk.labels.device)
+            theirs = None if chunk.teacher is None else chunk.teacher[rows]
+            chunk = LogitChunk(chunk.student[rows], theirs, chunk.labels[rows], chunk.start, rows)
+        student, teacher, labels = chunk.student, chunk.teacher, chunk.labels
+        assert labels is not None
         if not labels.numel():
             return
-        student = chunk.student[some]
-        values = token_statistics(student, teacher if isinstance(teacher, Tensor) else None, labels)
-        columns: dict[str, Tensor | None] = {
-            "nll": values.nll,
-            "student_entropy": values.entropy,
-            "fkl": values.fkl,
-            "rkl": values.rkl,
-            "agreement": values.agreement,
-            "teacher_entropy": values.teacher_entropy,
-            POSITIONS: torch.ones(labels.numel(), dtype=torch.int64),
-        } | (class_columns(student, teacher, self._temperature) if isinstance(teacher, TopK) else {})
-        for name, value in columns.items():
-            if value is None:
-                continue
-            for prefix, part in self._parts(chunk, some, value):
-                self.sums[prefix + name] = self.sums.get(prefix + name, 0) + part.sum()
+        size = block_rows(student)
+        blocks = [
+            self._columns(student[block], None if teacher is None else teacher[block], labels[block])
+            for block in (slice(start, start + size) for start in range(0, len(labels), size))
+        ]
+        parts = self._parts(chunk, labels.device)
+        for name in blocks[0]:
+            value = torch.cat([block[name] for block in blocks])
+            for prefix, part in parts:
+                some = value[part if isinstance(part, slice) else part.to(value.device)]
+                self.sums[prefix + name] = self.sums.get(prefix + name, 0) + some.sum()
+
+    def _columns(self, student: Tensor, teacher: Tensor | TopK | None, labels: Tensor) -> dict[str, Tensor]:
+        """The statistics of some positions, each `[n]`."""
+        columns = logged_columns(student, teacher if isinstance(teacher, Tensor) else None, labels)
+        columns[POSITIONS] = torch.ones(labels.numel(), dtype=torch.int64)
+        if isinstance(teacher, TopK):
+            columns |= class_columns(student, teacher, self._temperature)
+        return {name: value for name, value in columns.items() if value is not None}
 
     def at(self, places: Tensor) -> StatisticsSums:
         """An observer of a loss at some of the positions, `[n]` bool, that adds to the same sums."""
@@ -169,21 +200,25 @@ class StatisticsSums:
         part._places = None if self._places is None else self._places[places]
         return part
 
-    def _some(self, chunk: LogitChunk) -> slice | Tensor:
-        """The positions of a chunk that are summed."""
-        assert chunk.labels is not None
-        if self._places is None:
-            return slice(-chunk.start % self._every, None, self._every)
-        own = self._places[chunk.start : chunk.start + chunk.labels.numel()]
-        return (own % self._every == 0).to(chunk.labels.device)
+    def chosen(self, start: int, count: int, device: torch.device) -> slice | Tensor:
+        """Which positions of a chunk are summed.
 
-    def _parts(self, chunk: LogitChunk, some: slice | Tensor, value: Tensor) -> list[tuple[str, Tensor]]:
-        """The values of data rows and those of rollouts, each with the prefix of its names."""
+        Args:
+            start: the number of positions before the chunk.
+            count: the number of its own.
+            device: where the indices are wanted.
+        """
+        if self._places is None:
+            return slice(-start % self._every, count, self._every)
+        own = self._places[start : start + count]
+        return (own % self._every == 0).nonzero().squeeze(-1).to(device)
+
+    def _parts(self, chunk: LogitChunk, device: torch.device) -> list[tuple[str, slice | Tensor]]:
+        """The numbers of data rows and those of rollouts among a chunk's rows, each with the prefix of its names."""
         if self._sampled is None:
-            return [("", value)]
-        assert chunk.labels is not None
-        own = self._sampled[chunk.start : chunk.start + chunk.labels.numel()].to(value.device)[some]
-        parts = [("", value[~own]), (PREFIX, value[own])]
+            return [("", slice(None))]
+        own = self._sampled[chunk.start :].to(device)[chunk.rows]
+        parts = [("", (~own).nonzero().squeeze(-1)), (PREFIX, own.nonzero().squeeze(-1))]
         return [(prefix, part) for prefix, part in parts if part.numel()]
 
 
