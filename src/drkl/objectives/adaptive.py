@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from drkl.objectives.base import Objective, check_number, help_text
@@ -14,8 +14,8 @@ from drkl.objectives.closed_form import log_ratio_, through_softmax_, two_kls_
 from drkl.objectives.logspace import kl, kl_terms, weighted
 from drkl.objectives.terms import Terms, kl_terms_of, label_or_top, mean_terms, splits, summands
 
-FIRST_TOKENS = 192
-"""The number of the teacher's most probable tokens that are searched for the head first; it seldom has more."""
+FIRST_TOKENS, MOST_TOKENS = 96, 384
+"""The numbers of the teacher's most probable tokens that are searched for the head, before it is looked for in all."""
 GROUPS = 64, 8
 """The numbers of neighbours in a group of tokens, and in a group within it, when the most probable are looked for."""
 
@@ -63,41 +63,58 @@ class AdaptiveKL(Objective):
         return two_kls_(student_logits, teacher_logits, log_q.sub_(log_p), share)
 
 
-def gap_in_head(gap: Float[Tensor, "n vocab"], logp: Float[Tensor, "n vocab"], mu: float) -> Float[Tensor, "n 1"]:
-    """The sum of ``gap`` over the head of ``logp``, without a mask of the vocabulary where the head is short."""
-    best, places = first_of(logp, FIRST_TOKENS)
-    listed, sure = first_tokens(best, mu)
-    inside = gap.gather(-1, places).mul_(listed).sum(-1, keepdim=True)
-    if not bool(sure.all()):
-        inside[~sure] = gap[~sure].mul_(head_mask(logp[~sure], mu)).sum(-1, keepdim=True)
+def gap_in_head(
+    gap: Float[Tensor, "n vocab"], logp: Float[Tensor, "n vocab"], mu: float, first: int = 0
+) -> Float[Tensor, "n 1"]:
+    """The sum of ``gap`` over the head of ``logp``, without a mask of the vocabulary where the head is short.
+
+    ``first`` is the number of most probable tokens that it is looked for in, and in more of them where it is longer.
+    """
+    first = first or FIRST_TOKENS
+    best, gaps = with_most_probable(logp, gap, first)
+    # Which but the first are in the head, and so how many.
+    listed = best.exp().cumsum(-1)[:, :-1] < reached(mu, logp.dtype)
+    count = listed.sum(-1, keepdim=True)
+    inside = gaps[:, 1:].mul(listed).sum(-1, keepdim=True).add_(gaps[:, :1])
+    # They do not tell where the head may reach beyond them, or where a class outside of it ties with its last.
+    tied = torch.eq(best[:, :-1], best[:, 1:])
+    last = tied.shape[-1] - 1
+    unsure = (count > last) | tied.gather(-1, count.clamp(max=last)) if last >= 0 and mu < 1 else count >= 0
+    if bool(unsure.any()):
+        rows = unsure.squeeze(-1)
+        some, logs = gap[rows], logp[rows]
+        longer = 4 * first
+        if mu < 1 and longer <= MOST_TOKENS:
+            inside[rows] = gap_in_head(some, logs, mu, longer)
+        else:
+            inside[rows] = some.mul_(head_mask(logs, mu)).sum(-1, keepdim=True)
     return inside
 
 
-def first_of(logp: Float[Tensor, "n vocab"], count: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The ``count`` most probable classes, best first, and where they are; all classes where there are fewer.
+def with_most_probable(
+    logp: Float[Tensor, "n vocab"], others: Float[Tensor, "n vocab"], count: int
+) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """The ``count`` most probable classes' values in both, best first; those of all where there are fewer.
 
     On a processor topk over whole rows takes as long as an objective. The best are in the groups of neighbours with the
     highest maxima, as many groups as there are best.
     """
     vocab_size = logp.shape[-1]
     aligned = vocab_size // GROUPS[0] * GROUPS[0]
-    if aligned < 2 * count * GROUPS[0] or logp.device.type != "cpu":
-        return logp.topk(min(count, vocab_size), -1)
-    rows = torch.arange(len(logp)).unsqueeze(-1)
-    values, first = logp[:, :aligned], torch.zeros(1, 1, dtype=torch.int64)
-    within = aligned  # values are runs of as many neighbours, which begin at the places ``first``
-    for width in (*GROUPS, 1):
-        grouped = values.unflatten(-1, (-1, width))
-        best = grouped.amax(-1).topk(count, -1, sorted=width == 1).indices
-        values = grouped[rows, best].flatten(1)
-        run = best.mul_(width)
-        first = first.expand(len(logp), -1).gather(-1, run.div(within, rounding_mode="floor")).add_(run % within)
-        within = width
-    if aligned == vocab_size:
-        return values, first
-    beyond = torch.arange(aligned, vocab_size).expand(len(logp), -1)
-    values, order = torch.cat([values, logp[:, aligned:]], -1).topk(count, -1)
-    return values, torch.cat([first, beyond], -1).gather(-1, order)
+    grouped = aligned >= 2 * count * GROUPS[0] and logp.device.type == "cpu"
+    pair = [logp, others]
+    if grouped:
+        pair = [values[:, :aligned] for values in pair]
+        rows = torch.arange(len(logp)).unsqueeze(-1)
+        for width in GROUPS:
+            groups = [values.unflatten(-1, (-1, width)) for values in pair]
+            highest = groups[0].amax(-1).topk(count, -1, sorted=False).indices
+            pair = [group[rows, highest].flatten(1) for group in groups]
+        if aligned < vocab_size:
+            beyond = logp[:, aligned:], others[:, aligned:]
+            pair = [torch.cat(both, -1) for both in zip(pair, beyond, strict=True)]
+    best, order = pair[0].topk(min(count, vocab_size), -1)
+    return best, pair[1].gather(-1, order)
 
 
 @torch.no_grad()
@@ -107,7 +124,7 @@ def head_mask(logp: Float[Tensor, "n vocab"], mu: float) -> Bool[Tensor, "n voca
     if mu >= 1 or logp.shape[0] == 0:
         return logp > -math.inf
     mu = reached(mu, logp.dtype)
-    count = min(FIRST_TOKENS, vocab_size)
+    count = min(MOST_TOKENS, vocab_size)
     while True:
         best = logp.topk(count, -1).values
         mass = best.exp().cumsum(-1)
@@ -126,23 +143,6 @@ def head_mask(logp: Float[Tensor, "n vocab"], mu: float) -> Bool[Tensor, "n voca
 def reached(mu: float, dtype: torch.dtype) -> float:
     """The mass from which on ``mu`` counts as reached: of two classes of exactly 1/2 the first reaches a mu of 1/2."""
     return mu - 16 * torch.finfo(dtype).eps
-
-
-def first_tokens(best: Float[Tensor, "n k"], mu: float) -> tuple[Bool[Tensor, "n k"], Bool[Tensor, "n"]]:
-    """Mark which of the k best classes are the head; and at which positions these are enough to tell.
-
-    They are not where the head may reach beyond them, or where a class outside of it ties with its last.
-
-    Args:
-        best: their log-probabilities, in descending order.
-        mu: the mass of the head.
-    """
-    k = best.shape[-1]
-    last = (best.exp().cumsum(-1) < reached(mu, best.dtype)).sum(-1, keepdim=True)
-    sure = (last < k - 1) & (mu < 1)
-    last = last.clamp(max=max(k - 2, 0))
-    tied = best.gather(-1, last) == best.gather(-1, (last + 1).clamp(max=k - 1))
-    return torch.arange(k, device=best.device) <= last, (sure & ~tied).squeeze(-1)
 
 
 def head_share(gap: Float[Tensor, "n vocab"], head: Bool[Tensor, "n vocab"]) -> Float[Tensor, "n 1"]:

@@ -24,6 +24,8 @@ from drkl.objectives.terms import Terms, summands
 
 SMALL_SUM = 0.2
 """Below this s the two differences nearly cancel in the sum: small s |log p/q| take a series instead."""
+SMALL_EXPONENT = 0.1
+"""From this on the difference of two neighbours in P, M, Q loses less than log p and log q have lost already."""
 SERIES_REACH, TERMS = 0.5, range(14)
 
 
@@ -98,26 +100,29 @@ class AlphaBeta(Objective):
 
 
 def values_and_slope_(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
-    """The sums over classes `[n]`, and d / d log q of each term (as if free) `[n, k]`; overwrites both logs.
-
-    Of two neighbours in P, M, Q the difference is their sum times tanh(half the difference of their logs), which is
-    exact where they are close, and nothing overflows.
-    """
+    """The sums over classes `[n]`, and d / d log q of each term (as if free) `[n, k]`; overwrites both logs."""
     s = alpha + beta
     difference = log_p - log_q
     q_s = log_q.mul_(s)
     middle = torch.add(q_s, difference, alpha=alpha).exp_()
     q_s, p_s = q_s.exp_(), log_p.mul_(s).exp_()
-    # As alpha goes to 0, tanh(alpha d / 2) / alpha goes to d / 2.
+    # As a goes to 0, (x - y) / a goes to the mean of both times log(x / y) / a.
     per_alpha, per_beta = (1.0 / exponent if exponent > 0 else 0.5 for exponent in (alpha, beta))
-    slope = _gap_(q_s.add_(middle), difference, alpha).mul_(-per_alpha)
-    terms = torch.add(slope, _gap_(p_s.add_(middle), difference, beta), alpha=per_beta, out=difference)
+    slope = _gap_(q_s, middle, difference, -alpha).mul_(per_alpha)
+    terms = torch.add(slope, _gap_(p_s, middle, difference, beta), alpha=per_beta, out=difference)
     return terms.sum(-1).div_(s), slope
 
 
-def _gap_(total: Tensor, difference: Tensor, exponent: float) -> Tensor:
-    """x - y in place of x + y, for log(x / y) = a d; (x + y) d at a = 0."""
-    return total.mul_(torch.mul(difference, 0.5 * exponent).tanh_() if exponent > 0 else difference)
+def _gap_(x: Tensor, y: Tensor, difference: Tensor, exponent: float) -> Tensor:
+    """Overwrite x with x - y, for log(x / y) = a d; at a = 0 with (x + y) d, or -(x + y) d at a = -0.
+
+    Below `SMALL_EXPONENT`, where most digits would be lost, it is (x + y) tanh(a d / 2).
+    """
+    if abs(exponent) >= SMALL_EXPONENT:
+        return x.sub_(y)
+    if exponent == 0.0:
+        return x.add_(y).mul_(difference).mul_(math.copysign(1.0, exponent))
+    return x.add_(y).mul_(torch.mul(difference, 0.5 * exponent).tanh_())
 
 
 def power(log_p: Tensor, alpha: float, log_q: Tensor, beta: float) -> Tensor:

@@ -20,6 +20,14 @@ def softmax_(logits: Tensor) -> Tensor:
     return highest + total.log()
 
 
+def log_ratio_of_(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Overwrite the student's finite logits `[n, k]` with their softmax q; return log(q / p) `[n, k]`."""
+    log_q, log_ratio = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
+    torch.sub(log_q, log_ratio, out=log_ratio)
+    torch.exp(log_q, out=student_logits)
+    return log_ratio
+
+
 def log_ratio_(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Overwrite both finite logits `[n, k]` with their softmax q and p; return log(q / p) `[n, k]`."""
     log_q, log_p = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
@@ -37,15 +45,32 @@ def log_share(log_ratio: Tensor, weight_q: float, weight_p: float) -> Tensor:
         return log_ratio.clone()
     if weight_p == 0.0:
         return torch.zeros_like(log_ratio)
-    # m/q = w_q (1 + e^-t), t = log(w_q/w_p q/p)
-    return log_sigmoid_(torch.add(log_ratio, math.log(weight_q) - math.log(weight_p))).sub_(math.log(weight_q))
+    log_odds = log_odds_(log_ratio.clone(), weight_q, weight_p)
+    return bounded_log(torch.sigmoid(log_odds), log_odds).sub_(math.log(weight_q))
 
 
-def log_sigmoid_(t: Tensor) -> Tensor:
-    """Overwrite ``t`` with log(sigmoid(t)): exact to the last bit of 1 + |t|, in a third of F.logsigmoid's time."""
-    # Where the sigmoid leaves the range of the format, its log is t to the last bit.
-    log = torch.sigmoid(t).clamp_(min=torch.finfo(t.dtype).tiny).log_()
-    return torch.minimum(log, t, out=t)
+def log_odds_(log_ratio: Tensor, weight_q: float, weight_p: float) -> Tensor:
+    """Overwrite log(q / p) with t = log(w_q q / (w_p p)), whose sigmoid is w_q q / m for m = w_q q + w_p p."""
+    return log_ratio if weight_q == weight_p else log_ratio.add_(math.log(weight_q) - math.log(weight_p))
+
+
+def bounded_log(sigmoid: Tensor, t: Tensor) -> Tensor:
+    """The log of ``sigmoid`` = sigmoid(t), also where that leaves the range of the format: it is t there."""
+    log = sigmoid.clamp(min=torch.finfo(t.dtype).tiny).log_()
+    return torch.minimum(log, t, out=log)
+
+
+def log_and_mean(sigmoid: Tensor, t: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    """log sigmoid(t) `[n, k]` and its mean under ``probs`` `[n]`: exact to the last bit of 1 + |t|.
+
+    In a third of the time of F.logsigmoid, and without the two passes of `bounded_log` where they are not needed.
+    """
+    log = sigmoid.log()
+    mean = torch.linalg.vecdot(probs, log)
+    if not math.isfinite(mean.sum()):
+        log = bounded_log(sigmoid, t)
+        mean = torch.linalg.vecdot(probs, log)
+    return log, mean
 
 
 def through_softmax_(student_probs: Tensor, slope: Tensor) -> None:

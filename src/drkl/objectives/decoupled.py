@@ -29,6 +29,8 @@ from drkl.objectives.terms import Terms
 TAILS = {"rkl": ReverseKL(), "fkl": ForwardKL(), "gjs": GeneralizedJensenShannon()}
 """The tails of DRKL by name."""
 TARGETS = ("teacher", "label")
+SOME_CLASSES = 64
+"""The number of classes among which one is looked for that counts, before it is looked for in all."""
 GAMMA = 0.5
 """The tail's weight where none is given."""
 WEIGHTS = ("constant", "student", "teacher", "floor")
@@ -191,17 +193,20 @@ class DecoupledReverseKL(Objective):
             return self._operator.value_and_grad_(student_logits, teacher_logits, labels)
         # d/dz_t = q_t (1 - q_t) D; reverse tail: d/dz_j = q^_j [w (d_j - K) - q_t (1 - q_t) D], d_j = log q^_j / p^_j.
         at_target = target_class(self.target, teacher_logits, labels).unsqueeze(-1)
-        s, u, difference, shift = _apart_(student_logits, teacher_logits, at_target)
+        s, u, log_ratio = _apart_(student_logits, teacher_logits, at_target, reads_teacher=self.tail == "fkl")
         if self.skew > 0:
-            return self._skewed_(student_logits, difference.add_(shift), at_target, s, u)
-        weight = tail_weight(self.weight, self.gamma, s, u)
-        push = torch.sigmoid(s) * torch.sigmoid(-s) * (s - u)
-        if self.tail == "rkl":
-            on_tail = torch.linalg.vecdot(student_logits, difference).unsqueeze(-1) + shift
-            student_logits.mul_(difference.add_(shift - on_tail).mul_(weight).sub_(push)).scatter_(-1, at_target, push)
+            return self._skewed_(student_logits, log_ratio, at_target, s, u)
+        constant = self.weight == "constant"
+        weight = self.gamma if constant else tail_weight(self.weight, self.gamma, s, u)
+        on_target, inside, outside = _two_class_kl(s, u)
+        push = inside * outside * (s - u)
+        if self.tail == "fkl":
+            on_tail = _forward_tail_(student_logits, teacher_logits, at_target, log_ratio, weight, push)
         else:
-            on_tail = _forward_tail_(student_logits, teacher_logits, at_target, difference, shift, weight, push)
-        return (_two_class_kl(s, u) + weight * on_tail).squeeze(-1)
+            on_tail = torch.linalg.vecdot(student_logits, log_ratio).unsqueeze(-1)
+            factor = _line_(log_ratio, weight, -weight * on_tail - push)
+            student_logits.mul_(factor).scatter_(-1, at_target, push)
+        return (on_target + weight * on_tail).squeeze(-1)
 
     def _skewed_(self, tail_q: Tensor, log_ratio: Tensor, at_target: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Values `[n]`, and the gradient in place of the student's tail; ``log_ratio`` is log q^/p^, 0 at the target.
@@ -224,37 +229,63 @@ class DecoupledReverseKL(Objective):
         return (inside * l_t + outside * l_r + weight * on_tail).squeeze(-1)
 
 
-def _apart_(student_logits: Tensor, teacher_logits: Tensor, at_target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Overwrite both finite logits `[n, k]` with their tails, 0 at the target.
+def _apart_(
+    student_logits: Tensor, teacher_logits: Tensor, at_target: Tensor, *, reads_teacher: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Overwrite finite logits `[n, k]` with their tails, 0 at the target; the teacher's where they are read.
 
     Returns:
-        The target's log-odds under the student and the teacher, both `[n, 1]`; the difference of the logits, 0 at the
-        target, and what is added to it for log q^/p^ elsewhere, `[n, 1]`.
+        The target's log-odds under the student and the teacher, both `[n, 1]`, and log q^/p^ `[n, k]`, 0 at the target.
     """
     z_t, y_t = student_logits.gather(-1, at_target), teacher_logits.gather(-1, at_target)
-    difference = (student_logits - teacher_logits).scatter_(-1, at_target, 0.0)
     student_logits.scatter_(-1, at_target, EXCLUDED)
     teacher_logits.scatter_(-1, at_target, EXCLUDED)
-    log_rest_q, log_rest_p = softmax_(student_logits), softmax_(teacher_logits)
-    return z_t - log_rest_q, y_t - log_rest_p, difference, log_rest_p - log_rest_q
+    log_q, log_p = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
+    s, u = z_t - _log_norm(student_logits, log_q), y_t - _log_norm(teacher_logits, log_p)
+    torch.exp(log_q, out=student_logits)
+    if reads_teacher:
+        torch.exp(log_p, out=teacher_logits)
+    return s, u, torch.sub(log_q, log_p, out=log_p)
+
+
+def _log_norm(logits: Tensor, logp: Tensor) -> Tensor:
+    """The log-sum-exp `[n, 1]` of logits from their log-softmax: the difference of both at one class that counts."""
+    some = slice(0, SOME_CLASSES)
+    highest = logits[:, some].amax(-1, keepdim=True)
+    if highest.min() <= 0.5 * EXCLUDED:
+        some = slice(None)
+        highest = logits.amax(-1, keepdim=True)
+    return highest - logp[:, some].amax(-1, keepdim=True)
+
+
+def _line_(x: Tensor, slope: Tensor | float, start: Tensor) -> Tensor:
+    """Overwrite x `[n, k]` with start + slope x, for `[n, 1]` of each or one slope."""
+    if isinstance(slope, Tensor):
+        return x.mul_(slope).add_(start)
+    return torch.add(start, x, alpha=slope, out=x)
 
 
 def _forward_tail_(
-    tail_q: Tensor, tail_p: Tensor, at_target: Tensor, difference: Tensor, shift: Tensor, weight: Tensor, push: Tensor
+    tail_q: Tensor, tail_p: Tensor, at_target: Tensor, log_ratio: Tensor, weight: Tensor | float, push: Tensor
 ) -> Tensor:
     """KL(p^ || q^) `[n, 1]`; the student's tail becomes the gradient of it times ``weight``, with the target's push."""
-    on_tail = -torch.linalg.vecdot(tail_p, difference).unsqueeze(-1) - shift
-    tail_q.mul_(weight - push).addcmul_(tail_p, weight, value=-1).scatter_(-1, at_target, push)
+    on_tail = torch.linalg.vecdot(tail_p, log_ratio).neg_().unsqueeze(-1)
+    tail_q.mul_(weight - push)
+    if isinstance(weight, Tensor):
+        tail_q.addcmul_(tail_p, weight, value=-1)
+    else:
+        tail_q.sub_(tail_p, alpha=weight)
+    tail_q.scatter_(-1, at_target, push)
     return on_tail
 
 
-def _two_class_kl(s: Tensor, u: Tensor) -> Tensor:
-    """KL of two pairs (target, rest) from the log-odds of the target under the first (s) and the second (u).
-
-    Exact at any confidence.
-    """
-    inside = torch.sigmoid(s) * (F.logsigmoid(s) - F.logsigmoid(u))
-    return inside + torch.sigmoid(-s) * (F.logsigmoid(-s) - F.logsigmoid(-u))
+def _two_class_kl(s: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL of two pairs (target, rest), and the first pair, from the target's log-odds under both: exact at any."""
+    both = torch.cat((s, u), -1)
+    log_in, other_in = F.logsigmoid(both).split(1, -1)
+    log_out, other_out = F.logsigmoid(-both).split(1, -1)
+    inside, outside = log_in.exp(), log_out.exp()
+    return inside * (log_in - other_in) + outside * (log_out - other_out), inside, outside
 
 
 def _sigmoid_gap(s: Tensor, u: Tensor) -> Tensor:
@@ -301,7 +332,7 @@ class DecoupledKnowledgeDistillation(Objective):
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
         at_target = target_class(self.target, teacher_logits, labels).unsqueeze(-1)
-        s, u, difference, shift = _apart_(student_logits, teacher_logits, at_target)
-        weight, push = torch.full_like(s, self.beta), self.alpha * _sigmoid_gap(s, u)
-        on_tail = _forward_tail_(student_logits, teacher_logits, at_target, difference, shift, weight, push)
-        return (self.alpha * _two_class_kl(u, s) + weight * on_tail).squeeze(-1)
+        s, u, log_ratio = _apart_(student_logits, teacher_logits, at_target, reads_teacher=True)
+        push = self.alpha * _sigmoid_gap(s, u)
+        on_tail = _forward_tail_(student_logits, teacher_logits, at_target, log_ratio, self.beta, push)
+        return (self.alpha * _two_class_kl(u, s)[0] + self.beta * on_tail).squeeze(-1)

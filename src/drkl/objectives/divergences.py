@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from drkl.objectives.base import Objective, check_number, help_text
 from drkl.objectives.closed_form import (
+    bounded_log,
+    log_and_mean,
+    log_odds_,
     log_ratio_,
-    log_share,
+    log_ratio_of_,
     softmax_,
     through_softmax_,
     two_kls_,
@@ -85,9 +89,7 @@ class ReverseKL(Objective):
         return kl_terms_of(student, teacher)
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
-        log_q, log_p = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
-        log_ratio = log_p.neg_().add_(log_q)
-        torch.exp(log_q, out=student_logits)
+        log_ratio = log_ratio_of_(student_logits, teacher_logits)
         value = torch.linalg.vecdot(student_logits, log_ratio)
         student_logits.mul_(log_ratio.sub_(value.unsqueeze(-1)))
         return value
@@ -154,13 +156,14 @@ class GeneralizedJensenShannon(Objective):
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
         # d/dz = (1 - beta) q (log q/m - sum q log q/m)
-        log_ratio = log_ratio_(student_logits, teacher_logits)
-        log_q_m = log_share(log_ratio, 1.0 - self.beta, self.beta)
-        on_student = torch.linalg.vecdot(student_logits, log_q_m).unsqueeze(-1)
-        on_teacher = torch.linalg.vecdot(teacher_logits, torch.sub(log_q_m, log_ratio, out=log_ratio)).unsqueeze(-1)
         share = 1.0 - self.beta
-        student_logits.mul_(torch.add(-share * on_student, log_q_m, alpha=share, out=log_q_m))
-        return (self.beta * on_teacher + (1.0 - self.beta) * on_student).squeeze(-1)
+        log_odds = log_odds_(log_ratio_(student_logits, teacher_logits), share, self.beta)
+        # log q/m and log p/m, less the logs of the two weights, which add up over q and over p.
+        log_q_m, on_student = log_and_mean(torch.sigmoid(log_odds), log_odds, student_logits)
+        on_teacher = torch.linalg.vecdot(teacher_logits, torch.sub(log_q_m, log_odds, out=log_odds))
+        student_logits.mul_(torch.add(-share * on_student.unsqueeze(-1), log_q_m, alpha=share, out=log_q_m))
+        entropy = -self.beta * math.log(self.beta) - share * math.log(share)
+        return self.beta * on_teacher + share * on_student + entropy
 
 
 def _check_skew(owner: str, skew: object) -> None:
@@ -190,13 +193,16 @@ class SkewForwardKL(Objective):
         return kl_terms_of(*splits(teacher_logp, middle, label_or_top(teacher_logp, labels)))
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
-        # h = d value / d log q = -(1 - s) p q/m
-        log_ratio = log_ratio_(student_logits, teacher_logits)
-        log_q_m = log_share(log_ratio, 1.0 - self.skew, self.skew)
-        value = torch.linalg.vecdot(teacher_logits, torch.sub(log_q_m, log_ratio, out=log_ratio))
-        slope = log_q_m.exp_().mul_(teacher_logits).mul_(self.skew - 1.0)
-        through_softmax_(student_logits, slope)
-        return value
+        # h = d value / d log q = -p (1 - s) q/m
+        if self.skew == 0.0:
+            return ForwardKL().value_and_grad_(student_logits, teacher_logits, labels)
+        log_odds = log_odds_(log_ratio_(student_logits, teacher_logits), 1.0 - self.skew, self.skew)
+        share = torch.sigmoid(log_odds)
+        value = torch.linalg.vecdot(teacher_logits, share.log().sub_(log_odds))
+        if not math.isfinite(value.sum()):
+            value = torch.linalg.vecdot(teacher_logits, bounded_log(share, log_odds).sub_(log_odds))
+        through_softmax_(student_logits, share.mul_(teacher_logits).neg_())
+        return value - math.log(self.skew)
 
 
 @dataclass(frozen=True)
@@ -225,11 +231,14 @@ class SkewReverseKL(Objective):
 
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
         # d/dz = q (g - sum q g), g = log q/m - s q/m
-        log_q_m = log_share(log_ratio_(student_logits, teacher_logits), self.skew, 1.0 - self.skew)
-        value = torch.linalg.vecdot(student_logits, log_q_m)
-        slope = log_q_m if self.skew == 0.0 else log_q_m.sub_(log_q_m.exp(), alpha=self.skew)
+        if self.skew == 0.0:
+            return ReverseKL().value_and_grad_(student_logits, teacher_logits, labels)
+        log_odds = log_odds_(log_ratio_of_(student_logits, teacher_logits), self.skew, 1.0 - self.skew)
+        share = torch.sigmoid(log_odds)
+        slope, mean = log_and_mean(share, log_odds, student_logits)
+        slope.sub_(share)
         student_logits.mul_(slope.sub_(torch.linalg.vecdot(student_logits, slope).unsqueeze(-1)))
-        return value
+        return mean - math.log(self.skew)
 
 
 @dataclass(frozen=True)
