@@ -14,8 +14,8 @@ from drkl.objectives.closed_form import log_ratio_, through_softmax_, two_kls_
 from drkl.objectives.logspace import kl, kl_terms, weighted
 from drkl.objectives.terms import Terms, kl_terms_of, label_or_top, mean_terms, splits, summands
 
-FIRST_TOKENS, MOST_TOKENS = 96, 384
-"""The numbers of the teacher's most probable tokens that are searched for the head, before it is looked for in all."""
+MOST_TOKENS = 256
+"""At most as many of the teacher's most probable tokens are searched for the head, before it is looked for in all."""
 GROUPS = 64, 8
 """The numbers of neighbours in a group of tokens, and in a group within it, when the most probable are looked for."""
 
@@ -63,15 +63,9 @@ class AdaptiveKL(Objective):
         return two_kls_(student_logits, teacher_logits, log_q.sub_(log_p), share)
 
 
-def gap_in_head(
-    gap: Float[Tensor, "n vocab"], logp: Float[Tensor, "n vocab"], mu: float, first: int = 0
-) -> Float[Tensor, "n 1"]:
-    """The sum of ``gap`` over the head of ``logp``, without a mask of the vocabulary where the head is short.
-
-    ``first`` is the number of most probable tokens that it is looked for in, and in more of them where it is longer.
-    """
-    first = first or FIRST_TOKENS
-    best, gaps = with_most_probable(logp, gap, first)
+def gap_in_head(gap: Float[Tensor, "n vocab"], logp: Float[Tensor, "n vocab"], mu: float) -> Float[Tensor, "n 1"]:
+    """The sum of ``gap`` over the head of ``logp``, without a mask of the vocabulary where the head is short."""
+    best, gaps = with_most_probable(logp, gap, mu)
     # Which but the first are in the head, and so how many.
     listed = best.exp().cumsum(-1)[:, :-1] < reached(mu, logp.dtype)
     count = listed.sum(-1, keepdim=True)
@@ -82,38 +76,35 @@ def gap_in_head(
     unsure = (count > last) | tied.gather(-1, count.clamp(max=last)) if last >= 0 and mu < 1 else count >= 0
     if bool(unsure.any()):
         rows = unsure.squeeze(-1)
-        some, logs = gap[rows], logp[rows]
-        longer = 4 * first
-        if mu < 1 and longer <= MOST_TOKENS:
-            inside[rows] = gap_in_head(some, logs, mu, longer)
-        else:
-            inside[rows] = some.mul_(head_mask(logs, mu)).sum(-1, keepdim=True)
+        inside[rows] = gap[rows].mul_(head_mask(logp[rows], mu)).sum(-1, keepdim=True)
     return inside
 
 
 def with_most_probable(
-    logp: Float[Tensor, "n vocab"], others: Float[Tensor, "n vocab"], count: int
+    logp: Float[Tensor, "n vocab"], others: Float[Tensor, "n vocab"], mu: float
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
-    """The ``count`` most probable classes' values in both, best first; those of all where there are fewer.
+    """The most probable classes' values in both, best first, as many as the heads have and one; at most `MOST_TOKENS`.
 
-    On a processor topk over whole rows takes as long as an objective. The best are in the groups of neighbours with the
-    highest maxima, as many groups as there are best.
+    On a processor topk over whole rows takes as long as an objective. The best k are in the groups of neighbours with
+    the k highest maxima; and where these maxima have the mass ``mu`` together, so have the best k.
     """
     vocab_size = logp.shape[-1]
     aligned = vocab_size // GROUPS[0] * GROUPS[0]
-    grouped = aligned >= 2 * count * GROUPS[0] and logp.device.type == "cpu"
+    count = min(MOST_TOKENS, vocab_size)
     pair = [logp, others]
-    if grouped:
+    if aligned >= 2 * count * GROUPS[0] and logp.device.type == "cpu":
+        beyond = [values[:, aligned:] for values in pair]
         pair = [values[:, :aligned] for values in pair]
         rows = torch.arange(len(logp)).unsqueeze(-1)
         for width in GROUPS:
             groups = [values.unflatten(-1, (-1, width)) for values in pair]
-            highest = groups[0].amax(-1).topk(count, -1, sorted=False).indices
-            pair = [group[rows, highest].flatten(1) for group in groups]
+            highest, places = groups[0].amax(-1).topk(count, -1)
+            short = highest.exp_().cumsum(-1) < reached(mu, logp.dtype)
+            count = min(count, int(short.sum(-1).max()) + 2)
+            pair = [group[rows, places[:, :count]].flatten(1) for group in groups]
         if aligned < vocab_size:
-            beyond = logp[:, aligned:], others[:, aligned:]
             pair = [torch.cat(both, -1) for both in zip(pair, beyond, strict=True)]
-    best, order = pair[0].topk(min(count, vocab_size), -1)
+    best, order = pair[0].topk(min(count, pair[0].shape[-1]), -1)
     return best, pair[1].gather(-1, order)
 
 
