@@ -404,13 +404,12 @@ def compiled() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
         if key not in seen:
             yield _typed(row_programs.row_step, {**constants, "HEADS": (plain, plain), "GRAD": True}, warps)
         seen.add(key)
-    for heads, grad, dtype in (
-        ((full, full), True, "fp32"),
-        ((event, event), True, "fp16"),
-        ((plain, full), False, "bf16"),
-    ):
-        more = {**constants, "HEADS": heads, "GRAD": grad}
-        yield _typed(row_programs.row_step, more, warps, dtype)
+    mixed, alone = case_settings("drkl", 2.0, 0.5), case_settings("akl")
+    others = [(mixed, (full, full), True, "fp32"), (alone, (event, event), True, "fp16")]
+    for case, heads, grad, dtype in [*others, (alone, (plain, full), False, "bf16")]:
+        constants = dict(row_kernel.launched(case, 50_000).constants)
+        warps = constants.pop("num_warps")
+        yield _typed(row_programs.row_step, {**constants, "HEADS": heads, "GRAD": grad}, warps, dtype)
     for count in (1, 2):
         yield _typed(row_programs.rest_sums, {"HEAD": full, "COUNT": count, "BLOCK": 2048}, 8)
         yield _typed(row_programs.spread_rest, {"HEAD": full, "COUNT": count, "LABEL": count == 2, "BLOCK": 2048}, 8)
