@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from drkl.data.collate import collate_packed
 from drkl.models.forward import VARLEN, hidden_states, right_padded
 from drkl.models.packing import packing_fault
 from drkl.models.varlen import has_varlen, with_varlen
@@ -60,6 +61,13 @@ def test_packed_rows_need_no_mask_and_padded_ones_are_read_as_before(kernel: lis
         assert kernel == [8] * 2 * model.config.num_hidden_layers
         assert packing_fault(model, 4096) is None and model.config._attn_implementation == VARLEN
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_layer_that_is_not_told_where_rows_begin_fails(kernel: list[int]) -> None:
+    model = tiny.llama(layers=1)
+    with with_varlen([model]), pytest.raises(RuntimeError, match="not told where packed rows begin"):
+        model(**collate_packed(ROWS), use_cache=False)
+    assert not kernel
 
 
 def test_autocast_gives_the_kernel_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,6 +260,28 @@ def test_precisions(tmp_path: Path, precision: str, eps: float) -> None:
 
 
 @pytest.mark.slow
+def test_of_itself_a_gpu_packs_and_is_as_near_the_truth_as_with_padding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is a GPU by its kernel, and else by a loop in its place."""
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        monkeypatch.setattr(pytest.importorskip("torch.nn.attention.varlen"), "varlen_attn", varlen_reference)
+        monkeypatch.setattr(packing, "_varlen", lambda models, args: list(models.values()))
+    exact, _ = first_gradients(tmp_path / "exact", rows(9), 1)
+    found = {}
+    for on in (False, "auto" if on_gpu else True):
+        models = {"model": tiny.llama(1, layers=2), "teacher": tiny.llama(9).to(torch.bfloat16)}
+        settings = {"precision": "bf16", "use_cpu": not on_gpu, "padding_free": on, "activation_checkpointing": True}
+        gradients, trainer = first_gradients(tmp_path / str(on), rows(9), 1, **models, **settings)
+        assert trainer.pair.packed is (on is not False) and len(trainer.pair.varlen) == (2 if on else 0)
+        parts = [(gradients[name].cpu().double() - value).flatten() for name, value in exact.items()]
+        found[bool(on)] = float(torch.cat(parts).norm())
+    size = float(torch.cat([value.flatten() for value in exact.values()]).norm())
+    assert found[True] <= 2 * found[False] + 2**-8 * size < size
+
+
+@pytest.mark.slow
 def test_the_loss_of_a_row_is_untouched_by_the_others(tmp_path: Path) -> None:
     """Rows without a weight in the loss: their tokens, whatever they are, move nothing."""
     data = rows(8)
@@ -353,7 +375,8 @@ def test_two_processes(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.slow
-def test_an_encoder_decoder_and_a_classifier_are_refused(tmp_path: Path) -> None:
+def test_an_encoder_decoder_and_a_classifier_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "place", lambda student, args: None)
     with pytest.raises(DrklError, match=r"T5ForConditionalGeneration.: it is an encoder-decoder"):
         packing.settle_packing(_pair(tiny.t5()), OnGpu(True))  # type: ignore[arg-type]
     with pytest.raises(DrklError, match=r"ForSequenceClassification.: it is a classifier"):

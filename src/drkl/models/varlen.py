@@ -63,6 +63,8 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """transformers' interface of an attention: `[batch, heads, tokens, size]` to `[batch, tokens, heads, size]`."""
     if cu_seq_lens_q is None or max_length_q is None:
+        if attention_mask is not None and attention_mask.numel() < query.shape[2]:
+            raise RuntimeError("a layer is not told where packed rows begin, and would let them attend to each other")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **words
         )
@@ -81,9 +83,9 @@ def _attend(
 
 
 def _mask(*args: Any, **words: Any) -> Tensor | None:
-    """SDPA's mask; none of packed rows, which transformers alone marks so where there is no padding."""
+    """SDPA's mask; a single element for packed rows, which transformers marks so where no padding is given."""
     if words.get("attention_mask") is None and not words.get("allow_is_causal_skip", True):
-        return None
+        return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=words.get("device"))
     mask: Tensor | None = sdpa_mask(*args, **words)
     return mask
 
