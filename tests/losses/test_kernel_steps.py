@@ -385,3 +385,25 @@ def test_what_the_kernel_does_not_know_is_compiled(
     expected = Inputs(scale=0.5).run("dense", torch.float64, objective=objective, **words)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["drkl", "akl"])
+def test_a_tie_goes_to_the_first_class_of_the_merged_vocabulary(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last column stands in the place of the second of the ids, before the other one."""
+    student, teacher = drawn(2, VOCAB, seed=1).to(DEVICE), drawn(2, VOCAB, seed=2).to(DEVICE)
+    teacher[:, [3, VOCAB - 1]] = 5.0
+    whole = torch.eye(VOCAB, device=DEVICE)
+
+    def values(dtype: torch.dtype) -> Tensor:
+        heads = [LMHead(whole.to(dtype), drawn(VOCAB, seed=3).to(DEVICE, dtype)), whole.to(dtype)]
+        words: dict[str, Any] = {"objective": objective, "merged_ids": [0, 1], "reduction": "none"}
+        return drkl.fused_distillation_loss(
+            student.to(dtype), heads[0], teacher.to(dtype), heads[1], labels()[:2], **words
+        ).double()
+
+    found = values(FP32)
+    monkeypatch.setattr(fused, "KERNEL_DEVICES", ())
+    close = rounding(VOCAB, 10.0, FP32)
+    torch.testing.assert_close(found, values(torch.float64), rtol=close, atol=close)

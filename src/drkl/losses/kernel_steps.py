@@ -16,7 +16,7 @@ from torch import Tensor
 from drkl.losses.common import LogitChunk, LossSettings, Observer, observed_chunk
 from drkl.losses.head import LMHead
 from drkl.losses.kernel_topk import top_k_step_
-from drkl.losses.merged import MergedIds, ids_on, log_sum_exp, shares
+from drkl.losses.merged import MergedIds, ids_on, log_sum_exp, shares, swap_
 from drkl.losses.topk import TopK
 from drkl.objectives import ReverseKL
 
@@ -240,7 +240,6 @@ def _merged_step_(
 ) -> Tensor:
     """Some ids as one class, at whose first id the kernel is told the logit of all."""
     assert settings.merged is not None
-    labels = None if labels is None else settings.merged.columns(labels)
     rest = labels, settings.merged, head, teacher_head, needs_grad
     temperature = settings.temperature if settings.uses_objective else 1.0
     if not (settings.uses_objective and settings.uses_cross_entropy) or temperature == 1.0:
@@ -272,11 +271,23 @@ def _one_merged_step_(
     if teacher is not None and teacher_head is not None:
         _, theirs = _take_out_members_(teacher, merged, ids, teacher_head, temperature)
     event = merged.event, together, theirs
-    values = _whole_step_(product, teacher, labels, settings, head, teacher_head, needs_grad, event)
+    heads = [_swapped(h, merged) for h in (head, teacher_head)]
+    assert heads[0] is not None
+    values = _whole_step_(product, teacher, labels, settings, heads[0], heads[1], needs_grad, event)
     if needs_grad:
+        swap_(product, merged)
         given = shares(members / temperature) * product[:, merged.event].unsqueeze(-1)
         product.index_copy_(1, ids, (given * head.slope(members)).to(product.dtype))
     return values
+
+
+def _swapped(head: LMHead | None, merged: MergedIds) -> LMHead | None:
+    """The head of products whose columns changed places."""
+    if head is None or head.bias is None:
+        return head
+    bias = head.bias.clone()
+    swap_(bias, merged)
+    return replace(head, bias=bias)
 
 
 def _take_out_members_(
@@ -285,4 +296,5 @@ def _take_out_members_(
     """The logits `[n, m]` of ids that are one class, and that of the class `[n]`; the products keep its column only."""
     members = head.of_products(product.index_select(1, ids), ids)
     product.index_fill_(1, ids[1:], -math.inf)
+    swap_(product, merged)  # a tie goes to the first class of the merged vocabulary
     return members, temperature * log_sum_exp(members / temperature).squeeze(-1)

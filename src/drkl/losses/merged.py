@@ -119,3 +119,17 @@ def shares(members: Tensor) -> Tensor:
 def ids_on(merged: MergedIds, device: torch.device) -> Tensor:
     """The ids `[m]` on a device, where they stay: it is waited for once."""
     return torch.tensor(merged.ids, device=device)
+
+
+@functools.lru_cache
+def swaps_on(merged: MergedIds, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Columns on a device, and those they change places with for all classes to stand in their order; None for none."""
+    pairs = [pair for source, place in merged.moves for pair in ((source, place), (place, source))]
+    return torch.tensor(pairs, device=device).unbind(1) if pairs else None  # type: ignore[return-value]
+
+
+def swap_(columns: Tensor, merged: MergedIds) -> None:
+    """Let the columns of `[..., vocab]` change places; twice is as before."""
+    swaps = swaps_on(merged, columns.device)
+    if swaps is not None:
+        columns.index_copy_(-1, swaps[0], columns.index_select(-1, swaps[1]))

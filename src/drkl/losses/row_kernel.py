@@ -174,6 +174,7 @@ def row_step_(
     vocab_size = width if vocab_size is None else vocab_size
     values = torch.empty(count, dtype=torch.float32, device=student.device)
     launch = launched(settings, vocab_size)
+    assert settings.uses_teacher <= (teacher is not None) and settings.uses_labels <= (labels is not None)
     compared_with = student if teacher is None else teacher
     assert student.stride(-1) == 1 and compared_with.stride(-1) == 1 and compared_with.shape[0] == count
     column, ours, theirs = (-1, values, None) if event is None else event
