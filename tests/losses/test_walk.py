@@ -376,6 +376,6 @@ def test_any_of_them_beside_any_other() -> None:
         for logits in pair:
             logits[np.isneginf(logits).all(-1)] = 0.0
         labels = random.integers(0, pair[0].shape[-1], 20)
-        words = Words(random.choice([0.5, 1.0, 3.3]), random.choice([0.5, 1.0]), bool(random.integers(2)))
+        words = [PLAIN, MIXED, HOT, Words(3.3)][random.integers(4)]
         found = walk(by_closed_form, variant, Rows(*pair, labels, [str(row) for row in range(20)]), words, FP32)
         assert not found, (found, pair, labels)
