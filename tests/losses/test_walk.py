@@ -262,7 +262,7 @@ def test_row_kernel(
 
 
 KNOWN_PARTLY = [variant for variant in VARIANTS if on_classes(variant.objective) and variant.name != "ce"]
-HARD = ("random 2", "many ties", "ties at", "equal but for a shift", "hundreds", "huge both", "confident 60", "offset")
+HARD = ("random 2", "ties at", "hundreds", "huge both", "confident 60")
 
 
 def hard(vocab: int) -> Rows:
@@ -275,7 +275,7 @@ def test_a_teacher_known_on_k_tokens(variant: Variant, request: pytest.FixtureRe
     if request.node.get_closest_marker("slow"):
         for vocab, k, words in [(9, 1, MIXED), (9, 8, HOT), (9, 9, PLAIN), (2, 1, PLAIN), (1, 1, MIXED), (40, 17, HOT)]:
             found += walk(by_closed_form, variant, walk_inputs.rows(vocab), words, FP32, k=k)
-        for vocab, k, words in [(9, 3, MIXED), (2, 1, PLAIN), (9, 9, PLAIN)]:
+        for vocab, k, words in [(9, 3, MIXED), (9, 9, PLAIN)]:
             found += walk(by_fused_kernel, variant, hard(vocab), words, FP32, k=k)
     assert not found, "\n".join(found)
 
