@@ -252,6 +252,9 @@ def test_row_kernel(
     found = []
     if slow:
         rows = walk_inputs.rows(33).pick(lambda name: not name.startswith(LIKE_OTHERS))
+        if variant not in {other.name: other for other in reversed(VARIANTS)}.values():
+            # All rows for the first of each objective; of its other variants each goes through every other row.
+            rows = rows.pick(lambda name: rows.names.index(name) % 2 == VARIANTS.index(variant) % 2)
         found += walk(by_kernel, variant, rows, PLAIN, FP32)
         for vocab, words, dtype in [(1, PLAIN, FP32), (2, MIXED, FP32), (3, HOT, torch.float16)]:
             rows = walk_inputs.rows(vocab).pick(lambda name: not name.startswith(("random", "confident", "hundreds")))
