@@ -339,3 +339,21 @@ def test_a_function_may_say_that_classes_are_alike_to_it() -> None:
     teacher = known(pair.teacher.logits(pair.teacher_hidden), 4)
     found = run("fused", pair, teacher, objective=half_distance)
     assert_equal(found, run("dense", pair, teacher, objective="tvd"))
+
+
+@pytest.mark.parametrize("which", ["fused", "dense"])
+def test_a_label_that_the_teacher_excludes_where_nothing_else_is_left(which: str) -> None:
+    logits = torch.tensor([[0.0, -math.inf, -math.inf]], dtype=torch.float64)
+    student, seen = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64, requires_grad=True), torch.tensor([2])
+    objective = drkl.make_objective("dkd", target="label", beta=0.0)
+    words: dict[str, Any] = {"labels": seen, "objective": objective}
+    teacher = known(logits, 1, seen=seen)
+    if which == "fused":
+        loss = drkl.fused_distillation_loss(student, torch.eye(3, dtype=torch.float64), teacher, None, **words)
+    else:
+        loss = drkl.distillation_loss(student, teacher, **words)
+    loss.backward()
+    # The label has no mass in the teacher: KL(b_p || b_q) = -log(1 - q_t).
+    expected = -math.log1p(-math.exp(2.0) / (1.0 + math.exp(1.0) + math.exp(2.0)))
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-12)
+    assert student.grad is not None and student.grad.isfinite().all()

@@ -307,7 +307,9 @@ class Groups:
         return share * np.take_along_axis(grad, self.of, -1)
 
 
-@np.errstate(invalid="ignore")  # inf - inf where a mask takes another number; one that came through would be a fault
+@np.errstate(
+    invalid="ignore", over="ignore"
+)  # inf - inf where a mask takes another number; one that came through would be a fault
 def loss(
     name: str,
     params: dict[str, Any],
