@@ -82,7 +82,7 @@ COMPUTING_FILES = {
     "training/test_trainer.py",
 }
 """And those files of the other rooms."""
-OTHERS = ("_command.py", "_config.py", "_row_kernel.py", "_kernel_steps.py", "_processes.py")
+OTHERS = ("_command.py", "_config.py", "_row_kernel.py", "_kernel_steps.py", "_kernel_statistics.py", "_processes.py")
 """In those rooms: the command line, configs, Triton's interpreter (numpy's kernels), and processes of their own."""
 
 
