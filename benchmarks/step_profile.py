@@ -12,7 +12,6 @@ import json
 import os
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +77,12 @@ def part_of(event: Any) -> str:
 
 def shares(found: Profiled) -> dict[str, float]:
     """The share of each part in the time by the clock."""
-    parts: Counter[str] = Counter()
+    parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     events: Any = found.profile.events()
     for event in events:
         parts[part_of(event)] += event.self_cpu_time_total / 1e6
-    parts[PARTS[6]] += max(0.0, found.seconds - parts.total())
-    return {name: parts[name] / parts.total() for name in PARTS}
+    parts[PARTS[6]] += max(0.0, found.seconds - sum(parts.values()))
+    return {name: parts[name] / sum(parts.values()) for name in PARTS}
 
 
 def main() -> None:

@@ -47,6 +47,26 @@ def test_buckets_hold_every_row_once_within_the_budget(lengths: list[int], budge
         assert lengths[after[0]] * (len(before) + 1) > budget
 
 
+@given(LENGTHS, st.integers(1, 200))
+def test_packed_buckets_count_tokens(lengths: list[int], budget: int) -> None:
+    buckets = bucket_by_length(lengths, budget, packed=True)
+    assert [lengths[i] for i in chain.from_iterable(buckets)] == sorted(lengths)
+    sizes = [sum(lengths[i] for i in bucket) for bucket in buckets]
+    assert all(len(bucket) == 1 or size <= budget for bucket, size in zip(buckets, sizes, strict=True))
+    assert all(size + lengths[after[0]] > budget for size, after in zip(sizes, buckets[1:], strict=False))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 4))
+def test_packed_parts_are_cut_where_the_largest_has_fewest_tokens(lengths: list[int], parts: int) -> None:
+    cut = split_by_cost(lengths, parts, packed=True)
+    assert list(chain.from_iterable(cut)) == list(range(len(lengths))) and len(cut) == parts
+    assert sum(map(bool, cut)) == min(parts, len(lengths))
+    places = itertools.combinations(range(1, len(lengths)), min(parts, len(lengths)) - 1)
+    ways = ([0, *inner, len(lengths)] for inner in places)
+    least = min(max(sum(lengths[a:b]) for a, b in pairwise(ends)) for ends in ways)
+    assert max(sum(lengths[i] for i in part) for part in cut) == least
+
+
 @given(LENGTHS, st.integers(1, 200), st.integers(0, 5))
 def test_a_plan_is_repeatable_and_fewer_steps_are_its_beginning(lengths: list[int], budget: int, seed: int) -> None:
     long = plan_steps(lengths, tokens_per_step=budget, num_steps=40, seed=seed)

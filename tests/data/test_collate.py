@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drkl.data import Example
-from drkl.data.collate import IGNORE_INDEX, collate, collate_prompts, teacher_inputs
+from drkl.data.collate import IGNORE_INDEX, collate, collate_prompts, each_row, is_packed, teacher_inputs
 from drkl.data.tokenize import Row, tokenize_examples
 from tests.data.tiny_tokenizers import build
 
@@ -64,6 +66,39 @@ def test_every_label_is_the_next_token_of_its_response(pairs: list[tuple[list[in
         fed = int(batch["attention_mask"][b].sum())
         assert batch["input_ids"][b, :fed].tolist() == sequence[:-1]
         assert (batch["input_ids"][b, fed:] == pad_id).all()
+
+
+def test_packed_rows_lie_one_after_the_other() -> None:
+    batch = collate([row("x", [11, 12], [21, 2]), row("y", [14], [2]), row("z", [15], [23, 2])], pad_id=0, packed=True)
+    assert batch["input_ids"].tolist() == [[11, 12, 21, 14, 15, 23]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert batch["labels"].tolist() == [[N, 21, 2, 2, 23, 2]]
+    assert batch["row_ids"] == ["x", "y", "z"] and batch.keys() == {"input_ids", "position_ids", "labels", "row_ids"}
+    empty = collate([], pad_id=7, packed=True)
+    assert [empty[name].tolist() for name in ("input_ids", "position_ids", "labels")] == [[[7]], [[0]], [[N]]]
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(IDS, IDS, st.none() | IDS), min_size=1, max_size=5))
+def test_a_packed_batch_has_what_a_padded_one_has_in_the_same_order(
+    made: list[tuple[list[int], list[int], list[int] | None]],
+) -> None:
+    rows = [
+        replace(row(str(i), prompt, response), teacher_prompt_ids=None if theirs is None else tuple(theirs))
+        for i, (prompt, response, theirs) in enumerate(made)
+    ]
+    both = [collate(rows, pad_id=0, packed=packed) for packed in (False, True)]
+    keeps = [batch["labels"] != N for batch in both]
+    apart = []
+    for batch, keep in zip(both, keeps, strict=True):
+        teacher, teacher_keep = teacher_inputs(dict(batch))
+        assert is_packed(batch) == is_packed(teacher) == (batch is both[1])
+        assert batch["labels"][keep].tolist() == both[0]["labels"][keeps[0]].tolist()
+        parts = [*each_row(batch, keep), *each_row(teacher, teacher_keep)]
+        apart.append([([ids.tolist() for ids in own], kept.nonzero().tolist()) for own, kept in parts])
+    assert apart[0] == apart[1]
+    wanted = [(*prompt, *response[:-1]) for prompt, response, _ in made]
+    assert [tuple(ids) for (ids,), _ in apart[1][: len(made)]] == wanted
 
 
 def test_prompts_are_padded_on_the_left() -> None:

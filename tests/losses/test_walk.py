@@ -1,7 +1,7 @@
 """One walk over objectives, variants, dtypes and hazards: definition, closed forms and row kernel, against numpy.
 
-Each of the three has to be as near the truth as rounding lets it, from the equations' own sensitivity to an error in the
-last bits of the log-probabilities. It is +inf where the truth is, and nowhere else; nothing is ever NaN.
+Each of the three has to be as near the truth as rounding lets it, from the equations' own sensitivity to an error in
+the last bits of the log-probabilities. It is +inf where the truth is, and nowhere else; nothing is ever NaN.
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ def faults(found: Found, expected: Answer, near: Array, names: list[str]) -> lis
                 list_of_faults.append(f"{name}: value {values[i]:.8g}, expected {value:.3g}")
         else:
             if not error[i] <= value_budget[i]:
-                list_of_faults.append(f"{name}: value {values[i]:.8g}, expected {value:.8g} within {value_budget[i]:.1e}")
+                list_of_faults.append(
+                    f"{name}: value {values[i]:.8g}, expected {value:.8g} within {value_budget[i]:.1e}"
+                )
             wrong = ~(grad_error[i] <= grad_budget[i]) & (abs(grad) <= dtype.max)
             if wrong.any():
                 j = int(wrong.argmax())

@@ -93,8 +93,8 @@ def test_an_encoder_decoder() -> None:
     torch.testing.assert_close(found.logits(slice(None)), torch.cat(parts), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("encoder_decoder", [False, True])
-def test_a_teacher_reads_its_own_rendering_of_a_prompt(encoder_decoder: bool) -> None:
+@pytest.mark.parametrize(("encoder_decoder", "packed"), [(False, False), (False, True), (True, False)])
+def test_a_teacher_reads_its_own_rendering_of_a_prompt(encoder_decoder: bool, packed: bool) -> None:
     """Against one row at a time, unpadded, through the whole model."""
     teacher = (tiny_models.t5() if encoder_decoder else tiny_models.llama()).eval()
     start = decoder_start(teacher)
@@ -114,9 +114,9 @@ def test_a_teacher_reads_its_own_rendering_of_a_prompt(encoder_decoder: bool) ->
         expected.append(logits)
         labels.append(list(row.response_ids))
     head = output_head(teacher)
-    for batch in batches(rows, pad_id=0, decoder_start=start, positions={0: [1], 1: [0, 1], 2: [0]}):
+    chosen = {0: [1], 1: [0, 1], 2: [0]}
+    for batch in batches(rows, pad_id=0, decoder_start=start, positions=chosen, packed=packed):
         own = batch.for_teacher
-        chosen = {0: [1], 1: [0, 1], 2: [0]}
         wanted = [(number, place) for number in batch.rows for place in chosen[number]]
         assert own.labels.tolist() == batch.labels.tolist() == [labels[number][place] for number, place in wanted]
         found = logits_of(own.states(teacher), head)

@@ -270,12 +270,13 @@ def test_steps_are_planned_by_the_longest_answer_where_there_is_no_response() ->
     tokens=st.integers(1, 80),
     rows_per_part=st.one_of(st.none(), st.integers(1, 5)),
     padding=st.integers(1, 40),
+    packed=st.booleans(),
 )
 def test_parts_hold_every_row_once_within_the_budget(
-    lengths: list[int], slots: int, tokens: int, rows_per_part: int | None, padding: int
+    lengths: list[int], slots: int, tokens: int, rows_per_part: int | None, padding: int, packed: bool
 ) -> None:
     data = [Row(str(i), (1,), (2,) * length, None) for i, length in enumerate(lengths)]  # type: ignore[arg-type]
-    made = cut(data, slots, tokens=tokens, rows_per_part=rows_per_part, padding=padding)
+    made = cut(data, slots, tokens=tokens, rows_per_part=rows_per_part, padding=padding, packed=packed)
     assert len(made) == slots
     assert len({len(slot) for slot in made}) == 1 and made[0]
     parts = [part for slot in made for part in slot]
@@ -284,7 +285,8 @@ def test_parts_hold_every_row_once_within_the_budget(
         if rows_per_part is not None:
             assert len(part) <= rows_per_part
         elif len(part) > 1:
-            assert len(part) * max(row.length for row in part) <= tokens
+            lengths_of_part = [row.length for row in part]
+            assert (sum(lengths_of_part) if packed else len(part) * max(lengths_of_part)) <= tokens
     if len(data) >= slots:
         assert all(any(slot) for slot in made)  # nobody idles while another has rows to give
 
@@ -305,16 +307,18 @@ def test_parts_cost_least(lengths: list[int], padding: int) -> None:
     assert cost([[row.length for row in part] for part in made]) == min(map(cost, every(lengths)))
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("slots", [2, 3, 4])
 @pytest.mark.parametrize("lengths", [[9, 9, 1, 1, 1, 1], [30, 2, 2, 2, 3, 3, 9, 9], [5], [4] * 9, [*range(1, 20)]])
-def test_parts_side_by_side_have_rows_and_are_of_like_cost(lengths: list[int], slots: int) -> None:
+def test_parts_side_by_side_have_rows_and_are_of_like_cost(lengths: list[int], slots: int, packed: bool) -> None:
     rows = [Row(str(number), (1,), (2,) * length, example=None) for number, length in enumerate(lengths)]
-    dealt = cut(rows, slots, tokens=30, rows_per_part=None, padding=4, side_by_side=True)
+    dealt = cut(rows, slots, tokens=30, rows_per_part=None, padding=4, side_by_side=True, packed=packed)
     assert len(dealt) == slots and len({len(parts) for parts in dealt}) == 1
     seen = [row.id for parts in dealt for part in parts for row in part]
     assert sorted(seen, key=int) == [row.id for row in rows]
     rounds = list(zip(*dealt, strict=True))
     assert sum(bool(part) for one in rounds for part in one) >= min(len(rows), slots * len(rounds))
-    costs = [[len(part) * max(row.length for row in part) for part in one if part] for one in rounds]
+    tokens = [[[row.length for row in part] for part in one if part] for one in rounds]
+    costs = [[sum(part) if packed else len(part) * max(part) for part in one] for one in tokens]
     for one, after in itertools.pairwise(costs):
         assert min(one) >= max(after)

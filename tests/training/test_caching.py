@@ -170,6 +170,7 @@ def test_rows_are_found_however_they_are_padded_and_for_some_of_their_positions(
     del batch["row_ids"]
     inputs, keep = teacher_inputs(batch)
     assert rows_of(inputs, keep) == [row_of(row, None) for row in rows]
+    assert rows_of(*teacher_inputs(collate(rows, pad_id=0, packed=True))) == rows_of(inputs, keep)
     longer = collate([*rows, Row("long", (1,) * 9, (2, 2), None)], pad_id=3)
     del longer["row_ids"]
     assert rows_of(*teacher_inputs(longer))[:3] == rows_of(inputs, keep)

@@ -27,6 +27,15 @@ def test_padding_and_waiting_of_two_processes(monkeypatch: pytest.MonkeyPatch) -
     assert found.shares() == {"padding_share": 1 - 14 / 17, "idle_share": 1 - 17 / 28}
 
 
+def test_packed_rows_have_no_padding() -> None:
+    feeding = Feeding()
+    ids = torch.ones(1, 8, dtype=torch.int64)
+    feeding.add({"input_ids": ids, "position_ids": ids}, ["a", "b"])
+    assert feeding.of_all() == Fed(8, 8, 8)
+    feeding.add({"input_ids": ids[:, :1], "position_ids": ids[:, :1]}, [])  # no row: one position of padding
+    assert feeding.of_all() == Fed(9, 8, 9)
+
+
 def test_both_sides_of_an_encoder_decoder_count_and_one_process_never_waits() -> None:
     feeding = Feeding()
     assert feeding.of_all() == Fed() and Fed().shares() == {}

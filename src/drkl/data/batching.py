@@ -152,17 +152,17 @@ def _epochs(
         yield steps
 
 
-def bucket_by_length(lengths: ArrayLike, tokens_per_batch: int) -> list[list[int]]:
+def bucket_by_length(lengths: ArrayLike, tokens_per_batch: int, *, packed: bool = False) -> list[list[int]]:
     """Return row indices in batches of near-equal length, shortest first, for passes whose order does not matter.
 
-    A batch, padded to its longest row, has at most ``tokens_per_batch`` positions; a longer row is alone.
+    A batch has at most ``tokens_per_batch`` positions, padded to its longest row or ``packed``; a longer row is alone.
 
     >>> bucket_by_length([9, 3, 4], tokens_per_batch=8)
     [[1, 2], [0]]
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(lengths, kind="stable")
-    ends, _ = _fill(lengths[order], tokens_per_batch, (0, 0))
+    ends = _fill_packed(lengths[order], tokens_per_batch) if packed else _fill(lengths[order], tokens_per_batch)[0]
     return list(Steps(order.astype(np.int32), np.asarray([*ends, len(order)] if len(order) else [])))
 
 
@@ -184,36 +184,44 @@ def part_of(rows_of_step: Sequence[T], part: int, parts: int) -> list[T]:
     return list(rows_of_step[start : start + size + (part < larger)])
 
 
-def split_by_cost(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Cut rows into contiguous parts, of which the costliest costs as little as it can: padded to its longest row.
+def split_by_cost(lengths: Sequence[int], parts: int, *, packed: bool = False) -> list[list[int]]:
+    """Cut rows into contiguous parts, of which the costliest costs as little as it can.
 
     Side by side on several processes, such parts end at about the same time. None is empty where there are rows enough.
 
+    Args:
+        lengths: of the rows.
+        parts: how many.
+        packed: a part costs the tokens of its rows; else as many positions as it has, padded to its longest row.
+
     >>> split_by_cost([1, 1, 1, 1, 2, 4], 2)
+    [[0, 1, 2, 3], [4, 5]]
+    >>> split_by_cost([1, 1, 1, 1, 2, 4], 2, packed=True)
     [[0, 1, 2, 3], [4, 5]]
     """
     if parts < 1:
         raise DrklError(f"A step is split into at least 1 part, got {parts}.")
-    low, high = max(lengths, default=0), max(lengths, default=0) * len(lengths)
+    low, high = max(lengths, default=0), sum(lengths) if packed else max(lengths, default=0) * len(lengths)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_filled(lengths, parts, middle)) <= parts else (middle + 1, high)
-    cut = _filled(lengths, parts, low)
+        low, high = (low, middle) if len(_filled(lengths, parts, middle, packed)) <= parts else (middle + 1, high)
+    cut = _filled(lengths, parts, low, packed)
     return [*cut, *([] for _ in range(parts - len(cut)))]
 
 
-def _filled(lengths: Sequence[int], parts: int, most: int) -> list[list[int]]:
-    """Parts of at most ``most`` padded positions, filled one after the other; a row is left for each part to come."""
+def _filled(lengths: Sequence[int], parts: int, most: int, packed: bool) -> list[list[int]]:
+    """Parts of at most ``most`` positions, filled one after the other; a row is left for each part to come."""
     filled: list[list[int]] = []
-    longest = 0
+    longest = tokens = 0
     for row, length in enumerate(lengths):
-        longest = max(longest, length)
+        longest, tokens = max(longest, length), tokens + length
         left = len(lengths) - row  # this one and those after it
-        if filled and longest * (len(filled[-1]) + 1) <= most and left > parts - len(filled):
+        cost = tokens if packed or not filled else longest * (len(filled[-1]) + 1)
+        if filled and cost <= most and left > parts - len(filled):
             filled[-1].append(row)
         else:
             filled.append([row])
-            longest = length
+            longest = tokens = length
     return filled
 
 
@@ -236,7 +244,9 @@ def _plan_epoch(lengths: NDArray[np.int64], tokens_per_step: int, generator: np.
     return steps.reordered(generator.permutation(len(steps)))
 
 
-def _fill(lengths: NDArray[np.int64], tokens: int, open_step: tuple[int, int]) -> tuple[list[int], tuple[int, int]]:
+def _fill(
+    lengths: NDArray[np.int64], tokens: int, open_step: tuple[int, int] = (0, 0)
+) -> tuple[list[int], tuple[int, int]]:
     """Put rows into steps in their order, each into the one before it where that stays within ``tokens``.
 
     Args:
@@ -258,3 +268,15 @@ def _fill(lengths: NDArray[np.int64], tokens: int, open_step: tuple[int, int]) -
             ends.append(place)
         count, longest = 1, length
     return ends, (count, longest)
+
+
+def _fill_packed(lengths: NDArray[np.int64], tokens: int) -> list[int]:
+    """The places at which a batch ends and another begins, each of at most ``tokens`` without padding."""
+    ends: list[int] = []
+    filled = 0
+    for place, length in enumerate(lengths.tolist()):
+        if filled and filled + length > tokens:
+            ends.append(place)
+            filled = 0
+        filled += length
+    return ends

@@ -1,8 +1,14 @@
-"""The only place that pads, masks and shifts: past it ``labels[b, t]`` is the token that ``logits[b, t]`` predict."""
+"""The only place that pads, packs, masks and shifts: past it ``labels[b, t]`` is what ``logits[b, t]`` predict.
+
+A batch is laid out in one of two ways. Padded, it has a line for each row, ``[batch, time]``, with an
+``attention_mask``. Packed, its rows lie one after the other in one line, ``[1, tokens]``, with ``position_ids`` that
+begin again at 0 with each row, and no mask: no position of it is padding. Read line by line, the positions of a batch
+come in the same order either way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,25 +18,30 @@ from drkl.data.classification import LabelledRow
 from drkl.data.tokenize import Row
 from drkl.losses.common import IGNORE_INDEX
 
-TEACHER_ONLY = ("teacher_input_ids", "teacher_attention_mask", "teacher_keep")
+TEACHER_ONLY = ("teacher_input_ids", "teacher_attention_mask", "teacher_position_ids", "teacher_keep")
 """What a batch has where the teacher reads another rendering of a prompt."""
 
 
-def collate(rows: Sequence[Row | LabelledRow], *, pad_id: int, decoder_start: int | None = None) -> dict[str, Any]:
-    """Return a right-padded batch with aligned labels.
+def collate(
+    rows: Sequence[Row | LabelledRow], *, pad_id: int, decoder_start: int | None = None, packed: bool = False
+) -> dict[str, Any]:
+    """Return a batch with aligned labels, padded on the right or packed.
 
     Args:
         rows: for a classifier `LabelledRow` (see `_collate_labelled`), else `Row` of this kind of model.
         pad_id: fills the batch; its value changes no result.
         decoder_start: None for a decoder-only model; for an encoder-decoder the first token that its decoder is fed
             (see `_collate_seq2seq`).
+        packed: lay the rows one after the other, without padding; for a decoder-only model.
 
-    ``input_ids``, ``attention_mask`` and ``labels`` are int64 ``[batch, time]``; ``time`` is the longest
+    Padded, ``input_ids``, ``attention_mask`` and ``labels`` are int64 ``[batch, time]``; ``time`` is the longest
     ``row.length``. There are no ``position_ids``: where padding is on the right, a model counts positions by itself,
-    and not every family counts from 0. The model is fed ``(prompt + response)[:-1]``, and the last prompt position
-    predicts the first response token. The label is ``IGNORE_INDEX`` at every position that predicts no response token,
-    or one that ``row.trained`` leaves out. This follows from the place of the response, never from token ids: eos is
-    learnt even where it is the padding token. ``row_ids`` is a list of the rows' ids.
+    and not every family counts from 0. Packed, ``input_ids``, ``position_ids`` and ``labels`` are int64
+    ``[1, tokens]``; ``tokens`` is the sum of ``row.length``. ``row_ids`` is a list of the rows' ids.
+
+    The model is fed ``(prompt + response)[:-1]``, and the last prompt position predicts the first response token. The
+    label is ``IGNORE_INDEX`` at every position that predicts no response token, or one that ``row.trained`` leaves out.
+    This follows from the place of the response, never from token ids: eos is learnt even where it is the padding token.
 
     Without rows the batch is one ignored position: every process needs a forward pass in every micro-step.
 
@@ -41,10 +52,14 @@ def collate(rows: Sequence[Row | LabelledRow], *, pad_id: int, decoder_start: in
     >>> batch = collate([row], pad_id=0)
     >>> batch["input_ids"].tolist(), batch["labels"].tolist()
     ([[5, 6, 7]], [[-100, 7, 2]])
+    >>> collate([row, row], pad_id=0, packed=True)["position_ids"].tolist()
+    [[0, 1, 2, 0, 1, 2]]
     """
+    assert not packed or decoder_start is None, "only rows of decoder-only models are packed"
     if rows and isinstance(rows[0], LabelledRow):
+        assert not packed, "only rows of decoder-only models are packed"
         return _collate_labelled(cast("Sequence[LabelledRow]", rows), pad_id)
-    return _collate_causal(cast("Sequence[Row]", rows), pad_id, decoder_start)
+    return _collate_causal(cast("Sequence[Row]", rows), pad_id, decoder_start, packed)
 
 
 def _collate_labelled(rows: Sequence[LabelledRow], pad_id: int) -> dict[str, Any]:
@@ -62,41 +77,75 @@ def _collate_labelled(rows: Sequence[LabelledRow], pad_id: int) -> dict[str, Any
     }
 
 
-def _collate_causal(rows: Sequence[Row], pad_id: int, decoder_start: int | None) -> dict[str, Any]:
+def _collate_causal(rows: Sequence[Row], pad_id: int, decoder_start: int | None, packed: bool) -> dict[str, Any]:
     assert all(row.encoder_decoder == (decoder_start is not None) for row in rows), "rows of the other kind of model"
     if decoder_start is not None:
         return _collate_seq2seq(rows, pad_id, decoder_start)
-    input_ids, attention_mask, labels = _next_tokens([(row.prompt_ids, row) for row in rows], pad_id)
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "labels": labels,
-        "row_ids": [row.id for row in rows],
-    }
+    inputs, labels = _next_tokens([(row.prompt_ids, row) for row in rows], pad_id, packed)
+    batch = {**inputs, "labels": labels, "row_ids": [row.id for row in rows]}
     if any(row.teacher_prompt_ids is not None for row in rows):
-        ids, mask, labels = _next_tokens([(row.teacher_prompt_ids or row.prompt_ids, row) for row in rows], pad_id)
-        batch |= {"teacher_input_ids": ids, "teacher_attention_mask": mask, "teacher_keep": labels != IGNORE_INDEX}
+        theirs = [(row.teacher_prompt_ids or row.prompt_ids, row) for row in rows]
+        inputs, labels = _next_tokens(theirs, pad_id, packed)
+        batch |= {f"teacher_{name}": value for name, value in inputs.items()}
+        batch["teacher_keep"] = labels != IGNORE_INDEX
     return batch
 
 
-def _next_tokens(rows: Sequence[tuple[Sequence[int], Row]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ids, mask and labels of rows, each after one rendering of its prompt."""
-    lengths = [len(prompt) + len(row.response_ids) - 1 for prompt, row in rows]
-    shape = (max(1, len(rows)), max(lengths, default=1))
-    input_ids = torch.full(shape, pad_id)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX)
-    for index, ((prompt, row), length) in enumerate(zip(rows, lengths, strict=True)):
-        assert len(prompt) and row.response_ids, "a row has a prompt and a response"
-        input_ids[index, :length] = torch.tensor((*prompt, *row.response_ids[:-1]))
-        attention_mask[index, :length] = 1
-        response = torch.tensor(row.response_ids)
-        if row.trained is not None:
-            response[~torch.tensor(row.trained)] = IGNORE_INDEX
-        labels[index, len(prompt) - 1 : length] = response
-    if not rows:
-        attention_mask[0, 0] = 1
-    return input_ids, attention_mask, labels
+def _next_tokens(
+    rows: Sequence[tuple[Sequence[int], Row]], pad_id: int, packed: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The inputs and labels of rows, each after one rendering of its prompt."""
+    assert all(len(prompt) and row.response_ids for prompt, row in rows), "a row has a prompt and a response"
+    fed = [(*prompt, *row.response_ids[:-1]) for prompt, row in rows] or [(pad_id,)]
+    labels = [(*[IGNORE_INDEX] * (len(prompt) - 1), *_learnt(row)) for prompt, row in rows] or [(IGNORE_INDEX,)]
+    if packed:
+        return collate_packed(fed), torch.tensor([[label for row in labels for label in row]])
+    input_ids, attention_mask = _pad_right(fed, pad_id)
+    return {"input_ids": input_ids, "attention_mask": attention_mask}, _pad_right(labels, IGNORE_INDEX)[0]
+
+
+def _learnt(row: Row) -> Sequence[int]:
+    """The response, ignored where it is not trained on."""
+    if row.trained is None:
+        return row.response_ids
+    return [token if trained else IGNORE_INDEX for token, trained in zip(row.response_ids, row.trained, strict=True)]
+
+
+def collate_packed(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Return ``input_ids`` and ``position_ids``, int64 ``[1, tokens]``, of rows that lie one after the other.
+
+    >>> {name: ids.tolist() for name, ids in collate_packed([[5], [6, 7]]).items()}
+    {'input_ids': [[5, 6, 7]], 'position_ids': [[0, 0, 1]]}
+    """
+    assert rows and all(rows), "at least one row, none empty"
+    ids = [token for row in rows for token in row]
+    positions = [position for row in rows for position in range(len(row))]
+    return {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+
+
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Whether the rows of a batch of `collate` lie one after the other."""
+    return "position_ids" in batch and "attention_mask" not in batch
+
+
+def each_row(inputs: Mapping[str, Tensor], keep: Tensor) -> list[tuple[list[Tensor], Tensor]]:
+    """Take a batch of `collate` apart, whichever way it is laid out.
+
+    Args:
+        inputs: what a model reads, as `collate` or `teacher_inputs` give it.
+        keep: as large as the labels.
+
+    Returns:
+        For each row its ids, padding aside (of an encoder-decoder those of the prompt and those that its decoder is
+        fed), and what ``keep`` says of it, from its first position.
+    """
+    if is_packed(inputs):
+        ids, positions = inputs["input_ids"][0], inputs["position_ids"][0]
+        starts = (positions == 0).nonzero()[1:, 0].cpu()
+        return [([own], kept) for own, kept in zip(ids.tensor_split(starts), keep[0].tensor_split(starts), strict=True)]
+    pairs = [("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")]
+    sides = [(inputs[ids], inputs[mask] != 0) for ids, mask in pairs if ids in inputs]
+    return [([ids[line][mask[line]] for ids, mask in sides], kept) for line, kept in enumerate(keep)]
 
 
 def teacher_inputs(batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
@@ -106,8 +155,9 @@ def teacher_inputs(batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
         batch: of `collate`, ``labels`` included. Inputs that are the teacher's alone are removed from it.
 
     Returns:
-        The teacher's inputs, and a mask `[batch, tokens]` of its positions, true as often and in the same order as
-        ``labels != IGNORE_INDEX``: the same tokens are predicted, after each model's own rendering of the prompt.
+        The teacher's inputs, and a mask of its positions, as large as its ``input_ids``, true as often and in the same
+        order as ``labels != IGNORE_INDEX``: the same tokens are predicted, after each model's own rendering of the
+        prompt.
     """
     own = {name: batch.pop(name) for name in TEACHER_ONLY if name in batch}
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "row_ids")}

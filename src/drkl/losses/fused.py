@@ -469,6 +469,14 @@ def _accumulate(
         add_product_(grad_weight, grad.T, states, scale=scale, first=rows.start == 0)
 
 
+def block_rows(logits: Tensor) -> int:
+    """The number of rows of ``logits`` `[n, vocab]` that are worked on at a time, where several passes go over each."""
+    block_bytes = CUDA_BLOCK_BYTES if logits.is_cuda else BLOCK_BYTES
+    rows = max(1, block_bytes // (logits.shape[-1] * logits.element_size()))
+    # As many for each thread, or one waits for another in every pass.
+    return rows * torch.get_num_threads() if logits.device.type == "cpu" else rows
+
+
 def values_and_grads_(
     student_logits: Tensor,
     teacher_logits: Tensor | TopK | None,
@@ -477,11 +485,8 @@ def values_and_grads_(
     closed_form: ClosedForm | None = None,
 ) -> Tensor:
     """Values `[n]`; ``student_logits`` `[n, vocab]` is overwritten with their gradient, block of rows by block."""
-    count, vocab_size = student_logits.shape
-    block_bytes = CUDA_BLOCK_BYTES if student_logits.is_cuda else BLOCK_BYTES
-    size = max(1, block_bytes // (vocab_size * student_logits.element_size()))
-    if student_logits.device.type == "cpu":  # as many for each thread, or one waits for another in every pass
-        size *= torch.get_num_threads()
+    count = len(student_logits)
+    size = block_rows(student_logits)
     values = torch.empty(count, dtype=student_logits.dtype, device=student_logits.device)
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))

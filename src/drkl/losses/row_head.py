@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from drkl.losses.row_sweeps import logits, pair
+from drkl.losses.row_sweeps import log_prob, logits, pair
 from drkl.losses.row_terms import LOWEST
 
 TINY = tl.constexpr(2.0**-126)
@@ -70,27 +70,26 @@ def head_threshold(
     target,
     vocab_size,
     inverse_temperature,
-    log_y,
-    top,
+    norm_y,
     mu,
     HEADS: tl.constexpr,
     TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The head's lowest key, and the mass above it; ``top`` is the highest logit."""
-    high = order_key(top).to(tl.int64) + 1
+    """The head's lowest key, and the mass above it."""
+    high = order_key(norm_y[0]).to(tl.int64) + 1
     # All classes below this one have less than half of 1 - mu.
-    floor = log_y + tl.log((1.0 - tl.minimum(mu, 0.9999999)) / (2.0 * vocab_size))
+    floor = norm_y[0] + norm_y[1] + tl.log((1.0 - tl.minimum(mu, 0.9999999)) / (2.0 * vocab_size))
     low = tl.minimum(order_key(floor).to(tl.int64), high - 1)
     mass_low, mass_high = 1.0, 0.0
     if mu > 1:
         low = tl.full((), WHOLE, tl.int64)
         high = low + 1
-    elif tl.exp(top - log_y) >= mu:
+    elif tl.exp(-norm_y[1]) >= mu:
         low = high - 1
     while high - low > 1:
         low, high, mass_low, mass_high = _search(
-            teacher, target, vocab_size, inverse_temperature, log_y, mu, low, high, mass_low, mass_high,
+            teacher, target, vocab_size, inverse_temperature, norm_y, mu, low, high, mass_low, mass_high,
             HEADS, TARGET, BLOCK,
         )  # fmt: skip
     return low.to(tl.int32), mass_high
@@ -102,7 +101,7 @@ def _search(
     target,
     vocab_size,
     inverse_temperature,
-    log_y,
+    norm_y,
     mu,
     low,
     high,
@@ -127,7 +126,7 @@ def _search(
         y = logits(teacher, columns, vocab_size, HEADS[1]) * inverse_temperature
         if TARGET != "none":
             y = tl.where(columns == target, LOWEST, y)
-        p, key = tl.exp(y - log_y), order_key(y).to(tl.int64)
+        p, key = tl.exp(log_prob(y, norm_y)), order_key(y).to(tl.int64)
         mass_0 += tl.where(key >= at_0, p, 0.0)
         mass_1 += tl.where(key >= at_1, p, 0.0)
         mass_2 += tl.where(key >= at_2, p, 0.0)
@@ -135,7 +134,7 @@ def _search(
         y = tl.where((key >= low) & (key < high), y, LOWEST)
         second = tl.maximum(second, tl.minimum(best, y))
         best = tl.maximum(best, y)
-    keys, probs = order_key(best), tl.exp(best - log_y)
+    keys, probs = order_key(best), tl.exp(log_prob(best, norm_y))
     floor = tl.maximum(order_key(tl.max(second, 0)).to(tl.int64), low - 1)
     mass = mass_high_of(keys, probs, floor + 1, high, mass_high)
     if mass >= mu:
@@ -157,9 +156,8 @@ def forward_share(
     target,
     vocab_size,
     inverse_temperature,
-    log_z,
-    log_y,
-    top,
+    norm_z,
+    norm_y,
     mu,
     HEADS: tl.constexpr,
     TARGET: tl.constexpr,
@@ -167,14 +165,14 @@ def forward_share(
 ):
     """The share of sum |p - q| that lies in the head: akl's weight of forward KL."""
     threshold, above = head_threshold(
-        teacher, target, vocab_size, inverse_temperature, log_y, top, mu, HEADS, TARGET, BLOCK
+        teacher, target, vocab_size, inverse_temperature, norm_y, mu, HEADS, TARGET, BLOCK
     )
     zeros = tl.zeros((BLOCK,), tl.float32)
     total, in_head, in_ties, ties, tied = zeros, zeros, zeros, zeros, zeros
     for start in range(0, vocab_size, BLOCK):
         _, z, y = pair(student, teacher, start, target, vocab_size, inverse_temperature, HEADS, TARGET, BLOCK)
-        p, key = tl.exp(y - log_y), order_key(y)
-        gap, ties_here = tl.abs(p - tl.exp(z - log_z)), (key == threshold) & (y != LOWEST)
+        p, key = tl.exp(log_prob(y, norm_y)), order_key(y)
+        gap, ties_here = tl.abs(p - tl.exp(log_prob(z, norm_z))), (key == threshold) & (y != LOWEST)
         total += gap
         in_head += tl.where((key > threshold) & (y != LOWEST), gap, 0.0)
         in_ties += tl.where(ties_here, gap, 0.0)
@@ -184,7 +182,7 @@ def forward_share(
     missing = tl.maximum(tl.ceil((mu - above) / tl.maximum(tl.max(tied, 0), TINY)), 1.0)
     if tl.sum(ties, 0) > missing:
         gap_ties = _first_ties(
-            student, teacher, target, vocab_size, inverse_temperature, log_z, log_y, threshold, missing,
+            student, teacher, target, vocab_size, inverse_temperature, norm_z, norm_y, threshold, missing,
             HEADS, TARGET, BLOCK,
         )  # fmt: skip
     share = (gap_head + gap_ties) / tl.maximum(gap_total, TINY)
@@ -198,8 +196,8 @@ def _first_ties(
     target,
     vocab_size,
     inverse_temperature,
-    log_z,
-    log_y,
+    norm_z,
+    norm_y,
     threshold,
     missing,
     HEADS: tl.constexpr,
@@ -212,7 +210,7 @@ def _first_ties(
     for start in range(0, vocab_size, BLOCK):
         _, z, y = pair(student, teacher, start, target, vocab_size, inverse_temperature, HEADS, TARGET, BLOCK)
         tie = tl.where((order_key(y) == threshold) & (y != LOWEST), 1.0, 0.0)
-        gap = tl.abs(tl.exp(y - log_y) - tl.exp(z - log_z))
+        gap = tl.abs(tl.exp(log_prob(y, norm_y)) - tl.exp(log_prob(z, norm_z)))
         found += tl.where((tie > 0) & (before + tl.cumsum(tie, 0) <= missing), gap, 0.0)
         before += tl.sum(tie, 0)
     return tl.sum(found, 0)

@@ -32,7 +32,7 @@ from drkl.losses import row_terms
 from drkl.losses.common import LossSettings
 from drkl.losses.head import LMHead
 from drkl.losses.row_head import forward_share
-from drkl.losses.row_sweeps import compared, logits, pair, sum_of_terms, sums, through_head
+from drkl.losses.row_sweeps import compared, log_prob, logits, pair, sum_of_terms, sums, through_head
 from drkl.losses.row_terms import INFINITE, LOWEST, log_add_exp, log_sigmoid, mean_of_two, sigmoid, weighted
 from drkl.objectives import (
     AdaptiveKL,
@@ -367,9 +367,9 @@ def _two_classes(s, u, a, b, c, e, TERM: tl.constexpr, ADAPTIVE: tl.constexpr):
     q_1, q_2, p_1, p_2 = log_sigmoid(s), log_sigmoid(-s), log_sigmoid(u), log_sigmoid(-u)
     if ADAPTIVE:
         a = _two_class_share(s, u, q_1, p_1, p_2, a)
-    log_q, log_p, d, gone_q, gone_p = compared(q_1, p_1, 0.0, 0.0, 0.0)
+    log_q, log_p, d, gone_q, gone_p = compared(q_1, p_1, (0.0, 0.0), (0.0, 0.0), 0.0)
     term_1, slope_1 = TERM(log_q, log_p, d, gone_q, gone_p, a, b, c, e)
-    log_q, log_p, d, gone_q, gone_p = compared(q_2, p_2, 0.0, 0.0, 0.0)
+    log_q, log_p, d, gone_q, gone_p = compared(q_2, p_2, (0.0, 0.0), (0.0, 0.0), 0.0)
     term_2, slope_2 = TERM(log_q, log_p, d, gone_q, gone_p, a, b, c, e)
     push = slope_1 * sigmoid(-s) - slope_2 * sigmoid(s)
     return term_1 + term_2, tl.where(tl.abs(s) == INFINITE, 0.0, push)
@@ -453,32 +453,33 @@ def _row_step(
     if TARGET == "label" or AT_TEMPERATURE or AT_ONE:
         label = tl.load(label_pointer + row).to(tl.int32)
 
-    target, z_t, y_t, log_z, log_y, mean_z, mean_y, top, log_unit = sums(
+    target, z_t, y_t, norm_z, norm_y, mean_z, mean_y, log_unit = sums(
         student, teacher, label, vocab_size, inverse_temperature, temperature,
         HEADS, TARGET, COMPARES, FORWARD, REVERSE, UNIT, BLOCK,
     )  # fmt: skip
-    valid = _is_number(log_z, z_t)
-    s, u, log_all, log_all_unit = 0.0, 0.0, log_z, log_unit
+    log_all = norm_z[0] + norm_z[1]
+    valid = _is_number(log_all, z_t)
+    s, u, log_all_unit = 0.0, 0.0, log_unit
     if TARGET != "none":
-        s, u = z_t - log_z, y_t - log_y
-        log_all = log_add_exp(log_z, z_t)
+        s, u = log_prob(z_t, norm_z), log_prob(y_t, norm_y)
+        log_all = log_add_exp(log_all, z_t)
         log_all_unit = log_all
         if UNIT:
             log_all_unit = log_add_exp(log_unit, z_t * temperature)
     # Of a row of excluded classes there is nothing to normalise.
-    log_z = tl.where(log_z == LOWEST, 0.0, log_z)
+    norm_z = norm_z[0], tl.where(norm_z[1] == LOWEST, 0.0, norm_z[1])
 
     value, push, on_slope, on_prob, shift = 0.0, 0.0, 0.0, 0.0, 0.0
     if COMPARES:
-        valid = valid & _is_number(log_y, y_t)
-        mass_p = tl.where(log_y == LOWEST, 0.0, 1.0)
-        log_y = tl.where(log_y == LOWEST, 0.0, log_y)
-        shift = log_y - log_z
+        valid = valid & _is_number(norm_y[0] + norm_y[1], y_t)
+        mass_p = tl.where(norm_y[1] == LOWEST, 0.0, 1.0)
+        norm_y = norm_y[0], tl.where(norm_y[1] == LOWEST, 0.0, norm_y[1])
+        shift = (norm_y[0] - norm_z[0]) + (norm_y[1] - norm_z[1])
         if SKEWED:
             g_a, g_b, g_c, g_e = _skewed_tail(s, u, g_c, g_e)
         if ADAPTIVE_CLASSES:
             g_a = forward_share(
-                student, teacher, target, vocab_size, inverse_temperature, log_z, log_y, top, g_a,
+                student, teacher, target, vocab_size, inverse_temperature, norm_z, norm_y, g_a,
                 HEADS, TARGET, BLOCK,
             )  # fmt: skip
         slopes = 0.0
@@ -489,7 +490,7 @@ def _row_step(
             value = tl.where(s == INFINITE, 0.0, value)
         if tl.abs(value) == INFINITE or not (FORWARD or REVERSE):
             value, slopes = sum_of_terms(
-                student, teacher, target, vocab_size, inverse_temperature, log_z, log_y, shift, g_a, g_b, g_c, g_e,
+                student, teacher, target, vocab_size, inverse_temperature, norm_z, norm_y, shift, g_a, g_b, g_c, g_e,
                 HEADS, TARGET, ON_CLASSES, BLOCK,
             )  # fmt: skip
         on_slope, on_prob = factor, factor * slopes
@@ -527,7 +528,7 @@ def _row_step(
             grad = tl.zeros((BLOCK,), tl.float32)
             if COMPARES:
                 x, z, y = pair(student, teacher, start, target, vocab_size, inverse_temperature, HEADS, TARGET, BLOCK)
-                log_q, log_p, d, gone_q, gone_p = compared(z, y, log_z, log_y, shift)
+                log_q, log_p, d, gone_q, gone_p = compared(z, y, norm_z, norm_y, shift)
                 _, slope = ON_CLASSES(log_q, log_p, d, gone_q, gone_p, g_a, g_b, g_c, g_e)
                 grad = on_slope * slope - on_prob * tl.exp(log_q)
                 if TARGET != "none":
@@ -561,11 +562,11 @@ def _rest_sums(
 ):
     row = tl.program_id(0).to(tl.int64)
     side = (pointer + row * stride, bias_pointer, scale, cap, -1, 0.0)
-    _, _, _, log_sum, _, _, _, _, log_second = sums(
+    _, _, _, norm, _, _, _, log_second = sums(
         side, side, -1, vocab_size, inverse_temperature, second,
         (HEAD, HEAD), "none", False, False, False, COUNT == 2, BLOCK,
     )  # fmt: skip
-    tl.store(sum_pointer + row * COUNT, log_sum)
+    tl.store(sum_pointer + row * COUNT, norm[0] + norm[1])
     if COUNT == 2:
         tl.store(sum_pointer + row * COUNT + 1, log_second)
 

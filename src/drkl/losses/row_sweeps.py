@@ -83,13 +83,6 @@ def _add(
 
 
 @triton.jit
-def log_sum(base, total):
-    """base + log(total), and -inf where the total is 0."""
-    empty = total == 0
-    return tl.where(empty, LOWEST, tl.where(empty, 0.0, base) + tl.log(tl.where(empty, 1.0, total)))
-
-
-@triton.jit
 def sums(
     student,
     teacher,
@@ -105,7 +98,10 @@ def sums(
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The target and its two logits; without it, the log-sum-exps and the means of z - y under both models.
+    """The target and its two logits; without it, both log-sum-exps and the means of z - y under both models.
+
+    A log-sum-exp is a pair that adds up to it, the highest logit (0 where there is none) and the rest: taken off one
+    after the other they leave the digits of a probability, however large the logits are.
 
     Where the target is the teacher's top token, every lane holds the best of its classes back until a better one comes:
     the target is never in a sum, so that nothing has to be taken out of one.
@@ -142,21 +138,33 @@ def sums(
         state = _add(state, z, y, temperature, TEACHER, FORWARD, REVERSE, UNIT)
     max_z, sum_z, gap_z, max_y, sum_y, gap_y, unit = state
     total_z, total_y = tl.sum(sum_z, 0), tl.sum(sum_y, 0)
-    log_z, log_y = log_sum(max_z, total_z), log_sum(max_y, total_y)
+    norm_z, norm_y = _log_sum(max_z, total_z), _log_sum(max_y, total_y)
     mean_z = tl.sum(gap_z, 0) / tl.where(total_z == 0, 1.0, total_z)
     mean_y = tl.sum(gap_y, 0) / tl.where(total_y == 0, 1.0, total_y)
-    log_unit = log_z
+    log_unit = norm_z[0] + norm_z[1]
     if UNIT:
-        log_unit = log_sum(max_z * temperature, tl.sum(unit, 0))
-    return target, z_t, y_t, log_z, log_y, mean_z, mean_y, max_y, log_unit
+        at_one = _log_sum(max_z * temperature, tl.sum(unit, 0))
+        log_unit = at_one[0] + at_one[1]
+    return target, z_t, y_t, norm_z, norm_y, mean_z, mean_y, log_unit
 
 
 @triton.jit
-def compared(z, y, log_z, log_y, shift):
+def _log_sum(highest, total):
+    return tl.where(total == 0, 0.0, highest), tl.where(total == 0, LOWEST, tl.log(tl.where(total == 0, 1.0, total)))
+
+
+@triton.jit
+def log_prob(z, norm):
+    return z - norm[0] - norm[1]
+
+
+@triton.jit
+def compared(z, y, norm_z, norm_y, shift):
     """log q, log p, their difference (0 where one is excluded), and which are excluded."""
     gone_q, gone_p = z == LOWEST, y == LOWEST
+    # Of logits that are near each other the difference is exact; that of their logs is not.
     d = tl.where(gone_q | gone_p, 0.0, tl.where(gone_q, 0.0, z) - tl.where(gone_p, 0.0, y) + shift)
-    return z - log_z, y - log_y, d, gone_q, gone_p
+    return log_prob(z, norm_z), log_prob(y, norm_y), d, gone_q, gone_p
 
 
 @triton.jit
@@ -188,8 +196,8 @@ def sum_of_terms(
     target,
     vocab_size,
     inverse_temperature,
-    log_z,
-    log_y,
+    norm_z,
+    norm_y,
     shift,
     a,
     b,
@@ -204,7 +212,7 @@ def sum_of_terms(
     total, slopes = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab_size, BLOCK):
         _, z, y = pair(student, teacher, start, target, vocab_size, inverse_temperature, HEADS, TARGET, BLOCK)
-        log_q, log_p, d, gone_q, gone_p = compared(z, y, log_z, log_y, shift)
+        log_q, log_p, d, gone_q, gone_p = compared(z, y, norm_z, norm_y, shift)
         term, slope = TERM(log_q, log_p, d, gone_q, gone_p, a, b, c, e)
         total += term
         slopes += slope

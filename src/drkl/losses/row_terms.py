@@ -126,7 +126,7 @@ def sfkl(log_q, log_p, d, gone_q, gone_p, a, b, c, e):
     """As `gjs`."""
     log_q_m, log_p_m = log_shares(d, gone_q, gone_p, c, e)
     p = tl.exp(log_p)
-    return p * log_p_m, tl.where(gone_q, 0.0, -b * p * tl.exp(log_q_m))
+    return p * log_p_m, tl.where(gone_q, 0.0, -p * tl.exp(log_q_m + e))
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def srkl(log_q, log_p, d, gone_q, gone_p, a, b, c, e):
     """As `gjs`."""
     log_q_m, _ = log_shares(d, gone_q, gone_p, c, e)
     q = tl.exp(log_q)
-    return q * log_q_m, q * (log_q_m - b * tl.exp(log_q_m))
+    return q * log_q_m, q * (log_q_m - tl.exp(log_q_m + e))
 
 
 @triton.jit

@@ -11,14 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+from transformers.utils.generic import is_flash_attention_requested
 
-from drkl.data.collate import collate_sources
+from drkl.data.collate import collate_sources, is_packed
 from drkl.errors import DrklError
 from drkl.losses import LMHead
 from drkl.models.classes import is_classifier
 from drkl.models.sharded import is_fully_sharded, reshard
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids", "decoder_attention_mask")
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""Keys that describe packed sequences, which models accept without naming them."""
+VARLEN = "torch_varlen"
+"""transformers' name for `drkl.models.varlen`."""
 
 
 def is_encoder_decoder(model_or_config: Any) -> bool:
@@ -55,7 +61,8 @@ def hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
     Args:
         model: a language model.
         batch: `input_ids` and `attention_mask`, each `[batch, tokens]`, padded on the right; with padding on the left
-            also `position_ids`. For an encoder-decoder also `decoder_input_ids` and `decoder_attention_mask`,
+            also `position_ids`. Packed: `input_ids` and `position_ids`, each `[1, tokens]`, and no mask (see
+            `drkl.models.packing`). For an encoder-decoder also `decoder_input_ids` and `decoder_attention_mask`,
             `[batch, decoder tokens]`. Other keys are left alone.
 
     Returns:
@@ -76,7 +83,7 @@ def hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
         return hidden.new_zeros(1, 1, 1)  # the model goes on with a single made-up logit
 
     with replaced(output_module(model), keep), _forward_of(model) as forward:
-        forward(**accepted_inputs(model, batch))
+        forward(**accepted_inputs(model, batch) | row_bounds(model, batch))
     expected = batch["decoder_input_ids" if is_encoder_decoder(model) else "input_ids"].shape
     if len(given) != 1 or given[0].shape[:-1] != expected:
         shapes = ", ".join(str(list(hidden.shape)) for hidden in given) or "none"
@@ -141,6 +148,25 @@ def accepted_inputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, An
     if hands_on or "use_cache" in named:
         inputs["use_cache"] = False
     return inputs
+
+
+def uses_flash(model: PreTrainedModel) -> bool:
+    """Whether a model runs a FlashAttention, which reads packed rows without a mask."""
+    config = model.config.get_text_config()
+    return config._attn_implementation == VARLEN or is_flash_attention_requested(config)
+
+
+def row_bounds(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the rows of a packed batch begin, as a FlashAttention is told; else each layer looks for it, and waits.
+
+    Nothing for another batch or another attention, or where the caller says it himself.
+    """
+    if not is_packed(batch) or any(key in batch for key in PACKED) or not uses_flash(model):
+        return {}
+    if not named_arguments(type(model).forward)[1] or len(batch["position_ids"]) != 1:
+        return {}
+    (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(batch["position_ids"])
+    return dict(zip(PACKED, (starts, starts, int(longest), int(longest)), strict=False))
 
 
 @contextmanager

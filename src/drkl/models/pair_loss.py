@@ -25,7 +25,7 @@ from drkl.models.at_head import (
     unwrap,
 )
 from drkl.models.classes import class_names
-from drkl.models.forward import decoder_start, in_eval_mode, named_arguments, output_head
+from drkl.models.forward import PACKED, decoder_start, in_eval_mode, named_arguments, output_head, row_bounds
 from drkl.models.pair import check_same_family
 from drkl.objectives import ObjectiveLike, make_objective
 
@@ -33,8 +33,6 @@ NOT_INPUTS = frozenset(
     {"labels", "past_key_values", "use_cache", "return_dict", "logits_to_keep", "num_items_in_batch"}
 )
 """Keys of a batch that change what a model returns, not what it reads."""
-PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""Keys that describe packed sequences, which models accept without naming them."""
 
 
 def pair_loss(
@@ -187,7 +185,7 @@ def model_inputs(model: PreTrainedModel, batch: Mapping[str, Any], role: str) ->
     names, takes_more = named_arguments(type(model).forward)
     inputs = {k: v for k, v in batch.items() if v is not None and k in names and k not in NOT_INPUTS}
     if takes_more:
-        inputs |= {key: batch[key] for key in PACKED if key in batch}
+        inputs |= {key: batch[key] for key in PACKED if key in batch} | row_bounds(model, batch)
     if takes_more or "use_cache" in names:
         inputs["use_cache"] = False
     kind = kind_of(model, role)

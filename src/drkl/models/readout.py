@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,14 +46,14 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows, padded, and the positions of them that are read; everything on the CPU."""
+    """Some rows, padded or packed, and the positions of them that are read; everything on the CPU."""
 
     rows: list[int]
     """The places of these rows among all rows."""
     inputs: dict[str, Tensor]
-    """The arguments of `drkl.models.forward.hidden_states`, `[batch, tokens]` each."""
+    """The arguments of `drkl.models.forward.hidden_states`, `[batch, tokens]` each; packed `[1, tokens]`."""
     keep: Tensor
-    """`[batch, tokens]`, true at the `n` positions that are read."""
+    """As large, true at the `n` positions that are read."""
     labels: Tensor
     """`[n]`, the observed tokens (or classes) there."""
     row_ids: list[str]
@@ -82,6 +83,7 @@ def batches(
     positions: Mapping[int, Sequence[int]] | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     rows_per_batch: int | None = None,
+    packed: bool = False,
 ) -> Iterator[Batch]:
     """Yield the rows in batches, the shortest rows first.
 
@@ -93,11 +95,13 @@ def batches(
             None reads every trained position of every row.
         tokens_per_batch: a batch has at most this many tokens with padding; a longer row is alone.
         rows_per_batch: a batch has this many rows, whatever their tokens; None counts tokens.
+        packed: lay the rows of a batch one after the other; the batches have the same rows.
     """
+    settings: dict[str, Any] = {"pad_id": pad_id, "decoder_start": decoder_start, "positions": positions}
     used = list(range(len(rows))) if positions is None else [row for row in positions if positions[row]]
     lengths = column(rows, "length") if positions is None else [rows[i].length for i in used]
     for group in batch_rows(lengths, tokens_per_batch, rows_per_batch):
-        yield to_batch(rows, [used[i] for i in group], pad_id=pad_id, decoder_start=decoder_start, positions=positions)
+        yield to_batch(rows, [used[i] for i in group], packed=packed, **settings)
 
 
 def batch_rows(
@@ -118,25 +122,27 @@ def to_batch(
     pad_id: int,
     decoder_start: int | None = None,
     positions: Mapping[int, Sequence[int]] | None = None,
+    packed: bool = False,
 ) -> Batch:
     """One batch: the rows at the places ``members``; the other arguments are those of `batches`."""
-    batch = collate([rows[i] for i in members], pad_id=pad_id, decoder_start=decoder_start)
+    batch = collate([rows[i] for i in members], pad_id=pad_id, decoder_start=decoder_start, packed=packed)
     own_view = "teacher_keep" in batch
     inputs, places = teacher_inputs(batch)
     labels, row_ids = batch.pop("labels"), batch.pop("row_ids")
     keep = labels != IGNORE_INDEX
     if positions is not None:
-        chosen = [positions[row] for row in members]
+        chosen = [(positions[row], rows[row].num_trained) for row in members]
         keep, places = _only(keep, chosen), _only(places, chosen)
     return Batch(members, batch, keep, labels[keep], row_ids, (inputs, places) if own_view else None)
 
 
-def _only(keep: Tensor, chosen: Sequence[Sequence[int]]) -> Tensor:
-    """The chosen ones among the kept positions of each row, counted from 0."""
-    kept = torch.zeros_like(keep)
-    for line, places in enumerate(chosen):
-        kept[line, keep[line].nonzero().squeeze(1)[list(places)]] = True
-    return kept
+def _only(keep: Tensor, chosen: Sequence[tuple[Sequence[int], int]]) -> Tensor:
+    """The chosen ones among the kept positions of each row, counted from 0; with them how many are kept of it."""
+    own = keep.flatten().nonzero().squeeze(1).split([count for _, count in chosen])
+    kept = torch.zeros(keep.numel(), dtype=torch.bool)
+    for places, (wanted, _) in zip(own, chosen, strict=True):
+        kept[places[list(wanted)]] = True
+    return kept.view(keep.shape)
 
 
 @dataclass(frozen=True)

@@ -58,19 +58,18 @@ class AdaptiveKL(Objective):
         log_q, log_p = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
         torch.exp(log_q, out=student_logits)
         torch.exp(log_p, out=teacher_logits)
-        gap = teacher_logits - student_logits
-        total = torch.linalg.vector_norm(gap, 1, -1, keepdim=True)
-        share = _share(gap_in_head(gap, log_p, self.mu), total)
+        gap = (teacher_logits - student_logits).abs_()
+        share = _share(gap_in_head(gap, log_p, self.mu), gap.sum(-1, keepdim=True))
         return two_kls_(student_logits, teacher_logits, log_q.sub_(log_p), share)
 
 
 def gap_in_head(gap: Float[Tensor, "n vocab"], logp: Float[Tensor, "n vocab"], mu: float) -> Float[Tensor, "n 1"]:
-    """The sum of |gap| over the head of ``logp``, without a mask of the vocabulary where the head is short."""
+    """The sum of ``gap`` over the head of ``logp``, without a mask of the vocabulary where the head is short."""
     best, places = first_of(logp, FIRST_TOKENS)
     listed, sure = first_tokens(best, mu)
-    inside = gap.gather(-1, places).abs_().mul_(listed).sum(-1, keepdim=True)
+    inside = gap.gather(-1, places).mul_(listed).sum(-1, keepdim=True)
     if not bool(sure.all()):
-        inside[~sure] = gap[~sure].abs_().mul_(head_mask(logp[~sure], mu)).sum(-1, keepdim=True)
+        inside[~sure] = gap[~sure].mul_(head_mask(logp[~sure], mu)).sum(-1, keepdim=True)
     return inside
 
 

@@ -210,6 +210,7 @@ def cut(
     rows_per_part: int | None,
     padding: int,
     side_by_side: bool = False,
+    packed: bool = False,
 ) -> list[list[list[Row]]]:
     """Cut the rows of a step into parts by their real lengths, and deal these out to slots.
 
@@ -221,6 +222,7 @@ def cut(
         padding: positions of padding that cost as much as another part.
         side_by_side: slots work at the same time, in several processes: the n-th parts of all are then of like cost,
             and none is empty where there are rows enough.
+        packed: parts have no padding.
 
     Returns:
         For each slot its parts, the same number for all; some have no rows.
@@ -236,20 +238,23 @@ def cut(
         groups = [order[i : i + rows_per_part] for i in range(0, len(order), rows_per_part)]
     else:
         assert tokens is not None, "one of the two limits is given"
-        groups = bucket_by_length(lengths, tokens)
-    groups = [part for group in groups for part in _alike(group, lengths, padding)]
+        groups = bucket_by_length(lengths, tokens, packed=packed)
+    if not packed:
+        groups = [part for group in groups for part in _alike(group, lengths, padding)]
     while len(groups) < slots and any(len(group) > 1 for group in groups):
         largest = max(range(len(groups)), key=lambda i: len(groups[i]))
         group = groups[largest]
         groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
     if side_by_side:
-        groups = _in_rounds(groups, lengths, slots)
+        groups = _in_rounds(groups, lengths, slots, packed)
     parts = [[rows[i] for i in group] for group in groups]
     deep = -(-len(parts) // slots)
     return [[*parts[slot::slots], *[[]] * deep][: max(1, deep)] for slot in range(slots)]
 
 
-def _in_rounds(groups: Sequence[list[int]], lengths: Sequence[int], slots: int) -> list[list[int]]:
+def _in_rounds(
+    groups: Sequence[list[int]], lengths: Sequence[int], slots: int, packed: bool = False
+) -> list[list[int]]:
     """Parts for whole rounds over the slots, those of a round of like cost.
 
     >>> _in_rounds([[0, 1], [2], [3]], [2, 2, 9, 9], slots=2)
@@ -257,13 +262,13 @@ def _in_rounds(groups: Sequence[list[int]], lengths: Sequence[int], slots: int) 
     """
 
     def cost(group: Sequence[int]) -> int:
-        return len(group) * max(lengths[i] for i in group)
+        return sum(lengths[i] for i in group) if packed else len(group) * max(lengths[i] for i in group)
 
     groups = list(groups)
     while len(groups) % slots and any(len(group) > 1 for group in groups):
         costliest = max((i for i, group in enumerate(groups) if len(group) > 1), key=lambda i: cost(groups[i]))
         group = groups[costliest]
-        halves = split_by_cost([lengths[i] for i in group], 2)
+        halves = split_by_cost([lengths[i] for i in group], 2, packed=packed)
         groups[costliest : costliest + 1] = [[group[i] for i in half] for half in halves]
     groups.sort(key=cost, reverse=True)
     rounds = [groups[first : first + slots] for first in range(0, len(groups), slots)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from drkl.data.classification import LabelledRow
+from drkl.data.collate import each_row
 from drkl.data.stored import StoredRows
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
@@ -258,22 +259,20 @@ def rows_of(batch: Mapping[str, Tensor], keep: Tensor, labels: Tensor | None = N
     A row that keeps none is left out: it is padding of the batch itself.
 
     Args:
-        batch: ``input_ids`` and ``attention_mask`` `[batch, tokens]`, and those of a decoder where there is one.
-        keep: `[batch, tokens]`; of a classifier `[batch, 1]`.
+        batch: the inputs of a batch of `drkl.data.collate.collate`, padded or packed.
+        keep: as large as its labels.
         labels: `[n]`, the tokens observed at the positions, where rows that differ in them are others.
     """
-    pairs = [("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")]
-    read = [(batch[ids].cpu().numpy(), batch[mask].cpu().numpy() != 0) for ids, mask in pairs if ids in batch]
     observed = None if labels is None else labels.tolist()
     rows = []
     before = 0
-    for number, kept in enumerate(keep.cpu().numpy()):
-        positions = tuple(np.flatnonzero(kept).tolist())
+    for read, kept in each_row({name: value.cpu() for name, value in batch.items()}, keep.cpu()):
+        positions = tuple(np.flatnonzero(kept.numpy()).tolist())
         if not positions:
             continue
         digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-        for ids, mask in read:
-            tokens = ids[number][mask[number]].astype("<i8")
+        for ids in read:
+            tokens = ids.numpy().astype("<i8")
             digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
         own = None if observed is None else tuple(observed[before : before + len(positions)])
         rows.append(CacheRow(digest.digest(), positions, own))

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from drkl.client import GO_ON, MOMENTARY, Caller, Client, Refused, printable
+from drkl.data.collate import each_row
 from drkl.errors import DrklError, did_you_mean
 from drkl.losses import LMHead
 from drkl.losses.topk import TopK
@@ -364,18 +365,18 @@ def questions_of(batch: Mapping[str, Tensor], keep: Tensor, labels: Tensor | Non
     """What is asked for a batch: each row as the teacher reads it, padding off, to the token after the last position.
 
     Args:
-        batch: ``input_ids`` and ``attention_mask`` `[batch, tokens]`, padded on the right.
-        keep: `[batch, tokens]`, true at `n` positions.
+        batch: the inputs of a batch of `drkl.data.collate.collate`, padded or packed.
+        keep: as large, true at `n` positions.
         labels: `[n]`, the tokens that follow them; the last one of a row is not among its inputs. None puts any there.
     """
     observed = None if labels is None else labels.tolist()
     questions, before = [], 0
-    for ids, mask, kept in zip(batch["input_ids"], batch["attention_mask"], keep, strict=True):
+    for (ids,), kept in each_row(batch, keep):
         positions = tuple(kept.nonzero()[:, 0].tolist())
         if not positions:
             continue
         before += len(positions)
-        read = ids[mask.bool()].tolist()
+        read = ids.tolist()
         follows = read[-1] if observed is None else observed[before - 1]
         questions.append(Question((*read, follows)[: positions[-1] + 2], positions))
     return questions

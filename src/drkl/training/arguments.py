@@ -51,6 +51,7 @@ _NUMBERS = {
     "logging_steps": True,
 }  # fmt: skip
 _TWO_OBJECTIVES = "beta is TRL's name for an objective and stands in its place; give one of the two."
+_CHOICE = (str, bool, type(None))
 _TEXTS = ("objective_params", "model_init_kwargs", "teacher_model_init_kwargs", "rollout_stop_map")
 
 
@@ -82,6 +83,9 @@ class DistillationConfig(TrainingArguments):
         streaming: read ``train_dataset`` while training goes on, as a `datasets.IterableDataset` always is; needs
             ``max_steps``.
         shuffle_buffer: rows of a stream that are shuffled among each other.
+        padding_free: lay the rows of a batch one after the other, without padding, in one line without attention
+            across rows: "auto" (on a GPU where both models run a FlashAttention), True or False. For decoder-only
+            models; the losses are the same up to rounding.
         freeze_embeddings: keep the token embeddings, and a head tied to them, as they are.
         eval_rows: rows of ``eval_dataset`` for the losses during training, at most.
         early_stop_patience: stop after this number of held-out losses without a new best; None: never.
@@ -167,6 +171,10 @@ class DistillationConfig(TrainingArguments):
     shuffle_buffer: int = field(
         default=SHUFFLE_BUFFER, metadata={"help": "Rows of a stream that are shuffled among each other."}
     )
+    padding_free: Any = field(
+        default="auto",
+        metadata={"help": "Batches without padding: auto (on a GPU with FlashAttention), true or false."},
+    )
     freeze_embeddings: bool = field(default=False, metadata={"help": "Do not train the token embeddings."})
     eval_rows: int = field(default=48, metadata={"help": "Maximum number of rows in a held-out loss."})
     early_stop_patience: int | None = field(
@@ -210,6 +218,7 @@ class DistillationConfig(TrainingArguments):
             self._read_json(name)
         self._check_objective()
         self._check_sizes()
+        self._check_padding_free()
         self._check_refused()
         self._choose_strategies()
         self._choose_precision()
@@ -342,6 +351,14 @@ class DistillationConfig(TrainingArguments):
                 f"max_tokens ({self.max_tokens}) must be larger than max_prompt_tokens ({self.max_prompt_tokens}): it "
                 "counts prompt and response together."
             )
+
+    def _check_padding_free(self) -> None:
+        known = {"auto": "auto", "true": True, "false": False, True: True, False: False, None: "auto"}
+        value = self.padding_free
+        found = known.get(value.lower() if isinstance(value, str) else value) if isinstance(value, _CHOICE) else None
+        if found is None:
+            raise DrklError(f"padding_free is {value!r}; expected 'auto', True or False.")
+        self.padding_free = found
 
     def _check_refused(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
@@ -485,5 +502,5 @@ def _init(self: DistillationConfig, *args: Any, **kwargs: Any) -> None:
 # The generated one says of a name from TRL only that it is unexpected.
 DistillationConfig.__init__ = _init  # type: ignore[method-assign]
 # HfArgumentParser makes a flag of a field by its annotation; on a command line these are texts.
-for _field in ("objective", "lr_scheduler_type", "eval_strategy", "rollout_share", *_TEXTS):
+for _field in ("objective", "lr_scheduler_type", "eval_strategy", "rollout_share", "padding_free", *_TEXTS):
     DistillationConfig.__annotations__[_field] = "dict[str, Any] | str | None"

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from drkl.data.collate import is_packed
 from drkl.processes import gather
 
 _MASKS = ("attention_mask", "decoder_attention_mask")
@@ -45,9 +46,13 @@ class Feeding:
 
     def add(self, inputs: Mapping[str, Any], row_ids: Sequence[str]) -> None:
         """Add a forward pass; every process has as many of them. Without rows it is fed padding alone."""
-        masks: list[Tensor] = [inputs[name] for name in _MASKS if name in inputs]
-        self._fed.append(sum(mask.numel() for mask in masks))
-        self._tokens += sum(int(mask.sum()) for mask in masks) if row_ids else 0
+        if is_packed(inputs):
+            fed = tokens = inputs["input_ids"].numel()
+        else:
+            masks: list[Tensor] = [inputs[name] for name in _MASKS if name in inputs]
+            fed, tokens = sum(mask.numel() for mask in masks), sum(int(mask.sum()) for mask in masks)
+        self._fed.append(fed)
+        self._tokens += tokens if row_ids else 0
 
     def of_all(self) -> Fed:
         """What all processes were fed. Every process has to ask."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from drkl.losses import LMHead, LogitChunk, distillation_loss, fused_distillation_loss
 from drkl.losses.config import LossConfig
+from drkl.losses.fused import block_rows
 from drkl.losses.kernel_statistics import kernel_statistics
 from drkl.losses.topk import TopK
 from drkl.objectives.logspace import argmax
@@ -172,16 +173,25 @@ class StatisticsSums:
         assert labels is not None
         if not labels.numel():
             return
-        logits = teacher if isinstance(teacher, Tensor) else None
-        columns = logged_columns(student, logits, labels)
-        columns[POSITIONS] = torch.ones(labels.numel(), dtype=torch.int64)
-        if isinstance(teacher, TopK):
-            columns |= class_columns(student, teacher, self._temperature)
+        size = block_rows(student)
+        blocks = [
+            self._columns(student[block], None if teacher is None else teacher[block], labels[block])
+            for block in (slice(start, start + size) for start in range(0, len(labels), size))
+        ]
         parts = self._parts(chunk, labels.device)
-        for name, value in columns.items():
+        for name in blocks[0]:
+            value = torch.cat([block[name] for block in blocks])
             for prefix, part in parts:
                 some = value[part if isinstance(part, slice) else part.to(value.device)]
                 self.sums[prefix + name] = self.sums.get(prefix + name, 0) + some.sum()
+
+    def _columns(self, student: Tensor, teacher: Tensor | TopK | None, labels: Tensor) -> dict[str, Tensor]:
+        """The statistics of some positions, each `[n]`."""
+        columns = logged_columns(student, teacher if isinstance(teacher, Tensor) else None, labels)
+        columns[POSITIONS] = torch.ones(labels.numel(), dtype=torch.int64)
+        if isinstance(teacher, TopK):
+            columns |= class_columns(student, teacher, self._temperature)
+        return {name: value for name, value in columns.items() if value is not None}
 
     def at(self, places: Tensor) -> StatisticsSums:
         """An observer of a loss at some of the positions, `[n]` bool, that adds to the same sums."""

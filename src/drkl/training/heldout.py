@@ -47,6 +47,7 @@ class HeldOut:
         vocab_size: int | None = None,
         remember: bool = True,
         merged_ids: Sequence[int] = (),
+        packed: bool = False,
     ) -> None:
         self._teacher, self._vocab_size, self._remember = teacher, vocab_size, remember
         self._merged_ids = merged_ids or None
@@ -57,6 +58,7 @@ class HeldOut:
                 decoder_start=decoder_start,
                 tokens_per_batch=SHORT_TOKENS_PER_BATCH,
                 rows_per_batch=rows_per_batch,
+                packed=packed,
             )
         )
         self._teacher_hidden: list[Tensor | TopK | None] = [None] * len(self._batches)

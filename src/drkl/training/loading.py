@@ -25,7 +25,7 @@ from drkl.teachers.served import ServedTeacher
 from drkl.teachers.shards import check_is_no_cache
 from drkl.teachers.teacher import Teacher
 from drkl.training.arguments import DistillationConfig
-from drkl.training.sharding import check_sharded
+from drkl.training.sharding import asks_for_fsdp, check_sharded
 
 _log = logging.getLogger("drkl")
 
@@ -71,6 +71,13 @@ def load_student(model: Any, args: DistillationConfig, quantization_config: Any)
             f"model is a {type(model).__name__}; expected a name, a transformers.PreTrainedModel or a peft.PeftModel."
         )
     return model, None
+
+
+def place(student: PreTrainedModel, args: DistillationConfig) -> None:
+    """Put a student where it will be trained, if the loop would: a FlashAttention runs there alone, and is tried."""
+    apart = is_sharded(student) or asks_for_fsdp(args) or args.deepspeed
+    if not apart and getattr(student, "hf_device_map", None) is None and not getattr(student, "is_quantized", False):
+        student.to(args.device)  # type: ignore[arg-type]
 
 
 def load_teacher(teacher: Any, args: DistillationConfig) -> Teacher | None:

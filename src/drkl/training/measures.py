@@ -86,6 +86,7 @@ def make_measures(rows: Rows, pair: Pair, args: DistillationConfig, run: RunFold
             vocab_size=pair.vocab_size,
             merged_ids=pair.merged_ids,
             remember=remember,
+            packed=pair.packs_heldout,
         )
 
     rollouts = args.rollouts

@@ -99,9 +99,11 @@ class OnPolicy:
                 rows_per_part=args.per_device_train_batch_size,
                 padding=PADDING[args.device.type != "cpu"],
                 side_by_side=args.world_size > 1,
+                packed=self._pair.packed,
             )
         else:  # as planned, and so the step that a run without answers takes
-            slots = [[part] for part in cut_step(rows, self._slots, alike=cuts_by_cost(args, args.world_size))]
+            alike = cuts_by_cost(args, args.world_size)
+            slots = [[part] for part in cut_step(rows, self._slots, alike=alike, packed=self._pair.packed)]
         mine = slots[args.process_index :: args.world_size]
         ends = itertools.accumulate(row.num_trained for row in rows)
         firsts = {id(row): end - row.num_trained for row, end in zip(rows, ends, strict=True)}
@@ -110,11 +112,12 @@ class OnPolicy:
 
     def _batch(self, rows: Sequence[Any], firsts: Mapping[int, int]) -> dict[str, Any]:
         """The batch of some rows; ``firsts`` has the place of the first trained token of each in the step."""
-        batch = collate(rows, pad_id=self._pair.pad_id, decoder_start=self._start)
+        batch = collate(rows, pad_id=self._pair.pad_id, decoder_start=self._start, packed=self._pair.packed)
         # Cross-entropy and the log tell answers from the data's responses.
-        sampled = torch.tensor([row.sampled for row in rows] or [False])
+        keep = batch["labels"] != IGNORE_INDEX
+        sampled = torch.zeros_like(keep)
+        sampled[keep] = torch.tensor([row.sampled for row in rows for _ in range(row.num_trained)], dtype=torch.bool)
         places = [place for row in rows for place in range(firsts[id(row)], firsts[id(row)] + row.num_trained)]
-        sampled = sampled[:, None].expand_as(batch["labels"]) & (batch["labels"] != IGNORE_INDEX)
         return batch | {"sampled": sampled, "places": torch.tensor(places, dtype=torch.int64)}
 
     def learnt(self, seconds: float) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,7 +28,7 @@ from drkl.models.config import StudentConfig
 from drkl.models.context import room_of
 from drkl.models.ends import check_languages, listed_ends
 from drkl.models.fingerprint import tokenizer_fingerprint
-from drkl.models.forward import decoder_start, is_encoder_decoder, lm_head
+from drkl.models.forward import decoder_start, is_encoder_decoder, lm_head, uses_flash
 from drkl.models.load import words_of
 from drkl.models.pair import (
     SharedTokens,
@@ -47,6 +48,7 @@ from drkl.training.loading import (
     load_student,
     load_teacher,
     make_trainable,
+    place,
     plain_options,
     tokenizer_of_rows,
 )
@@ -123,11 +125,21 @@ class Pair:
     """What the tokenizers of two models given by name share."""
     teacher_stops: Sequence[int] = ()
     """The ids that end an answer of the teacher's; empty where they are not asked for."""
+    packed: bool = False
+    """Whether batches have no padding: their rows lie one after the other."""
+    varlen: Sequence[PreTrainedModel] = ()
+    """The models that then take torch's FlashAttention in place of its SDPA while the student is trained."""
 
     @property
     def vocab_size(self) -> int | None:
         """The number of token ids, from 0, on which the models are compared; None for all."""
         return None if self.vocabulary is None else self.vocabulary["shared"]
+
+    @property
+    def packs_heldout(self) -> bool:
+        """Whether held-out batches have no padding either: they are read without autocast, in the weights' dtype."""
+        needs_half = any(model is self.student for model in self.varlen)
+        return self.packed and not (needs_half and self.student.dtype == torch.float32)
 
     @property
     def words(self) -> Any:
@@ -191,6 +203,8 @@ def make_pair(
     if streams:
         check_streaming(args)
     student, adapter = load_student(model, args, quantization_config)
+    if uses_flash(student):
+        place(student, args)
     classes = class_names(student, _name(model)) if is_classifier(student) else None
     teacher = load_teacher(teacher_model, args)
     source = settle_served(teacher, model, student, tokenizer, args) or teacher_model

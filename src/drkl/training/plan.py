@@ -66,12 +66,19 @@ class MicroBatches(Dataset[list[Any]]):
         parts: micro-batches in a step, over all processes. Whole steps are planned and then cut, so that the optimiser
             sees the same rows in the same step however many parts there are.
         alike: the parts of a step are of like cost, as several processes wait for the costliest; else of as many rows.
+        packed: they have no padding, which then costs nothing.
     """
 
     def __init__(
-        self, rows: Sequence[Row | LabelledRow], steps: Sequence[Sequence[int]], parts: int, *, alike: bool = False
+        self,
+        rows: Sequence[Row | LabelledRow],
+        steps: Sequence[Sequence[int]],
+        parts: int,
+        *,
+        alike: bool = False,
+        packed: bool = False,
     ) -> None:
-        self._rows, self._steps, self._parts = rows, steps, parts
+        self._rows, self._steps, self._parts, self._packed = rows, steps, parts, packed
         self._lengths = column(rows, "length") if alike else None
 
     def __len__(self) -> int:
@@ -82,18 +89,19 @@ class MicroBatches(Dataset[list[Any]]):
         if self._lengths is None:
             return [self._rows[i] for i in part_of(self._steps[step], part, self._parts)]
         numbers = list(self._steps[step])
-        cut = split_by_cost([int(self._lengths[i]) for i in numbers], self._parts)
+        cut = split_by_cost([int(self._lengths[i]) for i in numbers], self._parts, packed=self._packed)
         return [self._rows[numbers[i]] for i in cut[part]]
 
 
-def cut_step(rows: Sequence[Any], parts: int, *, alike: bool) -> list[list[Any]]:
+def cut_step(rows: Sequence[Any], parts: int, *, alike: bool, packed: bool = False) -> list[list[Any]]:
     """Cut the rows of a step; arguments as of `MicroBatches`."""
-    return [[rows[i] for i in part] for part in cut_lengths([row.length for row in rows], parts, alike=alike)]
+    cut = cut_lengths([row.length for row in rows], parts, alike=alike, packed=packed)
+    return [[rows[i] for i in part] for part in cut]
 
 
-def cut_lengths(lengths: Sequence[int], parts: int, *, alike: bool) -> list[list[int]]:
+def cut_lengths(lengths: Sequence[int], parts: int, *, alike: bool, packed: bool = False) -> list[list[int]]:
     """Cut the rows of a step, known by their lengths; each part has the places of its rows in the step."""
-    return split_by_cost(lengths, parts) if alike else split_rows(range(len(lengths)), parts)
+    return split_by_cost(lengths, parts, packed=packed) if alike else split_rows(range(len(lengths)), parts)
 
 
 def cuts_by_cost(args: DistillationConfig, world_size: int) -> bool:

@@ -290,6 +290,7 @@ def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder, num_steps
             "precision": args.precision,
             "eval_rows": args.eval_rows,
             "gradient_checkpointing": bool(args.activation_checkpointing),
+            "padding_free": args.padding_free,
             "early_stop_patience": args.early_stop_patience,
         }
         | {name: _plain(getattr(args, name)) for name in OWN_ARGUMENTS}

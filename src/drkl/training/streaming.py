@@ -58,12 +58,19 @@ class StreamedBatches(Dataset[list[Any]]):
         args: how to train; ``max_steps`` is given.
         parts: micro-batches in a step, over all processes.
         check: is called with the rows of each window, and raises DrklError where the models cannot read them.
+        packed: as of `MicroBatches`.
     """
 
     def __init__(
-        self, stream: RowStream, args: DistillationConfig, parts: int, check: Callable[[Sequence[Any]], None]
+        self,
+        stream: RowStream,
+        args: DistillationConfig,
+        parts: int,
+        check: Callable[[Sequence[Any]], None],
+        *,
+        packed: bool = False,
     ) -> None:
-        self._stream, self._args, self._parts, self._check = stream, args, parts, check
+        self._stream, self._args, self._parts, self._check, self._packed = stream, args, parts, check, packed
         self._ahead: _Ahead | None = None
         self._windows: deque[Window] = deque(maxlen=2)
         """The newest two: micro-batches are taken a little before they are trained on."""
@@ -76,7 +83,8 @@ class StreamedBatches(Dataset[list[Any]]):
     def __getitem__(self, index: int) -> list[Any]:
         step, part = divmod(index, self._parts)
         window = self._window(step)
-        return cut_step(window.rows_of(step), self._parts, alike=cuts_by_cost(self._args, self._args.world_size))[part]
+        alike = cuts_by_cost(self._args, self._args.world_size)
+        return cut_step(window.rows_of(step), self._parts, alike=alike, packed=self._packed)[part]
 
     def begin(self, checkpoint: Path | None) -> None:
         """Begin with the stream, or go on where a checkpoint was written.

@@ -29,6 +29,7 @@ from drkl.models.forward import decoder_start
 from drkl.models.load import one_tokenizer
 from drkl.models.pair_loss import model_inputs
 from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_state
+from drkl.models.varlen import with_varlen
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
 from drkl.processes import first_alone, gather, lost_another
@@ -69,6 +70,7 @@ from drkl.training.heldout_answers import HeldOutAnswers
 from drkl.training.loop import check_optimizer, loop_arguments
 from drkl.training.measures import Measures, make_measures
 from drkl.training.on_policy import OnPolicy, check_rollouts, check_whole
+from drkl.training.packing import settle_packing
 from drkl.training.pair import Pair, make_pair
 from drkl.training.plan import MicroBatches, Places, cuts_by_cost, plan_run
 from drkl.training.record import RunRecord
@@ -168,6 +170,7 @@ class DistillationTrainer(Trainer):
             )
         for note in pair.notes:
             _log.info(note)
+        settle_packing(pair, args)
         self.run = RunFolder(Path(str(args.output_dir)))
         any_rows: Any = pair.rows
         samples = args.rollouts.is_on
@@ -250,14 +253,17 @@ class DistillationTrainer(Trainer):
         pad_id, start = pair.pad_id, decoder_start(pair.student)
         parts = inner.gradient_accumulation_steps * inner.world_size
         alike = cuts_by_cost(self.config, self.config.world_size)
-        batches: Any = Places(len(steps) * parts) if on_policy else MicroBatches(pair.rows, steps, parts, alike=alike)
+        packed = pair.packed
+        batches: Any = Places(len(steps) * parts)
+        if not on_policy:
+            batches = MicroBatches(pair.rows, steps, parts, alike=alike, packed=packed)
         if pair.stream is not None:
-            self._streamed = batches = StreamedBatches(pair.stream, self.config, parts, pair.check_more)
+            self._streamed = batches = StreamedBatches(pair.stream, self.config, parts, pair.check_more, packed=packed)
             inner.dataloader_num_workers, inner.dataloader_prefetch_factor = 0, None  # it reads ahead by itself
             inner.dataloader_persistent_workers = False
 
         def to_batch(items: list[Any]) -> Any:
-            return items[0] if on_policy else collate(items[0], pad_id=pad_id, decoder_start=start)
+            return items[0] if on_policy else collate(items[0], pad_id=pad_id, decoder_start=start, packed=packed)
 
         try:
             super().__init__(
@@ -330,7 +336,8 @@ class DistillationTrainer(Trainer):
         if self._use_cache is not None:
             student.config.use_cache = False
         try:
-            output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+            with with_varlen(self.pair.varlen):
+                output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
             read = None if self._streamed is None else self._streamed.account(self.state.global_step)
         finally:
             if self._streamed is not None:
@@ -473,7 +480,7 @@ class DistillationTrainer(Trainer):
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         for part in inputs.get("parts", [inputs]):
-            super()._track_num_input_tokens(part)
+            super()._track_num_input_tokens({"attention_mask": torch.ones_like(part["input_ids"])} | part)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of the next step; answers are written first where they are due."""

@@ -66,7 +66,6 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "packing": (_ROWS, (None, False)),
     "packing_strategy": (_ROWS, (None, "bfd")),
     "eval_packing": (_ROWS, (None, False)),
-    "padding_free": (_ROWS, (None, False)),
     "dataset_kwargs": (_ROWS, ({}, None)),
     "dataset_num_proc": (_ROWS, (1, None)),
     "dataset_text_field": ("the column of a text is called text", (None, "text")),
