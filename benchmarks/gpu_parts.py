@@ -90,7 +90,7 @@ GPU = Sizes(
     steps=30, max_tokens=1024, answers=64, max_new_tokens=128, on_policy_steps=5, rows=1000, cached_rows=512,
 )  # fmt: skip
 CPU = Sizes(
-    device="cpu", positions=12, vocab=500, hidden=16, rounds=2,
+    device="cpu", positions=3, vocab=64, hidden=16, rounds=2,
     small=(SMOLLM2 | TINY, SMOLLM2 | TINY | {"num_hidden_layers": 2}),
     large=(QWEN | TINY, QWEN | TINY | {"num_hidden_layers": 2, "hidden_size": 16}), tokens_per_step=(256, 256),
     steps=6, max_tokens=96, answers=4, max_new_tokens=8, on_policy_steps=2, rows=40, cached_rows=8,
