@@ -352,6 +352,7 @@ def test_a_plain_function_is_differentiated_without_a_word() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")  # shape checks are nothing that is compiled
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile's own
 @pytest.mark.skipif(DEVICE == "cpu" and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(
