@@ -110,7 +110,7 @@ check: setup ## run ruff and mypy
 
 bench: setup ## measure time and memory of the fused loss beside plain PyTorch, TRL and Liger-Kernel
 	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss
-	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss --vocab 151936 --hidden 896 --rounds 3 --only $(WIDE)
+	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss --positions 1024 --vocab 151936 --hidden 896 --rounds 3 --only $(WIDE)
 	$(OFFLINE) $(BIN)/python -m benchmarks.fused_loss --positions 16384 --rounds 2 --only $(LONG)
 
 docs: setup ## write the generated parts of the docs, and draw their figures

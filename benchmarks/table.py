@@ -8,6 +8,7 @@ from benchmarks.rows import Row, read_rows
 from drkl.training.memory import MOMENTS
 
 RESULTS = Path(__file__).parent / "results"
+NOT_MEASURED = "Not measured yet.\n"
 TODAY = "today"
 """The code that is measured, in a column of rows that compare it with another."""
 
@@ -127,6 +128,8 @@ def on_policy_table(rows: list[Row]) -> str:
 
 def train_step_table(rows: list[Row]) -> str:
     """A step on data of each trainer; drkl with the same objective is the first."""
+    if not rows:
+        return NOT_MEASURED
     first = rows[0]
     lines = [
         f"| {first['prompts']} rows a step, {first['tokens_per_step']} trained tokens, {first['precision']} "
@@ -144,6 +147,8 @@ def train_step_table(rows: list[Row]) -> str:
 
 def step_profile_table(rows: list[Row]) -> str:
     """Where the time of a quickstart step goes."""
+    if not rows:
+        return NOT_MEASURED
     lines = ["| part of a step | share | s |", "|---|---|---|"]
     for row in rows:
         lines.append(f"| {row['part']} | {float(row['share']):.1%} | {float(row['s_per_step']):.3f} |")

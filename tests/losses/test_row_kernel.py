@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,7 @@ import torch
 from torch import Tensor
 
 import drkl
+from drkl import LMHead
 from drkl.losses import fused, kernel_steps
 from drkl.losses.common import LossSettings, make_settings
 from tests.objectives import reference, tensors
@@ -22,7 +27,7 @@ FP32 = torch.float32
 INF = math.inf
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="no Triton for this system")
-from drkl.losses import row_kernel  # noqa: E402
+from drkl.losses import row_kernel, row_programs  # noqa: E402
 from tests.losses.interpreter import patched_once  # noqa: E402
 
 OBJECTIVES: list[tuple[str, dict[str, Any]]] = [
@@ -271,6 +276,168 @@ def test_infinite_logits_are_what_the_definition_makes_of_them(
         known = expected_grad[row].isfinite() & ~expected[row].isnan()
         near = {"rtol": close, "atol": close, "err_msg": about}
         np.testing.assert_allclose(grad[row][known], expected_grad[row][known], **near)
+
+
+HEADS = {
+    "scale": LMHead(torch.empty(21, 1), scale=-0.4),
+    "bias": LMHead(torch.empty(21, 1), torch.linspace(-2, 2, 21)),
+    "all": LMHead(torch.empty(21, 1), torch.linspace(-2, 2, 21).index_fill(0, torch.tensor(5), -INF), 1.5, 3.0),
+}
+
+
+def through(head: LMHead, products: Tensor) -> Tensor:
+    """softcap(scale (product + bias)) in float64."""
+    bias = 0.0 if head.bias is None else head.bias.double()
+    logits = head.scale * (products + bias)
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def products(rows: int = 3, spare: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Of 21 columns, with more beside them that do not count."""
+    student, teacher, labels = tensors.logits(rows=rows, vocab=21, seed=rows)
+    room = torch.full((rows, spare), 50.0)
+    return torch.cat([student.float(), room], 1), torch.cat([teacher.float(), room], 1), labels
+
+
+@pytest.mark.parametrize("name", ["drkl-label", "ce", *(pytest.param(n, marks=pytest.mark.slow) for n in MAIN[:-1])])
+@pytest.mark.parametrize("which", HEADS)
+def test_what_stands_between_products_and_logits(name: str, which: str) -> None:
+    head, settings = HEADS[which], case_settings(KINDS[name].objective, 1.5, 0.5)
+    student, teacher, labels = products(spare=3)
+    leaf = student[:, :21].double().requires_grad_()
+    expected = drkl.distillation_loss(
+        through(head, leaf),
+        through(head, teacher[:, :21].double()),
+        labels,
+        objective=settings.objective,
+        temperature=1.5,
+        kd_weight=0.5,
+        reduction="none",
+    )
+    (expected_grad,) = torch.autograd.grad(expected.sum(), leaf)
+    words = {"vocab_size": 21, "student_head": head, "teacher_head": head}
+    values, grad = by_kernel(settings, student, teacher, labels, **words)
+    close = coarse(through(head, leaf.detach()), through(head, teacher[:, :21].double()))
+    torch.testing.assert_close(values, expected.detach(), rtol=close, atol=close)
+    torch.testing.assert_close(grad[:, :21], expected_grad, rtol=close, atol=close)
+    assert (grad[:, 21:] == 50).all()
+    assert torch.equal(by_kernel(settings, student, teacher, labels, needs_grad=False, **words)[1], student.double())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", ["drkl", "ce"])
+def test_ids_that_count_as_one(name: str, temperature: float) -> None:
+    ids, head, settings = [4, 9, 20], LMHead(torch.empty(21, 1), None, 0.8, 5.0), case_settings(name, temperature)
+    student, teacher, _ = products()
+    labels = torch.tensor([20, 4, 11])
+    leaf = student.double().requires_grad_()
+    words: dict[str, Any] = {"objective": name, "temperature": temperature, "merged_ids": ids}
+    expected = drkl.distillation_loss(through(head, leaf), teacher.double(), labels, reduction="none", **words)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), leaf)
+    members = through(head, leaf.detach())[:, ids].float()
+    events = [temperature * torch.logsumexp(x / temperature, -1).to(DEVICE) for x in (members, teacher[:, ids])]
+    rows = [x.clone().index_fill_(1, torch.tensor(ids[1:]), -INF) for x in (student, teacher)]
+    seen = torch.where(labels == 20, 4, labels)
+    values, grad = by_kernel(settings, *rows, seen, student_head=head, event=(4, *events))
+    assert (grad[:, ids[1:]] == 0).all()
+    grad[:, ids] = torch.softmax(members / temperature, -1) * grad[:, 4:5] * 0.8 * (1 - (members / 5.0) ** 2)
+    close = coarse(student, teacher)
+    torch.testing.assert_close(values, expected.detach(), rtol=close, atol=close)
+    torch.testing.assert_close(grad, expected_grad, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("temperatures", [(2.0,), (2.0, 1.0)])
+def test_the_rest_as_one_class(temperatures: tuple[float, ...]) -> None:
+    head, places = HEADS["all"], torch.tensor([[1, 5], [2, 20], [0, 7]])
+    student, _, _ = products(spare=2)
+    cut = student.scatter(1, places, -INF)
+    leaf = student[:, :21].double().requires_grad_()
+    logits = through(head, leaf)
+    rest = [torch.logsumexp(logits.scatter(1, places, -INF) / t, -1) for t in temperatures]
+    found = row_kernel.rest_log_sum_exp(cut.to(DEVICE), temperatures, vocab_size=21, head=head)
+    close = coarse(student[:, :21], student[:, :21])
+    torch.testing.assert_close(found.cpu().double(), torch.stack(rest, -1).detach(), rtol=close, atol=close)
+    # d rest / d logit is the softmax over T: of T factor * rest that is what is asked for. A label in the first row.
+    factors, labels = torch.tensor([0.5, -2.0, 1.0]), torch.tensor([3, 2, 7])
+    total = sum(t * (factors * r).sum() for t, r in zip(temperatures, rest, strict=True)) - 0.3 * logits[0, 3]
+    (expected,) = torch.autograd.grad(total, leaf)
+    shares = [(t, found[:, i], factors.to(DEVICE)) for i, t in enumerate(temperatures)]
+    grad = cut.to(DEVICE)
+    row_kernel.spread_rest_(grad, shares, labels=labels.to(DEVICE), label_share=0.3, vocab_size=21, head=head)
+    torch.testing.assert_close(grad[:, :21].cpu().double(), expected, rtol=close, atol=close)
+    assert (grad[:, 21:] == 50).all()
+
+
+def test_no_rest_is_left() -> None:
+    nothing = torch.full((2, 5), -INF, device=DEVICE)
+    sums = row_kernel.rest_log_sum_exp(nothing, (1.0,))
+    row_kernel.spread_rest_(nothing, [(1.0, sums[:, 0], torch.zeros(2, device=DEVICE))])
+    assert (sums == -INF).all() and (nothing == 0).all()
+
+
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from drkl.losses import row_kernel, row_programs
+from tests.losses.test_row_kernel import compiled
+for capability in (80, 90):
+    for program, signature, constants, warps in compiled():
+        names = program.arg_names
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+        source = ASTSource(program, signature, {(names.index(n),): c for n, c in constants.items()}, aligned)
+        compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+"""
+
+
+def compiled() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Every program with its arguments' types, its constants, and its number of warps; constants once each."""
+    plain, full, event = (False,) * 4, (True, True, True, False), (False, False, False, True)
+    settings = [case_settings(case.objective) for case in KINDS.values()]
+    settings += [case_settings("ce", 2.0), *(case_settings("drkl", t, w) for t, w in ((2.0, 0.5), (1.0, 0.0)))]
+    seen = set()
+    for case in settings:
+        constants = dict(row_kernel.launched(case, 50_000).constants)
+        key = str({k: getattr(v, "__name__", v) for k, v in constants.items()})
+        warps = constants.pop("num_warps")
+        if key not in seen:
+            yield _typed(row_programs.row_step, {**constants, "HEADS": (plain, plain), "GRAD": True}, warps)
+        seen.add(key)
+    for heads, grad, dtype in (
+        ((full, full), True, "fp32"),
+        ((event, event), True, "fp16"),
+        ((plain, full), False, "bf16"),
+    ):
+        more = {**constants, "HEADS": heads, "GRAD": grad}
+        yield _typed(row_programs.row_step, more, warps, dtype)
+    for count in (1, 2):
+        yield _typed(row_programs.rest_sums, {"HEAD": full, "COUNT": count, "BLOCK": 2048}, 8)
+        yield _typed(row_programs.spread_rest, {"HEAD": full, "COUNT": count, "LABEL": count == 2, "BLOCK": 2048}, 8)
+
+
+def _typed(program: Any, constants: dict[str, Any], warps: int, dtype: str = "bf16") -> Any:
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in ("student_pointer", "teacher_pointer", "pointer") or name.endswith(("bias", "bias_pointer")):
+            return f"*{dtype}"
+        if name.endswith("pointer"):
+            return "*i64" if name == "label_pointer" else "*fp32"
+        return "i32" if name in ("vocab_size", "event") or name.endswith("stride") else "fp32"
+
+    return program, {name: kind(name) for name in program.arg_names}, constants, warps
+
+
+@pytest.mark.slow
+def test_every_program_compiles_for_two_generations_of_gpus(tmp_path: Path) -> None:
+    """What the interpreter takes and the compiler does not; no GPU is needed."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(["src", "."])}
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @every

@@ -23,8 +23,8 @@ from drkl.data.collate import collate
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.models.check import check_forward
-from drkl.models.forward import hidden_states, lm_head
-from tests.models import tiny
+from drkl.models.forward import hidden_states, lm_head, without_mask
+from tests.models import tiny, tiny_classifiers
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 GROUPED = {**SIZES, "num_key_value_heads": 1, "head_dim": 8}
@@ -77,6 +77,22 @@ def test_padding_changes_nothing() -> None:
     together = hidden_states(model, collate(ROWS, pad_id=0))
     alone = hidden_states(model, collate(ROWS[1:], pad_id=0))
     torch.testing.assert_close(together[1, :2], alone[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom"])  # two of them count positions by the mask
+def test_padding_that_is_read_as_tokens_changes_nothing(name: str) -> None:
+    model = CONFIGS[name]().double().eval()
+    batch = collate(ROWS, pad_id=9)
+    unmasked = without_mask(model, batch)
+    own = batch["attention_mask"] == 1
+    assert not own.all() and unmasked["attention_mask"].all() and unmasked["input_ids"] is batch["input_ids"]
+    torch.testing.assert_close(hidden_states(model, unmasked)[own], hidden_states(model, batch)[own])
+
+
+@pytest.mark.parametrize("model", [tiny.t5, tiny_classifiers.make], ids=["an encoder", "a classifier"])
+def test_a_mask_that_is_needed_stays(model: Callable[[], PreTrainedModel]) -> None:
+    batch = {"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])}
+    assert without_mask(model(), batch)["attention_mask"] is batch["attention_mask"]
 
 
 def test_check_forward_leaves_the_mode_alone() -> None:

@@ -91,6 +91,7 @@ def test_dropout_in_an_attention_is_a_fault_though_nothing_drops_in_eval_mode(ke
         ({"dtype": torch.float32}, False),
         ({"device": torch.device("cpu")}, False),
         ({"_attn_implementation": "eager"}, False),
+        ({"layer_types": ["chunked_attention"]}, False),
         ({"_supports_flash_attn": False}, False),
     ],
 )
@@ -101,4 +102,5 @@ def test_who_can_take_torchs_flash_attention(changes: dict[str, Any], has: bool)
         config = tiny.llama(layers=1).config
 
     Model.config._attn_implementation = changes.get("_attn_implementation", "sdpa")
+    Model.config.layer_types = changes.get("layer_types", ["full_attention"])
     assert has_varlen(Model(), changes.get("dtype", torch.bfloat16)) is has  # type: ignore[arg-type]

@@ -88,8 +88,8 @@ def _akl(lq: Array, lp: Array, near: Array, mu: float = 0.5) -> Answer:
     apart_grad = np.abs(forward.grad - reverse.grad).max(-1)
     found.slack, found.grad_slack = unclear * apart, unclear * apart_grad
     # A weight that may round to 0 takes what is infinite with it.
-    rest = np.where(np.isinf(forward.value), weight, np.where(np.isinf(reverse.value), 1 - weight, 1))
-    return found.open_where((rest - unclear < near[:, 0]) & ~np.isfinite(found.value))
+    rest = np.where(np.isinf(forward.value), weight, np.where(np.isinf(reverse.value), 1 - weight, INF))
+    return found.open_where(rest - unclear < near[:, 0])
 
 
 def _shares(gap: Array, lp: Array, mu: float, shift: Array) -> Array:

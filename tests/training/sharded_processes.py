@@ -122,6 +122,8 @@ CASES = {
     "accelerate pieces": Case(
         by="accelerate", teacher_by="drkl", arguments={"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
     ),
+    "packed": Case(teacher_by="drkl", arguments={"padding_free": True, "activation_checkpointing": True}),
+    "accelerate packed": Case(by="accelerate", arguments={"padding_free": True}),
     "plain": Case(by="nobody"),
     "few rows": Case(arguments={"gradient_accumulation_steps": 2}, count=3),
     "t5": Case(

@@ -90,6 +90,14 @@ def test_the_setting_is_one_of_three(tmp_path: Path, value: Any) -> None:
         DistillationConfig(output_dir=str(tmp_path), padding_free=value)
 
 
+def test_the_setting_of_a_config_is_one_of_three(tmp_path: Path) -> None:
+    values = tiny_runs.config(tmp_path, training={"padding_free": "automatic"})
+    with pytest.raises(
+        DrklError, match=r"training\.padding_free: input should be 'auto', True or False, got 'automatic'"
+    ):
+        tiny_runs.specs(values)
+
+
 @pytest.mark.parametrize(("value", "expected"), [("True", True), ("false", False), (None, "auto"), ("auto", "auto")])
 def test_the_setting_of_a_command_line_is_a_text(tmp_path: Path, value: Any, expected: Any) -> None:
     assert DistillationConfig(output_dir=str(tmp_path), padding_free=value).padding_free == expected
@@ -150,9 +158,14 @@ class OnGpu:
     ("flash", "fault", "packs", "said"),
     [
         ("both", None, True, ""),
-        ("none", None, False, ""),
-        ("student", None, False, ""),
-        ("both", "it fails", False, "batches are padded: rows cannot be laid one after the other for the student"),
+        ("none", None, False, "Batches are padded: attention of the student's (sdpa) and the teacher's (sdpa) would"),
+        (
+            "student",
+            None,
+            False,
+            "Batches are padded: attention of the teacher's (sdpa) would keep rows apart by a mask.",
+        ),
+        ("both", "it fails", False, "Batches are padded: rows cannot be laid one after the other for the student"),
     ],
 )
 def test_of_itself_a_gpu_packs_where_both_models_have_a_flash_attention(
@@ -166,9 +179,27 @@ def test_of_itself_a_gpu_packs_where_both_models_have_a_flash_attention(
     monkeypatch.setattr(packing, "packing_fault", lambda model, most, dtype: fault)
     monkeypatch.setattr(packing, "place", lambda student, args: None)
     arguments: Any = OnGpu("auto")
-    packing.settle_packing(pair, arguments)
+    with caplog.at_level("INFO", logger="drkl"):
+        packing.settle_packing(pair, arguments)
     assert pair.packed is packs
     assert said in caplog.text if said else not caplog.text
+
+
+def test_where_torchs_flash_attention_fails_a_mask_is_taken_if_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where an attention has dropout; without being asked batches are padded."""
+    pair = make_trainer(tmp_path, rows(3), model=tiny.llama(1, layers=2, attention_dropout=0.1).double()).pair
+    monkeypatch.setattr(packing, "_varlen", lambda models, args: list(models.values()))
+    for wanted in ("auto", True):
+        arguments: Any = OnGpu(wanted)
+        arguments.precision = "fp32"
+        with caplog.at_level("INFO", logger="drkl"):
+            packing.settle_packing(pair, arguments)
+        assert pair.packed is (wanted is True) and not pair.varlen
+        said = "Torch's FlashAttention is not used" if pair.packed else "Batches are padded"
+        assert f"{said}: rows cannot be laid one after the other for the student" in caplog.text
+        assert ("by a mask" in caplog.text) is pair.packed
 
 
 @pytest.mark.slow

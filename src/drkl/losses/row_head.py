@@ -29,6 +29,13 @@ def order_key(y):
 
 
 @triton.jit
+def key_value(key):
+    """The float of a key."""
+    bits = key.to(tl.int32)
+    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def narrowed(low, high, mass_low, mass_high, at, mass, mu):
     """A bracket after the mass from ``at`` on is known; it holds the threshold in [low, high)."""
     inside = (at > low) & (at < high)
@@ -112,11 +119,12 @@ def _search(
     BLOCK: tl.constexpr,
 ):
     """One sweep: a narrower bracket, of one key where that is the threshold."""
-    width = high - low
+    # The mass is smooth in the logits, not in their keys: the middle key is there for the search to end.
+    bottom, top = key_value(low), key_value(high - 1)
     share = tl.maximum((mass_low - mu) / tl.maximum(mass_low - mass_high, TINY), 0.0)
-    guess = low + (tl.minimum(share, 1.0) * width.to(tl.float32)).to(tl.int64)
-    at_0, at_1 = high - 1, low + width // 2
-    at_2, at_3 = guess - width // 32 - 1, guess + width // 32 + 1
+    guess, width = bottom + tl.minimum(share, 1.0) * (top - bottom), (top - bottom) / 32
+    at_0, at_1 = high - 1, low + (high - low) // 2
+    at_2, at_3 = order_key(guess - width).to(tl.int64), order_key(guess + width).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     zeros = tl.zeros((BLOCK,), tl.float32)
     best, second = zeros + LOWEST, zeros + LOWEST
@@ -126,12 +134,12 @@ def _search(
         y = logits(teacher, columns, vocab_size, HEADS[1]) * inverse_temperature
         if TARGET != "none":
             y = tl.where(columns == target, LOWEST, y)
-        p, key = tl.exp(log_prob(y, norm_y)), order_key(y).to(tl.int64)
-        mass_0 += tl.where(key >= at_0, p, 0.0)
-        mass_1 += tl.where(key >= at_1, p, 0.0)
-        mass_2 += tl.where(key >= at_2, p, 0.0)
-        mass_3 += tl.where(key >= at_3, p, 0.0)
-        y = tl.where((key >= low) & (key < high), y, LOWEST)
+        p, key = tl.exp(log_prob(y, norm_y)), order_key(y)
+        mass_0 += tl.where(key >= at_0.to(tl.int32), p, 0.0)
+        mass_1 += tl.where(key >= at_1.to(tl.int32), p, 0.0)
+        mass_2 += tl.where(key >= at_2.to(tl.int32), p, 0.0)
+        mass_3 += tl.where(key >= at_3.to(tl.int32), p, 0.0)
+        y = tl.where((key >= low.to(tl.int32)) & (key < high.to(tl.int32)), y, LOWEST)
         second = tl.maximum(second, tl.minimum(best, y))
         best = tl.maximum(best, y)
     keys, probs = order_key(best), tl.exp(log_prob(best, norm_y))

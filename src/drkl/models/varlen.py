@@ -20,11 +20,13 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def has_varlen(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     """Whether a model can take torch's FlashAttention in place of its SDPA where it computes in ``dtype``."""
+    config = model.config.get_text_config()
     return (
         importlib.util.find_spec("torch.nn.attention.varlen") is not None
         and model.device.type == "cuda"
         and dtype in _HALF
-        and model.config.get_text_config()._attn_implementation == "sdpa"
+        and config._attn_implementation == "sdpa"
+        and "chunked_attention" not in (getattr(config, "layer_types", None) or ())  # which only a mask can say
         and bool(getattr(model, "_supports_flash_attn", False))  # it then says what window its layers have
     )
 

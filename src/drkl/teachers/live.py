@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from drkl.losses import LMHead
 from drkl.models.check import check_forward
 from drkl.models.classes import is_classifier
-from drkl.models.forward import INPUTS, hidden_states, in_eval_mode, output_head
+from drkl.models.forward import INPUTS, hidden_states, in_eval_mode, output_head, without_mask
 from drkl.models.load import load_classifier, load_model
 from drkl.models.precision import resolve_dtype
 from drkl.models.readout import Batch
@@ -73,7 +73,7 @@ class LiveTeacher:
             config.pad_token_id = self.pad_id
         try:
             with in_eval_mode(self.model):
-                return hidden_states(self.model, batch)
+                return hidden_states(self.model, without_mask(self.model, batch))
         finally:
             if self.pad_id is not None:
                 config.pad_token_id = own

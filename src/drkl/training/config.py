@@ -119,10 +119,10 @@ class TrainingConfig(BaseModel):
         False,
         description="Keep only each layer's input and compute the rest again in the backward pass, to save memory.",
     )
-    padding_free: Literal["auto"] | bool = Field(
+    padding_free: Literal["auto", True, False] = Field(
         "auto",
-        description="Lay the rows of a batch one after the other, without padding. auto = on a GPU where both models "
-        "run a FlashAttention; true elsewhere keeps the rows apart by a mask of tokens x tokens.",
+        description="Lay the rows of a batch one after the other, without padding. auto = on a GPU, where both models "
+        "have a FlashAttention for it; true elsewhere keeps the rows apart by a mask of tokens x tokens.",
     )
     early_stop_patience: int | None = Field(
         None, ge=1, description="Early-stopping patience, counted in evaluations. Default: off."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -37,36 +37,39 @@ def settle_packing(pair: Pair, args: DistillationConfig) -> None:
     models = {"student": pair.student}
     if isinstance(pair.teacher, LiveTeacher):
         models["teacher"] = pair.teacher.model
-    varlen = _varlen(models, args)
+    varlen, most = _varlen(models, args), _most(pair, args)
+    if _packs(models, varlen, most, args):
+        pair.packed, pair.varlen = True, varlen
+    elif wanted is True and varlen:
+        pair.packed = _packs(models, [], most, args)
+
+
+def _packs(
+    models: Mapping[str, PreTrainedModel], varlen: Sequence[PreTrainedModel], most: int, args: DistillationConfig
+) -> bool:
+    """Whether all models read packed rows, those in ``varlen`` by torch's FlashAttention, and say why not."""
     with with_varlen(varlen):
         masked = [f"{role}'s ({_attention(model)})" for role, model in models.items() if not uses_flash(model)]
-        if wanted == "auto" and masked:
-            return
-        most = _most(pair, args)
-        faults = [
-            (role, fault)
-            for role, model in models.items()
-            if (fault := packing_fault(model, most, _dtype(role, model, args))) is not None
-        ]
-    found = [fault for of_process in gather([faults]) for fault in of_process]
+        where = f"attention of the {' and the '.join(masked)}"
+        if args.padding_free == "auto" and masked:
+            _log.info("Batches are padded: %s would keep rows apart by a mask.", where)
+            return False
+        tried = [(role, packing_fault(model, most, _dtype(role, model, args))) for role, model in models.items()]
+    found = [(role, fault) for role, fault in gather(tried) if fault is not None]
     if found:
-        _refuse(*found[0], models, args)
-        return
-    pair.packed, pair.varlen = True, varlen
-    if masked:
-        _warn(
-            args,
-            f"padding_free is true, and attention of the {' and the '.join(masked)} keeps rows apart by a mask: that "
-            "of N tokens costs N x N, where padded rows cost the square of the longest, once for each row. On a GPU a "
-            "FlashAttention needs none.",
+        role, fault = found[0]
+        what = f"rows cannot be laid one after the other for the {role} ({type(models[role]).__name__}): {fault}."
+        if args.padding_free is True and not varlen:
+            raise DrklError(f"padding_free is true, and {what} Leave it out: batches are then padded.")
+        lost = "Torch's FlashAttention is not used" if args.padding_free is True else "Batches are padded"
+        _log.info("%s: %s", lost, what)
+    if masked and not found and args.process_index == 0:
+        _log.warning(
+            "Warning: padding_free is true, and %s keeps rows apart by a mask: that of N tokens costs N x N, where "
+            "padded rows cost the square of the longest, once for each row. On a GPU a FlashAttention needs none.",
+            where,
         )
-
-
-def _refuse(role: str, fault: str, models: Mapping[str, PreTrainedModel], args: DistillationConfig) -> None:
-    what = f"rows cannot be laid one after the other for the {role} ({type(models[role]).__name__}): {fault}."
-    if args.padding_free is True:
-        raise DrklError(f"padding_free is true, and {what} Leave it out: batches are then padded.")
-    _warn(args, f"batches are padded: {what}")
+    return not found
 
 
 def _varlen(models: Mapping[str, PreTrainedModel], args: DistillationConfig) -> list[PreTrainedModel]:
@@ -85,18 +88,12 @@ def _dtype(role: str, model: PreTrainedModel, args: DistillationConfig) -> torch
     return DTYPES[args.precision]
 
 
-def _warn(args: DistillationConfig, text: str) -> None:
-    if args.process_index == 0:
-        _log.warning("Warning: %s", text)
-
-
 def _attention(model: PreTrainedModel) -> str:
     return str(model.config.get_text_config()._attn_implementation)
 
 
 def _most(pair: Pair, args: DistillationConfig) -> int:
     """The most tokens of a packed batch."""
-    longest, rows = pair.lengths.max_tokens, args.per_device_train_batch_size
-    of_step = rows * longest if rows is not None else args.tokens_per_step or 0
-    of_heldout = (args.per_device_eval_batch_size or 0) * longest
-    return max(of_step, of_heldout, longest, SHORT_TOKENS_PER_BATCH)
+    longest = pair.lengths.max_tokens
+    rows = max(args.per_device_train_batch_size or 0, args.per_device_eval_batch_size or 0, 1)
+    return max(rows * longest, args.tokens_per_step or 0, SHORT_TOKENS_PER_BATCH)

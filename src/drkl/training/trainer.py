@@ -25,7 +25,7 @@ from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX, LMHead, release_buffers
 from drkl.losses.topk import TopK
 from drkl.models.at_head import call_at_head
-from drkl.models.forward import decoder_start
+from drkl.models.forward import decoder_start, without_mask
 from drkl.models.load import one_tokenizer
 from drkl.models.pair_loss import model_inputs
 from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_state
@@ -65,6 +65,7 @@ from drkl.training.checks import check_disk
 from drkl.training.faults import find_fault, list_rows
 from drkl.training.feeding import Fed, Feeding
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of, means_of
+from drkl.training.heap import freed_memory_kept
 from drkl.training.heldout import NonFiniteLoss
 from drkl.training.heldout_answers import HeldOutAnswers
 from drkl.training.loop import check_optimizer, loop_arguments
@@ -336,7 +337,7 @@ class DistillationTrainer(Trainer):
         if self._use_cache is not None:
             student.config.use_cache = False
         try:
-            with with_varlen(self.pair.varlen):
+            with freed_memory_kept(self.args.device), with_varlen(self.pair.varlen):
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
             read = None if self._streamed is None else self._streamed.account(self.state.global_step)
         finally:
@@ -422,7 +423,8 @@ class DistillationTrainer(Trainer):
                 observe=statistics,
             )
 
-        loss = call_at_head(model, model_inputs(self.pair.student, inputs, "student"), at_head, "student")
+        read = without_mask(self.pair.student, inputs)
+        loss = call_at_head(model, model_inputs(self.pair.student, read, "student"), at_head, "student")
         if not torch.isfinite(loss):
             self._stop_non_finite(loss, row_ids, seen[0], teacher_hidden)
         for name, value in (statistics.sums if statistics else {}).items():
