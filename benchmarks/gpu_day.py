@@ -108,7 +108,8 @@ def _is_done(row: Row, part: str, shared: Row) -> bool:
 def ended_within(limit: float, command: list[str], environment: dict[str, str], log: Path) -> int | None:
     """The status that a command ends with; None where it was stopped after ``limit`` seconds, with all it started."""
     with log.open("a") as file:
-        to_log: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT}
+        # In a group of its own it would be stopped where it looks at a terminal.
+        to_log: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
         child = subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0, **to_log)
     try:
         return child.wait(limit)
