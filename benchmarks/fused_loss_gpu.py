@@ -28,6 +28,7 @@ from benchmarks.fused_loss import Case, dense
 from benchmarks.rows import Row, commit, spread, write_rows
 from drkl import LMHead, TopK
 from drkl.losses import fused as fused_module
+from drkl.losses import kernel_steps
 from drkl.losses.products import add_product_
 from drkl.objectives.divergences import ReverseKL
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums
@@ -43,10 +44,12 @@ class Floor:
     """The four matrix products, in the chunks of the fused loss, into buffers that are made once for a case."""
 
     def __init__(self) -> None:
+        self._chunk_bytes = fused_module.CUDA_CHUNK_BYTES
         self._case: Case | None = None
         self._buffers: tuple[Tensor, ...] = ()
 
     def __call__(self, case: Case) -> None:
+        fused_module.CUDA_CHUNK_BYTES = self._chunk_bytes
         hidden, head = case.student_hidden.detach(), case.student_head.detach()
         size = fused_module.even(len(hidden), fused_module.chunk_rows(head, head.element_size()))
         if case is not self._case:
@@ -90,11 +93,21 @@ class OwnReverseKL(ReverseKL):
 
 
 def fused(
-    objective: Any, *, top_k: bool = False, softcap: float | None = None, stats: bool = True, **words: Any
+    objective: Any,
+    *,
+    top_k: bool = False,
+    softcap: float | None = None,
+    stats: bool = True,
+    chunk_mib: int | None = None,
+    overlapped: bool = False,
+    **words: Any,
 ) -> Variant:
     """`drkl.fused_distillation_loss` with the statistics of training."""
+    chunk_bytes = fused_module.CUDA_CHUNK_BYTES
 
     def run(case: Case) -> None:
+        fused_module.CUDA_CHUNK_BYTES = chunk_bytes if chunk_mib is None else chunk_mib * 2**20
+        kernel_steps.OVERLAPPED = overlapped
         every = max(1, len(case.labels) // STATISTICS_POSITIONS)
         ours, theirs = (LMHead(head, softcap=softcap) for head in (case.student_head, case.teacher_head))
         states, head = (top_k_of(case), None) if top_k else (case.teacher_hidden, theirs)
@@ -151,6 +164,9 @@ def of_drkl() -> dict[str, Variant]:
         f"fused drkl, top-{TOP_K} teacher": fused("drkl", top_k=True),
         "fused drkl, merged ids": fused("drkl", merged_ids=(1, 2)),
         "fused drkl, soft-cap 30": fused("drkl", softcap=30.0),
+        "fused drkl, chunks of 256 MiB": fused("drkl", chunk_mib=256),
+        "fused drkl, chunks of 1024 MiB": fused("drkl", chunk_mib=1024),
+        "fused drkl, two streams": fused("drkl", overlapped=True),
         "fused own_rkl, compiled closed form": fused(OwnReverseKL()),
         "eager rkl": lambda case: usual_rkl(*tensors(case)).backward(),
         "eager drkl": dense("drkl"),

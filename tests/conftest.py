@@ -83,7 +83,8 @@ COMPUTING_FILES = {
 }
 """And those files of the other rooms."""
 OTHERS = (
-    "_command.py", "_config.py", "_row_kernel.py", "_row_head.py", "_row_terms.py", "_kernel_steps.py", "_processes.py",
+    "_command.py", "_config.py", "_row_kernel.py", "_row_head.py", "_row_terms.py", "_kernel_steps.py",
+    "_kernel_statistics.py", "_processes.py",
 )  # fmt: skip
 """In those rooms: the command line, configs, Triton's interpreter (numpy's kernels), and processes of their own."""
 

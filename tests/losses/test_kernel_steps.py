@@ -111,13 +111,13 @@ def assert_like_dense(inputs: Inputs, **words: Any) -> None:
         warnings.simplefilter("error", UserWarning)
         found = inputs.run("fused", FP32, **words)
     expected = inputs.run("dense", torch.float64, **words)
-    largest = max(float(x[x.isfinite()].abs().max()) for x in expected if x is not None)
-    bound = rounding(TEACHER + VOCAB + POSITIONS, 10 * max(1.0, largest), FP32)
+    largest = max([1.0, *(float(y.abs()) for x in expected if x is not None for y in x[x.isfinite()].view(-1))])
+    bound = rounding(TEACHER + VOCAB + POSITIONS, TEACHER * largest, FP32)
     for a, b in zip(found, expected, strict=True):
         if words.get("reduction") == "none" and (a is None or b is None):
             continue
         assert a is not None and b is not None
-        torch.testing.assert_close(a, b, rtol=0.0, atol=bound)
+        torch.testing.assert_close(a, b, rtol=0.0, atol=bound, equal_nan=True)  # where a loss is infinite
 
 
 HEADS = [Inputs(), Inputs(bias=True), Inputs(scale=0.5), Inputs(bias=True, scale=2.0, softcap=3.0)]
@@ -352,6 +352,8 @@ def test_a_plain_function_is_differentiated_without_a_word() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")  # shape checks are nothing that is compiled
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile's own
 @pytest.mark.skipif(DEVICE == "cpu" and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(
     ("objective", "words"),
@@ -381,7 +383,7 @@ def test_what_the_kernel_does_not_know_is_compiled(
     monkeypatch.setattr(compiled, "_tried", watched)
     with pytest.warns(UserWarning, match="The loss goes on without it, slower.") as caught:
         found = Inputs(scale=0.5).run("fused", FP32, objective=objective, **words)
-    assert len(caught) == 1 and sum(steps) == POSITIONS - 1
+    assert sum(issubclass(one.category, UserWarning) for one in caught) == 1 and sum(steps) == POSITIONS - 1
     expected = Inputs(scale=0.5).run("dense", torch.float64, objective=objective, **words)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -60,10 +60,14 @@ def _tried(
     def step(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, settings: LossSettings) -> Tensor:
         if len(student) < 2:  # what is compiled for any number is not compiled for one
             return closed_form(student, teacher, labels, settings)
-        for tensor in (student, teacher, labels):
+        whole = student.contiguous()  # it is not compiled for strides, over which torch.compile stumbles
+        given = whole, teacher.contiguous() if isinstance(teacher, Tensor) else teacher, labels
+        for tensor in given:
             if isinstance(tensor, Tensor):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        values: Tensor = run(student, teacher, labels)
+        values: Tensor = run(*given)
+        if whole is not student:
+            student.copy_(whole)
         return values
 
     student, teacher = (torch.zeros(3, vocab_size, dtype=dtype, device=device) for _ in range(2))

@@ -406,7 +406,12 @@ def _best_closed_form(student: _Side, teacher: _Side | TopK | None, settings: Lo
     _say_once(f"{reason} The loss goes on without it, slower.")
     if isinstance(teacher, TopK) and settings.uses_teacher:
         return _closed_form_
-    return compiled(_closed_form_, settings, vocab_size, student.wide, device)
+    if settings.merged is None or not settings.uses_objective:
+        return compiled(_closed_form_, settings, vocab_size, student.wide, device)
+    # torch.compile stumbles over the columns of merged ids, which are few: the objective alone is compiled.
+    alone = replace(settings, temperature=1.0, kd_weight=1.0, t2_scaling=False, merged=None)
+    step = compiled(_closed_form_, alone, settings.merged.size, student.wide, device)
+    return functools.partial(_closed_form_, core=lambda ours, theirs, observed: step(ours, theirs, observed, alone))
 
 
 @functools.lru_cache
@@ -508,7 +513,11 @@ def _teacher_is_finite(teacher: Tensor | TopK | None, temperature: float) -> boo
 
 
 def _closed_form_(
-    student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, settings: LossSettings
+    student: Tensor,
+    teacher: Tensor | TopK | None,
+    labels: Tensor | None,
+    settings: LossSettings,
+    core: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """The objective's own gradient, in place of the logits; cross-entropy beside it where it is asked for."""
     plain = student.clone() if settings.uses_cross_entropy and settings.uses_objective else student
@@ -519,7 +528,8 @@ def _closed_form_(
             student /= temperature
             if isinstance(teacher, Tensor):
                 teacher /= temperature
-        values = _merged_value_and_grad_(settings.objective, student, teacher, labels, settings.merged, temperature)
+        objective = settings.objective
+        values = _merged_value_and_grad_(objective, student, teacher, labels, settings.merged, temperature, core)
         check_values(settings.objective, values, student.shape[0])
         if settings.kd_factor != 1.0:
             values = values * settings.kd_factor
@@ -544,14 +554,21 @@ def _merged_value_and_grad_(
     labels: Tensor | None,
     merged: MergedIds | None,
     temperature: float = 1.0,
+    core: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """``objective.value_and_grad_`` on the merged vocabulary; the gradient is on the logits of the whole one."""
+    """``objective.value_and_grad_`` on the merged vocabulary; the gradient is on the logits of the whole one.
+
+    ``core`` is what may take its place there.
+    """
     if merged is None:
         return _value_and_grad_(objective, student, teacher, labels, temperature)
     classes, members = merged.merge_(student)
     theirs = merged.merge_(teacher)[0] if isinstance(teacher, Tensor) else teacher
     theirs = theirs.merged(merged, temperature) if isinstance(theirs, TopK) else theirs
-    values = _value_and_grad_(objective, classes, theirs, labels, temperature)
+    if core is None:
+        values = _value_and_grad_(objective, classes, theirs, labels, temperature)
+    else:
+        values = core(classes, theirs, labels if objective.needs_labels else None)
     merged.spread_(student, members)
     return values
 
