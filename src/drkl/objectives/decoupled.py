@@ -198,8 +198,9 @@ class DecoupledReverseKL(Objective):
             return self._skewed_(student_logits, log_ratio, at_target, s, u)
         constant = self.weight == "constant"
         weight = self.gamma if constant else tail_weight(self.weight, self.gamma, s, u)
-        on_target, inside, outside = _two_class_kl(s, u)
-        push = inside * outside * (s - u)
+        inside, outside, gap_in, gap_out = _two_classes(s, u)
+        on_target = inside[:, :1] * gap_in + outside[:, :1] * gap_out
+        push = inside[:, :1] * outside[:, :1] * (s - u)
         if self.tail == "fkl":
             on_tail = _forward_tail_(student_logits, teacher_logits, at_target, log_ratio, weight, push)
         else:
@@ -279,21 +280,16 @@ def _forward_tail_(
     return on_tail
 
 
-def _two_class_kl(s: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL of two pairs (target, rest), and the first pair, from the target's log-odds under both: exact at any."""
+def _two_classes(s: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Student and teacher on (target, rest), from the target's log-odds `[n, 1]` under both; exact at any confidence.
+
+    Returns:
+        The probabilities of the target, and of the rest, both `[n, 2]`, the student's first; and log q/p of each class,
+        `[n, 1]`.
+    """
     both = torch.cat((s, u), -1)
-    log_in, other_in = F.logsigmoid(both).split(1, -1)
-    log_out, other_out = F.logsigmoid(-both).split(1, -1)
-    inside, outside = log_in.exp(), log_out.exp()
-    return inside * (log_in - other_in) + outside * (log_out - other_out), inside, outside
-
-
-def _sigmoid_gap(s: Tensor, u: Tensor) -> Tensor:
-    """sigmoid(s) - sigmoid(u), exact where both are near 0 or near 1."""
-    gap = s - u
-    larger, smaller = torch.maximum(s, u), torch.minimum(s, u)
-    size = torch.sigmoid(larger) * torch.sigmoid(-smaller) * -torch.expm1(-gap.abs())
-    return size.copysign(gap)
+    log_in, log_out = F.logsigmoid(both), F.logsigmoid(-both)
+    return log_in.exp(), log_out.exp(), log_in[:, :1] - log_in[:, 1:], log_out[:, :1] - log_out[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -333,6 +329,9 @@ class DecoupledKnowledgeDistillation(Objective):
     def value_and_grad_(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
         at_target = target_class(self.target, teacher_logits, labels).unsqueeze(-1)
         s, u, log_ratio = _apart_(student_logits, teacher_logits, at_target, reads_teacher=True)
-        push = self.alpha * _sigmoid_gap(s, u)
+        inside, outside, gap_in, gap_out = _two_classes(s, u)
+        # q_t - p_t, of the two classes from the one in which less is lost.
+        push = torch.where(s > 0, outside[:, 1:] - outside[:, :1], inside[:, :1] - inside[:, 1:]).mul_(self.alpha)
         on_tail = _forward_tail_(student_logits, teacher_logits, at_target, log_ratio, self.beta, push)
-        return (self.alpha * _two_class_kl(u, s)[0] + self.beta * on_tail).squeeze(-1)
+        on_target = inside[:, 1:] * gap_in + outside[:, 1:] * gap_out
+        return torch.sub(self.beta * on_tail, on_target, alpha=self.alpha).squeeze(-1)

@@ -48,26 +48,14 @@ def weighted(weight: Tensor | float, value: Tensor) -> Tensor:
     return weight * value.masked_fill(torch.as_tensor(weight == 0, device=value.device), 0.0)
 
 
-ARGMAX_WIDTH = 256
-
-
 def argmax(logits: Float[Tensor, "n vocab"]) -> Int[Tensor, "n"]:
-    """The place of each row's highest value, the first of equals; on a processor an eighth of torch.argmax's time.
+    """The place of each row's highest value, the first of equals.
 
-    torch.argmax goes value by value there, amax in vectors: find the first block that has the highest, then its place.
+    torch.argmax goes value by value on a processor, and numpy's in vectors: a tenth of its time.
     """
-    count, vocab_size = logits.shape
-    aligned = vocab_size // ARGMAX_WIDTH * ARGMAX_WIDTH
-    if count == 0 or aligned < 4 * ARGMAX_WIDTH or logits.device.type != "cpu":
+    if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.float64) or not logits.numel():
         return logits.argmax(-1)
-    first = logits[:, :aligned].unflatten(-1, (-1, ARGMAX_WIDTH)).amax(-1).argmax(-1, keepdim=True)
-    block = logits.gather(-1, first * ARGMAX_WIDTH + torch.arange(ARGMAX_WIDTH))
-    best, inside = block.max(-1)
-    place = first.squeeze(-1) * ARGMAX_WIDTH + inside
-    if aligned == vocab_size:
-        return place
-    rest, beyond = logits[:, aligned:].max(-1)
-    return torch.where(rest > best, beyond + aligned, place)
+    return torch.from_numpy(logits.detach().numpy().argmax(-1))
 
 
 class Ranked(NamedTuple):
