@@ -409,3 +409,13 @@ def test_a_tie_goes_to_the_first_class_of_the_merged_vocabulary(
     monkeypatch.setattr(fused, "KERNEL_DEVICES", ())
     close = rounding(VOCAB, 10.0, FP32)
     torch.testing.assert_close(found, values(torch.float64), rtol=close, atol=close)
+
+
+def test_an_infinite_value_of_merged_ids_stays_infinite() -> None:
+    logits, one = torch.zeros(1, 4, device=DEVICE), torch.eye(4, device=DEVICE)
+    excluded = LMHead(one, torch.tensor([0.0, 0.0, 0.0, -math.inf], device=DEVICE))
+    words: dict[str, Any] = {"objective": "rkl", "temperature": 2.0, "kd_weight": 0.5, "merged_ids": [0, 1]}
+    seen = torch.tensor([2], device=DEVICE)
+    loss = drkl.fused_distillation_loss(logits.requires_grad_(), one, logits.detach(), excluded, seen, **words)
+    loss.backward()
+    assert float(loss.detach()) == math.inf and logits.grad is not None and not logits.grad.isnan().any()

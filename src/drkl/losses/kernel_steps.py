@@ -250,8 +250,8 @@ def _merged_step_(
     values = _one_merged_step_(product, teacher, replace(settings, kd_weight=1.0), temperature, *rest)
     others = _one_merged_step_(observed, None, replace(settings, kd_weight=0.0), 1.0, *rest)
     if needs_grad:
-        torch.lerp(observed, product, share, out=product)
-    return torch.lerp(others, values, share)
+        product.mul_(share).add_(observed, alpha=1.0 - share)
+    return share * values + (1.0 - share) * others  # not lerp, which makes inf - inf of an infinite value
 
 
 def _one_merged_step_(
