@@ -126,6 +126,7 @@ def reached(name: str) -> dict[str, list[str]]:
     return ways
 
 
+@pytest.mark.slow
 def test_no_module_imports_itself_by_a_detour() -> None:
     circles = {
         frozenset(reached(there)[name]): " -> ".join([name, *reached(there)[name]])

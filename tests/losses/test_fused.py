@@ -22,7 +22,13 @@ every = pytest.mark.parametrize("case", FEW, ids=name)
 registered = pytest.mark.parametrize("objective", list(drkl.OBJECTIVES))
 
 
-@pytest.fixture(params=[(10**9, 10**9), (5 * VOCAB * 8, 2 * VOCAB * 8), (1, 1)], ids=["whole", "ragged", "single"])
+@pytest.fixture(
+    params=[
+        pytest.param((10**9, 10**9), id="whole"),
+        pytest.param((5 * VOCAB * 8, 2 * VOCAB * 8), id="ragged"),
+        pytest.param((1, 1), id="single", marks=pytest.mark.slow),
+    ]
+)
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """Everything in one chunk, chunks of 5 in blocks of 2 (with rests), or single rows."""
     monkeypatch.setattr(fused, "CHUNK_BYTES", request.param[0])

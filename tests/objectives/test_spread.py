@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,6 +64,7 @@ def expected(name: str, params: dict[str, Any], student: Any, teacher: Any, labe
     return reference.PARTS[name](q, p, **params)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(objectives(), positions())
 def test_value_and_both_gradients(
