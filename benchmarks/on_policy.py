@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from transformers import TrainerCallback
 
 import drkl
 from benchmarks.quickstart_pair import single_turns, write_pair
-from benchmarks.rows import Row, commit, own_memory_kib, processor, spread, write_rows
+from benchmarks.rows import Row, commit, own_memory_kib, own_process, processor, spread, write_rows
 from drkl.losses import IGNORE_INDEX
 from drkl.models.load import load_model, load_tokenizer, quiet_transformers
 
@@ -199,15 +198,9 @@ def measure(name: str, options: argparse.Namespace) -> None:
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The numbers of a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.on_policy", "--measure", name, "--folder", str(options.folder)]
-    for option in ("prompts", "steps", "max_new_tokens", "precision", "threads"):
-        command += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{name}:\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return own_process(
+        "benchmarks.on_policy", name, options, ("prompts", "steps", "max_new_tokens", "precision", "threads")
+    )
 
 
 def row_of(name: str, found: dict[str, Any], options: argparse.Namespace) -> Row:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 Row = dict[str, str]
 
@@ -44,6 +47,26 @@ def own_memory_kib(field: str) -> int:
     """A field of this process's status, in KiB: VmRSS is now, VmHWM the peak. (getrusage's starts at the parent's.)"""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
+
+
+def own_process(module: str, name: str, options: argparse.Namespace, shared: Sequence[str]) -> dict[str, Any]:
+    """What ``python -m MODULE --measure NAME`` prints as json in its last line; ends with what went wrong.
+
+    Args:
+        module: of the benchmark.
+        name: of the variant.
+        options: with ``folder``, ``threads`` and those of ``shared``.
+        shared: the options that the process is told.
+    """
+    command = [sys.executable, "-m", module, "--measure", name, "--folder", str(options.folder)]
+    for option in shared:
+        command += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{name}:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def spread(values: list[float], unit: str) -> Row:

@@ -13,8 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,7 +24,7 @@ from transformers import TrainerCallback
 
 import drkl
 from benchmarks.quickstart_pair import single_turns, write_pair
-from benchmarks.rows import Row, commit, own_memory_kib, processor, spread, write_rows
+from benchmarks.rows import Row, commit, own_memory_kib, own_process, processor, spread, write_rows
 from drkl.models.load import quiet_transformers
 from drkl.teachers.stored import StoredStates, StoredTopK
 
@@ -143,15 +141,8 @@ def measure(name: str, options: argparse.Namespace) -> None:
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The numbers of a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.teacher_cache", "--measure", name, "--folder", str(options.folder)]
-    for option in ("tokens_per_step", "precision", "threads"):
-        command += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{name}:\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    shared = ("tokens_per_step", "precision", "threads")
+    return own_process("benchmarks.teacher_cache", name, options, shared)
 
 
 def main() -> None:

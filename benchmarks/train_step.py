@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -30,7 +29,7 @@ import transformers
 import drkl
 from benchmarks.on_policy import Meter, shared_arguments, student, teacher
 from benchmarks.quickstart_pair import single_turns, write_pair
-from benchmarks.rows import Row, commit, own_memory_kib, processor, spread, write_rows
+from benchmarks.rows import Row, commit, own_memory_kib, own_process, processor, spread, write_rows
 from drkl.losses import IGNORE_INDEX
 from drkl.models.load import load_tokenizer, quiet_transformers
 from drkl.training.plan import plan_run
@@ -174,14 +173,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The numbers of a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.train_step", "--measure", name, "--folder", str(options.folder)]
-    for option in ("prompts", "steps", "precision", "threads"):
-        command += [f"--{option}", str(getattr(options, option))]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{name}:\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found = own_process("benchmarks.train_step", name, options, ("prompts", "steps", "precision", "threads"))
     rate = sum(found["tokens"]) / sum(found["seconds"])
     print(f"{name:<26} {rate:>8.1f} tokens/s, peak {found['peak']:.0f} MiB, mean loss {found['loss']:.5f}", flush=True)
     return found

@@ -155,19 +155,15 @@ def fused_distillation_loss(
         observe,
     )
     # The autograd function cannot see that grad mode is off: it would make gradients that nobody takes.
-    result: Tensor
     divisor = denominator(num_tokens, hidden.shape[0]) if reduction == "mean" else 1.0
     if reduction == "none" or not torch.is_grad_enabled():
         with torch.no_grad(), torch.autocast(_autocast_device(hidden), enabled=False):
             values, _ = run((False, False, False), 1.0)
         return spread(values, keep, shape) if reduction == "none" else values.sum() / divisor
-    if isinstance(divisor, Tensor):
-        if divisor.device.type != "cpu":  # its number is not known without waiting for the device
-            result = _FusedSum.apply(hidden, head.weight, head.bias, run, 1.0)
-            return result / divisor
-        divisor = float(divisor)
-    result = _FusedSum.apply(hidden, head.weight, head.bias, run, divisor)
-    return result
+    # A number on a device is not known without waiting for it.
+    told = not isinstance(divisor, Tensor) or divisor.device.type == "cpu"
+    result: Tensor = _FusedSum.apply(hidden, head.weight, head.bias, run, float(divisor) if told else 1.0)
+    return result if told else result / divisor
 
 
 def _check_hidden(whose: str, hidden: Tensor, head: LMHead) -> None:
@@ -286,8 +282,8 @@ class _Side:
 
     def through_head_(self, grad: Tensor, capped: Tensor | None) -> Tensor:
         """From the gradient on the logits to that on ``hidden @ weight.T + bias``; ``capped`` is a copy of logits."""
-        if capped is not None and self.head.softcap is not None:
-            grad *= 1.0 - (capped / self.head.softcap) ** 2
+        if capped is not None:
+            return grad.mul_(self.head.slope(capped))
         return grad.mul_(self.head.scale) if self.head.scale != 1.0 else grad
 
     def narrowed(self, grad: Tensor) -> Tensor:

@@ -46,10 +46,7 @@ class LMHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits `[n, vocab]` of hidden states `[n, hidden]`, in fp32 or wider."""
         product = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        out = product.to(torch.promote_types(torch.float32, product.dtype))
-        if self.scale != 1.0:
-            out = out * self.scale
-        return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
+        return self._scaled(product.to(torch.promote_types(torch.float32, product.dtype)))
 
     def of_products(self, products: Tensor, columns: Tensor | None = None) -> Tensor:
         """The logits, in fp32 or wider, of ``hidden @ weight.T`` `[n, vocab]`, or of some columns of it `[n, k]`.
@@ -61,6 +58,9 @@ class LMHead:
         out = products.to(torch.promote_types(torch.float32, products.dtype))
         if self.bias is not None:
             out = out + (self.bias if columns is None else self.bias[columns])
+        return self._scaled(out)
+
+    def _scaled(self, out: Tensor) -> Tensor:
         if self.scale != 1.0:
             out = out * self.scale
         return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap

@@ -107,21 +107,21 @@ def values_and_slope_(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -
     middle = torch.add(q_s, difference, alpha=alpha).exp_()
     q_s, p_s = q_s.exp_(), log_p.mul_(s).exp_()
     # As a goes to 0, (x - y) / a goes to the mean of both times log(x / y) / a.
-    per_alpha, per_beta = (1.0 / exponent if exponent > 0 else 0.5 for exponent in (alpha, beta))
+    per_alpha, per_beta = 1.0 / alpha if alpha > 0 else -0.5, 1.0 / beta if beta > 0 else 0.5
     slope = _gap_(q_s, middle, difference, -alpha).mul_(per_alpha)
     terms = torch.add(slope, _gap_(p_s, middle, difference, beta), alpha=per_beta, out=difference)
     return terms.sum(-1).div_(s), slope
 
 
 def _gap_(x: Tensor, y: Tensor, difference: Tensor, exponent: float) -> Tensor:
-    """Overwrite x with x - y, for log(x / y) = a d; at a = 0 with (x + y) d, or -(x + y) d at a = -0.
+    """Overwrite x with x - y, for log(x / y) = a d; at a = 0 with (x + y) d.
 
     Below `SMALL_EXPONENT`, where most digits would be lost, it is (x + y) tanh(a d / 2).
     """
     if abs(exponent) >= SMALL_EXPONENT:
         return x.sub_(y)
     if exponent == 0.0:
-        return x.add_(y).mul_(difference).mul_(math.copysign(1.0, exponent))
+        return x.add_(y).mul_(difference)
     return x.add_(y).mul_(torch.mul(difference, 0.5 * exponent).tanh_())
 
 

@@ -216,9 +216,9 @@ class DecoupledReverseKL(Objective):
         d K / d log q_j = q^_j (g_j - l_r - K - a e^g_j + a e^l_r), as if free; B's is one number, as without skew.
         """
         a = self.skew
-        inside, outside = torch.sigmoid(s), torch.sigmoid(-s)
-        log_rest = F.logsigmoid(-s) - F.logsigmoid(-u)
-        l_t, l_r = log_share(F.logsigmoid(s) - F.logsigmoid(u), a, 1.0 - a), log_share(log_rest, a, 1.0 - a)
+        inside, outside, log_target, log_rest = _two_classes(s, u)
+        inside, outside = inside[:, :1], outside[:, :1]
+        l_t, l_r = (log_share(log_of, a, 1.0 - a) for log_of in (log_target, log_rest))
         slope = log_share(log_ratio.add_(log_rest), a, 1.0 - a)
         on_tail = torch.linalg.vecdot(tail_q, slope).unsqueeze(-1) - l_r
         slope.sub_(slope.exp(), alpha=a).add_(a * l_r.exp() - l_r - on_tail)

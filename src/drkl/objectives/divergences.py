@@ -10,7 +10,6 @@ from torch import Tensor
 
 from drkl.objectives.base import Objective, check_number, help_text
 from drkl.objectives.closed_form import (
-    bounded_log,
     log_and_mean,
     log_odds_,
     log_ratio_,
@@ -198,9 +197,7 @@ class SkewForwardKL(Objective):
             return ForwardKL().value_and_grad_(student_logits, teacher_logits, labels)
         log_odds = log_odds_(log_ratio_(student_logits, teacher_logits), 1.0 - self.skew, self.skew)
         share = torch.sigmoid(log_odds)
-        value = torch.linalg.vecdot(teacher_logits, share.log().sub_(log_odds))
-        if not math.isfinite(value.sum()):
-            value = torch.linalg.vecdot(teacher_logits, bounded_log(share, log_odds).sub_(log_odds))
+        _, value = log_and_mean(share, log_odds, teacher_logits, less_t=True)
         through_softmax_(student_logits, share.mul_(teacher_logits).neg_())
         return value - math.log(self.skew)
 
