@@ -150,7 +150,7 @@ class RunRecord:
             DrklError: it cannot be written there.
         """
         target = (self.run.student_path if folder is None else folder).resolve()
-        staging = target.parent / f".{target.name}"
+        staging = target.parent / f".{target.name}.writing"
         shutil.rmtree(staging, ignore_errors=True)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
