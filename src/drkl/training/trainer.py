@@ -21,6 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 from drkl.data.batching import Steps
 from drkl.data.collate import collate, teacher_inputs
 from drkl.data.stored import column
+from drkl.disk import cannot_write
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX, LMHead, release_buffers
 from drkl.losses.topk import TopK
@@ -277,7 +278,7 @@ class DistillationTrainer(Trainer):
                 optimizers=optimizers,
             )
         except OSError as error:
-            raise DrklError(f"Cannot write to {str(self.run.root)!r}: {error.strerror or error}.") from error
+            raise cannot_write(self.run.root, error) from error
         except (ValueError, RuntimeError, ImportError) as error:
             if isinstance(error, DrklError):
                 raise
