@@ -98,34 +98,6 @@ def writing(path: str | Path, *, what: str = "", then: str = "") -> Iterator[Non
         raise cannot_write(path, error, what=what, then=then) from error
 
 
-def sync(path: Path) -> None:
-    """Have a file, or a folder's list of files, on the disk itself: a power cut leaves it as it is.
-
-    Raises:
-        OSError: the disk fails.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # of a file system that cannot
-            raise
-    finally:
-        os.close(handle)
-
-
-def sync_files(folder: Path) -> None:
-    """Have all files below a folder on the disk itself.
-
-    Raises:
-        OSError: the disk fails.
-    """
-    for root, _, names in os.walk(folder):
-        for name in names:
-            sync(Path(root) / name)
-        sync(Path(root))
-
-
 def _number_of(error: BaseException | None) -> int | None:
     """The system's error number, of the error or of what it came from."""
     while error is not None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
-from drkl.disk import sync, writing
+from drkl.disk import writing
 from drkl.errors import DrklError
+from drkl.folders import sync_folder
 
 IN_MEMORY = "in memory"
 """The prefix, in a config.yaml, of the name of a model or of rows that were passed as objects."""
@@ -246,7 +247,7 @@ def write_bytes(path: str | Path, data: bytes, *, lasting: bool = False) -> None
                 os.unlink(temporary)
             raise
         if lasting:
-            sync(path.parent)
+            sync_folder(path.parent)
 
 
 def write_json(path: str | Path, value: Any, *, lasting: bool = False) -> None:

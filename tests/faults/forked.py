@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 WARM = (
     "drkl.cli", "drkl.training.run", "drkl.run_models", "drkl.analysis.watch", "drkl.reporting.page", "drkl.terminal",
     "drkl.reporting.exports", "drkl.reporting.picture", "drkl.evaluation.compare", "drkl.training.estimate",
-    "transformers.models.llama.modeling_llama", "transformers.trainer", "rich.progress", "rich.table", "peft",
+    "transformers.models.llama.modeling_llama", "transformers.trainer", "rich.progress", "rich.table",
+    "rich._emoji_codes", "peft", "sacrebleu", "rouge_score.rouge_scorer", "matplotlib.figure",
+    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
 )  # fmt: skip
 """Modules that commands import; those that a checkout has not are left out."""
 _STEP = 0.01

@@ -15,7 +15,8 @@ from transformers import TrainerState, TrainingArguments
 
 from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.tokenize import DropReport
-from drkl.disk import sync, sync_files, writing
+from drkl.disk import writing
+from drkl.folders import sync_files, sync_folder
 from drkl.models.adapter import merge_adapter, save_adapter, whole_adapter
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
@@ -144,7 +145,7 @@ class RunRecord:
             sync_files(staging)
             shutil.rmtree(target, ignore_errors=True)
             staging.rename(target)
-            sync(target.parent)
+            sync_folder(target.parent)
         if folder is None and self._environment:
             self._environment["finished"] = now()
             write_json(self.run.env_path, self._environment, lasting=True)
