@@ -20,8 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 from drkl.data.batching import Steps
 from drkl.data.collate import collate, teacher_inputs
 from drkl.data.stored import column
-from drkl.disk import cannot_write
-from drkl.disk import writing
+from drkl.disk import cannot_write, writing
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX, LMHead, release_buffers
 from drkl.losses.topk import TopK
@@ -33,7 +32,7 @@ from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_st
 from drkl.models.varlen import with_varlen
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
-from drkl.processes import first_alone, gather, lost_another
+from drkl.processes import first_alone, gather
 from drkl.rollouts.steps import planned_lengths
 from drkl.runs import RunFolder
 from drkl.teachers.served import ServedTeacher
