@@ -402,5 +402,5 @@ def test_a_record_that_is_no_mapping_is_named(tmp_path: Path) -> None:
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DrklError, match=r"Cannot write '.*train\.jsonl': .*Mend that, then resume"):
+    with pytest.raises(DrklError, match=r"Cannot write '.*train\.jsonl': .*then resume the run"):
         append_jsonl(tmp_path / "none" / "train.jsonl", [{"step": 1}])

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.tokenize import DropReport
-from drkl.errors import DrklError
-from drkl.folders import sync
+from drkl.disk import writing
 from drkl.models.adapter import merge_adapter, save_adapter, whole_adapter
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
@@ -147,29 +145,25 @@ class RunRecord:
             weights: of a sharded student, the whole weights of it, or of the adapter with it inside.
 
         Raises:
-            DrklError: it cannot be written there.
+            CannotWrite: it cannot be written there.
         """
         target = (self.run.student_path if folder is None else folder).resolve()
         staging = target.parent / f".{target.name}.writing"
         shutil.rmtree(staging, ignore_errors=True)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._write(staging, weights)
-            self.pair.tokenizer.save_pretrained(staging)
-            write_text(staging / "README.md", self._card(state))
-            put_in_place(staging, target)
-        except (DrklError, OSError, SafetensorError) as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            reason = " ".join(str(error).split())[:200]
-            raise DrklError(
-                f"Could not write the student to {str(target.parent)!r}: {reason}. Make room, then save it again: the "
-                "checkpoints are kept, so a run is resumed where it ended."
-            ) from error
+        then = "resume the run: its checkpoints are kept" if folder is None else "save it again"
+        with writing(target, what="the student", then=then):
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._write(staging, weights)
+                self.pair.tokenizer.save_pretrained(staging)
+                write_text(staging / "README.md", self._card(state))
+                put_in_place(staging, target)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
         if folder is None and self._environment:
             self._environment["finished"] = now()
-            write_json(self.run.env_path, self._environment)
-            sync(self.run.env_path)
-            sync(self.run.root)
+            write_json(self.run.env_path, self._environment, lasting=True)
             if self._student_step is not None and state.best_global_step is not None:
                 keep_only(self.run.checkpoints_path, state.best_global_step)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
@@ -21,6 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 from drkl.data.batching import Steps
 from drkl.data.collate import collate, teacher_inputs
 from drkl.data.stored import column
+from drkl.disk import cannot_write, writing
 from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX, LMHead, release_buffers
 from drkl.losses.topk import TopK
@@ -32,7 +32,7 @@ from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_st
 from drkl.models.varlen import with_varlen
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
-from drkl.processes import first_alone, gather, lost_another
+from drkl.processes import first_alone, gather
 from drkl.rollouts.steps import planned_lengths
 from drkl.runs import RunFolder
 from drkl.teachers.served import ServedTeacher
@@ -283,7 +283,7 @@ class DistillationTrainer(Trainer):
                 optimizers=optimizers,
             )
         except OSError as error:
-            raise DrklError(f"Cannot write to {str(self.run.root)!r}: {error.strerror or error}.") from error
+            raise cannot_write(self.run.root, error) from error
         except (ValueError, RuntimeError, ImportError) as error:
             if isinstance(error, DrklError):
                 raise
@@ -730,21 +730,16 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = staging(self.run.checkpoints_path) / f"checkpoint-{self.state.global_step}"
+        what, then = f"the checkpoint of step {self.state.global_step}", "resume the run: earlier checkpoints are kept"
         try:
-            super()._save_checkpoint(model, trial)
-            losses = tuple(gather([float(self._tr_loss)]))  # and every process has written its part
-            fed = self._feeding.of_all()
-            first_alone(lambda: self._complete(folder, losses, fed))
-        # A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
-        except (DrklError, OSError, RuntimeError, SafetensorError) as error:
+            with writing(folder, what=what, then=then):
+                super()._save_checkpoint(model, trial)
+                losses = tuple(gather([float(self._tr_loss)]))  # and every process has written its part
+                fed = self._feeding.of_all()
+                first_alone(lambda: self._complete(folder, losses, fed))
+        except Exception:
             shutil.rmtree(folder, ignore_errors=True)
-            if lost_another(error):
-                raise  # there may be room enough
-            raise DrklError(
-                f"Could not write the checkpoint of step {self.state.global_step} to {str(folder)!r}: "
-                f"{' '.join(str(error).split())[:200].rstrip('.')}. The last good checkpoint is kept; make room, then "
-                "resume."
-            ) from error
+            raise
         self._settle_best()
 
     def _complete(self, written: Path, losses: tuple[float, ...], fed: Fed) -> None:
