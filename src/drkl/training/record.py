@@ -164,7 +164,7 @@ class RunRecord:
         if folder is None and self._environment:
             self._environment["finished"] = now()
             write_json(self.run.env_path, self._environment, lasting=True)
-            if self._student_step is not None and state.best_global_step is not None:
+            if self._student_step is not None:
                 keep_only(self.run.checkpoints_path, state.best_global_step)
 
     def _write(self, folder: Path, weights: dict[str, Tensor] | None) -> None:

@@ -6,6 +6,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -455,8 +456,10 @@ def _settled_mode(spec: RunSpec, mode: Mode) -> Mode:
             section = spec.resolved["training"]
             settled = training_section(training_config(spec, pick_device(spec.run.device)), section)
             check_same_config(run, spec.resolved | {"training": section | settled})
-            if run.is_finished():
+            if _is_over(run):
                 return "auto"
+    if mode == "resume":
+        _is_over(run)
     check_folder(run, mode)
     return mode
 
@@ -484,10 +487,12 @@ def _check_shared(run: RunFolder) -> None:
 
 
 def _is_over(run: RunFolder) -> bool:
-    """Whether a stage has ended; then its last checkpoints are removed. Called in one process."""
-    if run.is_finished():
+    """Whether a run has ended; then checkpoints that it should have removed go. Called in one process."""
+    if not run.is_finished():
+        return False
+    with suppress(OSError):  # they are of no use, and in nobody's way
         keep_only(run.checkpoints_path, run.read_env().get("best_step"))
-    return run.is_finished()
+    return True
 
 
 def _make_trainer(spec: RunSpec, prepared: Prepared) -> DistillationTrainer:
