@@ -37,6 +37,12 @@ class Reached:
     """The `plan_digest` of the steps so far."""
     fed: Fed = field(default_factory=Fed)
     """What the processes were fed since ``logged_step``."""
+    extra: bool = False
+    """Whether an end from outside is why it was written; it stands beside those that were asked for."""
+    evaluation_due: bool = False
+    """Whether the evaluation after the step is still to be done."""
+    save_due: bool = False
+    """Whether the step is one that is saved after its evaluation."""
 
     def loss_sum(self, process: int, processes: int) -> float:
         """The sum of one process: its own, or the mean where the run goes on with another number of processes."""
@@ -122,10 +128,19 @@ def discard(checkpoint: Path) -> None:
 def rotate(folder: Path, keep: int, best: Path | None) -> None:
     """Remove the oldest checkpoints but ``keep``; the best and the newest stay."""
     checkpoints = sorted(_checkpoints(folder), key=step_of)
-    names = {checkpoints[-1].name} | ({best.name} if best is not None else set())
-    spare = [path for path in checkpoints if path.name not in names]
-    for path in spare[: max(0, len(checkpoints) - keep)]:
+    drop_extras(folder, but=checkpoints[-1])
+    regular = [path for path in checkpoints if path.is_dir() and not reached_at(path).extra]
+    names = {path.name for path in (*regular[-1:], best) if path is not None}
+    spare = [path for path in regular if path.name not in names]
+    for path in spare[: max(0, len(regular) - keep)]:
         discard(path)
+
+
+def drop_extras(folder: Path, but: Path | None = None) -> None:
+    """Remove the checkpoints that ends from outside left, ``but`` one that may be gone on from."""
+    for path in _checkpoints(folder):
+        if path != but and reached_at(path).extra:
+            discard(path)
 
 
 def keep_only(folder: Path, best_step: int | None) -> None:

@@ -28,7 +28,7 @@ from drkl.teachers.config import TeacherConfig
 from drkl.teachers.served import ServedTeacher
 from drkl.training.arguments import DistillationConfig
 from drkl.training.card import model_card, usage_of
-from drkl.training.checkpoints import keep_only
+from drkl.training.checkpoints import drop_extras, keep_only
 from drkl.training.config import OWN_ARGUMENTS, OWNED, TrainingConfig
 from drkl.training.environment import describe_environment, now
 from drkl.training.loading import plain_options
@@ -151,6 +151,7 @@ class RunRecord:
             write_json(self.run.env_path, self._environment)
             if self._completed and state.best_global_step is not None:
                 keep_only(self.run.checkpoints_path, state.best_global_step)
+            drop_extras(self.run.checkpoints_path)
 
     def _write(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
         adapter = self.pair.adapter

@@ -29,6 +29,7 @@ from drkl.models.precision import DTYPES, pick_device
 from drkl.models.student import make_student
 from drkl.processes import first_alone, joined, launched
 from drkl.runs import RunFolder, write_json, write_yaml
+from drkl.signals import KEPT
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
@@ -431,6 +432,7 @@ def distill(
         if number == 1:
             first_alone(lambda: _begin(specs[-1], mode, command))
             _check_shared(last)
+            KEPT.begun("No step was taken yet.")
         trainer.record.command = command
         folder = spec.folder.checkpoints_path
         checkpoint = first_alone(functools.partial(newest_checkpoint, folder)) if mode == "resume" else None

@@ -77,6 +77,7 @@ from drkl.training.plan import MicroBatches, Places, cuts_by_cost, plan_run
 from drkl.training.record import RunRecord
 from drkl.training.served import questions_in
 from drkl.training.sharding import check_kind, load_optimizer, save_optimizer, weights_in
+from drkl.training.stopping import Stopping
 from drkl.training.streaming import StreamedBatches
 
 OTHER_ROWS = "other_"
@@ -209,6 +210,7 @@ class DistillationTrainer(Trainer):
         self._feeding = Feeding()
         self._from = Reached(0)
         """Where the training began."""
+        self._stopping = Stopping(self)
         self.num_tokens_seen = 0
         self._row_ids: list[str] = []
 
@@ -218,6 +220,7 @@ class DistillationTrainer(Trainer):
         self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(self.run), Epochs(ends, args)
         begin = OnBegin(self._restore_loss)
         own: list[TrainerCallback] = [begin, self._train_log, self._epochs, LastStep(), BestCheckpoint()]
+        own.append(OnBegin(self._catch_up))
         if args.early_stop_patience:
             own.append(EarlyStop(args.early_stop_patience))
         if self._on_policy is not None:
@@ -325,10 +328,11 @@ class DistillationTrainer(Trainer):
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
         self.accelerator.wait_for_everyone()
         from_step = step_of(checkpoint) if checkpoint else -1
-        self._train_log.begin(from_step)
+        due = self._from.evaluation_due
+        self._train_log.begin(from_step, measured=not due)
         self._watch.begin()
         if self._measures is not None and self.is_world_process_zero():
-            self._measures.begin(from_step)
+            self._measures.begin(from_step - due)
         # It would be a second evaluation of the step that a run goes on from.
         self.args.eval_on_start = self.config.eval_on_start and checkpoint is None
         student = self.pair.student
@@ -337,7 +341,8 @@ class DistillationTrainer(Trainer):
         if self._use_cache is not None:
             student.config.use_cache = False
         try:
-            with freed_memory_kept(self.args.device), with_varlen(self.pair.varlen):
+            stopping = self._stopping.training(checkpoint)
+            with freed_memory_kept(self.args.device), with_varlen(self.pair.varlen), stopping:
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
             read = None if self._streamed is None else self._streamed.account(self.state.global_step)
         finally:
@@ -474,7 +479,24 @@ class DistillationTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:  # transformers asks only after another step
-            super()._run_epoch(*args, **kwargs)
+            with self._stopping.steps():
+                super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        with self._stopping.step_end():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _catch_up(self) -> None:
+        """Measure and save what was left to do after the step that a run goes on from."""
+        came, control = self._from, self.control
+        if not came.evaluation_due:
+            return
+        self._load_rng_state(str(Path(str(self.args.output_dir)) / f"checkpoint-{came.step}"))
+        control.should_evaluate, control.should_save = True, came.save_due
+        try:
+            super()._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, 0, None, time.time())
+        finally:
+            control.should_evaluate = control.should_save = False
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As transformers', over the parts of a micro-batch."""
@@ -486,6 +508,8 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of the next step; answers are written first where they are due."""
+        if self._uses_teacher and isinstance(self.teacher, ServedTeacher):
+            self._stopping.remember()
         if self._on_policy is None:
             samples = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._ask_ahead(samples[0], self._batches_of(self.state.global_step + 1))
@@ -710,6 +734,7 @@ class DistillationTrainer(Trainer):
             fed = self._feeding.of_all()
             if self.args.should_save:
                 self._complete(folder, losses, fed)
+            self._stopping.saved(folder)
         # A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
         except (DrklError, OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -729,7 +754,8 @@ class DistillationTrainer(Trainer):
         if self._streamed is not None:
             self._streamed.save(folder)
         plan = plan_digest(self._steps[:step])
-        mark_complete(folder, Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan, fed))
+        reached = Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan, fed)
+        mark_complete(folder, self._stopping.marked(reached))
         if self._keep_checkpoints:
             best = self.state.best_model_checkpoint
             rotate(folder.parent, self._keep_checkpoints, Path(best) if best else None)
