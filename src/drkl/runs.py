@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from drkl.errors import DrklError
+from drkl.locks import HELD
 
 IN_MEMORY = "in memory"
 """The prefix, in a config.yaml, of the name of a model or of rows that were passed as objects."""
@@ -284,6 +285,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        HELD.add(handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # Whoever held it has removed the file by now: another process may lock a new one of that name.
@@ -294,4 +296,5 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
                     path.unlink(missing_ok=True)
                 return
         finally:
+            HELD.discard(handle)
             os.close(handle)

@@ -22,6 +22,7 @@ from drkl.data.store import Watch
 from drkl.data.streams import RowStream, stream_of
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
+from drkl.locks import ANALYSIS, EVALUATION, TRAINING, first_holding
 from drkl.models.forward import decoder_start
 from drkl.models.load import load_tokenizer, model_note
 from drkl.models.pair import SharedTokens, check_families, check_tokenizers
@@ -409,6 +410,18 @@ def distill(
         check_device(specs[-1].run.device)
         training_config(specs[-1], pick_device(specs[-1].run.device))  # makes the process group
     listener = listener if listener is not None and joined().is_first else Listener()
+    with first_holding(specs[-1].folder.root, TRAINING, EVALUATION, ANALYSIS):
+        return _distill(specs, mode, listener, on_trainer, command)
+
+
+def _distill(
+    specs: Sequence[RunSpec],
+    mode: Mode,
+    listener: Listener,
+    on_trainer: Callable[[DistillationTrainer], None] | None,
+    command: Sequence[str] | None,
+) -> RunFolder:
+    """`distill` in a folder that is held."""
     last, teacher = specs[-1].folder, specs[-1].teacher
     if teacher is not None and teacher.cache is not None and mode != "resume":
         check_apart(teacher.cache, last)
@@ -494,7 +507,13 @@ def _is_over(run: RunFolder) -> bool:
 
 def _remove(run: RunFolder) -> None:
     try:
-        shutil.rmtree(run.root)
+        for path in run.root.iterdir():
+            if path.name == TRAINING:
+                continue  # held by this very process
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     except OSError as error:
         raise DrklError(f"Cannot replace {str(run.root)!r}: {error.strerror or error} ({error.filename}).") from error
 

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 from drkl.processes import joined
-from drkl.signals import KEPT, CutShort, Deferred, deferred, keep, said_of
+from drkl.signals import CutShort, Deferred, deferred, keep, said_of
 from drkl.training.checkpoints import Reached, step_of
 
 _log = logging.getLogger("drkl")

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from drkl.data.batching import Steps
 from drkl.data.collate import collate, teacher_inputs
 from drkl.data.stored import column
 from drkl.errors import DrklError
+from drkl.locks import ANALYSIS, EVALUATION, TRAINING, first_holding
 from drkl.losses import IGNORE_INDEX, LMHead, release_buffers
 from drkl.losses.topk import TopK
 from drkl.models.at_head import call_at_head
@@ -310,6 +311,11 @@ class DistillationTrainer(Trainer):
         Raises:
             DrklError: a loss or a gradient that is not finite, a folder that cannot be written, or no checkpoint.
         """
+        held = self.record.keeps_folder  # by who prepared it
+        with nullcontext() if held else first_holding(self.run.root, TRAINING, EVALUATION, ANALYSIS):
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | Path | bool | None, **kwargs: Any) -> Any:
         checkpoint = first_alone(lambda: wanted_checkpoint(self.run, resume_from_checkpoint))
         # What cannot be gone on from is refused before anything of the run is touched.
         self._from = Reached(0)
