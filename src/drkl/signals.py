@@ -173,7 +173,8 @@ class _Handling:
 
     def _watch(self) -> None:
         """In a thread: end the program at once where it does not end by itself, or where a second signal asks."""
-        came, signum = None, 0
+        came: float | None = None
+        signum = 0
         while True:
             left = None if came is None else max(0.0, came + PATIENCE - time.monotonic())
             if left and self.raised and self.program and not self.ends:

@@ -103,10 +103,14 @@ class Stopping:
         if signum or (long and (signum := self._agreed())):
             self._stop(signum)
 
-    def saved(self, checkpoint: Path) -> None:
-        """Note that a checkpoint is whole."""
+    def saved(self) -> None:
+        """Note that the checkpoint of the present step is whole."""
         self._saved = self._trainer.state.global_step
-        keep(f"The newest checkpoint is {checkpoint}.")
+        keep(f"The newest checkpoint is {self._folder()}.")
+
+    def _folder(self) -> Path:
+        folder: Path = self._trainer.run.checkpoints_path / f"checkpoint-{self._trainer.state.global_step}"
+        return folder
 
     def _agreed(self) -> int:
         """The signal that came to any of the processes; 0 for none. All of them ask."""
@@ -125,8 +129,8 @@ class Stopping:
                 trainer._save_checkpoint(trainer.model_wrapped, None)
             finally:
                 self._is_extra = False
-            folder = Path(str(trainer.args.output_dir)) / f"checkpoint-{step}"
-            keep(f"Step {step} was finished, and is saved in {folder}.")
+        if step:
+            keep(f"Step {step} was finished, and is saved in {self._folder()}.")
         if not self._signals.is_told and trainer.is_world_process_zero():
             _log.warning(
                 "%s after step %d of %d; its checkpoint is kept.", said_of(signum), step, trainer.state.max_steps
