@@ -16,7 +16,8 @@ import yaml
 
 from drkl.disk import writing
 from drkl.errors import DrklError
-from drkl.folders import sync_folder
+from drkl.folders import sync
+from drkl.parsing import check_ends, parse_json, parse_yaml
 
 IN_MEMORY = "in memory"
 """The prefix, in a config.yaml, of the name of a model or of rows that were passed as objects."""
@@ -152,7 +153,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     text = read_text(path)
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise DrklError(f"{path} is not valid yaml: {' '.join(str(error).split())}") from error
     if value is None:
@@ -164,6 +165,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 file, with errors that name it."""
+    check_ends(path)
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -177,7 +179,7 @@ def read_text(path: str | Path) -> str:
 def read_json(path: str | Path) -> Any:
     """Read a json file, with errors that name it."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except json.JSONDecodeError as error:
         raise DrklError(f"{path} is not valid json: {error}.") from error
 
@@ -190,7 +192,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
@@ -247,7 +249,7 @@ def write_bytes(path: str | Path, data: bytes, *, lasting: bool = False) -> None
                 os.unlink(temporary)
             raise
         if lasting:
-            sync_folder(path.parent)
+            sync(path.parent)
 
 
 def write_json(path: str | Path, value: Any, *, lasting: bool = False) -> None:
