@@ -8,10 +8,9 @@ import mmap
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import pytest
 
 _DATA, _MAKE, _RENAME, _SYNC, _REMOVE, _MARK, _OPEN = (1 << bit for bit in range(7))
 _WRITES = _DATA | _MAKE | _RENAME | _SYNC
@@ -27,6 +26,11 @@ KINDS = {
 }
 """For each error."""
 _PATHS, _LENGTH = 8, 1024
+
+
+def compiler() -> str | None:
+    """The C compiler, if there is one and the system loads its libraries so."""
+    return shutil.which("cc") if sys.platform == "linux" else None
 
 
 class _Control(ctypes.Structure):
@@ -48,12 +52,9 @@ class Disk:
     """
 
     def __init__(self, folder: Path) -> None:
-        compiler = shutil.which("cc") or shutil.which("gcc")
-        if compiler is None:
-            pytest.skip("there is no C compiler, which makes the library that fails writes")
         library, control = folder / "disk.so", folder / "control"
-        words = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(Path(__file__).with_name("disk.c")), "-ldl"]
-        subprocess.run(words, check=True)
+        source = Path(__file__).with_name("disk.c")
+        subprocess.run([str(compiler()), "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
         control.write_bytes(bytes(ctypes.sizeof(_Control)))
         with control.open("r+b") as file:
             self._control = _Control.from_buffer(mmap.mmap(file.fileno(), 0))
@@ -114,3 +115,40 @@ class Disk:
     def where(self) -> str:
         """The first that failed: its call and its path."""
         return f"{self._control.call.decode()} {os.fsdecode(self._control.path)}"
+
+
+def write_in_every_way(folder: str) -> None:
+    """Write files as the libraries under drkl do; the name of each way whose error is lost is printed."""
+    import numpy as np
+    import pyarrow as pa
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+
+    root, tensors = Path(folder), {"x": torch.zeros(20_000)}
+    (root / "there").write_text("from before")
+
+    def arrow() -> None:
+        batch = pa.record_batch([pa.array(range(9_000))], names=["a"])
+        with pa.OSFile(str(root / "arrow"), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+
+    ways = {
+        "open": lambda: (root / "open").write_text("x" * 9_000),
+        "append": lambda: (root / "there").open("a").write("x"),
+        "rename": lambda: os.replace(root / "there", root / "moved"),
+        "mkdir": lambda: (root / "mkdir").mkdir(),
+        "symlink": lambda: (root / "symlink").symlink_to("there"),
+        "copy": lambda: shutil.copyfile(__file__, root / "copy"),
+        "safetensors": lambda: save_file(tensors, root / "safetensors"),
+        "torch": lambda: torch.save(tensors, root / "torch"),
+        "numpy": lambda: np.save(root / "numpy.npy", tensors["x"].numpy()),
+        "tokenizers": lambda: Tokenizer(models.BPE()).save(str(root / "tokenizers")),
+        "arrow": arrow,
+    }
+    for name, way in ways.items():
+        try:
+            way()
+        except Exception:
+            continue
+        print(f"{name} was written")
