@@ -33,7 +33,7 @@ from drkl.training.environment import describe_environment, now
 from drkl.training.loading import plain_options
 from drkl.training.own_files import put_in_place, remove_run
 from drkl.training.pair import Pair
-from drkl.training.placing import keep_only
+from drkl.training.placing import drop_extras, keep_only
 from drkl.training.sparse import card_note, describe_sparse
 
 _SETTLED = (
@@ -166,6 +166,7 @@ class RunRecord:
             write_json(self.run.env_path, self._environment, lasting=True)
             if self._student_step is not None and state.best_global_step is not None:
                 keep_only(self.run.checkpoints_path, state.best_global_step)
+            drop_extras(self.run.checkpoints_path)
 
     def _write(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
         adapter = self.pair.adapter
