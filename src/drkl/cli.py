@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from drkl._version import __version__
+from drkl.disk import CannotWrite, as_failed_write
 from drkl.errors import DrklError, did_you_mean
 from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
 from drkl.signals import KEPT, check_stopped, handled, keep, wait
@@ -109,6 +110,7 @@ def _fail(error: Exception, place: Place) -> None:
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # of the command line itself
         error.show()
         sys.exit(error.exit_code)
+    error = as_failed_write(error)
     if place.count == 1 and not isinstance(error, DrklError):
         raise error
     text, status = "".join(traceback.format_exception(error)), 1
@@ -116,6 +118,8 @@ def _fail(error: Exception, place: Place) -> None:
         from drkl.rollouts.config import in_words_of_config
 
         text, status = f"{LOST} {KEPT.text} {KEPT.way_on}" if lost else in_words_of_config(str(error)), 2
+        if isinstance(error, CannotWrite):
+            text = f"{text} {KEPT.text} {KEPT.way_on}"
     if place.is_first or not raised_in_all(error):
         who = "Error" if place.is_first else f"Error in process {place.number} of {place.count}, counted from 0"
         print(f"{who}: {text}", file=sys.stderr)
