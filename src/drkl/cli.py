@@ -19,6 +19,7 @@ from drkl.errors import DrklError, did_you_mean
 from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
 from drkl.terminal import (
     TrainingProgress,
+    guard,
     print_analysis,
     print_evaluation,
     print_memory,
@@ -28,6 +29,7 @@ from drkl.terminal import (
     print_toy,
     progress_bars,
 )
+from drkl.terminal import say as print  # no text reaches a terminal but through it
 
 app = typer.Typer(
     name="drkl",
@@ -146,6 +148,7 @@ def _common(
     ] = False,
 ) -> None:
     """Distil a language model into a smaller one that is faithful to its teacher, and as diverse."""
+    guard()
     if context.invoked_subcommand not in _DIVIDED:
         _first_alone()
 
