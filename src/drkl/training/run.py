@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,9 +37,11 @@ from drkl.teachers.stored import check_kind
 from drkl.teachers.teacher import Teacher
 from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
-from drkl.training.checkpoints import keep_only, newest_checkpoint
+from drkl.training.checkpoints import has_checkpoints
 from drkl.training.checks import check_apart, check_device, check_folder, check_same_config
+from drkl.training.own_files import remove_run
 from drkl.training.pair import TokenisedRows
+from drkl.training.placing import keep_only
 from drkl.training.record import training_section
 from drkl.training.served import check_served_kind
 from drkl.training.sparse import check_sparse
@@ -432,12 +433,11 @@ def distill(
             first_alone(lambda: _begin(specs[-1], mode, command))
             _check_shared(last)
         trainer.record.command = command
+        trainer.on_message = listener.on_message
         folder = spec.folder.checkpoints_path
-        checkpoint = first_alone(functools.partial(newest_checkpoint, folder)) if mode == "resume" else None
-        if checkpoint is not None:
-            checkpoint = folder / checkpoint.name
-            listener.on_message(f"Going on from {checkpoint.name}.")
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(
+            resume_from_checkpoint=mode == "resume" and first_alone(functools.partial(has_checkpoints, folder))
+        )
         trainer.save_model()
     return last
 
@@ -464,8 +464,8 @@ def _settled_mode(spec: RunSpec, mode: Mode) -> Mode:
 def _begin(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
     """Make the folder of a run; one that is to be replaced is removed. Called in one process."""
     run = spec.folder
-    if mode == "overwrite" and run.root.exists():
-        _remove(run)
+    if mode == "overwrite" and run.config_path.is_file():
+        remove_run(run)
     write_yaml(run.config_path, spec.resolved)  # from here on a resume finds it
     known = run.read_env() if mode == "resume" else {}
     write_json(run.env_path, known | {"command": command, "finished": None})
@@ -488,13 +488,6 @@ def _is_over(run: RunFolder) -> bool:
     if run.is_finished():
         keep_only(run.checkpoints_path, run.read_env().get("best_step"))
     return run.is_finished()
-
-
-def _remove(run: RunFolder) -> None:
-    try:
-        shutil.rmtree(run.root)
-    except OSError as error:
-        raise DrklError(f"Cannot replace {str(run.root)!r}: {error.strerror or error} ({error.filename}).") from error
 
 
 def _make_trainer(spec: RunSpec, prepared: Prepared) -> DistillationTrainer:
