@@ -20,6 +20,7 @@ from drkl.processes import Place, launched, lost_another, raised_in_all, speechl
 from drkl.signals import KEPT, check_stopped, handled, keep, wait
 from drkl.terminal import (
     TrainingProgress,
+    guard,
     print_analysis,
     print_evaluation,
     print_memory,
@@ -29,6 +30,7 @@ from drkl.terminal import (
     print_toy,
     progress_bars,
 )
+from drkl.terminal import say as print  # no text reaches a terminal but through it
 
 app = typer.Typer(
     name="drkl",
@@ -157,6 +159,7 @@ def _common(
 ) -> None:
     """Distil a language model into a smaller one that is faithful to its teacher, and as diverse."""
     keep(_KEPT.get(context.invoked_subcommand or "", "Nothing is half written."))
+    guard()
     if context.invoked_subcommand not in _DIVIDED:
         _first_alone()
 

@@ -16,6 +16,7 @@ from transformers import TrainerState, TrainingArguments
 from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.tokenize import DropReport
 from drkl.disk import writing
+from drkl.display import markdown_name
 from drkl.models.adapter import merge_adapter, save_adapter, whole_adapter
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
@@ -185,8 +186,8 @@ class RunRecord:
         if pair.adapter is not None and self.export == "adapter":
             base = (self.config or {}).get("student", {}).get("model") or pair.student_name
             adapter_note = (
-                f"It is a LoRA adapter for `{base}`; to load it, install `peft` too. Where its answers end stands in "
-                "its generation_config.json, which peft does not read."
+                f"It is a LoRA adapter for {markdown_name(base)}; to load it, install `peft` too. Where its answers "
+                "end stands in its generation_config.json, which peft does not read."
             )
             note = f"{note}\n\n{adapter_note}" if note else adapter_note
             kind = "adapter" if kind == "decoder" else kind
