@@ -16,6 +16,7 @@ from transformers import TrainerState, TrainingArguments
 from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.tokenize import DropReport
 from drkl.disk import writing
+from drkl.display import markdown_name
 from drkl.models.adapter import merge_adapter, save_adapter, whole_adapter
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
@@ -33,7 +34,7 @@ from drkl.training.environment import describe_environment, now
 from drkl.training.loading import plain_options
 from drkl.training.own_files import put_in_place, remove_run
 from drkl.training.pair import Pair
-from drkl.training.placing import keep_only
+from drkl.training.placing import drop_extras, keep_only
 from drkl.training.sparse import card_note, describe_sparse
 
 _SETTLED = (
@@ -166,6 +167,7 @@ class RunRecord:
             write_json(self.run.env_path, self._environment, lasting=True)
             if self._student_step is not None:
                 keep_only(self.run.checkpoints_path, state.best_global_step)
+            drop_extras(self.run.checkpoints_path)
 
     def _write(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
         adapter = self.pair.adapter
@@ -184,8 +186,8 @@ class RunRecord:
         if pair.adapter is not None and self.export == "adapter":
             base = (self.config or {}).get("student", {}).get("model") or pair.student_name
             adapter_note = (
-                f"It is a LoRA adapter for `{base}`; to load it, install `peft` too. Where its answers end stands in "
-                "its generation_config.json, which peft does not read."
+                f"It is a LoRA adapter for {markdown_name(base)}; to load it, install `peft` too. Where its answers "
+                "end stands in its generation_config.json, which peft does not read."
             )
             note = f"{note}\n\n{adapter_note}" if note else adapter_note
             kind = "adapter" if kind == "decoder" else kind

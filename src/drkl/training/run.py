@@ -22,6 +22,7 @@ from drkl.data.store import Watch
 from drkl.data.streams import RowStream, stream_of
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
+from drkl.locks import ANALYSIS, EVALUATION, TRAINING, first_holding
 from drkl.models.forward import decoder_start
 from drkl.models.load import load_tokenizer, model_note
 from drkl.models.pair import SharedTokens, check_families, check_tokenizers
@@ -29,6 +30,7 @@ from drkl.models.precision import DTYPES, pick_device
 from drkl.models.student import make_student
 from drkl.processes import first_alone, joined, launched
 from drkl.runs import RunFolder, write_json, write_yaml
+from drkl.signals import KEPT
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
@@ -410,6 +412,18 @@ def distill(
         check_device(specs[-1].run.device)
         training_config(specs[-1], pick_device(specs[-1].run.device))  # makes the process group
     listener = listener if listener is not None and joined().is_first else Listener()
+    with first_holding(specs[-1].folder.root, TRAINING, EVALUATION, ANALYSIS):
+        return _distill(specs, mode, listener, on_trainer, command)
+
+
+def _distill(
+    specs: Sequence[RunSpec],
+    mode: Mode,
+    listener: Listener,
+    on_trainer: Callable[[DistillationTrainer], None] | None,
+    command: Sequence[str] | None,
+) -> RunFolder:
+    """`distill` in a folder that is held."""
     last, teacher = specs[-1].folder, specs[-1].teacher
     if teacher is not None and teacher.cache is not None and mode != "resume":
         check_apart(teacher.cache, last)
@@ -433,6 +447,7 @@ def distill(
         if number == 1:
             first_alone(lambda: _begin(specs[-1], mode, command))
             _check_shared(last)
+            KEPT.begun("No step was taken yet.")
         trainer.record.command = command
         trainer.on_message = listener.on_message
         folder = spec.folder.checkpoints_path
