@@ -194,7 +194,9 @@ def distill(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Continue this interrupted run.", show_default=False)
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in its folder if there is one; other files there stay.")
+    ] = False,
     auto_resume: Annotated[
         bool,
         typer.Option(
