@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from transformers import TrainerState
 
@@ -37,6 +38,8 @@ class Reached:
     """The `plan_digest` of the steps so far."""
     fed: Fed = field(default_factory=Fed)
     """What the processes were fed since ``logged_step``."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """What the run is trained on, and how: `drkl.training.inputs`. Empty where it was not kept."""
 
     def loss_sum(self, process: int, processes: int) -> float:
         """The sum of one process: its own, or the mean where the run goes on with another number of processes."""

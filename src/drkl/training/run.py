@@ -38,11 +38,12 @@ from drkl.teachers.stored import check_kind
 from drkl.teachers.teacher import Teacher
 from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
-from drkl.training.checkpoints import keep_only, newest_checkpoint
-from drkl.training.checks import check_apart, check_device, check_folder, check_same_config
+from drkl.training.checkpoints import keep_only, newest_checkpoint, reached_at
+from drkl.training.checks import check_apart, check_device, check_folder
 from drkl.training.pair import TokenisedRows
 from drkl.training.record import training_section
 from drkl.training.served import check_served_kind
+from drkl.training.settings import STAGES, changed, changes, counted, has_other_sources, of_configs
 from drkl.training.sparse import check_sparse
 from drkl.training.spec import (
     TWO_CLASSES,
@@ -413,9 +414,13 @@ def distill(
         check_apart(teacher.cache, last)
     mode = first_alone(lambda: _settled_mode(specs[-1], mode))
     if mode == "auto":
+        if first_alone(lambda: has_other_sources(last.read_config(), specs[-1].resolved)):
+            _check_finished(prepare(specs, listener))
         listener.on_message(f"The run {str(last.root)!r} is finished; nothing is left to do.")
         return last
     prepared = prepare(specs, listener)
+    if mode == "resume":
+        _check_finished(prepared)
     fill_cache(prepared)
     specs = prepared.specs
     # The line that made the run is what repeats it, also where another one finished it.
@@ -428,12 +433,14 @@ def distill(
         trainer = prepared.trainer(spec)
         if on_trainer is not None:
             on_trainer(trainer)
+        folder = spec.folder.checkpoints_path
+        checkpoint = first_alone(functools.partial(newest_checkpoint, folder)) if mode == "resume" else None
+        if checkpoint is not None and (then := reached_at(checkpoint).inputs):
+            trainer.check_inputs(then)  # before the record of the run is written anew
         if number == 1:
             first_alone(lambda: _begin(specs[-1], mode, command))
             _check_shared(last)
         trainer.record.command = command
-        folder = spec.folder.checkpoints_path
-        checkpoint = first_alone(functools.partial(newest_checkpoint, folder)) if mode == "resume" else None
         if checkpoint is not None:
             checkpoint = folder / checkpoint.name
             listener.on_message(f"Going on from {checkpoint.name}.")
@@ -454,11 +461,29 @@ def _settled_mode(spec: RunSpec, mode: Mode) -> Mode:
         if mode == "resume":
             section = spec.resolved["training"]
             settled = training_section(training_config(spec, pick_device(spec.run.device)), section)
-            check_same_config(run, spec.resolved | {"training": section | settled})
+            if found := of_configs(run.read_config(), spec.resolved | {"training": section | settled}):
+                raise changed(run.root, found)
             if run.is_finished():
                 return "auto"
     check_folder(run, mode)
     return mode
+
+
+def _check_finished(prepared: Prepared) -> None:
+    """Raise DrklError where a stage that is finished began with other inputs than it has now.
+
+    Stages that came before a run that has begun are the same ones: before one more is trained.
+    """
+    last = prepared.specs[-1]
+    begun = first_alone(functools.partial(newest_checkpoint, last.folder.checkpoints_path))
+    if begun is not None and (then := reached_at(begun).inputs):
+        now = counted(last.resolved, chooses_best=True)
+        if found := list(changes({STAGES: then["settings"][STAGES]}, {STAGES: now["settings"][STAGES]})):
+            raise changed(last.folder.root, found)
+    for spec in prepared.specs:
+        known = first_alone(spec.folder.read_env)
+        if known.get("finished") is not None and known.get("inputs"):
+            prepared.trainer(spec).check_inputs(known["inputs"])
 
 
 def _begin(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
