@@ -232,23 +232,6 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
         other.train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_that_does_not_tell_its_inputs_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As older versions wrote them: answers of other settings are left out, and other steps are refused."""
-    settings = {"rollout_share": 1.0, "rollout_refresh_every": 3, "save_strategy": "steps", "save_steps": 1}
-    settings |= {"tokens_per_step": 30}
-    make_trainer(tmp_path, rows(8), max_steps=2, rollout_max_new_tokens=6, **settings).train()
-    path = tmp_path / "checkpoints" / "checkpoint-1" / "complete.json"
-    path.write_text(
-        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "inputs"})
-    )
-    with pytest.raises(DrklError, match=r"the rows of the steps up to checkpoint-1: others\. Put them back"):
-        make_trainer(tmp_path, rows(8)[::-1], max_steps=2, **settings).train(resume_from_checkpoint=path.parent)
-    other = make_trainer(tmp_path, rows(8), max_steps=2, rollout_max_new_tokens=2, **settings)
-    other.train(resume_from_checkpoint=path.parent)
-    assert "which does not say what its run was trained on; the run goes on" in caplog.text
-    assert "max_new_tokens was 6 when they were written, and is 2 now" in caplog.text
-
-
 def test_sampling_leaves_torch_s_random_numbers_alone(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, rows(8), rollout_share=1.0, rollout_max_new_tokens=4)
     assert trainer._on_policy is not None

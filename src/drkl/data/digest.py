@@ -20,7 +20,7 @@ _COLUMNS = (
 
 
 def digest_rows(rows: Sequence[Any], *, ids: bool = False) -> dict[str, Any]:
-    """Return the number of ``rows``, the ``digest`` of what the models read and learn of them, in order, and of ``ids``.
+    """Return the number of ``rows``, a ``digest`` of what is read and learnt of them in order, and one of ``ids``.
 
     Args:
         rows: tokenised rows, in memory or in files; both have the same hash.

@@ -130,19 +130,12 @@ def check_inputs(then: Mapping[str, Any], now: Mapping[str, Any], run: RunFolder
     """Raise `InputsChanged` where a run goes on with other inputs than it began with; what moves last digits is told.
 
     Args:
-        then: `describe_inputs` of the run as it began; empty where it was not kept.
+        then: `describe_inputs` of the run as it began.
         now: the same of the run as it is to go on.
         run: its folder.
         student: the student in memory. One whose training began with the inputs of ``then`` is the right one, whatever
             its weights are now.
     """
-    if not then:
-        _log.warning(
-            "Note: an older drkl wrote the checkpoint of %r, which does not say what its run was trained on; the run "
-            "goes on, and nothing can be compared.",
-            str(run.root),
-        )
-        return
     if then.get("student") in _begun.get(student, []):
         now = {**now, "student": then["student"]}
     if found := list(differences(then, now)):
@@ -155,18 +148,18 @@ def check_inputs(then: Mapping[str, Any], now: Mapping[str, Any], run: RunFolder
         )
 
 
-def begins_anew(run: RunFolder | None, now: Mapping[str, Any], student: nn.Module) -> None:
-    """Note that a training begins with these inputs, whatever the run in the folder began with: it kept no step.
+def begins_anew(then: Mapping[str, Any] | None, now: Mapping[str, Any], run: RunFolder, student: nn.Module) -> None:
+    """Note that a training begins with these inputs, whatever a run without a checkpoint began with before.
 
     Args:
-        run: the folder, where it was begun before; None where it is new.
-        now: `describe_inputs`.
+        then: `describe_inputs` of that run; None where there is none, or it was not kept.
+        now: the same of the run that begins.
+        run: its folder.
         student: the student in memory.
     """
     _begun.setdefault(student, []).append(now["student"])
-    then = {} if run is None else run.read_env().get("inputs") or {}
     found = list(differences(then, now)) if then else []
-    if run is not None and found and joined().is_first:
+    if found and joined().is_first:
         _log.warning(
             "Note: the run in %r has no checkpoint, so it begins anew, with what was changed: %s.",
             str(run.root), "; ".join(found),
