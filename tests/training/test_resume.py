@@ -178,7 +178,7 @@ def test_cut_off_in_removing_an_old_checkpoint(tmp_path: Path, monkeypatch: pyte
     remove = shutil.rmtree
 
     def killed(path: Path, *args: Any, **kwargs: Any) -> None:
-        if not Path(path).is_relative_to(tmp_path):  # a temporary folder of another's
+        if ".removed" not in Path(path).name:
             return remove(path, *args, **kwargs)
         (Path(path) / "optimizer.pt").unlink()
         raise Killed

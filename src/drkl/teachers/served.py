@@ -25,6 +25,7 @@ from drkl.models.forward import is_encoder_decoder, lm_head
 from drkl.models.load import load_config, load_tokenizer, resolve_model, without_weights, words_of
 from drkl.models.readout import Batch
 from drkl.models.settings import read_generation_config
+from drkl.signals import may_be_cut_short
 from drkl.teachers.config import TeacherConfig, address_fault
 from drkl.teachers.scores import Odd, Scores, as_topk, read_scores
 
@@ -367,13 +368,17 @@ class ServedTeacher:
         for asked in list(self._ahead):
             if wanted := [question for question in questions if question in asked.questions and question not in found]:
                 try:
-                    answers = asked.answers.result()
+                    with may_be_cut_short(alone=True):
+                        answers = asked.answers.result()
                 except BaseException:
                     self._ahead.remove(asked)  # whoever goes on asks again
                     raise
                 found |= {question: answers[question] for question in wanted}
         left = [question for question in dict.fromkeys(questions) if question not in found]
-        return found | (self.ask(left) if left else {})
+        if not left:
+            return found
+        with may_be_cut_short(alone=True):
+            return found | self.ask(left)
 
     def _look(self, models: Any) -> Served:
         try:

@@ -54,6 +54,12 @@ class Reached:
     """The `plan_digest` of the steps so far."""
     fed: Fed = field(default_factory=Fed)
     """What the processes were fed since ``logged_step``."""
+    extra: bool = False
+    """Whether an end from outside is why it was written; it stands beside those that were asked for."""
+    evaluation_due: bool = False
+    """Whether the evaluation after the step is still to be done."""
+    save_due: bool = False
+    """Whether the step is one that is saved after its evaluation."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What `describe_files` says of the checkpoint's other files."""
 

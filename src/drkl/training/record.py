@@ -34,7 +34,7 @@ from drkl.training.environment import describe_environment, now
 from drkl.training.loading import plain_options
 from drkl.training.own_files import put_in_place, remove_run
 from drkl.training.pair import Pair
-from drkl.training.placing import keep_only
+from drkl.training.placing import drop_extras, keep_only
 from drkl.training.sparse import card_note, describe_sparse
 
 _SETTLED = (
@@ -149,7 +149,7 @@ class RunRecord:
             CannotWrite: it cannot be written there.
         """
         target = (self.run.student_path if folder is None else folder).resolve()
-        staging = target.parent / f".{target.name}"
+        staging = target.parent / f".{target.name}.writing"
         shutil.rmtree(staging, ignore_errors=True)
         then = "resume the run: its checkpoints are kept" if folder is None else "save it again"
         with writing(target, what="the student", then=then):
@@ -165,8 +165,9 @@ class RunRecord:
         if folder is None and self._environment:
             self._environment["finished"] = now()
             write_json(self.run.env_path, self._environment, lasting=True)
-            if self._student_step is not None and state.best_global_step is not None:
+            if self._student_step is not None:
                 keep_only(self.run.checkpoints_path, state.best_global_step)
+            drop_extras(self.run.checkpoints_path)
 
     def _write(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
         adapter = self.pair.adapter

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from drkl.data.collate import collate, teacher_inputs
 from drkl.data.stored import column
 from drkl.disk import cannot_write, writing
 from drkl.errors import DrklError
+from drkl.locks import ANALYSIS, EVALUATION, TRAINING, first_holding
 from drkl.losses import IGNORE_INDEX, LMHead, release_buffers
 from drkl.losses.topk import TopK
 from drkl.models.at_head import call_at_head
@@ -77,6 +78,7 @@ from drkl.training.plan import MicroBatches, Places, cuts_by_cost, plan_run
 from drkl.training.record import RunRecord
 from drkl.training.served import questions_in
 from drkl.training.sharding import check_kind, load_optimizer, save_optimizer, weights_in
+from drkl.training.stopping import Stopping
 from drkl.training.streaming import StreamedBatches
 
 OTHER_ROWS = "other_"
@@ -215,6 +217,7 @@ class DistillationTrainer(Trainer):
         """The step of the best weights, once they are in memory again."""
         self.on_message: Callable[[str], None] = _log.info
         """Called with what a run says as it goes on."""
+        self._stopping = Stopping(self)
         self.num_tokens_seen = 0
         self._row_ids: list[str] = []
 
@@ -224,6 +227,7 @@ class DistillationTrainer(Trainer):
         self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(self.run), Epochs(ends, args)
         begin = OnBegin(self._go_on)
         own: list[TrainerCallback] = [begin, self._train_log, self._epochs, LastStep()]
+        own.append(OnBegin(self._catch_up))
         if args.early_stop_patience:
             own.append(EarlyStop(args.early_stop_patience))
         if self._on_policy is not None:
@@ -313,6 +317,11 @@ class DistillationTrainer(Trainer):
         Raises:
             DrklError: a loss or a gradient that is not finite, a folder that cannot be written, or no checkpoint.
         """
+        held = self.record.keeps_folder  # by who prepared it
+        with nullcontext() if held else first_holding(self.run.root, TRAINING, EVALUATION, ANALYSIS):
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | Path | bool | None, **kwargs: Any) -> Any:
         apart = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         checkpoint = first_alone(lambda: wanted_checkpoint(self.run, resume_from_checkpoint, optimizer=apart))
         # What cannot be gone on from is refused before anything of the run is touched.
@@ -336,10 +345,11 @@ class DistillationTrainer(Trainer):
             if resume_from_checkpoint is not True:
                 set_aside_later(self.run.checkpoints_path, from_step)
         self.accelerator.wait_for_everyone()
-        self._train_log.begin(from_step)
+        due = self._from.evaluation_due
+        self._train_log.begin(from_step, measured=not due)
         self._watch.begin()
         if self._measures is not None and self.is_world_process_zero():
-            self._measures.begin(from_step)
+            self._measures.begin(from_step - due)
         # It would be a second evaluation of the step that a run goes on from.
         self.args.eval_on_start = self.config.eval_on_start and checkpoint is None
         student = self.pair.student
@@ -348,7 +358,8 @@ class DistillationTrainer(Trainer):
         if self._use_cache is not None:
             student.config.use_cache = False
         try:
-            with freed_memory_kept(self.args.device), with_varlen(self.pair.varlen):
+            stopping = self._stopping.training(checkpoint)
+            with freed_memory_kept(self.args.device), with_varlen(self.pair.varlen), stopping:
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
             read = None if self._streamed is None else self._streamed.account(self.state.global_step)
         finally:
@@ -485,7 +496,24 @@ class DistillationTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:  # transformers asks only after another step
-            super()._run_epoch(*args, **kwargs)
+            with self._stopping.steps():
+                super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        with self._stopping.step_end():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _catch_up(self) -> None:
+        """Measure and save what was left to do after the step that a run goes on from."""
+        came, control = self._from, self.control
+        if not came.evaluation_due:
+            return
+        self._load_rng_state(str(self._whole))
+        control.should_evaluate, control.should_save = True, came.save_due
+        try:
+            super()._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, 0, None, time.time())
+        finally:
+            control.should_evaluate = control.should_save = False
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As transformers', over the parts of a micro-batch."""
@@ -497,6 +525,8 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of the next step; answers are written first where they are due."""
+        if self._uses_teacher and isinstance(self.teacher, ServedTeacher):
+            self._stopping.remember()
         if self._on_policy is None:
             samples = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._ask_ahead(samples[0], self._batches_of(self.state.global_step + 1))
@@ -740,6 +770,7 @@ class DistillationTrainer(Trainer):
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        self._stopping.saved()
         self._settle_best()
 
     def _complete(self, written: Path, losses: tuple[float, ...], fed: Fed) -> None:
@@ -753,7 +784,8 @@ class DistillationTrainer(Trainer):
         if self._streamed is not None:
             self._streamed.save(written)
         plan = plan_digest(self._steps[:step])
-        mark_complete(written, Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan, fed))
+        reached = Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan, fed)
+        mark_complete(written, self._stopping.marked(reached))
         self._train_log.sync()
         place(written)
         if self._keep_checkpoints:
