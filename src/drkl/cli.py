@@ -14,11 +14,13 @@ from typing import Annotated, Any
 import typer
 
 from drkl._version import __version__
+from drkl.disk import CannotWrite, as_failed_write
 from drkl.errors import DrklError, did_you_mean
 from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
 from drkl.signals import KEPT, check_stopped, handled, keep, wait
 from drkl.terminal import (
     TrainingProgress,
+    guard,
     print_analysis,
     print_evaluation,
     print_memory,
@@ -28,6 +30,7 @@ from drkl.terminal import (
     print_toy,
     progress_bars,
 )
+from drkl.terminal import say as print  # no text reaches a terminal but through it
 
 app = typer.Typer(
     name="drkl",
@@ -109,6 +112,7 @@ def _fail(error: Exception, place: Place) -> None:
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # of the command line itself
         error.show()
         sys.exit(error.exit_code)
+    error = as_failed_write(error)
     if place.count == 1 and not isinstance(error, DrklError):
         raise error
     text, status = "".join(traceback.format_exception(error)), 1
@@ -116,6 +120,8 @@ def _fail(error: Exception, place: Place) -> None:
         from drkl.rollouts.config import in_words_of_config
 
         text, status = f"{LOST} {KEPT.text} {KEPT.way_on}" if lost else in_words_of_config(str(error)), 2
+        if isinstance(error, CannotWrite):
+            text = f"{text} {KEPT.text} {KEPT.way_on}"
     if place.is_first or not raised_in_all(error):
         who = "Error" if place.is_first else f"Error in process {place.number} of {place.count}, counted from 0"
         print(f"{who}: {text}", file=sys.stderr)
@@ -153,6 +159,7 @@ def _common(
 ) -> None:
     """Distil a language model into a smaller one that is faithful to its teacher, and as diverse."""
     keep(_KEPT.get(context.invoked_subcommand or "", "Nothing is half written."))
+    guard()
     if context.invoked_subcommand not in _DIVIDED:
         _first_alone()
 
@@ -187,7 +194,9 @@ def distill(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Continue this interrupted run.", show_default=False)
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in its folder if there is one; other files there stay.")
+    ] = False,
     auto_resume: Annotated[
         bool,
         typer.Option(
@@ -251,8 +260,10 @@ def _distill(config: Any, mode: Any) -> None:
     from drkl.analysis.watch import watcher
     from drkl.training.checks import RunExists
     from drkl.training.run import distill as train
+    from drkl.training.settings import InputsChanged
 
-    KEPT.prepared = ["drkl", "distill", "--resume", str(Path(config.run.dir) / config.run.name)]
+    folder = Path(config.run.dir) / config.run.name
+    KEPT.prepared = ["drkl", "distill", "--resume", str(folder)]
     try:
         with TrainingProgress() as listener:
             run = train(
@@ -262,8 +273,12 @@ def _distill(config: Any, mode: Any) -> None:
                 on_trainer=watcher(config.analysis),
                 command=["drkl", *sys.argv[1:]],
             )
+    except InputsChanged as error:
+        raise DrklError(
+            f"{error} Once they are back, `drkl distill --resume {folder}` goes on; `drkl distill CONFIG "
+            "run.name=OTHER` starts a new run."
+        ) from error
     except RunExists as error:
-        folder = Path(config.run.dir) / config.run.name
         raise DrklError(
             f"The run folder {str(folder)!r} exists. `--overwrite` replaces it, `--resume {folder}` continues it, "
             "run.name=OTHER makes another."
