@@ -119,8 +119,10 @@ def drop_extras(folder: Path, but: int | None = None) -> None:
 
 
 def keep_only(folder: Path, best: int | None) -> None:
-    """Remove all checkpoints but the best of a finished run; that one may still be asked for, the others cannot."""
+    """Remove the checkpoints of a finished run but the best, which may be asked for; where that is not there, none."""
     tidy(folder)
+    if best is None or not is_own(folder / f"checkpoint-{best}"):
+        return
     for path in own_checkpoints(folder):
         if step_of(path) != best:
             discard(path)
