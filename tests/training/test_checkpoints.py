@@ -127,6 +127,18 @@ def test_what_drkl_did_not_write_is_not_read(tmp_path: Path) -> None:
     assert has_checkpoints(tmp_path)
 
 
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    assert not has_checkpoints(tmp_path / "none")
+    (tmp_path / "file").touch()
+    assert not has_checkpoints(tmp_path / "file")
+    monkeypatch.setattr("drkl.training.checkpoints.os.listdir", refuse)
+    with pytest.raises(DrklError, match=r"Cannot read '.*': Permission denied\."):
+        has_checkpoints(tmp_path)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_state_that_was_never_saved_is_missing_too(tmp_path: Path, processes: int) -> None:
     alone = {1: ("rng_state.pth",), 2: ("rng_state_0.pth", "rng_state_1.pth")}[processes]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -188,8 +189,13 @@ def has_checkpoints(folder: Path) -> bool:
 
 def _named(folder: Path) -> list[Path]:
     """What has the name of a checkpoint, the newest first."""
-    paths = (path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name))
-    return sorted(paths, key=step_of, reverse=True)
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DrklError(f"Cannot read {str(folder)!r}: {error.strerror or error}.") from error
+    return sorted((folder / name for name in names if _NAME.fullmatch(name)), key=step_of, reverse=True)
 
 
 def own_checkpoints(folder: Path) -> list[Path]:
