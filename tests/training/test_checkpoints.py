@@ -4,8 +4,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 
 from drkl.errors import DrklError
 from drkl.runs import RunFolder
@@ -17,7 +19,9 @@ from drkl.training.checkpoints import (
     find_checkpoint,
     has_checkpoints,
     mark_complete,
+    plain_errors,
     reached_at,
+    readable,
     wanted_checkpoint,
 )
 
@@ -203,3 +207,11 @@ def test_a_state_that_transformers_cannot_read_is_named(tmp_path: Path) -> None:
             check_state(path)
     (path / "trainer_state.json").write_text("{}")
     check_state(path)
+
+
+def test_what_torch_s_distributed_checkpoints_wrap_is_raised_as_it_was(tmp_path: Path) -> None:
+    failures: Any = {1: (OSError(28, "No space left on device"), None)}
+    with pytest.raises(OSError, match="No space left"), plain_errors():
+        raise CheckpointException("save", failures)
+    with pytest.raises(DrklError, match=r"weights of 'c' cannot be used: .*No space left"), readable("c", "weights"):
+        raise CheckpointException("load", failures)

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerState
 
 from drkl.errors import DrklError
@@ -260,10 +261,20 @@ def check_state(checkpoint: Path) -> None:
 
 
 @contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise what went wrong in a process, where torch's distributed checkpoints wrap it into what is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
+@contextmanager
 def readable(checkpoint: str, what: str) -> Iterator[None]:
     """Name the checkpoint in what goes wrong as ``what`` of it is read."""
     try:
-        yield
+        with plain_errors():
+            yield
     except Exception as error:  # of torch, transformers and safetensors, each with errors of its own
         reason = " ".join(str(error).split())[:400].rstrip(".")
         raise DrklError(
