@@ -55,6 +55,7 @@ from drkl.training.checkpoints import (
     Reached,
     check_state,
     mark_complete,
+    plain_errors,
     plan_digest,
     reached_at,
     readable,
@@ -349,9 +350,10 @@ class DistillationTrainer(Trainer):
         self.on_begin()
         if self.is_world_process_zero():
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
-            tidy(self.run.checkpoints_path)
-            if resume_from_checkpoint is not True:
-                set_aside_later(self.run.checkpoints_path, from_step)
+            with writing(self.run.checkpoints_path, then="resume the run"):
+                tidy(self.run.checkpoints_path)
+                if resume_from_checkpoint is not True:
+                    set_aside_later(self.run.checkpoints_path, from_step)
         self.accelerator.wait_for_everyone()
         due = self._from.evaluation_due
         self._train_log.begin(from_step, measured=not due)
@@ -789,7 +791,7 @@ class DistillationTrainer(Trainer):
         folder = staging(self.run.checkpoints_path) / f"checkpoint-{self.state.global_step}"
         what, then = f"the checkpoint of step {self.state.global_step}", "resume the run: earlier checkpoints are kept"
         try:
-            with writing(folder, what=what, then=then):
+            with writing(folder, what=what, then=then), plain_errors():
                 super()._save_checkpoint(model, trial)
                 losses = tuple(gather([float(self._tr_loss)]))  # and every process has written its part
                 fed = self._feeding.of_all()
