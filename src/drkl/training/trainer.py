@@ -234,7 +234,6 @@ class DistillationTrainer(Trainer):
         self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(self.run), Epochs(ends, args)
         begin = OnBegin(self._go_on)
         own: list[TrainerCallback] = [begin, self._train_log, self._epochs, LastStep()]
-        own.append(OnBegin(self._catch_up))
         if args.early_stop_patience:
             own.append(EarlyStop(args.early_stop_patience))
         if self._on_policy is not None:
@@ -313,6 +312,10 @@ class DistillationTrainer(Trainer):
         self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any
     ) -> Any:
         """Train, and write the run folder but for the student, which `save_model` writes.
+
+        SIGTERM, SIGINT and SIGHUP, where a main thread leaves them to Python, wait for the end of the step: it is saved
+        as a checkpoint, then SIGINT raises KeyboardInterrupt and the others `drkl.signals.Stopped`, a SystemExit. A
+        second signal, or 25 seconds, end training at once.
 
         Args:
             resume_from_checkpoint: a checkpoint of this run, or True for its newest whole one.
@@ -516,8 +519,6 @@ class DistillationTrainer(Trainer):
     def _catch_up(self) -> None:
         """Measure and save what was left to do after the step that a run goes on from."""
         came, control = self._from, self.control
-        if not came.evaluation_due:
-            return
         self._load_rng_state(str(self._whole))
         control.should_evaluate, control.should_save = True, came.save_due
         try:
@@ -708,6 +709,8 @@ class DistillationTrainer(Trainer):
         came = self._from
         self._globalstep_last_logged = came.step if came.logged_step is None else came.logged_step
         self._tr_loss += came.loss_sum(self.args.process_index, self.args.world_size)
+        if came.evaluation_due:
+            self._catch_up()
 
     def on_progress(self, hook: OnProgress) -> None:
         """Call ``hook(steps done, steps in all, newest numbers)`` after every step."""
