@@ -16,6 +16,7 @@ import typer
 from drkl._version import __version__
 from drkl.disk import CannotWrite, as_failed_write
 from drkl.errors import DrklError, did_you_mean
+from drkl.outputs import Outputs
 from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
 from drkl.signals import KEPT, check_stopped, handled, keep, wait
 from drkl.terminal import (
@@ -87,8 +88,26 @@ LOST = (
 def main() -> None:
     """Run the command line; what a user can mend ends with a short message and status 2.
 
-    Of several processes the first one speaks.
+    Of several processes the first one speaks. A terminal, a pipe or a disk that no longer takes what is printed does
+    not end the work; a command whose work is to print then ends with status 2.
     """
+    outputs = Outputs()
+    try:
+        _main()
+    except SystemExit as end:
+        failure = outputs.lost()
+        if end.code or failure is None:
+            raise
+        cause = f"what was printed is not all there: {failure.strerror or failure}."
+        if sys.argv[1] in _DIVIDED:
+            print(f"Warning: {cause} The work is done.", file=sys.stderr)
+            raise
+        print(f"Error: {cause[0].upper()}{cause[1:]} {KEPT.way_on}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _main() -> None:
+    """The command line, with standard streams that last."""
     place = Place()
     with handled(["drkl", *sys.argv[1:]]):
         try:
