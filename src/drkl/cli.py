@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from drkl._version import __version__
-from drkl.disk import CannotWrite, as_failed_write
+from drkl.disk import CannotWrite, explained
 from drkl.errors import DrklError, did_you_mean
 from drkl.outputs import Outputs
 from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
@@ -131,15 +131,18 @@ def _fail(error: Exception, place: Place) -> None:
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # of the command line itself
         error.show()
         sys.exit(error.exit_code)
-    error = as_failed_write(error)
+    error = explained(error)
     if place.count == 1 and not isinstance(error, DrklError):
         raise error
     text, status = "".join(traceback.format_exception(error)), 1
     if lost or isinstance(error, DrklError):
         from drkl.rollouts.config import in_words_of_config
+        from drkl.runs import RunFolder
 
         text, status = f"{LOST} {KEPT.text} {KEPT.way_on}" if lost else in_words_of_config(str(error)), 2
         if isinstance(error, CannotWrite):
+            if KEPT.resume and not RunFolder(Path(KEPT.resume[-1])).config_path.is_file():
+                KEPT.text, KEPT.resume = "Nothing of the run is there any more.", ()
             text = f"{text} {KEPT.text} {KEPT.way_on}"
     if place.is_first or not raised_in_all(error):
         who = "Error" if place.is_first else f"Error in process {place.number} of {place.count}, counted from 0"

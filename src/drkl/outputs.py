@@ -17,7 +17,7 @@ class _Lasting(io.FileIO):
         super().__init__(handle, "w", closefd=False)
         self.failure: OSError | None = None
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:

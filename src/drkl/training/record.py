@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -174,9 +175,10 @@ class RunRecord:
         if folder is None and self._environment:
             self._environment["finished"] = now()
             write_json(self.run.env_path, self._environment, lasting=True)
-            if self._student_step is not None:
-                keep_only(self.run.checkpoints_path, state.best_global_step)
-            drop_extras(self.run.checkpoints_path)
+            with contextlib.suppress(OSError):  # the run has ended whether they go or not
+                if self._student_step is not None:
+                    keep_only(self.run.checkpoints_path, state.best_global_step)
+                drop_extras(self.run.checkpoints_path)
 
     def _write(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
         adapter = self.pair.adapter
