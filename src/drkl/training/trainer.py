@@ -33,7 +33,7 @@ from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_st
 from drkl.models.varlen import with_varlen
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
-from drkl.processes import first_alone, gather
+from drkl.processes import first_alone, gather, lost_another
 from drkl.rollouts.steps import planned_lengths
 from drkl.runs import RunFolder
 from drkl.teachers.served import ServedTeacher
@@ -62,7 +62,7 @@ from drkl.training.checkpoints import (
     step_of,
     wanted_checkpoint,
 )
-from drkl.training.checks import check_disk
+from drkl.training.checks import check_disk, check_there
 from drkl.training.faults import find_fault, list_rows
 from drkl.training.feeding import Fed, Feeding
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of, means_of
@@ -795,12 +795,15 @@ class DistillationTrainer(Trainer):
         what, then = f"the checkpoint of step {self.state.global_step}", "resume the run: earlier checkpoints are kept"
         try:
             with writing(folder, what=what, then=then), plain_errors():
+                check_there(self.run)  # transformers would make it again, with nothing of the run in it
                 super()._save_checkpoint(model, trial)
                 losses = tuple(gather([float(self._tr_loss)]))  # and every process has written its part
                 fed = self._feeding.of_all()
                 first_alone(lambda: self._complete(folder, losses, fed))
-        except Exception:
+        except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, RuntimeError) and not lost_another(error):  # of a way of sharding, for instance
+                raise DrklError(f"Cannot make {what}: {' '.join(str(error).split())[:500]}") from error
             raise
         self._stopping.saved()
         self._settle_best()
