@@ -6,6 +6,7 @@ What is tested is the drkl of ``DRKL_UNDER_TEST``, a folder with a checkout's ``
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -25,7 +26,8 @@ WARM = (
     "drkl.reporting.exports", "drkl.reporting.picture", "drkl.evaluation.compare", "drkl.training.estimate",
     "transformers.models.llama.modeling_llama", "transformers.trainer", "rich.progress", "rich.table",
     "rich._emoji_codes", "peft", "sacrebleu", "rouge_score.rouge_scorer", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
+    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "scipy.stats", "drkl.reporting.analysis",
+    "drkl.evaluation.comparison", "drkl.reporting.differences", "datasets", "pyarrow", "xxhash",
 )  # fmt: skip
 """Modules that commands import; those that a checkout has not are left out."""
 _STEP = 0.01
@@ -164,6 +166,7 @@ def _serve(connection: socket.socket) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # children need not look through the libraries again
     ended: dict[int, int] = {}
     with connection, connection.makefile("r") as lines:
         for line in lines:
@@ -203,9 +206,13 @@ def _run(
         getattr(importlib.import_module(module), name)(*given)
     from drkl.cli import main
 
-    main()
+    try:
+        main()
+    finally:
+        gc.unfreeze()  # some libraries complain of what is left at the end
     sys.exit(0)
 
 
 if __name__ == "__main__":
     _serve(socket.socket(fileno=int(sys.argv[1])))
+    os._exit(0)  # for the same reason
