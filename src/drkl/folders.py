@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -114,3 +115,9 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def free_name(path: Path) -> Path:
+    """The path itself, or with the first number behind it under which nothing is there."""
+    numbers = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbers) if not os.path.lexists(name))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +16,11 @@ from drkl.evaluation.bootstrap import Estimate as Estimate
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import metrics_of
 from drkl.evaluation.findings import Answer, Finding, of_evaluation
-from drkl.runs import RunFolder, read_json, read_jsonl, write_json, write_jsonl
+from drkl.kept import described
+from drkl.runs import RunFolder, read_jsonl, read_sealed, write_json, write_jsonl
+from drkl.sealed import sealed
+
+_log = logging.getLogger("drkl")
 
 FORMAT = 2
 """The format of ``eval.json``. Format 1 has no ``format`` and calls a run's student ``after``; it is still read."""
@@ -141,6 +147,8 @@ class Evaluation:
     """The folder that it was loaded from or saved to; None in memory."""
     lines: dict[str, Lines] = field(default_factory=dict, repr=False, compare=False)
     """The lines that are in memory, by the names in `FILES`."""
+    files: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Sizes and checksums of the files of lines in the folder, by their names."""
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """Resampled metrics that `drkl.evaluation.comparison` keeps for the next comparison."""
 
@@ -202,7 +210,7 @@ class Evaluation:
     def _lines(self, name: str) -> Lines:
         if name not in self.lines:
             path = None if self.folder is None else self.folder / f"{name}.jsonl"
-            self.lines[name] = _read_lines(path, FILES[name]) if path is not None and path.is_file() else []
+            self.lines[name] = [] if path is None else _read_lines(path, FILES[name], self.files.get(f"{name}.jsonl"))
         return self.lines[name]
 
     def to_json(self) -> dict[str, Any]:
@@ -253,10 +261,13 @@ class Evaluation:
             DrklError: nobody can write there.
         """
         run = RunFolder(Path(folder))
+        written = {}
         for name in FILES:
             if lines := self._lines(name):
-                write_jsonl(run.root / f"{name}.jsonl", lines)
-        write_json(run.eval_path, self.to_json())
+                path = run.root / f"{name}.jsonl"
+                write_jsonl(path, lines)
+                written[path.name] = described(path.read_bytes())
+        write_json(run.eval_path, sealed(self.to_json() | {"files": written}))
         return run.root
 
     @classmethod
@@ -417,7 +428,13 @@ class _Settings(_Section):
     definitions: dict[str, str] = {}
 
 
+class _Said(_Section):
+    bytes: Count
+    xxh3: str
+
+
 class _File(_Numbers):
+    files: dict[str, _Said] = {}
     task: str | None = None
     settings: _Settings = _Settings()
     classes: list[str] = []
@@ -432,9 +449,10 @@ class _File(_Numbers):
 
 
 def _read(path: Path, name: str, folder: Path | None) -> Evaluation:
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise DrklError(f"{path} holds a {type(raw).__name__}; expected an object with a key per model. {_ANEW}")
+    try:
+        raw = read_sealed(path)
+    except DrklError as error:
+        raise DrklError(f"{error} {_ANEW}") from error
     version = raw.get("format", 1)
     if version not in (1, FORMAT):
         raise DrklError(
@@ -477,6 +495,7 @@ def _read(path: Path, name: str, folder: Path | None) -> Evaluation:
         file.timing,
         [Finding.from_json(finding.model_dump()) for finding in file.findings],
         folder,
+        files={name: dict(said) for name, said in file.files.items()},
     )
     return evaluation if evaluation.findings else replace(evaluation, findings=of_evaluation(evaluation))
 
@@ -501,8 +520,16 @@ def _renamed(value: Any, depth: int = 0) -> Any:
     return {"student" if key == "after" else key: _renamed(entry, depth + 1) for key, entry in value.items()}
 
 
-def _read_lines(path: Path, keys: Iterable[str]) -> Lines:
-    rows: Lines = read_jsonl(path)
+def _read_lines(path: Path, keys: Iterable[str], said: Mapping[str, Any] | None) -> Lines:
+    """The lines of a file; none, with a warning where there were some, if it is gone."""
+    if not os.path.lexists(path):
+        if said is not None:
+            _log.warning("Warning: %s is gone: what it says is left out. %s", path, _ANEW)
+        return []
+    try:
+        rows: Lines = read_jsonl(path)
+    except DrklError as error:
+        raise DrklError(f"{error} {_ANEW}") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DrklError(f"{path}:{number} holds a {type(row).__name__}; expected an object. {_ANEW}")
@@ -510,4 +537,6 @@ def _read_lines(path: Path, keys: Iterable[str]) -> Lines:
             raise DrklError(f"{path}:{number} lacks {', '.join(lacking)}. {_ANEW}")
         if row.get("model") == "after":  # of format 1
             row["model"] = "student"
+    if said is not None and described(path.read_bytes()) != said:
+        raise DrklError(f"{path} has another content than was written, by the checksum in eval.json. {_ANEW}")
     return rows

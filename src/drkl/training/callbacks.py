@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import bisect
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from drkl.display import as_number
 from drkl.processes import joined
 from drkl.rollouts.health import Detector
-from drkl.runs import RunFolder, append_jsonl, lines_up_to, write_jsonl
+from drkl.runs import RunFolder, append_jsonl, write_jsonl
+from drkl.training.logs import begun, line_of
 
 _log = logging.getLogger("drkl")
 
@@ -32,13 +32,21 @@ class TrainLog(TrainerCallback):
         self._newest: dict[str, float] = {}
         self.on_progress: OnProgress | None = None
 
-    def begin(self, from_step: int) -> None:
-        """Start after a step; lines beyond it will come again."""
-        kept = lines_up_to(self._path, from_step)
+    def begin(self, from_step: int, history: Sequence[Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
+        """Start after a step, and return the lines up to there; those beyond it will come again.
+
+        Args:
+            from_step: the step of the checkpoint, below 0 for none.
+            history: what the checkpoint says was logged.
+        """
+        kept, said = begun(self._path, from_step, history)
+        if said and joined().is_first:
+            _log.warning("Warning: %s", said)
         self._start = time.monotonic() - max((as_number(row.get("seconds")) or 0.0 for row in kept), default=0.0)
         self._newest = {}
         if joined().is_first:
             write_jsonl(self._path, kept)
+        return kept
 
     @property
     def seconds(self) -> float:
@@ -54,10 +62,9 @@ class TrainLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write one line; the summary that ends training is left out."""
-        if not logs or not state.is_world_process_zero or "train_runtime" in logs:
+        line = line_of(logs or {}, state.global_step)
+        if line is None or not state.is_world_process_zero:
             return
-        line: dict[str, Any] = {"step": state.global_step}
-        line |= {key: value for key, value in logs.items() if _is_number(value) and key != "epoch"}
         line["seconds"] = round(self.seconds, 3)
         append_jsonl(self._path, [line])
         self._newest |= line
@@ -80,13 +87,13 @@ class TrainLog(TrainerCallback):
 class AnswersWatch(TrainerCallback):
     """Warns, once for each kind, when the log says that the answers of a run are going wrong."""
 
-    def __init__(self, run: RunFolder) -> None:
-        self._run, self._detector = run, Detector()
+    def __init__(self) -> None:
+        self._detector = Detector()
 
-    def begin(self) -> None:
+    def begin(self, logged: Iterable[Mapping[str, Any]]) -> None:
         """Read the log of a run that goes on; what it says already was said before."""
         self._detector = Detector()
-        for line in self._run.read_train_log():
+        for line in logged:
             self._detector.see(line)
 
     def on_log(
@@ -204,8 +211,3 @@ class BestCheckpoint(TrainerCallback):
         """Replace the path."""
         path = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
         state.best_model_checkpoint = str(path) if path.is_dir() else None
-
-
-def _is_number(value: Any) -> bool:
-    # fp16 logs an infinite gradient norm where it skips a step; json has no infinity.
-    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from transformers import TrainerState
 
@@ -151,6 +152,13 @@ def check_checkpoint(checkpoint: Path, *, optimizer: bool) -> None:
         )
     with readable(str(checkpoint), "state"):
         TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def logged_until(checkpoint: Path) -> list[dict[str, Any]]:
+    """What was logged until a checkpoint was written, as it says itself."""
+    with readable(str(checkpoint), "state"):
+        history: list[dict[str, Any]] = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
+    return history
 
 
 @contextmanager

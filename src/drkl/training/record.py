@@ -17,12 +17,13 @@ from transformers import TrainerState, TrainingArguments
 from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
+from drkl.kept import describe_run_files
 from drkl.models.adapter import merge_adapter, save_adapter, whole_adapter
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import model_note
 from drkl.objectives import OBJECTIVES
-from drkl.runs import IN_MEMORY, RunFolder, write_json, write_jsonl, write_text, write_yaml
+from drkl.runs import IN_MEMORY, RunFolder, write_jsonl, write_text, write_yaml
 from drkl.teachers.cached import TeacherCache
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.served import ServedTeacher
@@ -104,7 +105,7 @@ class RunRecord:
         write_yaml(self.run.config_path, self.config)
         if self.pair.eval_dataset is not None:
             write_jsonl(self.run.eval_rows_path, self.pair.eval_dataset)
-        write_json(self.run.env_path, self._environment)
+        self.run.write_env(self._environment)
 
     def trained(self, state: TrainerState, seconds: float, read: dict[str, Any] | None = None) -> None:
         """Note in ``env.json`` that training came to its end, and what was ``read`` of a stream."""
@@ -116,7 +117,7 @@ class RunRecord:
             "best_step": state.best_global_step,
             "best_heldout_loss": state.best_metric,
         }
-        write_json(self.run.env_path, self._environment)
+        self.run.write_env(self._environment)
 
     def save_student(self, folder: Path | None, state: TrainerState, weights: dict[str, Tensor] | None = None) -> None:
         """Write the student, its tokenizer and its model card, whole or not at all.
@@ -148,7 +149,8 @@ class RunRecord:
         staging.rename(target)
         if folder is None and self._environment:
             self._environment["finished"] = now()
-            write_json(self.run.env_path, self._environment)
+            self._environment |= describe_run_files(self.run)
+            self.run.write_env(self._environment)
             if self._completed and state.best_global_step is not None:
                 keep_only(self.run.checkpoints_path, state.best_global_step)
 

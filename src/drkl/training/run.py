@@ -28,7 +28,7 @@ from drkl.models.pair import SharedTokens, check_families, check_tokenizers
 from drkl.models.precision import DTYPES, pick_device
 from drkl.models.student import make_student
 from drkl.processes import first_alone, joined, launched
-from drkl.runs import RunFolder, write_json, write_yaml
+from drkl.runs import RunFolder, write_yaml
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
@@ -39,7 +39,7 @@ from drkl.teachers.teacher import Teacher
 from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import keep_only, newest_checkpoint
-from drkl.training.checks import check_apart, check_device, check_folder, check_same_config
+from drkl.training.checks import check_apart, check_device, check_folder, check_same_config, is_over
 from drkl.training.pair import TokenisedRows
 from drkl.training.record import training_section
 from drkl.training.served import check_served_kind
@@ -455,7 +455,7 @@ def _settled_mode(spec: RunSpec, mode: Mode) -> Mode:
             section = spec.resolved["training"]
             settled = training_section(training_config(spec, pick_device(spec.run.device)), section)
             check_same_config(run, spec.resolved | {"training": section | settled})
-            if run.is_finished():
+            if is_over(run):
                 return "auto"
     check_folder(run, mode)
     return mode
@@ -468,7 +468,7 @@ def _begin(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
         _remove(run)
     write_yaml(run.config_path, spec.resolved)  # from here on a resume finds it
     known = run.read_env() if mode == "resume" else {}
-    write_json(run.env_path, known | {"command": command, "finished": None})
+    run.write_env(known | {"command": command, "finished": None})
 
 
 def _check_shared(run: RunFolder) -> None:
@@ -485,9 +485,10 @@ def _check_shared(run: RunFolder) -> None:
 
 def _is_over(run: RunFolder) -> bool:
     """Whether a stage has ended; then its last checkpoints are removed. Called in one process."""
-    if run.is_finished():
+    over = is_over(run)
+    if over:
         keep_only(run.checkpoints_path, run.read_env().get("best_step"))
-    return run.is_finished()
+    return over
 
 
 def _remove(run: RunFolder) -> None:

@@ -53,6 +53,7 @@ from drkl.training.callbacks import (
 from drkl.training.checkpoints import (
     Reached,
     check_checkpoint,
+    logged_until,
     mark_complete,
     plan_digest,
     reached_at,
@@ -215,7 +216,7 @@ class DistillationTrainer(Trainer):
     def _own_callbacks(self, ends: Sequence[int]) -> list[TrainerCallback]:
         """The callbacks of every run; ``ends`` are the steps after which an epoch ends."""
         args = self.config
-        self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(self.run), Epochs(ends, args)
+        self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(), Epochs(ends, args)
         begin = OnBegin(self._restore_loss)
         own: list[TrainerCallback] = [begin, self._train_log, self._epochs, LastStep(), BestCheckpoint()]
         if args.early_stop_patience:
@@ -325,10 +326,10 @@ class DistillationTrainer(Trainer):
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
         self.accelerator.wait_for_everyone()
         from_step = step_of(checkpoint) if checkpoint else -1
-        self._train_log.begin(from_step)
-        self._watch.begin()
+        history = None if checkpoint is None else logged_until(checkpoint)
+        self._watch.begin(self._train_log.begin(from_step, history))
         if self._measures is not None and self.is_world_process_zero():
-            self._measures.begin(from_step)
+            self._measures.begin(from_step, history or ())
         # It would be a second evaluation of the step that a run goes on from.
         self.args.eval_on_start = self.config.eval_on_start and checkpoint is None
         student = self.pair.student
