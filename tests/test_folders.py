@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from pathlib import Path
 
 import pytest
 import xxhash
 
-from drkl.folders import check_files, checksum, describe_files, sync_files
+from drkl.folders import check_files, checksum, describe_files, free_name, sync, sync_tree
 
 
 def made(folder: Path) -> Path:
@@ -75,9 +77,27 @@ def test_files_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (folder / "link").symlink_to("nowhere")
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
-    sync_files(folder)
+    sync_tree(folder)
     names = [Path(path).relative_to(tmp_path).as_posix() for path in synced]
     assert names == ["a/weights", "a", "a/inner/empty", "a/inner"]
-    synced.clear()
-    sync_files(folder, below=False)
-    assert [Path(path).name for path in synced] == ["weights", "a"]
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.EINVAL, False), (errno.ENOSPC, True), (errno.EIO, True)])
+def test_a_disk_that_fails_is_no_disk_that_knows_no_fsync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, raised: bool
+) -> None:
+    def fail(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError) if raised else contextlib.nullcontext():
+        sync(tmp_path)
+
+
+def test_a_name_that_is_free(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    assert free_name(path) == path
+    path.symlink_to("nowhere")
+    assert free_name(path).name == "a-2"
+    (tmp_path / "a-2").touch()
+    assert free_name(path).name == "a-3"

@@ -77,41 +77,30 @@ def _difference(path: Path, name: str, said: Mapping[str, Any]) -> str | None:
         return f"{name} cannot be read ({error.strerror or error})"
 
 
-def sync_files(folder: Path, *, below: bool = True) -> None:
-    """Return once the files of a folder, and their names in it, are on the disk.
-
-    Args:
-        folder: where they are.
-        below: whether those of its sub-folders count too.
+def sync_tree(folder: Path) -> None:
+    """Return once all files below a folder, and their names, are on the disk.
 
     Raises:
         OSError: they cannot be written there.
     """
-    for root, folders, names in os.walk(folder):
-        for name in names:
-            path = Path(root) / name
+    for root, _, names in os.walk(folder):
+        for path in (Path(root) / name for name in names):
             if path.is_file() and not path.is_symlink():
-                _sync(path)
-        _sync(Path(root))
-        if not below:
-            folders.clear()
+                sync(path)
+        sync(Path(root))
 
 
-def sync_folder(folder: Path) -> None:
-    """Return once the names in a folder are on the disk.
+def sync(path: Path) -> None:
+    """Return once a file's content, or the names in a folder, are on the disk.
 
     Raises:
         OSError: they cannot be written there.
     """
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a file system that knows no such thing
             raise
     finally:
         os.close(handle)

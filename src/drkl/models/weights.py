@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
+from drkl.parsing import parse_json
 
 _WRAPPERS = {
     "_orig_mod.": "torch.compile was around it",
@@ -291,7 +292,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (whole := folder / "model.safetensors").is_file():
         return [whole]
     try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        index = parse_json((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
         return [folder / name for name in sorted(set(index["weight_map"].values()))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []

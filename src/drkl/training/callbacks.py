@@ -6,12 +6,12 @@ import bisect
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from drkl.display import as_number
+from drkl.folders import sync
 from drkl.processes import joined
 from drkl.rollouts.health import Detector
 from drkl.runs import RunFolder, append_jsonl, write_jsonl
@@ -32,21 +32,32 @@ class TrainLog(TrainerCallback):
         self._newest: dict[str, float] = {}
         self.on_progress: OnProgress | None = None
 
-    def begin(self, from_step: int, history: Sequence[Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
+    def begin(
+        self, from_step: int, history: Sequence[Mapping[str, Any]] | None = None, *, measured: bool = True
+    ) -> list[dict[str, Any]]:
         """Start after a step, and return the lines up to there; those beyond it will come again.
 
         Args:
             from_step: the step of the checkpoint, below 0 for none.
             history: what the checkpoint says was logged.
+            measured: whether the evaluation of that step was before the checkpoint; its lines come again otherwise.
         """
         kept, said = begun(self._path, from_step, history)
         if said and joined().is_first:
             _log.warning("Warning: %s", said)
+        if not measured:
+            kept = [row for row in kept if row["step"] < from_step or "loss" in row]
         self._start = time.monotonic() - max((as_number(row.get("seconds")) or 0.0 for row in kept), default=0.0)
         self._newest = {}
         if joined().is_first:
             write_jsonl(self._path, kept)
         return kept
+
+    def sync(self) -> None:
+        """Return once the log is on the disk, so that a run that goes on from a checkpoint has the lines before it."""
+        if self._path.is_file():
+            sync(self._path)
+            sync(self._path.parent)
 
     @property
     def seconds(self) -> float:
@@ -200,14 +211,3 @@ class EarlyStop(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count."""
         control.should_training_stop |= self._is_over(state)
-
-
-class BestCheckpoint(TrainerCallback):
-    """Finds the best checkpoint again in a run folder that was moved; the trainer's state has its path of that time."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Replace the path."""
-        path = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
-        state.best_model_checkpoint = str(path) if path.is_dir() else None
