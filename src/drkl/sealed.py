@@ -12,7 +12,8 @@ CHECKSUM = "checksum"
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return an object of json with its checksum."""
-    return {**value, CHECKSUM: _checksum(value)}
+    read_again = json.loads(json.dumps(value))  # keys that are numbers are text then
+    return {**value, CHECKSUM: _checksum(read_again)}
 
 
 def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
