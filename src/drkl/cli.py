@@ -691,7 +691,7 @@ def _check_choices(dtype: str, device: str) -> None:
 _OPTIONS = {
     "output_dir": "--output", "data.max_prompt_tokens": "--max-prompt-tokens", "data.max_tokens": "--max-tokens",
     "samples_per_prompt:": "--samples:", "device is": "--device is", "takes rows": "takes --data",
-    "name its executable:": "name its executable: --vllm",
+    "name its executable:": "name its executable: --vllm", "use it by that name": "name that one as --student",
     **{f"{name}:": f"--{name.replace('_', '-')}:" for name in
        ("prompts", "sampling_temperature", "sweep", "seeds", "max_new_tokens", "batch_size")},
 }  # fmt: skip

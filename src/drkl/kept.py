@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ STUDENT, FILES = "student", "files"
 _FREE = ("README.md",)
 """Files of a student that anybody may edit."""
 _log = logging.getLogger("drkl")
+_said: set[str] = set()
+"""Warnings that were given."""
 _checked: dict[str, Any] = {}
 """Students that were found whole, by their folders: the times and sizes of their files."""
 
@@ -77,8 +80,10 @@ def files_of(run: RunFolder, key: str) -> Mapping[str, Any]:
     """
     said = run.read_env().get(key, {})
     try:
+        if not isinstance(said, Mapping):
+            raise ValueError(f"it has a {type(said).__name__}")
         check_files(run.root / "none", said)
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise DrklError(
             f"{run.env_path} does not list files as {key!r}: {error}. Bring it back from a copy."
         ) from error
@@ -113,16 +118,35 @@ def check_log(run: RunFolder, path: Path) -> None:
         )
 
 
-def note_changes(run: RunFolder) -> None:
-    """Warn where ``config.yaml`` of a finished run is not the one that trained it, or nothing tells."""
-    if not run.env_path.is_file():
-        _log.warning(
-            "Warning: %s has no env.json: nothing tells whether its student and its config.yaml are those that the run "
-            "wrote, nor which ids its models share.",
-            run.root,
-        )
+def note_changes(run: RunFolder, *, strict: bool = True) -> None:
+    """Warn where ``config.yaml`` of a finished run is not the one that trained it; each thing once.
+
+    Args:
+        run: the run.
+        strict: whether what needs ``env.json`` follows: it is an error if that is damaged, a warning if it is gone.
+
+    Raises:
+        DrklError: ``env.json`` is damaged.
+    """
+    if not os.path.lexists(run.env_path):
+        if strict:
+            _warn(
+                f"{run.root} has no env.json: nothing tells whether its student and its config.yaml are those that the "
+                "run wrote, nor which ids its models share."
+            )
         return
-    said = files_of(run, FILES)
+    try:
+        said = files_of(run, FILES)
+    except DrklError:
+        if strict:
+            raise
+        return
     names = [name for name in (run.config_path.name, run.eval_rows_path.name) if name in said]
     for reason in check_files(run.root, {name: said[name] for name in names}):
-        _log.warning("Warning: in %s, since the run ended, %s.", run.root, reason)
+        _warn(f"in {run.root}, since the run ended, {reason}.")
+
+
+def _warn(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        _log.warning("Warning: %s", text)

@@ -16,7 +16,7 @@ from drkl.evaluation.bootstrap import Estimate as Estimate
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import metrics_of
 from drkl.evaluation.findings import Answer, Finding, of_evaluation
-from drkl.kept import described
+from drkl.kept import described, note_changes
 from drkl.runs import RunFolder, read_jsonl, read_sealed, write_json, write_jsonl
 from drkl.sealed import sealed
 
@@ -288,7 +288,10 @@ class Evaluation:
         if file.name != "eval.json":  # copied out of its folder: no lines beside it
             return _read(file, file.name.removesuffix(".json").removesuffix(".eval"), None)
         folder = RunFolder(file.parent)
-        run = folder.read_config().get("run") if folder.config_path.is_file() else None
+        run = None
+        if folder.config_path.is_file():
+            note_changes(folder, strict=False)
+            run = folder.read_config().get("run")
         named = run.get("name") if isinstance(run, dict) else None
         return _read(file, str(named or folder.name), folder.root)
 

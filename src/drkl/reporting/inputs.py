@@ -296,7 +296,8 @@ def _lost(folder: RunFolder, config: Mapping[str, Any], trained: bool) -> list[s
     names = [f"{n:02d}-{_mapping(stage).get('name')}" for n, stage in enumerate(config.get("stages") or [], start=1)]
     there = [run.root.name for run in folder.stages()]
     if trained and folder.train_log_path.is_file():
-        lost += [f"The stage {name} of {folder.root} is gone" for name in names if name not in there]
+        stages = folder.root / "stages"
+        lost += [f"{stages / name / folder.config_path.name} is gone" for name in names if name not in there]
     elif not trained and (folder.env_path.is_file() or folder.train_log_path.is_file()):
         lost.append(f"{folder.config_path} is gone")
     return lost

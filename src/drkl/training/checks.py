@@ -81,8 +81,8 @@ def check_same_config(run: RunFolder, given: Mapping[str, Any]) -> None:
     if different := next(_differences(run.read_config(), given), None):
         name, there, here = different
         raise DrklError(
-            f"The run folder {str(run.root)!r} was made by another config: {name} is {there!r} there, and {here!r} is "
-            "asked for. Replace it, choose another run.name, or go on with it as it was configured."
+            f"The run folder {str(run.root)!r} was made by another config: {name} is {there!r} in its "
+            f"config.yaml, and {here!r} is asked for. Replace it, choose another run.name, or go on with it as it was configured."
         )
 
 
