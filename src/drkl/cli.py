@@ -194,7 +194,9 @@ def distill(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Continue this interrupted run.", show_default=False)
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in its folder if there is one; other files there stay.")
+    ] = False,
     auto_resume: Annotated[
         bool,
         typer.Option(
@@ -255,8 +257,10 @@ def _distill(config: Any, mode: Any) -> None:
     from drkl.analysis.watch import watcher
     from drkl.training.checks import RunExists
     from drkl.training.run import distill as train
+    from drkl.training.settings import InputsChanged
 
-    KEPT.prepared = ["drkl", "distill", "--resume", str(Path(config.run.dir) / config.run.name)]
+    folder = Path(config.run.dir) / config.run.name
+    KEPT.prepared = ["drkl", "distill", "--resume", str(folder)]
     try:
         with TrainingProgress() as listener:
             run = train(
@@ -266,8 +270,12 @@ def _distill(config: Any, mode: Any) -> None:
                 on_trainer=watcher(config.analysis),
                 command=["drkl", *sys.argv[1:]],
             )
+    except InputsChanged as error:
+        raise DrklError(
+            f"{error} Once they are back, `drkl distill --resume {folder}` goes on; `drkl distill CONFIG "
+            "run.name=OTHER` starts a new run."
+        ) from error
     except RunExists as error:
-        folder = Path(config.run.dir) / config.run.name
         raise DrklError(
             f"The run folder {str(folder)!r} exists. `--overwrite` replaces it, `--resume {folder}` continues it, "
             "run.name=OTHER makes another."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.bootstrap import Estimate
 from drkl.evaluation.findings import RENAMED, Finding, of_analysis
 from drkl.kept import described
-from drkl.runs import RunFolder, read_sealed, write_json, write_text
+from drkl.runs import RunFolder, json_text, read_sealed, write_together
 from drkl.sealed import sealed
 
 FORMAT = 2
@@ -61,17 +62,15 @@ class Analysis:
         return {"format": FORMAT, "findings": [finding.to_json() for finding in self.findings], **self.tables}
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``analysis/positions.csv`` and then ``analysis.json``, each whole or not at all; return the folder.
+        """Write ``analysis/positions.csv`` and ``analysis.json``, both or none, and return the folder.
 
         Raises:
-            DrklError: the folder cannot be written to.
+            CannotWrite: the folder cannot be written to.
         """
         run = RunFolder(Path(folder))
-        path, files = run.analysis_folder / "positions.csv", {}
-        if self.positions:
-            write_text(path, _to_csv(self.positions))
-            files[path.name] = described(path.read_bytes())
-        write_json(run.analysis_path, sealed(self.to_json() | {"files": files}))
+        files = {run.analysis_folder / "positions.csv": _to_csv(self.positions)} if self.positions else {}
+        said = {path.name: described(text.encode()) for path, text in files.items()}
+        write_together(files | {run.analysis_path: json_text(sealed(self.to_json() | {"files": said}))})
         return run.root
 
     @classmethod
@@ -122,14 +121,15 @@ def read_analysis(run: RunFolder) -> dict[str, Any]:
 
 
 def claim_folder(folder: RunFolder) -> None:
-    """Make the folder and remove an earlier ``analysis.json``, so that long work does not start where it cannot end.
+    """Make the folder, and write into it, so that long work does not start where it cannot end.
 
     Raises:
-        DrklError: the folder cannot be written to.
+        CannotWrite: the folder cannot be written to.
     """
     with writing(folder.analysis_folder):
         folder.analysis_folder.mkdir(parents=True, exist_ok=True)
-        folder.analysis_path.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=folder.analysis_folder):
+            pass
 
 
 def _to_csv(columns: Mapping[str, np.ndarray]) -> str:

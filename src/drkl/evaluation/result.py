@@ -17,7 +17,7 @@ from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import metrics_of
 from drkl.evaluation.findings import Answer, Finding, of_evaluation
 from drkl.kept import described, note_changes
-from drkl.runs import RunFolder, read_jsonl, read_sealed, write_json, write_jsonl
+from drkl.runs import RunFolder, json_text, jsonl_text, read_jsonl, read_sealed, write_together
 from drkl.sealed import sealed
 
 _log = logging.getLogger("drkl")
@@ -255,19 +255,15 @@ class Evaluation:
     def save(self, folder: str | Path) -> Path:
         """Write ``eval.json`` and the files beside it, and return the folder.
 
-        Each file is written whole or not at all, ``eval.json`` last.
+        All files are written or none, ``eval.json`` last; a power cut leaves them.
 
         Raises:
-            DrklError: nobody can write there.
+            CannotWrite: nobody can write there.
         """
         run = RunFolder(Path(folder))
-        written = {}
-        for name in FILES:
-            if lines := self._lines(name):
-                path = run.root / f"{name}.jsonl"
-                write_jsonl(path, lines)
-                written[path.name] = described(path.read_bytes())
-        write_json(run.eval_path, sealed(self.to_json() | {"files": written}))
+        files = {run.root / f"{name}.jsonl": jsonl_text(lines) for name in FILES if (lines := self._lines(name))}
+        said = {path.name: described(text.encode()) for path, text in files.items()}
+        write_together(files | {run.eval_path: json_text(sealed(self.to_json() | {"files": said}))})
         return run.root
 
     @classmethod

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -69,35 +67,6 @@ def is_over(run: RunFolder) -> bool:
         run.env_path.rename(aside)
         _log.warning("Warning: %s %s: it is now %s, and a new one is made.", run.env_path, reason, aside.name)
     return False
-
-
-def check_same_config(run: RunFolder, given: Mapping[str, Any]) -> None:
-    """Raise DrklError where a run was made by another config than one that is to go on with it.
-
-    Args:
-        run: its ``config.yaml`` has every value settled.
-        given: the other one's values, settled likewise.
-    """
-    if different := next(_differences(run.read_config(), given), None):
-        name, there, here = different
-        raise DrklError(
-            f"The run folder {str(run.root)!r} was made by another config: {name} is {there!r} in its "
-            f"config.yaml, and {here!r} is asked for. Replace it, choose another run.name, or go on with it as it was configured."
-        )
-
-
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        for key in {**here, **there}:
-            inner = f"{name}.{key}" if name else str(key)
-            yield from _differences(there.get(key), here.get(key), inner)
-        return
-    moved = name in ("run.dir", "run.name")
-    # What was left to be settled: here it still is, or the run was cut off before it was written there.
-    open_yet = name == "training.warmup_steps" and None in (there, here)
-    open_yet |= name.startswith("training.arguments.") and there is None
-    if there != here and not moved and not open_yet:
-        yield name, there, here
 
 
 def check_apart(cache: str | Path, run: RunFolder) -> None:

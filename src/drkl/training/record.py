@@ -72,6 +72,10 @@ class RunRecord:
         """The saved form of a student with an adapter: ``adapter``, or the ``merged`` model."""
         self.optimizers: tuple[Any, Any] = (None, None)
         """The optimiser and the schedule that were passed as objects."""
+        self.inputs: dict[str, Any] = {}
+        """What the run is trained on, and how, as `drkl.training.inputs` describes it."""
+        self.earlier: dict[str, Any] | None = None
+        """The same of a run that was begun in the folder before, and is to go on."""
         self.keeps_folder = False
         """Whether the folder was prepared for this run already."""
         self._environment: dict[str, Any] = {}
@@ -94,7 +98,16 @@ class RunRecord:
             "parameters": count_parameters(self.pair),
             "started": self.run.read_env().get("started", now()) if resumed else now(),
             "finished": None,
+            "inputs": self.inputs,
         }
+        self.config = self.settled(num_steps)
+        write_yaml(self.run.config_path, self.config)
+        if self.pair.eval_dataset is not None:
+            write_jsonl(self.run.eval_rows_path, self.pair.eval_dataset)
+        self.run.write_env(self._environment)
+
+    def settled(self, num_steps: int) -> dict[str, Any]:
+        """The content of ``config.yaml`` with every value settled that trains the model."""
         config = describe_run(self.pair, self.args, self.run, num_steps) if self.config is None else self.config
         training = config["training"] | training_section(self.args, config["training"])
         if training["warmup_steps"] is None:
@@ -104,11 +117,7 @@ class RunRecord:
             training["arguments"]["optim"] = f"{IN_MEMORY}: {type(optimizer).__name__}"
         if schedule is not None:
             training["lr_scheduler_type"] = f"{IN_MEMORY}: {type(schedule).__name__}"
-        self.config = config | {"training": training}
-        write_yaml(self.run.config_path, self.config)
-        if self.pair.eval_dataset is not None:
-            write_jsonl(self.run.eval_rows_path, self.pair.eval_dataset)
-        self.run.write_env(self._environment)
+        return config | {"training": training}
 
     def trained(
         self,

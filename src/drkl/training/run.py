@@ -41,12 +41,13 @@ from drkl.teachers.teacher import Teacher
 from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import has_checkpoints
-from drkl.training.checks import check_apart, check_device, check_folder, check_same_config, is_over
+from drkl.training.checks import check_apart, check_device, check_folder, is_over
 from drkl.training.own_files import remove_run
 from drkl.training.pair import TokenisedRows
 from drkl.training.placing import keep_only
 from drkl.training.record import training_section
 from drkl.training.served import check_served_kind
+from drkl.training.settings import STAGES, changed, changes, counted, has_other_sources, of_configs
 from drkl.training.sparse import check_sparse
 from drkl.training.spec import (
     TWO_CLASSES,
@@ -429,9 +430,13 @@ def _distill(
         check_apart(teacher.cache, last)
     mode = first_alone(lambda: _settled_mode(specs[-1], mode))
     if mode == "auto":
+        if first_alone(lambda: has_other_sources(last.read_config(), specs[-1].resolved)):
+            _check_finished(prepare(specs, listener))
         listener.on_message(f"The run {str(last.root)!r} is finished; nothing is left to do.")
         return last
     prepared = prepare(specs, listener)
+    if mode == "resume":
+        _check_finished(prepared)
     fill_cache(prepared)
     specs = prepared.specs
     # The line that made the run is what repeats it, also where another one finished it.
@@ -445,9 +450,9 @@ def _distill(
         if on_trainer is not None:
             on_trainer(trainer)
         if number == 1:
-            first_alone(lambda: _begin(specs[-1], mode, command))
-            _check_shared(last)
-            KEPT.begun("No step was taken yet.")
+            trainer.on_begin = functools.partial(_begin_in_all, specs[-1], mode, command)
+        if mode == "resume":
+            trainer.record.earlier = first_alone(spec.folder.read_env).get("inputs")
         trainer.record.command = command
         trainer.on_message = listener.on_message
         folder = spec.folder.checkpoints_path
@@ -470,7 +475,8 @@ def _settled_mode(spec: RunSpec, mode: Mode) -> Mode:
         if mode == "resume":
             section = spec.resolved["training"]
             settled = training_section(training_config(spec, pick_device(spec.run.device)), section)
-            check_same_config(run, spec.resolved | {"training": section | settled})
+            if found := of_configs(run.read_config(), spec.resolved | {"training": section | settled}):
+                raise changed(run.root, found)
             if _is_over(run):
                 return "auto"
     if mode == "resume":
@@ -479,14 +485,39 @@ def _settled_mode(spec: RunSpec, mode: Mode) -> Mode:
     return mode
 
 
+def _check_finished(prepared: Prepared) -> None:
+    """Raise DrklError where a stage that is finished began with other inputs than it has now.
+
+    Stages that came before a run that has begun are the same ones: before one more is trained.
+    """
+    last = prepared.specs[-1]
+    then = first_alone(last.folder.read_env).get("inputs")
+    if then and first_alone(functools.partial(has_checkpoints, last.folder.checkpoints_path)):
+        now = counted(last.resolved, chooses_best=True)
+        if found := list(changes({STAGES: then["settings"][STAGES]}, {STAGES: now["settings"][STAGES]})):
+            raise changed(last.folder.root, found)
+    for spec in prepared.specs:
+        known = first_alone(spec.folder.read_env)
+        if known.get("finished") is not None and known.get("inputs"):
+            prepared.trainer(spec).check_inputs(known["inputs"])
+
+
 def _begin(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
     """Make the folder of a run; one that is to be replaced is removed. Called in one process."""
     run = spec.folder
     if mode == "overwrite" and run.config_path.is_file():
         remove_run(run)
-    write_yaml(run.config_path, spec.resolved)  # from here on a resume finds it
+    write_yaml(run.config_path, spec.resolved)
+    KEPT.begun("No step was taken yet.")  # from here on a resume finds it
     known = run.read_env() if mode == "resume" else {}
     run.write_env(known | {"command": command, "finished": None})
+
+
+def _begin_in_all(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
+    """`_begin` in the first process, while the others wait to see what it made."""
+    first_alone(lambda: _begin(spec, mode, command))
+    _check_shared(spec.folder)
+    KEPT.begun("No step was taken yet.")
 
 
 def _check_shared(run: RunFolder) -> None:

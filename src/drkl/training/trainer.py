@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of,
 from drkl.training.heap import freed_memory_kept
 from drkl.training.heldout import NonFiniteLoss
 from drkl.training.heldout_answers import HeldOutAnswers
+from drkl.training.inputs import begins_anew, check_inputs, describe_inputs
 from drkl.training.loop import check_optimizer, loop_arguments
 from drkl.training.measures import Measures, make_measures
 from drkl.training.on_policy import OnPolicy, check_rollouts, check_whole
@@ -78,6 +79,7 @@ from drkl.training.placing import place, rotate, set_aside_later, staging, tidy
 from drkl.training.plan import MicroBatches, Places, cuts_by_cost, plan_run
 from drkl.training.record import RunRecord
 from drkl.training.served import questions_in
+from drkl.training.settings import changed
 from drkl.training.sharding import check_kind, load_optimizer, save_optimizer, weights_in
 from drkl.training.stopping import Stopping
 from drkl.training.streaming import StreamedBatches
@@ -212,12 +214,16 @@ class DistillationTrainer(Trainer):
         self._feeding = Feeding()
         self._from = Reached(0)
         """Where the training began."""
+        self._inputs: dict[str, Any] | None = None
+        """What `describe_inputs` found before the first step."""
         self._whole: Path | None = None
         """The checkpoint that it went on from."""
         self._student_step: int | None = None
         """The step of the best weights, once they are in memory again."""
         self.on_message: Callable[[str], None] = _log.info
         """Called with what a run says as it goes on."""
+        self.on_begin: Callable[[], None] = lambda: None
+        """Called in every process before anything of the run is written."""
         self._stopping = Stopping(self)
         self.num_tokens_seen = 0
         self._row_ids: list[str] = []
@@ -331,7 +337,8 @@ class DistillationTrainer(Trainer):
             check_kind(checkpoint, by_accelerate=self.is_fsdp_enabled)
             check_state(checkpoint)
             self._from = reached_at(checkpoint)
-            self._check_plan(checkpoint)
+        self._settle_inputs(checkpoint)
+        if checkpoint is not None:
             self.on_message(f"Going on from {checkpoint.name}.")
         self.num_tokens_seen = self._from.num_tokens
         self._feeding.begin(self._from.fed)
@@ -340,6 +347,7 @@ class DistillationTrainer(Trainer):
         if self._streamed is not None:
             self._streamed.begin(checkpoint)
         from_step = step_of(checkpoint) if checkpoint else -1
+        self.on_begin()
         if self.is_world_process_zero():
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
             tidy(self.run.checkpoints_path)
@@ -655,17 +663,36 @@ class DistillationTrainer(Trainer):
             self._sums, self._since = {}, now
         super().log(logs, start_time)
 
-    def _check_plan(self, checkpoint: Path) -> None:
-        plan = self._from.plan
-        if self._streamed is not None:
-            return  # it compares the rows themselves
-        if plan not in (None, plan_digest(self._steps[: self._from.step])) and self.args.process_index == 0:
-            _log.warning(
-                "Warning: the steps up to %s had other rows than those of this run: the data, the seed or the size of "
-                "a step is another (per_device_train_batch_size counts for each process). The run goes on with its own "
-                "rows; some may come twice, or not at all.",
-                checkpoint.name,
-            )
+    def check_inputs(self, then: Mapping[str, Any]) -> None:
+        """Refuse to go on with a run that began with other inputs; every process has to call it.
+
+        Args:
+            then: the ``inputs`` that a checkpoint, or env.json, has of that run.
+
+        Raises:
+            InputsChanged: they are others, each with what it was and what it is.
+        """
+        now = self._describe_inputs()
+        first_alone(lambda: check_inputs(then, now, self.run, self.pair.student))
+
+    def _describe_inputs(self) -> dict[str, Any]:
+        """What the run is trained on, and how, before its first step."""
+        if self._inputs is None:
+            config = self.record.settled(self.args.max_steps)
+            self._inputs = describe_inputs(self.pair, self.config, config, self.record.optimizers)
+        return self._inputs
+
+    def _settle_inputs(self, checkpoint: Path | None) -> None:
+        """Refuse other inputs than those of the checkpoint that a run goes on from; of one that begins keep them."""
+        if checkpoint is None:
+            self._inputs = None  # trained before, the student has other weights
+            begins_anew(self.record.earlier, self._describe_inputs(), self.run, self.pair.student)
+        else:
+            self.check_inputs(self._from.inputs)
+            plan = plan_digest(self._steps[: self._from.step])
+            if self._streamed is None and self._from.plan not in (None, plan):  # a stream compares the rows themselves
+                raise changed(self.run.root, [f"the rows of the steps up to {checkpoint.name}: others"])
+        self.record.inputs = self._describe_inputs() | self._from.inputs
 
     def _sums_of_all(self) -> dict[str, float]:
         """The sums of all processes: rows are dealt out by length, so that those of one are no sample."""
@@ -785,7 +812,8 @@ class DistillationTrainer(Trainer):
         if self._streamed is not None:
             self._streamed.save(written)
         plan = plan_digest(self._steps[:step])
-        reached = Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan, fed)
+        tokens, logged = self.num_tokens_seen, self._globalstep_last_logged
+        reached = Reached(step, tokens, logged, losses, plan, fed, self.record.inputs)
         mark_complete(written, self._stopping.marked(reached))
         self._train_log.sync()
         place(written)
