@@ -173,11 +173,18 @@ def without(value: Any, names: Sequence[str] = TIMES) -> Any:
 
 
 def json_of(path: Path) -> Any:
-    return without(json.loads(path.read_text())) if path.is_file() else None
+    return _parsed(path.read_bytes()) if path.is_file() else None
 
 
 def lines_of(path: Path) -> Any:
-    return [without(json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else None
+    return [_parsed(line) for line in path.read_bytes().splitlines()] if path.is_file() else None
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return without(json.loads(data))
+    except ValueError:
+        return data.decode(errors="replace")
 
 
 def digest(*paths: Path) -> list[str | None]:

@@ -10,9 +10,6 @@ from tests.faults.damaged import Bench, analyze, compare, distill, evaluate, gen
 from tests.faults.forked import Runner
 from tests.training import tiny_runs
 
-GROUP = "Damaged files"
-FIGURES = (".svg", ".html")
-
 
 @pytest.fixture(scope="module")
 def finished(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Bench:
@@ -53,7 +50,7 @@ def cached(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Damaged files",
     fault="A file of a finished run's student, before evaluate, analyze, generate and a run that starts from it",
     does="Refuses the student, and names the file; the weights' checksums stand in env.json.",
 )
@@ -66,7 +63,7 @@ def test_a_student(finished: Bench, injected: Injected) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Damaged files",
     fault="A file of the student of an earlier stage, before evaluate",
     does="Refuses it, and names the file.",
 )
@@ -77,7 +74,7 @@ def test_the_student_of_a_stage(finished: Bench, injected: Injected) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Damaged files",
     fault="A file of the student of a finished stage, before the next stage starts from it",
     does="Refuses it, and names the file.",
 )
@@ -96,7 +93,9 @@ def test_the_student_that_the_next_stage_starts_from(
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP, fault="config.yaml or env.json of a finished run, before every command", does="Refuses, or says so."
+    group="Damaged files",
+    fault="config.yaml or env.json of a finished run, before every command",
+    does="Refuses, or says so.",
 )
 def test_the_record_of_a_finished_run(finished: Bench, injected: Injected) -> None:
     names = ["config.yaml", "env.json"]
@@ -111,7 +110,7 @@ def test_the_record_of_a_finished_run(finished: Bench, injected: Injected) -> No
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Damaged files",
     fault="config.yaml or env.json of an interrupted run, before it is resumed",
     does="Goes on; or names the file, where it says how the run was made.",
 )
@@ -123,7 +122,7 @@ def test_the_record_of_an_interrupted_run(begun: Bench, injected: Injected) -> N
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Damaged files",
     fault="train.jsonl or rollouts.jsonl of an interrupted run, before it is resumed",
     does="Lines of the log are written again from the checkpoint; lost answers are said.",
 )
@@ -135,7 +134,7 @@ def test_the_log_of_an_interrupted_run(begun: Bench, injected: Injected) -> None
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Damaged files",
     fault="A file of the newest checkpoint, before the run is resumed",
     does="The checkpoint before it is used, and that is said.",
 )
@@ -147,7 +146,7 @@ def test_a_checkpoint(begun: Bench, injected: Injected) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Damaged files",
     fault="The log, the evaluation or the analysis of a finished run, before report and compare",
     does="Refuses the file by its checksum; what is gone is left out, and said.",
 )
@@ -160,7 +159,7 @@ def test_results(finished: Bench, injected: Injected) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP, fault="A file of tokenised rows, before a run reads it again", does="The rows are made anew."
+    group="Damaged files", fault="A file of tokenised rows, before a run reads it again", does="The rows are made anew."
 )
 def test_tokenised_rows(begun: Bench, injected: Injected) -> None:
     names = damaged.files(begun.root, "drkl-cache/rows")
@@ -169,7 +168,7 @@ def test_tokenised_rows(begun: Bench, injected: Injected) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Damaged files",
     fault="A file of a teacher's cache of states, before every command that reads it",
     does="Refused by its checksum before it is used.",
 )
@@ -181,7 +180,7 @@ def test_a_cache_of_states(cached: Bench, injected: Injected) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Damaged files",
     fault="A file of a teacher's cache of logits, before every command that reads it",
     does="Refused by its checksum before it is used.",
 )
@@ -193,7 +192,7 @@ def test_a_cache_of_logits(cached: Bench, injected: Injected) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Damaged files",
     fault="A finished part of an evaluation that was killed, or of the shared cache",
     does="The part is computed anew.",
 )
@@ -213,7 +212,7 @@ def test_parts_of_an_evaluation(runner: Runner, tmp_path_factory: pytest.TempPat
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Damaged files",
     fault="A file of an adapter, before evaluate and generate",
     does="Refuses the student, and names the file.",
 )
