@@ -250,19 +250,16 @@ def distill(
     if resume is not None:
         if overrides or overwrite or auto_resume or dry_run:
             raise DrklError("`--resume` goes on with the run as it was configured; it takes nothing beside the folder.")
-        source = RunFolder.open(resume).config_path
-    else:
-        assert config is not None
-        source = config
+        from drkl.run_models import config_of, relocated
+
+        notes: list[str] = []
+        loaded = relocated(config_of(RunFolder.open(resume)), resume)
     if overwrite and auto_resume:
         raise DrklError("`--overwrite` replaces a run that is there, and `--auto-resume` goes on with it; give one.")
-    loaded, notes = load_config(source, overrides or [])
+    if config is not None:
+        loaded, notes = load_config(config, overrides or [])
     for note in notes:
         print(note)
-    if resume is not None:
-        from drkl.run_models import relocated
-
-        loaded = relocated(loaded, resume)
     from drkl.models.load import quiet_transformers
 
     quiet_transformers()
@@ -724,7 +721,7 @@ def _check_choices(dtype: str, device: str) -> None:
 _OPTIONS = {
     "output_dir": "--output", "data.max_prompt_tokens": "--max-prompt-tokens", "data.max_tokens": "--max-tokens",
     "samples_per_prompt:": "--samples:", "device is": "--device is", "takes rows": "takes --data",
-    "name its executable:": "name its executable: --vllm",
+    "name its executable:": "name its executable: --vllm", "use it by that name": "name that one as --student",
     **{f"{name}:": f"--{name.replace('_', '-')}:" for name in
        ("prompts", "sampling_temperature", "sweep", "seeds", "max_new_tokens", "batch_size")},
 }  # fmt: skip

@@ -406,7 +406,10 @@ def test_a_foreign_line_in_a_log_is_named(tmp_path: Path) -> None:
 
 def test_a_record_that_is_no_mapping_is_named(tmp_path: Path) -> None:
     (tmp_path / "env.json").write_text("[]")
-    with pytest.raises(DrklError, match=r"env\.json holds a list; expected a json object\. Remove the file"):
+    with pytest.raises(
+        DrklError,
+        match=r"env\.json holds a list; expected an object\. It says whether the run has ended.*Bring it back",
+    ):
         RunFolder(tmp_path).is_finished()
 
 

@@ -27,6 +27,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from drkl.errors import DrklError, did_you_mean
+from drkl.kept import check_student
 from drkl.models import smollm2
 from drkl.models.adapter import adapter_base, adapter_revision, has_remade_start, read_adapter
 from drkl.models.classes import check_classes, class_names, is_classifier, label_fields
@@ -99,7 +100,7 @@ def load_model(model: Name | PreTrainedModel, dtype: DtypeLike = "auto", **optio
     """
     if isinstance(model, PreTrainedModel):
         return _in_memory(model, dtype, options)
-    name, wanted = _text(model), torch_dtype(dtype)
+    name, wanted = _checked(model), torch_dtype(dtype)
     options = _checked_options(options, name)
     if (base := adapter_base(name)) is not None:
         return _merged(name, base, wanted, options)
@@ -181,7 +182,7 @@ def load_classifier(
         name = type(model).__name__
         check_classes(model, class_names(model, name) if classes is None else classes, name)
         return _in_memory(model, dtype, options)
-    name, wanted = _text(model), torch_dtype(dtype)
+    name, wanted = _checked(model), torch_dtype(dtype)
     options = _checked_options(options, name)
     if adapter_base(name) is not None:
         raise DrklError(f"{name!r} is a LoRA adapter; a classifier has to be a whole model. Merge it first.")
@@ -289,7 +290,7 @@ def load_config(model: Name | PreTrainedModel, **options: Any) -> Any:
     options = _hub_options(options)
     if isinstance(model, PreTrainedModel):
         return model.config
-    name = _text(model)
+    name = _checked(model)
     if (base := adapter_base(name)) is not None:
         revision = {} if (commit := adapter_revision(name)) is None else {"revision": commit}
         return load_config(base, **(revision | options))
@@ -316,7 +317,7 @@ def load_tokenizer(tokenizer: Name | PreTrainedTokenizerBase, *, classifier: boo
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return _checked_tokenizer(tokenizer, tokenizer.name_or_path or type(tokenizer).__name__, classifier)
-    name = _text(tokenizer)
+    name = _checked(tokenizer)
     if (base := adapter_base(name)) is not None and not any(Path(name).glob("tokenizer*.json")):
         return load_tokenizer(base, classifier=classifier)
     if name == smollm2.NAME and not smollm2.is_converted():
@@ -382,6 +383,13 @@ def _text(name: Name) -> str:
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
+def _checked(name: Name) -> str:
+    """The text of a name; where it is the folder of a run's student, its files are checked."""
+    text = _text(name)
+    check_student(text)
+    return text
+
+
 def _checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     for key, value in options.items():
         if key in _NOT_TAKEN and value is not None and value is not (key == "use_safetensors"):
@@ -428,7 +436,7 @@ def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
         ) from error
 
 
-def _explained(name: str, what: str, error: Exception) -> DrklError:
+def _explained(name: str, what: str, error: BaseException) -> DrklError:
     """A loader's error in its own words, after what they say about the place it was loaded from."""
     causes = list(_causes(error))
     folder = Path(name)

@@ -260,6 +260,13 @@ def check_state(checkpoint: Path) -> None:
         TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
+def logged_until(checkpoint: Path) -> list[dict[str, Any]]:
+    """What was logged until a checkpoint was written, as it says itself."""
+    with readable(str(checkpoint), "state"):
+        history: list[dict[str, Any]] = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
+    return history
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Raise what went wrong in a process, where torch's distributed checkpoints wrap it into what is no Exception."""

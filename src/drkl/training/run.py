@@ -29,7 +29,7 @@ from drkl.models.pair import SharedTokens, check_families, check_tokenizers
 from drkl.models.precision import DTYPES, pick_device
 from drkl.models.student import make_student
 from drkl.processes import first_alone, joined, launched
-from drkl.runs import RunFolder, write_json, write_yaml
+from drkl.runs import RunFolder, write_yaml
 from drkl.signals import KEPT
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.config import TeacherConfig
@@ -41,7 +41,7 @@ from drkl.teachers.teacher import Teacher
 from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import has_checkpoints
-from drkl.training.checks import check_apart, check_device, check_folder
+from drkl.training.checks import check_apart, check_device, check_folder, is_over
 from drkl.training.own_files import remove_run
 from drkl.training.pair import TokenisedRows
 from drkl.training.placing import keep_only
@@ -510,7 +510,7 @@ def _begin(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
     write_yaml(run.config_path, spec.resolved)
     KEPT.begun("No step was taken yet.")  # from here on a resume finds it
     known = run.read_env() if mode == "resume" else {}
-    write_json(run.env_path, known | {"command": command, "finished": None})
+    run.write_env(known | {"command": command, "finished": None})
 
 
 def _begin_in_all(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
@@ -534,7 +534,7 @@ def _check_shared(run: RunFolder) -> None:
 
 def _is_over(run: RunFolder) -> bool:
     """Whether a run has ended; then checkpoints that it should have removed go. Called in one process."""
-    if not run.is_finished():
+    if not is_over(run):
         return False
     with suppress(OSError):  # they are of no use, and in nobody's way
         keep_only(run.checkpoints_path, run.read_env().get("best_step"))

@@ -54,6 +54,7 @@ from drkl.training.callbacks import (
 from drkl.training.checkpoints import (
     Reached,
     check_state,
+    logged_until,
     mark_complete,
     plain_errors,
     plan_digest,
@@ -231,7 +232,7 @@ class DistillationTrainer(Trainer):
     def _own_callbacks(self, ends: Sequence[int]) -> list[TrainerCallback]:
         """The callbacks of every run; ``ends`` are the steps after which an epoch ends."""
         args = self.config
-        self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(self.run), Epochs(ends, args)
+        self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(), Epochs(ends, args)
         begin = OnBegin(self._go_on)
         own: list[TrainerCallback] = [begin, self._train_log, self._epochs, LastStep()]
         if args.early_stop_patience:
@@ -359,10 +360,10 @@ class DistillationTrainer(Trainer):
                     set_aside_later(self.run.checkpoints_path, from_step)
         self.accelerator.wait_for_everyone()
         due = self._from.evaluation_due
-        self._train_log.begin(from_step, measured=not due)
-        self._watch.begin()
+        history = None if checkpoint is None else logged_until(checkpoint)
+        self._watch.begin(self._train_log.begin(from_step, history, measured=not due))
         if self._measures is not None and self.is_world_process_zero():
-            self._measures.begin(from_step - due)
+            self._measures.begin(from_step - due, history or ())
         # It would be a second evaluation of the step that a run goes on from.
         self.args.eval_on_start = self.config.eval_on_start and checkpoint is None
         student = self.pair.student
