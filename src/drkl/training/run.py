@@ -222,6 +222,8 @@ def prepare(specs: Sequence[RunSpec], listener: Listener, *, ask_server: bool = 
     """
     check_device(specs[-1].run.device)
     resources = Resources(pick_device(specs[-1].run.device), listener)
+    for spec in specs:
+        training_config(spec, resources.device)  # whatever it refuses, before anything is asked or loaded
     specs = with_stand_in(specs, resources.stand_in if ask_server else without_server)
     cached = specs[0].teacher is not None and specs[0].teacher.cache is not None
     if cached:
