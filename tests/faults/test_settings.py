@@ -166,10 +166,10 @@ def test_what_works_has_its_effect(runner: Runner, tmp_path: Path, injected: Inj
 MODELS = [
     ("teacher.model_init_kwargs", {"attn_implementation": "flash_attention_2"}, "pip install flash-attn"),
     ("student.model_init_kwargs", {"attn_implementation": "flash_attention_2"}, "pip install flash-attn"),
-    ("teacher.model_init_kwargs", {"attn_implementation": "flash_attention_3"}, "flash_attention_3"),
+    ("teacher.model_init_kwargs", {"attn_implementation": "flash_attention_3"}, "pip install kernels"),
     ("teacher.model_init_kwargs", {"attn_implementation": "banana"}, "banana"),
     ("student.model_init_kwargs", {"attn_implementation": "banana"}, "banana"),
-    ("teacher.model_init_kwargs", {"attn_implementation": "kernels-community/flash-attn"}, "pip install kernels"),
+    ("teacher.model_init_kwargs", {"attn_implementation": "kernels-community/flash-attn"}, "code on the hub"),
     ("teacher.model_init_kwargs", {"quantization_config": {"load_in_4bit": True}}, "pip install bitsandbytes"),
     ("teacher.model_init_kwargs", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "pip install"),
     ("teacher.model_init_kwargs", {"quantization_config": {"quant_method": "banana"}}, "banana"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import inspect
 import math
 import os
@@ -16,6 +15,7 @@ from transformers import Trainer
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
 from drkl.errors import DrklError, did_you_mean
+from drkl.models.options import is_there
 from drkl.training.settings import OF_LAYERS, default_of, names_in, optim_of, schedule_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def check_installed(args: DistillationConfig) -> None:
 
 def _check_tracker(name: str) -> None:
     if name == "all":
-        if not any(map(_is_there, (m for modules, _ in _TRACKERS.values() for m in modules))):
+        if not any(map(is_there, (m for modules, _ in _TRACKERS.values() for m in modules))):
             raise DrklError(
                 "report_to is 'all', and no tracker is installed. Install one, for instance with `pip install "
                 "tensorboard`, or leave report_to out: train.jsonl has every number."
@@ -93,18 +93,11 @@ def _check_tracker(name: str) -> None:
 
 
 def _check_package(what: str, modules: tuple[str, ...], package: str) -> None:
-    if not any(map(_is_there, modules)):
+    if not any(map(is_there, modules)):
         raise DrklError(
             f"{what}, which needs {modules[0]}, and that is not installed. Install it with `pip install {package}`, or "
             "leave the setting out."
         )
-
-
-def _is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # of a package around it that is not there, or is half there
-        return False
 
 
 def check_made(args: DistillationConfig) -> None:
