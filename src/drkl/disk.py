@@ -32,6 +32,8 @@ CURES = {
     **dict.fromkeys((errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT), _AWAY),
 }
 """What helps against each of the system's errors."""
+_ALWAYS_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors that no reading has."""
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 _UNNAMED = re.compile(r"iostream error|unexpected pos \d+|\d+ requested and \d+ written|PytorchStreamWriter failed")
 """What torch and numpy say where the system's error is lost."""
@@ -83,6 +85,13 @@ def is_failed_write(error: BaseException) -> bool:
     if isinstance(error, DrklError):
         return isinstance(error, CannotWrite)
     return _number_of(error) is not None or bool(_UNNAMED.search(str(error)))
+
+
+def as_failed_write(error: Exception) -> Exception:
+    """The same error, or where a disk takes nothing, the one that says so."""
+    if isinstance(error, OSError) and error.errno in _ALWAYS_WRITES:
+        return cannot_write(error.filename or "a file", error)
+    return error
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ class _Loader(yaml.SafeLoader):
             problem = f"a value of {len(node.value)} characters that is no text; put text into quotes"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         try:
-            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            return super().construct_object(node, deep)
         except (ValueError, OverflowError) as error:  # a date of the 99th month
             raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
 

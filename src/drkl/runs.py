@@ -17,6 +17,7 @@ import yaml
 from drkl.disk import writing
 from drkl.errors import DrklError
 from drkl.folders import sync
+from drkl.locks import HELD
 from drkl.parsing import check_ends, parse_json, parse_yaml
 
 IN_MEMORY = "in memory"
@@ -324,6 +325,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        HELD.add(handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # Whoever held it has removed the file by now: another process may lock a new one of that name.
@@ -335,4 +337,5 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
                         path.unlink(missing_ok=True)
                 return
         finally:
+            HELD.discard(handle)
             os.close(handle)

@@ -57,7 +57,10 @@ __attribute__((constructor)) static void begin(void) {
     syscall(SYS_close, fd);
     if (mapped != MAP_FAILED) control = mapped;
     const char *log = getenv("DISK_LOG");
-    if (log) journal = syscall(SYS_openat, AT_FDCWD, log, O_WRONLY | O_CREAT | O_APPEND, 0644);
+    if (!log) return;
+    int low = syscall(SYS_openat, AT_FDCWD, log, O_WRONLY | O_CREAT | O_APPEND, 0644);
+    journal = fcntl(low, F_DUPFD_CLOEXEC, 900); /* out of the way of what a program closes and opens */
+    syscall(SYS_close, low);
 }
 
 static int below(const char *path, char folders[PATHS][LENGTH]) {
@@ -130,13 +133,15 @@ static int fails_path(int kind, const char *call, int folder, const char *path) 
     return fails_at(kind, call, out, NULL);
 }
 
+/* Of what is there already a system says so first. */
+static int is_there(int folder, const char *path) { return syscall(SYS_faccessat, folder, path, F_OK) == 0; }
+
 static int fails_open(const char *call, int folder, const char *path, int flags) {
     if (!control || !control->armed) return 0;
     int writes = (flags & O_ACCMODE) != O_RDONLY;
     int temporary = (flags & O_TMPFILE) == O_TMPFILE;
     if (!writes && !(flags & (O_CREAT | O_TRUNC))) return 0;
-    int there = syscall(SYS_faccessat, folder, path, F_OK) == 0;
-    int makes = temporary || ((flags & O_CREAT) && !there);
+    int makes = temporary || ((flags & O_CREAT) && !is_there(folder, path));
     return fails_path(makes ? MAKE : OPEN, call, folder, path);
 }
 
@@ -311,11 +316,11 @@ int renameat2(int in, const char *from, int folder, const char *to, unsigned fla
 }
 int mkdir(const char *path, mode_t mode) {
     REAL(mkdir);
-    return fails_path(MAKE, "mkdir", AT_FDCWD, path) ? -1 : real(path, mode);
+    return !is_there(AT_FDCWD, path) && fails_path(MAKE, "mkdir", AT_FDCWD, path) ? -1 : real(path, mode);
 }
 int mkdirat(int folder, const char *path, mode_t mode) {
     REAL(mkdirat);
-    return fails_path(MAKE, "mkdirat", folder, path) ? -1 : real(folder, path, mode);
+    return !is_there(folder, path) && fails_path(MAKE, "mkdirat", folder, path) ? -1 : real(folder, path, mode);
 }
 int link(const char *from, const char *to) {
     REAL(link);
@@ -336,11 +341,11 @@ int symlinkat(const char *from, int folder, const char *to) {
 
 int unlink(const char *path) {
     REAL(unlink);
-    return fails_path(REMOVE, "unlink", AT_FDCWD, path) ? -1 : real(path);
+    return is_there(AT_FDCWD, path) && fails_path(REMOVE, "unlink", AT_FDCWD, path) ? -1 : real(path);
 }
 int unlinkat(int folder, const char *path, int flags) {
     REAL(unlinkat);
-    return fails_path(REMOVE, "unlinkat", folder, path) ? -1 : real(folder, path, flags);
+    return is_there(folder, path) && fails_path(REMOVE, "unlinkat", folder, path) ? -1 : real(folder, path, flags);
 }
 int rmdir(const char *path) {
     REAL(rmdir);

@@ -170,8 +170,14 @@ def test_what_drkl_did_not_write_is_never_removed(tmp_path: Path) -> None:
     tidy(tmp_path)
     rotate(tmp_path, 1, None, 20)
     assert {*names(tmp_path)} == others | {"checkpoint-20"}
-    keep_only(tmp_path, None)
-    assert {*names(tmp_path)} == others
     mark_complete(tmp_path / "checkpoint-30", Reached(30))  # it is drkl's by this alone
-    keep_only(tmp_path, None)
-    assert {*names(tmp_path)} == others - {"checkpoint-30"}
+    keep_only(tmp_path, 20)
+    assert {*names(tmp_path)} == (others | {"checkpoint-20"}) - {"checkpoint-30"}
+
+
+@pytest.mark.parametrize("best", [None, 30])
+def test_without_the_best_none_is_removed(tmp_path: Path, best: int | None) -> None:
+    make(tmp_path, 10, 20)
+    write(tmp_path, 30)
+    keep_only(tmp_path, best)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-20"]

@@ -178,7 +178,7 @@ def test_cut_off_in_removing_an_old_checkpoint(tmp_path: Path, monkeypatch: pyte
     remove = shutil.rmtree
 
     def killed(path: Path, *args: Any, **kwargs: Any) -> None:
-        if not Path(path).is_relative_to(tmp_path):  # a temporary folder of another's
+        if ".removed" not in Path(path).name:
             return remove(path, *args, **kwargs)
         (Path(path) / "optimizer.pt").unlink()
         raise Killed
@@ -187,7 +187,7 @@ def test_cut_off_in_removing_an_old_checkpoint(tmp_path: Path, monkeypatch: pyte
         patch.setattr("drkl.training.placing.shutil.rmtree", killed)
         run = cut_off(values, Listener())
     left = {path.name for path in run.checkpoints_path.iterdir()}
-    assert len(left) == 3 and ".removed-checkpoint-4" in left
+    assert len(left) == 3 and ".removed-checkpoint-2" in left
     assert_equal(tiny_runs.train(values, "resume"), whole)
 
 

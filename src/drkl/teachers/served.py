@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,10 +25,13 @@ from drkl.models.forward import is_encoder_decoder, lm_head
 from drkl.models.load import load_config, load_tokenizer, resolve_model, without_weights, words_of
 from drkl.models.readout import Batch
 from drkl.models.settings import read_generation_config
+from drkl.signals import may_be_cut_short
 from drkl.teachers.config import TeacherConfig, address_fault
 from drkl.teachers.scores import Odd, Scores, as_topk, read_scores
 
 COMPLETIONS = "/v1/completions"
+SAME = 0.1
+"""The mean difference of log-probabilities of one model that computes in half precision, asked twice."""
 _BYTES_OF_ID = 40
 """An id in a tuple of Python's."""
 _TOGETHER = 8
@@ -112,6 +116,9 @@ class ServedTeacher:
         self.server_timeout, self.server_requests, self.remember_mb = server_timeout, server_requests, remember_mb
         self.pad_id: int | None = None
         self.client = Client(server, server_timeout, CALLER)
+        self.client.on_return = self._check_the_same
+        self._witness: tuple[Question, Scores] | None = None
+        """An answer, by which another model is known."""
         self.source = ""
         """The folder or id whose config and tokenizer stand for the teacher's, once it is settled; empty for none."""
         self.vocab_size = 0
@@ -284,7 +291,31 @@ class ServedTeacher:
 
         bodies = [self.body(question.ids) for question in questions]
         self.client.ask_each(COMPLETIONS, bodies, at_once=self.server_requests, on_answer=take)
+        if self._witness is None and found:
+            self._witness = max(found.items(), key=lambda item: len(item[0].positions))
         return found
+
+    def _check_the_same(self) -> None:
+        """Raise DrklError where a server that was away has another model now."""
+        if self._served is not None and self._look(self.client.ask("/v1/models")) != self._served:
+            raise self._another("/v1/models describes another model than before")
+        if self._witness is None:
+            return
+        question, before = self._witness
+        now = self.read(self.client.ask(COMPLETIONS, self.body(question.ids)), question)
+        lowest = -30.0  # of what rounds to nothing
+        difference = float(np.abs(np.clip(now.observed, lowest, 0) - np.clip(before.observed, lowest, 0)).mean())
+        if not difference <= SAME:
+            raise self._another(
+                f"the log-probabilities of the {len(before.observed)} tokens of a row that it had read before differ "
+                f"by {difference:.2g} in the mean; at most {SAME:g} is rounding"
+            )
+
+    def _another(self, what: str) -> DrklError:
+        return DrklError(
+            f"The teacher's server at {self.server} could not be reached for a while, and has another model since: "
+            f"{what}. Start it with the model that it had. {GO_ON}"
+        )
 
     def read(self, body: Any, question: Question) -> Scores:
         """What an answer says of the positions of a row.
@@ -337,13 +368,17 @@ class ServedTeacher:
         for asked in list(self._ahead):
             if wanted := [question for question in questions if question in asked.questions and question not in found]:
                 try:
-                    answers = asked.answers.result()
+                    with may_be_cut_short(alone=True):
+                        answers = asked.answers.result()
                 except BaseException:
                     self._ahead.remove(asked)  # whoever goes on asks again
                     raise
                 found |= {question: answers[question] for question in wanted}
         left = [question for question in dict.fromkeys(questions) if question not in found]
-        return found | (self.ask(left) if left else {})
+        if not left:
+            return found
+        with may_be_cut_short(alone=True):
+            return found | self.ask(left)
 
     def _look(self, models: Any) -> Served:
         try:

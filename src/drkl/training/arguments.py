@@ -24,14 +24,14 @@ from drkl.parsing import parse_json, parse_yaml
 from drkl.rollouts.config import PREFIX, RolloutsConfig
 from drkl.training import trl
 from drkl.training.config import DEFAULT_TOKENS_PER_STEP, default_warmup
-from drkl.training.needs import check_installed, check_made
-from drkl.training.settings import (
+from drkl.training.fields import (
     check_accelerator,
     check_refused,
     check_together,
     check_values,
     has_warmup,
 )
+from drkl.training.needs import check_installed, check_made
 from drkl.training.sharding import check_deepspeed, check_fsdp
 
 _log = logging.getLogger("drkl")

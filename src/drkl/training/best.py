@@ -49,15 +49,14 @@ def find_best(folder: Path, state: TrainerState, *, read: bool, ended: bool, who
     if reason is None:
         return Best(step, state.best_metric, path)
     best = _best_of_others(folder, state, path, read=read, ended=ended)
-    now = (
-        f"the best of the others, step {best.step} with {best.loss:.4f}, stands in for it"
-        if best.step
-        else "none is left"
-    )
+    then = f"step {best.step} has it now, {best.loss:.4f}" if best.loss is not None else "no other is left"
     _log.warning(
-        "Warning: checkpoint-%s, which had the lowest held-out loss so far (%.4f), %s: %s.",
-        step, state.best_metric, reason, now,
-    )  # fmt: skip
+        "Warning: checkpoint-%s, which had the lowest held-out loss (%.4f), %s; %s.",
+        step,
+        state.best_metric,
+        reason,
+        then,
+    )
     return best
 
 

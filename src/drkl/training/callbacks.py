@@ -32,9 +32,11 @@ class TrainLog(TrainerCallback):
         self._newest: dict[str, float] = {}
         self.on_progress: OnProgress | None = None
 
-    def begin(self, from_step: int) -> None:
-        """Start after a step; lines beyond it will come again."""
+    def begin(self, from_step: int, *, measured: bool = True) -> None:
+        """Start after a step; lines beyond it will come again, and those of its evaluation unless it was measured."""
         kept = lines_up_to(self._path, from_step)
+        if not measured:
+            kept = [row for row in kept if row["step"] < from_step or "loss" in row]
         self._start = time.monotonic() - max((as_number(row.get("seconds")) or 0.0 for row in kept), default=0.0)
         self._newest = {}
         if joined().is_first:

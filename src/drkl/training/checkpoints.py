@@ -54,6 +54,14 @@ class Reached:
     """The `plan_digest` of the steps so far."""
     fed: Fed = field(default_factory=Fed)
     """What the processes were fed since ``logged_step``."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """What the run is trained on, and how: `drkl.training.inputs`."""
+    extra: bool = False
+    """Whether an end from outside is why it was written; it stands beside those that were asked for."""
+    evaluation_due: bool = False
+    """Whether the evaluation after the step is still to be done."""
+    save_due: bool = False
+    """Whether the step is one that is saved after its evaluation."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What `describe_files` says of the checkpoint's other files."""
 
@@ -112,6 +120,7 @@ def _read_marker(checkpoint: Path) -> Reached:
         raise ValueError(f"{MARKER} has another content than was written")
     try:
         changes = {"loss_sums": tuple(map(float, values["loss_sums"])), "fed": Fed(**values["fed"])}
+        changes["inputs"] = dict(values["inputs"])
         reached = Reached(**values | changes)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{MARKER} is that of another drkl ({error})") from error

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
+from drkl.locks import LOCKS
 from drkl.models.precision import has_device
 from drkl.runs import RunFolder
 
@@ -26,6 +25,8 @@ def check_folder(run: RunFolder, mode: str) -> None:
         return
     if not (run.root.exists() or run.root.is_symlink()):
         return
+    if run.root.is_dir() and not run.root.is_symlink() and {path.name for path in run.root.iterdir()} <= LOCKS:
+        return  # it is empty but for who works in it now, or was killed before
     if mode == "new":
         raise RunExists(f"The run folder {str(run.root)!r} exists. Replace it, resume it, or choose another run.name.")
     if run.root.is_symlink() or not run.root.is_dir():
@@ -34,35 +35,6 @@ def check_folder(run: RunFolder, mode: str) -> None:
         raise DrklError(
             f"{str(run.root)!r} exists and is no run folder (it has no config.yaml), so it is not replaced."
         )
-
-
-def check_same_config(run: RunFolder, given: Mapping[str, Any]) -> None:
-    """Raise DrklError where a run was made by another config than one that is to go on with it.
-
-    Args:
-        run: its ``config.yaml`` has every value settled.
-        given: the other one's values, settled likewise.
-    """
-    if different := next(_differences(run.read_config(), given), None):
-        name, there, here = different
-        raise DrklError(
-            f"The run folder {str(run.root)!r} was made by another config: {name} is {there!r} there, and {here!r} is "
-            "asked for. Replace it, choose another run.name, or go on with it as it was configured."
-        )
-
-
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        for key in {**here, **there}:
-            inner = f"{name}.{key}" if name else str(key)
-            yield from _differences(there.get(key), here.get(key), inner)
-        return
-    moved = name in ("run.dir", "run.name")
-    # What was left to be settled: here it still is, or the run was cut off before it was written there.
-    open_yet = name == "training.warmup_steps" and None in (there, here)
-    open_yet |= name.startswith("training.arguments.") and there is None
-    if there != here and not moved and not open_yet:
-        yield name, there, here
 
 
 def check_apart(cache: str | Path, run: RunFolder) -> None:

@@ -16,7 +16,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
 from drkl.errors import DrklError, did_you_mean
 from drkl.models.options import is_there
-from drkl.training.settings import OF_LAYERS, default_of, names_in, optim_of, schedule_of
+from drkl.training.fields import OF_LAYERS, default_of, names_in, optim_of, schedule_of
 
 if TYPE_CHECKING:
     from drkl.training.arguments import DistillationConfig

@@ -29,7 +29,7 @@ def put_in_place(made: Path, target: Path) -> None:
     """Give a model's folder its name, in the place of an earlier one; what other people put into that one moves over.
 
     Cut off in the midst, there is the earlier one, the new one, or the earlier one under the name
-    ``.NAME-before``; the next call finishes that.
+    ``.NAME.before``; the next call finishes that.
 
     Args:
         made: a finished folder beside ``target``.
@@ -38,7 +38,7 @@ def put_in_place(made: Path, target: Path) -> None:
     Raises:
         OSError: it cannot be written to the disk, or not be moved.
     """
-    before = target.parent / f".{target.name}-before"
+    before = target.parent / f".{target.name}.before"
     _finish(before, target)
     sync_tree(made)
     if os.path.lexists(target):
@@ -101,8 +101,8 @@ def _remove_files(run: RunFolder) -> None:
             if names.fullmatch(path.name):
                 _remove(path)
         _remove_if_empty(folder)
-    for name in ("", "-before"):
-        _remove(run.root / f".{run.student_path.name}{name}")
+    for name in ("writing", "before"):
+        _remove(run.root / f".{run.student_path.name}.{name}")
     _remove(run.parts_path)
     for path in (
         run.env_path, run.train_log_path, run.eval_path, run.samples_path, run.predictions_path, run.heldout_path,

@@ -99,15 +99,30 @@ def rotate(folder: Path, keep: int, best: int | None, newest: int) -> None:
         best: the step of one that stays.
         newest: the step of another, the last that the run has come to; later ones are not this run's business yet.
     """
-    there = [path for path in own_checkpoints(folder) if step_of(path) <= newest]
-    spare = [path for path in there if step_of(path) not in (best, newest)]
+    drop_extras(folder, but=newest)
+    there = [path for path in own_checkpoints(folder) if step_of(path) <= newest and not is_extra(path)]
+    spare = [path for path in there if step_of(path) not in (best, there and step_of(there[-1]))]
     for path in spare[: max(0, len(there) - keep)]:
         discard(path)
 
 
+def is_extra(checkpoint: Path) -> bool:
+    """Whether an end from outside is why a checkpoint was written, beside those that were asked for."""
+    return bool(marked(checkpoint).get("extra"))
+
+
+def drop_extras(folder: Path, but: int | None = None) -> None:
+    """Remove the checkpoints that ends from outside left up to a step, ``but`` that one; of None all."""
+    for path in own_checkpoints(folder):
+        if is_extra(path) and (but is None or step_of(path) < but):
+            discard(path)
+
+
 def keep_only(folder: Path, best: int | None) -> None:
-    """Remove all checkpoints but the best of a finished run; that one may still be asked for, the others cannot."""
+    """Remove the checkpoints of a finished run but the best, which may be asked for; where that is not there, none."""
     tidy(folder)
+    if best is None or not is_own(folder / f"checkpoint-{best}"):
+        return
     for path in own_checkpoints(folder):
         if step_of(path) != best:
             discard(path)

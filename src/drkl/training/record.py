@@ -16,6 +16,7 @@ from transformers import TrainerState, TrainingArguments
 from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.tokenize import DropReport
 from drkl.disk import writing
+from drkl.display import markdown_name
 from drkl.models.adapter import merge_adapter, save_adapter, whole_adapter
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
@@ -33,7 +34,7 @@ from drkl.training.environment import describe_environment, now
 from drkl.training.loading import plain_options
 from drkl.training.own_files import put_in_place, remove_run
 from drkl.training.pair import Pair
-from drkl.training.placing import keep_only
+from drkl.training.placing import drop_extras, keep_only
 from drkl.training.sparse import card_note, describe_sparse
 
 _SETTLED = (
@@ -70,6 +71,10 @@ class RunRecord:
         """The saved form of a student with an adapter: ``adapter``, or the ``merged`` model."""
         self.optimizers: tuple[Any, Any] = (None, None)
         """The optimiser and the schedule that were passed as objects."""
+        self.inputs: dict[str, Any] = {}
+        """What the run is trained on, and how, as `drkl.training.inputs` describes it."""
+        self.earlier: dict[str, Any] | None = None
+        """The same of a run that was begun in the folder before, and is to go on."""
         self.keeps_folder = False
         """Whether the folder was prepared for this run already."""
         self._environment: dict[str, Any] = {}
@@ -92,7 +97,16 @@ class RunRecord:
             "parameters": count_parameters(self.pair),
             "started": self.run.read_env().get("started", now()) if resumed else now(),
             "finished": None,
+            "inputs": self.inputs,
         }
+        self.config = self.settled(num_steps)
+        write_yaml(self.run.config_path, self.config)
+        if self.pair.eval_dataset is not None:
+            write_jsonl(self.run.eval_rows_path, self.pair.eval_dataset)
+        write_json(self.run.env_path, self._environment)
+
+    def settled(self, num_steps: int) -> dict[str, Any]:
+        """The content of ``config.yaml`` with every value settled that trains the model."""
         config = describe_run(self.pair, self.args, self.run, num_steps) if self.config is None else self.config
         training = config["training"] | training_section(self.args, config["training"])
         if training["warmup_steps"] is None:
@@ -102,11 +116,7 @@ class RunRecord:
             training["arguments"]["optim"] = f"{IN_MEMORY}: {type(optimizer).__name__}"
         if schedule is not None:
             training["lr_scheduler_type"] = f"{IN_MEMORY}: {type(schedule).__name__}"
-        self.config = config | {"training": training}
-        write_yaml(self.run.config_path, self.config)
-        if self.pair.eval_dataset is not None:
-            write_jsonl(self.run.eval_rows_path, self.pair.eval_dataset)
-        write_json(self.run.env_path, self._environment)
+        return config | {"training": training}
 
     def trained(
         self,
@@ -148,7 +158,7 @@ class RunRecord:
             CannotWrite: it cannot be written there.
         """
         target = (self.run.student_path if folder is None else folder).resolve()
-        staging = target.parent / f".{target.name}"
+        staging = target.parent / f".{target.name}.writing"
         shutil.rmtree(staging, ignore_errors=True)
         then = "resume the run: its checkpoints are kept" if folder is None else "save it again"
         with writing(target, what="the student", then=then):
@@ -164,8 +174,9 @@ class RunRecord:
         if folder is None and self._environment:
             self._environment["finished"] = now()
             write_json(self.run.env_path, self._environment, lasting=True)
-            if self._student_step is not None and state.best_global_step is not None:
+            if self._student_step is not None:
                 keep_only(self.run.checkpoints_path, state.best_global_step)
+            drop_extras(self.run.checkpoints_path)
 
     def _write(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
         adapter = self.pair.adapter
@@ -184,8 +195,8 @@ class RunRecord:
         if pair.adapter is not None and self.export == "adapter":
             base = (self.config or {}).get("student", {}).get("model") or pair.student_name
             adapter_note = (
-                f"It is a LoRA adapter for `{base}`; to load it, install `peft` too. Where its answers end stands in "
-                "its generation_config.json, which peft does not read."
+                f"It is a LoRA adapter for {markdown_name(base)}; to load it, install `peft` too. Where its answers "
+                "end stands in its generation_config.json, which peft does not read."
             )
             note = f"{note}\n\n{adapter_note}" if note else adapter_note
             kind = "adapter" if kind == "decoder" else kind

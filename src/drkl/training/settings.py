@@ -1,271 +1,258 @@
-"""Fields of `TrainingArguments` that drkl does not read, or that need something which is not there: refused by name.
-
-They are checked where the arguments are made: nothing is loaded and nothing is written yet.
-"""
+"""The settings of a run that may be others when it goes on, and those that move its numbers, which may not."""
 
 from __future__ import annotations
 
 import dataclasses
-import enum
-import inspect
-import math
-import numbers
-import os
-import types
-import typing
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch.utils.checkpoint import checkpoint
+from pydantic import BaseModel
 from transformers import TrainingArguments
-from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.utils import logging
 
+from drkl.data.config import DataConfig
 from drkl.errors import DrklError
-from drkl.training.config import default_warmup
+from drkl.losses.config import LossConfig
+from drkl.models.config import StudentConfig
+from drkl.rollouts.config import RolloutsConfig
+from drkl.teachers.config import TeacherConfig
+from drkl.training.config import TrainingConfig
 
-if TYPE_CHECKING:
-    from drkl.training.arguments import DistillationConfig
-
-_NO_PREDICTIONS = "an evaluation during training returns no predictions; drkl.evaluate measures a student"
-_BEST = "the held-out loss, eval_loss, decides which checkpoint is the best"
-_NO_HUB = "call save_model(), then upload the folder student/ with huggingface_hub.upload_folder"
-_NO_PARTS = "a step is cut into micro-batches and the parts of all processes before accelerate sees it"
-_LIGER = "the loss is fused already, and liger's patches replace the forward that it reads"
-_OWN_ROWS = "rows are tokenised when the trainer is made, and columns that are not read are left out"
-REFUSED = {
-    "metric_for_best_model": _BEST,
-    "greater_is_better": _BEST,
-    "label_smoothing_factor": "the objective is the whole loss; kd_weight adds a cross-entropy",
-    "auto_find_batch_size": "a step's size follows from tokens_per_step; gradient_accumulation_steps cuts it smaller",
-    "average_tokens_across_devices": "the loss of a step is divided by the tokens of all processes, always",
-    "ignore_data_skip": "a resumed run goes on with the rows that come next, which costs no time",
-    "remove_unused_columns": _OWN_ROWS,
-    "label_names": _OWN_ROWS,
-    "length_column_name": _OWN_ROWS,
-    "train_sampling_strategy": "drkl shuffles the rows itself, by the seed; tokens_per_step groups them by length",
-    "dataloader_in_order": "the steps are planned, and batches that come in another order would be other steps",
-    "push_to_hub": _NO_HUB,
-    "hub_model_id": _NO_HUB,
-    "hub_token": _NO_HUB,
-    "hub_strategy": _NO_HUB,
-    "hub_always_push": _NO_HUB,
-    "hub_revision": _NO_HUB,
-    "prediction_loss_only": _NO_PREDICTIONS,
-    "batch_eval_metrics": _NO_PREDICTIONS,
-    "include_for_metrics": _NO_PREDICTIONS,
-    "eval_do_concat_batches": _NO_PREDICTIONS,
-    "eval_use_gather_object": _NO_PREDICTIONS,
-    "eval_accumulation_steps": _NO_PREDICTIONS,
-    "do_predict": _NO_PREDICTIONS,
-    "fp16_full_eval": "held-out losses are computed in the precision of the training",
-    "bf16_full_eval": "held-out losses are computed in the precision of the training",
-    "use_liger_kernel": _LIGER,
-    "liger_kernel_config": _LIGER,
-    "use_cache": "training keeps no cache, and the saved config.json has the model's own value",
-    "save_on_each_node": "all machines share one run folder, which the first process writes",
-    "enable_jit_checkpoint": "a run that is told to end (SIGTERM) saves by itself",
-    "resume_from_checkpoint": "it is an argument of train()",
-    "local_rank": "the launcher says it in the environment, as LOCAL_RANK",
-    "parallelism_config": "each process trains on rows of its own, with the whole student or with FSDP2 (fsdp)",
+MAY_CHANGE: Mapping[str, str] = {
+    "run.name": "where the run lies",
+    "run.dir": "where the run lies",
+    "run.device": "told as a part of the machine",
+    "training.logging_steps": "what is logged",
+    "training.arguments.log*": "what is logged",
+    "training.arguments.report_to": "what is logged",
+    "training.arguments.run_name": "what is logged",
+    "training.arguments.project": "what is logged",
+    "training.arguments.trackio*": "what is logged",
+    "training.arguments.disable_tqdm": "what is logged",
+    "training.arguments.include_num_input_tokens_seen": "what is logged",
+    "training.arguments.skip_memory_metrics": "what is logged",
+    "training.arguments.eval_on_start": "what is logged",
+    "training.arguments.save_total_limit": "what is saved",
+    "training.arguments.save_on_each_node": "what is saved",
+    "training.arguments.enable_jit_checkpoint": "what is saved",
+    "training.arguments.hub_*": "what is saved",
+    "training.arguments.push_to_hub": "what is saved",
+    "peft.export": "what is saved",
+    "training.nan": "acts on numbers that are not finite alone",
+    "training.nan_skips": "acts on numbers that are not finite alone",
+    "training.arguments.dataloader_num_workers": "who reads the batches",
+    "training.arguments.dataloader_prefetch_factor": "who reads the batches",
+    "training.arguments.dataloader_persistent_workers": "who reads the batches",
+    "training.arguments.dataloader_pin_memory": "who reads the batches",
+    "training.arguments.dataloader_multiprocessing_context": "who reads the batches",
+    "training.arguments.ddp_backend": "how processes talk",
+    "training.arguments.ddp_timeout": "how processes talk",
+    "training.arguments.torch_empty_cache_steps": "what memory is kept",
+    "teacher.remember_mb": "what memory is kept",
+    "teacher.fill_cache": "what a cache is given",
+    "teacher.server_timeout": "how a server is asked",
+    "teacher.server_requests": "how a server is asked",
+    "rollouts.server": "how a server is asked",
+    "rollouts.server_folder": "how a server is asked",
+    "rollouts.server_timeout": "how a server is asked",
+    "rollouts.eval_prompts": "what is logged",
+    "rollouts.keep_texts": "what is logged",
+    "evaluation.*": "what follows the training",
+    "analysis.*": "looks on, and leaves the student as it is",
 }
-"""Fields in whose place drkl does something else, and what; a value that asks for anything is refused."""
-_NOTHING: dict[str, tuple[Any, ...]] = {
-    "remove_unused_columns": (False,),
-    "metric_for_best_model": ("eval_loss",),
-    "greater_is_better": (None, False),
-    "hub_token": (None, "<HUB_TOKEN>"),  # as to_dict() has it
-    "label_names": (None, []),
-    "include_for_metrics": (None, []),
+"""Settings of a config, with an asterisk for any others that begin so, which move no number of a run: it goes on to
+the bytes that it would have had."""
+DIVIDES: Mapping[str, str] = {
+    "training.arguments.gradient_accumulation_steps": "parts of a step",
+    "training.per_device_train_batch_size": "parts of a step, as long as it has as many rows",
+    "training.gradient_checkpointing": "layers that are computed twice",
+    "training.arguments.activation_checkpointing_kwargs": "layers that are computed twice",
+    "training.arguments.ddp_*": "how processes talk",
+    "teacher.shard": "parts of the teacher",
+    "rollouts.batch_size": "answers that are written at once",
 }
-"""Values that ask for nothing, where it is not the default alone."""
-
-_OF_TRACKERS = ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
-                "hub_private_repo")  # fmt: skip
-"""Fields that trackers alone read."""
-OF_LAYERS = ("galore_", "apollo_")
-"""Optimisers that are made of a model's own layers, by optim_target_modules."""
-_IN_BACKWARD = ("_layerwise", "lomo")
-_NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
-_LEAST = {
-    "dataloader_num_workers": 0, "dataloader_prefetch_factor": 1, "eval_delay": 0, "ddp_timeout": 1, "data_seed": 0,
-    "ddp_bucket_cap_mb": 1, "neftune_noise_alpha": 0, "save_total_limit": 1, "torch_empty_cache_steps": 1,
+"""Those that divide the work of a step, as the number of processes does: the step is the same up to rounding (and to
+the draws of a dropout), which is told."""
+CHOOSES_BEST: Mapping[str, str] = {
+    "training.eval_every": "when the best is looked for",
+    "training.save_every": "when the best is looked for",
+    "training.eval_rows": "by what the best is chosen",
+    "training.arguments.eval_*": "when the best is looked for",
+    "training.arguments.save_strategy": "when the best is looked for",
+    "training.arguments.per_device_eval_batch_size": "by what the best is chosen",
+}
+"""Those that may change where no checkpoint is chosen as the best, nor a run stopped, by a held-out loss."""
+BY_CONTENT: Mapping[str, str] = {
+    "teacher.model": "teacher", "teacher.cache": "teacher", "teacher.server": "teacher", "teacher.tokenizer": "teacher",
+    "teacher.dtype": "teacher",
+    "student.init": "student", "student.model": "student", "student.layers": "student",
+    "student.encoder_layers": "student", "student.config*": "student", "student.dtype": "student",
+    "tokenizer*": "tokenizer",
+    "data.path": "rows", "data.dataset": "rows", "data.sources": "rows", "data.eval_path": "rows",
+    "data.eval_max_rows": "rows", "data.max_rows": "rows", "data.format": "rows", "data.turns": "rows",
+    "data.template": "rows",
+    "stages": "earlier runs",
+} | {
+    f"{model}.model_init_kwargs.{name}": model
+    for model in ("teacher", "student")
+    for name in ("revision", "subfolder", "variant", "cache_dir", "local_files_only", "force_download", "token",
+                 "use_safetensors", "proxies", "max_memory", "low_cpu_mem_usage", "offload_folder")
 }  # fmt: skip
-_LEVELS = ("passive", *logging.log_levels)
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "log_level": _LEVELS, "log_level_replica": _LEVELS,
-    "include_num_input_tokens_seen": ("no", "all", "non_padding", True, False),
+"""Those that say where weights, texts and rows come from: what comes of them is compared in their place."""
+_PLACES = (
+    "teacher.model", "teacher.cache", "teacher.server", "teacher.tokenizer", "student.model", "data.path",
+    "data.dataset", "data.sources", "data.eval_path", "stages", "*.model_init_kwargs.*",
+)  # fmt: skip
+"""Of those the ones that are no reason by themselves: what lies there is told instead."""
+_FITTED = ("data.max_prompt_tokens", "data.max_tokens")
+"""What fits the models where it is not given, and so is known once they are."""
+STAGES = "the stages before"
+ROWS_PER_STEP = "rows in a step over all processes"
+BEST = "training.arguments.load_best_model_at_end"
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_SECTIONS: Mapping[str, type[BaseModel]] = {
+    "data": DataConfig, "teacher": TeacherConfig, "student": StudentConfig, "loss": LossConfig,
+    "rollouts": RolloutsConfig, "training": TrainingConfig,
 }  # fmt: skip
-_MORE_KINDS: dict[str, tuple[Any, ...]] = {
-    "fsdp": (bool, list),
-    "debug": (list, types.NoneType),
-    "accelerator_config": (AcceleratorConfig,),
-}
-"""Classes of values that transformers takes, or makes of others, beside those of the annotation."""
-_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
-"""Fields whose text is the path of a json file."""
 
 
-def check_values(args: DistillationConfig, checked: tuple[str, ...] = ()) -> None:
-    """Raise DrklError for a field of another type than its own, or out of its domain.
+class InputsChanged(DrklError):
+    """A run is to go on with other inputs than it began with."""
+
+
+def changed(run: str | Path, found: Sequence[str]) -> InputsChanged:
+    """The error of a run that is to go on with other inputs.
 
     Args:
-        args: before transformers settles them.
-        checked: fields with a check of their own.
+        run: its folder.
+        found: what is another, each with what it was and what it is.
     """
-    own = {f.name: f for f in dataclasses.fields(type(args))}
-    for field in dataclasses.fields(TrainingArguments):
-        value, name = getattr(args, field.name), field.name
-        if name in checked or value == own[name].default or (value is None and own[name].default is None):
+    return InputsChanged(
+        f"The run in {str(run)!r} began with other inputs than it is to go on with: {'; '.join(found)}. Put them back "
+        "as they were, or start a new run: choose another run.name, or replace this one."
+    )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings by their dotted names.
+
+    >>> dict(flat({"a": {"b": 1, "c": []}, "d": None}))
+    {'a.b': 1, 'a.c': [], 'd': None}
+    """
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def is_listed(name: str, patterns: Mapping[str, str] | tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of some patterns, or begins as one that ends in an asterisk."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def counted(config: Mapping[str, Any], *, chooses_best: bool) -> dict[str, dict[str, Any]]:
+    """Sort the settings of a config in which every value is settled; those that may change are left out.
+
+    Args:
+        config: the sections of a config.yaml.
+        chooses_best: whether a held-out loss chooses a checkpoint, or stops the run.
+
+    Returns:
+        The settings by their dotted names: those that move a number under ``settings``, those of `CHOOSES_BEST` under
+        ``best`` (empty where nothing is chosen), those of `DIVIDES` under ``divides``, and those of `BY_CONTENT` that
+        are no places under ``content``.
+    """
+    found: dict[str, dict[str, Any]] = {"settings": {}, "best": {}, "divides": {}, "content": {}}
+    for name, value in flat(config):
+        plain = _plain(value)
+        if is_listed(name, MAY_CHANGE) or (name in _arguments() and plain == _arguments()[name]):
             continue
-        kinds = _kinds(field.type)
-        if not any(_is_a(value, kind) for kind in (*kinds, *_MORE_KINDS.get(name, ()))):
-            words = dict.fromkeys(_WORDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
-            raise DrklError(f"{name} is {_shown(name, value)}; expected {' or '.join(words)}.")
-        if name in _CHOICES and value not in _CHOICES[name]:
-            raise DrklError(f"{name} is {value!r}; expected {', '.join(map(str, _CHOICES[name]))}.")
-        if name in _LEAST and value is not None and value < _LEAST[name]:
-            raise DrklError(f"{name} is {value!r}; expected a number of at least {_LEAST[name]}.")
-        if name in _FILES and isinstance(value, str) and not value.startswith("{") and not Path(value).is_file():
-            raise DrklError(f"{name} is {value!r}, and there is no such file; expected a json file, or its content.")
+        if is_listed(name, BY_CONTENT):
+            kind = None if is_listed(name, _PLACES) else "content"
+        elif is_listed(name, DIVIDES):
+            kind = "divides"
+        elif is_listed(name, CHOOSES_BEST):
+            kind = "best" if chooses_best else None
+        else:
+            kind = "settings"
+        if kind is not None:
+            found[kind][name] = plain
+    found["settings"][STAGES] = [stage["name"] for stage in config.get("stages") or []]
+    return found
 
 
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping",
-          types.NoneType: "null", list: "a list of texts"}  # fmt: skip
+def _plain(value: Any) -> Any:
+    """A value as json has it; of an object in memory without its address."""
+    return json.loads(_ADDRESS.sub("", json.dumps(value, default=str)))
 
 
-def _kinds(annotation: Any) -> tuple[Any, ...]:
-    """The classes of a field's annotation; of a Literal its values."""
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return tuple(kind for part in typing.get_args(annotation) for kind in _kinds(part))
-    if origin is typing.Literal:
-        return tuple(type(value) for value in typing.get_args(annotation))
-    return (origin or annotation,)
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names that have another value, each with both of them.
+
+    >>> list(changes({"objective.gamma": 0.5, "run.seed": 1}, {"objective.gamma": 0.3, "run.seed": 1}))
+    ['objective.gamma: 0.5 then, 0.3 now']
+    """
+    for name in {**then, **now}:
+        # Defaults are left out of some configs; a setting that an older version did not have is as if it were left out.
+        before, after = (values[name] if name in values else _default(name) for values in (then, now))
+        if before != after:
+            yield f"{name}: {_told(before)} then, {_told(after)} now"
 
 
-def _is_a(value: Any, kind: Any) -> bool:
-    if kind is bool:
-        return isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
-    if isinstance(value, bool):
-        return False
-    if kind is int:
-        return isinstance(value, numbers.Integral)
-    if kind is float:
-        return isinstance(value, numbers.Real) and math.isfinite(value)
-    if kind is list:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return isinstance(value, str if isinstance(kind, type) and issubclass(kind, enum.Enum) else kind)
+def _default(name: str) -> Any:
+    if name in (defaults := _arguments()):
+        return defaults[name]
+    section, _, key = name.partition(".")
+    field = _SECTIONS[section].model_fields.get(key) if section in _SECTIONS else None
+    return None if field is None else _plain(field.get_default(call_default_factory=True))
 
 
-def _shown(name: str, value: Any) -> str:
-    return "given" if name.endswith("token") else repr(value)
+@functools.cache
+def _arguments() -> dict[str, Any]:
+    """The defaults of transformers' own arguments, by their names in a config."""
+    return {f"training.arguments.{f.name}": _plain(f.default) for f in dataclasses.fields(TrainingArguments)}
 
 
-def check_refused(args: DistillationConfig) -> None:
-    """Raise DrklError for a field that means nothing here; `REFUSED` has the reasons."""
-    for field in dataclasses.fields(TrainingArguments):
-        if (why := REFUSED.get(field.name)) is None:
-            continue
-        value = getattr(args, field.name)
-        of_launcher = field.name == "local_rank" and str(value) == os.environ.get("LOCAL_RANK")
-        if of_launcher or value in _NOTHING.get(field.name, (field.default,)):
-            continue
-        given = field.name if field.name.endswith("token") else f"{field.name}={value!r}"
-        raise DrklError(f"{given} means nothing here: {why}. Leave it out.")
+def _told(value: Any) -> str:
+    """A value in a message.
+
+    >>> [_told(value) for value in (None, True, 0.5, "a", ["a", 1])]
+    ['not set', 'true', '0.5', "'a'", '["a", 1]']
+    """
+    if value is None:
+        return "not set"
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
-def check_together(args: DistillationConfig) -> None:
-    """Raise DrklError for a field that has an effect only beside another one, which is not given."""
-    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
-    trackers = names_in(args.report_to)
-    alone = [name for name in _OF_TRACKERS if getattr(args, name) != default_of(name)]
-    checks = [
-        (args.deepspeed == {}, "deepspeed is an empty mapping, which asks for nothing"),
-        (bool(args.fsdp_config) and not args.fsdp, "fsdp_config is given, and fsdp is not: nothing would be sharded"),
-        (args.do_eval and not evaluates, "do_eval is true, and eval_strategy is 'no'"),
-        (bool(alone) and not trackers, f"{', '.join(alone)}: trackers alone read it, and report_to names none"),
-        (
-            bool(_checkpointing_options(args)) and not (args.activation_checkpointing or args.gradient_checkpointing),
-            "activation_checkpointing_kwargs are given, and activation_checkpointing is off",
-        ),
-        (
-            args.ddp_backend is not None and "RANK" not in os.environ,
-            "ddp_backend connects several processes, and this one was started without a launcher (torchrun, or "
-            "accelerate launch)",
-        ),
-        (args.dataloader_persistent_workers and not args.dataloader_num_workers,
-         "dataloader_persistent_workers is true, and dataloader_num_workers is 0"),
-        (args.dataloader_multiprocessing_context is not None and not args.dataloader_num_workers,
-         "dataloader_multiprocessing_context is given, and dataloader_num_workers is 0"),
-        (args.ddp_timeout != default_of("ddp_timeout") and args.use_cpu,
-         "ddp_timeout is not read on the CPU, where processes wait for each other without an end"),
-        (args.optim_target_modules is not None and not optim_of(args).startswith(OF_LAYERS),
-         f"optim_target_modules goes with the optimisers of GaLore and APOLLO, and optim is {optim_of(args)!r}"),
-    ]  # fmt: skip
-    for wrong, why in checks:
-        if wrong:
-            raise DrklError(f"{why}. Leave it out.")
-    _check_backward(args)
-    _check_warmup(args)
+def of_configs(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What moves a number and is another in a config that is to go on with a run, before anything is loaded for it.
+
+    Args:
+        then: the run's config.yaml.
+        now: the other config, with every value that is settled before anything is loaded.
+    """
+    sides = [counted(config, chooses_best=True) for config in (then, now)]
+    before, after = (side["settings"] | side["best"] for side in sides)
+    for name in {**before, **after}:
+        # What was left to be settled: here it still is, or the run was cut off before it was written there.
+        is_open = name == "training.warmup_steps" and None in (before.get(name), after.get(name))
+        is_open |= name.startswith("training.arguments.") and name not in before
+        if is_open or name in _FITTED:
+            before.pop(name, None)
+            after.pop(name, None)
+    return list(changes(before, after))
 
 
-def default_of(name: str) -> Any:
-    return next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == name)
-
-
-def optim_of(args: DistillationConfig) -> str:
-    return str(getattr(args.optim, "value", args.optim))
-
-
-def schedule_of(args: DistillationConfig) -> str:
-    return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-
-
-def names_in(value: Any) -> list[str]:
-    return [name for name in ([value] if isinstance(value, str) else value or []) if name != "none"]
-
-
-def _checkpointing_options(args: DistillationConfig) -> Any:
-    return args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs
-
-
-def _check_backward(args: DistillationConfig) -> None:
-    known = [name for name in inspect.signature(checkpoint).parameters if name not in ("function", "args", "kwargs")]
-    options = _checkpointing_options(args)
-    foreign = [name for name in options if name not in known] if isinstance(options, dict) else []
-    if foreign:
-        raise DrklError(
-            f"activation_checkpointing_kwargs has {foreign[0]!r}, which torch.utils.checkpoint.checkpoint does not "
-            f"take; it takes {', '.join(known)}."
-        )
-    if optim_of(args).endswith(_IN_BACKWARD):
-        raise DrklError(
-            f"optim is {optim_of(args)!r}, which changes the weights while the gradients are computed: they could be "
-            "neither clipped nor checked, and a checkpoint would hold nothing to go on from. Choose another optimiser."
-        )
-
-
-def _check_warmup(args: DistillationConfig) -> None:
-    if args.warmup_steps is not None and args.warmup_steps > 1 and args.warmup_steps != int(args.warmup_steps):
-        raise DrklError(f"warmup_steps is {args.warmup_steps}; expected a whole number, or a share below 1.")
-    usual = default_warmup(args.max_steps) if args.max_steps > 0 else 0  # written out by a run that asked for none
-    if schedule_of(args) in _NO_WARMUP and args.warmup_steps not in (None, 0, usual):
-        other = "constant_with_warmup" if schedule_of(args) == "constant" else "cosine"
-        raise DrklError(
-            f"warmup_steps is {args.warmup_steps}, and the schedule {schedule_of(args)!r} has no warm-up. Set "
-            f"lr_scheduler_type: {other}, which has one, or leave warmup_steps out."
-        )
-
-
-def has_warmup(args: DistillationConfig) -> bool:
-    """Whether the schedule begins with a warm-up."""
-    return schedule_of(args) not in _NO_WARMUP
-
-
-def check_accelerator(args: DistillationConfig) -> None:
-    """Raise DrklError for a field of accelerator_config that has no effect, once transformers has read it."""
-    for field in dataclasses.fields(AcceleratorConfig):
-        takes = field.name in ("non_blocking", "use_configured_state")
-        if not takes and getattr(args.accelerator_config, field.name) != field.default:
-            raise DrklError(f"accelerator_config: {field.name} means nothing here: {_NO_PARTS}. Leave it out.")
+def has_other_sources(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two configs take weights, texts or rows from other places, or in another way."""
+    before, after = (
+        {name: _plain(value) for name, value in flat(config) if is_listed(name, BY_CONTENT) or name in _FITTED}
+        for config in (then, now)
+    )
+    return before != after

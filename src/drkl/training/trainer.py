@@ -7,8 +7,8 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from drkl.data.collate import collate, teacher_inputs
 from drkl.data.stored import column
 from drkl.disk import cannot_write, writing
 from drkl.errors import DrklError
+from drkl.locks import ANALYSIS, EVALUATION, TRAINING, first_holding
 from drkl.losses import IGNORE_INDEX, LMHead, release_buffers
 from drkl.losses.topk import TopK
 from drkl.models.at_head import call_at_head
@@ -67,6 +68,7 @@ from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of,
 from drkl.training.heap import freed_memory_kept
 from drkl.training.heldout import NonFiniteLoss
 from drkl.training.heldout_answers import HeldOutAnswers
+from drkl.training.inputs import begins_anew, check_inputs, describe_inputs
 from drkl.training.loop import check_optimizer, loop_arguments
 from drkl.training.measures import Measures, make_measures
 from drkl.training.on_policy import OnPolicy, check_rollouts, check_whole
@@ -76,7 +78,9 @@ from drkl.training.placing import place, rotate, set_aside_later, staging, tidy
 from drkl.training.plan import MicroBatches, Places, cuts_by_cost, plan_run
 from drkl.training.record import RunRecord
 from drkl.training.served import questions_in
+from drkl.training.settings import changed
 from drkl.training.sharding import check_kind, load_optimizer, save_optimizer, weights_in
+from drkl.training.stopping import Stopping
 from drkl.training.streaming import StreamedBatches
 
 OTHER_ROWS = "other_"
@@ -209,12 +213,17 @@ class DistillationTrainer(Trainer):
         self._feeding = Feeding()
         self._from = Reached(0)
         """Where the training began."""
+        self._inputs: dict[str, Any] | None = None
+        """What `describe_inputs` found before the first step."""
         self._whole: Path | None = None
         """The checkpoint that it went on from."""
         self._student_step: int | None = None
         """The step of the best weights, once they are in memory again."""
         self.on_message: Callable[[str], None] = _log.info
         """Called with what a run says as it goes on."""
+        self.on_begin: Callable[[], None] = lambda: None
+        """Called in every process before anything of the run is written."""
+        self._stopping = Stopping(self)
         self.num_tokens_seen = 0
         self._row_ids: list[str] = []
 
@@ -224,6 +233,7 @@ class DistillationTrainer(Trainer):
         self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(self.run), Epochs(ends, args)
         begin = OnBegin(self._go_on)
         own: list[TrainerCallback] = [begin, self._train_log, self._epochs, LastStep()]
+        own.append(OnBegin(self._catch_up))
         if args.early_stop_patience:
             own.append(EarlyStop(args.early_stop_patience))
         if self._on_policy is not None:
@@ -313,6 +323,11 @@ class DistillationTrainer(Trainer):
         Raises:
             DrklError: a loss or a gradient that is not finite, a folder that cannot be written, or no checkpoint.
         """
+        held = self.record.keeps_folder  # by who prepared it
+        with nullcontext() if held else first_holding(self.run.root, TRAINING, EVALUATION, ANALYSIS):
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | Path | bool | None, **kwargs: Any) -> Any:
         apart = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         checkpoint = first_alone(lambda: wanted_checkpoint(self.run, resume_from_checkpoint, optimizer=apart))
         # What cannot be gone on from is refused before anything of the run is touched.
@@ -321,7 +336,8 @@ class DistillationTrainer(Trainer):
             check_kind(checkpoint, by_accelerate=self.is_fsdp_enabled)
             check_state(checkpoint)
             self._from = reached_at(checkpoint)
-            self._check_plan(checkpoint)
+        self._settle_inputs(checkpoint)
+        if checkpoint is not None:
             self.on_message(f"Going on from {checkpoint.name}.")
         self.num_tokens_seen = self._from.num_tokens
         self._feeding.begin(self._from.fed)
@@ -330,16 +346,18 @@ class DistillationTrainer(Trainer):
         if self._streamed is not None:
             self._streamed.begin(checkpoint)
         from_step = step_of(checkpoint) if checkpoint else -1
+        self.on_begin()
         if self.is_world_process_zero():
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
             tidy(self.run.checkpoints_path)
             if resume_from_checkpoint is not True:
                 set_aside_later(self.run.checkpoints_path, from_step)
         self.accelerator.wait_for_everyone()
-        self._train_log.begin(from_step)
+        due = self._from.evaluation_due
+        self._train_log.begin(from_step, measured=not due)
         self._watch.begin()
         if self._measures is not None and self.is_world_process_zero():
-            self._measures.begin(from_step)
+            self._measures.begin(from_step - due)
         # It would be a second evaluation of the step that a run goes on from.
         self.args.eval_on_start = self.config.eval_on_start and checkpoint is None
         student = self.pair.student
@@ -348,7 +366,8 @@ class DistillationTrainer(Trainer):
         if self._use_cache is not None:
             student.config.use_cache = False
         try:
-            with freed_memory_kept(self.args.device), with_varlen(self.pair.varlen):
+            stopping = self._stopping.training(checkpoint)
+            with freed_memory_kept(self.args.device), with_varlen(self.pair.varlen), stopping:
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
             read = None if self._streamed is None else self._streamed.account(self.state.global_step)
         finally:
@@ -485,7 +504,24 @@ class DistillationTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:  # transformers asks only after another step
-            super()._run_epoch(*args, **kwargs)
+            with self._stopping.steps():
+                super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        with self._stopping.step_end():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _catch_up(self) -> None:
+        """Measure and save what was left to do after the step that a run goes on from."""
+        came, control = self._from, self.control
+        if not came.evaluation_due:
+            return
+        self._load_rng_state(str(self._whole))
+        control.should_evaluate, control.should_save = True, came.save_due
+        try:
+            super()._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, 0, None, time.time())
+        finally:
+            control.should_evaluate = control.should_save = False
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As transformers', over the parts of a micro-batch."""
@@ -497,6 +533,8 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of the next step; answers are written first where they are due."""
+        if self._uses_teacher and isinstance(self.teacher, ServedTeacher):
+            self._stopping.remember()
         if self._on_policy is None:
             samples = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._ask_ahead(samples[0], self._batches_of(self.state.global_step + 1))
@@ -624,17 +662,36 @@ class DistillationTrainer(Trainer):
             self._sums, self._since = {}, now
         super().log(logs, start_time)
 
-    def _check_plan(self, checkpoint: Path) -> None:
-        plan = self._from.plan
-        if self._streamed is not None:
-            return  # it compares the rows themselves
-        if plan not in (None, plan_digest(self._steps[: self._from.step])) and self.args.process_index == 0:
-            _log.warning(
-                "Warning: the steps up to %s had other rows than those of this run: the data, the seed or the size of "
-                "a step is another (per_device_train_batch_size counts for each process). The run goes on with its own "
-                "rows; some may come twice, or not at all.",
-                checkpoint.name,
-            )
+    def check_inputs(self, then: Mapping[str, Any]) -> None:
+        """Refuse to go on with a run that began with other inputs; every process has to call it.
+
+        Args:
+            then: the ``inputs`` that a checkpoint, or env.json, has of that run.
+
+        Raises:
+            InputsChanged: they are others, each with what it was and what it is.
+        """
+        now = self._describe_inputs()
+        first_alone(lambda: check_inputs(then, now, self.run, self.pair.student))
+
+    def _describe_inputs(self) -> dict[str, Any]:
+        """What the run is trained on, and how, before its first step."""
+        if self._inputs is None:
+            config = self.record.settled(self.args.max_steps)
+            self._inputs = describe_inputs(self.pair, self.config, config, self.record.optimizers)
+        return self._inputs
+
+    def _settle_inputs(self, checkpoint: Path | None) -> None:
+        """Refuse other inputs than those of the checkpoint that a run goes on from; of one that begins keep them."""
+        if checkpoint is None:
+            self._inputs = None  # trained before, the student has other weights
+            begins_anew(self.record.earlier, self._describe_inputs(), self.run, self.pair.student)
+        else:
+            self.check_inputs(self._from.inputs)
+            plan = plan_digest(self._steps[: self._from.step])
+            if self._streamed is None and self._from.plan not in (None, plan):  # a stream compares the rows themselves
+                raise changed(self.run.root, [f"the rows of the steps up to {checkpoint.name}: others"])
+        self.record.inputs = self._describe_inputs() | self._from.inputs
 
     def _sums_of_all(self) -> dict[str, float]:
         """The sums of all processes: rows are dealt out by length, so that those of one are no sample."""
@@ -740,6 +797,7 @@ class DistillationTrainer(Trainer):
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        self._stopping.saved()
         self._settle_best()
 
     def _complete(self, written: Path, losses: tuple[float, ...], fed: Fed) -> None:
@@ -753,7 +811,9 @@ class DistillationTrainer(Trainer):
         if self._streamed is not None:
             self._streamed.save(written)
         plan = plan_digest(self._steps[:step])
-        mark_complete(written, Reached(step, self.num_tokens_seen, self._globalstep_last_logged, losses, plan, fed))
+        tokens, logged = self.num_tokens_seen, self._globalstep_last_logged
+        reached = Reached(step, tokens, logged, losses, plan, fed, self.record.inputs)
+        mark_complete(written, self._stopping.marked(reached))
         self._train_log.sync()
         place(written)
         if self._keep_checkpoints:

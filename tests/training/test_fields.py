@@ -14,7 +14,7 @@ from drkl.errors import DrklError
 from drkl.training import needs
 from drkl.training.arguments import DistillationConfig
 from drkl.training.config import OWNED
-from drkl.training.settings import REFUSED
+from drkl.training.fields import REFUSED
 
 READ = set(
     "output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type "
