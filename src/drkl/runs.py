@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -234,33 +234,72 @@ def write_text(path: str | Path, text: str, *, lasting: bool = False) -> None:
 def write_bytes(path: str | Path, data: bytes, *, lasting: bool = False) -> None:
     """Write a file whole or not at all, as `write_text` does."""
     path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                if lasting:
-                    file.flush()
-                    os.fsync(file.fileno())
-            os.chmod(temporary, new_file_mode())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+    with writing(path), _beside(path, data, lasting=lasting) as temporary:
+        os.replace(temporary, path)
         if lasting:
             sync(path.parent)
 
 
+@contextlib.contextmanager
+def _beside(path: Path, data: bytes, *, lasting: bool) -> Iterator[str]:
+    """A temporary file with the content of one, for the block to give it the name; else it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
+        os.chmod(temporary, new_file_mode())
+        yield temporary
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_together(files: Mapping[Path, str]) -> None:
+    """Write files of one folder of which the last one says that all are there, lasting as `write_text` has it.
+
+    Those of before stay where there is no room. Where a disk fails in the midst of it, the last one is gone.
+
+    Raises:
+        CannotWrite: they cannot be written.
+    """
+    last = [*files][-1]
+    with contextlib.ExitStack() as opened:
+        temporaries = {}
+        for path, text in files.items():
+            with writing(path):
+                temporaries[path] = opened.enter_context(_beside(path, text.encode(), lasting=True))
+        with writing(last):
+            last.unlink(missing_ok=True)
+        for path, temporary in temporaries.items():
+            with writing(path):
+                os.replace(temporary, path)
+        with writing(last):
+            sync(last.parent)
+
+
 def write_json(path: str | Path, value: Any, *, lasting: bool = False) -> None:
     """Write json whole or not at all, as `write_text` does; NaN and infinities are refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", lasting=lasting)
+    write_text(path, json_text(value), lasting=lasting)
+
+
+def json_text(value: Any) -> str:
+    """The text of a json file; NaN and infinities are refused."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write json lines whole or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=True, allow_nan=False) + "\n" for row in rows))
+    write_text(path, jsonl_text(rows))
+
+
+def jsonl_text(rows: Iterable[dict[str, Any]]) -> str:
+    """The text of a file of json lines."""
+    return "".join(json.dumps(row, ensure_ascii=True, allow_nan=False) + "\n" for row in rows)
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from drkl.disk import writing
 from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.bootstrap import Estimate
 from drkl.evaluation.findings import RENAMED, Finding, of_analysis
-from drkl.runs import RunFolder, read_json, write_json, write_text
+from drkl.runs import RunFolder, json_text, read_json, write_together
 
 FORMAT = 2
 """The format of ``analysis.json``. Format 1 has no ``format`` and no ``findings``; it is still read."""
@@ -59,15 +60,14 @@ class Analysis:
         return {"format": FORMAT, "findings": [finding.to_json() for finding in self.findings], **self.tables}
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``analysis/positions.csv`` and then ``analysis.json``, each whole or not at all; return the folder.
+        """Write ``analysis/positions.csv`` and ``analysis.json``, both or none, and return the folder.
 
         Raises:
-            DrklError: the folder cannot be written to.
+            CannotWrite: the folder cannot be written to.
         """
         run = RunFolder(Path(folder))
-        if self.positions:
-            write_text(run.analysis_folder / "positions.csv", _to_csv(self.positions))
-        write_json(run.analysis_path, self.to_json())
+        files = {run.analysis_folder / "positions.csv": _to_csv(self.positions)} if self.positions else {}
+        write_together(files | {run.analysis_path: json_text(self.to_json())})
         return run.root
 
     @classmethod
@@ -105,14 +105,15 @@ class Analysis:
 
 
 def claim_folder(folder: RunFolder) -> None:
-    """Make the folder and remove an earlier ``analysis.json``, so that long work does not start where it cannot end.
+    """Make the folder, and write into it, so that long work does not start where it cannot end.
 
     Raises:
-        DrklError: the folder cannot be written to.
+        CannotWrite: the folder cannot be written to.
     """
     with writing(folder.analysis_folder):
         folder.analysis_folder.mkdir(parents=True, exist_ok=True)
-        folder.analysis_path.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=folder.analysis_folder):
+            pass
 
 
 def _to_csv(columns: Mapping[str, np.ndarray]) -> str:

@@ -14,7 +14,7 @@ from drkl.evaluation.bootstrap import Estimate as Estimate
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import metrics_of
 from drkl.evaluation.findings import Answer, Finding, of_evaluation
-from drkl.runs import RunFolder, read_json, read_jsonl, write_json, write_jsonl
+from drkl.runs import RunFolder, json_text, jsonl_text, read_json, read_jsonl, write_together
 
 FORMAT = 2
 """The format of ``eval.json``. Format 1 has no ``format`` and calls a run's student ``after``; it is still read."""
@@ -247,16 +247,14 @@ class Evaluation:
     def save(self, folder: str | Path) -> Path:
         """Write ``eval.json`` and the files beside it, and return the folder.
 
-        Each file is written whole or not at all, ``eval.json`` last.
+        All files are written or none, ``eval.json`` last; a power cut leaves them.
 
         Raises:
-            DrklError: nobody can write there.
+            CannotWrite: nobody can write there.
         """
         run = RunFolder(Path(folder))
-        for name in FILES:
-            if lines := self._lines(name):
-                write_jsonl(run.root / f"{name}.jsonl", lines)
-        write_json(run.eval_path, self.to_json())
+        files = {run.root / f"{name}.jsonl": jsonl_text(lines) for name in FILES if (lines := self._lines(name))}
+        write_together(files | {run.eval_path: json_text(self.to_json())})
         return run.root
 
     @classmethod

@@ -107,7 +107,7 @@ _PLACES = (
     "teacher.model", "teacher.cache", "teacher.server", "teacher.tokenizer", "student.model", "data.path",
     "data.dataset", "data.sources", "data.eval_path", "stages", "*.model_init_kwargs.*",
 )  # fmt: skip
-"""Of those the ones that are no reason by themselves: what lies there is told instead."""
+"""The ones among them that are places: what lies there is told instead."""
 _FITTED = ("data.max_prompt_tokens", "data.max_tokens")
 """What fits the models where it is not given, and so is known once they are."""
 STAGES = "the stages before"
