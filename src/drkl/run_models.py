@@ -170,6 +170,7 @@ def open_finished(run: str | Path) -> tuple[RunFolder, Config, list[RunSpec]]:
 
 def relocated(config: Config, folder: Path) -> Config:
     """Return the config of a moved run with its present path."""
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
     run = config.run.model_copy(update={"dir": str(folder.parent), "name": folder.name})
     return config.model_copy(update={"run": run})
 

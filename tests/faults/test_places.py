@@ -17,11 +17,11 @@ from tests.faults.forked import Ended, Runner
 
 MIXED = "a b ü\n'\"%s {x} [bold]*[x]? $HOME `ls`;&#"
 NAMES = {
-    "blanks": "a  b ", "umlauts": "äöü-ß-é", "decomposed": "u\u0308", "emoji": "🎉 run 👩‍👩‍👧", "newline": "a\nb", "tab": "a\tb",
-    "quote": "it's", "quotes": 'a "b"', "percent": "100%s %(x)s %d", "braces": "{x} {{y}} {0}", "markup": "[bold]x[/bold] [/]",
-    "glob": "[ab]*?.x", "dollar": "$HOME `ls` $(ls)", "html": "<b>&amp;<script>", "yaml": "key: [a, #b", "comma": "a,b;c=d",
-    "dash": "-rf", "dots": "...", "backslash": "a\\nb\\", "hash": "#x", "tilde": "~", "long": "x" * 255,
-    "rtl": "\u202eabc", "escape": "a\x1b[31mb", "bytes": "a\udcffb", "mixed": MIXED,
+    "blanks": "a  b ", "umlauts": "äöü-ß-é", "decomposed": "u\u0308", "emoji": "\U0001f389 run", "newline": "a\nb",
+    "tab": "a\tb", "quote": "it's", "quotes": 'a "b"', "percent": "100%s %(x)s %d", "braces": "{x} {{y}} {0}",
+    "markup": "[bold]x[/bold] [x]", "glob": "[ab]*?.x", "dollar": "$HOME `ls` $(ls)", "html": "<b>&amp;<script>",
+    "yaml": "key: [a, #b", "comma": "a,b;c=d", "dash": "-rf", "dots": "...", "backslash": "a\\nb\\", "hash": "#x",
+    "tilde": "~", "long": "x" * 255, "rtl": "\u202eabc", "escape": "a\x1b[31mb", "bytes": "a\udcffb", "mixed": MIXED,
 }  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def cut_off(run: Path) -> None:
 
 @pytest.mark.fault(
     group="Places",
-    fault="A home that is read-only or not there, no user, no locale, a current folder that was removed, a path too long",
+    fault="A home that is not there, no user, no locale, no folder for temporary files, a path that is too long",
     does="The run goes on, or one message says what is missing.",
 )
 def test_a_bare_environment(runner: Runner, tmp_path: Path, injected: Injected) -> None:

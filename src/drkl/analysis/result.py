@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from drkl.disk import writing
+from drkl.display import shell_word
 from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.bootstrap import Estimate
 from drkl.evaluation.findings import RENAMED, Finding, of_analysis
@@ -79,7 +80,7 @@ class Analysis:
         """
         run = RunFolder(Path(folder))
         if not run.analysis_path.is_file():
-            raise DrklError(f"{str(folder)!r} has no analysis.json; `drkl analyze {folder}` makes it.")
+            raise DrklError(f"{str(folder)!r} has no analysis.json; `drkl analyze {shell_word(folder)}` makes it.")
         content = read_json(run.analysis_path)
         if not isinstance(content, dict):
             raise DrklError(f"{run.analysis_path} holds a {type(content).__name__}; expected an object.")

@@ -10,7 +10,7 @@ from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from drkl.display import as_number
+from drkl.display import as_number, shell_word
 from drkl.errors import DrklError
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.findings import SHARED, Finding, of_analysis
@@ -280,7 +280,7 @@ def _read_analysis(folder: RunFolder) -> dict[str, Any] | None:
     if analysis is not None and not isinstance(analysis, dict):
         raise DrklError(
             f"{folder.analysis_path} holds a {type(analysis).__name__}; expected an object. "
-            f"`drkl analyze {folder.root}` writes it again."
+            f"`drkl analyze {shell_word(folder.root)}` writes it again."
         )
     return analysis
 
