@@ -184,6 +184,37 @@ def test_what_was_an_object_is_named_in_config_yaml_and_refused_there(tmp_path: 
     assert not (tmp_path / "again").exists()
 
 
+class Doubling(torch.optim.SGD):
+    """As schedule-free optimisers do, it trains at other weights (twice) than those that are meant."""
+
+    trains = False
+
+    def _turn(self, trains: bool) -> None:
+        if trains != self.trains:
+            self.trains = trains
+            for weight in self.param_groups[0]["params"]:
+                weight.data *= 2.0 if trains else 0.5
+
+    def train(self) -> None:
+        self._turn(True)
+
+    def eval(self) -> None:
+        self._turn(False)
+
+
+@pytest.mark.parametrize("heldout", [True, False])
+def test_an_optimiser_that_trains_at_other_weights_gives_those_that_are_meant(tmp_path: Path, heldout: bool) -> None:
+    model = tiny.llama(1, layers=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = Doubling(model.parameters(), lr=0.0)
+    settings: dict[str, Any] = {} if heldout else {"eval_dataset": None}
+    trainer = make(tmp_path, model, optimizers=(optimizer, None), fields={"max_steps": 2, "save_steps": 1}, **settings)
+    trainer.train()
+    saved = load_file(tmp_path / "x" / "checkpoints" / "checkpoint-2" / "model.safetensors")
+    for weights in (model.state_dict(), saved):
+        assert all(torch.equal(weights[name], before[name]) for name in saved)
+
+
 def test_an_optimiser_of_another_model_is_refused(tmp_path: Path) -> None:
     other = torch.optim.SGD(tiny.llama(3).parameters(), lr=0.1)
     with pytest.raises(DrklError, match="the optimiser holds no parameter of the student that is trained"):
