@@ -16,9 +16,10 @@ from typing import Annotated, Any
 import typer
 
 from drkl._version import __version__
-from drkl.disk import CannotWrite, as_failed_write
+from drkl.disk import CannotWrite, explained
 from drkl.display import shell_word
 from drkl.errors import DrklError, did_you_mean
+from drkl.outputs import Outputs
 from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
 from drkl.signals import KEPT, check_stopped, handled, keep, wait
 from drkl.terminal import (
@@ -90,8 +91,26 @@ LOST = (
 def main() -> None:
     """Run the command line; what a user can mend ends with a short message and status 2.
 
-    Of several processes the first one speaks.
+    Of several processes the first one speaks. A terminal, a pipe or a disk that no longer takes what is printed does
+    not end the work; a command whose work is to print then ends with status 2.
     """
+    outputs = Outputs()
+    try:
+        _main()
+    except SystemExit as end:
+        failure = outputs.lost()
+        if end.code or failure is None:
+            raise
+        cause = f"what was printed is not all there: {failure.strerror or failure}."
+        if sys.argv[1] in _DIVIDED:
+            print(f"Warning: {cause} The work is done.", file=sys.stderr)
+            raise
+        print(f"Error: {cause[0].upper()}{cause[1:]} {KEPT.way_on}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _main() -> None:
+    """The command line, with standard streams that last."""
     place = Place()
     with handled(["drkl", *sys.argv[1:]]):
         try:
@@ -115,15 +134,18 @@ def _fail(error: Exception, place: Place) -> None:
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # of the command line itself
         error.show()
         sys.exit(error.exit_code)
-    error = _as_odd_path(as_failed_write(error))
+    error = _as_odd_path(explained(error))
     if place.count == 1 and not isinstance(error, DrklError):
         raise error
     text, status = "".join(traceback.format_exception(error)), 1
     if lost or isinstance(error, DrklError):
         from drkl.rollouts.config import in_words_of_config
+        from drkl.runs import RunFolder
 
         text, status = f"{LOST} {KEPT.text} {KEPT.way_on}" if lost else in_words_of_config(str(error)), 2
         if isinstance(error, CannotWrite):
+            if KEPT.resume and not RunFolder(Path(KEPT.resume[-1])).config_path.is_file():
+                KEPT.text, KEPT.resume = "Nothing of the run is there any more.", ()
             text = f"{text} {KEPT.text} {KEPT.way_on}"
     if place.is_first or not raised_in_all(error):
         who = "Error" if place.is_first else f"Error in process {place.number} of {place.count}, counted from 0"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -35,6 +37,12 @@ def check_folder(run: RunFolder, mode: str) -> None:
         raise DrklError(
             f"{str(run.root)!r} exists and is no run folder (it has no config.yaml), so it is not replaced."
         )
+
+
+def check_there(run: RunFolder) -> None:
+    """Raise FileNotFoundError where the folder of a run that trains is gone."""
+    if not run.root.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(run.root))
 
 
 def check_apart(cache: str | Path, run: RunFolder) -> None:

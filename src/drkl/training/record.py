@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +175,10 @@ class RunRecord:
         if folder is None and self._environment:
             self._environment["finished"] = now()
             write_json(self.run.env_path, self._environment, lasting=True)
-            if self._student_step is not None:
-                keep_only(self.run.checkpoints_path, state.best_global_step)
-            drop_extras(self.run.checkpoints_path)
+            with suppress(OSError):  # what stays is in nobody's way
+                if self._student_step is not None:
+                    keep_only(self.run.checkpoints_path, state.best_global_step)
+                drop_extras(self.run.checkpoints_path)
 
     def _write(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
         adapter = self.pair.adapter

@@ -460,10 +460,10 @@ def _distill(
             trainer.record.earlier = first_alone(spec.folder.read_env).get("inputs")
         trainer.record.command = command
         trainer.on_message = listener.on_message
-        folder = spec.folder.checkpoints_path
-        trainer.train(
-            resume_from_checkpoint=mode == "resume" and first_alone(functools.partial(has_checkpoints, folder))
-        )
+        goes_on = mode == "resume" and first_alone(functools.partial(has_checkpoints, spec.folder.checkpoints_path))
+        if mode == "resume" and not goes_on and spec.folder.train_log_path.is_file():
+            listener.on_message("There is no checkpoint, so the run begins at its first step.")
+        trainer.train(resume_from_checkpoint=goes_on)
         trainer.save_model()
     return last
 

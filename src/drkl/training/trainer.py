@@ -33,7 +33,7 @@ from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_st
 from drkl.models.varlen import with_varlen
 from drkl.models.weights import listed, not_loaded
 from drkl.objectives import Objective
-from drkl.processes import first_alone, gather
+from drkl.processes import first_alone, gather, lost_another
 from drkl.rollouts.steps import planned_lengths
 from drkl.runs import RunFolder
 from drkl.teachers.served import ServedTeacher
@@ -55,13 +55,14 @@ from drkl.training.checkpoints import (
     Reached,
     check_state,
     mark_complete,
+    plain_errors,
     plan_digest,
     reached_at,
     readable,
     step_of,
     wanted_checkpoint,
 )
-from drkl.training.checks import check_disk
+from drkl.training.checks import check_disk, check_there
 from drkl.training.faults import find_fault, list_rows
 from drkl.training.feeding import Fed, Feeding
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of, means_of
@@ -233,7 +234,6 @@ class DistillationTrainer(Trainer):
         self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(self.run), Epochs(ends, args)
         begin = OnBegin(self._go_on)
         own: list[TrainerCallback] = [begin, self._train_log, self._epochs, LastStep()]
-        own.append(OnBegin(self._catch_up))
         if args.early_stop_patience:
             own.append(EarlyStop(args.early_stop_patience))
         if self._on_policy is not None:
@@ -313,6 +313,10 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """Train, and write the run folder but for the student, which `save_model` writes.
 
+        SIGTERM, SIGINT and SIGHUP, where a main thread leaves them to Python, wait for the end of the step: it is saved
+        as a checkpoint, then SIGINT raises KeyboardInterrupt and the others `drkl.signals.Stopped`, a SystemExit. A
+        second signal, or 25 seconds, end training at once.
+
         Args:
             resume_from_checkpoint: a checkpoint of this run, or True for its newest whole one.
             **kwargs: as in `transformers.Trainer.train`.
@@ -349,9 +353,10 @@ class DistillationTrainer(Trainer):
         self.on_begin()
         if self.is_world_process_zero():
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
-            tidy(self.run.checkpoints_path)
-            if resume_from_checkpoint is not True:
-                set_aside_later(self.run.checkpoints_path, from_step)
+            with writing(self.run.checkpoints_path, then="resume the run"):
+                tidy(self.run.checkpoints_path)
+                if resume_from_checkpoint is not True:
+                    set_aside_later(self.run.checkpoints_path, from_step)
         self.accelerator.wait_for_everyone()
         due = self._from.evaluation_due
         self._train_log.begin(from_step, measured=not due)
@@ -515,8 +520,6 @@ class DistillationTrainer(Trainer):
     def _catch_up(self) -> None:
         """Measure and save what was left to do after the step that a run goes on from."""
         came, control = self._from, self.control
-        if not came.evaluation_due:
-            return
         self._load_rng_state(str(self._whole))
         control.should_evaluate, control.should_save = True, came.save_due
         try:
@@ -714,6 +717,8 @@ class DistillationTrainer(Trainer):
         came = self._from
         self._globalstep_last_logged = came.step if came.logged_step is None else came.logged_step
         self._tr_loss += came.loss_sum(self.args.process_index, self.args.world_size)
+        if came.evaluation_due:
+            self._catch_up()
 
     def on_progress(self, hook: OnProgress) -> None:
         """Call ``hook(steps done, steps in all, newest numbers)`` after every step."""
@@ -798,13 +803,16 @@ class DistillationTrainer(Trainer):
         self._rest_optimizer()
         what, then = f"the checkpoint of step {self.state.global_step}", "resume the run: earlier checkpoints are kept"
         try:
-            with writing(folder, what=what, then=then):
+            with writing(folder, what=what, then=then), plain_errors():
+                check_there(self.run)  # transformers would make it again, with nothing of the run in it
                 super()._save_checkpoint(model, trial)
                 losses = tuple(gather([float(self._tr_loss)]))  # and every process has written its part
                 fed = self._feeding.of_all()
                 first_alone(lambda: self._complete(folder, losses, fed))
-        except Exception:
+        except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, RuntimeError) and not lost_another(error):  # of a way of sharding, for instance
+                raise DrklError(f"Cannot make {what}: {' '.join(str(error).split())[:500]}") from error
             raise
         self._stopping.saved()
         self._settle_best()
