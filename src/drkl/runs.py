@@ -346,7 +346,8 @@ def write_text(path: str | Path, text: str, *, lasting: bool = False) -> None:
     Raises:
         CannotWrite: it cannot be written there.
     """
-    write_bytes(path, text.encode(), lasting=lasting)
+    # A path of bytes that are no text has lone surrogates; so written, json and yaml read them back.
+    write_bytes(path, text.encode(errors="backslashreplace"), lasting=lasting)
 
 
 def write_bytes(path: str | Path, data: bytes, *, lasting: bool = False) -> None:

@@ -32,6 +32,7 @@ from drkl.models import smollm2
 from drkl.models.adapter import adapter_base, adapter_revision, has_remade_start, read_adapter
 from drkl.models.classes import check_classes, class_names, is_classifier, label_fields
 from drkl.models.forward import is_encoder_decoder
+from drkl.models.options import check_options
 from drkl.models.precision import DtypeLike, resolve_dtype, torch_dtype
 from drkl.models.settings import check_config, making
 from drkl.models.weights import (
@@ -391,6 +392,7 @@ def _checked(name: Name) -> str:
 
 
 def _checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    check_options(options, f"The options of {name!r}")
     for key, value in options.items():
         if key in _NOT_TAKEN and value is not None and value is not (key == "use_safetensors"):
             raise DrklError(f"{name!r} is to be loaded with {key}={value!r}: {_NOT_TAKEN[key]}. Leave it out.")

@@ -25,6 +25,7 @@ from drkl.errors import DrklError
 from drkl.locks import ANALYSIS, EVALUATION, TRAINING, first_holding
 from drkl.models.forward import decoder_start
 from drkl.models.load import load_tokenizer, model_note
+from drkl.models.options import check_options
 from drkl.models.pair import SharedTokens, check_families, check_tokenizers
 from drkl.models.precision import DTYPES, pick_device
 from drkl.models.student import make_student
@@ -226,6 +227,10 @@ def prepare(specs: Sequence[RunSpec], listener: Listener, *, ask_server: bool = 
     """
     check_device(specs[-1].run.device)
     resources = Resources(pick_device(specs[-1].run.device), listener)
+    for spec in specs:
+        training_config(spec, resources.device)  # whatever it refuses, before anything is asked or loaded
+        for section, name in ((spec.teacher, "teacher"), (spec.student, "student")):
+            check_options(section.model_init_kwargs if section else {}, f"{name}.model_init_kwargs")
     specs = with_stand_in(specs, resources.stand_in if ask_server else without_server)
     cached = specs[0].teacher is not None and specs[0].teacher.cache is not None
     if cached:

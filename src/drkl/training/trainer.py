@@ -381,6 +381,7 @@ class DistillationTrainer(Trainer):
                 self._streamed.end()
             student.__dict__.pop("forward", None)  # accelerate's, with autocast
             self.processing_class = tokenizer
+            self._rest_optimizer()
             if self._use_cache is not None:
                 student.config.use_cache = self._use_cache
             student.train(training)
@@ -634,6 +635,7 @@ class DistillationTrainer(Trainer):
         model: Any = self.student
         training = model.training
         model.eval()
+        self._rest_optimizer()
         step = self.state.global_step
         keep = keep and self.is_world_process_zero()
         try:
@@ -644,6 +646,11 @@ class DistillationTrainer(Trainer):
             ) from error
         finally:
             model.train(training)
+
+    def _rest_optimizer(self) -> None:
+        """Have the weights be those that are meant: a schedule-free optimiser trains at others, and says so itself."""
+        if callable(rest := getattr(self.optimizer, "eval", None)):
+            rest()
 
     def _log_first_answers(self, answers: HeldOutAnswers) -> None:
         """Log what the student writes before its first step."""
@@ -664,7 +671,8 @@ class DistillationTrainer(Trainer):
             logs |= self._streamed.numbers(self.state.global_step) if self._streamed is not None else {}
             self._feeding.begin(Fed())
             self._sums, self._since = {}, now
-        super().log(logs, start_time)
+        # Not since `start_time`: transformers' rates go by the clock of the wall, which may jump.
+        super().log(logs)
 
     def check_inputs(self, then: Mapping[str, Any]) -> None:
         """Refuse to go on with a run that began with other inputs; every process has to call it.
@@ -793,6 +801,7 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = staging(self.run.checkpoints_path) / f"checkpoint-{self.state.global_step}"
+        self._rest_optimizer()
         what, then = f"the checkpoint of step {self.state.global_step}", "resume the run: earlier checkpoints are kept"
         try:
             with writing(folder, what=what, then=then), plain_errors():
