@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
+from drkl.data.limits import bounded, no_panic
 from drkl.errors import DrklError, did_you_mean
 from drkl.kept import check_student
 from drkl.models import smollm2
@@ -36,6 +37,7 @@ from drkl.models.options import check_options
 from drkl.models.precision import DtypeLike, resolve_dtype, torch_dtype
 from drkl.models.settings import check_config, making
 from drkl.models.weights import (
+    check_index,
     check_stored_dtypes,
     check_weights,
     conversion_errors,
@@ -61,6 +63,8 @@ _NOT_TAKEN = {
     "ignore_mismatched_sizes": "it would leave weights at random, unlike in every other process",
     "output_loading_info": "the report is read and checked already",
 }
+_TEXT = "Ein Übergang: 1,234.5 + (x_1)…\n\tdef f(): return [];  你好, мир! aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa" * 4
+"""Of all kinds of characters; no tokenizer takes long for it."""
 _log = logging.getLogger("drkl")
 
 
@@ -134,6 +138,8 @@ def _pretrained(
 ) -> PreTrainedModel:
     """Call ``from_pretrained`` of a family and check that every weight came from the files."""
     settings = dict(options) | {"use_safetensors": True} | _NO_CODE
+    if Path(source).is_dir():
+        check_index(Path(source, options.get("subfolder") or ""))
     try:
         with own_report():
             # Other shapes are in the report too, which then has all of the names.
@@ -325,6 +331,9 @@ def load_tokenizer(tokenizer: Name | PreTrainedTokenizerBase, *, classifier: boo
         loaded = AutoTokenizer.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
     else:
         loaded = _load(name, "tokenizer", lambda source: AutoTokenizer.from_pretrained(source, **_NO_CODE))
+    what = f"The tokenizer of {name!r}"
+    with no_panic(what):
+        bounded(("tokenizer", name), what, "Use another tokenizer.", lambda: words_of(loaded)(_TEXT, verbose=False))
     return _checked_tokenizer(loaded, name, classifier)
 
 

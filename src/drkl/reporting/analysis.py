@@ -29,7 +29,7 @@ from drkl.reporting.plotting import (
 )
 from drkl.reporting.tables import PlainTable
 from drkl.reporting.text import short
-from drkl.runs import write_text
+from drkl.runs import check_no_link, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,6 +120,7 @@ def write_figures(analysis: Analysis, folder: Path) -> list[Path]:
     Raises:
         DrklError: nobody can write there, or the analysis is not what `drkl analyze` writes.
     """
+    check_no_link(folder)
     written = []
     with plot_style(text_as_paths=True):
         for drawn in _drawn(analysis):

@@ -761,6 +761,10 @@ class DistillationTrainer(Trainer):
             else:
                 super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with readable(str(checkpoint), "loss scale"):
+            super()._load_scaler(checkpoint)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with readable(str(checkpoint), "random state"):
             super()._load_rng_state(checkpoint)
