@@ -28,12 +28,14 @@ from drkl.data.classification import LabelledRow
 from drkl.data.collate import IGNORE_INDEX, collate, teacher_inputs
 from drkl.data.stored import column
 from drkl.data.tokenize import Row
+from drkl.errors import DrklError
 from drkl.losses import LMHead
 from drkl.losses.merged import MergedIds, make_merged
 from drkl.models.check import check_forward
 from drkl.models.classes import is_classifier
 from drkl.models.forward import decoder_start as decoder_start_of
 from drkl.models.forward import hidden_states, output_head
+from drkl.models.weights import check_numbers, is_finite, listed
 from drkl.processes import ALONE, Share
 
 TOKENS_PER_BATCH = 2048
@@ -282,13 +284,28 @@ def read(
         share: of several processes, each of which runs the model over some of the batches.
         whole: return all positions in every process; otherwise those that this one compares, see `Readout.own`.
         progress: called after each batch with the number of rows in it.
+
+    Raises:
+        DrklError: weights or states of the model are not finite.
     """
     assert not model.training, "dropout would make every number a random one"
+    name = f"The model {model.name_or_path or type(model).__name__!r}"
+    check_numbers(model, name)
     if not is_classifier(model):
         check_forward(model)
+
+    def states_of(batch: Batch) -> Tensor:
+        states = batch.states(model)
+        if not is_finite(states):
+            raise DrklError(
+                f"{name} computes states that are not finite numbers, rows {listed(batch.row_ids)}: it overflows in "
+                f"{str(states.dtype).removeprefix('torch.')}. Load it in fp32."
+            )
+        return states
+
     with _padded_with(model, pad_id):
         return readout_of(
-            lambda batch: batch.states(model),
+            states_of,
             output_head(model),
             rows,
             pad_id=pad_id,

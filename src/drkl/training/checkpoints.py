@@ -37,6 +37,10 @@ class Reached:
     """The `plan_digest` of the steps so far."""
     fed: Fed = field(default_factory=Fed)
     """What the processes were fed since ``logged_step``."""
+    skipped: int = 0
+    """Steps that were left out, as their loss or gradient was not finite."""
+    skipped_in_row: int = 0
+    """Those since the last step that was taken."""
 
     def loss_sum(self, process: int, processes: int) -> float:
         """The sum of one process: its own, or the mean where the run goes on with another number of processes."""

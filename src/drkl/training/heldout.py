@@ -20,12 +20,24 @@ from drkl.models.sharded import runs_together
 from drkl.objectives import Objective
 from drkl.processes import shared_work
 from drkl.teachers.teacher import Teacher
-from drkl.training.faults import find_fault, list_rows
+from drkl.training.faults import Way, find_fault, list_rows
 from drkl.training.forward import StatisticsSums, loss_of
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A held-out loss is not a finite number; the message says which rows and which tensor."""
+    """A held-out loss is not a finite number; the message says which rows and which tensor.
+
+    Args:
+        message: a part of a sentence.
+        remedy: what helps.
+    """
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class HeldOut:
@@ -116,19 +128,27 @@ class HeldOut:
             )
             sums.append({name: float(value) for name, value in (statistics.sums | {"loss": values.sum()}).items()})
         if not all(math.isfinite(part["loss"]) for part in sums):
-            rows = list_rows(batch.row_ids)
-            fault = find_fault(model, hidden, self._teacher, teacher_hidden, objective)
-            raise NonFiniteLoss(f"the held-out loss is not finite, rows {rows}. First non-finite tensor: {fault}.")
+            teacher, device = self._teacher, hidden.device
+            again = (lambda: batch.states(model)), (lambda: teacher and self._read(teacher, index, device))
+            fault = find_fault(Way(model, hidden, teacher, teacher_hidden, objective, heads, again))
+            raise NonFiniteLoss(
+                f"the held-out loss is not finite, rows {list_rows(batch.row_ids)}. First non-finite tensor: "
+                f"{fault.tensor}.",
+                fault.remedy,
+            )
         return sums
 
     def _teacher_states(self, index: int, device: torch.device) -> Tensor | TopK | None:
         if self._teacher is None:
             return None
         if (states := self._teacher_hidden[index]) is None:
-            batch = self._batches[index].for_teacher
-            inputs = {name: value.to(device) for name, value in batch.inputs.items()}
             # A teacher that remembers has them from the stage before.
-            keep, labels = batch.keep.to(device), batch.labels.to(device)
-            states = self._teacher.hidden_at(inputs, keep, labels=labels, remember=self._remember)
+            states = self._read(self._teacher, index, device, remember=self._remember)
             self._teacher_hidden[index] = states
         return states
+
+    def _read(self, teacher: Teacher, index: int, device: torch.device, *, remember: bool = False) -> Tensor | TopK:
+        batch = self._batches[index].for_teacher
+        inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+        keep, labels = batch.keep.to(device), batch.labels.to(device)
+        return teacher.hidden_at(inputs, keep, labels=labels, remember=remember)
