@@ -111,6 +111,8 @@ def _fail(error: Exception, place: Place) -> None:
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # of the command line itself
         error.show()
         sys.exit(error.exit_code)
+    if isinstance(error, (MemoryError, RuntimeError)) and (told := _of_memory(error)):
+        error = told
     if place.count == 1 and not isinstance(error, DrklError):
         raise error
     text, status = "".join(traceback.format_exception(error)), 1
@@ -126,6 +128,13 @@ def _fail(error: Exception, place: Place) -> None:
         sys.stderr.flush()
         os._exit(status)  # at once: what the libraries clean up waits for the other processes
     sys.exit(status)
+
+
+def _of_memory(error: Exception) -> DrklError | None:
+    """What is said of memory that ran out where nothing closer tells of it."""
+    from drkl.models.memory import is_out_of_memory, reason_of
+
+    return DrklError(f"The memory ran out ({reason_of(error)}).") if is_out_of_memory(error) else None
 
 
 def _version(value: bool) -> None:

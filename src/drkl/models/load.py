@@ -32,6 +32,7 @@ from drkl.models import smollm2
 from drkl.models.adapter import adapter_base, adapter_revision, has_remade_start, read_adapter
 from drkl.models.classes import check_classes, class_names, is_classifier, label_fields
 from drkl.models.forward import is_encoder_decoder
+from drkl.models.memory import LOADING, memory_told
 from drkl.models.precision import DtypeLike, resolve_dtype, torch_dtype
 from drkl.models.weights import (
     check_stored_dtypes,
@@ -394,14 +395,15 @@ def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
     if not Path(source).is_dir() and name.startswith((".", "/", "~")):
         raise DrklError(f"There is no folder {name!r} to load the {what} from.")
     try:
-        return load(source)
+        with memory_told(f"as the {what} {name!r} is loaded", LOADING):
+            return load(source)
     except DrklError:
         raise
     except _FAILURES as error:
         raise _explained(name, what, error) from error
     except RuntimeError as error:
         # Any other RuntimeError (memory, a device) is not about the files and keeps its own words.
-        if not (broken := conversion_errors(error)) or any("memory" in str(cause) for cause in _causes(error)):
+        if not (broken := conversion_errors(error)):
             raise
         raise DrklError(
             f"The weights of {name!r} are not those of its config.json: {len(broken)} cannot be put together from "

@@ -35,6 +35,7 @@ from drkl.models.check import check_forward
 from drkl.models.classes import is_classifier
 from drkl.models.forward import decoder_start as decoder_start_of
 from drkl.models.forward import hidden_states, output_head
+from drkl.models.memory import memory_told
 from drkl.models.weights import check_numbers, is_finite, listed
 from drkl.processes import ALONE, Share
 
@@ -42,6 +43,8 @@ TOKENS_PER_BATCH = 2048
 """Tokens of a batch at most, with padding; rows of like length go together. In bf16 another size moves digits."""
 SHORT_TOKENS_PER_BATCH = 4096
 """The same for texts to classify, and for the few rows of a held-out loss during training."""
+READING = "A smaller max_tokens (data.max_tokens) shortens rows, and bf16 in place of fp32 halves the model."
+"""What needs less memory where a model reads rows."""
 CHUNK = 256
 """Positions whose logits exist at once."""
 
@@ -69,6 +72,11 @@ class Batch:
             return self
         inputs, keep = self.teacher
         return replace(self, inputs=inputs, keep=keep, teacher=None)
+
+    def size(self) -> str:
+        """Its numbers of rows and positions, for a message."""
+        positions = max(value.numel() for value in self.inputs.values())
+        return f"{len(self.row_ids)} rows, {positions:,} positions with padding"
 
     def states(self, model: PreTrainedModel) -> Tensor:
         """The model's last hidden states `[n, hidden]`, on its device; of a classifier its class logits."""
@@ -295,7 +303,8 @@ def read(
         check_forward(model)
 
     def states_of(batch: Batch) -> Tensor:
-        states = batch.states(model)
+        with memory_told(f"as {name.lower()} reads {batch.size()}", READING):
+            states = batch.states(model)
         if not is_finite(states):
             raise DrklError(
                 f"{name} computes states that are not finite numbers, rows {listed(batch.row_ids)}: it overflows in "

@@ -14,6 +14,7 @@ from drkl.models.check import check_forward
 from drkl.models.classes import is_classifier
 from drkl.models.forward import INPUTS, hidden_states, in_eval_mode, output_head, without_mask
 from drkl.models.load import load_classifier, load_model
+from drkl.models.memory import LOADING, memory_told
 from drkl.models.precision import resolve_dtype
 from drkl.models.readout import Batch
 from drkl.models.sharded import is_sharded, shard_frozen
@@ -60,7 +61,8 @@ class LiveTeacher:
             model = load(config.model, resolve_dtype(config.dtype, device), **config.model_init_kwargs)
         except BrokenWeights as error:
             raise BrokenWeights(f"The teacher {error}") from error
-        return cls(placed(model, device, shard=config.shard), config.remember_mb)
+        with memory_told("as the teacher is put on its device", LOADING):
+            return cls(placed(model, device, shard=config.shard), config.remember_mb)
 
     @property
     @torch.no_grad()

@@ -15,7 +15,8 @@ from drkl.losses import LMHead
 from drkl.losses.config import LossConfig
 from drkl.losses.topk import TopK
 from drkl.models.forward import output_head
-from drkl.models.readout import SHORT_TOKENS_PER_BATCH, batches, chunks
+from drkl.models.memory import memory_told
+from drkl.models.readout import READING, SHORT_TOKENS_PER_BATCH, batches, chunks
 from drkl.models.sharded import runs_together
 from drkl.objectives import Objective
 from drkl.processes import shared_work
@@ -107,9 +108,10 @@ class HeldOut:
         whichever process read the batch."""
         batch, (head, teacher_head) = self._batches[index], heads
         compares = loss.kd_weight > 0 and objective.needs_teacher
-        hidden = batch.states(model)
-        labels = batch.labels.to(hidden.device)
-        teacher_hidden = self._teacher_states(index, hidden.device)
+        with memory_told(f"in the held-out loss, as the models read {batch.size()}", READING):
+            hidden = batch.states(model)
+            labels = batch.labels.to(hidden.device)
+            teacher_hidden = self._teacher_states(index, hidden.device)
         sums = []
         for part in chunks(labels.numel()):
             statistics = StatisticsSums(temperature=loss.temperature if compares else 1.0)

@@ -78,6 +78,7 @@ from drkl.training.plan import MicroBatches, Places, cuts_by_cost, plan_run
 from drkl.training.record import RunRecord
 from drkl.training.served import questions_in
 from drkl.training.sharding import check_kind, load_optimizer, save_optimizer, weights_in
+from drkl.training.spare import SpareMemory
 from drkl.training.streaming import StreamedBatches
 
 OTHER_ROWS = "other_"
@@ -207,7 +208,7 @@ class DistillationTrainer(Trainer):
         self._sums: dict[str, float] = {}
         self._since = time.monotonic()
         self._feeding = Feeding()
-        self._finite = FiniteSteps(self)
+        self._finite, self._memory = FiniteSteps(self), SpareMemory(self)
         self._from = Reached(0)
         """Where the training began."""
         self.num_tokens_seen = 0
@@ -339,7 +340,7 @@ class DistillationTrainer(Trainer):
         if self._use_cache is not None:
             student.config.use_cache = False
         try:
-            with freed_memory_kept(self.args.device), with_varlen(self.pair.varlen):
+            with freed_memory_kept(self.args.device), with_varlen(self.pair.varlen), self._memory.around():
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
             read = None if self._streamed is None else self._streamed.account(self.state.global_step)
         finally:
@@ -465,22 +466,25 @@ class DistillationTrainer(Trainer):
         return find_fault(Way(student, hidden, teacher, teacher_hidden, self.objective, heads, again))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch; of sampled answers part by part."""
-        if self._on_policy is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+        """Forward and backward of one micro-batch, part by part, in halves where memory ran out."""
         started = time.monotonic()
-        *first, last = inputs["parts"]
-        total = torch.zeros((), device=self.args.device)
         state = self.accelerator.gradient_state
         syncs = state.sync_gradients
-        for part in first:
+        batches = inputs.get("parts", [inputs])
+
+        def one_pass(batch: dict[str, Any]) -> Tensor:
+            if batch is batches[-1]:
+                return super(DistillationTrainer, self).training_step(model, batch, num_items_in_batch)
             state._set_sync_gradients(False)  # DeepSpeed's engine would take a step after each part
             with self.accelerator.no_sync(model):
-                total += super().training_step(model, part, num_items_in_batch)
-        state._set_sync_gradients(syncs)
-        total += super().training_step(model, last, num_items_in_batch)
-        self._on_policy.learnt(time.monotonic() - started)
-        return total
+                loss = super(DistillationTrainer, self).training_step(model, batch, num_items_in_batch)
+            state._set_sync_gradients(syncs)
+            return loss
+
+        loss = self._memory.micro_batch(model, batches, one_pass)
+        if self._on_policy is not None:
+            self._on_policy.learnt(time.monotonic() - started)
+        return loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:  # transformers asks only after another step
@@ -497,6 +501,7 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of the next step; answers are written first where they are due."""
         self._finite.step_begins()
+        self._memory.step_begins()
         if self._on_policy is None:
             samples = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._ask_ahead(samples[0], self._batches_of(self.state.global_step + 1))
