@@ -116,7 +116,7 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     with pytest.raises(DrklError, match=r"Cannot write .*file/v\.json"):
         write_json(tmp_path / "file" / "v.json", {})
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DrklError, match=r"Cannot write .*folder': Is a directory"):
+    with pytest.raises(DrklError, match=r"Cannot write .*folder': a folder of that name is there"):
         write_text(tmp_path / "folder", "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 

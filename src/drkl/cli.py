@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,10 +14,13 @@ from typing import Annotated, Any
 import typer
 
 from drkl._version import __version__
-from drkl.errors import DrklError, did_you_mean
+from drkl.disk import CannotWrite, as_failed_write
+from drkl.errors import DrklError, Halted, did_you_mean
 from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
+from drkl.signals import KEPT, check_stopped, handled, keep, wait
 from drkl.terminal import (
     TrainingProgress,
+    guard,
     print_analysis,
     print_evaluation,
     print_memory,
@@ -28,6 +30,7 @@ from drkl.terminal import (
     print_toy,
     progress_bars,
 )
+from drkl.terminal import say as print  # no text reaches a terminal but through it
 
 app = typer.Typer(
     name="drkl",
@@ -87,39 +90,42 @@ def main() -> None:
     Of several processes the first one speaks.
     """
     place = Place()
-    try:
-        place = launched()
-        if place.is_first:
-            app(standalone_mode=True)
-        else:
-            with speechless():
-                status = app(standalone_mode=False)
-            sys.exit(status)
-    except Exception as error:
-        _fail(error, place)
-    except KeyboardInterrupt:
-        if place.is_first:
-            print("\nInterrupted.", file=sys.stderr)
-        sys.exit(130)
+    with handled(["drkl", *sys.argv[1:]]):
+        try:
+            place = launched()
+            if place.is_first:
+                app(standalone_mode=True)
+            else:
+                with speechless():
+                    status = app(standalone_mode=False)
+                sys.exit(status)
+        except Exception as error:
+            _fail(error, place)
 
 
 def _fail(error: Exception, place: Place) -> None:
     """End with an error. Of several processes the one that failed first, or the first one, is to be heard first."""
+    check_stopped()
     lost = place.count > 1 and lost_another(error)
     if lost or not place.is_first:
-        time.sleep(_PATIENCE * (1 + lost))  # with the same error the first process ends the others meanwhile
+        wait(_PATIENCE * (1 + lost))  # with the same error the first process ends the others meanwhile
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # of the command line itself
         error.show()
         sys.exit(error.exit_code)
     if isinstance(error, (MemoryError, RuntimeError)) and (told := _of_memory(error)):
         error = told
+    error = as_failed_write(error)
     if place.count == 1 and not isinstance(error, DrklError):
         raise error
     text, status = "".join(traceback.format_exception(error)), 1
     if lost or isinstance(error, DrklError):
         from drkl.rollouts.config import in_words_of_config
 
-        text, status = LOST if lost else in_words_of_config(str(error)), 2
+        text, status = f"{LOST} {KEPT.text} {KEPT.way_on}" if lost else in_words_of_config(str(error)), 2
+        if isinstance(error, CannotWrite):
+            text = f"{text} {KEPT.text} {KEPT.way_on}"
+        elif isinstance(error, Halted):
+            text = f"{text} {KEPT.way_on}"
     if place.is_first or not raised_in_all(error):
         who = "Error" if place.is_first else f"Error in process {place.number} of {place.count}, counted from 0"
         print(f"{who}: {text}", file=sys.stderr)
@@ -145,6 +151,14 @@ def _version(value: bool) -> None:
 
 _DIVIDED = ("distill", "cache", "evaluate", "analyze")
 """The commands whose work several processes divide; the first process does any other alone."""
+_KEPT = {
+    "distill": "Nothing of the run was written.",
+    "cache": "What the teacher has read is kept.",
+    "evaluate": "The parts that were finished are kept.",
+    "analyze": "Nothing of the analysis is kept.",
+    "toy": "The results that were finished are kept.",
+}
+"""What an end from outside leaves."""
 
 
 @app.callback()
@@ -155,6 +169,8 @@ def _common(
     ] = False,
 ) -> None:
     """Distil a language model into a smaller one that is faithful to its teacher, and as diverse."""
+    keep(_KEPT.get(context.invoked_subcommand or "", "Nothing is half written."))
+    guard()
     if context.invoked_subcommand not in _DIVIDED:
         _first_alone()
 
@@ -254,6 +270,7 @@ def _distill(config: Any, mode: Any) -> None:
     from drkl.training.checks import RunExists
     from drkl.training.run import distill as train
 
+    KEPT.prepared = ["drkl", "distill", "--resume", str(Path(config.run.dir) / config.run.name)]
     try:
         with TrainingProgress() as listener:
             run = train(

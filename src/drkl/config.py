@@ -21,6 +21,7 @@ from drkl.evaluation.config import EvaluationConfig
 from drkl.losses.config import LossConfig
 from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
+from drkl.parsing import parse_yaml
 from drkl.recipes import find_recipe
 from drkl.rollouts.config import RolloutsConfig, in_words_of_config
 from drkl.runs import RunFolder, read_yaml
@@ -312,11 +313,11 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not key.strip(" ."):
         raise DrklError(f"{text!r} is no override; expected section.key=value, e.g. training.max_steps=50.")
     try:
-        value = yaml.safe_load(raw)
+        value = parse_yaml(raw)
     except yaml.YAMLError as error:
         raise DrklError(
-            f"The value of the override {text!r} is not valid yaml: {' '.join(str(error).split())}. Put text with "
-            "braces or colons into quotes of its own, as in 'data.template=\"Q: {{ prompt }}\"'."
+            f"The value of the override {text[:200]!r} is not valid yaml: {' '.join(str(error).split())}. Put text "
+            "with braces or colons into quotes of its own, as in 'data.template=\"Q: {{ prompt }}\"'."
         ) from error
     return key.strip().split("."), _numbers(value)
 

@@ -1,12 +1,17 @@
-"""Format numbers for people."""
+"""Write numbers for people, and untrusted text where it can be read and does nothing."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
 ABSENT = "\N{EN DASH}"
+# Controls cannot stand in HTML, lone surrogates cannot be written as UTF-8, and the bidirectional overrides
+# would reorder what stands beside them. Plain RTL marks and letters are left alone.
+_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
+_SPECIAL = re.compile(r"([\\`*{}\[\]<>#|~$&]|(?<!\w)_|_(?!\w))")
 
 
 def as_number(value: Any) -> float | None:
@@ -28,3 +33,30 @@ def number(value: float | None, digits: int = 2, *, signed: bool = False) -> str
     if float(text.replace(",", "")) == 0:
         text = text.lstrip("+-")
     return text.replace("-", MINUS)
+
+
+def clean(text: str) -> str:
+    """Return ``text`` with what a page cannot hold made visible: NUL as ``␀``, U+202E as ``[U+202E]``."""
+    return _UNSHOWABLE.sub(_stand_in, text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _stand_in(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    return chr(0x2400 + code) if code < 0x20 else f"[U+{code:04X}]"
+
+
+def without_markdown(text: str) -> str:
+    """Return ``text``, a part of a line, with everything escaped that Markdown or HTML would read."""
+    return _SPECIAL.sub(r"\\\1", text)
+
+
+def markdown_text(text: str) -> str:
+    """One line in which nothing is Markdown or HTML."""
+    return without_markdown(" ".join(clean(text).split()))
+
+
+def markdown_name(text: str) -> str:
+    """A name as code on one line, in a cell of a table too; nothing in it is Markdown or HTML."""
+    line = " ".join(clean(text).split()).replace("|", r"\|")
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from drkl.errors import DrklError
+from drkl.signals import CutShort
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -326,7 +327,7 @@ def _each(work: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
 def _sendable(error: Exception, place: Place) -> Exception:
     """An error as it can be sent to other processes."""
     with suppress(Exception):
-        if isinstance(error, DrklError) and type(pickle.loads(pickle.dumps(error))) is type(error):
+        if isinstance(error, (DrklError, CutShort)) and type(pickle.loads(pickle.dumps(error))) is type(error):
             return error
     text = "".join(traceback.format_exception(error))
     return DrklError(f"Process {place.number} of {place.count}, counted from 0, failed:\n{text}")

@@ -24,6 +24,7 @@ from drkl.evaluation.cached import NOTE, put_cache
 from drkl.evaluation.evaluate import Settings, check_output, configured, evaluate_inputs
 from drkl.evaluation.pairs import Inputs, account, suite_rows, with_protocol
 from drkl.evaluation.result import MODELS, Evaluation
+from drkl.locks import ANALYSIS, EVALUATION, TRAINING, check_free, first_holding
 from drkl.models.classes import class_names
 from drkl.models.fingerprint import model_fingerprint
 from drkl.models.load import load_classifier, load_model, load_tokenizer
@@ -34,7 +35,7 @@ from drkl.models.readout import read
 from drkl.models.student import make_student
 from drkl.objectives import Objective
 from drkl.objectives.decoupled import GAMMA
-from drkl.processes import Share
+from drkl.processes import Share, first_alone
 from drkl.runs import RunFolder
 from drkl.teachers.cached import TeacherCache, check_weights
 from drkl.teachers.config import TeacherConfig
@@ -87,7 +88,9 @@ def evaluate_run(
     Raises:
         DrklError: no run, or one without a student; a setting out of range; suites or a protocol for a classifier.
     """
-    with Share.of_group().joined():
+    root, into = RunFolder.open(run).root, None if output_dir is None else Path(output_dir)
+    with Share.of_group().joined(), first_holding(root if into is None else into, EVALUATION):
+        first_alone(lambda: check_free(root, TRAINING))
         folder, config, specs = open_finished(run)
         wanted = configured(config.evaluation, protocol, settings)
         if output_dir is not None:
@@ -131,7 +134,9 @@ def analyze_run(
     Raises:
         DrklError: there is no run, it has no student or no teacher, or a value is outside its domain.
     """
-    with Share.of_group().joined():
+    root, into = RunFolder.open(run).root, None if output_dir is None else Path(output_dir)
+    with Share.of_group().joined(), first_holding(root if into is None else into, ANALYSIS):
+        first_alone(lambda: check_free(root, TRAINING))
         folder, config, specs = open_finished(run)
         if output_dir is not None:
             check_output(Path(output_dir))

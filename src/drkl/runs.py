@@ -8,15 +8,22 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from drkl.disk import writing
 from drkl.errors import DrklError
+from drkl.folders import sync
+from drkl.locks import HELD
+from drkl.parsing import check_ends, parse_json, parse_yaml
 
 IN_MEMORY = "in memory"
 """The prefix, in a config.yaml, of the name of a model or of rows that were passed as objects."""
+_LOOK = 4096
+"""Bytes of a log's end that are looked at at once."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     text = read_text(path)
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise DrklError(f"{path} is not valid yaml: {' '.join(str(error).split())}") from error
     if value is None:
@@ -159,6 +166,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 file, with errors that name it."""
+    check_ends(path)
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -172,7 +180,7 @@ def read_text(path: str | Path) -> str:
 def read_json(path: str | Path) -> Any:
     """Read a json file, with errors that name it."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except json.JSONDecodeError as error:
         raise DrklError(f"{path} is not valid json: {error}.") from error
 
@@ -185,7 +193,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
@@ -209,31 +217,45 @@ def lines_up_to(path: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in rows if row["step"] <= step]
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, *, lasting: bool = False) -> None:
     """Write a file whole or not at all: a temporary file beside it, then a rename.
 
+    Args:
+        path: the file.
+        text: its content.
+        lasting: return once it is on the disk itself, so that a power cut leaves it.
+
     Raises:
-        DrklError: it cannot be written there.
+        CannotWrite: it cannot be written there.
     """
+    write_bytes(path, text.encode(), lasting=lasting)
+
+
+def write_bytes(path: str | Path, data: bytes, *, lasting: bool = False) -> None:
+    """Write a file whole or not at all, as `write_text` does."""
     path = Path(path)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                if lasting:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.chmod(temporary, new_file_mode())
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
             raise
-    except OSError as error:
-        raise DrklError(f"Cannot write {str(path)!r}: {error.strerror or error}.") from error
+        if lasting:
+            sync(path.parent)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write json whole or not at all; NaN and infinities are refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: str | Path, value: Any, *, lasting: bool = False) -> None:
+    """Write json whole or not at all, as `write_text` does; NaN and infinities are refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", lasting=lasting)
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -242,16 +264,35 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add json lines to a log.
+    """Add json lines to a log, all of them or none; a last line that was cut off before is removed.
 
     Raises:
-        DrklError: they cannot be written.
+        CannotWrite: they cannot be written.
     """
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    except OSError as error:
-        raise DrklError(f"Cannot write {str(path)!r}: {error.strerror or error}. Mend that, then resume.") from error
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with writing(path, then="resume the run"), path.open("ab+", buffering=0) as file:
+        end = _end_of_lines(file)
+        if end != file.seek(0, os.SEEK_END):
+            file.truncate(end)
+        try:
+            while text:
+                text = text[file.write(text) :]
+        except BaseException:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
+
+
+def _end_of_lines(file: FileIO) -> int:
+    """The number of bytes up to the end of a file's last whole line."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - _LOOK)
+        file.seek(start)
+        if found := file.read(end - start).rfind(b"\n") + 1:
+            return start + found
+        end = start
+    return 0
 
 
 def write_yaml(path: str | Path, value: dict[str, Any]) -> None:
@@ -284,6 +325,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        HELD.add(handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # Whoever held it has removed the file by now: another process may lock a new one of that name.
@@ -291,7 +333,9 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
                 try:
                     yield
                 finally:
-                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # whoever comes next takes the one that stays
+                        path.unlink(missing_ok=True)
                 return
         finally:
+            HELD.discard(handle)
             os.close(handle)

@@ -1,8 +1,12 @@
-"""The output of the command line: progress bars and tables."""
+"""The output of the command line: progress bars and tables, none of which is obeyed by a terminal."""
 
 from __future__ import annotations
 
+import logging
+import re
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
@@ -22,6 +26,11 @@ ON_ANSWERS = ("rollout_loss", "rollout_finished", "rollout_length")
 """Held-out numbers of the student's own answers that are printed."""
 BAR = 40
 """Characters of the longest bar of a histogram."""
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls but for tabs and line breaks
+    "\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\U000e0000-\U000e007f"  # what reorders or hides other text
+    "\ud800-\udfff]"  # halves of a character, which cannot be written
+)
 WIDE = 120
 """Characters of a terminal that has room for a long progress bar and the numbers beside it."""
 
@@ -30,18 +39,18 @@ class TrainingProgress:
     """A progress bar for the stage that runs, and a line for every held-out loss."""
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Column
 
-        self._console = Console(highlight=False)
+        self._console = screen()
         whole, wrapped = Column(no_wrap=True), Column(no_wrap=False)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(40 if self._console.width >= WIDE else 10, table_column=whole),
             MofNCompleteColumn(table_column=whole),
             TimeRemainingColumn(table_column=whole),
-            TextColumn("{task.fields[numbers]}", table_column=wrapped),  # into lines, where a terminal is narrow
+            # Into lines, where a terminal is narrow.
+            TextColumn("{task.fields[numbers]}", markup=False, table_column=wrapped),
             console=self._console,
         )
         self._task: Any = None
@@ -66,7 +75,7 @@ class TrainingProgress:
             self._progress.stop_task(self._task)
         name = spec.folder.name if of == 1 or number < of else f"{spec.folder.name} (last stage)"
         label = f"{name}: {spec.objective.name}"
-        self._task = self._progress.add_task(label, total=spec.training.max_steps, numbers="")
+        self._task = self._progress.add_task(printable(label), total=spec.training.max_steps, numbers="")
 
     def _on_fill(self, done: int, of: int) -> None:
         if self._fill is None:
@@ -75,7 +84,7 @@ class TrainingProgress:
 
     def _on_rows(self, what: str, done: int, of: int) -> None:
         if what not in self._rows:
-            self._rows[what] = self._progress.add_task(what, total=of or None, numbers=""), time.monotonic()
+            self._rows[what] = self._progress.add_task(printable(what), total=of or None, numbers=""), time.monotonic()
         task, started = self._rows[what]
         seconds = time.monotonic() - started
         rate = f"{done / seconds:,.0f} rows/s" if seconds > 1 else ""
@@ -103,7 +112,6 @@ class TrainingProgress:
 @contextmanager
 def progress_bars(stream: TextIO | None = None) -> Iterator[Any]:
     """A bar for every part of the work, with the time it took and the time it will take."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         Progress,
@@ -113,32 +121,31 @@ def progress_bars(stream: TextIO | None = None) -> Iterator[Any]:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    progress = Progress(*columns, console=Console(file=stream))
+    progress = Progress(*columns, console=screen(stream))
     progress.disable = not progress.console.is_terminal
     with progress:
         tasks: dict[str, Any] = {}
 
         def on_progress(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
+                tasks[what] = progress.add_task(printable(what), total=total)
             progress.update(tasks[what], completed=done)
             if done >= total and not progress.console.is_terminal:  # a log shows no bars before the end
-                print(f"{what}: done", flush=True, file=stream)
+                say(f"{what}: done", flush=True, file=stream)
 
         yield on_progress
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Every metric of every model, the sweep, the suites, and the findings."""
-    from rich.console import Console
     from rich.table import Table
 
     from drkl.evaluation.declared import metrics_of
 
     metrics, models = metrics_of(evaluation.task), evaluation.models
-    console = Console(highlight=False)
+    console = screen()
     table = Table("metric", *models)
     for key, metric in metrics.items():
         values = [evaluation.value(model, key) for model in models]
@@ -169,9 +176,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 def print_findings(findings: Iterable[Finding]) -> None:
     """Each question with its answer and the numbers that decide it; what does not apply is left out."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = screen()
     for finding in findings:
         if finding.answer != "not_applicable":
             console.print(f"\n{finding.question} {finding.answer.capitalize()}.", markup=False, style="bold")
@@ -180,24 +185,58 @@ def print_findings(findings: Iterable[Finding]) -> None:
 
 
 def print_side_by_side(answers: dict[str, list[str]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(*answers, show_lines=True)
     for texts in zip(*answers.values(), strict=True):
         table.add_row(*(Text(printable(text)) for text in texts))
-    Console().print(table)
+    screen().print(table)
 
 
 def printable(text: str) -> str:
-    """Model output without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    """A text without what a terminal would obey: control sequences, overrides of the direction of writing."""
+    return _OBEYED.sub("\ufffd", text)
+
+
+def say(*parts: object, end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
+    """Print, whoever wrote the text: a file's name, a row of data and an answer may all hold control sequences."""
+    stream = sys.stdout if file is None else file
+    stream.write(printable(" ".join(map(str, parts))) + end)
+    if flush:
+        stream.flush()
+
+
+def guard() -> None:
+    """Let warnings, and the traceback of a fault of drkl's own, pass through `say` too."""
+
+    class Printable(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return printable(super().format(record))
+
+    def show(*error: Any) -> None:
+        say("".join(traceback.format_exception(*error)), end="", file=sys.stderr)
+
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(Printable())
+    sys.excepthook = show
+
+
+def screen(stream: TextIO | None = None) -> Console:
+    """A console that shows every text as it is: brackets are no markup, and no control sequence is obeyed."""
+    from rich.console import Console
+    from rich.text import Text
+
+    class Screen(Console):
+        def render_str(self, text: str, **settings: Any) -> Text:
+            plain = settings | {"markup": False, "emoji": False, "highlight": False}
+            return super().render_str(printable(text), **plain)
+
+    return Screen(file=stream, highlight=False)
 
 
 def print_toy(ends: Sequence[Any]) -> None:
     """The end point of each objective, a table for each setting."""
-    from rich.console import Console
     from rich.table import Table
 
     metrics = ("q_t", "p_t", "entropy", "agreement", "fkl", "rkl", "tvd")
@@ -207,24 +246,22 @@ def print_toy(ends: Sequence[Any]) -> None:
             if end["setting"] == name:
                 gamma = "" if end["gamma"] == "" else f"{end['gamma']:g}"
                 table.add_row(end["objective"], gamma, *(f"{end[key]:.3f}" for key in metrics))
-        Console().print(table)
+        screen().print(table)
 
 
 def print_analysis(findings: Iterable[Finding], pushes: PlainTable) -> None:
     """The findings, and every objective's pushes."""
-    from rich.console import Console
     from rich.table import Table
 
     print_findings(findings)
     table = Table(*pushes.head, title="Pushes: gradients on the logit of the teacher's top token; negative raises it")
     for row in pushes.rows:
         table.add_row(*(cell if isinstance(cell, str) else cell[0] for cell in row))  # the intervals are in the file
-    Console(highlight=False).print(table)
+    screen().print(table)
 
 
 def print_probe(probe: TopKProbe) -> None:
     """What each k keeps: of the teacher's mass, of every objective's value, and of its gradient's direction."""
-    from rich.console import Console
     from rich.table import Table
 
     from drkl.analysis.topk import percent
@@ -235,7 +272,7 @@ def print_probe(probe: TopKProbe) -> None:
         ends = "" if estimate.interval is None else f" ({show(estimate.interval[0])} to {show(estimate.interval[1])})"
         return (show(estimate.value) + ends).replace(" %", "")
 
-    console = Console(highlight=False)
+    console = screen()
     console.print(
         f"{probe.positions:,} positions of {probe.rows:,} rows, {probe.vocab_size:,} tokens. Student: {probe.student}. "
         "In brackets 95 % intervals over rows.",
@@ -275,7 +312,7 @@ def print_memory(stages: Sequence[dict[str, Any]]) -> None:
         memory = Memory.from_json(stage["memory"])
         about = f"{memory.processes} process{'es' if memory.processes > 1 else ''}, {memory.device}"
         lines = [f"Memory of {stage['name']}, predicted ({about})", *memory.table().splitlines()]
-        print("\n".join(["", *(f"# {line}" for line in [*lines, stage["memory"]["advice"], *memory.notes])]))
+        say("\n".join(["", *(f"# {line}" for line in [*lines, stage["memory"]["advice"], *memory.notes])]))
 
 
 def print_surveys(surveys: Sequence[Survey], tokenizer: Any, console: Console | None = None) -> None:
@@ -283,19 +320,18 @@ def print_surveys(surveys: Sequence[Survey], tokenizer: Any, console: Console | 
 
     Where the console has no colour, marks stand around them.
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False) if console is None else console
+    console = screen() if console is None else console
     for survey in surveys:
         console.print(Text(f"\n{printable(survey.name)} ({survey.share})", style="bold"))
         table = Table(show_header=False, box=None, pad_edge=False)
         for name, value in survey.facts:
-            table.add_row(Text(printable(name)), Text(value, justify="right"))
+            table.add_row(Text(printable(name)), Text(printable(value), justify="right"))
         console.print(table)
         for note in survey.report.notes:
-            console.print(Text(note))
+            console.print(Text(printable(note)))
         for name, lengths in survey.lengths.items():
             _print_histogram(name, lengths, console)
         if survey.share == "training" or survey.classes is not None:

@@ -286,4 +286,4 @@ def test_what_is_missing(cli: Cli, models: dict[str, Path], tmp_path: Path) -> N
 def test_a_folder_that_nobody_can_write_to(cli: Cli, models: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = cli("analyze", *pair(models, "same"), "--output", tmp_path / "file" / "below", *QUICK)
-    assert done.code == 2 and "Cannot write to" in done.err and "reading" not in done.out
+    assert done.code == 2 and "Cannot write" in done.err and "reading" not in done.out

@@ -349,21 +349,30 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     messages: list[str] = []
     found = load_shares(config, build(), watch=Watch(messages.append), **KIND)
     assert list(found.train) == expected
-    assert "Cannot write to the cache folder" in messages[0] and "Set DRKL_CACHE" in messages[0]
+    assert "Cannot write '" in messages[0] and "Set DRKL_CACHE" in messages[0]
 
 
 @pytest.mark.slow
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = DataConfig(path=write(tmp_path, pairs(30)), **LIMITS)
+    config = DataConfig(path=write(tmp_path, pairs(30, 77)), **LIMITS)
+    open_file, places = pa.OSFile, ["cache/rows"]
 
-    def full(*arguments: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(path: str, mode: str) -> Any:
+        if any(f"/{place}" in path for place in places):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open_file(path, mode)
 
     monkeypatch.setattr(pa, "OSFile", full)
-    with pytest.raises(
-        DrklError, match=r"Cannot write the tokenised rows .*No space left.* Make room, or set DRKL_CACHE"
-    ):
+    monkeypatch.setenv("DRKL_CACHE", str(tmp_path / "cache"))
+    places.append("drkl-rows")
+    with pytest.raises(DrklError, match=r"Cannot write the tokenised rows .*No space left.* Make room on its disk"):
         load_shares(config, build(), **KIND)
+    places.pop()
+    messages: list[str] = []
+    found = load_shares(config, build(), watch=Watch(messages.append), **KIND)
+    assert "No space left on device. Make room" in messages[0] and "Until this run ends" in messages[0]
+    places.clear()
+    assert list(load_shares(config, build(), **KIND).train) == list(found.train)
 
 
 @pytest.mark.slow

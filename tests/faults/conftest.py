@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults.disks import Disk, compiler
 from tests.faults.forked import Runner
 
 
@@ -39,9 +40,24 @@ def injected() -> Injected:
 
 
 @pytest.fixture(scope="session")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+def any_disk(tmp_path_factory: pytest.TempPathFactory) -> Disk | None:
+    """A disk of the warm process that can be told to fail; None where there is no C compiler."""
+    return Disk(tmp_path_factory.mktemp("disk")) if compiler() else None
+
+
+@pytest.fixture
+def disk(any_disk: Disk | None) -> Iterator[Disk]:
+    """A disk that fails in commands of the `runner` when it is told to."""
+    if any_disk is None:
+        pytest.skip("there is no C compiler, which makes the library that fails writes")
+    yield any_disk
+    any_disk.mend()
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory: pytest.TempPathFactory, any_disk: Disk | None) -> Iterator[Runner]:
     """A warm process that forks a child for each command."""
-    runner = Runner(tmp_path_factory.mktemp("commands"))
+    runner = Runner(tmp_path_factory.mktemp("commands"), any_disk.variables if any_disk else None)
     yield runner
     runner.close()
 

@@ -1,6 +1,7 @@
 import pytest
 
-from drkl.reporting.text import clean, clip, count, duration, magnitude, number, percent, short
+from drkl.display import clean
+from drkl.reporting.text import clip, count, duration, magnitude, number, percent, short
 
 
 @pytest.mark.parametrize(

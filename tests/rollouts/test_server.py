@@ -433,5 +433,5 @@ def test_an_encoder_decoder_is_refused(fake: FakeVllm, tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(student: PreTrainedModel, fake: FakeVllm, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DrklError, match=r"Could not write the student's weights .*rollout_server_folder"):
+    with pytest.raises(DrklError, match=r"Cannot write the student's weights for the server .*rollout_server_folder"):
         writer(student, fake, tmp_path / "file").sync(student, 0)

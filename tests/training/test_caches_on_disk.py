@@ -154,7 +154,7 @@ def test_a_disk_that_is_full(made: Path, tmp_path: Path) -> None:
     words = ("cache", made / "c.yaml", "--output", tmp_path / "cache")
 
     code, err = run(tmp_path, "", *words, limit=1800)
-    assert code == 2 and "Cannot write '" in err and "make room, then go on with the same command" in err, err
+    assert code == 2 and "Cannot write '" in err and "go on with the same command" in err, err
     assert "Traceback" not in err and not [*(tmp_path / "cache").glob(".part-values*")]
     code, err = run(tmp_path, "", *words)
     assert code == 0, err

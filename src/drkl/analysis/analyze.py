@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from drkl.evaluation.findings import of_analysis
 from drkl.evaluation.pairs import Inputs, Model, pair_inputs
 from drkl.evaluation.result import Evaluation
 from drkl.evaluation.store import fingerprint
+from drkl.locks import ANALYSIS, first_holding
 from drkl.models.load import one_tokenizer
 from drkl.models.memory import memory_told
 from drkl.models.precision import DtypeLike
@@ -105,7 +107,8 @@ def analyze(
         DrklError: a value is outside its domain, the models are no pair, the classifier has two classes, there are no
             rows, or ``output_dir`` belongs to a run or cannot be written to.
     """
-    with Share.of_group().joined():
+    holding = nullcontext() if output_dir is None else first_holding(Path(output_dir), ANALYSIS)
+    with Share.of_group().joined(), holding:
         if output_dir is not None:
             check_output(Path(output_dir))
         inputs = pair_inputs(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from drkl.disk import writing
 from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.bootstrap import Estimate
 from drkl.evaluation.findings import RENAMED, Finding, of_analysis
@@ -109,11 +110,9 @@ def claim_folder(folder: RunFolder) -> None:
     Raises:
         DrklError: the folder cannot be written to.
     """
-    try:
+    with writing(folder.analysis_folder):
         folder.analysis_folder.mkdir(parents=True, exist_ok=True)
         folder.analysis_path.unlink(missing_ok=True)
-    except OSError as error:
-        raise DrklError(f"Cannot write to {str(folder.root)!r}: {error.strerror or error}.") from error
 
 
 def _to_csv(columns: Mapping[str, np.ndarray]) -> str:

@@ -7,6 +7,7 @@ One that is being made is called ``.making`` and has its parts, each written who
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -27,6 +28,7 @@ from drkl._version import __version__
 from drkl.data.stored import NotStorable, RowFiles, StoredRows
 from drkl.data.tokenize import DropReport
 from drkl.data.workers import WorkerEnded
+from drkl.disk import CannotWrite, cannot_write, is_failed_write, writing
 from drkl.errors import DrklError
 from drkl.runs import cache_dir, locked, read_json, write_json
 
@@ -37,6 +39,7 @@ CACHE_BYTES = 64 * 2**30
 """Size limit of the cache of rows; the folders used longest ago are deleted first."""
 TOKENISING, READING = "Tokenising rows", "Reading rows"
 TOTAL = "total"
+_THEN = "go on; or set DRKL_CACHE to another folder. What is finished is kept, so that the next start goes on there"
 LOOK_EVERY = 0.5
 """Seconds between two looks at what another process makes."""
 
@@ -74,24 +77,32 @@ _temporary: list[tempfile.TemporaryDirectory[str]] = []
 def rows_folder(watch: Watch, *, kept: bool = True) -> Path:
     """The folder of the cache of rows; where that cannot be written, and for rows not ``kept``, one until the end."""
     folder = cache_dir() / "rows"
-    if kept:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError as error:
-            reason = error.strerror or error
+    if not kept:
+        return _passing_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        return _elsewhere(watch, folder, error)
+
+
+def _passing_folder() -> Path:
+    """A folder that is removed when this process ends."""
     if not _temporary:
-        try:
+        with writing(Path(os.environ.get("TMPDIR", "/tmp")) / "drkl-rows"):
             _temporary.append(tempfile.TemporaryDirectory(prefix="drkl-rows-"))
-        except OSError as error:
-            raise DrklError(f"Cannot make a temporary folder for tokenised rows: {error.strerror}.") from error
-    other = Path(_temporary[0].name)
-    if kept:
-        watch.on_message(
-            f"Cannot write to the cache folder {str(folder)!r} ({reason}), so the tokenised rows are kept in "
-            f"{str(other)!r} until this run ends. Set DRKL_CACHE to a folder that can be written, to keep them."
-        )
+    return Path(_temporary[0].name)
+
+
+def _elsewhere(watch: Watch, folder: Path, error: Exception) -> Path:
+    """Say that the cache of rows cannot be written, and return the folder that they are kept in."""
+    other = _passing_folder()
+    cause = str(cannot_write(folder, error))
+    watch.on_message(
+        f"{cause} Until this run ends the tokenised rows are kept in {str(other)!r}. Set DRKL_CACHE to a folder that "
+        "can be written, to keep them for later runs."
+    )
     return other
 
 
@@ -122,34 +133,44 @@ def made(key: str, make: Maker, watch: Watch, *, kept: bool = True) -> Made:
         kept: whether they are kept for later runs.
 
     Raises:
-        DrklError: what ``make`` raises, or the disk is full.
+        CannotWrite: no disk takes them, neither that of the cache nor that of temporary files.
+        DrklError: what ``make`` raises.
     """
     folder = rows_folder(watch, kept=kept) / key
     if (found := _open(folder)) is not None:
         return found
+    try:
+        return _make(folder, make, watch)
+    except Exception as error:
+        if not is_failed_write(error):
+            raise
+        if folder.parent != cache_dir() / "rows":
+            raise cannot_write(folder.parent, error, what="the tokenised rows", then=_THEN) from error
+        _elsewhere(watch, folder.parent, error)
+        return made(key, make, watch, kept=False)
+
+
+def _make(folder: Path, make: Maker, watch: Watch) -> Made:
+    """Make the rows of a folder, unless another process has done so meanwhile."""
     with _held(folder, watch):
+        if (found := _open(folder)) is not None:
+            return found
+        making = folder.with_name(f".making-{folder.name}")
+        try:
+            parts = Parts(making)
+            write_json(making / MANIFEST, make(parts))
+            shutil.rmtree(folder, ignore_errors=True)
+            making.rename(folder)
+        except (WorkerEnded, CannotWrite):  # what is finished is kept, so that the next start goes on there
+            raise
+        except (DrklError, NotStorable):  # of the rows: what was made of the others is of no use
+            shutil.rmtree(making, ignore_errors=True)
+            raise
         if (found := _open(folder)) is None:
-            making = folder.with_name(f".making-{key}")
-            try:
-                parts = Parts(making)
-                write_json(making / MANIFEST, make(parts))
-                shutil.rmtree(folder, ignore_errors=True)
-                making.rename(folder)
-            except WorkerEnded:
-                raise
-            except (DrklError, NotStorable):  # of the rows: what was made of the others is of no use
-                shutil.rmtree(making, ignore_errors=True)
-                raise
-            except OSError as error:
-                raise DrklError(
-                    f"Cannot write the tokenised rows to {str(making)!r}: {error.strerror or error}. Make room, or set "
-                    "DRKL_CACHE to a folder with more; what is finished is kept, so that the next start goes on there."
-                ) from error
-            found = _open(folder)
-            assert found is not None, "the rows were written"
-            found.cached = False
-            _trim(folder)
-    return found
+            raise OSError(errno.EIO, os.strerror(errno.EIO))  # it was written, and cannot be read
+        found.cached = False
+        _trim(folder)
+        return found
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -18,6 +19,7 @@ from drkl.evaluation.pairs import Inputs, Model, pair_inputs
 from drkl.evaluation.result import MODELS, Evaluation
 from drkl.evaluation.store import CACHE_BYTES, Store, fingerprint
 from drkl.evaluation.tasks import Classification, Generation, Parts, Task
+from drkl.locks import EVALUATION, first_holding
 from drkl.models.load import one_tokenizer
 from drkl.models.memory import memory_told
 from drkl.models.precision import DtypeLike
@@ -100,7 +102,8 @@ def evaluate(
         DrklError: a setting out of range, models of two kinds or vocabularies, classes that differ, a token outside the
             vocabulary, no rows, or an ``output_dir`` that belongs to a run.
     """
-    with Share.of_group().joined():
+    holding = nullcontext() if output_dir is None else first_holding(Path(output_dir), EVALUATION)
+    with Share.of_group().joined(), holding:
         config = configured(EvaluationConfig(), protocol, settings)
         if output_dir is not None:
             check_output(Path(output_dir))

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drkl._version import __version__
+from drkl.disk import writing
 from drkl.errors import DrklError
 from drkl.runs import read_jsonl, write_jsonl
 
@@ -83,7 +84,7 @@ class Store:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        try:
+        with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".part-")
             os.close(handle)
@@ -92,10 +93,9 @@ class Store:
                 os.chmod(temporary, 0o644)  # mkstemp's own is for its user alone; a cache may be shared
                 os.replace(temporary, path)
             except BaseException:
-                Path(temporary).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
                 raise
-        except (OSError, SafetensorError) as error:
-            raise DrklError(f"Cannot write {str(path)!r}: {error}.") from error
         self._trim()
 
     def _touch(self, path: Path) -> None:

@@ -15,15 +15,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from drkl.errors import DrklError
 from drkl.losses.head import gather
 from drkl.models.config import PeftConfig
 from drkl.models.forward import is_encoder_decoder, probe_logits
+from drkl.models.settings import read_generation_config
 from drkl.models.sharded import is_sharded, own_class
 from drkl.models.weights import is_finite, listed, not_loaded, rename_cure
+from drkl.parsing import parse_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -299,7 +301,7 @@ def _as_plain_lora(folder: Path, start: Mapping[str, Tensor]) -> None:
             continue
         weights[key] = torch.cat((trained, first), dim=0 if in_a else 1)
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
-    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    values = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
     # The scale is alpha / r, or alpha / sqrt(r) for rsLoRA, and stays as it is.
     factor = 2**0.5 if values.get("use_rslora") else 2
     values |= {
@@ -400,7 +402,7 @@ def _read_config(name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DrklError(f"Cannot read the adapter's config {str(path)!r}: {error}.") from error
     if not isinstance(values, dict):
@@ -450,7 +452,7 @@ def read_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
         parameter.requires_grad_(name in trainable)  # peft had frozen the base
     merged.name_or_path = merged.config.name_or_path = folder  # which an adapter of this model has to name as its base
     if (Path(folder) / "generation_config.json").is_file():  # where it was taught to stop, which its base was not
-        merged.generation_config = GenerationConfig.from_pretrained(folder)
+        merged.generation_config = read_generation_config(folder)
     return merged
 
 

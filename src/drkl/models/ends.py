@@ -18,6 +18,7 @@ from drkl.models import smollm2
 from drkl.models.adapter import adapter_base
 from drkl.models.forward import decoder_start, is_encoder_decoder
 from drkl.models.load import Name, load_config, resolve_model
+from drkl.models.settings import read_generation_config
 
 _PLACES = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 _TOKENS = (
@@ -53,7 +54,7 @@ def _settings_of(name: Name, options: dict[str, Any]) -> Any:
     for place in (source, adapter_base(source)):
         try:
             if place is not None:
-                return GenerationConfig.from_pretrained(place, **options)
+                return read_generation_config(place, **options)
         except OSError:  # none there
             continue
     return load_config(name, **options)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -34,6 +33,7 @@ from drkl.models.classes import check_classes, class_names, is_classifier, label
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.memory import LOADING, memory_told
 from drkl.models.precision import DtypeLike, resolve_dtype, torch_dtype
+from drkl.models.settings import check_config, making
 from drkl.models.weights import (
     check_stored_dtypes,
     check_weights,
@@ -47,8 +47,6 @@ from drkl.runs import IN_MEMORY
 Name = str | os.PathLike[str]
 """A folder, a Hugging Face id, or the embedded teacher's name."""
 
-# What missing, broken or foreign files raise: a config without its class, a tokenizer without its library.
-_FAILURES = (OSError, ValueError, KeyError, ImportError, SafetensorError, hub_errors.StrictDataclassError)
 _NOWHERE = (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError)
 _HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 _UNREACHABLE = (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError)
@@ -106,7 +104,7 @@ def load_model(model: Name | PreTrainedModel, dtype: DtypeLike = "auto", **optio
         return _merged(name, base, wanted, options)
 
     def load(source: str) -> Any:
-        config = AutoConfig.from_pretrained(source, **_hub_options(options), **_NO_CODE)
+        config = _config(source, name, _hub_options(options))
         return _pretrained(_own_class(config) or model_class(config), source, name, options | {"dtype": wanted})
 
     loaded: PreTrainedModel = _load(name, "model", load)
@@ -228,8 +226,7 @@ def without_weights(config: Any, dtype: torch.dtype, name: str, *, classifier: b
         classifier: whether it is a classifier.
     """
     config.dtype = dtype
-    with torch.device("meta"):
-        model: Any = model_class(config, classifier=classifier).from_config(config)
+    model = _without_memory(config, classifier)
     model.name_or_path = name
     made: PreTrainedModel = model.eval()
     return made
@@ -298,7 +295,13 @@ def load_config(model: Name | PreTrainedModel, **options: Any) -> Any:
     if name == smollm2.NAME and not smollm2.is_converted():
         config = AutoConfig.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
         return smollm2.clean_config(config)
-    return _load(name, "config", lambda source: AutoConfig.from_pretrained(source, **options, **_NO_CODE))
+    return _load(name, "config", lambda source: _config(source, name, options))
+
+
+def _config(source: str, name: str, options: Mapping[str, Any]) -> Any:
+    config = AutoConfig.from_pretrained(source, **options, **_NO_CODE)
+    check_config(config, name)
+    return config
 
 
 def load_tokenizer(tokenizer: Name | PreTrainedTokenizerBase, *, classifier: bool = False) -> Any:
@@ -358,9 +361,14 @@ def one_tokenizer(processing_class: Any, tokenizer: Any) -> Any:
 
 def count_parameters(config: Any, *, classifier: bool = False) -> int:
     """Parameters of a model of this config, tied weights once; no memory is used."""
-    with torch.device("meta"):
-        model = model_class(config, classifier=classifier).from_config(config)
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in _without_memory(config, classifier).parameters())
+
+
+def _without_memory(config: Any, classifier: bool) -> Any:
+    """A model on the meta device."""
+    family = model_class(config, classifier=classifier)
+    with making(config), torch.device("meta"):
+        return family.from_config(config)
 
 
 def _text(name: Name) -> str:
@@ -395,14 +403,17 @@ def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
     if not Path(source).is_dir() and name.startswith((".", "/", "~")):
         raise DrklError(f"There is no folder {name!r} to load the {what} from.")
     try:
-        with memory_told(f"as the {what} {name!r} is loaded", LOADING):
+        with memory_told(f"as the {what} {name!r} is loaded, in the sizes that its config.json has", LOADING):
             return load(source)
     except DrklError:
         raise
-    except _FAILURES as error:
-        raise _explained(name, what, error) from error
-    except RuntimeError as error:
-        # Any other RuntimeError (memory, a device) is not about the files and keeps its own words.
+    # Files that are missing, broken, foreign or hostile: whatever reading them makes a library raise.
+    except Exception as error:
+        # Options of the caller's own, and devices, are not about the files, and keep their own words.
+        if "unexpected keyword argument" in str(error):
+            raise
+        if not isinstance(error, RuntimeError) or isinstance(error, RecursionError):
+            raise _explained(name, what, error) from error
         if not (broken := conversion_errors(error)):
             raise
         raise DrklError(

@@ -42,12 +42,13 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
-def memory_told(what: str, cure: str | Callable[[], str]) -> Iterator[None]:
+def memory_told(what: str, cure: str | Callable[[], str], kind: type[DrklError] = DrklError) -> Iterator[None]:
     """Raise a DrklError in the place of an error that says that memory ran out inside.
 
     Args:
         what: what it ran out in: "as the teacher is loaded".
         cure: what needs less, in whole sentences.
+        kind: of the error.
     """
     try:
         yield
@@ -55,4 +56,4 @@ def memory_told(what: str, cure: str | Callable[[], str]) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         told = cure if isinstance(cure, str) else cure()
-        raise DrklError(f"The memory ran out {what} ({reason_of(error)}). {told}") from error
+        raise kind(f"The memory ran out {what} ({reason_of(error)}). {told}") from error

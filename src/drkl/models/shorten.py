@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 
 from drkl.errors import DrklError
 from drkl.models.forward import is_encoder_decoder
+from drkl.models.settings import making
 
 Build = Callable[[Any], PreTrainedModel]
 Settings = dict[str, Any]
@@ -358,7 +359,7 @@ def _kept_by_side(given: Sequence[Sequence[int]], stacks: Sequence[Stack]) -> di
 
 
 def _without_memory(build: Build, config: Any) -> PreTrainedModel:
-    with torch.device("meta"), no_init_weights():
+    with making(config), torch.device("meta"), no_init_weights():
         return build(config)
 
 

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from drkl.disk import writing
 from drkl.errors import DrklError
 from drkl.runs import cache_dir, write_json
 
@@ -63,24 +64,20 @@ def ensure_converted() -> Path:
     if is_converted():
         return target
     source = gguf_folder()
-    try:
+    with writing(target, then="go on; or set DRKL_CACHE to another folder"):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise DrklError(
-            f"Cannot write to the cache folder {str(target.parent)!r}: {error.strerror}. Set DRKL_CACHE to another."
-        ) from error
-    try:
-        _convert(source, temporary)
-        if target.exists() and not is_converted():
-            shutil.rmtree(target)
         try:
-            os.replace(temporary, target)
-        except OSError:
-            if not is_converted():  # another process finished first, and others may be reading what it made
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _convert(source, temporary)
+            if target.exists() and not is_converted():
+                shutil.rmtree(target)
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                if not is_converted():  # another process finished first, and others may be reading what it made
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
 from drkl.models.sharded import is_sharded, local
+from drkl.parsing import parse_json
 from drkl.processes import gather
 
 _WRAPPERS = {
@@ -320,7 +321,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (whole := folder / "model.safetensors").is_file():
         return [whole]
     try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        index = parse_json((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
         return [folder / name for name in sorted(set(index["weight_map"].values()))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []

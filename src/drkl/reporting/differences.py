@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from drkl.display import MINUS, number
+from drkl.display import MINUS, clean, markdown_text, number
 from drkl.evaluation.bootstrap import RESAMPLES
 from drkl.evaluation.comparison import Comparison, Table
 from drkl.evaluation.declared import groups_of
 from drkl.evaluation.paired import Difference
 from drkl.reporting.tables import DIRECTIONS
-from drkl.reporting.text import clean, csv_text, markdown_table, markdown_text
+from drkl.reporting.text import csv_text, markdown_table
 
 HEADER = ("metric", "A", "B", f"B {MINUS} A", "95 % interval", "verdict")
 COLUMNS = "suite sampling_temperature key metric unit better a b teacher difference low high verdict".split()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from drkl.display import as_number
+from drkl.display import as_number, markdown_text
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import metrics_of
 from drkl.reporting import analysis, facts, tables, tradeoff
@@ -13,7 +13,7 @@ from drkl.reporting.content import Question, content_of
 from drkl.reporting.figures import lines_of
 from drkl.reporting.inputs import Run, run_labels
 from drkl.reporting.tables import Cell, MetricTable, PlainTable, Row
-from drkl.reporting.text import csv_text, markdown_code, markdown_table, markdown_text, markdown_words
+from drkl.reporting.text import csv_text, markdown_code, markdown_table, markdown_words
 
 COLUMNS = ("run", "model", "suite", "sampling_temperature", "metric", "value", "low", "high", "unit", "direction")
 ANSWERS = {"yes": "Yes.", "no": "No.", "undecided": "Undecided.", "not_applicable": "Not applicable."}

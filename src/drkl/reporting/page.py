@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
+from drkl.display import clean
 from drkl.errors import DrklError
 from drkl.evaluation.result import Evaluation
 from drkl.reporting import analysis, curves, facts, figures, rollouts, samples, tables, tradeoff
 from drkl.reporting.content import content_of
 from drkl.reporting.exports import as_csv, as_markdown
 from drkl.reporting.inputs import TITLES, Run, read_run, unique_names
-from drkl.reporting.text import clean, clip
+from drkl.reporting.text import clip
 from drkl.reporting.together import trained_together
 from drkl.runs import RunFolder, write_text
 

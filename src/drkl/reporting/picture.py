@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from drkl.reporting.figures import draw_bars
 from drkl.reporting.inputs import TITLES, Run, read_run
 from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, new_figure, plot_style, svg_text
 from drkl.reporting.text import short
-from drkl.runs import RunFolder, write_text
+from drkl.runs import RunFolder, write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,14 +43,12 @@ def write_picture(run: str | Path | RunFolder | Evaluation, path: str | Path) ->
         raise DrklError(f"{read.title!r} has no distance to a teacher to draw: it was evaluated without one.")
     with plot_style(text_as_paths=True):
         figure = _draw(read)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.suffix == ".png":
-                figure.savefig(target, format="png", dpi=144, metadata={"Software": None})
-            else:
-                write_text(target, svg_text(figure))
-        except OSError as error:
-            raise DrklError(f"Cannot write the picture to {str(target)!r}: {error.strerror}.") from error
+        if target.suffix == ".png":
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format="png", dpi=144, metadata={"Software": None})
+            write_bytes(target, drawn.getvalue())
+        else:
+            write_text(target, svg_text(figure))
     return target
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from drkl.reporting.text import clean
+from drkl.display import clean
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

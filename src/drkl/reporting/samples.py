@@ -10,11 +10,11 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from drkl.display import as_number
+from drkl.display import as_number, clean
 from drkl.evaluation.result import MODELS
 from drkl.reporting.inputs import TITLES, Run, run_labels
 from drkl.reporting.plotting import Line
-from drkl.reporting.text import Clipped, clean, clip, count, percent, short
+from drkl.reporting.text import Clipped, clip, count, percent, short
 
 PROMPTS_OPEN = 8
 TEXT_LIMIT = 1_500

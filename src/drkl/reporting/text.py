@@ -9,12 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drkl.display import ABSENT, number
+from drkl.display import ABSENT, clean, number, without_markdown
 
-# Controls cannot stand in HTML, lone surrogates cannot be written as UTF-8, and the bidirectional overrides
-# would reorder what stands beside them. Plain RTL marks and letters are left alone.
-_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
-_SPECIAL = re.compile(r"([\\`*{}\[\]<>#|~$&]|(?<!\w)_|_(?!\w))")
 _NUMBER = re.compile(r"-?[\d.]+(?:e[+-]?\d+)?")
 _COMMANDS = re.compile(r"(`[^`]*`)")
 
@@ -25,16 +21,6 @@ class Clipped:
 
     text: str
     hidden: int
-
-
-def clean(text: str) -> str:
-    """Return ``text`` with what a page cannot hold made visible: NUL as ``␀``, U+202E as ``[U+202E]``."""
-    return _UNSHOWABLE.sub(_stand_in, text.replace("\r\n", "\n").replace("\r", "\n"))
-
-
-def _stand_in(match: re.Match[str]) -> str:
-    code = ord(match.group())
-    return chr(0x2400 + code) if code < 0x20 else f"[U+{code:04X}]"
 
 
 def clip(text: str, limit: int) -> Clipped:
@@ -81,15 +67,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def markdown_text(text: str) -> str:
-    """One line in which nothing is Markdown or HTML."""
-    return _SPECIAL.sub(r"\\\1", " ".join(clean(text).split()))
-
-
 def markdown_words(text: str) -> str:
     """Our own text with commands in backquotes, which stay."""
     pieces = _COMMANDS.split(" ".join(clean(text).split()))
-    return "".join(piece if place % 2 else _SPECIAL.sub(r"\\\1", piece) for place, piece in enumerate(pieces))
+    return "".join(piece if place % 2 else without_markdown(piece) for place, piece in enumerate(pieces))
 
 
 def markdown_code(lines: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from drkl.errors import DrklError
 from drkl.models.generate import Reader, sample_ids
 from drkl.models.precision import DTYPES
 from drkl.rollouts.answers import Answer, Request
+from drkl.signals import cut_short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +82,7 @@ class BuiltInWriter:
                 )
 
         def report(_: int, ended: int) -> None:
+            cut_short()
             if progress is not None and ended:
                 progress(ended)
 

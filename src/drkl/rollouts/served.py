@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from drkl.disk import writing
 from drkl.errors import DrklError
 from drkl.models.adapter import merge_adapter
 from drkl.models.forward import is_encoder_decoder
@@ -108,23 +108,21 @@ def write_served(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         DrklError: it cannot be written.
     """
     new = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        for path in new.iterdir():
-            path.chmod(0o644)  # safetensors writes files that their owner alone reads, and the server may be another
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.rename(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)
-        raise DrklError(
-            f"Could not write the student's weights for the server to {str(folder)!r}: "
-            f"{' '.join(str(error).split())[:200]}. Make room, or set rollout_server_folder to another folder that "
-            "this program and the server both see."
-        ) from error
+    then = "go on; or set rollout_server_folder to another folder that this program and the server both see"
+    with writing(folder, what="the student's weights for the server", then=then):
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            for path in new.iterdir():
+                path.chmod(0o644)  # safetensors writes files that their owner alone reads; the server may be another
+            if folder.exists():
+                shutil.rmtree(folder)
+            new.rename(folder)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
 
 
 def serve_command(

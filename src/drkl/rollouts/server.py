@@ -23,6 +23,7 @@ from drkl.models.forward import in_eval_mode
 from drkl.rollouts.answers import Answer, Request
 from drkl.rollouts.config import RolloutsConfig
 from drkl.rollouts.served import check_servable, served_copy, write_served
+from drkl.signals import may_be_cut_short
 
 TESTED = (0, 32)
 """The version that `make test-vllm` runs against."""
@@ -159,7 +160,8 @@ class ServerWriter:
             lost = True
             self._client.ask_all("/v1/completions", bodies, at_once=self._config.batch_size, on_answer=keep)
 
-        self._client.patiently(ask)
+        with may_be_cut_short():
+            self._client.patiently(ask)
         return [answers[i] for i in range(len(requests))]
 
     def _body(self, request: Request, seed: int) -> dict[str, Any]:

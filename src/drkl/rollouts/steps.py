@@ -81,6 +81,15 @@ class AnsweredSteps:
             for number, answer in written.items()
         ]
 
+    def moment(self) -> Callable[[], None]:
+        """Note which answers there are, and return what goes back to them."""
+        written_to, pending, memory = self._written_to, dict(self._pending), self._memory.copy()
+
+        def undo() -> None:
+            self._written_to, self._pending, self._memory = written_to, pending, memory
+
+        return undo
+
     def state(self, step: int) -> dict[str, Any]:
         """What a run needs that goes on before a step, as json: the answers not trained on yet, and the memory."""
         return {

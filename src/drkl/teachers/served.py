@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from drkl.client import GO_ON, MOMENTARY, Caller, Client, Refused, printable
 from drkl.data.collate import each_row
@@ -23,6 +23,8 @@ from drkl.models.classes import is_classifier
 from drkl.models.forward import is_encoder_decoder, lm_head
 from drkl.models.load import load_config, load_tokenizer, resolve_model, without_weights, words_of
 from drkl.models.readout import Batch
+from drkl.models.settings import read_generation_config
+from drkl.signals import may_be_cut_short
 from drkl.teachers.config import TeacherConfig, address_fault
 from drkl.teachers.scores import Odd, Scores, as_topk, read_scores
 
@@ -336,13 +338,17 @@ class ServedTeacher:
         for asked in list(self._ahead):
             if wanted := [question for question in questions if question in asked.questions and question not in found]:
                 try:
-                    answers = asked.answers.result()
+                    with may_be_cut_short(alone=True):
+                        answers = asked.answers.result()
                 except BaseException:
                     self._ahead.remove(asked)  # whoever goes on asks again
                     raise
                 found |= {question: answers[question] for question in wanted}
         left = [question for question in dict.fromkeys(questions) if question not in found]
-        return found | (self.ask(left) if left else {})
+        if not left:
+            return found
+        with may_be_cut_short(alone=True):
+            return found | self.ask(left)
 
     def _look(self, models: Any) -> Served:
         try:
@@ -430,5 +436,5 @@ def _without_weights(config: Any, source: str) -> PreTrainedModel:
     model = without_weights(config, torch.float32, source)
     if source:
         with contextlib.suppress(OSError):  # it has none of its own
-            model.generation_config = GenerationConfig.from_pretrained(resolve_model(source))
+            model.generation_config = read_generation_config(resolve_model(source))
     return model

@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from drkl.disk import cannot_write, writing
 from drkl.errors import DrklError
 from drkl.runs import locked, new_file_mode, read_json, write_json
 
@@ -39,6 +40,7 @@ MANIFEST = "manifest.json"
 DIGEST_BYTES = 16
 OPEN_FILES = 64
 """Shards that are kept open at once."""
+GO_ON = "go on with the same command: what was written before is kept"
 MADE_WITH = "made_with"
 """What the manifest said before rows were added."""
 _READ_AT_ONCE = 1 << 24
@@ -101,7 +103,7 @@ class ShardWriter:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DrklError(f"Cannot make the folder {str(folder)!r}: {error.strerror}.") from error
+            raise cannot_write(folder, error) from error
         self._lock = contextlib.ExitStack()
         try:
             self._lock.enter_context(locked(folder / f".part-{part}-of-{parts}.lock"))
@@ -111,7 +113,7 @@ class ShardWriter:
                 "has ended, or give each process a part of its own."
             ) from error
         except OSError as error:
-            raise DrklError(f"Cannot write into the folder {str(folder)!r}: {error.strerror}.") from error
+            raise cannot_write(folder, error, then=GO_ON) from error
         with self._lock:  # let go where the folder is refused
             self._begin()
             self._lock = self._lock.pop_all()
@@ -547,7 +549,7 @@ def save_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
         DrklError: it cannot be written, as on a full disk.
     """
     temporary = path.with_name(f".part-{path.name}-{os.getpid()}")
-    with writing(path):
+    with writing(path, then=GO_ON):
         try:
             save_file(dict(tensors), temporary)
             os.chmod(temporary, new_file_mode())  # safetensors' own is the user's alone
@@ -556,21 +558,6 @@ def save_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in writing a file of a cache into a DrklError that names it."""
-    try:
-        yield
-    # A full disk is an OSError to Python, a SafetensorError to safetensors, and an Exception itself to tokenizers.
-    except Exception as error:
-        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
-            raise
-        raise DrklError(
-            f"Cannot write {str(path)!r}: {error}. What was written before is kept; make room, then go on with the "
-            "same command."
-        ) from error
 
 
 @contextlib.contextmanager
@@ -590,5 +577,5 @@ def filling(folder: Path, on_wait: Callable[[], None] = lambda: None) -> Iterato
                 on_wait()
                 held.enter_context(locked(path, wait=True))
         except OSError as error:
-            raise DrklError(f"Cannot write into the folder {str(folder)!r}: {error.strerror}.") from error
+            raise cannot_write(folder, error, then=GO_ON) from error
         yield

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drkl.errors import DrklError
+from drkl.disk import writing
 from drkl.reporting.plotting import COLORS, GRID, INK, MUTED, PAPER, new_figure, plot_style, svg_text, tidy
 from drkl.runs import write_text
 from drkl.toy.dynamics import ToySetting
@@ -135,11 +135,9 @@ def write_animation(rows: Sequence[Row], teacher_entropy: float, path: Path) -> 
             return []
 
         animation = FuncAnimation(figure, draw_frame, frames=len(steps) + FRAMES_HELD, blit=False)
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             animation.save(path, writer=PillowWriter(fps=8), dpi=72)
-        except OSError as error:
-            raise DrklError(f"Cannot write {str(path)!r}: {error.strerror or error}.") from error
 
 
 def _by_objective(rows: Sequence[Row]) -> dict[Key, list[Row]]:

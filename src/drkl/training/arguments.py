@@ -20,6 +20,7 @@ from drkl.errors import DrklError, did_you_mean
 from drkl.losses.config import LossConfig
 from drkl.models.precision import pick_device, resolve_dtype
 from drkl.objectives import Objective, make_objective
+from drkl.parsing import parse_json, parse_yaml
 from drkl.rollouts.config import PREFIX, RolloutsConfig
 from drkl.training import trl
 from drkl.training.config import DEFAULT_TOKENS_PER_STEP, default_warmup
@@ -250,7 +251,7 @@ class DistillationConfig(TrainingArguments):
         if not isinstance(value := getattr(self, name), str):
             return
         with contextlib.suppress(json.JSONDecodeError):
-            value = json.loads(value)
+            value = parse_json(value)
         if not isinstance(value, dict):
             raise DrklError(f"{name} is {value!r}; expected a dict, or the json text of one.")
         setattr(self, name, value)
@@ -269,7 +270,7 @@ class DistillationConfig(TrainingArguments):
         """Refuse what contradicts sampled answers."""
         if isinstance(self.rollout_share, str):
             with contextlib.suppress(yaml.YAMLError):
-                self.rollout_share = yaml.safe_load(self.rollout_share)
+                self.rollout_share = parse_yaml(self.rollout_share)
         rollouts = self.rollouts
         for name, value in rollouts.model_dump(mode="json").items():  # plain values, whatever kind of number came
             setattr(self, PREFIX + name, value)

@@ -18,6 +18,7 @@ from drkl._version import __version__
 from drkl.data.batching import split_rows
 from drkl.data.rows import Rows
 from drkl.data.stored import column
+from drkl.disk import writing
 from drkl.errors import DrklError
 from drkl.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from drkl.models.forward import decoder_start, lm_head
@@ -25,7 +26,7 @@ from drkl.models.load import words_of
 from drkl.models.readout import SHORT_TOKENS_PER_BATCH, Batch, batch_rows, to_batch
 from drkl.teachers.cached import SERVED, TeacherCache, add_states, check_same_text, folder_of, write_states
 from drkl.teachers.served import ServedTeacher
-from drkl.teachers.shards import filling, writing
+from drkl.teachers.shards import GO_ON, filling
 from drkl.teachers.stored import Stored, check_kind, topk_to_store
 from drkl.training.arguments import DistillationConfig
 from drkl.training.pair import Pair, make_pair
@@ -189,7 +190,7 @@ def _write_description(folder: Path, pair: Pair) -> list[str]:
     """Write config, generation settings and tokenizer, so that the teacher's folder is not needed any more."""
     assert pair.teacher is not None
     teacher = pair.teacher.model
-    with writing(folder), TemporaryDirectory(dir=folder, prefix=".part-files-") as whole:
+    with writing(folder, then=GO_ON), TemporaryDirectory(dir=folder, prefix=".part-files-") as whole:
         teacher.config.save_pretrained(whole)
         if isinstance(teacher, GenerationMixin):
             teacher.generation_config.save_pretrained(whole)

@@ -7,12 +7,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from drkl.display import as_number
+from drkl.folders import sync
 from drkl.processes import joined
 from drkl.rollouts.health import Detector
 from drkl.runs import RunFolder, append_jsonl, lines_up_to, write_jsonl
@@ -32,13 +32,21 @@ class TrainLog(TrainerCallback):
         self._newest: dict[str, float] = {}
         self.on_progress: OnProgress | None = None
 
-    def begin(self, from_step: int) -> None:
-        """Start after a step; lines beyond it will come again."""
+    def begin(self, from_step: int, *, measured: bool = True) -> None:
+        """Start after a step; lines beyond it will come again, and those of its evaluation unless it was measured."""
         kept = lines_up_to(self._path, from_step)
+        if not measured:
+            kept = [row for row in kept if row["step"] < from_step or "loss" in row]
         self._start = time.monotonic() - max((as_number(row.get("seconds")) or 0.0 for row in kept), default=0.0)
         self._newest = {}
         if joined().is_first:
             write_jsonl(self._path, kept)
+
+    def sync(self) -> None:
+        """Return once the log is on the disk, so that a run that goes on from a checkpoint has the lines before it."""
+        if self._path.is_file():
+            sync(self._path)
+            sync(self._path.parent)
 
     @property
     def seconds(self) -> float:
@@ -193,17 +201,6 @@ class EarlyStop(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count."""
         control.should_training_stop |= self._is_over(state)
-
-
-class BestCheckpoint(TrainerCallback):
-    """Finds the best checkpoint again in a run folder that was moved; the trainer's state has its path of that time."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Replace the path."""
-        path = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
-        state.best_model_checkpoint = str(path) if path.is_dir() else None
 
 
 def _is_number(value: Any) -> bool:

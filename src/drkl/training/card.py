@@ -10,6 +10,7 @@ import yaml
 from drkl._version import __version__
 from drkl.data.rendering import Writer
 from drkl.data.template import encode_prompt
+from drkl.display import markdown_name, markdown_text
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ A {what} distilled with drkl {version}.
 |---|---|
 | Teacher | {teacher} |
 | Start | {start} |
-| Objective | `{objective}` |
-| Steps | {steps} of {size} |
+| Objective | {objective} |
+| Steps | {steps}, each of {size} |
 | Data | {data} |
 | Held-out loss of these weights | {loss} |
 
@@ -105,9 +106,21 @@ def model_card(
     *,
     usage: str,
     kind: str = "decoder",
-    steps: int | None = None,
+    steps: int,
+    step: int,
 ) -> str:
-    """Return the card's markdown, metadata first; ``usage`` is that of `usage_of`."""
+    """Return the card's markdown, metadata first.
+
+    Args:
+        name: the run's.
+        resolved: the sections of its config.
+        heldout_loss: that of the weights, in nats; None where it was not measured.
+        note: what else is to be said.
+        usage: that of `usage_of`.
+        kind: as `usage_of` takes it.
+        steps: optimiser steps that were taken.
+        step: the one after which the weights were; the last, or that of the best weights.
+    """
     teacher, student, training = resolved["teacher"], resolved["student"], resolved["training"]
     objective = dict(resolved["objective"])
     data = resolved["data"]
@@ -121,16 +134,16 @@ def model_card(
     if teacher is None:
         meta["tags"] = ["drkl"]
     made_of = student["config"].get("model_type")
-    start = f"{student['init']} of {student['model'] or made_of or (teacher or {}).get('model', '?')}"
+    start = f"{student['init']} of {markdown_name(student['model'] or made_of or (teacher or {}).get('model', '?'))}"
     body = _BODY.format(
-        name=name,
+        name=markdown_text(name),
         version=__version__,
-        teacher="none (fine-tuning)" if teacher is None else f"`{teacher['model']}`",
+        teacher="none (fine-tuning)" if teacher is None else markdown_name(teacher["model"]),
         start=start + (f", layers {student['layers']}" if student["layers"] else ""),
-        objective=objective["name"] + (f"({params})" if params else ""),
-        steps=training["max_steps"] or steps,
+        objective=markdown_name(objective["name"] + (f"({params})" if params else "")),
+        steps=steps if step == steps else f"{step}, the best of {steps}",
         size=f"at most {tokens} tokens" if tokens else f"{training['per_device_train_batch_size']} rows on each device",
-        data=", ".join(f"`{place['path'] or place['dataset']}`" for place in places),
+        data=", ".join(markdown_name(place["path"] or place["dataset"]) for place in places),
         loss="not measured" if heldout_loss is None else f"{heldout_loss:.4f} nats per {unit}",
         intro="To use it" if kind == "adapter" else "It is an ordinary Hugging Face model",
         usage=usage,

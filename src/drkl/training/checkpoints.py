@@ -1,25 +1,42 @@
-"""Find the checkpoint to go on from, and delete checkpoints."""
+"""Checkpoints: whole, by the sizes and checksums of their files, or of no use; and which one a run goes on from.
+
+`drkl.training.placing` writes and removes them. What has the name of a checkpoint and no ``complete.json`` of that step
+was not written by drkl, and is left alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any, NamedTuple
 
 from transformers import TrainerState
 
 from drkl.errors import DrklError
-from drkl.runs import RunFolder, read_json, write_json
+from drkl.folders import check_files, checksum, describe_files
+from drkl.runs import RunFolder, write_json
 from drkl.training.feeding import Fed
 
 MARKER = "complete.json"
-"""Written into a checkpoint last of all; a folder without it was cut off in writing and does not count."""
-_NAME = re.compile(r"checkpoint-\d+")
+"""Written into a checkpoint last of all, with the sizes and checksums of its other files."""
+_NAME = re.compile("checkpoint-(0|[1-9][0-9]{0,17})")
+_OWN_CHECKSUM = "xxh3"
+"""In the marker: the checksum of what else it says."""
+_log = logging.getLogger("drkl")
+
+
+class Found(NamedTuple):
+    """The newest whole checkpoint of a folder, or None, and why newer ones were passed over: ``(name, reason)``."""
+
+    path: Path | None
+    passed_over: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,14 @@ class Reached:
     """Steps that were left out, as their loss or gradient was not finite."""
     skipped_in_row: int = 0
     """Those since the last step that was taken."""
+    extra: bool = False
+    """Whether an end from outside is why it was written; it stands beside those that were asked for."""
+    evaluation_due: bool = False
+    """Whether the evaluation after the step is still to be done."""
+    save_due: bool = False
+    """Whether the step is one that is saved after its evaluation."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What `describe_files` says of the checkpoint's other files."""
 
     def loss_sum(self, process: int, processes: int) -> float:
         """The sum of one process: its own, or the mean where the run goes on with another number of processes."""
@@ -58,58 +83,164 @@ def plan_digest(steps: Sequence[Sequence[int]]) -> str:
 
 
 def mark_complete(checkpoint: Path, reached: Reached) -> None:
-    """Make a checkpoint count."""
-    write_json(checkpoint / MARKER, asdict(reached))
+    """Write down how far a run has come, and what the files of its checkpoint are, into the checkpoint."""
+    (checkpoint / MARKER).unlink(missing_ok=True)
+    values = asdict(replace(reached, files=describe_files(checkpoint)))
+    write_json(checkpoint / MARKER, values | {_OWN_CHECKSUM: _checksum_of(values)})
+
+
+def _checksum_of(values: Mapping[str, Any]) -> str:
+    return checksum(json.dumps(values, sort_keys=True).encode())
 
 
 def reached_at(checkpoint: Path) -> Reached:
     """Return how far a checkpoint's run had come.
 
     Raises:
-        DrklError: the file that says so is missing or broken.
+        DrklError: the file that says so is missing or damaged, or that of another checkpoint.
     """
-    path = checkpoint / MARKER
     try:
-        values = read_json(path)
-        fed = Fed(**values.get("fed", {}))
-        return Reached(**values | {"loss_sums": tuple(map(float, values.get("loss_sums", ()))), "fed": fed})
-    except (AttributeError, TypeError, ValueError) as error:
-        raise DrklError(
-            f"{str(path)!r} does not say how far the run had come ({error}). Remove that checkpoint to go on from the "
-            "one before it."
-        ) from error
+        return _read_marker(checkpoint)
+    except ValueError as error:
+        raise DrklError(f"{str(checkpoint)!r} is not whole: {error}. Go on from another checkpoint.") from error
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; half-written ones are removed."""
-    for path in _checkpoints(folder):
-        if not (path / MARKER).is_file():
-            shutil.rmtree(path, ignore_errors=True)
-    return max(_checkpoints(folder), key=step_of, default=None)
+def _read_marker(checkpoint: Path) -> Reached:
+    """The same; a ValueError says why not, in words that go on after the checkpoint's name."""
+    path = checkpoint / MARKER
+    if not path.is_file():
+        raise ValueError(f"{MARKER} is missing")
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{MARKER} cannot be read ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{MARKER} holds a {type(values).__name__}")
+    if not {"files", _OWN_CHECKSUM} & {*values}:
+        raise ValueError("an earlier drkl wrote it, without a list of its files")
+    if values.pop(_OWN_CHECKSUM, None) != _checksum_of(values):
+        raise ValueError(f"{MARKER} has another content than was written")
+    try:
+        changes = {"loss_sums": tuple(map(float, values["loss_sums"])), "fed": Fed(**values["fed"])}
+        reached = Reached(**values | changes)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{MARKER} is that of another drkl ({error})") from error
+    if reached.step != step_of(checkpoint):
+        raise ValueError(f"{MARKER} is that of step {reached.step}")
+    return reached
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Those of a run; a copy under another name is the user's own."""
-    return [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+def is_own(path: Path) -> bool:
+    """Whether drkl wrote what has a checkpoint's name; other people's things and links are neither read nor removed."""
+    return _NAME.fullmatch(path.name) is not None and marked(path).get("step") == step_of(path)
 
 
-def wanted_checkpoint(run: RunFolder, wanted: str | Path | bool | None) -> Path | None:
-    """The checkpoint to go on from: a folder, or for True the newest of the run; None where nothing is wanted.
+def marked(path: Path) -> dict[str, Any]:
+    """What a folder's marker says, damaged or not; nothing where there is no such folder or marker."""
+    if path.is_symlink() or not (path / MARKER).is_file():
+        return {}
+    try:
+        values = json.loads((path / MARKER).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def damage(checkpoint: Path, *, optimizer: bool = False) -> str | None:
+    """Return why a checkpoint is not whole, in words that go on after its name; None where it is.
+
+    Args:
+        checkpoint: its folder.
+        optimizer: whether a run is to go on from it whose optimiser's state and schedule lie in files of their own.
+    """
+    try:
+        reached = _read_marker(checkpoint)
+        reasons = check_files(checkpoint, reached.files)
+    except ValueError as error:
+        return str(error)
+    if reasons:
+        return "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+    processes = len(reached.loss_sums)
+    random = [f"rng_state_{number}.pth" for number in range(processes)] if processes > 1 else ["rng_state.pth"]
+    wanted = ["trainer_state.json", *(("optimizer.pt", "scheduler.pt", *random) if optimizer else ())]
+    missing = [name for name in wanted if name not in reached.files]
+    return f"it was saved without {' and '.join(missing)}, as with save_only_model" if missing else None
+
+
+def find_checkpoint(folder: Path, *, optimizer: bool = False) -> Found:
+    """Return the newest whole checkpoint of a run.
+
+    Args:
+        folder: ``checkpoints/`` of the run.
+        optimizer: see `damage`.
+    """
+    passed_over: list[tuple[str, str]] = []
+    for path in _named(folder):
+        reason = "it is a link" if path.is_symlink() else None if path.is_dir() else "it is no folder"
+        reason = reason or damage(path, optimizer=optimizer)
+        if reason is None:
+            return Found(path, passed_over)
+        passed_over.append((path.name, reason))
+    return Found(None, passed_over)
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a run has something to go on from, or that it could go on from if it were not damaged."""
+    folders = [path for path in _named(folder) if not path.is_symlink()]
+    return any((path / name).is_file() for path in folders for name in (MARKER, "trainer_state.json"))
+
+
+def _named(folder: Path) -> list[Path]:
+    """What has the name of a checkpoint, the newest first."""
+    paths = (path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name))
+    return sorted(paths, key=step_of, reverse=True)
+
+
+def own_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that drkl wrote, damaged or not, the oldest first."""
+    return [path for path in reversed(_named(folder)) if is_own(path)]
+
+
+def wanted_checkpoint(run: RunFolder, wanted: str | Path | bool | None, *, optimizer: bool = False) -> Path | None:
+    """The checkpoint to go on from: a folder, or for True the newest whole one of the run; None: nothing is wanted.
+
+    Those that are passed over are named in warnings. Called in one process.
+
+    Args:
+        run: the run.
+        wanted: what the user asked for.
+        optimizer: see `damage`.
 
     Raises:
-        DrklError: there is none.
+        DrklError: there is none, or the one that was named is damaged.
     """
     if wanted is None or wanted is False:
         return None
     if wanted is True:
-        newest = newest_checkpoint(run.checkpoints_path)
-        if newest is None:
-            raise DrklError(f"There is no whole checkpoint in {str(run.checkpoints_path)!r} to resume from.")
-        return newest
+        return _newest(run.checkpoints_path, optimizer)
     path = Path(str(wanted))
-    if not ((path / "trainer_state.json").is_file() and _NAME.fullmatch(path.name)):
+    if not (path.is_dir() and _NAME.fullmatch(path.name)):
         raise DrklError(f"{str(path)!r} is no checkpoint; expected a folder checkpoints/checkpoint-N of this run.")
+    if reason := damage(path, optimizer=optimizer):
+        raise DrklError(
+            f"{str(path)!r} is not whole: {reason}. Name another checkpoint, or pass True for the newest whole one."
+        )
     return path
+
+
+def _newest(folder: Path, optimizer: bool) -> Path:
+    path, passed_over = find_checkpoint(folder, optimizer=optimizer)
+    if path is not None:
+        for name, reason in passed_over:
+            _log.warning("Warning: %s is passed over: %s.", name, reason)
+        return path
+    if not passed_over:
+        raise DrklError(f"There is no whole checkpoint in {str(folder)!r} to resume from.")
+    listed = "; ".join(f"{name}: {reason}" for name, reason in passed_over)
+    raise DrklError(
+        f"There is no whole checkpoint in {str(folder)!r} to resume from. {listed}. Put back what they lack; or move "
+        "them out of that folder, and the run begins at its first step."
+    )
 
 
 def step_of(checkpoint: Path) -> int:
@@ -117,42 +248,8 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def discard(checkpoint: Path) -> None:
-    """Remove a checkpoint so that it counts as whole or not at all, wherever the removal is cut off."""
-    (checkpoint / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def rotate(folder: Path, keep: int, best: Path | None) -> None:
-    """Remove the oldest checkpoints but ``keep``; the best and the newest stay."""
-    checkpoints = sorted(_checkpoints(folder), key=step_of)
-    names = {checkpoints[-1].name} | ({best.name} if best is not None else set())
-    spare = [path for path in checkpoints if path.name not in names]
-    for path in spare[: max(0, len(checkpoints) - keep)]:
-        discard(path)
-
-
-def keep_only(folder: Path, best_step: int | None) -> None:
-    """Remove all but the best of a finished run; that one may still be asked for, the others cannot."""
-    for path in _checkpoints(folder):
-        if step_of(path) != best_step:
-            discard(path)
-
-
-def check_checkpoint(checkpoint: Path, *, optimizer: bool) -> None:
-    """Raise DrklError where a run cannot go on from here: without them transformers would go on with fresh ones.
-
-    Args:
-        checkpoint: its folder.
-        optimizer: whether the optimiser's state and the schedule's lie in files of their own.
-    """
-    wanted = ("optimizer.pt", "scheduler.pt") if optimizer else ()
-    missing = [name for name in wanted if not (checkpoint / name).is_file()]
-    if missing:
-        raise DrklError(
-            f"{str(checkpoint)!r} has no {' and no '.join(missing)} (saved with save_only_model, or removed), so a run "
-            "cannot go on from it. Go on from another checkpoint, or start a new run with the model in it."
-        )
+def check_state(checkpoint: Path) -> None:
+    """Raise DrklError where transformers cannot read its part of a checkpoint."""
     with readable(str(checkpoint), "state"):
         TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
+from drkl.locks import LOCKS
 from drkl.models.precision import has_device
 from drkl.runs import RunFolder
 
@@ -26,6 +27,8 @@ def check_folder(run: RunFolder, mode: str) -> None:
         return
     if not (run.root.exists() or run.root.is_symlink()):
         return
+    if run.root.is_dir() and not run.root.is_symlink() and {path.name for path in run.root.iterdir()} <= LOCKS:
+        return  # it is empty but for who works in it now, or was killed before
     if mode == "new":
         raise RunExists(f"The run folder {str(run.root)!r} exists. Replace it, resume it, or choose another run.name.")
     if run.root.is_symlink() or not run.root.is_dir():

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from drkl.errors import DrklError
+from drkl.errors import Halted
 from drkl.models.draw import BrokenLogits
 from drkl.models.weights import broken_weights, listed
 from drkl.processes import gather, raise_in_all
-from drkl.training.checkpoints import MARKER, Reached, step_of
+from drkl.training.checkpoints import Reached, find_checkpoint
 from drkl.training.faults import LEARNING_RATE, Fault, gradient_fault, list_rows, state_faults
 
 _log = logging.getLogger("drkl")
@@ -84,7 +84,7 @@ class FiniteSteps:
             find: says what is at fault.
 
         Raises:
-            DrklError: the run has one process and does not go on.
+            Halted: the run has one process and does not go on.
         """
         if self._seen is None:
             step = self._trainer.state.global_step + 1
@@ -118,7 +118,7 @@ class FiniteSteps:
             norm: of the gradient; None where it is not known.
 
         Raises:
-            DrklError: the run does not go on.
+            Halted: the run does not go on.
         """
         rates = [group["lr"] for group in self._trainer.optimizer.param_groups]
         if not all(math.isfinite(rate) for rate in rates):
@@ -187,7 +187,7 @@ class FiniteSteps:
         return self.skipped > self._logged
 
     def check_weights(self, *, optimizer: bool = False) -> None:
-        """Raise DrklError, in every process, where the student, or its optimiser's state, is not to be saved.
+        """Raise Halted, in every process, where the student, or its optimiser's state, is not to be saved.
 
         Args:
             optimizer: look at the optimiser's state too.
@@ -219,7 +219,7 @@ class FiniteSteps:
         step = self._trainer.state.global_step + 1
         raise_in_all(self._stop(_Seen(f"Step {step} cannot be taken", fault, self._trainer._row_ids)))
 
-    def _stop(self, seen: _Seen, *, by_scaler: bool = False, when: str = " before the step was taken") -> DrklError:
+    def _stop(self, seen: _Seen, *, by_scaler: bool = False, when: str = " before the step was taken") -> Halted:
         fault, remedy = seen.fault, seen.fault.remedy
         if by_scaler:
             remedy = "training.precision=bf16, or fp32, has the range that fp16 lacks."
@@ -231,14 +231,14 @@ class FiniteSteps:
         if self.in_row > self._most:
             many = f"{self.in_row} steps in a row were not finite, and training.nan_skips is {self._most}. "
         told = replace(seen, fault=fault)
-        return DrklError(f"{told} {many}Training stopped{when}; {self.kept()}. {remedy}".rstrip())
+        return Halted(f"{told} {many}Training stopped{when}; {self.kept()}. {remedy}".rstrip())
 
     def _broken_state(self) -> str:
         return listed(state_faults(self._trainer.optimizer, self._trainer.student), 1)
 
     def kept(self) -> str:
         """What is left of the run, in a clause."""
-        return kept(Path(str(self._trainer.args.output_dir)))
+        return kept(self._trainer.run.checkpoints_path)
 
 
 def kept(folder: Path) -> str:
@@ -247,7 +247,5 @@ def kept(folder: Path) -> str:
     Args:
         folder: the checkpoints'.
     """
-    whole = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and (path / MARKER).is_file()]
-    if not whole:
-        return "there is no checkpoint yet"
-    return f"the last good checkpoint, {max(whole, key=step_of).name}, is kept"
+    whole = find_checkpoint(folder).path
+    return "there is no checkpoint yet" if whole is None else f"the last good checkpoint, {whole.name}, is kept"

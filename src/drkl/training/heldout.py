@@ -20,6 +20,7 @@ from drkl.models.readout import READING, SHORT_TOKENS_PER_BATCH, batches, chunks
 from drkl.models.sharded import runs_together
 from drkl.objectives import Objective
 from drkl.processes import shared_work
+from drkl.signals import cut_short
 from drkl.teachers.teacher import Teacher
 from drkl.training.faults import Way, find_fault, list_rows
 from drkl.training.forward import StatisticsSums, loss_of
@@ -85,11 +86,14 @@ class HeldOut:
         """
         # Once, as every process has to ask for a head whose parts are spread over them.
         heads = output_head(model), None if self._teacher is None else self._teacher.head
-        parts = shared_work(
-            len(self._batches),
-            lambda index: self._sums_of(index, model, heads, objective, loss),
-            even=runs_together(model) or (self._teacher is not None and runs_together(self._teacher.model)),
-        )
+        even = runs_together(model) or (self._teacher is not None and runs_together(self._teacher.model))
+
+        def sums_of(index: int) -> list[dict[str, float]]:
+            if not even:  # where all read a batch together, none leaves the others alone
+                cut_short()
+            return self._sums_of(index, model, heads, objective, loss)
+
+        parts = shared_work(len(self._batches), sums_of, even=even)
         sums: dict[str, float] = {}
         for name, value in (item for batch in parts for part in batch for item in part.items()):
             sums[name] = sums.get(name, 0.0) + value

@@ -6,7 +6,8 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -119,6 +120,16 @@ class OnPolicy:
         sampled[keep] = torch.tensor([row.sampled for row in rows for _ in range(row.num_trained)], dtype=torch.bool)
         places = [place for row in rows for place in range(firsts[id(row)], firsts[id(row)] + row.num_trained)]
         return batch | {"sampled": sampled, "places": torch.tensor(places, dtype=torch.int64)}
+
+    def moment(self) -> Callable[[], None]:
+        """Note what making the micro-batches of a step changes, and return what undoes it."""
+        sums, log, answered = replace(self._sums), deepcopy(self._log), self._answered.moment()
+
+        def undo() -> None:
+            self._sums, self._log = sums, log
+            answered()
+
+        return undo
 
     def learnt(self, seconds: float) -> None:
         """Note how long a micro-batch took."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from drkl.models.load import count_parameters, load_config, without_weights
 from drkl.models.precision import DTYPES
 from drkl.models.readout import CHUNK, SHORT_TOKENS_PER_BATCH
 from drkl.models.student import depth, source_model
+from drkl.parsing import parse_json
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of
 from drkl.training.memory import MOMENTS, Memory
 from drkl.training.plan import cut_lengths
@@ -477,7 +477,7 @@ def sharding_of(spec: RunSpec) -> str:
     config = arguments.get("deepspeed")
     if isinstance(config, str):
         with contextlib.suppress(OSError, ValueError):
-            config = json.loads(Path(config).expanduser().read_text(encoding="utf-8"))
+            config = parse_json(Path(config).expanduser().read_text(encoding="utf-8"))
     stage = (config.get("zero_optimization") or {}).get("stage", 0) if isinstance(config, Mapping) else 0
     return f"zero-{stage}" if stage in (1, 2, 3) else ""
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.tokenize import DropReport
-from drkl.errors import DrklError
+from drkl.disk import writing
+from drkl.display import markdown_name
 from drkl.models.adapter import merge_adapter, save_adapter, whole_adapter
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
@@ -27,12 +27,14 @@ from drkl.teachers.cached import TeacherCache
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.served import ServedTeacher
 from drkl.training.arguments import DistillationConfig
+from drkl.training.best import heldout_loss_at
 from drkl.training.card import model_card, usage_of
-from drkl.training.checkpoints import keep_only
 from drkl.training.config import OWN_ARGUMENTS, OWNED, TrainingConfig
 from drkl.training.environment import describe_environment, now
 from drkl.training.loading import plain_options
+from drkl.training.own_files import put_in_place, remove_run
 from drkl.training.pair import Pair
+from drkl.training.placing import drop_extras, keep_only
 from drkl.training.sparse import card_note, describe_sparse
 
 _SETTLED = (
@@ -72,13 +74,14 @@ class RunRecord:
         self.keeps_folder = False
         """Whether the folder was prepared for this run already."""
         self._environment: dict[str, Any] = {}
-        self._completed = False
+        self._student_step: int | None = None
+        """The optimiser step after which the student's weights were, once training has ended."""
 
     def begin(self, num_steps: int, *, resumed: bool) -> None:
         """Write ``config.yaml`` and ``env.json``; a run that lay in the folder is removed unless it is resumed."""
-        if not resumed and not self.keeps_folder:
-            _remove_run(self.run)
-        self._completed = False
+        if not resumed and not self.keeps_folder and self.run.config_path.is_file():
+            remove_run(self.run)
+        self._student_step = None
         self._environment = describe_environment(self.args.device) | {
             "command": self.command,
             "teacher_note": _teacher_note(self.pair),
@@ -106,15 +109,31 @@ class RunRecord:
             write_jsonl(self.run.eval_rows_path, self.pair.eval_dataset)
         write_json(self.run.env_path, self._environment)
 
-    def trained(self, state: TrainerState, seconds: float, read: dict[str, Any] | None = None) -> None:
-        """Note in ``env.json`` that training came to its end, and what was ``read`` of a stream."""
-        self._completed = True
+    def trained(
+        self,
+        state: TrainerState,
+        seconds: float,
+        read: dict[str, Any] | None = None,
+        *,
+        student_step: int | None = None,
+    ) -> None:
+        """Note in ``env.json`` that training came to its end.
+
+        Args:
+            state: the trainer's.
+            seconds: how long the run took.
+            read: what was read of a stream.
+            student_step: the step after which the student's weights were; None is the last.
+        """
+        self._student_step = state.global_step if student_step is None else student_step
         self._environment["data"] |= read or {}
         self._environment |= {
             "seconds": round(seconds, 1),
             "steps": state.global_step,
             "best_step": state.best_global_step,
             "best_heldout_loss": state.best_metric,
+            "student_step": self._student_step,
+            "student_heldout_loss": heldout_loss_at(state, self._student_step),
         }
         write_json(self.run.env_path, self._environment)
 
@@ -127,30 +146,28 @@ class RunRecord:
             weights: of a sharded student, the whole weights of it, or of the adapter with it inside.
 
         Raises:
-            DrklError: it cannot be written there.
+            CannotWrite: it cannot be written there.
         """
-        target = self.run.student_path if folder is None else folder
-        staging = target.parent / f".{target.name}"
+        target = (self.run.student_path if folder is None else folder).resolve()
+        staging = target.parent / f".{target.name}.writing"
         shutil.rmtree(staging, ignore_errors=True)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._write(staging, weights)
-            self.pair.tokenizer.save_pretrained(staging)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            reason = " ".join(str(error).split())[:200]
-            raise DrklError(
-                f"Could not write the student to {str(target.parent)!r}: {reason}. Make room, then save it again: the "
-                "checkpoints are kept, so a run is resumed where it ended."
-            ) from error
-        write_text(staging / "README.md", self._card(state))
-        shutil.rmtree(target, ignore_errors=True)
-        staging.rename(target)
+        then = "resume the run: its checkpoints are kept" if folder is None else "save it again"
+        with writing(target, what="the student", then=then):
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._write(staging, weights)
+                self.pair.tokenizer.save_pretrained(staging)
+                write_text(staging / "README.md", self._card(state))
+                put_in_place(staging, target)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
         if folder is None and self._environment:
             self._environment["finished"] = now()
-            write_json(self.run.env_path, self._environment)
-            if self._completed and state.best_global_step is not None:
+            write_json(self.run.env_path, self._environment, lasting=True)
+            if self._student_step is not None:
                 keep_only(self.run.checkpoints_path, state.best_global_step)
+            drop_extras(self.run.checkpoints_path)
 
     def _write(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
         adapter = self.pair.adapter
@@ -169,32 +186,17 @@ class RunRecord:
         if pair.adapter is not None and self.export == "adapter":
             base = (self.config or {}).get("student", {}).get("model") or pair.student_name
             adapter_note = (
-                f"It is a LoRA adapter for `{base}`; to load it, install `peft` too. Where its answers end stands in "
-                "its generation_config.json, which peft does not read."
+                f"It is a LoRA adapter for {markdown_name(base)}; to load it, install `peft` too. Where its answers "
+                "end stands in its generation_config.json, which peft does not read."
             )
             note = f"{note}\n\n{adapter_note}" if note else adapter_note
             kind = "adapter" if kind == "decoder" else kind
         config = describe_run(pair, self.args, self.run) if self.config is None else self.config
         tokenizer = pair.words
         usage = usage_of(kind, tokenizer, "plain" if pair.report.documents else self.args.template)
-        return model_card(
-            self.run.name, config, state.best_metric, note, usage=usage, kind=kind, steps=state.global_step
-        )
-
-
-def _remove_run(run: RunFolder) -> None:
-    """Remove what an earlier run wrote; other files in the folder stay."""
-    if not run.config_path.is_file():
-        return
-    for path in (
-        run.student_path, run.checkpoints_path, run.analysis_folder, run.parts_path, run.root / "stages",
-    ):  # fmt: skip
-        shutil.rmtree(path, ignore_errors=True)
-    for path in (
-        run.config_path, run.env_path, run.train_log_path, run.eval_path, run.samples_path, run.predictions_path,
-        run.heldout_path, run.analysis_path, run.report_path, run.eval_rows_path, run.rollouts_path,
-    ):  # fmt: skip
-        path.unlink(missing_ok=True)
+        step = state.global_step if self._student_step is None else self._student_step
+        loss = heldout_loss_at(state, step)
+        return model_card(self.run.name, config, loss, note, usage=usage, kind=kind, steps=state.global_step, step=step)
 
 
 def count_parameters(pair: Pair) -> dict[str, int | None]:

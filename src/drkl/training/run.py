@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
-import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from drkl.data.store import Watch
 from drkl.data.streams import RowStream, stream_of
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
+from drkl.locks import ANALYSIS, EVALUATION, TRAINING, first_holding
 from drkl.models.forward import decoder_start
 from drkl.models.load import load_tokenizer, model_note
 from drkl.models.pair import SharedTokens, check_families, check_tokenizers
@@ -29,6 +30,7 @@ from drkl.models.precision import DTYPES, pick_device
 from drkl.models.student import make_student
 from drkl.processes import first_alone, joined, launched
 from drkl.runs import RunFolder, write_json, write_yaml
+from drkl.signals import KEPT
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.live import LiveTeacher
@@ -38,9 +40,11 @@ from drkl.teachers.stored import check_kind
 from drkl.teachers.teacher import Teacher
 from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
-from drkl.training.checkpoints import keep_only, newest_checkpoint
+from drkl.training.checkpoints import has_checkpoints
 from drkl.training.checks import check_apart, check_device, check_folder, check_same_config
+from drkl.training.own_files import remove_run
 from drkl.training.pair import TokenisedRows
+from drkl.training.placing import keep_only
 from drkl.training.record import training_section
 from drkl.training.served import check_served_kind
 from drkl.training.sparse import check_sparse
@@ -408,6 +412,18 @@ def distill(
         check_device(specs[-1].run.device)
         training_config(specs[-1], pick_device(specs[-1].run.device))  # makes the process group
     listener = listener if listener is not None and joined().is_first else Listener()
+    with first_holding(specs[-1].folder.root, TRAINING, EVALUATION, ANALYSIS):
+        return _distill(specs, mode, listener, on_trainer, command)
+
+
+def _distill(
+    specs: Sequence[RunSpec],
+    mode: Mode,
+    listener: Listener,
+    on_trainer: Callable[[DistillationTrainer], None] | None,
+    command: Sequence[str] | None,
+) -> RunFolder:
+    """`distill` in a folder that is held."""
     last, teacher = specs[-1].folder, specs[-1].teacher
     if teacher is not None and teacher.cache is not None and mode != "resume":
         check_apart(teacher.cache, last)
@@ -431,13 +447,13 @@ def distill(
         if number == 1:
             first_alone(lambda: _begin(specs[-1], mode, command))
             _check_shared(last)
+            KEPT.begun("No step was taken yet.")
         trainer.record.command = command
+        trainer.on_message = listener.on_message
         folder = spec.folder.checkpoints_path
-        checkpoint = first_alone(functools.partial(newest_checkpoint, folder)) if mode == "resume" else None
-        if checkpoint is not None:
-            checkpoint = folder / checkpoint.name
-            listener.on_message(f"Going on from {checkpoint.name}.")
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(
+            resume_from_checkpoint=mode == "resume" and first_alone(functools.partial(has_checkpoints, folder))
+        )
         trainer.save_model()
     return last
 
@@ -455,8 +471,10 @@ def _settled_mode(spec: RunSpec, mode: Mode) -> Mode:
             section = spec.resolved["training"]
             settled = training_section(training_config(spec, pick_device(spec.run.device)), section)
             check_same_config(run, spec.resolved | {"training": section | settled})
-            if run.is_finished():
+            if _is_over(run):
                 return "auto"
+    if mode == "resume":
+        _is_over(run)
     check_folder(run, mode)
     return mode
 
@@ -464,8 +482,8 @@ def _settled_mode(spec: RunSpec, mode: Mode) -> Mode:
 def _begin(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
     """Make the folder of a run; one that is to be replaced is removed. Called in one process."""
     run = spec.folder
-    if mode == "overwrite" and run.root.exists():
-        _remove(run)
+    if mode == "overwrite" and run.config_path.is_file():
+        remove_run(run)
     write_yaml(run.config_path, spec.resolved)  # from here on a resume finds it
     known = run.read_env() if mode == "resume" else {}
     write_json(run.env_path, known | {"command": command, "finished": None})
@@ -484,17 +502,12 @@ def _check_shared(run: RunFolder) -> None:
 
 
 def _is_over(run: RunFolder) -> bool:
-    """Whether a stage has ended; then its last checkpoints are removed. Called in one process."""
-    if run.is_finished():
+    """Whether a run has ended; then checkpoints that it should have removed go. Called in one process."""
+    if not run.is_finished():
+        return False
+    with suppress(OSError):  # they are of no use, and in nobody's way
         keep_only(run.checkpoints_path, run.read_env().get("best_step"))
-    return run.is_finished()
-
-
-def _remove(run: RunFolder) -> None:
-    try:
-        shutil.rmtree(run.root)
-    except OSError as error:
-        raise DrklError(f"Cannot replace {str(run.root)!r}: {error.strerror or error} ({error.filename}).") from error
+    return True
 
 
 def _make_trainer(spec: RunSpec, prepared: Prepared) -> DistillationTrainer:

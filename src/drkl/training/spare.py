@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from drkl.data.collate import is_packed
-from drkl.errors import DrklError
+from drkl.errors import Halted
 from drkl.losses import IGNORE_INDEX, release_buffers
 from drkl.models.memory import is_out_of_memory, memory_told, reason_of
 from drkl.models.sharded import local
@@ -66,7 +66,7 @@ class SpareMemory:
             one_pass: does one batch.
 
         Raises:
-            DrklError: there is not enough memory.
+            Halted: there is not enough memory.
         """
         self._done.append(parts)
         try:
@@ -131,11 +131,11 @@ class SpareMemory:
             step, reason, _size(largest), 2 * self._trainer.args.gradient_accumulation_steps, further,
         )  # fmt: skip
 
-    def _told(self, error: BaseException, parts: Sequence[Batch], tried: str) -> DrklError:
+    def _told(self, error: BaseException, parts: Sequence[Batch], tried: str) -> Halted:
         trainer = self._trainer
         step, largest = trainer.state.global_step + 1, max(parts, key=positions_of)
         ids = int(getattr(trainer.student.config.get_text_config(), "vocab_size", 0) or 0)
-        return DrklError(
+        return Halted(
             f"Step {step} ran out of memory ({reason_of(error)}). The batch of this pass has {_size(largest)}, and the "
             f"vocabulary {ids:,} tokens.{tried} {self.parts()} {self._cures(largest)} "
             f"{trainer._finite.kept().capitalize()}."
@@ -177,7 +177,7 @@ class SpareMemory:
         def cure() -> str:
             return f"{self.parts()} What needs less: {CURES['optimiser']}. {trainer._finite.kept().capitalize()}."
 
-        with memory_told("in training, beside the passes of a step", cure):
+        with memory_told("in training, beside the passes of a step", cure, Halted):
             yield
 
 

@@ -6,13 +6,12 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
@@ -20,7 +19,9 @@ from transformers.trainer_utils import SaveStrategy
 from drkl.data.batching import Steps
 from drkl.data.collate import collate, teacher_inputs
 from drkl.data.stored import column
-from drkl.errors import DrklError
+from drkl.disk import cannot_write, writing
+from drkl.errors import DrklError, Halted
+from drkl.locks import ANALYSIS, EVALUATION, TRAINING, first_holding
 from drkl.losses import IGNORE_INDEX, LMHead, release_buffers
 from drkl.losses.topk import TopK
 from drkl.models.at_head import call_at_head
@@ -31,7 +32,7 @@ from drkl.models.sharded import is_sharded, load_whole, reshard, whole_state
 from drkl.models.varlen import with_varlen
 from drkl.models.weights import check_numbers, listed, not_loaded
 from drkl.objectives import Objective
-from drkl.processes import first_alone, gather, lost_another
+from drkl.processes import first_alone, gather
 from drkl.rollouts.steps import planned_lengths
 from drkl.runs import RunFolder
 from drkl.teachers.live import LiveTeacher
@@ -39,10 +40,10 @@ from drkl.teachers.served import ServedTeacher
 from drkl.teachers.teacher import Teacher
 from drkl.training import trl
 from drkl.training.arguments import DistillationConfig
+from drkl.training.best import find_best
 from drkl.training.callbacks import (
     AnswersWatch,
     BeforeFirstStep,
-    BestCheckpoint,
     EarlyStop,
     Epochs,
     LastStep,
@@ -52,12 +53,11 @@ from drkl.training.callbacks import (
 )
 from drkl.training.checkpoints import (
     Reached,
-    check_checkpoint,
+    check_state,
     mark_complete,
     plan_digest,
     reached_at,
     readable,
-    rotate,
     step_of,
     wanted_checkpoint,
 )
@@ -74,11 +74,13 @@ from drkl.training.measures import Measures, make_measures
 from drkl.training.on_policy import OnPolicy, check_rollouts, check_whole
 from drkl.training.packing import settle_packing
 from drkl.training.pair import Pair, make_pair
+from drkl.training.placing import place, rotate, set_aside_later, staging, tidy
 from drkl.training.plan import MicroBatches, Places, cuts_by_cost, plan_run
 from drkl.training.record import RunRecord
 from drkl.training.served import questions_in
 from drkl.training.sharding import check_kind, load_optimizer, save_optimizer, weights_in
 from drkl.training.spare import SpareMemory
+from drkl.training.stopping import Stopping
 from drkl.training.streaming import StreamedBatches
 
 OTHER_ROWS = "other_"
@@ -211,6 +213,13 @@ class DistillationTrainer(Trainer):
         self._finite, self._memory = FiniteSteps(self), SpareMemory(self)
         self._from = Reached(0)
         """Where the training began."""
+        self._whole: Path | None = None
+        """The checkpoint that it went on from."""
+        self._student_step: int | None = None
+        """The step of the best weights, once they are in memory again."""
+        self.on_message: Callable[[str], None] = _log.info
+        """Called with what a run says as it goes on."""
+        self._stopping = Stopping(self)
         self.num_tokens_seen = 0
         self._row_ids: list[str] = []
 
@@ -218,8 +227,9 @@ class DistillationTrainer(Trainer):
         """The callbacks of every run; ``ends`` are the steps after which an epoch ends."""
         args = self.config
         self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(self.run), Epochs(ends, args)
-        begin = OnBegin(self._restore_loss)
-        own: list[TrainerCallback] = [begin, self._train_log, self._epochs, LastStep(), BestCheckpoint()]
+        begin = OnBegin(self._go_on)
+        own: list[TrainerCallback] = [begin, self._train_log, self._epochs, LastStep()]
+        own.append(OnBegin(self._catch_up))
         if args.early_stop_patience:
             own.append(EarlyStop(args.early_stop_patience))
         if self._on_policy is not None:
@@ -279,7 +289,7 @@ class DistillationTrainer(Trainer):
                 optimizers=optimizers,
             )
         except OSError as error:
-            raise DrklError(f"Cannot write to {str(self.run.root)!r}: {error.strerror or error}.") from error
+            raise cannot_write(self.run.root, error) from error
         except (ValueError, RuntimeError, ImportError) as error:
             if isinstance(error, DrklError):
                 raise
@@ -309,14 +319,21 @@ class DistillationTrainer(Trainer):
         Raises:
             DrklError: a loss or a gradient that is not finite, a folder that cannot be written, or no checkpoint.
         """
-        checkpoint = first_alone(lambda: wanted_checkpoint(self.run, resume_from_checkpoint))
+        held = self.record.keeps_folder  # by who prepared it
+        with nullcontext() if held else first_holding(self.run.root, TRAINING, EVALUATION, ANALYSIS):
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | Path | bool | None, **kwargs: Any) -> Any:
+        apart = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        checkpoint = first_alone(lambda: wanted_checkpoint(self.run, resume_from_checkpoint, optimizer=apart))
         # What cannot be gone on from is refused before anything of the run is touched.
-        self._from = Reached(0)
+        self._from, self._whole, self._student_step = Reached(0), checkpoint, None
         if checkpoint is not None:
             check_kind(checkpoint, by_accelerate=self.is_fsdp_enabled)
-            check_checkpoint(checkpoint, optimizer=not (self.is_deepspeed_enabled or self.is_fsdp_enabled))
+            check_state(checkpoint)
             self._from = reached_at(checkpoint)
             self._check_plan(checkpoint)
+            self.on_message(f"Going on from {checkpoint.name}.")
         self.num_tokens_seen = self._from.num_tokens
         self._feeding.begin(self._from.fed)
         self._finite.begin(self._from)
@@ -324,14 +341,18 @@ class DistillationTrainer(Trainer):
             self._on_policy.begin(checkpoint)
         if self._streamed is not None:
             self._streamed.begin(checkpoint)
+        from_step = step_of(checkpoint) if checkpoint else -1
         if self.is_world_process_zero():
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
+            tidy(self.run.checkpoints_path)
+            if resume_from_checkpoint is not True:
+                set_aside_later(self.run.checkpoints_path, from_step)
         self.accelerator.wait_for_everyone()
-        from_step = step_of(checkpoint) if checkpoint else -1
-        self._train_log.begin(from_step)
+        due = self._from.evaluation_due
+        self._train_log.begin(from_step, measured=not due)
         self._watch.begin()
         if self._measures is not None and self.is_world_process_zero():
-            self._measures.begin(from_step)
+            self._measures.begin(from_step - due)
         # It would be a second evaluation of the step that a run goes on from.
         self.args.eval_on_start = self.config.eval_on_start and checkpoint is None
         student = self.pair.student
@@ -340,7 +361,8 @@ class DistillationTrainer(Trainer):
         if self._use_cache is not None:
             student.config.use_cache = False
         try:
-            with freed_memory_kept(self.args.device), with_varlen(self.pair.varlen), self._memory.around():
+            stopping, memory = self._stopping.training(checkpoint), self._memory.around()
+            with freed_memory_kept(self.args.device), with_varlen(self.pair.varlen), memory, stopping:
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
             read = None if self._streamed is None else self._streamed.account(self.state.global_step)
         finally:
@@ -353,7 +375,7 @@ class DistillationTrainer(Trainer):
             student.train(training)
             release_buffers()
         if self.is_world_process_zero():
-            self.record.trained(self.state, self._train_log.seconds, read)
+            self.record.trained(self.state, self._train_log.seconds, read, student_step=self._student_step)
         self.accelerator.wait_for_everyone()
         return output
 
@@ -488,7 +510,27 @@ class DistillationTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:  # transformers asks only after another step
-            super()._run_epoch(*args, **kwargs)
+            with self._stopping.steps():
+                super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        none_taken = self.state.global_step == self._globalstep_last_logged
+        with self._stopping.step_end():
+            if self.control.should_log and none_taken and self._finite.has_news:
+                self.log(self._finite.numbers())  # there are no means since the last line
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _catch_up(self) -> None:
+        """Measure and save what was left to do after the step that a run goes on from."""
+        came, control = self._from, self.control
+        if not came.evaluation_due:
+            return
+        self._load_rng_state(str(self._whole))
+        control.should_evaluate, control.should_save = True, came.save_due
+        try:
+            super()._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, 0, None, time.time())
+        finally:
+            control.should_evaluate = control.should_save = False
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As transformers', over the parts of a micro-batch."""
@@ -502,6 +544,8 @@ class DistillationTrainer(Trainer):
         """The micro-batches of the next step; answers are written first where they are due."""
         self._finite.step_begins()
         self._memory.step_begins()
+        if self._uses_teacher and isinstance(self.teacher, ServedTeacher):
+            self._stopping.remember()
         if self._on_policy is None:
             samples = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._ask_ahead(samples[0], self._batches_of(self.state.global_step + 1))
@@ -539,11 +583,6 @@ class DistillationTrainer(Trainer):
             grad_norm = self._finite.clip(model, torch.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return norm if self._finite.is_taken(norm) else None
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self.control.should_log and self._finite.has_news and self.state.global_step == self._globalstep_last_logged:
-            self.log(self._finite.numbers())  # no step was taken since the last line, which has no mean then
-        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         # Labels are aligned here: every one that is not ignored counts, the first column too.
@@ -604,7 +643,7 @@ class DistillationTrainer(Trainer):
             with self._finite.answers():
                 return measures.evaluate(model, self.objective, self.loss_config, step=step, keep=keep)
         except NonFiniteLoss as error:
-            raise DrklError(
+            raise Halted(
                 f"After step {step} {error} Training stopped; {self._finite.kept()}. {error.remedy}"
             ) from error
         finally:
@@ -651,7 +690,8 @@ class DistillationTrainer(Trainer):
             sums.update(part)
         return dict(sums)
 
-    def _restore_loss(self) -> None:
+    def _go_on(self) -> None:
+        self._settle_best(read=True)
         # transformers forgets the steps between the last line of the log and the checkpoint.
         came = self._from
         self._globalstep_last_logged = came.step if came.logged_step is None else came.logged_step
@@ -704,13 +744,31 @@ class DistillationTrainer(Trainer):
         with readable(str(checkpoint), "random state"):
             super()._load_rng_state(checkpoint)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(staging(self.run.checkpoints_path))  # of a checkpoint that is being written
+
+    def _settle_best(self, *, read: bool = False, ended: bool = False) -> None:
+        """Have the state speak of the best checkpoint that is there; its path is that of another time and place."""
+        state, folder = self.state, self.run.checkpoints_path
+        state.best_model_checkpoint = None
+        if state.best_global_step is not None:
+            best = first_alone(lambda: find_best(folder, state, read=read, ended=ended, whole=self._whole))
+            state.best_global_step, state.best_metric = best.step, best.loss
+            state.best_model_checkpoint = None if best.path is None else str(best.path)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._whole = None  # it was so long ago
+        self._settle_best(read=True, ended=True)
+        return super()._finalize_training(*args, **kwargs)
+
     def _load_best_model(self) -> None:
         if self._sharded_by_caller:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-            return
-        with readable(str(self.state.best_model_checkpoint), "weights"):
-            super()._load_best_model()
-            check_numbers(self.student, "The student in it")
+        else:
+            with readable(str(self.state.best_model_checkpoint), "weights"):
+                super()._load_best_model()
+                check_numbers(self.student, "The student in it")
+        self._student_step = self.state.best_global_step
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that is not this student's; transformers only warns, of tied weights too."""
@@ -723,39 +781,37 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._finite.check_weights(optimizer=True)
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        folder = staging(self.run.checkpoints_path) / f"checkpoint-{self.state.global_step}"
+        what, then = f"the checkpoint of step {self.state.global_step}", "resume the run: earlier checkpoints are kept"
         try:
-            super()._save_checkpoint(model, trial)
-            losses = tuple(gather([float(self._tr_loss)]))  # and every process has written its part
-            # transformers looks for the best one's folder while others may not have made it yet.
-            best = folder.parent / f"checkpoint-{self.state.best_global_step}"
-            if gather([best.is_dir()])[0]:
-                self.state.best_model_checkpoint = str(best)
-            fed = self._feeding.of_all()
-            if self.args.should_save:
-                self._complete(folder, losses, fed)
-        # A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
-        except (DrklError, OSError, RuntimeError, SafetensorError) as error:
+            with writing(folder, what=what, then=then):
+                super()._save_checkpoint(model, trial)
+                losses = tuple(gather([float(self._tr_loss)]))  # and every process has written its part
+                fed = self._feeding.of_all()
+                first_alone(lambda: self._complete(folder, losses, fed))
+        except Exception:
             shutil.rmtree(folder, ignore_errors=True)
-            if lost_another(error):
-                raise  # there may be room enough
-            raise DrklError(
-                f"Could not write the checkpoint of step {self.state.global_step} to {str(folder)!r}: "
-                f"{' '.join(str(error).split())[:200].rstrip('.')}. The last good checkpoint is kept; make room, then "
-                "resume."
-            ) from error
+            raise
+        self._stopping.saved()
+        self._settle_best()
 
-    def _complete(self, folder: Path, losses: tuple[float, ...], fed: Fed) -> None:
-        """Make a checkpoint count, and remove old ones."""
-        step = self.state.global_step
+    def _complete(self, written: Path, losses: tuple[float, ...], fed: Fed) -> None:
+        """Make a checkpoint count, and remove old ones. Called in one process."""
+        state = self.state
+        step = state.global_step
+        state.best_model_checkpoint = None
+        state.save_to_json(str(written / "trainer_state.json"))  # where it lies is found out when it is read
         if self._on_policy is not None:
-            self._on_policy.save(folder)
+            self._on_policy.save(written)
         if self._streamed is not None:
-            self._streamed.save(folder)
+            self._streamed.save(written)
         plan = plan_digest(self._steps[:step])
         logged, finite = self._globalstep_last_logged, self._finite
-        skips = {"skipped": finite.skipped, "skipped_in_row": finite.in_row}
-        mark_complete(folder, Reached(step, self.num_tokens_seen, logged, losses, plan, fed, **skips))
+        reached = Reached(
+            step, self.num_tokens_seen, logged, losses, plan, fed, skipped=finite.skipped, skipped_in_row=finite.in_row
+        )
+        mark_complete(written, self._stopping.marked(reached))
+        self._train_log.sync()
+        place(written)
         if self._keep_checkpoints:
-            best = self.state.best_model_checkpoint
-            rotate(folder.parent, self._keep_checkpoints, Path(best) if best else None)
+            rotate(self.run.checkpoints_path, self._keep_checkpoints, state.best_global_step, step)
