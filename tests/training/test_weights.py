@@ -165,7 +165,7 @@ def test_a_checkpoint_cut_off_in_its_weights_is_refused(tmp_path: Path) -> None:
     path = run.checkpoints_path / "checkpoint-2" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(
-        DrklError, match=r"no whole checkpoint in .*checkpoint-2: model\.safetensors has [\d,]+ bytes in p"
+        DrklError, match=r"no whole checkpoint .*checkpoint-2: model\.safetensors has [\d,]+ bytes in p"
     ):
         tiny_runs.train(values, mode="resume")
 
