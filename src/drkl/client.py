@@ -7,10 +7,12 @@ import json
 import os
 import re
 import selectors
+import socket
 import ssl
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from typing import Any, TypeVar
@@ -25,6 +27,8 @@ MOMENTARY = frozenset((408, 429, 502, 503, 504))
 """HTTP statuses of a server, or of a proxy before it, that may answer later."""
 _LONGEST = 400
 """Characters of a server's own words in a message."""
+_LEAST = 1.0
+"""Seconds for an answer that has begun to come, however many came before it."""
 _LARGEST = 2**28
 """Bytes of an answer; one token takes about a hundred."""
 
@@ -82,6 +86,9 @@ class Client:
         self.address, self._timeout, self._caller = address, timeout, caller
         self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._host, self._port = str(parts.hostname), parts.port
+        self.on_return: Callable[[], None] | None = None
+        """Called before a server is asked again that could not be reached: it may have been started anew."""
+        self._was_lost = False
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
         name = next((name for name in caller.keys if name in os.environ), caller.keys[0])
@@ -98,10 +105,10 @@ class Client:
             Lost: the server cannot be reached.
             DrklError: it does not answer in time, refuses (`Refused`), or answers with something else than json.
         """
-        connection = self._connection()
+        connection, end = self._connection(), self._deadline()
         try:
-            self._send(connection, path, body)
-            return self._receive(connection, path)
+            self._send(connection, path, body, end)
+            return self._receive(connection, path, end)
         finally:
             connection.close()
 
@@ -125,13 +132,13 @@ class Client:
             def send(connection: HTTPConnection) -> None:
                 if not waiting or lost:
                     return
-                number = waiting.popleft()
+                number, end = waiting.popleft(), self._deadline()
                 try:
-                    self._send(connection, path, bodies[number])
+                    self._send(connection, path, bodies[number], end)
                 except Lost as error:
                     lost.append(error)
                     return
-                selector.register(connection.sock, selectors.EVENT_READ, (connection, number, self._deadline()))
+                selector.register(connection.sock, selectors.EVENT_READ, (connection, number, end))
 
             for _ in range(min(at_once, len(bodies))):
                 send(stack.enter_context(contextlib.closing(self._connection())))
@@ -140,10 +147,10 @@ class Client:
                 if not ready:
                     raise self._slow(path)
                 for key, _ in ready:
-                    connection, number, _ = key.data
+                    connection, number, end = key.data
                     selector.unregister(key.fileobj)
                     try:
-                        answer = self._receive(connection, path)
+                        answer = self._receive(connection, path, end)
                     except Lost as error:
                         lost.append(error)
                         continue
@@ -171,7 +178,8 @@ class Client:
 
             try:
                 self.ask_all(path, [bodies[i] for i in asked], at_once=at_once, on_answer=take)
-            except (Lost, Slow):
+            except (Lost, Slow) as error:
+                self._was_lost |= isinstance(error, Lost)
                 if len(left) == before:
                     raise
 
@@ -187,12 +195,16 @@ class Client:
         end, slow = self._deadline(), 0
         for tries, wait in enumerate((*WAITS, None), start=1):
             try:
+                if self._was_lost and self.on_return is not None:
+                    self.on_return()
+                self._was_lost = False
                 return action()
             except Slow:
                 slow, end = slow + 1, self._deadline()
                 if slow >= self._caller.slow_tries:
                     raise
             except Lost as error:
+                self._was_lost = True
                 if wait is None or time.monotonic() + wait > end:
                     raise DrklError(
                         f"{self._caller.server} at {self.address} cannot be reached ({error}); tried {tries} times. "
@@ -207,17 +219,47 @@ class Client:
     def _connection(self) -> HTTPConnection:
         return self._kind(self._host, self._port, timeout=self._timeout)
 
-    def _send(self, connection: HTTPConnection, path: str, body: Any) -> None:
+    @contextlib.contextmanager
+    def _until(self, end: float, connection: HTTPConnection, path: str) -> Iterator[None]:
+        """Break a connection off at a moment: its own limit is for each byte, and a server may send a byte at a time.
+
+        Raises:
+            Slow: the moment came.
+        """
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            with contextlib.suppress(OSError, AttributeError):  # closed meanwhile, or never open
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(max(_LEAST, end - time.monotonic()), stop)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except (OSError, HTTPException, ValueError) as error:
+            if late.is_set():
+                raise self._slow(path) from error
+            raise
+        finally:
+            timer.cancel()
+        if late.is_set():  # an answer without a length ends where it was broken off
+            raise self._slow(path)
+
+    def _send(self, connection: HTTPConnection, path: str, body: Any, end: float) -> None:
         data = None if body is None else json.dumps(body)
         try:
-            connection.request("GET" if body is None else "POST", self._prefix + path, data, self._headers)
+            with self._until(end, connection, path):
+                connection.request("GET" if body is None else "POST", self._prefix + path, data, self._headers)
         except (OSError, HTTPException) as error:
             raise self._failed(error, path) from error
 
-    def _receive(self, connection: HTTPConnection, path: str) -> Any:
+    def _receive(self, connection: HTTPConnection, path: str, end: float) -> Any:
         try:
-            response = connection.getresponse()
-            status, content = response.status, self._read(response, path)
+            with self._until(end, connection, path):
+                response = connection.getresponse()
+                status, content = response.status, self._read(response, path)
         except (OSError, HTTPException) as error:
             raise self._failed(error, path) from error
         text = content.decode("utf-8", "replace")

@@ -89,9 +89,20 @@ def check_said(ended: Ended, number: int) -> None:
 
 
 def every_write(
-    work: Work, disk: Disk, runner: Runner, injected: Injected, number: int, *, step: int = 1, **how: Any
+    work: Work,
+    disk: Disk,
+    runner: Runner,
+    injected: Injected,
+    number: int,
+    *,
+    step: int = 1,
+    passes: bool = False,
+    **how: Any,
 ) -> None:
-    """Fail every ``step``-th write of a command in turn; what its message names goes on to the same end."""
+    """Fail every ``step``-th write of a command in turn; what its message names goes on to the same end.
+
+    With ``passes`` the command itself is to come to that end.
+    """
     folders = [*(work.writes or [work.folder])]
     work.first()
     disk.watch(*folders, error=number)
@@ -107,6 +118,7 @@ def every_write(
         where = disk.where
         disk.mend()
         with injected(f"{errno.errorcode[number]} at write {write} of {count}, {where}"):
+            assert not (passes and ended.code), ended.err
             if ended.code != 0:
                 check_said(ended, number)
                 again = runner.call(*way_on(ended), variables=work.variables)
@@ -190,3 +202,179 @@ def test_no_library_escapes(tmp_path: Path, disk: Disk, runner: Runner, injected
         ended = runner.call("--version", inject=where, given=[str(tmp_path)])
         assert ended.code == 0 and "was written" not in ended.out, ended
         assert disk.failed >= 10
+
+
+def cache_of_rows(root: Path, runner: Runner) -> Work:
+    """A run that is the first to read its rows, with a cache of its own."""
+    work, cache = training(root), root / "own-cache"
+
+    def first() -> None:
+        shutil.rmtree(work.folder, ignore_errors=True)
+        shutil.rmtree(cache, ignore_errors=True)
+
+    return Work(work.words, work.folder, [cache], {"DRKL_CACHE": str(cache)}, first)
+
+
+def teacher_cache(root: Path, runner: Runner, *more: object) -> Work:
+    config = tiny_runs.write_config(tiny_runs.config(root), root / "run.yaml")
+    cache = root / "teacher-cache"
+    return Work(["cache", config, "--output", cache, *more], cache, first=removed(cache))
+
+
+def filled_cache(root: Path, runner: Runner) -> Work:
+    """A run that adds rows to the cache of its teacher."""
+    few, cache, kept = root / "few.jsonl", root / "teacher-cache", root / "kept-cache"
+    values = tiny_runs.config(root, training=SMALL)
+    few.write_text("".join((root / "data.jsonl").read_text().splitlines(keepends=True)[:20]))
+    some = tiny_runs.write_config(tiny_runs.config(root, data={"path": str(few)}), root / "few.yaml")
+    made = runner.call("cache", some, "--output", kept)
+    assert made.code == 0, made.err
+    values["teacher"] |= {"cache": str(cache), "fill_cache": True}
+    config, run = tiny_runs.write_config(values, root / "run.yaml"), root / "runs" / "r"
+
+    def first() -> None:
+        for path in (run, cache):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(kept, cache)
+
+    return Work(["distill", config], cache, first=first)
+
+
+def trained(root: Path, runner: Runner) -> Path:
+    """A run that has ended."""
+    work = training(root)
+    done = runner.call(*work.words)
+    assert done.code == 0, done.err
+    return work.folder
+
+
+def evaluated(root: Path, runner: Runner) -> Path:
+    run = trained(root, runner)
+    done = runner.call("evaluate", run)
+    assert done.code == 0, done.err
+    return run
+
+
+def evaluation(root: Path, runner: Runner) -> Work:
+    run = trained(root, runner)
+    suite = tiny_runs.write_rows(root / "suite.jsonl", 6)
+
+    def first() -> None:
+        for path in run.iterdir():
+            if path.name in (".evaluation", "eval.json", "samples.jsonl", "heldout.jsonl", "predictions.jsonl"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    words = ["evaluate", run, "--suite", f"dolly={suite}", "--prompts", 2, "--samples", 2, "--sweep", "0.5"]
+    return Work(words, run, variables={"DRKL_CACHE": str(root / "own-cache")}, first=first)
+
+
+def evaluation_cache(root: Path, runner: Runner) -> Work:
+    work, cache = evaluation(root, runner), root / "own-cache"
+
+    def first() -> None:
+        work.first()
+        shutil.rmtree(cache / "evaluation", ignore_errors=True)
+
+    return Work(work.words, work.folder, [cache], work.variables, first)
+
+
+def evaluated_again(root: Path, runner: Runner) -> Work:
+    """An evaluation over an older one."""
+    run = evaluated(root, runner)
+    kept = root / "kept"
+    shutil.copytree(run, kept)
+
+    def first() -> None:
+        shutil.rmtree(run)
+        shutil.copytree(kept, run)
+
+    return Work(["evaluate", run, "--seeds", "7"], run, first=first)
+
+
+def analysis(root: Path, runner: Runner) -> Work:
+    run = trained(root, runner)
+
+    def first() -> None:
+        shutil.rmtree(run / "analysis", ignore_errors=True)
+        (run / "analysis.json").unlink(missing_ok=True)
+
+    return Work(["analyze", run, "--positions", 8], run, first=first)
+
+
+def page(root: Path, runner: Runner, *more: object) -> Work:
+    run, out = evaluated(root, runner), root / "out"
+    words = ["report", run, "--output", out / "page.html", "--picture", out / "picture.svg", *more]
+    return Work(words, out, first=removed(out))
+
+
+def table(root: Path, runner: Runner) -> Work:
+    work = page(root, runner)
+    out = root / "out"
+    run = work.words[1]
+    return Work(["report", run, "--output", out / "table.csv", "--picture", out / "picture.png"], out, first=work.first)
+
+
+def comparison(root: Path, runner: Runner) -> Work:
+    run, out = evaluated(root, runner), root / "out"
+    return Work(["compare", run, run, "--format", "csv", "--output", out / "c.csv"], out, first=removed(out))
+
+
+def toy(root: Path, runner: Runner) -> Work:
+    out = root / "toy"
+    words = ["toy", "--quick", "--objectives", "fkl,rkl", "--setting", "free", "--jobs", 1, "--output", out]
+    return Work(words, out, first=removed(out))
+
+
+WORKS: dict[str, Callable[..., Work]] = {
+    "cache": teacher_cache,
+    "cache of the largest logits": lambda root, runner: teacher_cache(root, runner, "--kind", "topk", "--k", 4),
+    "filling a cache": filled_cache,
+    "evaluate": evaluation,
+    "evaluate again": evaluated_again,
+    "analyze": analysis,
+    "report": page,
+    "report, csv": table,
+    "compare": comparison,
+    "toy": toy,
+}
+CACHES = {"rows": cache_of_rows, "evaluations": evaluation_cache}
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    group="Disk",
+    fault="The disk is full from the n-th write on, for every n, of cache, evaluate, analyze, report, compare and toy",
+    does="Stops with the cause, the file and the command that goes on; that one gives what was wanted at first.",
+)
+@pytest.mark.parametrize("kind", WORKS)
+def test_a_full_disk_at_every_write_of_a_command(
+    tmp_path: Path, disk: Disk, runner: Runner, injected: Injected, kind: str
+) -> None:
+    every_write(WORKS[kind](tmp_path, runner), disk, runner, injected, errno.ENOSPC)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    group="Disk",
+    fault="The disk becomes read-only at the n-th write of cache, evaluate, analyze, report, compare and toy",
+    does="As for a full disk; the message never speaks of room.",
+)
+@pytest.mark.parametrize("kind", WORKS)
+def test_a_read_only_disk_in_a_command(
+    tmp_path: Path, disk: Disk, runner: Runner, injected: Injected, kind: str
+) -> None:
+    every_write(WORKS[kind](tmp_path, runner), disk, runner, injected, errno.EROFS, step=3)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    group="Disk",
+    fault="drkl's own cache (of rows, of evaluations) is on a disk that is full, or fails once, at every write",
+    does="Says so and goes on without it: what is kept there can be made again.",
+)
+@pytest.mark.parametrize(("number", "forever"), [(errno.ENOSPC, True), (errno.EIO, False)])
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_cache_that_cannot_be_written(
+    tmp_path: Path, disk: Disk, runner: Runner, injected: Injected, kind: str, number: int, forever: bool
+) -> None:
+    every_write(CACHES[kind](tmp_path, runner), disk, runner, injected, number, forever=forever, passes=True)

@@ -90,10 +90,9 @@ def writes_contents_alone(template: str) -> bool:
     try:
         # As transformers reads chat templates.
         environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        parsed = environment.parse(template)
-    except TemplateError:
+        return _Reader(environment.parse(template)).is_plain
+    except (TemplateError, RecursionError):
         return False
-    return _Reader(parsed).is_plain
 
 
 class _Reader:

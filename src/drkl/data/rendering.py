@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from drkl.data.encoding import TextEncoder
+from drkl.data.limits import bounded
 from drkl.errors import DrklError, did_you_mean
 
 if TYPE_CHECKING:
@@ -148,8 +149,9 @@ class Writer:
         import jinja2
 
         template = self._dated_template
-        try:
-            text = self.tokenizer.apply_chat_template(
+
+        def render() -> Any:
+            return self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=None if self.tools is None else list(self.tools),
                 chat_template=template,
@@ -157,21 +159,29 @@ class Writer:
                 tokenize=False,
                 **(self.template_kwargs or {}),
             )
+
+        try:
+            text = bounded(("chat", template), "The tokenizer's chat template", _WAY_OUT.strip(), render)
+        except DrklError:
+            raise
         except jinja2.TemplateSyntaxError as error:
-            raise DrklError(
-                f"The tokenizer's chat template is not valid jinja: {str(error).rstrip('.')}.{_WAY_OUT}"
-            ) from error
+            raise DrklError(f"The tokenizer's chat template is not valid jinja: {_words(error)}.{_WAY_OUT}") from error
         except jinja2.TemplateError as error:
             raise DrklError(
-                f"The tokenizer's chat template refuses the roles {_roles(messages)}: {str(error).rstrip('.')}. Change "
-                "such rows, or set data.template to alpaca, plain or jinja text."
+                f"The tokenizer's chat template refuses the roles {_roles(messages)}: {_words(error)}. Change such "
+                "rows, or set data.template to alpaca, plain or jinja text."
             ) from error
         # A template is somebody's code: it may fail in any way.
         except Exception as error:
             raise DrklError(
                 f"The tokenizer's chat template failed on the roles {_roles(messages)}: {type(error).__name__}: "
-                f"{error}.{_WAY_OUT}"
+                f"{_words(error)}.{_WAY_OUT}"
             ) from error
+        if len(text) > _LARGEST + 10 * sum(len(str(message)) for message in messages):
+            raise DrklError(
+                f"The tokenizer's chat template makes {len(text):,} characters of one conversation. It is broken, or "
+                f"made to stop this program.{_WAY_OUT}"
+            )
         return str(text)
 
     @cached_property
@@ -207,15 +217,26 @@ class Writer:
         compiled = compile_jinja(self.template)
         tokens = {"bos_token": self.tokenizer.bos_token or "", "eos_token": self.tokenizer.eos_token or ""}
         given = {**(self.template_kwargs or {}), **words, **tokens, "tools": self.tools}
+
+        def render() -> Any:
+            return compiled.render(messages=[dict(message) for message in messages], **given)
+
         try:
-            text = compiled.render(messages=[dict(message) for message in messages], **given)
+            text = bounded(("jinja", self.template), "data.template", _ONLY_PROMPTS.strip(), render)
+        except DrklError:
+            raise
         # A template is the user's code: it may fail in any way.
         except Exception as error:
             raise DrklError(
-                f"data.template failed: {type(error).__name__}: {error}. It is given messages, prompt, instruction, "
-                f"input, tools, bos_token and eos_token.{_ONLY_PROMPTS}"
+                f"data.template failed: {type(error).__name__}: {_words(error)}. It is given messages, prompt, "
+                f"instruction, input, tools, bos_token and eos_token.{_ONLY_PROMPTS}"
             ) from error
         return str(text)
+
+
+def _words(error: Exception) -> str:
+    """What a template, or jinja, says of its failing, on one line."""
+    return " ".join(str(error).split())[:_LONGEST].rstrip(".")
 
 
 def _roles(messages: Messages) -> str:
@@ -247,6 +268,10 @@ CLOCK = "strftime_now"
 _CODES = "aAbBcdfGHIjmMpSuUVwWxXyYzZ"
 # Those that not every system knows.
 _WORDS = {"%-d": "26", "%-m": "7", "%e": "26", "%D": "07/26/24", "%F": "2024-07-26", "%T": "00:00:00"}
+_LARGEST = 1 << 22
+"""Characters that a template may write, beside ten times those of the messages: no model reads so much."""
+_LONGEST = 300
+"""Characters of an error's own words."""
 _ONLY_PROMPTS = " It writes the prompt alone; a chat template belongs in the tokenizer, as its chat_template."
 _WAY_OUT = " Give the tokenizer another chat_template, or set data.template to alpaca, plain or jinja text."
 
@@ -271,10 +296,19 @@ def compile_jinja(template: str) -> Any:
 
     environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     try:
-        return environment.from_string(template)
+        # What it can compute without a conversation, it computes here.
+        return bounded(
+            ("compile", template), "data.template", _ONLY_PROMPTS.strip(), lambda: environment.from_string(template)
+        )
+    except DrklError:
+        raise
     except jinja2.TemplateSyntaxError as error:
         raise DrklError(
             f"data.template is not valid jinja (line {error.lineno}): {str(error.message).rstrip('.')}.{_ONLY_PROMPTS}"
+        ) from error
+    except Exception as error:  # thousands of brackets, or of loops in one another
+        raise DrklError(
+            f"data.template cannot be compiled: {type(error).__name__}: {_words(error)}.{_ONLY_PROMPTS}"
         ) from error
 
 

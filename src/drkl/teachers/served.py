@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,6 +30,8 @@ from drkl.teachers.config import TeacherConfig, address_fault
 from drkl.teachers.scores import Odd, Scores, as_topk, read_scores
 
 COMPLETIONS = "/v1/completions"
+SAME = 0.1
+"""The mean difference of log-probabilities of one model that computes in half precision, asked twice."""
 _BYTES_OF_ID = 40
 """An id in a tuple of Python's."""
 _TOGETHER = 8
@@ -113,6 +116,9 @@ class ServedTeacher:
         self.server_timeout, self.server_requests, self.remember_mb = server_timeout, server_requests, remember_mb
         self.pad_id: int | None = None
         self.client = Client(server, server_timeout, CALLER)
+        self.client.on_return = self._check_the_same
+        self._witness: tuple[Question, Scores] | None = None
+        """An answer, by which another model is known."""
         self.source = ""
         """The folder or id whose config and tokenizer stand for the teacher's, once it is settled; empty for none."""
         self.vocab_size = 0
@@ -285,7 +291,31 @@ class ServedTeacher:
 
         bodies = [self.body(question.ids) for question in questions]
         self.client.ask_each(COMPLETIONS, bodies, at_once=self.server_requests, on_answer=take)
+        if self._witness is None and found:
+            self._witness = max(found.items(), key=lambda item: len(item[0].positions))
         return found
+
+    def _check_the_same(self) -> None:
+        """Raise DrklError where a server that was away has another model now."""
+        if self._served is not None and self._look(self.client.ask("/v1/models")) != self._served:
+            raise self._another("/v1/models describes another model than before")
+        if self._witness is None:
+            return
+        question, before = self._witness
+        now = self.read(self.client.ask(COMPLETIONS, self.body(question.ids)), question)
+        lowest = -30.0  # of what rounds to nothing
+        difference = float(np.abs(np.clip(now.observed, lowest, 0) - np.clip(before.observed, lowest, 0)).mean())
+        if not difference <= SAME:
+            raise self._another(
+                f"the log-probabilities of the {len(before.observed)} tokens of a row that it had read before differ "
+                f"by {difference:.2g} in the mean; at most {SAME:g} is rounding"
+            )
+
+    def _another(self, what: str) -> DrklError:
+        return DrklError(
+            f"The teacher's server at {self.server} could not be reached for a while, and has another model since: "
+            f"{what}. Start it with the model that it had. {GO_ON}"
+        )
 
     def read(self, body: Any, question: Question) -> Scores:
         """What an answer says of the positions of a row.

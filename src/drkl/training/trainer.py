@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from drkl.models.sharded import is_sharded, load_whole, reshard, whole_state
 from drkl.models.varlen import with_varlen
 from drkl.models.weights import check_numbers, listed, not_loaded
 from drkl.objectives import Objective
-from drkl.processes import first_alone, gather
+from drkl.processes import first_alone, gather, lost_another
 from drkl.rollouts.steps import planned_lengths
 from drkl.runs import RunFolder
 from drkl.teachers.live import LiveTeacher
@@ -54,14 +54,16 @@ from drkl.training.callbacks import (
 from drkl.training.checkpoints import (
     Reached,
     check_state,
+    logged_until,
     mark_complete,
+    plain_errors,
     plan_digest,
     reached_at,
     readable,
     step_of,
     wanted_checkpoint,
 )
-from drkl.training.checks import check_disk
+from drkl.training.checks import check_disk, check_there
 from drkl.training.faults import Fault, Way, find_fault, state_faults
 from drkl.training.feeding import Fed, Feeding
 from drkl.training.finite import FiniteSteps
@@ -69,6 +71,7 @@ from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of,
 from drkl.training.heap import freed_memory_kept
 from drkl.training.heldout import NonFiniteLoss
 from drkl.training.heldout_answers import HeldOutAnswers
+from drkl.training.inputs import begins_anew, check_inputs, describe_inputs
 from drkl.training.loop import check_optimizer, loop_arguments
 from drkl.training.measures import Measures, make_measures
 from drkl.training.on_policy import OnPolicy, check_rollouts, check_whole
@@ -78,6 +81,7 @@ from drkl.training.placing import place, rotate, set_aside_later, staging, tidy
 from drkl.training.plan import MicroBatches, Places, cuts_by_cost, plan_run
 from drkl.training.record import RunRecord
 from drkl.training.served import questions_in
+from drkl.training.settings import changed
 from drkl.training.sharding import check_kind, load_optimizer, save_optimizer, weights_in
 from drkl.training.spare import SpareMemory
 from drkl.training.stopping import Stopping
@@ -213,12 +217,16 @@ class DistillationTrainer(Trainer):
         self._finite, self._memory = FiniteSteps(self), SpareMemory(self)
         self._from = Reached(0)
         """Where the training began."""
+        self._inputs: dict[str, Any] | None = None
+        """What `describe_inputs` found before the first step."""
         self._whole: Path | None = None
         """The checkpoint that it went on from."""
         self._student_step: int | None = None
         """The step of the best weights, once they are in memory again."""
         self.on_message: Callable[[str], None] = _log.info
         """Called with what a run says as it goes on."""
+        self.on_begin: Callable[[], None] = lambda: None
+        """Called in every process before anything of the run is written."""
         self._stopping = Stopping(self)
         self.num_tokens_seen = 0
         self._row_ids: list[str] = []
@@ -226,10 +234,9 @@ class DistillationTrainer(Trainer):
     def _own_callbacks(self, ends: Sequence[int]) -> list[TrainerCallback]:
         """The callbacks of every run; ``ends`` are the steps after which an epoch ends."""
         args = self.config
-        self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(self.run), Epochs(ends, args)
+        self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(), Epochs(ends, args)
         begin = OnBegin(self._go_on)
         own: list[TrainerCallback] = [begin, self._train_log, self._epochs, LastStep()]
-        own.append(OnBegin(self._catch_up))
         if args.early_stop_patience:
             own.append(EarlyStop(args.early_stop_patience))
         if self._on_policy is not None:
@@ -309,6 +316,10 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """Train, and write the run folder but for the student, which `save_model` writes.
 
+        SIGTERM, SIGINT and SIGHUP, where a main thread leaves them to Python, wait for the end of the step: it is saved
+        as a checkpoint, then SIGINT raises KeyboardInterrupt and the others `drkl.signals.Stopped`, a SystemExit. A
+        second signal, or 25 seconds, end training at once.
+
         Args:
             resume_from_checkpoint: a checkpoint of this run, or True for its newest whole one.
             **kwargs: as in `transformers.Trainer.train`.
@@ -332,7 +343,8 @@ class DistillationTrainer(Trainer):
             check_kind(checkpoint, by_accelerate=self.is_fsdp_enabled)
             check_state(checkpoint)
             self._from = reached_at(checkpoint)
-            self._check_plan(checkpoint)
+        self._settle_inputs(checkpoint)
+        if checkpoint is not None:
             self.on_message(f"Going on from {checkpoint.name}.")
         self.num_tokens_seen = self._from.num_tokens
         self._feeding.begin(self._from.fed)
@@ -342,17 +354,19 @@ class DistillationTrainer(Trainer):
         if self._streamed is not None:
             self._streamed.begin(checkpoint)
         from_step = step_of(checkpoint) if checkpoint else -1
+        self.on_begin()
         if self.is_world_process_zero():
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
-            tidy(self.run.checkpoints_path)
-            if resume_from_checkpoint is not True:
-                set_aside_later(self.run.checkpoints_path, from_step)
+            with writing(self.run.checkpoints_path, then="resume the run"):
+                tidy(self.run.checkpoints_path)
+                if resume_from_checkpoint is not True:
+                    set_aside_later(self.run.checkpoints_path, from_step)
         self.accelerator.wait_for_everyone()
         due = self._from.evaluation_due
-        self._train_log.begin(from_step, measured=not due)
-        self._watch.begin()
+        history = None if checkpoint is None else logged_until(checkpoint)
+        self._watch.begin(self._train_log.begin(from_step, history, measured=not due))
         if self._measures is not None and self.is_world_process_zero():
-            self._measures.begin(from_step - due)
+            self._measures.begin(from_step - due, history or ())
         # It would be a second evaluation of the step that a run goes on from.
         self.args.eval_on_start = self.config.eval_on_start and checkpoint is None
         student = self.pair.student
@@ -370,6 +384,7 @@ class DistillationTrainer(Trainer):
                 self._streamed.end()
             student.__dict__.pop("forward", None)  # accelerate's, with autocast
             self.processing_class = tokenizer
+            self._rest_optimizer()
             if self._use_cache is not None:
                 student.config.use_cache = self._use_cache
             student.train(training)
@@ -523,8 +538,6 @@ class DistillationTrainer(Trainer):
     def _catch_up(self) -> None:
         """Measure and save what was left to do after the step that a run goes on from."""
         came, control = self._from, self.control
-        if not came.evaluation_due:
-            return
         self._load_rng_state(str(self._whole))
         control.should_evaluate, control.should_save = True, came.save_due
         try:
@@ -637,6 +650,7 @@ class DistillationTrainer(Trainer):
         model: Any = self.student
         training = model.training
         model.eval()
+        self._rest_optimizer()
         step = self.state.global_step
         keep = keep and self.is_world_process_zero()
         try:
@@ -648,6 +662,11 @@ class DistillationTrainer(Trainer):
             ) from error
         finally:
             model.train(training)
+
+    def _rest_optimizer(self) -> None:
+        """Have the weights be those that are meant: a schedule-free optimiser trains at others, and says so itself."""
+        if callable(rest := getattr(self.optimizer, "eval", None)):
+            rest()
 
     def _log_first_answers(self, answers: HeldOutAnswers) -> None:
         """Log what the student writes before its first step."""
@@ -669,19 +688,39 @@ class DistillationTrainer(Trainer):
             logs |= self._streamed.numbers(self.state.global_step) if self._streamed is not None else {}
             self._feeding.begin(Fed())
             self._sums, self._since = {}, now
-        super().log(logs, start_time)
+        # Not since `start_time`: transformers' rates go by the clock of the wall, which may jump.
+        super().log(logs)
 
-    def _check_plan(self, checkpoint: Path) -> None:
-        plan = self._from.plan
-        if self._streamed is not None:
-            return  # it compares the rows themselves
-        if plan not in (None, plan_digest(self._steps[: self._from.step])) and self.args.process_index == 0:
-            _log.warning(
-                "Warning: the steps up to %s had other rows than those of this run: the data, the seed or the size of "
-                "a step is another (per_device_train_batch_size counts for each process). The run goes on with its own "
-                "rows; some may come twice, or not at all.",
-                checkpoint.name,
-            )
+    def check_inputs(self, then: Mapping[str, Any]) -> None:
+        """Refuse to go on with a run that began with other inputs; every process has to call it.
+
+        Args:
+            then: the ``inputs`` that a checkpoint, or env.json, has of that run.
+
+        Raises:
+            InputsChanged: they are others, each with what it was and what it is.
+        """
+        now = self._describe_inputs()
+        first_alone(lambda: check_inputs(then, now, self.run, self.pair.student))
+
+    def _describe_inputs(self) -> dict[str, Any]:
+        """What the run is trained on, and how, before its first step."""
+        if self._inputs is None:
+            config = self.record.settled(self.args.max_steps)
+            self._inputs = describe_inputs(self.pair, self.config, config, self.record.optimizers)
+        return self._inputs
+
+    def _settle_inputs(self, checkpoint: Path | None) -> None:
+        """Refuse other inputs than those of the checkpoint that a run goes on from; of one that begins keep them."""
+        if checkpoint is None:
+            self._inputs = None  # trained before, the student has other weights
+            begins_anew(self.record.earlier, self._describe_inputs(), self.run, self.pair.student)
+        else:
+            self.check_inputs(self._from.inputs)
+            plan = plan_digest(self._steps[: self._from.step])
+            if self._streamed is None and self._from.plan not in (None, plan):  # a stream compares the rows themselves
+                raise changed(self.run.root, [f"the rows of the steps up to {checkpoint.name}: others"])
+        self.record.inputs = self._describe_inputs() | self._from.inputs
 
     def _sums_of_all(self) -> dict[str, float]:
         """The sums of all processes: rows are dealt out by length, so that those of one are no sample."""
@@ -696,6 +735,8 @@ class DistillationTrainer(Trainer):
         came = self._from
         self._globalstep_last_logged = came.step if came.logged_step is None else came.logged_step
         self._tr_loss += came.loss_sum(self.args.process_index, self.args.world_size)
+        if came.evaluation_due:
+            self._catch_up()
 
     def on_progress(self, hook: OnProgress) -> None:
         """Call ``hook(steps done, steps in all, newest numbers)`` after every step."""
@@ -740,6 +781,10 @@ class DistillationTrainer(Trainer):
             if checkpoint is not None and (broken := state_faults(self.optimizer, self.student)):
                 raise DrklError(f"its numbers are not finite ({listed(broken)})")
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with readable(str(checkpoint), "loss scale"):
+            super()._load_scaler(checkpoint)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with readable(str(checkpoint), "random state"):
             super()._load_rng_state(checkpoint)
@@ -782,15 +827,19 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._finite.check_weights(optimizer=True)
         folder = staging(self.run.checkpoints_path) / f"checkpoint-{self.state.global_step}"
+        self._rest_optimizer()
         what, then = f"the checkpoint of step {self.state.global_step}", "resume the run: earlier checkpoints are kept"
         try:
-            with writing(folder, what=what, then=then):
+            with writing(folder, what=what, then=then), plain_errors():
+                check_there(self.run)  # transformers would make it again, with nothing of the run in it
                 super()._save_checkpoint(model, trial)
                 losses = tuple(gather([float(self._tr_loss)]))  # and every process has written its part
                 fed = self._feeding.of_all()
                 first_alone(lambda: self._complete(folder, losses, fed))
-        except Exception:
+        except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, RuntimeError) and not lost_another(error):  # of a way of sharding, for instance
+                raise DrklError(f"Cannot make {what}: {' '.join(str(error).split())[:500]}") from error
             raise
         self._stopping.saved()
         self._settle_best()
@@ -806,10 +855,8 @@ class DistillationTrainer(Trainer):
         if self._streamed is not None:
             self._streamed.save(written)
         plan = plan_digest(self._steps[:step])
-        logged, finite = self._globalstep_last_logged, self._finite
-        reached = Reached(
-            step, self.num_tokens_seen, logged, losses, plan, fed, skipped=finite.skipped, skipped_in_row=finite.in_row
-        )
+        tokens, logged, finite = self.num_tokens_seen, self._globalstep_last_logged, self._finite
+        reached = Reached(step, tokens, logged, losses, plan, fed, self.record.inputs, finite.skipped, finite.in_row)
         mark_complete(written, self._stopping.marked(reached))
         self._train_log.sync()
         place(written)
