@@ -38,7 +38,7 @@ from drkl.models.readout import Readout, read
 from drkl.objectives import OBJECTIVES, Objective, make_objective
 from drkl.objectives.variants import parse_variants
 from drkl.processes import Share
-from drkl.runs import RunFolder
+from drkl.runs import RunFolder, check_no_link
 from drkl.teachers.cached import TeacherCache
 from drkl.training.environment import now
 
@@ -178,6 +178,7 @@ def analyze_inputs(
         shared = True
         if output_dir is not None:
             folder = RunFolder(Path(output_dir))
+            check_no_link(folder.analysis_folder)
             evaluation_seed, shared = share.first(lambda: _claimed(folder, inputs, evaluation_seed))
         started, seconds = time.perf_counter(), dict[str, float]()
         with timed(seconds, "reading"):

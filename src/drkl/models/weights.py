@@ -272,6 +272,24 @@ def conversion_errors(error: BaseException) -> list[str]:
     return []
 
 
+def check_index(folder: str | os.PathLike[str]) -> None:
+    """Raise DrklError where a folder's index of weights names files outside of the folder.
+
+    Args:
+        folder: of a model; one without an index is let through.
+
+    Raises:
+        DrklError: it does.
+    """
+    for path in weight_files(Path(folder)):
+        name = os.path.relpath(path, folder)
+        if name.split(os.sep)[0] == os.pardir:
+            raise DrklError(
+                f"model.safetensors.index.json in {os.fspath(folder)!r} names a file outside of that folder: {name!r}. "
+                "Name files beside it."
+            )
+
+
 def file_faults(folder: str | os.PathLike[str]) -> str | None:
     """What is wrong with the weight files of a folder that cannot be loaded, and the way out; None where unknown."""
     files = weight_files(Path(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -41,6 +42,15 @@ OWNED = {
     "resume_from_checkpoint": "resuming the run",
     "save_only_model": "the checkpoints, which hold the optimiser's state to resume from",
 }
+
+
+def as_name(text: str) -> str:
+    """A name of a run for a folder's name, which may be anything; a name stays as it is.
+
+    >>> as_name("warm-up"), as_name("mein Lauf"), as_name("...")
+    ('warm-up', 'mein-Lauf', 'run')
+    """
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-") or "run"
 
 
 def default_warmup(num_steps: int) -> int:

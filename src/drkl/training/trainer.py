@@ -54,7 +54,9 @@ from drkl.training.callbacks import (
 from drkl.training.checkpoints import (
     Reached,
     check_state,
+    logged_until,
     mark_complete,
+    plain_errors,
     plan_digest,
     reached_at,
     readable,
@@ -230,10 +232,9 @@ class DistillationTrainer(Trainer):
     def _own_callbacks(self, ends: Sequence[int]) -> list[TrainerCallback]:
         """The callbacks of every run; ``ends`` are the steps after which an epoch ends."""
         args = self.config
-        self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(self.run), Epochs(ends, args)
+        self._train_log, self._watch, self._epochs = TrainLog(self.run), AnswersWatch(), Epochs(ends, args)
         begin = OnBegin(self._go_on)
         own: list[TrainerCallback] = [begin, self._train_log, self._epochs, LastStep()]
-        own.append(OnBegin(self._catch_up))
         if args.early_stop_patience:
             own.append(EarlyStop(args.early_stop_patience))
         if self._on_policy is not None:
@@ -313,6 +314,10 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """Train, and write the run folder but for the student, which `save_model` writes.
 
+        SIGTERM, SIGINT and SIGHUP, where a main thread leaves them to Python, wait for the end of the step: it is saved
+        as a checkpoint, then SIGINT raises KeyboardInterrupt and the others `drkl.signals.Stopped`, a SystemExit. A
+        second signal, or 25 seconds, end training at once.
+
         Args:
             resume_from_checkpoint: a checkpoint of this run, or True for its newest whole one.
             **kwargs: as in `transformers.Trainer.train`.
@@ -349,15 +354,16 @@ class DistillationTrainer(Trainer):
         self.on_begin()
         if self.is_world_process_zero():
             self.record.begin(self.args.max_steps, resumed=checkpoint is not None)
-            tidy(self.run.checkpoints_path)
-            if resume_from_checkpoint is not True:
-                set_aside_later(self.run.checkpoints_path, from_step)
+            with writing(self.run.checkpoints_path, then="resume the run"):
+                tidy(self.run.checkpoints_path)
+                if resume_from_checkpoint is not True:
+                    set_aside_later(self.run.checkpoints_path, from_step)
         self.accelerator.wait_for_everyone()
         due = self._from.evaluation_due
-        self._train_log.begin(from_step, measured=not due)
-        self._watch.begin()
+        history = None if checkpoint is None else logged_until(checkpoint)
+        self._watch.begin(self._train_log.begin(from_step, history, measured=not due))
         if self._measures is not None and self.is_world_process_zero():
-            self._measures.begin(from_step - due)
+            self._measures.begin(from_step - due, history or ())
         # It would be a second evaluation of the step that a run goes on from.
         self.args.eval_on_start = self.config.eval_on_start and checkpoint is None
         student = self.pair.student
@@ -375,6 +381,7 @@ class DistillationTrainer(Trainer):
                 self._streamed.end()
             student.__dict__.pop("forward", None)  # accelerate's, with autocast
             self.processing_class = tokenizer
+            self._rest_optimizer()
             if self._use_cache is not None:
                 student.config.use_cache = self._use_cache
             student.train(training)
@@ -514,8 +521,6 @@ class DistillationTrainer(Trainer):
     def _catch_up(self) -> None:
         """Measure and save what was left to do after the step that a run goes on from."""
         came, control = self._from, self.control
-        if not came.evaluation_due:
-            return
         self._load_rng_state(str(self._whole))
         control.should_evaluate, control.should_save = True, came.save_due
         try:
@@ -630,6 +635,7 @@ class DistillationTrainer(Trainer):
         model: Any = self.student
         training = model.training
         model.eval()
+        self._rest_optimizer()
         step = self.state.global_step
         keep = keep and self.is_world_process_zero()
         try:
@@ -640,6 +646,11 @@ class DistillationTrainer(Trainer):
             ) from error
         finally:
             model.train(training)
+
+    def _rest_optimizer(self) -> None:
+        """Have the weights be those that are meant: a schedule-free optimiser trains at others, and says so itself."""
+        if callable(rest := getattr(self.optimizer, "eval", None)):
+            rest()
 
     def _log_first_answers(self, answers: HeldOutAnswers) -> None:
         """Log what the student writes before its first step."""
@@ -660,7 +671,8 @@ class DistillationTrainer(Trainer):
             logs |= self._streamed.numbers(self.state.global_step) if self._streamed is not None else {}
             self._feeding.begin(Fed())
             self._sums, self._since = {}, now
-        super().log(logs, start_time)
+        # Not since `start_time`: transformers' rates go by the clock of the wall, which may jump.
+        super().log(logs)
 
     def check_inputs(self, then: Mapping[str, Any]) -> None:
         """Refuse to go on with a run that began with other inputs; every process has to call it.
@@ -706,6 +718,8 @@ class DistillationTrainer(Trainer):
         came = self._from
         self._globalstep_last_logged = came.step if came.logged_step is None else came.logged_step
         self._tr_loss += came.loss_sum(self.args.process_index, self.args.world_size)
+        if came.evaluation_due:
+            self._catch_up()
 
     def on_progress(self, hook: OnProgress) -> None:
         """Call ``hook(steps done, steps in all, newest numbers)`` after every step."""
@@ -747,6 +761,10 @@ class DistillationTrainer(Trainer):
             else:
                 super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with readable(str(checkpoint), "loss scale"):
+            super()._load_scaler(checkpoint)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with readable(str(checkpoint), "random state"):
             super()._load_rng_state(checkpoint)
@@ -787,9 +805,10 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = staging(self.run.checkpoints_path) / f"checkpoint-{self.state.global_step}"
+        self._rest_optimizer()
         what, then = f"the checkpoint of step {self.state.global_step}", "resume the run: earlier checkpoints are kept"
         try:
-            with writing(folder, what=what, then=then):
+            with writing(folder, what=what, then=then), plain_errors():
                 check_there(self.run)  # transformers would make it again, with nothing of the run in it
                 super()._save_checkpoint(model, trial)
                 losses = tuple(gather([float(self._tr_loss)]))  # and every process has written its part
