@@ -755,6 +755,8 @@ def _options_named_as_flags(patterns: Mapping[str, str] | None = None) -> Iterat
     """Let the messages of errors inside the block speak of flags: those of ``patterns``, else of `_OPTIONS`."""
     try:
         yield
+    except CannotWrite:
+        raise  # it names no option
     except DrklError as error:
         text = str(error)
         for pattern, flag in (patterns or {re.escape(name): flag for name, flag in _OPTIONS.items()}).items():
