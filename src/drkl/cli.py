@@ -844,6 +844,7 @@ def analyze(
     _first_alone()
     folder = output or run
     assert folder is not None
+    keep("analysis.json is written, and not all of its figures.")
     paths = figures.write_figures(result.to_json(), folder / "analysis")
     print_analysis(result.findings, figures.table(result.to_json()))
     print(
