@@ -18,7 +18,7 @@ import typer
 from drkl._version import __version__
 from drkl.disk import CannotWrite, explained
 from drkl.display import shell_word
-from drkl.errors import DrklError, did_you_mean
+from drkl.errors import DrklError, Halted, did_you_mean
 from drkl.outputs import Outputs
 from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
 from drkl.signals import KEPT, check_stopped, handled, keep, wait
@@ -134,6 +134,8 @@ def _fail(error: Exception, place: Place) -> None:
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # of the command line itself
         error.show()
         sys.exit(error.exit_code)
+    if isinstance(error, (MemoryError, RuntimeError)) and (told := _of_memory(error)):
+        error = told
     error = _as_odd_path(explained(error))
     if place.count == 1 and not isinstance(error, DrklError):
         raise error
@@ -147,6 +149,8 @@ def _fail(error: Exception, place: Place) -> None:
             if KEPT.resume and not RunFolder(Path(KEPT.resume[-1])).config_path.is_file():
                 KEPT.text, KEPT.resume = "Nothing of the run is there any more.", ()
             text = f"{text} {KEPT.text} {KEPT.way_on}"
+        elif isinstance(error, Halted):
+            text = f"{text} {KEPT.way_on}"
     if place.is_first or not raised_in_all(error):
         who = "Error" if place.is_first else f"Error in process {place.number} of {place.count}, counted from 0"
         print(f"{who}: {text}", file=sys.stderr)
@@ -164,6 +168,13 @@ def _as_odd_path(error: Exception) -> Exception:
         shown = name if len(name) < 200 else f"{name[:90]}…{name[-90:]}"
         return DrklError(f"No file or folder can be {shown!r} ({error.strerror}). Choose another path.")
     return error
+
+
+def _of_memory(error: Exception) -> DrklError | None:
+    """What is said of memory that ran out where nothing closer tells of it."""
+    from drkl.models.memory import is_out_of_memory, reason_of
+
+    return DrklError(f"The memory ran out ({reason_of(error)}).") if is_out_of_memory(error) else None
 
 
 def _version(value: bool) -> None:

@@ -58,6 +58,10 @@ class Reached:
     """What the processes were fed since ``logged_step``."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """What the run is trained on, and how: `drkl.training.inputs`."""
+    skipped: int = 0
+    """Steps that were left out, as their loss or gradient was not finite."""
+    skipped_in_row: int = 0
+    """Those since the last step that was taken."""
     extra: bool = False
     """Whether an end from outside is why it was written; it stands beside those that were asked for."""
     evaluation_due: bool = False
