@@ -158,7 +158,7 @@ RUNS: dict[str, dict[str, Any]] = {
 )
 def test_a_full_disk_in_training(tmp_path: Path, disk: Disk, runner: Runner, injected: Injected) -> None:
     work = training(tmp_path, training={"max_steps": 2})
-    every_write(work, disk, runner, injected, errno.ENOSPC, step=19)
+    every_write(work, disk, runner, injected, errno.ENOSPC, step=23)
 
 
 @pytest.mark.slow
