@@ -766,6 +766,8 @@ def _options_named_as_flags(patterns: Mapping[str, str] | None = None) -> Iterat
     """Let the messages of errors inside the block speak of flags: those of ``patterns``, else of `_OPTIONS`."""
     try:
         yield
+    except CannotWrite:
+        raise  # it names no option
     except DrklError as error:
         text = str(error)
         for pattern, flag in (patterns or {re.escape(name): flag for name, flag in _OPTIONS.items()}).items():
@@ -853,6 +855,7 @@ def analyze(
     _first_alone()
     folder = output or run
     assert folder is not None
+    keep("analysis.json is written, and not all of its figures.")
     paths = figures.write_figures(result.to_json(), folder / "analysis")
     print_analysis(result.findings, figures.table(result.to_json()))
     print(
