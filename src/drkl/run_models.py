@@ -187,6 +187,7 @@ def config_of(run: RunFolder) -> Config:
 
 def relocated(config: Config, folder: Path) -> Config:
     """Return the config of a moved run with its present path."""
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
     run = config.run.model_copy(update={"dir": str(folder.parent), "name": folder.name})
     return config.model_copy(update={"run": run})
 

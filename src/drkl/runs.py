@@ -187,6 +187,22 @@ _ENV_IS = (
 )
 
 
+def check_no_link(path: Path) -> None:
+    """Raise DrklError where a path that drkl writes to is a link: what it points to may be somebody's own.
+
+    Args:
+        path: of a folder or a file in a run folder; one that is not there is let through.
+
+    Raises:
+        DrklError: it is a link.
+    """
+    if path.is_symlink():
+        raise DrklError(
+            f"{str(path)!r} is a link to {os.readlink(path)!r}, where something is that drkl has not written: it would "
+            "be overwritten. Remove the link; what it points to stays."
+        )
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a yaml mapping (safe loader).
 
@@ -346,7 +362,8 @@ def write_text(path: str | Path, text: str, *, lasting: bool = False) -> None:
     Raises:
         CannotWrite: it cannot be written there.
     """
-    write_bytes(path, text.encode(), lasting=lasting)
+    # A path of bytes that are no text has lone surrogates; so written, json and yaml read them back.
+    write_bytes(path, text.encode(errors="backslashreplace"), lasting=lasting)
 
 
 def write_bytes(path: str | Path, data: bytes, *, lasting: bool = False) -> None:

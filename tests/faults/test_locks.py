@@ -17,8 +17,6 @@ from tests.faults.conftest import Injected
 from tests.faults.forked import Child, Runner
 from tests.training import tiny_runs
 
-GROUP = "Two runs in one folder"
-
 
 def held_at(step: int) -> None:
     """Injected: training stands still after a step, until it is ended from outside."""
@@ -57,7 +55,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Two runs in one folder",
     fault="A second start, resume, replacement, evaluation or analysis in the folder of a run that trains",
     does="It is refused; the message names the command, the process and the host that work there, and what to do. "
     "The first one goes on unharmed.",
@@ -89,7 +87,7 @@ def test_a_second_run_in_the_folder(runner: Runner, config: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Two runs in one folder",
     fault="Whoever works in the folder is killed",
     does="The folder is free at once: no lock has to be removed by hand.",
 )
@@ -107,7 +105,7 @@ def test_a_killed_run_leaves_no_lock(runner: Runner, config: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Two runs in one folder",
     fault="A run, an evaluation and an analysis are started twice at the same moment",
     does="One of the two does it; the other is refused, or comes after it.",
 )
@@ -128,7 +126,7 @@ def test_two_at_the_same_moment(runner: Runner, config: Path, tmp_path: Path, in
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Two runs in one folder",
     fault="A process is killed while helpers of it read rows",
     does="The helpers end too, within a second or two, and hold no folder.",
 )

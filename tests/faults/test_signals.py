@@ -17,7 +17,6 @@ from tests.faults.forked import Child, Runner
 from tests.training import tiny_runs
 
 TIMES = ("seconds", "tokens_per_second")
-GROUP = "Ends from outside"
 ON_POLICY = {"share": 0.7, "refresh_every": 3, "replay": 0.3, "max_new_tokens": 6, "eval_prompts": 2}
 SIGNALS = [
     pytest.param(signal.SIGKILL, 0.0, id="SIGKILL"),
@@ -68,7 +67,7 @@ def check_distill(
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Ends from outside",
     fault="A run of two stages is ended at any moment of its life",
     does="SIGTERM, SIGINT and SIGHUP: the step is finished and saved, one line names the checkpoint and the command "
     "that goes on, status 143, 130 or 129. A second signal, or SIGKILL, leaves the last checkpoint. The resumed run is "
@@ -84,7 +83,7 @@ def test_a_run_is_ended(runner: Runner, tmp_path: Path, injected: Injected, sign
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Ends from outside",
     fault="A run that trains on sampled answers is ended at any moment of its life",
     does="As any run; answers that are being written are given up, and written again.",
 )
@@ -147,7 +146,7 @@ def check_results(
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Ends from outside",
     fault="An evaluation is ended at any moment",
     does="It says so in one line; the same command uses the parts that were finished, and writes the same eval.json.",
 )
@@ -160,7 +159,7 @@ def test_an_evaluation_is_ended(
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Ends from outside",
     fault="An analysis is ended at any moment",
     does="It says so in one line; the same command does it again, and writes the same analysis.json.",
 )
@@ -173,7 +172,7 @@ def test_an_analysis_is_ended(
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Ends from outside",
     fault="A teacher's pass for a cache is ended at any moment",
     does="It says so in one line; the same command goes on after the files that were finished, to the same cache.",
 )
@@ -205,7 +204,7 @@ def start_two(runner: Runner, *words: object, which: int, seconds: float = 0.0, 
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group=GROUP,
+    group="Ends from outside",
     fault="One process of two is killed, or asked to end, at any moment of training",
     does="SIGKILL: the other one says that it lost a process, and ends within seconds. SIGTERM: both finish the same "
     "step and save it. The resumed run is the uninterrupted one.",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from drkl.disk import writing
+from drkl.display import shell_word
 from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.bootstrap import Estimate
 from drkl.evaluation.findings import RENAMED, Finding, of_analysis
@@ -82,7 +83,7 @@ class Analysis:
         """
         run = RunFolder(Path(folder))
         if not run.analysis_path.is_file():
-            raise DrklError(f"{str(folder)!r} has no analysis.json; `drkl analyze {folder}` makes it.")
+            raise DrklError(f"{str(folder)!r} has no analysis.json; `drkl analyze {shell_word(folder)}` makes it.")
         content = read_analysis(run)
         number = content.get("format", 1)
         if number not in (1, FORMAT):

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, AllowInfNan, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
+from drkl.display import shell_word
 from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.bootstrap import Estimate as Estimate
 from drkl.evaluation.bootstrap import Interval
@@ -280,7 +281,7 @@ class Evaluation:
         if not path.exists():
             raise DrklError(f"There is no folder {str(path)!r}.")
         if not file.is_file():
-            raise DrklError(f"{str(path)!r} has no eval.json; `drkl evaluate {path}` makes it.")
+            raise DrklError(f"{str(path)!r} has no eval.json; `drkl evaluate {shell_word(path)}` makes it.")
         if file.name != "eval.json":  # copied out of its folder: no lines beside it
             return _read(file, file.name.removesuffix(".json").removesuffix(".eval"), None)
         folder = RunFolder(file.parent)

@@ -26,15 +26,19 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
+from drkl.data.limits import bounded, no_panic
 from drkl.errors import DrklError, did_you_mean
 from drkl.kept import check_student
 from drkl.models import smollm2
 from drkl.models.adapter import adapter_base, adapter_revision, has_remade_start, read_adapter
 from drkl.models.classes import check_classes, class_names, is_classifier, label_fields
 from drkl.models.forward import is_encoder_decoder
+from drkl.models.memory import LOADING, memory_told
+from drkl.models.options import check_options
 from drkl.models.precision import DtypeLike, resolve_dtype, torch_dtype
 from drkl.models.settings import check_config, making
 from drkl.models.weights import (
+    check_index,
     check_stored_dtypes,
     check_weights,
     conversion_errors,
@@ -49,8 +53,6 @@ Name = str | os.PathLike[str]
 
 _NOWHERE = (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError)
 _HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-_NO_ROOM = "can't allocate memory"
-"""torch's words for the memory of a processor."""
 _UNREACHABLE = (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError)
 # Said, not left to the default: that asks on the terminal and waits.
 _NO_CODE = {"trust_remote_code": False}
@@ -60,6 +62,8 @@ _NOT_TAKEN = {
     "ignore_mismatched_sizes": "it would leave weights at random, unlike in every other process",
     "output_loading_info": "the report is read and checked already",
 }
+_TEXT = "Ein Übergang: 1,234.5 + (x_1)…\n\tdef f(): return [];  你好, мир! aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa" * 4
+"""Of all kinds of characters; no tokenizer takes long for it."""
 _log = logging.getLogger("drkl")
 
 
@@ -133,6 +137,8 @@ def _pretrained(
 ) -> PreTrainedModel:
     """Call ``from_pretrained`` of a family and check that every weight came from the files."""
     settings = dict(options) | {"use_safetensors": True} | _NO_CODE
+    if Path(source).is_dir():
+        check_index(Path(source, options.get("subfolder") or ""))
     try:
         with own_report():
             # Other shapes are in the report too, which then has all of the names.
@@ -324,6 +330,9 @@ def load_tokenizer(tokenizer: Name | PreTrainedTokenizerBase, *, classifier: boo
         loaded = AutoTokenizer.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
     else:
         loaded = _load(name, "tokenizer", lambda source: AutoTokenizer.from_pretrained(source, **_NO_CODE))
+    what = f"The tokenizer of {name!r}"
+    with no_panic(what):
+        bounded(("tokenizer", name), what, "Use another tokenizer.", lambda: words_of(loaded)(_TEXT, verbose=False))
     return _checked_tokenizer(loaded, name, classifier)
 
 
@@ -391,6 +400,7 @@ def _checked(name: Name) -> str:
 
 
 def _checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    check_options(options, f"The options of {name!r}")
     for key, value in options.items():
         if key in _NOT_TAKEN and value is not None and value is not (key == "use_safetensors"):
             raise DrklError(f"{name!r} is to be loaded with {key}={value!r}: {_NOT_TAKEN[key]}. Leave it out.")
@@ -412,22 +422,18 @@ def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
     if not Path(source).is_dir() and name.startswith((".", "/", "~")):
         raise DrklError(f"There is no folder {name!r} to load the {what} from.")
     try:
-        return load(source)
+        with memory_told(f"as the {what} {name!r} is loaded, in the sizes that its config.json has", LOADING):
+            return load(source)
     except DrklError:
         raise
     # Files that are missing, broken, foreign or hostile: whatever reading them makes a library raise.
     except Exception as error:
-        # Options of the caller's own, memory and devices are not about the files, and keep their own words.
-        if isinstance(error, MemoryError) or "unexpected keyword argument" in str(error):
+        # Options of the caller's own, and devices, are not about the files, and keep their own words.
+        if "unexpected keyword argument" in str(error):
             raise
         if not isinstance(error, RuntimeError) or isinstance(error, RecursionError):
             raise _explained(name, what, error) from error
-        if _NO_ROOM in str(error):
-            raise DrklError(
-                f"There is no room in the memory for the {what} {name!r} in the sizes that its config.json has: "
-                f"{' '.join(str(error).split())[-200:]}"
-            ) from error
-        if not (broken := conversion_errors(error)) or any("memory" in str(cause) for cause in _causes(error)):
+        if not (broken := conversion_errors(error)):
             raise
         raise DrklError(
             f"The weights of {name!r} are not those of its config.json: {len(broken)} cannot be put together from "

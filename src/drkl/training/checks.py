@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ from drkl.errors import DrklError
 from drkl.folders import free_name
 from drkl.locks import LOCKS
 from drkl.models.precision import has_device
-from drkl.runs import RunFolder
+from drkl.runs import RunFolder, check_no_link
 
 _log = logging.getLogger("drkl")
 
@@ -27,6 +28,7 @@ def check_folder(run: RunFolder, mode: str) -> None:
     if mode == "resume":
         if is_over(run):
             raise DrklError(f"The run {str(run.root)!r} is finished; there is nothing to resume.")
+        check_links(run, mode)
         return
     if not (run.root.exists() or run.root.is_symlink()):
         return
@@ -40,6 +42,37 @@ def check_folder(run: RunFolder, mode: str) -> None:
         raise DrklError(
             f"{str(run.root)!r} exists and is no run folder (it has no config.yaml), so it is not replaced."
         )
+    check_links(run, mode)
+
+
+def check_links(run: RunFolder, mode: str) -> None:
+    """Raise DrklError where what a run overwrites or adds to is a link to something that may be somebody's own.
+
+    A link to an empty folder, on another disk say, is written through, and so is one to checkpoints: of those only
+    the run's own are read or removed.
+
+    Args:
+        run: a run folder that is there.
+        mode: overwrite or resume.
+
+    Raises:
+        DrklError: a part of it is such a link.
+    """
+    for stage in (*run.stages(), run):
+        folders = [stage.analysis_folder, stage.parts_path, stage.root / "stages"]
+        if mode == "overwrite" or not stage.is_finished():
+            folders.append(stage.student_path)
+        for path in folders:
+            if not path.is_dir() or any(path.iterdir()):
+                check_no_link(path)
+        check_no_link(stage.train_log_path)
+        check_no_link(stage.rollouts_path)
+
+
+def check_there(run: RunFolder) -> None:
+    """Raise FileNotFoundError where the folder of a run that trains is gone."""
+    if not run.root.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(run.root))
 
 
 def is_over(run: RunFolder) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +177,10 @@ class RunRecord:
             self._environment["finished"] = now()
             self._environment |= describe_run_files(self.run)
             self.run.write_env(self._environment, lasting=True)
-            if self._student_step is not None:
-                keep_only(self.run.checkpoints_path, state.best_global_step)
-            drop_extras(self.run.checkpoints_path)
+            with suppress(OSError):  # what stays is in nobody's way
+                if self._student_step is not None:
+                    keep_only(self.run.checkpoints_path, state.best_global_step)
+                drop_extras(self.run.checkpoints_path)
         elif folder is None and (known := self.run.read_env()).get("finished"):
             self.run.write_env(known | describe_run_files(self.run))
 
@@ -302,6 +304,8 @@ def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder, num_steps
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "same_batches": args.same_batches,
             "learning_rate": args.learning_rate,
+            "nan": args.nan,
+            "nan_skips": args.nan_skips,
             "precision": args.precision,
             "eval_rows": args.eval_rows,
             "gradient_checkpointing": bool(args.activation_checkpointing),

@@ -25,6 +25,7 @@ from drkl.errors import DrklError
 from drkl.locks import ANALYSIS, EVALUATION, TRAINING, first_holding
 from drkl.models.forward import decoder_start
 from drkl.models.load import load_tokenizer, model_note
+from drkl.models.options import check_options
 from drkl.models.pair import SharedTokens, check_families, check_tokenizers
 from drkl.models.precision import DTYPES, pick_device
 from drkl.models.student import make_student
@@ -226,6 +227,10 @@ def prepare(specs: Sequence[RunSpec], listener: Listener, *, ask_server: bool = 
     """
     check_device(specs[-1].run.device)
     resources = Resources(pick_device(specs[-1].run.device), listener)
+    for spec in specs:
+        training_config(spec, resources.device)  # whatever it refuses, before anything is asked or loaded
+        for section, name in ((spec.teacher, "teacher"), (spec.student, "student")):
+            check_options(section.model_init_kwargs if section else {}, f"{name}.model_init_kwargs")
     specs = with_stand_in(specs, resources.stand_in if ask_server else without_server)
     cached = specs[0].teacher is not None and specs[0].teacher.cache is not None
     if cached:
@@ -455,10 +460,10 @@ def _distill(
             trainer.record.earlier = first_alone(spec.folder.read_env).get("inputs")
         trainer.record.command = command
         trainer.on_message = listener.on_message
-        folder = spec.folder.checkpoints_path
-        trainer.train(
-            resume_from_checkpoint=mode == "resume" and first_alone(functools.partial(has_checkpoints, folder))
-        )
+        goes_on = mode == "resume" and first_alone(functools.partial(has_checkpoints, spec.folder.checkpoints_path))
+        if mode == "resume" and not goes_on and spec.folder.train_log_path.is_file():
+            listener.on_message("There is no checkpoint, so the run begins at its first step.")
+        trainer.train(resume_from_checkpoint=goes_on)
         trainer.save_model()
     return last
 
