@@ -39,9 +39,9 @@ def write_in(place: Path) -> Path:
         pytest.skip(f"this file system has no such name: {error}")
 
 
-def use(place: Path, runner: Runner, commands: Sequence[str]) -> None:
+def use(config: Path, place: Path, runner: Runner, commands: Sequence[str]) -> None:
     """Distil in a place, follow what is said, and call the other commands on the run."""
-    config, run = write_in(place), place / "runs" / "r"
+    run = place / "runs" / "r"
     variables = {name: str(place / name) for name in ("DRKL_CACHE", "HOME", "TMPDIR")}
     for folder in variables.values():
         Path(folder).mkdir()
@@ -79,8 +79,10 @@ def test_every_command_in_an_odd_place(
 ) -> None:
     slow = request.node.get_closest_marker("slow") is not None
     every = ["evaluate", "analyze", "report", "generate", "compare", "cache", "data"]
+    place = tmp_path / NAMES[name]
+    config = write_in(place)
     with injected(name):
-        use(tmp_path / NAMES[name], runner, every if slow else ["evaluate", "report"])
+        use(config, place, runner, every if slow else ["evaluate", "report"])
 
 
 @pytest.mark.slow
