@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from drkl.analysis.result import read_analysis
-from drkl.display import as_number
 from drkl.disk import CannotWrite
+from drkl.display import as_number
 from drkl.errors import DrklError
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.findings import SHARED, Finding, of_analysis
