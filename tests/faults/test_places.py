@@ -69,7 +69,7 @@ def use(place: Path, runner: Runner, commands: Sequence[str]) -> None:
 
 
 @pytest.mark.fault(
-    group="Places",
+    group="Surroundings",
     fault="A path with blanks, umlauts, emoji, a newline, quotes, markup, patterns, a dash first, bytes of no text",
     does="Every command reads and writes there, and the commands that it prints can be pasted.",
 )
@@ -85,7 +85,7 @@ def test_every_command_in_an_odd_place(
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group="Places",
+    group="Surroundings",
     fault="A run folder is renamed to anything, linked, reached as `.`, `..`, with a slash at its end, then resumed",
     does="It goes on there; every other command opens it afterwards.",
 )
@@ -127,7 +127,7 @@ def cut_off(run: Path) -> None:
 
 
 @pytest.mark.fault(
-    group="Places",
+    group="Surroundings",
     fault="A home that is not there, no user, no locale, no folder for temporary files, a path that is too long",
     does="The run goes on, or one message says what is missing.",
 )
