@@ -16,7 +16,8 @@ ROWS = ROOT / "docs" / "results" / "faults.csv"
 HEAD = ("test", "injections", "lost", "injections_before", "lost_before")
 GROUPS = (
     "Ends from outside", "Disk", "Damaged files", "The best checkpoint", "Changed between start and resume",
-    "Other people's files", "Two runs in one folder", "Numbers", "Memory", "Hostile input", "Settings", "Surroundings",
+    "Other people's files", "Two runs in one folder", "Numbers", "Memory", "Hostile input", "Settings", "Places",
+    "Surroundings",
 )  # fmt: skip
 """Of the table, in its order."""
 
@@ -44,21 +45,28 @@ def faults(folder: Path = TESTS) -> list[Fault]:
 
 
 def _marked(path: Path) -> Iterator[Fault]:
+    known: dict[str, ast.expr] = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            known[node.targets[0].id] = node.value
         if not isinstance(node, ast.FunctionDef):
             continue
         marks = {ast.unparse(mark).removeprefix("pytest.mark.").partition("(")[0]: mark for mark in node.decorator_list}
         mark = marks.get("fault")
         if isinstance(mark, ast.Call):
             name = f"{path.relative_to(path.parents[2]).as_posix()}::{node.name}"
-            yield Fault(name, *_texts(name, mark), is_slow="slow" in marks)
+            yield Fault(name, *_texts(name, mark, known), is_slow="slow" in marks)
 
 
-def _texts(name: str, mark: ast.Call) -> tuple[str, str, str]:
-    given = {word.arg: ast.literal_eval(word.value) for word in mark.keywords}
-    group, fault, does = (given.get(key) for key in ("group", "fault", "does"))
+def _texts(name: str, mark: ast.Call, known: Mapping[str, ast.expr]) -> tuple[str, str, str]:
+    """The three texts of a mark; one may be the name of a text that stands above it."""
+    given = {}
+    for word in mark.keywords:
+        value = known.get(word.value.id) if isinstance(word.value, ast.Name) else word.value
+        given[word.arg] = str(value.value) if isinstance(value, ast.Constant) else ""
+    group, fault, does = (given.get(key, "") for key in ("group", "fault", "does"))
     if not (fault and does and group in GROUPS):
-        raise ValueError(f"{name}: a mark has a group of {', '.join(GROUPS)}, a fault, and what drkl does.")
+        raise ValueError(f"{name}: a mark has a group of {', '.join(GROUPS)}, a fault, and what drkl does, as texts.")
     return group, fault, does
 
 

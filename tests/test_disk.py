@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from drkl import disk
-from drkl.disk import CannotWrite, cannot_write, is_failed_write, writing
+from drkl.disk import CannotWrite, cannot_write, explained, is_failed_write, writing
 from drkl.errors import DrklError
 
 
@@ -18,7 +18,7 @@ from drkl.errors import DrklError
         (errno.EROFS, r"Read-only file system\. Mount its disk for writing .*, then go on\."),
         (errno.EDQUOT, r"Disk quota exceeded\. Make room within the quota, or have it raised, then go on\."),
         (errno.EIO, r"Input/output error\. Check its disk; the system's log says more, then go on\."),
-        (errno.EACCES, r"Permission denied\. Give this user the right to write there, then go on\."),
+        (errno.EACCES, r"Permission denied\. Give this user the right to it, then go on\."),
         (errno.ESTALE, r"Stale file handle\. Bring its disk back, then go on\."),
         (errno.EBUSY, r"Device or resource busy\. Mend that, then go on\."),
     ],
@@ -83,3 +83,12 @@ def test_what_is_not_the_disks_stays_what_it_is() -> None:
     first = cannot_write("inner", OSError(errno.ENOSPC, ""))
     with pytest.raises(CannotWrite, match="'inner'"), writing("outer"):
         raise first
+
+
+def test_errors_that_nobody_expected_are_explained() -> None:
+    full = explained(OSError(errno.ENOSPC, "", "/tmp/x"))
+    assert str(full) == "Cannot write '/tmp/x': No space left on device. Make room on its disk."
+    broken = explained(OSError(errno.EIO, "", "/tmp/x"))
+    assert str(broken).startswith("Cannot read or write '/tmp/x': Input/output error. Check its disk")
+    for error in (FileNotFoundError(errno.ENOENT, ""), ConnectionError(errno.EIO, ""), KeyError("a bug")):
+        assert explained(error) is error

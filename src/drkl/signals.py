@@ -251,6 +251,13 @@ def handled(command: Sequence[str] = (), *, last: bool = True) -> Iterator[None]
             own.end()
 
 
+def ignore() -> None:
+    """Let no signal change how a program ends that has done its work."""
+    for signum in SIGNALS:
+        if _handling is None and _is_main():
+            signal.signal(signum, signal.SIG_IGN)
+
+
 def _are_several() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
 

@@ -5,7 +5,9 @@ What is tested is the drkl of ``DRKL_UNDER_TEST``, a folder with a checkout's ``
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -14,7 +16,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -25,7 +29,8 @@ WARM = (
     "drkl.reporting.exports", "drkl.reporting.picture", "drkl.evaluation.compare", "drkl.training.estimate",
     "transformers.models.llama.modeling_llama", "transformers.trainer", "rich.progress", "rich.table",
     "rich._emoji_codes", "peft", "sacrebleu", "rouge_score.rouge_scorer", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
+    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "scipy.stats", "drkl.evaluation.comparison",
+    "drkl.reporting.analysis", "drkl.reporting.differences", "datasets",
 )  # fmt: skip
 """Modules that commands import; those that a checkout has not are left out."""
 _STEP = 0.01
@@ -164,6 +169,8 @@ def _serve(connection: socket.socket) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # a child that looks through what is there already, as at its end, would copy all of it
     ended: dict[int, int] = {}
     with connection, connection.makefile("r") as lines:
         for line in lines:
@@ -189,7 +196,7 @@ def _status_of(pid: int, ended: dict[int, int]) -> int | None:
 def _run(
     argv: list[str], cwd: str, folder: str, variables: dict[str, str], inject: str | None, given: list[Any]
 ) -> NoReturn:
-    """Be the command: it ends as an interpreter of its own does."""
+    """Be the command. It ends as an interpreter of its own does, but for the memory, which is left as it is."""
     os.setsid()
     for number, name in ((1, "out"), (2, "err")):
         handle = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -203,9 +210,24 @@ def _run(
         getattr(importlib.import_module(module), name)(*given)
     from drkl.cli import main
 
-    main()
-    sys.exit(0)
+    status: Any = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if status is not None and not isinstance(status, int):
+        print(status, file=sys.stderr)
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as an interpreter does
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 if __name__ == "__main__":
     _serve(socket.socket(fileno=int(sys.argv[1])))
+    os._exit(0)

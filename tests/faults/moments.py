@@ -34,6 +34,7 @@ def send_after(seconds: float, signum: int, again: float = 0.0) -> None:
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signum))
             signal.setitimer(signal.ITIMER_REAL, again)
 
+    atexit.register(signal.setitimer, signal.ITIMER_PROF, 0)  # the command is over
     signal.signal(signal.SIGPROF, send)
     signal.setitimer(signal.ITIMER_PROF, max(seconds, 1e-3))
 

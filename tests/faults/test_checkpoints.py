@@ -77,7 +77,8 @@ def assert_honest(run: RunFolder, runs: Runs, done: Ended) -> int:
     assert done.code == 0, done.err
     env = run.read_env()
     step = env.get("student_step", env["best_step"])
-    assert tensors(run.student_path / "model.safetensors") == runs.weights[step], f"these are not those of step {step}"
+    are_those = tensors(run.student_path / "model.safetensors") == runs.weights[step]
+    assert are_those, f"the weights are not those of step {step}"
     assert env["best_step"] == step and env["best_heldout_loss"] == LOSSES[step]
     assert f"| {LOSSES[step]:.4f} nats per token |" in (run.student_path / "README.md").read_text()
     assert "Traceback" not in done.err

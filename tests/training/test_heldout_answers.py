@@ -183,6 +183,16 @@ class Planted(TrainerCallback):
             logs |= endless(state.global_step)
 
 
+class StopAt(TrainerCallback):
+    """Ends a run after a step, as a machine that is taken away."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == self.step
+
+
 @pytest.mark.slow
 def test_the_warning_comes_once_and_not_again_after_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = rows(6)
@@ -190,9 +200,10 @@ def test_the_warning_comes_once_and_not_again_after_a_resume(tmp_path: Path, cap
     def run_to(steps: int, resume: bool) -> list[str]:
         caplog.clear()
         trainer = make_trainer(
-            tmp_path, data, rollout_share=1.0, rollout_max_new_tokens=2, max_steps=steps, save_strategy="steps",
+            tmp_path, data, rollout_share=1.0, rollout_max_new_tokens=2, max_steps=12, save_strategy="steps",
             save_steps=1,
         )  # fmt: skip
+        trainer.add_callback(StopAt(steps))
         trainer.callback_handler.callbacks.insert(0, Planted())
         with caplog.at_level(logging.WARNING, logger="drkl"):
             trainer.train(resume_from_checkpoint=resume or None)

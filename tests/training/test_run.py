@@ -322,8 +322,8 @@ def test_a_run_folder_that_exists(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path)
     root = tmp_path / "runs" / "r"
     root.mkdir(parents=True)
-    assert "exists. Replace it, resume it, or choose another run.name" in refused(tmp_path, values)
     (root / "thesis.tex").write_text("years of work")
+    assert "exists. Replace it, resume it, or choose another run.name" in refused(tmp_path, values)
     assert "is no run folder (it has no config.yaml)" in refused(tmp_path, values, "overwrite")
     shutil.rmtree(root)
     root.write_text("a file")

@@ -72,31 +72,35 @@ def to_record(rows: Sequence[Row] | Sequence[LabelledRow]) -> pa.RecordBatch:
 
 
 def _record(rows: Sequence[Row] | Sequence[LabelledRow]) -> pa.RecordBatch:
+    fields = {"id": pa.array([row.id for row in rows], pa.string()), **tokens_of(rows)}
     if isinstance(rows[0], LabelledRow):
         labelled: Any = rows
-        fields: dict[str, Any] = {
-            "id": pa.array([row.id for row in labelled], pa.string()),
-            "ids": _lists(row.ids for row in labelled),
-            "text": pa.array([row.text for row in labelled], pa.string()),
-        }
-        numbers: tuple[str, ...] = ("length", "trained", "top", "label")
+        fields["text"] = pa.array([row.text for row in labelled], pa.string())
+        numbers: tuple[str, ...] = ("length", "trained", "top")
     else:
         plain: Any = rows
-        fields = {
-            "id": pa.array([row.id for row in plain], pa.string()),
-            "prompt_ids": _lists(row.prompt_ids for row in plain),
-            "response_ids": _lists(row.response_ids for row in plain),
-            "trained_runs": _lists(_runs(row.trained) for row in plain),
-            "context_start": pa.array([_context(row)[0] for row in plain], pa.int32()),
-            "context_tail": _lists(_context(row)[1] for row in plain),
-            "teacher_prompt_ids": _lists(row.teacher_prompt_ids or () for row in plain),
-            "ends": _lists(map(ends_of, plain)),
-            "encoder_decoder": pa.array([row.encoder_decoder for row in plain], pa.bool_()),
-            "example": pa.array([to_json(row.example) for row in plain], pa.string()),
-        }
+        fields["ends"] = _lists(map(ends_of, plain))
+        fields["example"] = pa.array([to_json(row.example) for row in plain], pa.string())
         numbers = ("length", "prompt", "response", "sampling", "teacher", "trained", "top")
     fields |= {name: pa.array(column(list(rows), name)) for name in numbers}
     return pa.RecordBatch.from_pydict(fields)
+
+
+def tokens_of(rows: Sequence[Row] | Sequence[LabelledRow]) -> dict[str, Any]:
+    """What the models read and learn of rows of one kind, at least one, as columns by their names in a file."""
+    if isinstance(rows[0], LabelledRow):
+        labelled: Any = rows
+        return {"ids": _lists(row.ids for row in labelled), "label": pa.array(column(list(labelled), "label"))}
+    plain: Any = rows
+    return {
+        "prompt_ids": _lists(row.prompt_ids for row in plain),
+        "response_ids": _lists(row.response_ids for row in plain),
+        "trained_runs": _lists(_runs(row.trained) for row in plain),
+        "context_start": pa.array([_context(row)[0] for row in plain], pa.int32()),
+        "context_tail": _lists(_context(row)[1] for row in plain),
+        "teacher_prompt_ids": _lists(row.teacher_prompt_ids or () for row in plain),
+        "encoder_decoder": pa.array([row.encoder_decoder for row in plain], pa.bool_()),
+    }
 
 
 def _lists(values: Iterable[Sequence[int]]) -> pa.ListArray:
@@ -248,6 +252,10 @@ class RowFiles:
         for batch in self._batches:
             yield from batch.column("id").to_pylist()
 
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows, chunk by chunk."""
+        return iter(self._batches)
+
     def _view(self, number: int, name: str) -> Any:
         """A column of a record batch as it lies in its file: numbers, or of lists the offsets and the values."""
         view = self._views[number].get(name)
@@ -322,6 +330,15 @@ class StoredRows(Sequence[Any]):
     def ids(self) -> Iterator[str]:
         """The ids of the rows as they are in their files."""
         return self._files.ids()
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows as they are in their files; `arrangement` says which of them come, and in what order."""
+        return self._files.batches()
+
+    def arrangement(self) -> dict[str, NDArray[Any]]:
+        """The numbers of the rows in their files, and how often each came before; empty for all of them in order."""
+        found = {"order": self._order, "copies": self._copies}
+        return {name: numbers for name, numbers in found.items() if numbers is not None}
 
     def is_known(self, fact: str) -> bool:
         """Whether `note` was told a fact of these rows, in this process or in another."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -85,6 +86,12 @@ def _begin(work: Callable[[Any], Any], parent: int) -> None:
     global _work
     _work = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one core
+    helps(parent)
+
+
+def helps(parent: int) -> None:
+    """Called in a process that works for another one: it ends without a word, and with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

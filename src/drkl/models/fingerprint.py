@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import xxhash
 from transformers import PreTrainedTokenizerBase
+
+from drkl.losses.head import gather
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -24,6 +28,42 @@ def model_fingerprint(model: torch.nn.Module) -> str:
             seen.add(tensor.data_ptr())
             digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def describe_model(model: torch.nn.Module, *, keep: bool = True) -> dict[str, str]:
+    """Hashes of a model's ``weights`` with their dtype, and of its ``config`` apart from where it came from.
+
+    Of a model that is spread over processes every process has to call it.
+
+    Args:
+        model: anywhere.
+        keep: whether this process wants the result; it is empty otherwise.
+    """
+    weights, seen = xxhash.xxh3_128(), set()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue  # a module's own note
+        is_new = id(tensor) not in seen  # tied weights once
+        seen.add(id(tensor))
+        whole = gather(tensor.detach()) if is_new else tensor
+        if keep:
+            weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if keep and is_new and not tensor.is_meta:
+            values: Any = whole.cpu().contiguous().flatten().view(torch.uint8).numpy()
+            weights.update(values)
+    if not keep:
+        return {}
+    text = json.dumps(_own_fields(model.config.to_dict()), sort_keys=True, default=str)  # type: ignore[union-attr,operator]
+    return {"weights": weights.hexdigest(), "config": xxhash.xxh3_128_hexdigest(text.encode())}
+
+
+def _own_fields(config: Any) -> Any:
+    """The fields of a model config that say what it computes."""
+    if not isinstance(config, dict):
+        return config
+    others = ("_name_or_path", "transformers_version", "use_cache")
+    return {name: _own_fields(value) for name, value in config.items() if name not in others}
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

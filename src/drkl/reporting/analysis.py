@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drkl.display import as_number, number
+from drkl.display import as_number, number, shell_word
 from drkl.evaluation.bootstrap import Interval
 from drkl.reporting.inputs import Run, of_analysis_json
 from drkl.reporting.plotting import (
@@ -108,7 +108,7 @@ def _notice(run: Run, analysis: Analysis) -> str:
             return "This analysis is of other models than the evaluation on this page; they are named below."
     done, trained = (analysis.get("timing") or {}).get("finished"), run.env.get("finished")
     if isinstance(done, str) and isinstance(trained, str) and done < trained and run.folder is not None:
-        again = f"`drkl analyze {run.folder.root}`"
+        again = f"`drkl analyze {shell_word(run.folder.root)}`"
         return f"The student was trained again after this analysis; {again} analyses the new one."
     return ""
 

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import multiprocessing
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from drkl.data.workers import helps
 from drkl.errors import DrklError
 from drkl.objectives import OBJECTIVES
 from drkl.objectives.variants import Variant
@@ -100,14 +103,35 @@ def _run_all(tasks: Sequence[_Job], jobs: int) -> Iterator[_Job]:
             _problem.cache_clear()
         return
     # Not forked: a fork of a process that has used torch's threads may hang.
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (os.getpid(),))
     try:
-        running = {pool.submit(_run, task): task for task in tasks}
+        with _without_ctrl_c():
+            running = {pool.submit(_run, task): task for task in tasks}
         for future in as_completed(running):
             future.result()
             yield running[future]
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin(parent: int) -> None:
+    torch.set_num_threads(1)
+    helps(parent)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes that are started inside are told of Ctrl-C once they can take it without a traceback."""
+    if not hasattr(signal, "pthread_sigmask"):  # as on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

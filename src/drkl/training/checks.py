@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
+from drkl.folders import free_name
 from drkl.locks import LOCKS
 from drkl.models.precision import has_device
 from drkl.runs import RunFolder, check_no_link
+
+_log = logging.getLogger("drkl")
 
 
 class RunExists(DrklError):
@@ -22,7 +26,7 @@ class RunExists(DrklError):
 def check_folder(run: RunFolder, mode: str) -> None:
     """Raise DrklError where a run of this mode (new, overwrite, resume) must not touch the folder."""
     if mode == "resume":
-        if run.is_finished():
+        if is_over(run):
             raise DrklError(f"The run {str(run.root)!r} is finished; there is nothing to resume.")
         check_links(run, mode)
         return
@@ -65,33 +69,37 @@ def check_links(run: RunFolder, mode: str) -> None:
         check_no_link(stage.rollouts_path)
 
 
-def check_same_config(run: RunFolder, given: Mapping[str, Any]) -> None:
-    """Raise DrklError where a run was made by another config than one that is to go on with it.
+def check_there(run: RunFolder) -> None:
+    """Raise FileNotFoundError where the folder of a run that trains is gone."""
+    if not run.root.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(run.root))
 
-    Args:
-        run: its ``config.yaml`` has every value settled.
-        given: the other one's values, settled likewise.
+
+def is_over(run: RunFolder) -> bool:
+    """Whether a run that is to go on has ended; called in one process.
+
+    Where nothing says so and there is no student yet, it has not: an ``env.json`` that is damaged is moved aside.
+
+    Raises:
+        DrklError: it has a student, and nothing says whether that is the one in the end.
     """
-    if different := next(_differences(run.read_config(), given), None):
-        name, there, here = different
+    try:
+        env, reason = run.read_env(), "is not there"
+    except DrklError as error:
+        env, reason = {}, f"is damaged ({error})"
+    if env:
+        return run.is_finished()
+    if run.student_path.exists():
         raise DrklError(
-            f"The run folder {str(run.root)!r} was made by another config: {name} is {there!r} there, and {here!r} is "
-            "asked for. Replace it, choose another run.name, or go on with it as it was configured."
+            f"The run {str(run.root)!r} has a student, and its env.json, which says whether it has ended, {reason}. "
+            "Bring env.json back from a copy. Without one: use the student as it is, a model of its own; or move "
+            "student/ away, and the run goes on from its newest checkpoint."
         )
-
-
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        for key in {**here, **there}:
-            inner = f"{name}.{key}" if name else str(key)
-            yield from _differences(there.get(key), here.get(key), inner)
-        return
-    moved = name in ("run.dir", "run.name")
-    # What was left to be settled: here it still is, or the run was cut off before it was written there.
-    open_yet = name == "training.warmup_steps" and None in (there, here)
-    open_yet |= name.startswith("training.arguments.") and there is None
-    if there != here and not moved and not open_yet:
-        yield name, there, here
+    if os.path.lexists(run.env_path):
+        aside = free_name(run.env_path.with_name(f"{run.env_path.name}.damaged"))
+        run.env_path.rename(aside)
+        _log.warning("Warning: %s %s: it is now %s, and a new one is made.", run.env_path, reason, aside.name)
+    return False
 
 
 def check_apart(cache: str | Path, run: RunFolder) -> None:

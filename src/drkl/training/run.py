@@ -25,11 +25,12 @@ from drkl.errors import DrklError
 from drkl.locks import ANALYSIS, EVALUATION, TRAINING, first_holding
 from drkl.models.forward import decoder_start
 from drkl.models.load import load_tokenizer, model_note
+from drkl.models.options import check_options
 from drkl.models.pair import SharedTokens, check_families, check_tokenizers
 from drkl.models.precision import DTYPES, pick_device
 from drkl.models.student import make_student
 from drkl.processes import first_alone, joined, launched
-from drkl.runs import RunFolder, write_json, write_yaml
+from drkl.runs import RunFolder, write_yaml
 from drkl.signals import KEPT
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.config import TeacherConfig
@@ -41,12 +42,13 @@ from drkl.teachers.teacher import Teacher
 from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import has_checkpoints
-from drkl.training.checks import check_apart, check_device, check_folder, check_same_config
+from drkl.training.checks import check_apart, check_device, check_folder, is_over
 from drkl.training.own_files import remove_run
 from drkl.training.pair import TokenisedRows
 from drkl.training.placing import keep_only
 from drkl.training.record import training_section
 from drkl.training.served import check_served_kind
+from drkl.training.settings import STAGES, changed, changes, counted, has_other_sources, of_configs
 from drkl.training.sparse import check_sparse
 from drkl.training.spec import (
     TWO_CLASSES,
@@ -225,6 +227,10 @@ def prepare(specs: Sequence[RunSpec], listener: Listener, *, ask_server: bool = 
     """
     check_device(specs[-1].run.device)
     resources = Resources(pick_device(specs[-1].run.device), listener)
+    for spec in specs:
+        training_config(spec, resources.device)  # whatever it refuses, before anything is asked or loaded
+        for section, name in ((spec.teacher, "teacher"), (spec.student, "student")):
+            check_options(section.model_init_kwargs if section else {}, f"{name}.model_init_kwargs")
     specs = with_stand_in(specs, resources.stand_in if ask_server else without_server)
     cached = specs[0].teacher is not None and specs[0].teacher.cache is not None
     if cached:
@@ -429,9 +435,13 @@ def _distill(
         check_apart(teacher.cache, last)
     mode = first_alone(lambda: _settled_mode(specs[-1], mode))
     if mode == "auto":
+        if first_alone(lambda: has_other_sources(last.read_config(), specs[-1].resolved)):
+            _check_finished(prepare(specs, listener))
         listener.on_message(f"The run {str(last.root)!r} is finished; nothing is left to do.")
         return last
     prepared = prepare(specs, listener)
+    if mode == "resume":
+        _check_finished(prepared)
     fill_cache(prepared)
     specs = prepared.specs
     # The line that made the run is what repeats it, also where another one finished it.
@@ -445,15 +455,15 @@ def _distill(
         if on_trainer is not None:
             on_trainer(trainer)
         if number == 1:
-            first_alone(lambda: _begin(specs[-1], mode, command))
-            _check_shared(last)
-            KEPT.begun("No step was taken yet.")
+            trainer.on_begin = functools.partial(_begin_in_all, specs[-1], mode, command)
+        if mode == "resume":
+            trainer.record.earlier = first_alone(spec.folder.read_env).get("inputs")
         trainer.record.command = command
         trainer.on_message = listener.on_message
-        folder = spec.folder.checkpoints_path
-        trainer.train(
-            resume_from_checkpoint=mode == "resume" and first_alone(functools.partial(has_checkpoints, folder))
-        )
+        goes_on = mode == "resume" and first_alone(functools.partial(has_checkpoints, spec.folder.checkpoints_path))
+        if mode == "resume" and not goes_on and spec.folder.train_log_path.is_file():
+            listener.on_message("There is no checkpoint, so the run begins at its first step.")
+        trainer.train(resume_from_checkpoint=goes_on)
         trainer.save_model()
     return last
 
@@ -470,7 +480,8 @@ def _settled_mode(spec: RunSpec, mode: Mode) -> Mode:
         if mode == "resume":
             section = spec.resolved["training"]
             settled = training_section(training_config(spec, pick_device(spec.run.device)), section)
-            check_same_config(run, spec.resolved | {"training": section | settled})
+            if found := of_configs(run.read_config(), spec.resolved | {"training": section | settled}):
+                raise changed(run.root, found)
             if _is_over(run):
                 return "auto"
     if mode == "resume":
@@ -479,14 +490,39 @@ def _settled_mode(spec: RunSpec, mode: Mode) -> Mode:
     return mode
 
 
+def _check_finished(prepared: Prepared) -> None:
+    """Raise DrklError where a stage that is finished began with other inputs than it has now.
+
+    Stages that came before a run that has begun are the same ones: before one more is trained.
+    """
+    last = prepared.specs[-1]
+    then = first_alone(last.folder.read_env).get("inputs")
+    if then and first_alone(functools.partial(has_checkpoints, last.folder.checkpoints_path)):
+        now = counted(last.resolved, chooses_best=True)
+        if found := list(changes({STAGES: then["settings"][STAGES]}, {STAGES: now["settings"][STAGES]})):
+            raise changed(last.folder.root, found)
+    for spec in prepared.specs:
+        known = first_alone(spec.folder.read_env)
+        if known.get("finished") is not None and known.get("inputs"):
+            prepared.trainer(spec).check_inputs(known["inputs"])
+
+
 def _begin(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
     """Make the folder of a run; one that is to be replaced is removed. Called in one process."""
     run = spec.folder
     if mode == "overwrite" and run.config_path.is_file():
         remove_run(run)
-    write_yaml(run.config_path, spec.resolved)  # from here on a resume finds it
+    write_yaml(run.config_path, spec.resolved)
+    KEPT.begun("No step was taken yet.")  # from here on a resume finds it
     known = run.read_env() if mode == "resume" else {}
-    write_json(run.env_path, known | {"command": command, "finished": None})
+    run.write_env(known | {"command": command, "finished": None})
+
+
+def _begin_in_all(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
+    """`_begin` in the first process, while the others wait to see what it made."""
+    first_alone(lambda: _begin(spec, mode, command))
+    _check_shared(spec.folder)
+    KEPT.begun("No step was taken yet.")
 
 
 def _check_shared(run: RunFolder) -> None:
@@ -503,7 +539,7 @@ def _check_shared(run: RunFolder) -> None:
 
 def _is_over(run: RunFolder) -> bool:
     """Whether a run has ended; then checkpoints that it should have removed go. Called in one process."""
-    if not run.is_finished():
+    if not is_over(run):
         return False
     with suppress(OSError):  # they are of no use, and in nobody's way
         keep_only(run.checkpoints_path, run.read_env().get("best_step"))

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 from drkl.processes import joined
-from drkl.signals import CutShort, Deferred, deferred, keep, said_of
+from drkl.signals import KEPT, CutShort, Deferred, deferred, keep, said_of
 from drkl.training.checkpoints import Reached, step_of
 
 _log = logging.getLogger("drkl")
@@ -132,9 +132,7 @@ class Stopping:
         if step:
             keep(f"Step {step} was finished, and is saved in {self._folder()}.")
         if not self._signals.is_told and trainer.is_world_process_zero():
-            _log.warning(
-                "%s after step %d of %d; its checkpoint is kept.", said_of(signum), step, trainer.state.max_steps
-            )
+            _log.warning("%s. %s", said_of(signum), KEPT.text)
         raise self._signals.ending(signum)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +17,11 @@ from drkl.runs import read_json, write_json
 from drkl.training.arguments import DistillationConfig
 from drkl.training.checkpoints import step_of
 from drkl.training.plan import cut_step, cuts_by_cost, step_size
+from drkl.training.settings import changed
 
 STATE = "stream.json"
 """In a checkpoint: where the window of its step begins in the stream."""
 _MEANT = {"rows_per_step": " (per_device_train_batch_size counts for each process and each accumulated gradient)"}
-_log = logging.getLogger("drkl")
 
 
 def check_streaming(args: DistillationConfig) -> None:
@@ -97,18 +96,21 @@ class StreamedBatches(Dataset[list[Any]]):
         state: Mapping[str, Any] = {}
         if checkpoint is not None:
             state = _read_state(checkpoint)
-            for name, value in self._settings().items():
-                if (came := state["settings"].get(name)) != value:
-                    raise DrklError(
-                        f"The run of {str(checkpoint)!r} read its stream with {name} {came}, and this one has {value}: "
-                        f"its steps would have other rows{_MEANT.get(name, '')}. Set it back, or start a new run."
-                    )
+            found = [
+                f"{name} of the stream: {came} then, {value} now{_MEANT.get(name, '')}"
+                for name, value in self._settings().items()
+                if (came := state["settings"].get(name)) != value
+            ]
+            if found:
+                raise changed(str(self._args.output_dir), found)
         self._expected = state.get("digest")
         size = step_size(self._args, self._args.world_size)
         windows = self._stream.windows(
             state.get("begin"), seed=self._args.plan_seed, drop_last=self._args.dataloader_drop_last, **size
         )
         self._ahead = _Ahead(windows)
+        if checkpoint is not None:
+            self._window(int(state["begin"]["step"]))  # before anything of the run is touched
 
     def save(self, checkpoint: Path) -> None:
         """Write into a checkpoint where its run goes on."""
@@ -167,11 +169,10 @@ class StreamedBatches(Dataset[list[Any]]):
         if error is not None:
             raise error
         assert window is not None
-        if self._expected not in (None, window.digest) and self._args.process_index == 0:
-            _log.warning(
-                "Warning: the stream gives other rows than those that this run was trained on: %s is another, or its "
-                "order is. The run goes on with what is there now; some rows may come twice, or not at all.",
-                self._stream.name,
+        if self._expected not in (None, window.digest):
+            raise changed(
+                str(self._args.output_dir),
+                [f"training rows: those of {self._stream.name} are others, or in another order"],
             )
         self._expected = None
         if window.end < self._args.max_steps:
