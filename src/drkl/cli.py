@@ -7,9 +7,9 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -17,7 +17,7 @@ from drkl._version import __version__
 from drkl.disk import CannotWrite, as_failed_write
 from drkl.errors import DrklError, did_you_mean
 from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
-from drkl.signals import KEPT, check_stopped, handled, keep, wait
+from drkl.signals import KEPT, Stopped, check_stopped, handled, keep, say, wait
 from drkl.terminal import (
     TrainingProgress,
     guard,
@@ -101,6 +101,11 @@ def main() -> None:
                 sys.exit(status)
         except Exception as error:
             _fail(error, place)
+        except Stopped as stopped:
+            if place.count > 1:
+                say(stopped.signum)
+                _leave(128 + stopped.signum)
+            raise
 
 
 def _fail(error: Exception, place: Place) -> None:
@@ -127,9 +132,16 @@ def _fail(error: Exception, place: Place) -> None:
         print(f"{who}: {text}", file=sys.stderr)
     if place.count > 1:
         tell_launcher(text)
-        sys.stderr.flush()
-        os._exit(status)  # at once: what the libraries clean up waits for the other processes
+        _leave(status)
     sys.exit(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End one of several processes at once: what the libraries clean up waits for the others."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 def _version(value: bool) -> None:

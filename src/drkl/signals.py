@@ -357,6 +357,12 @@ def check_stopped() -> None:
         raise Stopped(_handling.raised)
 
 
+def say(signum: int) -> None:
+    """Say the line of a command that a signal ends, where it was not said yet."""
+    if _handling is not None:
+        _handling.say(signum)
+
+
 def wait(seconds: float) -> None:
     """Wait before an end that has another reason; a signal ends the waiting, and is not told of."""
     own, until = _handling, time.monotonic() + seconds

@@ -65,6 +65,28 @@ def check_distill(
             check_same(trained(root), wanted)
 
 
+@pytest.mark.fault(
+    group="Ends from outside",
+    fault="SIGTERM before the first step, in a step, after one, while it is logged and while it is saved",
+    does="The step is finished and saved, and nothing before the first one; the resumed run is the uninterrupted one.",
+)
+def test_sigterm_at_chosen_moments(runner: Runner, tmp_path: Path, injected: Injected) -> None:
+    values = tiny_runs.config(tmp_path)
+    config = tiny_runs.write_config(values, tmp_path / "c.yaml")
+    assert runner.call("distill", config).code == 0
+    wanted = trained(tmp_path / "runs" / "r")
+    for event, step in (("train_begin", 0), ("pre_optimizer_step", 2), ("step_end", 4), ("log", 5), ("save", 2)):
+        with injected(f"{event}, step {step}"):
+            root = tmp_path / event / "r"
+            given = [f"on_{event}", step, int(signal.SIGTERM)]
+            words = ["distill", config, f"run.dir={root.parent}"]
+            done = runner.call(*words, inject="tests.faults.moments:send_at", given=given)
+            moments.look(done, signal.SIGTERM)
+            resumed = runner.call(*moments.way_on(done, []))
+            assert resumed.code == 0, resumed.err
+            check_same(trained(root), wanted)
+
+
 @pytest.mark.slow
 @pytest.mark.fault(
     group="Ends from outside",
