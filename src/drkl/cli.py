@@ -275,7 +275,7 @@ def _distill(config: Any, mode: Any) -> None:
     from drkl.training.settings import InputsChanged
 
     folder = Path(config.run.dir) / config.run.name
-    KEPT.prepared = ["drkl", "distill", "--resume", str(folder)]
+    KEPT.prepared, KEPT.there = ["drkl", "distill", "--resume", str(folder)], (folder / "config.yaml").is_file
     try:
         with TrainingProgress() as listener:
             run = train(

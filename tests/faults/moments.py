@@ -65,7 +65,7 @@ def work_of(runner: Runner, folder: Path, *arguments: object) -> float:
 def stop(runner: Runner, seconds: float, signum: int, *arguments: object, again: float = 0.0) -> Ended:
     """Run a command that a signal ends, and look at how it does."""
     given = [seconds, int(signum), again]
-    done = runner.start(*arguments, inject="tests.faults.moments:send_after", given=given).wait(45)
+    done = runner.start(*arguments, inject="tests.faults.moments:send_after", given=given).wait(300)
     if done.code:
         look(done, signum)
     return done
