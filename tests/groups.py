@@ -12,7 +12,7 @@ from drkl.processes import Place, Share
 
 def in_group(count: int, work: Callable[[Share], Any]) -> list[Any]:
     """What ``work`` returns, or the error that it raises, in each of ``count`` processes that share it."""
-    barrier, parts = threading.Barrier(count, timeout=20), [list[Any]()] * count
+    barrier, parts = threading.Barrier(count, timeout=900), [list[Any]()] * count
 
     def gather(number: int, own: list[Any]) -> list[Any]:
         parts[number] = own

@@ -18,9 +18,9 @@ SOURCE = ROOT / "src" / "drkl"
 
 # Left to right: a file imports only from its own room and from those before it.
 ORDER = (
-    "errors _version parsing client folders disk display signals processes locks recipes runs objectives losses "
-    "positions data models teachers rollouts training evaluation analysis reporting toy config run_models terminal "
-    "cli __main__"
+    "errors _version parsing client folders disk outputs display signals processes locks recipes sealed runs kept "
+    "objectives losses positions data models teachers rollouts training evaluation analysis reporting toy config "
+    "run_models terminal cli __main__"
 ).split()
 
 MODULES = sorted(SOURCE.rglob("*.py"))

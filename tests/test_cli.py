@@ -16,7 +16,7 @@ import yaml
 from drkl import OBJECTIVES, __version__
 from drkl.config import describe_keys
 from drkl.evaluation.declared import KEYS
-from drkl.terminal import printable
+from drkl.terminal import printable, say, screen
 from drkl.training import checks
 from tests.command_line import Cli
 from tests.models import tiny
@@ -358,8 +358,11 @@ def test_an_empty_prompt(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     assert "--prompt is empty" in refuse(cli, tmp_path, "generate", tmp_path, "--prompt", "  ")
 
 
-def test_model_output_cannot_steer_the_terminal() -> None:
-    assert printable("a\x1b[2Jb\x07\nü\u202e") == "a\ufffd[2Jb\ufffd\nü\ufffd"
+def test_no_text_can_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printable("a\x1b[2Jb\x07\nü\u202e\ud800\t%\xa0\u200d") == "a\ufffd[2Jb\ufffd\nü\ufffd\ufffd\t%\xa0\u200d"
+    say("a\x1b", 1, end="!")
+    screen().print("[bold]a[/bold] :smile: \x1b[31m", markup=True)
+    assert capsys.readouterr().out == "a\ufffd 1![bold]a[/bold] :smile: \ufffd[31m\n"
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from drkl.errors import DrklError
         (errno.EROFS, r"Read-only file system\. Mount its disk for writing .*, then go on\."),
         (errno.EDQUOT, r"Disk quota exceeded\. Make room within the quota, or have it raised, then go on\."),
         (errno.EIO, r"Input/output error\. Check its disk; the system's log says more, then go on\."),
-        (errno.EACCES, r"Permission denied\. Give this user the right to write there, then go on\."),
+        (errno.EACCES, r"Permission denied\. Give this user the right to it, then go on\."),
         (errno.ESTALE, r"Stale file handle\. Bring its disk back, then go on\."),
         (errno.EBUSY, r"Device or resource busy\. Mend that, then go on\."),
     ],

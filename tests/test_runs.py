@@ -140,8 +140,9 @@ def test_files_that_cannot_be_read(tmp_path: Path, read) -> None:
         read(tmp_path / "missing")
     with pytest.raises(DrklError, match=r"Cannot read .*Is a directory"):
         read(tmp_path)
-    (tmp_path / "bytes").write_bytes(b"ab\xff")
-    with pytest.raises(DrklError, match=r"is not UTF-8 text \(byte 2\)"):
+    (tmp_path / "bytes").write_bytes(b"ab\xff\n")
+    wrong = r"bytes:1: not valid json: .*can't decode byte 0xff" if read is read_jsonl else r"UTF-8 text \(byte 2\)"
+    with pytest.raises(DrklError, match=wrong):
         read(tmp_path / "bytes")
 
 

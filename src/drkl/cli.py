@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import errno
 import os
 import re
 import sys
@@ -14,8 +16,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from drkl._version import __version__
-from drkl.disk import CannotWrite, as_failed_write
-from drkl.errors import DrklError, did_you_mean
+from drkl.disk import CannotWrite, explained
+from drkl.display import shell_word
+from drkl.errors import DrklError, Halted, did_you_mean
+from drkl.outputs import Outputs
 from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
 from drkl.signals import KEPT, Stopped, check_stopped, handled, keep, say, wait
 from drkl.terminal import (
@@ -87,8 +91,26 @@ LOST = (
 def main() -> None:
     """Run the command line; what a user can mend ends with a short message and status 2.
 
-    Of several processes the first one speaks.
+    Of several processes the first one speaks. A terminal, a pipe or a disk that no longer takes what is printed does
+    not end the work; a command whose work is to print then ends with status 2.
     """
+    outputs = Outputs()
+    try:
+        _main()
+    except SystemExit as end:
+        failure = outputs.lost()
+        if end.code or failure is None:
+            raise
+        cause = f"what was printed is not all there: {failure.strerror or failure}."
+        if sys.argv[1] in _DIVIDED:
+            print(f"Warning: {cause} The work is done.", file=sys.stderr)
+            raise
+        print(f"Error: {cause[0].upper()}{cause[1:]} {KEPT.way_on}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _main() -> None:
+    """The command line, with standard streams that last."""
     place = Place()
     with handled(["drkl", *sys.argv[1:]]):
         try:
@@ -117,16 +139,23 @@ def _fail(error: Exception, place: Place) -> None:
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # of the command line itself
         error.show()
         sys.exit(error.exit_code)
-    error = as_failed_write(error)
+    if isinstance(error, (MemoryError, RuntimeError)) and (told := _of_memory(error)):
+        error = told
+    error = _as_odd_path(explained(error))
     if place.count == 1 and not isinstance(error, DrklError):
         raise error
     text, status = "".join(traceback.format_exception(error)), 1
     if lost or isinstance(error, DrklError):
         from drkl.rollouts.config import in_words_of_config
+        from drkl.runs import RunFolder
 
         text, status = f"{LOST} {KEPT.text} {KEPT.way_on}" if lost else in_words_of_config(str(error)), 2
         if isinstance(error, CannotWrite):
+            if KEPT.resume and not RunFolder(Path(KEPT.resume[-1])).config_path.is_file():
+                KEPT.text, KEPT.resume = "Nothing of the run is there any more.", ()
             text = f"{text} {KEPT.text} {KEPT.way_on}"
+        elif isinstance(error, Halted):
+            text = f"{text} {KEPT.way_on}"
     if place.is_first or not raised_in_all(error):
         who = "Error" if place.is_first else f"Error in process {place.number} of {place.count}, counted from 0"
         print(f"{who}: {text}", file=sys.stderr)
@@ -142,6 +171,22 @@ def _leave(status: int) -> NoReturn:
         with suppress(OSError):
             stream.flush()
     os._exit(status)
+
+
+def _as_odd_path(error: Exception) -> Exception:
+    """The same error, or for a path that no file can have the one that says so."""
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        name = str(error.filename)
+        shown = name if len(name) < 200 else f"{name[:90]}…{name[-90:]}"
+        return DrklError(f"No file or folder can be {shown!r} ({error.strerror}). Choose another path.")
+    return error
+
+
+def _of_memory(error: Exception) -> DrklError | None:
+    """What is said of memory that ran out where nothing closer tells of it."""
+    from drkl.models.memory import is_out_of_memory, reason_of
+
+    return DrklError(f"The memory ran out ({reason_of(error)}).") if is_out_of_memory(error) else None
 
 
 def _version(value: bool) -> None:
@@ -240,19 +285,16 @@ def distill(
     if resume is not None:
         if overrides or overwrite or auto_resume or dry_run:
             raise DrklError("`--resume` goes on with the run as it was configured; it takes nothing beside the folder.")
-        source = RunFolder.open(resume).config_path
-    else:
-        assert config is not None
-        source = config
+        from drkl.run_models import config_of, relocated
+
+        notes: list[str] = []
+        loaded = relocated(config_of(RunFolder.open(resume)), resume)
     if overwrite and auto_resume:
         raise DrklError("`--overwrite` replaces a run that is there, and `--auto-resume` goes on with it; give one.")
-    loaded, notes = load_config(source, overrides or [])
+    if config is not None:
+        loaded, notes = load_config(config, overrides or [])
     for note in notes:
         print(note)
-    if resume is not None:
-        from drkl.run_models import relocated
-
-        loaded = relocated(loaded, resume)
     from drkl.models.load import quiet_transformers
 
     quiet_transformers()
@@ -287,17 +329,18 @@ def _distill(config: Any, mode: Any) -> None:
             )
     except InputsChanged as error:
         raise DrklError(
-            f"{error} Once they are back, `drkl distill --resume {folder}` goes on; `drkl distill CONFIG "
+            f"{error} Once they are back, `drkl distill --resume {shell_word(folder)}` goes on; `drkl distill CONFIG "
             "run.name=OTHER` starts a new run."
         ) from error
     except RunExists as error:
         raise DrklError(
-            f"The run folder {str(folder)!r} exists. `--overwrite` replaces it, `--resume {folder}` continues it, "
-            "run.name=OTHER makes another."
+            f"The run folder {str(folder)!r} exists. `--overwrite` replaces it, `--resume {shell_word(folder)}` "
+            "continues it, run.name=OTHER makes another."
         ) from error
     logged = {name for line in run.read_train_log() for name in line}
     answers_alone = "eval_rollout_nll" in logged and "eval_nll" not in logged  # no responses to evaluate on
-    print(f"The student is in {run.student_path}. Next: drkl {'report' if answers_alone else 'evaluate'} {run.root}")
+    then = "report" if answers_alone else "evaluate"
+    print(f"The student is in {run.student_path}. Next: drkl {then} {shell_word(run.root)}")
 
 
 def _print_estimate(plan: dict[str, Any]) -> None:
@@ -447,7 +490,8 @@ def cache(
     what = "the states" if kind == "hidden" else f"{made.manifest['k']} logits and the rest"
     print(
         f"{output} has {what} of {made.manifest['rows']:,} rows at {made.manifest['positions']:,} positions "
-        f"({size / 2**20:,.1f} MiB). Next: drkl distill {config} teacher.cache={output}"
+        f"({size / 2**20:,.1f} MiB). Next: drkl distill {shell_word(config)} "
+        f"{shell_word(f'teacher.cache={output}')}"
     )
 
 
@@ -562,7 +606,7 @@ def rollout_server(
         print(note)
     print(f"Starting {serving.line}")
     print(
-        f"Once it says that its startup is complete: drkl distill {config} rollouts.generator=vllm "
+        f"Once it says that its startup is complete: drkl distill {shell_word(config)} rollouts.generator=vllm "
         f"rollouts.server={serving.address}",
         flush=True,
     )
@@ -667,7 +711,7 @@ def evaluate(
     _first_alone()
     print_evaluation(evaluation)
     assert evaluation.folder is not None
-    print(f"Written: {evaluation.folder / 'eval.json'}. Next: drkl report {evaluation.folder}")
+    print(f"Written: {evaluation.folder / 'eval.json'}. Next: drkl report {shell_word(evaluation.folder)}")
 
 
 def _evaluation_settings(
@@ -714,7 +758,7 @@ def _check_choices(dtype: str, device: str) -> None:
 _OPTIONS = {
     "output_dir": "--output", "data.max_prompt_tokens": "--max-prompt-tokens", "data.max_tokens": "--max-tokens",
     "samples_per_prompt:": "--samples:", "device is": "--device is", "takes rows": "takes --data",
-    "name its executable:": "name its executable: --vllm",
+    "name its executable:": "name its executable: --vllm", "use it by that name": "name that one as --student",
     **{f"{name}:": f"--{name.replace('_', '-')}:" for name in
        ("prompts", "sampling_temperature", "sweep", "seeds", "max_new_tokens", "batch_size")},
 }  # fmt: skip
@@ -739,8 +783,10 @@ def _options_named_as_flags(patterns: Mapping[str, str] | None = None) -> Iterat
         for pattern, flag in (patterns or {re.escape(name): flag for name, flag in _OPTIONS.items()}).items():
             text = re.sub(pattern, flag, text)
         text = re.sub(
-            r"(The run '(.*)' has no student yet); resume its training first\.",
-            r"\1; `drkl distill --resume \2` goes on with it.",
+            r"(The run ('.*'|\".*\") has no student yet); resume its training first\.",
+            lambda found: (
+                f"{found[1]}; `drkl distill --resume {shell_word(ast.literal_eval(found[2]))}` goes on with it."
+            ),
             text,
         )
         raise DrklError(text) from error
@@ -824,7 +870,7 @@ def analyze(
     print(
         f"Written: {folder / 'analysis.json'} and {len(paths)} figures beside {folder / 'analysis' / 'positions.csv'}."
     )
-    print(f"Next: drkl report {folder}")
+    print(f"Next: drkl report {shell_word(folder)}")
 
 
 def _teacher_model(overrides: list[str] | None) -> str | None:

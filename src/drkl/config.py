@@ -30,6 +30,7 @@ from drkl.training.config import (
     NAME_PATTERN,
     RunConfig,
     TrainingConfig,
+    as_name,
     choose_one,
     default_warmup,
 )
@@ -231,6 +232,7 @@ def resolve(config: Config) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     if "max_new_tokens" not in config.evaluation.model_fields_set:
         del values["evaluation"]["max_new_tokens"]  # an evaluation fits it to the models and the prompts
+    values["run"]["name"] = as_name(config.run.name)  # of a run whose folder was renamed
     device = pick_device(config.run.device)
     values["run"]["device"] = device.type
     # What a cache or a server has is in the dtype that it is in, whatever this machine is fast at.

@@ -13,7 +13,7 @@ from pathlib import Path
 from drkl.errors import DrklError
 
 _AWAY = "Bring its disk back"
-_RIGHTS = "Give this user the right to write there"
+_RIGHTS = "Give this user the right to it"
 CURES = {
     errno.ENOSPC: "Make room on its disk",
     errno.EDQUOT: "Make room within the quota, or have it raised",
@@ -32,8 +32,12 @@ CURES = {
     **dict.fromkeys((errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT), _AWAY),
 }
 """What helps against each of the system's errors."""
+_OF_NETWORKS = (errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT)
+"""Errors that processes which speak with each other have, too."""
 _ALWAYS_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors that no reading has."""
+_NEVER_OURS = (errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENODEV, errno.EMFILE, errno.ENFILE)
+"""Errors that no fault of a program has, or hardly ever."""
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 _UNNAMED = re.compile(r"iostream error|unexpected pos \d+|\d+ requested and \d+ written|PytorchStreamWriter failed")
 """What torch and numpy say where the system's error is lost."""
@@ -87,10 +91,16 @@ def is_failed_write(error: BaseException) -> bool:
     return _number_of(error) is not None or bool(_UNNAMED.search(str(error)))
 
 
-def as_failed_write(error: Exception) -> Exception:
-    """The same error, or where a disk takes nothing, the one that says so."""
-    if isinstance(error, OSError) and error.errno in _ALWAYS_WRITES:
+def explained(error: Exception) -> Exception:
+    """The same error, or where it is the system's about a file, whoever came upon it, one that says what helps."""
+    if not isinstance(error, OSError) or isinstance(error, ConnectionError):
+        return error
+    if error.errno in _ALWAYS_WRITES or _NO_TEMPORARY in str(error):
         return cannot_write(error.filename or "a file", error)
+    if error.errno in _NEVER_OURS:
+        where = "a file" if error.filename is None else repr(str(error.filename))
+        text = f"Cannot read or write {where}: {os.strerror(error.errno)}. {CURES[error.errno]}."
+        return CannotWrite(text, error.filename or "", error.errno)
     return error
 
 
@@ -117,7 +127,7 @@ def _number_of(error: BaseException | None) -> int | None:
         text = str(error)
         if found := _NUMBER.search(text):
             return int(found[1] or found[2])
-        named = [number for number in CURES if text.endswith(os.strerror(number))]  # of torch and tokenizers
+        named = [number for number in CURES if text.endswith(os.strerror(number)) and number not in _OF_NETWORKS]
         if named:
             return named[0]
         error = error.__cause__ or error.__context__

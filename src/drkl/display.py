@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
@@ -12,6 +13,16 @@ ABSENT = "\N{EN DASH}"
 # would reorder what stands beside them. Plain RTL marks and letters are left alone.
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 _SPECIAL = re.compile(r"([\\`*{}\[\]<>#|~$&]|(?<!\w)_|_(?!\w))")
+
+
+def shell_word(value: Any) -> str:
+    """A path, or another value, as a word of a command line that can be pasted.
+
+    >>> shell_word("runs/a b"), shell_word("-x/y")
+    ("'runs/a b'", './-x/y')
+    """
+    text = str(value)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def as_number(value: Any) -> float | None:

@@ -24,6 +24,7 @@ from drkl.evaluation.cached import NOTE, put_cache
 from drkl.evaluation.evaluate import Settings, check_output, configured, evaluate_inputs
 from drkl.evaluation.pairs import Inputs, account, suite_rows, with_protocol
 from drkl.evaluation.result import MODELS, Evaluation
+from drkl.kept import check_student, note_changes
 from drkl.locks import ANALYSIS, EVALUATION, TRAINING, check_free, first_holding
 from drkl.models.classes import class_names
 from drkl.models.fingerprint import model_fingerprint
@@ -162,14 +163,31 @@ def open_finished(run: str | Path) -> tuple[RunFolder, Config, list[RunSpec]]:
         DrklError: no run folder, or no student in it yet.
     """
     folder = RunFolder.open(run)
-    config, _ = load_config(folder.read_config())
+    config = config_of(folder)
+    check_student(folder.student_path)
+    note_changes(folder)
     if not any((folder.student_path / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise DrklError(f"The run {str(folder.root)!r} has no student yet; resume its training first.")
     return folder, config, relocated(config, folder.root).specs()
 
 
+def config_of(run: RunFolder) -> Config:
+    """Return the config that a run was made with.
+
+    Raises:
+        DrklError: it is damaged.
+    """
+    try:
+        return load_config(run.read_config())[0]
+    except DrklError as error:
+        text = str(error)
+        where = "" if str(run.config_path) in text else f"{run.config_path}: "
+        raise DrklError(f"{where}{text} The run wrote it: bring it back from a copy.") from error
+
+
 def relocated(config: Config, folder: Path) -> Config:
     """Return the config of a moved run with its present path."""
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
     run = config.run.model_copy(update={"dir": str(folder.parent), "name": folder.name})
     return config.model_copy(update={"run": run})
 

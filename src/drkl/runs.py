@@ -19,11 +19,14 @@ from drkl.errors import DrklError
 from drkl.folders import sync
 from drkl.locks import HELD
 from drkl.parsing import check_ends, parse_json, parse_yaml
+from drkl.sealed import CHECKSUM, sealed, unsealed
 
 IN_MEMORY = "in memory"
 """The prefix, in a config.yaml, of the name of a model or of rows that were passed as objects."""
 _LOOK = 4096
 """Bytes of a log's end that are looked at at once."""
+_MOST_STEPS = 1 << 53
+"""More than a run can take: a step of the log is below."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class RunFolder:
             raise DrklError(f"There is no run folder {str(root)!r}. `drkl distill CONFIG` makes one under its run.dir.")
         run = cls(root)
         if not run.config_path.is_file():
+            if run.env_path.is_file() or run.student_path.is_dir():
+                raise DrklError(
+                    f"The run {str(root)!r} has lost its config.yaml. Bring it back from a copy: env.json names the "
+                    "command that made it. Its student is usable as a model of its own."
+                )
             raise DrklError(
                 f"{str(root)!r} is not a run folder: it has no config.yaml. `drkl distill CONFIG` makes one."
             )
@@ -129,21 +137,70 @@ class RunFolder:
         return self.read_env().get("finished") is not None
 
     def read_config(self) -> dict[str, Any]:
-        return read_yaml(self.config_path)
+        """Return what ``config.yaml`` holds.
 
-    def read_env(self) -> dict[str, Any]:
-        values = read_json(self.env_path) if self.env_path.is_file() else {}
-        if not isinstance(values, dict):
-            raise DrklError(
-                f"{self.env_path} holds a {type(values).__name__}; expected a json object. Remove the file."
-            )
+        Raises:
+            DrklError: the file is damaged.
+        """
+        values = read_yaml(self.config_path)
+        if not values:
+            raise DrklError(f"{self.config_path} is empty: the rest of the file was lost.")
         return values
 
+    def read_env(self) -> dict[str, Any]:
+        """Return what the run says of itself; nothing where there is no ``env.json``.
+
+        Raises:
+            DrklError: the file is damaged.
+        """
+        if not os.path.lexists(self.env_path):
+            return {}
+        try:
+            return read_sealed(self.env_path)
+        except DrklError as error:
+            raise DrklError(f"{error} {_ENV_IS}") from error
+
+    def write_env(self, values: Mapping[str, Any], *, lasting: bool = False) -> None:
+        """Write ``env.json``; ``lasting`` as `write_text` takes it."""
+        write_json(self.env_path, sealed(values), lasting=lasting)
+
     def read_train_log(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.train_log_path) if self.train_log_path.is_file() else []
+        """Return the lines of ``train.jsonl``; none where there is no such file.
+
+        Raises:
+            DrklError: a line is damaged.
+        """
+        return log_lines(self.train_log_path)
 
     def read_rollouts(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.rollouts_path) if self.rollouts_path.is_file() else []
+        """Return the lines of ``rollouts.jsonl``; none where there is no such file.
+
+        Raises:
+            DrklError: a line is damaged.
+        """
+        return log_lines(self.rollouts_path)
+
+
+_ENV_IS = (
+    "It says whether the run has ended, and what its files were. Bring it back from a copy; without one move it away, "
+    "and the student in student/ is no longer checked."
+)
+
+
+def check_no_link(path: Path) -> None:
+    """Raise DrklError where a path that drkl writes to is a link: what it points to may be somebody's own.
+
+    Args:
+        path: of a folder or a file in a run folder; one that is not there is let through.
+
+    Raises:
+        DrklError: it is a link.
+    """
+    if path.is_symlink():
+        raise DrklError(
+            f"{str(path)!r} is a link to {os.readlink(path)!r}, where something is that drkl has not written: it would "
+            "be overwritten. Remove the link; what it points to stays."
+        )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -185,36 +242,113 @@ def read_json(path: str | Path) -> Any:
         raise DrklError(f"{path} is not valid json: {error}.") from error
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Read a json-lines file; a last line that was cut off in writing is left out."""
-    lines = read_text(path).split("\n")
+def read_sealed(path: str | Path) -> dict[str, Any]:
+    """Read a json object that may have a checksum of its own.
+
+    Raises:
+        DrklError: the file cannot be read, holds no object, or is not what was written.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DrklError(f"{path} holds a {type(value).__name__}; expected an object.")
+    try:
+        return unsealed(value)
+    except ValueError as error:
+        raise DrklError(
+            f"{path} is damaged, or was edited: {error}. Where it was edited on purpose, take out its {CHECKSUM!r}."
+        ) from error
+
+
+def read_jsonl(path: str | Path) -> list[Any]:
+    """Read a json-lines file; a last line that was cut off in writing is left out.
+
+    Raises:
+        DrklError: the file cannot be read, or a line is damaged.
+    """
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(parse_json(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise DrklError(f"{path}:{number}: not valid json: {error}. Mend or remove the line.") from error
+    for number, value in json_lines(path):
+        if isinstance(value, ValueError):
+            raise DrklError(f"{path}:{number}: not valid json: {value}. Mend or remove the line.") from value
+        rows.append(value)
     return rows
 
 
-def lines_up_to(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of a log, json lines with a ``step`` each, that are not of a later step; none where there is no file.
+def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number, from 1, of each line of a file and what it holds; a ValueError for a damaged one.
+
+    An object may have a checksum of its own.
+
+    A last line that was cut off in writing is left out.
+
+    Raises:
+        DrklError: the file cannot be read.
+    """
+    check_ends(path)
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError as error:
+        raise DrklError(f"There is no file {str(path)!r}.") from error
+    except OSError as error:
+        raise DrklError(f"Cannot read {str(path)!r}: {error.strerror}.") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        value: Any
+        try:
+            value = parse_json(line.decode())
+            value = unsealed(value) if isinstance(value, dict) else value
+        except ValueError as error:
+            if number == len(lines) and line.strip(b"\0"):
+                return
+            value = ValueError(str(error))
+        yield number, value
+
+
+def log_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, objects with a ``step`` each; none where there is no file.
 
     Raises:
         DrklError: the file cannot be read, or has a line that is none of a log.
     """
-    rows = read_jsonl(path) if path.is_file() else []
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
+    if not os.path.lexists(path):
+        return []
+    rows = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        if not is_log_line(row):
             raise DrklError(
                 f"{path}, entry {number}: {json.dumps(row)[:80]} is no line of a run: expected an object with the "
                 "optimiser step as `step`. Remove the line."
             )
-    return [row for row in rows if row["step"] <= step]
+        rows.append(row)
+    return rows
+
+
+def readable_log(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The lines of a log that can be read, and what is wrong with the first of the others; empty for nothing."""
+    rows: list[dict[str, Any]] = []
+    wrong = ""
+    if not os.path.lexists(path):
+        return rows, wrong
+    try:
+        for number, value in json_lines(path):
+            if is_log_line(value):
+                rows.append(value)
+            else:
+                wrong = wrong or f"line {number} is damaged"
+    except DrklError as error:
+        wrong = str(error)
+    return rows, wrong
+
+
+def is_log_line(value: Any) -> bool:
+    """Whether a value of json is an object with the number of an optimiser step as ``step``."""
+    step = value.get("step") if isinstance(value, dict) else None
+    return type(step) is int and 0 <= step < _MOST_STEPS
+
+
+def lines_up_to(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of a log that are not of a later step; see `log_lines`."""
+    return [row for row in log_lines(path) if row["step"] <= step]
 
 
 def write_text(path: str | Path, text: str, *, lasting: bool = False) -> None:
@@ -228,7 +362,8 @@ def write_text(path: str | Path, text: str, *, lasting: bool = False) -> None:
     Raises:
         CannotWrite: it cannot be written there.
     """
-    write_bytes(path, text.encode(), lasting=lasting)
+    # A path of bytes that are no text has lone surrogates; so written, json and yaml read them back.
+    write_bytes(path, text.encode(errors="backslashreplace"), lasting=lasting)
 
 
 def write_bytes(path: str | Path, data: bytes, *, lasting: bool = False) -> None:

@@ -24,7 +24,7 @@ from drkl.evaluation.findings import SHARED
 from drkl.objectives import make_objective
 from drkl.reporting import analysis as shown_analysis
 from drkl.reporting.analysis import write_figures
-from drkl.runs import write_json
+from drkl.runs import read_json, write_json
 from tests.analysis import reference
 from tests.analysis.made_states import PER_ROW, ROWS, VOCAB, analysed, teacher_logits, with_other_tails
 from tests.rounding import rounding
@@ -323,12 +323,20 @@ def test_an_analysis_is_read_as_it_was_saved(states: tuple[np.ndarray, np.ndarra
     observed, made = analysed(*states, positions=4)
     made = dataclasses.replace(made, positions=_position_columns(observed, [str(i) for i in range(ROWS)]))
     loaded = Analysis.load(made.save(tmp_path))
-    assert loaded.to_json() == json.loads((tmp_path / "analysis.json").read_text()) and loaded.findings == made.findings
+    written = read_json(tmp_path / "analysis.json")
+    assert set(written.pop("files")) == {"positions.csv"} and written.pop("checksum")
+    assert loaded.to_json() == written and loaded.findings == made.findings
     assert loaded["K"] == made["K"] and list(loaded.positions) == list(made.positions)
     np.testing.assert_allclose(loaded.positions["K"], observed.columns["K"], rtol=1e-5)
     assert loaded.positions["label"].tolist() == observed.labels.tolist()
     with pytest.raises(DrklError, match=r"has no mean 'KK'\. Did you mean 'K'"):
         loaded["KK"]
+
+    lines = (tmp_path / "analysis" / "positions.csv").read_text()
+    (tmp_path / "analysis" / "positions.csv").write_text(lines.replace("1", "2", 1))
+    with pytest.raises(DrklError, match=r"positions\.csv has another content than was written\); run it again"):
+        Analysis.load(tmp_path)
+    (tmp_path / "analysis" / "positions.csv").write_text(lines)
 
     # The format before: no findings, another name.
     content = json.loads(json.dumps(loaded.to_json()))

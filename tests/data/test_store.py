@@ -262,7 +262,8 @@ def kept() -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    "damage", ["byte", *(pytest.param(n, marks=SLOW) for n in ("cut", "gone", "manifest", "none"))]
+    "damage",
+    ["byte", *(pytest.param(n, marks=SLOW) for n in ("cut", "gone", "manifest", "a number of the manifest", "none"))],
 )
 def test_damaged_rows_are_made_anew(tmp_path: Path, damage: str) -> None:
     config = DataConfig(path=write(tmp_path, pairs(30)), **LIMITS)
@@ -279,8 +280,14 @@ def test_damaged_rows_are_made_anew(tmp_path: Path, damage: str) -> None:
         file.unlink()
     elif damage == "manifest":
         (folder / "manifest.json").write_text('{"files": {')
-    found = load_shares(config, build(), **KIND)
+    elif damage == "a number of the manifest":
+        text = (folder / "manifest.json").read_text()
+        (folder / "manifest.json").write_text(text.replace('"responses_cut": 0', '"responses_cut": 1'))
+        assert (folder / "manifest.json").read_text() != text
+    said: list[str] = []
+    found = load_shares(config, build(), watch=Watch(said.append), **KIND)
     assert list(found.train) == expected and found.cached == (damage == "none")
+    assert said == ([] if damage == "none" else [f"The tokenised rows in {folder} are damaged: they are made anew."])
     assert load_shares(config, build(), **KIND).cached
 
 

@@ -41,7 +41,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_the_parts_used_longest_ago_go_first(tmp_path: Path) -> None:
-    store = Store(tmp_path, limit=1000)
+    store = Store(tmp_path, limit=1200)
     for number, name in enumerate("abc"):
         store.write_lines(name, [{"text": "x" * 300}])
         os.utime(tmp_path / f"{name}.jsonl", (number, number))

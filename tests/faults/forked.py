@@ -29,7 +29,8 @@ WARM = (
     "drkl.reporting.exports", "drkl.reporting.picture", "drkl.evaluation.compare", "drkl.training.estimate",
     "transformers.models.llama.modeling_llama", "transformers.trainer", "rich.progress", "rich.table",
     "rich._emoji_codes", "peft", "sacrebleu", "rouge_score.rouge_scorer", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
+    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "scipy.stats", "drkl.evaluation.comparison",
+    "drkl.reporting.analysis", "drkl.reporting.differences", "datasets",
 )  # fmt: skip
 """Modules that commands import; those that a checkout has not are left out."""
 _STEP = 0.01

@@ -108,13 +108,18 @@ def changed(path: Path, change: Change) -> Iterator[None]:
 
 def assert_refused(case: Case, run: Path, *words: str) -> None:
     """Refused in one message with the two ways out, and nothing of the run is touched."""
-    before = tiny_runs.tree(run)
+    before = files_of(run)
     done = case.resume(run)
     assert done.code == 2, f"status {done.code}: {done.err[-300:]}"
     assert "Traceback" not in done.err, done.err[-500:]
     for word in (*words, "Put them back as they were", "new run"):
         assert word in done.err, f"{word!r} is not in: {done.err}"
-    assert tiny_runs.tree(run) == before, "the run was touched"
+    assert files_of(run) == before, "the run was touched"
+
+
+def files_of(run: Path) -> dict[str, bytes | None]:
+    """Its files, without the lock that a killed process has left."""
+    return {name: content for name, content in tiny_runs.tree(run).items() if name != ".lock"}
 
 
 def assert_goes_on(case: Case, run: Path) -> None:
@@ -144,32 +149,56 @@ def others(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "response": f"w{i % 20} w{i % 7}"} for i, row in enumerate(rows)]
 
 
-DATA = {
+FEW: dict[str, tuple[Callable[..., Any], str]] = {
     "ten rows fewer": (lambda rows: rows[:-10], "training rows: 38 then, 28 now"),
-    "another order": (shuffled, "training rows: as many as before"),
     "one response edited": (with_other_response, "training rows: as many as before"),
+}
+MORE: dict[str, tuple[Callable[..., Any], str]] = {
+    "another order": (shuffled, "training rows: as many as before"),
     "other rows": (others, "training rows: as many as before"),
     "a row twice": (lambda rows: [*rows, {**rows[0], "id": "again"}], "training rows: 38 then"),
 }
 
 
+def change_data(case: Case, injected: Injected, changes: dict[str, tuple[Callable[..., Any], str]]) -> None:
+    path, run = case.root / "data.jsonl", case.copy()
+    for name, (change, said) in changes.items():
+        rows = change(rows_of(path))
+        with injected(name), changed(path, lambda rows=rows: write(path, rows)):  # type: ignore[misc]
+            assert_refused(case, run, said)
+    with injected("put back"):
+        assert_goes_on(case, run)
+
+
 @pytest.mark.fault(
     group="Changed between start and resume",
-    fault="The training data: rows fewer, others, in another order, one response edited",
+    fault="The training data: rows fewer, one response edited",
     does="Refuses before the run is touched, with the number of rows then and now and the two ways out: put them back, "
     "or start anew. Once they are back, the run goes on to the same bytes.",
 )
 def test_training_data_is_changed(plain: Case, injected: Injected) -> None:
-    path = plain.root / "data.jsonl"
-    quick = os.environ.get("DRKL_FAULTS") is None
-    run = plain.copy()
-    for name, (change, said) in list(DATA.items())[: 3 if quick else None]:
-        with injected(name), changed(path, lambda change=change: write(path, change(rows_of(path)))):  # type: ignore[misc]
-            assert_refused(plain, run, said)
-    with injected("put back"):
-        assert_goes_on(plain, run)
+    change_data(plain, injected, FEW)
 
 
+@pytest.mark.slow
+@pytest.mark.fault(
+    group="Changed between start and resume",
+    fault="The training data: other rows, another order, a row twice; with sampled answers the prompts, or their ids",
+    does="Refuses, likewise.",
+)
+def test_more_of_the_training_data_is_changed(plain: Case, sampled: Case, injected: Injected) -> None:
+    change_data(plain, injected, MORE)
+    change_data(
+        sampled,
+        injected,
+        {
+            "prompts": (lambda rows: [{**row, "prompt": "w3 " + row["prompt"]} for row in rows], "training rows: "),
+            "ids": (lambda rows: [{**row, "id": f"x{row['id']}"} for row in rows], "training rows: "),
+        },
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.fault(
     group="Changed between start and resume",
     fault="One number of the teacher's weights; its chat template; its tokenizer",
@@ -256,8 +285,7 @@ def test_the_start_of_the_student_is_changed(tmp_path: Path, runner: Runner, inj
     does="Refuses, with each setting that is another, then and now.",
 )
 def test_settings_are_changed(plain: Case, injected: Injected) -> None:
-    quick = {"objective.gamma": 0.3, "training.tokens_per_step": 60, "training.max_steps": 8}
-    for key, value in quick.items():
+    for key, value in {"objective.gamma": 0.3, "training.max_steps": 8}.items():
         with injected(key):
             run = plain.copy()
             edit(run, key, value)
@@ -266,7 +294,9 @@ def test_settings_are_changed(plain: Case, injected: Injected) -> None:
         run = plain.copy()
         edit(run, "training.learning_rate", 0.5)
         edit(run, "run.seed", 4)
-        assert_refused(plain, run, "run.seed: 3 then, 4 now", "training.learning_rate: 0.01 then, 0.5 now")
+        edit(run, "training.tokens_per_step", 60)
+        said = "run.seed: 3 then, 4 now", "learning_rate: 0.01 then, 0.5 now", "tokens_per_step: 120 then, 60 now"
+        assert_refused(plain, run, *said)
 
 
 @pytest.mark.slow
@@ -296,18 +326,92 @@ def test_a_finished_stage_is_changed(tmp_path: Path, runner: Runner, injected: I
     does="Goes on to the same bytes: everything is known by its content.",
 )
 def test_everything_is_moved(plain: Case, tmp_path: Path, injected: Injected) -> None:
-    with injected("linked"):
-        link = tmp_path / "link"
-        link.symlink_to(plain.copy())
-        assert_goes_on(plain, link)
-    with injected("data and teacher elsewhere"):
-        run = plain.copy()
-        run = run.rename(tmp_path / "moved")
+    with injected("data and teacher elsewhere, and the run behind a link"):
+        run = plain.copy().rename(tmp_path / "moved")
         shutil.copytree(plain.root / "teacher", tmp_path / "other-teacher")
         shutil.copy(plain.root / "data.jsonl", tmp_path / "other-data.jsonl")
         edit(run, "teacher.model", str(tmp_path / "other-teacher"))
         edit(run, "data.path", str(tmp_path / "other-data.jsonl"))
-        assert_goes_on(plain, run)
+        (tmp_path / "link").symlink_to(run)
+        assert_goes_on(plain, tmp_path / "link")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    group="Changed between start and resume",
+    fault="The cache of the teacher: of another teacher; made again elsewhere; the teacher itself in its place",
+    does="Refuses another teacher, and another kind of it; goes on with the same one, wherever its cache lies.",
+)
+def test_a_cached_teacher_is_changed(tmp_path: Path, runner: Runner, injected: Injected) -> None:
+    def cache(name: str, seed: int) -> Path:
+        tiny.save(tiny.llama(seed), tmp_path / "teacher")
+        path = tiny_runs.write_config(tiny_runs.config(tmp_path), tmp_path / "cache.yaml")
+        done = runner.call("cache", path, "--output", tmp_path / name)
+        assert done.code == 0, done.err
+        return tmp_path / name
+
+    tiny_runs.config(tmp_path)
+    cache("other", 5)
+    cache("used", 0)
+    case = make(tmp_path, runner, teacher={"cache": str(tmp_path / "used")})
+    run = case.copy()
+    with injected("another teacher's"):
+        edit(run, "teacher.cache", str(tmp_path / "other"))
+        assert_refused(case, run, "the teacher: other weights")
+    with injected("the teacher itself"):
+        edit(run, "teacher.cache", None)
+        assert_refused(case, run, "the teacher: a cache then, a model now")
+    with injected("moved"):
+        (tmp_path / "used").rename(tmp_path / "moved")
+        edit(run, "teacher.cache", str(tmp_path / "moved"))
+        assert_goes_on(case, run)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    group="Changed between start and resume",
+    fault="The inputs of a run that was ended before its first checkpoint",
+    does="Begins anew with whatever there is, and says what changed: nothing was trained that could be mixed.",
+)
+def test_a_run_without_a_checkpoint_is_changed(plain: Case, injected: Injected) -> None:
+    run = plain.root / "runs" / "early"
+    path, early = plain.root / "c.yaml", "run.name=early"
+    killed = plain.runner.call(
+        "distill", path, early, inject="tests.training.killed:kill_in_training", given=["log", "early/checkpoints", 1]
+    )
+    assert killed.code == -signal.SIGKILL, killed.err
+    expected = plain.runner.call("distill", path, "run.name=expected", "objective.gamma=0.25")
+    assert expected.code == 0, expected.err
+    with injected("another objective"):
+        edit(run, "objective.gamma", 0.25)
+        done = plain.resume(run)
+        assert done.code == 0, done.err
+        assert "so it begins anew, with what was changed: objective.gamma: 0.5 then, 0.25 now" in done.err
+        assert weights(run) == weights(plain.root / "runs" / "expected")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    group="Changed between start and resume",
+    fault="The config of a job that is started again with --auto-resume: a setting, the data of a finished run",
+    does="Refuses by name; a finished run whose data and teacher only lie elsewhere is left as it is.",
+)
+def test_a_job_is_started_again_with_another_config(plain: Case, tmp_path: Path, injected: Injected) -> None:
+    path = plain.root / "c.yaml"
+    shutil.copytree(plain.root / "teacher", tmp_path / "teacher")
+    words = ("distill", path, "--auto-resume", "run.name=whole")
+    for override, said in (
+        ("objective.gamma=0.25", "objective.gamma: 0.5 then, 0.25 now"),
+        ("data.max_rows=30", "training rows: 38 then, 30 now"),
+    ):
+        with injected(override):
+            done = plain.runner.call(*words, override)
+            assert done.code == 2 and said in done.err, done.err
+    for override in ("evaluation.prompts=3", f"teacher.model={tmp_path / 'teacher'}"):
+        with injected(override):
+            done = plain.runner.call(*words, override)
+            assert done.code == 0 and "nothing is left to do" in done.out, done.err
+    assert weights(plain.root / "runs" / "whole") == plain.weights
 
 
 OTHER: dict[str, Any] = {

@@ -264,7 +264,7 @@ def evaluation(root: Path, runner: Runner) -> Work:
             if path.name in (".evaluation", "eval.json", "samples.jsonl", "heldout.jsonl", "predictions.jsonl"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    words = ["evaluate", run, "--suite", f"own={suite}", "--prompts", 2, "--samples", 2, "--sweep", "0.5"]
+    words = ["evaluate", run, "--suite", f"dolly={suite}", "--prompts", 2, "--samples", 2, "--sweep", "0.5"]
     return Work(words, run, variables={"DRKL_CACHE": str(root / "own-cache")}, first=first)
 
 

@@ -41,11 +41,12 @@ def test_evaluations_of_the_users_own_are_no_training_batches(make_run: MakeRun)
     assert stage.curve("rkl").values == [1.0] and not stage.curve("loss", heldout=True)
 
 
-def test_odd_lines_of_a_log_are_left_out(make_run: MakeRun) -> None:
+def test_odd_lines_of_a_log_are_left_out_and_that_is_said(make_run: MakeRun, caplog: pytest.LogCaptureFixture) -> None:
     run = make_run(warmup=False)
     run.train_log_path.write_text('[1]\n{"loss": 1}\n{"step": 3, "loss": NaN}\n{"step": 4, "loss": 2}\n{"step": 5, "lo')
     stage = read_run(run).stages[0]
     assert (stage.curve("loss").steps, stage.curve("loss").values) == ([4], [2.0])
+    assert f"{run.train_log_path}: line 1 is damaged; what could not be read is left out" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["eval.json", "analysis.json"])

@@ -6,7 +6,9 @@ import copy
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,30 @@ def test_a_slow_server_is_named(student: PreTrainedModel, fake: FakeVllm, tmp_pa
     fake.fault = slow(0.6)
     with pytest.raises(DrklError, match=r"not answered /v1/completions within 0\.2 seconds.*server_timeout"):
         by_server.write(requests(1), seed=1)
+
+
+def test_an_answer_that_drips_is_timed_as_a_whole(student: PreTrainedModel, fake: FakeVllm, tmp_path: Path) -> None:
+    by_server = writer(student, fake, tmp_path, settings={"server_timeout": 1.0})
+    with closing(socket.create_server(("127.0.0.1", 0))) as server, closing(by_server._client._connection()) as asked:
+        asked.port = server.getsockname()[1]
+        asked.connect()
+        connection, _ = server.accept()
+        over = threading.Event()
+
+        def drip() -> None:
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+                while not over.wait(0.05):
+                    connection.sendall(b" ")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        asked.putrequest("GET", "/version")
+        asked.endheaders()
+        with pytest.raises(DrklError, match=r"not answered /version within 1 seconds"):
+            by_server._client._receive(asked, "/version", time.monotonic())
+        over.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 
 from drkl.errors import DrklError
 from drkl.runs import RunFolder
@@ -17,7 +19,9 @@ from drkl.training.checkpoints import (
     find_checkpoint,
     has_checkpoints,
     mark_complete,
+    plain_errors,
     reached_at,
+    readable,
     wanted_checkpoint,
 )
 
@@ -127,6 +131,18 @@ def test_what_drkl_did_not_write_is_not_read(tmp_path: Path) -> None:
     assert has_checkpoints(tmp_path)
 
 
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    assert not has_checkpoints(tmp_path / "none")
+    (tmp_path / "file").touch()
+    assert not has_checkpoints(tmp_path / "file")
+    monkeypatch.setattr("drkl.training.checkpoints.os.listdir", refuse)
+    with pytest.raises(DrklError, match=r"Cannot read '.*': Permission denied\."):
+        has_checkpoints(tmp_path)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_state_that_was_never_saved_is_missing_too(tmp_path: Path, processes: int) -> None:
     alone = {1: ("rng_state.pth",), 2: ("rng_state_0.pth", "rng_state_1.pth")}[processes]
@@ -191,3 +207,11 @@ def test_a_state_that_transformers_cannot_read_is_named(tmp_path: Path) -> None:
             check_state(path)
     (path / "trainer_state.json").write_text("{}")
     check_state(path)
+
+
+def test_what_torch_s_distributed_checkpoints_wrap_is_raised_as_it_was(tmp_path: Path) -> None:
+    failures: Any = {1: (OSError(28, "No space left on device"), None)}
+    with pytest.raises(OSError, match="No space left"), plain_errors():
+        raise CheckpointException("save", failures)
+    with pytest.raises(DrklError, match=r"weights of 'c' cannot be used: .*No space left"), readable("c", "weights"):
+        raise CheckpointException("load", failures)

@@ -81,6 +81,15 @@ def test_cut_off_in_mid_training(tmp_path: Path, step: int) -> None:
 
 
 @pytest.mark.slow
+def test_cut_off_before_the_first_checkpoint(tmp_path: Path) -> None:
+    values, whole = reference(tmp_path)
+    cut_off(values, kill_at_step("r", 1))
+    messages: list[str] = []
+    assert_equal(tiny_runs.train(values, "resume", Listener(on_message=messages.append)), whole)
+    assert "There is no checkpoint, so the run begins at its first step." in messages
+
+
+@pytest.mark.slow
 def test_an_evaluation_on_start_comes_once(tmp_path: Path) -> None:
     values, whole = reference(tmp_path, training={"arguments": {"logging_steps": 3, "eval_on_start": True}})
     cut_off(values, kill_at_step("r", 5))
@@ -397,7 +406,10 @@ def test_a_foreign_line_in_a_log_is_named(tmp_path: Path) -> None:
 
 def test_a_record_that_is_no_mapping_is_named(tmp_path: Path) -> None:
     (tmp_path / "env.json").write_text("[]")
-    with pytest.raises(DrklError, match=r"env\.json holds a list; expected a json object\. Remove the file"):
+    with pytest.raises(
+        DrklError,
+        match=r"env\.json holds a list; expected an object\. It says whether the run has ended.*Bring it back",
+    ):
         RunFolder(tmp_path).is_finished()
 
 

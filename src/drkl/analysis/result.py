@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 
 from drkl.disk import writing
+from drkl.display import shell_word
 from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.bootstrap import Estimate
 from drkl.evaluation.findings import RENAMED, Finding, of_analysis
-from drkl.runs import RunFolder, json_text, read_json, write_together
+from drkl.kept import described
+from drkl.runs import RunFolder, json_text, read_sealed, write_together
+from drkl.sealed import sealed
 
 FORMAT = 2
 """The format of ``analysis.json``. Format 1 has no ``format`` and no ``findings``; it is still read."""
@@ -67,7 +70,8 @@ class Analysis:
         """
         run = RunFolder(Path(folder))
         files = {run.analysis_folder / "positions.csv": _to_csv(self.positions)} if self.positions else {}
-        write_together(files | {run.analysis_path: json_text(self.to_json())})
+        said = {path.name: described(text.encode()) for path, text in files.items()}
+        write_together(files | {run.analysis_path: json_text(sealed(self.to_json() | {"files": said}))})
         return run.root
 
     @classmethod
@@ -79,10 +83,8 @@ class Analysis:
         """
         run = RunFolder(Path(folder))
         if not run.analysis_path.is_file():
-            raise DrklError(f"{str(folder)!r} has no analysis.json; `drkl analyze {folder}` makes it.")
-        content = read_json(run.analysis_path)
-        if not isinstance(content, dict):
-            raise DrklError(f"{run.analysis_path} holds a {type(content).__name__}; expected an object.")
+            raise DrklError(f"{str(folder)!r} has no analysis.json; `drkl analyze {shell_word(folder)}` makes it.")
+        content = read_analysis(run)
         number = content.get("format", 1)
         if number not in (1, FORMAT):
             raise DrklError(
@@ -96,12 +98,27 @@ class Analysis:
             tables["totals"] = {RENAMED.get(name, name): entry for name, entry in tables["totals"].items()}
             stored = content.get("findings")
             findings = of_analysis(tables) if stored is None else [Finding.from_json(entry) for entry in stored]
+            said = (content.get("files") or {}).get(path.name)
+            if path.is_file() and said not in (None, described(path.read_bytes())):
+                raise ValueError(f"{path} has another content than was written")
             return cls(tables, findings, _from_csv(path) if path.is_file() else {})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DrklError(
                 f"{run.analysis_path} is not what `drkl analyze` writes ({type(error).__name__}: {error}); run it "
                 "again."
             ) from error
+
+
+def read_analysis(run: RunFolder) -> dict[str, Any]:
+    """Return what ``analysis.json`` holds.
+
+    Raises:
+        DrklError: it is damaged.
+    """
+    try:
+        return read_sealed(run.analysis_path)
+    except DrklError as error:
+        raise DrklError(f"{error} `drkl analyze {run.root}` writes it again.") from error
 
 
 def claim_folder(folder: RunFolder) -> None:

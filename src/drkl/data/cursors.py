@@ -209,10 +209,15 @@ class _Streamed:
         return {"row": self._count, "state": self._dataset.state_dict()}
 
 
+_LONGEST = 1 << 28
+"""Bytes of a line."""
+
+
 def _has_lines(path: str) -> bool:
     """Whether a file holds several json objects, the first in its first line that is not empty, in UTF-8."""
     with open_bytes(path) as stream:
-        lines = (line for line in stream if line.strip())
+        every = iter(lambda: stream.readline(_LONGEST), b"")
+        lines = (line for line in every if line.strip())
         first, second = next(lines, b""), next(lines, b"")
     try:
         return bool(second) and isinstance(json.loads(first), dict)

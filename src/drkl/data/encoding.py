@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from drkl.data.cuts import NO_CUTS, Cuts, is_of_bytes, safe_tokens, words_are_apart
 from drkl.data.ends import as_ids, special_tokens
+from drkl.data.limits import no_panic
 from drkl.errors import DrklError
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ class TextEncoder:
             yield from parts
             last = parts[-1]
 
+    @no_panic("Encoding texts")
     def _ids_of_all(self, texts: list[str]) -> list[list[int]]:
         from transformers import PreTrainedTokenizerFast
 
@@ -166,9 +168,12 @@ class TextEncoder:
         known = self._known.get(part)
         if known is None:
             # verbose=False: over-long prompts are dropped and counted by us, not warned about by the tokenizer.
-            known = self._known[part] = list(self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
+            with no_panic(f"Encoding {part[:60]!r}"):
+                ids = self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            known = self._known[part] = list(ids)
         return known
 
+    @no_panic("Encoding texts")
     def _frame(self, texts: list[str], *, target: bool) -> list[Framed]:
         tokenizer = self.tokenizer
         try:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from drkl.errors import DrklError, did_you_mean
+from drkl.parsing import check_ends
 
 BUNDLED = {
     f"bundled:{name}{end}": f"{name}_{part}.jsonl"
@@ -46,6 +47,10 @@ _WRAPPERS = ("data", "rows", "examples", "instances", "train")
 
 BLOCK_BYTES = 1 << 20
 """A file of text is read in blocks of so many bytes."""
+MOST_PACKED = 200
+"""The largest packed file, by the size of the packing; text is packed to a fifth, logs to a fiftieth."""
+_LEAST_UNPACKED = 1 << 28
+"""Bytes that any packed file may hold."""
 ROWS_AT_ONCE = 1024
 """Rows of a parquet file that are Python objects at once."""
 
@@ -70,6 +75,7 @@ def file_rows(path: str, row_format: str = "auto") -> Rows:
             )
         return _json(_blocks(bundled_path(path)), path)
     file = Path(path).expanduser()
+    check_ends(file)
     suffix = suffix_of(file)
     if suffix == ".parquet":
         return parquet_rows(file, path)
@@ -112,7 +118,7 @@ def _blocks(file: Path) -> Iterator[str]:
     name, suffix = str(file), file.suffix.lower()
     try:
         with _PACKED.get(suffix, open)(file, "rb") as stream:
-            yield from _decoded(stream, name, suffix)
+            yield from _decoded(_Unpacked(stream, file) if suffix in _PACKED else stream, name, suffix)
     except _UNREADABLE as error:
         raise _unreadable(file, error) from error
 
@@ -126,6 +132,24 @@ def open_bytes(path: str) -> Iterator[Any]:
             yield stream
     except _UNREADABLE as error:
         raise _unreadable(file, error) from error
+
+
+class _Unpacked:
+    """What a packed file holds; it ends where there is far more than text can be packed into the file."""
+
+    def __init__(self, stream: Any, file: Path) -> None:
+        self._stream, self._name = stream, str(file)
+        self._left = max(_LEAST_UNPACKED, MOST_PACKED * file.stat().st_size)
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._stream.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise DrklError(
+                f"{self._name!r} holds more than {MOST_PACKED} times its size, which no text does: it is made to fill "
+                "the memory. Unpack it first if it is good."
+            )
+        return data
 
 
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)

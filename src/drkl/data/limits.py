@@ -55,6 +55,28 @@ def bounded(key: object, what: str, way_out: str, action: Callable[[], T]) -> T:
     raise DrklError(f"{what} takes {_refused[key]}. It is broken, or made to stop this program. {way_out}")
 
 
+@contextmanager
+def no_panic(what: str) -> Iterator[None]:
+    """Turn a panic of a library in Rust, which no `except Exception` catches, into an error.
+
+    Args:
+        what: what was done, at the beginning of a sentence.
+
+    Raises:
+        DrklError: the library panicked.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DrklError(
+            f"{what} ended in a fault of the library tokenizers: {reason}. A regular expression in tokenizer.json may "
+            "take too long for this text; use a tokenizer without it."
+        ) from None
+
+
 class _Late(BaseException):
     """An action has taken its time; no `except Exception` inside of it holds this up."""
 

@@ -23,7 +23,8 @@ from drkl.data.store import Made, Watch, key_of, rows_folder
 from drkl.data.stored import NotStorable, to_json
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
-from drkl.runs import read_json, write_json
+from drkl.runs import read_sealed, write_json
+from drkl.sealed import sealed
 
 
 @dataclass
@@ -176,7 +177,7 @@ def heldout_of(config: DataConfig, *, classifier: bool = False, needs_responses:
     kept = rows_folder(Watch()) / f"heldout-{key}.json"
     if kept.is_file():
         with contextlib.suppress(DrklError, ValueError, TypeError):
-            return heldout_examples({"heldout": read_json(kept)})
+            return heldout_examples(read_sealed(kept))
     examples: list[Example] = []
     is_large = False
     for one in wanted:
@@ -191,7 +192,7 @@ def heldout_of(config: DataConfig, *, classifier: bool = False, needs_responses:
         is_large = is_large or len(found.sizes) > 1
     if is_large and all(one[0] is not None for one in described):
         with contextlib.suppress(DrklError, NotStorable):
-            write_json(kept, [(example.id, to_json(example)) for example in examples])
+            write_json(kept, sealed({"heldout": [(example.id, to_json(example)) for example in examples]}))
     return examples
 
 

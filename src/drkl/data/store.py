@@ -30,7 +30,8 @@ from drkl.data.tokenize import DropReport
 from drkl.data.workers import WorkerEnded
 from drkl.disk import CannotWrite, cannot_write, is_failed_write, writing
 from drkl.errors import DrklError
-from drkl.runs import cache_dir, locked, read_json, write_json
+from drkl.runs import cache_dir, locked, read_json, read_sealed, write_json
+from drkl.sealed import sealed
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -155,10 +156,12 @@ def _make(folder: Path, make: Maker, watch: Watch) -> Made:
     with _held(folder, watch):
         if (found := _open(folder)) is not None:
             return found
+        if os.path.lexists(folder):
+            watch.on_message(f"The tokenised rows in {folder} are damaged: they are made anew.")
         making = folder.with_name(f".making-{folder.name}")
         try:
             parts = Parts(making)
-            write_json(making / MANIFEST, make(parts))
+            write_json(making / MANIFEST, sealed(make(parts)))
             shutil.rmtree(folder, ignore_errors=True)
             making.rename(folder)
         except (WorkerEnded, CannotWrite):  # what is finished is kept, so that the next start goes on there
@@ -223,7 +226,7 @@ class Parts:
     def read(self, name: str) -> dict[str, Any] | None:
         """What is said of a part; None where it is not there, or not whole."""
         try:
-            about = read_json(self.folder / f"{name}.json")
+            about = read_sealed(self.folder / f"{name}.json")
             whole = all(facts_of(self.folder / file) == facts for file, facts in about["files"].items())
         except (DrklError, OSError, KeyError, TypeError, AttributeError):
             return None
@@ -243,7 +246,7 @@ class Parts:
                     writers[kind] = opened.enter_context(pa.ipc.new_stream(sink, batch.schema))
                 writers[kind].write_batch(batch)
         said = about() | {"files": {path.name: facts_of(path) for path in files.values()}}
-        write_json(self.folder / f"{name}.json", said)
+        write_json(self.folder / f"{name}.json", sealed(said))
         return said
 
 
@@ -279,8 +282,8 @@ def manifest_of(
 def _open(folder: Path) -> Made | None:
     """The rows of a finished folder; None where there is none, or a file of it is damaged."""
     try:
-        manifest = read_json(folder / MANIFEST)
-        if not _is_whole(folder, manifest["files"]):
+        manifest = read_sealed(folder / MANIFEST)
+        if any(facts_of(folder / name) != facts for name, facts in manifest["files"].items()):
             return None
         rows = RowFiles([folder / name for name in manifest["files"] if name.endswith(".arrow")])
         order = np.load(folder / "order.npy", mmap_mode="r") if "order.npy" in manifest["files"] else None
@@ -292,31 +295,6 @@ def _open(folder: Path) -> Made | None:
     with contextlib.suppress(OSError):  # a cache that is read-only is still read
         os.utime(folder / MANIFEST)
     return found
-
-
-SEEN = "seen.json"
-_SETTLED = 2.0
-"""Seconds after which a change of a file cannot have the time of the one before."""
-
-
-def _is_whole(folder: Path, files: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether all files are as they were written; one that nobody touched since it was read whole is not read again."""
-    try:
-        seen = read_json(folder / SEEN)
-    except DrklError:
-        seen = {}
-    now, new = time.time(), {}
-    for name, facts in files.items():
-        stat = (folder / name).stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        if stat.st_size != facts[0] or (seen.get(name) != stamp and facts_of(folder / name) != list(facts)):
-            return False
-        if now - stat.st_ctime > _SETTLED:
-            new[name] = stamp
-    if new != seen:
-        with contextlib.suppress(DrklError):
-            write_json(folder / SEEN, new)
-    return True
 
 
 def _trim(kept: Path) -> None:

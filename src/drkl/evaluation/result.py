@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,12 +11,17 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, AllowInfNan, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
+from drkl.display import shell_word
 from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.bootstrap import Estimate as Estimate
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import metrics_of
 from drkl.evaluation.findings import Answer, Finding, of_evaluation
-from drkl.runs import RunFolder, json_text, jsonl_text, read_json, read_jsonl, write_together
+from drkl.kept import described, note_changes
+from drkl.runs import RunFolder, json_text, jsonl_text, read_jsonl, read_sealed, write_together
+from drkl.sealed import sealed
+
+_log = logging.getLogger("drkl")
 
 FORMAT = 2
 """The format of ``eval.json``. Format 1 has no ``format`` and calls a run's student ``after``; it is still read."""
@@ -141,6 +148,8 @@ class Evaluation:
     """The folder that it was loaded from or saved to; None in memory."""
     lines: dict[str, Lines] = field(default_factory=dict, repr=False, compare=False)
     """The lines that are in memory, by the names in `FILES`."""
+    files: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Sizes and checksums of the files of lines in the folder, by their names."""
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """Resampled metrics that `drkl.evaluation.comparison` keeps for the next comparison."""
 
@@ -202,7 +211,7 @@ class Evaluation:
     def _lines(self, name: str) -> Lines:
         if name not in self.lines:
             path = None if self.folder is None else self.folder / f"{name}.jsonl"
-            self.lines[name] = _read_lines(path, FILES[name]) if path is not None and path.is_file() else []
+            self.lines[name] = [] if path is None else _read_lines(path, FILES[name], self.files.get(f"{name}.jsonl"))
         return self.lines[name]
 
     def to_json(self) -> dict[str, Any]:
@@ -254,7 +263,8 @@ class Evaluation:
         """
         run = RunFolder(Path(folder))
         files = {run.root / f"{name}.jsonl": jsonl_text(lines) for name in FILES if (lines := self._lines(name))}
-        write_together(files | {run.eval_path: json_text(self.to_json())})
+        said = {path.name: described(text.encode()) for path, text in files.items()}
+        write_together(files | {run.eval_path: json_text(sealed(self.to_json() | {"files": said}))})
         return run.root
 
     @classmethod
@@ -271,11 +281,14 @@ class Evaluation:
         if not path.exists():
             raise DrklError(f"There is no folder {str(path)!r}.")
         if not file.is_file():
-            raise DrklError(f"{str(path)!r} has no eval.json; `drkl evaluate {path}` makes it.")
+            raise DrklError(f"{str(path)!r} has no eval.json; `drkl evaluate {shell_word(path)}` makes it.")
         if file.name != "eval.json":  # copied out of its folder: no lines beside it
             return _read(file, file.name.removesuffix(".json").removesuffix(".eval"), None)
         folder = RunFolder(file.parent)
-        run = folder.read_config().get("run") if folder.config_path.is_file() else None
+        run = None
+        if folder.config_path.is_file():
+            note_changes(folder, strict=False)
+            run = folder.read_config().get("run")
         named = run.get("name") if isinstance(run, dict) else None
         return _read(file, str(named or folder.name), folder.root)
 
@@ -415,7 +428,13 @@ class _Settings(_Section):
     definitions: dict[str, str] = {}
 
 
+class _Said(_Section):
+    bytes: Count
+    xxh3: str
+
+
 class _File(_Numbers):
+    files: dict[str, _Said] = {}
     task: str | None = None
     settings: _Settings = _Settings()
     classes: list[str] = []
@@ -430,9 +449,10 @@ class _File(_Numbers):
 
 
 def _read(path: Path, name: str, folder: Path | None) -> Evaluation:
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise DrklError(f"{path} holds a {type(raw).__name__}; expected an object with a key per model. {_ANEW}")
+    try:
+        raw = read_sealed(path)
+    except DrklError as error:
+        raise DrklError(f"{error} {_ANEW}") from error
     version = raw.get("format", 1)
     if version not in (1, FORMAT):
         raise DrklError(
@@ -475,6 +495,7 @@ def _read(path: Path, name: str, folder: Path | None) -> Evaluation:
         file.timing,
         [Finding.from_json(finding.model_dump()) for finding in file.findings],
         folder,
+        files={name: dict(said) for name, said in file.files.items()},
     )
     return evaluation if evaluation.findings else replace(evaluation, findings=of_evaluation(evaluation))
 
@@ -499,8 +520,16 @@ def _renamed(value: Any, depth: int = 0) -> Any:
     return {"student" if key == "after" else key: _renamed(entry, depth + 1) for key, entry in value.items()}
 
 
-def _read_lines(path: Path, keys: Iterable[str]) -> Lines:
-    rows: Lines = read_jsonl(path)
+def _read_lines(path: Path, keys: Iterable[str], said: Mapping[str, Any] | None) -> Lines:
+    """The lines of a file; none, with a warning where there were some, if it is gone."""
+    if not os.path.lexists(path):
+        if said is not None:
+            _log.warning("Warning: %s is gone: what it says is left out. %s", path, _ANEW)
+        return []
+    try:
+        rows: Lines = read_jsonl(path)
+    except DrklError as error:
+        raise DrklError(f"{error} {_ANEW}") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DrklError(f"{path}:{number} holds a {type(row).__name__}; expected an object. {_ANEW}")
@@ -508,4 +537,6 @@ def _read_lines(path: Path, keys: Iterable[str]) -> Lines:
             raise DrklError(f"{path}:{number} lacks {', '.join(lacking)}. {_ANEW}")
         if row.get("model") == "after":  # of format 1
             row["model"] = "student"
+    if said is not None and described(path.read_bytes()) != said:
+        raise DrklError(f"{path} has another content than was written, by the checksum in eval.json. {_ANEW}")
     return rows

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from drkl._version import __version__
 from drkl.disk import CannotWrite, writing
 from drkl.errors import DrklError
+from drkl.folders import checksum
 from drkl.runs import read_jsonl, write_jsonl
 
 _log = logging.getLogger("drkl")
@@ -38,6 +39,24 @@ def fingerprint(**facts: Any) -> str:
     facts |= {"versions": [__version__, torch.__version__, transformers.__version__]}
     text = json.dumps(facts, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+_CHECKSUM = "xxh3"
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _checksum_of(lines: list[dict[str, Any]]) -> str:
+    return checksum(json.dumps(lines).encode())
 
 
 class Store:
@@ -55,9 +74,13 @@ class Store:
         if not path.is_file():
             return None
         try:
-            tensors = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                said = (file.metadata() or {}).get(_CHECKSUM)
         except (SafetensorError, OSError):
             return None  # broken: it is made anew
+        if said != _checksum(tensors):
+            return None
         self._touch(path)
         return tensors
 
@@ -77,8 +100,10 @@ class Store:
         if not path.is_file():
             return None
         try:
-            lines = read_jsonl(path)
-        except DrklError:
+            first, *lines = read_jsonl(path)
+        except (DrklError, ValueError):
+            return None
+        if first != {_CHECKSUM: _checksum_of(lines)}:
             return None
         self._touch(path)
         return lines
@@ -86,7 +111,7 @@ class Store:
     def write_lines(self, key: str, lines: list[dict[str, Any]]) -> None:
         """Keep lines under ``key``; raises what `write_tensors` does."""
         with self._kept():
-            write_jsonl(self.folder / f"{key}.jsonl", lines)
+            write_jsonl(self.folder / f"{key}.jsonl", [{_CHECKSUM: _checksum_of(lines)}, *lines])
             self._trim()
 
     def remove(self) -> None:
@@ -110,7 +135,7 @@ class Store:
             handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".part-")
             os.close(handle)
             try:
-                save_file(tensors, temporary)
+                save_file(tensors, temporary, metadata={_CHECKSUM: _checksum(tensors)})
                 os.chmod(temporary, 0o644)  # mkstemp's own is for its user alone; a cache may be shared
                 os.replace(temporary, path)
             except BaseException:

@@ -26,14 +26,19 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
+from drkl.data.limits import bounded, no_panic
 from drkl.errors import DrklError, did_you_mean
+from drkl.kept import check_student
 from drkl.models import smollm2
 from drkl.models.adapter import adapter_base, adapter_revision, has_remade_start, read_adapter
 from drkl.models.classes import check_classes, class_names, is_classifier, label_fields
 from drkl.models.forward import is_encoder_decoder
+from drkl.models.memory import LOADING, memory_told
+from drkl.models.options import check_options
 from drkl.models.precision import DtypeLike, resolve_dtype, torch_dtype
 from drkl.models.settings import check_config, making
 from drkl.models.weights import (
+    check_index,
     check_stored_dtypes,
     check_weights,
     conversion_errors,
@@ -48,8 +53,6 @@ Name = str | os.PathLike[str]
 
 _NOWHERE = (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError)
 _HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-_NO_ROOM = "can't allocate memory"
-"""torch's words for the memory of a processor."""
 _UNREACHABLE = (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError)
 # Said, not left to the default: that asks on the terminal and waits.
 _NO_CODE = {"trust_remote_code": False}
@@ -59,6 +62,8 @@ _NOT_TAKEN = {
     "ignore_mismatched_sizes": "it would leave weights at random, unlike in every other process",
     "output_loading_info": "the report is read and checked already",
 }
+_TEXT = "Ein Übergang: 1,234.5 + (x_1)…\n\tdef f(): return [];  你好, мир! aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa" * 4
+"""Of all kinds of characters; no tokenizer takes long for it."""
 _log = logging.getLogger("drkl")
 
 
@@ -99,7 +104,7 @@ def load_model(model: Name | PreTrainedModel, dtype: DtypeLike = "auto", **optio
     """
     if isinstance(model, PreTrainedModel):
         return _in_memory(model, dtype, options)
-    name, wanted = _text(model), torch_dtype(dtype)
+    name, wanted = _checked(model), torch_dtype(dtype)
     options = _checked_options(options, name)
     if (base := adapter_base(name)) is not None:
         return _merged(name, base, wanted, options)
@@ -132,6 +137,8 @@ def _pretrained(
 ) -> PreTrainedModel:
     """Call ``from_pretrained`` of a family and check that every weight came from the files."""
     settings = dict(options) | {"use_safetensors": True} | _NO_CODE
+    if Path(source).is_dir():
+        check_index(Path(source, options.get("subfolder") or ""))
     try:
         with own_report():
             # Other shapes are in the report too, which then has all of the names.
@@ -181,7 +188,7 @@ def load_classifier(
         name = type(model).__name__
         check_classes(model, class_names(model, name) if classes is None else classes, name)
         return _in_memory(model, dtype, options)
-    name, wanted = _text(model), torch_dtype(dtype)
+    name, wanted = _checked(model), torch_dtype(dtype)
     options = _checked_options(options, name)
     if adapter_base(name) is not None:
         raise DrklError(f"{name!r} is a LoRA adapter; a classifier has to be a whole model. Merge it first.")
@@ -289,7 +296,7 @@ def load_config(model: Name | PreTrainedModel, **options: Any) -> Any:
     options = _hub_options(options)
     if isinstance(model, PreTrainedModel):
         return model.config
-    name = _text(model)
+    name = _checked(model)
     if (base := adapter_base(name)) is not None:
         revision = {} if (commit := adapter_revision(name)) is None else {"revision": commit}
         return load_config(base, **(revision | options))
@@ -316,13 +323,16 @@ def load_tokenizer(tokenizer: Name | PreTrainedTokenizerBase, *, classifier: boo
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return _checked_tokenizer(tokenizer, tokenizer.name_or_path or type(tokenizer).__name__, classifier)
-    name = _text(tokenizer)
+    name = _checked(tokenizer)
     if (base := adapter_base(name)) is not None and not any(Path(name).glob("tokenizer*.json")):
         return load_tokenizer(base, classifier=classifier)
     if name == smollm2.NAME and not smollm2.is_converted():
         loaded = AutoTokenizer.from_pretrained(smollm2.gguf_folder(), gguf_file=smollm2.GGUF)
     else:
         loaded = _load(name, "tokenizer", lambda source: AutoTokenizer.from_pretrained(source, **_NO_CODE))
+    what = f"The tokenizer of {name!r}"
+    with no_panic(what):
+        bounded(("tokenizer", name), what, "Use another tokenizer.", lambda: words_of(loaded)(_TEXT, verbose=False))
     return _checked_tokenizer(loaded, name, classifier)
 
 
@@ -382,7 +392,15 @@ def _text(name: Name) -> str:
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
+def _checked(name: Name) -> str:
+    """The text of a name; where it is the folder of a run's student, its files are checked."""
+    text = _text(name)
+    check_student(text)
+    return text
+
+
 def _checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    check_options(options, f"The options of {name!r}")
     for key, value in options.items():
         if key in _NOT_TAKEN and value is not None and value is not (key == "use_safetensors"):
             raise DrklError(f"{name!r} is to be loaded with {key}={value!r}: {_NOT_TAKEN[key]}. Leave it out.")
@@ -404,22 +422,18 @@ def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
     if not Path(source).is_dir() and name.startswith((".", "/", "~")):
         raise DrklError(f"There is no folder {name!r} to load the {what} from.")
     try:
-        return load(source)
+        with memory_told(f"as the {what} {name!r} is loaded, in the sizes that its config.json has", LOADING):
+            return load(source)
     except DrklError:
         raise
     # Files that are missing, broken, foreign or hostile: whatever reading them makes a library raise.
     except Exception as error:
-        # Options of the caller's own, memory and devices are not about the files, and keep their own words.
-        if isinstance(error, MemoryError) or "unexpected keyword argument" in str(error):
+        # Options of the caller's own, and devices, are not about the files, and keep their own words.
+        if "unexpected keyword argument" in str(error):
             raise
         if not isinstance(error, RuntimeError) or isinstance(error, RecursionError):
             raise _explained(name, what, error) from error
-        if _NO_ROOM in str(error):
-            raise DrklError(
-                f"There is no room in the memory for the {what} {name!r} in the sizes that its config.json has: "
-                f"{' '.join(str(error).split())[-200:]}"
-            ) from error
-        if not (broken := conversion_errors(error)) or any("memory" in str(cause) for cause in _causes(error)):
+        if not (broken := conversion_errors(error)):
             raise
         raise DrklError(
             f"The weights of {name!r} are not those of its config.json: {len(broken)} cannot be put together from "
@@ -428,7 +442,7 @@ def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
         ) from error
 
 
-def _explained(name: str, what: str, error: Exception) -> DrklError:
+def _explained(name: str, what: str, error: BaseException) -> DrklError:
     """A loader's error in its own words, after what they say about the place it was loaded from."""
     causes = list(_causes(error))
     folder = Path(name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drkl.display import as_number, number
+from drkl.display import as_number, number, shell_word
 from drkl.evaluation.bootstrap import Interval
 from drkl.reporting.inputs import Run, of_analysis_json
 from drkl.reporting.plotting import (
@@ -29,7 +29,7 @@ from drkl.reporting.plotting import (
 )
 from drkl.reporting.tables import PlainTable
 from drkl.reporting.text import short
-from drkl.runs import write_text
+from drkl.runs import check_no_link, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,7 +108,7 @@ def _notice(run: Run, analysis: Analysis) -> str:
             return "This analysis is of other models than the evaluation on this page; they are named below."
     done, trained = (analysis.get("timing") or {}).get("finished"), run.env.get("finished")
     if isinstance(done, str) and isinstance(trained, str) and done < trained and run.folder is not None:
-        again = f"`drkl analyze {run.folder.root}`"
+        again = f"`drkl analyze {shell_word(run.folder.root)}`"
         return f"The student was trained again after this analysis; {again} analyses the new one."
     return ""
 
@@ -120,6 +120,7 @@ def write_figures(analysis: Analysis, folder: Path) -> list[Path]:
     Raises:
         DrklError: nobody can write there, or the analysis is not what `drkl analyze` writes.
     """
+    check_no_link(folder)
     written = []
     with plot_style(text_as_paths=True):
         for drawn in _drawn(analysis):

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from drkl.display import as_number
+from drkl.display import as_number, shell_word
 from drkl.reporting.inputs import Run
 from drkl.reporting.text import clip, count, duration, joined, magnitude, short
 
@@ -102,7 +102,7 @@ def _other_objective(run: Run) -> str:
     other = "rkl" if run.objective != "rkl" else "drkl"
     root = run.folder.root
     beside = root.with_name(f"{root.name}-{other}")
-    config, name, own, new = (shlex.quote(str(x)) for x in (run.folder.config_path, beside.name, root, beside))
+    config, name, own, new = (shell_word(x) for x in (run.folder.config_path, beside.name, root, beside))
     return (
         f"One run cannot say what the objective contributes. To see it, train the same with {other} in the last stage "
         f"and report on both: `drkl distill {config} objective.name={other} run.name={name}`, `drkl evaluate {new}`, "
@@ -115,7 +115,8 @@ def unevaluated(run: Run) -> str:
     if run.is_pair:
         return "Student and teacher were analysed; what they write was not evaluated."
     assert run.folder is not None
-    text = f"This run has not been evaluated. `drkl evaluate {run.folder.root}` does that; then write the report again."
+    evaluate = f"`drkl evaluate {shell_word(run.folder.root)}`"
+    text = f"This run has not been evaluated. {evaluate} does that; then write the report again."
     for key, title in (("rkl", "reverse KL"), ("nll", "negative log-likelihood")):
         curve = run.stages[-1].curve(key, heldout=True)
         title += " of k + 1 classes" if run.on_classes and key == "rkl" else ""

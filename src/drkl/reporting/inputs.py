@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,15 +11,18 @@ from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from drkl.analysis.result import read_analysis
 from drkl.display import as_number
 from drkl.errors import DrklError
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.findings import SHARED, Finding, of_analysis
-from drkl.evaluation.result import MODELS, Evaluation
+from drkl.evaluation.result import FILES, MODELS, Evaluation
+from drkl.kept import check_log, note_changes
 from drkl.reporting.text import short
 from drkl.rollouts.health import concerns_of
-from drkl.runs import RunFolder, read_json, read_text
+from drkl.runs import RunFolder, read_text, readable_log
 
+_log = logging.getLogger("drkl")
 T = TypeVar("T")
 Given = ParamSpec("Given")
 WATCHED = "watch_"
@@ -263,6 +267,10 @@ def read_run(source: str | Path | RunFolder | Evaluation) -> Run:
 def _read_folder(folder: RunFolder, evaluation: Evaluation | None) -> Run:
     trained = folder.config_path.is_file()
     config = folder.read_config() if trained else {}
+    for reason in _lost(folder, config, trained):
+        _log.warning("Warning: %s: what it says is left out.", reason)
+    if trained and folder.student_path.is_dir():
+        note_changes(folder)
     name = evaluation.name if evaluation is not None else _mapping(config.get("run")).get("name") or folder.name
     return Run(
         name=str(name),
@@ -275,14 +283,28 @@ def _read_folder(folder: RunFolder, evaluation: Evaluation | None) -> Run:
     )
 
 
+def _lost(folder: RunFolder, config: Mapping[str, Any], trained: bool) -> list[str]:
+    """What the folder must have had, by what else it has."""
+    lines = [folder.root / f"{name}.jsonl" for name in FILES]
+    analysed = folder.analysis_folder / "positions.csv"
+    lost = []
+    for path, traces in ((folder.eval_path, lines), (folder.analysis_path, [analysed])):
+        if not path.is_file() and any(trace.is_file() for trace in (*traces, path) if trace.exists()):
+            lost.append(f"{path} is gone")
+        elif path.is_dir():
+            lost.append(f"{path} is a folder")
+    names = [f"{n:02d}-{_mapping(stage).get('name')}" for n, stage in enumerate(config.get("stages") or [], start=1)]
+    there = [run.root.name for run in folder.stages()]
+    if trained and folder.train_log_path.is_file():
+        stages = folder.root / "stages"
+        lost += [f"{stages / name / folder.config_path.name} is gone" for name in names if name not in there]
+    elif not trained and (folder.env_path.is_file() or folder.train_log_path.is_file()):
+        lost.append(f"{folder.config_path} is gone")
+    return lost
+
+
 def _read_analysis(folder: RunFolder) -> dict[str, Any] | None:
-    analysis = read_json(folder.analysis_path) if folder.analysis_path.is_file() else None
-    if analysis is not None and not isinstance(analysis, dict):
-        raise DrklError(
-            f"{folder.analysis_path} holds a {type(analysis).__name__}; expected an object. "
-            f"`drkl analyze {folder.root}` writes it again."
-        )
-    return analysis
+    return read_analysis(folder) if folder.analysis_path.exists() else None
 
 
 def _read_stages(run: RunFolder) -> list[Stage]:
@@ -292,7 +314,8 @@ def _read_stages(run: RunFolder) -> list[Stage]:
         start = stages[-1].end if stages else 0
         objective = _mapping(folder.read_config().get("objective")).get("name", "?")
         last = position == len(folders) - 1
-        train, heldout, watched = _split_log(folder.read_train_log())
+        logged, texts = (_read_log(folder, path) for path in (folder.train_log_path, folder.rollouts_path))
+        train, heldout, watched = _split_log(logged)
         steps = [row["step"] for row in (*train, *heldout, *watched)]
         stages.append(
             Stage(
@@ -305,10 +328,25 @@ def _read_stages(run: RunFolder) -> list[Stage]:
                 train=train,
                 heldout=heldout,
                 watched=watched,
-                texts=[row for row in folder.read_rollouts() if isinstance(row, dict)],
+                texts=texts,
             )
         )
     return stages
+
+
+def _read_log(run: RunFolder, path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; those that cannot be read are left out, and said."""
+    check_log(run, path)
+    rows, wrong = readable_log(path)
+    numbers = [row for row in rows if path == run.rollouts_path or not any(map(_is_no_number, row.values()))]
+    wrong = wrong or ("a line has something else in place of a number" if len(numbers) < len(rows) else "")
+    if wrong:
+        _log.warning("Warning: %s: %s; what could not be read is left out.", path, wrong)
+    return numbers
+
+
+def _is_no_number(value: Any) -> bool:
+    return isinstance(value, str | list | dict)
 
 
 def _split_log(rows: Sequence[Any]) -> list[list[dict[str, Any]]]:

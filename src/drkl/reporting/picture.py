@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from drkl.display import shell_word
 from drkl.errors import DrklError
 from drkl.evaluation.declared import metrics_of
 from drkl.evaluation.result import MODELS, Evaluation
@@ -38,7 +39,7 @@ def write_picture(run: str | Path | RunFolder | Evaluation, path: str | Path) ->
     read = read_run(run)
     if read.evaluation is None and read.folder is not None:
         root = read.folder.root
-        raise DrklError(f"{str(root)!r} has no eval.json to draw; `drkl evaluate {root}` makes it.")
+        raise DrklError(f"{str(root)!r} has no eval.json to draw; `drkl evaluate {shell_word(root)}` makes it.")
     if read.value("student", "rkl") is None:
         raise DrklError(f"{read.title!r} has no distance to a teacher to draw: it was evaluated without one.")
     with plot_style(text_as_paths=True):

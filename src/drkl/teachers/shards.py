@@ -33,6 +33,7 @@ from torch import Tensor
 from drkl.disk import cannot_write, writing
 from drkl.errors import DrklError
 from drkl.runs import locked, new_file_mode, read_json, write_json
+from drkl.sealed import CHECKSUM, sealed, unsealed
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -466,9 +467,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     kinds |= {"files": dict} if manifest.get("finished") else {}
     if not has_kinds(manifest, kinds):
         raise DrklError(f"{str(path)!r} does not list the files of a cache. Remove the folder, and make it again.")
-    if manifest.pop("checksum", None) != _checksum(manifest):
+    if CHECKSUM not in manifest:
         raise _edited(path)
-    return manifest
+    try:
+        return unsealed(manifest)
+    except ValueError as error:
+        raise _edited(path) from error
 
 
 def has_kinds(manifest: Mapping[str, Any], kinds: Mapping[str, type]) -> bool:
@@ -477,12 +481,7 @@ def has_kinds(manifest: Mapping[str, Any], kinds: Mapping[str, type]) -> bool:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_json(folder / MANIFEST, {**manifest, "checksum": _checksum(manifest)})
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    """A hash of everything else in a manifest."""
-    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=DIGEST_BYTES).hexdigest()
+    write_json(folder / MANIFEST, sealed(manifest))
 
 
 def _edited(path: Path) -> DrklError:

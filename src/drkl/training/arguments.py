@@ -24,33 +24,31 @@ from drkl.parsing import parse_json, parse_yaml
 from drkl.rollouts.config import PREFIX, RolloutsConfig
 from drkl.training import trl
 from drkl.training.config import DEFAULT_TOKENS_PER_STEP, default_warmup
+from drkl.training.fields import (
+    check_accelerator,
+    check_refused,
+    check_together,
+    check_values,
+    has_warmup,
+)
+from drkl.training.needs import check_installed, check_made
 from drkl.training.sharding import check_deepspeed, check_fsdp
 
 _log = logging.getLogger("drkl")
 _EVAL_STEPS, _SAVE_STEPS = 50, 100
 """Steps between held-out losses and between checkpoints, where neither is given."""
 
-# What transformers would do with these, drkl does otherwise: a value other than the default is refused by name.
-_REFUSED = {
-    "metric_for_best_model": "the held-out loss, eval_loss, decides which checkpoint is the best",
-    "greater_is_better": "the held-out loss, eval_loss, decides which checkpoint is the best",
-    "label_smoothing_factor": "the objective is the whole loss; kd_weight adds a cross-entropy",
-    "auto_find_batch_size": "a step's size follows from tokens_per_step; gradient_accumulation_steps cuts it smaller",
-    "ignore_data_skip": "a resumed run goes on with the rows that come next, which costs no time",
-    "remove_unused_columns": "rows are tokenised when the trainer is made, and columns that are not read are left out",
-    "train_sampling_strategy": "drkl shuffles the rows itself, by the seed; tokens_per_step groups them by length",
-    "push_to_hub": "call save_model(), then upload the folder student/ with huggingface_hub.upload_folder",
-    "prediction_loss_only": "an evaluation during training returns no predictions; drkl.evaluate measures a student",
-    "batch_eval_metrics": "an evaluation during training returns no predictions; drkl.evaluate measures a student",
-    "use_liger_kernel": "the loss is fused already, and liger's patches replace the forward that it reads",
-}
-
-
 # Numbers, and whether they have to be above 0.
 _NUMBERS = {
     "learning_rate": True, "weight_decay": False, "max_grad_norm": False, "eval_steps": True, "save_steps": True,
     "logging_steps": True,
 }  # fmt: skip
+_LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "tokens_per_step": 1,
+    "gradient_accumulation_steps": 1, "eval_rows": 1, "early_stop_patience": 1, "teacher_remember_mb": 0,
+    "max_tokens": 2, "max_prompt_tokens": 1, "shuffle_buffer": 1, "nan_skips": 1,
+}  # fmt: skip
+"""Whole numbers, and the least that they can be."""
 _TWO_OBJECTIVES = "beta is TRL's name for an objective and stands in its place; give one of the two."
 _CHOICE = (str, bool, type(None))
 _TEXTS = ("objective_params", "model_init_kwargs", "teacher_model_init_kwargs", "rollout_stop_map")
@@ -90,6 +88,9 @@ class DistillationConfig(TrainingArguments):
         freeze_embeddings: keep the token embeddings, and a head tied to them, as they are.
         eval_rows: rows of ``eval_dataset`` for the losses during training, at most.
         early_stop_patience: stop after this number of held-out losses without a new best; None: never.
+        nan: what follows where a step's loss or gradient is not finite: "stop" the run, or "skip" the step. A skipped
+            step counts as a step and changes nothing; the schedule waits. Weights that are not finite stop every run.
+        nan_skips: steps in a row that may be skipped; those that fp16 skips count too, once it has found its scale.
         teacher_remember_mb: memory, in MiB, for the teacher's states of batches already seen (see ``same_batches``).
         teacher_shard: spread the teacher's weights over the processes (FSDP2), in place; without effect in one process.
         precision: auto, fp32, bf16 or fp16; the same as transformers' ``bf16`` and ``fp16`` flags.
@@ -181,6 +182,8 @@ class DistillationConfig(TrainingArguments):
     early_stop_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many losses without a new best."}
     )
+    nan: str = field(default="stop", metadata={"help": "Of a step that is not finite: stop, or skip it."})
+    nan_skips: int = field(default=3, metadata={"help": "Steps in a row that may be skipped."})
     teacher_remember_mb: int = field(default=0, metadata={"help": "Memory in MiB for the teacher's states."})
     teacher_shard: bool = field(default=False, metadata={"help": "Spread the teacher over the processes (FSDP2)."})
     precision: str = field(default="auto", metadata={"help": "Compute precision: auto, fp32, bf16, fp16."})
@@ -218,9 +221,11 @@ class DistillationConfig(TrainingArguments):
         for name in _TEXTS:
             self._read_json(name)
         self._check_objective()
+        self._check_refused()
         self._check_sizes()
         self._check_padding_free()
-        self._check_refused()
+        check_together(self)
+        check_installed(self)
         self._choose_strategies()
         self._choose_precision()
         warmup_steps, rows = self.warmup_steps, self.per_device_train_batch_size
@@ -234,12 +239,8 @@ class DistillationConfig(TrainingArguments):
             raise DrklError(f"DistillationConfig: {' '.join(str(error).split())}") from error
         check_fsdp(self)
         check_deepspeed(self.deepspeed_plugin)
-        for name in ("dispatch_batches", "split_batches"):
-            if getattr(self.accelerator_config, name):
-                raise DrklError(
-                    f"accelerator_config: {name} means nothing here: a step is cut into the parts of all processes "
-                    "before accelerate sees it. Leave it out."
-                )
+        check_accelerator(self)
+        check_made(self)
 
     def _read_json(self, name: str) -> None:
         """Read a mapping that a command line has as text, as transformers does with its own."""
@@ -318,12 +319,7 @@ class DistillationConfig(TrainingArguments):
                 f"per_device_train_batch_size is {self.per_device_train_batch_size} and tokens_per_step "
                 f"{self.tokens_per_step}: both say how large a step is. Give rows or tokens, not both."
             )
-        least = {
-            "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "tokens_per_step": 1,
-            "gradient_accumulation_steps": 1, "eval_rows": 1, "early_stop_patience": 1, "teacher_remember_mb": 0,
-            "max_tokens": 2, "max_prompt_tokens": 1, "shuffle_buffer": 1,
-        }  # fmt: skip
-        for name, lowest in least.items():
+        for name, lowest in _LEAST.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
                 raise DrklError(f"{name} is {value!r}; expected a whole number of at least {lowest}.")
@@ -344,6 +340,10 @@ class DistillationConfig(TrainingArguments):
             raise DrklError(f"max_steps is {self.max_steps}; expected a number of steps, or -1 for num_train_epochs.")
         if self.max_steps == -1 and not 0 < self.num_train_epochs < float("inf"):
             raise DrklError(f"num_train_epochs is {self.num_train_epochs}; expected a number above 0.")
+        if self.nan not in ("stop", "skip"):
+            raise DrklError(f"nan is {self.nan!r}; expected 'stop' or 'skip'.")
+        if self.nan == "skip" and self.deepspeed:
+            raise DrklError("nan is 'skip', but DeepSpeed takes a step before it can be left out; use nan='stop'.")
         if self.turns not in ("last", "all"):
             raise DrklError(f"turns is {self.turns!r}; expected 'last' or 'all'.")
         limits = self.max_prompt_tokens, self.max_tokens
@@ -362,14 +362,10 @@ class DistillationConfig(TrainingArguments):
         self.padding_free = found
 
     def _check_refused(self) -> None:
-        defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-        defaults |= {"remove_unused_columns": False, "metric_for_best_model": "eval_loss"}
         if self.metric_for_best_model in (None, "loss"):
             self.metric_for_best_model = "eval_loss"
-        for name, why in _REFUSED.items():
-            value = getattr(self, name)
-            if value != defaults[name] and not (name == "greater_is_better" and value is False):
-                raise DrklError(f"{name}={value!r} means nothing here: {why}. Leave it out.")
+        check_refused(self)
+        check_values(self, checked=(*_NUMBERS, *_LEAST))
         if self.dataloader_drop_last and self.per_device_train_batch_size is None:
             raise DrklError(
                 "dataloader_drop_last goes with per_device_train_batch_size: steps of tokens_per_step differ in rows."
@@ -433,6 +429,8 @@ class DistillationConfig(TrainingArguments):
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Warm-up steps of a run of so many steps."""
+        if not has_warmup(self):
+            return 0
         if self.warmup_steps is None:
             return default_warmup(num_training_steps)
         return int(super().get_warmup_steps(num_training_steps))

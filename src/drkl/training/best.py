@@ -74,7 +74,7 @@ def _best_of_others(folder: Path, state: TrainerState, gone: Path, *, read: bool
 
 def _why_not(path: Path, *, read: bool) -> str | None:
     """Why the weights of a checkpoint cannot be used, in words that go on after its name; None where they can."""
-    if not path.is_dir():
+    if path.is_symlink() or not path.is_dir():
         return "is gone"
     found = damage(path) if read else None
     return found and f"is damaged ({found})"

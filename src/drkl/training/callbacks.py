@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import bisect
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,7 +14,8 @@ from drkl.display import as_number
 from drkl.folders import sync
 from drkl.processes import joined
 from drkl.rollouts.health import Detector
-from drkl.runs import RunFolder, append_jsonl, lines_up_to, write_jsonl
+from drkl.runs import RunFolder, append_jsonl, write_jsonl
+from drkl.training.logs import begun, line_of
 
 _log = logging.getLogger("drkl")
 
@@ -32,15 +32,26 @@ class TrainLog(TrainerCallback):
         self._newest: dict[str, float] = {}
         self.on_progress: OnProgress | None = None
 
-    def begin(self, from_step: int, *, measured: bool = True) -> None:
-        """Start after a step; lines beyond it will come again, and those of its evaluation unless it was measured."""
-        kept = lines_up_to(self._path, from_step)
+    def begin(
+        self, from_step: int, history: Sequence[Mapping[str, Any]] | None = None, *, measured: bool = True
+    ) -> list[dict[str, Any]]:
+        """Start after a step, and return the lines up to there; those beyond it will come again.
+
+        Args:
+            from_step: the step of the checkpoint, below 0 for none.
+            history: what the checkpoint says was logged.
+            measured: whether the evaluation of that step was before the checkpoint; its lines come again otherwise.
+        """
+        kept, said = begun(self._path, from_step, history)
+        if said and joined().is_first:
+            _log.warning("Warning: %s", said)
         if not measured:
             kept = [row for row in kept if row["step"] < from_step or "loss" in row]
         self._start = time.monotonic() - max((as_number(row.get("seconds")) or 0.0 for row in kept), default=0.0)
         self._newest = {}
         if joined().is_first:
             write_jsonl(self._path, kept)
+        return kept
 
     def sync(self) -> None:
         """Return once the log is on the disk, so that a run that goes on from a checkpoint has the lines before it."""
@@ -62,10 +73,9 @@ class TrainLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write one line; the summary that ends training is left out."""
-        if not logs or not state.is_world_process_zero or "train_runtime" in logs:
+        line = line_of(logs or {}, state.global_step)
+        if line is None or not state.is_world_process_zero:
             return
-        line: dict[str, Any] = {"step": state.global_step}
-        line |= {key: value for key, value in logs.items() if _is_number(value) and key != "epoch"}
         line["seconds"] = round(self.seconds, 3)
         append_jsonl(self._path, [line])
         self._newest |= line
@@ -88,13 +98,13 @@ class TrainLog(TrainerCallback):
 class AnswersWatch(TrainerCallback):
     """Warns, once for each kind, when the log says that the answers of a run are going wrong."""
 
-    def __init__(self, run: RunFolder) -> None:
-        self._run, self._detector = run, Detector()
+    def __init__(self) -> None:
+        self._detector = Detector()
 
-    def begin(self) -> None:
+    def begin(self, logged: Iterable[Mapping[str, Any]]) -> None:
         """Read the log of a run that goes on; what it says already was said before."""
         self._detector = Detector()
-        for line in self._run.read_train_log():
+        for line in logged:
             self._detector.see(line)
 
     def on_log(
@@ -201,8 +211,3 @@ class EarlyStop(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count."""
         control.should_training_stop |= self._is_over(state)
-
-
-def _is_number(value: Any) -> bool:
-    # fp16 logs an infinite gradient norm where it skips a step; json has no infinity.
-    return isinstance(value, (int, float)) and math.isfinite(value)

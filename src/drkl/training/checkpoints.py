@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerState
 
 from drkl.errors import DrklError
@@ -56,6 +58,10 @@ class Reached:
     """What the processes were fed since ``logged_step``."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """What the run is trained on, and how: `drkl.training.inputs`."""
+    skipped: int = 0
+    """Steps that were left out, as their loss or gradient was not finite."""
+    skipped_in_row: int = 0
+    """Those since the last step that was taken."""
     extra: bool = False
     """Whether an end from outside is why it was written; it stands beside those that were asked for."""
     evaluation_due: bool = False
@@ -191,8 +197,13 @@ def has_checkpoints(folder: Path) -> bool:
 
 def _named(folder: Path) -> list[Path]:
     """What has the name of a checkpoint, the newest first."""
-    paths = (path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name))
-    return sorted(paths, key=step_of, reverse=True)
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DrklError(f"Cannot read {str(folder)!r}: {error.strerror or error}.") from error
+    return sorted((folder / name for name in names if _NAME.fullmatch(name)), key=step_of, reverse=True)
 
 
 def own_checkpoints(folder: Path) -> list[Path]:
@@ -253,11 +264,28 @@ def check_state(checkpoint: Path) -> None:
         TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
+def logged_until(checkpoint: Path) -> list[dict[str, Any]]:
+    """What was logged until a checkpoint was written, as it says itself."""
+    with readable(str(checkpoint), "state"):
+        history: list[dict[str, Any]] = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
+    return history
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise what went wrong in a process, where torch's distributed checkpoints wrap it into what is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
 @contextmanager
 def readable(checkpoint: str, what: str) -> Iterator[None]:
     """Name the checkpoint in what goes wrong as ``what`` of it is read."""
     try:
-        yield
+        with plain_errors():
+            yield
     except Exception as error:  # of torch, transformers and safetensors, each with errors of its own
         reason = " ".join(str(error).split())[:400].rstrip(".")
         raise DrklError(

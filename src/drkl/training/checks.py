@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 import shutil
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
+from drkl.folders import free_name
 from drkl.locks import LOCKS
 from drkl.models.precision import has_device
-from drkl.runs import RunFolder
+from drkl.runs import RunFolder, check_no_link
+
+_log = logging.getLogger("drkl")
 
 
 class RunExists(DrklError):
@@ -20,8 +26,9 @@ class RunExists(DrklError):
 def check_folder(run: RunFolder, mode: str) -> None:
     """Raise DrklError where a run of this mode (new, overwrite, resume) must not touch the folder."""
     if mode == "resume":
-        if run.is_finished():
+        if is_over(run):
             raise DrklError(f"The run {str(run.root)!r} is finished; there is nothing to resume.")
+        check_links(run, mode)
         return
     if not (run.root.exists() or run.root.is_symlink()):
         return
@@ -35,6 +42,64 @@ def check_folder(run: RunFolder, mode: str) -> None:
         raise DrklError(
             f"{str(run.root)!r} exists and is no run folder (it has no config.yaml), so it is not replaced."
         )
+    check_links(run, mode)
+
+
+def check_links(run: RunFolder, mode: str) -> None:
+    """Raise DrklError where what a run overwrites or adds to is a link to something that may be somebody's own.
+
+    A link to an empty folder, on another disk say, is written through, and so is one to checkpoints: of those only
+    the run's own are read or removed.
+
+    Args:
+        run: a run folder that is there.
+        mode: overwrite or resume.
+
+    Raises:
+        DrklError: a part of it is such a link.
+    """
+    for stage in (*run.stages(), run):
+        folders = [stage.analysis_folder, stage.parts_path, stage.root / "stages"]
+        if mode == "overwrite" or not stage.is_finished():
+            folders.append(stage.student_path)
+        for path in folders:
+            if not path.is_dir() or any(path.iterdir()):
+                check_no_link(path)
+        check_no_link(stage.train_log_path)
+        check_no_link(stage.rollouts_path)
+
+
+def check_there(run: RunFolder) -> None:
+    """Raise FileNotFoundError where the folder of a run that trains is gone."""
+    if not run.root.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(run.root))
+
+
+def is_over(run: RunFolder) -> bool:
+    """Whether a run that is to go on has ended; called in one process.
+
+    Where nothing says so and there is no student yet, it has not: an ``env.json`` that is damaged is moved aside.
+
+    Raises:
+        DrklError: it has a student, and nothing says whether that is the one in the end.
+    """
+    try:
+        env, reason = run.read_env(), "is not there"
+    except DrklError as error:
+        env, reason = {}, f"is damaged ({error})"
+    if env:
+        return run.is_finished()
+    if run.student_path.exists():
+        raise DrklError(
+            f"The run {str(run.root)!r} has a student, and its env.json, which says whether it has ended, {reason}. "
+            "Bring env.json back from a copy. Without one: use the student as it is, a model of its own; or move "
+            "student/ away, and the run goes on from its newest checkpoint."
+        )
+    if os.path.lexists(run.env_path):
+        aside = free_name(run.env_path.with_name(f"{run.env_path.name}.damaged"))
+        run.env_path.rename(aside)
+        _log.warning("Warning: %s %s: it is now %s, and a new one is made.", run.env_path, reason, aside.name)
+    return False
 
 
 def check_apart(cache: str | Path, run: RunFolder) -> None:

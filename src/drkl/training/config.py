@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -41,6 +42,15 @@ OWNED = {
     "resume_from_checkpoint": "resuming the run",
     "save_only_model": "the checkpoints, which hold the optimiser's state to resume from",
 }
+
+
+def as_name(text: str) -> str:
+    """A name of a run for a folder's name, which may be anything; a name stays as it is.
+
+    >>> as_name("warm-up"), as_name("mein Lauf"), as_name("...")
+    ('warm-up', 'mein-Lauf', 'run')
+    """
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-") or "run"
 
 
 def default_warmup(num_steps: int) -> int:
@@ -109,6 +119,18 @@ class TrainingConfig(BaseModel):
         1.0, ge=0, allow_inf_nan=False, description="Gradients are clipped to this norm; 0 turns clipping off."
     )
     logging_steps: int | float = Field(10, gt=0, description="Optimiser steps between two lines of train.jsonl.")
+    nan: Literal["stop", "skip"] = Field(
+        "stop",
+        description="What follows where a step's loss or gradient is not finite: stop the run, or skip the step. "
+        "A skipped step counts as a step, and changes nothing; the learning rate's schedule waits. Weights that are "
+        "not finite stop every run.",
+    )
+    nan_skips: int = Field(
+        3,
+        ge=1,
+        description="Number of steps in a row that may be skipped. Those that fp16 skips count too, once it has found "
+        "its scale.",
+    )
     precision: Dtype = Field(
         "auto", description="Compute precision of the student. auto = bf16 if the hardware supports it, else fp32."
     )

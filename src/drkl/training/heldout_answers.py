@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -16,8 +19,11 @@ from drkl.rollouts.asking import Asker, answer_in, answered_row
 from drkl.rollouts.config import PREFIX, RolloutsConfig
 from drkl.rollouts.health import numbers_of
 from drkl.runs import RunFolder, append_jsonl, lines_up_to, write_jsonl
+from drkl.sealed import sealed
 from drkl.training.heldout import HeldOut
+from drkl.training.logs import begun
 
+_log = logging.getLogger("drkl")
 OF_DATA = ("distinct2", "repeated4")
 """Numbers that the data's responses to the prompts have too, for comparison."""
 
@@ -85,11 +91,24 @@ class HeldOutAnswers:
         values["loss"] *= loss.kd_weight
         return {PREFIX + name: value for name, value in (numbers | values).items()} | self._of_data
 
-    def begin(self, from_step: int) -> None:
-        """Start after a step; texts of later ones will come again. Called in one process."""
+    def begin(self, from_step: int, history: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Start after a step; texts of later ones will come again. Called in one process.
+
+        Args:
+            from_step: the step of the checkpoint, below 0 for none.
+            history: what was logged until then.
+        """
         path = self._run.rollouts_path
-        if path.is_file():
-            write_jsonl(path, lines_up_to(path, from_step))
+        kept, said = begun(path, from_step)
+        texts = Counter(line["step"] for line in kept)
+        measured = {line["step"] for line in history if f"eval_{PREFIX}loss" in line}
+        lacking = sorted(step for step in measured if texts[step] < max(texts.values(), default=1))
+        if lacking and self._keep and said is None:
+            said = f"{path} lacks texts of the steps {', '.join(map(str, lacking))}: lines of it were lost."
+        if said:
+            _log.warning("Warning: %s", said)
+        if os.path.lexists(path):
+            write_jsonl(path, map(sealed, kept))
 
     def _answer(self) -> list[Row]:
         # Always the same pass, so that a prompt has the same random numbers each time.
@@ -101,7 +120,7 @@ class HeldOutAnswers:
         path = self._run.rollouts_path
         if path.is_file() and any(line["step"] == step for line in lines_up_to(path, step)):
             return  # an evaluation after training, where the best weights may be back
-        append_jsonl(path, [self._line(row, step) for row in answered[: self._keep]])
+        append_jsonl(path, [sealed(self._line(row, step)) for row in answered[: self._keep]])
 
     def _line(self, row: Row, step: int) -> dict[str, Any]:
         answer = answer_in(row, self._stops)

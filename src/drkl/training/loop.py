@@ -31,6 +31,7 @@ def loop_arguments(args: DistillationConfig, run: RunFolder, num_steps: int, *, 
     inner.output_dir = str(run.checkpoints_path)
     inner.max_steps = num_steps
     inner.train_sampling_strategy = "sequential"  # the plan is the order
+    inner.warmup_steps = args.get_warmup_steps(num_steps)  # a number for optimisers with a schedule of their own
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         setattr(inner, name, getattr(args, name) or 1)  # transformers writes them to its log
     if not heldout:

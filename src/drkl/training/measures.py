@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,10 +57,15 @@ class Measures:
             values |= self.answers.evaluate(model, objective, loss, step=step, keep=keep)
         return values if self._responses is not None else {"loss": values[f"{PREFIX}loss"]} | values
 
-    def begin(self, from_step: int) -> None:
-        """Start after a step; what was kept of later ones will come again. Called in one process."""
+    def begin(self, from_step: int, history: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Start after a step; what was kept of later ones will come again. Called in one process.
+
+        Args:
+            from_step: the step of the checkpoint, below 0 for none.
+            history: what was logged until then.
+        """
         if self.answers is not None:
-            self.answers.begin(from_step)
+            self.answers.begin(from_step, history)
 
 
 def make_measures(rows: Rows, pair: Pair, args: DistillationConfig, run: RunFolder) -> Measures:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from drkl.data.config import NO_ROWS, DataConfig
 from drkl.data.tokenize import DropReport
 from drkl.disk import writing
 from drkl.display import markdown_name
+from drkl.kept import describe_run_files
 from drkl.models.adapter import merge_adapter, save_adapter, whole_adapter
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import model_note
 from drkl.objectives import OBJECTIVES
-from drkl.runs import IN_MEMORY, RunFolder, write_json, write_jsonl, write_text, write_yaml
+from drkl.runs import IN_MEMORY, RunFolder, write_jsonl, write_text, write_yaml
 from drkl.teachers.cached import TeacherCache
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.served import ServedTeacher
@@ -103,7 +105,7 @@ class RunRecord:
         write_yaml(self.run.config_path, self.config)
         if self.pair.eval_dataset is not None:
             write_jsonl(self.run.eval_rows_path, self.pair.eval_dataset)
-        write_json(self.run.env_path, self._environment)
+        self.run.write_env(self._environment)
 
     def settled(self, num_steps: int) -> dict[str, Any]:
         """The content of ``config.yaml`` with every value settled that trains the model."""
@@ -144,7 +146,7 @@ class RunRecord:
             "student_step": self._student_step,
             "student_heldout_loss": heldout_loss_at(state, self._student_step),
         }
-        write_json(self.run.env_path, self._environment)
+        self.run.write_env(self._environment)
 
     def save_student(self, folder: Path | None, state: TrainerState, weights: dict[str, Tensor] | None = None) -> None:
         """Write the student, its tokenizer and its model card, whole or not at all.
@@ -173,10 +175,14 @@ class RunRecord:
                 raise
         if folder is None and self._environment:
             self._environment["finished"] = now()
-            write_json(self.run.env_path, self._environment, lasting=True)
-            if self._student_step is not None:
-                keep_only(self.run.checkpoints_path, state.best_global_step)
-            drop_extras(self.run.checkpoints_path)
+            self._environment |= describe_run_files(self.run)
+            self.run.write_env(self._environment, lasting=True)
+            with suppress(OSError):  # what stays is in nobody's way
+                if self._student_step is not None:
+                    keep_only(self.run.checkpoints_path, state.best_global_step)
+                drop_extras(self.run.checkpoints_path)
+        elif folder is None and (known := self.run.read_env()).get("finished"):
+            self.run.write_env(known | describe_run_files(self.run))
 
     def _write(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
         adapter = self.pair.adapter
@@ -298,6 +304,8 @@ def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder, num_steps
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "same_batches": args.same_batches,
             "learning_rate": args.learning_rate,
+            "nan": args.nan,
+            "nan_skips": args.nan_skips,
             "precision": args.precision,
             "eval_rows": args.eval_rows,
             "gradient_checkpointing": bool(args.activation_checkpointing),

@@ -25,11 +25,12 @@ from drkl.errors import DrklError
 from drkl.locks import ANALYSIS, EVALUATION, TRAINING, first_holding
 from drkl.models.forward import decoder_start
 from drkl.models.load import load_tokenizer, model_note
+from drkl.models.options import check_options
 from drkl.models.pair import SharedTokens, check_families, check_tokenizers
 from drkl.models.precision import DTYPES, pick_device
 from drkl.models.student import make_student
 from drkl.processes import first_alone, joined, launched
-from drkl.runs import RunFolder, write_json, write_yaml
+from drkl.runs import RunFolder, write_yaml
 from drkl.signals import KEPT
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.config import TeacherConfig
@@ -41,7 +42,7 @@ from drkl.teachers.teacher import Teacher
 from drkl.training.caching import check_made_of, write_cache
 from drkl.training.callbacks import OnProgress
 from drkl.training.checkpoints import has_checkpoints
-from drkl.training.checks import check_apart, check_device, check_folder
+from drkl.training.checks import check_apart, check_device, check_folder, is_over
 from drkl.training.own_files import remove_run
 from drkl.training.pair import TokenisedRows
 from drkl.training.placing import keep_only
@@ -226,6 +227,10 @@ def prepare(specs: Sequence[RunSpec], listener: Listener, *, ask_server: bool = 
     """
     check_device(specs[-1].run.device)
     resources = Resources(pick_device(specs[-1].run.device), listener)
+    for spec in specs:
+        training_config(spec, resources.device)  # whatever it refuses, before anything is asked or loaded
+        for section, name in ((spec.teacher, "teacher"), (spec.student, "student")):
+            check_options(section.model_init_kwargs if section else {}, f"{name}.model_init_kwargs")
     specs = with_stand_in(specs, resources.stand_in if ask_server else without_server)
     cached = specs[0].teacher is not None and specs[0].teacher.cache is not None
     if cached:
@@ -455,10 +460,10 @@ def _distill(
             trainer.record.earlier = first_alone(spec.folder.read_env).get("inputs")
         trainer.record.command = command
         trainer.on_message = listener.on_message
-        folder = spec.folder.checkpoints_path
-        trainer.train(
-            resume_from_checkpoint=mode == "resume" and first_alone(functools.partial(has_checkpoints, folder))
-        )
+        goes_on = mode == "resume" and first_alone(functools.partial(has_checkpoints, spec.folder.checkpoints_path))
+        if mode == "resume" and not goes_on and spec.folder.train_log_path.is_file():
+            listener.on_message("There is no checkpoint, so the run begins at its first step.")
+        trainer.train(resume_from_checkpoint=goes_on)
         trainer.save_model()
     return last
 
@@ -512,7 +517,7 @@ def _begin(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
     write_yaml(run.config_path, spec.resolved)
     KEPT.begun("No step was taken yet.")  # from here on a resume finds it
     known = run.read_env() if mode == "resume" else {}
-    write_json(run.env_path, known | {"command": command, "finished": None})
+    run.write_env(known | {"command": command, "finished": None})
 
 
 def _begin_in_all(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
@@ -536,7 +541,7 @@ def _check_shared(run: RunFolder) -> None:
 
 def _is_over(run: RunFolder) -> bool:
     """Whether a run has ended; then checkpoints that it should have removed go. Called in one process."""
-    if not run.is_finished():
+    if not is_over(run):
         return False
     with suppress(OSError):  # they are of no use, and in nobody's way
         keep_only(run.checkpoints_path, run.read_env().get("best_step"))
