@@ -8,9 +8,9 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -20,7 +20,7 @@ from drkl.display import shell_word
 from drkl.errors import DrklError, Halted, did_you_mean
 from drkl.outputs import Outputs
 from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
-from drkl.signals import KEPT, check_stopped, handled, keep, wait
+from drkl.signals import KEPT, Stopped, check_stopped, handled, keep, say, wait
 from drkl.terminal import (
     TrainingProgress,
     guard,
@@ -122,6 +122,11 @@ def _main() -> None:
                 sys.exit(status)
         except Exception as error:
             _fail(error, place)
+        except Stopped as stopped:
+            if place.count > 1:
+                say(stopped.signum)
+                _leave(128 + stopped.signum)
+            raise
 
 
 def _fail(error: Exception, place: Place) -> None:
@@ -155,9 +160,16 @@ def _fail(error: Exception, place: Place) -> None:
         print(f"{who}: {text}", file=sys.stderr)
     if place.count > 1:
         tell_launcher(text)
-        sys.stderr.flush()
-        os._exit(status)  # at once: what the libraries clean up waits for the other processes
+        _leave(status)
     sys.exit(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End one of several processes at once: what the libraries clean up waits for the others."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 def _of_memory(error: Exception) -> DrklError | None:
@@ -295,7 +307,7 @@ def _distill(config: Any, mode: Any) -> None:
     from drkl.training.settings import InputsChanged
 
     folder = Path(config.run.dir) / config.run.name
-    KEPT.prepared = ["drkl", "distill", "--resume", str(folder)]
+    KEPT.prepared, KEPT.there = ["drkl", "distill", "--resume", str(folder)], (folder / "config.yaml").is_file
     try:
         with TrainingProgress() as listener:
             run = train(
