@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import errno
 import os
 import re
 import sys
@@ -136,7 +135,7 @@ def _fail(error: Exception, place: Place) -> None:
         sys.exit(error.exit_code)
     if isinstance(error, (MemoryError, RuntimeError)) and (told := _of_memory(error)):
         error = told
-    error = _as_odd_path(explained(error))
+    error = explained(error)
     if place.count == 1 and not isinstance(error, DrklError):
         raise error
     text, status = "".join(traceback.format_exception(error)), 1
@@ -159,15 +158,6 @@ def _fail(error: Exception, place: Place) -> None:
         sys.stderr.flush()
         os._exit(status)  # at once: what the libraries clean up waits for the other processes
     sys.exit(status)
-
-
-def _as_odd_path(error: Exception) -> Exception:
-    """The same error, or for a path that no file can have the one that says so."""
-    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        name = str(error.filename)
-        shown = name if len(name) < 200 else f"{name[:90]}…{name[-90:]}"
-        return DrklError(f"No file or folder can be {shown!r} ({error.strerror}). Choose another path.")
-    return error
 
 
 def _of_memory(error: Exception) -> DrklError | None:
