@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import errno
 import os
 import re
 import sys
@@ -141,7 +140,7 @@ def _fail(error: Exception, place: Place) -> None:
         sys.exit(error.exit_code)
     if isinstance(error, (MemoryError, RuntimeError)) and (told := _of_memory(error)):
         error = told
-    error = _as_odd_path(explained(error))
+    error = explained(error)
     if place.count == 1 and not isinstance(error, DrklError):
         raise error
     text, status = "".join(traceback.format_exception(error)), 1
@@ -171,15 +170,6 @@ def _leave(status: int) -> NoReturn:
         with suppress(OSError):
             stream.flush()
     os._exit(status)
-
-
-def _as_odd_path(error: Exception) -> Exception:
-    """The same error, or for a path that no file can have the one that says so."""
-    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        name = str(error.filename)
-        shown = name if len(name) < 200 else f"{name[:90]}…{name[-90:]}"
-        return DrklError(f"No file or folder can be {shown!r} ({error.strerror}). Choose another path.")
-    return error
 
 
 def _of_memory(error: Exception) -> DrklError | None:
@@ -778,6 +768,8 @@ def _options_named_as_flags(patterns: Mapping[str, str] | None = None) -> Iterat
     """Let the messages of errors inside the block speak of flags: those of ``patterns``, else of `_OPTIONS`."""
     try:
         yield
+    except CannotWrite:
+        raise  # it names no option
     except DrklError as error:
         text = str(error)
         for pattern, flag in (patterns or {re.escape(name): flag for name, flag in _OPTIONS.items()}).items():
@@ -865,6 +857,7 @@ def analyze(
     _first_alone()
     folder = output or run
     assert folder is not None
+    keep("analysis.json is written, and not all of its figures.")
     paths = figures.write_figures(result.to_json(), folder / "analysis")
     print_analysis(result.findings, figures.table(result.to_json()))
     print(

@@ -123,6 +123,17 @@ def state_of(root: Path) -> dict[str, Any]:
     }
 
 
+def look(injected: Injected, when: str, run: RunFolder, whole: RunFolder, before: dict[str, Any], done: Ended) -> None:
+    """The run went on as if nothing were there, and all that was there is as it was."""
+    with injected(f"all of them together, {when}"):
+        assert done.code == 0, done.err
+        assert_like(run, whole)
+    after = state_of(run.root)
+    for name in OTHERS:
+        with injected(f"{name}, {when}"):
+            assert after.get(name) == before[name], "changed"
+
+
 @pytest.mark.fault(
     group="Other people's files",
     fault="Files, folders, copies and links of other people in a run folder and among its checkpoints: before "
@@ -145,22 +156,12 @@ def test_other_people_s_files(runs: Runs, runner: Runner, tmp_path: Path, inject
         for step in (2, 4, 6):
             shutil.rmtree(theirs / "checkpoints" / f"checkpoint-{step}")
         done = resumed(runner, run, "given", "on_log", 7, str(theirs), str(run.root))
-    after = state_of(run.root)
-    for name in OTHERS:
-        with injected(f"{name}, {when} it trains"):
-            assert done.code == 0, done.err
-            assert_like(run, runs.whole)
-            assert after.get(name) == before[name], "changed"
+    look(injected, f"{when} it trains", run, runs.whole, before, done)
     config = tiny_runs.write_config(
         run.read_config() | {"run": run.read_config()["run"] | {"name": "r"}}, tmp_path / "c"
     )
     done = runner.call("distill", config, f"run.dir={tmp_path}", "--overwrite", inject=f"{INSIDE}plant_losses")
-    after = state_of(run.root)
-    for name in OTHERS:
-        with injected(f"{name}, --overwrite"):
-            assert done.code == 0, done.err
-            assert_like(run, runs.whole)
-            assert after.get(name) == before[name], "changed"
+    look(injected, "--overwrite", run, runs.whole, before, done)
 
 
 def drop(folder: Path) -> None:

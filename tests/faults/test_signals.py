@@ -135,6 +135,7 @@ def results(folder: Path) -> dict[str, Any]:
         if path.name in ("eval.json", "analysis.json"):
             values = json.loads(path.read_text())
             values.pop("timing", None)
+            values.pop("checksum", None)
             values.get("settings", {}).pop("command", None)
             values.pop("name", None)
             found[path.name] = values

@@ -447,3 +447,12 @@ def test_an_infinite_loss_is_laid_to_no_hidden_state(tmp_path: Path) -> None:
     objective = make_objective("rkl")
     way = Way(student, torch.zeros(2, 4), cache, cache.states(batch), objective)
     assert "the loss itself" in find_fault(way).tensor
+
+
+def test_logits_of_a_cache_that_are_no_numbers_are_laid_to_the_cache(tmp_path: Path) -> None:
+    cache = topk_of(tmp_path)
+    known = cache.states(next(iter(batches(make(tmp_path, llamas()[0], cache).pair.rows, pad_id=0))))
+    assert isinstance(known, TopK)
+    known.logits[0, 0] = float("nan")
+    fault = find_fault(Way(llamas()[0], torch.zeros(2, 4), cache, known, make_objective("fkl")))
+    assert "1 of the teacher's largest logits, of the cache" in fault.tensor and "make it again" in fault.remedy

@@ -19,7 +19,7 @@ from drkl.teachers.cached import TeacherCache
 from drkl.teachers.served import ServedTeacher
 from drkl.teachers.teacher import Teacher
 
-LEARNING_RATE = "A lower learning rate, a warm-up, or training.precision=fp32 often help."
+LEARNING_RATE = "A lower learning rate, a warm-up, or training.precision=fp32 often help, in a new run."
 _COPY = "The teacher is at fault and no setting of the training mends it: take a copy of it that is whole."
 _CHUNK = 256
 """Positions whose logits are looked at at once."""

@@ -125,17 +125,24 @@ class FiniteSteps:
             self._refuse(Fault(f"the learning rate, {rates}", "Another lr_scheduler_type has none.", is_permanent=True))
         if self._seen is None and (norm is None or math.isfinite(norm)):
             self.in_row = 0
-            self._mark(skipped=False)
+            self._trainer.optimizer._is_overflow = False
             return True
         told = [seen for seen in gather([self._seen]) if seen is not None]
         by_scaler = not told and self._trainer.accelerator.scaler is not None
         seen = told[0] if told else self._of_gradient()
         if not (self._skips or by_scaler) or seen.fault.is_permanent:
             raise_in_all(self._stop(seen))
-        self.in_row += not (by_scaler and self._finds_its_scale())
+        counts = not (by_scaler and self._finds_its_scale())
+        self.in_row += counts
         if self.in_row > self._most:
             raise_in_all(self._stop(seen, by_scaler=by_scaler))
-        self._leave_out(seen, by_scaler)
+        if counts and self._trainer.args.process_index == 0:
+            left = "fp16 leaves it out, and makes the scale of the loss smaller" if by_scaler else "it is left out"
+            _log.warning(
+                "Warning: %s The step is not taken: %s (%d in a row, of at most %d).",
+                seen, left, self.in_row, self._most,
+            )  # fmt: skip
+        self._leave_out(by_scaler)
         return False
 
     def _of_gradient(self) -> _Seen:
@@ -145,36 +152,24 @@ class FiniteSteps:
 
     def _finds_its_scale(self) -> bool:
         """Whether fp16's scale of the loss still falls from where it starts, before the first step is taken."""
-        return bool(
-            self._trainer.state.global_step == self.skipped and self._trainer.accelerator.scaler.get_scale() > 1
-        )
+        trainer = self._trainer
+        return bool(trainer.state.global_step == self.skipped and trainer.accelerator.scaler.get_scale() > 1)
 
-    def _leave_out(self, seen: _Seen, by_scaler: bool) -> None:
+    def _leave_out(self, by_scaler: bool) -> None:
+        """Let the loop go on without the step: accelerate's optimiser takes none, and the schedule waits."""
         trainer = self._trainer
         self.skipped += 1
-        if trainer.args.process_index == 0:
-            left = "fp16 leaves it out, and makes the scale of the loss smaller" if by_scaler else "it is left out"
-            _log.warning(
-                "Warning: %s The step is not taken: %s (%d in a row, of at most %d).",
-                seen, left, self.in_row, self._most,
-            )  # fmt: skip
-        if by_scaler:
-            return  # the scaler takes no step, and looks at the same gradient to know its next scale
-        self._restore()
-        # The means of the log are over steps that were taken.
-        trainer._globalstep_last_logged += 1
-        trainer._initial_global_step += 1
-        if trainer.accelerator.scaler is not None:
-            trainer.accelerator.scaler.update(trainer.accelerator.scaler.get_scale())
-        self._mark(skipped=True)
-
-    def _mark(self, *, skipped: bool) -> None:
-        """Tell accelerate's optimiser that it takes no step, and the loop that the schedule waits, as with fp16."""
-        optimizer = self._trainer.optimizer
-        if skipped:
-            self._trainer.accelerator.gradient_state._set_sync_gradients(False)
-        if skipped or getattr(optimizer, "scaler", None) is None:  # after a step a scaler sets the mark itself
-            optimizer._is_overflow = skipped
+        if (scaler := trainer.accelerator.scaler) is not None:
+            # Without an argument it makes its scale smaller, for what it saw as the gradients were unscaled. A fused
+            # optimiser leaves such a step out by itself, of which accelerate does not know.
+            scaler.update(*([] if by_scaler else [scaler.get_scale()]))
+        if not by_scaler:
+            self._restore()
+            # The means of the log are over steps that were taken.
+            trainer._globalstep_last_logged += 1
+            trainer._initial_global_step += 1
+        trainer.accelerator.gradient_state._set_sync_gradients(False)
+        trainer.optimizer._is_overflow = True
 
     def numbers(self) -> dict[str, float]:
         """What is logged: nothing before the first step that was left out."""
