@@ -16,7 +16,8 @@ ROWS = ROOT / "docs" / "results" / "faults.csv"
 HEAD = ("test", "injections", "lost", "injections_before", "lost_before")
 GROUPS = (
     "Ends from outside", "Disk", "Damaged files", "The best checkpoint", "Changed between start and resume",
-    "Other people's files", "Two runs in one folder", "Numbers", "Memory", "Hostile input", "Settings", "Surroundings",
+    "Other people's files", "Two runs in one folder", "Numbers", "Memory", "Hostile input", "Settings", "Places",
+    "Surroundings",
 )  # fmt: skip
 """Of the table, in its order."""
 

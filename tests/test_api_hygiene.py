@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "drkl"
-SPEAKS = {"__main__.py", "cli.py", "terminal.py"}
+SPEAKS = {"__main__.py", "cli.py", "outputs.py", "terminal.py"}
 """The modules that print and read the command line."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -346,6 +347,19 @@ def test_resume_takes_nothing_beside_the_folder(cli: Cli, recipe: Path, tmp_path
     assert message in refuse(cli, tmp_path, "distill", "--resume", tmp_path, "--overwrite")
     assert message in refuse(cli, tmp_path, "distill", "--resume", tmp_path, "--dry-run")
     assert "Give either" in refuse(cli, tmp_path, "distill", recipe, "--resume", tmp_path)
+
+
+def test_a_failed_write_names_the_command_that_goes_on(
+    cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **words: object) -> None:
+        raise OSError(errno.ENOSPC, "full", str(tmp_path / "log"))
+
+    monkeypatch.setattr("drkl.config.load_config", full)
+    said = f"Error: Cannot write '{tmp_path / 'log'}': No space left on device. Make room on its disk. "
+    done = cli("distill", recipe)
+    assert done.code == 2
+    assert done.err == f"{said}Nothing of the run was written. To go on: drkl distill {recipe}\n"
 
 
 def test_no_disk(cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from drkl import disk
-from drkl.disk import CannotWrite, cannot_write, is_failed_write, writing
+from drkl.disk import CannotWrite, cannot_write, explained, is_failed_write, writing
 from drkl.errors import DrklError
 
 
@@ -83,3 +83,12 @@ def test_what_is_not_the_disks_stays_what_it_is() -> None:
     first = cannot_write("inner", OSError(errno.ENOSPC, ""))
     with pytest.raises(CannotWrite, match="'inner'"), writing("outer"):
         raise first
+
+
+def test_errors_that_nobody_expected_are_explained() -> None:
+    full = explained(OSError(errno.ENOSPC, "", "/tmp/x"))
+    assert str(full) == "Cannot write '/tmp/x': No space left on device. Make room on its disk."
+    broken = explained(OSError(errno.EIO, "", "/tmp/x"))
+    assert str(broken).startswith("Cannot read or write '/tmp/x': Input/output error. Check its disk")
+    for error in (FileNotFoundError(errno.ENOENT, ""), ConnectionError(errno.EIO, ""), KeyError("a bug")):
+        assert explained(error) is error

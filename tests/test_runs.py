@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import errno
+import io
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from drkl.disk import CannotWrite
 from drkl.errors import DrklError, did_you_mean
 from drkl.runs import (
     RunFolder,
+    append_jsonl,
     read_json,
     read_jsonl,
     read_text,
@@ -16,6 +21,7 @@ from drkl.runs import (
     write_json,
     write_jsonl,
     write_text,
+    write_together,
     write_yaml,
 )
 
@@ -158,3 +164,45 @@ def test_broken_json_and_yaml_name_the_file(tmp_path: Path) -> None:
 def test_did_you_mean() -> None:
     assert did_you_mean("trainig", ["training", "teacher"]) == " Did you mean 'training'?"
     assert did_you_mean("xyz", ["training"]) == ""
+
+
+def test_a_log_has_whole_lines_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "train.jsonl"
+    append_jsonl(path, [{"step": 1}])
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 2, "lo')  # cut off in writing
+    append_jsonl(path, [{"step": 2}])
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
+    path.write_text("x" * 10_000)
+    append_jsonl(path, [{"step": 1}])
+    assert path.read_text() == whole
+
+    class Full(io.FileIO):
+        def write(self, data: Any, /) -> int:
+            super().write(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: Full(path, mode))
+    with pytest.raises(CannotWrite, match=r"train\.jsonl': No space left on device\. .*, then resume the run"):
+        append_jsonl(path, [{"step": 2}])
+    monkeypatch.undo()
+    assert path.read_text() == whole
+
+
+def test_files_are_written_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, last = tmp_path / "samples.jsonl", tmp_path / "eval.json"
+    write_together({first: "1", last: "1"})
+    with pytest.raises(DrklError, match=r"samples\.jsonl/below"):
+        write_together({first: "2", first / "below": "2", last: "2"})
+    assert (first.read_text(), last.read_text()) == ("1", "1")
+    replace = os.replace
+
+    def fail(source: str, target: Path) -> None:
+        if target == last:
+            raise OSError(errno.EROFS, "read-only")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(CannotWrite, match=r"eval\.json': Read-only file system"):
+        write_together({first: "2", last: "2"})
+    assert first.read_text() == "2" and sorted(path.name for path in tmp_path.iterdir()) == ["samples.jsonl"]

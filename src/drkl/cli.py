@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import ast
-import errno
 import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from drkl._version import __version__
 from drkl.disk import CannotWrite, explained
 from drkl.display import shell_word
-from drkl.errors import DrklError, did_you_mean
+from drkl.errors import DrklError, Halted, did_you_mean
 from drkl.outputs import Outputs
 from drkl.processes import Place, launched, lost_another, raised_in_all, speechless, tell_launcher
-from drkl.signals import KEPT, check_stopped, handled, keep, wait
+from drkl.signals import KEPT, Stopped, check_stopped, handled, keep, say, wait
 from drkl.terminal import (
     TrainingProgress,
     guard,
@@ -123,6 +122,11 @@ def _main() -> None:
                 sys.exit(status)
         except Exception as error:
             _fail(error, place)
+        except Stopped as stopped:
+            if place.count > 1:
+                say(stopped.signum)
+                _leave(128 + stopped.signum)
+            raise
 
 
 def _fail(error: Exception, place: Place) -> None:
@@ -134,7 +138,9 @@ def _fail(error: Exception, place: Place) -> None:
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # of the command line itself
         error.show()
         sys.exit(error.exit_code)
-    error = _as_odd_path(explained(error))
+    if isinstance(error, (MemoryError, RuntimeError)) and (told := _of_memory(error)):
+        error = told
+    error = explained(error)
     if place.count == 1 and not isinstance(error, DrklError):
         raise error
     text, status = "".join(traceback.format_exception(error)), 1
@@ -147,23 +153,30 @@ def _fail(error: Exception, place: Place) -> None:
             if KEPT.resume and not RunFolder(Path(KEPT.resume[-1])).config_path.is_file():
                 KEPT.text, KEPT.resume = "Nothing of the run is there any more.", ()
             text = f"{text} {KEPT.text} {KEPT.way_on}"
+        elif isinstance(error, Halted):
+            text = f"{text} {KEPT.way_on}"
     if place.is_first or not raised_in_all(error):
         who = "Error" if place.is_first else f"Error in process {place.number} of {place.count}, counted from 0"
         print(f"{who}: {text}", file=sys.stderr)
     if place.count > 1:
         tell_launcher(text)
-        sys.stderr.flush()
-        os._exit(status)  # at once: what the libraries clean up waits for the other processes
+        _leave(status)
     sys.exit(status)
 
 
-def _as_odd_path(error: Exception) -> Exception:
-    """The same error, or for a path that no file can have the one that says so."""
-    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        name = str(error.filename)
-        shown = name if len(name) < 200 else f"{name[:90]}…{name[-90:]}"
-        return DrklError(f"No file or folder can be {shown!r} ({error.strerror}). Choose another path.")
-    return error
+def _leave(status: int) -> NoReturn:
+    """End one of several processes at once: what the libraries clean up waits for the others."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
+def _of_memory(error: Exception) -> DrklError | None:
+    """What is said of memory that ran out where nothing closer tells of it."""
+    from drkl.models.memory import is_out_of_memory, reason_of
+
+    return DrklError(f"The memory ran out ({reason_of(error)}).") if is_out_of_memory(error) else None
 
 
 def _version(value: bool) -> None:
@@ -294,7 +307,7 @@ def _distill(config: Any, mode: Any) -> None:
     from drkl.training.settings import InputsChanged
 
     folder = Path(config.run.dir) / config.run.name
-    KEPT.prepared = ["drkl", "distill", "--resume", str(folder)]
+    KEPT.prepared, KEPT.there = ["drkl", "distill", "--resume", str(folder)], (folder / "config.yaml").is_file
     try:
         with TrainingProgress() as listener:
             run = train(
@@ -755,6 +768,8 @@ def _options_named_as_flags(patterns: Mapping[str, str] | None = None) -> Iterat
     """Let the messages of errors inside the block speak of flags: those of ``patterns``, else of `_OPTIONS`."""
     try:
         yield
+    except CannotWrite:
+        raise  # it names no option
     except DrklError as error:
         text = str(error)
         for pattern, flag in (patterns or {re.escape(name): flag for name, flag in _OPTIONS.items()}).items():
@@ -842,6 +857,7 @@ def analyze(
     _first_alone()
     folder = output or run
     assert folder is not None
+    keep("analysis.json is written, and not all of its figures.")
     paths = figures.write_figures(result.to_json(), folder / "analysis")
     print_analysis(result.findings, figures.table(result.to_json()))
     print(

@@ -226,12 +226,14 @@ class Client:
         Raises:
             Slow: the moment came.
         """
-        late = threading.Event()
+        late, opened = threading.Event(), connection.sock
 
         def stop() -> None:
             late.set()
+            # Of an answer without a length the connection lets its socket go before it is read.
+            open_now = connection.sock or opened
             with contextlib.suppress(OSError, AttributeError):  # closed meanwhile, or never open
-                connection.sock.shutdown(socket.SHUT_RDWR)
+                open_now.shutdown(socket.SHUT_RDWR)
 
         timer = threading.Timer(max(_LEAST, end - time.monotonic()), stop)
         timer.daemon = True

@@ -36,7 +36,9 @@ _OF_NETWORKS = (errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT)
 """Errors that processes which speak with each other have, too."""
 _ALWAYS_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors that no reading has."""
-_NEVER_OURS = (errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENODEV, errno.EMFILE, errno.ENFILE)
+_NEVER_OURS = (
+    errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENODEV, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG,
+)  # fmt: skip
 """Errors that no fault of a program has, or hardly ever."""
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 _UNNAMED = re.compile(r"iostream error|unexpected pos \d+|\d+ requested and \d+ written|PytorchStreamWriter failed")

@@ -13,6 +13,10 @@ class DrklError(ValueError):
     """
 
 
+class Halted(DrklError):
+    """A run that was begun has stopped, and may be resumed where it was saved last."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -98,7 +98,7 @@ def first_alone(work: Callable[[], T]) -> T:
     outcomes: list[tuple[Any, Exception | None]] = gather([_outcome(work) if place.is_first else (None, None)])
     value, error = outcomes[0]
     if error is not None:
-        _raise_in_all(error)
+        raise_in_all(error)
     found: T = value
     return found
 
@@ -126,12 +126,13 @@ def shared_work(pieces: int, work: Callable[[int], T], *, even: bool = False) ->
     every = sorted(gather(found), key=lambda one: one[0])
     for _, _, error in every:
         if error is not None:
-            _raise_in_all(error)
+            raise_in_all(error)
     values = {piece: value for piece, value, _ in reversed(every)}
     return [values[piece] for piece in range(pieces)]
 
 
-def _raise_in_all(error: Exception) -> NoReturn:
+def raise_in_all(error: Exception) -> NoReturn:
+    """Raise an error that every process raises, so that one of them speaks for all."""
     error.raised_in_all = True  # type: ignore[attr-defined]
     raise error
 
@@ -263,7 +264,7 @@ class Share:
             f"The processes of the group have different {what}. They divide one piece of work: give each of them the "
             "same models, rows and settings."
         )
-        _raise_in_all(error)
+        raise_in_all(error)
 
     def _exchange(self, part: list[Any]) -> list[Any]:
         if not self.is_divided:
@@ -278,7 +279,7 @@ class Share:
             raise lost from error
         for item in parts:
             if isinstance(item, Failure):
-                _raise_in_all(item.error)
+                raise_in_all(item.error)
         return parts
 
     def _tell(self, error: Exception) -> None:

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +66,8 @@ class Kept:
     """The command that goes on with the run that was begun; empty before."""
     prepared: Sequence[str] = ()
     """That command, for a run that may be begun."""
+    there: Callable[[], bool] = lambda: True
+    """Whether the run that was begun is on the disk."""
     launcher: bool = False
     """Whether several processes were started together."""
 
@@ -76,7 +78,7 @@ class Kept:
     @property
     def way_on(self) -> str:
         """How one goes on, as a sentence; empty where no command was called."""
-        words = self.resume or self.again
+        words = self.resume if self.resume and self.there() else self.again
         under = ", under the same launcher" if self.launcher else ""
         return f"To go on{under}: {shlex.join(words)}" if words else ""
 
@@ -355,6 +357,12 @@ def check_stopped() -> None:
     """Raise `Stopped` again where it has become another error on its way."""
     if _handling is not None and _handling.raised and _handling.program:
         raise Stopped(_handling.raised)
+
+
+def say(signum: int) -> None:
+    """Say the line of a command that a signal ends, where it was not said yet."""
+    if _handling is not None:
+        _handling.say(signum)
 
 
 def wait(seconds: float) -> None:

@@ -217,7 +217,7 @@ def test_killed_and_started_again(pair: dict[str, Path], tmp_path: Path, moment:
         del os.environ["DRKL_CACHE"]
     first, second = read(whole), read(killed)
     for result in (first, second):
-        del result["timing"], result["settings"]["command"]
+        del result["timing"], result["settings"]["command"], result["checksum"]
     assert first == second and samples(whole) == samples(killed)
     assert (whole / "heldout.jsonl").read_text() == (killed / "heldout.jsonl").read_text()
 

@@ -20,7 +20,7 @@ from drkl.evaluation.evaluate import run_task
 from drkl.evaluation.result import MODELS, Evaluation
 from drkl.evaluation.store import Store
 from drkl.evaluation.tasks import Generation, Parts, choose_prompts
-from drkl.runs import read_json, read_jsonl
+from drkl.runs import read_jsonl, read_sealed
 from tests.evaluation import tiny
 
 CONTRACT = (
@@ -341,7 +341,9 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     models = {"teacher": tiny.llama, "student": lambda: tiny.llama(3)}
     found = run_task(Generation(tiny.tokenizer(), ROWS, SETTINGS, pad_id=0), models)
     assert found.save(tmp_path) == tmp_path
-    assert read_json(tmp_path / "eval.json") == json.loads(json.dumps(found.to_json()))
+    written = read_sealed(tmp_path / "eval.json")
+    assert set(written.pop("files")) == {"samples.jsonl", "heldout.jsonl"}
+    assert written == json.loads(json.dumps(found.to_json()))
     assert read_jsonl(tmp_path / "samples.jsonl") == found.samples
     lines = read_jsonl(tmp_path / "heldout.jsonl")
     assert lines == json.loads(json.dumps(found.heldout))

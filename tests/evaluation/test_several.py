@@ -39,7 +39,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def without_times(content: Any) -> Any:
-    return {key: value for key, value in content.items() if key != "timing"} if isinstance(content, dict) else content
+    return (
+        {key: value for key, value in content.items() if key not in ("timing", "checksum")}
+        if isinstance(content, dict)
+        else content
+    )
 
 
 def read(path: Path) -> Any:

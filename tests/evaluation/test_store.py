@@ -40,6 +40,16 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         Store(tmp_path / "file").write_tensors("x", {"a": torch.zeros(1)})
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file", limit=1000)
+    store.write_tensors("x", {"a": torch.zeros(1)})
+    store.write_lines("x", [{"a": 1}])
+    assert store.read_tensors("x") is None
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "is a file where a folder is expected. Move it away. The evaluation goes on without this cache." in said
+
+
 def test_the_parts_used_longest_ago_go_first(tmp_path: Path) -> None:
     store = Store(tmp_path, limit=1200)
     for number, name in enumerate("abc"):

@@ -152,3 +152,18 @@ def write_in_every_way(folder: str) -> None:
         except Exception:
             continue
         print(f"{name} was written")
+
+
+def lose_output(how: str) -> None:
+    """Have nobody take what this process prints: a ``pipe`` without a reader, a ``full`` disk, or ``closed`` files."""
+    if how == "closed":
+        os.close(1)
+        os.close(2)
+        return
+    if how == "full":
+        handle = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, handle = os.pipe()
+        os.close(reader)
+    os.dup2(handle, 1)
+    os.close(handle)

@@ -74,7 +74,7 @@ def assert_refused(done: Ended, *words: str) -> None:
     """It ended with one message that has some words, and without a traceback."""
     assert done.code == 2, f"status {done.code}: {done.err[-500:] or done.out[-300:]}"
     assert "Traceback" not in done.err + done.out, done.err[-1000:]
-    assert done.err.count("Error: ") == 1, done.err[-500:]
+    assert len(re.findall("^Error", done.err, re.M)) == 1, done.err[-500:]
     for word in words:
         assert word in done.err, f"{word!r} is not in {done.err[-500:]}"
 

@@ -39,6 +39,21 @@ def send_after(seconds: float, signum: int, again: float = 0.0) -> None:
     signal.setitimer(signal.ITIMER_PROF, max(seconds, 1e-3))
 
 
+def send_at(event: str, step: int, signum: int) -> None:
+    """Injected: send a signal where transformers' loop comes to an event at a step."""
+    from transformers.trainer_callback import CallbackHandler
+
+    call_event = CallbackHandler.call_event
+
+    def watched(self: Any, name: str, args: Any, state: Any, control: Any, **words: Any) -> Any:
+        control = call_event(self, name, args, state, control, **words)
+        if (name, state.global_step) == (event, step):
+            os.kill(os.getpid(), signum)
+        return control
+
+    CallbackHandler.call_event = watched
+
+
 def work_of(runner: Runner, folder: Path, *arguments: object) -> float:
     """Run a command to its end, and return how much work it was."""
     path = folder / "work"
@@ -50,7 +65,7 @@ def work_of(runner: Runner, folder: Path, *arguments: object) -> float:
 def stop(runner: Runner, seconds: float, signum: int, *arguments: object, again: float = 0.0) -> Ended:
     """Run a command that a signal ends, and look at how it does."""
     given = [seconds, int(signum), again]
-    done = runner.start(*arguments, inject="tests.faults.moments:send_after", given=given).wait(45)
+    done = runner.start(*arguments, inject="tests.faults.moments:send_after", given=given).wait(300)
     if done.code:
         look(done, signum)
     return done

@@ -48,6 +48,25 @@ def cached(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(runner, root, ["runs", "drkl-cache", "cache-hidden", "cache-topk"])
 
 
+@pytest.mark.fault(
+    group="Damaged files",
+    fault="One bit of a finished run's weights, config, log, evaluation or record is another, or the file is gone",
+    does="Refuses what is damaged, or warns; leaves out what is gone, and says so.",
+)
+def test_one_bit_of_a_finished_run(
+    runner: Runner, tmp_path_factory: pytest.TempPathFactory, injected: Injected
+) -> None:
+    root = tmp_path_factory.mktemp("small")
+    yaml = damaged.config(root, "a", training={"max_steps": 2}, evaluation={"prompts": 1, "samples_per_prompt": 1})
+    damaged.make(runner, root, ("distill", yaml), ("evaluate", "runs/a"))
+    bench = Bench(runner, root, ["runs", "drkl-cache"])
+    bench.inject(
+        injected, ["runs/a/student/model.safetensors", "runs/a/config.yaml"], [generate("runs/a")], only=("bit 0",)
+    )
+    read = [f"runs/a/{name}" for name in ("train.jsonl", "eval.json", "env.json")]
+    bench.inject(injected, read, [report("runs/a")], only=("bit 0", "missing"))
+
+
 @pytest.mark.slow
 @pytest.mark.fault(
     group="Damaged files",

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,8 @@ from tests.faults.disks import Disk
 from tests.faults.forked import Ended, Runner
 from tests.training import tiny_runs
 
-CLOCK = re.compile(r"second|time|started|finished|_at$")
-"""Names of what two runs differ in."""
+CLOCK = re.compile(r"second|tim(e|ing)|minute|started|finished|_at$|checksum|files$|command$")
+"""Names of what two runs differ in: times, and checksums of what has times in it."""
 SMALL = {"max_steps": 4, "arguments": {"logging_steps": 1, "optim": "sgd"}}
 LORA = {"r": 2, "export": "merged"}
 
@@ -67,7 +68,7 @@ def _content(path: Path) -> Any:
 
 def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _timeless(item) for key, item in value.items() if not CLOCK.search(key) and key != "command"}
+        return {key: _timeless(item) for key, item in value.items() if not CLOCK.search(key)}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 
@@ -157,7 +158,7 @@ RUNS: dict[str, dict[str, Any]] = {
 )
 def test_a_full_disk_in_training(tmp_path: Path, disk: Disk, runner: Runner, injected: Injected) -> None:
     work = training(tmp_path, training={"max_steps": 2})
-    every_write(work, disk, runner, injected, errno.ENOSPC, step=19)
+    every_write(work, disk, runner, injected, errno.ENOSPC, step=23)
 
 
 @pytest.mark.slow
@@ -378,3 +379,85 @@ def test_a_cache_that_cannot_be_written(
     tmp_path: Path, disk: Disk, runner: Runner, injected: Injected, kind: str, number: int, forever: bool
 ) -> None:
     every_write(CACHES[kind](tmp_path, runner), disk, runner, injected, number, forever=forever, passes=True)
+
+
+def lose_output_of(runner: Runner, how: str, *words: object) -> Ended:
+    return runner.call(*words, inject="tests.faults.disks:lose_output", given=[how])
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    group="Disk",
+    fault="Nobody takes what a command prints: a closed pipe, a full disk, a closed file",
+    does="The work goes on to its end; where the print is the work, a full disk is status 2 and a closed pipe 0.",
+)
+@pytest.mark.parametrize("how", ["pipe", "full", "closed"])
+def test_the_output_goes(tmp_path: Path, runner: Runner, injected: Injected, how: str) -> None:
+    work = training(tmp_path)
+    whole = runner.call(*work.words)
+    assert whole.code == 0, whole.err
+    expected = work.result()
+    work.first()
+    with injected(f"distill, {how}"):
+        ended = lose_output_of(runner, how, *work.words)
+        assert ended.code == 0 and "Traceback" not in ended.err, ended
+        assert work.result() == expected
+    for words in (["evaluate", work.folder], ["report", work.folder], ["analyze", work.folder]):
+        with injected(f"{words[0]}, {how}"):
+            ended = lose_output_of(runner, how, *words)
+            assert ended.code == (2 if (words[0], how) == ("report", "full") else 0), ended
+            assert "Traceback" not in ended.err and "Exception ignored" not in ended.err, ended.err
+    for words in (["recipes"], ["compare", work.folder, work.folder], ["evaluate", tmp_path / "none"]):
+        with injected(f"{words[0]}, {how}"):
+            ended = lose_output_of(runner, how, *words)
+            assert ended.code == (2 if how == "full" or words[0] == "evaluate" else 0), ended
+            assert "Traceback" not in ended.err and "Exception ignored" not in ended.err, ended.err
+
+
+def in_the_midst(work: Work, runner: Runner, change: Callable[[], None]) -> Ended:
+    """Run a training, and change something once its first checkpoint is there."""
+    child = runner.start(*work.words)
+    while not (work.folder / "checkpoints" / "checkpoint-4").exists() and child.poll() is None:
+        time.sleep(0.01)
+    change()
+    return child.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    group="Disk",
+    fault="The folder of a run, or its checkpoints, are moved away or become a file as it trains",
+    does="Says what is gone or in the way, and stops; brought back, `--resume` gives the uninterrupted run's bytes.",
+)
+def test_a_folder_goes_while_it_trains(tmp_path: Path, runner: Runner, injected: Injected) -> None:
+    steps = {"max_steps": 40, "save_every": 4, "eval_every": 4}
+    work, aside = training(tmp_path, training=steps), tmp_path / "aside"
+    assert runner.call(*work.words).code == 0
+    expected, checkpoints = work.result(), work.folder / "checkpoints"
+
+    def away(path: Path, *, file: bool) -> Callable[[], None]:
+        def change() -> None:
+            path.rename(aside)
+            if file:
+                path.touch()
+
+        return change
+
+    for path, file in ((work.folder, False), (work.folder, True), (checkpoints, True)):
+        work.first()
+        with injected(f"{path.name} goes, a file in its place: {file}"):
+            ended = in_the_midst(work, runner, away(path, file=file))
+            assert ended.code == 2 and ended.err.count("Error:") == 1 and "Traceback" not in ended.err, ended
+            assert ("is a file where a folder is expected" if file else "is gone. Bring it back") in ended.err
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            aside.rename(path)
+            again = runner.call("distill", "--resume", work.folder)
+            assert again.code == 0, again.err
+            assert work.result() == expected
+        shutil.rmtree(aside, ignore_errors=True)
+    work.first()
+    with injected("the run is removed"):
+        ended = in_the_midst(work, runner, away(work.folder, file=False))
+        assert ended.code == 2 and "Traceback" not in ended.err, ended
+        again = runner.call(*way_on(ended))
+        assert again.code == 0 and work.result() == expected, again.err

@@ -82,7 +82,7 @@ def test_folders_of_rows(runner: Runner, tmp_path: Path, injected: Injected) -> 
     (saved / "dataset_info.json").write_bytes(hostile.pickled(mark))
     (saved / "data.arrow").write_bytes(hostile.pickled(mark))
     bomb = folder("bomb")
-    (bomb / "rows.jsonl").write_bytes(row * 20)
+    (bomb / "rows.jsonl").write_bytes((tmp_path / "data.jsonl").read_bytes())
     lists = "".join(f"x{i}: &x{i} [{','.join([f'*x{i - 1}'] * 10)}]\n" for i in range(1, 9))
     (bomb / "README.md").write_text(f"---\nx0: &x0 [1,1,1,1,1,1,1,1,1,1]\n{lists}---\n")
     elsewhere = folder("elsewhere")
@@ -103,7 +103,7 @@ def test_folders_of_rows(runner: Runner, tmp_path: Path, injected: Injected) -> 
         with injected(f"data.path: {name}"):
             hostile.assert_refused(runner.call("data", config, f"data.path={path}", **LITTLE_MEMORY), name)
             assert not mark.exists(), "it ran"
-    table = pa.table({"prompt": ["w1"] * 20, "response": ["w2"] * 20})
+    table = pa.table({"prompt": [f"w{i}" for i in range(20)], "response": ["w2"] * 20})
     names = json.dumps({"columns": [{"name": "prompt", "pandas_type": "os.system", "numpy_type": f"touch {mark}"}]})
     info = json.dumps({"info": {"features": {"prompt": {"dtype": "os.system", "_type": "Popen"}}}})
     for key, value in {"pandas": names, "huggingface": info, "ARROW:schema": "AAAA"}.items():

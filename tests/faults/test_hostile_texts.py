@@ -183,6 +183,7 @@ def test_links_out_of_a_run(runs: Runs, runner: Runner, tmp_path: Path, injected
                 assert done.code == 0 or str(link) in done.err or run.name in done.err, done.err
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     group="Hostile input",
     fault="Brackets 100,000 deep, numbers of 5,000 digits, other kinds of values in a run's `env.json`, `eval.json`, "

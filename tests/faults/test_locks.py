@@ -74,7 +74,7 @@ def test_a_second_run_in_the_folder(runner: Runner, config: Path, tmp_path: Path
         before = moments.files_of(root)
         for words in others:
             with injected(" ".join(map(str, words))):
-                second = runner.call(*words, until=120)
+                second = runner.call(*words, until=600)
                 assert second.code == 2, f"status {second.code}"
                 assert second.err.startswith("Error: ") and second.err.count("\n") == 1, second.err
                 if words[0] == "distill":
@@ -82,7 +82,7 @@ def test_a_second_run_in_the_folder(runner: Runner, config: Path, tmp_path: Path
                 assert moments.files_of(root) == before
         with injected("readers"):
             for reader in (["report", root, "--output", tmp_path / "page.html"], ["data", config]):
-                assert runner.call(*reader, until=120).code == 0
+                assert runner.call(*reader, until=600).code == 0
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_a_killed_run_leaves_no_lock(runner: Runner, config: Path, tmp_path: Pat
             with standing(runner, root, "--overwrite", config) as first:
                 first.kill(signal.SIGKILL)
                 first.wait()
-            done = runner.call("distill", *words, until=120)
+            done = runner.call("distill", *words, until=600)
             assert done.code == 0, f"{number}: {done.err[-300:]}"
             assert not (root / ".lock").exists()
 
@@ -115,7 +115,7 @@ def test_two_at_the_same_moment(runner: Runner, config: Path, tmp_path: Path, in
         for _ in range(3 if words[0] != "distill" or len(words) > 2 else 1):
             with injected(" ".join(map(str, words))):
                 both = [runner.start(*words) for _ in range(2)]
-                done = [child.wait(120) for child in both]
+                done = [child.wait(600) for child in both]
                 assert 0 in [one.code for one in done], done[0].err
                 for one in done:
                     assert one.code == 0 or "is in use" in one.err or "exists" in one.err, one.err

@@ -39,9 +39,9 @@ def write_in(place: Path) -> Path:
         pytest.skip(f"this file system has no such name: {error}")
 
 
-def use(place: Path, runner: Runner, commands: Sequence[str]) -> None:
+def use(config: Path, place: Path, runner: Runner, commands: Sequence[str]) -> None:
     """Distil in a place, follow what is said, and call the other commands on the run."""
-    config, run = write_in(place), place / "runs" / "r"
+    run = place / "runs" / "r"
     variables = {name: str(place / name) for name in ("DRKL_CACHE", "HOME", "TMPDIR")}
     for folder in variables.values():
         Path(folder).mkdir()
@@ -69,7 +69,7 @@ def use(place: Path, runner: Runner, commands: Sequence[str]) -> None:
 
 
 @pytest.mark.fault(
-    group="Places",
+    group="Surroundings",
     fault="A path with blanks, umlauts, emoji, a newline, quotes, markup, patterns, a dash first, bytes of no text",
     does="Every command reads and writes there, and the commands that it prints can be pasted.",
 )
@@ -79,13 +79,15 @@ def test_every_command_in_an_odd_place(
 ) -> None:
     slow = request.node.get_closest_marker("slow") is not None
     every = ["evaluate", "analyze", "report", "generate", "compare", "cache", "data"]
+    place = tmp_path / NAMES[name]
+    config = write_in(place)
     with injected(name):
-        use(tmp_path / NAMES[name], runner, every if slow else ["evaluate", "report"])
+        use(config, place, runner, every if slow else ["evaluate", "report"])
 
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    group="Places",
+    group="Surroundings",
     fault="A run folder is renamed to anything, linked, reached as `.`, `..`, with a slash at its end, then resumed",
     does="It goes on there; every other command opens it afterwards.",
 )
@@ -127,7 +129,7 @@ def cut_off(run: Path) -> None:
 
 
 @pytest.mark.fault(
-    group="Places",
+    group="Surroundings",
     fault="A home that is not there, no user, no locale, no folder for temporary files, a path that is too long",
     does="The run goes on, or one message says what is missing.",
 )

@@ -59,9 +59,31 @@ def check_distill(
             done = moments.stop(runner, seconds, signum, *begin, again=again)
             if done.code:
                 otherwise = ["distill", "--resume", str(root)] if (root / "config.yaml").is_file() else begin
-                resumed = runner.call(*moments.way_on(done, otherwise), until=120)
+                resumed = runner.call(*moments.way_on(done, otherwise), until=600)
                 finished = "is finished; there is nothing to resume" in resumed.err
                 assert resumed.code == 0 or finished, f"going on: {resumed.err[-500:]}"
+            check_same(trained(root), wanted)
+
+
+@pytest.mark.fault(
+    group="Ends from outside",
+    fault="SIGTERM before the first step, in a step, after one, while it is logged and while it is saved",
+    does="The step is finished and saved, and nothing before the first one; the resumed run is the uninterrupted one.",
+)
+def test_sigterm_at_chosen_moments(runner: Runner, tmp_path: Path, injected: Injected) -> None:
+    values = tiny_runs.config(tmp_path)
+    config = tiny_runs.write_config(values, tmp_path / "c.yaml")
+    assert runner.call("distill", config).code == 0
+    wanted = trained(tmp_path / "runs" / "r")
+    for event, step in (("train_begin", 0), ("pre_optimizer_step", 2), ("step_end", 4), ("log", 5), ("save", 2)):
+        with injected(f"{event}, step {step}"):
+            root = tmp_path / event / "r"
+            given = [f"on_{event}", step, int(signal.SIGTERM)]
+            words = ["distill", config, f"run.dir={root.parent}"]
+            done = runner.call(*words, inject="tests.faults.moments:send_at", given=given)
+            moments.look(done, signal.SIGTERM)
+            resumed = runner.call(*moments.way_on(done, []))
+            assert resumed.code == 0, resumed.err
             check_same(trained(root), wanted)
 
 
@@ -113,6 +135,7 @@ def results(folder: Path) -> dict[str, Any]:
         if path.name in ("eval.json", "analysis.json"):
             values = json.loads(path.read_text())
             values.pop("timing", None)
+            values.pop("checksum", None)
             values.get("settings", {}).pop("command", None)
             values.pop("name", None)
             found[path.name] = values
@@ -138,7 +161,7 @@ def check_results(
             line = [*map(str, words), "--output", str(output)]
             done = moments.stop(runner, seconds, signum, *line, again=again)
             if done.code:
-                resumed = runner.call(*moments.way_on(done, line), until=120)
+                resumed = runner.call(*moments.way_on(done, line), until=600)
                 assert resumed.code == 0, f"going on: {resumed.err[-500:]}"
             check_same(results(output), wanted)
 
@@ -212,7 +235,7 @@ def start_two(runner: Runner, *words: object, which: int, seconds: float = 0.0, 
 def test_one_of_two_is_ended(runner: Runner, tmp_path: Path, injected: Injected, signum: int) -> None:
     training = {"max_steps": 30, "eval_every": 4, "save_every": 8, "arguments": {"logging_steps": 3}}
     config = tiny_runs.write_config(tiny_runs.config(tmp_path, training=training), tmp_path / "c.yaml")
-    assert [child.wait(120).code for child in start_two(runner, "distill", config, which=0)] == [0, 0]
+    assert [child.wait(600).code for child in start_two(runner, "distill", config, which=0)] == [0, 0]
     wanted = trained(tmp_path / "runs" / "r")
     draw = random.Random(int(signum))
     for number in range(10):
@@ -221,14 +244,14 @@ def test_one_of_two_is_ended(runner: Runner, tmp_path: Path, injected: Injected,
             root = tmp_path / str(number) / "r"
             begin = ["distill", str(config), f"run.dir={root.parent}"]
             children = start_two(runner, *begin, which=which, seconds=seconds, signum=signum)
-            done = [child.wait(60) for child in children]
+            done = [child.wait(600) for child in children]
             if done[which].code:
                 assert done[which].code == moments.KILLED[signal.Signals(signum)], done[which].err[-500:]
                 assert done[1 - which].code != 0
                 assert all("Traceback" not in one.err for one in done), done[0].err[-1000:] + done[1].err[-1000:]
                 assert "To go on" in done[0].err or which == 0, done[0].err[-500:]
                 otherwise = ["distill", "--resume", str(root)] if (root / "config.yaml").is_file() else begin
-                resumed = [child.wait(120) for child in start_two(runner, *otherwise, which=0)]
+                resumed = [child.wait(600) for child in start_two(runner, *otherwise, which=0)]
                 codes = [one.code for one in resumed]
                 assert codes == [0, 0] or "nothing to resume" in resumed[0].err, resumed[0].err[-500:]
             check_same(trained(root), wanted)

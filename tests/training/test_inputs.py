@@ -135,6 +135,7 @@ def test_a_served_teacher_is_known_by_what_its_server_says() -> None:
         assert _describe_stored(teacher) == {"kind": "a server", "weights": "big big-7b", "config": None}
 
 
+@pytest.mark.slow
 def test_a_run_in_python_goes_on_with_its_inputs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def trainer(rate: float = 0.1, **changes: Any) -> Any:
         student = tiny.llama(1, layers=2)

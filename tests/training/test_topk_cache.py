@@ -28,7 +28,7 @@ from drkl.teachers.live import LiveTeacher
 from drkl.teachers.stored import StoredTopK, stored_in
 from drkl.training.caching import _Batches, cache_teacher
 from drkl.training.estimate import estimate
-from drkl.training.faults import find_fault
+from drkl.training.faults import Way, find_fault
 from drkl.training.forward import loss_of
 from drkl.training.run import cache_states
 from tests.command_line import Cli
@@ -242,7 +242,7 @@ def test_a_classifier_and_numbers_that_are_not_finite_are_refused(tmp_path: Path
     broken = tiny.llama(9)
     with torch.no_grad():
         broken.model.norm.weight[0] = float("nan")
-    with pytest.raises(DrklError, match="gives logits that are not finite, first at position 0 of row 0 of shard 0"):
+    with pytest.raises(DrklError, match=r"The teacher.* has weights that are not finite numbers.*model\.norm\.weight"):
         topk_of(tmp_path, lambda: (llamas()[0], broken))
 
 
@@ -445,4 +445,14 @@ def test_an_infinite_loss_is_laid_to_no_hidden_state(tmp_path: Path) -> None:
     batch = next(iter(batches(make(tmp_path, llamas()[0], cache).pair.rows, pad_id=0)))
     student = llamas()[0]
     objective = make_objective("rkl")
-    assert "the loss itself" in find_fault(student, torch.zeros(2, 4), cache, cache.states(batch), objective)
+    way = Way(student, torch.zeros(2, 4), cache, cache.states(batch), objective)
+    assert "the loss itself" in find_fault(way).tensor
+
+
+def test_logits_of_a_cache_that_are_no_numbers_are_laid_to_the_cache(tmp_path: Path) -> None:
+    cache = topk_of(tmp_path)
+    known = cache.states(next(iter(batches(make(tmp_path, llamas()[0], cache).pair.rows, pad_id=0))))
+    assert isinstance(known, TopK)
+    known.logits[0, 0] = float("nan")
+    fault = find_fault(Way(llamas()[0], torch.zeros(2, 4), cache, known, make_objective("fkl")))
+    assert "1 of the teacher's largest logits, of the cache" in fault.tensor and "make it again" in fault.remedy

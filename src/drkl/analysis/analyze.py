@@ -33,8 +33,9 @@ from drkl.evaluation.result import Evaluation
 from drkl.evaluation.store import fingerprint
 from drkl.locks import ANALYSIS, first_holding
 from drkl.models.load import one_tokenizer
+from drkl.models.memory import memory_told
 from drkl.models.precision import DtypeLike
-from drkl.models.readout import Readout, read
+from drkl.models.readout import READING, Readout, read
 from drkl.objectives import OBJECTIVES, Objective, make_objective
 from drkl.objectives.variants import parse_variants
 from drkl.processes import Share
@@ -169,7 +170,7 @@ def analyze_inputs(
         DrklError: there is no teacher, a value is outside its domain, or the models cannot be compared.
     """
     share = Share.of_group()
-    with share.joined():
+    with share.joined(), memory_told("as the models are compared", READING):
         gamma = inputs.gamma if gamma is None else gamma
         _check(inputs, gamma, positions, temperature)
         chosen = named_objectives(DEFAULT_OBJECTIVES if objectives is None else objectives, own=own, gamma=gamma)

@@ -475,7 +475,7 @@ def parquet_rows(file: Path, name: str, group: int | None = None, before: int = 
         number = before
         with parquet.ParquetFile(file) as opened:
             _check_names(opened.schema_arrow.names, name)
-            to_name = _class_names(opened.schema_arrow)
+            to_name = _class_names(opened.schema_arrow, name)
             for batch in opened.iter_batches(ROWS_AT_ONCE, row_groups=None if group is None else [group]):
                 for row in batch.to_pylist():
                     number += 1
@@ -560,13 +560,19 @@ def labelled_by_name(dataset: Any, name: str, start: int = 0, end: int | None = 
         yield f"{name}, row {number}", _with_name(row, to_name)
 
 
-def _class_names(schema: Any) -> Callable[[int], str] | None:
+def _class_names(schema: Any, name: str) -> Callable[[int], str] | None:
     """What names a class number in the column ``label``, where `datasets` wrote the file."""
     if b"huggingface" not in (schema.metadata or {}):
         return None
     from datasets import Features
 
-    return getattr(Features.from_arrow_schema(schema).get("label"), "int2str", None)
+    try:
+        return getattr(Features.from_arrow_schema(schema).get("label"), "int2str", None)
+    except Exception as error:  # whatever somebody has written there makes `datasets` raise
+        reason = " ".join(str(error).split())[:200]
+        raise DrklError(
+            f"Cannot read {name!r} as parquet: its metadata of datasets is broken: {reason}. Write the file anew."
+        ) from error
 
 
 def _with_name(row: Any, to_name: Callable[[int], str] | None) -> Any:

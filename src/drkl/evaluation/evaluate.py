@@ -21,7 +21,9 @@ from drkl.evaluation.store import CACHE_BYTES, Store, fingerprint
 from drkl.evaluation.tasks import Classification, Generation, Parts, Task
 from drkl.locks import EVALUATION, first_holding
 from drkl.models.load import one_tokenizer
+from drkl.models.memory import memory_told
 from drkl.models.precision import DtypeLike
+from drkl.models.readout import READING
 from drkl.processes import Share
 from drkl.runs import RunFolder, cache_dir, check_no_link
 from drkl.teachers.cached import TeacherCache
@@ -141,7 +143,7 @@ def evaluate_inputs(
     user's cache, for other students.
     """
     share = Share.of_group()
-    with share.joined():
+    with share.joined(), memory_told("as the models are measured", READING):
         asked = fingerprint(inputs=inputs.digest(), settings=settings.model_dump(mode="json"))
         share.check_same("models, rows or settings", asked)
         folder = None if output_dir is None else RunFolder(Path(output_dir))

@@ -22,6 +22,7 @@ from drkl.models.forward import (
     output_module,
     right_padded,
 )
+from drkl.models.memory import LOADING, memory_told
 
 FAILURES = (
     RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError, NotImplementedError
@@ -30,6 +31,8 @@ FAILURES = (
 
 _LONG = 72
 """Tokens of the longest row: more than the blocks in which some families read (Reformer's have 64)."""
+
+_TRIED = "as a {} is tried on a few tokens"
 
 _CHECKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models that `check_forward` has found right."""
@@ -45,9 +48,9 @@ def check_forward(model: PreTrainedModel) -> None:
     if model in _CHECKED:
         return
     try:
-        with in_eval_mode(model), torch.no_grad():
+        with in_eval_mode(model), torch.no_grad(), memory_told(_TRIED.format(type(model).__name__), LOADING):
             _check_forward(model)
-    except (DrklError, torch.OutOfMemoryError):
+    except DrklError:
         raise
     except FAILURES as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -80,8 +83,10 @@ def _check_training(model: PreTrainedModel) -> None:
     batch = right_padded(model, [plain_ids(model, written)], source)
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(), memory_told(_TRIED.format(type(model).__name__), LOADING):
             hidden_states(model.train(), batch)
+    except DrklError:
+        raise
     except FAILURES as error:
         raise DrklError(
             f"{type(model).__name__} can be read but not trained on rows of any length. Use a student of another "

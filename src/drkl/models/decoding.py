@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from drkl.models.check import FAILURES, check_forward, own_logits, plain_ids, same_logits
 from drkl.models.context import contexts_of
 from drkl.models.forward import decoder_start, in_eval_mode, is_encoder_decoder, replaced
+from drkl.models.memory import is_out_of_memory
 from drkl.models.steps import Steps, Way, new_cache, read_prompts
 
 Pick = Callable[[Sequence[Tensor], Sequence[int], int], Tensor]
@@ -101,10 +102,9 @@ def _first_right(model: PreTrainedModel, shortest: int) -> Way:
         try:
             if (_may_shift(model) or not way.pad) and _is_right(model, batches, way):
                 return way
-        except torch.OutOfMemoryError:
-            raise
-        except FAILURES:
-            continue
+        except FAILURES as error:
+            if is_out_of_memory(error):
+                raise
     return WITHOUT_CACHE
 
 

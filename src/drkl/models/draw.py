@@ -24,6 +24,10 @@ _NUCLEUS = 256
 """Most probable tokens among which the edge of a nucleus is looked for first."""
 
 
+class BrokenLogits(DrklError):
+    """Logits that a token is to be drawn from are not finite."""
+
+
 def uniforms(seed: int, key: str, stream: int, count: int) -> np.ndarray:
     """The random numbers `[count, DEPTH]` in [0, 1) of an answer's first tokens: a function of its first arguments."""
     words = np.frombuffer(hash_of_id(key), dtype="<u4")
@@ -81,7 +85,9 @@ def _likelihoods(logits: Tensor, temperature: float) -> Tensor:
 def _finite(peaks: Tensor) -> None:
     # NaN would go unnoticed: every comparison with it is false, and the answer a row of token 0.
     if not torch.isfinite(peaks).all():
-        raise DrklError("The model's logits are not finite numbers: its weights are broken, or overflow their dtype.")
+        raise BrokenLogits(
+            "The model's logits are not finite numbers: its weights are broken, or overflow their dtype."
+        )
 
 
 def _mixed(parts: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

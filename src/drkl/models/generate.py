@@ -19,6 +19,7 @@ from drkl.models.decoding import decode, plain_decoding, way_of
 from drkl.models.draw import Draw, most_probable, uniforms
 from drkl.models.ends import answer_start, stops_of
 from drkl.models.forward import is_encoder_decoder
+from drkl.models.memory import memory_told
 from drkl.models.steps import Steps, Way, read_prompts
 
 if TYPE_CHECKING:
@@ -187,6 +188,13 @@ def sample_ids(
     shares, ended = [reader.share for reader in readers], frozenset(stops)
     found: list[list[int]] = [[] for _ in keys]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            memory_told(
+                f"as answers of up to {max(limits)} tokens are written, {min(batch_size, len(keys))} at once",
+                "A smaller batch_size (rollouts.batch_size in training, evaluation.batch_size in an evaluation) or "
+                "max_new_tokens needs less.",
+            )
+        )
         for reader in readers:
             stack.enter_context(plain_decoding(reader.model))
         for batch in _batches(readers, limits, batch_size, ways):

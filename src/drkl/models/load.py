@@ -33,6 +33,7 @@ from drkl.models import smollm2
 from drkl.models.adapter import adapter_base, adapter_revision, has_remade_start, read_adapter
 from drkl.models.classes import check_classes, class_names, is_classifier, label_fields
 from drkl.models.forward import is_encoder_decoder
+from drkl.models.memory import LOADING, memory_told
 from drkl.models.options import check_options
 from drkl.models.precision import DtypeLike, resolve_dtype, torch_dtype
 from drkl.models.settings import check_config, making
@@ -52,8 +53,6 @@ Name = str | os.PathLike[str]
 
 _NOWHERE = (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError)
 _HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-_NO_ROOM = "can't allocate memory"
-"""torch's words for the memory of a processor."""
 _UNREACHABLE = (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError)
 # Said, not left to the default: that asks on the terminal and waits.
 _NO_CODE = {"trust_remote_code": False}
@@ -423,22 +422,18 @@ def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
     if not Path(source).is_dir() and name.startswith((".", "/", "~")):
         raise DrklError(f"There is no folder {name!r} to load the {what} from.")
     try:
-        return load(source)
+        with memory_told(f"as the {what} {name!r} is loaded, in the sizes that its config.json has", LOADING):
+            return load(source)
     except DrklError:
         raise
     # Files that are missing, broken, foreign or hostile: whatever reading them makes a library raise.
     except Exception as error:
-        # Options of the caller's own, memory and devices are not about the files, and keep their own words.
-        if isinstance(error, MemoryError) or "unexpected keyword argument" in str(error):
+        # Options of the caller's own, and devices, are not about the files, and keep their own words.
+        if "unexpected keyword argument" in str(error):
             raise
         if not isinstance(error, RuntimeError) or isinstance(error, RecursionError):
             raise _explained(name, what, error) from error
-        if _NO_ROOM in str(error):
-            raise DrklError(
-                f"There is no room in the memory for the {what} {name!r} in the sizes that its config.json has: "
-                f"{' '.join(str(error).split())[-200:]}"
-            ) from error
-        if not (broken := conversion_errors(error)) or any("memory" in str(cause) for cause in _causes(error)):
+        if not (broken := conversion_errors(error)):
             raise
         raise DrklError(
             f"The weights of {name!r} are not those of its config.json: {len(broken)} cannot be put together from "

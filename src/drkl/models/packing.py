@@ -21,6 +21,7 @@ from drkl.models.forward import (
     named_arguments,
     right_padded,
 )
+from drkl.models.memory import is_out_of_memory
 
 _LENGTHS = (40, 1, 2, 7)
 """Tokens of the rows that are tried: one that a window or a block of a small model does not hold, and the shortest."""
@@ -45,9 +46,9 @@ def packing_fault(model: PreTrainedModel, most: int, dtype: torch.dtype | None =
             _try_in_training(model)
             with in_eval_mode(model):
                 return _tried(model, most, dtype or model.dtype)
-    except torch.OutOfMemoryError:
-        raise
     except FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         return f"it fails on them ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
 
 

@@ -28,18 +28,23 @@ from drkl.data.classification import LabelledRow
 from drkl.data.collate import IGNORE_INDEX, collate, teacher_inputs
 from drkl.data.stored import column
 from drkl.data.tokenize import Row
+from drkl.errors import DrklError
 from drkl.losses import LMHead
 from drkl.losses.merged import MergedIds, make_merged
 from drkl.models.check import check_forward
 from drkl.models.classes import is_classifier
 from drkl.models.forward import decoder_start as decoder_start_of
 from drkl.models.forward import hidden_states, output_head
+from drkl.models.memory import memory_told
+from drkl.models.weights import check_numbers, is_finite, listed
 from drkl.processes import ALONE, Share
 
 TOKENS_PER_BATCH = 2048
 """Tokens of a batch at most, with padding; rows of like length go together. In bf16 another size moves digits."""
 SHORT_TOKENS_PER_BATCH = 4096
 """The same for texts to classify, and for the few rows of a held-out loss during training."""
+READING = "A smaller max_tokens (data.max_tokens) shortens rows, and bf16 in place of fp32 halves the model."
+"""What needs less memory where a model reads rows."""
 CHUNK = 256
 """Positions whose logits exist at once."""
 
@@ -67,6 +72,11 @@ class Batch:
             return self
         inputs, keep = self.teacher
         return replace(self, inputs=inputs, keep=keep, teacher=None)
+
+    def size(self) -> str:
+        """Its numbers of rows and positions, for a message."""
+        positions = max(value.numel() for value in self.inputs.values())
+        return f"{len(self.row_ids)} rows, {positions:,} positions with padding"
 
     def states(self, model: PreTrainedModel) -> Tensor:
         """The model's last hidden states `[n, hidden]`, on its device; of a classifier its class logits."""
@@ -282,13 +292,29 @@ def read(
         share: of several processes, each of which runs the model over some of the batches.
         whole: return all positions in every process; otherwise those that this one compares, see `Readout.own`.
         progress: called after each batch with the number of rows in it.
+
+    Raises:
+        DrklError: weights or states of the model are not finite.
     """
     assert not model.training, "dropout would make every number a random one"
+    name = f"The model {model.name_or_path or type(model).__name__!r}"
+    check_numbers(model, name)
     if not is_classifier(model):
         check_forward(model)
+
+    def states_of(batch: Batch) -> Tensor:
+        with memory_told(f"as {name.lower()} reads {batch.size()}", READING):
+            states = batch.states(model)
+        if not is_finite(states):
+            raise DrklError(
+                f"{name} computes states that are not finite numbers, rows {listed(batch.row_ids)}: it overflows in "
+                f"{str(states.dtype).removeprefix('torch.')}. Load it in fp32."
+            )
+        return states
+
     with _padded_with(model, pad_id):
         return readout_of(
-            lambda batch: batch.states(model),
+            states_of,
             output_head(model),
             rows,
             pad_id=pad_id,

@@ -17,7 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
+from drkl.models.sharded import is_sharded, local
 from drkl.parsing import parse_json
+from drkl.processes import gather
 
 _WRAPPERS = {
     "_orig_mod.": "torch.compile was around it",
@@ -94,7 +96,7 @@ def check_weights(model: PreTrainedModel, report: Mapping[str, Any], name: str, 
     shapes = sorted(report["mismatched_keys"])
     if missing or unexpected or shapes:
         raise DrklError(_difference(model, missing, unexpected, shapes, name))
-    _check_numbers(model, name)
+    check_numbers(model, repr(name))
     return sorted(new)
 
 
@@ -209,14 +211,41 @@ def _rename(what: str, new_name: str, name: str) -> str:
     return f"{what}. Rename them{first}: python -c {shlex.quote(line)}"
 
 
-def _check_numbers(model: PreTrainedModel, name: str) -> None:
-    bad = [key for key, parameter in model.named_parameters() if not is_finite(parameter)]
+class BrokenWeights(DrklError):
+    """Weights of a model are not finite numbers."""
+
+
+def check_numbers(model: nn.Module, name: str) -> None:
+    """Raise BrokenWeights where a weight of a model is not finite, as `broken_weights` tells.
+
+    Of a model whose weights are spread over several processes each of them has to ask.
+
+    Args:
+        model: its weights are read once, and nothing of their size is made.
+        name: the model as the error calls it.
+    """
+    bad = broken_weights(model)
+    if is_sharded(model):
+        bad = list(dict.fromkeys(gather(bad)))
     if bad:
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise DrklError(
-            f"{name!r} has weights that are not finite numbers in {dtype}: {len(bad)} tensors ({listed(bad)}). Every "
+        dtype = str(getattr(model, "dtype", "torch.float32")).removeprefix("torch.")
+        raise BrokenWeights(
+            f"{name} has weights that are not finite numbers in {dtype}: {len(bad)} tensors ({listed(bad)}). Every "
             "loss would be NaN. Take a model from before it broke; fp16 overflows where bf16 does not."
         )
+
+
+@torch.no_grad()
+def broken_weights(model: nn.Module) -> list[str]:
+    """The names of weights that are not finite, in the order of the model; no process waits for another.
+
+    Minus infinity in a bias is none of them: in that of a head it excludes a token.
+    """
+
+    def is_right(name: str, weight: torch.Tensor) -> bool:
+        return is_finite(weight) or (name.endswith("bias") and bool(torch.isfinite(weight.max())))
+
+    return [name for name, weight in model.named_parameters() if not is_right(name, local(weight))]
 
 
 @torch.no_grad()

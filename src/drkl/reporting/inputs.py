@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from drkl.analysis.result import read_analysis
+from drkl.disk import CannotWrite
 from drkl.display import as_number
 from drkl.errors import DrklError
 from drkl.evaluation.bootstrap import Interval
@@ -226,6 +227,8 @@ def of_analysis_json(make: Callable[Given, T]) -> Callable[Given, T]:
     def checked(*args: Given.args, **choices: Given.kwargs) -> T:
         try:
             return make(*args, **choices)
+        except CannotWrite:
+            raise
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise DrklError(
                 f"analysis.json is not what `drkl analyze` writes ({type(error).__name__}: {error}); run it again."

@@ -24,6 +24,7 @@ from drkl.errors import DrklError
 from drkl.losses import LMHead
 from drkl.losses.topk import TopK
 from drkl.models.load import load_config, without_weights
+from drkl.models.memory import memory_told
 from drkl.models.precision import DTYPES
 from drkl.models.readout import Batch, to_batch
 from drkl.teachers.config import TeacherConfig
@@ -50,6 +51,8 @@ ADD_ROWS = (
     "Let teacher.fill_cache: true (in Python drkl.cache_teacher(..., fill=True)) load the teacher and add these rows, "
     "or leave them out."
 )
+CACHING = "A smaller training.tokens_per_step or data.max_tokens makes smaller batches; teacher.dtype=bf16 halves it."
+"""What needs less memory where a teacher reads rows for its cache."""
 SERVED = "served as "
 """What stands, with the name that a server has for it, for the fingerprint of a teacher whose weights are not here."""
 _KINDS: dict[str, type] = {"kind": str, "teacher": dict, "tokenizer": dict, "data": list}
@@ -437,7 +440,8 @@ def _write(
             batch = batches[place]
             rows = _rows_in(batch, labelled=stored.labelled)
             counts = [len(row.positions) for row in rows]
-            columns = {name: value.split(counts) for name, value in read(batch).items()}
+            with memory_told(f"as the teacher reads {batch.size()}", CACHING):
+                columns = {name: value.split(counts) for name, value in read(batch).items()}
             for line, row in enumerate(rows):
                 if row in wanted:
                     found.setdefault(row, {name: column[line] for name, column in columns.items()})

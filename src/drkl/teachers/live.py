@@ -14,9 +14,11 @@ from drkl.models.check import check_forward
 from drkl.models.classes import is_classifier
 from drkl.models.forward import INPUTS, hidden_states, in_eval_mode, output_head, without_mask
 from drkl.models.load import load_classifier, load_model
+from drkl.models.memory import LOADING, memory_told
 from drkl.models.precision import resolve_dtype
 from drkl.models.readout import Batch
 from drkl.models.sharded import is_sharded, shard_frozen
+from drkl.models.weights import BrokenWeights, check_numbers
 from drkl.processes import joined
 from drkl.teachers.config import TeacherConfig
 from drkl.teachers.shards import check_is_no_cache
@@ -38,9 +40,10 @@ class LiveTeacher:
             remember_mb: memory for the states of batches already seen, in MiB.
 
         Raises:
-            DrklError: the model's logits are not those of its head on its hidden states.
+            DrklError: its weights are not finite, or its logits are not those of its head on its hidden states.
         """
         self.model = model
+        check_numbers(model, f"The teacher, a {type(model).__name__},")
         if not is_classifier(model):
             check_forward(model)
         self.pad_id: int | None = None
@@ -54,8 +57,12 @@ class LiveTeacher:
         """Load the teacher of a config onto a device, or a part of it onto that of each process."""
         check_is_no_cache(config.model)
         load = load_classifier if classifier else load_model
-        model = load(config.model, resolve_dtype(config.dtype, device), **config.model_init_kwargs)
-        return cls(placed(model, device, shard=config.shard), config.remember_mb)
+        try:
+            model = load(config.model, resolve_dtype(config.dtype, device), **config.model_init_kwargs)
+        except BrokenWeights as error:
+            raise BrokenWeights(f"The teacher {error}") from error
+        with memory_told("as the teacher is put on its device", LOADING):
+            return cls(placed(model, device, shard=config.shard), config.remember_mb)
 
     @property
     @torch.no_grad()

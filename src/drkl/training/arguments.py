@@ -46,7 +46,7 @@ _NUMBERS = {
 _LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "tokens_per_step": 1,
     "gradient_accumulation_steps": 1, "eval_rows": 1, "early_stop_patience": 1, "teacher_remember_mb": 0,
-    "max_tokens": 2, "max_prompt_tokens": 1, "shuffle_buffer": 1,
+    "max_tokens": 2, "max_prompt_tokens": 1, "shuffle_buffer": 1, "nan_skips": 1,
 }  # fmt: skip
 """Whole numbers, and the least that they can be."""
 _TWO_OBJECTIVES = "beta is TRL's name for an objective and stands in its place; give one of the two."
@@ -88,6 +88,9 @@ class DistillationConfig(TrainingArguments):
         freeze_embeddings: keep the token embeddings, and a head tied to them, as they are.
         eval_rows: rows of ``eval_dataset`` for the losses during training, at most.
         early_stop_patience: stop after this number of held-out losses without a new best; None: never.
+        nan: what follows where a step's loss or gradient is not finite: "stop" the run, or "skip" the step. A skipped
+            step counts as a step and changes nothing; the schedule waits. Weights that are not finite stop every run.
+        nan_skips: steps in a row that may be skipped; those that fp16 skips count too, once it has found its scale.
         teacher_remember_mb: memory, in MiB, for the teacher's states of batches already seen (see ``same_batches``).
         teacher_shard: spread the teacher's weights over the processes (FSDP2), in place; without effect in one process.
         precision: auto, fp32, bf16 or fp16; the same as transformers' ``bf16`` and ``fp16`` flags.
@@ -179,6 +182,8 @@ class DistillationConfig(TrainingArguments):
     early_stop_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many losses without a new best."}
     )
+    nan: str = field(default="stop", metadata={"help": "Of a step that is not finite: stop, or skip it."})
+    nan_skips: int = field(default=3, metadata={"help": "Steps in a row that may be skipped."})
     teacher_remember_mb: int = field(default=0, metadata={"help": "Memory in MiB for the teacher's states."})
     teacher_shard: bool = field(default=False, metadata={"help": "Spread the teacher over the processes (FSDP2)."})
     precision: str = field(default="auto", metadata={"help": "Compute precision: auto, fp32, bf16, fp16."})
@@ -335,6 +340,10 @@ class DistillationConfig(TrainingArguments):
             raise DrklError(f"max_steps is {self.max_steps}; expected a number of steps, or -1 for num_train_epochs.")
         if self.max_steps == -1 and not 0 < self.num_train_epochs < float("inf"):
             raise DrklError(f"num_train_epochs is {self.num_train_epochs}; expected a number above 0.")
+        if self.nan not in ("stop", "skip"):
+            raise DrklError(f"nan is {self.nan!r}; expected 'stop' or 'skip'.")
+        if self.nan == "skip" and self.deepspeed:
+            raise DrklError("nan is 'skip', but DeepSpeed takes a step before it can be left out; use nan='stop'.")
         if self.turns not in ("last", "all"):
             raise DrklError(f"turns is {self.turns!r}; expected 'last' or 'all'.")
         limits = self.max_prompt_tokens, self.max_tokens

@@ -23,6 +23,7 @@ from transformers import TrainerState
 
 from drkl.errors import DrklError
 from drkl.folders import check_files, checksum, describe_files
+from drkl.models.memory import is_out_of_memory
 from drkl.runs import RunFolder, write_json
 from drkl.training.feeding import Fed
 
@@ -58,6 +59,10 @@ class Reached:
     """What the processes were fed since ``logged_step``."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """What the run is trained on, and how: `drkl.training.inputs`."""
+    skipped: int = 0
+    """Steps that were left out, as their loss or gradient was not finite."""
+    skipped_in_row: int = 0
+    """Those since the last step that was taken."""
     extra: bool = False
     """Whether an end from outside is why it was written; it stands beside those that were asked for."""
     evaluation_due: bool = False
@@ -283,6 +288,8 @@ def readable(checkpoint: str, what: str) -> Iterator[None]:
         with plain_errors():
             yield
     except Exception as error:  # of torch, transformers and safetensors, each with errors of its own
+        if is_out_of_memory(error):
+            raise  # which is not the checkpoint's fault
         reason = " ".join(str(error).split())[:400].rstrip(".")
         raise DrklError(
             f"The {what} of {checkpoint!r} cannot be used: {reason}. Remove that checkpoint to go on from the one "

@@ -119,6 +119,18 @@ class TrainingConfig(BaseModel):
         1.0, ge=0, allow_inf_nan=False, description="Gradients are clipped to this norm; 0 turns clipping off."
     )
     logging_steps: int | float = Field(10, gt=0, description="Optimiser steps between two lines of train.jsonl.")
+    nan: Literal["stop", "skip"] = Field(
+        "stop",
+        description="What follows where a step's loss or gradient is not finite: stop the run, or skip the step. "
+        "A skipped step counts as a step, and changes nothing; the learning rate's schedule waits. Weights that are "
+        "not finite stop every run.",
+    )
+    nan_skips: int = Field(
+        3,
+        ge=1,
+        description="Number of steps in a row that may be skipped. Those that fp16 skips count too, once it has found "
+        "its scale.",
+    )
     precision: Dtype = Field(
         "auto", description="Compute precision of the student. auto = bf16 if the hardware supports it, else fp32."
     )

@@ -54,6 +54,14 @@ class Feeding:
         self._fed.append(fed)
         self._tokens += tokens if row_ids else 0
 
+    def mark(self) -> tuple[int, int]:
+        """How far the count is, for `back_to`."""
+        return len(self._fed), self._tokens
+
+    def back_to(self, mark: tuple[int, int]) -> None:
+        """Forget what was added since."""
+        self._fed, self._tokens = self._fed[: mark[0]], mark[1]
+
     def of_all(self) -> Fed:
         """What all processes were fed. Every process has to ask."""
         parts = gather([(self._fed, self._tokens)])

@@ -15,18 +15,31 @@ from drkl.losses import LMHead
 from drkl.losses.config import LossConfig
 from drkl.losses.topk import TopK
 from drkl.models.forward import output_head
-from drkl.models.readout import SHORT_TOKENS_PER_BATCH, batches, chunks
+from drkl.models.memory import memory_told
+from drkl.models.readout import READING, SHORT_TOKENS_PER_BATCH, batches, chunks
 from drkl.models.sharded import runs_together
 from drkl.objectives import Objective
 from drkl.processes import shared_work
 from drkl.signals import cut_short
 from drkl.teachers.teacher import Teacher
-from drkl.training.faults import find_fault, list_rows
+from drkl.training.faults import Way, find_fault, list_rows
 from drkl.training.forward import StatisticsSums, loss_of
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A held-out loss is not a finite number; the message says which rows and which tensor."""
+    """A held-out loss is not a finite number; the message says which rows and which tensor.
+
+    Args:
+        message: a part of a sentence.
+        remedy: what helps.
+    """
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class HeldOut:
@@ -99,9 +112,10 @@ class HeldOut:
         whichever process read the batch."""
         batch, (head, teacher_head) = self._batches[index], heads
         compares = loss.kd_weight > 0 and objective.needs_teacher
-        hidden = batch.states(model)
-        labels = batch.labels.to(hidden.device)
-        teacher_hidden = self._teacher_states(index, hidden.device)
+        with memory_told(f"in the held-out loss, as the models read {batch.size()}", READING):
+            hidden = batch.states(model)
+            labels = batch.labels.to(hidden.device)
+            teacher_hidden = self._teacher_states(index, hidden.device)
         sums = []
         for part in chunks(labels.numel()):
             statistics = StatisticsSums(temperature=loss.temperature if compares else 1.0)
@@ -120,19 +134,27 @@ class HeldOut:
             )
             sums.append({name: float(value) for name, value in (statistics.sums | {"loss": values.sum()}).items()})
         if not all(math.isfinite(part["loss"]) for part in sums):
-            rows = list_rows(batch.row_ids)
-            fault = find_fault(model, hidden, self._teacher, teacher_hidden, objective)
-            raise NonFiniteLoss(f"the held-out loss is not finite, rows {rows}. First non-finite tensor: {fault}.")
+            teacher, device = self._teacher, hidden.device
+            again = (lambda: batch.states(model)), (lambda: teacher and self._read(teacher, index, device))
+            fault = find_fault(Way(model, hidden, teacher, teacher_hidden, objective, heads, again))
+            raise NonFiniteLoss(
+                f"the held-out loss is not finite, rows {list_rows(batch.row_ids)}. First non-finite tensor: "
+                f"{fault.tensor}.",
+                fault.remedy,
+            )
         return sums
 
     def _teacher_states(self, index: int, device: torch.device) -> Tensor | TopK | None:
         if self._teacher is None:
             return None
         if (states := self._teacher_hidden[index]) is None:
-            batch = self._batches[index].for_teacher
-            inputs = {name: value.to(device) for name, value in batch.inputs.items()}
             # A teacher that remembers has them from the stage before.
-            keep, labels = batch.keep.to(device), batch.labels.to(device)
-            states = self._teacher.hidden_at(inputs, keep, labels=labels, remember=self._remember)
+            states = self._read(self._teacher, index, device, remember=self._remember)
             self._teacher_hidden[index] = states
         return states
+
+    def _read(self, teacher: Teacher, index: int, device: torch.device, *, remember: bool = False) -> Tensor | TopK:
+        batch = self._batches[index].for_teacher
+        inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+        keep, labels = batch.keep.to(device), batch.labels.to(device)
+        return teacher.hidden_at(inputs, keep, labels=labels, remember=remember)

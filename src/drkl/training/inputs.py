@@ -15,8 +15,9 @@ from torch import nn
 
 from drkl._version import __version__
 from drkl.data.digest import digest_rows
-from drkl.data.rendering import Writer
+from drkl.data.rendering import CHAT_NAMED
 from drkl.models.fingerprint import describe_model, tokenizer_fingerprint
+from drkl.models.load import words_of
 from drkl.models.sharded import is_sharded
 from drkl.processes import first_alone, gather, joined
 from drkl.runs import RunFolder
@@ -99,14 +100,17 @@ def _describe(
 
 
 def _describe_texts(pair: Pair, args: DistillationConfig) -> dict[str, Any]:
-    """Hashes of the tokenizers, of the template in effect, and of the ids that end an answer."""
-    readers = {"the tokenizer": pair.words, "the teacher's own tokenizer": pair.teacher_tokenizer}
+    """Hashes of the tokenizers, of the template in effect, and the ids that end an answer."""
+    own = None if pair.teacher_tokenizer is None else words_of(pair.teacher_tokenizer)
+    readers = {"the tokenizer": pair.words, "the teacher's own tokenizer": own}
     found: dict[str, Any] = {
         name: None if reader is None else tokenizer_fingerprint(reader) for name, reader in readers.items()
     }
     if pair.classes is None:
-        writers = [Writer(reader, args.template) for reader in readers.values() if reader is not None]
-        texts = [writer.tokenizer.chat_template if writer.kind == "chat" else args.template for writer in writers]
+        templates = [getattr(reader, "chat_template", None) for reader in readers.values()]
+        is_chat = args.template in ("auto", "chat") or args.template.startswith(CHAT_NAMED)
+        named = "alpaca" if args.template == "auto" else args.template  # of a tokenizer without a chat template
+        texts = [(is_chat and template) or named for template in templates]
         found["the template"] = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
     else:
         found["the classes"] = list(pair.classes)

@@ -36,7 +36,7 @@ MOMENTS = {
 }
 """The moments by their keys, in the order of a run."""
 
-_CURES = {
+CURES = {
     "student_weights": "student.dtype=bf16 halves them; training.arguments.fsdp shards them over GPUs",
     "gradients": "a `peft` section (LoRA) or student.freeze_embeddings=true leaves most of them out; "
     "training.arguments.fsdp shards them over GPUs",
@@ -56,7 +56,7 @@ _CURES = {
     "start": "student.init=pretrained, with a student that was cut before (drkl.prune) and saved in its own dtype, "
     "loads no more than itself",
 }
-
+"""What shrinks each part, by its key."""
 _UNITS = (("GB", 1e9, 1), ("MB", 1e6, 0), ("kB", 1e3, 0))
 """Names, bytes and digits."""
 
@@ -155,7 +155,7 @@ class Memory:
         each = f" in each of {self.processes} processes" if self.device == "cpu" and self.processes > 1 else ""
         return (
             f"{most}{each}, and {where} has {gigabytes(available)}: it does not fit. The largest part is: {largest}. "
-            f"What shrinks it: {_CURES[self.largest]}."
+            f"What shrinks it: {CURES[self.largest]}."
         )
 
 

@@ -37,6 +37,7 @@ from drkl.models.pair import (
     own_tokenizer,
     shared_vocabulary,
 )
+from drkl.models.weights import check_numbers
 from drkl.runs import IN_MEMORY
 from drkl.teachers.cached import TeacherCache, check_same_text, other_tokenizer
 from drkl.teachers.served import ServedTeacher
@@ -203,6 +204,7 @@ def make_pair(
     if streams:
         check_streaming(args)
     student, adapter = load_student(model, args, quantization_config)
+    check_numbers(student, f"The student, a {type(student).__name__},")
     if uses_flash(student):
         place(student, args)
     classes = class_names(student, _name(model)) if is_classifier(student) else None

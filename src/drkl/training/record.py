@@ -304,6 +304,8 @@ def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder, num_steps
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "same_batches": args.same_batches,
             "learning_rate": args.learning_rate,
+            "nan": args.nan,
+            "nan_skips": args.nan_skips,
             "precision": args.precision,
             "eval_rows": args.eval_rows,
             "gradient_checkpointing": bool(args.activation_checkpointing),

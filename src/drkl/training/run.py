@@ -512,6 +512,8 @@ def _begin(spec: RunSpec, mode: Mode, command: Sequence[str] | None) -> None:
     run = spec.folder
     if mode == "overwrite" and run.config_path.is_file():
         remove_run(run)
+    if mode == "new":
+        KEPT.begun("No step was taken yet.")  # which counts once its config is there
     write_yaml(run.config_path, spec.resolved)
     KEPT.begun("No step was taken yet.")  # from here on a resume finds it
     known = run.read_env() if mode == "resume" else {}

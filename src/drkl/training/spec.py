@@ -101,7 +101,7 @@ def training_config(spec: RunSpec, device: torch.device) -> Any:
     names = (
         "num_train_epochs", "tokens_per_step", "per_device_train_batch_size", "same_batches", "learning_rate",
         "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "eval_rows",
-        "early_stop_patience", "precision", "padding_free",
+        "early_stop_patience", "precision", "padding_free", "nan", "nan_skips",
     )  # fmt: skip
     values = {name: value for name in names if (value := getattr(training, name)) is not None}
     arguments: dict[str, Any] = values | {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import time
 from collections import Counter
@@ -21,21 +20,22 @@ from drkl.data.batching import Steps
 from drkl.data.collate import collate, teacher_inputs
 from drkl.data.stored import column
 from drkl.disk import cannot_write, writing
-from drkl.errors import DrklError
+from drkl.errors import DrklError, Halted
 from drkl.locks import ANALYSIS, EVALUATION, TRAINING, first_holding
 from drkl.losses import IGNORE_INDEX, LMHead, release_buffers
 from drkl.losses.topk import TopK
 from drkl.models.at_head import call_at_head
-from drkl.models.forward import decoder_start, without_mask
+from drkl.models.forward import decoder_start, hidden_states, without_mask
 from drkl.models.load import one_tokenizer
 from drkl.models.pair_loss import model_inputs
-from drkl.models.sharded import is_sharded, load_whole, local, reshard, whole_state
+from drkl.models.sharded import is_sharded, load_whole, reshard, whole_state
 from drkl.models.varlen import with_varlen
-from drkl.models.weights import listed, not_loaded
+from drkl.models.weights import check_numbers, listed, not_loaded
 from drkl.objectives import Objective
 from drkl.processes import first_alone, gather, lost_another
 from drkl.rollouts.steps import planned_lengths
 from drkl.runs import RunFolder
+from drkl.teachers.live import LiveTeacher
 from drkl.teachers.served import ServedTeacher
 from drkl.teachers.teacher import Teacher
 from drkl.training import trl
@@ -64,8 +64,9 @@ from drkl.training.checkpoints import (
     wanted_checkpoint,
 )
 from drkl.training.checks import check_disk, check_there
-from drkl.training.faults import find_fault, list_rows
+from drkl.training.faults import Fault, Way, find_fault, state_faults
 from drkl.training.feeding import Fed, Feeding
+from drkl.training.finite import FiniteSteps
 from drkl.training.forward import STATISTICS_POSITIONS, StatisticsSums, loss_of, means_of
 from drkl.training.heap import freed_memory_kept
 from drkl.training.heldout import NonFiniteLoss
@@ -82,11 +83,11 @@ from drkl.training.record import RunRecord
 from drkl.training.served import questions_in
 from drkl.training.settings import changed
 from drkl.training.sharding import check_kind, load_optimizer, save_optimizer, weights_in
+from drkl.training.spare import SpareMemory
 from drkl.training.stopping import Stopping
 from drkl.training.streaming import StreamedBatches
 
 OTHER_ROWS = "other_"
-REMEDY = "A lower learning rate, a warm-up, or training.precision=fp32 often help."
 _log = logging.getLogger("drkl")
 
 
@@ -213,6 +214,7 @@ class DistillationTrainer(Trainer):
         self._sums: dict[str, float] = {}
         self._since = time.monotonic()
         self._feeding = Feeding()
+        self._finite, self._memory = FiniteSteps(self), SpareMemory(self)
         self._from = Reached(0)
         """Where the training began."""
         self._inputs: dict[str, Any] | None = None
@@ -346,6 +348,7 @@ class DistillationTrainer(Trainer):
             self.on_message(f"Going on from {checkpoint.name}.")
         self.num_tokens_seen = self._from.num_tokens
         self._feeding.begin(self._from.fed)
+        self._finite.begin(self._from)
         if self._on_policy is not None:
             self._on_policy.begin(checkpoint)
         if self._streamed is not None:
@@ -372,8 +375,8 @@ class DistillationTrainer(Trainer):
         if self._use_cache is not None:
             student.config.use_cache = False
         try:
-            stopping = self._stopping.training(checkpoint)
-            with freed_memory_kept(self.args.device), with_varlen(self.pair.varlen), stopping:
+            stopping, memory = self._stopping.training(checkpoint), self._memory.around()
+            with freed_memory_kept(self.args.device), with_varlen(self.pair.varlen), memory, stopping:
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
             read = None if self._streamed is None else self._streamed.account(self.state.global_step)
         finally:
@@ -403,6 +406,7 @@ class DistillationTrainer(Trainer):
         if _internal_call:
             super().save_model(None if output_dir is None else str(output_dir), _internal_call=True)
             return
+        self._finite.check_weights()
         writes = self.is_world_process_zero()
         state: dict[str, Tensor] | None = None
         if is_sharded(self.student):
@@ -440,11 +444,11 @@ class DistillationTrainer(Trainer):
         statistics = None
         if bool(keep.any()) and self._will_log():
             statistics = StatisticsSums(every, of_sampled, temperature=self.loss_config.temperature, places=places)
-        seen: list[Tensor] = []
+        seen: list[tuple[Tensor, LMHead | None]] = []
 
         def at_head(hidden: Tensor, head: LMHead | None) -> Tensor:
             states = hidden[keep]
-            seen.append(states.detach())
+            seen.append((states.detach(), head))
             return loss_of(
                 states,
                 head,
@@ -462,11 +466,15 @@ class DistillationTrainer(Trainer):
 
         read = without_mask(self.pair.student, inputs)
         loss = call_at_head(model, model_inputs(self.pair.student, read, "student"), at_head, "student")
+        self._feeding.add(inputs, row_ids)
         if not torch.isfinite(loss):
-            self._stop_non_finite(loss, row_ids, seen[0], teacher_hidden)
+            hidden, head = seen[0]
+            batches = read, teacher_batch
+            return self._finite.refuse_loss(
+                loss, row_ids, lambda: self._fault_of(hidden, teacher_hidden, (head, teacher_head), batches)
+            )
         for name, value in (statistics.sums if statistics else {}).items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
-        self._feeding.add(inputs, row_ids)
         # Ranks' gradients are averaged; the sum over ranks is what was divided by the global count.
         return loss * self.accelerator.num_processes
 
@@ -481,33 +489,39 @@ class DistillationTrainer(Trainer):
         first = step == 1 and self.args.logging_first_step
         return first or step % every == 0 or step >= self.state.max_steps or self._epochs.logs_at(step)
 
-    def _stop_non_finite(
-        self, loss: Tensor, row_ids: list[str], hidden: Tensor, teacher_hidden: Tensor | TopK | None
-    ) -> None:
+    def _fault_of(
+        self, hidden: Tensor, teacher_hidden: Tensor | TopK | None, heads: Any, batches: tuple[Any, Any]
+    ) -> Fault:
         teacher = self.teacher if self._uses_teacher else None
-        fault = find_fault(self.student, hidden, teacher, teacher_hidden, self.objective)
-        raise DrklError(
-            f"The loss became {float(loss.detach())} at step {self.state.global_step + 1}, rows {list_rows(row_ids)}. "
-            f"First non-finite tensor: {fault}. Training stopped; the last good checkpoint is kept. {REMEDY}"
-        )
+        student: Any = self.student
+
+        def read_teacher() -> None:
+            if isinstance(teacher, LiveTeacher):
+                teacher.hidden(batches[1])
+
+        again = (lambda: hidden_states(student, batches[0])), read_teacher
+        return find_fault(Way(student, hidden, teacher, teacher_hidden, self.objective, heads, again))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch; of sampled answers part by part."""
-        if self._on_policy is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+        """Forward and backward of one micro-batch, part by part, in halves where memory ran out."""
         started = time.monotonic()
-        *first, last = inputs["parts"]
-        total = torch.zeros((), device=self.args.device)
         state = self.accelerator.gradient_state
         syncs = state.sync_gradients
-        for part in first:
+        batches = inputs.get("parts", [inputs])
+
+        def one_pass(batch: dict[str, Any]) -> Tensor:
+            if batch is batches[-1]:
+                return super(DistillationTrainer, self).training_step(model, batch, num_items_in_batch)
             state._set_sync_gradients(False)  # DeepSpeed's engine would take a step after each part
             with self.accelerator.no_sync(model):
-                total += super().training_step(model, part, num_items_in_batch)
-        state._set_sync_gradients(syncs)
-        total += super().training_step(model, last, num_items_in_batch)
-        self._on_policy.learnt(time.monotonic() - started)
-        return total
+                loss = super(DistillationTrainer, self).training_step(model, batch, num_items_in_batch)
+            state._set_sync_gradients(syncs)
+            return loss
+
+        loss = self._memory.micro_batch(model, batches, one_pass)
+        if self._on_policy is not None:
+            self._on_policy.learnt(time.monotonic() - started)
+        return loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:  # transformers asks only after another step
@@ -515,7 +529,10 @@ class DistillationTrainer(Trainer):
                 super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        none_taken = self.state.global_step == self._globalstep_last_logged
         with self._stopping.step_end():
+            if self.control.should_log and none_taken and self._finite.has_news:
+                self.log(self._finite.numbers())  # there are no means since the last line
             super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _catch_up(self) -> None:
@@ -538,6 +555,8 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of the next step; answers are written first where they are due."""
+        self._finite.step_begins()
+        self._memory.step_begins()
         if self._uses_teacher and isinstance(self.teacher, ServedTeacher):
             self._stopping.remember()
         if self._on_policy is None:
@@ -546,7 +565,8 @@ class DistillationTrainer(Trainer):
             return samples
         for _ in range(num_batches):
             next(epoch_iterator)
-        batches, num_tokens = self._on_policy.micro_batches(self.state.global_step)
+        with self._finite.answers():
+            batches, num_tokens = self._on_policy.micro_batches(self.state.global_step)
         self.num_tokens_seen += num_tokens
         self._row_ids = [row_id for batch in batches for part in batch["parts"] for row_id in part["row_ids"]]
         self._ask_ahead([part for batch in batches for part in batch["parts"]])
@@ -567,20 +587,15 @@ class DistillationTrainer(Trainer):
             for place in range(step * parts + args.process_index, (step + 1) * parts, args.world_size):
                 yield self.data_collator([data[place]])
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = self._finite.clip(model, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model) if norm is None else norm
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:
+            grad_norm = self._finite.clip(model, torch.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # fp16 skips such steps by itself; anywhere else the step would spoil the weights.
-        if norm is not None and self.args.fp16 is False and not math.isfinite(float(norm)):
-            gradients = {n: p.grad for n, p in self.student.named_parameters() if p.grad is not None}
-            bad = [name for name, gradient in gradients.items() if not torch.isfinite(local(gradient)).all()]
-            # Clipping by a norm that is NaN makes every gradient NaN; then none can be named.
-            where = "" if len(bad) == len(gradients) else f" (first in {next(iter(bad), 'its norm')!r})"
-            raise DrklError(
-                f"The gradient is not finite at step {self.state.global_step + 1}, rows {list_rows(self._row_ids)}"
-                f"{where}, though the loss is. Training stopped before the step was taken; the last good checkpoint is "
-                f"kept. {REMEDY}"
-            )
-        return norm
+        return norm if self._finite.is_taken(norm) else None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         # Labels are aligned here: every one that is not ignored counts, the first column too.
@@ -639,10 +654,11 @@ class DistillationTrainer(Trainer):
         step = self.state.global_step
         keep = keep and self.is_world_process_zero()
         try:
-            return measures.evaluate(model, self.objective, self.loss_config, step=step, keep=keep)
+            with self._finite.answers():
+                return measures.evaluate(model, self.objective, self.loss_config, step=step, keep=keep)
         except NonFiniteLoss as error:
-            raise DrklError(
-                f"After step {step} {error} Training stopped; the last good checkpoint is kept. {REMEDY}"
+            raise Halted(
+                f"After step {step} {error} Training stopped; {self._finite.kept()}. {error.remedy}"
             ) from error
         finally:
             model.train(training)
@@ -667,6 +683,7 @@ class DistillationTrainer(Trainer):
             now, fed = time.monotonic(), self._feeding.of_all()
             logs["tokens_per_second"] = (fed.tokens - self._feeding.before.tokens) / max(now - self._since, 1e-9)
             logs["num_tokens"] = self.num_tokens_seen
+            logs |= self._finite.numbers()
             logs |= fed.shares() | (self._on_policy.numbers() if self._on_policy is not None else {})
             logs |= self._streamed.numbers(self.state.global_step) if self._streamed is not None else {}
             self._feeding.begin(Fed())
@@ -753,6 +770,7 @@ class DistillationTrainer(Trainer):
                 self._issue_warnings_after_load(load_whole(self.student, weights_in(resume_from_checkpoint)))
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
+            check_numbers(self.student, "The student in it")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with readable(str(checkpoint), "optimiser's state"):
@@ -760,6 +778,8 @@ class DistillationTrainer(Trainer):
                 load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
             else:
                 super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and (broken := state_faults(self.optimizer, self.student)):
+                raise DrklError(f"its numbers are not finite ({listed(broken)})")
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with readable(str(checkpoint), "loss scale"):
@@ -792,6 +812,7 @@ class DistillationTrainer(Trainer):
         else:
             with readable(str(self.state.best_model_checkpoint), "weights"):
                 super()._load_best_model()
+                check_numbers(self.student, "The student in it")
         self._student_step = self.state.best_global_step
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -804,6 +825,7 @@ class DistillationTrainer(Trainer):
             raise DrklError(f"they are not those of the student, a {type(student).__name__}: {'; '.join(parts)}.")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._finite.check_weights(optimizer=True)
         folder = staging(self.run.checkpoints_path) / f"checkpoint-{self.state.global_step}"
         self._rest_optimizer()
         what, then = f"the checkpoint of step {self.state.global_step}", "resume the run: earlier checkpoints are kept"
@@ -833,8 +855,8 @@ class DistillationTrainer(Trainer):
         if self._streamed is not None:
             self._streamed.save(written)
         plan = plan_digest(self._steps[:step])
-        tokens, logged = self.num_tokens_seen, self._globalstep_last_logged
-        reached = Reached(step, tokens, logged, losses, plan, fed, self.record.inputs)
+        tokens, logged, finite = self.num_tokens_seen, self._globalstep_last_logged, self._finite
+        reached = Reached(step, tokens, logged, losses, plan, fed, self.record.inputs, finite.skipped, finite.in_row)
         mark_complete(written, self._stopping.marked(reached))
         self._train_log.sync()
         place(written)
