@@ -107,7 +107,7 @@ _FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 
 
 _TYPES = typing.get_type_hints(TrainingArguments)
-"""Of the class itself: HfArgumentParser changes those of its fields."""
+"""The class's own; HfArgumentParser changes those of its fields."""
 
 
 def check_values(args: DistillationConfig, checked: tuple[str, ...] = ()) -> None:
