@@ -82,7 +82,10 @@ WORKS: list[tuple[dict[str, Any], str]] = [
     ({"adam_beta1": 0.5}, ""), ({"adam_beta2": 0.9}, ""), ({"adam_epsilon": 0.1}, ""), ({"weight_decay": 0.9}, ""),
     ({"max_grad_norm": 0.001}, ""), ({"data_seed": 7}, ""), ({"gradient_accumulation_steps": 2}, "rounding"),
     ({"neftune_noise_alpha": 5}, ""), ({"warmup_steps": 3}, ""), ({"lr_scheduler_kwargs": {"num_cycles": 3}}, ""),
-    *(({"lr_scheduler_type": name.value}, "") for name in SchedulerType if name.value not in NEEDS_KWARGS | {"cosine"}),
+    *(({"lr_scheduler_type": name.value}, "") for name in SchedulerType
+      if name.value not in NEEDS_KWARGS | {"cosine", "cosine_with_restarts"}),
+    ({"lr_scheduler_type": "cosine_with_restarts"}, "same"),  # with one cycle it is the cosine
+    ({"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}}, ""),
     ({"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 1}}, ""),
     ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.005}}, ""),
     *(({name: value}, "same") for name, value in {
