@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,6 +74,14 @@ def numbers(what: str, steps: list[int], value: str = "nan") -> None:
     _on_trainer(_Plant(what, steps, float(value)))
 
 
+class _AtBegin(TrainerCallback):
+    def __init__(self, what: Callable[[], None]) -> None:
+        self.what = what
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.what()
+
+
 def memory(where: str, positions: int, kind: str = "cuda") -> None:
     """Let memory run out in forward passes of more positions: in ``training`` or ``eval`` mode, or while ``loading``.
 
@@ -91,7 +100,7 @@ def memory(where: str, positions: int, kind: str = "cuda") -> None:
         raise error
 
     if where == "update":
-        torch.optim.AdamW.step = fail  # type: ignore[method-assign]
+        _on_trainer(_AtBegin(lambda: setattr(torch.optim.AdamW, "step", fail)))
         return
     if where == "loading":
         PreTrainedModel.from_pretrained = classmethod(fail)  # type: ignore[method-assign,assignment]

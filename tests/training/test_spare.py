@@ -102,9 +102,10 @@ def test_the_update_may_run_out_of_memory_too(tmp_path: Path, monkeypatch: pytes
     def fail(*args: Any, **kwargs: Any) -> None:
         raise GPU
 
+    trainer = make_trainer(tmp_path, rows(3))
     monkeypatch.setattr(torch.optim.AdamW, "step", fail)
     with pytest.raises(Halted, match=r"beside the passes of a step .*optim=adafactor.*There is no checkpoint yet\.$"):
-        make_trainer(tmp_path, rows(3)).train()
+        trainer.train()
 
 
 def some(count: int = 5, **changes: Any) -> list[Row]:
