@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -18,14 +17,15 @@ from tests.faults.forked import Child, Runner
 from tests.training import tiny_runs
 
 
-def held_at(step: int) -> None:
-    """Injected: training stands still after a step, until it is ended from outside."""
+def held_at(step: int, note: str) -> None:
+    """Injected: training stands still after a step, which it notes in a file, until it is ended from outside."""
     from transformers.trainer_callback import CallbackHandler
 
     call_event = CallbackHandler.call_event
 
     def watched(self: Any, event: str, args: Any, state: Any, control: Any, **words: Any) -> Any:
         if event == "on_step_begin" and state.global_step == step:
+            Path(note).touch()
             while True:
                 time.sleep(0.01)
         return call_event(self, event, args, state, control, **words)
@@ -36,9 +36,10 @@ def held_at(step: int) -> None:
 @contextmanager
 def standing(runner: Runner, folder: Path, *words: object) -> Iterator[Child]:
     """A run that stands still after its second step."""
-    child = runner.start("distill", *words, inject="tests.faults.test_locks:held_at", given=[2])
-    log = folder / "train.jsonl"
-    while not (log.is_file() and log.read_text().count("\n") >= 2 and b'"step": 2' in log.read_bytes()):
+    note = folder.parent / "stands"
+    note.unlink(missing_ok=True)
+    child = runner.start("distill", *words, inject="tests.faults.test_locks:held_at", given=[2, str(note)])
+    while not note.exists():
         assert child.poll() is None, child.err
         time.sleep(0.01)
     try:
@@ -163,8 +164,6 @@ def children_of(pid: int) -> list[int]:
 
 def is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
         return False
-    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return state != "Z"

@@ -19,6 +19,7 @@ from drkl.errors import DrklError
 from drkl.losses.config import LossConfig
 from drkl.models.forward import hidden_states, lm_head
 from drkl.runs import RunFolder
+from drkl.training.checkpoints import mark_complete, reached_at
 from drkl.training.on_policy import check_whole
 from tests.models import tiny
 from tests.training import tiny_runs
@@ -218,6 +219,7 @@ def test_a_checkpoint_whose_answers_were_changed_is_refused(tmp_path: Path) -> N
         state = json.loads(text)
         state["pending"][0][2] |= change
         path.write_text(json.dumps(state))
+        mark_complete(path.parent, reached_at(path.parent))
         with pytest.raises(DrklError, match=r"does not hold the answers of a run .*it was changed after it was writ"):
             trainer.train(resume_from_checkpoint=path.parent)
 

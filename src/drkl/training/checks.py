@@ -32,8 +32,8 @@ def check_folder(run: RunFolder, mode: str) -> None:
         return
     if not (run.root.exists() or run.root.is_symlink()):
         return
-    if run.root.is_dir() and not run.root.is_symlink() and {path.name for path in run.root.iterdir()} <= LOCKS:
-        return  # it is empty but for who works in it now, or was killed before
+    if run.root.is_dir() and not run.root.is_symlink() and all(_is_nothing(run, path) for path in run.root.iterdir()):
+        return  # it is empty but for who works in it now, or was killed before the run began
     if mode == "new":
         raise RunExists(f"The run folder {str(run.root)!r} exists. Replace it, resume it, or choose another run.name.")
     if run.root.is_symlink() or not run.root.is_dir():
@@ -43,6 +43,13 @@ def check_folder(run: RunFolder, mode: str) -> None:
             f"{str(run.root)!r} exists and is no run folder (it has no config.yaml), so it is not replaced."
         )
     check_links(run, mode)
+
+
+def _is_nothing(run: RunFolder, path: Path) -> bool:
+    """Whether this is all that a run leaves that ends before its config is written."""
+    if path == run.checkpoints_path:
+        return path.is_dir() and not any(path.iterdir())
+    return path.name in LOCKS or path.name.startswith(f".{run.config_path.name}.")
 
 
 def check_links(run: RunFolder, mode: str) -> None:
