@@ -176,7 +176,9 @@ def _of_memory(error: Exception) -> DrklError | None:
     """What is said of memory that ran out where nothing closer tells of it."""
     from drkl.models.memory import is_out_of_memory, reason_of
 
-    return DrklError(f"The memory ran out ({reason_of(error)}).") if is_out_of_memory(error) else None
+    if not is_out_of_memory(error):
+        return None
+    return DrklError(f"The memory ran out ({reason_of(error)}). Smaller models and shorter rows need less.")
 
 
 def _version(value: bool) -> None:

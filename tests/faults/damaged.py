@@ -54,9 +54,12 @@ def damages(path: Path, name: str, other: Path | None = None) -> Iterator[tuple[
 
 
 def _flipped(data: bytes, name: str, number: int) -> bytes:
-    seed = int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:8])
-    place, bit = random.Random(seed).randrange(len(data)), number % 7
+    place, bit = random.Random(_hash(name, number)).randrange(len(data)), number % 7
     return data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :]
+
+
+def _hash(*words: object) -> int:
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, words)).encode()).digest()[:8])
 
 
 def damage(path: Path, content: bytes | None) -> None:
@@ -118,7 +121,7 @@ class Bench:
         *,
         other: str | None = None,
         instead: str = "",
-        rotate: bool = False,
+        every: int = 1,
         only: Sequence[str] = (),
     ) -> None:
         """Damage each of some files in every way, and run the commands after each.
@@ -129,7 +132,8 @@ class Bench:
             commands: that are run.
             other: the same file of another run has this in place of ``instead`` in its name.
             instead: see ``other``.
-            rotate: whether one of the commands is run after each damage, in turn, and not all.
+            every: one of the commands is run after each damage, in turn, and of the others every so many, by a hash;
+                1 for all of them, 0 for none.
             only: the damages, by the beginnings of their names; empty for all.
         """
         number = 0
@@ -138,9 +142,10 @@ class Bench:
             for what, content in damages(self._whole / name, name, foreign):
                 if only and not what.startswith(tuple(only)):
                     continue
-                chosen = [commands[number % len(commands)]] if rotate else commands
                 number += 1
-                for command in chosen:
+                for place, command in enumerate(commands):
+                    if place != number % len(commands) and not (every and _hash(name, what, place) % every == 0):
+                        continue
                     expected = self.expected(command)
                     with injected(f"{name}: {what}, {' '.join(map(str, command.words[:3]))}"):
                         self.renew()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -86,7 +86,7 @@ def memory(where: str, positions: int, kind: str = "cuda") -> None:
     """Let memory run out in forward passes of more positions: in ``training`` or ``eval`` mode, or while ``loading``.
 
     Args:
-        where: one of these, or ``update``, of the optimiser.
+        where: one of these, or ``trials`` (eval mode, also as a model is tried), or ``update``, of the optimiser.
         positions: for which there is room.
         kind: ``cuda``, ``cpu`` or ``python``.
     """
@@ -110,11 +110,24 @@ def memory(where: str, positions: int, kind: str = "cuda") -> None:
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         ids = kwargs.get("input_ids")
         large = ids is not None and ids.numel() > positions
-        if large and self.training == (where == "training") and not math.isnan(positions):
+        if large and self.training == (where == "training") and (where == "trials" or not _is_tried()):
             raise error
         return call(self, *args, **kwargs)
 
     PreTrainedModel.__call__ = guarded  # type: ignore[method-assign]
+
+
+_TRIALS = ("models/check.py", "models/decoding.py", "models/packing.py", "teachers/stops.py")
+
+
+def _is_tried() -> bool:
+    """Whether a model is only tried or asked for a few tokens, as it is before all else."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(_TRIALS):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 class _End(TrainerCallback):

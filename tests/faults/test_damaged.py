@@ -77,7 +77,7 @@ def test_a_student(finished: Bench, injected: Injected) -> None:
     names = damaged.files(finished.root, "runs/a/student")
     next_run = distill("next.yaml", run="runs/next")
     commands = [evaluate("runs/a"), generate("runs/a"), analyze("runs/a"), next_run]
-    finished.inject(injected, names, commands, instead="/a/", other="/b/", rotate=True)
+    finished.inject(injected, names, commands, instead="/a/", other="/b/", every=0)
 
 
 @pytest.mark.slow
@@ -122,9 +122,9 @@ def test_the_record_of_a_finished_run(finished: Bench, injected: Injected) -> No
         evaluate("runs/a"), analyze("runs/a"), report("runs/a"), compare("runs/a", "runs/b"), generate("runs/a"),
         distill("--resume", "runs/a", run="runs/a"), distill("a.yaml", "--auto-resume", run="runs/a"),
     ]  # fmt: skip
-    finished.inject(injected, [f"runs/a/{name}" for name in names], commands, instead="/a/", other="/b/")
+    finished.inject(injected, [f"runs/a/{name}" for name in names], commands, instead="/a/", other="/b/", every=4)
     stage = [f"runs/a/stages/01-warmup/{name}" for name in names]
-    finished.inject(injected, stage, [*commands[:3], commands[5]], instead="/a/", other="/b/", rotate=True)
+    finished.inject(injected, stage, [*commands[:3], commands[5]], instead="/a/", other="/b/", every=0)
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_the_record_of_a_finished_run(finished: Bench, injected: Injected) -> No
 def test_the_record_of_an_interrupted_run(begun: Bench, injected: Injected) -> None:
     names = [f"runs/a/{folder}{name}" for folder in ("", "stages/01-warmup/") for name in ("config.yaml", "env.json")]
     commands = [distill("--resume", "runs/a", run="runs/a"), distill("a.yaml", "--auto-resume", run="runs/a")]
-    begun.inject(injected, names, commands, instead="/a/", other="/b/", rotate=True)
+    begun.inject(injected, names, commands, instead="/a/", other="/b/", every=0)
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_the_log_of_an_interrupted_run(begun: Bench, injected: Injected) -> None
 def test_a_checkpoint(begun: Bench, injected: Injected) -> None:
     names = damaged.files(begun.root, "runs/a/checkpoints/checkpoint-4")
     commands = [distill("--resume", "runs/a", run="runs/a"), distill("a.yaml", "--auto-resume", run="runs/a")]
-    begun.inject(injected, names, commands, instead="/a/", other="/b/", rotate=True)
+    begun.inject(injected, names, commands, instead="/a/", other="/b/", every=0)
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_results(finished: Bench, injected: Injected) -> None:
     names = ["train.jsonl", "eval.json", "samples.jsonl", "heldout.jsonl", "analysis.json", "analysis/positions.csv"]
     names = [f"runs/a/{name}" for name in (*names, "stages/01-warmup/train.jsonl")]
     commands = [report("runs/a"), compare("runs/a", "runs/b"), report("runs/b", "runs/a")]
-    finished.inject(injected, names, commands, instead="/a/", other="/b/")
+    finished.inject(injected, names, commands, instead="/a/", other="/b/", every=4)
 
 
 @pytest.mark.slow
@@ -194,7 +194,7 @@ def test_tokenised_rows(begun: Bench, injected: Injected) -> None:
 def test_a_cache_of_states(cached: Bench, injected: Injected) -> None:
     commands = [verify("cache-hidden"), distill("hidden-again.yaml", run="runs/hidden-again"), evaluate("runs/hidden")]
     names = damaged.files(cached.root, "cache-hidden")
-    cached.inject(injected, names, commands, instead="-hidden/", other="-topk/", rotate=True)
+    cached.inject(injected, names, commands, instead="-hidden/", other="-topk/", every=0)
 
 
 @pytest.mark.slow
@@ -206,7 +206,7 @@ def test_a_cache_of_states(cached: Bench, injected: Injected) -> None:
 def test_a_cache_of_logits(cached: Bench, injected: Injected) -> None:
     commands = [verify("cache-topk"), distill("topk-again.yaml", run="runs/topk-again"), evaluate("runs/topk")]
     names = damaged.files(cached.root, "cache-topk")
-    cached.inject(injected, names, commands, instead="-topk/", other="-hidden/", rotate=True)
+    cached.inject(injected, names, commands, instead="-topk/", other="-hidden/", every=0)
 
 
 @pytest.mark.slow
@@ -246,4 +246,4 @@ def test_an_adapter(runner: Runner, tmp_path_factory: pytest.TempPathFactory, in
         damaged.make(runner, root, ("distill", yaml))
     bench = Bench(runner, root, ["runs", "drkl-cache"])
     names = damaged.files(root, "runs/a/student", besides=("tokenizer.json", "README.md"))
-    bench.inject(injected, names, [evaluate("runs/a"), generate("runs/a")], instead="/a/", other="/b/", rotate=True)
+    bench.inject(injected, names, [evaluate("runs/a"), generate("runs/a")], instead="/a/", other="/b/", every=0)

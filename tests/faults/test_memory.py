@@ -69,12 +69,14 @@ def test_elsewhere(runner: Runner, injected: Injected, tmp_path: Path) -> None:
     answers = ["rollouts.share=1", "rollouts.max_new_tokens=8", "rollouts.eval_prompts=0"]
     cases: list[tuple[str, list[Any], list[Any], str]] = [
         ("update", ["distill", config], ["update", 0], "optim=adafactor"),
+        ("trials", ["distill", config], ["trials", 0], "smaller model or dtype"),
+        ("ends of answers", ["distill", config], ["trials", 80], "data.max_tokens"),
         ("held-out loss", ["distill", config], ["eval", 40], "data.max_tokens"),
         ("answers", ["distill", config, *answers], ["eval", 30], "rollouts.batch_size"),
         ("loading", ["distill", config], ["loading", 0], "smaller model or dtype"),
         ("cache", ["cache", config, "--output", tmp_path / "cache"], ["eval", 80], "tokens_per_step"),
         ("evaluate", ["evaluate", whole], ["eval", 40], "max_tokens|batch_size"),
-        ("analyze", ["analyze", whole], ["eval", 80], "max_tokens"),
+        ("analyze", ["analyze", whole], ["eval", 30], "max_tokens"),
     ]
     for what, command, given, cure in cases:
         for kind in ("cuda", "cpu", "python"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import drkl
 from drkl.data import Example
 from drkl.data.tokenize import Row, tokenize_examples
+from drkl.errors import DrklError
 from drkl.losses.topk import TopK
 from drkl.models.load import load_model
 from drkl.teachers.live import LiveTeacher
@@ -37,6 +39,17 @@ def test_a_few_rows_are_read_at_the_end_of_every_learnt_turn() -> None:
     with torch.no_grad():
         expected = teacher(torch.tensor([[hello]])).logits[0, 0].log_softmax(-1)
     torch.testing.assert_close(stops.logp, expected.expand(2 * ROWS, -1))
+
+
+def test_memory_that_runs_out_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise MemoryError
+
+    tokenizer = build(CHATML)
+    teacher = LiveTeacher(chain(tokenizer, {"\n": "hello", "hello": "<|im_end|>"}))
+    monkeypatch.setattr(LiveTeacher, "states", fail)
+    with pytest.raises(DrklError, match=r"ran out as the teacher reads 1 row.*data\.max_tokens"):
+        read_stops(None, teacher, rows(1), tokenizer, [], pad_id=0)
 
 
 def test_a_special_token_that_the_teacher_is_sure_of_is_a_stop_token_unless_its_head_has_none() -> None:

@@ -200,6 +200,32 @@ def test_a_sweep_writes_csv_and_goes_on_where_it_stopped(tmp_path: Path, monkeyp
     assert all(math.isfinite(float(line[key])) for line in lines for key in METRICS)
 
 
+def test_a_result_that_is_damaged_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    variants = parse_variants(["rkl"])
+    rows = sweep([tiny()], variants, [0], tmp_path)
+    part = tmp_path / "parts" / tiny().name / "rkl.csv"
+    whole = part.read_bytes()
+    seal = part.with_suffix(".xxh3")
+    for damaged, sealed in (
+        (whole.replace(b"1", b"7", 1), True),
+        (whole[:-9], True),
+        (whole[:-9], False),
+        (b"", False),
+    ):
+        part.write_bytes(damaged)
+        if not sealed:
+            seal.unlink()
+        caplog.clear()
+        assert sweep([tiny()], variants, [0], tmp_path) == rows
+        assert part.read_bytes() == whole and f"{part} is damaged" in caplog.text
+    seal.unlink()  # as an earlier drkl left it
+    caplog.clear()
+    assert sweep([tiny()], variants, [0], tmp_path) == rows and not caplog.text
+    (part.with_name("setting.json")).write_text("[]")
+    with pytest.raises(DrklError, match=r"setting\.json holds a list"):
+        sweep([tiny()], variants, [0], tmp_path)
+
+
 @pytest.mark.slow
 def test_the_number_of_jobs_changes_nothing(tmp_path: Path) -> None:
     settings = [tiny(init="warm"), tiny(kind="free")]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -78,6 +79,16 @@ def test_an_optimiser_works_or_says_what_to_install(name: str, monkeypatch: pyte
     with pytest.raises(DrklError, match=r"pip install|neither clipped nor checked") as caught:
         make(optim=name)
     assert repr(name) in str(caught.value)
+
+
+def test_memory_that_runs_out_in_a_trial_is_not_the_settings_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch.optim.SGD, "step", fail)
+    with pytest.raises(DrklError, match=r"The memory ran out as the settings .* were tried") as caught:
+        make(optim="sgd")
+    assert "refuses" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "takes"), needs._OPTIM_ARGS.items())

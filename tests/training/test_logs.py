@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from drkl.training.logs import begun, line_of
+from drkl.folders import describe_files
+from drkl.runs import RunFolder
+from drkl.training.logs import begun, line_of, of_run
 
 HISTORY: list[dict[str, Any]] = [
     {"step": 1, "loss": 2.5, "epoch": 0.1, "grad_norm": float("inf")},
@@ -75,6 +77,24 @@ def test_without_a_history_what_can_be_read_is_kept(tmp_path: Path) -> None:
     path.unlink()
     path.mkdir()
     assert begun(path, 2)[0] == [] and "Is a directory" in str(begun(path, 2)[1])
+
+
+def test_the_log_of_a_run_that_has_not_ended_is_compared_with_its_newest_whole_checkpoint(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for step in (2, 3):
+        folder = run.checkpoints_path / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
+        (folder / "complete.json").write_text(json.dumps({"files": describe_files(folder)}))
+        (run.checkpoints_path / "checkpoint-notes").mkdir(exist_ok=True)
+    (run.checkpoints_path / "checkpoint-3" / "trainer_state.json").write_text('{"log_history": []}')
+    run.train_log_path.write_text(text([*LINES, LATER]))
+    assert of_run(run) == ([*LINES, LATER], None)
+    run.train_log_path.write_text(text([LINES[0], LINES[1] | {"loss": 2.24}, *LINES[2:], LATER, "x\n"]))
+    said = "lines of it are damaged or gone; those up to step 2 are read from checkpoint-2"
+    assert of_run(run) == ([*mended(1), LATER], said)
+    (run.checkpoints_path / "checkpoint-2" / "complete.json").write_text("[]")
+    assert of_run(run)[1] == "line 5 is damaged; what could not be read is left out"
 
 
 def test_the_summary_that_ends_training_is_no_line() -> None:

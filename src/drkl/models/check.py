@@ -22,7 +22,7 @@ from drkl.models.forward import (
     output_module,
     right_padded,
 )
-from drkl.models.memory import LOADING, memory_told
+from drkl.models.memory import told_of_trial
 
 FAILURES = (
     RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError, NotImplementedError
@@ -31,8 +31,6 @@ FAILURES = (
 
 _LONG = 72
 """Tokens of the longest row: more than the blocks in which some families read (Reformer's have 64)."""
-
-_TRIED = "as a {} is tried on a few tokens"
 
 _CHECKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models that `check_forward` has found right."""
@@ -48,7 +46,7 @@ def check_forward(model: PreTrainedModel) -> None:
     if model in _CHECKED:
         return
     try:
-        with in_eval_mode(model), torch.no_grad(), memory_told(_TRIED.format(type(model).__name__), LOADING):
+        with in_eval_mode(model), torch.no_grad(), told_of_trial(model):
             _check_forward(model)
     except DrklError:
         raise
@@ -83,7 +81,7 @@ def _check_training(model: PreTrainedModel) -> None:
     batch = right_padded(model, [plain_ids(model, written)], source)
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad(), torch.random.fork_rng(), memory_told(_TRIED.format(type(model).__name__), LOADING):
+        with torch.no_grad(), torch.random.fork_rng(), told_of_trial(model):
             hidden_states(model.train(), batch)
     except DrklError:
         raise

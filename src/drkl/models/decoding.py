@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from drkl.models.check import FAILURES, check_forward, own_logits, plain_ids, same_logits
 from drkl.models.context import contexts_of
 from drkl.models.forward import decoder_start, in_eval_mode, is_encoder_decoder, replaced
-from drkl.models.memory import is_out_of_memory
+from drkl.models.memory import is_out_of_memory, told_of_trial
 from drkl.models.steps import Steps, Way, new_cache, read_prompts
 
 Pick = Callable[[Sequence[Tensor], Sequence[int], int], Tensor]
@@ -75,7 +75,7 @@ def way_of(model: PreTrainedModel, shortest: int, max_new_tokens: int) -> Way:
     if case not in chosen:
         with torch.autocast(model.device.type, enabled=False):
             check_forward(model)
-        with plain_decoding(model):
+        with plain_decoding(model), told_of_trial(model):
             chosen[case] = _first_right(model, case[0])
         if not chosen[case].cache:
             _log.warning(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch import nn
 
 from drkl.errors import DrklError
 
@@ -57,3 +58,8 @@ def memory_told(what: str, cure: str | Callable[[], str], kind: type[DrklError] 
             raise
         told = cure if isinstance(cure, str) else cure()
         raise kind(f"The memory ran out {what} ({reason_of(error)}). {told}") from error
+
+
+def told_of_trial(model: nn.Module) -> AbstractContextManager[None]:
+    """The same where a model is tried before it is used."""
+    return memory_told(f"as a {type(model).__name__} is tried on a few tokens", LOADING)

@@ -21,7 +21,7 @@ from drkl.models.forward import (
     named_arguments,
     right_padded,
 )
-from drkl.models.memory import is_out_of_memory
+from drkl.models.memory import is_out_of_memory, told_of_trial
 
 _LENGTHS = (40, 1, 2, 7)
 """Tokens of the rows that are tried: one that a window or a block of a small model does not hold, and the shortest."""
@@ -40,6 +40,11 @@ def packing_fault(model: PreTrainedModel, most: int, dtype: torch.dtype | None =
     """
     if (fault := _kind(model)) is not None:
         return fault
+    with told_of_trial(model):
+        return _fault_in_trial(model, most, dtype)
+
+
+def _fault_in_trial(model: PreTrainedModel, most: int, dtype: torch.dtype | None) -> str | None:
     own = dtype in (None, model.dtype)
     try:
         with nullcontext() if own else torch.autocast(model.device.type, dtype=dtype):

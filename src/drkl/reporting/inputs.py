@@ -22,6 +22,7 @@ from drkl.kept import check_log, note_changes
 from drkl.reporting.text import short
 from drkl.rollouts.health import concerns_of
 from drkl.runs import RunFolder, read_text, readable_log
+from drkl.training.logs import of_run
 
 _log = logging.getLogger("drkl")
 T = TypeVar("T")
@@ -340,11 +341,16 @@ def _read_stages(run: RunFolder) -> list[Stage]:
 def _read_log(run: RunFolder, path: Path) -> list[dict[str, Any]]:
     """The lines of a log; those that cannot be read are left out, and said."""
     check_log(run, path)
-    rows, wrong = readable_log(path)
+    if path == run.train_log_path:
+        rows, wrong = of_run(run)
+    else:
+        rows, damaged = readable_log(path)
+        wrong = f"{damaged}; what could not be read is left out" if damaged else None
     numbers = [row for row in rows if path == run.rollouts_path or not any(map(_is_no_number, row.values()))]
-    wrong = wrong or ("a line has something else in place of a number" if len(numbers) < len(rows) else "")
+    if len(numbers) < len(rows):
+        wrong = wrong or "a line has something else in place of a number; it is left out"
     if wrong:
-        _log.warning("Warning: %s: %s; what could not be read is left out.", path, wrong)
+        _log.warning("Warning: %s: %s.", path, wrong)
     return numbers
 
 

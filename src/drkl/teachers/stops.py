@@ -23,8 +23,9 @@ from drkl.losses.topk import TopK
 from drkl.models.ends import listed_ends, stops_of
 from drkl.models.forward import decoder_start
 from drkl.models.load import source_of
+from drkl.models.memory import memory_told
 from drkl.models.pair import own_tokenizer
-from drkl.models.readout import batches, logits_of
+from drkl.models.readout import READING, batches, logits_of
 from drkl.teachers.teacher import Teacher
 
 ROWS = 16
@@ -94,11 +95,12 @@ def _read(teacher: Teacher, rows: list[Row], ends: set[int], pad_id: int) -> tup
     labels, logp = [], []
     for batch in batches(rows, pad_id=pad_id, decoder_start=decoder_start(teacher.model), positions=places):
         labels.append(batch.labels)
-        states = teacher.states(batch)
-        if isinstance(states, TopK):
-            logp.append(_spread(states, batch.labels).cpu())
-        else:
-            logp.append(logits_of(states, teacher.head).float().log_softmax(-1).cpu())
+        with memory_told(f"as the teacher reads {batch.size()}", READING):
+            states = teacher.states(batch)
+            if isinstance(states, TopK):
+                logp.append(_spread(states, batch.labels).cpu())
+            else:
+                logp.append(logits_of(states, teacher.head).float().log_softmax(-1).cpu())
     return torch.cat(labels), torch.cat(logp)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ import torch
 
 from drkl.data.workers import helps
 from drkl.errors import DrklError
+from drkl.folders import checksum
 from drkl.objectives import OBJECTIVES
 from drkl.objectives.variants import Variant
 from drkl.runs import read_json, write_text
@@ -29,6 +31,7 @@ from drkl.toy.dynamics import ToyProblem, ToySetting
 from drkl.toy.metrics import METRICS
 
 COLUMNS = ("setting", "objective", "gamma", "seed", "step", *METRICS)
+_log = logging.getLogger("drkl")
 Row = dict[str, Any]
 Progress = Callable[[str, int, int], None]
 """Called with (a setting's name, objectives done, objectives in all)."""
@@ -67,8 +70,8 @@ def sweep(
     """Run every objective in every setting, except those that ``output`` has already; return all rows.
 
     Writes ``parts/SETTING/OBJECTIVE.csv`` as each is done, then ``toy.csv`` with all rows and ``ends.csv`` with the
-    last step's mean and spread over seeds. The results do not depend on ``jobs``, the number of processes (of one
-    thread each).
+    last step's mean and spread over seeds. A result that is there and damaged is made anew. The results do not depend
+    on ``jobs``, the number of processes (of one thread each).
 
     Raises:
         DrklError: ``output`` holds results of other settings or seeds, or cannot be written to.
@@ -78,8 +81,8 @@ def sweep(
         folder = output / "parts" / setting.name
         _check_folder(folder, setting, seeds, points)
         tasks += [_Job(setting, tuple(seeds), v, points, folder / f"{v.slug}.csv") for v in variants]
-    missing = [task for task in tasks if not task.path.is_file()]
-    done = Counter(task.setting.name for task in tasks if task.path.is_file())
+    missing = [task for task in tasks if not _is_there(task)]
+    done = Counter(task.setting.name for task in tasks) - Counter(task.setting.name for task in missing)
     for task in _run_all(missing, jobs):
         done[task.setting.name] += 1
         if on_progress is not None:
@@ -155,23 +158,59 @@ def _run(job: _Job) -> None:
     problem, variant = _problem(job.setting, job.seeds), job.variant
     gamma = "" if variant.gamma is None else variant.gamma
     head = {"setting": job.setting.name, "objective": variant.label, "gamma": gamma}
-    write_text(job.path, to_csv([{**head, **row} for row in problem.run(variant.objective, points=job.points)]))
+    text = to_csv([{**head, **row} for row in problem.run(variant.objective, points=job.points)])
+    write_text(_seal_path(job), _seal(job, text.encode()) + "\n")
+    write_text(job.path, text)
+
+
+def _seal_path(job: _Job) -> Path:
+    return job.path.with_suffix(".xxh3")
+
+
+def _seal(job: _Job, data: bytes) -> str:
+    """A checksum of a result, and of what it is a result of."""
+    return checksum(_described(job.setting, job.seeds, job.points).encode() + data)
+
+
+def _is_there(job: _Job) -> bool:
+    """Whether a result was written before and is still that; of an earlier drkl, whether it can be read."""
+    if not job.path.is_file():
+        return False
+    try:
+        seal = _seal_path(job)
+        if not seal.is_file():
+            read_csv(job.path)
+        elif seal.read_bytes().strip().decode() != _seal(job, job.path.read_bytes()):
+            raise ValueError("its checksum is that of another content, or of other settings")
+    except (OSError, ValueError, DrklError) as error:
+        _log.warning("Warning: %s is damaged (%s), and is made anew.", job.path, error)
+        return False
+    return True
 
 
 def _check_folder(folder: Path, setting: ToySetting, seeds: Sequence[int], points: int) -> None:
     """Write ``setting.json``, or compare with the one that is there: a csv must not mix two settings."""
-    wanted = {**asdict(setting), "seeds": list(seeds), "points": points, "metrics": list(METRICS)}
+    text = _described(setting, seeds, points)
+    wanted = json.loads(text)
     path = folder / "setting.json"
     if not path.is_file():
-        write_text(path, json.dumps(wanted, indent=2) + "\n")
+        write_text(path, text)
         return
     present = read_json(path)
+    if not isinstance(present, dict):
+        raise DrklError(f"{path} holds a {type(present).__name__}; expected an object. Delete it.")
     other = [key for key, value in wanted.items() if present.get(key) != value]
     if other:
         raise DrklError(
             f"{str(folder)!r} holds results with {', '.join(f'{key} {present.get(key)}' for key in other)}, not "
             f"{', '.join(str(wanted[key]) for key in other)}. Give another output folder, or delete that one."
         )
+
+
+def _described(setting: ToySetting, seeds: Sequence[int], points: int) -> str:
+    """The text of ``setting.json``."""
+    said = {**asdict(setting), "seeds": list(seeds), "points": points, "metrics": list(METRICS)}
+    return json.dumps(said, indent=2) + "\n"
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -185,9 +224,21 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows of a csv that `sweep` wrote; ``gamma`` is empty where an objective has none."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{key: _value(key, text) for key, text in line.items()} for line in csv.DictReader(file)]
+    """The rows of a csv that `sweep` wrote; ``gamma`` is empty where an objective has none.
+
+    Raises:
+        DrklError: the file is something else, or damaged.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = csv.reader(file, strict=True)
+            if (header := next(lines, [])) != list(COLUMNS):
+                raise ValueError(f"its first line is {','.join(header)[:200]!r}")
+            return [{key: _value(key, text) for key, text in zip(COLUMNS, line, strict=True)} for line in lines]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DrklError(
+            f"{path} is not a csv that `drkl toy` wrote: {error}. Delete it, and run the same again."
+        ) from error
 
 
 def _value(column: str, text: str) -> str | int | float:

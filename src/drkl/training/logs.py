@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from drkl.runs import readable_log
+from drkl.folders import checksum
+from drkl.parsing import parse_json
+from drkl.runs import RunFolder, readable_log
 
 Lines = list[dict[str, Any]]
 
@@ -50,6 +52,39 @@ def begun(path: Path, step: int, history: Sequence[Mapping[str, Any]] | None = N
     known = {_key(line) for line in wanted}
     # Of the checkpoint's own step, after it was written; a line that comes twice is one.
     return mended + [row for row in kept if row["step"] == step and _key(row) not in known], None
+
+
+def of_run(run: RunFolder) -> tuple[Lines, str | None]:
+    """Return the lines of ``train.jsonl`` that can be read, and what is to be said of the others.
+
+    Those that a checkpoint has too are compared with it, as nothing else tells whether the log of a run that has not
+    ended is what was written.
+    """
+    path = run.train_log_path
+    rows, damaged = readable_log(path)
+    said = f"{damaged}; what could not be read is left out" if damaged else None
+    if (newest := _newest_history(run.checkpoints_path)) is None:
+        return rows, said
+    step, history = newest
+    lines, again = begun(path, step, history)
+    if again:
+        said = f"lines of it are damaged or gone; those up to step {step} are read from checkpoint-{step}"
+    return lines + [row for row in rows if row["step"] > step], said
+
+
+def _newest_history(folder: Path) -> tuple[int, Lines] | None:
+    """The step of the newest checkpoint whose ``trainer_state.json`` is whole, and what was logged until then."""
+    names = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    for step in sorted((int(name) for name in names if name.isascii() and name.isdecimal()), reverse=True):
+        path = folder / f"checkpoint-{step}"
+        try:
+            files = parse_json((path / "complete.json").read_text(encoding="utf-8"))["files"]
+            data = (path / "trainer_state.json").read_bytes()
+            if files["trainer_state.json"]["xxh3"] == checksum(data):
+                return step, [dict(entry) for entry in parse_json(data.decode())["log_history"]]
+        except (OSError, ValueError, KeyError, TypeError):  # a checkpoint that is damaged, or none of ours
+            continue
+    return None
 
 
 def _key(line: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
 from drkl.errors import DrklError, did_you_mean
+from drkl.models.memory import is_out_of_memory, memory_told
 from drkl.models.options import is_there
 from drkl.training.fields import OF_LAYERS, default_of, names_in, optim_of, schedule_of
 
@@ -50,6 +51,11 @@ _OPTIM_ARGS = {
 }  # fmt: skip
 """What the optimisers that torch brings read of optim_args."""
 _SWITCHES = ("nesterov", "centered")
+_TRIAL = (
+    "as the settings of the training were tried on a few numbers",
+    "There was room for nothing: end what else runs on this device, or use another one.",
+)
+"""When memory ran out, and what helps."""
 
 
 def check_installed(args: DistillationConfig) -> None:
@@ -108,7 +114,8 @@ def check_made(args: DistillationConfig) -> None:
     """
     _check_optim_args(args)
     if not optim_of(args).startswith(OF_LAYERS):
-        optimizer = _try_optimizer(args)
+        with memory_told(*_TRIAL):
+            optimizer = _try_optimizer(args)
         _tryschedule_of(args, optimizer)
     try:
         torch.utils.data.DataLoader(
@@ -120,7 +127,8 @@ def check_made(args: DistillationConfig) -> None:
     except (ValueError, TypeError) as error:
         raise DrklError(f"dataloader_…: torch refuses the settings: {_one_line(error)}") from error
     if args.torch_compile:
-        _try_compiler(str(args.torch_compile_backend), args.torch_compile_mode, args.device.type)
+        with memory_told(*_TRIAL):
+            _try_compiler(str(args.torch_compile_backend), args.torch_compile_mode, args.device.type)
 
 
 def _check_optim_args(args: DistillationConfig) -> None:
@@ -157,6 +165,8 @@ def _try_optimizer(args: DistillationConfig) -> Any:
         weight.grad = torch.ones(1)
         optimizer.step()
     except Exception as error:  # of whichever package the optimiser is
+        if is_out_of_memory(error):
+            raise
         raise DrklError(f"The optimiser {optim_of(args)!r} refuses its settings: {_one_line(error)}") from error
     if not torch.isfinite(weight).all():
         raise DrklError(
@@ -211,6 +221,8 @@ def _try_compiler(backend: str, mode: str | None, device: str) -> None:
         number = torch.ones(4, device=device, requires_grad=True)
         torch.compile(lambda x: (x * 2).sin(), backend=backend, mode=mode)(number).sum().backward()
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise DrklError(
             f"torch_compile is on (backend {backend!r}, mode {mode!r}), and torch.compile does not work here: "
             f"{_one_line(error)[:300].rstrip('.')}. The usual backend needs a C++ compiler. Mend that, or leave "
