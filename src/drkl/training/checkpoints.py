@@ -26,6 +26,7 @@ from drkl.folders import check_files, checksum, describe_files
 from drkl.models.memory import is_out_of_memory
 from drkl.runs import RunFolder, write_json
 from drkl.training.feeding import Fed
+from drkl.training.sharding import FSDP_WEIGHTS
 
 MARKER = "complete.json"
 """Written into a checkpoint last of all, with the sizes and checksums of its other files."""
@@ -168,7 +169,9 @@ def damage(checkpoint: Path, *, optimizer: bool = False) -> str | None:
         return "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
     processes = len(reached.loss_sums)
     random = [f"rng_state_{number}.pth" for number in range(processes)] if processes > 1 else ["rng_state.pth"]
-    wanted = ["trainer_state.json", *(("optimizer.pt", "scheduler.pt", *random) if optimizer else ())]
+    by_accelerate = any(name.startswith(FSDP_WEIGHTS) for name in reached.files)  # `check_kind` refuses it by name
+    apart = optimizer and not by_accelerate
+    wanted = ["trainer_state.json", *(("optimizer.pt", "scheduler.pt", *random) if apart else ())]
     missing = [name for name in wanted if name not in reached.files]
     return f"it was saved without {' and '.join(missing)}, as with save_only_model" if missing else None
 
