@@ -299,6 +299,7 @@ def test_modules_in_the_current_folder(models: Models, injected: Injected) -> No
     (folder / "matplotlibrc").write_text("text.usetex: True\nbackend: module://evil\n")
     for words in (["-m", "drkl"], ["-c", "from drkl.cli import main; import sys; sys.argv[0] = 'drkl'; main()"]):
         command = [sys.executable, *(["-P"] if words[0] == "-c" else []), *words, "distill", str(models.config)]
+        models.mark.unlink(missing_ok=True)
         with injected(words[0]):
             done = subprocess.run(
                 [*command, "--dry-run"], cwd=folder, env=environment(), capture_output=True, text=True, check=False
