@@ -22,7 +22,7 @@ from drkl.errors import DrklError
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds between two tries of a question whose server cannot be reached for the moment."""
-GO_ON = "Then resume the run: it goes on from its last checkpoint."
+GO_ON = "Then start again, or resume the run where it has begun: it goes on from its last checkpoint."
 MOMENTARY = frozenset((408, 429, 502, 503, 504))
 """HTTP statuses of a server, or of a proxy before it, that may answer later."""
 _LONGEST = 400

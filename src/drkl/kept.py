@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from drkl.runs import RunFolder
 
 STUDENT, FILES = "student", "files"
 """Keys of ``env.json``: the files of ``student/``, and those beside it that are read again."""
+MARK = "student_files"
+"""In ``settings`` of ``analysis.json``: the `student_mark` of the student that was analysed."""
 _FREE = ("README.md",)
 """Files of a student that anybody may edit."""
 _log = logging.getLogger("drkl")
@@ -34,6 +37,12 @@ def describe_run_files(run: RunFolder) -> dict[str, Any]:
             f"Cannot read {error.filename!r}, which was just written: {error.strerror or error}."
         ) from error
     return {STUDENT: student, FILES: beside}
+
+
+def student_mark(env: Mapping[str, Any]) -> str | None:
+    """Return what tells the student of a run from another one, by its ``env.json``; None in a run of before."""
+    files = env.get(STUDENT)
+    return checksum(json.dumps(files, sort_keys=True).encode()) if files else None
 
 
 def described(data: bytes) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from drkl.evaluation.cached import NOTE, put_cache
 from drkl.evaluation.evaluate import Settings, check_output, configured, evaluate_inputs
 from drkl.evaluation.pairs import Inputs, account, suite_rows, with_protocol
 from drkl.evaluation.result import MODELS, Evaluation
-from drkl.kept import check_student, note_changes
+from drkl.kept import MARK, check_student, note_changes, student_mark
 from drkl.locks import ANALYSIS, EVALUATION, TRAINING, check_free, first_holding
 from drkl.models.classes import class_names
 from drkl.models.fingerprint import model_fingerprint
@@ -141,8 +141,11 @@ def analyze_run(
         folder, config, specs = open_finished(run)
         if output_dir is not None:
             check_output(Path(output_dir))
+        inputs = run_inputs(specs, teacher_model=teacher_model)
+        if mark := student_mark(folder.read_env()):
+            inputs.facts[MARK] = mark
         return analyze_inputs(
-            run_inputs(specs, teacher_model=teacher_model),
+            inputs,
             objectives=objectives,
             own=None if specs[-1].objective.in_memory else specs[-1].objective.make(),
             positions=positions,

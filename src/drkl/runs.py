@@ -372,7 +372,8 @@ def write_bytes(path: str | Path, data: bytes, *, lasting: bool = False) -> None
     with writing(path), _beside(path, data, lasting=lasting) as temporary:
         os.replace(temporary, path)
         if lasting:
-            sync(path.parent)
+            with contextlib.suppress(OSError):  # the file is there; only a power cut now may bring the earlier one back
+                sync(path.parent)
 
 
 @contextlib.contextmanager

@@ -128,6 +128,10 @@ def write_in_every_way(folder: str) -> None:
     root, tensors = Path(folder), {"x": torch.zeros(20_000)}
     (root / "there").write_text("from before")
 
+    def append() -> None:
+        with (root / "there").open("a") as file:
+            file.write("x")
+
     def arrow() -> None:
         batch = pa.record_batch([pa.array(range(9_000))], names=["a"])
         with pa.OSFile(str(root / "arrow"), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
@@ -135,7 +139,7 @@ def write_in_every_way(folder: str) -> None:
 
     ways = {
         "open": lambda: (root / "open").write_text("x" * 9_000),
-        "append": lambda: (root / "there").open("a").write("x"),
+        "append": append,
         "rename": lambda: os.replace(root / "there", root / "moved"),
         "mkdir": lambda: (root / "mkdir").mkdir(),
         "symlink": lambda: (root / "symlink").symlink_to("there"),

@@ -193,12 +193,12 @@ def test_another_fault_of_the_disk_in_a_run(
 
 @pytest.mark.fault(
     group="Disk",
-    fault="Each library under drkl writes to a disk that is full",
+    fault="Each library under drkl writes to a disk that is read-only",
     does="None passes the faults of this table by: they are real.",
 )
 def test_no_library_escapes(tmp_path: Path, disk: Disk, runner: Runner, injected: Injected) -> None:
     with injected("every way of writing"):
-        disk.fail(3, tmp_path)  # the first two are what the others find
+        disk.fail(3, tmp_path, error=errno.EROFS)  # the first two are what the others find
         where = "tests.faults.disks:write_in_every_way"
         ended = runner.call("--version", inject=where, given=[str(tmp_path)])
         assert ended.code == 0 and "was written" not in ended.out, ended

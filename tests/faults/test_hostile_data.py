@@ -49,6 +49,7 @@ def test_packed_bombs(runner: Runner, tmp_path: Path, injected: Injected) -> Non
                     hostile.assert_refused(runner.call(*command, **LITTLE_MEMORY), path.name)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     group="Hostile input",
     fault="Archives with `../` in their names, folders of `datasets` with scripts, pickles, bombs of yaml, and "

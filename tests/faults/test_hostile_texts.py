@@ -157,9 +157,9 @@ def test_links_out_of_a_run(runs: Runs, runner: Runner, tmp_path: Path, injected
         (runs.done, lambda run: ("analyze", run), ("analysis", "analysis.json")),
         (runs.done, lambda run: ("report", run), ("report.html",)),
     ]  # fmt: skip
-    for source, command, names in cases:
+    for number, (source, command, names) in enumerate(cases):
         for name in names:
-            root = tmp_path / f"{command(runs.cut)[0]}-{name.replace('/', '-')}"
+            root = tmp_path / f"{number}-{name.replace('/', '-')}"
             mine = root / "mine"
             shutil.copytree(runs.done / "student", mine)
             run = root / "run"

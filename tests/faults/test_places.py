@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -119,6 +120,11 @@ def test_a_run_goes_on_by_any_of_its_names(runner: Runner, tmp_path: Path, injec
             tiny_run.check_done(runner.call("report", word, cwd=cwd))
 
 
+def remove_current_folder() -> None:
+    """Called in the child."""
+    Path.cwd().rmdir()
+
+
 def cut_off(run: Path) -> None:
     """Make a finished run one that was cut off before its last save."""
     import json
@@ -142,12 +148,20 @@ def test_a_bare_environment(runner: Runner, tmp_path: Path, injected: Injected) 
         "C locale": {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
         "cache in a file": {"DRKL_CACHE": str(config)},
         "no TMPDIR": {"TMPDIR": none},
+        "home is a file": {"HOME": str(config), "XDG_CACHE_HOME": ""},
+        "home is in a file": {"HOME": str(config / "me"), "XDG_CACHE_HOME": "", "HF_HOME": ""},
     }
     for number, (case, variables) in enumerate(cases.items()):
         with injected(case):
             done = runner.call("distill", config, f"run.name=e{number}", variables=variables)
             assert "Traceback" not in done.err, done.err[-400:]
             assert done.code in (0, 2), done.code
+    with injected("the current folder is removed"):
+        (gone := tmp_path / "gone").mkdir()
+        words: dict[str, Any] = {"cwd": gone, "inject": "tests.faults.test_places:remove_current_folder"}
+        done = runner.call("distill", config, "run.name=gone", **words)
+        assert "Traceback" not in done.err, done.err[-400:]
+        assert done.code in (0, 2), done.code
     with injected("too long"):
         done = runner.call("distill", config, f"run.dir={'x/' * 3000}")
         assert "Traceback" not in done.err, done.err[-400:]

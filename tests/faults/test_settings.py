@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from tests.faults import tiny_run
 from tests.faults.conftest import Injected
-from tests.faults.forked import Runner
+from tests.faults.forked import Ended, Runner
 
 NEEDS_KWARGS = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"}
 NEEDS: list[tuple[dict[str, Any], str]] = [
@@ -82,7 +82,10 @@ WORKS: list[tuple[dict[str, Any], str]] = [
     ({"adam_beta1": 0.5}, ""), ({"adam_beta2": 0.9}, ""), ({"adam_epsilon": 0.1}, ""), ({"weight_decay": 0.9}, ""),
     ({"max_grad_norm": 0.001}, ""), ({"data_seed": 7}, ""), ({"gradient_accumulation_steps": 2}, "rounding"),
     ({"neftune_noise_alpha": 5}, ""), ({"warmup_steps": 3}, ""), ({"lr_scheduler_kwargs": {"num_cycles": 3}}, ""),
-    *(({"lr_scheduler_type": name.value}, "") for name in SchedulerType if name.value not in NEEDS_KWARGS | {"cosine"}),
+    *(({"lr_scheduler_type": name.value}, "") for name in SchedulerType
+      if name.value not in NEEDS_KWARGS | {"cosine", "cosine_with_restarts"}),
+    ({"lr_scheduler_type": "cosine_with_restarts"}, "same"),  # with one cycle it is the cosine
+    ({"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}}, ""),
     ({"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 1}}, ""),
     ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.005}}, ""),
     *(({name: value}, "same") for name, value in {
@@ -161,6 +164,64 @@ def test_what_works_has_its_effect(runner: Runner, tmp_path: Path, injected: Inj
                 assert found == weights["base"], "other weights"
             elif kind != "rounded":
                 assert found != weights.get(kind, weights["base"]), "without an effect"
+
+
+PEFT: list[dict[str, Any]] = [
+    {"r": 0}, {"r": "eight"}, {"r": True}, {"lora_alpha": 0}, {"lora_alpha": float("nan")}, {"lora_alpha": "x"},
+    {"lora_dropout": -1}, {"lora_dropout": 1.0}, {"alpha": 4}, {"peft_type": "IA3"}, {"revision": "main"},
+    {"inference_mode": True}, {"target_modules": ["nothing"]}, {"target_modules": "["}, {"target_modules": ["lm_head"]},
+    {"layers_to_transform": [99]}, {"layers_to_transform": "x"}, {"rank_pattern": {"nothing": 4}},
+    {"rank_pattern": {"[": 4}}, {"rank_pattern": {"q_proj": -4}}, {"alpha_pattern": {"nothing": 4}},
+    {"exclude_modules": ["nothing"]}, {"exclude_modules": "["}, {"exclude_modules": ".*"},
+    {"modules_to_save": ["nothing"]}, {"modules_to_save": "norm"}, {"target_parameters": ["nothing"]},
+    {"trainable_token_indices": [10**6]}, {"fan_in_fan_out": True}, {"eva_config": {"rho": 2}},
+    {"init_lora_weights": "banana"}, {"bias": "banana"}, {"task_type": "banana"}, {"megatron_config": {"a": 1}},
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    group="Settings",
+    fault="A field of `peft` that names what the student has not, is outside its domain, or would do nothing",
+    does="Refused by one message before anything is written.",
+)
+def test_adapters_that_cannot_be(runner: Runner, tmp_path: Path, injected: Injected) -> None:
+    config = tiny_run.write(tmp_path)
+    for number, fields in enumerate(PEFT):
+        with injected(fields):
+            done = runner.call("distill", config, f"run.name=r{number}", tiny_run.override("peft", fields))
+            check_one_message(done, tmp_path / "runs" / f"r{number}", "peft")
+
+
+def check_one_message(done: Ended, run: Path, word: str) -> None:
+    """Refused in one line that has the word, with nothing written."""
+    lines = done.err.strip().splitlines()
+    assert done.code == 2, f"status {done.code}: {done.err[-300:]}"
+    assert len(lines) == 1 and lines[0].startswith("Error: ") and word in lines[0], done.err[-500:]
+    assert not run.exists(), "the run folder is there"
+
+
+@pytest.mark.fault(
+    group="Settings",
+    fault="A server of answers, or of the teacher, that cannot be reached as a run begins",
+    does="One message with its address before anything is written, so that the same command can be given again.",
+)
+def test_servers_that_are_not_there(runner: Runner, tmp_path: Path, injected: Injected) -> None:
+    config, address = tiny_run.write(tmp_path), "http://127.0.0.1:9"
+    answers = {"share": 1.0, "generator": "vllm", "server": address, "server_timeout": 1}
+    teacher = {
+        "model": "big",
+        "server": address,
+        "server_timeout": 1,
+        "top_k": 8,
+        "tokenizer": str(tmp_path / "teacher"),
+    }
+    for key, value in (("rollouts", answers), ("teacher", teacher)):
+        with injected(key):
+            words = [tiny_run.override(key, value)]
+            if key == "teacher":
+                words.append(tiny_run.override("student", {"init": "pretrained", "model": str(tmp_path / "teacher")}))
+            check_one_message(runner.call("distill", config, *words), tmp_path / "runs" / "r", address)
 
 
 MODELS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,36 @@ def test_an_adapter_on_the_head_is_refused_by_name(tied: bool, fields: dict[str,
 def test_modules_that_the_model_does_not_have() -> None:
     with pytest.raises(DrklError, match=r"peft: Target modules .*nowhere"):
         add_adapter(tiny.llama(), config(target_modules=["nowhere"]), seed=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": "["}, "peft: unterminated character set"),
+        ({"trainable_token_indices": [10**6]}, "peft: index 1000000 is out of bounds"),
+        ({"rank_pattern": {"nothing": 4}}, r"peft: .*rank_pattern keys did not match .*\['nothing'\]"),
+        ({"exclude_modules": ["nothing"]}, "peft: .*no modules were excluded"),
+        ({"modules_to_save": ["nothing"]}, "peft: the student has no module nothing, which modules_to_save names"),
+        ({"modules_to_save": "norm"}, "peft: modules_to_save is 'norm'; expected a list"),
+    ],
+)
+def test_fields_without_an_effect_or_that_peft_stumbles_over(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DrklError, match=message):
+        add_adapter(tiny.llama(), config(**changes), seed=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("r", 0, "r is 0; expected a whole number of at least 1"), ("r", True, "r is True"), ("r", 1.5, "r is 1.5"),
+        ("lora_alpha", 0, "expected a positive number"), ("lora_alpha", math.nan, "lora_alpha is nan"),
+        ("lora_alpha", "x", "lora_alpha is 'x'"), ("lora_dropout", -1, "below 1"), ("lora_dropout", 1.0, "below 1"),
+        ("peft_type", "IA3", "peft_type has no use in a run"), ("revision", "main", "revision has no use"),
+    ],
+)  # fmt: skip
+def test_values_of_a_peft_section(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config(**{name: value})
 
 
 def test_a_field_that_peft_does_not_have() -> None:

@@ -13,6 +13,7 @@ import pytest
 from markupsafe import Markup
 
 from drkl.evaluation.findings import IDS, SHARED
+from drkl.kept import student_mark
 from drkl.reporting import analysis as drawn
 from drkl.reporting import report
 from drkl.reporting.analysis import section
@@ -72,6 +73,13 @@ def test_the_page_says_whose_analysis_it_shows(content: dict[str, Any], tmp_path
         shown = section(read_run(run))
         assert shown is not None and shown.notice.startswith("The student was trained again") == stale
     assert "The student was trained again" in as_markdown([read_run(run), read_run(pair)])
+    env = read_json(run.env_path) | {"student": {"model.safetensors": {"bytes": 1, "xxh3": "a"}}}
+    write_json(run.env_path, env)
+    for mark, stale in ((student_mark(env), False), ("another", True)):  # whatever the clock says
+        settings = content["settings"] | {"student_files": mark}
+        write_json(run.analysis_path, content | {"settings": settings, "timing": {"finished": "2026-01-02T10:00:00"}})
+        shown = section(read_run(run))
+        assert shown is not None and shown.notice.startswith("The student was trained again") == stale
 
 
 @pytest.mark.usefixtures("sketchy")

@@ -208,7 +208,8 @@ def test_a_server_that_is_gone_is_named(student: PreTrainedModel, fake: FakeVllm
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
     by_server = writer(student, address, tmp_path)
     with pytest.raises(
-        DrklError, match=r"cannot be reached \(.*refused.*\); tried 4 times\. Start it.*Then resume the run"
+        DrklError,
+        match=r"cannot be reached \(.*refused.*\); tried 4 times\. Start it.*Then start again, or resume the run",
     ):
         by_server.sync(student, 0)
     assert not list(tmp_path.iterdir())

@@ -173,7 +173,7 @@ def test_a_server_that_dies_stops_the_run_at_a_good_checkpoint(tmp_path: Path, f
 
     fake.fault = dies
     with pytest.raises(
-        DrklError, match=r"The teacher's server at .* cannot be reached .*Then resume the run"
+        DrklError, match=r"The teacher's server at .* cannot be reached .*Then start again, or resume the run"
     ) as raised:
         trainer.train()
     assert str(raised.value).count("\n") == 0

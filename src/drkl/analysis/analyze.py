@@ -31,6 +31,7 @@ from drkl.evaluation.findings import of_analysis
 from drkl.evaluation.pairs import Inputs, Model, pair_inputs
 from drkl.evaluation.result import Evaluation
 from drkl.evaluation.store import fingerprint
+from drkl.kept import MARK
 from drkl.locks import ANALYSIS, first_holding
 from drkl.models.load import one_tokenizer
 from drkl.models.memory import memory_told
@@ -210,7 +211,7 @@ def _facts(inputs: Inputs, command: Sequence[str] | None) -> dict[str, Any]:
         **({} if inputs.classes is None else {"task": "classification"}),
         "models": {name: inputs.facts["models"][name] for name in ("teacher", "student")},
         "data": inputs.data,
-        **{key: inputs.facts[key] for key in ("teacher_cache",) if key in inputs.facts},
+        **{key: inputs.facts[key] for key in ("teacher_cache", MARK) if key in inputs.facts},
         "template": inputs.facts["template"],
         "device": str(inputs.device),
         **({} if command is None else {"command": list(command)}),

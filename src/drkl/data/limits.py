@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from drkl.errors import DrklError
 
 SECONDS = 5
-"""Of a processor, for one conversation; a template takes a thousandth of one."""
+"""A processor's time for one conversation; a template takes a thousandth of one."""
 MEMORY = 1 << 30
 """Bytes, beside what the process has already."""
 _NO_MEMORY = 3

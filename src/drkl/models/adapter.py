@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -37,7 +38,15 @@ _REMADE = ("pissa", "olora")
 _DRAWN = ("pissa_niter", "corda", "lora_ga", "loftq")
 """Starts likewise that depend on chance, data or a quantisation, so that nothing makes them again."""
 _WHOLE_MODEL = ("model.safetensors", "model.safetensors.index.json")
-_FAILURES = (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, ImportError, RuntimeError)
+_FAILURES = (
+    ValueError, TypeError, LookupError, NotImplementedError, AttributeError, ImportError, RuntimeError, Warning,
+    re.error,
+)  # fmt: skip
+_WITHOUT_EFFECT = (
+    "(?s).*(were ignored|will be ignored|no parameter was matched|no modules were excluded|fan_in_fan_out is set to "
+    "True but)"
+)
+"""What peft warns of where a field does nothing."""
 
 
 def add_adapter(model: PreTrainedModel, config: Any, seed: int, *, check: bool = True) -> Any:
@@ -62,10 +71,12 @@ def add_adapter(model: PreTrainedModel, config: Any, seed: int, *, check: bool =
     try:
         with torch.random.fork_rng(), _quiet_peft():
             torch.manual_seed(seed)
+            warnings.filterwarnings("error", _WITHOUT_EFFECT)
             if isinstance(config, (PeftConfig, dict)):
                 fields = config if isinstance(config, dict) else config.lora
                 config = LoraConfig(**{"task_type": task} | fields)
             _check_kind(config)
+            _check_saved(model, getattr(config, "modules_to_save", None) or [])
             adapter = get_peft_model(model, config)
     except DrklError:
         raise
@@ -92,6 +103,15 @@ def _check_kind(config: Any) -> None:
             "peft: init_lora_weights='loftq' puts quantised weights in the place of the base model's, so what is saved "
             "would need a base that lies nowhere. Use another start."
         )
+
+
+def _check_saved(model: nn.Module, modules: Any) -> None:
+    """Raise DrklError where ``modules_to_save``, which are trained whole, are not the model's; peft passes over it."""
+    if isinstance(modules, str):
+        raise DrklError(f"peft: modules_to_save is {modules!r}; expected a list of names of modules.")
+    names = [name for name, _ in model.named_modules()]
+    if missing := [str(end) for end in modules if not any(name.endswith(str(end)) for name in names)]:
+        raise DrklError(f"peft: the student has no module {listed(missing)}, which modules_to_save names.")
 
 
 def check_adapter(adapter: Any) -> None:

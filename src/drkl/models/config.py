@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -106,6 +108,30 @@ class StudentConfig(BaseModel):
         return layers
 
 
+_NOT_READ = (
+    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "megatron_config", "megatron_core",
+)  # fmt: skip
+"""Fields of LoraConfig that peft writes itself, or that are of use elsewhere."""
+
+
+def _check_lora(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for values that peft would take and not read, or that no adapter can have."""
+    for name in _NOT_READ:
+        if name in fields:
+            raise ValueError(f"{name} has no use in a run: the adapter is a LoRA of the student. Leave it out")
+    domains: dict[str, tuple[str, Callable[[float], bool]]] = {
+        "r": ("a whole number of at least 1", lambda r: isinstance(r, int) and r >= 1),
+        "lora_alpha": ("a positive number", lambda alpha: 0 < alpha < math.inf),
+        "lora_dropout": ("a number of at least 0 and below 1", lambda share: 0 <= share < 1),
+    }
+    for name, (expected, holds) in domains.items():
+        value: Any = fields.get(name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name in fields and not (is_number and holds(value)):
+            raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
 class PeftConfig(BaseModel):
     """The `peft` section: fields of peft's own LoraConfig, and what is saved at the end."""
 
@@ -126,6 +152,7 @@ class PeftConfig(BaseModel):
         for name in self.lora:
             if name not in known:
                 raise ValueError(f"peft.LoraConfig has no field {name!r}.{did_you_mean(name, known)}")
+        _check_lora(self.lora)
         return self
 
     @property

@@ -191,8 +191,8 @@ def sample_ids(
         stack.enter_context(
             memory_told(
                 f"as answers of up to {max(limits)} tokens are written, {min(batch_size, len(keys))} at once",
-                "A smaller batch_size (rollouts.batch_size in training, evaluation.batch_size in an evaluation) or "
-                "max_new_tokens needs less.",
+                "A smaller batch_size (in training rollouts.batch_size, in Python rollout_batch_size; in an evaluation "
+                "evaluation.batch_size) or max_new_tokens needs less.",
             )
         )
         for reader in readers:

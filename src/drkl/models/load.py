@@ -63,7 +63,7 @@ _NOT_TAKEN = {
     "output_loading_info": "the report is read and checked already",
 }
 _TEXT = "Ein Übergang: 1,234.5 + (x_1)…\n\tdef f(): return [];  你好, мир! aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa" * 4
-"""Of all kinds of characters; no tokenizer takes long for it."""
+"""A text of all kinds of characters; no tokenizer takes long for it."""
 _log = logging.getLogger("drkl")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from drkl.display import as_number, number, shell_word
 from drkl.evaluation.bootstrap import Interval
+from drkl.kept import MARK, student_mark
 from drkl.reporting.inputs import Run, of_analysis_json
 from drkl.reporting.plotting import (
     COLORS,
@@ -106,11 +107,19 @@ def _notice(run: Run, analysis: Analysis) -> str:
         names = [str(run.pair_names.get(model)) for model in ("student", "teacher")]
         if names != [str(analysed.get(model)) for model in ("student", "teacher")]:
             return "This analysis is of other models than the evaluation on this page; they are named below."
-    done, trained = (analysis.get("timing") or {}).get("finished"), run.env.get("finished")
-    if isinstance(done, str) and isinstance(trained, str) and done < trained and run.folder is not None:
+    if run.folder is not None and _is_of_another(analysis, run.env):
         again = f"`drkl analyze {shell_word(run.folder.root)}`"
         return f"The student was trained again after this analysis; {again} analyses the new one."
     return ""
+
+
+def _is_of_another(analysis: Analysis, env: Mapping[str, Any]) -> bool:
+    """Whether the student of a run is not the one that was analysed: by its files; by the clock in runs of before."""
+    then, now = analysis["settings"].get(MARK), student_mark(env)
+    if then is not None and now is not None:
+        return bool(then != now)
+    done, trained = (analysis.get("timing") or {}).get("finished"), env.get("finished")
+    return isinstance(done, str) and isinstance(trained, str) and done < trained
 
 
 @of_analysis_json

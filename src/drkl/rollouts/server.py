@@ -101,6 +101,15 @@ class ServerWriter:
         self._current: Path | None = None
         """Where the weights lie that the server was given last."""
 
+    def look(self) -> None:
+        """Find out what the server serves, where that was not done yet.
+
+        Raises:
+            DrklError: the server cannot be reached, is of a version that cannot do it, or serves another model.
+        """
+        if not self._model:
+            self._client.patiently(self._look)
+
     # Called by the training loop after every `refresh_every` steps, before `write`.
     def sync(self, student: PreTrainedModel, step: int) -> None:
         """Give the server the student's weights of now, and compare the two on a probe.
@@ -114,8 +123,7 @@ class ServerWriter:
                 something else than the student afterwards.
         """
         assert student is self._student, "a writer is made for one student"
-        if not self._model:
-            self._client.patiently(self._look)
+        self.look()
         folder = self._folder / f"weights-{step:06d}"
         write_served(served_copy(student, self._adapter), self._tokenizer, folder)
         self._current = folder
@@ -138,8 +146,7 @@ class ServerWriter:
         """
         if not requests:
             return []
-        if not self._model:
-            self._client.patiently(self._look)
+        self.look()
         self._check_lengths(requests)
         answers: dict[int, Answer] = {}
         lost = False

@@ -16,6 +16,8 @@ RESOLUTION = float(np.finfo(np.float32).eps)
 taken for the rest."""
 NOTHING = -9999.0
 """vLLM's word for the logarithm of no probability, which json cannot write."""
+_HIGHEST = 2**31 - 1
+"""The highest token id that any vocabulary can have; that of the served model is not always known."""
 _SLACK = 1e-3
 """Rounding that makes a log-probability larger than 0, or a sum of probabilities larger than 1."""
 
@@ -131,9 +133,8 @@ def _entry(entry: Any, number: int, served_ids: int | None) -> dict[int, float]:
     found: dict[int, float] = {}
     for key, value in entry.items():
         logp = value.get("logprob") if isinstance(value, dict) else value
-        if not key.isdecimal() or not key.isascii():
+        if (token := _token(key)) is None:
             raise Odd(f"entry {number} has {key[:40]!r} where a token id was expected")
-        token = int(key) if len(key) < 12 else 10**12
         if served_ids is not None and token >= served_ids:
             raise Odd(f"entry {number} has the token {token}, and the teacher's vocabulary {served_ids}")
         if isinstance(logp, bool) or not isinstance(logp, (int, float)) or logp != logp:
@@ -147,6 +148,14 @@ def _entry(entry: Any, number: int, served_ids: int | None) -> dict[int, float]:
     if (total := math.fsum(map(math.exp, found.values()))) > 1 + _SLACK:
         raise Odd(f"entry {number} has probabilities that add up to {total:.4g}")
     return found
+
+
+def _token(key: str) -> int | None:
+    """The token id that is written as a key; None where it is none, or written as no server writes it, such as 007."""
+    if not key.isascii() or not key.isdecimal() or len(key) > len(str(_HIGHEST)):
+        return None
+    token = int(key)
+    return token if token <= _HIGHEST and str(token) == key else None
 
 
 def _log_rest(shared: Sequence[tuple[int, float]], vocab_size: int) -> float:

@@ -106,6 +106,10 @@ _FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 """Fields whose text is the path of a json file."""
 
 
+_TYPES = typing.get_type_hints(TrainingArguments)
+"""The class's own; HfArgumentParser changes those of its fields."""
+
+
 def check_values(args: DistillationConfig, checked: tuple[str, ...] = ()) -> None:
     """Raise DrklError for a field of another type than its own, or out of its domain.
 
@@ -118,7 +122,7 @@ def check_values(args: DistillationConfig, checked: tuple[str, ...] = ()) -> Non
         value, name = getattr(args, field.name), field.name
         if name in checked or value == own[name].default or (value is None and own[name].default is None):
             continue
-        kinds = _kinds(field.type)
+        kinds = _kinds(_TYPES[name])
         if not any(_is_a(value, kind) for kind in (*kinds, *_MORE_KINDS.get(name, ()))):
             words = dict.fromkeys(_WORDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
             raise DrklError(f"{name} is {_shown(name, value)}; expected {' or '.join(words)}.")

@@ -20,7 +20,7 @@ from drkl.errors import DrklError
 from drkl.losses import IGNORE_INDEX
 from drkl.models.forward import decoder_start
 from drkl.models.sharded import is_sharded
-from drkl.processes import gather
+from drkl.processes import first_alone, gather
 from drkl.rollouts.asking import answer_in
 from drkl.rollouts.health import RolloutLog
 from drkl.rollouts.steps import AnsweredSteps, cut
@@ -67,11 +67,17 @@ class OnPolicy:
         writer = server or builtin_writer(pair, args, rollouts.source)
         self._asker = make_asker(pair, args, writer, first_alone=server is not None)
         rows: Any = pair.rows
+        self._server = server
         self._answered = AnsweredSteps(rows, steps, ends, rollouts, self._asker)
         if server is not None:
             self._answered.before_writing = lambda step: server.sync(pair.student, step)
         self._stops = answer_stops(pair, args, rollouts.source)
         self._sums, self._log = _Sums(), RolloutLog()
+
+    def check_server(self) -> None:
+        """Raise DrklError where answers come from a server that cannot be reached, or is none for this run."""
+        if self._server is not None:
+            first_alone(self._server.look)
 
     def on_writing(self, hook: Callable[[int, int], None]) -> None:
         """Call ``hook(answers written, answers due)`` while a set of answers is written."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -419,7 +420,13 @@ def distill(
         training_config(specs[-1], pick_device(specs[-1].run.device))  # makes the process group
     listener = listener if listener is not None and joined().is_first else Listener()
     with first_holding(specs[-1].folder.root, TRAINING, EVALUATION, ANALYSIS):
-        return _distill(specs, mode, listener, on_trainer, command)
+        try:
+            return _distill(specs, mode, listener, on_trainer, command)
+        finally:
+            if not specs[-1].folder.config_path.is_file():  # it did not begin, and transformers makes its folder early
+                for spec in specs:
+                    with suppress(OSError):  # one that has something in it stays
+                        os.removedirs(spec.folder.checkpoints_path)
 
 
 def _distill(

@@ -351,6 +351,7 @@ class DistillationTrainer(Trainer):
         self._finite.begin(self._from)
         if self._on_policy is not None:
             self._on_policy.begin(checkpoint)
+            self._on_policy.check_server()
         if self._streamed is not None:
             self._streamed.begin(checkpoint)
         from_step = step_of(checkpoint) if checkpoint else -1
