@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from drkl.errors import DrklError
 from drkl.folders import free_name
+from drkl.kept import check_student
 from drkl.locks import LOCKS
 from drkl.models.precision import has_device
 from drkl.runs import RunFolder, check_no_link
@@ -88,14 +89,16 @@ def is_over(run: RunFolder) -> bool:
     Where nothing says so and there is no student yet, it has not: an ``env.json`` that is damaged is moved aside.
 
     Raises:
-        DrklError: it has a student, and nothing says whether that is the one in the end.
+        DrklError: it has a student, which is not the one that its run wrote, or nothing says whether it is.
     """
     try:
         env, reason = run.read_env(), "is not there"
     except DrklError as error:
         env, reason = {}, f"is damaged ({error})"
     if env:
-        return run.is_finished()
+        if finished := run.is_finished():
+            check_student(run.student_path)
+        return finished
     if run.student_path.exists():
         raise DrklError(
             f"The run {str(run.root)!r} has a student, and its env.json, which says whether it has ended, {reason}. "
