@@ -126,9 +126,11 @@ def _check_lora(fields: Mapping[str, Any]) -> None:
         "lora_dropout": ("a number of at least 0 and below 1", lambda share: 0 <= share < 1),
     }
     for name, (expected, holds) in domains.items():
-        value = fields.get(name)
+        if name not in fields:
+            continue
+        value = fields[name]
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if name in fields and not (is_number and holds(value)):
+        if not (is_number and holds(value)):
             raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
