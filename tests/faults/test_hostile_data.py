@@ -31,6 +31,9 @@ LITTLE_MEMORY = {"inject": "tests.faults.hostile:limit_memory", "given": [2 * ho
 def test_packed_bombs(runner: Runner, tmp_path: Path, injected: Injected) -> None:
     config = hostile.write_config(tmp_path)
     good = (tmp_path / "data.jsonl").read_bytes()
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_bytes(b"".join(good.splitlines(keepends=True)[:3]).replace(b"w", b"w1"))
+    streamed = ("data.streaming=true", f"data.eval_path={heldout}", "training.max_steps=4")
     block = b" " * (1 << 20)
     for suffix, opened in {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.items():
         for kind, (first, fill) in {
@@ -41,7 +44,7 @@ def test_packed_bombs(runner: Runner, tmp_path: Path, injected: Injected) -> Non
                 file.write(first + (b'{"a": "' if kind == "jsonl" else b""))
                 for _ in range(600):
                     file.write(fill)
-            for key, changes in {"path": (), "streaming": ("data.streaming=true", "training.max_steps=4")}.items():
+            for key, changes in {"path": (), "streaming": streamed}.items():
                 if key == "streaming" and kind != "jsonl":
                     continue
                 with injected(f"{path.name}: {key}"):
