@@ -201,6 +201,7 @@ def check_one_message(done: Ended, run: Path, word: str) -> None:
     assert not run.exists(), "the run folder is there"
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     group="Settings",
     fault="A server of answers, or of the teacher, that cannot be reached as a run begins",
