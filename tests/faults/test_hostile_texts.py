@@ -27,7 +27,6 @@ def tenfold(first: str, rest: str, times: int = 9) -> str:
     return f"x0: &x0 {first}\n{''.join(more)}"
 
 
-@pytest.mark.slow
 @pytest.mark.fault(
     group="Hostile input",
     fault="A yaml bomb as config: aliases that repeat aliases or hold themselves, 10,000 brackets in one another, "
@@ -70,7 +69,6 @@ def test_yaml(runner: Runner, tmp_path: Path, injected: Injected) -> None:
             assert len(done.err) < 2_000
 
 
-@pytest.mark.slow
 @pytest.mark.fault(
     group="Hostile input",
     fault="A config or data file that is a device, a named pipe or a folder",

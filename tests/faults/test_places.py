@@ -134,7 +134,6 @@ def cut_off(run: Path) -> None:
     shutil.rmtree(run / "student")
 
 
-@pytest.mark.slow
 @pytest.mark.fault(
     group="Surroundings",
     fault="A home that is not there, no user, no locale, no folder for temporary files, a path that is too long",
