@@ -66,9 +66,9 @@ def check_student(folder: str | Path) -> None:
         return
     if reasons := check_files(path, files):
         raise DrklError(
-            f"The student {str(path)!r} is not the one that its run wrote: {'; '.join(reasons)}. Bring it back from a "
-            "copy. A student that was changed on purpose is a model of its own: copy it to another folder, and use it "
-            "by that name."
+            f"The student {str(path)!r} is not the one that its run wrote, by its env.json: "
+            f"{'; '.join(reasons)}. Bring it back from a copy. A student that was changed on purpose is a model of its "
+            "own: copy it to another folder, and use it by that name."
         )
     _checked[str(path.resolve())] = stamps
 

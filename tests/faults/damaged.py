@@ -99,6 +99,12 @@ class Bench:
         for part in self.parts:
             _copy(self._whole / part, self.root / part)
 
+    def files(self, folder: str, *, besides: Sequence[str] = ()) -> list[str]:
+        """The files below a folder, from the root, where nothing is damaged; commands may have removed some since."""
+        paths = sorted(path for path in (self._whole / folder).rglob("*") if path.is_file())
+        names = [str(path.relative_to(self._whole)) for path in paths]
+        return [name for name in names if not name.endswith(tuple(besides))]
+
     def call(self, words: Sequence[object]) -> Ended:
         """Run a command."""
         cache = {"DRKL_CACHE": str(self.root / "drkl-cache")}
@@ -293,12 +299,6 @@ def interrupted(runner: Runner, root: Path, run: str, config_name: str, step: in
         "distill", config_name, cwd=root, variables=cache, inject="tests.training.killed:kill_in_training", given=given
     )
     assert done.code == -9, done
-
-
-def files(root: Path, folder: str, *, besides: Sequence[str] = ()) -> list[str]:
-    """The files below a folder, from the root."""
-    paths = sorted(path for path in (root / folder).rglob("*") if path.is_file())
-    return [name for path in paths if not (name := str(path.relative_to(root))).endswith(tuple(besides))]
 
 
 def lora_start(root: Path) -> None:

@@ -74,7 +74,7 @@ def test_one_bit_of_a_finished_run(
     does="Refuses the student, and names the file; the weights' checksums stand in env.json.",
 )
 def test_a_student(finished: Bench, injected: Injected) -> None:
-    names = damaged.files(finished.root, "runs/a/student")
+    names = finished.files("runs/a/student")
     next_run = distill("next.yaml", run="runs/next")
     commands = [evaluate("runs/a"), generate("runs/a"), analyze("runs/a"), next_run]
     finished.inject(injected, names, commands, instead="/a/", other="/b/", every=0)
@@ -87,7 +87,7 @@ def test_a_student(finished: Bench, injected: Injected) -> None:
     does="Refuses it, and names the file.",
 )
 def test_the_student_of_a_stage(finished: Bench, injected: Injected) -> None:
-    names = damaged.files(finished.root, "runs/a/stages/01-warmup/student")
+    names = finished.files("runs/a/stages/01-warmup/student")
     finished.inject(injected, names, [evaluate("runs/a")], instead="/a/", other="/b/")
 
 
@@ -105,7 +105,7 @@ def test_the_student_that_the_next_stage_starts_from(
         yaml = damaged.config(root, name, stages=tiny_runs.STAGES, run={"seed": seed})
         damaged.interrupted(runner, root, f"runs/{name}", yaml, 1)
     bench = Bench(runner, root, ["runs", "drkl-cache"])
-    names = damaged.files(root, "runs/a/stages/01-warmup/student")
+    names = bench.files("runs/a/stages/01-warmup/student")
     resume = distill("--resume", "runs/a", run="runs/a")
     bench.inject(injected, names, [resume], instead="/a/", other="/b/")
 
@@ -158,7 +158,7 @@ def test_the_log_of_an_interrupted_run(begun: Bench, injected: Injected) -> None
     does="The checkpoint before it is used, and that is said.",
 )
 def test_a_checkpoint(begun: Bench, injected: Injected) -> None:
-    names = damaged.files(begun.root, "runs/a/checkpoints/checkpoint-4")
+    names = begun.files("runs/a/checkpoints/checkpoint-4")
     commands = [distill("--resume", "runs/a", run="runs/a"), distill("a.yaml", "--auto-resume", run="runs/a")]
     begun.inject(injected, names, commands, instead="/a/", other="/b/", every=0)
 
@@ -181,7 +181,7 @@ def test_results(finished: Bench, injected: Injected) -> None:
     group="Damaged files", fault="A file of tokenised rows, before a run reads it again", does="The rows are made anew."
 )
 def test_tokenised_rows(begun: Bench, injected: Injected) -> None:
-    names = damaged.files(begun.root, "drkl-cache/rows")
+    names = begun.files("drkl-cache/rows")
     begun.inject(injected, names, [distill("--resume", "runs/a", run="runs/a")])
 
 
@@ -193,7 +193,7 @@ def test_tokenised_rows(begun: Bench, injected: Injected) -> None:
 )
 def test_a_cache_of_states(cached: Bench, injected: Injected) -> None:
     commands = [verify("cache-hidden"), distill("hidden-again.yaml", run="runs/hidden-again"), evaluate("runs/hidden")]
-    names = damaged.files(cached.root, "cache-hidden")
+    names = cached.files("cache-hidden")
     cached.inject(injected, names, commands, instead="-hidden/", other="-topk/", every=0)
 
 
@@ -205,7 +205,7 @@ def test_a_cache_of_states(cached: Bench, injected: Injected) -> None:
 )
 def test_a_cache_of_logits(cached: Bench, injected: Injected) -> None:
     commands = [verify("cache-topk"), distill("topk-again.yaml", run="runs/topk-again"), evaluate("runs/topk")]
-    names = damaged.files(cached.root, "cache-topk")
+    names = cached.files("cache-topk")
     cached.inject(injected, names, commands, instead="-topk/", other="-hidden/", every=0)
 
 
@@ -224,7 +224,7 @@ def test_parts_of_an_evaluation(runner: Runner, tmp_path_factory: pytest.TempPat
     )
     assert done.code == -9, done
     bench = Bench(runner, root, ["runs", "drkl-cache"])
-    names = damaged.files(root, "runs/a/.evaluation") + damaged.files(root, "drkl-cache/evaluation")
+    names = bench.files("runs/a/.evaluation") + bench.files("drkl-cache/evaluation")
     assert any("runs" in name for name in names), names
     bench.inject(injected, names, [evaluate("runs/a")])
 
@@ -245,5 +245,5 @@ def test_an_adapter(runner: Runner, tmp_path_factory: pytest.TempPathFactory, in
         )  # fmt: skip
         damaged.make(runner, root, ("distill", yaml))
     bench = Bench(runner, root, ["runs", "drkl-cache"])
-    names = damaged.files(root, "runs/a/student", besides=("tokenizer.json", "README.md"))
+    names = bench.files("runs/a/student", besides=("tokenizer.json", "README.md"))
     bench.inject(injected, names, [evaluate("runs/a"), generate("runs/a")], instead="/a/", other="/b/", every=0)

@@ -23,5 +23,7 @@ def test_a_run_that_has_ended_has_the_student_that_it_wrote(tmp_path: Path) -> N
     run.write_env(describe_run_files(run) | {"finished": "2026-01-01"})
     assert is_over(run)
     weights.write_bytes(b"others!")
-    with pytest.raises(DrklError, match=r"is not the one that its run wrote: model\.safetensors has another content"):
+    with pytest.raises(
+        DrklError, match=r"that its run wrote, by its env\.json: model\.safetensors has another content"
+    ):
         is_over(run)
