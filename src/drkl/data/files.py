@@ -369,6 +369,7 @@ def _columns(table: dict[str, Any]) -> list[list[Any]]:
 
 # str.splitlines breaks lines at form feeds, U+0085, U+2028 and others too.
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+_BREAK = re.compile(r"[\r\n]")
 _LONGEST_FIELD = 2**31 - 1
 
 
@@ -396,13 +397,16 @@ def _csv(blocks: Iterator[str], name: str, *, tabs: bool) -> Rows:
 
 def _lines(blocks: Iterator[str]) -> Iterator[str]:
     """The lines of a text, each with its line break."""
-    rest = ""
+    held: list[str] = []  # the blocks of a line that has no end yet; joined once, however long it is
     for block in blocks:
-        lines = _LINE.findall(rest + block)
+        held.append(block)
+        if len(held) > 1 and not _BREAK.search(held[-2][-1:] + block):
+            continue
+        lines = _LINE.findall("".join(held))
         # A line without an end goes on in the next block, and "\r" may be half of a line break.
-        rest = "" if lines[-1].endswith("\n") else lines.pop()
+        held = [] if lines[-1].endswith("\n") else [lines.pop()]
         yield from lines
-    yield from _LINE.findall(rest)
+    yield from _LINE.findall("".join(held))
 
 
 def _records(lines: Iterable[str], name: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
