@@ -75,6 +75,9 @@ def add_adapter(model: PreTrainedModel, config: Any, seed: int, *, check: bool =
             if isinstance(config, (PeftConfig, dict)):
                 fields = config if isinstance(config, dict) else config.lora
                 config = LoraConfig(**{"task_type": task} | fields)
+            for name in ("rank_pattern", "alpha_pattern"):
+                if not getattr(config, name, None):  # then peft warns of a pattern of its own
+                    warnings.filterwarnings("ignore", f"(?s).*{name} keys did not match")
             _check_kind(config)
             _check_saved(model, getattr(config, "modules_to_save", None) or [])
             adapter = get_peft_model(model, config)
