@@ -53,6 +53,7 @@ def check_same(run: RunFolder, whole: RunFolder) -> None:
     assert checkpoints(run) == checkpoints(whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_ended_after_a_step_and_in_an_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -77,6 +78,7 @@ def test_a_run_that_is_ended_after_a_step_and_in_an_evaluation(
     check_same(tiny_runs.train(values, "resume"), whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_ended_before_its_evaluation(tmp_path: Path) -> None:
     """The evaluation is left to the resumed run, that of the last step too."""
     values, whole = reference(tmp_path, training={"max_steps": 3, "eval_every": 1, "save_every": 1})
