@@ -51,17 +51,10 @@ class Small:
         return {name: weight.detach().clone() for name, weight in self.student.named_parameters()}
 
 
-_SLOW = pytest.mark.slow
+WAYS = [{}, {"gradient_accumulation_steps": 2}, {"padding_free": True}]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        pytest.param({"gradient_accumulation_steps": 2}, marks=_SLOW),
-        pytest.param({"padding_free": True}, marks=_SLOW),
-    ],
-)
+@pytest.mark.parametrize("settings", [way if not way else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_a_step_that_runs_out_of_memory_is_the_same_in_halves(
     tmp_path: Path, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
