@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -100,7 +101,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Close the network for the whole run, collection included."""
+    """Close the network for the whole run, collection included, and let Ctrl-C be heard, here and in what is started.
+
+    A shell lets what it starts in the background ignore Ctrl-C, and whoever inherits that ignores it too.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     patch = pytest.MonkeyPatch()
     patch.setattr(socket.socket, "connect", _refuse_remote(socket.socket.connect))
     patch.setattr(socket.socket, "connect_ex", _refuse_remote(socket.socket.connect_ex))
