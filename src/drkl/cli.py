@@ -146,12 +146,11 @@ def _fail(error: Exception, place: Place) -> None:
     text, status = "".join(traceback.format_exception(error)), 1
     if lost or isinstance(error, DrklError):
         from drkl.rollouts.config import in_words_of_config
-        from drkl.runs import RunFolder
 
         text, status = f"{LOST} {KEPT.text} {KEPT.way_on}" if lost else in_words_of_config(str(error)), 2
         if isinstance(error, CannotWrite):
-            if KEPT.resume and not RunFolder(Path(KEPT.resume[-1])).config_path.is_file():
-                KEPT.text, KEPT.resume = "Nothing of the run is there any more.", ()
+            if KEPT.resume and not KEPT.there():
+                keep("Nothing of the run is there any more.")
             text = f"{text} {KEPT.text} {KEPT.way_on}"
         elif isinstance(error, Halted):
             text = f"{text} {KEPT.way_on}"

@@ -26,7 +26,7 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
         OSError: a file cannot be read.
     """
     paths = sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names)
-    return {path.relative_to(folder).as_posix(): _describe(path) for path in paths if path.is_file()}
+    return {path.relative_to(folder).as_posix(): describe_file(path) for path in paths if path.is_file()}
 
 
 def checksum(data: bytes) -> str:
@@ -36,7 +36,12 @@ def checksum(data: bytes) -> str:
     return xxhash.xxh3_128(data).hexdigest()
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return what `describe_files` says of one file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     import xxhash
 
     digest, size = xxhash.xxh3_128(), 0
@@ -72,7 +77,7 @@ def _difference(path: Path, name: str, said: Mapping[str, Any]) -> str | None:
             return f"{name} is missing"
         if (size := path.stat().st_size) != said["bytes"]:
             return f"{name} has {size:,} bytes in place of {said['bytes']:,}"
-        return None if _describe(path) == said else f"{name} has another content than was written"
+        return None if describe_file(path) == said else f"{name} has another content than was written"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from drkl.errors import DrklError
-from drkl.folders import check_files, checksum, describe_files
+from drkl.folders import check_files, checksum, describe_file, describe_files
 from drkl.runs import RunFolder
 
 STUDENT, FILES = "student", "files"
@@ -31,7 +31,7 @@ def describe_run_files(run: RunFolder) -> dict[str, Any]:
     paths = (run.config_path, run.train_log_path, run.rollouts_path, run.eval_rows_path)
     try:
         student = {name: said for name, said in describe_files(run.student_path).items() if name not in _FREE}
-        beside = {path.name: described(path.read_bytes()) for path in paths if path.is_file()}
+        beside = {path.name: describe_file(path) for path in paths if path.is_file()}
     except OSError as error:
         raise DrklError(
             f"Cannot read {error.filename!r}, which was just written: {error.strerror or error}."

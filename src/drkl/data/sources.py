@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from drkl.data.files import (
     suffix_of,
 )
 from drkl.errors import DrklError
+from drkl.folders import describe_file
 
 BLOCK_BYTES = 4 << 20
 """The size of a block of a file of lines."""
@@ -209,16 +209,10 @@ def _has_objects(path: Path) -> bool:
 
 def file_identity(path: Path) -> Any | None:
     """The name of a file and a hash of its bytes, as json; None where it cannot be read."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
     try:
-        with path.open("rb") as file:
-            while data := file.read(io.DEFAULT_BUFFER_SIZE << 7):
-                digest.update(data)
+        return [path.name, describe_file(path)["xxh3"]]
     except OSError:
         return None
-    return [path.name, digest.hexdigest()]
 
 
 def dataset_identity(dataset: Any) -> Any | None:

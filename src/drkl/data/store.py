@@ -30,6 +30,7 @@ from drkl.data.tokenize import DropReport
 from drkl.data.workers import WorkerEnded
 from drkl.disk import CannotWrite, cannot_write, is_failed_write, writing
 from drkl.errors import DrklError
+from drkl.folders import describe_file
 from drkl.runs import cache_dir, locked, read_json, read_sealed, write_json
 from drkl.sealed import sealed
 
@@ -252,13 +253,8 @@ class Parts:
 
 def facts_of(path: Path) -> list[Any]:
     """The size of a file, and a hash of its bytes."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return [path.stat().st_size, digest.hexdigest()]
+    said = describe_file(path)
+    return [said["bytes"], said["xxh3"]]
 
 
 def manifest_of(
