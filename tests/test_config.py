@@ -377,3 +377,10 @@ def test_what_is_watched_is_so_in_every_stage_and_takes_a_teacher() -> None:
     student = {"init": "pretrained", "model": "m"}
     message = refusal("analysis.watch_every=20", teacher=None, objective={"name": "ce"}, student=student, stages=[])
     assert "analysis.watch_every looks at what pushes the student towards its teacher, but teacher is null" in message
+
+
+def test_a_folder_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {"run": {"dir": "~/runs", "name": "x"}, "data": {"path": "bundled:dolly"}}
+    config, _ = load_config(values | {"teacher": {"model": "t"}})
+    assert config.specs()[-1].folder.root == tmp_path / "runs" / "x"

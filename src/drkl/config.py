@@ -24,7 +24,7 @@ from drkl.objectives.config import ObjectiveConfig
 from drkl.parsing import parse_yaml
 from drkl.recipes import find_recipe
 from drkl.rollouts.config import RolloutsConfig, in_words_of_config
-from drkl.runs import RunFolder, read_yaml
+from drkl.runs import RunFolder, read_yaml, unexpanded
 from drkl.teachers.config import TeacherConfig
 from drkl.training.config import (
     NAME_PATTERN,
@@ -171,7 +171,7 @@ class Config(BaseModel):
 
     def specs(self) -> list[RunSpec]:
         """The runs, first to last; the last one's folder is ``run.dir/run.name``."""
-        root = Path(self.run.dir) / self.run.name
+        root = unexpanded(Path(self.run.dir) / self.run.name)
         resolved = resolve(self)
         specs, student = [], self.student
         for number, stage in enumerate(self.stages, start=1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 from typing import Any
@@ -18,11 +19,24 @@ _SPECIAL = re.compile(r"([\\`*{}\[\]<>#|~$&]|(?<!\w)_|_(?!\w))")
 def shell_word(value: Any) -> str:
     """A path, or another value, as a word of a command line that can be pasted.
 
+    What a terminal does not show as it is stands in the escapes of bash and zsh.
+
     >>> shell_word("runs/a b"), shell_word("-x/y")
     ("'runs/a b'", './-x/y')
+    >>> print(shell_word("a\\nb"))
+    $'a\\nb'
     """
     text = str(value)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    text = f"./{text}" if text.startswith("-") else text
+    return shlex.quote(text) if text.isprintable() else f"$'{''.join(map(_in_escapes, text))}'"
+
+
+def _in_escapes(character: str) -> str:
+    """A character inside ``$'...'``."""
+    if character.isprintable():
+        return f"\\{character}" if character in "'\\" else character
+    named = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return named.get(character) or "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
 
 
 def as_number(value: Any) -> float | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from drkl.display import shell_word
 from drkl.errors import DrklError
 from drkl.folders import check_files, checksum, describe_file, describe_files
 from drkl.runs import RunFolder
@@ -16,7 +17,7 @@ from drkl.runs import RunFolder
 STUDENT, FILES = "student", "files"
 """Keys of ``env.json``: the files of ``student/``, and those beside it that are read again."""
 MARK = "student_files"
-"""In ``settings`` of ``analysis.json``: the `student_mark` of the student that was analysed."""
+"""In ``settings`` of ``eval.json`` and ``analysis.json``: the `student_mark` of the student that was looked at."""
 _FREE = ("README.md",)
 """Files of a student that anybody may edit."""
 _log = logging.getLogger("drkl")
@@ -43,6 +44,24 @@ def student_mark(env: Mapping[str, Any]) -> str | None:
     """Return what tells the student of a run from another one, by its ``env.json``; None in a run of before."""
     files = env.get(STUDENT)
     return checksum(json.dumps(files, sort_keys=True).encode()) if files else None
+
+
+def note_other_student(run: RunFolder, mark: Any) -> None:
+    """Warn where the evaluation in a run's folder is not that of its student.
+
+    Args:
+        run: a run.
+        mark: the `student_mark` of the student that was evaluated; None where it is not known.
+    """
+    try:
+        now = student_mark(run.read_env())
+    except DrklError:  # whoever reads env.json for what it says tells of that
+        return
+    if mark is not None and now is not None and mark != now:
+        _warn(
+            f"{run.eval_path} is of another student than the one that is in {run.student_path} now. `drkl evaluate "
+            f"{shell_word(run.root)}` measures that one."
+        )
 
 
 def described(data: bytes) -> dict[str, Any]:

@@ -97,6 +97,8 @@ def evaluate_run(
         if output_dir is not None:
             check_output(Path(output_dir))
         inputs = run_inputs(specs, suites, protocol, teacher_model=teacher_model)
+        if mark := student_mark(folder.read_env()):
+            inputs.facts[MARK] = mark
         target = folder.root if output_dir is None else output_dir
         return evaluate_inputs(
             inputs, wanted, output_dir=target, fresh=fresh, facts=facts, on_progress=on_progress,

@@ -40,9 +40,10 @@ class RunFolder:
         """Return the run at ``path``.
 
         Raises:
-            DrklError: the folder is not there, or holds no ``config.yaml``.
+            DrklError: the folder is not there, holds no ``config.yaml``, or has a path that is no text.
         """
-        root = Path(path)
+        root = unexpanded(Path(path))
+        check_is_text(root)
         if not root.is_dir():
             raise DrklError(f"There is no run folder {str(root)!r}. `drkl distill CONFIG` makes one under its run.dir.")
         run = cls(root)
@@ -185,6 +186,22 @@ _ENV_IS = (
     "It says whether the run has ended, and what its files were. Bring it back from a copy; without one move it away, "
     "and the student in student/ is no longer checked."
 )
+
+
+def unexpanded(path: Path) -> Path:
+    """Return a path that no library takes for one in somebody's home: one that begins with a tilde is made absolute."""
+    return path.absolute() if str(path).startswith("~") else path
+
+
+def check_is_text(path: Path) -> None:
+    """Raise DrklError where the path of a run is no UTF-8 text: safetensors, which has its weights, opens no other."""
+    try:
+        os.fspath(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise DrklError(
+            f"The path {str(path.absolute())!r} is no UTF-8 text, and safetensors, which keeps the weights of a run, "
+            "opens no such file. Rename the folder."
+        ) from error
 
 
 def check_no_link(path: Path) -> None:

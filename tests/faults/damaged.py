@@ -260,7 +260,8 @@ def distill(*words: str, run: str) -> Command:
     def made(root: Path, done: Ended) -> Any:
         folder = root / run
         weights = [*sorted((folder / "student").glob("*.safetensors"))]
-        best = (json_of(folder / "env.json") or {}).get("best_step")
+        env = json_of(folder / "env.json")
+        best = env.get("best_step") if isinstance(env, dict) else env
         return digest(*weights), lines_of(folder / "train.jsonl"), lines_of(folder / "rollouts.jsonl"), best
 
     return Command(("distill", *words), made)

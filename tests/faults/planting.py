@@ -46,7 +46,10 @@ class _Plant(TrainerCallback):
             weight.register_hook(lambda grad: grad * self.value if now() else grad)
         if self.what == "teacher's states":
             layer = self.trainer.teacher.model.model.layers[0].mlp  # type: ignore[attr-defined]
-            layer.register_forward_hook(lambda module, given, output: output * self.value if now() else output)
+            student = self.trainer.student  # type: ignore[attr-defined]
+            layer.register_forward_hook(
+                lambda module, given, output: output * self.value if student.training and now() else output
+            )
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any

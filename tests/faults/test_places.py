@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shlex
 import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def next_command(done: Ended) -> Sequence[str]:
     """The words of the command that a message ends with, as a shell reads them."""
     found = re.search(r"Next: (drkl .*)\Z", done.out.strip(), re.DOTALL)
     assert found, done.out[-300:]
-    return shlex.split(found[1])[1:]
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {found[1]}"], capture_output=True, check=True).stdout
+    return [os.fsdecode(word) for word in words.split(b"\0")[1:-1]]
 
 
 def write_in(place: Path) -> Path:
@@ -113,7 +115,11 @@ def test_a_run_goes_on_by_any_of_its_names(runner: Runner, tmp_path: Path, injec
                 (root / "link").symlink_to("real")
             (root / name / "student").mkdir(exist_ok=True)
             cwd = root / inside if inside else root
-            tiny_run.check_done(runner.call("distill", "--resume", word, cwd=cwd))
+            done = runner.call("distill", "--resume", word, cwd=cwd)
+            if name == NAMES["bytes"]:
+                assert done.code == 2 and "no UTF-8 text" in done.err and "Traceback" not in done.err, done.err
+                continue
+            tiny_run.check_done(done)
             values = yaml.safe_load((root / name / "config.yaml").read_text(encoding="utf-8"))
             assert values["run"]["name"] not in ("", ".", "..")
             tiny_run.check_done(runner.call("evaluate", word, cwd=cwd))
@@ -129,8 +135,9 @@ def cut_off(run: Path) -> None:
     """Make a finished run one that was cut off before its last save."""
     import json
 
-    env = json.loads((run / "env.json").read_text())
-    (run / "env.json").write_text(json.dumps(env | {"finished": None}))
+    env = json.loads((run / "env.json").read_text()) | {"finished": None}
+    del env["checksum"]
+    (run / "env.json").write_text(json.dumps(env))
     shutil.rmtree(run / "student")
 
 

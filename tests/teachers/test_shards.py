@@ -163,8 +163,9 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes(data)
 
 
-SAYS = {"gone": "misses its file '{}'", "cut": r"{}' is not the file that was written: it has [\d,]+ of [\d,]+ bytes",
-        "flipped": "{}' is not the file that was written: it has a wrong checksum"}  # fmt: skip
+SAYS = {"gone": "misses its file '{}'",
+        "cut": r"{}' is not the file that manifest.json lists: it has [\d,]+ of [\d,]+ bytes",
+        "flipped": "{}' is not the file that manifest.json lists: it has a wrong checksum"}  # fmt: skip
 
 
 @pytest.mark.parametrize("how", SAYS)

@@ -420,7 +420,7 @@ def test_a_description_that_was_edited_is_named_before_it_is_read(tmp_path: Path
     path.write_bytes(path.read_bytes() + b" ")
     values["teacher"]["cache"] = str(tmp_path / "cache")
     for use in (estimate, distill):
-        with pytest.raises(DrklError, match=f"{name}' is not the file that was written"):
+        with pytest.raises(DrklError, match=f"{name}' is not the file that manifest.json lists"):
             use(tiny_runs.specs(values))
     del values["teacher"]["cache"]
     assert cache_states(tiny_runs.specs(values), tmp_path / "cache") is not None  # written again

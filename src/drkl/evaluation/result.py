@@ -17,7 +17,7 @@ from drkl.evaluation.bootstrap import Estimate as Estimate
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import metrics_of
 from drkl.evaluation.findings import Answer, Finding, of_evaluation
-from drkl.kept import described, note_changes
+from drkl.kept import MARK, described, note_changes, note_other_student
 from drkl.runs import RunFolder, json_text, jsonl_text, read_jsonl, read_sealed, write_together
 from drkl.sealed import sealed
 
@@ -290,7 +290,10 @@ class Evaluation:
             note_changes(folder, strict=False)
             run = folder.read_config().get("run")
         named = run.get("name") if isinstance(run, dict) else None
-        return _read(file, str(named or folder.name), folder.root)
+        result = _read(file, str(named or folder.name), folder.root)
+        if run is not None:
+            note_other_student(folder, result.settings.get(MARK))
+        return result
 
 
 def _numbers_json(numbers: Numbers) -> dict[str, Any]:

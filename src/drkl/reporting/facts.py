@@ -101,7 +101,7 @@ def _other_objective(run: Run) -> str:
     assert run.folder is not None
     other = "rkl" if run.objective != "rkl" else "drkl"
     root = run.folder.root
-    beside = root.with_name(f"{root.name}-{other}")
+    beside = root.parent / f"{run.folder.name}-{other}"
     config, name, own, new = (shell_word(x) for x in (run.folder.config_path, beside.name, root, beside))
     return (
         f"One run cannot say what the objective contributes. To see it, train the same with {other} in the last stage "

@@ -33,7 +33,10 @@ def served_folder(config: RolloutsConfig, run: Path) -> Path:
 
     By default it stands beside the run's own folder, which must not exist before the run.
     """
-    return run.with_name(f"{run.name}-rollout-server") if config.server_folder is None else Path(config.server_folder)
+    if config.server_folder is not None:
+        return Path(config.server_folder)
+    whole = run.resolve()  # of one that is named by a dot
+    return whole.with_name(f"{whole.name}-rollout-server")
 
 
 def check_servable(student: PreTrainedModel) -> None:

@@ -387,7 +387,8 @@ class ShardReader:
             bytes_ = f"{found['bytes']:,} of {expected['bytes']:,} bytes"
             what = "has a wrong checksum" if found["bytes"] == expected["bytes"] else f"has {bytes_}"
             raise DrklError(
-                f"{str(path)!r} is not the file that was written: it {what}. Bring it back, or make the cache again."
+                f"{str(path)!r} is not the file that {MANIFEST} lists: it {what}. Bring back the one that is wrong, or "
+                "make the cache again."
             )
         self._checked.add(name)
         return path

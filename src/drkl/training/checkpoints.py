@@ -70,6 +70,8 @@ class Reached:
     """Whether the evaluation after the step is still to be done."""
     save_due: bool = False
     """Whether the step is one that is saved after its evaluation."""
+    texts: str | None = None
+    """The `texts_digest` of the answers that were kept until then."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What `describe_files` says of the checkpoint's other files."""
 

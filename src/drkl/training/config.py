@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -80,6 +81,11 @@ class RunConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Device to train on. auto = CUDA if there is one, else MPS, else the CPU."
     )
+
+    @field_validator("dir")
+    @classmethod
+    def _find_home(cls, folder: str) -> str:
+        return os.path.expanduser(folder)
 
 
 class TrainingConfig(BaseModel):

@@ -210,15 +210,33 @@ class FiniteSteps:
             )
             raise self._stop(seen, when="") from error
 
+    def at_heldout_rows(self, fault: Fault, rows: Sequence[str]) -> Halted:
+        """Return the error of a held-out loss that is not finite.
+
+        Args:
+            fault: the first tensor that is not finite.
+            rows: the ids of the held-out rows of that loss.
+        """
+        what = f"After step {self._trainer.state.global_step} the held-out loss is not finite"
+        return self._stop(_Seen(what, fault, rows), when="", is_left_out=False)
+
     def _refuse(self, fault: Fault) -> None:
         step = self._trainer.state.global_step + 1
         raise_in_all(self._stop(_Seen(f"Step {step} cannot be taken", fault, self._trainer._row_ids)))
 
-    def _stop(self, seen: _Seen, *, by_scaler: bool = False, when: str = " before the step was taken") -> Halted:
+    def _stop(
+        self,
+        seen: _Seen,
+        *,
+        by_scaler: bool = False,
+        when: str = " before the step was taken",
+        is_left_out: bool = True,
+    ) -> Halted:
+        """The error of a run that does not go on; ``is_left_out``: whether training.nan=skip is of any use."""
         fault, remedy = seen.fault, seen.fault.remedy
         if by_scaler:
             remedy = "training.precision=bf16, or fp32, has the range that fp16 lacks."
-        elif not (self._skips or fault.is_permanent) and remedy == LEARNING_RATE:
+        elif is_left_out and not (self._skips or fault.is_permanent) and remedy == LEARNING_RATE:
             remedy += " training.nan=skip leaves single steps out."
         elif fault.is_permanent and "student weight" in fault.tensor and (broken := self._broken_state()):
             fault, remedy = Fault(f"the optimiser's state {broken}, and so {fault.tensor}"), ""

@@ -22,24 +22,24 @@ from drkl.objectives import Objective
 from drkl.processes import shared_work
 from drkl.signals import cut_short
 from drkl.teachers.teacher import Teacher
-from drkl.training.faults import Way, find_fault, list_rows
+from drkl.training.faults import Fault, Way, find_fault
 from drkl.training.forward import StatisticsSums, loss_of
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A held-out loss is not a finite number; the message says which rows and which tensor.
+    """A held-out loss is not a finite number.
 
     Args:
-        message: a part of a sentence.
-        remedy: what helps.
+        fault: the first tensor that is not finite.
+        rows: the ids of the rows of the loss.
     """
 
-    def __init__(self, message: str, remedy: str = "") -> None:
-        super().__init__(message, remedy)
-        self.remedy = remedy
+    def __init__(self, fault: Fault, rows: Sequence[str]) -> None:
+        super().__init__(fault, rows)
+        self.fault, self.rows = fault, tuple(rows)
 
     def __str__(self) -> str:
-        return str(self.args[0])
+        return f"the held-out loss is not finite: {self.fault.tensor}"
 
 
 class HeldOut:
@@ -137,11 +137,7 @@ class HeldOut:
             teacher, device = self._teacher, hidden.device
             again = (lambda: batch.states(model)), (lambda: teacher and self._read(teacher, index, device))
             fault = find_fault(Way(model, hidden, teacher, teacher_hidden, objective, heads, again))
-            raise NonFiniteLoss(
-                f"the held-out loss is not finite, rows {list_rows(batch.row_ids)}. First non-finite tensor: "
-                f"{fault.tensor}.",
-                fault.remedy,
-            )
+            raise NonFiniteLoss(fault, batch.row_ids)
         return sums
 
     def _teacher_states(self, index: int, device: torch.device) -> Tensor | TopK | None:

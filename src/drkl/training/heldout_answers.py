@@ -21,7 +21,7 @@ from drkl.rollouts.health import numbers_of
 from drkl.runs import RunFolder, append_jsonl, lines_up_to, write_jsonl
 from drkl.sealed import sealed
 from drkl.training.heldout import HeldOut
-from drkl.training.logs import begun
+from drkl.training.logs import begun, texts_digest
 
 _log = logging.getLogger("drkl")
 OF_DATA = ("distinct2", "repeated4")
@@ -91,12 +91,13 @@ class HeldOutAnswers:
         values["loss"] *= loss.kd_weight
         return {PREFIX + name: value for name, value in (numbers | values).items()} | self._of_data
 
-    def begin(self, from_step: int, history: Sequence[Mapping[str, Any]] = ()) -> None:
+    def begin(self, from_step: int, history: Sequence[Mapping[str, Any]] = (), digest: str | None = None) -> None:
         """Start after a step; texts of later ones will come again. Called in one process.
 
         Args:
             from_step: the step of the checkpoint, below 0 for none.
             history: what was logged until then.
+            digest: the `texts_digest` of the texts that were kept until then; None where it is not known.
         """
         path = self._run.rollouts_path
         kept, said = begun(path, from_step)
@@ -105,6 +106,8 @@ class HeldOutAnswers:
         lacking = sorted(step for step in measured if texts[step] < max(texts.values(), default=1))
         if lacking and self._keep and said is None:
             said = f"{path} lacks texts of the steps {', '.join(map(str, lacking))}: lines of it were lost."
+        if said is None and digest not in (None, texts_digest(path, from_step)):
+            said = f"{path} has other texts than those that this run wrote until step {from_step}."
         if said:
             _log.warning("Warning: %s", said)
         if os.path.lexists(path):

@@ -54,6 +54,12 @@ def begun(path: Path, step: int, history: Sequence[Mapping[str, Any]] | None = N
     return mended + [row for row in kept if row["step"] == step and _key(row) not in known], None
 
 
+def texts_digest(path: Path, step: int) -> str | None:
+    """A digest of the lines of ``rollouts.jsonl`` up to a step; None without any."""
+    kept, _ = begun(path, step)
+    return checksum(json.dumps(kept, sort_keys=True).encode()) if kept else None
+
+
 def of_run(run: RunFolder) -> tuple[Lines, str | None]:
     """Return the lines of ``train.jsonl`` that can be read, and what is to be said of the others.
 

@@ -57,15 +57,16 @@ class Measures:
             values |= self.answers.evaluate(model, objective, loss, step=step, keep=keep)
         return values if self._responses is not None else {"loss": values[f"{PREFIX}loss"]} | values
 
-    def begin(self, from_step: int, history: Sequence[Mapping[str, Any]] = ()) -> None:
+    def begin(self, from_step: int, history: Sequence[Mapping[str, Any]] = (), texts: str | None = None) -> None:
         """Start after a step; what was kept of later ones will come again. Called in one process.
 
         Args:
             from_step: the step of the checkpoint, below 0 for none.
             history: what was logged until then.
+            texts: the `texts_digest` of the answers that were kept until then.
         """
         if self.answers is not None:
-            self.answers.begin(from_step, history)
+            self.answers.begin(from_step, history, texts)
 
 
 def make_measures(rows: Rows, pair: Pair, args: DistillationConfig, run: RunFolder) -> Measures:

@@ -170,7 +170,8 @@ def _try_optimizer(args: DistillationConfig) -> Any:
         raise DrklError(f"The optimiser {optim_of(args)!r} refuses its settings: {_one_line(error)}") from error
     if not torch.isfinite(weight).all():
         raise DrklError(
-            f"The optimiser {optim_of(args)!r} makes a weight {float(weight)} in one step of a gradient of 1."
+            f"The optimiser {optim_of(args)!r} makes a weight {float(weight.detach())} in one step of a gradient of 1, "
+            f"at a learning rate of {args.learning_rate:g}."
         )
     for names, option in ((("adam_beta1", "adam_beta2"), "betas"), (("adam_epsilon",), "eps")):
         given = [name for name in names if getattr(args, name) != default_of(name)]

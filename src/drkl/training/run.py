@@ -31,7 +31,7 @@ from drkl.models.pair import SharedTokens, check_families, check_tokenizers
 from drkl.models.precision import DTYPES, pick_device
 from drkl.models.student import make_student
 from drkl.processes import first_alone, joined, launched
-from drkl.runs import RunFolder, write_yaml
+from drkl.runs import RunFolder, check_is_text, write_yaml
 from drkl.signals import KEPT
 from drkl.teachers.cached import TeacherCache, check_same_text
 from drkl.teachers.config import TeacherConfig
@@ -415,6 +415,7 @@ def distill(
     Raises:
         DrklError: wrong input; whatever can be checked is checked before anything is written.
     """
+    check_is_text(specs[-1].folder.root)
     if launched().count > 1:
         check_device(specs[-1].run.device)
         training_config(specs[-1], pick_device(specs[-1].run.device))  # makes the process group

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from drkl.data.batching import Steps
 from drkl.data.collate import collate, teacher_inputs
 from drkl.data.stored import column
 from drkl.disk import cannot_write, writing
-from drkl.errors import DrklError, Halted
+from drkl.errors import DrklError
 from drkl.locks import ANALYSIS, EVALUATION, TRAINING, first_holding
 from drkl.losses import IGNORE_INDEX, LMHead, release_buffers
 from drkl.losses.topk import TopK
@@ -72,6 +73,7 @@ from drkl.training.heap import freed_memory_kept
 from drkl.training.heldout import NonFiniteLoss
 from drkl.training.heldout_answers import HeldOutAnswers
 from drkl.training.inputs import begins_anew, check_inputs, describe_inputs
+from drkl.training.logs import texts_digest
 from drkl.training.loop import check_optimizer, loop_arguments
 from drkl.training.measures import Measures, make_measures
 from drkl.training.on_policy import OnPolicy, check_rollouts, check_whole
@@ -367,7 +369,7 @@ class DistillationTrainer(Trainer):
         history = None if checkpoint is None else logged_until(checkpoint)
         self._watch.begin(self._train_log.begin(from_step, history, measured=not due))
         if self._measures is not None and self.is_world_process_zero():
-            self._measures.begin(from_step - due, history or ())
+            self._measures.begin(from_step - due, history or (), self._from.texts)
         # It would be a second evaluation of the step that a run goes on from.
         self.args.eval_on_start = self.config.eval_on_start and checkpoint is None
         student = self.pair.student
@@ -658,9 +660,7 @@ class DistillationTrainer(Trainer):
             with self._finite.answers():
                 return measures.evaluate(model, self.objective, self.loss_config, step=step, keep=keep)
         except NonFiniteLoss as error:
-            raise Halted(
-                f"After step {step} {error} Training stopped; {self._finite.kept()}. {error.remedy}"
-            ) from error
+            raise self._finite.at_heldout_rows(error.fault, error.rows) from error
         finally:
             model.train(training)
 
@@ -858,6 +858,7 @@ class DistillationTrainer(Trainer):
         plan = plan_digest(self._steps[:step])
         tokens, logged, finite = self.num_tokens_seen, self._globalstep_last_logged, self._finite
         reached = Reached(step, tokens, logged, losses, plan, fed, self.record.inputs, finite.skipped, finite.in_row)
+        reached = replace(reached, texts=texts_digest(self.run.rollouts_path, step))
         mark_complete(written, self._stopping.marked(reached))
         self._train_log.sync()
         place(written)
