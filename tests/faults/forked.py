@@ -181,6 +181,8 @@ def _serve(connection: socket.socket) -> None:
                 connection.detach()
                 os.closerange(3, 256)
                 _run(**request)
+            else:
+                ended.pop(answer, None)  # of an earlier child that had the same number
             connection.sendall(json.dumps(answer).encode() + b"\n")
 
 
