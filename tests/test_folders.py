@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from drkl.folders import check_files, checksum, describe_files, free_name, sync, sync_tree
+from drkl.folders import check_files, checksum, describe_files, free_name, remove_empty, sync, sync_tree
 
 
 def made(folder: Path) -> Path:
@@ -101,3 +101,10 @@ def test_a_name_that_is_free(tmp_path: Path) -> None:
     assert free_name(path).name == "a-2"
     (tmp_path / "a-2").touch()
     assert free_name(path).name == "a-3"
+
+
+def test_empty_folders_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "r" / "stages").mkdir(parents=True)
+    (tmp_path / "kept").touch()
+    remove_empty(tmp_path / "runs" / "r" / "stages" / "01-warmup" / "checkpoints")  # of which some were not made
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

@@ -115,3 +115,14 @@ def free_name(path: Path) -> Path:
     """The path itself, or with the first number behind it under which nothing is there."""
     numbers = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(name for name in itertools.chain([path], numbers) if not os.path.lexists(name))
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a folder and those around it, from the innermost that is there, as long as they are empty."""
+    for folder in (path, *path.parents):
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:  # there is something in it, or it cannot be removed
+            return

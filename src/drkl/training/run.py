@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from drkl.data.store import Watch
 from drkl.data.streams import RowStream, stream_of
 from drkl.data.tokenize import DropReport
 from drkl.errors import DrklError
+from drkl.folders import remove_empty
 from drkl.locks import ANALYSIS, EVALUATION, TRAINING, first_holding
 from drkl.models.forward import decoder_start
 from drkl.models.load import load_tokenizer, model_note
@@ -426,8 +426,7 @@ def distill(
         finally:
             if not specs[-1].folder.config_path.is_file():  # it did not begin, and transformers makes its folder early
                 for spec in specs:
-                    with suppress(OSError):  # one that has something in it stays
-                        os.removedirs(spec.folder.checkpoints_path)
+                    remove_empty(spec.folder.checkpoints_path)
 
 
 def _distill(
