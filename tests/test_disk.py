@@ -52,7 +52,7 @@ def test_the_cause_is_read_where_it_is_only_text(error: Exception) -> None:
 )
 def test_the_disk_is_tried_where_the_cause_is_lost(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "gone" / "optimizer.pt"
-    assert "Mend that" in str(cannot_write(path, RuntimeError(text)))
+    assert f"a write failed, and why is lost ({text}). Check its disk" in str(cannot_write(path, RuntimeError(text)))
 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "full")

@@ -74,16 +74,23 @@ def cannot_write(path: str | Path, error: BaseException, *, what: str = "", then
     """
     path = Path(path)
     number = _number_of(error)
-    if number is None and _UNNAMED.search(str(error)):
+    is_lost = number is None and bool(_UNNAMED.search(str(error)))
+    if is_lost:
         number = _try(path)
     if _NO_TEMPORARY in str(error):
         cause, cure = "no folder for temporary files can be written", "Make room there, or set TMPDIR to another folder"
+    elif number is None and is_lost:  # it failed once, and takes what is written to it now
+        cause, cure = f"a write failed, and why is lost ({_one_line(error)})", CURES[errno.EIO]
     elif number is None:
-        cause, cure = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__, "Mend that"
+        cause, cure = _one_line(error) or type(error).__name__, "Mend that"
     else:
         cause, cure = _cause(path, number), CURES.get(number, "Mend that")
     where = f"{what} to {str(path)!r}" if what else repr(str(path))
     return CannotWrite(f"Cannot write {where}: {cause}. {cure}{f', then {then}' if then else ''}.", path, number)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".")
 
 
 def is_failed_write(error: BaseException) -> bool:

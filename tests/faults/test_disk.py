@@ -85,8 +85,14 @@ def check_said(ended: Ended, number: int) -> None:
     assert ended.code == 2, f"status {ended.code}: {ended.err[-800:]}"
     assert "Traceback" not in ended.err, ended.err[-800:]
     assert ended.err.count("Error:") == 1, ended.err
-    assert os.strerror(number) in said, said
+    lost = number == errno.EIO and "a write failed, and why is lost" in said  # by torch, of a disk that failed once
+    assert os.strerror(number) in said or lost, said
     assert ("ake room" in said) == (number in (errno.ENOSPC, errno.EDQUOT)), said
+
+
+def _first_difference(found: Any, expected: Any) -> str:
+    place = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
+    return f"at {place}, {found[max(place - 40, 0) : place + 40]!r} for {expected[max(place - 40, 0) : place + 40]!r}"
 
 
 def every_write(
@@ -127,7 +133,8 @@ def every_write(
             assert "Traceback" not in ended.err, ended.err[-800:]
             found = work.result()
             assert found.keys() == expected.keys()
-            assert [name for name in expected if found[name] != expected[name]] == []
+            other = [name for name in expected if found[name] != expected[name]]
+            assert not other, f"{other}: {_first_difference(found[other[0]], expected[other[0]])}"
 
 
 def removed(path: Path) -> Callable[[], None]:
@@ -147,7 +154,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "one stage": {},
     "two stages": {"stages": [{"name": "warmup", "objective": {"name": "fkl"}, "training": {"max_steps": 2}}]},
     "on-policy": {"rollouts": {"share": 1.0, "max_new_tokens": 4}},
-    "LoRA, merged": {"peft": LORA, "student": {"init": "teacher"}},
+    "LoRA, merged": {"peft": LORA},
 }
 
 

@@ -48,8 +48,14 @@ def check_folder(run: RunFolder, mode: str) -> None:
 
 def _is_nothing(run: RunFolder, path: Path) -> bool:
     """Whether this is all that a run leaves that ends before its config is written."""
-    if path == run.checkpoints_path:
-        return path.is_dir() and not any(path.iterdir())
+    if path in (run.checkpoints_path, run.root / "stages"):
+        return path.is_dir() and not path.is_symlink() and all(_is_leftover(run, inner) for inner in path.iterdir())
+    return not path.is_dir() and _is_leftover(run, path)
+
+
+def _is_leftover(run: RunFolder, path: Path) -> bool:
+    if path.is_dir() and not path.is_symlink():
+        return all(_is_leftover(run, inner) for inner in path.iterdir())
     return path.name in LOCKS or path.name.startswith(f".{run.config_path.name}.")
 
 
