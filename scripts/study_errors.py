@@ -12,9 +12,9 @@ is how much higher drkl's third metric truly is, in those standard deviations. F
     bootstrap    the 95 % percentiles of the means of resampled seeds; as drkl does NOT decide
     pooled, Holm  t-tests with one variance, pooled over the seven cells (seeds as blocks); as drkl does NOT decide
 
-`false_comparisons` is the share of false better or worse among all comparisons of what is equal, `false_studies` that of
-the studies with a false one at least (the family-wise error), `power` the share of the true differences that were found;
-each with its Monte Carlo error (one standard error).
+`false_comparisons` is the share of false better or worse among all comparisons of what is equal, `false_studies` that
+of the studies with a false one at least (the family-wise error), `power` the share of the true differences that were
+found; each with its Monte Carlo error (one standard error).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def row_of(way: str, seeds: int, spread: str, effect: float) -> dict[str, Any]:
     false = truth.is_false(outcomes)
     of_nulls = false[:, [truth.effects[metric] == 0 for *_, metric in FAMILY]]
     row["false_comparisons"], row["error"] = _rate(of_nulls)
-    row["false_studies"], row["studies_error"] = _rate(false.any(-1))
+    row["false_studies"], row["studies_error"] = _rate(np.asarray(false.any(-1)))
     if effect:
         row["power"], row["power_error"] = _rate(truth.is_found(outcomes))
     return row
@@ -155,7 +155,7 @@ def row_of(way: str, seeds: int, spread: str, effect: float) -> dict[str, Any]:
 
 def _rate(found: np.ndarray) -> tuple[str, str]:
     """A mean and its standard error over studies, whose comparisons are not independent."""
-    by_study = found.mean(-1) if found.ndim > 1 else found
+    by_study = np.asarray(found.mean(-1) if found.ndim > 1 else found)
     return f"{by_study.mean():.4f}", f"{by_study.std() / np.sqrt(len(by_study)):.4f}"
 
 
