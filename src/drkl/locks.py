@@ -17,10 +17,12 @@ from drkl.errors import DrklError
 from drkl.processes import first_alone
 from drkl.signals import KEPT
 
-TRAINING, EVALUATION, ANALYSIS = ".lock", ".evaluation.lock", ".analysis.lock"
-"""Lock files of a folder: of who trains in it, and of who writes its results of one kind."""
-LOCKS = frozenset((TRAINING, EVALUATION, ANALYSIS))
-_DOING = {TRAINING: "trains in it", EVALUATION: "evaluates it", ANALYSIS: "analyses it"}
+TRAINING, EVALUATION, ANALYSIS, CELL = ".lock", ".evaluation.lock", ".analysis.lock", ".cell.lock"
+"""Lock files of a folder: of who trains in it, of who writes results of one kind, of who runs a study's cell."""
+LOCKS = frozenset((TRAINING, EVALUATION, ANALYSIS, CELL))
+_DOING = {
+    TRAINING: "trains in it", EVALUATION: "evaluates it", ANALYSIS: "analyses it", CELL: "runs it as a study's cell",
+}  # fmt: skip
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 """What file systems say that lock no files."""
 _log = logging.getLogger("drkl")
