@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class Plan:
     """The base with the study's settings."""
     cells: tuple[Planned, ...]
     """All of a seed before the next."""
+    found: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What was found out of cells already."""
 
     @property
     def folder(self) -> Path:

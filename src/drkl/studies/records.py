@@ -70,18 +70,24 @@ class Record:
 
         Args:
             config: as a yaml file has it.
-            **facts: what it is made of.
+            **facts: what it is made of; of ``seconds`` those that are known already.
         """
         known = self._closed()
         tries = [*known.get("tries", []), {"began": now(), "ended": None, "status": None, "message": None}]
-        self.write({"tries": [], "seconds": {}, "finished": None} | known | facts | {"tries": tries})
+        spent = known.get("seconds", {}) | facts.pop("seconds", {})
+        self.write(known | facts | {"tries": tries, "seconds": spent, "finished": None})
+        self.rewrite(config)
+
+    def rewrite(self, config: Mapping[str, Any]) -> None:
+        """Write the config that is run next in the folder."""
         write_yaml(self.config_path, dict(config))
 
     def add(self, part: str, seconds: float) -> None:
         """Note how long a part of the work took."""
         known = self.read()
-        spent = {**known["seconds"], part: round(known["seconds"].get(part, 0.0) + seconds, 1)}
-        self.write(known | {"seconds": spent})
+        last = known["tries"][-1]
+        last = last | {"seconds": round(last.get("seconds", 0.0) + seconds, 1)}
+        self.write(known | {"tries": [*known["tries"][:-1], last], "seconds": _plus(known["seconds"], part, seconds)})
 
     def end(self, status: int, message: str | None = None, **facts: Any) -> None:
         """Note that a try has ended, as a whole with status 0, and how."""
@@ -101,9 +107,8 @@ class Record:
         seconds = max(0.0, max(signs, default=0.0) - began.timestamp())
         ended = (began + datetime.timedelta(seconds=seconds)).isoformat(timespec="seconds")
         last = last | {"ended": ended, "message": "It was killed."}
-        spent = known["seconds"]
-        if not spent.get("train"):  # a part that ended is counted already
-            spent = spent | {"train": round(seconds, 1)}
+        # What was counted already is of parts that ended.
+        spent = _plus(known["seconds"], "train", max(0.0, seconds - last.get("seconds", 0.0)))
         return known | {"tries": [*known["tries"][:-1], last], "seconds": spent}
 
     def state(self) -> tuple[State, str | None]:
@@ -123,6 +128,10 @@ class Record:
         if last["status"] is None or last["status"] in ENDED_BY_SIGNAL:
             return "interrupted", None
         return "failed", last["message"]
+
+
+def _plus(spent: Mapping[str, float], part: str, seconds: float) -> dict[str, float]:
+    return {**spent, part: round(spent.get(part, 0.0) + seconds, 1)}
 
 
 def cell_record(folder: str | Path) -> Record:
