@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from drkl.config import plain_numbers
+from drkl.errors import DrklError, did_you_mean
+from drkl.runs import read_yaml
 from drkl.training.config import NAME_PATTERN
 
 SEED = "run.seed"
@@ -83,3 +89,51 @@ class Definition(BaseModel):
         default_factory=list, max_length=MOST_PRIMARY, description="The comparisons that decide, at most six."
     )
     keep_students: bool = Field(True, description="Whether cells keep their students once these are evaluated.")
+
+
+_PARTS: dict[str, type[BaseModel]] = {"shared": Shared, "primary": Primary, "predictions": Prediction}
+"""The models of the fields that have keys of their own."""
+
+
+def read_definition(path: str | Path) -> Definition:
+    """Read a study's yaml file by itself; neither its base nor what it selects is looked at.
+
+    Raises:
+        DrklError: the file is missing or broken, or has an unknown key or a value that cannot be.
+    """
+    values = plain_numbers(read_yaml(path))
+    try:
+        return Definition.model_validate(values)
+    except ValidationError as error:
+        raise DrklError("\n".join(dict.fromkeys(f"{path}: {line}" for line in _explained(error)))) from error
+
+
+def _explained(error: ValidationError) -> list[str]:
+    """What is wrong, a line for each thing."""
+    problems = error.errors(include_url=False)
+    structured = {problem["loc"][:2] for problem in problems if "Prediction" in problem["loc"]}
+    lines = []
+    for problem in problems:
+        loc = problem["loc"]
+        if loc[0] == "predictions" and loc[-1] == "str" and loc[:2] in structured:
+            if not isinstance(problem["input"], dict):
+                lines.append(f"{_dotted(loc[:2])}: expected a sentence, or text, metric, cell, against and expect")
+            continue
+        if loc[-1] == "Prediction":
+            continue  # it is no mapping: said as of the sentence
+        where, message = _dotted(loc), problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            known = [*(_PARTS.get(str(loc[0]), Definition) if len(loc) > 1 else Definition).model_fields]
+            message = f"unknown key.{did_you_mean(str(loc[-1]), known)} Known here: {', '.join(known)}."
+        elif problem["type"] == "missing":
+            message = "is missing"
+        elif problem["type"] == "string_pattern_mismatch":
+            message = f"{problem['input']!r} is no name of a folder: letters, digits, '.', '_' and '-', no sign first"
+        else:
+            message = f"{message[0].lower()}{message[1:]}, got {reprlib.repr(problem['input'])}"
+        lines.append(f"{where}: {message}")
+    return lines
+
+
+def _dotted(loc: Sequence[int | str]) -> str:
+    return ".".join(str(part) for part in loc if part not in ("str", "Prediction"))

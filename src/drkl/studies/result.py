@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from drkl.evaluation.bootstrap import Interval
+from drkl.evaluation.result import Evaluation
 from drkl.studies.definition import Definition, Outcome, Prediction, Settings
 
 State = Literal["done", "failed", "running", "interrupted", "missing"]
@@ -35,6 +36,10 @@ class CellResult:
     """Of ``start`` (its share), ``train`` and ``evaluate``."""
     budget: Mapping[str, Any] = field(default_factory=dict)
     """Steps, trained tokens, how the student was chosen, held-out rows and sampling, as they were."""
+    evaluation: Evaluation | None = field(default=None, repr=False, compare=False)
+    """Of one that is done: whatever else ``eval.json`` and the files beside it say."""
+    began: str | None = None
+    """When it was begun first."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from drkl.folders import free_name
 from drkl.kept import check_student
 from drkl.locks import LOCKS
 from drkl.models.precision import has_device
-from drkl.runs import RunFolder, check_no_link
+from drkl.runs import OF_A_STUDY, RunFolder, check_no_link
 
 _log = logging.getLogger("drkl")
 
@@ -47,10 +47,12 @@ def check_folder(run: RunFolder, mode: str) -> None:
 
 
 def _is_nothing(run: RunFolder, path: Path) -> bool:
-    """Whether this is all that a run leaves that ends before its config is written."""
+    """Whether this is all that a run leaves that ends before its config is written, or what a study keeps there."""
     if path == run.checkpoints_path:
         return path.is_dir() and not any(path.iterdir())
-    return path.name in LOCKS or path.name.startswith(f".{run.config_path.name}.")
+    of_study = [name for names in OF_A_STUDY.values() if (run.root / names[0]).is_file() for name in names]
+    begun = tuple(f".{name}." for name in (run.config_path.name, *of_study))
+    return path.name in LOCKS or path.name in of_study or path.name.startswith(begun)
 
 
 def check_links(run: RunFolder, mode: str) -> None:

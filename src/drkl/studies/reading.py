@@ -1,0 +1,240 @@
+"""The cells of a study as they stand in their folders: their numbers, how they were trained, and how far they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from drkl.display import as_number
+from drkl.errors import DrklError
+from drkl.evaluation.comparison import SAMPLING, differences_of
+from drkl.evaluation.declared import metrics_of
+from drkl.evaluation.result import Evaluation
+from drkl.locks import CELL, InUse, check_free
+from drkl.runs import RunFolder, read_sealed, readable_log
+from drkl.studies.definition import VARIANT, Definition
+from drkl.studies.grid import Cell, cells_of, same, text_of
+from drkl.studies.result import CellResult, State
+
+CELLS, ABOUT = "cells", "cell.json"
+"""The folder of a study's runs, and what a run's says of it as a cell."""
+STOPPED = (130, 143)
+"""Exit statuses of a try that was ended from outside: Ctrl-C and SIGTERM; so is one by a signal itself, below 0."""
+BEST = "best held-out loss"
+_CHOSEN = "training.arguments.load_best_model_at_end"
+DECODING = (*(name for name in SAMPLING if name != "gamma"), "prompts", "sweep", "suites")
+"""Settings of an evaluation that two cells have to share; gamma moves no answer, and only a metric without an ideal."""
+
+
+def read_cells(definition: Definition, folder: Path, derived: Iterable[str] = ()) -> list[CellResult]:
+    """Return the cells of a study in their order, as far as they are.
+
+    Nothing in a folder is an error: a cell with a damaged file has failed, and ``why`` says so.
+
+    Args:
+        definition: of the study.
+        folder: of the study.
+        derived: keys of metrics that are no number of ``eval.json`` but follow from the answers beside it.
+    """
+    return [read_cell(definition, folder, cell, derived) for cell in cells_of(definition)]
+
+
+def read_cell(definition: Definition, folder: Path, cell: Cell, derived: Iterable[str] = ()) -> CellResult:
+    """Return one cell; arguments as `read_cells`'s."""
+    own = folder / CELLS / cell.name
+    state: State
+    about: dict[str, Any] = {}
+    run = RunFolder(own)
+    try:
+        about = read_about(own)
+        if "run" in about:  # a cell of another study
+            run = RunFolder(folder / about["run"])
+        state, why = _state(own, run, about)
+        if state == "done":
+            return _finished(definition, cell, run, about, derived)
+    except DrklError as error:
+        state, why = "failed", str(error)
+    return CellResult(cell.name, cell.axes, run.root, state, why, seconds=_seconds(about, {}, None))
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Return what ``cell.json`` of a run's folder says; nothing where there is none.
+
+    Raises:
+        DrklError: the file is damaged.
+    """
+    path = folder / ABOUT
+    if not os.path.lexists(path):
+        return {}
+    about = read_sealed(path)
+    kinds = {"axes": dict, "tries": list, "seconds": dict, "start": str, "settings_digest": str, "run": str}
+    for key, kind in kinds.items():
+        if about.get(key) is None:
+            about.pop(key, None)
+        elif not isinstance(about[key], kind):
+            raise DrklError(f"{path}: {key}: expected a {kind.__name__}, found a {type(about[key]).__name__}.")
+    if not all(isinstance(one, dict) for one in about.get("tries", ())):
+        raise DrklError(f"{path}: tries: expected objects.")
+    return about
+
+
+def began(about: Mapping[str, Any]) -> str | None:
+    """When a cell was begun first, in ISO 8601; None where it was not."""
+    times = [one["began"] for one in about.get("tries", ()) if isinstance(one.get("began"), str)]
+    return min(times, default=None)
+
+
+def _state(own: Path, run: RunFolder, about: Mapping[str, Any]) -> tuple[State, str | None]:
+    """How far a cell is, and the last message of one that failed."""
+    try:
+        check_free(own, CELL)
+    except InUse:
+        return "running", None
+    if run.eval_path.is_file():
+        return "done", None
+    if not about.get("tries"):
+        return ("interrupted" if own.is_dir() and any(own.iterdir()) else "missing"), None
+    last = about["tries"][-1]
+    status, message = last.get("status"), last.get("message")
+    said = None if message is None else str(message)
+    if last.get("ended") is None or (isinstance(status, int) and (status < 0 or status in STOPPED)):
+        return "interrupted", said
+    if status in (0, "done"):
+        return "failed", "Its eval.json is gone."
+    return "failed", said or f"It ended with status {status}."
+
+
+def _finished(
+    definition: Definition, cell: Cell, run: RunFolder, about: Mapping[str, Any], derived: Iterable[str]
+) -> CellResult:
+    evaluation = Evaluation.load(run.root)
+    env = run.read_env()
+    config = run.read_config() if run.config_path.is_file() else {}
+    _check_is_cell(definition, cell, config, about, run)
+    models = {name: _numbers(evaluation, name) for name in ("student", "teacher")}
+    models["student"] |= derived_of(evaluation, derived)
+    return CellResult(
+        cell.name,
+        cell.axes,
+        run.root,
+        "done",
+        None,
+        _entry(env, "inputs", "student", "weights") or about.get("start"),
+        models["student"],
+        models["teacher"],
+        _seconds(about, env, evaluation),
+        budget_of(run, env, config, evaluation),
+        evaluation,
+        began(about) or env.get("started"),
+    )
+
+
+def _check_is_cell(
+    definition: Definition, cell: Cell, config: Mapping[str, Any], about: Mapping[str, Any], run: RunFolder
+) -> None:
+    """Raise DrklError where a run is another than the cell that its folder is named for."""
+    said = about.get("axes", cell.axes)
+    if not same(dict(said), cell.axes):
+        raise DrklError(f"{run.root / ABOUT} says that the run is another cell: {json.dumps(said)}.")
+    settings = {key: value for key, value in cell.axes.items() if key != VARIANT}
+    settings |= definition.variants.get(cell.axes.get(VARIANT, ""), {})
+    for key, value in settings.items():
+        # A number, or the objective, stands in config.yaml as it was given; much else is settled there.
+        found = _entry(config, *key.split("."))
+        is_plain = key == "objective.name" or (isinstance(value, int | float) and not isinstance(value, bool))
+        if is_plain and found is not None and not same(found, value):
+            raise DrklError(
+                f"{run.config_path} has {key} {text_of(found)}, and the cell is of {text_of(value)}. Move the folder "
+                "away: it belongs to another study."
+            )
+
+
+def _numbers(evaluation: Evaluation, model: str) -> dict[str, float]:
+    values = {key: evaluation.value(model, key) for key in metrics_of(evaluation.task)}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def derived_of(evaluation: Evaluation, keys: Iterable[str]) -> dict[str, float]:
+    """The student's numbers that follow from its answers alone, by the function that compares two students by them.
+
+    Those are left out that this student does not have.
+
+    Raises:
+        DrklError: the files beside ``eval.json`` are damaged.
+    """
+    wanted = list(keys)
+    if not wanted or evaluation.task == "classification":
+        return {}
+    found = {key: as_number(one.b) for key, one in differences_of(evaluation, evaluation, wanted).items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+# What a cell was trained and evaluated with -------------------------------------------------------------------------
+
+
+def budget_of(run: RunFolder, env: Mapping[str, Any], config: Mapping[str, Any], of: Evaluation) -> dict[str, Any]:
+    """Return what the cells of a study should have in common, as the run itself noted it; None for what it did not.
+
+    ``steps``; ``tokens``, as far as they were logged; ``rows per step`` or ``tokens per step``; ``selection``;
+    ``training rows``, ``held-out rows`` and ``teacher``, by digests of their content; ``evaluated rows`` and
+    ``evaluated prompts``, likewise; ``sampling``, the settings; ``student_step``, which may differ.
+    """
+    inputs = env.get("inputs")
+    chooses = (_entry(inputs, "settings") or {}).get(_CHOSEN)
+    patience = _entry(config, "training", "early_stop_patience")
+    selection = None if chooses is None else BEST if chooses else "last step"
+    lines, _ = readable_log(run.train_log_path)
+    tokens = [as_number(line.get("num_tokens")) for line in lines]
+    return {
+        "steps": env.get("steps"),
+        "tokens": next((count for count in reversed(tokens) if count is not None), None),
+        "tokens per step": _entry(config, "training", "tokens_per_step"),
+        "rows per step": _entry(config, "training", "per_device_train_batch_size"),
+        "selection": f"{selection}, patience {patience}" if selection and patience else selection,
+        "training rows": _entry(inputs, "rows", "training rows", "digest"),
+        "held-out rows": _entry(inputs, "rows", "held-out rows", "digest"),
+        "teacher": _entry(inputs, "teacher", "weights"),
+        "evaluated rows": _digest_of_rows(of),
+        "evaluated prompts": _digest_of_prompts(of),
+        "sampling": {name: of.settings.get(name) for name in DECODING},
+        "student_step": env.get("student_step"),
+    }
+
+
+def _digest_of_rows(of: Evaluation) -> str | None:
+    if of.task == "classification":
+        return _digest([line["id"], line["text"], line["label"]] for line in of.predictions)
+    lines = (line for line in of.heldout if line["model"] == "student")
+    return _digest([line.get("suite"), line["row_id"], line["num_tokens"]] for line in lines)
+
+
+def _digest_of_prompts(of: Evaluation) -> str | None:
+    lines = (line for line in of.samples if line["model"] == "student")
+    prompts = ([line.get("suite"), line["prompt_id"], line["prompt"], line["reference"]] for line in lines)
+    return _digest(dict.fromkeys(json.dumps(prompt) for prompt in prompts))
+
+
+def _digest(values: Iterable[Any]) -> str | None:
+    """A digest of values in their order; None of no value."""
+    text = json.dumps(list(values))
+    return None if text == "[]" else hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _seconds(about: Mapping[str, Any], env: Mapping[str, Any], of: Evaluation | None) -> dict[str, float]:
+    """Seconds of the parts, by the cell's own record, else by the run's."""
+    known = {
+        "train": as_number(env.get("seconds")),
+        "evaluate": None if of is None else as_number(of.timing.get("total")),
+    } | {name: as_number(value) for name, value in about.get("seconds", {}).items()}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _entry(values: Any, *keys: str) -> Any:
+    """A value in nested mappings; None where there is none."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
