@@ -40,13 +40,10 @@ CLASSES = {
     "rkl": 0.21, "fkl": 0.19, "agreement": 0.86, "ece": 0.05, "overconfidence": 0.04, "calibration_gap": 0.05,
     "accuracy": 0.85, "macro_f1": 0.845, "num_rows": 3080.0,
 }  # fmt: skip
-CONFIDENCE = {"confidence": 0.48, "accuracy": 0.26}
-"""What the findings of every evaluation ask for."""
 OBJECTIVES = "ce fkl rkl srkl sfkl gjs js akl tvd dkd ab symmetric drkl".split()
 
 
 def example(
-    root: Path,
     *,
     objectives: Sequence[str] = ("fkl", "rkl", "drkl"),
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
@@ -56,22 +53,24 @@ def example(
     states: dict[tuple[str, int], tuple[State, str | None]] | None = None,
     primary: Sequence[tuple[str, str, str]] | None = None,
     curves: bool = True,
+    metrics: Sequence[str] | None = None,
     **more: Any,
 ) -> Study:
-    """A study under ``root``.
+    """A study with its cells' evaluations; nothing is written.
 
     Args:
         states: by name and seed what is not done, with its message.
+        metrics: what is decided on; default all that the example has.
         primary: metric, cell and against; default the six of the issue, or none for other objectives.
         more: fields of Study in place of the invented ones.
     """
     names, axis = (list(variants), "variant") if variants else (list(objectives), "objective.name")
-    decide = [key for key in (MEANS if task == "generation" else CLASSES) if key not in ("num_rows",)]
+    decide = list(metrics or [key for key in (MEANS if task == "generation" else CLASSES) if key != "num_rows"])
     if primary is None:
         pairs = [("drkl", "rkl"), ("drkl", "fkl")] if {"drkl", "rkl", "fkl"} <= {*names} else []
         keys = ("overconfidence", "distinct_2" if task == "generation" else "ece", "rkl")
         primary = [(key, *pair) for pair in pairs for key in keys]
-    folder = root / "studies" / "instruction"
+    folder = Path("studies/instruction")
     cells = [
         _cell(folder, name, axis, seed, place, decide, task, (states or {}).get((name, seed)), curves)
         for seed in seeds
@@ -143,14 +142,14 @@ def _cell(folder: Path, name: str, axis: str, seed: int, place: int, keys: Seque
     if state is not None and state[0] != "done":
         spent = {"train": 300.0} if state[0] == "failed" else {}
         return CellResult(f"{name}-seed{seed}", axes, run, *state, seconds=spent)
-    if curves:
-        _evaluation(name, values, draw, task).save(run)
+    evaluation = _evaluation(name, values, draw, task) if curves else None
     return CellResult(
         f"{name}-seed{seed}", axes, run, "done", start=f"{seed:x}3f9a2c1d40e7", metrics=values,
         teacher={key: TEACHER[key] for key in keys if key in TEACHER},
         seconds={"start": 95.0, "train": 610.0 + draw.gauss(0, 15), "evaluate": 214.0 + draw.gauss(0, 5)},
         budget={"steps": 360, "tokens": 812_000 + 900 * seed, "selection": "last step", "heldout_rows": 100,
-                "sampling": {"prompts": 64, "samples": 4, "max_new_tokens": 64}},
+                "sampling": {"prompts": 64, "samples_per_prompt": 4, "max_new_tokens": 64}},
+        evaluation=evaluation,
     )  # fmt: skip
 
 
@@ -174,11 +173,11 @@ def _evaluation(name: str, values: dict[str, float], draw: random.Random, task: 
         for model, own, spread in (("teacher", "teacher", 0.0), ("student", name, 0.4))
     }
     return Evaluation(
-        Numbers({"teacher": teacher | CONFIDENCE, "student": values | CONFIDENCE}),
+        Numbers({"teacher": teacher, "student": dict(values)}),
         {"sampling_temperature": 1.0, "versions": {"drkl": "0.1.0", "python": "3.11.7", "torch": "2.13.0+cpu"}},
         task=task,
         sweep=sweep if task == "generation" else {},
-        reliability=Reliability(edges, {"teacher": bins(0.06), "student": bins(values["calibration_gap"])}),
+        reliability=Reliability(edges, {"teacher": bins(0.06), "student": bins(values.get("calibration_gap", 0.1))}),
     )
 
 

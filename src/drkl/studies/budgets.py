@@ -9,7 +9,6 @@ from typing import Any
 from drkl.display import ABSENT, as_number
 from drkl.reporting.tables import PlainTable
 from drkl.reporting.text import duration, joined, percent, short
-from drkl.studies.curves import Curves
 from drkl.studies.definition import SEED
 from drkl.studies.kinds import Kind, Names, in_order
 from drkl.studies.result import CellResult, Study, Verdict
@@ -24,7 +23,7 @@ _TITLES = {"start": "Shared start", "train": "Training", "evaluate": "Evaluation
 def table(kinds: Sequence[Kind]) -> PlainTable | None:
     """A row for each part of the budget: what every cell had, or what each kind had; None where nothing is known."""
     done = [[cell for cell in kind.cells if cell.state == "done" and cell.budget] for kind in kinds]
-    keys = in_order(key for cells in done for cell in cells for key in cell.budget)
+    keys = in_order(key for cells in done for cell in cells for key, value in cell.budget.items() if value is not None)
     labels = [kind.label for kind in kinds]
     rows: list[list[str | tuple[str, str]]] = [
         [short(key, 60).replace("_", " ").capitalize(), *_line(key, labels, done)] for key in keys
@@ -69,9 +68,9 @@ def _show(value: Any) -> str:
     if size is not None:
         return f"{size:,.0f}" if size == int(size) else f"{size:,g}"
     if isinstance(value, Mapping):
-        value = ", ".join(f"{str(key).replace('_', ' ')} {_show(own)}" for key, own in value.items())
+        value = ", ".join(f"{str(key).replace('_', ' ')} {_show(own)}" for key, own in value.items() if own is not None)
     text = value if isinstance(value, str) else ABSENT if value is None else json.dumps(value, default=str)
-    return short(text, 160)
+    return short(text, 300)
 
 
 def unequal(rows: Sequence[Verdict], names: Names) -> list[str]:
@@ -113,6 +112,15 @@ def cost(kinds: Sequence[Kind]) -> tuple[PlainTable, str] | None:
     return PlainTable(head, lines), f"{spent} in all, with what failed or was stopped."
 
 
+def unfinished(study: Study) -> list[tuple[str, str]]:
+    """By state the names of the cells that are not finished and have no message."""
+    by_state: dict[str, list[str]] = {}
+    for cell in study.cells:
+        if cell.state != "done" and not cell.why:
+            by_state.setdefault(cell.state, []).append(short(cell.name, 80))
+    return [(state, joined(names)) for state, names in by_state.items()]
+
+
 def every_cell(study: Study) -> PlainTable:
     """A row for each cell: its state, its run folder, its start and its time."""
     rows: list[list[str | tuple[str, str]]] = []
@@ -126,10 +134,10 @@ def every_cell(study: Study) -> PlainTable:
     return PlainTable(["Cell", "State", "Run folder", "Start", "Time"], rows, names=4)
 
 
-def versions(curves: Curves) -> list[tuple[str, str]]:
+def versions(kinds: Sequence[Kind]) -> list[tuple[str, str]]:
     """The versions that the cells were evaluated with; one that was not the same in all is said so."""
     seen: dict[str, list[str]] = {}
-    for evaluation in curves.evaluations.values():
+    for evaluation in (one for kind in kinds for one in kind.evaluations):
         known = evaluation.settings.get("versions")
         for package, version in (known if isinstance(known, Mapping) else {}).items():
             seen.setdefault(short(str(package), 40), []).append(short(str(version), 40))

@@ -1,30 +1,28 @@
-"""Curves of cells, averaged over seeds: read from the eval.json of every finished one."""
+"""Curves of cells, averaged over seeds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from drkl.errors import DrklError
+import numpy as np
+
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.result import Evaluation, SweepPoint
 from drkl.studies.kinds import Kind
-from drkl.studies.result import CellResult, Study
-from drkl.studies.spread import mean_interval
+from drkl.studies.statistics import paired_t
 
 FIDELITY, VARIETY = "rouge_l", "distinct_2"
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean over seeds; ``interval`` is its 95 % t interval, None with one seed."""
+    """The mean over seeds; ``interval`` is its 95 % t interval, None with one seed, or where all seeds are one."""
 
     value: float
     interval: Interval | None
-    seeds: int
 
 
 @dataclass(frozen=True)
@@ -51,43 +49,13 @@ class BinMean:
     range: Interval
 
 
-@dataclass
-class Curves:
-    """The evaluations of the finished cells by cell, and what could not be read."""
-
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def of(self, kind: Kind) -> list[Evaluation]:
-        """The evaluations of a kind, seed by seed."""
-        return [self.evaluations[cell.name] for cell in kind.cells if cell.name in self.evaluations]
-
-
-def read_curves(study: Study) -> Curves:
-    """Read the evaluation of every finished cell whose run folder is there."""
-    curves = Curves()
-    for cell in study.cells:
-        folder = run_folder(study, cell)
-        if cell.state != "done" or not (folder / "eval.json").is_file():
-            continue
-        try:
-            curves.evaluations[cell.name] = Evaluation.load(folder)
-        except DrklError as error:
-            curves.notes.append(f"The curves of {cell.name} are left out: {error}")
-    return curves
-
-
-def run_folder(study: Study, cell: CellResult) -> Path:
-    """The run folder of a cell; a relative one is looked for in the study's folder first."""
-    inside = study.folder / cell.run
-    return inside if inside.is_dir() else cell.run
-
-
 def mean_of(values: Sequence[float]) -> Mean | None:
     """The mean over seeds with its t interval; None without a value."""
     if not values:
         return None
-    return Mean(math.fsum(values) / len(values), mean_interval(values), len(values))
+    test = paired_t(np.array(values, dtype=np.float64))
+    low, high = float(test.low), float(test.high)
+    return Mean(float(test.mean), (low, high) if np.isfinite([low, high]).all() else None)
 
 
 def sweep_means(evaluations: Sequence[Evaluation], model: str = "student") -> list[SweepMean]:
@@ -133,6 +101,6 @@ def reliability_means(evaluations: Sequence[Evaluation], model: str = "student")
     return means
 
 
-def teacher_of(curves: Curves, means: Callable[[Sequence[Evaluation], str], list[Any]]) -> list[Any]:
+def teacher_of(kinds: Sequence[Kind], means: Callable[[Sequence[Evaluation], str], list[Any]]) -> list[Any]:
     """The teacher's curve over all cells."""
-    return means([one for one in curves.evaluations.values() if "teacher" in one.models], "teacher")
+    return means([one for kind in kinds for one in kind.evaluations if "teacher" in one.models], "teacher")

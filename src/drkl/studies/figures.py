@@ -26,7 +26,7 @@ from drkl.reporting.plotting import (
 )
 from drkl.reporting.tables import PlainTable, show_interval
 from drkl.reporting.text import short
-from drkl.studies.curves import BinMean, Curves, Mean, SweepMean, mean_of, reliability_means, sweep_means, teacher_of
+from drkl.studies.curves import BinMean, Mean, SweepMean, mean_of, reliability_means, sweep_means, teacher_of
 from drkl.studies.kinds import Kind
 from drkl.studies.result import Verdict
 
@@ -132,13 +132,13 @@ def difference(row: Verdict, metric: Metric, place: int) -> Picture | None:
         return Picture(to_svg(figure, f"difference-{place}", alt), metric.title, "", alt)
 
 
-def frontier(kinds: Sequence[Kind], lines: Sequence[Line], curves: Curves) -> Picture | None:
+def frontier(kinds: Sequence[Kind], lines: Sequence[Line]) -> Picture | None:
     """ROUGE-L against Distinct-2 over the sampling temperatures; None where nothing was sampled."""
-    drawn = [(line, sweep_means(curves.of(kind))) for line, kind in zip(lines, kinds, strict=False)]
+    drawn = [(line, sweep_means(kind.evaluations)) for line, kind in zip(lines, kinds, strict=False)]
     drawn = [(line, points) for line, points in drawn if points]
     if not drawn:
         return None
-    if teacher := teacher_of(curves, sweep_means):
+    if teacher := teacher_of(kinds, sweep_means):
         drawn.append((lines[-1], teacher))
     with plot_style():
         figure, ax = new_figure(500, 400)
@@ -203,12 +203,12 @@ def _along(curve: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def sweep_table(kinds: Sequence[Kind], curves: Curves) -> PlainTable:
+def sweep_table(kinds: Sequence[Kind]) -> PlainTable:
     """Every point of the frontier in numbers."""
-    named = [(kind.label, sweep_means(curves.of(kind))) for kind in kinds]
+    named = [(kind.label, sweep_means(kind.evaluations)) for kind in kinds]
     rows: list[list[str | tuple[str, str]]] = [
         [name, f"{point.temperature:g}", *(_cell(key, mean) for key, mean in point.by_metric)]
-        for name, points in [*named, ("Teacher", teacher_of(curves, sweep_means))]
+        for name, points in [*named, ("Teacher", teacher_of(kinds, sweep_means))]
         for point in points
     ]
     return PlainTable(["Cells", "Temperature", "ROUGE-L", "Distinct-2"], rows)
@@ -224,13 +224,13 @@ def _curve_in_words(line: Line, points: Sequence[SweepMean]) -> str:
     return f"{line.title}: {'; '.join(values)}."
 
 
-def reliability(kinds: Sequence[Kind], lines: Sequence[Line], curves: Curves) -> list[tuple[Kind, Picture]]:
+def reliability(kinds: Sequence[Kind], lines: Sequence[Line]) -> list[tuple[Kind, Picture]]:
     """A reliability diagram for each kind of cell, beside the teacher's."""
-    teacher = teacher_of(curves, reliability_means)
+    teacher = teacher_of(kinds, reliability_means)
     pictures = []
     with plot_style():
         for place, (line, kind) in enumerate(zip(lines, kinds, strict=False)):
-            if bins := reliability_means(curves.of(kind)):
+            if bins := reliability_means(kind.evaluations):
                 pictures.append((kind, _reliability(line, bins, teacher, kind, place)))
     return pictures
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from drkl.evaluation.declared import CLASS_METRICS, METRICS, Metric
 from drkl.evaluation.paired import AS_VARIED
+from drkl.evaluation.result import Evaluation
 from drkl.reporting.text import short
-from drkl.studies.definition import SEED, VARIANT, Settings
+from drkl.studies.definition import SEED, Settings
+from drkl.studies.grid import group_of, label, same
 from drkl.studies.result import CellResult, Study
-
-BARE = ("objective.name", VARIANT)
-"""Axes whose values say by themselves what they are."""
-_CLASSES_ALONE = {"macro_f1", "num_rows"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +24,11 @@ class Kind:
     """Without run.seed."""
     label: str
     cells: tuple[CellResult, ...]
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """The evaluations of its cells, seed by seed."""
+        return [cell.evaluation for cell in self.cells if cell.evaluation is not None]
 
     def values(self, key: str) -> list[float]:
         """The finished cells' values of a metric, seed by seed; those that have none are left out."""
@@ -43,7 +45,7 @@ class Kind:
 
 def key_of(axes: Settings) -> str:
     """The same text for the same axes, whatever their order; run.seed does not count."""
-    return json.dumps({key: value for key, value in axes.items() if key != SEED}, sort_keys=True, default=str)
+    return json.dumps(group_of(axes), sort_keys=True, default=str)
 
 
 def kinds_of(study: Study) -> list[Kind]:
@@ -51,36 +53,21 @@ def kinds_of(study: Study) -> list[Kind]:
     cells: dict[str, list[CellResult]] = {}
     for cell in study.cells:
         cells.setdefault(key_of(cell.axes), []).append(cell)
-    axes = [{key: value for key, value in own[0].axes.items() if key != SEED} for own in cells.values()]
-    names = labels(axes)
-    return [Kind(*rest, tuple(own)) for *rest, own in zip(axes, names, cells.values(), strict=True)]
+    axes = [group_of(own[0].axes) for own in cells.values()]
+    return [
+        Kind(own_axes, name, tuple(own)) for own_axes, name, own in zip(axes, labels(axes), cells.values(), strict=True)
+    ]
 
 
 def labels(kinds: Sequence[Settings]) -> list[str]:
-    """A name for each kind of what sets it apart: ``drkl, share 1``.
+    """A name for each kind of what sets it apart.
 
     >>> labels([{"objective.name": "drkl", "rollouts.share": share, "loss.temperature": 1} for share in (0, 1)])
-    ['share 0', 'share 1']
+    ['rollouts.share 0', 'rollouts.share 1']
     """
-    keys = list(dict.fromkeys(key for axes in kinds for key in axes))
-    differing = [key for key in keys if len({_text(axes.get(key)) for axes in kinds}) > 1] or keys[:1]
-    lasts = Counter(key.rpartition(".")[2] for key in differing)
-    names = []
-    for axes in kinds:
-        parts = []
-        for key in differing:
-            if key in axes:
-                last = key.rpartition(".")[2]
-                word = key if lasts[last] > 1 else last.replace("_", " ")
-                parts.append(_text(axes[key]) if key in BARE else f"{word} {_text(axes[key])}")
-        names.append(", ".join(parts) or "all")
-    return names
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, default=str) if isinstance(value, Mapping | list | bool) or value is None else str(value)
+    first = kinds[0] if kinds else {}
+    common = {key: value for key, value in first.items() if all(same(axes.get(key), value) for axes in kinds)}
+    return [label(axes, common) or label(axes) or "all cells" for axes in kinds]
 
 
 class Names:
@@ -91,8 +78,7 @@ class Names:
 
     def of(self, axes: Settings) -> str:
         """The kind's name; else the settings as they are written."""
-        known = self._by_key.get(key_of(axes))
-        return known or ", ".join(f"{key}={_text(value)}" for key, value in axes.items() if key != SEED) or "all cells"
+        return self._by_key.get(key_of(axes)) or label(group_of(axes)) or "all cells"
 
     def against(self, axes: Settings, baseline: Settings) -> tuple[str, str]:
         """Both names of a comparison."""
@@ -110,8 +96,8 @@ def seeds_of(study: Study) -> list[Any]:
 
 
 def task_of(study: Study) -> str:
-    """``classification`` or ``generation``, by the metrics that the cells have."""
-    return "classification" if any(_CLASSES_ALONE & cell.metrics.keys() for cell in study.cells) else "generation"
+    """The task of the cells, by the evaluation of one; ``generation`` while there is none."""
+    return next((cell.evaluation.task for cell in study.cells if cell.evaluation is not None), "generation")
 
 
 def metric_of(key: str, task: str) -> Metric:

@@ -14,7 +14,7 @@ from drkl.reporting.tables import DIRECTIONS, Cell, Column, MetricTable, Row, Ro
 from drkl.reporting.templating import page_environment
 from drkl.reporting.text import clip, short
 from drkl.studies import budgets, figures, words
-from drkl.studies.curves import mean_of, read_curves
+from drkl.studies.curves import mean_of
 from drkl.studies.definition import SEED, VARIANT
 from drkl.studies.kinds import Kind, Names, key_of, kinds_of, metric_of, seeds_of, task_of
 from drkl.studies.result import Study, Verdict
@@ -52,13 +52,14 @@ class Compared:
 
     @property
     def t(self) -> str:
-        """The t statistic."""
-        return number(self.row.t, 1 if abs(self.row.t or 0) >= 100 else 2)
+        """The magnitude of the t statistic, which has the sign of the distance from the ideal."""
+        size = None if self.row.t is None else abs(self.row.t)
+        return number(size, 1 if (size or 0) >= 100 else 2)
 
     @property
     def t_needed(self) -> str:
         """What |t| has to reach."""
-        return ABSENT if self.row.t_needed is None else f"±{number(self.row.t_needed, 2)}"
+        return ABSENT if self.row.t_needed is None else number(self.row.t_needed, 2)
 
     @property
     def p(self) -> str:
@@ -88,14 +89,13 @@ class Compared:
     @property
     def unit(self) -> str:
         """The unit of a difference: those of per cent are points."""
-        return "points" if self.metric.unit == "%" else self.metric.unit if self.metric.unit == "nats" else ""
+        return "" if self.row.difference is None else {"%": "points", "nats": "nats"}.get(self.metric.unit, "")
 
     @property
     def goal(self) -> str:
         """What the distance is from, for a metric whose ideal is 0 or the teacher's value; empty for others."""
-        if self.row.distance is None:
-            return ""
-        return "the teacher’s" if self.metric.better == "teacher" else "0"
+        known = {"zero": "0", "teacher": "the teacher’s"} if self.row.distance is not None else {}
+        return known.get(self.metric.better, "")
 
     @property
     def distance(self) -> str:
@@ -114,12 +114,12 @@ class Compared:
 def as_html(study: Study) -> str:
     """The page as text; the curves are read from the eval.json of the cells."""
     kinds, task = kinds_of(study), task_of(study)
-    names, lines, curves = Names(kinds), figures.lines_of(kinds), read_curves(study)
+    names, lines = Names(kinds), figures.lines_of(kinds)
     metrics = [metric_of(key, task) for key in _keys(study)]
     primary = [row for row in study.verdicts if not row.exploratory]
     title, outcome = words.headline(study, names, task)
-    drawn = [line for line, kind in zip(lines, kinds, strict=False) if curves.of(kind)]
-    frontier = None if task == "classification" else figures.frontier(kinds, lines, curves)
+    drawn = [line for line, kind in zip(lines, kinds, strict=False) if kind.evaluations]
+    frontier = None if task == "classification" else figures.frontier(kinds, lines)
     template = page_environment("drkl.studies").get_template("study.html.j2")
     return template.render(
         study=study,
@@ -133,22 +133,23 @@ def as_html(study: Study) -> str:
         verdicts=_verdict_table(study, names, metrics, task),
         strips=_strips(kinds, metrics),
         numbers=_means(kinds, lines, metrics),
-        lines=[*drawn, lines[-1]] if curves.evaluations else [],
+        lines=[*drawn, lines[-1]] if drawn else [],
         frontier=frontier,
-        sweeps=figures.sweep_table(kinds, curves) if frontier else None,
-        reliability=[picture for _, picture in figures.reliability(kinds, lines, curves)],
+        sweeps=figures.sweep_table(kinds) if frontier else None,
+        reliability=[picture for _, picture in figures.reliability(kinds, lines)],
         budget=budgets.table(kinds),
         unequal=budgets.unequal(study.verdicts, names),
         cost=budgets.cost(kinds),
         cost_picture=figures.costs(*budgets.timed(kinds)),
-        troubles=[(cell, clip(cell.why or "", LONGEST_MESSAGE)) for cell in study.cells if cell.state != "done"],
+        troubles=[(cell, clip(cell.why, LONGEST_MESSAGE)) for cell in study.cells if cell.state != "done" and cell.why],
+        unfinished=budgets.unfinished(study),
         not_compared=_not_compared(study, names, task),
-        notes=[*study.notes, *curves.notes],
+        notes=study.notes,
         cells=budgets.every_cell(study),
         limits=words.limits(study),
         file=shell_word(f"{study.definition.dir.rstrip('/')}/{study.definition.name}/{FILE}"),
         definition=clip(_as_yaml(study), DEFINITION_LIMIT),
-        versions=budgets.versions(curves),
+        versions=budgets.versions(kinds),
     )
 
 
@@ -203,7 +204,8 @@ def _verdict_table(study: Study, names: Names, metrics: Sequence[Metric], task: 
         cells = [found.get((metric.key, *pair)) for pair in pairs]
         if any(cells):
             rows.append((metric, *DIRECTIONS[metric.better], cells))
-    return VerdictTable(heads, rows) if rows else None
+    is_known = any(row.difference is not None for row in study.verdicts)
+    return VerdictTable(heads, rows) if is_known else None
 
 
 def _teacher(kinds: Sequence[Kind], key: str) -> float | None:

@@ -9,11 +9,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from drkl.display import ABSENT, as_number, number
+from drkl.errors import DrklError
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import Metric
 from drkl.reporting.text import count, joined
 from drkl.studies.definition import Outcome, Prediction
-from drkl.studies.kinds import Names, metric_of, seeds_of
+from drkl.studies.grid import pair_of
+from drkl.studies.kinds import Names, key_of, metric_of, seeds_of
 from drkl.studies.result import Foretold, Study, Verdict
 
 SIGNS: dict[Outcome, str] = {"better": "✓", "worse": "✗", "no difference": "=", "undecided": "?"}
@@ -171,7 +173,7 @@ def _told(one: Foretold, study: Study, names: Names, task: str) -> Told:
     if asked.metric is None or asked.expect is None:
         return Told(asked.text, "", "It names no metric and no verdict, so no number answers it.", "words")
     metric = metric_of(asked.metric, task)
-    row = _row_of(asked, study.verdicts)
+    row = _row_of(asked, study)
     pair = names.against(row.axes, row.baseline) if row else (names.of(asked.cell), names.of(asked.against))
     against = f" against {pair[1]}" if row or asked.against else ""
     expected = f"{pair[0]}{against}: {asked.expect} in {in_sentence(metric.title)}"
@@ -186,16 +188,15 @@ def _told(one: Foretold, study: Study, names: Names, task: str) -> Told:
     return Told(asked.text, expected, came, held)
 
 
-def _row_of(asked: Prediction, rows: Sequence[Verdict]) -> Verdict | None:
+def _row_of(asked: Prediction, study: Study) -> Verdict | None:
     """The comparison that a prediction is about; None where its settings do not say which."""
-    found = [
-        row
-        for row in rows
-        if row.metric == asked.metric
-        and asked.cell.items() <= row.axes.items()
-        and asked.against.items() <= row.baseline.items()
-    ]
-    return found[0] if len(found) == 1 else next((row for row in found if not row.exploratory), None)
+    try:
+        pair = pair_of(study.definition, asked.cell, asked.against or study.definition.baseline)
+    except DrklError:
+        return None
+    wanted = (asked.metric, *map(key_of, pair))
+    rows = [row for row in study.verdicts if (row.metric, key_of(row.axes), key_of(row.baseline)) == wanted]
+    return rows[0] if rows else None
 
 
 def limits(study: Study) -> list[str]:
