@@ -66,9 +66,9 @@ def test_without_a_script_all_is_readable_and_with_one_a_curve_can_be_hidden(tmp
     path.write_text(as_html(example()), encoding="utf-8")
     still = Tab(browser, path, script=False)
     assert not still.page.locator(".toggle").first.is_visible()
-    assert still.page.locator("[data-series=run-0]").first.is_visible()
+    assert still.page.locator("[data-series=run-0]").last.is_visible()
     tab = Tab(browser, path)
-    curve = tab.page.locator("[data-series=run-0]").first
+    curve = tab.page.locator("[data-series=run-0]").last
     tab.page.get_by_role("checkbox", name="fkl", exact=True).uncheck()
-    assert not curve.is_visible() and tab.page.locator("[data-series=run-1]").first.is_visible()
+    assert not curve.is_visible() and tab.page.locator("[data-series=run-1]").last.is_visible()
     tab.check()
