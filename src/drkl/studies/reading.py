@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,14 @@ from drkl.errors import DrklError
 from drkl.evaluation.comparison import SAMPLING, differences_of
 from drkl.evaluation.declared import metrics_of
 from drkl.evaluation.result import Evaluation
-from drkl.locks import CELL, InUse, check_free
-from drkl.runs import RunFolder, read_sealed, readable_log
+from drkl.runs import RunFolder, readable_log
 from drkl.studies.definition import VARIANT, Definition
 from drkl.studies.grid import Cell, cells_of, same, text_of
-from drkl.studies.result import CellResult, State
+from drkl.studies.records import Record, cell_record
+from drkl.studies.result import CellResult
 
-CELLS, ABOUT = "cells", "cell.json"
-"""The folder of a study's runs, and what a run's says of it as a cell."""
-STOPPED = (130, 143)
-"""Exit statuses of a try that was ended from outside: Ctrl-C and SIGTERM; so is one by a signal itself, below 0."""
+CELLS = "cells"
+"""The folder of a study's runs."""
 BEST = "best held-out loss"
 _CHOSEN = "training.arguments.load_best_model_at_end"
 DECODING = (*(name for name in SAMPLING if name != "gamma"), "prompts", "sweep", "suites")
@@ -45,67 +42,39 @@ def read_cells(definition: Definition, folder: Path, derived: Iterable[str] = ()
 
 def read_cell(definition: Definition, folder: Path, cell: Cell, derived: Iterable[str] = ()) -> CellResult:
     """Return one cell; arguments as `read_cells`'s."""
-    own = folder / CELLS / cell.name
-    state: State
-    about: dict[str, Any] = {}
-    run = RunFolder(own)
+    record = cell_record(folder / CELLS / cell.name)
+    run, about = RunFolder(record.folder), {}
     try:
-        about = read_about(own)
+        about = _checked(record)
         if "run" in about:  # a cell of another study
             run = RunFolder(folder / about["run"])
-        state, why = _state(own, run, about)
+        # Results that were copied need no more than their eval.json.
+        state, why = record.state() if about else ("done" if run.eval_path.is_file() else "missing", None)
         if state == "done":
             return _finished(definition, cell, run, about, derived)
     except DrklError as error:
         state, why = "failed", str(error)
-    return CellResult(cell.name, cell.axes, run.root, state, why, seconds=_seconds(about, {}, None))
+    return CellResult(
+        cell.name, cell.axes, run.root, state, why, about.get("start"), seconds=_seconds(about, {}, None),
+        began=_began(about),
+    )  # fmt: skip
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """Return what ``cell.json`` of a run's folder says; nothing where there is none.
-
-    Raises:
-        DrklError: the file is damaged.
-    """
-    path = folder / ABOUT
-    if not os.path.lexists(path):
-        return {}
-    about = read_sealed(path)
-    kinds = {"axes": dict, "tries": list, "seconds": dict, "start": str, "settings_digest": str, "run": str}
-    for key, kind in kinds.items():
+def _checked(record: Record) -> dict[str, Any]:
+    """What is noted of a cell, as far as it is read here; nothing where there is no file."""
+    about = record.read()
+    for key, kind in (("axes", dict), ("tries", list), ("seconds", dict), ("start", str), ("run", str)):
         if about.get(key) is None:
             about.pop(key, None)
         elif not isinstance(about[key], kind):
-            raise DrklError(f"{path}: {key}: expected a {kind.__name__}, found a {type(about[key]).__name__}.")
-    if not all(isinstance(one, dict) for one in about.get("tries", ())):
-        raise DrklError(f"{path}: tries: expected objects.")
+            raise DrklError(f"{record.path}: {key}: expected a {kind.__name__}, found a {type(about[key]).__name__}.")
+    if not all(isinstance(one, dict) and one.keys() >= {"began", "status"} for one in about.get("tries", ())):
+        raise DrklError(f"{record.path}: tries: expected objects with began and status.")
     return about
 
 
-def began(about: Mapping[str, Any]) -> str | None:
-    """When a cell was begun first, in ISO 8601; None where it was not."""
-    times = [one["began"] for one in about.get("tries", ()) if isinstance(one.get("began"), str)]
-    return min(times, default=None)
-
-
-def _state(own: Path, run: RunFolder, about: Mapping[str, Any]) -> tuple[State, str | None]:
-    """How far a cell is, and the last message of one that failed."""
-    try:
-        check_free(own, CELL)
-    except InUse:
-        return "running", None
-    if run.eval_path.is_file():
-        return "done", None
-    if not about.get("tries"):
-        return ("interrupted" if own.is_dir() and any(own.iterdir()) else "missing"), None
-    last = about["tries"][-1]
-    status, message = last.get("status"), last.get("message")
-    said = None if message is None else str(message)
-    if last.get("ended") is None or (isinstance(status, int) and (status < 0 or status in STOPPED)):
-        return "interrupted", said
-    if status in (0, "done"):
-        return "failed", "Its eval.json is gone."
-    return "failed", said or f"It ended with status {status}."
+def _began(about: Mapping[str, Any]) -> str | None:
+    return min((str(one["began"]) for one in about.get("tries", ())), default=None)
 
 
 def _finished(
@@ -123,13 +92,13 @@ def _finished(
         run.root,
         "done",
         None,
-        _entry(env, "inputs", "student", "weights") or about.get("start"),
+        about.get("start") or _entry(env, "inputs", "student", "weights"),
         models["student"],
         models["teacher"],
         _seconds(about, env, evaluation),
         budget_of(run, env, config, evaluation),
         evaluation,
-        began(about) or env.get("started"),
+        _began(about) or env.get("started"),
     )
 
 
@@ -139,7 +108,7 @@ def _check_is_cell(
     """Raise DrklError where a run is another than the cell that its folder is named for."""
     said = about.get("axes", cell.axes)
     if not same(dict(said), cell.axes):
-        raise DrklError(f"{run.root / ABOUT} says that the run is another cell: {json.dumps(said)}.")
+        raise DrklError(f"cell.json of {run.root} says that the run is another cell: {json.dumps(said)}.")
     settings = {key: value for key, value in cell.axes.items() if key != VARIANT}
     settings |= definition.variants.get(cell.axes.get(VARIANT, ""), {})
     for key, value in settings.items():
