@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,99 @@ from drkl.errors import DrklError
 from drkl.evaluation.comparison import SAMPLING, differences_of
 from drkl.evaluation.declared import metrics_of
 from drkl.evaluation.result import Evaluation
-from drkl.runs import RunFolder, readable_log
-from drkl.studies.definition import VARIANT, Definition
-from drkl.studies.grid import Cell, cells_of, same, text_of
+from drkl.runs import RunFolder, read_yaml, readable_log
+from drkl.studies.definition import SEED, VARIANT, Definition, read_definition
+from drkl.studies.folder import FOR_REPORTS, base_yaml, read_environment, study_yaml
+from drkl.studies.grid import Cell, cells_of, check_grid, same, text_of
+from drkl.studies.metrics import DERIVED, asked_metrics, check_metrics, known_metrics
 from drkl.studies.records import Record, cell_record
-from drkl.studies.result import CellResult
+from drkl.studies.result import CellResult, Study
+from drkl.studies.statistics import MIN_PAIRS
+from drkl.studies.verdicts import Judge
 
 CELLS = "cells"
 """The folder of a study's runs."""
 BEST = "best held-out loss"
 _CHOSEN = "training.arguments.load_best_model_at_end"
+_OF_THE_STUDY = ("began", "predicted", "predicted_now", "changes")
+"""What env.json of a study has beside what a run's has."""
 DECODING = (*(name for name in SAMPLING if name != "gamma"), "prompts", "sweep", "suites")
 """Settings of an evaluation that two cells have to share; gamma moves no answer, and only a metric without an ideal."""
+
+
+def load(folder: str | Path, *, prompts: bool = True) -> Study:
+    """Read a study and make its verdicts; see `Study.load`."""
+    folder = Path(folder)
+    path = study_yaml(folder)
+    if not path.is_file():
+        what = "has no study.yaml" if folder.is_dir() else "is not there"
+        raise DrklError(
+            f"{str(folder)!r} is no study's folder: it {what}. `drkl study STUDY.yaml` makes one, by the dir and the "
+            "name in that file."
+        )
+    definition = read_definition(path)
+    try:
+        check_grid(definition)
+        cells = read_cells(definition, folder, [key for key in asked_metrics(definition) if key in DERIVED])
+        task = next((one.evaluation.task for one in cells if one.evaluation is not None), None)
+        task = task or _task_of(folder)
+        check_metrics(definition, task)
+    except DrklError as error:
+        raise DrklError(f"{path}: {error}") from error
+    judge = Judge(definition, cells, known_metrics(task), prompts=prompts)
+    verdicts = judge.verdicts()
+    env = read_environment(folder)
+    began = env.get("began") or min((one.began for one in cells if one.began), default=None)
+    return Study(
+        definition,
+        folder,
+        tuple(cells),
+        tuple(verdicts),
+        tuple(judge.foretold(verdicts)),
+        _predicted(env),
+        began,
+        tuple(_notes(definition, cells, env)),
+        {name: value for name, value in env.items() if name not in _OF_THE_STUDY},
+        task,
+    )
+
+
+def _task_of(folder: Path) -> str:
+    """The task by the base of a study in which no cell has finished."""
+    path = base_yaml(folder)
+    values = read_yaml(path) if path.is_file() else {}
+    return "classification" if values.get("task") == "classification" else "generation"
+
+
+def _predicted(env: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What git said of the study's file when the first cell began; where it was changed later, what it says now."""
+    changes = [line for one in env.get("changes") or [] for line in one.get("what", [])]
+    is_other = any(line == f"{name} is another" for line in changes for name in FOR_REPORTS)
+    found = env.get("predicted_now" if is_other else "predicted")
+    return found if isinstance(found, Mapping) else None
+
+
+def _notes(definition: Definition, cells: Sequence[CellResult], env: Mapping[str, Any]) -> Iterator[str]:
+    """What is to be said beside the verdicts."""
+    seeds = definition.axes.get(SEED, [])
+    if len(seeds) < MIN_PAIRS:
+        yield "A study decides nothing without several seeds: give run.seed two values or more."
+    counts = Counter(one.state for one in cells)
+    if others := [f"{many} {state}" for state, many in counts.items() if state != "done"]:
+        yield f"{counts['done']} of {len(cells)} cells are done; the others: {', '.join(others)}."
+    for one in env.get("changes") or []:
+        yield f"Changed at {one.get('when')}, after the first cell began: {'; '.join(map(str, one.get('what', [])))}."
+    machines = Counter(_machine(one) for one in cells if one.evaluation is not None)
+    if len(machines) > 1:
+        told = "; ".join(f"{what} ({many} cells)" for what, many in machines.items())
+        yield f"The cells were not all made by the same software on the same kind of device: {told}."
+
+
+def _machine(cell: CellResult) -> str:
+    settings = {} if cell.evaluation is None else cell.evaluation.settings
+    versions = settings.get("versions") or {}
+    named = [f"{name} {versions[name]}" for name in ("drkl", "torch", "transformers") if name in versions]
+    return ", ".join([*named, str(settings.get("device") or "device not known")])
 
 
 def read_cells(definition: Definition, folder: Path, derived: Iterable[str] = ()) -> list[CellResult]:
