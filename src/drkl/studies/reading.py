@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,99 @@ from drkl.errors import DrklError
 from drkl.evaluation.comparison import SAMPLING, differences_of
 from drkl.evaluation.declared import metrics_of
 from drkl.evaluation.result import Evaluation
-from drkl.locks import CELL, InUse, check_free
-from drkl.runs import RunFolder, read_sealed, readable_log
-from drkl.studies.definition import VARIANT, Definition
-from drkl.studies.grid import Cell, cells_of, same, text_of
-from drkl.studies.result import CellResult, State
+from drkl.runs import RunFolder, read_yaml, readable_log
+from drkl.studies.definition import SEED, VARIANT, Definition, read_definition
+from drkl.studies.folder import FOR_REPORTS, base_yaml, read_environment, study_yaml
+from drkl.studies.grid import Cell, cells_of, check_grid, same, text_of
+from drkl.studies.metrics import DERIVED, asked_metrics, check_metrics, known_metrics
+from drkl.studies.records import Record, cell_record
+from drkl.studies.result import CellResult, Study
+from drkl.studies.statistics import MIN_PAIRS
+from drkl.studies.verdicts import Judge
 
-CELLS, ABOUT = "cells", "cell.json"
-"""The folder of a study's runs, and what a run's says of it as a cell."""
-STOPPED = (130, 143)
-"""Exit statuses of a try that was ended from outside: Ctrl-C and SIGTERM; so is one by a signal itself, below 0."""
+CELLS = "cells"
+"""The folder of a study's runs."""
 BEST = "best held-out loss"
 _CHOSEN = "training.arguments.load_best_model_at_end"
+_OF_THE_STUDY = ("began", "predicted", "predicted_now", "changes")
+"""What env.json of a study has beside what a run's has."""
 DECODING = (*(name for name in SAMPLING if name != "gamma"), "prompts", "sweep", "suites")
 """Settings of an evaluation that two cells have to share; gamma moves no answer, and only a metric without an ideal."""
+
+
+def load(folder: str | Path, *, prompts: bool = True) -> Study:
+    """Read a study and make its verdicts; see `Study.load`."""
+    folder = Path(folder)
+    path = study_yaml(folder)
+    if not path.is_file():
+        what = "has no study.yaml" if folder.is_dir() else "is not there"
+        raise DrklError(
+            f"{str(folder)!r} is no study's folder: it {what}. `drkl study STUDY.yaml` makes one, by the dir and the "
+            "name in that file."
+        )
+    definition = read_definition(path)
+    try:
+        check_grid(definition)
+        cells = read_cells(definition, folder, [key for key in asked_metrics(definition) if key in DERIVED])
+        task = next((one.evaluation.task for one in cells if one.evaluation is not None), None)
+        task = task or _task_of(folder)
+        check_metrics(definition, task)
+    except DrklError as error:
+        raise DrklError(f"{path}: {error}") from error
+    judge = Judge(definition, cells, known_metrics(task), prompts=prompts)
+    verdicts = judge.verdicts()
+    env = read_environment(folder)
+    began = env.get("began") or min((one.began for one in cells if one.began), default=None)
+    return Study(
+        definition,
+        folder,
+        tuple(cells),
+        tuple(verdicts),
+        tuple(judge.foretold(verdicts)),
+        _predicted(env),
+        began,
+        tuple(_notes(definition, cells, env)),
+        {name: value for name, value in env.items() if name not in _OF_THE_STUDY},
+        task,
+    )
+
+
+def _task_of(folder: Path) -> str:
+    """The task by the base of a study in which no cell has finished."""
+    path = base_yaml(folder)
+    values = read_yaml(path) if path.is_file() else {}
+    return "classification" if values.get("task") == "classification" else "generation"
+
+
+def _predicted(env: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What git said of the study's file when the first cell began; where it was changed later, what it says now."""
+    changes = [line for one in env.get("changes") or [] for line in one.get("what", [])]
+    is_other = any(line == f"{name} is another" for line in changes for name in FOR_REPORTS)
+    found = env.get("predicted_now" if is_other else "predicted")
+    return found if isinstance(found, Mapping) else None
+
+
+def _notes(definition: Definition, cells: Sequence[CellResult], env: Mapping[str, Any]) -> Iterator[str]:
+    """What is to be said beside the verdicts."""
+    seeds = definition.axes.get(SEED, [])
+    if len(seeds) < MIN_PAIRS:
+        yield "A study decides nothing without several seeds: give run.seed two values or more."
+    counts = Counter(one.state for one in cells)
+    if others := [f"{many} {state}" for state, many in counts.items() if state != "done"]:
+        yield f"{counts['done']} of {len(cells)} cells are done; the others: {', '.join(others)}."
+    for one in env.get("changes") or []:
+        yield f"Changed at {one.get('when')}, after the first cell began: {'; '.join(map(str, one.get('what', [])))}."
+    machines = Counter(_machine(one) for one in cells if one.evaluation is not None)
+    if len(machines) > 1:
+        told = "; ".join(f"{what} ({many} cells)" for what, many in machines.items())
+        yield f"The cells were not all made by the same software on the same kind of device: {told}."
+
+
+def _machine(cell: CellResult) -> str:
+    settings = {} if cell.evaluation is None else cell.evaluation.settings
+    versions = settings.get("versions") or {}
+    named = [f"{name} {versions[name]}" for name in ("drkl", "torch", "transformers") if name in versions]
+    return ", ".join([*named, str(settings.get("device") or "device not known")])
 
 
 def read_cells(definition: Definition, folder: Path, derived: Iterable[str] = ()) -> list[CellResult]:
@@ -45,67 +124,39 @@ def read_cells(definition: Definition, folder: Path, derived: Iterable[str] = ()
 
 def read_cell(definition: Definition, folder: Path, cell: Cell, derived: Iterable[str] = ()) -> CellResult:
     """Return one cell; arguments as `read_cells`'s."""
-    own = folder / CELLS / cell.name
-    state: State
-    about: dict[str, Any] = {}
-    run = RunFolder(own)
+    record = cell_record(folder / CELLS / cell.name)
+    run, about = RunFolder(record.folder), {}
     try:
-        about = read_about(own)
+        about = _checked(record)
         if "run" in about:  # a cell of another study
             run = RunFolder(folder / about["run"])
-        state, why = _state(own, run, about)
+        # Results that were copied need no more than their eval.json.
+        state, why = record.state() if about else ("done" if run.eval_path.is_file() else "missing", None)
         if state == "done":
             return _finished(definition, cell, run, about, derived)
     except DrklError as error:
         state, why = "failed", str(error)
-    return CellResult(cell.name, cell.axes, run.root, state, why, seconds=_seconds(about, {}, None))
+    return CellResult(
+        cell.name, cell.axes, run.root, state, why, about.get("start"), seconds=_seconds(about, {}, None),
+        began=_began(about),
+    )  # fmt: skip
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """Return what ``cell.json`` of a run's folder says; nothing where there is none.
-
-    Raises:
-        DrklError: the file is damaged.
-    """
-    path = folder / ABOUT
-    if not os.path.lexists(path):
-        return {}
-    about = read_sealed(path)
-    kinds = {"axes": dict, "tries": list, "seconds": dict, "start": str, "settings_digest": str, "run": str}
-    for key, kind in kinds.items():
+def _checked(record: Record) -> dict[str, Any]:
+    """What is noted of a cell, as far as it is read here; nothing where there is no file."""
+    about = record.read()
+    for key, kind in (("axes", dict), ("tries", list), ("seconds", dict), ("start", str), ("run", str)):
         if about.get(key) is None:
             about.pop(key, None)
         elif not isinstance(about[key], kind):
-            raise DrklError(f"{path}: {key}: expected a {kind.__name__}, found a {type(about[key]).__name__}.")
-    if not all(isinstance(one, dict) for one in about.get("tries", ())):
-        raise DrklError(f"{path}: tries: expected objects.")
+            raise DrklError(f"{record.path}: {key}: expected a {kind.__name__}, found a {type(about[key]).__name__}.")
+    if not all(isinstance(one, dict) and one.keys() >= {"began", "status"} for one in about.get("tries", ())):
+        raise DrklError(f"{record.path}: tries: expected objects with began and status.")
     return about
 
 
-def began(about: Mapping[str, Any]) -> str | None:
-    """When a cell was begun first, in ISO 8601; None where it was not."""
-    times = [one["began"] for one in about.get("tries", ()) if isinstance(one.get("began"), str)]
-    return min(times, default=None)
-
-
-def _state(own: Path, run: RunFolder, about: Mapping[str, Any]) -> tuple[State, str | None]:
-    """How far a cell is, and the last message of one that failed."""
-    try:
-        check_free(own, CELL)
-    except InUse:
-        return "running", None
-    if run.eval_path.is_file():
-        return "done", None
-    if not about.get("tries"):
-        return ("interrupted" if own.is_dir() and any(own.iterdir()) else "missing"), None
-    last = about["tries"][-1]
-    status, message = last.get("status"), last.get("message")
-    said = None if message is None else str(message)
-    if last.get("ended") is None or (isinstance(status, int) and (status < 0 or status in STOPPED)):
-        return "interrupted", said
-    if status in (0, "done"):
-        return "failed", "Its eval.json is gone."
-    return "failed", said or f"It ended with status {status}."
+def _began(about: Mapping[str, Any]) -> str | None:
+    return min((str(one["began"]) for one in about.get("tries", ())), default=None)
 
 
 def _finished(
@@ -123,13 +174,13 @@ def _finished(
         run.root,
         "done",
         None,
-        _entry(env, "inputs", "student", "weights") or about.get("start"),
+        about.get("start") or _entry(env, "inputs", "student", "weights"),
         models["student"],
         models["teacher"],
         _seconds(about, env, evaluation),
         budget_of(run, env, config, evaluation),
         evaluation,
-        began(about) or env.get("started"),
+        _began(about) or env.get("started"),
     )
 
 
@@ -139,7 +190,7 @@ def _check_is_cell(
     """Raise DrklError where a run is another than the cell that its folder is named for."""
     said = about.get("axes", cell.axes)
     if not same(dict(said), cell.axes):
-        raise DrklError(f"{run.root / ABOUT} says that the run is another cell: {json.dumps(said)}.")
+        raise DrklError(f"cell.json of {run.root} says that the run is another cell: {json.dumps(said)}.")
     settings = {key: value for key, value in cell.axes.items() if key != VARIANT}
     settings |= definition.variants.get(cell.axes.get(VARIANT, ""), {})
     for key, value in settings.items():

@@ -14,7 +14,7 @@ error rates of just these functions are simulated: docs/results/study-errors.csv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,13 +205,24 @@ def seeds_needed(mean: float, sd: float, comparisons: int = 1) -> int | None:
     """
     if not (mean and np.isfinite(mean) and np.isfinite(sd)):
         return None
+    return _least(lambda seeds: abs(mean) * seeds**0.5 >= critical_t(seeds, comparisons) * sd)
 
-    def decides(seeds: int) -> bool:
-        return abs(mean) * seeds**0.5 >= critical_t(seeds, comparisons) * sd
 
-    if not decides(MOST_SEEDS):
+def seeds_to_equal(mean: float, sd: float, smallest: float) -> int | None:
+    """Return the least number of seeds at which the 95 % interval would lie within ``smallest`` on both sides of 0.
+
+    Arguments and the rest as `seeds_needed`'s.
+    """
+    if not (np.isfinite(mean) and np.isfinite(sd)):
         return None
-    low, high = MIN_PAIRS - 1, MOST_SEEDS  # the one does not decide, the other does: t falls and sqrt(n) grows
+    return _least(lambda seeds: (smallest - abs(mean)) * seeds**0.5 >= critical_t(seeds) * sd)
+
+
+def _least(decides: Callable[[int], bool]) -> int | None:
+    """The least number of seeds that decides; every larger one does too, as t falls and the root grows."""
+    low, high = MIN_PAIRS - 1, MOST_SEEDS
+    if not decides(high):
+        return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if decides(middle) else (middle, high)
