@@ -99,7 +99,7 @@ def example(
         "definition": definition, "folder": folder, "cells": tuple(cells), "verdicts": tuple(rows),
         "predictions": _predictions(axis, rows) if primary else (),
         "predicted": {"commit": "0123abcdef456789", "date": "2026-11-29T09:12:00+01:00", "is_changed": False},
-        "began": "2026-11-29T10:02:11+00:00",
+        "task": task, "began": "2026-11-29T10:02:11+00:00",
     } | more))  # fmt: skip
 
 

@@ -3,7 +3,9 @@
 from base64 import b64encode
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from markupsafe import Markup
@@ -15,6 +17,7 @@ from drkl.studies.kinds import Names, kinds_of
 from drkl.studies.page import as_html
 from drkl.studies.result import CellResult, Foretold, Study, Verdict
 from tests.reporting.test_page import HOSTILE, Page
+from tests.studies import made
 from tests.studies.example import OBJECTIVES, example
 
 FEW = ("rkl", "overconfidence", "distinct_2")
@@ -30,6 +33,8 @@ def whole() -> str:
 @pytest.fixture
 def sketchy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures without their drawing, which is what takes the time."""
+    monkeypatch.setattr(figures, "new_figure", lambda width, height: (MagicMock(), MagicMock()))
+    monkeypatch.setattr(figures, "_name_temperatures", lambda ax, drawn: None)
     drawn = Markup('<svg role="img" aria-label="{}"></svg>')
     monkeypatch.setattr(figures, "to_svg", lambda figure, name, alt: drawn.format(clean(alt)))
 
@@ -255,6 +260,7 @@ def test_limits_say_what_holm_costs_here() -> None:
     assert "over 2 primary comparisons" in text
     assert "|t| has to reach 4.9 at worst, where one comparison by itself needs 2.8, at 5 seeds" in text
     assert "1 comparison is exploratory" in text and "There are 5 seeds." in text
+    assert "Holm" not in " ".join(words.limits(replace(study, verdicts=rows[1:])))
     bare = study.definition.model_copy(update={"smallest_difference": {}})
     assert any("“no difference” is never said" in one for one in words.limits(replace(study, definition=bare)))
 
@@ -294,3 +300,28 @@ def test_the_distance_stands_beside_the_difference_only_where_it_decides() -> No
     assert "distance from 0" in text and "distance from the teacher’s" in text
     rows = tuple(replace(one, distance=(0.1, None)) for one in study.verdicts if one.metric == "rkl")
     assert "distance from" not in Page(as_html(replace(study, verdicts=rows, predictions=()))).text
+
+
+@pytest.mark.usefixtures("sketchy")
+def test_the_command_names_the_studys_file_and_the_environment_is_that_of_its_beginning() -> None:
+    begun = {"command": ["drkl", "study", "studies/a b.yaml", "--part", "1/2"], "torch": "2.13", "git_commit": None}
+    text = Page(as_html(example(metrics=FEW, made=begun))).words
+    assert "drkl study 'studies/a b.yaml' drkl study 'studies/a b.yaml' --report" in text
+    assert "--part" not in text and "git commit" not in text and "2.13" in text
+
+
+def test_versions_that_differ_between_cells_are_said() -> None:
+    study = example(metrics=FEW)
+    evaluation = study.cells[0].evaluation
+    assert evaluation is not None
+    evaluation.settings["versions"] = {"torch": "2.14"}
+    assert ("torch, in evaluations", "differs: 2.14, 2.13.0+cpu") in budgets.environment(study, kinds_of(study))
+
+
+@pytest.mark.usefixtures("sketchy")
+def test_a_whole_study_is_read_from_its_folder_and_drawn(tmp_path: Path) -> None:
+    asked = made.definition(primary=[{"metric": "rkl", "cell": {"objective.name": "drkl"}, "against": {}}])
+    folder = made.write_study(tmp_path / "studies" / "s", asked, made.planted({"drkl": -0.5}))
+    page = Page(as_html(Study.load(folder, prompts=False)))
+    assert "drkl is better than rkl in reverse KL." in page.words and "All 9 runs are finished." in page.words
+    assert str(tmp_path) not in page.text

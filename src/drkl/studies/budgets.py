@@ -134,12 +134,18 @@ def every_cell(study: Study) -> PlainTable:
     return PlainTable(["Cell", "State", "Run folder", "Start", "Time"], rows, names=4)
 
 
-def versions(kinds: Sequence[Kind]) -> list[tuple[str, str]]:
-    """The versions that the cells were evaluated with; one that was not the same in all is said so."""
+def environment(study: Study, kinds: Sequence[Kind]) -> list[tuple[str, str]]:
+    """What the study was begun with, and the versions of the cells' evaluations that are not the same in all."""
+    begun = {key: value for key, value in study.made.items() if key != "command" and value is not None}
+    rows = [(short(str(key), 60).replace("_", " "), _show(value)) for key, value in begun.items()]
     seen: dict[str, list[str]] = {}
     for evaluation in (one for kind in kinds for one in kind.evaluations):
         known = evaluation.settings.get("versions")
         for package, version in (known if isinstance(known, Mapping) else {}).items():
             seen.setdefault(short(str(package), 40), []).append(short(str(version), 40))
-    rows = [(package, in_order(found)) for package, found in seen.items()]
-    return [(package, found[0] if len(found) == 1 else f"differs: {', '.join(found)}") for package, found in rows]
+    for package, found in seen.items():
+        if len(versions := in_order(found)) > 1:
+            rows.append((f"{package}, in evaluations", f"differs: {', '.join(versions)}"))
+        elif not begun:
+            rows.append((package, versions[0]))
+    return rows

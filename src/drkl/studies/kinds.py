@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drkl.evaluation.declared import CLASS_METRICS, METRICS, Metric
-from drkl.evaluation.paired import AS_VARIED
+from drkl.evaluation.declared import Metric
 from drkl.evaluation.result import Evaluation
 from drkl.reporting.text import short
 from drkl.studies.definition import SEED, Settings
 from drkl.studies.grid import group_of, label, same
+from drkl.studies.metrics import known_metrics
 from drkl.studies.result import CellResult, Study
 
 
@@ -95,13 +95,7 @@ def seeds_of(study: Study) -> list[Any]:
     return list(dict.fromkeys(cell.axes[SEED] for cell in study.cells if SEED in cell.axes))
 
 
-def task_of(study: Study) -> str:
-    """The task of the cells, by the evaluation of one; ``generation`` while there is none."""
-    return next((cell.evaluation.task for cell in study.cells if cell.evaluation is not None), "generation")
-
-
 def metric_of(key: str, task: str) -> Metric:
     """The declared metric, or one that claims nothing for a key that is not declared."""
-    known = (CLASS_METRICS if task == "classification" else METRICS) | {AS_VARIED.key: AS_VARIED}
     title = short(key, 60).replace("_", " ")
-    return known.get(key) or Metric(key, title[:1].upper() + title[1:], "", "", "none", "")
+    return known_metrics(task).get(key) or Metric(key, title[:1].upper() + title[1:], "", "", "none", "")

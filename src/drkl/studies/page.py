@@ -16,13 +16,12 @@ from drkl.reporting.text import clip, short
 from drkl.studies import budgets, figures, words
 from drkl.studies.curves import mean_of
 from drkl.studies.definition import SEED, VARIANT
-from drkl.studies.kinds import Kind, Names, key_of, kinds_of, metric_of, seeds_of, task_of
+from drkl.studies.kinds import Kind, Names, key_of, kinds_of, metric_of, seeds_of
 from drkl.studies.result import Study, Verdict
 
 LONGEST_MESSAGE = 1_500
 """Characters of the message of a cell that failed."""
 DEFINITION_LIMIT = 20_000
-FILE = "study.yaml"
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Compared:
 
 def as_html(study: Study) -> str:
     """The page as text; the curves are read from the eval.json of the cells."""
-    kinds, task = kinds_of(study), task_of(study)
+    kinds, task = kinds_of(study), study.task
     names, lines = Names(kinds), figures.lines_of(kinds)
     metrics = [metric_of(key, task) for key in _keys(study)]
     primary = [row for row in study.verdicts if not row.exploratory]
@@ -147,15 +146,23 @@ def as_html(study: Study) -> str:
         notes=study.notes,
         cells=budgets.every_cell(study),
         limits=words.limits(study),
-        file=shell_word(f"{study.definition.dir.rstrip('/')}/{study.definition.name}/{FILE}"),
+        file=shell_word(_file(study)),
         definition=clip(_as_yaml(study), DEFINITION_LIMIT),
-        versions=budgets.versions(kinds),
+        environment=budgets.environment(study, kinds),
     )
 
 
 def _keys(study: Study) -> list[str]:
     """The metrics that are decided on, in the order of the study's file."""
     return list(dict.fromkeys([*study.definition.decide, *(row.metric for row in study.verdicts)]))
+
+
+def _file(study: Study) -> str:
+    """The study's file, as the command named it that began the study; else the copy in the study's folder."""
+    command = study.made.get("command")
+    words_of = [str(word) for word in command] if isinstance(command, list) else []
+    named = [word for word in words_of if word.endswith((".yaml", ".yml")) and not word.startswith("-")]
+    return named[0] if named else f"{study.definition.dir.rstrip('/')}/{study.definition.name}/study.yaml"
 
 
 def _as_yaml(study: Study) -> str:

@@ -232,7 +232,7 @@ def limits(study: Study) -> list[str]:
 
 def _cost_of_holm(primary: Sequence[Verdict], exploratory: Sequence[Verdict]) -> list[str]:
     needed = [row.t_needed for row in primary if row.t_needed is not None]
-    if not needed:
+    if not needed or len(primary) < 2:
         return []
     text = (
         f"Holm’s correction over {count(len(primary), 'primary comparison')} keeps the chance of any false verdict "
