@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "drkl"
 ORDER = (
     "errors _version parsing client folders disk outputs display signals processes locks recipes sealed runs kept "
     "objectives losses positions data models teachers rollouts training evaluation analysis reporting toy config "
-    "run_models terminal cli __main__"
+    "run_models studies terminal cli __main__"
 ).split()
 
 MODULES = sorted(SOURCE.rglob("*.py"))

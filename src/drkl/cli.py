@@ -194,6 +194,7 @@ _KEPT = {
     "evaluate": "The parts that were finished are kept.",
     "analyze": "Nothing of the analysis is kept.",
     "toy": "The results that were finished are kept.",
+    "study": "The cells that were finished are kept, and what the others have saved.",
 }
 """What an end from outside leaves."""
 
@@ -614,6 +615,14 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Folder for eval.json and its files. Default: RUN.", show_default=False)
     ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="With RUN: what is measured, as teacher,student. Default: teacher, before (training), warmup, student.",
+            show_default=False,
+        ),
+    ] = None,
     suite: Annotated[
         list[str] | None,
         typer.Option(
@@ -677,9 +686,12 @@ def evaluate(
          "batch_size": batch_size}, prompts, sweep, seeds,
     )  # fmt: skip
     loaded = _teacher_model(overrides)
+    named: dict[str, Any] = {} if models is None else {"models": tuple(_split("--models", models))}
     if run is not None:
         _refuse_beside_a_run(pair, dtype, device)
     else:
+        if models is not None:
+            raise DrklError("`--models` goes with RUN: of a pair both are measured. Leave it out.")
         output = _output_folder(output)
         if (data is None) == (not suite):
             came = "neither" if data is None else "both"
@@ -692,7 +704,7 @@ def evaluate(
     }  # fmt: skip
     with _together(), _options_named_as_flags(), progress_bars() as on_progress:
         if run is not None:
-            evaluation = evaluate_run(run, teacher_model=loaded, on_progress=on_progress, **shared)
+            evaluation = evaluate_run(run, teacher_model=loaded, on_progress=on_progress, **named, **shared)
         else:
             evaluation = evaluate_pair(
                 str(student), teacher, data, max_rows=max_rows, max_prompt_tokens=max_prompt_tokens,
@@ -750,6 +762,7 @@ _OPTIONS = {
     "output_dir": "--output", "data.max_prompt_tokens": "--max-prompt-tokens", "data.max_tokens": "--max-tokens",
     "samples_per_prompt:": "--samples:", "device is": "--device is", "takes rows": "takes --data",
     "name its executable:": "name its executable: --vllm", "use it by that name": "name that one as --student",
+    "models has": "--models has", "models leaves": "--models leaves",
     **{f"{name}:": f"--{name.replace('_', '-')}:" for name in
        ("prompts", "sampling_temperature", "sweep", "seeds", "max_new_tokens", "batch_size")},
 }  # fmt: skip
@@ -958,6 +971,103 @@ def compare(
         print(as_text(comparison, width=shutil.get_terminal_size((120, 24)).columns), end="")
     else:
         print(FORMATS[output_format](comparison), end="")
+
+
+class _StudyWords:
+    """The words of the commands that a study runs."""
+
+    def train(self, config: Path) -> list[str]:
+        return ["distill", str(config), "--auto-resume"]
+
+    def cache(self, config: Path, folder: Path, kind: str, temperatures: Sequence[float]) -> list[str]:
+        of_kind = [word for value in temperatures for word in ("--temperature", f"{value:g}")]
+        return ["cache", str(config), "--output", str(folder), "--kind", kind, *of_kind]
+
+    def evaluate(self, run: Path, teacher: str | None) -> list[str]:
+        loaded = [] if teacher is None else [f"teacher.model={teacher}"]
+        return ["evaluate", str(run), *loaded, "--models", "teacher,student"]
+
+
+@app.command()
+def study(
+    definition: Annotated[
+        Path, typer.Argument(metavar="STUDY", help="A yaml file (docs/studies.md says what it has).", show_default=False)
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells with their states, and what is left takes; write nothing.")
+    ] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Run the I-th of N parts, to share the work. Default: all.", show_default=False
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of cells that run at once; they share the cores.")] = 1,
+    report: Annotated[
+        bool, typer.Option("--report", help="Run nothing; write study.html, study.json and table.md of what is there.")
+    ] = False,
+) -> None:
+    """Run what is missing of a study (a grid of runs over seeds, with verdicts), again and again until it is whole."""
+    from drkl.studies.folder import settle
+    from drkl.studies.plan import load_study
+    from drkl.studies.pricing import price
+    from drkl.studies.running import part_of
+
+    if report and (dry_run or part is not None or jobs > 1):
+        raise DrklError("`--report` runs nothing: leave `--dry-run`, `--part` and `--jobs` out.")
+    number, of = (1, 1) if part is None else _part(part)
+    plan = load_study(definition)
+    if dry_run:
+        from drkl.studies.folder import check_same
+
+        for line in (*plan.notes, *check_same(plan), *price(plan, part_of(plan, number, of), jobs).lines()):
+            print(line)
+        return
+    if report and not (plan.folder / "env.json").is_file():
+        raise DrklError(
+            f"The study in {str(plan.folder)!r} has not begun: there is nothing to report. `drkl study "
+            f"{shell_word(definition)}` runs it."
+        )
+    for line in settle(plan, ["drkl", *sys.argv[1:]]):
+        print(f"Since the first cell began: {line}.")
+    if report:
+        _report_study(plan.folder)
+        return
+    for line in plan.notes:
+        print(line)
+    _run_study(plan, (number, of), jobs)
+
+
+def _run_study(plan: Any, part: tuple[int, int], jobs: int) -> None:
+    from drkl.studies.commands import Commands
+    from drkl.studies.running import run_study
+    from drkl.terminal import StudyProgress
+
+    with StudyProgress() as listener:
+        outcome = run_study(plan, _StudyWords(), part=part, commands=Commands(jobs), listener=listener)
+    if outcome.elsewhere:
+        print(f"Other processes work on {', '.join(outcome.elsewhere)}.")
+    if outcome.failed:
+        print(f"{len(outcome.failed)} cells have failed; the same command tries them again:", file=sys.stderr)
+        for name, message in outcome.failed.items():
+            print(f"  {name}: {message}", file=sys.stderr)
+        raise typer.Exit(1)
+    if not outcome.elsewhere:
+        what = "The study" if part == (1, 1) else f"Part {part[0]} of {part[1]}"
+        print(f"{what} is whole. Next: drkl study {shell_word(plan.path)} --report")
+
+
+def _report_study(folder: Path) -> None:
+    from drkl.runs import write_json, write_text
+    from drkl.studies.page import as_html
+    from drkl.studies.reading import load
+    from drkl.studies.result import as_markdown
+
+    found = load(folder)
+    write_json(folder / "study.json", found.to_json())
+    write_text(folder / "table.md", as_markdown(found))
+    write_text(folder / "study.html", as_html(found))
+    print(f"Written: {folder / 'study.html'}, {folder / 'study.json'} and {folder / 'table.md'}.")
 
 
 @app.command()

@@ -171,31 +171,47 @@ class Config(BaseModel):
 
     def specs(self) -> list[RunSpec]:
         """The runs, first to last; the last one's folder is ``run.dir/run.name``."""
+        *stages, last = self.runs()
+        specs = [_spec(stage, RunFolder(unexpanded(Path(stage.run.dir) / stage.run.name)), resolve(stage)) for stage in stages]
+        return [*specs, _spec(last, RunFolder(unexpanded(Path(self.run.dir) / self.run.name)), resolve(self))]
+
+    def runs(self) -> list[Config]:
+        """The config of each run by itself, first to last, with what a stage inherits and the student it starts from.
+
+        The last one has the sections of this config, and no stages.
+        """
         root = unexpanded(Path(self.run.dir) / self.run.name)
-        resolved = resolve(self)
-        specs, student = [], self.student
+        runs, student = [], self.student
         for number, stage in enumerate(self.stages, start=1):
             folder = RunFolder(root / "stages" / f"{number:02d}-{stage.name}")
-            merged = self._stage(stage, student, folder, number - 1)
-            specs.append(_spec(merged, folder, resolve(merged)))
-            student = StudentConfig(
-                init="pretrained",
-                model=str(folder.student_path),
-                dtype=self.student.dtype,
-                freeze_embeddings=self.student.freeze_embeddings,
-            )
+            runs.append(self._stage(stage, student, folder, number - 1))
+            student = self.student_from(folder.student_path)
         # A later stage has the tokenizer of the first.
-        last = self.model_copy(update={"student": student, "tokenizer": None if specs else self.tokenizer})
-        specs.append(_spec(last, RunFolder(root), resolved))
-        return specs
+        changes = {"student": student, "stages": [], "tokenizer": None if runs else self.tokenizer}
+        return [*runs, self.model_copy(update=changes)]
 
-    def _stage(self, stage: StageConfig, student: StudentConfig, folder: RunFolder, index: int) -> Config:
-        values = self.model_dump()
+    def student_from(self, folder: Path) -> StudentConfig:
+        """The student's section of a run that starts from the student of another one."""
+        return StudentConfig(
+            init="pretrained",
+            model=str(folder),
+            dtype=self.student.dtype,
+            freeze_embeddings=self.student.freeze_embeddings,
+            disable_dropout=self.student.disable_dropout,
+        )
+
+    def values(self, mode: Literal["python", "json"] = "python") -> dict[str, Any]:
+        """The config as a mapping that is read as the same one; what fits the models where it is not given stays so."""
+        values = self.model_dump(mode=mode)
         for length in Lengths._fields:
             if length not in self.data.given_lengths:
                 del values["data"][length]
         if "max_new_tokens" not in self.evaluation.model_fields_set:
             del values["evaluation"]["max_new_tokens"]
+        return values
+
+    def _stage(self, stage: StageConfig, student: StudentConfig, folder: RunFolder, index: int) -> Config:
+        values = self.values()
         values["run"] |= {"name": folder.name, "dir": str(folder.root.parent)}
         values["student"] = student.model_dump()
         values["stages"] = []
@@ -273,7 +289,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     Raises:
         DrklError: a missing or broken file, an unknown key, a value out of range.
     """
-    values = _numbers(copy.deepcopy(source) if isinstance(source, dict) else read_yaml(find_recipe(source)))
+    values = plain_numbers(copy.deepcopy(source) if isinstance(source, dict) else read_yaml(find_recipe(source)))
     notes: list[str] = []
     parsed = [_parse_override(text) for text in overrides]
     _drop_other_objective(values, parsed, notes)
@@ -321,15 +337,15 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
             f"The value of the override {text[:200]!r} is not valid yaml: {' '.join(str(error).split())}. Put text "
             "with braces or colons into quotes of its own, as in 'data.template=\"Q: {{ prompt }}\"'."
         ) from error
-    return key.strip().split("."), _numbers(value)
+    return key.strip().split("."), plain_numbers(value)
 
 
-def _numbers(value: Any) -> Any:
-    """yaml 1.1 reads 1e-3 as text; a person means a number."""
+def plain_numbers(value: Any) -> Any:
+    """A value of yaml 1.1, which reads 1e-3 as text, as a person means it: as a number."""
     if isinstance(value, dict):
-        return {key: _numbers(v) for key, v in value.items()}
+        return {key: plain_numbers(v) for key, v in value.items()}
     if isinstance(value, list):
-        return [_numbers(v) for v in value]
+        return [plain_numbers(v) for v in value]
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
@@ -18,6 +19,8 @@ STUDENT, FILES = "student", "files"
 """Keys of ``env.json``: the files of ``student/``, and those beside it that are read again."""
 MARK = "student_files"
 """In ``settings`` of ``eval.json`` and ``analysis.json``: the `student_mark` of the student that was looked at."""
+REMOVED = "student_removed"
+"""Key of ``env.json``: when a study removed the student of a run that was evaluated."""
 _FREE = ("README.md",)
 """Files of a student that anybody may edit."""
 _log = logging.getLogger("drkl")
@@ -79,6 +82,11 @@ def check_student(folder: str | Path) -> None:
     run = RunFolder(path.parent)
     if path.name != run.student_path.name or not run.config_path.is_file():
         return
+    if when := run.read_env().get(REMOVED):
+        raise DrklError(
+            f"The student of the run {str(run.root)!r} was not kept: its study removed it once it was evaluated "
+            f"({when}), as keep_students is false there. A new run of its config.yaml trains it again."
+        )
     files = files_of(run, STUDENT)
     stamps = {str(file): _stamp(path / file) for file in files}
     if _checked.get(str(path.resolve())) == stamps:
@@ -90,6 +98,12 @@ def check_student(folder: str | Path) -> None:
             "own: copy it to another folder, and use it by that name."
         )
     _checked[str(path.resolve())] = stamps
+
+
+def note_removed(run: RunFolder) -> None:
+    """Note that the student of a run that is finished and evaluated is removed; a reader says so."""
+    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    run.write_env(run.read_env() | {REMOVED: when}, lasting=True)
 
 
 def _stamp(path: Path) -> Any:

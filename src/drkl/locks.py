@@ -17,10 +17,10 @@ from drkl.errors import DrklError
 from drkl.processes import first_alone
 from drkl.signals import KEPT
 
-TRAINING, EVALUATION, ANALYSIS = ".lock", ".evaluation.lock", ".analysis.lock"
-"""Lock files of a folder: of who trains in it, and of who writes its results of one kind."""
-LOCKS = frozenset((TRAINING, EVALUATION, ANALYSIS))
-_DOING = {TRAINING: "trains in it", EVALUATION: "evaluates it", ANALYSIS: "analyses it"}
+TRAINING, EVALUATION, ANALYSIS, STUDY = ".lock", ".evaluation.lock", ".analysis.lock", ".study.lock"
+"""Lock files of a folder: of who trains in it, of who writes its results of one kind, and of the study that makes it."""
+LOCKS = frozenset((TRAINING, EVALUATION, ANALYSIS, STUDY))
+_DOING = {TRAINING: "trains in it", EVALUATION: "evaluates it", ANALYSIS: "analyses it", STUDY: "makes it for a study"}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 """What file systems say that lock no files."""
 _log = logging.getLogger("drkl")
@@ -85,6 +85,16 @@ def check_free(folder: Path, name: str) -> None:
         raise _in_use(folder / name) from None
     finally:
         os.close(handle)
+
+
+def is_held(folder: Path, *names: str) -> bool:
+    """Whether another process holds one of these lock files of a folder."""
+    try:
+        for name in names:
+            check_free(folder, name)
+    except InUse:
+        return True
+    return False
 
 
 def _taken(path: Path) -> int | None:

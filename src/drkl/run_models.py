@@ -18,7 +18,7 @@ from drkl.data.config import NO_ROWS
 from drkl.data.lengths import Room
 from drkl.data.rows import make_rows
 from drkl.data.shares import heldout_of
-from drkl.errors import DrklError
+from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.bookkeeping import Progress, Source
 from drkl.evaluation.cached import NOTE, put_cache
 from drkl.evaluation.evaluate import Settings, check_output, configured, evaluate_inputs
@@ -63,6 +63,7 @@ _OTHER_ROWS = (
 def evaluate_run(
     run: str | Path,
     *,
+    models: Sequence[str] = MODELS,
     suites: Sequence[str] = (),
     protocol: str | None = None,
     teacher_model: str | Path | None = None,
@@ -76,6 +77,8 @@ def evaluate_run(
 
     Args:
         run: the run folder.
+        models: which of ``teacher``, ``before``, ``warmup`` and ``student`` are measured, as far as the run has them.
+            Each costs as much; the student has to be among them.
         suites: named test sets in place of the held-out rows: ``NAME`` or ``NAME=WHERE``.
         protocol: ``minillm`` for its prompt format, decoding and seeds; None for the run's own.
         teacher_model: path or Hub id of the teacher. Default: that of the run, or the cache that it was trained from,
@@ -87,8 +90,10 @@ def evaluate_run(
         **settings: fields of `EvaluationConfig` in place of the config's.
 
     Raises:
-        DrklError: no run, or one without a student; a setting out of range; suites or a protocol for a classifier.
+        DrklError: no run, or one without a student; a setting out of range; suites or a protocol for a classifier; a
+            model that there is not.
     """
+    check_models(models)
     root, into = RunFolder.open(run).root, None if output_dir is None else Path(output_dir)
     with Share.of_group().joined(), first_holding(root if into is None else into, EVALUATION):
         first_alone(lambda: check_free(root, TRAINING))
@@ -96,7 +101,7 @@ def evaluate_run(
         wanted = configured(config.evaluation, protocol, settings)
         if output_dir is not None:
             check_output(Path(output_dir))
-        inputs = run_inputs(specs, suites, protocol, teacher_model=teacher_model)
+        inputs = run_inputs(specs, suites, protocol, teacher_model=teacher_model, measured=models)
         if mark := student_mark(folder.read_env()):
             inputs.facts[MARK] = mark
         target = folder.root if output_dir is None else output_dir
@@ -203,6 +208,7 @@ def run_inputs(
     protocol: str | None = None,
     *,
     teacher_model: str | Path | None = None,
+    measured: Sequence[str] = MODELS,
 ) -> Inputs:
     """Models and rows of a finished run: its own held-out rows, or those of ``suites``.
 
@@ -211,6 +217,7 @@ def run_inputs(
         suites: see `evaluate_run`.
         protocol: see `evaluate_run`.
         teacher_model: see `evaluate_run`.
+        measured: the ``models`` of `evaluate_run`.
 
     Raises:
         DrklError: suites or a protocol for a classification run, rows that cannot be read, or a teacher's cache that is
@@ -221,12 +228,13 @@ def run_inputs(
         specs, compared = _with_teacher(specs, str(teacher_model))
     specs = with_stand_in(specs, without_server)
     first, last = specs[0], specs[-1]
-    loaders, tokenizer, device = evaluation_models(specs, made=compared if isinstance(compared, TeacherCache) else None)
+    made = compared if isinstance(compared, TeacherCache) else None
+    loaders, tokenizer, device = evaluation_models(specs, [name for name in MODELS if name in measured], made)
     models: dict[str, Source] = {**loaders}
-    if served := last.teacher is not None and last.teacher.is_served:
+    if served := "teacher" in models and last.teacher is not None and last.teacher.is_served:
         del models["teacher"]
-    cache = _run_cache(last.teacher, device)
-    if start_missing := cache is not None and _is_made_of_teacher(first):
+    cache = _run_cache(last.teacher, device) if "teacher" in models else None
+    if start_missing := "before" in models and cache is not None and _is_made_of_teacher(first):
         del models["before"]
     classes = trained_classes(last)
     if classes is not None and (suites or protocol):
@@ -317,6 +325,15 @@ def run_inputs(
         models, tokenizer, rows, names, device, described, shared, classes, float(gamma), facts, name,
         data.template, room, merged_ids,
     )  # fmt: skip
+
+
+def check_models(names: Sequence[str]) -> None:
+    """Raise DrklError unless these are models of an evaluation, the student among them."""
+    for name in names:
+        if name not in MODELS:
+            raise DrklError(f"models has {name!r}; expected some of {', '.join(MODELS)}.{did_you_mean(name, MODELS)}")
+    if "student" not in names:
+        raise DrklError("models leaves the student out, which is what an evaluation is of. Add student.")
 
 
 def _with_teacher(specs: Sequence[RunSpec], name: str) -> tuple[Sequence[RunSpec], TeacherCache | str | None]:

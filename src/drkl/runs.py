@@ -23,6 +23,9 @@ from drkl.sealed import CHECKSUM, sealed, unsealed
 
 IN_MEMORY = "in memory"
 """The prefix, in a config.yaml, of the name of a model or of rows that were passed as objects."""
+OF_A_STUDY = {kind: (f"{kind}.json", f"{kind}.yaml", "log.txt") for kind in ("cell", "start", "cache")}
+"""The files that a study keeps in a folder that it has made, by what it made: its record, the config that it runs
+there, and what that printed. A run may begin beside them."""
 _LOOK = 4096
 """Bytes of a log's end that are looked at at once."""
 _MOST_STEPS = 1 << 53
@@ -164,6 +167,20 @@ class RunFolder:
     def write_env(self, values: Mapping[str, Any], *, lasting: bool = False) -> None:
         """Write ``env.json``; ``lasting`` as `write_text` takes it."""
         write_json(self.env_path, sealed(values), lasting=lasting)
+
+    def last_step(self) -> int:
+        """The optimiser step of the last whole line of ``train.jsonl``; 0 where there is none."""
+        try:
+            with self.train_log_path.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _LOOK))
+                lines = file.read().split(b"\n")
+        except OSError:
+            return 0
+        for line in reversed(lines[:-1]):
+            with contextlib.suppress(ValueError):
+                if is_log_line(value := parse_json(line.decode())):
+                    return int(value["step"])
+        return 0
 
     def read_train_log(self) -> list[dict[str, Any]]:
         """Return the lines of ``train.jsonl``; none where there is no such file.

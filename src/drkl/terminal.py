@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from drkl.evaluation.findings import Finding
     from drkl.evaluation.result import Evaluation
     from drkl.reporting.tables import PlainTable
+    from drkl.studies.running import Listener as StudyListener
+    from drkl.studies.running import Now
     from drkl.training.run import Listener
 
 ON_ANSWERS = ("rollout_loss", "rollout_finished", "rollout_length")
@@ -107,6 +109,50 @@ class TrainingProgress:
             keys = ("loss", "fkl", "rkl", "agreement", "student_entropy", "teacher_entropy", *ON_ANSWERS)
             numbers = "  ".join(f"{k} {newest[f'eval_{k}']:.3f}" for k in keys if f"eval_{k}" in newest)
             self._say(f"  step {step}: held-out {numbers}")
+
+
+class StudyProgress:
+    """A bar for the cells of a study, and one for each that runs; a line for what has happened."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                   TimeElapsedColumn(), TextColumn("{task.fields[note]}", markup=False))  # fmt: skip
+        self._progress = Progress(*columns, console=screen())
+        self._progress.disable = not self._progress.console.is_terminal
+        self._cells: Any = None
+        self._tasks: dict[tuple[str, str], Any] = {}
+
+    def __enter__(self) -> StudyListener:
+        from drkl.studies.running import Listener
+
+        self._progress.__enter__()
+        return Listener(self._say, self._on_progress)
+
+    def __exit__(self, *exc: Any) -> None:
+        self._progress.__exit__(*exc)
+
+    def _say(self, text: str) -> None:
+        if self._progress.disable:
+            say(text, flush=True)  # into a log, at once
+        else:
+            self._progress.console.print(text, markup=False)
+
+    def _on_progress(self, now: Now) -> None:
+        if self._cells is None:
+            self._cells = self._progress.add_task("cells", total=now.of, note="")
+        left = "" if now.seconds_left is None else f"{now.seconds_left / 3600:.1f} h left"
+        failed = f"{now.failed} failed" if now.failed else ""
+        self._progress.update(self._cells, completed=now.done, note=", ".join(filter(None, (failed, left))))
+        running = {(name, what): (step, of) for name, what, step, of in now.running}
+        for gone in self._tasks.keys() - running.keys():
+            self._progress.remove_task(self._tasks.pop(gone))
+        for (name, what), (step, of) in running.items():
+            total = of if what == "train" else None
+            if (name, what) not in self._tasks:
+                self._tasks[name, what] = self._progress.add_task(printable(f"{name}: {what}"), total=total, note="")
+            self._progress.update(self._tasks[name, what], completed=step)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isclose
 from pathlib import Path
@@ -185,6 +185,42 @@ def compare(a: Evaluation | str | Path, b: Evaluation | str | Path, *, seed: int
     return Comparison(first, second, seed, tables, warnings)
 
 
+def differences_of(a: Evaluation, b: Evaluation, keys: Iterable[str], *, seed: int = 0) -> dict[str, Difference]:
+    """Return the paired differences B - A of some metrics of ``eval.json``, with their resamples.
+
+    They are of all rows and prompts, at the main sampling temperature; of the same units and seed every pair meets the
+    same resamples. A metric is left out that cannot be paired so, as those of an evaluation on suites.
+
+    Args:
+        a, b: evaluations with the files beside them; twice the same one gives its own numbers.
+        keys: of the metrics, ``rouge_l_when_as_varied`` among them.
+        seed: random seed of the resampling.
+
+    Raises:
+        DrklError: they were evaluated on different rows or prompts.
+    """
+    pair, known, wanted = (a, b), metrics_of(a.task), set(keys)
+    found: list[Difference] = []
+    if a.task == "classification":
+        found += _compared(pair, TEXTS, [_predicted(run) for run in pair], Table(None, None), seed).differences
+    of = {known[key].of if key in known else "answers" for key in wanted}  # none of a classification has either
+    if "tokens" in of:
+        heldout = [_sets(run, ROWS) for run in pair]
+        if all((None, None) in sets for sets in heldout):
+            lines = [sets[None, None] for sets in heldout]
+            found += _compared(pair, ROWS, lines, Table(None, None), seed).differences
+    main = a.settings.get("sampling_temperature")
+    if "answers" in of and main is not None:
+        samples = [_sets(run, PROMPTS) for run in pair]
+        if all((None, main) in sets for sets in samples):
+            lines = [sets[None, main] for sets in samples]
+            found += _compared(pair, PROMPTS, lines, Table(None, main), seed).differences
+        both = sorted({t for name, t in samples[0] if name is None and (None, t) in samples[1] and t is not None})
+        if AS_VARIED.key in wanted and (more := _when_as_varied(pair, None, samples, both, seed)) is not None:
+            found.append(more)
+    return {difference.metric.key: difference for difference in found if difference.metric.key in wanted}
+
+
 def _opened(evaluation: Evaluation | str | Path) -> Evaluation:
     return evaluation if isinstance(evaluation, Evaluation) else Evaluation.load(evaluation)
 
@@ -281,7 +317,8 @@ def _when_as_varied(
     known = ~(np.isnan(a) | np.isnan(b))
     change = mostly(b - a)
     verdict: Verdict = "undecided" if change.interval is None else decide(-a[1:][known[1:]], -b[1:][known[1:]])
-    return settled(Difference(AS_VARIED, float(a[0]), float(b[0]), change.interval, verdict), units)
+    difference = Difference(AS_VARIED, float(a[0]), float(b[0]), change.interval, verdict, resamples=(b - a)[1:])
+    return settled(difference, units)
 
 
 def _paired_sides(

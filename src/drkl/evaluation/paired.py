@@ -13,7 +13,7 @@ out 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite, nan
 from typing import Literal, NamedTuple
 
@@ -39,6 +39,8 @@ class Difference:
     verdict: Verdict | None
     teacher: float | None = None
     """The teacher's value, where that is the ideal."""
+    resamples: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """B - A on every resample; NaN where it is not defined."""
 
     @property
     def difference(self) -> float:
@@ -76,14 +78,16 @@ def paired(metrics: Mapping[str, Metric], a: Side, b: Side) -> tuple[list[Differ
                 missing[key] = "undefined or infinite"
             continue
         far = [side.distance(metric) for side in (a, b)]
+        resamples = b.student.values[key] - a.student.values[key]
         differences.append(
             Difference(
                 metric,
                 first,
                 second,
-                interval(b.student.values[key] - a.student.values[key]),
+                interval(resamples),
                 None if far[0] is None or far[1] is None else decide(far[0], far[1]),
                 as_number(a.teacher.points.get(key)) if metric.better == "teacher" else None,
+                resamples,
             )
         )
     return differences, missing

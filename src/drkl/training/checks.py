@@ -15,7 +15,7 @@ from drkl.folders import free_name
 from drkl.kept import check_student
 from drkl.locks import LOCKS
 from drkl.models.precision import has_device
-from drkl.runs import RunFolder, check_no_link
+from drkl.runs import OF_A_STUDY, RunFolder, check_no_link
 
 _log = logging.getLogger("drkl")
 
@@ -47,10 +47,13 @@ def check_folder(run: RunFolder, mode: str) -> None:
 
 
 def _is_nothing(run: RunFolder, path: Path) -> bool:
-    """Whether this is all that a run leaves that ends before its config is written."""
+    """Whether this is all that a run leaves that ends before its config is written, or what a study keeps there."""
     if path in (run.checkpoints_path, run.root / "stages"):
         return path.is_dir() and not path.is_symlink() and all(_is_leftover(run, inner) for inner in path.iterdir())
-    return not path.is_dir() and _is_leftover(run, path)
+    of_study = [name for names in OF_A_STUDY.values() if (run.root / names[0]).is_file() for name in names]
+    begun = tuple(f".{name}." for name in of_study)
+    is_of_study = path.name in of_study or path.name.startswith(begun)
+    return not path.is_dir() and (is_of_study or _is_leftover(run, path))
 
 
 def _is_leftover(run: RunFolder, path: Path) -> bool:

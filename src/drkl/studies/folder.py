@@ -1,0 +1,190 @@
+"""The folder of a study: what was asked when its first cell began, and what of that may be another by now."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from drkl.display import shell_word
+from drkl.errors import DrklError
+from drkl.models.precision import pick_device
+from drkl.runs import locked, read_sealed, read_yaml, write_json, write_yaml
+from drkl.sealed import sealed
+from drkl.studies.definition import Definition
+from drkl.studies.grid import words
+from drkl.studies.plan import Plan, Planned, digest, given
+from drkl.studies.records import Record, cell_record
+from drkl.studies.starts import cache_for, start_for
+from drkl.training.environment import describe_environment, now
+from drkl.training.settings import changes, flat
+
+FOR_REPORTS = ("baseline", "decide", "smallest_difference", "predictions", "primary")
+"""Fields of a study that no run reads: they may be others later, which is said."""
+
+
+def study_yaml(folder: Path) -> Path:
+    """The definition, as it was run."""
+    return folder / "study.yaml"
+
+
+def base_yaml(folder: Path) -> Path:
+    """The base with the study's settings, as it was run."""
+    return folder / "base.yaml"
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """Return what ``env.json`` of a study says; nothing where it has not begun.
+
+    Keys: the versions, as in a run's; ``command``; ``began``, when the first cell did; ``predicted`` then and
+    ``predicted_now`` at the latest call (see `predicted`); ``changes``, each with ``when`` and ``what`` was another in
+    the study's file since.
+    """
+    path = folder / "env.json"
+    return read_sealed(path) if path.exists() else {}
+
+
+def settings_digest(plan: Plan, planned: Planned) -> str:
+    """The digest of all that a cell's numbers depend on."""
+    cache = cache_for(plan, planned)
+    shared = {"start": plan.definition.shared.start, "teacher_cache": None if cache is None else cache.kind}
+    return digest({"config": given(planned.config), "shared": shared})
+
+
+def predicted(path: Path) -> dict[str, Any] | None:
+    """Return the ``commit`` and the ``date`` of the last commit of a study's file, and whether it ``is_changed`` since.
+
+    Both are None where the file was never committed. Without git, or outside of a checkout: None.
+    """
+    try:
+        last = _git(path, "log", "-1", "--format=%H %cI", "--", path.name)
+        is_changed = bool(_git(path, "status", "--porcelain", "--ignored", "--", path.name))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    commit, _, date = last.partition(" ")
+    return {"commit": commit or None, "date": date or None, "is_changed": is_changed}
+
+
+def _git(path: Path, *words: str) -> str:
+    command = ["git", "-C", str(path.absolute().parent), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()
+
+
+def settle(plan: Plan, command: Sequence[str] | None) -> list[str]:
+    """Write what is asked into the study's folder, and return what is another than when its first cell began.
+
+    Args:
+        plan: of the study.
+        command: the command line, for the record.
+
+    Raises:
+        DrklError: cells have begun, and something is another that moves their numbers.
+    """
+    folder = plan.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".settle.lock", wait=True):
+        env = read_environment(folder)
+        notes = check_same(plan)
+        stamp = predicted(plan.path)
+        if not env.get("began"):
+            made = describe_environment(pick_device(plan.base.run.device))
+            env = made | {"command": command and [*command], "began": now(), "predicted": stamp, "changes": []}
+        elif notes:
+            env = env | {"changes": [*env["changes"], {"when": now(), "what": notes}]}
+        write_yaml(base_yaml(folder), plan.base.values("json"))
+        write_yaml(study_yaml(folder), plan.definition.model_dump(mode="json"))
+        if env | {"predicted_now": stamp} != read_environment(folder):
+            write_json(folder / "env.json", sealed(env | {"predicted_now": stamp}), lasting=True)
+    return notes
+
+
+def check_same(plan: Plan) -> list[str]:
+    """Return what is another in a study whose first cell has begun, as far as it may be; nothing is written.
+
+    Raises:
+        DrklError: something is another that moves the numbers of cells that have begun.
+    """
+    known = study_yaml(plan.folder)
+    begun = {record.folder.name: record for record in _begun(plan.folder)}
+    if not known.exists() or not begun:
+        return []
+    then = Definition.model_validate(read_yaml(known))
+    found = list(_of_base(plan)) + list(_of_shared(then, plan.definition))
+    cells = {planned.cell.name: planned for planned in plan.cells}
+    for name, record in begun.items():
+        if name not in cells:
+            found.append(f"the cell {name} is none of the study's any more")
+        elif not found and record.read().get("settings_digest") != settings_digest(plan, cells[name]):
+            now_words = words(cells[name].cell.axes)
+            found.append(f"the cell {name} has other settings than it began with (now {now_words})")
+    found += [line for line in _of_variants(then, plan.definition) if found]
+    if found:
+        where = shell_word(plan.folder)
+        raise DrklError(
+            f"The study in {str(plan.folder)!r} began with something else than {plan.path} has now: "
+            f"{'; '.join(found)}. Cells that have begun cannot be compared with others then. Put it back, give the "
+            f"study another name, or remove these cells' folders in {where}/cells."
+        )
+    return list(_allowed(then, plan.definition))
+
+
+def _begun(folder: Path) -> Iterator[Record]:
+    cells = folder / "cells"
+    for path in sorted(cells.iterdir()) if cells.is_dir() else ():
+        if cell_record(path).path.exists():
+            yield cell_record(path)
+
+
+def _of_base(plan: Plan) -> Iterator[str]:
+    """What is another in the base."""
+    from drkl.config import load_config
+
+    then = load_config(read_yaml(base_yaml(plan.folder)))[0]
+    before, after = (dict(flat(_whole(config))) for config in (given(then), given(plan.base)))
+    for line in changes(before, after):
+        yield f"the base's {line}"
+
+
+def _whole(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without sections in which nothing is given."""
+    return {name: value for name, value in values.items() if value not in ({}, None)}
+
+
+def _of_shared(then: Definition, now: Definition) -> Iterator[str]:
+    for name in ("start", "teacher_cache"):
+        before, after = getattr(then.shared, name), getattr(now.shared, name)
+        if before != after:
+            yield f"shared.{name}: {before} then, {after} now"
+
+
+def _of_variants(then: Definition, now: Definition) -> Iterator[str]:
+    for name, settings in then.variants.items():
+        if name in now.variants and now.variants[name] != settings:
+            yield f"variants.{name}: {words(settings)} then, {words(now.variants[name])} now"
+
+
+def _allowed(then: Definition, now: Definition) -> Iterator[str]:
+    """What is another, and moves no number of a cell that is there."""
+    for key, values in now.axes.items():
+        before = then.axes.get(key, [])
+        if added := [str(value) for value in values if value not in before]:
+            yield f"axes.{key} has also {', '.join(added)}"
+    if added := [name for name in now.variants if name not in then.variants]:
+        yield f"variants has also {', '.join(added)}"
+    for name in FOR_REPORTS:
+        if getattr(then, name) != getattr(now, name):
+            yield f"{name} is another"
+    for name in ("dir", "cells"):
+        if getattr(then.shared, name) != getattr(now.shared, name):
+            yield f"shared.{name} is another"
+
+
+def cells_by_start(plan: Plan) -> dict[str, list[Planned]]:
+    """The cells by the start that they begin with; none where nothing is shared."""
+    found: dict[str, list[Planned]] = {}
+    for planned in plan.cells:
+        if (start := start_for(plan, planned)) is not None:
+            found.setdefault(start.key, []).append(planned)
+    return found
