@@ -13,13 +13,14 @@ import numpy as np
 
 from drkl.evaluation import text
 from drkl.evaluation.bootstrap import Interval, Resampled
-from drkl.evaluation.declared import ANSWER_KEYS
+from drkl.evaluation.calibration import weighted_sums
+from drkl.evaluation.declared import ANSWER_KEYS, TEACHER_NLL
 
 ORDERS = (1, 2, 3)
 """The n of Distinct-n."""
 _CORPUS_SCORES = {"bleu": text.bleu, "chrf": text.chrf}
 _OF_ALL = ("num_answers", *(f"distinct_{n}_corpus" for n in ORDERS))
-_MEANS = tuple(key for key in ANSWER_KEYS if key not in (*_CORPUS_SCORES, *_OF_ALL))
+_MEANS = tuple(key for key in ANSWER_KEYS if key not in (*_CORPUS_SCORES, *_OF_ALL, TEACHER_NLL))
 
 
 class Answer(NamedTuple):
@@ -28,6 +29,10 @@ class Answer(NamedTuple):
     text: str
     num_tokens: int
     ended: bool
+    token_ids: tuple[int, ...] = ()
+    """The tokens, where they are known."""
+    teacher_nll: float | None = None
+    """-log p of all its tokens by the teacher, in nats; None where the teacher did not read it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Pool:
     """The number of times that each different text occurs."""
     words: Sequence[Sequence[str]]
     """The words of each answer, lower-cased."""
+    teacher_nll: tuple[float, int] = (0.0, 0)
+    """-log p of all answers by the teacher, and the number of their tokens; of those that it read."""
 
 
 class AnswerTable:
@@ -95,6 +102,7 @@ class AnswerTable:
                 rouge_l=sorted(score["rouge_l"] for score in rouge),
                 copies=copies,
                 words=words,
+                teacher_nll=_judged(answers),
             )
         )
 
@@ -121,7 +129,7 @@ class AnswerTable:
         """
         assert weights.ndim == 2 and weights.shape[1] == len(self), "a weight for each prompt"
         if not self.pools:
-            return {key: np.full(len(weights), np.nan) for key in (*_MEANS, *_CORPUS_SCORES)}
+            return {key: np.full(len(weights), np.nan) for key in (*_MEANS, *_CORPUS_SCORES, TEACHER_NLL)}
         shares = np.array([[pool.means[key] for key in _MEANS] for pool in self.pools], dtype=np.float64)
         totals, counts = (weights @ part for part in (shares[..., 0], shares[..., 1]))
         means = np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
@@ -131,6 +139,8 @@ class AnswerTable:
             sums = weights @ np.array([getattr(pool, key) for pool in self.pools], dtype=np.float64)
             scores = [score(row) if some else np.nan for row, some in zip(sums.tolist(), scored, strict=True)]
             out[key] = np.array(scores)
+        judged = weighted_sums(weights, np.array([pool.teacher_nll for pool in self.pools], dtype=np.float64))
+        out[TEACHER_NLL] = np.divide(*judged.T, out=np.full(len(weights), np.nan), where=judged[:, 1] > 0)
         return out
 
     def intervals(self, seed: int) -> dict[str, Interval]:
@@ -183,7 +193,13 @@ def _answer(line: Mapping[str, Any], max_new_tokens: int) -> Answer:
     ended = line.get("ended")
     if not isinstance(ended, bool):
         ended = line["num_tokens"] < max_new_tokens
-    return Answer(line["text"], line["num_tokens"], ended)
+    nll = line.get("teacher_nll")  # an infinite one is text
+    return Answer(line["text"], line["num_tokens"], ended, teacher_nll=None if nll is None else float(nll))
+
+
+def _judged(answers: Sequence[Answer]) -> tuple[float, int]:
+    read = [(answer.teacher_nll, answer.num_tokens) for answer in answers if answer.teacher_nll is not None]
+    return math.fsum(nll for nll, _ in read), sum(count for _, count in read)
 
 
 def _defined(values: Iterable[float | None]) -> tuple[float, int]:

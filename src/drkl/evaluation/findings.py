@@ -21,7 +21,7 @@ import numpy as np
 from drkl.display import number
 from drkl.evaluation.bootstrap import Estimate, Interval
 from drkl.evaluation.declared import Metric, metrics_of
-from drkl.evaluation.paired import AS_VARIED, MIN_UNITS, Curve, Difference, mostly, when_as_varied
+from drkl.evaluation.paired import MATCHED, MIN_UNITS, Curve, Difference, mostly, when_as_varied
 
 Answer = Literal["yes", "no", "undecided", "not_applicable"]
 
@@ -63,7 +63,7 @@ IDS: tuple[str, ...] = (
         for key, metric in metrics_of(task).items()
         if metric.better != "none"
     ),
-    f"{BETTER}{AS_VARIED.key}",
+    *(f"{BETTER}{key}" for key in MATCHED),
 )
 """Every id that there is."""
 RENAMED = {"own_gap": "overconfidence"}
@@ -414,7 +414,7 @@ def _as_good_when_as_varied(numbers: _Numbers, curves: Mapping[str, Curve] | Non
     if reason := _no_answers(numbers):
         return _not_applicable(id, reason)
     paired = curves is not None
-    curves = curves or {model: _sweep_curve(numbers.evaluation, model) for model in ("student", "teacher")}
+    curves = curves or {model: sweep_curve(numbers.evaluation, model) for model in ("student", "teacher")}
     matched = when_as_varied(curves["student"], curves["teacher"])
     if isinstance(matched, str):
         return _not_applicable(id, matched)
@@ -436,15 +436,15 @@ def _as_good_when_as_varied(numbers: _Numbers, curves: Mapping[str, Curve] | Non
     )
 
 
-def _sweep_curve(evaluation: Measured, model: str) -> Curve:
-    """The sweep of an evaluation; in place of resamples the ends of ROUGE-L's intervals."""
+def sweep_curve(evaluation: Measured, model: str, key: str = "rouge_l") -> Curve:
+    """The sweep of an evaluation; in place of resamples the ends of the intervals of the quality ``key``."""
     points = [
-        (point.sampling_temperature, point.values["distinct_2"], point.values["rouge_l"], point.intervals)
+        (point.sampling_temperature, point.values["distinct_2"], point.values[key], point.intervals)
         for point in evaluation.sweep.get(model, ())
-        if point.values.get("distinct_2") is not None and point.values.get("rouge_l") is not None
+        if point.values.get("distinct_2") is not None and point.values.get(key) is not None
     ]
     variety = np.array([[x] * 3 for _, x, _, _ in points]).reshape(len(points), 3)
-    ends = [ends.get("rouge_l", (math.nan, math.nan)) for *_, ends in points]
+    ends = [ends.get(key, (math.nan, math.nan)) for *_, ends in points]
     quality = np.array([[y, *own] for (_, _, y, _), own in zip(points, ends, strict=True)]).reshape(len(points), 3)
     return Curve([temperature for temperature, *_ in points], variety, quality)
 
