@@ -118,18 +118,19 @@ class AnswerTable:
             everything = (words for pool in self.pools for words in pool.words)
             table[f"distinct_{n}_corpus"] = text.pool_distinct(everything, n)
         table["num_answers"] = sum(pool.num_answers for pool in self.pools)
-        return {key: table[key] for key in ANSWER_KEYS}
+        return {key: table.get(key) for key in ANSWER_KEYS}
 
     def metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Each metric, `[m]` by name, for each row of ``weights`` `[m, prompts]`: how often a prompt counts.
 
-        NaN where none of the prompts that count defines it. Without ``num_answers``, which is a size and no estimate,
-        and without ``distinct_n_corpus``: a resample repeats prompts, a repeated prompt brings n-grams but no new ones,
-        and so the share on resamples is biased low and its percentiles need not even hold the corpus's own.
+        NaN where none of the prompts that count defines it. Without what no teacher read. Without ``num_answers``,
+        which is a size and no estimate, and without ``distinct_n_corpus``: a resample repeats prompts, a repeated
+        prompt brings n-grams but no new ones, and so the share on resamples is biased low and its percentiles need
+        not even hold the corpus's own.
         """
         assert weights.ndim == 2 and weights.shape[1] == len(self), "a weight for each prompt"
         if not self.pools:
-            return {key: np.full(len(weights), np.nan) for key in (*_MEANS, *_CORPUS_SCORES, TEACHER_NLL)}
+            return {key: np.full(len(weights), np.nan) for key in (*_MEANS, *_CORPUS_SCORES)}
         shares = np.array([[pool.means[key] for key in _MEANS] for pool in self.pools], dtype=np.float64)
         totals, counts = (weights @ part for part in (shares[..., 0], shares[..., 1]))
         means = np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
@@ -139,8 +140,10 @@ class AnswerTable:
             sums = weights @ np.array([getattr(pool, key) for pool in self.pools], dtype=np.float64)
             scores = [score(row) if some else np.nan for row, some in zip(sums.tolist(), scored, strict=True)]
             out[key] = np.array(scores)
-        judged = weighted_sums(weights, np.array([pool.teacher_nll for pool in self.pools], dtype=np.float64))
-        out[TEACHER_NLL] = np.divide(*judged.T, out=np.full(len(weights), np.nan), where=judged[:, 1] > 0)
+        judged = np.array([pool.teacher_nll for pool in self.pools], dtype=np.float64)
+        if judged[:, 1].any():
+            total, tokens = weighted_sums(weights, judged).T
+            out[TEACHER_NLL] = np.divide(total, tokens, out=np.full_like(total, np.nan), where=tokens > 0)
         return out
 
     def intervals(self, seed: int) -> dict[str, Interval]:

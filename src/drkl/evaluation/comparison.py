@@ -465,7 +465,8 @@ def side_by_side(
     Args:
         evaluations: of any task; only those of the same task, rows and prompts, with their lines, can be tested.
         keys: of the metrics, in the order of the result; ``rouge_l_when_as_varied`` and
-            ``rouge_l_best_when_as_varied`` are where each student is as varied as its teacher. Default: every metric with an ideal.
+            ``rouge_l_best_when_as_varied`` are where each student is as varied as its teacher. Default: every metric
+            with an ideal.
         seed: random seed of the resampling.
     """
     tested: dict[tuple[int, int], dict[str, Difference]] = {}

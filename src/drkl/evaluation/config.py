@@ -83,7 +83,7 @@ class EvaluationConfig(BaseModel):
         number = given if isinstance(given, int | float) and not isinstance(given, bool) else None
         if given is None or given in FITS or (number is not None and 0 < number < math.inf):
             return given
-        raise ValueError(f"expected a finite number above 0, {' or '.join(FITS)}, or null; got {given!r}")
+        raise ValueError(f"expected a finite number above 0, {', '.join(FITS)} or null")
 
     @property
     def all_seeds(self) -> tuple[int, ...]:

@@ -217,8 +217,9 @@ GROUPS: tuple[Group, ...] = (
                 "Corpus chrF2 of all answers (character 6-grams).", **_BLEU),
             Metric(TEACHER_NLL, "Negative log-likelihood by the teacher", "−log p(answer)", "nats", "teacher",
                 "−log p of the tokens of the model's own answers, stop token included, as the teacher reads them after "
-                "the same prompt; mean over tokens. Of answers at sampling temperature 1 alone. The teacher's own value "
-                "estimates its entropy: text that it finds likelier than what it writes is too sharp.", of="answers"),
+                "the same prompt, mean over tokens; of answers at sampling temperature 1 alone. The teacher's own "
+                "value estimates its entropy: text that it finds likelier than what it writes is too sharp.",
+                of="answers"),
         ),
     ),
     Group(

@@ -46,6 +46,7 @@ QUESTIONS: dict[str, str] = {
     "as_good": "Does the student answer as well as its teacher?",
     "varied": "Are the student's answers as varied as its teacher's?",
     "as_good_when_as_varied": "Does the student answer as well as its teacher when both are equally varied?",
+    "calibrated_by_temperature": "Is the student better calibrated with a temperature on its logits?",
     # Of an analysis.
     "pushed_when_matched": "Where its target already matches the teacher's, would reverse KL push it further up?",
     "tail_dominates": "Do student and teacher differ mostly in the tail?",
@@ -143,6 +144,8 @@ def of_evaluation(
     findings += [_closer(numbers, "closer", "before"), _closer(numbers, "closer_than_warmup", "warmup")]
     findings += [_better_on_data(numbers), _as_good(numbers), _varied(numbers)]
     findings.append(_as_good_when_as_varied(numbers, curves))
+    if numbers.has("scaled"):
+        findings.append(_calibrated_by_temperature(numbers))
     if numbers.classifies and len(evaluation.classes) == 2:
         findings.append(_not_applicable("tail_dominates", TWO_CLASSES))
     return findings
@@ -407,6 +410,18 @@ def _varied(numbers: _Numbers) -> Finding:
         text = f"{finding.text} It is more varied than its teacher; nonsense is more varied too, so read the samples."
         finding = replace(finding, text=text)
     return finding
+
+
+def _calibrated_by_temperature(numbers: _Numbers) -> Finding:
+    """The temperature of a row was fitted on other rows, or given; the resamples hold it fixed."""
+    id = "calibrated_by_temperature"
+    finding = _compare_models(numbers, id, "scaled", "with the temperature", ("ece",), lambda _, change: above(change))
+    gap, scaled = (numbers.estimate(model, "calibration_gap") for model in ("student", "scaled"))
+    if gap.value is None or scaled.value is None:
+        return finding
+    confidence = f"Its confidence is then {_above_or_below(scaled)} its accuracy, without it {_above_or_below(gap)}."
+    more = {"calibration_gap": gap, "scaled_calibration_gap": scaled}
+    return replace(finding, text=f"{finding.text} {confidence}", numbers={**finding.numbers, **more})
 
 
 def _as_good_when_as_varied(numbers: _Numbers, curves: Mapping[str, Curve] | None) -> Finding:

@@ -126,10 +126,8 @@ class Curve(NamedTuple):
                     np.concatenate([[resampled.points[key]], resampled.values[key]]) for key in keys
                 ]
         size = (0, 1)
-        variety, quality = (
-            np.stack([pair[i] for pair in columns.values()]) if columns else np.empty(size) for i in (0, 1)
-        )
-        return cls(list(columns), variety, quality)
+        both = (np.stack([pair[i] for pair in columns.values()]) if columns else np.empty(size) for i in (0, 1))
+        return cls(list(columns), *both)
 
     def own_variety(self) -> np.ndarray | None:
         """The variety of the model's own distribution, temperature 1; by a straight line where 1 was not sampled."""

@@ -162,7 +162,11 @@ class Scaling:
 
     def to_json(self) -> dict[str, Any]:
         """The section of ``eval.json``."""
-        return {"fitted_to": self.fitted_to, "folds": [vars(fold) for fold in self.folds]}
+        return {
+            "definition": "The student's logits / temperature, each row's own; intervals hold the temperatures fixed.",
+            "fitted_to": self.fitted_to,
+            "folds": [vars(fold) for fold in self.folds],
+        }
 
 
 @dataclass(frozen=True)

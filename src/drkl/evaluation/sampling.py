@@ -75,7 +75,8 @@ class Sampler:
     def _key(self, batch: Drawn) -> str:
         rows = [self.prompts[i] for i in batch.group]
         return fingerprint(
-            kind="answers with their tokens", model=self.mark, prompts=fingerprint(value=[[row.id, row.sampling_ids] for row in rows]),
+            kind="answers with their tokens", model=self.mark,
+            prompts=fingerprint(value=[[row.id, row.sampling_ids] for row in rows]),
             seed=batch.seed, temperature=batch.temperature, samples=[batch.numbers.start, batch.numbers.stop],
             device=self.model.device.type, max_new_tokens=self.max_new_tokens, stops=self.stops,
         )  # fmt: skip

@@ -77,9 +77,7 @@ class Temperatures(NamedTuple):
         }
 
     @classmethod
-    def from_tensors(
-        cls, tensors: Mapping[str, Tensor], wanted: float | str, row_ids: Sequence[str]
-    ) -> Temperatures:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], wanted: float | str, row_ids: Sequence[str]) -> Temperatures:
         """The temperatures that ``to_tensors`` gave, of the same rows."""
         columns = (tensors[name].tolist() for name in ("temperature", "at_bound"))
         return cls.of(wanted, row_ids, [Fitted(*fold) for fold in zip(*columns, strict=True)])
@@ -233,9 +231,7 @@ def _chunk_sums(
     return sums
 
 
-def slopes_at(
-    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor]:
+def slopes_at(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """E_b[z] - a and Var_b[z] at positions, `[n, k]` float64; 0 where the loss is infinite at any temperature.
 
     Args:
@@ -262,4 +258,3 @@ def slopes_at(
         slopes.append(torch.where(counted, mean - anchor, 0.0).double())
         curvatures.append(torch.where(counted, (q_z * z).sum(-1) - mean * mean, 0.0).double())
     return torch.stack(slopes, -1), torch.stack(curvatures, -1)
-

@@ -200,7 +200,7 @@ class Generation:
         return bool(self._unread())
 
     def judge(self, teacher: PreTrainedModel, report: Report, seconds: dict[str, float]) -> None:
-        """Read the answers of all models with the teacher, those of each by themselves: a batch may move last digits."""
+        """Read the answers of all models with the teacher, one model's at a time: batches move last digits."""
         waiting, prompts = self._unread(), _as_read("teacher", self.prompts)
         progress = report("reading answers", sum(len(pool) for _, pools in waiting for pool in pools))
         with timed(seconds, "answers"):
@@ -646,7 +646,6 @@ class Classification:
         self._scaled = _usable(found, self.share)
         if self._scaled is not None:
             scaled = wide.hidden / torch.from_numpy(self._scaled.of_rows).unsqueeze(1)
-            self._logits[SCALED] = scaled
             self._scores[SCALED] = class_scores(scaled, student.labels, teacher)
 
     def is_to_judge(self) -> bool:
@@ -670,7 +669,11 @@ class Classification:
         settings = {
             "task": "classification",
             "seed": seed,
-            **({} if self.settings.logit_temperature is None else {"logit_temperature": self.settings.logit_temperature}),
+            **(
+                {}
+                if self.settings.logit_temperature is None
+                else {"logit_temperature": self.settings.logit_temperature}
+            ),
             **facts,
             "data": {**data, "heldout_rows": size},
             "intervals": f"95 %, percentiles of {RESAMPLES} bootstrap resamples of the held-out texts; not of seeds",
@@ -699,9 +702,9 @@ class Classification:
 
     def _prediction_lines(self) -> Iterator[dict[str, Any]]:
         """A line for each text: the classes of student and teacher, their confidence, and the student's numbers."""
-        names = [name for name in ("student", "teacher", SCALED) if name in self._logits]
-        logp = {name: log_softmax(self._logits[name], 1.0) for name in names}
+        logp = {name: log_softmax(self._logits[name], 1.0) for name in ("student", "teacher") if name in self._logits}
         columns = self._scores["student"].columns
+        scaled = {} if self._scaled is None else {**self._scores[SCALED].columns, "temperature": self._scaled.of_rows}
         for number, row in enumerate(self.rows):
             line: dict[str, Any] = {"id": row.id, "text": row.text, "label": self.classes[row.label]}
             for name, values in logp.items():
@@ -711,9 +714,11 @@ class Classification:
             for key in ("overconfidence", "target_gap"):
                 if key in columns:
                     line[key] = round(float(columns[key][number]), 4)
-            if self._scaled is not None:
-                line["scaled_nll"] = finite(round(-float(logp[SCALED][number, row.label]), 4))
-                line["scaled_temperature"] = float(self._scaled.of_rows[number])
+            for key in ("confidence", "nll", "overconfidence", "target_gap"):
+                if key in scaled:
+                    line[f"{SCALED}_{key}"] = finite(round(float(scaled[key][number]), 4))
+            if scaled:
+                line[f"{SCALED}_temperature"] = float(scaled["temperature"][number])
             yield line
 
 
