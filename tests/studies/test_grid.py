@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drkl.errors import DrklError
@@ -57,6 +57,7 @@ def test_a_name_stays_when_others_are_added() -> None:
     assert after.items() >= before.items()
 
 
+@settings(max_examples=40)
 @given(st.lists(st.one_of(st.text(max_size=50), st.floats(allow_nan=False, allow_infinity=False), st.none()),
                 min_size=1, max_size=6, unique_by=repr))  # fmt: skip
 def test_names_are_those_of_folders(values: list[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isclose
 from pathlib import Path
@@ -20,6 +20,7 @@ from drkl.evaluation.declared import ANSWER_KEYS, CLASS_KEYS, TOKEN_KEYS, Metric
 from drkl.evaluation.findings import Finding, of_comparison
 from drkl.evaluation.paired import (
     AS_VARIED,
+    MATCHED,
     MIN_UNITS,
     Curve,
     Difference,
@@ -185,42 +186,6 @@ def compare(a: Evaluation | str | Path, b: Evaluation | str | Path, *, seed: int
     return Comparison(first, second, seed, tables, warnings)
 
 
-def differences_of(a: Evaluation, b: Evaluation, keys: Iterable[str], *, seed: int = 0) -> dict[str, Difference]:
-    """Return the paired differences B - A of some metrics of ``eval.json``, with their resamples.
-
-    They are of all rows and prompts, at the main sampling temperature; of the same units and seed every pair meets the
-    same resamples. A metric is left out that cannot be paired so, as those of an evaluation on suites.
-
-    Args:
-        a, b: evaluations with the files beside them; twice the same one gives its own numbers.
-        keys: of the metrics, ``rouge_l_when_as_varied`` among them.
-        seed: random seed of the resampling.
-
-    Raises:
-        DrklError: they were evaluated on different rows or prompts.
-    """
-    pair, known, wanted = (a, b), metrics_of(a.task), set(keys)
-    found: list[Difference] = []
-    if a.task == "classification":
-        found += _compared(pair, TEXTS, [_predicted(run) for run in pair], Table(None, None), seed).differences
-    of = {known[key].of if key in known else "answers" for key in wanted}  # none of a classification has either
-    if "tokens" in of:
-        heldout = [_sets(run, ROWS) for run in pair]
-        if all((None, None) in sets for sets in heldout):
-            lines = [sets[None, None] for sets in heldout]
-            found += _compared(pair, ROWS, lines, Table(None, None), seed).differences
-    main = a.settings.get("sampling_temperature")
-    if "answers" in of and main is not None:
-        samples = [_sets(run, PROMPTS) for run in pair]
-        if all((None, main) in sets for sets in samples):
-            lines = [sets[None, main] for sets in samples]
-            found += _compared(pair, PROMPTS, lines, Table(None, main), seed).differences
-        both = sorted({t for name, t in samples[0] if name is None and (None, t) in samples[1] and t is not None})
-        if AS_VARIED.key in wanted and (more := _when_as_varied(pair, None, samples, both, seed)) is not None:
-            found.append(more)
-    return {difference.metric.key: difference for difference in found if difference.metric.key in wanted}
-
-
 def _opened(evaluation: Evaluation | str | Path) -> Evaluation:
     return evaluation if isinstance(evaluation, Evaluation) else Evaluation.load(evaluation)
 
@@ -268,8 +233,9 @@ def _compare_generation(pair: Pair, heldout: Sequence[Sets], samples: Sequence[S
             start = tokens if temperature == main else Table(suite, None)
             start = replace(start, sampling_temperature=temperature)
             table = _compared(pair, PROMPTS, [sets[suite, temperature] for sets in samples], start, seed)
-            if temperature == main and (more := _when_as_varied(pair, suite, samples, both, seed)) is not None:
-                table = replace(table, differences=[*table.differences, more])
+            if temperature == main:
+                more = _when_as_varied(pair, suite, samples, both, seed)
+                table = replace(table, differences=[*table.differences, *more])
             tables.append(table)
     if not tables:
         raise DrklError(f"{pair[0]} and {pair[1]} were evaluated on different sets: they share no row and no prompt.")
@@ -298,8 +264,8 @@ def _compared(pair: Pair, unit: Unit, lines: Sequence[Mapping[str, list[Line]]],
 
 def _when_as_varied(
     pair: Pair, suite: str | None, samples: Sequence[Sets], temperatures: Sequence[float], seed: int
-) -> Difference | None:
-    """ROUGE-L where each student is as varied as its teacher; None where one cannot be brought there."""
+) -> Iterator[Difference]:
+    """What `AS_VARIED` names where each student is as varied as its teacher; nothing where one cannot be so."""
     curves: list[dict[str, dict[float, Resampled]]] = [{"student": {}, "teacher": {}} for _ in pair]
     units = 0
     for temperature in temperatures:
@@ -309,16 +275,16 @@ def _when_as_varied(
             curve["student"][temperature] = side.student
             if side.teacher.points:
                 curve["teacher"][temperature] = side.teacher
-    matched = [when_as_varied(Curve.of(curve["student"]), Curve.of(curve["teacher"])) for curve in curves]
-    scores = [scores[1] for scores in matched if not isinstance(scores, str)]
-    if len(scores) < 2:
-        return None
-    a, b = scores
-    known = ~(np.isnan(a) | np.isnan(b))
-    change = mostly(b - a)
-    verdict: Verdict = "undecided" if change.interval is None else decide(-a[1:][known[1:]], -b[1:][known[1:]])
-    difference = Difference(AS_VARIED, float(a[0]), float(b[0]), change.interval, verdict, resamples=(b - a)[1:])
-    return settled(difference, units)
+    for key, metric in AS_VARIED.items():
+        matched = [when_as_varied(*(Curve.of(curve[model], key) for model in curve)) for curve in curves]
+        scores = [scores[1] for scores in matched if not isinstance(scores, str)]
+        if len(scores) < 2:
+            continue
+        a, b = scores
+        known = ~(np.isnan(a) | np.isnan(b))
+        change = mostly(b - a)
+        verdict: Verdict = "undecided" if change.interval is None else decide(-a[1:][known[1:]], -b[1:][known[1:]])
+        yield settled(Difference(metric, float(a[0]), float(b[0]), change.interval, verdict), units)
 
 
 def _paired_sides(
@@ -498,8 +464,9 @@ def side_by_side(
 
     Args:
         evaluations: of any task; only those of the same task, rows and prompts, with their lines, can be tested.
-        keys: of the metrics, in the order of the result; ``rouge_l_when_as_varied`` is ROUGE-L where each student is as
-            varied as its teacher. Default: every metric with an ideal.
+        keys: of the metrics, in the order of the result; ``rouge_l_when_as_varied`` and
+            ``rouge_l_best_when_as_varied`` are where each student is as varied as its teacher. Default: every metric
+            with an ideal.
         seed: random seed of the resampling.
     """
     tested: dict[tuple[int, int], dict[str, Difference]] = {}
@@ -515,7 +482,7 @@ def side_by_side(
             continue
         tested[a, b] = {difference.metric.key: difference for difference in tables[0].differences}
     known = {key: metric for run in evaluations for key, metric in metrics_of(run.task).items()}
-    known[AS_VARIED.key] = AS_VARIED
+    known |= MATCHED
     wanted = keys if keys is not None else [key for key, metric in known.items() if metric.better != "none"]
     standings = [_standing(evaluations, known[key], tested, reasons) for key in wanted]
     return [standing for standing in standings if standing.values]

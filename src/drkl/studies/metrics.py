@@ -7,16 +7,13 @@ from math import isfinite
 
 from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.declared import Metric, metrics_of
-from drkl.evaluation.paired import AS_VARIED
+from drkl.evaluation.paired import MATCHED
 from drkl.studies.definition import Definition, Prediction
-
-DERIVED: dict[str, Metric] = {AS_VARIED.key: AS_VARIED}
-"""Metrics that are no number of ``eval.json``: they follow from the answers beside it, as `drkl compare` has them."""
 
 
 def known_metrics(task: str) -> dict[str, Metric]:
-    """The metrics of a task by their keys, those that are derived among them."""
-    return metrics_of(task) | (DERIVED if task != "classification" else {})
+    """The metrics of a task by their keys; those too that follow from the answers beside ``eval.json``."""
+    return metrics_of(task) | (MATCHED if task != "classification" else {})
 
 
 def asked_metrics(definition: Definition) -> list[str]:

@@ -11,18 +11,20 @@ from typing import Any
 
 from drkl.display import as_number
 from drkl.errors import DrklError
-from drkl.evaluation.comparison import SAMPLING, differences_of
+from drkl.evaluation.comparison import SAMPLING
 from drkl.evaluation.declared import metrics_of
+from drkl.evaluation.measured import measured
+from drkl.evaluation.paired import MATCHED
 from drkl.evaluation.result import Evaluation
 from drkl.runs import RunFolder, read_yaml, readable_log
 from drkl.studies.definition import SEED, VARIANT, Definition, read_definition
 from drkl.studies.folder import FOR_REPORTS, base_yaml, read_environment, study_yaml
 from drkl.studies.grid import Cell, cells_of, check_grid, same, text_of
-from drkl.studies.metrics import DERIVED, asked_metrics, check_metrics, known_metrics
+from drkl.studies.metrics import asked_metrics, check_metrics, known_metrics
 from drkl.studies.records import Record, cell_record
 from drkl.studies.result import CellResult, Study
 from drkl.studies.statistics import MIN_PAIRS
-from drkl.studies.verdicts import Judge
+from drkl.studies.verdicts import RESAMPLED, Judge
 
 CELLS = "cells"
 """The folder of a study's runs."""
@@ -47,7 +49,7 @@ def load(folder: str | Path, *, prompts: bool = True) -> Study:
     definition = read_definition(path)
     try:
         check_grid(definition)
-        cells = read_cells(definition, folder, [key for key in asked_metrics(definition) if key in DERIVED])
+        cells = read_cells(definition, folder, [key for key in asked_metrics(definition) if key in MATCHED])
         task = next((one.evaluation.task for one in cells if one.evaluation is not None), None)
         task = task or _task_of(folder)
         check_metrics(definition, task)
@@ -210,18 +212,15 @@ def _numbers(evaluation: Evaluation, model: str) -> dict[str, float]:
 
 
 def derived_of(evaluation: Evaluation, keys: Iterable[str]) -> dict[str, float]:
-    """The student's numbers that follow from its answers alone, by the function that compares two students by them.
-
-    Those are left out that this student does not have.
+    """The student's numbers that follow from its answers; those are left out that it does not have.
 
     Raises:
         DrklError: the files beside ``eval.json`` are damaged.
     """
-    wanted = list(keys)
-    if not wanted or evaluation.task == "classification":
+    if evaluation.task == "classification":
         return {}
-    found = {key: as_number(one.b) for key, one in differences_of(evaluation, evaluation, wanted).items()}
-    return {key: value for key, value in found.items() if value is not None}
+    found = {key: measured(evaluation, key, seed=RESAMPLED).values.get("student") for key in keys}
+    return {key: float(column[0]) for key, column in found.items() if column is not None}
 
 
 # What a cell was trained and evaluated with -------------------------------------------------------------------------

@@ -39,11 +39,11 @@ class CellResult:
     teacher: Mapping[str, float] = field(default_factory=dict)
     """The teacher's."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Of ``start`` (its share), ``train`` and ``evaluate``."""
+    """What ``start`` (its share), ``train`` and ``evaluate`` took."""
     budget: Mapping[str, Any] = field(default_factory=dict)
     """Steps, trained tokens, how the student was chosen, held-out rows and sampling, as they were."""
     evaluation: Evaluation | None = field(default=None, repr=False, compare=False)
-    """Of one that is done: whatever else ``eval.json`` and the files beside it say."""
+    """The whole evaluation of one that is done: whatever else ``eval.json`` and the files beside it say."""
     began: str | None = None
     """When it was begun first."""
 
@@ -54,9 +54,9 @@ class Verdict:
 
     metric: str
     axes: Settings
-    """Of the cells, without run.seed."""
+    """The axes of the cells, without run.seed."""
     baseline: Settings
-    """Of the cells they are compared with, without run.seed."""
+    """Those of the cells they are compared with, without run.seed."""
     difference: float | None
     """Mean over the seeds of cell minus baseline."""
     interval: Interval | None
@@ -68,7 +68,7 @@ class Verdict:
     exploratory: bool
     verdict: Outcome
     t: float | None = None
-    """Of the paired t-test that decides: of the distances where there is one, else of the differences."""
+    """The statistic that decides: of the distances where there is one, else of the differences."""
     p: float | None = None
     t_needed: float | None = None
     """The |t| at which it would be decided with so many seeds; of a primary one at the first step of Holm's."""
@@ -79,7 +79,7 @@ class Verdict:
     """95 % bootstrap over held-out prompts of the same mean; the seeds are held fixed."""
     budget_differs: tuple[str, ...] = ()
     distance: tuple[float, Interval | None] | None = None
-    """Of a metric whose ideal is 0 or the teacher's value: the difference of the distances, and its interval."""
+    """Where the ideal is 0 or the teacher's value: the difference of the distances from it, and its interval."""
     why: str | None = None
     """Why nothing was decided, where it is not the interval that says so; and which seeds were left out."""
 

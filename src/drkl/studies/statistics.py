@@ -36,7 +36,7 @@ class PairedT:
     mean: np.ndarray
     sd: np.ndarray
     low: np.ndarray
-    """Of the 95 % interval of the mean."""
+    """The lower end of the 95 % interval of the mean."""
     high: np.ndarray
     t: np.ndarray
     p: np.ndarray

@@ -11,12 +11,11 @@ import numpy as np
 from drkl.display import number
 from drkl.errors import DrklError
 from drkl.evaluation.bootstrap import Interval
-from drkl.evaluation.comparison import differences_of
 from drkl.evaluation.declared import Metric
-from drkl.evaluation.paired import Difference, mostly
+from drkl.evaluation.measured import Resamples, measured
+from drkl.evaluation.paired import mostly
 from drkl.studies.definition import SEED, Definition, Prediction, Settings
 from drkl.studies.grid import baseline_of, groups_of, pair_of, seed_of
-from drkl.studies.metrics import asked_metrics
 from drkl.studies.result import CellResult, Foretold, Verdict
 from drkl.studies.statistics import (
     MIN_PAIRS,
@@ -30,6 +29,8 @@ from drkl.studies.statistics import (
     seeds_to_equal,
 )
 
+RESAMPLED = 0
+"""Random seed of the resampling of prompts, which all cells have in common."""
 NEARLY = 0.01
 """Trained tokens that differ by no more than this share are called equal."""
 _SAME = (
@@ -115,7 +116,7 @@ class Judge:
         prompts: bool = True,
     ) -> None:
         self.definition, self.cells, self.metrics, self.prompts = definition, cells, metrics, prompts
-        self._differences: dict[tuple[str, str], dict[str, Difference]] = {}
+        self._known: dict[tuple[str, str], Resamples | None] = {}
 
     def verdicts(self) -> list[Verdict]:
         """The primary comparisons in the order of the study's file, then every other by metric and cell."""
@@ -249,30 +250,24 @@ class Judge:
         return least if verdict == "undecided" or least is None else min(least, len(pairing.pairs))
 
     def _over_prompts(self, pairing: Pairing) -> Interval | None:
-        """The bootstrap over prompts of the mean over seeds; None where the seeds do not share their prompts."""
-        metric, pairs = pairing.asked.metric, pairing.pairs
-        parts, _ = _EVALUATED[metric.of]
-        shared = {tuple(str(one.budget.get(part)) for part in parts) for pair in pairs for one in (pair.cell,)}
-        resamples = [self._difference(pair, metric.key) for pair in pairs]
-        if len(shared) > 1 or any(one is None for one in resamples):
+        """The bootstrap over prompts of the mean over seeds; None where the cells do not share their prompts."""
+        key = pairing.asked.metric.key
+        found = [(self._resamples(pair.cell, key), self._resamples(pair.baseline, key)) for pair in pairing.pairs]
+        ids = [one.ids if one is not None and "student" in one.values else [] for pair in found for one in pair]
+        if not ids[0] or any(own != ids[0] for own in ids):
             return None
-        mean = np.mean([one for one in resamples if one is not None], axis=0)
-        return mostly(np.concatenate([[0.0], mean])).interval
+        columns = [cell.values["student"] - other.values["student"] for cell, other in found if cell and other]
+        return mostly(np.mean(columns, axis=0)).interval
 
-    def _difference(self, pair: Pair, key: str) -> np.ndarray | None:
-        """The difference of two cells on every resample; they are resampled once for all metrics."""
-        names = pair.baseline.name, pair.cell.name
-        if names not in self._differences:
-            found: dict[str, Difference] = {}
-            evaluations = pair.baseline.evaluation, pair.cell.evaluation
-            if evaluations[0] is not None and evaluations[1] is not None:
-                try:
-                    found = differences_of(evaluations[0], evaluations[1], asked_metrics(self.definition))
-                except DrklError:  # without the files beside eval.json there is no bootstrap
-                    found = {}
-            self._differences[names] = found
-        one = self._differences[names].get(key)
-        return None if one is None else one.resamples
+    def _resamples(self, cell: CellResult, key: str) -> Resamples | None:
+        """A metric of a cell on the resamples that all cells share; None where the files beside eval.json are gone."""
+        place = cell.name, key
+        if place not in self._known and cell.evaluation is not None:
+            try:
+                self._known[place] = measured(cell.evaluation, key, seed=RESAMPLED)
+            except DrklError:
+                self._known[place] = None
+        return self._known.get(place)
 
 
 def _key(metric: str, axes: Settings, baseline: Settings) -> str:
