@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from drkl.data.tokenize import Row
 from drkl.errors import DrklError
-from drkl.evaluation import tasks
+from drkl.evaluation import sampling
 from drkl.evaluation.config import EvaluationConfig
 from drkl.evaluation.declared import ANSWER_KEYS, KEYS, TEACHER_NLL
 from drkl.evaluation.evaluate import run_task
@@ -262,13 +262,13 @@ def test_a_finished_teacher_is_used_for_the_next_student(tmp_path: Path, monkeyp
     shared = Store(tmp_path / "shared")
     first = run("teacher student", parts=Parts(Store(tmp_path / "a"), shared))
     sampled: list[float] = []
-    original = tasks.sample_texts
+    original = sampling.sample_texts
 
     def counted(*arguments: Any, **named: Any) -> Any:
         sampled.append(named["sampling_temperature"])
         return original(*arguments, **named)
 
-    monkeypatch.setattr(tasks, "sample_texts", counted)
+    monkeypatch.setattr(sampling, "sample_texts", counted)
     second = run("teacher student", parts=Parts(Store(tmp_path / "b"), shared))
     assert len(sampled) == 2 * 2, "two temperatures, two batches, the student's alone"
     assert second.evaluation["teacher"] == first.evaluation["teacher"]

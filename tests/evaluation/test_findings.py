@@ -356,7 +356,10 @@ def test_the_committed_evaluation_has_one_answer_for_each_question() -> None:
 
 @pytest.mark.parametrize(("scaled", "answer"), [(0.02, "yes"), (0.12, "no"), (0.05, "undecided")])
 def test_a_temperature_calibrates_where_the_error_falls(scaled: float, answer: str) -> None:
-    values = {"student": {"ece": 0.06, "calibration_gap": 0.05}, "scaled": {"ece": scaled, "calibration_gap": -0.01}}
+    values = {
+        "student": {"ece": 0.06, "calibration_gap": 0.05, "confidence": 0.5, "accuracy": 0.45},
+        "scaled": {"ece": scaled, "calibration_gap": -0.01},
+    }
     intervals = {name: {"ece": (own["ece"] - 0.02, own["ece"] + 0.01)} for name, own in values.items()}
     found = {finding.id: finding for finding in of_evaluation(evaluation(values, intervals))}
     finding = found["calibrated_by_temperature"]

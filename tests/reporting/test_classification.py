@@ -146,6 +146,6 @@ def test_the_scaled_student_stands_beside_the_student(tmp_path: Path) -> None:
     write_json(run.eval_path, evaluation | {"scaling": {"fitted_to": "labels", "folds": folds}})
     page = report(run.root).read_text()
     assert "Scaled student" in page and "logits / 1.31, 20 (each fitted on the other half)" in page
-    assert "0.012" in page and "The fitted temperature is 20, an end of what is tried" in page
+    assert "0.012" in page and "an end of what is tried" in page
     picture = next(one for one in figures.confidence(read_run(run.root)) if one.title.startswith("Is its confidence"))
     assert "Scaled student 0.012" in picture.alt

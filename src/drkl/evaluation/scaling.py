@@ -55,7 +55,7 @@ class Temperatures(NamedTuple):
 
     @classmethod
     def of(cls, wanted: float | str, row_ids: Sequence[str], fits: Sequence[Fitted]) -> Temperatures:
-        """Of what was asked for, and the temperature that each half of the rows is measured with."""
+        """From what was asked for, and the temperature that each half of the rows is measured with."""
         if wanted not in FITS:
             given = float(wanted)
             return cls(np.full(len(row_ids), given), Scaling(None, [Fold(given, len(row_ids))]))
@@ -171,7 +171,7 @@ class _Bracket(NamedTuple):
         return self._replace(low=end) if end.slope < 0 else self._replace(high=end)
 
     def root(self) -> float:
-        """Of the cubic with both ends' values and derivatives, by halving; at least within the bracket."""
+        """The root of the cubic with both ends' values and derivatives, by halving; it lies within the bracket."""
         width = self.high.place - self.low.place
         a, b = self.low.slope, self.high.slope
         c, d = self.low.rise * width, self.high.rise * width

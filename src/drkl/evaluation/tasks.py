@@ -185,6 +185,7 @@ class Generation:
         if name == "student" and self.settings.logit_temperature is not None:
             with timed(seconds, "scaled"):
                 self._scale(states, facts, report)
+        del states  # the answers need the memory
         with timed(seconds, "samples"):
             self._pools[name] = {}
             if not isinstance(model, TeacherCache):
