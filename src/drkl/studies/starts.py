@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -201,8 +200,6 @@ def make_init(start: Start) -> None:
     student.save_pretrained(staging)
     words_of(tokenizer).save_pretrained(staging)
     put_in_place(staging, start.student)
-    del student
-    gc.collect()
 
 
 def weights_of(start: Start) -> str:
@@ -216,9 +213,7 @@ def weights_of(start: Start) -> str:
         changes = {"stages": [], "tokenizer": None, "student": config.student_from(start.student)}
         config = config.model_copy(update=changes)
     (spec,) = with_stand_in(config.specs(), without_server)
-    found = describe_model(_student(spec)[0])["weights"]
-    gc.collect()
-    return found
+    return describe_model(_student(spec)[0])["weights"]
 
 
 def _student(spec: RunSpec) -> tuple[Any, Any]:
