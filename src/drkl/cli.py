@@ -991,10 +991,12 @@ class _StudyWords:
 @app.command()
 def study(
     definition: Annotated[
-        Path, typer.Argument(metavar="STUDY", help="A yaml file (docs/studies.md says what it has).", show_default=False)
+        Path,
+        typer.Argument(metavar="STUDY", help="A yaml file (docs/studies.md says what it has).", show_default=False),
     ],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the cells with their states, and what is left takes; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print the cells with their states, and what is left takes; write nothing."),
     ] = False,
     part: Annotated[
         str | None,

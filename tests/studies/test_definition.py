@@ -32,7 +32,12 @@ def written(root: Path, **fields: Any) -> Path:
 def test_a_study_is_read_with_its_defaults(tmp_path: Path) -> None:
     path = written(tmp_path, dir=None, predictions=["Better.", {"text": "So.", "metric": "rkl", "expect": "worse"}])
     found = read_definition(path)
-    assert (found.dir, found.shared.start, found.shared.teacher_cache, found.keep_students) == ("studies", True, None, True)
+    assert (found.dir, found.shared.start, found.shared.teacher_cache, found.keep_students) == (
+        "studies",
+        True,
+        None,
+        True,
+    )
     assert found.predictions == ["Better.", Prediction(text="So.", metric="rkl", expect="worse")]
 
 
@@ -52,7 +57,12 @@ def test_every_cell_has_its_config(tmp_path: Path) -> None:
     assert len(plan.cells) == 8
     cell = next(planned for planned in plan.cells if planned.cell.name == "drkl-hot-seed1")
     config = cell.config
-    assert (config.objective.name, config.run.seed, config.loss.temperature, config.training.max_steps) == ("drkl", 1, 2, 8)
+    assert (config.objective.name, config.run.seed, config.loss.temperature, config.training.max_steps) == (
+        "drkl",
+        1,
+        2,
+        8,
+    )
     assert config.evaluation.prompts == 5 and [stage.name for stage in config.stages] == ["warmup"]
     assert cell.folder.root == tmp_path / "studies" / "s" / "cells" / "drkl-hot-seed1"
     assert plan.base.evaluation.prompts == 5 and plan.base.loss.temperature == 1

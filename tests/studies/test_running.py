@@ -429,7 +429,9 @@ def test_the_price_is_that_of_the_finished_cells(tmp_path: Path) -> None:
     assert price(plan, plan.cells, jobs=2).total == 250.0
     assert price(plan, part_of(plan, 1, 2)).total == 0
     assert found.lines()[:2] == ["rkl-seed0   done", "drkl-seed0  done"]
-    assert "2 of 4 cells are left" in "\n".join(found.lines()) and "That is 8 min, at the pace" in "\n".join(found.lines())
+    assert "2 of 4 cells are left" in "\n".join(found.lines()) and "That is 8 min, at the pace" in "\n".join(
+        found.lines()
+    )
 
 
 def test_starts_and_caches_are_counted_once(tmp_path: Path) -> None:
@@ -468,9 +470,7 @@ def test_what_the_command_refuses(cli: Cli, tmp_path: Path, words: tuple[str, ..
     assert done.code == 2 and message in done.err and not (tmp_path / "studies").exists()
 
 
-def test_the_command_ends_with_1_where_a_cell_failed(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_ends_with_1_where_a_cell_failed(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = tiny_studies.write(tmp_path, ready(tmp_path))
     commands, pretended = pretending(fails={("distill", "drkl-seed0"): 1})
     monkeypatch.setattr("drkl.studies.commands.Commands", lambda jobs: commands)

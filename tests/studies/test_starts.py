@@ -129,7 +129,12 @@ def test_which_cells_share_a_cache(tmp_path: Path) -> None:
     others = {cache.key: cache for planned in topk.cells if (cache := cache_for(topk, planned)) is not None}
     assert len(others) == 2 and all(cache.temperatures == (1.0, 2.0) for cache in others.values())
     assert not caches.keys() & others.keys()
-    assert WORDS.cache(Path("c.yaml"), Path("f"), "topk", (1.0, 2.0))[-4:] == ["--temperature", "1", "--temperature", "2"]
+    assert WORDS.cache(Path("c.yaml"), Path("f"), "topk", (1.0, 2.0))[-4:] == [
+        "--temperature",
+        "1",
+        "--temperature",
+        "2",
+    ]
 
 
 def test_cells_that_sample_answers_read_the_teacher_itself(tmp_path: Path) -> None:
