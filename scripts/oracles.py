@@ -48,6 +48,11 @@ ORACLES: dict[str, Oracle] = {
         "test_answers.py::test_self_bleu_is_bleu_against_the_other_answers",
         "self_bleu",
     ),
+    **_by(
+        "a forward pass of the whole row",
+        "test_judging.py::test_it_is_the_log_softmax_of_a_plain_forward_pass",
+        "teacher_nll_of_answers",
+    ),
     **_by("by hand", _BY_HAND, "distinct_answers repetition answer_tokens ended num_answers"),
 }
 

@@ -8,6 +8,7 @@ from . import positions as positions
 from . import recipes as recipes
 from . import reporting as reporting
 from . import rollouts as rollouts
+from . import studies as studies
 from . import teachers as teachers
 from . import toy as toy
 from . import training as training
@@ -38,6 +39,7 @@ from .objectives import make_objective as make_objective
 from .reporting.page import report as report
 from .run_models import analyze_run as analyze_run
 from .run_models import evaluate_run as evaluate_run
+from .studies.result import Study as Study
 from .teachers.cached import TeacherCache as TeacherCache
 from .teachers.served import ServedTeacher as ServedTeacher
 from .training.arguments import DistillationConfig as DistillationConfig

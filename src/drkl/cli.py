@@ -661,6 +661,15 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(help="Number of answers decoded at once.", show_default=False)
     ] = None,
+    logit_temperature: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T|fit|fit_to_teacher|none",
+            help="Measure the student once more with its logits divided by T, or by what fits either half of the rows "
+            "best, for the other half.",
+            show_default=False,
+        ),
+    ] = None,
     max_rows: MaxRowsOption = None,
     max_prompt_tokens: MaxPromptOption = None,
     max_tokens: MaxTokensOption = None,
@@ -685,6 +694,8 @@ def evaluate(
         {"samples_per_prompt": samples, "sampling_temperature": sampling_temperature, "max_new_tokens": max_new_tokens,
          "batch_size": batch_size}, prompts, sweep, seeds,
     )  # fmt: skip
+    if logit_temperature is not None:
+        settings["logit_temperature"] = _logit_temperature(logit_temperature)
     loaded = _teacher_model(overrides)
     named: dict[str, Any] = {} if models is None else {"models": tuple(_split("--models", models))}
     if run is not None:
@@ -734,6 +745,16 @@ def _evaluation_settings(
     return settings
 
 
+def _logit_temperature(text: str) -> float | str | None:
+    """A number as one; the settings say what else there is."""
+    if text == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _numbers(flag: str, part: str, kind: Any, wanted: str, text: str | None = None) -> Any:
     try:
         return kind(part)
@@ -764,7 +785,7 @@ _OPTIONS = {
     "name its executable:": "name its executable: --vllm", "use it by that name": "name that one as --student",
     "models has": "--models has", "models leaves": "--models leaves",
     **{f"{name}:": f"--{name.replace('_', '-')}:" for name in
-       ("prompts", "sampling_temperature", "sweep", "seeds", "max_new_tokens", "batch_size")},
+       ("prompts", "sampling_temperature", "sweep", "seeds", "max_new_tokens", "batch_size", "logit_temperature")},
 }  # fmt: skip
 """Names of options in the library, and the flags that set them."""
 _CACHE_OPTIONS = {

@@ -213,6 +213,10 @@ def print_evaluation(evaluation: Evaluation) -> None:
             for model in models:
                 per_suite.add_row(suite, model, *(metrics[key].show(numbers.value(model, key)) for key in keys))
         console.print(per_suite)
+    if evaluation.scaling is not None:
+        console.print(
+            f"scaled: the student, {evaluation.scaling.words}. {evaluation.scaling.note}".rstrip(), markup=False
+        )
     if note := evaluation.settings.get("teacher_note"):
         console.print(note, markup=False)
     if unanswered := (evaluation.settings.get("data") or {}).get("no_room_for_an_answer"):

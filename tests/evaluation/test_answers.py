@@ -22,10 +22,11 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from drkl.evaluation import text
 from drkl.evaluation.answers import Answer, AnswerTable
-from drkl.evaluation.declared import ANSWER_KEYS
+from drkl.evaluation.declared import ANSWER_KEYS, TEACHER_NLL
 
 WORDS = "red blue green tall small cat dogs running sun the a".split()
-NO_INTERVAL = {"num_answers", "distinct_1_corpus", "distinct_2_corpus", "distinct_3_corpus"}
+NO_INTERVAL = {"num_answers", "distinct_1_corpus", "distinct_2_corpus", "distinct_3_corpus", TEACHER_NLL}
+"""Of answers that no teacher read."""
 Prompt = tuple[list[str], list[str]]
 
 
@@ -124,7 +125,7 @@ def test_prompts_without_a_reference_count_where_none_is_needed() -> None:
     assert both["num_answers"] == 4 and both["distinct_1"] != alone["distinct_1"]
     unscored = table(([], ["red blue", "red"]))
     assert {key for key, one in unscored.compute().items() if one is None} == {
-        *("bleu", "chrf", "distinct_3", "distinct_3_corpus", "repetition"),
+        *("bleu", "chrf", "distinct_3", "distinct_3_corpus", "repetition", TEACHER_NLL),
         *(f"rouge_{name}{best}" for name in "l12" for best in ("", "_best")),
     }
     assert unscored.coverage() == {"samples": [1, 2], "rouge_l_best": [None, None], "distinct_answers": [1, 2]}
@@ -250,6 +251,33 @@ def test_repetition_lengths_and_ends_by_hand() -> None:
     found = answers.compute()
     assert (found["answer_tokens"], found["ended"], found["num_answers"]) == (6, 0.75, 4)
     assert found["distinct_answers"] == pytest.approx((1 + 2 / 3) / 2)  # over prompts
+
+
+@given(st.lists(st.lists(st.sampled_from("abcd"), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_different_answers_of_four(pools: list[list[str]]) -> None:
+    shares = [sum(one not in pool[:place] for place, one in enumerate(pool)) / 4 for pool in pools]
+    answers = table(*((["x"], pool) for pool in pools))
+    assert answers.compute()["distinct_answers"] == pytest.approx(np.mean(shares), rel=1e-12)
+    weights = np.arange(1.0, len(pools) + 1)[None]
+    found = answers.metrics(weights)["distinct_answers"]
+    assert found == pytest.approx(np.average(shares, weights=weights[0]), rel=1e-12)
+    assert value("distinct_answers", ["a", "A", "a ", "a"]) == 0.75  # as texts: case and blanks count
+
+
+def judged(*nll: float | None, tokens: int = 2) -> list[Answer]:
+    return [Answer("x", tokens, True, teacher_nll=one) for one in nll]
+
+
+def test_the_teachers_likelihood_is_a_mean_over_tokens() -> None:
+    answers = AnswerTable()
+    answers.update(["x"], [*judged(3.0), *judged(5.0, tokens=10)])
+    answers.update(["x"], judged(1.0, None))
+    assert answers.compute()[TEACHER_NLL] == 9 / 14  # the answer that was not read does not count
+    assert answers.metrics(np.array([[1.0, 0.0], [2.0, 1.0]]))[TEACHER_NLL].tolist() == [8 / 12, 17 / 26]
+    answers.update(["x"], judged(math.inf))
+    assert answers.compute()[TEACHER_NLL] == math.inf
+    assert answers.metrics(np.array([[1.0, 1.0, 0.0]]))[TEACHER_NLL].tolist() == [9 / 14]
+    assert TEACHER_NLL not in table((["x"], ["x"])).metrics(np.ones((1, 1)))
 
 
 # Coverage.

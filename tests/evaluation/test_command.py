@@ -169,6 +169,14 @@ def test_a_run_with_flags_and_elsewhere(cli: Cli, tmp_path: Path) -> None:
         (["--student", "STUDENT", "--data", "ROWS", "--output", "o", "--sweep", "a"], "--sweep is 'a'"),
         (["--student", "STUDENT", "--data", "ROWS", "--output", "o", "--sweep", "0,1"], "finite numbers above 0"),
         (["--student", "STUDENT", "--data", "ROWS", "--output", "o", "--prompts", "x"], "--prompts is 'x'"),
+        (
+            ["--student", "STUDENT", "--data", "ROWS", "--output", "o", "--logit-temperature", "0"],
+            "--logit-temperature: expected a finite number above 0, fit, fit_to_teacher or null; got 0.0",
+        ),
+        (
+            ["--student", "STUDENT", "--data", "ROWS", "--output", "o", "--logit-temperature", "fit_to_teacher"],
+            "there is no teacher's distribution to fit the student to",
+        ),
         (["--student", "STUDENT", "--data", "ROWS", "--output", "o", "--dtype", "x"], "--dtype is 'x'"),
         (["--student", "STUDENT", "--data", "ROWS", "--output", "o", "--template", "x"], "there is no template 'x'"),
         (["--student", "STUDENT", "--data", "ROWS", "--output", "o", "--protocol", "x"], "There is no protocol 'x'"),

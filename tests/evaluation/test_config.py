@@ -18,6 +18,7 @@ def test_defaults() -> None:
         "seed": 0,
         "seeds": (),
         "batch_size": 96,
+        "logit_temperature": None,
     }
 
 
@@ -41,6 +42,12 @@ def test_every_key_has_its_meaning() -> None:
         {"seeds": [1, 1]},
         {"seeds": [-1]},
         {"temperature": 1.0},
+        {"logit_temperature": 0},
+        {"logit_temperature": -1.5},
+        {"logit_temperature": float("inf")},
+        {"logit_temperature": float("nan")},
+        {"logit_temperature": True},
+        {"logit_temperature": "fits"},
     ],
 )
 def test_bad_values_are_refused_by_name(change: dict[str, Any]) -> None:
@@ -53,6 +60,11 @@ def test_the_sweep_is_sorted_and_the_main_temperature_comes_first() -> None:
     settings = EvaluationConfig(sweep=(1.5, 0.5, 1.0, 0.5), sampling_temperature=1.0)
     assert settings.sweep == (0.5, 1.0, 1.5) and settings.temperatures == (1.0, 0.5, 1.5)
     assert EvaluationConfig(sweep=(), sampling_temperature=0.3).temperatures == (0.3,)
+
+
+def test_a_temperature_on_the_logits_is_a_number_or_a_fit() -> None:
+    given = (None, 2, 0.5, "fit", "fit_to_teacher")
+    assert [EvaluationConfig(logit_temperature=one).logit_temperature for one in given] == [*given]  # type: ignore[arg-type]
 
 
 def test_one_seed_or_several() -> None:

@@ -15,7 +15,7 @@ from drkl.data.tokenize import Row
 from drkl.errors import DrklError
 from drkl.evaluation import tasks
 from drkl.evaluation.config import EvaluationConfig
-from drkl.evaluation.declared import ANSWER_KEYS, KEYS
+from drkl.evaluation.declared import ANSWER_KEYS, KEYS, TEACHER_NLL
 from drkl.evaluation.evaluate import run_task
 from drkl.evaluation.result import MODELS, Evaluation
 from drkl.evaluation.store import Store
@@ -80,7 +80,8 @@ def test_the_table_of_the_contract() -> None:
             counts = result["distributions"][name][key]
             assert sum(counts) == result[name]["num_tokens"]
             assert len(result["distributions"]["edges"][key]) == len(counts) + 1
-        assert set(result["timing"][name]) == {"load", "teacher_forced", "samples", "text", "answers_per_minute"}
+        parts = {"load", "teacher_forced", "samples", "text", "answers_per_minute"}
+        assert set(result["timing"][name]) == parts | ({"answers"} if name == "teacher" else set())
         for key, (low, high) in result["intervals"][name].items():
             assert low <= high, key
     assert result["before"]["fkl"] > 0.1
@@ -129,7 +130,7 @@ def test_without_a_teacher() -> None:
     result, _, _ = run("before student")
     assert "teacher" not in result and "teacher" not in result["distributions"]
     for name in ("before", "student"):
-        assert [key for key, value in result[name].items() if value is None] == RELATIVE
+        assert [key for key, value in result[name].items() if value is None] == [*RELATIVE, TEACHER_NLL]
 
 
 def test_one_answer_per_prompt_has_no_self_bleu() -> None:
@@ -294,7 +295,7 @@ def test_one_model_at_a_time() -> None:
     names = ("teacher", "before", "warmup", "student")
     models = {name: loader(seed) for seed, name in enumerate(names)}
     evaluate(models)
-    assert len(alive) == 4
+    assert len(alive) == 5, "the teacher a second time, to read what all of them wrote"
 
 
 @pytest.mark.slow
@@ -311,7 +312,7 @@ def test_progress() -> None:
         f"{name}: {part}"
         for name in ("teacher", "student")
         for part in ("reading", "comparing", "sampling at 1", "sampling at 0.5")
-    ]
+    ] + ["teacher: reading answers"]
     for steps in seen.values():
         assert steps[0][0] == 0 and steps[-1][0] == steps[-1][1] and steps == sorted(steps)
 
@@ -332,7 +333,8 @@ def test_an_infinite_distance_is_null() -> None:
 
     models = {"teacher": excluding, "student": lambda: tiny.llama(3)}
     result, samples, _ = evaluate(models)
-    assert [key for key, value in result["student"].items() if value is None] == ["rkl", "tail_rkl"]
+    assert [key for key, value in result["student"].items() if value is None] == ["rkl", "tail_rkl", TEACHER_NLL]
+    assert "inf" in {line.get("teacher_nll") for line in samples}
     assert result["teacher"]["rkl"] == 0 and None not in result["teacher"].values()
     json.dumps([result, samples], allow_nan=False)
 

@@ -352,3 +352,16 @@ def test_the_committed_evaluation_has_one_answer_for_each_question() -> None:
     assert answers(found.findings)["overconfident_by_teacher"] == "yes"
     assert answers(found.findings)["overconfident_by_data"] == "yes"
     assert answers(found.findings)["closer"] == "yes"
+
+
+@pytest.mark.parametrize(("scaled", "answer"), [(0.02, "yes"), (0.12, "no"), (0.05, "undecided")])
+def test_a_temperature_calibrates_where_the_error_falls(scaled: float, answer: str) -> None:
+    values = {"student": {"ece": 0.06, "calibration_gap": 0.05}, "scaled": {"ece": scaled, "calibration_gap": -0.01}}
+    intervals = {name: {"ece": (own["ece"] - 0.02, own["ece"] + 0.01)} for name, own in values.items()}
+    found = {finding.id: finding for finding in of_evaluation(evaluation(values, intervals))}
+    finding = found["calibrated_by_temperature"]
+    assert finding.answer == answer and f"with the temperature {scaled:.3f}" in finding.text
+    assert "Its confidence is then 1.0 points below its accuracy, without it 5.0 points above." in finding.text
+    assert set(finding.numbers) >= {"ece", "scaled_ece", "ece_difference", "scaled_calibration_gap"}
+    alone = of_evaluation(evaluation({"student": values["student"]}))
+    assert "calibrated_by_temperature" not in {finding.id for finding in alone}

@@ -12,7 +12,7 @@ from drkl.errors import DrklError
 from drkl.reporting import figures, report
 from drkl.reporting.inputs import read_run
 from drkl.reporting.samples import prediction_tables
-from drkl.runs import RunFolder, write_json, write_jsonl, write_yaml
+from drkl.runs import RunFolder, read_json, write_json, write_jsonl, write_yaml
 from tests.reporting.conftest import MakeRun
 
 HOSTILE = "<script>alert(1)</script>\u202e\x00"
@@ -134,3 +134,18 @@ def test_without_bins_there_is_no_diagram(tmp_path: Path) -> None:
 def test_runs_of_different_tasks_are_not_compared(tmp_path: Path, make_run: MakeRun) -> None:
     with pytest.raises(DrklError, match=r"different tasks .*: a \(classification\), quickstart \(generation\)"):
         report([write_run(tmp_path / "a"), make_run()])
+
+
+def test_the_scaled_student_stands_beside_the_student(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    evaluation = read_json(run.eval_path)
+    evaluation["scaled"] = evaluation["student"] | {"ece": 0.0123}
+    evaluation["reliability"]["scaled"] = evaluation["reliability"]["student"]
+    fold = {"temperature": 1.31, "rows": 150, "fitted_on": 150, "at_bound": False}
+    folds = [fold, fold | {"temperature": 20.0, "at_bound": True}]
+    write_json(run.eval_path, evaluation | {"scaling": {"fitted_to": "labels", "folds": folds}})
+    page = report(run.root).read_text()
+    assert "Scaled student" in page and "logits / 1.31, 20 (each fitted on the other half)" in page
+    assert "0.012" in page and "The fitted temperature is 20, an end of what is tried" in page
+    picture = next(one for one in figures.confidence(read_run(run.root)) if one.title.startswith("Is its confidence"))
+    assert "Scaled student 0.012" in picture.alt

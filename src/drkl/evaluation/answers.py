@@ -13,13 +13,14 @@ import numpy as np
 
 from drkl.evaluation import text
 from drkl.evaluation.bootstrap import Interval, Resampled
-from drkl.evaluation.declared import ANSWER_KEYS
+from drkl.evaluation.calibration import weighted_sums
+from drkl.evaluation.declared import ANSWER_KEYS, TEACHER_NLL
 
 ORDERS = (1, 2, 3)
 """The n of Distinct-n."""
 _CORPUS_SCORES = {"bleu": text.bleu, "chrf": text.chrf}
 _OF_ALL = ("num_answers", *(f"distinct_{n}_corpus" for n in ORDERS))
-_MEANS = tuple(key for key in ANSWER_KEYS if key not in (*_CORPUS_SCORES, *_OF_ALL))
+_MEANS = tuple(key for key in ANSWER_KEYS if key not in (*_CORPUS_SCORES, *_OF_ALL, TEACHER_NLL))
 
 
 class Answer(NamedTuple):
@@ -28,6 +29,10 @@ class Answer(NamedTuple):
     text: str
     num_tokens: int
     ended: bool
+    token_ids: tuple[int, ...] = ()
+    """The tokens, where they are known."""
+    teacher_nll: float | None = None
+    """-log p of all its tokens by the teacher, in nats; None where the teacher did not read it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Pool:
     """The number of times that each different text occurs."""
     words: Sequence[Sequence[str]]
     """The words of each answer, lower-cased."""
+    teacher_nll: tuple[float, int] = (0.0, 0)
+    """-log p of all answers by the teacher, and the number of their tokens; of those that it read."""
 
 
 class AnswerTable:
@@ -95,6 +102,7 @@ class AnswerTable:
                 rouge_l=sorted(score["rouge_l"] for score in rouge),
                 copies=copies,
                 words=words,
+                teacher_nll=_judged(answers),
             )
         )
 
@@ -110,14 +118,15 @@ class AnswerTable:
             everything = (words for pool in self.pools for words in pool.words)
             table[f"distinct_{n}_corpus"] = text.pool_distinct(everything, n)
         table["num_answers"] = sum(pool.num_answers for pool in self.pools)
-        return {key: table[key] for key in ANSWER_KEYS}
+        return {key: table.get(key) for key in ANSWER_KEYS}
 
     def metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Each metric, `[m]` by name, for each row of ``weights`` `[m, prompts]`: how often a prompt counts.
 
-        NaN where none of the prompts that count defines it. Without ``num_answers``, which is a size and no estimate,
-        and without ``distinct_n_corpus``: a resample repeats prompts, a repeated prompt brings n-grams but no new ones,
-        and so the share on resamples is biased low and its percentiles need not even hold the corpus's own.
+        NaN where none of the prompts that count defines it. Without what no teacher read. Without ``num_answers``,
+        which is a size and no estimate, and without ``distinct_n_corpus``: a resample repeats prompts, a repeated
+        prompt brings n-grams but no new ones, and so the share on resamples is biased low and its percentiles need
+        not even hold the corpus's own.
         """
         assert weights.ndim == 2 and weights.shape[1] == len(self), "a weight for each prompt"
         if not self.pools:
@@ -131,6 +140,10 @@ class AnswerTable:
             sums = weights @ np.array([getattr(pool, key) for pool in self.pools], dtype=np.float64)
             scores = [score(row) if some else np.nan for row, some in zip(sums.tolist(), scored, strict=True)]
             out[key] = np.array(scores)
+        judged = np.array([pool.teacher_nll for pool in self.pools], dtype=np.float64)
+        if judged[:, 1].any():
+            total, tokens = weighted_sums(weights, judged).T
+            out[TEACHER_NLL] = np.divide(total, tokens, out=np.full_like(total, np.nan), where=tokens > 0)
         return out
 
     def intervals(self, seed: int) -> dict[str, Interval]:
@@ -183,7 +196,13 @@ def _answer(line: Mapping[str, Any], max_new_tokens: int) -> Answer:
     ended = line.get("ended")
     if not isinstance(ended, bool):
         ended = line["num_tokens"] < max_new_tokens
-    return Answer(line["text"], line["num_tokens"], ended)
+    nll = line.get("teacher_nll")  # an infinite one is text
+    return Answer(line["text"], line["num_tokens"], ended, teacher_nll=None if nll is None else float(nll))
+
+
+def _judged(answers: Sequence[Answer]) -> tuple[float, int]:
+    read = [(answer.teacher_nll, answer.num_tokens) for answer in answers if answer.teacher_nll is not None]
+    return math.fsum(nll for nll, _ in read), sum(count for _, count in read)
 
 
 def _defined(values: Iterable[float | None]) -> tuple[float, int]:

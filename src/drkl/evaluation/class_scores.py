@@ -57,17 +57,18 @@ class ClassScores:
     def of_lines(cls, lines: Sequence[Mapping[str, Any]], model: str = "student") -> ClassScores:
         """The scores of one model from the lines of ``predictions.jsonl``, which are rounded to four digits.
 
-        The teacher's lines have its class and its confidence only.
+        The teacher's lines have its class and its confidence only; the scaled student has the student's class.
         """
-        confidence = f"{model}_confidence"
+        confidence, prefix = f"{model}_confidence", "scaled_" if model == "scaled" else ""
+        model = "student" if prefix else model
         columns = {
             "accuracy": [line[model] == line["label"] for line in lines],
             "confidence": [line[confidence] for line in lines],
         }
         if model == "student":
             for key in ("nll", "overconfidence", "target_gap"):
-                if all(as_number(line.get(key)) is not None for line in lines):
-                    columns[key] = [line[key] for line in lines]
+                if all(as_number(line.get(prefix + key)) is not None for line in lines):
+                    columns[key] = [line[prefix + key] for line in lines]
             if all("teacher" in line and "teacher_confidence" in line for line in lines):
                 columns["agreement"] = [line["student"] == line["teacher"] for line in lines]
                 columns["teacher_confidence"] = [line["teacher_confidence"] for line in lines]

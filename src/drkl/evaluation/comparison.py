@@ -20,6 +20,7 @@ from drkl.evaluation.declared import ANSWER_KEYS, CLASS_KEYS, TOKEN_KEYS, Metric
 from drkl.evaluation.findings import Finding, of_comparison
 from drkl.evaluation.paired import (
     AS_VARIED,
+    MATCHED,
     MIN_UNITS,
     Curve,
     Difference,
@@ -232,8 +233,9 @@ def _compare_generation(pair: Pair, heldout: Sequence[Sets], samples: Sequence[S
             start = tokens if temperature == main else Table(suite, None)
             start = replace(start, sampling_temperature=temperature)
             table = _compared(pair, PROMPTS, [sets[suite, temperature] for sets in samples], start, seed)
-            if temperature == main and (more := _when_as_varied(pair, suite, samples, both, seed)) is not None:
-                table = replace(table, differences=[*table.differences, more])
+            if temperature == main:
+                more = _when_as_varied(pair, suite, samples, both, seed)
+                table = replace(table, differences=[*table.differences, *more])
             tables.append(table)
     if not tables:
         raise DrklError(f"{pair[0]} and {pair[1]} were evaluated on different sets: they share no row and no prompt.")
@@ -262,8 +264,8 @@ def _compared(pair: Pair, unit: Unit, lines: Sequence[Mapping[str, list[Line]]],
 
 def _when_as_varied(
     pair: Pair, suite: str | None, samples: Sequence[Sets], temperatures: Sequence[float], seed: int
-) -> Difference | None:
-    """ROUGE-L where each student is as varied as its teacher; None where one cannot be brought there."""
+) -> Iterator[Difference]:
+    """What `AS_VARIED` names where each student is as varied as its teacher; nothing where one cannot be so."""
     curves: list[dict[str, dict[float, Resampled]]] = [{"student": {}, "teacher": {}} for _ in pair]
     units = 0
     for temperature in temperatures:
@@ -273,15 +275,16 @@ def _when_as_varied(
             curve["student"][temperature] = side.student
             if side.teacher.points:
                 curve["teacher"][temperature] = side.teacher
-    matched = [when_as_varied(Curve.of(curve["student"]), Curve.of(curve["teacher"])) for curve in curves]
-    scores = [scores[1] for scores in matched if not isinstance(scores, str)]
-    if len(scores) < 2:
-        return None
-    a, b = scores
-    known = ~(np.isnan(a) | np.isnan(b))
-    change = mostly(b - a)
-    verdict: Verdict = "undecided" if change.interval is None else decide(-a[1:][known[1:]], -b[1:][known[1:]])
-    return settled(Difference(AS_VARIED, float(a[0]), float(b[0]), change.interval, verdict), units)
+    for key, metric in AS_VARIED.items():
+        matched = [when_as_varied(*(Curve.of(curve[model], key) for model in curve)) for curve in curves]
+        scores = [scores[1] for scores in matched if not isinstance(scores, str)]
+        if len(scores) < 2:
+            continue
+        a, b = scores
+        known = ~(np.isnan(a) | np.isnan(b))
+        change = mostly(b - a)
+        verdict: Verdict = "undecided" if change.interval is None else decide(-a[1:][known[1:]], -b[1:][known[1:]])
+        yield settled(Difference(metric, float(a[0]), float(b[0]), change.interval, verdict), units)
 
 
 def _paired_sides(
@@ -461,8 +464,9 @@ def side_by_side(
 
     Args:
         evaluations: of any task; only those of the same task, rows and prompts, with their lines, can be tested.
-        keys: of the metrics, in the order of the result; ``rouge_l_when_as_varied`` is ROUGE-L where each student is as
-            varied as its teacher. Default: every metric with an ideal.
+        keys: of the metrics, in the order of the result; ``rouge_l_when_as_varied`` and
+            ``rouge_l_best_when_as_varied`` are where each student is as varied as its teacher. Default: every metric
+            with an ideal.
         seed: random seed of the resampling.
     """
     tested: dict[tuple[int, int], dict[str, Difference]] = {}
@@ -478,7 +482,7 @@ def side_by_side(
             continue
         tested[a, b] = {difference.metric.key: difference for difference in tables[0].differences}
     known = {key: metric for run in evaluations for key, metric in metrics_of(run.task).items()}
-    known[AS_VARIED.key] = AS_VARIED
+    known |= MATCHED
     wanted = keys if keys is not None else [key for key, metric in known.items() if metric.better != "none"]
     standings = [_standing(evaluations, known[key], tested, reasons) for key in wanted]
     return [standing for standing in standings if standing.values]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 SWEEP = (0.5, 0.7, 1.0, 1.2, 1.5)
+FITS = ("fit", "fit_to_teacher")
+"""What is fitted in place of a given temperature on the logits."""
 
 
 class EvaluationConfig(BaseModel):
@@ -53,6 +56,12 @@ class EvaluationConfig(BaseModel):
     batch_size: int = Field(
         96, ge=1, description="Number of answers decoded at once. Changes memory and speed, not the answers."
     )
+    logit_temperature: float | Literal["fit", "fit_to_teacher"] | None = Field(
+        None,
+        description="Measure the student once more with its logits divided by this number, as the model `scaled`; null "
+        "for not at all. fit finds the number with the least negative log-likelihood of the held-out tokens or labels, "
+        "fit_to_teacher the one with the least forward KL to the teacher: on either half of the rows, for the other.",
+    )
 
     @field_validator("sweep")
     @classmethod
@@ -67,6 +76,14 @@ class EvaluationConfig(BaseModel):
         if any(seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
             raise ValueError(f"seeds are different whole numbers, at least 0; got {list(seeds)}")
         return seeds
+
+    @field_validator("logit_temperature", mode="before")
+    @classmethod
+    def _check_logit_temperature(cls, given: Any) -> Any:
+        number = given if isinstance(given, int | float) and not isinstance(given, bool) else None
+        if given is None or given in FITS or (number is not None and 0 < number < math.inf):
+            return given
+        raise ValueError(f"expected a finite number above 0, {', '.join(FITS)} or null")
 
     @property
     def all_seeds(self) -> tuple[int, ...]:

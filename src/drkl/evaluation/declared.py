@@ -20,6 +20,10 @@ OVERLAP = 10
 RANKS = (2, 100)
 """First and last of the teacher's ranks in the rank correlation."""
 
+TEACHER_NLL = "teacher_nll_of_answers"
+JUDGED = 1.0
+"""The sampling temperature of the answers that the teacher reads."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -211,6 +215,11 @@ GROUPS: tuple[Group, ...] = (
                 "Corpus BLEU-4 of all answers (13a tokens, exp smoothing).", **_BLEU),
             Metric("chrf", "chrF", "chrF2", "0–100", "higher",
                 "Corpus chrF2 of all answers (character 6-grams).", **_BLEU),
+            Metric(TEACHER_NLL, "Negative log-likelihood by the teacher", "−log p(answer)", "nats", "teacher",
+                "−log p of the tokens of the model's own answers, stop token included, as the teacher reads them after "
+                "the same prompt, mean over tokens; of answers at sampling temperature 1 alone. The teacher's own "
+                "value estimates its entropy: text that it finds likelier than what it writes is too sharp.",
+                of="answers"),
         ),
     ),
     Group(

@@ -14,9 +14,10 @@ from pydantic import ValidationError
 
 from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.bookkeeping import Progress, Source, free_memory, placed, reporter
-from drkl.evaluation.config import MINILLM, EvaluationConfig
+from drkl.evaluation.cached import NOTE
+from drkl.evaluation.config import FITS, MINILLM, EvaluationConfig
 from drkl.evaluation.pairs import Inputs, Model, pair_inputs
-from drkl.evaluation.result import MODELS, Evaluation
+from drkl.evaluation.result import MEASURED, Evaluation
 from drkl.evaluation.store import CACHE_BYTES, Store, fingerprint
 from drkl.evaluation.tasks import Classification, Generation, Parts, Task
 from drkl.locks import EVALUATION, first_holding
@@ -40,6 +41,7 @@ class Settings(TypedDict, total=False):
     seed: int
     seeds: Sequence[int]
     batch_size: int
+    logit_temperature: float | str | None
 
 
 def evaluate(
@@ -96,7 +98,7 @@ def evaluate(
         facts: further settings for the record.
         on_progress: called with ("teacher: reading", done, total); the unit is that of the total.
         **settings: the fields of `EvaluationConfig`: ``prompts``, ``samples_per_prompt``, ``sampling_temperature``,
-            ``sweep``, ``max_new_tokens``, ``seed``, ``seeds``, ``batch_size``.
+            ``sweep``, ``max_new_tokens``, ``seed``, ``seeds``, ``batch_size``, ``logit_temperature``.
 
     Raises:
         DrklError: a setting out of range, models of two kinds or vocabularies, classes that differ, a token outside the
@@ -144,6 +146,7 @@ def evaluate_inputs(
     """
     share = Share.of_group()
     with share.joined(), memory_told("as the models are measured", READING):
+        check_fits(settings, inputs.models, inputs.facts.get(NOTE))
         asked = fingerprint(inputs=inputs.digest(), settings=settings.model_dump(mode="json"))
         share.check_same("models, rows or settings", asked)
         folder = None if output_dir is None else RunFolder(Path(output_dir))
@@ -193,21 +196,29 @@ def run_task(
 
     Args:
         task: what is measured.
-        models: by the names in `MODELS`; each is loaded once and dropped before the next one is.
+        models: by the names in `MEASURED`; each is loaded once and dropped before the next one is, and the teacher once
+            more to read what all of them answered.
         device: each model is moved there.
         data: where the rows come from, for the record.
         facts: further settings for the record.
         on_progress: see `evaluate`.
     """
-    assert "student" in models and set(models) <= set(MODELS), f"models are named {MODELS}"
+    assert "student" in models and set(models) <= set(MEASURED), f"models are named {MEASURED}"
+    check_fits(task.settings, models)
     started = time.perf_counter()
     seconds: dict[str, dict[str, float]] = {}
-    for name in (model for model in MODELS if model in models):
+    for name in (model for model in MEASURED if model in models):
         seconds[name] = {}
         _measure(task, name, models[name], device, seconds[name], on_progress)
         # Two models at once may not fit.
         free_memory(device)
-        task.score(name, seconds[name])
+    teacher = models.get("teacher")
+    if teacher is not None and not isinstance(teacher, TeacherCache) and task.is_to_judge():
+        with placed(teacher, device) as model:
+            task.judge(model, reporter("teacher", on_progress), seconds["teacher"])
+        free_memory(device)
+    for name, own in seconds.items():
+        task.score(name, own)
     result = task.evaluation({**(facts or {}), "device": str(device)}, data or {}, seconds)
     result.timing["total"] = round(time.perf_counter() - started, 2)
     return result
@@ -228,6 +239,16 @@ def _measure(
     with placed(source, device) as model:
         seconds["load"] = time.perf_counter() - started
         task.measure(name, model, reporter(name, on_progress), seconds)
+
+
+def check_fits(settings: EvaluationConfig, models: Mapping[str, Source], note: str | None = None) -> None:
+    """Raise DrklError where a temperature is to be fitted to a teacher that there is not; ``note`` says why."""
+    if settings.logit_temperature == FITS[1] and "teacher" not in models:
+        why = f" {note}" if note else ""
+        raise DrklError(
+            f"logit_temperature is {FITS[1]}, and there is no teacher's distribution to fit the student to.{why} "
+            f"{FITS[0]} fits it to the held-out tokens or labels."
+        )
 
 
 def configured(settings: EvaluationConfig, protocol: str | None, changes: Mapping[str, Any]) -> EvaluationConfig:

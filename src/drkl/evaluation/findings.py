@@ -21,7 +21,7 @@ import numpy as np
 from drkl.display import number
 from drkl.evaluation.bootstrap import Estimate, Interval
 from drkl.evaluation.declared import Metric, metrics_of
-from drkl.evaluation.paired import AS_VARIED, MIN_UNITS, Curve, Difference, mostly, when_as_varied
+from drkl.evaluation.paired import MATCHED, MIN_UNITS, Curve, Difference, mostly, when_as_varied
 
 Answer = Literal["yes", "no", "undecided", "not_applicable"]
 
@@ -46,6 +46,7 @@ QUESTIONS: dict[str, str] = {
     "as_good": "Does the student answer as well as its teacher?",
     "varied": "Are the student's answers as varied as its teacher's?",
     "as_good_when_as_varied": "Does the student answer as well as its teacher when both are equally varied?",
+    "calibrated_by_temperature": "Is the student better calibrated with a temperature on its logits?",
     # Of an analysis.
     "pushed_when_matched": "Where its target already matches the teacher's, would reverse KL push it further up?",
     "tail_dominates": "Do student and teacher differ mostly in the tail?",
@@ -63,7 +64,7 @@ IDS: tuple[str, ...] = (
         for key, metric in metrics_of(task).items()
         if metric.better != "none"
     ),
-    f"{BETTER}{AS_VARIED.key}",
+    *(f"{BETTER}{key}" for key in MATCHED),
 )
 """Every id that there is."""
 RENAMED = {"own_gap": "overconfidence"}
@@ -143,6 +144,8 @@ def of_evaluation(
     findings += [_closer(numbers, "closer", "before"), _closer(numbers, "closer_than_warmup", "warmup")]
     findings += [_better_on_data(numbers), _as_good(numbers), _varied(numbers)]
     findings.append(_as_good_when_as_varied(numbers, curves))
+    if numbers.has("scaled"):
+        findings.append(_calibrated_by_temperature(numbers))
     if numbers.classifies and len(evaluation.classes) == 2:
         findings.append(_not_applicable("tail_dominates", TWO_CLASSES))
     return findings
@@ -409,12 +412,24 @@ def _varied(numbers: _Numbers) -> Finding:
     return finding
 
 
+def _calibrated_by_temperature(numbers: _Numbers) -> Finding:
+    """The temperature of a row was fitted on other rows, or given; the resamples hold it fixed."""
+    id = "calibrated_by_temperature"
+    finding = _compare_models(numbers, id, "scaled", "with the temperature", ("ece",), lambda _, change: above(change))
+    gap, scaled = (numbers.estimate(model, "calibration_gap") for model in ("student", "scaled"))
+    if gap.value is None or scaled.value is None:
+        return finding
+    confidence = f"Its confidence is then {_above_or_below(scaled)} its accuracy, without it {_above_or_below(gap)}."
+    more = {"calibration_gap": gap, "scaled_calibration_gap": scaled}
+    return replace(finding, text=f"{finding.text} {confidence}", numbers={**finding.numbers, **more})
+
+
 def _as_good_when_as_varied(numbers: _Numbers, curves: Mapping[str, Curve] | None) -> Finding:
     id = "as_good_when_as_varied"
     if reason := _no_answers(numbers):
         return _not_applicable(id, reason)
     paired = curves is not None
-    curves = curves or {model: _sweep_curve(numbers.evaluation, model) for model in ("student", "teacher")}
+    curves = curves or {model: sweep_curve(numbers.evaluation, model) for model in ("student", "teacher")}
     matched = when_as_varied(curves["student"], curves["teacher"])
     if isinstance(matched, str):
         return _not_applicable(id, matched)
@@ -436,15 +451,15 @@ def _as_good_when_as_varied(numbers: _Numbers, curves: Mapping[str, Curve] | Non
     )
 
 
-def _sweep_curve(evaluation: Measured, model: str) -> Curve:
-    """The sweep of an evaluation; in place of resamples the ends of ROUGE-L's intervals."""
+def sweep_curve(evaluation: Measured, model: str, key: str = "rouge_l") -> Curve:
+    """The sweep of an evaluation; in place of resamples the ends of the intervals of the quality ``key``."""
     points = [
-        (point.sampling_temperature, point.values["distinct_2"], point.values["rouge_l"], point.intervals)
+        (point.sampling_temperature, point.values["distinct_2"], point.values[key], point.intervals)
         for point in evaluation.sweep.get(model, ())
-        if point.values.get("distinct_2") is not None and point.values.get("rouge_l") is not None
+        if point.values.get("distinct_2") is not None and point.values.get(key) is not None
     ]
     variety = np.array([[x] * 3 for _, x, _, _ in points]).reshape(len(points), 3)
-    ends = [ends.get("rouge_l", (math.nan, math.nan)) for *_, ends in points]
+    ends = [ends.get(key, (math.nan, math.nan)) for *_, ends in points]
     quality = np.array([[y, *own] for (_, _, y, _), own in zip(points, ends, strict=True)]).reshape(len(points), 3)
     return Curve([temperature for temperature, *_ in points], variety, quality)
 

@@ -112,24 +112,22 @@ class Curve(NamedTuple):
     variety: np.ndarray
     """Distinct-2, `[temperatures, 1 + resamples]`."""
     quality: np.ndarray
-    """ROUGE-L, likewise."""
+    """ROUGE-L, or another metric of the answers, likewise."""
 
     @classmethod
-    def of(cls, by_temperature: Mapping[float, Resampled]) -> Curve:
+    def of(cls, by_temperature: Mapping[float, Resampled], quality: str = "rouge_l") -> Curve:
         """The curve of what was resampled at each temperature; without those at which either metric is undefined."""
         columns: dict[float, list[np.ndarray]] = {}
+        keys = ("distinct_2", quality)
         for temperature in sorted(by_temperature):
             resampled = by_temperature[temperature]
-            if all(isfinite(resampled.points.get(key, nan)) for key in ("distinct_2", "rouge_l")):
+            if all(isfinite(resampled.points.get(key, nan)) for key in keys):
                 columns[temperature] = [
-                    np.concatenate([[resampled.points[key]], resampled.values[key]])
-                    for key in ("distinct_2", "rouge_l")
+                    np.concatenate([[resampled.points[key]], resampled.values[key]]) for key in keys
                 ]
         size = (0, 1)
-        variety, quality = (
-            np.stack([pair[i] for pair in columns.values()]) if columns else np.empty(size) for i in (0, 1)
-        )
-        return cls(list(columns), variety, quality)
+        both = (np.stack([pair[i] for pair in columns.values()]) if columns else np.empty(size) for i in (0, 1))
+        return cls(list(columns), *both)
 
     def own_variety(self) -> np.ndarray | None:
         """The variety of the model's own distribution, temperature 1; by a straight line where 1 was not sampled."""
@@ -148,7 +146,7 @@ class Curve(NamedTuple):
 
 
 def when_as_varied(student: Curve, teacher: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray] | str:
-    """The teacher's own variety, and the ROUGE-L of student and teacher where each is so varied, all `[1 + resamples]`.
+    """The teacher's own variety, and the quality of student and teacher where each is so varied, all `[1 + resamples]`.
 
     A sentence says why where the student cannot be brought to that variety.
     """
@@ -177,12 +175,24 @@ def mostly(values: np.ndarray) -> Estimate:
 
 MISSED = 0.1
 """At most this share of the resamples may be undefined."""
-AS_VARIED = replace(
-    METRICS["rouge_l"],
-    key="rouge_l_when_as_varied",
-    title="ROUGE-L when as varied as the teacher",
-    definition="ROUGE-L at the sampling temperature at which the model's Distinct-2 is the teacher's at temperature 1.",
-)
+
+
+def _as_varied(key: str, title: str) -> Metric:
+    return replace(
+        METRICS[key],
+        key=f"{key}_when_as_varied",
+        title=f"{title} when as varied as the teacher",
+        definition=f"{title} at the sampling temperature at which the model's Distinct-2 is the teacher's at "
+        "temperature 1.",
+    )
+
+
+AS_VARIED: dict[str, Metric] = {
+    key: _as_varied(key, title) for key, title in (("rouge_l", "ROUGE-L"), ("rouge_l_best", "ROUGE-L, best of k,"))
+}
+"""What is compared where models are equally varied, by the key of the metric."""
+MATCHED: dict[str, Metric] = {metric.key: metric for metric in AS_VARIED.values()}
+"""The same by their own keys."""
 
 
 def at_variety(variety: np.ndarray, quality: np.ndarray, goal: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from drkl.evaluation.bootstrap import Interval, Resampled
@@ -199,10 +200,12 @@ def compare(
     chunk_tokens: int = CHUNK,
     progress: Callable[[int], None] | None = None,
     gamma: float = GAMMA,
+    temperatures: np.ndarray | None = None,
 ) -> PositionTable:
     """Compare two models at every position, ``chunk_tokens`` rows of logits at a time.
 
-    ``compare(teacher, teacher)`` gives the teacher its own column: its distances are exactly 0.
+    ``compare(teacher, teacher)`` gives the teacher its own column: its distances are exactly 0. ``temperatures``
+    `[rows]` divide the student's logits at the positions of each row; 1 changes nothing, to the last bit.
 
     Raises:
         DrklError: the vocabularies differ.
@@ -211,7 +214,10 @@ def compare(
         check_vocabularies(student.num_outputs, teacher.num_outputs)
     table = PositionTable(gamma)
     for part, logits, teacher_logits, labels in read_logits(student, teacher, chunk_tokens):
-        table.update(logits, teacher_logits, labels, student.row_index[part])
+        rows = student.row_index[part]
+        if temperatures is not None:
+            logits = logits / torch.from_numpy(temperatures)[rows, None].to(logits)
+        table.update(logits, teacher_logits, labels, rows)
         if progress is not None:
             progress(len(labels))
     return table

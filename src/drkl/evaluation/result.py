@@ -25,9 +25,13 @@ _log = logging.getLogger("drkl")
 
 FORMAT = 2
 """The format of ``eval.json``. Format 1 has no ``format`` and calls a run's student ``after``; it is still read."""
-MODELS = ("teacher", "before", "warmup", "student")
+MEASURED = ("teacher", "before", "warmup", "student")
 """The models of an evaluation in their order: a run's teacher, its student before training, after the warm-up stage,
 and as trained; two models from elsewhere are ``teacher`` and ``student``."""
+SCALED = "scaled"
+"""The student once more, with a temperature on its logits. It answers nothing."""
+MODELS = (*MEASURED, SCALED)
+"""All that have numbers."""
 
 Lines = list[dict[str, Any]]
 FILES: dict[str, tuple[str, ...]] = {
@@ -118,6 +122,54 @@ class Distributions:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Held-out rows that were measured with one temperature."""
+
+    temperature: float
+    rows: int
+    """How many rows were measured with it."""
+    fitted_on: int = 0
+    """How many other rows it was fitted on; 0 where it was given."""
+    at_bound: bool = False
+    """Whether it is the lowest or the highest that a fit tries: the best one may lie beyond."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The temperatures of the model ``scaled``: the student with its logits divided by them."""
+
+    fitted_to: str | None
+    """``labels``, ``teacher``, or None where the temperature was given."""
+    folds: list[Fold]
+
+    @property
+    def words(self) -> str:
+        """A short description: ``logits / 1.31, 1.28 (each fitted on the other half)``."""
+        numbers = ", ".join(f"{fold.temperature:.3g}" for fold in self.folds)
+        if self.fitted_to is None:
+            return f"logits / {numbers}"
+        to = "" if self.fitted_to == "labels" else " to the teacher"
+        return f"logits / {numbers} (each fitted{to} on the other half)"
+
+    @property
+    def note(self) -> str:
+        """What is to be said of temperatures at a bound; empty where none is."""
+        ends = [fold.temperature for fold in self.folds if fold.at_bound]
+        if not ends:
+            return ""
+        numbers = " and ".join(f"{end:g}" for end in dict.fromkeys(ends))
+        return f"The fitted temperature is {numbers}, an end of what is tried: no temperature in between is the best."
+
+    def to_json(self) -> dict[str, Any]:
+        """The section of ``eval.json``."""
+        return {
+            "definition": "The student's logits / temperature, each row's own; intervals hold the temperatures fixed.",
+            "fitted_to": self.fitted_to,
+            "folds": [vars(fold) for fold in self.folds],
+        }
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The result of `drkl.evaluate`.
 
@@ -141,6 +193,8 @@ class Evaluation:
     tail: TailProfile | None = None
     reliability: Reliability | None = None
     distributions: Distributions | None = None
+    scaling: Scaling | None = None
+    """The temperatures of the model ``scaled``, where there is one."""
     timing: dict[str, Any] = field(default_factory=dict)
     """Seconds, by model and part, and in ``total``."""
     findings: list[Finding] = field(default_factory=list)
@@ -242,6 +296,8 @@ class Evaluation:
             sections["reliability"] = {"edges": bins.edges, **width} | ({"mass": mass} if mass else {})
         if self.distributions is not None:
             sections["distributions"] = {"edges": self.distributions.edges, **self.distributions.counts}
+        if self.scaling is not None:
+            sections["scaling"] = self.scaling.to_json()
         classification = {"task": self.task} if self.task == "classification" else {}
         return {
             **classification,
@@ -324,6 +380,7 @@ class _Numbers(_Section):
     before: Values | None = None
     warmup: Values | None = None
     student: Values
+    scaled: Values | None = None
     intervals: dict[str, dict[str, Ends]] = {}
 
     def numbers(self) -> Numbers:
@@ -393,6 +450,18 @@ class _Distributions(_ByModel):
         return self
 
 
+class _Fold(_Section):
+    temperature: Number
+    rows: Count
+    fitted_on: Count = 0
+    at_bound: bool = False
+
+
+class _Scaling(_Section):
+    fitted_to: str | None = None
+    folds: list[_Fold]
+
+
 class _Estimate(_Section):
     value: Number | None
     interval: Ends | None = None
@@ -444,6 +513,7 @@ class _File(_Numbers):
     tail: _Tail | None = None
     reliability: _Reliability | None = None
     distributions: _Distributions | None = None
+    scaling: _Scaling | None = None
     findings: list[_Finding] = []
     timing: dict[str, Any] = {}
 
@@ -474,6 +544,7 @@ def _read(path: Path, name: str, folder: Path | None) -> Evaluation:
             f"{path}: {place}: {reason[:1].lower()}{reason[1:]}; got {value[:60]}{'...' * (len(value) > 60)}. {_ANEW}"
         ) from error
     numbers, bins, tail, histograms = file.numbers(), file.reliability, file.tail, file.distributions
+    scaled = file.scaling
     evaluation = Evaluation(
         numbers,
         raw.get("settings") or {},
@@ -492,6 +563,7 @@ def _read(path: Path, name: str, folder: Path | None) -> Evaluation:
         None if tail is None else TailProfile(tail.ranks, tail.models),
         None if bins is None else Reliability(bins.edges, _bins(bins.models), _bins(bins.mass)),
         None if histograms is None else Distributions(histograms.edges, histograms.models),
+        None if scaled is None else Scaling(scaled.fitted_to, [Fold(**dict(fold)) for fold in scaled.folds]),
         file.timing,
         [Finding.from_json(finding.model_dump()) for finding in file.findings],
         folder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,7 +58,7 @@ class Sampler:
             if known is None:
                 _, answers = next(made)
                 if self.store is not None and self.share.is_first:
-                    self.store.write_lines(self._key(batch), [one._asdict() for pool in answers for one in pool])
+                    self.store.write_lines(self._key(batch), [_kept(one) for pool in answers for one in pool])
             else:
                 many = len(batch.numbers)
                 answers = [known[start : start + many] for start in range(0, len(known), many)]
@@ -75,7 +75,8 @@ class Sampler:
     def _key(self, batch: Drawn) -> str:
         rows = [self.prompts[i] for i in batch.group]
         return fingerprint(
-            kind="answers", model=self.mark, prompts=fingerprint(value=[[row.id, row.sampling_ids] for row in rows]),
+            kind="answers with their tokens", model=self.mark,
+            prompts=fingerprint(value=[[row.id, row.sampling_ids] for row in rows]),
             seed=batch.seed, temperature=batch.temperature, samples=[batch.numbers.start, batch.numbers.stop],
             device=self.model.device.type, max_new_tokens=self.max_new_tokens, stops=self.stops,
         )  # fmt: skip
@@ -84,7 +85,7 @@ class Sampler:
         lines = None if self.store is None else self.store.read_lines(self._key(batch))
         if lines is None or len(lines) != batch.size:
             return None
-        return [Answer(line["text"], line["num_tokens"], line["ended"]) for line in lines]
+        return [Answer(line["text"], line["num_tokens"], line["ended"], tuple(line["token_ids"])) for line in lines]
 
     def _make(self, batch: Drawn) -> list[list[Answer]]:
         rows = [self.prompts[i] for i in batch.group]
@@ -102,4 +103,13 @@ class Sampler:
             stop_ids=self.stops,
             progress=self._advance(batch),
         )
-        return [[Answer(text.text, text.num_tokens, text.finished) for text in pool] for pool in generations]
+        return [
+            [Answer(text.text, text.num_tokens, text.finished, text.token_ids) for text in pool] for pool in generations
+        ]
+
+
+def _kept(answer: Answer) -> dict[str, Any]:
+    """What is kept of an answer, for the next time that it is needed."""
+    return {
+        "text": answer.text, "num_tokens": answer.num_tokens, "ended": answer.ended, "token_ids": [*answer.token_ids],
+    }  # fmt: skip

@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,11 +30,13 @@ from drkl.evaluation.cached import cache_fingerprint, read_cached
 from drkl.evaluation.calibration import EDGES, mass_bins, width_bins
 from drkl.evaluation.class_scores import ClassScores
 from drkl.evaluation.config import EvaluationConfig
-from drkl.evaluation.declared import ANSWER_KEYS, CLASS_KEYS, KEYS, NUM_CALIBRATION_BINS, definitions
+from drkl.evaluation.declared import ANSWER_KEYS, CLASS_KEYS, JUDGED, KEYS, NUM_CALIBRATION_BINS, definitions
 from drkl.evaluation.findings import Differences, of_evaluation
+from drkl.evaluation.judging import nll_of_answers
 from drkl.evaluation.paired import Curve
 from drkl.evaluation.positions import PROFILE_RANKS, PositionTable, bin_edges, compare
 from drkl.evaluation.result import (
+    SCALED,
     Coverage,
     Distributions,
     Evaluation,
@@ -42,9 +47,10 @@ from drkl.evaluation.result import (
     TailProfile,
 )
 from drkl.evaluation.sampling import Drawn, Sampler
+from drkl.evaluation.scaling import Temperatures, temperatures_of
 from drkl.evaluation.store import Store, fingerprint
 from drkl.losses.common import log_softmax
-from drkl.models.ends import stops_of
+from drkl.models.ends import answer_start, stops_of
 from drkl.models.fingerprint import model_fingerprint
 from drkl.models.forward import lm_head
 from drkl.models.generate import sampling_batches
@@ -54,13 +60,14 @@ from drkl.positions import brier_score, token_statistics
 from drkl.processes import ALONE, Share
 from drkl.teachers.cached import TeacherCache
 
+_log = logging.getLogger("drkl")
 ESTIMATES = tuple(key for key in KEYS if key not in ("num_tokens", "num_answers"))
 """The metrics that have intervals: a size is no estimate."""
 SWEPT = ("teacher", "student")
 """The models that answer at every temperature of the sweep; the others answer at the main one."""
 KEPT_STATES_BYTES = 2**30
 """Larger held-out states of a teacher are not kept for later students."""
-OTHERS = ("teacher", "before", "warmup")
+OTHERS = ("teacher", "before", "warmup", SCALED)
 """The models that the student is compared with in findings."""
 
 
@@ -75,6 +82,12 @@ class Task(Protocol):
 
     def measure(self, name: str, model: Measured, report: Report, seconds: dict[str, float]) -> None:
         """Run a model, which is on its device in eval mode, or read its cache; the teacher comes first."""
+
+    def is_to_judge(self) -> bool:
+        """Whether the teacher is to be run once more, over what all models wrote."""
+
+    def judge(self, teacher: PreTrainedModel, report: Report, seconds: dict[str, float]) -> None:
+        """Let the teacher read what all models wrote, once every one of them is measured."""
 
     def score(self, name: str, seconds: dict[str, float]) -> None:
         """Compute what needs no model, once it is gone."""
@@ -157,6 +170,8 @@ class Generation:
         self._tables: dict[str, PositionTable] = {}
         self._pools: dict[str, dict[float, list[list[Answer]]]] = {}
         self._answers: dict[str, dict[float, dict[str, AnswerTable]]] = {}
+        self._teacher_mark: list[str] = []
+        self._scaled: Temperatures | None = None
 
     def measure(self, name: str, model: Measured, report: Report, seconds: dict[str, float]) -> None:
         """Read the rows and sample the answers; a cache writes none."""
@@ -164,11 +179,58 @@ class Generation:
             mark = _mark(model) if self.parts is not None or self.share.is_divided else ""
             self.share.check_same(f"weights of the {name}", mark)
         with timed(seconds, "teacher_forced"):
-            self._tables[name] = self._read(name, model, mark, report)
+            states, facts = self._read(name, model, mark, report)
+            done = partial(report, "comparing", len(states.labels))
+            self._tables[name] = self._table(name, states, facts, done)
+        if name == "student" and self.settings.logit_temperature is not None:
+            with timed(seconds, "scaled"):
+                self._scale(states, facts, report)
         with timed(seconds, "samples"):
             self._pools[name] = {}
             if not isinstance(model, TeacherCache):
                 self._pools[name] = self._sample(name, model, mark, report)
+
+    def is_to_judge(self) -> bool:
+        """Whether there are answers at the temperature `JUDGED` whose likelihood by the teacher is not kept."""
+        for name, pools in self._unread():
+            store = self._store(name)
+            kept = None if store is None else self.share.first(partial(store.read_tensors, self._judged_key(pools)))
+            if kept is not None:
+                self._take(name, kept["nll"].tolist())
+        return bool(self._unread())
+
+    def judge(self, teacher: PreTrainedModel, report: Report, seconds: dict[str, float]) -> None:
+        """Read the answers of all models with the teacher, one model's at a time: batches move last digits."""
+        waiting, prompts = self._unread(), _as_read("teacher", self.prompts)
+        progress = report("reading answers", sum(len(pool) for _, pools in waiting for pool in pools))
+        with timed(seconds, "answers"):
+            for name, pools in waiting:
+                nll = nll_of_answers(
+                    teacher, prompts, pools, pad_id=self.pad_id, begin=answer_start(teacher, self.tokenizer),
+                    vocab_size=self.vocab_size, merged_ids=self.merged_ids, share=self.share, progress=progress,
+                )  # fmt: skip
+                store = self._store(name)
+                if store is not None and self.share.is_first:
+                    store.write_tensors(self._judged_key(pools), {"nll": torch.tensor(nll, dtype=torch.float64)})
+                self._take(name, nll)
+
+    def _unread(self) -> list[tuple[str, list[list[Answer]]]]:
+        """By model the answers that the teacher is to read and has not read."""
+        answers = [(name, pools.get(JUDGED, [])) for name, pools in self._pools.items()]
+        return [(name, pools) for name, pools in answers if pools and pools[0][0].teacher_nll is None]
+
+    def _take(self, name: str, nll: Sequence[float]) -> None:
+        found = iter(nll)
+        pools = self._pools[name][JUDGED]
+        self._pools[name][JUDGED] = [[one._replace(teacher_nll=next(found)) for one in pool] for pool in pools]
+
+    def _judged_key(self, pools: Sequence[Sequence[Answer]]) -> str:
+        read = zip(_as_read("teacher", self.prompts), pools, strict=True)
+        answers = fingerprint(value=[[row.sampling_ids, [one.token_ids for one in pool]] for row, pool in read])
+        return fingerprint(
+            kind="likelihood of answers", model=self._teacher_mark, answers=answers, vocab=self.vocab_size,
+            merged=[*self.merged_ids],
+        )  # fmt: skip
 
     def score(self, name: str, seconds: dict[str, float]) -> None:
         """Compare the answers with the references and with each other."""
@@ -177,8 +239,8 @@ class Generation:
                 temperature: self._answer_tables(pools) for temperature, pools in self._pools[name].items()
             }
 
-    def _read(self, name: str, model: Measured, mark: str, report: Report) -> PositionTable:
-        """The teacher-forced numbers of a model; the teacher's states stay for those that follow."""
+    def _read(self, name: str, model: Measured, mark: str, report: Report) -> tuple[Readout, dict[str, Any]]:
+        """A model's states, and what they depend on; the teacher's stay for those that follow."""
         store, rows = self._store(name), _as_read(name, self.rows)
         facts: dict[str, Any] = {
             "rows": fingerprint(value=[[row.id, row.prompt_ids, row.response_ids, row.trained] for row in rows]),
@@ -190,21 +252,53 @@ class Generation:
             states = self._states(model, rows, report)
         self._num_outputs = states.num_outputs
         if name == "teacher":
-            self._teacher = mark, states
-        against, teacher = self._teacher or ("", None)
+            self._teacher, self._teacher_mark = (mark, states), [mark, model.device.type]
+        against, _ = self._teacher or ("", None)
         if self.merged_ids:
             facts["merged"] = [*self.merged_ids]
-        key = fingerprint(kind="positions", against=against, gamma=self.gamma, **facts)
+        return states, {"against": against, "gamma": self.gamma, **facts}
+
+    def _table(
+        self,
+        name: str,
+        states: Readout,
+        facts: Mapping[str, Any],
+        done: Callable[[], Callable[[int], None] | None],
+        scaled: np.ndarray | None = None,
+    ) -> PositionTable:
+        """The teacher-forced numbers of a model; ``scaled`` `[rows]` divide its logits, and are among the facts."""
+        store, key = self._store(name), fingerprint(kind="positions", **facts)
         arrays = None if store is None else self.share.first(lambda: store.read_tensors(key))
         if arrays is not None:
             return PositionTable.from_arrays({column: tensor.numpy() for column, tensor in arrays.items()})
-        own = compare(states, teacher, gamma=self.gamma, progress=report("comparing", len(states.labels)))
+        _, teacher = self._teacher or ("", None)
+        own = compare(states, teacher, gamma=self.gamma, progress=done(), temperatures=scaled)
         table = PositionTable(self.gamma)
         for part in self.share.together(lambda: [own.to_arrays()]):
             table.merge(PositionTable.from_arrays(part))
         if store is not None and self.share.is_first:
             store.write_tensors(key, {column: torch.from_numpy(array) for column, array in table.to_arrays().items()})
         return table
+
+    def _scale(self, states: Readout, facts: Mapping[str, Any], report: Report) -> None:
+        """Measure the student once more, with the temperature that the settings ask for on its logits."""
+        wanted, ids, store = self.settings.logit_temperature, [row.id for row in self.rows], self._store("student")
+        assert wanted is not None
+        key = fingerprint(kind="temperatures", wanted=wanted, **facts)
+        kept = None if store is None else self.share.first(lambda: store.read_tensors(key))
+        _, teacher = self._teacher or ("", None)
+        if kept is not None:
+            found: Temperatures | str = Temperatures.from_tensors(kept, wanted, ids)
+        else:
+            found = temperatures_of(wanted, ids, states, teacher, self.share)
+        if (usable := _usable(found, self.share)) is None:
+            return
+        if store is not None and kept is None and self.share.is_first:
+            store.write_tensors(key, usable.to_tensors())
+        self._scaled = usable
+        facts = {**facts, "temperatures": usable.of_rows.tolist()}
+        done = partial(report, "comparing the scaled student", len(states.labels))
+        self._tables[SCALED] = self._table("student", states, facts, done, usable.of_rows)
 
     def _states(self, model: Measured, rows: Sequence[Row], report: Report) -> Readout:
         given: dict[str, Any] = {
@@ -282,7 +376,7 @@ class Generation:
         settings, names, size = self.settings, list(self._tables), len(self.rows)
         sums = {name: table.row_sums(size) for name, table in self._tables.items()}
         tokens = {name: Resampled.of(sums[name].metrics, size, settings.seed) for name in names}
-        merged = {name: {t: _merged(tables) for t, tables in self._answers[name].items()} for name in names}
+        merged = {name: {t: _merged(tables) for t, tables in self._answers.get(name, {}).items()} for name in names}
         answers = {
             name: {t: Resampled.of(table.metrics, len(table), settings.seed) for t, table in tables.items()}
             for name, tables in merged.items()
@@ -311,6 +405,7 @@ class Generation:
                 bin_edges(self._num_outputs),
                 {name: table.distributions(self._num_outputs) for name, table in self._tables.items()},
             ),
+            scaling=None if self._scaled is None else self._scaled.scaling,
             timing=self._timing(seconds),
             lines={"samples": list(self._sample_lines()), "heldout": list(self._heldout_lines())},
         )
@@ -334,7 +429,7 @@ class Generation:
                 resampled = Resampled.of(
                     _of_rows(table.row_sums(len(in_suite)).metrics, in_suite), int(in_suite.sum()), seed
                 )
-                at_main = self._answers[name].get(self.settings.sampling_temperature, {})
+                at_main = self._answers.get(name, {}).get(self.settings.sampling_temperature, {})
                 answers = at_main.get(suite, AnswerTable())
                 values[name] = _table({**resampled.points, **answers.compute()})
                 ends[name] = _ends({**resampled.intervals(), **answers.intervals(seed)})
@@ -373,8 +468,11 @@ class Generation:
     def _heldout_lines(self) -> Iterator[dict[str, Any]]:
         row_ids = [row.id for row in self.rows]
         for name, table in self._tables.items():
-            for row_id, line in zip(row_ids, table.rows(row_ids), strict=True):
-                yield {"model": name, **({"suite": self.suite_of[row_id]} if self.has_suites else {}), **line}
+            more: list[dict[str, Any]] = [{}] * len(row_ids)
+            if name == SCALED and self._scaled is not None:
+                more = [{"temperature": float(temperature)} for temperature in self._scaled.of_rows]
+            for row_id, line, own in zip(row_ids, table.rows(row_ids), more, strict=True):
+                yield {"model": name, **({"suite": self.suite_of[row_id]} if self.has_suites else {}), **line, **own}
 
     def _sample_lines(self) -> Iterator[dict[str, Any]]:
         seeds, per_seed = self.settings.all_seeds, self.settings.samples_per_prompt
@@ -393,9 +491,24 @@ class Generation:
                             "reference": references[0] if len(references) == 1 else list(references),
                             "num_tokens": answer.num_tokens,
                             "ended": answer.ended,
+                            **_by_the_teacher(answer),
                             **({"seed": seeds[number // per_seed]} if len(seeds) > 1 else {}),
                             **({"suite": self.suite_of[row.id]} if self.has_suites else {}),
                         }
+
+
+def _by_the_teacher(answer: Answer) -> dict[str, Any]:
+    """What the teacher said of an answer; json has no infinity."""
+    nll = answer.teacher_nll
+    return {} if nll is None else {"teacher_nll": nll if math.isfinite(nll) else str(nll)}
+
+
+def _usable(found: Temperatures | str, share: Share) -> Temperatures | None:
+    """Temperatures that were found, or None with a warning that says why there are none, or what is odd about them."""
+    text = found if isinstance(found, str) else found.scaling.note
+    if text and share.is_first:
+        _log.warning("Warning: logit_temperature: %s", text)
+    return None if isinstance(found, str) else found
 
 
 def choose_prompts(rows: Sequence[Row], count: int | None, suites: Sequence[str] | None = None) -> list[Row]:
@@ -505,6 +618,7 @@ class Classification:
         self.rows, self.classes, self.settings, self.pad_id, self.share = rows, classes, settings, pad_id, share
         self._logits: dict[str, Tensor] = {}
         self._scores: dict[str, ClassScores] = {}
+        self._scaled: Temperatures | None = None
 
     def measure(self, name: str, model: Measured, report: Report, seconds: dict[str, float]) -> None:
         """Read the texts."""
@@ -519,6 +633,27 @@ class Classification:
                 readout = read(model, self.rows, **given)
         self._logits[name] = readout.hidden
         self._scores[name] = class_scores(readout.hidden, readout.labels, self._logits.get("teacher"))
+        if name == "student" and (wanted := self.settings.logit_temperature) is not None:
+            self._scale(wanted, readout)
+
+    def _scale(self, wanted: float | str, student: Readout) -> None:
+        """Measure the student once more, with a temperature on its logits."""
+        teacher = self._logits.get("teacher")
+        wide = replace(student, hidden=student.hidden.double())
+        other = None if teacher is None else replace(student, hidden=teacher.double())
+        # Every process has all texts.
+        found = temperatures_of(wanted, [row.id for row in self.rows], wide, other)
+        self._scaled = _usable(found, self.share)
+        if self._scaled is not None:
+            scaled = wide.hidden / torch.from_numpy(self._scaled.of_rows).unsqueeze(1)
+            self._scores[SCALED] = class_scores(scaled, student.labels, teacher)
+
+    def is_to_judge(self) -> bool:
+        """There is nothing to read."""
+        return False
+
+    def judge(self, teacher: PreTrainedModel, report: Report, seconds: dict[str, float]) -> None:
+        """There is nothing to read."""
 
     def score(self, name: str, seconds: dict[str, float]) -> None:
         """There is nothing to compute without the model."""
@@ -534,6 +669,11 @@ class Classification:
         settings = {
             "task": "classification",
             "seed": seed,
+            **(
+                {}
+                if self.settings.logit_temperature is None
+                else {"logit_temperature": self.settings.logit_temperature}
+            ),
             **facts,
             "data": {**data, "heldout_rows": size},
             "intervals": f"95 %, percentiles of {RESAMPLES} bootstrap resamples of the held-out texts; not of seeds",
@@ -550,6 +690,7 @@ class Classification:
             "classification",
             classes=list(self.classes),
             reliability=Reliability(EDGES, width, mass),
+            scaling=None if self._scaled is None else self._scaled.scaling,
             timing={name: {part: round(value, 2) for part, value in own.items()} for name, own in seconds.items()},
             lines={"predictions": list(self._prediction_lines())},
         )
@@ -563,6 +704,7 @@ class Classification:
         """A line for each text: the classes of student and teacher, their confidence, and the student's numbers."""
         logp = {name: log_softmax(self._logits[name], 1.0) for name in ("student", "teacher") if name in self._logits}
         columns = self._scores["student"].columns
+        scaled = {} if self._scaled is None else {**self._scores[SCALED].columns, "temperature": self._scaled.of_rows}
         for number, row in enumerate(self.rows):
             line: dict[str, Any] = {"id": row.id, "text": row.text, "label": self.classes[row.label]}
             for name, values in logp.items():
@@ -572,6 +714,11 @@ class Classification:
             for key in ("overconfidence", "target_gap"):
                 if key in columns:
                     line[key] = round(float(columns[key][number]), 4)
+            for key in ("confidence", "nll", "overconfidence", "target_gap"):
+                if key in scaled:
+                    line[f"{SCALED}_{key}"] = finite(round(float(scaled[key][number]), 4))
+            if scaled:
+                line[f"{SCALED}_temperature"] = float(scaled["temperature"][number])
             yield line
 
 

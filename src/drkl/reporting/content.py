@@ -9,6 +9,7 @@ from itertools import groupby
 from drkl.errors import DrklError
 from drkl.evaluation.comparison import Comparison, Standing, compare, side_by_side
 from drkl.evaluation.findings import BETTER, Finding
+from drkl.evaluation.paired import MATCHED
 from drkl.reporting.facts import unevaluated
 from drkl.reporting.inputs import Run, run_labels
 from drkl.reporting.plotting import Line
@@ -21,7 +22,7 @@ HEADLINES = {
 }
 """Ids of the findings that can head a page; the first that applies does."""
 STANDINGS = {
-    "generation": ("rkl", "fkl", "agreement", "entropy", "rouge_l", "rouge_l_when_as_varied"),
+    "generation": ("rkl", "fkl", "agreement", "entropy", "rouge_l", *MATCHED),
     "classification": ("accuracy", "ece", "agreement"),
 }
 """The metrics by which the runs are compared in words."""

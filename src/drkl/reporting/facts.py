@@ -71,6 +71,11 @@ def notes(runs: Sequence[Run]) -> list[str]:
     run = runs[0]
     lines = [_basis(run)] if run.evaluation is not None else []
     lines += [str(note) for own in runs if own.evaluation is not None and (note := own.settings.get("teacher_note"))]
+    if len(runs) == 1 and run.evaluation is not None and (scaling := run.evaluation.scaling) is not None:
+        lines.append(
+            f"The scaled student is the student, {scaling.words}; its intervals hold the temperatures fixed, and it "
+            f"answers nothing. {scaling.note}".rstrip()
+        )
     if any(one.on_classes for one in runs):
         lines.append(
             "While training, a teacher was known on its k most probable tokens and all others as one class: the KLs "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from drkl.display import as_number, number
 from drkl.evaluation.declared import Metric, metrics_of
-from drkl.evaluation.result import MODELS
+from drkl.evaluation.result import MODELS, SCALED
 from drkl.reporting.inputs import STUDENTS, TITLES, Run, run_labels
 from drkl.reporting.plotting import (
     COLORS,
@@ -101,8 +101,8 @@ def confidence(run: Run) -> list[Picture]:
     pictures: list[Picture | None] = []
     with plot_style():
         if (bins := run.evaluation.reliability) is not None and run.task == "classification":
-            both: list[str] = ["teacher", "student"]
-            counts: Counts = {model: bins.width[model].counts for model in both if model in bins.width}
+            shown = ("teacher", "student", SCALED)
+            counts: Counts = {model: bins.width[model].counts for model in shown if model in bins.width}
             words = ("Probability of the top class", _HISTOGRAMS["confidence"][1])
             pictures += [reliability(run), _histogram(run, "confidence", words, bins.edges, counts)]
         for key, words in _HISTOGRAMS.items():
@@ -163,7 +163,7 @@ def reliability(run: Run) -> Picture | None:
     bins = run.evaluation.reliability if run.evaluation is not None else None
     series = []
     for line, _, model in lines_of([run]):
-        if bins is not None and model in ("teacher", "student") and model in bins.width:
+        if bins is not None and model in ("teacher", "student", SCALED) and model in bins.width:
             own = bins.width[model]
             series.append((line, model, list(zip(own.counts, own.confidence, own.accuracy, strict=True))))
     if not any(model == "student" and any(row[0] for row in rows) for _, model, rows in series):

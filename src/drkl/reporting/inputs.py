@@ -30,7 +30,8 @@ Given = ParamSpec("Given")
 WATCHED = "watch_"
 MAX_POINTS = 300
 """Points of a curve on the page."""
-TITLES = {"teacher": "Teacher", "before": "Before", "warmup": "Warm-up", "student": "Student"}
+TITLES = {"teacher": "Teacher", "before": "Before", "warmup": "Warm-up", "student": "Student",
+          "scaled": "Scaled student"}  # fmt: skip
 """The models' names on the page, by `MODELS`."""
 STUDENTS = MODELS[1:]
 
@@ -159,14 +160,27 @@ class Run:
         """A short description of each model."""
         if self.is_pair:
             student = short(str(self.pair_names.get("student") or ""), 60)
-            return {"teacher": self.teacher or "", "before": "", "warmup": "", "student": student}
+            return {
+                "teacher": self.teacher or "",
+                "before": "",
+                "warmup": "",
+                "student": student,
+                "scaled": self.scaling,
+            }
         starts = {"prune": "pruned, untrained", "random": "random weights", "pretrained": "as loaded"}
         return {
             "teacher": self.teacher or "",
             "before": starts.get(str(self.section("student").get("init")), ""),
             "warmup": ", ".join(dict.fromkeys(stage.objective for stage in self.stages[:-1])),
             "student": self.objective,
+            "scaled": self.scaling,
         }
+
+    @property
+    def scaling(self) -> str:
+        """The temperatures on the logits of the scaled student; empty where there is none."""
+        made = None if self.evaluation is None else self.evaluation.scaling
+        return "" if made is None else made.words
 
     @property
     def num_steps(self) -> int:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, safe for the colour-blind; the teacher is ink, the untrained student grey.
-COLORS = {"teacher": "#1d1c1a", "before": "#98948a", "warmup": "#d98a00", "student": "#0068a8", "run-1": "#c85200",
-          "run-2": "#008a64", "run-3": "#b0568c", "run-4": "#6d6a00"}  # fmt: skip
+COLORS = {"teacher": "#1d1c1a", "before": "#98948a", "warmup": "#d98a00", "student": "#0068a8", "scaled": "#7a4fa3",
+          "run-1": "#c85200", "run-2": "#008a64", "run-3": "#b0568c", "run-4": "#6d6a00"}  # fmt: skip
 RUN_COLORS = ("student", "run-1", "run-2", "run-3", "run-4", "warmup")
 """Names in ``COLORS``, in the order in which runs side by side take them."""
 INK, MUTED, GRID, PAPER = "#2b2a27", "#6c6860", "#e3dfd6", "#fffefb"
@@ -35,6 +35,7 @@ STYLES: dict[str, tuple[str, Any]] = {
     "before": ("v", (0, (1, 1.6))),
     "warmup": ("s", (0, (5, 1.6, 1, 1.6))),
     "student": ("o", _SOLID),
+    "scaled": ("P", (0, (3, 1.4))),
 }
 """Marker and dashes of each model, so that colour is not needed to tell them apart."""
 _RUN_MARKERS = "os^vPXDp"

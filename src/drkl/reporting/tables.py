@@ -137,7 +137,7 @@ def every_number(run: Run) -> MetricTable | None:
         if rows:
             groups.append(RowGroup(group.title, group.note, rows))
     columns = [
-        Column(TITLES[model], run.subtitles[model] if model in ("warmup", "student") else "", model)
+        Column(TITLES[model], run.subtitles[model] if model in ("warmup", "student", "scaled") else "", model)
         for model in run.models
     ]
     columns += [Column("Change", f"from {TITLES[base].lower()}")] if base else []

@@ -154,6 +154,10 @@ def check_grid(definition: Definition) -> None:
             check()
         except DrklError as error:
             raise DrklError(f"{place}: {error}") from error
+    pairs = [(entry.metric, pair_of(definition, entry.cell, entry.against)) for entry in definition.primary]
+    for number, pair in enumerate(pairs):
+        if pair in pairs[:number]:
+            raise DrklError(f"primary.{number} is primary.{pairs.index(pair)} once more.")
 
 
 def _selections(definition: Definition) -> Iterator[tuple[str, Any]]:

@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 
 from drkl.config import Config, load_config
-from drkl.errors import DrklError, did_you_mean
-from drkl.evaluation.declared import metrics_of
+from drkl.errors import DrklError
 from drkl.folders import checksum
 from drkl.recipes import find_recipe
 from drkl.runs import RunFolder, json_text
-from drkl.studies.definition import SEED, VARIANT, Definition, Prediction, Settings, read_definition
+from drkl.studies.definition import SEED, VARIANT, Definition, Settings, read_definition
 from drkl.studies.grid import Cell, cells_of, check_grid, words
+from drkl.studies.metrics import check_metrics
 
 OF_THE_START = ("student", "teacher", "tokenizer", "data", "task", "peft", "stages", "run")
 """Sections of a config whose keys change the student that a cell starts from."""
@@ -96,7 +96,7 @@ def load_study(path: str | Path) -> Plan:
     try:
         check_grid(definition)
         base = _config(definition, path, definition.settings)[0]
-        _check_metrics(definition, base.task)
+        check_metrics(definition, base.task)
         starts: dict[str, Config] = {}
         cells = tuple(_planned(definition, path, cell, starts) for cell in cells_of(definition))
     except DrklError as error:
@@ -166,29 +166,3 @@ def _override(key: str, value: Any) -> str:
     """The word of a command line that sets a key."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
     return f"{key}={text.strip().removesuffix('...').strip()}"
-
-
-def _check_metrics(definition: Definition, task: str) -> None:
-    """Refuse metrics that there are not, and differences of metrics that nothing is decided by."""
-    known = metrics_of(task)
-    foretold = [(number, p) for number, p in enumerate(definition.predictions) if isinstance(p, Prediction)]
-    named = [
-        *((f"decide.{number}", key) for number, key in enumerate(definition.decide)),
-        *((f"primary.{number}.metric", entry.metric) for number, entry in enumerate(definition.primary)),
-        *((f"smallest_difference.{key}", key) for key in definition.smallest_difference),
-        *((f"predictions.{number}.metric", p.metric) for number, p in foretold if p.metric is not None),
-    ]
-    for place, key in named:
-        if key not in known:
-            raise DrklError(f"{place}: there is no metric {key!r} of {task}.{did_you_mean(key, known)}")
-    if not definition.decide:
-        raise DrklError("decide names no metric: nothing would be compared.")
-    for number, key in enumerate(definition.decide):
-        if key in definition.decide[:number]:
-            raise DrklError(f"decide.{number}: {key!r} stands there twice.")
-    decided = {*definition.decide, *(entry.metric for entry in definition.primary)}
-    for key, size in definition.smallest_difference.items():
-        if not 0 < size < float("inf"):
-            raise DrklError(f"smallest_difference.{key} is {size}; expected a number above 0.")
-        if key not in decided:
-            raise DrklError(f"smallest_difference.{key}: the metric is neither in decide nor in primary.")

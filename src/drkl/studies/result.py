@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from drkl.display import markdown_text, number
 from drkl.evaluation.bootstrap import Interval
+from drkl.evaluation.declared import Metric
+from drkl.evaluation.result import Evaluation
+from drkl.reporting.text import count, markdown_table
 from drkl.studies.definition import Definition, Outcome, Prediction, Settings
+from drkl.studies.grid import label
+from drkl.studies.metrics import known_metrics
 
 State = Literal["done", "failed", "running", "interrupted", "missing"]
 
@@ -32,9 +39,13 @@ class CellResult:
     teacher: Mapping[str, float] = field(default_factory=dict)
     """The teacher's."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Of ``start`` (its share), ``train`` and ``evaluate``."""
+    """What ``start`` (its share), ``train`` and ``evaluate`` took."""
     budget: Mapping[str, Any] = field(default_factory=dict)
     """Steps, trained tokens, how the student was chosen, held-out rows and sampling, as they were."""
+    evaluation: Evaluation | None = field(default=None, repr=False, compare=False)
+    """The whole evaluation of one that is done: whatever else ``eval.json`` and the files beside it say."""
+    began: str | None = None
+    """When it was begun first."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +54,9 @@ class Verdict:
 
     metric: str
     axes: Settings
-    """Of the cells, without run.seed."""
+    """The axes of the cells, without run.seed."""
     baseline: Settings
-    """Of the cells they are compared with, without run.seed."""
+    """Those of the cells they are compared with, without run.seed."""
     difference: float | None
     """Mean over the seeds of cell minus baseline."""
     interval: Interval | None
@@ -57,17 +68,20 @@ class Verdict:
     exploratory: bool
     verdict: Outcome
     t: float | None = None
+    """The statistic that decides: of the distances where there is one, else of the differences."""
     p: float | None = None
     t_needed: float | None = None
+    """The |t| at which it would be decided with so many seeds; of a primary one at the first step of Holm's."""
     seeds_needed: int | None = None
+    """At so many seeds it would be decided, if their mean and standard deviation were as they are now."""
     by_seed: Mapping[int, float] = field(default_factory=dict)
     prompts_interval: Interval | None = None
     """95 % bootstrap over held-out prompts of the same mean; the seeds are held fixed."""
     budget_differs: tuple[str, ...] = ()
     distance: tuple[float, Interval | None] | None = None
-    """Of a metric whose ideal is 0 or the teacher's value: the difference of the distances, and its interval."""
+    """Where the ideal is 0 or the teacher's value: the difference of the distances from it, and its interval."""
     why: str | None = None
-    """Why nothing was decided, where it is not the interval that says so."""
+    """Why nothing was decided, where it is not the interval that says so; and which seeds were left out."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +95,182 @@ class Foretold:
 
 @dataclass(frozen=True)
 class Study:
-    """A study as it stands."""
+    """A study as it stands: what was asked, its cells, and what is decided.
+
+    >>> study = drkl.Study.load("studies/instruction")  # doctest: +SKIP
+    >>> table = study.table()  # doctest: +SKIP
+    >>> table[~table.exploratory][["metric", "objective.name", "against", "difference", "verdict"]]  # doctest: +SKIP
+    """
 
     definition: Definition
     folder: Path
     cells: tuple[CellResult, ...]
     verdicts: tuple[Verdict, ...]
+    """The primary ones first, in the order of the study's file."""
     predictions: tuple[Foretold, ...] = ()
     predicted: Mapping[str, Any] | None = None
     """``commit`` and ``date`` of the last commit of the study's file, ``is_changed`` since; None without git."""
     began: str | None = None
     """When the first cell began."""
     notes: tuple[str, ...] = ()
+    made: Mapping[str, Any] = field(default_factory=dict)
+    """The command, the versions, the commit and the device, as ``env.json`` has them."""
+    task: str = "generation"
+    """``generation`` or ``classification``."""
+
+    @classmethod
+    def load(cls, folder: str | Path, *, prompts: bool = True) -> Study:
+        """Read a study from its folder, whole or not, and make its verdicts.
+
+        Args:
+            folder: with ``study.yaml`` and ``cells/``. A cell whose files are damaged counts as failed.
+            prompts: whether the bootstrap over held-out prompts is made, which takes some seconds for each cell.
+
+        Raises:
+            DrklError: it is no study's folder, or what its ``study.yaml`` asks cannot be.
+        """
+        from drkl.studies.reading import load
+
+        return load(folder, prompts=prompts)
+
+    def table(self) -> Any:
+        """Return the verdicts as a pandas ``DataFrame``, a row each; its columns are those of `Verdict`.
+
+        The axes of the cells have a column each, ``against`` is the baseline in words, and every interval has two
+        columns.
+        """
+        import pandas
+
+        rows = []
+        for row in self.verdicts:
+            distance, around = row.distance or (None, None)
+            ends = {"": row.interval, "prompts_": row.prompts_interval, "distance_": around}
+            rows.append(
+                {"metric": row.metric, **row.axes, "against": label(row.baseline), "verdict": row.verdict}
+                | {"difference": row.difference, "exploratory": row.exploratory, "seeds": row.seeds}
+                | {name: getattr(row, name) for name in ("p_holm", "t", "p", "t_needed", "seeds_needed")}
+                | {f"{of}{end}": None if own is None else own[place] for of, own in ends.items()
+                   for place, end in enumerate(("low", "high"))}
+                | {"distance": distance, "budget_differs": "; ".join(row.budget_differs), "why": row.why}
+            )  # fmt: skip
+        return pandas.DataFrame(rows)
+
+    def cell_table(self) -> Any:
+        """Return the cells as a pandas ``DataFrame``, a row each: their axes, their state, and a column by metric."""
+        import pandas
+
+        return pandas.DataFrame(
+            [
+                {"cell": one.name, **one.axes, "state": one.state, **one.metrics}
+                | {f"seconds_{part}": seconds for part, seconds in one.seconds.items()}
+                for one in self.cells
+            ]
+        )
+
+    @property
+    def hours(self) -> float:
+        """What the cells took, their shares of the starts among it."""
+        return sum(sum(one.seconds.values()) for one in self.cells) / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of ``study.json``."""
+        return {
+            "name": self.definition.name,
+            "folder": f"{self.definition.dir.rstrip('/')}/{self.definition.name}",
+            "definition": self.definition.model_dump(mode="json"),
+            "task": self.task,
+            "made": dict(self.made),
+            "began": self.began,
+            "predicted": None if self.predicted is None else dict(self.predicted),
+            "predictions": [
+                one.prediction.model_dump(mode="json") | {"verdict": one.verdict, "came_true": one.came_true}
+                for one in self.predictions
+            ],
+            "cells": [self._cell(one) for one in self.cells],
+            "verdicts": [_verdict(row) for row in self.verdicts],
+            "cost": {"hours": round(self.hours, 3)},
+            "notes": [*self.notes],
+        }
+
+    def _cell(self, one: CellResult) -> dict[str, Any]:
+        return {
+            "name": one.name, "axes": one.axes, "run": Path(os.path.relpath(one.run, self.folder)).as_posix(),
+            "state": one.state, "why": one.why, "began": one.began, "start": one.start, "seconds": dict(one.seconds),
+            "metrics": dict(one.metrics), "teacher": dict(one.teacher), "budget": dict(one.budget),
+        }  # fmt: skip
+
+
+def _verdict(row: Verdict) -> dict[str, Any]:
+    """A verdict as json has it; dataclasses' own would copy what is read only."""
+    values = {entry.name: getattr(row, entry.name) for entry in fields(row)}
+    distance = None if row.distance is None else dict(zip(("difference", "interval"), row.distance, strict=True))
+    return values | {"by_seed": {str(seed): value for seed, value in row.by_seed.items()}, "distance": distance}
+
+
+# A table ------------------------------------------------------------------------------------------------------------
+
+
+def as_markdown(study: Study) -> str:
+    """The verdicts as Markdown, for a README or a pull request."""
+    done = sum(one.state == "done" for one in study.cells)
+    parts = [
+        f"# {markdown_text(study.definition.name)}",
+        f"{done} of {count(len(study.cells), 'run')} {'is' if done == 1 else 'are'} done. Differences are the cell's "
+        "value minus the other's, mean over the seeds. Their 95 % intervals are paired t intervals over seeds, which "
+        "hold the held-out prompts fixed; beside them stands the paired bootstrap over prompts, which holds the seeds "
+        "fixed.",
+        *(f"- {markdown_text(note)}" for note in study.notes),
+    ]
+    kinds = ((False, "Primary", "p is Holm's, over all of them."), (True, "Exploratory", "p is each one's own."))
+    for is_exploratory, title, said in kinds:
+        rows = [row for row in study.verdicts if row.exploratory == is_exploratory]
+        if rows:
+            parts += [f"## {title}", said, _rows(study, rows)]
+    if study.predictions:
+        parts += ["## Predictions", "\n".join(f"- {_foretold(one)}" for one in study.predictions)]
+    if failed := [one for one in study.cells if one.state == "failed"]:
+        parts += ["## Failed", "\n".join(f"- {markdown_text(f'{one.name}: {one.why}')}" for one in failed)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(study: Study, rows: Sequence[Verdict]) -> str:
+    head = ["Metric", "Cell", "Against", "Verdict", "Difference", "Over prompts", "Seeds", "t", "t needed", "p",
+            "Seeds to decide"]  # fmt: skip
+    known = known_metrics(study.task)
+    lines = []
+    for row in rows:
+        metric = known[row.metric]
+        unit = f" ({markdown_text(metric.unit)})" if metric.unit else ""
+        verdict = f"**{row.verdict}**" if row.verdict != "undecided" else row.verdict
+        p = row.p if row.exploratory else row.p_holm
+        cells = [
+            f"{markdown_text(metric.title)}{unit}", markdown_text(label(row.axes)), markdown_text(label(row.baseline)),
+            verdict, f"{_shown(metric, row.difference)}{_ends(metric, row.interval)}",
+            _ends(metric, row.prompts_interval).strip(), str(row.seeds), number(row.t, 2), number(row.t_needed, 2),
+            number(p, 3), number(row.seeds_needed, 0),
+        ]  # fmt: skip
+        lines.append(cells)
+    notes = [
+        f"- {markdown_text(f'{row.metric}, {label(row.axes)} against {label(row.baseline)}: {text}')}"
+        for row in rows
+        for text in (*filter(None, [row.why]), *(f"Other budgets: {what}." for what in row.budget_differs))
+    ]
+    return "\n\n".join(filter(None, [markdown_table(head, lines, left=4), "\n".join(notes)]))
+
+
+def _shown(metric: Metric, value: float | None) -> str:
+    """A difference, with a digit more than the numbers have that it is of."""
+    return number(None if value is None else value * metric.scale, metric.digits + 1, signed=True)
+
+
+def _ends(metric: Metric, ends: Interval | None) -> str:
+    return "" if ends is None else f" [{_shown(metric, ends[0])}, {_shown(metric, ends[1])}]"
+
+
+def _foretold(one: Foretold) -> str:
+    outcome = {True: "It came true.", False: "It did not come true.", None: "It is not decided."}[one.came_true]
+    if one.prediction.metric is None or one.prediction.expect is None:
+        outcome = "It names no verdict that could answer it."
+    asked = one.prediction
+    said = asked.text or f"{label(asked.cell)}: {asked.metric} {asked.expect}"
+    return f"{markdown_text(said)} {outcome}" + (f" Verdict: {one.verdict}." if one.verdict else "")

@@ -1,0 +1,61 @@
+"""The metrics that a study can decide by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isfinite
+
+from drkl.errors import DrklError, did_you_mean
+from drkl.evaluation.declared import Metric, metrics_of
+from drkl.evaluation.paired import MATCHED
+from drkl.studies.definition import Definition, Prediction
+
+
+def known_metrics(task: str) -> dict[str, Metric]:
+    """The metrics of a task by their keys; those too that follow from the answers beside ``eval.json``."""
+    return metrics_of(task) | (MATCHED if task != "classification" else {})
+
+
+def asked_metrics(definition: Definition) -> list[str]:
+    """The keys of the metrics that a study compares, those of ``decide`` first."""
+    foretold = [p.metric for p in definition.predictions if isinstance(p, Prediction) and p.metric is not None]
+    return list(dict.fromkeys([*definition.decide, *(entry.metric for entry in definition.primary), *foretold]))
+
+
+def check_metrics(definition: Definition, task: str) -> None:
+    """Refuse metrics that there are not, and differences of metrics that nothing is decided by.
+
+    Raises:
+        DrklError: one of them; the message names the key of the study's file.
+    """
+    known = known_metrics(task)
+    for place, key in _named(definition):
+        if key not in known:
+            raise DrklError(f"{place}: there is no metric {key!r} of {task}.{did_you_mean(key, known)}")
+    if not definition.decide:
+        raise DrklError("decide names no metric: nothing would be compared.")
+    for number, key in enumerate(definition.decide):
+        if key in definition.decide[:number]:
+            raise DrklError(f"decide.{number}: {key!r} stands there twice.")
+    decided = {*definition.decide, *(entry.metric for entry in definition.primary)}
+    for key, size in definition.smallest_difference.items():
+        if not (isfinite(size) and size > 0):
+            raise DrklError(f"smallest_difference.{key} is {size}; expected a number above 0.")
+        if key not in decided:
+            raise DrklError(f"smallest_difference.{key}: the metric is neither in decide nor in primary.")
+    for number, entry in enumerate(definition.primary):
+        if known[entry.metric].better == "none":
+            raise DrklError(
+                f"primary.{number}.metric: {entry.metric} has no better side, so that nothing could be decided. Leave "
+                "it to decide, which shows the difference."
+            )
+
+
+def _named(definition: Definition) -> Iterator[tuple[str, str]]:
+    """Every metric that is named, with its place."""
+    yield from ((f"decide.{number}", key) for number, key in enumerate(definition.decide))
+    yield from ((f"primary.{number}.metric", entry.metric) for number, entry in enumerate(definition.primary))
+    yield from ((f"smallest_difference.{key}", key) for key in definition.smallest_difference)
+    for number, prediction in enumerate(definition.predictions):
+        if isinstance(prediction, Prediction) and prediction.metric is not None:
+            yield f"predictions.{number}.metric", prediction.metric
