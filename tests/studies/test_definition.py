@@ -102,8 +102,9 @@ def test_one_seed_decides_nothing_which_is_said(tmp_path: Path) -> None:
         ({"decide": ["rkl", "fkll"]}, "decide.1: there is no metric 'fkll' of generation. Did you mean 'fkl'?"),
         ({"decide": ["rkl", "rkl"]}, "decide.1: 'rkl' stands there twice."),
         ({"primary": [PRIMARY | {"metric": "acuracy"}]}, "primary.0.metric: there is no metric 'acuracy'"),
-        ({"predictions": ["a", {"metric": "x", "cell": {"objective.name": "drkl"}}]}, "predictions.1.metric: there is no metric 'x'"),
-        ({"smallest_difference": {"ece": 0.1}}, "smallest_difference.ece: the metric is neither in decide nor in primary"),
+        ({"predictions": ["a", {"metric": "x", "cell": {"objective.name": "drkl"}}]},
+         "predictions.1.metric: there is no metric 'x'"),
+        ({"smallest_difference": {"ece": 0.1}}, "smallest_difference.ece: the metric is neither in decide nor in"),
         ({"smallest_difference": {"rkl": 0.0}}, "smallest_difference.rkl is 0.0; expected a number above 0."),
         ({"baseline": {"objective.name": "rkll"}}, "baseline: objective.name has no value rkll in the study."),
         ({"axes": {"run.seed": []}}, "axes.run.seed has no value"),
@@ -116,7 +117,7 @@ def test_one_seed_decides_nothing_which_is_said(tmp_path: Path) -> None:
          "unknown key. Did you mean 'share'?"),
         ({"settings": {"evaluatoin.prompts": 3}}, "evaluatoin: unknown key. Did you mean 'evaluation'?"),
         ({"axes": {"objective.name": ["rkl", "drlk"], "run.seed": [0]}}, "The cell drlk-seed0"),
-        ({"axes": {"objective.name": ["rkl"], "run.seed": [2**32]}}, "is no valid run: run.seed: input should be less than"),
+        ({"axes": {"objective.name": ["rkl"], "run.seed": [2**32]}}, "is no valid run: run.seed: input should be less"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_runs(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -127,6 +128,23 @@ def test_what_cannot_be_is_refused_before_anything_runs(tmp_path: Path, fields: 
     assert message in text, text
     assert text.startswith(str(path))
     assert not (tmp_path / "studies").exists()
+
+
+@pytest.mark.parametrize("name", ["study.yaml", "base.yaml"])
+def test_a_file_where_the_study_keeps_its_copy_is_refused(tmp_path: Path, name: str) -> None:
+    """It would be overwritten: a study in the folder that is named for it."""
+    written(tmp_path, dir=str(tmp_path), name="own")
+    (tmp_path / "own").mkdir()
+    (tmp_path / name).rename(tmp_path / "own" / name)
+    if name == "base.yaml":
+        written_again = (tmp_path / "study.yaml").read_text().replace("base: base.yaml", "base: own/base.yaml")
+        (tmp_path / "study.yaml").write_text(written_again)
+    else:
+        (tmp_path / "base.yaml").rename(tmp_path / "own" / "recipe.yaml")
+        text = (tmp_path / "own" / name).read_text().replace("base: base.yaml", "base: recipe.yaml")
+        (tmp_path / "own" / name).write_text(text)
+    with pytest.raises(DrklError, match="lies where the study keeps a copy of its own"):
+        load_study(tmp_path / "own" / name if name == "study.yaml" else tmp_path / "study.yaml")
 
 
 def test_a_file_that_is_no_study(tmp_path: Path) -> None:

@@ -135,6 +135,8 @@ def test_another_study_takes_its_cells(whole: Any, tmp_path: Path) -> None:
     )  # fmt: skip
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(fields))
     other = load_study(tmp_path / "other.yaml")
+    taken = f"rkl-learning_rate0.01-seed0   done: in {plan.folder / 'cells' / 'rkl-seed0'}"
+    assert taken in price(other, other.cells).lines()
     commands, pretended = pretending()
     assert begun(other, commands).done == 2
     assert [name for _, name in pretended.called] == ["rkl-learning_rate0.001-seed0"] * 2
@@ -379,7 +381,7 @@ def test_a_variant_that_is_another_is_refused(tmp_path: Path) -> None:
 def test_a_start_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
     """Its weights might be others on another machine, and the cells of a seed would not be paired."""
     base = {"student": {"init": "prune", "layers": 2}}
-    commands, pretended = pretending()
+    commands, _ = pretending()
     plan = plan_of(tmp_path, base, axes={"objective.name": ["rkl"], "run.seed": [0]})
     assert begun(plan, commands).done == 1
     start = start_for(plan, plan.cells[0])

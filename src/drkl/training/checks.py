@@ -51,6 +51,7 @@ def _is_nothing(run: RunFolder, path: Path) -> bool:
     if path == run.checkpoints_path:
         return path.is_dir() and not any(path.iterdir())
     of_study = [name for names in OF_A_STUDY.values() if (run.root / names[0]).is_file() for name in names]
+    of_study += ["stages"] if of_study else []  # of a start, each a run of its own
     begun = tuple(f".{name}." for name in (run.config_path.name, *of_study))
     return path.name in LOCKS or path.name in of_study or path.name.startswith(begun)
 
