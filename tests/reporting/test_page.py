@@ -15,8 +15,8 @@ from drkl.errors import DrklError
 from drkl.evaluation.result import Evaluation
 from drkl.reporting import report
 from drkl.reporting.inputs import read_run
-from drkl.reporting.page import emphasise
 from drkl.reporting.samples import sample_table
+from drkl.reporting.templating import emphasise
 from drkl.runs import RunFolder, read_json, write_json, write_jsonl, write_yaml
 from tests.reporting.conftest import TEMPERATURES, MakeRun, add_sample, write_heldout, write_pair, write_run
 

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from markupsafe import Markup, escape
-
-from drkl.display import clean
 from drkl.errors import DrklError
 from drkl.evaluation.result import Evaluation
 from drkl.reporting import analysis, curves, facts, figures, rollouts, samples, tables, tradeoff
 from drkl.reporting.content import content_of
 from drkl.reporting.exports import as_csv, as_markdown
-from drkl.reporting.inputs import TITLES, Run, read_run, unique_names
+from drkl.reporting.inputs import Run, read_run, unique_names
+from drkl.reporting.templating import page_environment
 from drkl.reporting.text import clip
 from drkl.reporting.together import trained_together
 from drkl.runs import RunFolder, write_text
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 TILES = {
     ("generation", True): ("rkl", "fkl", "agreement", "entropy"),
@@ -33,13 +24,6 @@ TILES = {
     ("classification", False): ("accuracy", "macro_f1", "nll", "ece"),
 }
 """The large numbers, by task and by whether there is a teacher."""
-_MARKED = re.compile(
-    r"(`[^`]*`"  # a command
-    r"|\[[\d.,\s\N{MINUS SIGN}]+\]"  # an interval
-    # A number that is a result: neither the 2 of "distinct-2" nor a count of steps.
-    r"|(?<![\w.-])[+\N{MINUS SIGN}]?\d++(?:,\d{3})*+(?:\.\d+)?+(?:\N{NO-BREAK SPACE}%)?(?![\w-])(?! steps?\b))"
-)
-
 Source = str | Path | RunFolder | Evaluation
 
 
@@ -98,8 +82,7 @@ def as_html(runs: Sequence[Run]) -> str:
     lines = {line.key: line for line, _, _ in drawn_lines}
     training, optimiser = curves.training_curves(run)
     tradeoffs = [] if classifies else tradeoff.pictures(runs)
-    script = Markup(files("drkl.reporting").joinpath("templates", "page.js").read_text(encoding="utf-8"))
-    template = _environment().get_template("report.html.j2")
+    template = page_environment().get_template("report.html.j2")
     return template.render(
         run=run,
         **vars(content_of(runs, lines)),
@@ -127,44 +110,10 @@ def as_html(runs: Sequence[Run]) -> str:
         settings=facts.settings_text(run),
         environment=facts.environment(run),
         commands=facts.commands(runs),
-        script=script,
-        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
     )
 
 
 FORMATS: Mapping[str, Callable[[Sequence[Run]], str]] = {"html": as_html, "md": as_markdown, "csv": as_csv}
-
-
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("drkl.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # Whatever a template prints passes here before it is escaped, so no text can reach the page unclean.
-        finalize=lambda value: clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-    )
-    environment.filters["numbers"] = emphasise
-    environment.globals |= {"titles": TITLES, "compared": tables.COMPARED}
-    return environment
-
-
-def emphasise(text: str) -> Markup:
-    """Escape ``text``; set its numbers in ``<b>``, its intervals small, and its backquoted commands in ``<code>``."""
-    parts = []
-    for place, piece in enumerate(_MARKED.split(clean(text))):
-        if place % 2 == 0:
-            parts.append(escape(piece))
-        elif piece.startswith("`"):
-            parts.append(Markup("<code>{}</code>").format(piece[1:-1]))
-        elif piece.startswith("["):
-            parts.append(Markup('<span class="interval">{}</span>').format(piece))
-        else:
-            parts.append(Markup("<b>{}</b>").format(piece))
-    return Markup("").join(parts)
 
 
 def _tiles(run: Run) -> list[dict[str, Any]]:

@@ -1,0 +1,245 @@
+"""What a study says in sentences: its state, its verdicts, its predictions and its limits. Decides nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from drkl.display import ABSENT, as_number, number
+from drkl.errors import DrklError
+from drkl.evaluation.bootstrap import Interval
+from drkl.evaluation.declared import Metric
+from drkl.reporting.text import count, joined
+from drkl.studies.definition import Outcome, Prediction
+from drkl.studies.grid import pair_of
+from drkl.studies.kinds import Names, key_of, metric_of, seeds_of
+from drkl.studies.result import Foretold, Study, Verdict
+
+SIGNS: dict[Outcome, str] = {"better": "✓", "worse": "✗", "no difference": "=", "undecided": "?"}
+"""A sign beside each verdict, which is always written out too."""
+_NAMES = ("Brier",)
+
+
+def show_difference(metric: Metric, value: float | None) -> str:
+    """A difference with its sign; one digit more than the numbers it is a difference of."""
+    stored = as_number(value)
+    return number(None if stored is None else stored * metric.scale, metric.digits + 1, signed=True)
+
+
+def show_ends(metric: Metric, ends: Interval | None) -> str:
+    """The interval of a difference in words; empty where there is none."""
+    return f"{show_difference(metric, ends[0])} to {show_difference(metric, ends[1])}" if ends else ""
+
+
+def show_p(value: float | None) -> str:
+    """A p-value."""
+    return ABSENT if value is None else "< 0.001" if value < 0.001 else number(value, 3)
+
+
+def in_sentence(title: str) -> str:
+    """A metric's title inside a sentence; names keep their capital.
+
+    >>> in_sentence("Reverse KL"), in_sentence("Top-token agreement"), in_sentence("Distinct-2"), in_sentence("ROUGE-L")
+    ('reverse KL', 'top-token agreement', 'Distinct-2', 'ROUGE-L')
+    """
+    first = title.split(" ")[0]
+    is_word = first.replace("-", "").isalpha() and first[1:].islower() and first not in _NAMES
+    return title[:1].lower() + title[1:] if is_word else title
+
+
+def state(study: Study) -> str:
+    """How many runs are finished, and what the others do."""
+    counts = Counter(cell.state for cell in study.cells)
+    total, done = len(study.cells), counts.pop("done", 0)
+    if not counts:
+        return f"All {total} runs are finished." if total > 1 else "Its only run is finished." if total else "No runs."
+    other = [f"{many} {'is' if many == 1 else 'are'} {state}" for state, many in counts.items() if state != "failed"]
+    failed = [f"{counts['failed']} failed"] if counts["failed"] else []
+    return f"{done} of {count(total, 'run')} {'is' if done == 1 else 'are'} finished; {joined([*failed, *other])}."
+
+
+def headline(study: Study, names: Names, task: str) -> tuple[str, str]:
+    """A title and the outcome of the primary comparisons in words."""
+    primary = [row for row in study.verdicts if not row.exploratory]
+    if not any(cell.state == "done" for cell in study.cells):
+        return "Not run yet", "No run has finished, so there is nothing to compare."
+    if not primary:
+        return "Nothing primary", "No comparison was named before the runs, so all that follows is exploratory."
+    words = [sentence for verdict in ("better", "worse") for sentence in _decided(primary, verdict, names, task)]
+    for row in primary:
+        if row.verdict == "no difference":
+            cell, other = names.against(row.axes, row.baseline)
+            words.append(
+                f"{cell} and {other} differ in {_title(row, task)} by less than {_smallest(study, row, task)}."
+            )
+    undecided = sum(row.verdict == "undecided" for row in primary)
+    if undecided == len(primary):
+        each = "The only primary comparison is" if undecided == 1 else f"All {undecided} primary comparisons are"
+        return "What came out", f"{each} undecided."
+    rest = f"{undecided} of the {len(primary)} primary comparisons {'is' if undecided == 1 else 'are'} undecided."
+    return "What came out", " ".join([*words, rest] if undecided else words)
+
+
+def _smallest(study: Study, row: Verdict, task: str) -> str:
+    metric, size = metric_of(row.metric, task), study.definition.smallest_difference.get(row.metric)
+    unit = {"%": " points", "nats": " nats"}.get(metric.unit, "")
+    return "matters" if size is None else f"{size * metric.scale:g}{unit}"
+
+
+def _title(row: Verdict, task: str) -> str:
+    return in_sentence(metric_of(row.metric, task).title)
+
+
+def _decided(rows: Iterable[Verdict], verdict: str, names: Names, task: str) -> list[str]:
+    """One sentence for each pair of kinds of which one is better, or worse, in some metrics."""
+    by_pair: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.verdict == verdict:
+            by_pair.setdefault(names.against(row.axes, row.baseline), []).append(_title(row, task))
+    return [f"{cell} is {verdict} than {other} in {joined(by)}." for (cell, other), by in by_pair.items()]
+
+
+def moment(value: Any) -> datetime | None:
+    """A time as ISO 8601 writes it; one without a zone is taken for UTC."""
+    try:
+        read = datetime.fromisoformat(str(value))
+    except ValueError:
+        return None
+    return (read if read.tzinfo else read.replace(tzinfo=UTC)).astimezone(UTC)
+
+
+def show_moment(value: Any) -> str:
+    """The time to the minute; a text that is no time is left as it is."""
+    read = moment(value)
+    return read.strftime("%Y-%m-%d %H:%M UTC") if read else str(value)
+
+
+@dataclass(frozen=True)
+class Dated:
+    """When the predictions were written, and whether that was before the runs."""
+
+    facts: list[tuple[str, str]]
+    text: str
+    is_doubtful: bool
+
+
+def dated(study: Study) -> Dated:
+    """What git says of the study's file, beside the start of the first cell."""
+    facts = []
+    known = study.predicted or {}
+    if known.get("commit"):
+        facts.append(("In commit", str(known["commit"])[:12]))
+    if known.get("date"):
+        facts.append(("Committed", show_moment(known["date"])))
+    if study.began:
+        facts.append(("First run began", show_moment(study.began)))
+    if not known.get("commit"):
+        text = "The study’s file is in no commit, so nothing shows that it was written before the runs."
+        return Dated(facts, text, True)
+    written, began = moment(known.get("date")), moment(study.began)
+    if known.get("is_changed"):
+        text = "The study’s file was changed after that commit: what it says now is not what was committed."
+        return Dated(facts, text, True)
+    if written is None or began is None:
+        return Dated(facts, "No run has begun yet." if study.began is None else "", False)
+    if written > began:
+        return Dated(facts, "The last commit of the study’s file is later than the start of the first run.", True)
+    return Dated(facts, "They were committed before the first run began, and not changed since.", False)
+
+
+@dataclass(frozen=True)
+class Told:
+    """A prediction, what came out, and whether it held: ``yes``, ``no``, ``undecided`` or ``words``."""
+
+    text: str
+    expected: str
+    came_out: str
+    held: str
+
+
+HELD = {"yes": "Held", "no": "Did not hold", "undecided": "Undecided", "words": "In words alone"}
+
+
+def told(study: Study, names: Names, task: str) -> list[Told]:
+    """The predictions in the order of the study's file."""
+    return [_told(one, study, names, task) for one in study.predictions]
+
+
+def _told(one: Foretold, study: Study, names: Names, task: str) -> Told:
+    asked = one.prediction
+    if asked.metric is None or asked.expect is None:
+        return Told(asked.text, "", "It names no metric and no verdict, so no number answers it.", "words")
+    metric = metric_of(asked.metric, task)
+    row = _row_of(asked, study)
+    pair = names.against(row.axes, row.baseline) if row else (names.of(asked.cell), names.of(asked.against))
+    against = f" against {pair[1]}" if row or asked.against else ""
+    expected = f"{pair[0]}{against}: {asked.expect} in {in_sentence(metric.title)}"
+    held = "undecided" if one.came_true is None else "yes" if one.came_true else "no"
+    if row is None or row.difference is None:
+        why = (row.why if row else None) or "There is no such comparison yet."
+        return Told(asked.text, expected, f"{(one.verdict or 'undecided').capitalize()}. {why}", held)
+    ends = show_ends(metric, row.interval)
+    numbers = f"difference {show_difference(metric, row.difference)}" + (f" ({ends})" if ends else "")
+    kind = "exploratory" if row.exploratory else "primary"
+    came = f"{(one.verdict or row.verdict).capitalize()}: {numbers}, {count(row.seeds, 'seed')}, {kind}."
+    return Told(asked.text, expected, came, held)
+
+
+def _row_of(asked: Prediction, study: Study) -> Verdict | None:
+    """The comparison that a prediction is about; None where its settings do not say which."""
+    try:
+        pair = pair_of(study.definition, asked.cell, asked.against or study.definition.baseline)
+    except DrklError:
+        return None
+    wanted = (asked.metric, *map(key_of, pair))
+    rows = [row for row in study.verdicts if (row.metric, key_of(row.axes), key_of(row.baseline)) == wanted]
+    return rows[0] if rows else None
+
+
+def limits(study: Study) -> list[str]:
+    """What the verdicts do not say, each in a sentence or two."""
+    rows, seeds = study.verdicts, len(seeds_of(study))
+    primary = [row for row in rows if not row.exploratory]
+    exploratory = [row for row in rows if row.exploratory]
+    said = [
+        "The intervals of the differences are t intervals over seeds: they hold the held-out rows and prompts fixed. "
+        "Other prompts could give other differences.",
+        "The bootstrap intervals over prompts, beside them, hold the seeds fixed: they say what other prompts would "
+        "change, not what other seeds would. No interval here covers both.",
+    ]
+    if seeds < 2:
+        said.append("There are fewer than two seeds, so nothing is decided: what one seed gives, another may undo.")
+    else:
+        said.append(
+            f"There are {seeds} seeds. That few decide only differences that are large beside what a seed changes; "
+            "“undecided” is no sign that two objectives are equal."
+        )
+    said += _cost_of_holm(primary, exploratory)
+    if exploratory:
+        by_chance = number(0.05 * len(exploratory), 1)
+        said.append(
+            f"{count(len(exploratory), 'comparison')} {'is' if len(exploratory) == 1 else 'are'} exploratory, without "
+            f"a correction: if nothing differed at all, about {by_chance} would still be called better or worse."
+        )
+    if not study.definition.smallest_difference:
+        said.append("No smallest difference was set, so “no difference” is never said.")
+    said.append("All of this is of one recipe: its teacher, its student, its data and its budget.")
+    return said
+
+
+def _cost_of_holm(primary: Sequence[Verdict], exploratory: Sequence[Verdict]) -> list[str]:
+    needed = [row.t_needed for row in primary if row.t_needed is not None]
+    if not needed or len(primary) < 2:
+        return []
+    text = (
+        f"Holm’s correction over {count(len(primary), 'primary comparison')} keeps the chance of any false verdict "
+        f"among them at 5\N{NO-BREAK SPACE}%. It has its price: |t| has to reach {number(max(needed), 1)} at worst"
+    )
+    alone = {row.seeds: row.t_needed for row in exploratory if row.t_needed is not None}
+    worst = next(row for row in primary if row.t_needed == max(needed))
+    if worst.seeds in alone:
+        text += f", where one comparison by itself needs {number(alone[worst.seeds], 1)}"
+    return [f"{text}, at {count(worst.seeds, 'seed')}."]
