@@ -619,7 +619,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="With RUN: what is measured, as teacher,student. Default: teacher, before (training), warmup, student.",
+            help="With RUN: what is measured, as teacher,student. Default: teacher, before, warmup and student.",
             show_default=False,
         ),
     ] = None,
@@ -1012,10 +1012,12 @@ class _StudyWords:
 @app.command()
 def study(
     definition: Annotated[
-        Path, typer.Argument(metavar="STUDY", help="A yaml file (docs/studies.md says what it has).", show_default=False)
+        Path,
+        typer.Argument(metavar="STUDY", help="A yaml file (docs/studies.md says what it has).", show_default=False),
     ],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the cells with their states, and what is left takes; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print the cells with their states, and what is left takes; write nothing."),
     ] = False,
     part: Annotated[
         str | None,
@@ -1081,10 +1083,9 @@ def _run_study(plan: Any, part: tuple[int, int], jobs: int) -> None:
 def _report_study(folder: Path) -> None:
     from drkl.runs import write_json, write_text
     from drkl.studies.page import as_html
-    from drkl.studies.reading import load
-    from drkl.studies.result import as_markdown
+    from drkl.studies.result import Study, as_markdown
 
-    found = load(folder)
+    found = Study.load(folder)
     write_json(folder / "study.json", found.to_json())
     write_text(folder / "table.md", as_markdown(found))
     write_text(folder / "study.html", as_html(found))

@@ -18,7 +18,7 @@ from drkl.processes import first_alone
 from drkl.signals import KEPT
 
 TRAINING, EVALUATION, ANALYSIS, STUDY = ".lock", ".evaluation.lock", ".analysis.lock", ".study.lock"
-"""Lock files of a folder: of who trains in it, of who writes its results of one kind, and of the study that makes it."""
+"""Lock files of a folder: of who trains in it, who writes its results of one kind, and the study that makes it."""
 LOCKS = frozenset((TRAINING, EVALUATION, ANALYSIS, STUDY))
 _DOING = {TRAINING: "trains in it", EVALUATION: "evaluates it", ANALYSIS: "analyses it", STUDY: "makes it for a study"}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}

@@ -23,7 +23,7 @@ from drkl.evaluation.bookkeeping import Progress, Source
 from drkl.evaluation.cached import NOTE, put_cache
 from drkl.evaluation.evaluate import Settings, check_output, configured, evaluate_inputs
 from drkl.evaluation.pairs import Inputs, account, suite_rows, with_protocol
-from drkl.evaluation.result import MODELS, Evaluation
+from drkl.evaluation.result import MEASURED, Evaluation
 from drkl.kept import MARK, check_student, note_changes, student_mark
 from drkl.locks import ANALYSIS, EVALUATION, TRAINING, check_free, first_holding
 from drkl.models.classes import class_names
@@ -63,7 +63,7 @@ _OTHER_ROWS = (
 def evaluate_run(
     run: str | Path,
     *,
-    models: Sequence[str] = MODELS,
+    models: Sequence[str] = MEASURED,
     suites: Sequence[str] = (),
     protocol: str | None = None,
     teacher_model: str | Path | None = None,
@@ -208,7 +208,7 @@ def run_inputs(
     protocol: str | None = None,
     *,
     teacher_model: str | Path | None = None,
-    measured: Sequence[str] = MODELS,
+    measured: Sequence[str] = MEASURED,
 ) -> Inputs:
     """Models and rows of a finished run: its own held-out rows, or those of ``suites``.
 
@@ -229,7 +229,7 @@ def run_inputs(
     specs = with_stand_in(specs, without_server)
     first, last = specs[0], specs[-1]
     made = compared if isinstance(compared, TeacherCache) else None
-    loaders, tokenizer, device = evaluation_models(specs, [name for name in MODELS if name in measured], made)
+    loaders, tokenizer, device = evaluation_models(specs, [name for name in MEASURED if name in measured], made)
     models: dict[str, Source] = {**loaders}
     if served := "teacher" in models and last.teacher is not None and last.teacher.is_served:
         del models["teacher"]
@@ -330,8 +330,9 @@ def run_inputs(
 def check_models(names: Sequence[str]) -> None:
     """Raise DrklError unless these are models of an evaluation, the student among them."""
     for name in names:
-        if name not in MODELS:
-            raise DrklError(f"models has {name!r}; expected some of {', '.join(MODELS)}.{did_you_mean(name, MODELS)}")
+        if name not in MEASURED:
+            known = ", ".join(MEASURED)
+            raise DrklError(f"models has {name!r}; expected some of {known}.{did_you_mean(name, MEASURED)}")
     if "student" not in names:
         raise DrklError("models leaves the student out, which is what an evaluation is of. Add student.")
 
@@ -382,7 +383,7 @@ def _is_made_of_teacher(first: RunSpec) -> bool:
 
 
 def evaluation_models(
-    specs: Sequence[RunSpec], names: Sequence[str] = MODELS, made: TeacherCache | None = None
+    specs: Sequence[RunSpec], names: Sequence[str] = MEASURED, made: TeacherCache | None = None
 ) -> tuple[dict[str, Callable[[], PreTrainedModel]], Any, torch.device]:
     """Loaders by name, the tokenizer and the device.
 

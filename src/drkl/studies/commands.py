@@ -62,7 +62,7 @@ class Commands:
     """
 
     jobs: int = 1
-    launch: Launch = launch
+    launch: Launch = field(default_factory=lambda: launch)
     running: list[Process] = field(default_factory=list)
     ended_by: int = 0
     """The signal that ends the study; 0 for none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,11 @@ def predicted(path: Path) -> dict[str, Any] | None:
 
     Both are None where the file was never committed. Without git, or outside of a checkout: None.
     """
+    last = ""
     try:
-        last = _git(path, "log", "-1", "--format=%H %cI", "--", path.name)
         is_changed = bool(_git(path, "status", "--porcelain", "--ignored", "--", path.name))
+        with suppress(subprocess.CalledProcessError):  # nothing was ever committed
+            last = _git(path, "log", "-1", "--format=%H %cI", "--", path.name)
     except (OSError, subprocess.SubprocessError):
         return None
     commit, _, date = last.partition(" ")

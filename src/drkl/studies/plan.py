@@ -101,7 +101,19 @@ def load_study(path: str | Path) -> Plan:
         cells = tuple(_planned(definition, path, cell, starts) for cell in cells_of(definition))
     except DrklError as error:
         raise error if str(error).startswith(str(path)) else DrklError(f"{path}: {error}") from error
-    return Plan(path, definition, base, cells)
+    plan = Plan(path, definition, base, cells)
+    _check_apart(plan)
+    return plan
+
+
+def _check_apart(plan: Plan) -> None:
+    """Raise DrklError where the study's own copies would be written over the files that it is read from."""
+    for given_file, name in ((plan.path, "study.yaml"), (base_of(plan.definition, plan.path), "base.yaml")):
+        if given_file.resolve() == (plan.folder / name).resolve():
+            raise DrklError(
+                f"{given_file} lies where the study keeps a copy of its own, in its folder {str(plan.folder)!r}, and "
+                "would be overwritten. Move it, beside that folder for instance."
+            )
 
 
 def base_of(definition: Definition, path: Path) -> Path:

@@ -12,6 +12,7 @@ from drkl.studies.grid import group_of
 from drkl.studies.plan import Plan, Planned
 from drkl.studies.records import Record, cell_record
 from drkl.studies.result import State
+from drkl.studies.running import offered
 from drkl.studies.starts import cache_for, start_for, why_live
 
 _PARTS = ("train", "evaluate")
@@ -22,7 +23,7 @@ class Price:
     """The cells of a study, or of a part of it, with their states, and what the missing ones take."""
 
     states: Mapping[str, tuple[State, str | None]]
-    """By cell, with the last message of one that failed."""
+    """By cell, with the last message of one that failed, or where another study has it."""
     seconds: Mapping[str, float | None]
     """By cell that is not done: what it takes from its beginning on; None where nothing tells."""
     shared: Mapping[str, float | None]
@@ -87,6 +88,8 @@ def price(plan: Plan, cells: Sequence[Planned], jobs: int = 1) -> Price:
     """
     known = {planned.cell.name: cell_record(planned.folder.root).read() for planned in plan.cells}
     states = {planned.cell.name: cell_record(planned.folder.root).state() for planned in cells}
+    for name, (path, _) in offered(plan, cells).items():
+        states[name] = "done", f"in {path}"
     finished = [planned for planned in plan.cells if known[planned.cell.name].get("finished") is not None]
     left = [planned for planned in cells if states[planned.cell.name][0] != "done"]
     seconds = {planned.cell.name: _seconds(planned, finished, known) for planned in left}

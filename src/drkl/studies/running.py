@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -243,7 +243,7 @@ class _Runner:
         facts = {
             "axes": planned.cell.axes, "settings_digest": settings_digest(self.plan, planned),
             "start": known.get("digest"), "start_key": None if start is None else start.key,
-            "cache": None if cache is None else str(cache.record.folder),
+            "cache": None if cache is None else str(cache.folder),
             "seconds": {"start": round(known.get("seconds", {}).get("train", 0.0) / known.get("cells", 1), 1)},
         }  # fmt: skip
         if cache is not None:
@@ -327,7 +327,7 @@ class _Runner:
             self.listener.on_message(f"{cache.key}: the cache of the teacher ({cache.kind}).")
             values = config.model_copy(update={"teacher": without}).values("json")
             record.begin(values, key=cache.key, kind=cache.kind)
-            words = self.words.cache(record.config_path, record.folder, cache.kind, cache.temperatures)
+            words = self.words.cache(record.config_path, cache.folder, cache.kind, cache.temperatures)
             yield from self.commands.run(record, "train", words)
             record.end(0)
 
@@ -390,36 +390,41 @@ def _is_done(planned: Planned) -> bool:
         return False
 
 
-def adopt(plan: Plan, cells: Sequence[Planned]) -> list[str]:
-    """Take the finished cells of other studies that equal ones of this study; return the names of those taken.
-
-    They stay where they are: a cell's record says ``run``, their folder from the study's.
+def offered(plan: Plan, cells: Sequence[Planned]) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Return the finished cells of other studies that equal ones of this study: by name a run folder, and its record.
 
     Args:
         plan: of the study; its definition names the other studies.
-        cells: those that are looked for.
+        cells: those that are looked for. What has begun already is left out.
     """
-    offered: dict[str, tuple[Path, dict[str, Any]]] = {}
+    known: dict[str, tuple[Path, dict[str, Any]]] = {}
     for other in plan.definition.shared.cells:
         for path in sorted((Path(other) / "cells").glob("*")):
-            known = cell_record(path).read()
-            if known.get("finished") is not None and "run" not in known:
-                offered.setdefault(known["settings_digest"], (path, known))
-    taken = []
-    for planned in cells:
-        record, wanted = cell_record(planned.folder.root), settings_digest(plan, planned)
-        if wanted not in offered or record.read().get("tries"):
+            about = cell_record(path).read()
+            if about.get("finished") is not None and "run" not in about:
+                known.setdefault(about["settings_digest"], (path, about))
+    found = {}
+    for planned in cells if known else ():
+        one = known.get(settings_digest(plan, planned))
+        if one is None or cell_record(planned.folder.root).read():
             continue
-        path, known = offered[wanted]
         start = start_for(plan, planned)
-        if start is not None and start.record.read().get("digest") not in (None, known["start"]):
-            continue  # it would not be paired with the others of its seed
-        with holding(planned.folder.root, STUDY):
-            if not record.is_finished:
-                where = os.path.relpath(path, plan.folder)
-                record.write(known | {"axes": planned.cell.axes, "run": where, "tries": []})
-        taken.append(planned.cell.name)
-    return taken
+        # With another start it would not be paired with the others of its seed.
+        if start is None or start.record.read().get("digest") in (None, one[1]["start"]):
+            found[planned.cell.name] = one
+    return found
+
+
+def adopt(plan: Plan, cells: Sequence[Planned]) -> None:
+    """Take what is `offered`. It stays where it is: a cell's record says ``run``, that folder from the study's."""
+    others = offered(plan, cells)
+    for planned in cells:
+        if planned.cell.name in others:
+            record, (path, about) = cell_record(planned.folder.root), others[planned.cell.name]
+            with suppress(InUse), holding(record.folder, STUDY):
+                if not record.read():
+                    where = os.path.relpath(path, plan.folder)
+                    record.write(about | {"axes": planned.cell.axes, "run": where, "tries": []})
 
 
 def _check_began(folder: RunFolder, digest: str | None, config: Config) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,10 +55,14 @@ class Cache:
 
     key: str
     record: Record
-    """Of its folder, which `drkl cache` writes."""
     kind: str
     temperatures: tuple[float, ...] = ()
-    """Of the losses that read a cache of kind topk."""
+    """Those of the losses that read a cache of kind topk."""
+
+    @property
+    def folder(self) -> Path:
+        """What `drkl cache` writes, which wants a folder of its own."""
+        return self.record.folder / "cache"
 
 
 def start_for(plan: Plan, planned: Planned) -> Start | None:
@@ -102,7 +105,7 @@ def cell_config(planned: Planned, start: Start | None, cache: Cache | None) -> C
         student = config.student_from(start.student)
         config = config.model_copy(update={"stages": [], "tokenizer": None, "student": student})
     if cache is not None and config.teacher is not None:
-        reads = {"cache": str(cache.record.folder), "remember_mb": 0, "shard": False}
+        reads = {"cache": str(cache.folder), "remember_mb": 0, "shard": False}
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update=reads)})
     return config
 
@@ -201,8 +204,6 @@ def make_init(start: Start) -> None:
     student.save_pretrained(staging)
     words_of(tokenizer).save_pretrained(staging)
     put_in_place(staging, start.student)
-    del student
-    gc.collect()
 
 
 def weights_of(start: Start) -> str:
@@ -213,12 +214,10 @@ def weights_of(start: Start) -> str:
     quiet_transformers()
     config = start.config
     if start.is_made:
-        changes = {"stages": [], "tokenizer": None, "student": config.student_from(start.student)}
-        config = config.model_copy(update=changes)
+        student = config.student_from(start.student)
+        config = config.model_copy(update={"stages": [], "tokenizer": None, "student": student})
     (spec,) = with_stand_in(config.specs(), without_server)
-    found = describe_model(_student(spec)[0])["weights"]
-    gc.collect()
-    return found
+    return describe_model(_student(spec)[0])["weights"]
 
 
 def _student(spec: RunSpec) -> tuple[Any, Any]:

@@ -48,11 +48,12 @@ def check_folder(run: RunFolder, mode: str) -> None:
 
 def _is_nothing(run: RunFolder, path: Path) -> bool:
     """Whether this is all that a run leaves that ends before its config is written, or what a study keeps there."""
+    of_study = [name for names in OF_A_STUDY.values() if (run.root / names[0]).is_file() for name in names]
+    if of_study and path == run.root / "stages":
+        return True  # of a start, each a run of its own
     if path in (run.checkpoints_path, run.root / "stages"):
         return path.is_dir() and not path.is_symlink() and all(_is_leftover(run, inner) for inner in path.iterdir())
-    of_study = [name for names in OF_A_STUDY.values() if (run.root / names[0]).is_file() for name in names]
-    begun = tuple(f".{name}." for name in of_study)
-    is_of_study = path.name in of_study or path.name.startswith(begun)
+    is_of_study = path.name in of_study or path.name.startswith(tuple(f".{name}." for name in of_study))
     return not path.is_dir() and (is_of_study or _is_leftover(run, path))
 
 
