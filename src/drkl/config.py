@@ -172,15 +172,20 @@ class Config(BaseModel):
     def specs(self) -> list[RunSpec]:
         """The runs, first to last; the last one's folder is ``run.dir/run.name``."""
         *stages, last = self.runs()
-        specs = [_spec(stage, RunFolder(unexpanded(Path(stage.run.dir) / stage.run.name)), resolve(stage)) for stage in stages]
-        return [*specs, _spec(last, RunFolder(unexpanded(Path(self.run.dir) / self.run.name)), resolve(self))]
+        specs = [_spec(stage, stage.folder, resolve(stage)) for stage in stages]
+        return [*specs, _spec(last, self.folder, resolve(self))]
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's own folder, ``run.dir/run.name``; that of the last stage."""
+        return RunFolder(unexpanded(Path(self.run.dir) / self.run.name))
 
     def runs(self) -> list[Config]:
         """The config of each run by itself, first to last, with what a stage inherits and the student it starts from.
 
         The last one has the sections of this config, and no stages.
         """
-        root = unexpanded(Path(self.run.dir) / self.run.name)
+        root = self.folder.root
         runs, student = [], self.student
         for number, stage in enumerate(self.stages, start=1):
             folder = RunFolder(root / "stages" / f"{number:02d}-{stage.name}")
