@@ -69,6 +69,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan, list[st
     return root, plan, said, seen
 
 
+@pytest.mark.slow
 def test_a_cell_is_the_run_that_its_config_alone_would_be(whole: Any) -> None:
     """The shared start changes nothing: the weights are those of the base with the cell's settings, to the bit."""
     root, plan, *_ = whole
@@ -80,6 +81,7 @@ def test_a_cell_is_the_run_that_its_config_alone_would_be(whole: Any) -> None:
     assert tiny_runs.weights(RunFolder(plan.folder / "cells" / "rkl-seed0")) != wanted
 
 
+@pytest.mark.slow
 def test_the_cells_of_a_seed_begin_with_the_weights_of_their_start(whole: Any) -> None:
     _, plan, *_ = whole
     digests = collections.defaultdict(set)
@@ -97,6 +99,7 @@ def test_the_cells_of_a_seed_begin_with_the_weights_of_their_start(whole: Any) -
     )
 
 
+@pytest.mark.slow
 def test_what_is_noted_of_a_cell(whole: Any) -> None:
     _, plan, said, seen = whole
     known = cell_record(plan.folder / "cells" / "drkl-seed1").read()
@@ -110,6 +113,7 @@ def test_what_is_noted_of_a_cell(whole: Any) -> None:
     assert "The student is in" in (plan.folder / "cells" / "drkl-seed1" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_what_is_noted_of_the_study(whole: Any) -> None:
     _, plan, *_ = whole
     env = read_environment(plan.folder)
@@ -119,12 +123,14 @@ def test_what_is_noted_of_the_study(whole: Any) -> None:
     assert found.lines()[-1] == "The study is whole: nothing is left to run."
 
 
+@pytest.mark.slow
 def test_a_study_that_is_whole_runs_nothing(whole: Any) -> None:
     _, plan, *_ = whole
     commands, pretended = pretending()
     assert begun(plan, commands).done == 4 and not pretended.called
 
 
+@pytest.mark.slow
 def test_another_study_takes_its_cells(whole: Any, tmp_path: Path) -> None:
     """An axis whose value is the base's own makes an equal cell, whatever it is called; it stays where it is."""
     root, plan, *_ = whole
