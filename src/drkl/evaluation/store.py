@@ -75,7 +75,8 @@ class Store:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # Copied to where the memory of a new tensor begins: what is added up in vectors has the same last digits then.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                 said = (file.metadata() or {}).get(_CHECKSUM)
         except (SafetensorError, OSError):
             return None  # broken: it is made anew
