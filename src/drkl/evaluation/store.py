@@ -75,7 +75,7 @@ class Store:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                # Copied to where the memory of a new tensor begins: what is added up in vectors has the same last digits then.
+                # Copied to aligned memory: what is added up in vectors has the last digits of a new tensor's then.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                 said = (file.metadata() or {}).get(_CHECKSUM)
         except (SafetensorError, OSError):
