@@ -62,7 +62,7 @@ def predicted(path: Path) -> dict[str, Any] | None:
     try:
         is_changed = bool(_git(path, "status", "--porcelain", "--ignored", "--", path.name))
         with suppress(subprocess.CalledProcessError):  # nothing was ever committed
-            last = _git(path, "log", "-1", "--format=%H %cI", "--", path.name)
+            last = _git(path, "log", "-1", "--pretty=%H %cI", "--", path.name)
     except (OSError, subprocess.SubprocessError):
         return None
     commit, _, date = last.partition(" ")

@@ -65,7 +65,7 @@ class Now:
     running: tuple[tuple[str, str, int, int | None], ...]
     """By cell: what is done for it, the optimiser step, and how many there are."""
     seconds_left: float | None
-    """Of this process; None before a cell has finished."""
+    """What is left for this process; None before a cell has finished."""
 
 
 @dataclass

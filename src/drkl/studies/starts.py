@@ -27,7 +27,7 @@ class Start:
 
     key: str
     record: Record
-    """Of its folder, an ordinary run folder, or one with a ``student/`` alone."""
+    """The record of its folder: an ordinary run folder, or one with a ``student/`` alone."""
     runs: tuple[Config, ...]
     """The stages that make it, each a run of its own; the last one lies in its folder. None: its init is all."""
     config: Config
