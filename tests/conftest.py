@@ -107,6 +107,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # of nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     patch = pytest.MonkeyPatch()
     patch.setattr(socket.socket, "connect", _refuse_remote(socket.socket.connect))
     patch.setattr(socket.socket, "connect_ex", _refuse_remote(socket.socket.connect_ex))

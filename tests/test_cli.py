@@ -99,6 +99,7 @@ def test_unknown_command_or_option(cli: Cli) -> None:
     assert cli("distill", "--fast").code == 2
 
 
+@pytest.mark.slow
 def test_a_run_on_prompts_alone_leads_to_its_report(cli: Cli, tmp_path: Path) -> None:
     """There is nothing to evaluate on, and each command says what else may be measured."""
     rollouts = {"share": 1, "max_new_tokens": 2, "eval_prompts": 1}
@@ -114,6 +115,7 @@ def test_a_run_on_prompts_alone_leads_to_its_report(cli: Cli, tmp_path: Path) ->
         assert "for the evaluation (dolly, or dolly=FILE)" in refused.err and "drkl.analyze(" in refused.err
 
 
+@pytest.mark.slow
 def test_distill_evaluate_report_generate(cli: Cli, tmp_path: Path) -> None:
     config = tiny_runs.write_config(tiny_runs.config(tmp_path, stages=tiny_runs.STAGES), tmp_path / "c.yaml")
     root = tmp_path / "runs" / "r"
@@ -225,6 +227,7 @@ def test_the_student_needs_nothing_of_ours(cli: Cli, recipe: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_overrides_and_what_they_drop(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     done = cli("distill", recipe, "objective.name=rkl", "run.name=other", "training.learning_rate=1e-3")
     assert done.code == 0
@@ -389,6 +392,7 @@ def test_the_real_program_ends_with_two_and_no_traceback(tmp_path: Path) -> None
     assert tiny_runs.tree(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_training_that_blows_up_ends_with_two(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     done = cli("distill", recipe, "training.learning_rate=1e30", "training.max_steps=8")
     assert done.code == 2 and "Traceback" not in done.err

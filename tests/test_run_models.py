@@ -51,6 +51,7 @@ def test_each_model_is_measured_in_its_own_rendering_of_the_prompts(tmp_path: Pa
     assert rows[0].teacher_prompt_ids not in (None, rows[0].prompt_ids)
 
 
+@pytest.mark.slow
 def test_only_the_models_that_are_asked_for_are_measured(tmp_path: Path) -> None:
     stages = [{"name": "warmup", "objective": {"name": "fkl"}, "training": {"max_steps": 1}}]
     training = {"max_steps": 1, "eval_every": 1, "save_every": 1}

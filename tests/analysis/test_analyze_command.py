@@ -168,6 +168,7 @@ def test_settings_are_taken(cli: Cli, models: dict[str, Path], tmp_path: Path) -
     assert settings["differentiated"]["evenly"] == 16
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_pair(cli: Cli, tmp_path: Path) -> None:
     folders = [tiny.save(tiny.t5(seed), tmp_path / f"t5-{seed}") for seed in (0, 1)]
     rows = tiny_runs.write_rows(tmp_path / "rows.jsonl", 8)
@@ -177,6 +178,7 @@ def test_an_encoder_decoder_pair(cli: Cli, tmp_path: Path) -> None:
     assert read(tmp_path / "out")["settings"]["rows"] == 8
 
 
+@pytest.mark.slow
 def test_classifiers(cli: Cli, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     labelled = [{"text": f"w{i % 7} w{i % 5}", "label": tiny_classifiers.CLASSES[i % 3]} for i in range(20)]

@@ -167,6 +167,7 @@ def test_the_gradients_are_the_closed_forms(case: Case, temperature: float) -> N
 LOGITS = arrays(np.float64, (3, 4), elements=st.floats(-30, 30, width=32))
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(LOGITS, LOGITS, arrays(np.int64, 3, elements=st.integers(0, 3)), st.sampled_from([0.5, 1.0, 4.0]))
 def test_reverse_forward_and_decoupled_reverse_kl_on_any_logits(

@@ -167,6 +167,7 @@ class Seen(TrainerCallback):
         self.lines.append((state.global_step, dict(logs)))
 
 
+@pytest.mark.slow
 def test_training_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
     trained, losses, random = [], [], []
     for watched in (False, True):

@@ -165,6 +165,7 @@ def test_a_run_by_name(tmp_path: Path) -> None:
     assert Evaluation.load(run.root).name == "r"
 
 
+@pytest.mark.slow
 def test_tokenizer_is_another_name_for_processing_class() -> None:
     student, teacher, tokenizer, rows = pairs("llama")
     quick: Any = {"prompts": 1, "samples_per_prompt": 1, "max_new_tokens": 2, "sweep": ()}

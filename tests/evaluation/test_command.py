@@ -96,6 +96,7 @@ def test_a_pair_of_classifiers(cli: Cli, tmp_path: Path) -> None:
     assert "Suites and protocols" in cli("evaluate", *pair[:4], "--suite", "dolly", "--output", out).err
 
 
+@pytest.mark.slow
 def test_padded_vocabularies_are_trimmed_and_others_refused(cli: Cli, pair: dict[str, Path], tmp_path: Path) -> None:
     pair["--teacher"] = tiny.save(tiny.llama(vocab=80), tmp_path / "padded")
     done = cli("evaluate", *options(pair), "--output", tmp_path / "out", *QUICK)

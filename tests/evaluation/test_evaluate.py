@@ -102,6 +102,7 @@ def test_intervals_hold_the_number_and_are_paired() -> None:
     assert run("teacher student")[0]["intervals"] == result["intervals"]
 
 
+@pytest.mark.slow
 def test_the_teachers_own_column() -> None:
     teacher = run("teacher student")[0]["teacher"]
     exact = [key for key in RELATIVE if key not in ("stronger_tail_share", "tail_mass")]
@@ -109,6 +110,7 @@ def test_the_teachers_own_column() -> None:
     assert {key: teacher[key] for key in exact} == pytest.approx({**dict.fromkeys(exact, 0.0), **ones}, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_a_student_that_is_the_teacher_scores_as_the_teacher() -> None:
     models = {"teacher": tiny.llama, "student": tiny.llama}
     result, samples, _ = evaluate(models)
@@ -117,6 +119,7 @@ def test_a_student_that_is_the_teacher_scores_as_the_teacher() -> None:
     assert [row["text"] for row in samples[:half]] == [row["text"] for row in samples[half:]]
 
 
+@pytest.mark.slow
 def test_settings_say_how() -> None:
     settings = run("teacher student", data={"eval_path": "held.jsonl"}, facts={"command": ["drkl"]})[0]["settings"]
     dumped = SETTINGS.model_dump(mode="json") | {"seeds": [1]}
@@ -126,6 +129,7 @@ def test_settings_say_how() -> None:
     assert {"drkl", "python", "torch", "transformers", "rouge-score", "sacrebleu"} <= set(settings["versions"])
 
 
+@pytest.mark.slow
 def test_without_a_teacher() -> None:
     result, _, _ = run("before student")
     assert "teacher" not in result and "teacher" not in result["distributions"]
@@ -133,6 +137,7 @@ def test_without_a_teacher() -> None:
         assert [key for key, value in result[name].items() if value is None] == [*RELATIVE, TEACHER_NLL]
 
 
+@pytest.mark.slow
 def test_one_answer_per_prompt_has_no_self_bleu() -> None:
     result, samples, _ = run("teacher student", SETTINGS.model_copy(update={"samples_per_prompt": 1}))
     assert result["student"]["self_bleu"] is None and "self_bleu" not in result["intervals"]["student"]
@@ -146,6 +151,7 @@ def test_no_prompts_no_text_metrics() -> None:
     assert missing == [key for key in ANSWER_KEYS if key != "num_answers"]
 
 
+@pytest.mark.slow
 def test_fewer_rows_than_prompts_and_all_of_them() -> None:
     for count in (99, None):
         result, samples, _ = run("student", SETTINGS.model_copy(update={"prompts": count, "sweep": ()}))
@@ -305,6 +311,7 @@ def test_order_is_that_of_the_table_whatever_the_mappings() -> None:
     assert result["student"]["fkl"] is not None
 
 
+@pytest.mark.slow
 def test_progress() -> None:
     seen: dict[str, list[tuple[int, int]]] = {}
     run("teacher student", on_progress=lambda what, done, total: seen.setdefault(what, []).append((done, total)))
@@ -323,6 +330,7 @@ def test_vocabularies_that_differ_are_refused() -> None:
         evaluate(models)
 
 
+@pytest.mark.slow
 def test_an_infinite_distance_is_null() -> None:
     def excluding() -> PreTrainedModel:
         model = tiny.llama()

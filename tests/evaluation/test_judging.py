@@ -101,6 +101,7 @@ def test_every_model_s_answers_at_temperature_1_are_read() -> None:
     assert found.value("teacher", TEACHER_NLL) < found.value("student", TEACHER_NLL)
 
 
+@pytest.mark.slow
 def test_its_own_value_is_the_entropy_of_what_it_writes() -> None:
     settings = EvaluationConfig(prompts=8, samples_per_prompt=60, max_new_tokens=1, sweep=())
     found = evaluate(settings, {"teacher": tiny.llama, "student": tiny.llama})
@@ -113,12 +114,14 @@ def test_its_own_value_is_the_entropy_of_what_it_writes() -> None:
     assert found.value("student", TEACHER_NLL) == found.value("teacher", TEACHER_NLL)
 
 
+@pytest.mark.slow
 def test_other_temperatures_are_not_read() -> None:
     found = evaluate(SETTINGS.model_copy(update={"sampling_temperature": 0.7}))
     assert found.value("student", TEACHER_NLL) is None and "answers" in found.timing["teacher"]
     assert [point.values[TEACHER_NLL] is None for point in found.sweep["student"]] == [True, False]
 
 
+@pytest.mark.slow
 def test_what_was_read_is_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = Store(tmp_path / "shared")
     few = SETTINGS.model_copy(update={"prompts": 2, "samples_per_prompt": 2, "max_new_tokens": 3, "sweep": ()})

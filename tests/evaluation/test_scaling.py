@@ -222,6 +222,7 @@ def test_temperature_1_is_the_student_to_the_last_bit(evaluate: Any, keys: tuple
     assert [plain.numbers.values[name] for name in plain.models] == [found.numbers.values[n] for n in plain.models]
 
 
+@pytest.mark.slow
 def test_tokens_are_measured_at_their_rows_temperature() -> None:
     found = generation("fit_to_teacher")
     rows, models = tiny.rows(12), (tiny.llama(3), tiny.llama())
@@ -269,6 +270,7 @@ def test_the_file_has_it_and_an_old_one_has_not(tmp_path: Any) -> None:
     assert loaded.to_json()["scaling"]["fitted_to"] == "labels"
 
 
+@pytest.mark.slow
 def test_finished_parts_are_used_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Parts(Store(tmp_path / "own"), Store(tmp_path / "shared"))
     first = generation("fit", parts=parts)
@@ -278,6 +280,7 @@ def test_finished_parts_are_used_again(tmp_path: Any, monkeypatch: pytest.Monkey
     assert replace(again, timing={}).to_json() == replace(first, timing={}).to_json()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_fitted_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "drkl"):
         found = generation("fit", rows=1)

@@ -34,6 +34,7 @@ def test_the_quickest_way_takes_fifteen_lines(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "runs" / "quickest.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_student_learns_on_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = runpy.run_path(str(EXAMPLES / "on_policy.py"))["trainer"].run

@@ -24,6 +24,7 @@ DOZEN = (
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", DOZEN)
 def test_a_dozen_work(row: str, tmp_path: Path) -> None:
     cells = check(row, tmp_path)

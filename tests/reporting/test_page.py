@@ -124,6 +124,7 @@ def test_ids_are_unique_and_every_figure_has_words(whole: str) -> None:
     assert set(page.values("aria-labelledby")) <= set(ids)
 
 
+@pytest.mark.slow
 def test_a_page_with_a_sweep_shows_what_is_new(make_run: MakeRun) -> None:
     page = _page(make_run(swept=True))
     assert page.values("role").count("img") == 4 + 2 + 4 + 4 + 6 + 3
@@ -311,6 +312,7 @@ def test_runs_that_are_not_comparable_are_called_so(make_run: MakeRun) -> None:
     assert "new · drkl has not been evaluated" in _page(first, make_run("new", evaluated=False)).text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sketchy")
 def test_evaluations_in_memory_and_run_folders_mix(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(swept=True)
@@ -351,6 +353,7 @@ def test_numbers_stand_out_and_nothing_else(text: str, html: str) -> None:
     assert emphasise(text) == html
 
 
+@pytest.mark.slow
 def test_reporting_needs_no_torch_and_is_light_to_import(make_run: MakeRun) -> None:
     run = make_run(evaluated=False)
     code = (

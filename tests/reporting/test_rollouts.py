@@ -74,6 +74,7 @@ def test_the_curves_of_the_answers(make_run: MakeRun) -> None:
     assert "writing from 2 to 2; learning from 1 to 1" in found.pictures[-1].alt
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run_that_went_wrong(make_run: MakeRun) -> None:
     run = sampled(make_run(), finished=0.1)
     evil = '<script>alert(1)</script></div>{{ 7 * 7 }}\u202e"onmouseover=x \x00'

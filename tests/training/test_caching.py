@@ -76,6 +76,7 @@ def check_same(folder: Path, pair: Callable[[], tuple[Any, Any]], data: dict[str
     assert all(parameter.is_meta for parameter in cached.pair.teacher.model.parameters())
 
 
+@pytest.mark.slow
 def test_a_decoder(tmp_path: Path) -> None:
     check_same(tmp_path, lambda: (tiny.llama(1, layers=2), tiny.llama(9)), {}, max_steps=3)
 

@@ -222,6 +222,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tmp_path: Path) -> None
     assert tiny_runs.weights(tiny_runs.train(values, "resume")) == tiny_runs.weights(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "modernbert"])
 def test_other_families_train_too(tmp_path: Path, kind: str) -> None:
     teacher = tiny_classifiers.save(tiny_classifiers.make(kind), tmp_path / "teacher")

@@ -84,6 +84,7 @@ def answer(folder: Path, tokens: Path | None = None) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @NO_LENGTH
 def test_a_base_student_of_an_instruct_teacher_stops_in_plain_transformers(tmp_path: Path) -> None:
     instruct, base = build(CHATML), build(None, eos="</s>")
@@ -273,6 +274,7 @@ def test_a_special_token_that_nothing_calls_an_end_has_to_be_sure(tmp_path: Path
     assert found is not None and found.own == "<|im_end|>" and found.differ
 
 
+@pytest.mark.slow
 def test_nothing_is_read_where_there_is_nothing_to_compare(tmp_path: Path) -> None:
     tokenizer = build(CHATML)
     teacher = teacher_of(tokenizer, "</s>")

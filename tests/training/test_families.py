@@ -266,6 +266,7 @@ def test_the_trimmed_loss_is_that_of_the_shared_ids() -> None:
     assert values["fkl"] == pytest.approx(total / 10, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_random_student_with_more_ids_than_the_teacher(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path)
     values["student"] = {"init": "random", "config": {"vocab_size": 80}}
@@ -275,6 +276,7 @@ def test_a_random_student_with_more_ids_than_the_teacher(tmp_path: Path) -> None
     assert tiny_runs.train(values).read_env()["vocabulary"] == {"shared": known, "student": 80, "teacher": 64}
 
 
+@pytest.mark.slow
 def test_a_tokenizer_with_tokens_added_at_its_end(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path)
     words = [f"w{i}" for i in range(36)]

@@ -58,6 +58,7 @@ def log_of(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_left_out_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept: list[tuple[Any, ...]] = []
 
@@ -117,6 +118,7 @@ def test_broken_models_are_refused_before_anything_is_written(tmp_path: Path) ->
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_state_of_the_optimiser_and_a_rate_that_are_no_numbers(tmp_path: Path) -> None:
     def spoil(optimizer: Any, **kwargs: Any) -> None:
         next(iter(optimizer.state.values()))["exp_avg"][0] = math.nan

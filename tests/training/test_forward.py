@@ -165,6 +165,7 @@ def test_held_out_rows_are_projected_once(objective: str, loss: LossConfig, voca
         assert found["loss"] == pytest.approx(found["nll"], rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["drkl", "ce"])
 def test_a_step_that_is_logged_makes_no_further_logits(tmp_path: Path, objective: str) -> None:
     counts = []

@@ -150,6 +150,7 @@ def test_models_in_memory(tmp_path: Path) -> None:
         drkl.evaluate(student, teacher, rows, tiny.tokenizer(), max_prompt_tokens=20, max_new_tokens=30, sweep=())
 
 
+@pytest.mark.slow
 def test_encoder_and_decoder_each_have_a_context(tmp_path: Path) -> None:
     from transformers import LEDConfig, LEDForConditionalGeneration
 
@@ -174,6 +175,7 @@ def test_encoder_and_decoder_each_have_a_context(tmp_path: Path) -> None:
         drkl.evaluate(model, model, rows, tiny.tokenizer(), max_prompt_tokens=40, max_tokens=80)
 
 
+@pytest.mark.slow
 def test_texts_of_a_classifier_fit_it(tmp_path: Path) -> None:
     model, tokenizer = tiny_classifiers.make(max_position_embeddings=12), tiny_classifiers.tokenizer()
     rows = [{"text": " ".join(["w1"] * (1 + i)), "label": i % 3} for i in range(20)]

@@ -40,6 +40,7 @@ def gradients_of(tmp_path: Path, data: list[Row], **arguments: Any) -> tuple[dic
     return kept.first, trainer
 
 
+@pytest.mark.slow
 def test_share_0_is_the_run_without_a_section(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path)
     plain = tiny_runs.train(values)
@@ -49,6 +50,7 @@ def test_share_0_is_the_run_without_a_section(tmp_path: Path) -> None:
     assert comparable(plain) == comparable(also)
 
 
+@pytest.mark.slow
 def test_steps_without_answers_are_those_of_a_run_without_them(tmp_path: Path) -> None:
     """As before a ramp rises, bit for bit."""
     ramp = {"from": 0, "to": 1e-9, "steps": 1000}
@@ -64,6 +66,7 @@ def test_steps_without_answers_are_those_of_a_run_without_them(tmp_path: Path) -
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+@pytest.mark.slow
 def test_a_student_that_equals_its_teacher_has_no_loss(tmp_path: Path) -> None:
     for objective in ("fkl", "rkl", "drkl"):
         model = tiny.llama(9)
@@ -163,6 +166,7 @@ MOMENTS = ("write 3", "write 12", "log r 4", "checkpoint r 4")
 REPLAYED = {"share": 0.9, "max_new_tokens": 6, "refresh_every": 3, "replay": 0.4, "replay_memory": 5}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """The losses between the checkpoint and the next line of the log included."""
     training = {"max_steps": 8, "arguments": {"logging_steps": 3}}
@@ -298,6 +302,7 @@ def test_what_makes_no_sense_on_answers_is_refused(tmp_path: Path, section: dict
         tiny_runs.train(values)
 
 
+@pytest.mark.slow
 def test_the_log_holds_the_seconds_and_the_share(tmp_path: Path) -> None:
     run = tiny_runs.train(tiny_runs.config(tmp_path, rollouts={"share": 1.0, "max_new_tokens": 4}))
     lines = [json.loads(line) for line in run.train_log_path.read_text().splitlines()]

@@ -59,6 +59,7 @@ def test_prompts_alone_are_not_watched(tmp_path: Path, caplog: pytest.LogCapture
     assert "analysis.watch_every has no effect: it watches the responses of the held-out rows" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_config_takes_prompts_alone(tmp_path: Path) -> None:
     values = config_of(tmp_path)
     said: list[str] = []
@@ -72,6 +73,7 @@ def test_a_config_takes_prompts_alone(tmp_path: Path) -> None:
     assert stage["answers_per_step"] == {"written": 5.5, "tokens": 27.5, "longest": 5, "estimated_minutes": 0.0}
 
 
+@pytest.mark.slow
 def test_python_takes_prompts_alone(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, PROMPTS, eval_dataset=[{"messages": [{"role": "user", "content": "w3"}]}])
     trainer.train()
@@ -94,6 +96,7 @@ def test_where_some_responses_are_learnt_they_are_needed(share: Any, tmp_path: P
         tiny_runs.train(values | {"rollouts": {"share": share}})
 
 
+@pytest.mark.slow
 def test_a_stage_that_needs_responses_is_named(tmp_path: Path) -> None:
     values = config_of(tmp_path, stages=[{"name": "warmup", "training": {"max_steps": 1}}])
     with pytest.raises(
@@ -151,6 +154,7 @@ def reference_loss(student: PreTrainedModel, teacher: PreTrainedModel, made: lis
     return total / count
 
 
+@pytest.mark.slow
 def test_each_model_reads_the_prompts_in_its_own_rendering(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     small, large, other = two_folders(tmp_path)
     data = [PROMPTS[0], *({**row, "response": "w1 w2"} for row in PROMPTS[1:6])]
@@ -198,6 +202,7 @@ def test_a_teacher_reads_a_translation_in_the_languages_that_were_set(tmp_path: 
     trainer.train()
 
 
+@pytest.mark.slow
 def test_a_config_gives_each_model_its_own_rendering(tmp_path: Path) -> None:
     small, large, _ = two_folders(tmp_path)
     values = config_of(

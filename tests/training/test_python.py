@@ -61,6 +61,7 @@ def test_rows_that_are_dropped_or_cut_are_counted_aloud(tmp_path: Path, caplog: 
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
+@pytest.mark.slow
 def test_a_run_of_models_in_memory_is_a_run_folder(tmp_path: Path) -> None:
     student, teacher = tiny.llama(1, layers=2), tiny.llama(9)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
@@ -86,6 +87,7 @@ def test_a_run_of_models_in_memory_is_a_run_folder(tmp_path: Path) -> None:
     assert [row["step"] for row in run.read_train_log() if "loss" in row] == [1, 2]
 
 
+@pytest.mark.slow
 def test_every_value_that_trains_the_model_is_in_config_yaml(tmp_path: Path) -> None:
     fields = {"adam_beta2": 0.95, "weight_decay": 0.3, "neftune_noise_alpha": None, "warmup_steps": None}
     trainer = make(tmp_path, fields=fields)
@@ -112,14 +114,19 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     [
         {"data_seed": 7},
         pytest.param({"load_best_model_at_end": False, "learning_rate": 1.0, "max_steps": 5}, marks=pytest.mark.slow),
-        {"save_strategy": "best", "learning_rate": 1.0, "max_steps": 5},
+        pytest.param({"save_strategy": "best", "learning_rate": 1.0, "max_steps": 5}, marks=pytest.mark.slow),
         pytest.param({"save_strategy": "no", "eval_strategy": "epoch", "num_train_epochs": 1}, marks=pytest.mark.slow),
-        {"eval_steps": 0.2, "save_steps": 0.4, "learning_rate": 0.5, "max_steps": 10},
+        pytest.param(
+            {"eval_steps": 0.2, "save_steps": 0.4, "learning_rate": 0.5, "max_steps": 10}, marks=pytest.mark.slow
+        ),
         pytest.param({"eval_steps": 3, "save_steps": 2, "max_steps": 4}, marks=pytest.mark.slow),
         pytest.param({"disable_dropout": True}, marks=pytest.mark.slow),
         {"model_init_kwargs": {"dtype": torch.bfloat16, "resid_pdrop": 0.4}},
         pytest.param({"held_out": False, "num_train_epochs": 1}, marks=pytest.mark.slow),
-        {"optim": "adafactor", "lr_scheduler_type": "linear", "per_device_train_batch_size": 4},
+        pytest.param(
+            {"optim": "adafactor", "lr_scheduler_type": "linear", "per_device_train_batch_size": 4},
+            marks=pytest.mark.slow,
+        ),
         {
             "rollout_share": {"from": 0.2, "to": 1, "steps": 3},
             "rollout_top_p": 0.9,
@@ -153,6 +160,7 @@ def test_the_config_yaml_of_a_run_makes_the_same_weights_again(tmp_path: Path, f
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_what_was_an_object_is_named_in_config_yaml_and_refused_there(tmp_path: Path) -> None:
     student = tiny.save(tiny.llama(1, layers=2), tmp_path / "student")
     teacher = tiny.save(tiny.llama(9), tmp_path / "teacher")
@@ -235,6 +243,7 @@ def test_what_transformers_refuses_is_an_error_of_ours(tmp_path: Path, monkeypat
         make(tmp_path)
 
 
+@pytest.mark.slow
 def test_padding_of_classifiers_is_that_of_the_tokenizer(tmp_path: Path) -> None:
     rows = [{"text": "w1 w2"[: 2 + 3 * (i % 2)], "label": i % 3} for i in range(9)]
     kind = {"train_dataset": rows, "eval_dataset": None}
@@ -254,6 +263,7 @@ def test_the_students_cache_is_left_on(tmp_path: Path) -> None:
     assert student.config.use_cache
 
 
+@pytest.mark.slow
 def test_models_by_name_make_a_run_that_the_command_line_goes_on_with(tmp_path: Path) -> None:
     for name, model in (("teacher", tiny.llama(9)), ("student", tiny.llama(1, layers=2))):
         tiny.save(model, tmp_path / name)
@@ -284,6 +294,7 @@ def test_rows_are_counted_as_everywhere_else(tmp_path: Path, batch_size: int) ->
     assert trainer.state.log_history[-1]["epoch"] == 1.0
 
 
+@pytest.mark.slow
 def test_the_steps_are_those_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     counted = drkl.DistillationTrainer._get_num_items_in_batch
@@ -402,6 +413,7 @@ def test_a_classifier_pair(tmp_path: Path) -> None:
     assert "text-classification" in (tmp_path / "x" / "student" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_example_of_trl_with_the_import_and_the_class_of_the_arguments_changed(tmp_path: Path) -> None:
     from drkl import DistillationTrainer
 
@@ -439,6 +451,7 @@ def test_the_arguments_of_the_caller_stay_as_they_are(tmp_path: Path) -> None:
     assert args.to_dict() == before and args.output_dir == str(tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_resumed_from_the_newest_checkpoint(tmp_path: Path) -> None:
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

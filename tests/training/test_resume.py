@@ -359,6 +359,7 @@ def test_sigkill_anywhere(tmp_path: Path, moment: str, step: int, moved: bool) -
     assert_equal(run, whole)
 
 
+@pytest.mark.slow
 def test_the_trainers_own_files_are_read_as_data_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = tiny_runs.config(tmp_path)
     cut_off(values, kill_at_step("r", 5))

@@ -30,6 +30,7 @@ def heldout(run: RunFolder) -> dict[int, float]:
     return {row["step"]: row["eval_loss"] for row in run.read_train_log() if "eval_loss" in row}
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_next_stages_read(tmp_path: Path) -> None:
     run = tiny_runs.train(tiny_runs.config(tmp_path))
     assert {path.name for path in run.root.iterdir()} == {
@@ -70,6 +71,7 @@ CARDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", CARDS)
 def test_the_lines_of_the_card_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
@@ -105,6 +107,7 @@ def test_the_student_moved_and_its_head_stayed_tied(tmp_path: Path) -> None:
     assert ours.get_vocab() == teacher.get_vocab() and ours.chat_template == teacher.chat_template
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_the_students_and_only_their_checkpoint_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +155,7 @@ def test_stages_are_complete_runs_and_each_starts_the_next(tmp_path: Path) -> No
     assert run.read_config()["student"]["init"] == "prune"
 
 
+@pytest.mark.slow
 def test_the_same_config_gives_the_same_student(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path, training={"max_steps": 3})
     first = tiny_runs.weights(tiny_runs.train(values))
@@ -199,6 +203,7 @@ def test_a_random_student(tmp_path: Path, student: dict[str, Any]) -> None:
     assert run.is_finished()
 
 
+@pytest.mark.slow
 def test_bf16_beside_a_teacher_in_fp32(tmp_path: Path) -> None:
     run = tiny_runs.train(tiny_runs.config(tmp_path, training={"precision": "bf16"}))
     assert run.read_config()["training"]["precision"] == "bf16"
@@ -236,6 +241,7 @@ def test_a_teacher_that_remembers_changes_nothing(tmp_path: Path) -> None:
     assert tiny_runs.weights(run) == tiny_runs.weights(plain)
 
 
+@pytest.mark.slow
 def test_frozen_embeddings_stay_the_teachers_through_every_stage(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path, student={"freeze_embeddings": True}, stages=tiny_runs.STAGES)
     run = tiny_runs.train(values)
@@ -278,6 +284,7 @@ def test_rows_longer_than_the_context(tmp_path: Path) -> None:
     assert "the student's context 12. Set data.max_tokens" in refused(tmp_path, values)
 
 
+@pytest.mark.slow
 def test_no_room_for_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = tiny_runs.config(tmp_path)
     usage = namedtuple("usage", "total used free")
@@ -350,6 +357,7 @@ def test_data_of_a_later_stage_is_read_before_the_first_is_trained(tmp_path: Pat
     assert "There is no file 'nowhere.jsonl'" in refused(tmp_path, tiny_runs.config(tmp_path, stages=stages))
 
 
+@pytest.mark.slow
 def test_non_finite_weights_leave_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = tiny_runs.config(tmp_path)
     students = []
@@ -379,6 +387,7 @@ def test_a_learning_rate_that_blows_up(tmp_path: Path) -> None:
         tiny_runs.train(values)
 
 
+@pytest.mark.slow
 def test_an_estimate_says_what_would_run_and_writes_nothing(tmp_path: Path) -> None:
     values = tiny_runs.config(tmp_path, stages=tiny_runs.STAGES, training={"tokens_per_step": 120})
     before = tiny_runs.tree(tmp_path)
@@ -412,6 +421,7 @@ def test_an_estimate_of_a_teacher_that_remembers(tmp_path: Path) -> None:
     assert states[1] - states[0] == pytest.approx(16 * 4 * trained, abs=16 * 4)  # what there is, and no more
 
 
+@pytest.mark.slow
 def test_an_estimate_of_answers(tmp_path: Path) -> None:
     rollouts = {"share": 1.0, "max_new_tokens": 3}
     values = tiny_runs.config(tmp_path, rollouts=rollouts)

@@ -71,6 +71,7 @@ def test_a_step_that_runs_out_of_memory_is_the_same_in_halves(
     assert "It is done again in halves" in caplog.text
 
 
+@pytest.mark.slow
 def test_from_the_second_time_on_batches_are_cut_before_they_are_tried(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -81,6 +82,7 @@ def test_from_the_second_time_on_batches_are_cut_before_they_are_tried(
     assert "From now on batches of 36 positions or more are cut before they are tried." in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("room", "error", "settings", "why"),
     [

@@ -262,7 +262,7 @@ def test_checkpoints_are_marked_and_rotated(tmp_path: Path) -> None:
     marker = json.loads((tmp_path / "checkpoints" / "checkpoint-5" / "complete.json").read_text())
     assert len(marker.pop("plan")) == 64
     assert marker.pop("fed") == {"fed": 0, "tokens": 0, "room": 0}
-    assert (marker.pop("skipped"), marker.pop("skipped_in_row")) == (0, 0)
+    assert (marker.pop("skipped"), marker.pop("skipped_in_row"), marker.pop("texts")) == (0, 0, None)
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} < {*marker.pop("files")}
     assert len(marker.pop("xxh3")) == 32
     marker = {name: value for name, value in marker.items() if name != "inputs" and value is not False}
