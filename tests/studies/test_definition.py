@@ -153,3 +153,8 @@ def test_a_file_that_is_no_study(tmp_path: Path) -> None:
         load_study(tmp_path / "s.yaml")
     with pytest.raises(DrklError, match="There is no file"):
         load_study(tmp_path / "none.yaml")
+
+
+def test_the_example_is_a_study() -> None:
+    plan = load_study(Path(__file__).parents[2] / "examples" / "study.yaml")
+    assert len(plan.cells) == 9 and plan.base.data.max_rows == 40
