@@ -308,8 +308,8 @@ def _distill(config: Any, mode: Any) -> None:
     from drkl.training.run import distill as train
     from drkl.training.settings import InputsChanged
 
-    folder = Path(config.run.dir) / config.run.name
-    KEPT.prepared, KEPT.there = ["drkl", "distill", "--resume", str(folder)], (folder / "config.yaml").is_file
+    folder = config.folder.root
+    KEPT.prepared, KEPT.there = ["drkl", "distill", "--resume", str(folder)], config.folder.config_path.is_file
     try:
         with TrainingProgress() as listener:
             run = train(

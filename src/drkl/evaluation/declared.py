@@ -5,7 +5,7 @@ q = the model, p = the teacher, y* = argmax q, t = argmax p; temperature 1 but w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from drkl.display import as_number, number
@@ -48,6 +48,11 @@ class Metric:
         """The value as it stands in a table, without its unit."""
         stored = as_number(value)
         return number(None if stored is None else stored * self.scale, self.digits, signed=signed)
+
+    @property
+    def finer(self) -> Metric:
+        """The metric with one digit more, in which its differences are shown."""
+        return replace(self, digits=self.digits + 1)
 
     def distance(self, value: Any, teacher: Any) -> Any:
         """Return the distance of a number or an array from its ideal (smaller is better), or None without an ideal."""

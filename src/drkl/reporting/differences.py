@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from drkl.display import MINUS, clean, markdown_text, number
@@ -133,7 +132,7 @@ def _grouped(comparison: Comparison, table: Table) -> Iterator[tuple[str, list[D
 def _cells(difference: Difference) -> tuple[str, ...]:
     metric = difference.metric
     # A difference of two shown values may be smaller than their last digit.
-    finer = replace(metric, digits=metric.digits + 1)
+    finer = metric.finer
     ideal = "" if difference.teacher is None else f" {metric.show(difference.teacher)}"
     interval = difference.interval
     return (

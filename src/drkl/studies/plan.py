@@ -39,7 +39,7 @@ class Planned:
     @property
     def folder(self) -> RunFolder:
         """The cell's run folder."""
-        return RunFolder(Path(self.config.run.dir) / self.config.run.name)
+        return self.config.folder
 
     @property
     def seed(self) -> int:

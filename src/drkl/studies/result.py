@@ -245,7 +245,7 @@ def _rows(study: Study, rows: Sequence[Verdict]) -> str:
         p = row.p if row.exploratory else row.p_holm
         cells = [
             f"{markdown_text(metric.title)}{unit}", markdown_text(label(row.axes)), markdown_text(label(row.baseline)),
-            verdict, f"{_shown(metric, row.difference)}{_ends(metric, row.interval)}",
+            verdict, f"{metric.finer.show(row.difference, signed=True)}{_ends(metric, row.interval)}",
             _ends(metric, row.prompts_interval).strip(), str(row.seeds), number(row.t, 2), number(row.t_needed, 2),
             number(p, 3), number(row.seeds_needed, 0),
         ]  # fmt: skip
@@ -258,13 +258,8 @@ def _rows(study: Study, rows: Sequence[Verdict]) -> str:
     return "\n\n".join(filter(None, [markdown_table(head, lines, left=4), "\n".join(notes)]))
 
 
-def _shown(metric: Metric, value: float | None) -> str:
-    """A difference, with a digit more than the numbers have that it is of."""
-    return number(None if value is None else value * metric.scale, metric.digits + 1, signed=True)
-
-
 def _ends(metric: Metric, ends: Interval | None) -> str:
-    return "" if ends is None else f" [{_shown(metric, ends[0])}, {_shown(metric, ends[1])}]"
+    return "" if ends is None else f" [{', '.join(metric.finer.show(end, signed=True) for end in ends)}]"
 
 
 def _foretold(one: Foretold) -> str:

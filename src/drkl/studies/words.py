@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from drkl.display import ABSENT, as_number, number
+from drkl.display import ABSENT, number
 from drkl.errors import DrklError
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import Metric
@@ -25,8 +25,7 @@ _NAMES = ("Brier",)
 
 def show_difference(metric: Metric, value: float | None) -> str:
     """A difference with its sign; one digit more than the numbers it is a difference of."""
-    stored = as_number(value)
-    return number(None if stored is None else stored * metric.scale, metric.digits + 1, signed=True)
+    return metric.finer.show(value, signed=True)
 
 
 def show_ends(metric: Metric, ends: Interval | None) -> str:

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -857,8 +856,10 @@ class DistillationTrainer(Trainer):
             self._streamed.save(written)
         plan = plan_digest(self._steps[:step])
         tokens, logged, finite = self.num_tokens_seen, self._globalstep_last_logged, self._finite
-        reached = Reached(step, tokens, logged, losses, plan, fed, self.record.inputs, finite.skipped, finite.in_row)
-        reached = replace(reached, texts=texts_digest(self.run.rollouts_path, step))
+        texts = texts_digest(self.run.rollouts_path, step)
+        reached = Reached(
+            step, tokens, logged, losses, plan, fed, self.record.inputs, finite.skipped, finite.in_row, texts=texts
+        )
         mark_complete(written, self._stopping.marked(reached))
         self._train_log.sync()
         place(written)
