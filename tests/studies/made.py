@@ -62,17 +62,26 @@ def answers(model: str, seed: int, temperatures: Sequence[float]) -> list[dict[s
 
 
 def evaluation(
-    values: Mapping[str, float | None], seed: int = 0, teacher: Mapping[str, float] = TEACHER, **settings: Any
+    values: Mapping[str, float | None],
+    seed: int = 0,
+    teacher: Mapping[str, float] = TEACHER,
+    scaled: Mapping[str, float] | None = None,
+    **settings: Any,
 ) -> Evaluation:
     """An evaluation with these numbers of the student, and with the lines behind those that are over tokens."""
     temperatures = settings.pop("temperatures", ())
     models = {"teacher": dict(teacher), "student": dict(values)}
+    more = {} if scaled is None else {"scaled": dict(scaled)}
     lines: dict[str, Any] = {
-        "heldout": [*heldout(values, "student", seed), *heldout(teacher, "teacher", 99)],
+        "heldout": [
+            *heldout(values, "student", seed),
+            *heldout(teacher, "teacher", 99),
+            *(line for name, own in more.items() for line in heldout(own, name, seed)),
+        ],
         "samples": [line for place, model in enumerate(models) for line in answers(model, seed + place, temperatures)],
     }
     known = {"sampling_temperature": 1.0, "prompts": PROMPTS if temperatures else 0, "max_new_tokens": 20, "seeds": [0]}
-    return Evaluation(Numbers(models), known | settings, lines=lines)  # type: ignore[arg-type]
+    return Evaluation(Numbers(models | more), known | settings, lines=lines)  # type: ignore[arg-type]
 
 
 def write_cell(

@@ -86,6 +86,18 @@ def test_numbers_are_the_same_however_they_are_written() -> None:
     assert not same(1, True) and not same("1", 1) and same([1, {"a": 0}], [1.0, {"a": 0.0}])
 
 
+def test_the_scaled_student_of_cells_is_one_more_model() -> None:
+    asked = study(axes={"objective.name": ["fkl", "rkl", "drkl"], "run.seed": [0]})
+    scaled = {"objective.name": "rkl", "model": "scaled"}
+    assert pair_of(asked, {"objective.name": "drkl"}, scaled) == ({"objective.name": "drkl"}, scaled)
+    assert pair_of(asked, {"objective.name": "rkl"}, scaled)[1] == scaled  # another model of the same cells
+    assert baseline_of(asked, {"objective.name": "drkl", "model": "scaled"}) == scaled
+    assert select(asked, scaled, {"model": "student"}) == {"objective.name": "rkl"}
+    assert label(scaled) == "rkl, scaled"
+    with pytest.raises(DrklError, match="is compared with itself"):
+        pair_of(asked, {"objective.name": "rkl"}, {"model": "student"})
+
+
 def test_labels_leave_out_what_is_told_elsewhere() -> None:
     axes = {"objective.name": "drkl", "rollouts.share": 1.0, "loss.temperature": 2.5}
     assert label(axes) == "drkl, rollouts.share 1, loss.temperature 2.5"
@@ -109,6 +121,8 @@ VARIANTS = {"a": {"objective.gamma": 0.1}, "b": {"objective.gamma": 0.2}}
         ({"variants": VARIANTS | {"c": {"objective.gamma": 0.10}}}, r"variants\.a and variants\.c set the same"),
         ({"baseline": {"objective.nam": "rkl"}}, r"baseline: .* is no axis .* Did you mean 'objective\.name'\?"),
         ({"baseline": {"objective.name": "rk"}}, r"baseline: .* no value rk in the study\. Did you mean 'rkl'\?"),
+        ({"axes": {"model": ["a"]}}, r"axes\.model: model says which model of a cell is compared"),
+        ({"baseline": {"model": "teacher"}}, "baseline: model is teacher; expected student or scaled"),
         ({"baseline": {"run.seed": 0}}, "every seed is compared with itself"),
         ({"variants": VARIANTS, "baseline": {"objective.gamma": 0.3}}, "No variant sets just .* a .objective.gamma"),
         ({"variants": VARIANTS, "baseline": {"objective.gamma": 0.1, "variant": "a"}}, "Give its name alone"),

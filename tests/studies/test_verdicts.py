@@ -103,6 +103,35 @@ def test_the_metric_says_which_way_is_better(tmp_path: Path) -> None:
             assert one.distance == (pytest.approx(far.mean()), pytest.approx((ends.low, ends.high)))
 
 
+def test_a_scaled_student_is_compared_with_a_student(tmp_path: Path) -> None:
+    scaled = {"objective.name": "rkl", "model": "scaled"}
+    predictions = [{"metric": "ece", "cell": DRKL, "against": scaled, "expect": "worse"}]
+    asked = definition(axes=FIVE, decide=["ece", "distinct_2"], baseline=scaled, predictions=predictions)
+    values = planted({"drkl": -0.2, "fkl": 0.5}, metric="ece")
+    write_yaml(tmp_path / "study.yaml", asked.model_dump(mode="json"))
+    for cell in cells_of(asked):
+        own = values(cell)
+        write_cell(tmp_path, cell, own, made=evaluation(own, scaled={"ece": own["ece"] / 2}))
+    study = Study.load(tmp_path)
+    pairs = [(one.metric, one.axes["objective.name"], one.baseline) for one in study.verdicts]
+    assert pairs == [("ece", name, scaled) for name in ("fkl", "rkl", "drkl")]  # a scaled student writes no answers
+    for one in study.verdicts:
+        cell, base = by_seed(study, one.axes["objective.name"], "ece"), by_seed(study, "rkl", "ece") / 2
+        assert one.difference == pytest.approx(np.mean(cell - base)) and one.verdict == "worse"
+        assert one.by_seed == pytest.approx(dict(enumerate(cell - base)))
+        assert one.p == pytest.approx(scipy.stats.ttest_rel(cell, base).pvalue)
+    assert study.predictions[0].came_true is True
+    assert list(study.table()["against"]) == ["rkl, scaled"] * 3
+    assert study.to_json()["cells"][0]["scaled"] == pytest.approx({"ece": study.cells[0].metrics["ece"] / 2})
+
+
+def test_cells_whose_scaled_student_was_not_measured_are_no_pair(tmp_path: Path) -> None:
+    asked = definition(axes=FIVE, decide=["ece"], baseline={"objective.name": "rkl", "model": "scaled"})
+    study = Study.load(write_study(tmp_path, asked, planted({}, metric="ece")), prompts=False)
+    assert study.verdicts[0].seeds == 0
+    assert "the baseline has no ece of its scaled student: it is undefined" in str(study.verdicts[0].why)
+
+
 def test_a_cell_that_failed_or_is_missing_is_left_out_and_counts_in_the_family(tmp_path: Path) -> None:
     asked = definition(primary=PRIMARY, axes=FIVE)
     write_study(tmp_path, asked, planted({"drkl": -0.2, "fkl": 0.5}))

@@ -18,6 +18,8 @@ SEED = "run.seed"
 """The axis whose values are the replicates."""
 VARIANT = "variant"
 """The axis of named settings."""
+MODEL = "model"
+"""The key by which a comparison takes the scaled student of cells: their logits divided by a temperature."""
 MOST_PRIMARY = 6
 """More comparisons in one family decide nothing at a few seeds: Holm over six needs |t| above 10.9 at three seeds."""
 
@@ -32,7 +34,10 @@ class Primary(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     metric: str = Field(description="Key of a metric of eval.json.")
-    cell: Settings = Field(description="Dotted keys and values of the cells that are compared.")
+    cell: Settings = Field(
+        description="Dotted keys and values of the cells that are compared; model: scaled takes their students with "
+        "evaluation.logit_temperature."
+    )
     against: Settings = Field(description="Keys that differ in the cells they are compared with.")
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from drkl.errors import DrklError, did_you_mean
-from drkl.studies.definition import SEED, VARIANT, Definition, Prediction, Settings
+from drkl.evaluation.result import SCALED
+from drkl.studies.definition import MODEL, SEED, VARIANT, Definition, Prediction, Primary, Settings
 from drkl.training.config import NAME_PATTERN
 
 LONGEST_VALUE = 32
@@ -74,7 +75,9 @@ def select(definition: Definition, start: Mapping[str, Any] | None, wanted: Mapp
         definition: of the study.
         start: the axes that ``wanted`` leaves as they are, such as those of the cell that is compared; None: what it
             leaves out must have one value in the study.
-        wanted: values by axis. A variant is meant by its name, as ``variant``, or by what it sets.
+        wanted: values by axis. A variant is meant by its name, as ``variant``, or by what it sets. ``model: scaled``
+            means the scaled students of the cells, and stands among the axes that are returned; ``model: student``
+            means the students themselves.
 
     Raises:
         DrklError: a key is no axis and set by no variant, the axis has no such value, no variant sets just these, or
@@ -88,12 +91,16 @@ def select(definition: Definition, start: Mapping[str, Any] | None, wanted: Mapp
             raise DrklError(
                 f"{words(wanted)}: {SEED} is the replicate: every seed is compared with itself. Leave it out."
             )
-        if key in values:
+        if key == MODEL:
+            chosen.pop(MODEL, None)
+            if _model(value) == SCALED:
+                chosen[MODEL] = SCALED
+        elif key in values:
             chosen[key] = _one_of(definition, key, value, values[key])
         elif any(key in settings for settings in definition.variants.values()):
             by_settings[key] = value
         else:
-            known = [*values, *(key for settings in definition.variants.values() for key in settings)]
+            known = [*values, MODEL, *(key for settings in definition.variants.values() for key in settings)]
             raise DrklError(
                 f"{words(wanted)}: {key!r} is no axis of the study and no variant sets it."
                 f"{did_you_mean(key, known)} Its axes: {', '.join(values) or 'none'}."
@@ -110,7 +117,17 @@ def select(definition: Definition, start: Mapping[str, Any] | None, wanted: Mapp
                     f"{_listed(options)}. Say which of them is meant."
                 )
             chosen[key] = options[0]
-    return {key: chosen[key] for key in values}
+    return {key: chosen[key] for key in (*values, MODEL) if key in chosen}
+
+
+def model_of(axes: Mapping[str, Any]) -> str:
+    """The model of a group's cells that is compared, by its name in ``eval.json``."""
+    return str(axes.get(MODEL, "student"))
+
+
+def cells_axes(axes: Mapping[str, Any]) -> Settings:
+    """The axes of a group without the model of its cells that is meant."""
+    return {key: value for key, value in axes.items() if key != MODEL}
 
 
 def baseline_of(definition: Definition, axes: Mapping[str, Any]) -> Settings:
@@ -169,6 +186,17 @@ def _selections(definition: Definition) -> Iterator[tuple[str, Any]]:
             yield f"predictions.{number}", lambda of=prediction: pair_of(definition, of.cell, of.against)
 
 
+def scaled_places(definition: Definition) -> Iterator[str]:
+    """Yield the keys of the study's file that mean a scaled student."""
+    if definition.baseline.get(MODEL) == SCALED:
+        yield "baseline"
+    compared: list[Primary | Prediction | str] = [*definition.primary, *definition.predictions]
+    for place, entry in enumerate(compared):
+        if not isinstance(entry, str) and SCALED in (entry.cell.get(MODEL), entry.against.get(MODEL)):
+            is_primary = place < len(definition.primary)
+            yield f"primary.{place}" if is_primary else f"predictions.{place - len(definition.primary)}"
+
+
 def check_axes(definition: Definition) -> None:
     """Check the axes and variants by themselves.
 
@@ -177,6 +205,8 @@ def check_axes(definition: Definition) -> None:
     """
     if VARIANT in definition.axes:
         raise DrklError(f"axes.{VARIANT}: named settings stand under variants, not among the axes.")
+    if MODEL in definition.axes:
+        raise DrklError(f"axes.{MODEL}: {MODEL} says which model of a cell is compared; it is no key of a recipe.")
     for key, values in definition.axes.items():
         if not values:
             raise DrklError(f"axes.{key} has no value. Give one at least, or leave the axis out.")
@@ -229,6 +259,12 @@ def _one_of(definition: Definition, key: str, value: Any, options: list[Any]) ->
     raise DrklError(f"{key} has no value {text_of(value)} in the study.{hint} It has {_listed(options)}.")
 
 
+def _model(value: Any) -> str:
+    if value not in ("student", SCALED):
+        raise DrklError(f"{MODEL} is {text_of(value)}; expected student or {SCALED}.")
+    return str(value)
+
+
 def _variant(definition: Definition, settings: Settings) -> str:
     for name, own in definition.variants.items():
         if same(own, settings):
@@ -266,7 +302,7 @@ def label(axes: Mapping[str, Any], leave_out: Mapping[str, Any] | None = None) -
     """
     given = leave_out or {}
     said = {key: value for key, value in axes.items() if key not in given or not same(given[key], value)}
-    bare = ("objective.name", VARIANT)
+    bare = ("objective.name", VARIANT, MODEL)
     return ", ".join(text_of(value) if key in bare else f"{key} {text_of(value)}" for key, value in said.items())
 
 

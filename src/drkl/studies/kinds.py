@@ -11,7 +11,7 @@ from drkl.evaluation.declared import Metric
 from drkl.evaluation.result import Evaluation
 from drkl.reporting.text import short
 from drkl.studies.definition import SEED, Settings
-from drkl.studies.grid import group_of, label, same
+from drkl.studies.grid import cells_axes, group_of, label, model_of, same
 from drkl.studies.metrics import known_metrics
 from drkl.studies.result import CellResult, Study
 
@@ -77,8 +77,9 @@ class Names:
         self._by_key = {key_of(kind.axes): kind.label for kind in kinds}
 
     def of(self, axes: Settings) -> str:
-        """The kind's name; else the settings as they are written."""
-        return self._by_key.get(key_of(axes)) or label(group_of(axes)) or "all cells"
+        """The kind's name, with the model that is meant; else the settings as they are written."""
+        name = self._by_key.get(key_of(cells_axes(axes))) or label(group_of(cells_axes(axes))) or "all cells"
+        return name if model_of(axes) == "student" else f"{name}, {model_of(axes)}"
 
     def against(self, axes: Settings, baseline: Settings) -> tuple[str, str]:
         """Both names of a comparison."""

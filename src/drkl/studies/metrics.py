@@ -8,7 +8,9 @@ from math import isfinite
 from drkl.errors import DrklError, did_you_mean
 from drkl.evaluation.declared import Metric, metrics_of
 from drkl.evaluation.paired import MATCHED
-from drkl.studies.definition import Definition, Prediction
+from drkl.evaluation.result import SCALED
+from drkl.studies.definition import Definition, Prediction, Primary
+from drkl.studies.grid import model_of, pair_of
 
 
 def known_metrics(task: str) -> dict[str, Metric]:
@@ -23,7 +25,7 @@ def asked_metrics(definition: Definition) -> list[str]:
 
 
 def check_metrics(definition: Definition, task: str) -> None:
-    """Refuse metrics that there are not, and differences of metrics that nothing is decided by.
+    """Refuse metrics that there are not or that a scaled student has not, and differences that nothing is decided by.
 
     Raises:
         DrklError: one of them; the message names the key of the study's file.
@@ -49,13 +51,25 @@ def check_metrics(definition: Definition, task: str) -> None:
                 f"primary.{number}.metric: {entry.metric} has no better side, so that nothing could be decided. Leave "
                 "it to decide, which shows the difference."
             )
+    for place, asked in _compared(definition):
+        models = map(model_of, pair_of(definition, asked.cell, asked.against))
+        if SCALED in models and known[str(asked.metric)].of == "answers":
+            raise DrklError(
+                f"{place} has model: scaled, which writes no answers, and {asked.metric} is of answers. A scaled "
+                "student differs by its probabilities on the held-out rows alone."
+            )
+
+
+def _compared(definition: Definition) -> Iterator[tuple[str, Primary | Prediction]]:
+    """The primary comparisons, and the predictions that name a metric, with their places."""
+    yield from ((f"primary.{number}", entry) for number, entry in enumerate(definition.primary))
+    for number, prediction in enumerate(definition.predictions):
+        if isinstance(prediction, Prediction) and prediction.metric is not None:
+            yield f"predictions.{number}", prediction
 
 
 def _named(definition: Definition) -> Iterator[tuple[str, str]]:
     """Every metric that is named, with its place."""
     yield from ((f"decide.{number}", key) for number, key in enumerate(definition.decide))
-    yield from ((f"primary.{number}.metric", entry.metric) for number, entry in enumerate(definition.primary))
+    yield from ((f"{place}.metric", str(entry.metric)) for place, entry in _compared(definition))
     yield from ((f"smallest_difference.{key}", key) for key in definition.smallest_difference)
-    for number, prediction in enumerate(definition.predictions):
-        if isinstance(prediction, Prediction) and prediction.metric is not None:
-            yield f"predictions.{number}.metric", prediction.metric

@@ -15,7 +15,7 @@ from drkl.folders import checksum
 from drkl.recipes import find_recipe
 from drkl.runs import RunFolder, json_text
 from drkl.studies.definition import SEED, VARIANT, Definition, Settings, read_definition
-from drkl.studies.grid import Cell, cells_of, check_grid, words
+from drkl.studies.grid import Cell, cells_of, check_grid, scaled_places, words
 from drkl.studies.metrics import check_metrics
 
 OF_THE_START = ("student", "teacher", "tokenizer", "data", "task", "peft", "stages", "run")
@@ -99,11 +99,22 @@ def load_study(path: str | Path) -> Plan:
         check_metrics(definition, base.task)
         starts: dict[str, Config] = {}
         cells = tuple(_planned(definition, path, cell, starts) for cell in cells_of(definition))
+        _check_scaled(definition, cells)
     except DrklError as error:
         raise error if str(error).startswith(str(path)) else DrklError(f"{path}: {error}") from error
     plan = Plan(path, definition, base, cells)
     _check_apart(plan)
     return plan
+
+
+def _check_scaled(definition: Definition, cells: Iterable[Planned]) -> None:
+    """Raise DrklError where scaled students are compared that are not measured, or by a metric that they have not."""
+    unscaled = next((one for one in cells if one.config.evaluation.logit_temperature is None), None)
+    if unscaled is not None and (place := next(scaled_places(definition), None)):
+        raise DrklError(
+            f"{place} has model: scaled, and the cell {unscaled.cell.name} has no evaluation.logit_temperature, so "
+            "that its scaled student is not measured. Set it among the study's settings, to fit for instance."
+        )
 
 
 def _check_apart(plan: Plan) -> None:

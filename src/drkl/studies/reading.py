@@ -15,7 +15,7 @@ from drkl.evaluation.comparison import SAMPLING
 from drkl.evaluation.declared import metrics_of
 from drkl.evaluation.measured import measured
 from drkl.evaluation.paired import MATCHED
-from drkl.evaluation.result import Evaluation
+from drkl.evaluation.result import SCALED, Evaluation
 from drkl.runs import RunFolder, read_yaml, readable_log
 from drkl.studies.definition import SEED, VARIANT, Definition, read_definition
 from drkl.studies.folder import FOR_REPORTS, base_yaml, read_environment, study_yaml
@@ -168,7 +168,7 @@ def _finished(
     env = run.read_env()
     config = run.read_config() if run.config_path.is_file() else {}
     _check_is_cell(definition, cell, config, about, run)
-    models = {name: _numbers(evaluation, name) for name in ("student", "teacher")}
+    models = {name: _numbers(evaluation, name) for name in ("student", "teacher", SCALED)}
     models["student"] |= derived_of(evaluation, derived)
     return CellResult(
         cell.name,
@@ -179,6 +179,7 @@ def _finished(
         about.get("start") or _entry(env, "inputs", "student", "weights"),
         models["student"],
         models["teacher"],
+        models[SCALED],
         _seconds(about, env, evaluation),
         budget_of(run, env, config, evaluation),
         evaluation,

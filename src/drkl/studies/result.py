@@ -38,6 +38,8 @@ class CellResult:
     """The student's numbers by metric, as they stand in eval.json."""
     teacher: Mapping[str, float] = field(default_factory=dict)
     """The teacher's."""
+    scaled: Mapping[str, float] = field(default_factory=dict)
+    """Those of the student with its logits divided by ``evaluation.logit_temperature``, if it was measured so."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """What ``start`` (its share), ``train`` and ``evaluate`` took."""
     budget: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +48,10 @@ class CellResult:
     """The whole evaluation of one that is done: whatever else ``eval.json`` and the files beside it say."""
     began: str | None = None
     """When it was begun first."""
+
+    def of(self, model: str) -> Mapping[str, float]:
+        """The numbers of ``student``, ``scaled`` or ``teacher``."""
+        return {"student": self.metrics, "scaled": self.scaled, "teacher": self.teacher}[model]
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,8 @@ class Study:
         return {
             "name": one.name, "axes": one.axes, "run": Path(os.path.relpath(one.run, self.folder)).as_posix(),
             "state": one.state, "why": one.why, "began": one.began, "start": one.start, "seconds": dict(one.seconds),
-            "metrics": dict(one.metrics), "teacher": dict(one.teacher), "budget": dict(one.budget),
+            "metrics": dict(one.metrics), "scaled": dict(one.scaled), "teacher": dict(one.teacher),
+            "budget": dict(one.budget),
         }  # fmt: skip
 
 

@@ -14,8 +14,9 @@ from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import Metric
 from drkl.evaluation.measured import Resamples, measured
 from drkl.evaluation.paired import mostly
+from drkl.evaluation.result import SCALED
 from drkl.studies.definition import SEED, Definition, Prediction, Settings
-from drkl.studies.grid import baseline_of, groups_of, pair_of, seed_of
+from drkl.studies.grid import baseline_of, cells_axes, groups_of, model_of, pair_of, seed_of
 from drkl.studies.result import CellResult, Foretold, Verdict
 from drkl.studies.statistics import (
     MIN_PAIRS,
@@ -55,6 +56,11 @@ class Asked:
     baseline: Settings
     is_primary: bool
 
+    @property
+    def models(self) -> tuple[str, str]:
+        """Which model of the cells is compared, and which of the others."""
+        return model_of(self.axes), model_of(self.baseline)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -77,9 +83,12 @@ class Pairing:
     @property
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """The metric of the cells and of their baselines, by seed."""
-        key = self.asked.metric.key
+        key, models = self.asked.metric.key, self.asked.models
         sides = ([p.cell for p in self.pairs], [p.baseline for p in self.pairs])
-        cell, baseline = (np.array([one.metrics[key] for one in side], dtype=np.float64) for side in sides)
+        cell, baseline = (
+            np.array([one.of(model)[key] for one in side], dtype=np.float64)
+            for side, model in zip(sides, models, strict=True)
+        )
         return cell, baseline
 
     def compare(self) -> None:
@@ -87,13 +96,16 @@ class Pairing:
         if not self.pairs:
             return
         cell, baseline = self.values
-        far = [self._distances([getattr(pair, side) for pair in self.pairs]) for side in ("cell", "baseline")]
+        far = [
+            self._distances([getattr(pair, side) for pair in self.pairs], model)
+            for side, model in zip(("cell", "baseline"), self.asked.models, strict=True)
+        ]
         has_ideal = far[0] is not None and far[1] is not None
         self.test = compared(cell, baseline, *(far if has_ideal else (None, None)))
 
-    def _distances(self, cells: Sequence[CellResult]) -> np.ndarray | None:
+    def _distances(self, cells: Sequence[CellResult], model: str) -> np.ndarray | None:
         metric = self.asked.metric
-        far = [metric.distance(one.metrics[metric.key], one.teacher.get(metric.key)) for one in cells]
+        far = [metric.distance(one.of(model)[metric.key], one.teacher.get(metric.key)) for one in cells]
         return None if any(value is None for value in far) else np.array(far, dtype=np.float64)
 
 
@@ -168,7 +180,8 @@ class Judge:
         found: dict[str, Asked] = {}
 
         def ask(key: str, axes: Settings, baseline: Settings, *, is_primary: bool = False) -> None:
-            if axes != baseline:
+            writes_none = self.metrics[key].of == "answers" and {SCALED} & {model_of(axes), model_of(baseline)}
+            if axes != baseline and not writes_none:
                 asked = Asked(self.metrics[key], axes, baseline, is_primary)
                 found.setdefault(_key(key, axes, baseline), asked)
 
@@ -196,7 +209,7 @@ class Judge:
                 for axes in (asked.axes, asked.baseline)
             ]
             pair = Pair(seed, *sides)
-            why = next(_why_not(pair, asked.metric), None)
+            why = next(_why_not(pair, asked), None)
             if why is None:
                 pairing.pairs.append(pair)
             else:
@@ -251,12 +264,16 @@ class Judge:
 
     def _over_prompts(self, pairing: Pairing) -> Interval | None:
         """The bootstrap over prompts of the mean over seeds; None where the cells do not share their prompts."""
-        key = pairing.asked.metric.key
+        key, models = pairing.asked.metric.key, pairing.asked.models
         found = [(self._resamples(pair.cell, key), self._resamples(pair.baseline, key)) for pair in pairing.pairs]
-        ids = [one.ids if one is not None and "student" in one.values else [] for pair in found for one in pair]
+        ids = [
+            one.ids if one is not None and model in one.values else []
+            for pair in found
+            for one, model in zip(pair, models, strict=True)
+        ]
         if not ids[0] or any(own != ids[0] for own in ids):
             return None
-        columns = [cell.values["student"] - other.values["student"] for cell, other in found if cell and other]
+        columns = [cell.values[models[0]] - other.values[models[1]] for cell, other in found if cell and other]
         return mostly(np.mean(columns, axis=0)).interval
 
     def _resamples(self, cell: CellResult, key: str) -> Resamples | None:
@@ -275,7 +292,7 @@ def _key(metric: str, axes: Settings, baseline: Settings) -> str:
 
 
 def _is_of(cell: CellResult, axes: Settings) -> bool:
-    return all(cell.axes[key] == value for key, value in axes.items())
+    return all(cell.axes[key] == value for key, value in cells_axes(axes).items())
 
 
 def _known(value: np.ndarray) -> float | None:
@@ -290,15 +307,17 @@ def _ends(test: PairedT) -> Interval | None:
 # Why not --------------------------------------------------------------------------------------------------------------
 
 
-def _why_not(pair: Pair, metric: Metric) -> Iterator[str]:
-    """Why two cells are no pair for a metric."""
+def _why_not(pair: Pair, asked: Asked) -> Iterator[str]:
+    """Why two cells are no pair for a comparison."""
+    metric = asked.metric
     for name, one in (("cell", pair.cell), ("baseline", pair.baseline)):
         if one.state != "done":
             has = "has failed" if one.state == "failed" else f"is {one.state}"
             yield f"the {name} {has}"
-    for name, one in (("cell", pair.cell), ("baseline", pair.baseline)):
-        if one.metrics.get(metric.key) is None:
-            yield f"the {name} has no {metric.key}: it is undefined, infinite or was not measured"
+    for name, one, model in zip(("cell", "baseline"), (pair.cell, pair.baseline), asked.models, strict=True):
+        if one.of(model).get(metric.key) is None:
+            of = "" if model == "student" else f" of its {model} student"
+            yield f"the {name} has no {metric.key}{of}: it is undefined, infinite or was not measured"
         elif metric.better == "teacher" and one.teacher.get(metric.key) is None:
             yield f"the {name} has no teacher's {metric.key}, which is the ideal"
     if pair.cell.start is None or pair.baseline.start is None:
