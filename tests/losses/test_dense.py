@@ -212,7 +212,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_tokens": -1}, "num_tokens is -1; expected the number of valid tokens of the optimiser step."),
     (
         {"objective": "rlk"},
-        "There is no objective 'rlk'. Did you mean 'rkl'? Known: " + ", ".join(drkl.OBJECTIVES) + ".",
+        "There is no objective 'rlk'. Did you mean 'rkl'? Known: " + ", ".join(drkl.OBJECTIVES) + ", decoupled.",
     ),
     ({"labels": LABELS[0]}, "labels has shape [3]; expected [2, 3], one per position."),
     ({"token_mask": LABELS.T}, "token_mask has shape [3, 2]; expected [2, 3], one per position."),

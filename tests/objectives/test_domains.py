@@ -13,7 +13,7 @@ from drkl.errors import DrklError
 from drkl.objectives import CrossEntropy, ReverseKL
 
 PARTS = ", ".join(name for name in drkl.OBJECTIVES if name not in ("ce", "dkd", "drkl"))
-KNOWN = ", ".join(drkl.OBJECTIVES)
+KNOWN = ", ".join((*drkl.OBJECTIVES, "decoupled"))
 
 
 @pytest.mark.parametrize(

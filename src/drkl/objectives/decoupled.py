@@ -34,6 +34,8 @@ SOME_CLASSES = 64
 GAMMA = 0.5
 """The tail's weight where none is given."""
 WEIGHTS = ("constant", "student", "teacher", "floor")
+_TARGET_HELP = help_text("teacher (its top token) or label (the observed token)")
+_WEIGHT_HELP = help_text("constant (gamma), student (1-q_t, detached), teacher (1-p_t) or floor (max(gamma, 1-q_t))")
 
 
 def target_class(
@@ -73,12 +75,14 @@ class Decoupled(Objective):
     formula = "a F(b_q, b_p) + w G(q^, p^)"
     source = "the operator behind DKD (arXiv 2203.08679) and DRKL (arXiv 2604.00223)"
 
-    on_target: Objective = TAILS["rkl"]
-    on_tail: Objective = TAILS["rkl"]
-    gamma: float = GAMMA
-    target_weight: float = 1.0
-    target: str = "teacher"
-    weight: str = "constant"
+    on_target: Objective = field(
+        default=TAILS["rkl"], metadata=help_text("divergence F on (target, rest), by its name")
+    )
+    on_tail: Objective = field(default=TAILS["rkl"], metadata=help_text("divergence G on the tails, by its name"))
+    gamma: float = field(default=GAMMA, metadata=help_text("weight of the tail, > 0"))
+    target_weight: float = field(default=1.0, metadata=help_text("a, at least 0"))
+    target: str = field(default="teacher", metadata=_TARGET_HELP)
+    weight: str = field(default="constant", metadata=_WEIGHT_HELP)
 
     def __post_init__(self) -> None:
         for name in ("gamma", "target_weight"):
@@ -152,11 +156,8 @@ class DecoupledReverseKL(Objective):
     on_classes = "bound"
 
     gamma: float = field(default=0.5, metadata=help_text("weight of the tail, > 0"))
-    target: str = field(default="teacher", metadata=help_text("teacher (its top token) or label (the observed token)"))
-    weight: str = field(
-        default="constant",
-        metadata=help_text("constant (gamma), student (1-q_t, detached), teacher (1-p_t) or floor (max(gamma, 1-q_t))"),
-    )
+    target: str = field(default="teacher", metadata=_TARGET_HELP)
+    weight: str = field(default="constant", metadata=_WEIGHT_HELP)
     skew: float = field(default=0.0, metadata=help_text("share of the student in the mixture compared with, in [0, 1)"))
     tail: str = field(default="rkl", metadata=help_text("divergence on the tail: rkl (the paper), fkl or gjs (ours)"))
 
@@ -306,7 +307,7 @@ class DecoupledKnowledgeDistillation(Objective):
 
     alpha: float = field(default=1.0, metadata=help_text("weight of the target against the rest, at least 0"))
     beta: float = field(default=0.5, metadata=help_text("weight of the tail, at least 0; not both 0"))
-    target: str = field(default="teacher", metadata=help_text("teacher (its top token) or label (the observed token)"))
+    target: str = field(default="teacher", metadata=_TARGET_HELP)
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):

@@ -38,8 +38,8 @@ def make_objective(name: ObjectiveLike, **params: Any) -> Objective:
     """Make an objective by its name, or of a function.
 
     Args:
-        name: a key of `drkl.OBJECTIVES`; or a function ``(student_logp, teacher_logp, labels) -> [n]``; an objective is
-            returned as it is.
+        name: a key of `drkl.OBJECTIVES`, or ``decoupled`` with the parameters of `drkl.decoupled`; or a function
+            ``(student_logp, teacher_logp, labels) -> [n]``; an objective is returned as it is.
         **params: the hyper-parameters of a named objective; those left out take the default.
 
     Raises:
@@ -69,17 +69,37 @@ def make_objective(name: ObjectiveLike, **params: Any) -> Objective:
             f"The objective was passed {name.replace(':', ',', 1)}, so it cannot be made again by a name. Train in "
             "Python: drkl.DistillationConfig(output_dir=..., objective=your_function)."
         )
-    if name not in OBJECTIVES:
-        known = ", ".join(OBJECTIVES)
-        raise DrklError(f"There is no objective {name!r}.{did_you_mean(name, OBJECTIVES)} Known: {known}.")
-    cls: Any = OBJECTIVES[name]
+    known = (*OBJECTIVES, Decoupled.name)
+    if name not in known:
+        raise DrklError(f"There is no objective {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+    cls: Any = Decoupled if name == Decoupled.name else OBJECTIVES[name]
     fields = [f.name for f in dataclasses.fields(cls)]
     for key in params:
         if key not in fields:
             has = f"it has {', '.join(fields)}" if fields else "it has none"
             raise DrklError(f"Objective {name!r} has no parameter {key!r}; {has}.{did_you_mean(key, fields)}")
-    objective: Objective = cls(**params)
+    objective: Objective = decoupled(**params) if cls is Decoupled else cls(**params)
     return objective
+
+
+def settings_of(objective: Objective) -> tuple[str, dict[str, Any]] | None:
+    """The name and the parameters by which `make_objective` makes an objective again; None where it cannot."""
+    cls: Any = type(objective)
+    fields = (
+        {f.name: getattr(objective, f.name) for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    )
+    if OBJECTIVES.get(objective.name) is cls:
+        return objective.name, fields
+    if cls is not Decoupled:
+        return None
+    parts = {place: getattr(objective, place) for place in ("on_target", "on_tail")}
+    if any(part != _default(part.name) for part in parts.values()):
+        return None
+    return objective.name, fields | {place: part.name for place, part in parts.items()}
+
+
+def _default(name: str) -> Objective | None:
+    return OBJECTIVES[name]() if name in OBJECTIVES else None
 
 
 def is_divergence(objective: Objective) -> bool:

@@ -23,7 +23,7 @@ from drkl.models.adapter import merge_adapter, save_adapter, whole_adapter
 from drkl.models.config import StudentConfig
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.load import model_note
-from drkl.objectives import OBJECTIVES
+from drkl.objectives.registry import settings_of
 from drkl.runs import IN_MEMORY, RunFolder, write_jsonl, write_text, write_yaml
 from drkl.teachers.cached import TeacherCache
 from drkl.teachers.config import TeacherConfig
@@ -266,10 +266,11 @@ def _is_plain(value: Any) -> bool:
 def describe_run(pair: Pair, args: DistillationConfig, run: RunFolder, num_steps: int | None = None) -> dict[str, Any]:
     """The sections of a config.yaml for a run that was made in Python; what was passed as an object is called so."""
     objective: Any = args.make_objective()
-    name = objective.name
-    if OBJECTIVES.get(name) is not type(objective):
-        name = f"{IN_MEMORY}: {name}"
-    fields = {f.name: getattr(objective, f.name) for f in getattr(objective, "__dataclass_fields__", {}).values()}
+    known = settings_of(objective)
+    if known is None:
+        fields = {f.name: getattr(objective, f.name) for f in getattr(objective, "__dataclass_fields__", {}).values()}
+        known = f"{IN_MEMORY}: {objective.name}", fields
+    name, fields = known
     device = args.device.type
     teacher = _teacher_config(pair, args)
     train_path, eval_path = pair.data_names

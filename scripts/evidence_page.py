@@ -1,0 +1,418 @@
+"""The parts of docs/evidence.md that `make docs` makes of the studies in studies/drkl/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from drkl.display import number
+from drkl.evaluation.declared import Metric
+from drkl.studies.definition import Definition, read_definition
+from drkl.studies.grid import cells_of, label
+from drkl.studies.metrics import known_metrics
+from scripts.families_page import markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = ROOT / "studies" / "drkl"
+DRKL, RKL, FKL = ({"objective.name": name} for name in ("drkl", "rkl", "fkl"))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the study: one file in studies/drkl/."""
+
+    name: str
+    pair: str
+    like: str = ""
+    """The part whose cells take as long, for the price of one of which no cell has finished."""
+    taken: int = 0
+    """How many of its cells are those of another part."""
+
+    @property
+    def definition(self) -> Definition:
+        return read_definition(STUDIES / f"{self.name}.yaml")
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """Its study.json; None before the first cell has finished."""
+        path = STUDIES / self.name / "study.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+PARTS = (
+    Part("instruction", "SmolLM2-135M-Instruct to ten of its thirty layers, on Dolly"),
+    Part("on-policy", "the same, on what the student writes", "instruction", 9),
+    Part("near", "a GPT-2 of 4 M parameters to half of its layers, on books"),
+    Part("summaries", "a T5 of 9 M parameters to half of its layers, on SciTLDR"),
+    Part("classes", "a BERT classifier of 77 intents to half of its layers, on banking77"),
+    Part("temperature", "the pair of part 1, with temperatures in the loss", "instruction", 4),
+    Part("dialogue", "SmolLM2-135M-Instruct to ten of its thirty layers, on Schema-Guided Dialogue", "instruction"),
+    Part("instruction-rest", "the pair of part 1, with the other objectives", "instruction", 9),
+)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A verdict that a claim of the article rests on: what the claim says of one metric of one part."""
+
+    part: str
+    metric: str
+    cell: Mapping[str, Any]
+    against: Mapping[str, Any]
+    claimed: str = "better"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the article, in a row of the table."""
+
+    text: str
+    seen: tuple[Seen, ...]
+    more: str = ""
+    """What decides it that is no verdict of a study."""
+    decided: str = ""
+    """The outcome, where no verdict decides."""
+
+
+def _near(name: str) -> dict[str, str]:
+    return {"variant": name}
+
+
+def _in_parts(metric: str, against: str, claimed: str = "better", *, of: Sequence[str] = ()) -> tuple[Seen, ...]:
+    """The same comparison of DRKL in parts 1 to 4."""
+    found = []
+    for part in of or ("instruction", "on-policy", "near", "summaries"):
+        if part in ("near", "instruction-rest"):
+            found.append(Seen(part, metric, _near("drkl"), _near(against), claimed))
+        else:
+            share = {"rollouts.share": 1.0} if part == "on-policy" else {}
+            found.append(Seen(part, metric, DRKL | share, {"objective.name": against} | share, claimed))
+    return tuple(found)
+
+
+CLAIMS = (
+    Claim(
+        "Reverse KL pushes the target up even where its probability is matched",
+        (),
+        "The gradient has this term ([article.md](article.md), checked in float64); [why.md](why.md) measures it on "
+        "trained students.",
+        "held",
+    ),
+    Claim("So its students are overconfident, more than DRKL's", _in_parts("overconfidence", "rkl")),
+    Claim("So they are less diverse than DRKL's", _in_parts("distinct_2", "rkl")),
+    Claim("Reverse KL starves the tail, DRKL supervises it", _in_parts("tail_rkl", "rkl")),
+    Claim(
+        "DRKL has the better trade-off than reverse KL: closeness kept, more diversity",
+        (*_in_parts("rkl", "rkl", "better or no difference"), *_in_parts("rouge_l_when_as_varied", "rkl")),
+    ),
+    Claim(
+        "than forward KL",
+        (*_in_parts("rkl", "fkl"), *_in_parts("fkl", "fkl"), *_in_parts("rouge_l_when_as_varied", "fkl")),
+    ),
+    Claim(
+        "than Jensen-Shannon",
+        (
+            Seen("near", "rkl", _near("drkl"), _near("gjs")),
+            Seen("near", "distinct_2", _near("drkl"), _near("gjs")),
+            Seen("instruction-rest", "rkl", _near("drkl"), _near("gjs")),
+            Seen("instruction-rest", "distinct_2", _near("drkl"), _near("gjs")),
+        ),
+    ),
+    Claim(
+        "In summaries, more ROUGE and more lexical diversity than reverse KL",
+        (*_in_parts("rouge_l", "rkl", of=("summaries",)), *_in_parts("distinct_2", "rkl", of=("summaries",))),
+    ),
+    Claim(
+        "A gain on SRKL (Figure 4)",
+        tuple(
+            Seen("instruction-rest", metric, _near("drkl-srkl"), _near("srkl"))
+            for metric in ("overconfidence", "distinct_2", "rkl", "rouge_l_when_as_varied")
+        ),
+    ),
+    Claim(
+        "Better calibrated classifiers than reverse KL",
+        (Seen("classes", "ece", DRKL, RKL),),
+    ),
+    Claim(
+        "Adding a temperature: open in the article",
+        (
+            Seen("temperature", "overconfidence", RKL | {"loss.temperature": 2.0}, RKL | {"loss.temperature": 1.0}),
+            Seen("temperature", "overconfidence", DRKL | {"loss.temperature": 2.0}, RKL | {"loss.temperature": 2.0}),
+            Seen("temperature", "ece", DRKL | {"loss.temperature": 1.0},
+                 RKL | {"loss.temperature": 1.0, "model": "scaled"}),
+        ),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Results:
+    """What all studies found, as far as they have run."""
+
+    by_part: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls) -> Results:
+        found = {part.name: part.result for part in PARTS}
+        return cls({name: result for name, result in found.items() if result is not None})
+
+    def verdict(self, seen: Seen) -> dict[str, Any] | None:
+        """The verdict that was asked for; None where its part has not run so far."""
+        for row in self.by_part.get(seen.part, {}).get("verdicts", ()):
+            sides = _full(row["axes"], seen.cell), _full(row["baseline"], seen.against)
+            if (row["metric"], row["axes"], row["baseline"]) == (seen.metric, *sides):
+                return dict(row)
+        return None
+
+
+def _full(axes: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked, with an axis that it leaves open as the row has it; another model is never meant silently."""
+    left = {key: value for key, value in axes.items() if key not in asked and key != "model"}
+    return left | dict(asked)
+
+
+def parts() -> dict[str, str]:
+    """Return the parts of the page by their names."""
+    results = Results.read()
+    return {
+        "price": _price(results),
+        "means": _means(results),
+        "primary": _primary(results),
+        "exploratory": _exploratory(results),
+        "predictions": _predictions(results),
+        "cost": _cost(results),
+        "claims": _claims(results),
+    }
+
+
+# Price ----------------------------------------------------------------------------------------------------------------
+
+
+def _price(results: Results) -> str:
+    rows, spent, left = [], 0.0, 0.0
+    each = {name: _each(result) for name, result in results.by_part.items()}
+    for place, part in enumerate(PARTS, 1):
+        result, cells = results.by_part.get(part.name), cells_of(part.definition)
+        own = [] if result is None else [cell for cell in result["cells"] if cell["state"] == "done"]
+        hours = sum(sum(cell["seconds"].values()) for cell in own if not cell["run"].startswith("..")) / 3600
+        seconds = each.get(part.name) or each.get(part.like)
+        taken = sum(cell["run"].startswith("..") for cell in own)
+        open_cells = len(cells) - len(own) - max(part.taken - taken, 0)
+        price = None if seconds is None else open_cells * seconds / 3600
+        spent, left = spent + hours, left + (price or 0.0)
+        seeds = len(part.definition.axes["run.seed"])
+        rows.append(
+            [f"{place}. [{part.name}](../studies/drkl/{part.name}.yaml)", part.pair,
+             f"{len(own)} of {len(cells)}", str(seeds), number(hours, 1), number(price, 1) if open_cells else "0"]
+        )  # fmt: skip
+    rows.append(["all", "", "", "", number(spent, 1), number(left, 1)])
+    return markdown(["part", "pair", "runs done", "seeds", "hours spent", "hours left, as priced"], rows)
+
+
+def _each(result: Mapping[str, Any]) -> float | None:
+    """Mean seconds of a finished cell of the study's own, its share of the start among them."""
+    seconds = [
+        sum(cell["seconds"].values())
+        for cell in result["cells"]
+        if cell["state"] == "done" and not cell["run"].startswith("..")
+    ]
+    return fmean(seconds) if seconds else None
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+SHOWN = ("rkl", "fkl", "agreement", "overconfidence", "ece", "tail_rkl", "distinct_2", "self_bleu", "distinct_answers",
+         "teacher_nll_of_answers", "rouge_l_when_as_varied", "rouge_l_best_when_as_varied")  # fmt: skip
+"""The metrics of the tables of means and of exploratory verdicts, of those that a part decides on."""
+CLASS_SHOWN = ("ece", "overconfidence", "brier", "fkl", "rkl", "agreement", "accuracy")
+
+
+def _metrics(result: Mapping[str, Any]) -> list[Metric]:
+    known = known_metrics(result["task"])
+    shown = CLASS_SHOWN if result["task"] == "classification" else SHOWN
+    return [known[key] for key in shown if key in {row["metric"] for row in result["verdicts"]}]
+
+
+def _means(results: Results) -> str:
+    """The mean of every kind of cell over its seeds, a table for each part."""
+    sections = []
+    for part in PARTS:
+        if (result := results.by_part.get(part.name)) is None:
+            continue
+        metrics, kinds = _metrics(result), _kinds(result)
+        teacher = next(iter(kinds.values()))[0]["teacher"]
+        rows = [["teacher", "", *(metric.show(teacher.get(metric.key)) for metric in metrics)]]
+        for name, cells in kinds.items():
+            values = [[cell["metrics"][m.key] for cell in cells if cell["metrics"].get(m.key) is not None]
+                      for m in metrics]  # fmt: skip
+            shown = [_with_spread(metric, own) for metric, own in zip(metrics, values, strict=True)]
+            rows.append([name, str(len(cells)), *shown])
+        heads = [f"{metric.title}{f', {metric.unit}' if metric.unit else ''}" for metric in metrics]
+        sections.append(f"**{part.name}**\n\n{markdown(['', 'seeds', *heads], rows)}")
+    return "\n\n".join(sections) or "No part has run so far."
+
+
+def _kinds(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for cell in result["cells"]:
+        if cell["state"] == "done":
+            axes = {key: value for key, value in cell["axes"].items() if key != "run.seed"}
+            kinds.setdefault(label(axes), []).append(cell)
+    return kinds
+
+
+def _with_spread(metric: Metric, values: Sequence[float]) -> str:
+    """The mean, and half of its 95 % t interval over seeds."""
+    if not values:
+        return ""
+    text = metric.finer.show(fmean(values))
+    if len(values) < 2:
+        return text
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{text} ± {metric.finer.show(float(half))}"
+
+
+def _primary(results: Results) -> str:
+    rows = []
+    for part in PARTS:
+        result = results.by_part.get(part.name)
+        for row in () if result is None else result["verdicts"]:
+            if not row["exploratory"]:
+                rows.append([part.name, *_cells(row, result["task"]), str(row["seeds"]), number(row["p_holm"], 3)])
+    head = ["part", "metric", "cell", "against", "verdict", "difference", "interval over prompts", "seeds", "p (Holm)"]
+    return markdown(head, rows)
+
+
+def _cells(row: Mapping[str, Any], task: str) -> list[str]:
+    metric = known_metrics(task)[row["metric"]]
+    unit = f" ({metric.unit})" if metric.unit else ""
+    return [f"{metric.title}{unit}", label(row["axes"]), label(row["baseline"]), _bold(row["verdict"]),
+            _difference(metric, row), _ends(metric, row["prompts_interval"])]  # fmt: skip
+
+
+def _bold(verdict: str) -> str:
+    return verdict if verdict == "undecided" else f"**{verdict}**"
+
+
+def _difference(metric: Metric, row: Mapping[str, Any]) -> str:
+    return f"{metric.finer.show(row['difference'], signed=True)} {_ends(metric, row['interval'])}".strip()
+
+
+def _ends(metric: Metric, ends: Sequence[float] | None) -> str:
+    return "" if ends is None else f"[{', '.join(metric.finer.show(end, signed=True) for end in ends)}]"
+
+
+def _exploratory(results: Results) -> str:
+    """For each part, metrics by pairs of kinds: the verdict and the difference."""
+    sections = []
+    for part in PARTS:
+        if (result := results.by_part.get(part.name)) is None:
+            continue
+        rows = [row for row in result["verdicts"] if row["exploratory"] and row["difference"] is not None]
+        metrics = [metric for metric in _metrics(result) if any(row["metric"] == metric.key for row in rows)]
+        pairs = list(dict.fromkeys((label(row["axes"]), label(row["baseline"])) for row in rows))
+        cells = {(row["metric"], label(row["axes"]), label(row["baseline"])): row for row in rows}
+        table = []
+        for pair in pairs:
+            own = [cells.get((metric.key, *pair)) for metric in metrics]
+            table.append(
+                [f"{pair[0]} against {pair[1]}"]
+                + ["" if row is None else f"{_bold(row['verdict'])} {_difference(metric, row)}"
+                   for metric, row in zip(metrics, own, strict=True)]
+            )  # fmt: skip
+        if table:
+            heads = [f"{metric.title}{f', {metric.unit}' if metric.unit else ''}" for metric in metrics]
+            sections.append(f"**{part.name}**\n\n{markdown(['', *heads], table)}")
+    return "\n\n".join(sections) or "No part has run so far."
+
+
+def _predictions(results: Results) -> str:
+    rows, counts = [], {True: 0, False: 0, None: 0}
+    for part in PARTS:
+        result = results.by_part.get(part.name)
+        asked = part.definition.model_dump(mode="json")["predictions"] if result is None else result["predictions"]
+        for one in asked:
+            came = one.get("came_true") if result is not None else None
+            counts[came] += 1
+            outcome = {True: "came true", False: "did not come true", None: "open"}[came]
+            verdict = "not run" if result is None else one.get("verdict") or ""
+            rows.append([part.name, one["text"].strip(), one.get("expect") or "", verdict, outcome])
+    told = f"{counts[True]} came true, {counts[False]} did not, {counts[None]} are open."
+    return f"{markdown(['part', 'prediction', 'expected', 'verdict', 'outcome'], rows)}\n\n{told}"
+
+
+def _cost(results: Results) -> str:
+    """Seconds of training of DRKL's runs, each in ratio to reverse KL's of the same seed."""
+    rows = []
+    for part in PARTS:
+        if (result := results.by_part.get(part.name)) is None:
+            continue
+        kinds = _kinds(result)
+        for name, cells in kinds.items():
+            against = kinds.get(name.replace("drkl", "rkl", 1))
+            if name.partition(",")[0] == "drkl" and against:
+                ratios = _ratios(_seconds(cells), _seconds(against))
+                spread = f" ({number(min(ratios), 2)} to {number(max(ratios), 2)})" if len(ratios) > 1 else ""
+                rows.append([part.name, name, f"{number(fmean(ratios), 2)}{spread}", str(len(ratios))])
+    return markdown(["part", "objective", "seconds of training, in ratio to reverse KL's", "seeds"], rows)
+
+
+def _seconds(cells: Sequence[Mapping[str, Any]]) -> dict[Any, float]:
+    return {cell["axes"].get("run.seed"): cell["seconds"]["train"] for cell in cells if "train" in cell["seconds"]}
+
+
+def _ratios(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> list[float]:
+    return [seconds / theirs[seed] for seed, seconds in ours.items() if seed in theirs]
+
+
+# Claims -------------------------------------------------------------------------------------------------------------
+
+OPPOSITE = {"better": "worse", "worse": "better"}
+
+
+def _claims(results: Results) -> str:
+    rows = []
+    for claim in CLAIMS:
+        found = [(seen, results.verdict(seen)) for seen in claim.seen]
+        texts = [_seen(seen, row, results) for seen, row in found]
+        rows.append(
+            [claim.text, f"**{claim.decided or _outcome(found)}**", "<br>".join(filter(None, [claim.more, *texts]))]
+        )
+    return markdown(["the article says", "here", "verdicts behind it"], rows)
+
+
+def _holds(seen: Seen, row: Mapping[str, Any] | None) -> bool | None:
+    """Whether a verdict is as the claim has it; None where it is undecided or not run."""
+    if row is None or row["verdict"] == "undecided":
+        return None
+    return row["verdict"] in seen.claimed.split(" or ")
+
+
+def _outcome(found: Sequence[tuple[Seen, Mapping[str, Any] | None]]) -> str:
+    """One word for a claim: held where all that is decided says so, not held where all says the contrary."""
+    holds = [_holds(seen, row) for seen, row in found]
+    if all(row is None for _, row in found):
+        return "not run"
+    decided = [one for one in holds if one is not None]
+    if not decided:
+        return "undecided"
+    many = f"{sum(decided)} of {len(holds)}"
+    return f"held in {many}" if all(decided) else "not held" if not any(decided) else f"held in {many}, not in others"
+
+
+def _seen(seen: Seen, row: Mapping[str, Any] | None, results: Results) -> str:
+    metric = known_metrics(results.by_part[seen.part]["task"] if seen.part in results.by_part else "generation").get(
+        seen.metric
+    )
+    pair = f"{label(seen.cell)} against {label(seen.against)}"
+    title = (metric.title if metric else seen.metric).lower()
+    if row is None or metric is None:
+        return f"{seen.part}, {pair}, {title}: not run"
+    return f"{seen.part}, {pair}, {title}: {row['verdict']}, {_difference(metric, row)}, {row['seeds']} seeds"
