@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,6 +227,9 @@ def _each(result: Mapping[str, Any]) -> float | None:
     return fmean(seconds) if seconds else None
 
 
+NOTHING = "No part has run so far."
+
+
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 SHOWN = ("rkl", "fkl", "agreement", "overconfidence", "ece", "tail_rkl", "distinct_2", "self_bleu", "distinct_answers",
@@ -256,7 +260,7 @@ def _means(results: Results) -> str:
             rows.append([name, str(len(cells)), *shown])
         heads = [f"{metric.title}{f', {metric.unit}' if metric.unit else ''}" for metric in metrics]
         sections.append(f"**{part.name}**\n\n{markdown(['', 'seeds', *heads], rows)}")
-    return "\n\n".join(sections) or "No part has run so far."
+    return "\n\n".join(sections) or NOTHING
 
 
 def _kinds(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -282,12 +286,12 @@ def _with_spread(metric: Metric, values: Sequence[float]) -> str:
 def _primary(results: Results) -> str:
     rows = []
     for part in PARTS:
-        result = results.by_part.get(part.name)
-        for row in () if result is None else result["verdicts"]:
+        result = results.by_part.get(part.name, {})
+        for row in result.get("verdicts", ()):
             if not row["exploratory"]:
                 rows.append([part.name, *_cells(row, result["task"]), str(row["seeds"]), number(row["p_holm"], 3)])
     head = ["part", "metric", "cell", "against", "verdict", "difference", "interval over prompts", "seeds", "p (Holm)"]
-    return markdown(head, rows)
+    return markdown(head, rows) if rows else NOTHING
 
 
 def _cells(row: Mapping[str, Any], task: str) -> list[str]:
@@ -330,7 +334,7 @@ def _exploratory(results: Results) -> str:
         if table:
             heads = [f"{metric.title}{f', {metric.unit}' if metric.unit else ''}" for metric in metrics]
             sections.append(f"**{part.name}**\n\n{markdown(['', *heads], table)}")
-    return "\n\n".join(sections) or "No part has run so far."
+    return "\n\n".join(sections) or NOTHING
 
 
 def _predictions(results: Results) -> str:
@@ -361,7 +365,8 @@ def _cost(results: Results) -> str:
                 ratios = _ratios(_seconds(cells), _seconds(against))
                 spread = f" ({number(min(ratios), 2)} to {number(max(ratios), 2)})" if len(ratios) > 1 else ""
                 rows.append([part.name, name, f"{number(fmean(ratios), 2)}{spread}", str(len(ratios))])
-    return markdown(["part", "objective", "seconds of training, in ratio to reverse KL's", "seeds"], rows)
+    head = ["part", "objective", "seconds of training, in ratio to reverse KL's", "seeds"]
+    return markdown(head, rows) if rows else NOTHING
 
 
 def _seconds(cells: Sequence[Mapping[str, Any]]) -> dict[Any, float]:
@@ -373,8 +378,6 @@ def _ratios(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> list[floa
 
 
 # Claims -------------------------------------------------------------------------------------------------------------
-
-OPPOSITE = {"better": "worse", "worse": "better"}
 
 
 def _claims(results: Results) -> str:
@@ -388,23 +391,22 @@ def _claims(results: Results) -> str:
     return markdown(["the article says", "here", "verdicts behind it"], rows)
 
 
-def _holds(seen: Seen, row: Mapping[str, Any] | None) -> bool | None:
-    """Whether a verdict is as the claim has it; None where it is undecided or not run."""
-    if row is None or row["verdict"] == "undecided":
-        return None
-    return row["verdict"] in seen.claimed.split(" or ")
+def _holds(seen: Seen, row: Mapping[str, Any] | None) -> str:
+    """Whether a verdict is as the claim has it."""
+    if row is None or row["difference"] is None:
+        return "not run"
+    if row["verdict"] == "undecided":
+        return "undecided"
+    return "held" if row["verdict"] in seen.claimed.split(" or ") else "not held"
 
 
 def _outcome(found: Sequence[tuple[Seen, Mapping[str, Any] | None]]) -> str:
-    """One word for a claim: held where all that is decided says so, not held where all says the contrary."""
-    holds = [_holds(seen, row) for seen, row in found]
-    if all(row is None for _, row in found):
-        return "not run"
-    decided = [one for one in holds if one is not None]
-    if not decided:
-        return "undecided"
-    many = f"{sum(decided)} of {len(holds)}"
-    return f"held in {many}" if all(decided) else "not held" if not any(decided) else f"held in {many}, not in others"
+    """One word for a claim where its verdicts agree, else how many say what."""
+    counts = Counter(_holds(seen, row) for seen, row in found)
+    if len(counts) == 1:
+        return next(iter(counts))
+    order = ("held", "not held", "undecided", "not run")
+    return ", ".join(f"{what} in {counts[what]}" for what in order if counts[what])
 
 
 def _seen(seen: Seen, row: Mapping[str, Any] | None, results: Results) -> str:
