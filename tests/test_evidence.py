@@ -1,0 +1,63 @@
+"""The evidence page: which verdicts a claim rests on, and what is said of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from drkl.studies.grid import check_grid, pair_of
+from drkl.studies.metrics import check_metrics
+from scripts import evidence_page
+from scripts.evidence_page import CLAIMS, DRKL, PARTS, RKL, Results, Seen
+
+
+def verdict(axes: dict[str, Any], baseline: dict[str, Any], what: str, metric: str = "ece") -> dict[str, Any]:
+    return {"metric": metric, "axes": axes, "baseline": baseline, "verdict": what, "difference": 0.1,
+            "interval": [0.0, 0.2], "prompts_interval": None, "seeds": 3}  # fmt: skip
+
+
+def test_every_claim_names_comparisons_that_its_part_makes() -> None:
+    parts = {part.name: part.definition for part in PARTS}
+    for part, definition in parts.items():
+        check_grid(definition)
+        check_metrics(definition, "classification" if part == "classes" else "generation")
+    for claim in CLAIMS:
+        for seen in claim.seen:
+            cell, against = pair_of(parts[seen.part], seen.cell, seen.against)
+            assert cell and against and seen.metric in {
+                *parts[seen.part].decide,
+                *(entry.metric for entry in parts[seen.part].primary),
+            }, (claim.text, seen)  # fmt: skip
+
+
+def test_a_verdict_is_found_by_what_the_claim_names_of_it() -> None:
+    scaled = RKL | {"loss.temperature": 1.0, "model": "scaled"}
+    rows = [
+        verdict(DRKL | {"loss.temperature": 1.0}, scaled, "worse"),
+        verdict(DRKL | {"loss.temperature": 1.0}, RKL | {"loss.temperature": 1.0}, "better"),
+    ]
+    results = Results({"temperature": {"task": "generation", "verdicts": rows}})
+    for against, wanted in ((RKL, "better"), (RKL | {"model": "scaled"}, "worse")):
+        found = results.verdict(Seen("temperature", "ece", DRKL, against))
+        assert found is not None and found["verdict"] == wanted
+    assert results.verdict(Seen("temperature", "rkl", DRKL, RKL)) is None
+    assert results.verdict(Seen("classes", "ece", DRKL, RKL)) is None
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said"),
+    [
+        (["better", "better"], "held"),
+        (["worse", "no difference"], "not held"),
+        (["undecided"], "undecided"),
+        ([None, None], "not run"),
+        (["better", "undecided", "worse", None], "held in 1, not held in 1, undecided in 1, not run in 1"),
+    ],
+)
+def test_a_claim_is_what_its_verdicts_are(verdicts: list[str | None], said: str) -> None:
+    seen = Seen("classes", "ece", DRKL, RKL)
+    found = [(seen, None if what is None else verdict(DRKL, RKL, what)) for what in verdicts]
+    assert evidence_page._outcome(found) == said
+    either = Seen("classes", "ece", DRKL, RKL, "better or no difference")
+    assert evidence_page._outcome([(either, verdict(DRKL, RKL, "no difference"))]) == "held"
