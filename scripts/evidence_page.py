@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,12 @@ from scripts.families_page import markdown
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "studies" / "drkl"
 DRKL, RKL, FKL = ({"objective.name": name} for name in ("drkl", "rkl", "fkl"))
+
+
+TIMED = ROOT / "benchmarks" / "results" / "fused_loss.csv"
+STEPS = TIMED.with_name("train_step.csv")
+SMALL_COST = 0.02
+"""Up to this share of a step is called no extra cost: seconds vary by as much from one run to the next."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ CLAIMS = (
             for metric in ("overconfidence", "distinct_2", "rkl", "rouge_l_when_as_varied")
         ),
     ),
+    Claim("No extra cost", (), "", "cost"),
     Claim(
         "Better calibrated classifiers than reverse KL",
         (Seen("classes", "ece", DRKL, RKL),),
@@ -188,7 +196,7 @@ def parts() -> dict[str, str]:
         "primary": _primary(results),
         "exploratory": _exploratory(results),
         "predictions": _predictions(results),
-        "cost": _cost(results),
+        "cost": _cost(),
         "claims": _claims(results),
     }
 
@@ -352,29 +360,27 @@ def _predictions(results: Results) -> str:
     return f"{markdown(['part', 'prediction', 'expected', 'verdict', 'outcome'], rows)}\n\n{told}"
 
 
-def _cost(results: Results) -> str:
-    """Seconds of training of DRKL's runs, each in ratio to reverse KL's of the same seed."""
-    rows = []
-    for part in PARTS:
-        if (result := results.by_part.get(part.name)) is None:
-            continue
-        kinds = _kinds(result)
-        for name, cells in kinds.items():
-            against = kinds.get(name.replace("drkl", "rkl", 1))
-            if name.partition(",")[0] == "drkl" and against:
-                ratios = _ratios(_seconds(cells), _seconds(against))
-                spread = f" ({number(min(ratios), 2)} to {number(max(ratios), 2)})" if len(ratios) > 1 else ""
-                rows.append([part.name, name, f"{number(fmean(ratios), 2)}{spread}", str(len(ratios))])
-    head = ["part", "objective", "seconds of training, in ratio to reverse KL's", "seeds"]
-    return markdown(head, rows) if rows else NOTHING
+def _cost() -> str:
+    """The loss of DRKL beside that of reverse KL, each row two lines of benchmarks/results/fused_loss.csv."""
+    head = ["positions", "vocabulary", "vector instructions", "reverse KL, s", "DRKL, s", "ratio"]
+    rows = [
+        [number(int(positions), 0), number(int(vocab), 0), instructions, number(rkl, 3), number(drkl, 3),
+         number(drkl / rkl, 2)]
+        for (positions, vocab, instructions), rkl, drkl in _timed()
+    ]  # fmt: skip
+    return markdown(head, rows)
 
 
-def _seconds(cells: Sequence[Mapping[str, Any]]) -> dict[Any, float]:
-    return {cell["axes"].get("run.seed"): cell["seconds"]["train"] for cell in cells if "train" in cell["seconds"]}
-
-
-def _ratios(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> list[float]:
-    return [seconds / theirs[seed] for seed, seconds in ours.items() if seed in theirs]
+def _timed() -> list[tuple[tuple[str, str, str], float, float]]:
+    """Seconds of both losses by positions, vocabulary and instructions, the least of the rounds of today's code."""
+    with TIMED.open(encoding="utf-8", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["code"] == "today"]
+    found = {
+        (line["variant"], line["positions"], line["vocab"], line["instructions"]): float(line["least_s"])
+        for line in lines
+    }
+    places = [key[1:] for key in found if key[0] == "fused rkl" and ("fused drkl", *key[1:]) in found]
+    return [(place, found["fused rkl", *place], found["fused drkl", *place]) for place in places]
 
 
 # Claims -------------------------------------------------------------------------------------------------------------
@@ -385,10 +391,25 @@ def _claims(results: Results) -> str:
     for claim in CLAIMS:
         found = [(seen, results.verdict(seen)) for seen in claim.seen]
         texts = [_seen(seen, row, results) for seen, row in found]
-        rows.append(
-            [claim.text, f"**{claim.decided or _outcome(found)}**", "<br>".join(filter(None, [claim.more, *texts]))]
-        )
+        outcome, more = claim.decided or _outcome(found), claim.more
+        if outcome == "cost":
+            outcome, more = _cost_in_words()
+        rows.append([claim.text, f"**{outcome}**", "<br>".join(filter(None, [more, *texts]))])
     return markdown(["the article says", "here", "verdicts behind it"], rows)
+
+
+def _cost_in_words() -> tuple[str, str]:
+    """The outcome for the claim of no extra cost, by what the loss adds to a whole step, and the numbers behind it."""
+    ratios = [drkl / rkl for _, rkl, drkl in _timed()]
+    (place, rkl, drkl) = next(line for line in _timed() if line[0] == ("1024", "49152", "AVX512"))
+    with STEPS.open(encoding="utf-8", newline="") as file:
+        step = next(line for line in csv.DictReader(file) if line["variant"] == "drkl, objective drkl")
+    added = (drkl - rkl) / int(place[0]) * float(step["tokens_per_step"]) / float(step["median_s_per_step"])
+    said = (
+        f"The loss takes {number(min(ratios), 2)} to {number(max(ratios), 2)} times as long as reverse KL's, in the same "
+        f"memory: {number(100 * added, 1)} % of a training step."
+    )
+    return ("held" if added <= SMALL_COST else "not held"), said
 
 
 def _holds(seen: Seen, row: Mapping[str, Any] | None) -> str:
