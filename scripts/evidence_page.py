@@ -406,8 +406,8 @@ def _cost_in_words() -> tuple[str, str]:
         step = next(line for line in csv.DictReader(file) if line["variant"] == "drkl, objective drkl")
     added = (drkl - rkl) / int(place[0]) * float(step["tokens_per_step"]) / float(step["median_s_per_step"])
     said = (
-        f"The loss takes {number(min(ratios), 2)} to {number(max(ratios), 2)} times as long as reverse KL's, in the same "
-        f"memory: {number(100 * added, 1)} % of a training step."
+        f"The loss takes {number(min(ratios), 2)} to {number(max(ratios), 2)} times as long as reverse KL's, in the "
+        f"same memory; that adds {number(100 * added, 1)} % to a training step."
     )
     return ("held" if added <= SMALL_COST else "not held"), said
 
