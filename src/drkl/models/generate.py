@@ -20,6 +20,7 @@ from drkl.models.draw import Draw, most_probable, uniforms
 from drkl.models.ends import answer_start, stops_of
 from drkl.models.forward import is_encoder_decoder
 from drkl.models.memory import memory_told
+from drkl.models.packed import packed_products
 from drkl.models.steps import Steps, Way, read_prompts
 
 if TYPE_CHECKING:
@@ -197,6 +198,7 @@ def sample_ids(
         )
         for reader in readers:
             stack.enter_context(plain_decoding(reader.model))
+            stack.enter_context(packed_products(reader.model, max(limits)))
         for batch in _batches(readers, limits, batch_size, ways):
             rows = [row for alike in batch for row in alike]
             longest = max(limits[row] for row in rows)
