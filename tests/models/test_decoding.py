@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from drkl.models.decoding import WITHOUT_CACHE, decode, plain_decoding, way_of
+from drkl.models import decoding
+from drkl.models.decoding import WAYS, WITHOUT_CACHE, decode, plain_decoding, way_of
 from drkl.models.generate import sample_texts
 from drkl.models.steps import Way, read_prompts
 from tests.models import tiny
@@ -151,3 +152,19 @@ def test_prompts_of_unlike_length_are_read_apart(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(type(model.model), "forward", watched)
         read_prompts(model, [[5] * n for n in lengths], [1, 2, 1, 1, 1], Way(), max_new_tokens=2, pad_id=0)
     assert read == [(3, 3), (2, 49), (6, 1)]
+
+
+def test_autocast_does_not_change_the_way_of_fp32_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its rounding, in another order with padding than without, is no reason to write answers one length at a time.
+    own, model, seen = decoding.own_logits, tiny.llama(), []
+
+    def rounded(*given: Any, **more: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        logits = own(*given, **more)
+        return logits + 0.1 * logits.abs().max() if seen[-1] else logits  # what a sharp attention made of it once
+
+    monkeypatch.setattr(decoding, "own_logits", rounded)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert way_of(model, 2, 8) == WAYS[0]
+        assert torch.is_autocast_enabled("cpu")
+    assert seen and not any(seen)

@@ -71,12 +71,14 @@ def way_of(model: PreTrainedModel, shortest: int, max_new_tokens: int) -> Way:
         DrklError: a model that `check_forward` refuses.
     """
     chosen = _CHOSEN.setdefault(model, {})
-    case = min(shortest, _LENGTHS[0]), computing_dtype(model)
+    case = min(shortest, _LENGTHS[0]), model.dtype
     if case not in chosen:
+        # In the weights' own dtype: a mask or a position that is wrong is so in every one, and what bf16 rounds away
+        # from fp32 weights, in another order with padding than without, can be as large as what such a fault changes.
         with torch.autocast(model.device.type, enabled=False):
             check_forward(model)
-        with plain_decoding(model), told_of_trial(model):
-            chosen[case] = _first_right(model, case[0])
+            with plain_decoding(model), told_of_trial(model):
+                chosen[case] = _first_right(model, case[0])
         if not chosen[case].cache:
             _log.warning(
                 f"{type(model).__name__} gives other logits with transformers' cache than without. It answers without: "
@@ -118,7 +120,7 @@ def _is_right(model: PreTrainedModel, batches: list[list[list[int]]], way: Way) 
         key = (*prompt, *tokens[:-1])
         if key not in known:
             known[key] = own_logits(model, [*fed, *tokens[:-1]], source)[-len(tokens) :]
-        if not same_logits(logits.to(known[key].device), known[key], computing_dtype(model), strict=True):
+        if not same_logits(logits.to(known[key].device), known[key], model.dtype, strict=True):
             return False
     return True
 
@@ -140,12 +142,6 @@ def _trial(model: PreTrainedModel, prompts: list[list[int]], way: Way) -> list[t
         (prompts[row // _SAMPLES], ids, torch.stack(scores[: len(ids)]))
         for row, (ids, scores) in enumerate(zip(new, seen, strict=True))
     ]
-
-
-def computing_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype of a model's matrix products: autocast's where it is on."""
-    device = model.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
 def _may_shift(model: Any) -> bool:
