@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from drkl.models import decoding
+from drkl.models import check, decoding
 from drkl.models.decoding import WAYS, WITHOUT_CACHE, decode, plain_decoding, way_of
 from drkl.models.generate import sample_texts
 from drkl.models.steps import Way, read_prompts
@@ -168,3 +168,36 @@ def test_autocast_does_not_change_the_way_of_fp32_weights(monkeypatch: pytest.Mo
         assert way_of(model, 2, 8) == WAYS[0]
         assert torch.is_autocast_enabled("cpu")
     assert seen and not any(seen)
+
+
+def test_what_bf16_rounds_away_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A model whose logits move by a twentieth of the largest with every other order of its sums, as a pruned one's did.
+    model = tiny.llama().bfloat16()
+    own = decoding.own_logits
+
+    def moved(*given: Any, **more: Any) -> Any:
+        logits = own(*given, **more)
+        return logits + 0.05 * logits.abs().max()
+
+    monkeypatch.setattr(decoding, "own_logits", moved)
+    monkeypatch.setattr(decoding, "rounding_of", lambda *_: 0.0)
+    assert way_of(model, 2, 8) == WITHOUT_CACHE
+    decoding._CHOSEN.clear()
+    with torch.no_grad():
+        largest = max(float(own(model, check.plain_ids(model, count)).abs().max()) for count in (2, 9, 49))
+    monkeypatch.setattr(decoding, "rounding_of", lambda *_: 0.1 * largest)
+    assert way_of(model, 2, 8) == WAYS[0]
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_rounding_is_none_in_fp32_and_bounded_in_bf16(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    rows = [check.plain_ids(model, count) for count in (9, 49, 2)]
+    with torch.no_grad():
+        assert check.rounding_of(model, rows) == 0
+        low = model.bfloat16()
+        assert 0 <= check.rounding_of(low, rows) < 0.1 * float(check.own_logits(low, rows[1]).abs().max())
+        own = check.own_logits
+        monkeypatch.setattr(check, "own_logits", lambda *given: own(*given) + 100)
+        largest = max(float(check.own_logits(low, row).float().abs().max()) for row in rows)
+        assert check.rounding_of(low, rows) == pytest.approx(0.25 * largest)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from drkl.models.check import FAILURES, check_forward, own_logits, plain_ids, same_logits
+from drkl.models.check import FAILURES, check_forward, own_logits, plain_ids, rounding_of, same_logits
 from drkl.models.context import contexts_of
 from drkl.models.forward import decoder_start, in_eval_mode, is_encoder_decoder, replaced
 from drkl.models.memory import is_out_of_memory, told_of_trial
@@ -98,11 +98,13 @@ def _first_right(model: PreTrainedModel, shortest: int) -> Way:
     if room < 1:
         return WAYS[0]
     short, long, longest = (plain_ids(model, min(length, room)) for length in (shortest, *_LENGTHS[1:]))
+    source = None if decoder_start(model) is None else long
+    rounding = rounding_of(model, [long, longest, short], source)
     for way in WAYS:
         # Short after long, in batches of one size: a model that keeps its state in itself may go on where it was.
         batches = [[short, long, longest], [short] * 3] if way.pad else [[long], [short]]
         try:
-            if (_may_shift(model) or not way.pad) and _is_right(model, batches, way):
+            if (_may_shift(model) or not way.pad) and _is_right(model, batches, way, rounding):
                 return way
         except FAILURES as error:
             if is_out_of_memory(error):
@@ -110,8 +112,8 @@ def _first_right(model: PreTrainedModel, shortest: int) -> Way:
     return WITHOUT_CACHE
 
 
-def _is_right(model: PreTrainedModel, batches: list[list[list[int]]], way: Way) -> bool:
-    """Whether the logits of each step are those of the whole sequence."""
+def _is_right(model: PreTrainedModel, batches: list[list[list[int]]], way: Way, rounding: float = 0.0) -> bool:
+    """Whether the logits of each step are those of the whole sequence, but for rounding."""
     answers = [answer for prompts in batches for answer in _trial(model, prompts, way)]
     start = decoder_start(model)
     known: dict[tuple[int, ...], Tensor] = {}
@@ -120,7 +122,7 @@ def _is_right(model: PreTrainedModel, batches: list[list[list[int]]], way: Way) 
         key = (*prompt, *tokens[:-1])
         if key not in known:
             known[key] = own_logits(model, [*fed, *tokens[:-1]], source)[-len(tokens) :]
-        if not same_logits(logits.to(known[key].device), known[key], model.dtype, strict=True):
+        if not same_logits(logits.to(known[key].device), known[key], model.dtype, strict=True, rounding=rounding):
             return False
     return True
 
