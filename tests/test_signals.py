@@ -63,6 +63,8 @@ def test_a_run_that_was_begun_is_resumed(monkeypatch: pytest.MonkeyPatch) -> Non
         assert line_of(signal.SIGTERM).endswith("To go on: drkl distill c.yaml")
         KEPT.begun("checkpoint-3 is kept.")
         assert line_of(signal.SIGTERM).endswith("checkpoint-3 is kept. To go on: drkl distill --resume runs/r")
+        KEPT.resume = ["drkl", "distill", "--resume", "runs/a\x1b[2K\u202eb"]
+        assert line_of(signal.SIGTERM).endswith(r"--resume $'runs/a\x1b[2K\xe2\x80\xaeb'")
         monkeypatch.setattr(KEPT, "launcher", True)
         assert "To go on, under the same launcher: drkl" in line_of(signal.SIGTERM)
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
@@ -27,7 +28,21 @@ def shell_word(value: Any) -> str:
     $'a\\nb'
     """
     text = str(value)
-    text = f"./{text}" if text.startswith("-") else text
+    return _quoted(f"./{text}" if text.startswith("-") else text)
+
+
+def shell_line(words: Iterable[Any]) -> str:
+    """The words of a command as a line that can be pasted; options stay what they are.
+
+    >>> print(shell_line(["drkl", "distill", "--resume", "runs/a b"]))
+    drkl distill --resume 'runs/a b'
+    >>> print(shell_line(["drkl", "report", "a\x1b"]))
+    drkl report $'a\x1b'
+    """
+    return " ".join(_quoted(str(word)) for word in words)
+
+
+def _quoted(text: str) -> str:
     return shlex.quote(text) if text.isprintable() else f"$'{''.join(map(_in_escapes, text))}'"
 
 

@@ -6,13 +6,13 @@ import errno
 import json
 import logging
 import os
-import shlex
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from drkl.display import shell_line
 from drkl.errors import DrklError
 from drkl.processes import first_alone
 from drkl.signals import KEPT
@@ -117,7 +117,7 @@ def _taken(path: Path) -> int | None:
     about = {
         "process": os.getpid(),
         "host": socket.gethostname(),
-        "command": shlex.join(KEPT.again),
+        "command": shell_line(KEPT.again),
         "since": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     with suppress(OSError):  # it is held with nothing in it, too

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import select
-import shlex
 import signal
 import sys
 import threading
@@ -17,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+
+from drkl.display import shell_line
 
 PATIENCE = 25.0
 """Seconds from a signal to an end at once, whatever still runs: a wait for other processes cannot be interrupted."""
@@ -80,7 +81,7 @@ class Kept:
         """How one goes on, as a sentence; empty where no command was called."""
         words = self.resume if self.resume and self.there() else self.again
         under = ", under the same launcher" if self.launcher else ""
-        return f"To go on{under}: {shlex.join(words)}" if words else ""
+        return f"To go on{under}: {shell_line(words)}" if words else ""
 
 
 KEPT = Kept()

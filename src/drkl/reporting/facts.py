@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from drkl.display import as_number, shell_word
+from drkl.display import as_number, shell_line, shell_word
 from drkl.reporting.inputs import Run
 from drkl.reporting.text import clip, count, duration, joined, magnitude, short
 
@@ -190,10 +189,10 @@ def commands(runs: Sequence[Run]) -> list[str]:
     for run, root in zip(runs, roots, strict=True):
         lines += _line(run.settings.get("command") if run.is_pair else run.env.get("command"))
         if not run.is_pair:
-            lines.append(shlex.join(["drkl", "evaluate", str(root)]))
+            lines.append(shell_line(["drkl", "evaluate", str(root)]))
         if run.analysis is not None:
             lines += _line(_mapping(run.analysis.get("settings")).get("command"))
-    lines.append(shlex.join(["drkl", "report", *map(str, roots)]))
+    lines.append(shell_line(["drkl", "report", *map(str, roots)]))
     return list(dict.fromkeys(lines))
 
 
@@ -201,7 +200,7 @@ def _line(command: Any) -> list[str]:
     if not isinstance(command, list) or not command:
         return []
     # The path of the program says where it was on one machine, which helps nobody.
-    return [shlex.join([Path(str(command[0])).name, *(str(word) for word in command[1:])])]
+    return [shell_line([Path(str(command[0])).name, *(str(word) for word in command[1:])])]
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drkl.client import address_of, host_and_port
+from drkl.display import shell_line
 from drkl.errors import DrklError
 from drkl.models.precision import pick_device, resolve_dtype, torch_dtype
 from drkl.models.student import make_student
@@ -40,7 +40,7 @@ class Serving:
     @property
     def line(self) -> str:
         """The command as a shell takes it."""
-        return shlex.join(["env", *(f"{name}={value}" for name, value in self.variables.items()), *self.command])
+        return shell_line(["env", *(f"{name}={value}" for name, value in self.variables.items()), *self.command])
 
     def start(self) -> None:
         """Become the server: nothing after this call is reached."""
