@@ -16,6 +16,7 @@ import scipy.stats
 
 from drkl.display import number
 from drkl.evaluation.declared import Metric
+from drkl.reporting.text import count
 from drkl.studies.definition import Definition, read_definition
 from drkl.studies.grid import cells_of, label
 from drkl.studies.metrics import known_metrics
@@ -438,4 +439,4 @@ def _seen(seen: Seen, row: Mapping[str, Any] | None, results: Results) -> str:
     title = (metric.title if metric else seen.metric).lower()
     if row is None or metric is None:
         return f"{seen.part}, {pair}, {title}: not run"
-    return f"{seen.part}, {pair}, {title}: {row['verdict']}, {_difference(metric, row)}, {row['seeds']} seeds"
+    return f"{seen.part}, {pair}, {title}: {row['verdict']}, {_difference(metric, row)}, {count(row['seeds'], 'seed')}"

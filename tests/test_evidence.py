@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 
 from drkl.studies.grid import check_grid, pair_of
-from drkl.studies.metrics import check_metrics
+from drkl.studies.metrics import check_metrics, known_metrics
+from drkl.studies.verdicts import Judge
 from scripts import evidence_page
 from scripts.evidence_page import CLAIMS, DRKL, PARTS, RKL, Results, Seen
+
+
+def task_of(part: str) -> str:
+    return "classification" if part == "classes" else "generation"
 
 
 def verdict(axes: dict[str, Any], baseline: dict[str, Any], what: str, metric: str = "ece") -> dict[str, Any]:
@@ -21,14 +26,18 @@ def test_every_claim_names_comparisons_that_its_part_makes() -> None:
     parts = {part.name: part.definition for part in PARTS}
     for part, definition in parts.items():
         check_grid(definition)
-        check_metrics(definition, "classification" if part == "classes" else "generation")
+        check_metrics(definition, task_of(part))
+    asked = {
+        part: [
+            (one.metric.key, one.axes, one.baseline)
+            for one in Judge(definition, [], known_metrics(task_of(part))).asked()
+        ]
+        for part, definition in parts.items()
+    }
     for claim in CLAIMS:
         for seen in claim.seen:
-            cell, against = pair_of(parts[seen.part], seen.cell, seen.against)
-            assert cell and against and seen.metric in {
-                *parts[seen.part].decide,
-                *(entry.metric for entry in parts[seen.part].primary),
-            }, (claim.text, seen)  # fmt: skip
+            pair = pair_of(parts[seen.part], seen.cell, seen.against)
+            assert (seen.metric, *pair) in asked[seen.part], (claim.text, seen)
 
 
 def test_a_verdict_is_found_by_what_the_claim_names_of_it() -> None:

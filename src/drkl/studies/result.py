@@ -257,12 +257,19 @@ def _rows(study: Study, rows: Sequence[Verdict]) -> str:
             number(p, 3), number(row.seeds_needed, 0),
         ]  # fmt: skip
         lines.append(cells)
-    notes = [
-        f"- {markdown_text(f'{row.metric}, {label(row.axes)} against {label(row.baseline)}: {text}')}"
-        for row in rows
-        for text in (*filter(None, [row.why]), *(f"Other budgets: {what}." for what in row.budget_differs))
-    ]
+    said: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        pair = f"{label(row.axes)} against {label(row.baseline)}"
+        for text in (*filter(None, [row.why]), *(f"Other budgets: {what}." for what in row.budget_differs)):
+            said.setdefault(text, {}).setdefault(pair, []).append(row.metric)
+    notes = [f"- {markdown_text(f'{text} {_comparisons(by_pair)}')}" for text, by_pair in said.items()]
     return "\n\n".join(filter(None, [markdown_table(head, lines, left=4), "\n".join(notes)]))
+
+
+def _comparisons(by_pair: Mapping[str, Sequence[str]]) -> str:
+    """Metrics by the pairs that they compare, in brackets."""
+    found = "; ".join(f"{pair}: {', '.join(metrics)}" for pair, metrics in by_pair.items())
+    return f"({found})"
 
 
 def _ends(metric: Metric, ends: Interval | None) -> str:

@@ -176,7 +176,7 @@ class Judge:
         return None if is_open else row.verdict == prediction.expect
 
     def asked(self) -> list[Asked]:
-        """Every comparison once, the primary ones first."""
+        """Every comparison once, the primary ones first; their pairs of cells are compared by all that decides."""
         found: dict[str, Asked] = {}
 
         def ask(key: str, axes: Settings, baseline: Settings, *, is_primary: bool = False) -> None:
@@ -191,6 +191,8 @@ class Judge:
         for key in decided:
             for axes in groups_of(self.definition):
                 ask(key, axes, baseline_of(self.definition, axes))
+            for entry in self.definition.primary:
+                ask(key, *pair_of(self.definition, entry.cell, entry.against))
         for prediction in self.definition.predictions:
             if isinstance(prediction, Prediction) and prediction.metric is not None:
                 ask(prediction.metric, *pair_of(self.definition, prediction.cell, prediction.against))
