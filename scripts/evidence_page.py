@@ -64,6 +64,7 @@ PARTS = (
     Part("temperature", "the pair of part 1, with temperatures in the loss", "instruction", 4),
     Part("dialogue", "SmolLM2-135M-Instruct to ten of its thirty layers, on Schema-Guided Dialogue", "instruction"),
     Part("instruction-rest", "the pair of part 1, with the other objectives", "instruction", 9),
+    Part("beyond", "the pair of part 1, with one setting of the operator", "instruction", 9),
 )
 
 
@@ -197,6 +198,7 @@ def parts() -> dict[str, str]:
         "primary": _primary(results),
         "exploratory": _exploratory(results),
         "predictions": _predictions(results),
+        "settings": _settings(),
         "cost": _cost(),
         "claims": _claims(results),
     }
@@ -359,6 +361,43 @@ def _predictions(results: Results) -> str:
             rows.append([part.name, one["text"].strip(), one.get("expect") or "", verdict, outcome])
     told = f"{counts[True]} came true, {counts[False]} did not, {counts[None]} are open."
     return f"{markdown(['part', 'prediction', 'expected', 'verdict', 'outcome'], rows)}\n\n{told}"
+
+
+SETTINGS = ROOT / "docs" / "results" / "settings.csv"
+KEPT = 0.8
+"""Of the fall in reverse KL that DRKL's step has, a setting that is to be tried keeps this share at least."""
+
+
+def _settings() -> str:
+    """What a step of each setting changes at first order, a table for each student, the one that is chosen in bold."""
+    with SETTINGS.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    metrics = ("soft_agreement", "overconfidence", "fkl", "rkl")
+    sections = []
+    for student in dict.fromkeys(line["student"] for line in lines):
+        own = [line for line in lines if line["student"] == student]
+        rows = []
+        for line in own:
+            bold = "**" if line["setting"] in chosen_settings(own)[:1] else ""
+            changes = [number(float(line[f"d_{metric}"]), 4, signed=bool(line["loss"])) for metric in metrics]
+            rows.append([f"{bold}`{line['setting']}`{bold}" if line["loss"] else line["setting"], *changes])
+        head = ["setting", "agreement, smoothed", "overconfidence", "forward KL", "reverse KL"]
+        sections.append(f"**{student}**\n\n{markdown(head, rows)}")
+    return "\n\n".join(sections)
+
+
+def chosen_settings(lines: Sequence[Mapping[str, str]]) -> list[str]:
+    """The settings that keep DRKL's calibration and closeness by the gradients, that with most agreement first."""
+    known = {line["setting"]: {key: float(line[key]) for key in line if key.startswith("d_")} for line in lines}
+    own = known["drkl:0.5"]
+    fit = [
+        name
+        for name, change in known.items()
+        if name not in ("its value", "drkl:0.5")
+        and change["d_overconfidence"] <= own["d_overconfidence"]
+        and change["d_rkl"] <= KEPT * own["d_rkl"]
+    ]
+    return sorted(fit, key=lambda name: -known[name]["d_soft_agreement"])
 
 
 def _cost() -> str:
