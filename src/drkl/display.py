@@ -34,8 +34,8 @@ def shell_word(value: Any) -> str:
 def shell_line(words: Iterable[Any]) -> str:
     """The words of a command as a line that can be pasted; options stay what they are.
 
-    >>> print(shell_line(["drkl", "distill", "--resume", "runs/a b"]))
-    drkl distill --resume 'runs/a b'
+    >>> print(shell_line(["drkl", "distill", "-v", "runs/a b"]))
+    drkl distill -v 'runs/a b'
     >>> print(shell_line(["drkl", "report", "a\x1b"]))
     drkl report $'a\x1b'
     """

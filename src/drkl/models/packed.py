@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from drkl.models.forward import replaced
 
 MOST_BYTES = 2 * 2**30
-"""Of the weights of one model that are laid out once more; a larger model is left as it is."""
+"""A model whose weights take more than this is left as it is: the memory of what is laid out comes on top."""
 LEAST_STEPS = 8
 """Decoding steps that are worth the laying out, which costs about as much as one."""
 _SMALLEST = 2**16
