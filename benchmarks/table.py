@@ -100,15 +100,13 @@ def gpu_day_table(rows: list[Row]) -> str:
 
 def sampling_table(rows: list[Row], served: list[Row]) -> str:
     """Tokens per second of each way to sample; rates are compared within a go."""
-    lines = ["| 64 prompts, 64 tokens | precision | tokens a second | x the other |", "|---|---|---|---|"]
-    for row in rows:
+    lines = ["| 64 tokens | prompts | precision | two cores of | tokens a second | x the other |", "|---|" + "---|" * 5]
+    for row in (*rows, *served):
+        beside = f", beside {served[1 - served.index(row)]['variant']}" if row in served else ""
+        processor = " ".join(row["processor"].replace("(R)", "").replace("Processor", "").split())
+        cells = (f"{row['variant']}{beside}", row["prompts"], row.get("precision", "fp32"), processor)
         rate = f"{float(row['median_tokens_per_second']):.0f}"
-        lines.append(f"| {row['variant']} | {row['precision']} | {rate} | {row['ratio']} |")
-    for row in served:
-        rate = f"{float(row['median_tokens_per_second']):.0f}"
-        lines.append(
-            f"| {row['variant']}, beside {served[1 - served.index(row)]['variant']} | fp32 | {rate} | {row['ratio']} |"
-        )
+        lines.append(f"| {' | '.join(map(str, cells))} | {rate} | {row['ratio']} |")
     return "\n".join(lines) + "\n"
 
 
