@@ -16,8 +16,9 @@ import scipy.stats
 
 from drkl.display import number
 from drkl.evaluation.declared import Metric
+from drkl.evaluation.result import SCALED
 from drkl.reporting.text import count
-from drkl.studies.definition import Definition, read_definition
+from drkl.studies.definition import MODEL, Definition, read_definition
 from drkl.studies.grid import cells_of, label
 from drkl.studies.metrics import known_metrics
 from scripts.families_page import markdown
@@ -25,8 +26,6 @@ from scripts.families_page import markdown
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "studies" / "drkl"
 DRKL, RKL, FKL = ({"objective.name": name} for name in ("drkl", "rkl", "fkl"))
-
-
 TIMED = ROOT / "benchmarks" / "results" / "fused_loss.csv"
 STEPS = TIMED.with_name("train_step.csv")
 SMALL_COST = 0.02
@@ -157,7 +156,7 @@ CLAIMS = (
             Seen("temperature", "overconfidence", RKL | {"loss.temperature": 2.0}, RKL | {"loss.temperature": 1.0}),
             Seen("temperature", "overconfidence", DRKL | {"loss.temperature": 2.0}, RKL | {"loss.temperature": 2.0}),
             Seen("temperature", "ece", DRKL | {"loss.temperature": 1.0},
-                 RKL | {"loss.temperature": 1.0, "model": "scaled"}),
+                 RKL | {"loss.temperature": 1.0, MODEL: SCALED}),
         ),
     ),
 )  # fmt: skip
@@ -185,7 +184,7 @@ class Results:
 
 def _full(axes: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """What is asked, with an axis that it leaves open as the row has it; another model is never meant silently."""
-    left = {key: value for key, value in axes.items() if key not in asked and key != "model"}
+    left = {key: value for key, value in axes.items() if key not in asked and key != MODEL}
     return left | dict(asked)
 
 

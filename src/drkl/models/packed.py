@@ -58,11 +58,11 @@ def _weight(module: nn.Module) -> Tensor | None:
         return None
     if weight.numel() < _SMALLEST:
         return None
-    return weight.detach() if type(module) is nn.Linear else weight.detach().t().contiguous()
+    return weight.detach() if type(module) is nn.Linear else weight.detach().t()
 
 
 def _laid_out(weight: Tensor) -> Tensor:
-    laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+    laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
     return laid_out
 
 
