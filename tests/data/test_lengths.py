@@ -216,6 +216,20 @@ def test_rows_fit_the_context() -> None:
     assert max(len(row.all_ids) for row in blocks) == 16
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(4, 20))
+def test_blocks_are_the_texts_one_after_another(sizes: list[int], context: int) -> None:
+    tokenizer = build()
+    texts = [" ".join("abc"[(n + k) % 3] for k in range(size)) for n, size in enumerate(sizes)]
+    examples = [Example(str(n), ({"role": "assistant", "content": text},)) for n, text in enumerate(texts)]
+    blocks, _ = rows_from(examples, tokenizer, room=Room(context, context))
+    stream = [tokenizer.bos_token_id]
+    for text in texts:
+        stream += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    step = context - 1
+    expected = [stream[start : start + context] for start in range(0, len(stream) - 1, step)]
+    assert [list(row.all_ids) for row in blocks] == expected
+
+
 def test_a_target_fits_the_decoder_and_a_source_the_encoder() -> None:
     rows = [example(str(n), " ".join("a" * n), " ".join("b" * n)) for n in range(1, 12)]
     room = Room(13, 8, separate=True)

@@ -170,6 +170,23 @@ def test_rows_made_by_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         check_shares(configs(tmp_path)[name])
 
 
+def test_a_block_of_a_book_reads_its_own_tokens_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    part = making._Texts._part
+
+    def spy(self: making._Texts, text: int, start: int, end: int) -> list[int]:
+        found = part(self, text, start, end)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(making._Texts, "_part", spy)
+    path = tmp_path / "book.txt"
+    path.write_text("alpha beta gamma x yy é " * 200, encoding="utf-8")
+    config = DataConfig(path=str(path), format="text", eval_path="none", **LIMITS)
+    check_shares(config)
+    assert len(read) > 100 and max(read) == LIMITS["max_tokens"] - 1
+
+
 # what makes rows anew ---------------------------------------------------------------------------------------------
 
 

@@ -305,18 +305,21 @@ class _Texts:
         """The id of the text that a block begins in, and its tokens."""
         start = number * self._step
         end = min(start + self._step, int(self._ends[-1]))
-        first, last = np.searchsorted(self._ends, [start, end - 1], side="right").tolist()
-        ids: list[int] = []
-        for text in range(first, last + 1):
-            ids += [*self._text(text), self._eos]
-        before = int(self._ends[first - 1]) if first else 0
-        token = self._begin if not start else self._last(start - 1)
-        return self._name(first), [token, *ids[start - before : end - before]]
+        token = self._begin if not start else self._tokens(start - 1, start)[0]
+        return self._name(self._at(start)), [token, *self._tokens(start, end)]
 
-    def _last(self, place: int) -> int:
-        text = int(np.searchsorted(self._ends, place, side="right"))
-        before = int(self._ends[text - 1]) if text else 0
-        return [*self._text(text), self._eos][place - before]
+    def _at(self, place: int) -> int:
+        return int(np.searchsorted(self._ends, place, side="right"))
+
+    def _tokens(self, start: int, end: int) -> list[int]:
+        """The stream from ``start`` to before ``end``; of a text, which may be a book, only what lies there."""
+        ids: list[int] = []
+        for text in range(self._at(start), self._at(end - 1) + 1):
+            before = int(self._ends[text - 1]) if text else 0
+            ids += self._part(text, max(start - before, 0), end - before)
+            if end >= self._ends[text]:
+                ids.append(self._eos)
+        return ids
 
     def _place(self, text: int) -> tuple[int, int]:
         batch = int(np.searchsorted(self._firsts, text, side="right")) - 1
@@ -326,11 +329,12 @@ class _Texts:
         batch, place = self._place(text)
         return str(self._names[batch][place].as_py())
 
-    def _text(self, text: int) -> list[int]:
+    def _part(self, text: int, start: int, end: int) -> list[int]:
+        """The tokens of a text from ``start`` to before ``end``, or to its last."""
         batch, place = self._place(text)
         column = self._ids[batch]
-        start, end = column.offsets[place].as_py(), column.offsets[place + 1].as_py()
-        ids: list[int] = column.values[start:end].to_numpy().tolist()
+        first, last = column.offsets[place].as_py(), column.offsets[place + 1].as_py()
+        ids: list[int] = column.values[first + start : min(first + end, last)].to_numpy().tolist()
         return ids
 
 
