@@ -21,6 +21,7 @@ from drkl.reporting.text import count
 from drkl.studies.definition import MODEL, Definition, read_definition
 from drkl.studies.grid import cells_of, label
 from drkl.studies.metrics import known_metrics
+from drkl.studies.result import bracketed, with_interval
 from scripts.families_page import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -308,7 +309,7 @@ def _cells(row: Mapping[str, Any], task: str) -> list[str]:
     metric = known_metrics(task)[row["metric"]]
     unit = f" ({metric.unit})" if metric.unit else ""
     return [f"{metric.title}{unit}", label(row["axes"]), label(row["baseline"]), _bold(row["verdict"]),
-            _difference(metric, row), _ends(metric, row["prompts_interval"])]  # fmt: skip
+            _difference(metric, row), bracketed(metric, row["prompts_interval"])]  # fmt: skip
 
 
 def _bold(verdict: str) -> str:
@@ -316,11 +317,7 @@ def _bold(verdict: str) -> str:
 
 
 def _difference(metric: Metric, row: Mapping[str, Any]) -> str:
-    return f"{metric.finer.show(row['difference'], signed=True)} {_ends(metric, row['interval'])}".strip()
-
-
-def _ends(metric: Metric, ends: Sequence[float] | None) -> str:
-    return "" if ends is None else f"[{', '.join(metric.finer.show(end, signed=True) for end in ends)}]"
+    return with_interval(metric, row["difference"], row["interval"])
 
 
 def _exploratory(results: Results) -> str:

@@ -240,6 +240,16 @@ def as_markdown(study: Study) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def with_interval(metric: Metric, value: float | None, ends: Interval | None) -> str:
+    """A difference with its sign, to one digit more than the numbers that it is a difference of, and its interval."""
+    return f"{metric.finer.show(value, signed=True)} {bracketed(metric, ends)}".strip()
+
+
+def bracketed(metric: Metric, ends: Interval | None) -> str:
+    """The interval of a difference in brackets; empty where there is none."""
+    return "" if ends is None else f"[{', '.join(metric.finer.show(end, signed=True) for end in ends)}]"
+
+
 def _rows(study: Study, rows: Sequence[Verdict]) -> str:
     head = ["Metric", "Cell", "Against", "Verdict", "Difference", "Over prompts", "Seeds", "t", "t needed", "p",
             "Seeds to decide"]  # fmt: skip
@@ -252,8 +262,8 @@ def _rows(study: Study, rows: Sequence[Verdict]) -> str:
         p = row.p if row.exploratory else row.p_holm
         cells = [
             f"{markdown_text(metric.title)}{unit}", markdown_text(label(row.axes)), markdown_text(label(row.baseline)),
-            verdict, f"{metric.finer.show(row.difference, signed=True)}{_ends(metric, row.interval)}",
-            _ends(metric, row.prompts_interval).strip(), str(row.seeds), number(row.t, 2), number(row.t_needed, 2),
+            verdict, with_interval(metric, row.difference, row.interval), bracketed(metric, row.prompts_interval),
+            str(row.seeds), number(row.t, 2), number(row.t_needed, 2),
             number(p, 3), number(row.seeds_needed, 0),
         ]  # fmt: skip
         lines.append(cells)
@@ -270,10 +280,6 @@ def _comparisons(by_pair: Mapping[str, Sequence[str]]) -> str:
     """Metrics by the pairs that they compare, in brackets."""
     found = "; ".join(f"{pair}: {', '.join(metrics)}" for pair, metrics in by_pair.items())
     return f"({found})"
-
-
-def _ends(metric: Metric, ends: Interval | None) -> str:
-    return "" if ends is None else f" [{', '.join(metric.finer.show(end, signed=True) for end in ends)}]"
 
 
 def _foretold(one: Foretold) -> str:
