@@ -21,7 +21,7 @@ from drkl.reporting.text import count
 from drkl.studies.definition import MODEL, Definition, read_definition
 from drkl.studies.grid import cells_of, label
 from drkl.studies.metrics import known_metrics
-from drkl.studies.result import bracketed, with_interval
+from drkl.studies.result import bracketed, show_p, with_interval
 from scripts.families_page import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,11 +209,11 @@ def parts() -> dict[str, str]:
 
 def _price(results: Results) -> str:
     rows, spent, left = [], 0.0, 0.0
-    each = {name: _each(result) for name, result in results.by_part.items()}
+    each = {name: _each(name, result) for name, result in results.by_part.items()}
     for place, part in enumerate(PARTS, 1):
         result, cells = results.by_part.get(part.name), cells_of(part.definition)
         own = [] if result is None else [cell for cell in result["cells"] if cell["state"] == "done"]
-        hours = sum(sum(cell["seconds"].values()) for cell in own if not cell["run"].startswith("..")) / 3600
+        hours = sum(_seconds(part.name, cell) for cell in own if not cell["run"].startswith("..")) / 3600
         seconds = each.get(part.name) or each.get(part.like)
         taken = sum(cell["run"].startswith("..") for cell in own)
         open_cells = len(cells) - len(own) - max(part.taken - taken, 0)
@@ -228,12 +228,19 @@ def _price(results: Results) -> str:
     return markdown(["part", "pair", "runs done", "seeds", "hours spent", "hours left, as priced"], rows)
 
 
-def _each(result: Mapping[str, Any]) -> float | None:
-    """Mean seconds of a finished cell of the study's own, its share of the start among them."""
+CORES = 2
+
+
+def _seconds(part: str, cell: Mapping[str, Any]) -> float:
+    """What a finished cell took, its share of the start among it, as if it had had both cores."""
+    made = json.loads((STUDIES / part / cell["run"] / "env.json").read_text(encoding="utf-8"))
+    return float(sum(cell["seconds"].values()) * min(made["num_threads"], CORES) / CORES)
+
+
+def _each(part: str, result: Mapping[str, Any]) -> float | None:
+    """Mean seconds of a finished cell of the study's own."""
     seconds = [
-        sum(cell["seconds"].values())
-        for cell in result["cells"]
-        if cell["state"] == "done" and not cell["run"].startswith("..")
+        _seconds(part, cell) for cell in result["cells"] if cell["state"] == "done" and not cell["run"].startswith("..")
     ]
     return fmean(seconds) if seconds else None
 
@@ -287,11 +294,12 @@ def _with_spread(metric: Metric, values: Sequence[float]) -> str:
     """The mean, and half of its 95 % t interval over seeds."""
     if not values:
         return ""
-    text = metric.finer.show(fmean(values))
+    mean = fmean(values)
     if len(values) < 2:
-        return text
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{text} ± {metric.finer.show(float(half))}"
+        return metric.finer.fine_enough(mean).show(mean)
+    half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    shown = metric.finer.fine_enough(mean, half)
+    return f"{shown.show(mean)} ± {shown.show(half)}"
 
 
 def _primary(results: Results) -> str:
@@ -300,7 +308,7 @@ def _primary(results: Results) -> str:
         result = results.by_part.get(part.name, {})
         for row in result.get("verdicts", ()):
             if not row["exploratory"]:
-                rows.append([part.name, *_cells(row, result["task"]), str(row["seeds"]), number(row["p_holm"], 3)])
+                rows.append([part.name, *_cells(row, result["task"]), str(row["seeds"]), show_p(row["p_holm"])])
     head = ["part", "metric", "cell", "against", "verdict", "difference", "interval over prompts", "seeds", "p (Holm)"]
     return markdown(head, rows) if rows else NOTHING
 
@@ -309,7 +317,7 @@ def _cells(row: Mapping[str, Any], task: str) -> list[str]:
     metric = known_metrics(task)[row["metric"]]
     unit = f" ({metric.unit})" if metric.unit else ""
     return [f"{metric.title}{unit}", label(row["axes"]), label(row["baseline"]), _bold(row["verdict"]),
-            _difference(metric, row), bracketed(metric, row["prompts_interval"])]  # fmt: skip
+            _difference(metric, row), bracketed(metric, row["difference"], row["prompts_interval"])]  # fmt: skip
 
 
 def _bold(verdict: str) -> str:

@@ -6,6 +6,7 @@ q = the model, p = the teacher, y* = argmax q, t = argmax p; temperature 1 but w
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import floor, isfinite, log10
 from typing import Any, Literal
 
 from drkl.display import as_number, number
@@ -21,6 +22,8 @@ RANKS = (2, 100)
 """First and last of the teacher's ranks in the rank correlation."""
 
 TEACHER_NLL = "teacher_nll_of_answers"
+MOST_DIGITS = 6
+"""Digits after the point, at most; what is smaller is rounding."""
 JUDGED = 1.0
 """The sampling temperature of the answers that the teacher reads."""
 
@@ -53,6 +56,12 @@ class Metric:
     def finer(self) -> Metric:
         """The metric with one digit more, in which its differences are shown."""
         return replace(self, digits=self.digits + 1)
+
+    def fine_enough(self, *values: float | None) -> Metric:
+        """The metric with as many digits more as the largest of these stored values needs to show two of its own."""
+        size = max((abs(value * self.scale) for value in values if value is not None), default=0.0)
+        needed = 1 - floor(log10(size)) if isfinite(size) and size > 0 else 0
+        return replace(self, digits=max(self.digits, min(needed, MOST_DIGITS)))
 
     def distance(self, value: Any, teacher: Any) -> Any:
         """Return the distance of a number or an array from its ideal (smaller is better), or None without an ideal."""

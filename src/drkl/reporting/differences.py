@@ -132,9 +132,9 @@ def _grouped(comparison: Comparison, table: Table) -> Iterator[tuple[str, list[D
 def _cells(difference: Difference) -> tuple[str, ...]:
     metric = difference.metric
     # A difference of two shown values may be smaller than their last digit.
-    finer = metric.finer
-    ideal = "" if difference.teacher is None else f" {metric.show(difference.teacher)}"
     interval = difference.interval
+    finer = metric.finer.fine_enough(difference.difference, *(interval or ()))
+    ideal = "" if difference.teacher is None else f" {metric.show(difference.teacher)}"
     return (
         f"{metric.title}, {metric.unit} {DIRECTIONS[metric.better][0]}{ideal}".rstrip(),
         metric.show(difference.a),

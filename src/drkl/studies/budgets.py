@@ -109,7 +109,9 @@ def cost(kinds: Sequence[Kind]) -> tuple[PlainTable, str] | None:
         lines.append([label, (f"{done} of {len(kind.cells)}", ""), *of_parts, (one, ""), (duration(own), "")])
     head = ["Cells", "Finished", *(_TITLES[part] for part in parts), "One cell", "All of them"]
     spent = f"{total / 3600:,.1f} hours" if total >= 3600 else duration(total)
-    return PlainTable(head, lines), f"{spent} in all, with what failed or was stopped."
+    return PlainTable(
+        head, lines
+    ), f"{spent} in all, with what failed or was stopped; what ran at the same time counts in full."
 
 
 def unfinished(study: Study) -> list[tuple[str, str]]:

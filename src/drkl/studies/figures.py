@@ -86,8 +86,9 @@ def _way(metric: Metric, ideal: float | None) -> str:
 def _mean_in_words(values: Sequence[float], metric: Metric) -> str:
     mean = mean_of(values)
     assert mean is not None
-    span = f" ({metric.show(mean.interval[0])} to {metric.show(mean.interval[1])})" if mean.interval else ""
-    return metric.show(mean.value) + span
+    shown = metric.fine_enough(mean.value)
+    span = f" ({shown.show(mean.interval[0])} to {shown.show(mean.interval[1])})" if mean.interval else ""
+    return shown.show(mean.value) + span
 
 
 def _join_seeds(ax: Axes, rows: Sequence[dict[Any, float]], scale: float) -> None:

@@ -17,7 +17,7 @@ from drkl.studies import budgets, figures, words
 from drkl.studies.curves import mean_of
 from drkl.studies.definition import SEED, VARIANT
 from drkl.studies.kinds import Kind, Names, key_of, kinds_of, metric_of, seeds_of
-from drkl.studies.result import Study, Verdict
+from drkl.studies.result import Study, Verdict, show_p
 
 LONGEST_MESSAGE = 1_500
 """Characters of the message of a cell that failed."""
@@ -63,7 +63,7 @@ class Compared:
     @property
     def p(self) -> str:
         """The p-value after Holm's correction."""
-        return words.show_p(self.row.p_holm)
+        return show_p(self.row.p_holm)
 
     @property
     def style(self) -> str:
@@ -73,17 +73,17 @@ class Compared:
     @property
     def difference(self) -> str:
         """Mean over seeds, with its sign."""
-        return words.show_difference(self.metric, self.row.difference)
+        return words.show_difference(self.metric, self.row.difference, self.row.interval)
 
     @property
     def interval(self) -> str:
         """The t interval over seeds."""
-        return words.show_ends(self.metric, self.row.interval)
+        return words.show_ends(self.metric, self.row.difference, self.row.interval)
 
     @property
     def prompts(self) -> str:
         """The bootstrap interval over prompts."""
-        return words.show_ends(self.metric, self.row.prompts_interval)
+        return words.show_ends(self.metric, self.row.difference, self.row.prompts_interval)
 
     @property
     def unit(self) -> str:
@@ -99,8 +99,7 @@ class Compared:
     @property
     def distance(self) -> str:
         """How much further from its ideal the cell is than what it is compared with."""
-        value, ends = self.row.distance or (None, None)
-        return words.show_difference(self.metric, value) + (f" ({words.show_ends(self.metric, ends)})" if ends else "")
+        return words.show_with_ends(self.metric, *(self.row.distance or (None, None)))
 
     @property
     def to_decide(self) -> str:
@@ -234,12 +233,13 @@ def _means(kinds: Sequence[Kind], lines: Sequence[Line], metrics: Sequence[Metri
     rows = []
     for metric in metrics:
         teacher = _teacher(kinds, metric.key)
-        cells = [Cell(metric.show(teacher), teacher, style="of-teacher")]
-        for kind in kinds:
-            mean = mean_of(kind.values(metric.key))
+        means = [mean_of(kind.values(metric.key)) for kind in kinds]
+        shown = metric.fine_enough(teacher, *(mean.value for mean in means if mean))
+        cells = [Cell(shown.show(teacher), teacher, style="of-teacher")]
+        for mean in means:
             span = mean.interval if mean else None
-            ends = f"{metric.show(span[0])} to {metric.show(span[1])}" if span else ""
-            cells.append(Cell(metric.show(mean.value if mean else None), mean.value if mean else None, ends))
+            ends = f"{shown.show(span[0])} to {shown.show(span[1])}" if span else ""
+            cells.append(Cell(shown.show(mean.value if mean else None), mean.value if mean else None, ends))
         if any(cell.value is not None for cell in cells[1:]):
             rows.append(Row(metric, *DIRECTIONS[metric.better], cells))
     columns = [Column("Teacher", sign=lines[-1].sign)]

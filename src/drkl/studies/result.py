@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from drkl.display import markdown_text, number
+from drkl.display import ABSENT, markdown_text, number
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import Metric
 from drkl.evaluation.result import Evaluation
@@ -240,14 +240,25 @@ def as_markdown(study: Study) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def finer(metric: Metric, value: float | None, ends: Interval | None) -> Metric:
+    """The metric with the digits of a difference: one more than the numbers have, and more for a small one."""
+    return metric.finer.fine_enough(value, *(ends or ()))
+
+
 def with_interval(metric: Metric, value: float | None, ends: Interval | None) -> str:
-    """A difference with its sign, to one digit more than the numbers that it is a difference of, and its interval."""
-    return f"{metric.finer.show(value, signed=True)} {bracketed(metric, ends)}".strip()
+    """A difference with its sign, and its interval."""
+    return f"{finer(metric, value, ends).show(value, signed=True)} {bracketed(metric, value, ends)}".strip()
 
 
-def bracketed(metric: Metric, ends: Interval | None) -> str:
+def bracketed(metric: Metric, value: float | None, ends: Interval | None) -> str:
     """The interval of a difference in brackets; empty where there is none."""
-    return "" if ends is None else f"[{', '.join(metric.finer.show(end, signed=True) for end in ends)}]"
+    shown = finer(metric, value, ends)
+    return "" if ends is None else f"[{', '.join(shown.show(end, signed=True) for end in ends)}]"
+
+
+def show_p(value: float | None) -> str:
+    """A p-value."""
+    return ABSENT if value is None else "< 0.001" if value < 0.001 else number(value, 3)
 
 
 def _rows(study: Study, rows: Sequence[Verdict]) -> str:
@@ -262,9 +273,9 @@ def _rows(study: Study, rows: Sequence[Verdict]) -> str:
         p = row.p if row.exploratory else row.p_holm
         cells = [
             f"{markdown_text(metric.title)}{unit}", markdown_text(label(row.axes)), markdown_text(label(row.baseline)),
-            verdict, with_interval(metric, row.difference, row.interval), bracketed(metric, row.prompts_interval),
-            str(row.seeds), number(row.t, 2), number(row.t_needed, 2),
-            number(p, 3), number(row.seeds_needed, 0),
+            verdict, with_interval(metric, row.difference, row.interval),
+            bracketed(metric, row.difference, row.prompts_interval), str(row.seeds), number(row.t, 2),
+            number(row.t_needed, 2), markdown_text(show_p(p)), number(row.seeds_needed, 0),
         ]  # fmt: skip
         lines.append(cells)
     said: dict[str, dict[str, list[str]]] = {}

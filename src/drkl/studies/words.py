@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from drkl.display import ABSENT, number
+from drkl.display import number
 from drkl.errors import DrklError
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import Metric
@@ -16,26 +16,28 @@ from drkl.reporting.text import count, joined
 from drkl.studies.definition import Outcome, Prediction
 from drkl.studies.grid import pair_of
 from drkl.studies.kinds import Names, key_of, metric_of, seeds_of
-from drkl.studies.result import Foretold, Study, Verdict
+from drkl.studies.result import Foretold, Study, Verdict, finer
 
 SIGNS: dict[Outcome, str] = {"better": "✓", "worse": "✗", "no difference": "=", "undecided": "?"}
 """A sign beside each verdict, which is always written out too."""
 _NAMES = ("Brier",)
 
 
-def show_difference(metric: Metric, value: float | None) -> str:
-    """A difference with its sign; one digit more than the numbers it is a difference of."""
-    return metric.finer.show(value, signed=True)
+def show_difference(metric: Metric, value: float | None, ends: Interval | None) -> str:
+    """A difference with its sign, to the digits of it and its interval."""
+    return finer(metric, value, ends).show(value, signed=True)
 
 
-def show_ends(metric: Metric, ends: Interval | None) -> str:
-    """The interval of a difference in words; empty where there is none."""
-    return f"{show_difference(metric, ends[0])} to {show_difference(metric, ends[1])}" if ends else ""
+def show_ends(metric: Metric, value: float | None, ends: Interval | None) -> str:
+    """The interval of a difference in words, to the digits of both; empty where there is none."""
+    shown = finer(metric, value, ends)
+    return f"{shown.show(ends[0], signed=True)} to {shown.show(ends[1], signed=True)}" if ends else ""
 
 
-def show_p(value: float | None) -> str:
-    """A p-value."""
-    return ABSENT if value is None else "< 0.001" if value < 0.001 else number(value, 3)
+def show_with_ends(metric: Metric, value: float | None, ends: Interval | None) -> str:
+    """A difference, and its interval in brackets where there is one."""
+    shown = show_ends(metric, value, ends)
+    return show_difference(metric, value, ends) + (f" ({shown})" if shown else "")
 
 
 def in_sentence(title: str) -> str:
@@ -180,8 +182,7 @@ def _told(one: Foretold, study: Study, names: Names, task: str) -> Told:
     if row is None or row.difference is None:
         why = (row.why if row else None) or "There is no such comparison yet."
         return Told(asked.text, expected, f"{(one.verdict or 'undecided').capitalize()}. {why}", held)
-    ends = show_ends(metric, row.interval)
-    numbers = f"difference {show_difference(metric, row.difference)}" + (f" ({ends})" if ends else "")
+    numbers = f"difference {show_with_ends(metric, row.difference, row.interval)}"
     kind = "exploratory" if row.exploratory else "primary"
     came = f"{(one.verdict or row.verdict).capitalize()}: {numbers}, {count(row.seeds, 'seed')}, {kind}."
     return Told(asked.text, expected, came, held)
