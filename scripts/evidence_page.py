@@ -65,6 +65,7 @@ PARTS = (
     Part("dialogue", "SmolLM2-135M-Instruct to ten of its thirty layers, on Schema-Guided Dialogue", "instruction"),
     Part("instruction-rest", "the pair of part 1, with the other objectives", "instruction", 9),
     Part("beyond", "the pair of part 1, with one setting of the operator", "instruction", 9),
+    Part("near-weights", "the pair of part 3, with other weights of the tail", "near", 10),
 )
 
 
