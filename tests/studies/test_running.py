@@ -384,20 +384,47 @@ def test_a_variant_that_is_another_is_refused(tmp_path: Path) -> None:
     assert "variants.b: objective.gamma 0.1 then, objective.gamma 0.2 now" in str(error.value)
 
 
-def test_a_start_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+WARM = {"stages": [{"name": "warmup", "objective": {"name": "fkl"}}]}
+
+
+def test_a_trained_start_that_is_gone_is_not_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights might be others on another machine, and the cells of a seed would not be paired."""
-    base = {"student": {"init": "prune", "layers": 2}}
+    monkeypatch.setattr(running, "weights_of", lambda start: "some weights")
+    base = {"student": {"init": "prune", "layers": 2}, **WARM}
     commands, _ = pretending()
     plan = plan_of(tmp_path, base, axes={"objective.name": ["rkl"], "run.seed": [0]})
     assert begun(plan, commands).done == 1
     start = start_for(plan, plan.cells[0])
-    assert start is not None and start.has_weights and start.record.is_finished
+    assert start is not None and start.runs and start.has_weights and start.record.is_finished
     (start.student / "model.safetensors").rename(tmp_path / "away")
     plan = plan_of(tmp_path, base, axes={"objective.name": ["rkl", "drkl"], "run.seed": [0]})
     done = begun(plan, commands)
-    assert "is gone, and 1 finished cells began from it" in done.failed["drkl-seed0"]
+    assert "is gone, and 1 finished cell (" in done.failed["drkl-seed0"]
+    assert "Trained anew on another machine it may differ" in done.failed["drkl-seed0"]
     (tmp_path / "away").rename(start.student / "model.safetensors")
     assert begun(plan, commands).done == 2
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_initial_weights_that_are_gone_are_made_anew_and_must_be_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool
+) -> None:
+    base = {"student": {"init": "prune", "layers": 2}}
+    commands, pretended = pretending()
+    plan = plan_of(tmp_path, base, axes={"objective.name": ["rkl"], "run.seed": [0]}, keep_students=False)
+    assert begun(plan, commands).done == 1
+    start = start_for(plan, plan.cells[0])
+    assert start is not None and not start.runs and not start.has_weights
+    first = start.record.read()["digest"]
+    plan = plan_of(tmp_path, base, axes={"objective.name": ["rkl", "drkl"], "run.seed": [0]}, keep_students=False)
+    if not same:
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "weights_of", lambda start: "others")
+            done = begun(plan, commands)
+        assert "made anew here it is another one than that which 1 finished cell (" in done.failed["drkl-seed0"]
+        assert ("distill", "drkl-seed0") not in pretended.called and not start.has_weights
+    assert begun(plan, commands).done == 2
+    assert start.record.read()["digest"] == first
 
 
 # Students that are not kept -----------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from drkl.studies.starts import (
     cache_for,
     cell_config,
     check_not_remade,
+    check_same,
     drop_weights,
     make_init,
     start_for,
@@ -306,6 +307,7 @@ class _Runner:
             if start.is_made and not start.runs:
                 make_init(start)
             found = weights_of(start)
+            check_same(self.plan, start, found)
             record.add("train", time.monotonic() - began)
             record.end(0, digest=found)
 

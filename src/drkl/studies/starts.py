@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,18 +177,48 @@ def _others(plan: Plan) -> list[Path]:
 
 
 def check_not_remade(plan: Plan, start: Start) -> None:
-    """Raise DrklError where a start is gone that a finished cell began from: another one may differ from it."""
-    began: list[str] = []
-    for planned in plan.cells:
-        known = cell_record(planned.folder.root).read()
-        if known.get("finished") is not None and known.get("start_key") == start.key:
-            began.append(str(planned.folder.root))
-    if began:
+    """Raise DrklError where a start that was trained is gone and a finished cell began from it."""
+    began = _began_from(plan, start)
+    if began and start.runs:
         raise DrklError(
-            f"The start {str(start.student)!r} is gone, and {len(began)} finished cells began from it: "
-            f"{', '.join(began)}. Made anew on another machine it may differ, and cells are compared only if they "
-            "began from the same weights. Bring it back from a copy, or remove these cells."
+            f"The start {str(start.student)!r} is gone, and {_finished(began)} began from it. Trained anew on another "
+            f"machine it may differ, and {_PAIRED} Bring it back from a copy, or remove these cells."
         )
+
+
+def check_same(plan: Plan, start: Start, found: str) -> None:
+    """Raise DrklError, and drop the weights, where initial weights made anew are not those that finished cells had.
+
+    Args:
+        plan: of the study.
+        start: of those cells.
+        found: the digest of the weights made anew.
+    """
+    others = {path: known for path, known in _began_from(plan, start).items() if known != found}
+    if others:
+        drop_weights(start)
+        raise DrklError(
+            f"The start {str(start.student)!r} was gone, and made anew here it is another one than that which "
+            f"{_finished(others)} began from, and {_PAIRED} Bring the first one back from a copy, or remove these "
+            "cells."
+        )
+
+
+_PAIRED = "cells are compared only if they began from the same weights."
+
+
+def _finished(began: Mapping[str, Any]) -> str:
+    return f"{len(began)} finished cell{'s' if len(began) > 1 else ''} ({', '.join(began)})"
+
+
+def _began_from(plan: Plan, start: Start) -> dict[str, str | None]:
+    """The finished cells that began from a start, by their folders, each with the digest of what it began with."""
+    known = {str(planned.folder.root): cell_record(planned.folder.root).read() for planned in plan.cells}
+    return {
+        root: about.get("start")
+        for root, about in known.items()
+        if about.get("finished") is not None and about.get("start_key") == start.key
+    }
 
 
 def make_init(start: Start) -> None:
