@@ -299,7 +299,7 @@ def _with_spread(metric: Metric, values: Sequence[float]) -> str:
     if len(values) < 2:
         return metric.finer.fine_enough(mean).show(mean)
     half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
-    shown = metric.finer.fine_enough(mean, half)
+    shown = metric.finer.fine_enough(mean, half).fine_enough(10 * half)
     return f"{shown.show(mean)} ± {shown.show(half)}"
 
 
