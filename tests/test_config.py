@@ -8,6 +8,7 @@ import yaml
 
 from drkl.config import Config, describe_keys, load_config, resolve
 from drkl.errors import DrklError
+from drkl.objectives import OBJECTIVES
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
 
@@ -154,6 +155,19 @@ def test_stages_change_what_they_name_and_keep_the_rest() -> None:
     # The same batches in the same order: a teacher's remembered states serve every stage.
     assert {spec.run.seed for spec in (first, second, last)} == {0}
     assert last.resolved["student"]["init"] == "prune" and len(last.resolved["stages"]) == 2
+
+
+COMPOSED = ({"name": "decoupled"}, {"name": "decoupled", "on_target": "fkl", "on_tail": "gjs", "weight": "teacher"})
+
+
+@pytest.mark.parametrize("objective", [*({"name": name} for name in OBJECTIVES), *COMPOSED], ids=str)
+def test_the_objective_of_a_resolved_config_is_the_same(objective: dict[str, Any]) -> None:
+    config = load(objective=objective, stages=[])
+    written = yaml.safe_load(yaml.safe_dump(resolve(config)))
+    again, _ = load_config(written)
+    assert again.objective.make() == config.objective.make()
+    assert resolve(again) == resolve(config)
+    assert set(written["objective"]) >= set(objective)
 
 
 def test_a_resolved_config_is_a_config_and_resolves_to_itself() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from drkl.evaluation.config import EvaluationConfig
 from drkl.losses.config import LossConfig
 from drkl.models.config import PeftConfig, StudentConfig
 from drkl.objectives.config import ObjectiveConfig
+from drkl.objectives.registry import settings_of
 from drkl.parsing import parse_yaml
 from drkl.recipes import find_recipe
 from drkl.rollouts.config import RolloutsConfig, in_words_of_config
@@ -264,9 +264,8 @@ def resolve(config: Config) -> dict[str, Any]:
     for stage in values["stages"]:
         # Written out for each: a stage would inherit the warm-up of the last one.
         stage["training"].setdefault("warmup_steps", _warmup_of_stage(config.training, stage["training"]))
-    objective: Any = config.objective.make()
-    params = config.objective.params if config.objective.in_memory else dataclasses.asdict(objective)
-    values["objective"] = {"name": config.objective.name} | params
+    known = None if config.objective.in_memory else settings_of(config.objective.make())
+    values["objective"] = {"name": config.objective.name} | (config.objective.params if known is None else known[1])
     return values
 
 
