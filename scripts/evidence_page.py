@@ -22,10 +22,12 @@ from drkl.studies.definition import MODEL, Definition, read_definition
 from drkl.studies.grid import cells_of, label
 from drkl.studies.metrics import known_metrics
 from drkl.studies.result import bracketed, show_p, with_interval
+from drkl.studies.words import in_sentence
 from scripts.families_page import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "studies" / "drkl"
+ON_POLICY = {"rollouts.share": 1.0}
 DRKL, RKL, FKL = ({"objective.name": name} for name in ("drkl", "rkl", "fkl"))
 TIMED = ROOT / "benchmarks" / "results" / "fused_loss.csv"
 STEPS = TIMED.with_name("train_step.csv")
@@ -92,7 +94,7 @@ class Claim:
     """The outcome, where no verdict decides."""
 
 
-def _near(name: str) -> dict[str, str]:
+def variant(name: str) -> dict[str, str]:
     return {"variant": name}
 
 
@@ -101,9 +103,9 @@ def _in_parts(metric: str, against: str, claimed: str = "better", *, of: Sequenc
     found = []
     for part in of or ("instruction", "on-policy", "near", "summaries"):
         if part in ("near", "instruction-rest"):
-            found.append(Seen(part, metric, _near("drkl"), _near(against), claimed))
+            found.append(Seen(part, metric, variant("drkl"), variant(against), claimed))
         else:
-            share = {"rollouts.share": 1.0} if part == "on-policy" else {}
+            share = ON_POLICY if part == "on-policy" else {}
             found.append(Seen(part, metric, DRKL | share, {"objective.name": against} | share, claimed))
     return tuple(found)
 
@@ -130,10 +132,10 @@ CLAIMS = (
     Claim(
         "than Jensen-Shannon",
         (
-            Seen("near", "rkl", _near("drkl"), _near("gjs")),
-            Seen("near", "distinct_2", _near("drkl"), _near("gjs")),
-            Seen("instruction-rest", "rkl", _near("drkl"), _near("gjs")),
-            Seen("instruction-rest", "distinct_2", _near("drkl"), _near("gjs")),
+            Seen("near", "rkl", variant("drkl"), variant("gjs")),
+            Seen("near", "distinct_2", variant("drkl"), variant("gjs")),
+            Seen("instruction-rest", "rkl", variant("drkl"), variant("gjs")),
+            Seen("instruction-rest", "distinct_2", variant("drkl"), variant("gjs")),
         ),
     ),
     Claim(
@@ -143,7 +145,7 @@ CLAIMS = (
     Claim(
         "A gain on SRKL (Figure 4)",
         tuple(
-            Seen("instruction-rest", metric, _near("drkl-srkl"), _near("srkl"))
+            Seen("instruction-rest", metric, variant("drkl-srkl"), variant("srkl"))
             for metric in ("overconfidence", "distinct_2", "rkl", "rouge_l_when_as_varied")
         ),
     ),
@@ -210,20 +212,19 @@ def parts() -> dict[str, str]:
 
 def _price(results: Results) -> str:
     rows, spent, left = [], 0.0, 0.0
-    each = {name: _each(name, result) for name, result in results.by_part.items()}
+    took = {name: _seconds(name, result) for name, result in results.by_part.items()}
     for place, part in enumerate(PARTS, 1):
-        result, cells = results.by_part.get(part.name), cells_of(part.definition)
-        own = [] if result is None else [cell for cell in result["cells"] if cell["state"] == "done"]
-        hours = sum(_seconds(part.name, cell) for cell in own if not cell["run"].startswith("..")) / 3600
-        seconds = each.get(part.name) or each.get(part.like)
-        taken = sum(cell["run"].startswith("..") for cell in own)
-        open_cells = len(cells) - len(own) - max(part.taken - taken, 0)
-        price = None if seconds is None else open_cells * seconds / 3600
-        spent, left = spent + hours, left + (price or 0.0)
+        result, cells, own = results.by_part.get(part.name), len(cells_of(part.definition)), took.get(part.name, [])
+        done = 0 if result is None else sum(cell["state"] == "done" for cell in result["cells"])
+        taken = done - len(own)
+        open_cells = cells - done - max(part.taken - taken, 0)
+        like = own or took.get(part.like)
+        price = open_cells * fmean(like) / 3600 if like else None
+        spent, left = spent + sum(own) / 3600, left + (price or 0.0)
         seeds = len(part.definition.axes["run.seed"])
         rows.append(
-            [f"{place}. [{part.name}](../studies/drkl/{part.name}.yaml)", part.pair,
-             f"{len(own)} of {len(cells)}", str(seeds), number(hours, 1), number(price, 1) if open_cells else "0"]
+            [f"{place}. [{part.name}](../studies/drkl/{part.name}.yaml)", part.pair, f"{done} of {cells}",
+             str(seeds), number(sum(own) / 3600, 1), number(price, 1) if open_cells else "0"]
         )  # fmt: skip
     rows.append(["all", "", "", "", number(spent, 1), number(left, 1)])
     return markdown(["part", "pair", "runs done", "seeds", "hours spent", "hours left, as priced"], rows)
@@ -232,18 +233,14 @@ def _price(results: Results) -> str:
 CORES = 2
 
 
-def _seconds(part: str, cell: Mapping[str, Any]) -> float:
-    """What a finished cell took, its share of the start among it, as if it had had both cores."""
-    made = json.loads((STUDIES / part / cell["run"] / "env.json").read_text(encoding="utf-8"))
-    return float(sum(cell["seconds"].values()) * min(made["num_threads"], CORES) / CORES)
-
-
-def _each(part: str, result: Mapping[str, Any]) -> float | None:
-    """Mean seconds of a finished cell of the study's own."""
-    seconds = [
-        _seconds(part, cell) for cell in result["cells"] if cell["state"] == "done" and not cell["run"].startswith("..")
-    ]
-    return fmean(seconds) if seconds else None
+def _seconds(part: str, result: Mapping[str, Any]) -> list[float]:
+    """What each finished cell of the study's own took, its share of the start among it, as if it had had both cores."""
+    seconds = []
+    for cell in result["cells"]:
+        if cell["state"] == "done" and not cell["run"].startswith(".."):
+            made = json.loads((STUDIES / part / cell["run"] / "env.json").read_text(encoding="utf-8"))
+            seconds.append(sum(cell["seconds"].values()) * min(made["num_threads"], CORES) / CORES)
+    return seconds
 
 
 NOTHING = "No part has run so far."
@@ -435,11 +432,11 @@ def _claims(results: Results) -> str:
     rows = []
     for claim in CLAIMS:
         found = [(seen, results.verdict(seen)) for seen in claim.seen]
-        texts = [_seen(seen, row, results) for seen, row in found]
-        outcome, more = claim.decided or _outcome(found), claim.more
-        if outcome == "cost":
-            outcome, more = _cost_in_words()
-        rows.append([claim.text, f"**{outcome}**", "<br>".join(filter(None, [more, *texts]))])
+        texts = [seen_in_words(seen, row, results) for seen, row in found]
+        said, more = claim.decided or outcome(found), claim.more
+        if said == "cost":
+            said, more = _cost_in_words()
+        rows.append([claim.text, f"**{said}**", "<br>".join(filter(None, [more, *texts]))])
     return markdown(["the article says", "here", "verdicts behind it"], rows)
 
 
@@ -457,7 +454,7 @@ def _cost_in_words() -> tuple[str, str]:
     return ("held" if added <= SMALL_COST else "not held"), said
 
 
-def _holds(seen: Seen, row: Mapping[str, Any] | None) -> str:
+def holds(seen: Seen, row: Mapping[str, Any] | None) -> str:
     """Whether a verdict is as the claim has it."""
     if row is None or row["difference"] is None:
         return "not run"
@@ -466,21 +463,21 @@ def _holds(seen: Seen, row: Mapping[str, Any] | None) -> str:
     return "held" if row["verdict"] in seen.claimed.split(" or ") else "not held"
 
 
-def _outcome(found: Sequence[tuple[Seen, Mapping[str, Any] | None]]) -> str:
+def outcome(found: Sequence[tuple[Seen, Mapping[str, Any] | None]]) -> str:
     """One word for a claim where its verdicts agree, else how many say what."""
-    counts = Counter(_holds(seen, row) for seen, row in found)
+    counts = Counter(holds(seen, row) for seen, row in found)
     if len(counts) == 1:
         return next(iter(counts))
     order = ("held", "not held", "undecided", "not run")
     return ", ".join(f"{what} in {counts[what]}" for what in order if counts[what])
 
 
-def _seen(seen: Seen, row: Mapping[str, Any] | None, results: Results) -> str:
+def seen_in_words(seen: Seen, row: Mapping[str, Any] | None, results: Results) -> str:
     metric = known_metrics(results.by_part[seen.part]["task"] if seen.part in results.by_part else "generation").get(
         seen.metric
     )
     pair = f"{label(seen.cell)} against {label(seen.against)}"
-    title = (metric.title if metric else seen.metric).lower()
+    title = in_sentence(metric.title) if metric else seen.metric
     if row is None or metric is None:
         return f"{seen.part}, {pair}, {title}: not run"
     return f"{seen.part}, {pair}, {title}: {row['verdict']}, {_difference(metric, row)}, {count(row['seeds'], 'seed')}"

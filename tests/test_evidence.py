@@ -9,8 +9,9 @@ import pytest
 from drkl.studies.grid import check_grid, pair_of
 from drkl.studies.metrics import check_metrics, known_metrics
 from drkl.studies.verdicts import Judge
-from scripts import evidence_page
-from scripts.evidence_page import CLAIMS, DRKL, PARTS, RKL, Results, Seen
+from scripts import choosing_page
+from scripts.choosing_page import CHOICES, Choice
+from scripts.evidence_page import CLAIMS, DRKL, PARTS, RKL, Results, Seen, holds, outcome
 
 
 def task_of(part: str) -> str:
@@ -22,7 +23,7 @@ def verdict(axes: dict[str, Any], baseline: dict[str, Any], what: str, metric: s
             "interval": [0.0, 0.2], "prompts_interval": None, "seeds": 3}  # fmt: skip
 
 
-def test_every_claim_names_comparisons_that_its_part_makes() -> None:
+def test_every_claim_and_advice_names_comparisons_that_their_parts_make() -> None:
     parts = {part.name: part.definition for part in PARTS}
     for part, definition in parts.items():
         check_grid(definition)
@@ -34,10 +35,32 @@ def test_every_claim_names_comparisons_that_its_part_makes() -> None:
         ]
         for part, definition in parts.items()
     }
-    for claim in CLAIMS:
-        for seen in claim.seen:
+    for one in (*CLAIMS, *CHOICES):
+        for seen in one.seen:
             pair = pair_of(parts[seen.part], seen.cell, seen.against)
-            assert (seen.metric, *pair) in asked[seen.part], (claim.text, seen)
+            assert (seen.metric, *pair) in asked[seen.part], (one, seen)
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: choice.use)
+def test_no_verdict_contradicts_an_advice(choice: Choice) -> None:
+    results = Results.read()
+    assert choice.seen
+    for seen in choice.seen:
+        assert holds(seen, results.verdict(seen)) != "not held", seen
+
+
+def test_an_advice_is_shown_with_the_verdicts_it_rests_on_once_one_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = [
+        Choice("one", "drkl", "why", (Seen("classes", "ece", DRKL, RKL),)),
+        Choice("two", "rkl", "why", (Seen("classes", "rkl", DRKL, RKL),)),
+    ]
+    results = Results({"classes": {"task": "classification", "verdicts": [verdict(DRKL, RKL, "better")]}})
+    monkeypatch.setattr(choosing_page, "CHOICES", choices)
+    monkeypatch.setattr(Results, "read", classmethod(lambda cls: results))
+    lines = choosing_page.parts()["choices"].splitlines()
+    assert len(lines) == 3
+    shown = "calibration error (ECE): better, +0.1000 [0.0000, +0.2000], 3 seeds"
+    assert lines[-1] == f"| one | **drkl** | why | **decided**<br>classes, drkl against rkl, {shown} |"
 
 
 def test_a_verdict_is_found_by_what_the_claim_names_of_it() -> None:
@@ -67,6 +90,6 @@ def test_a_verdict_is_found_by_what_the_claim_names_of_it() -> None:
 def test_a_claim_is_what_its_verdicts_are(verdicts: list[str | None], said: str) -> None:
     seen = Seen("classes", "ece", DRKL, RKL)
     found = [(seen, None if what is None else verdict(DRKL, RKL, what)) for what in verdicts]
-    assert evidence_page._outcome(found) == said
+    assert outcome(found) == said
     either = Seen("classes", "ece", DRKL, RKL, "better or no difference")
-    assert evidence_page._outcome([(either, verdict(DRKL, RKL, "no difference"))]) == "held"
+    assert outcome([(either, verdict(DRKL, RKL, "no difference"))]) == "held"

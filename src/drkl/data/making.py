@@ -305,8 +305,8 @@ class _Texts:
         """The id of the text that a block begins in, and its tokens."""
         start = number * self._step
         end = min(start + self._step, int(self._ends[-1]))
-        token = self._begin if not start else self._tokens(start - 1, start)[0]
-        return self._name(self._at(start)), [token, *self._tokens(start, end)]
+        tokens = self._tokens(start - 1, end) if start else [self._begin, *self._tokens(0, end)]
+        return self._name(self._at(start)), tokens
 
     def _at(self, place: int) -> int:
         return int(np.searchsorted(self._ends, place, side="right"))

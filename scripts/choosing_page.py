@@ -1,0 +1,117 @@
+"""The table of docs/choosing.md, which `make docs` makes of the verdicts of the studies in studies/drkl/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from drkl.evaluation.result import SCALED
+from drkl.studies.definition import MODEL
+from scripts.evidence_page import DRKL, FKL, ON_POLICY, RKL, Results, Seen, outcome, seen_in_words, variant
+from scripts.families_page import markdown
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to use in a case, and the verdicts that this rests on; a row of the page once one of them has run."""
+
+    case: str
+    use: str
+    because: str
+    seen: tuple[Seen, ...]
+
+
+FAR, NEAR = "A student far from its teacher (over a nat), ", "A student near its teacher (below a tenth of a nat), "
+CHOICES = (
+    Choice(
+        FAR + "trained on the data, and you would take reverse KL",
+        "`drkl`",
+        "It is less overconfident, and as close by reverse KL.",
+        (
+            Seen("instruction", "overconfidence", DRKL, RKL),
+            Seen("instruction", "rkl", DRKL, RKL, "better or no difference"),
+            Seen("instruction", "fkl", DRKL, RKL),
+        ),
+    ),
+    Choice(
+        FAR + "trained on the data, and what counts is that its confidence is right, that it agrees with the teacher, "
+        "or that it is as varied",
+        "`fkl`",
+        "It is hardly overconfident, and has the most agreement. It is farther by reverse KL: of what it writes, the "
+        "teacher finds more unlikely.",
+        (
+            Seen("instruction", "overconfidence", DRKL, FKL, "worse"),
+            Seen("instruction", "agreement", DRKL, FKL, "worse"),
+            Seen("instruction", "rkl", DRKL, FKL),
+            Seen("instruction", "teacher_nll_of_answers", DRKL, FKL),
+        ),
+    ),
+    Choice(
+        FAR + "trained on the data, and all of this counts",
+        "`decoupled` with `on_target=fkl`, `on_tail=rkl`, `weight=teacher`",
+        "It lies between the two by overconfidence and forward KL, and gives up a twentieth of a nat by reverse KL.",
+        (
+            Seen("beyond", "overconfidence", variant("fkl-rkl"), variant("drkl")),
+            Seen("beyond", "agreement", variant("fkl-rkl"), variant("drkl")),
+            Seen("beyond", "fkl", variant("fkl-rkl"), variant("drkl")),
+        ),
+    ),
+    Choice(
+        FAR + "trained on what it writes itself",
+        "`drkl` or `rkl`",
+        "Its own text takes most of the overconfidence away, whatever the objective; forward KL ends farther by "
+        "reverse KL than both.",
+        (Seen("on-policy", "rkl", DRKL | ON_POLICY, FKL | ON_POLICY),),
+    ),
+    Choice(
+        NEAR + "which is unsure (its top token has less than half)",
+        "`rkl` or `fkl`, or `drkl` with `weight=teacher`",
+        "A constant γ below 1 − q_t trains the tail less than reverse KL does. There is next to no overconfidence.",
+        (
+            Seen("near", "rkl", variant("drkl"), variant("rkl"), "worse"),
+            Seen("summaries", "rkl", DRKL, RKL, "worse"),
+            Seen("near-weights", "rkl", variant("drkl-teacher"), variant("drkl")),
+            Seen("near-weights", "rkl", variant("drkl-teacher"), variant("rkl"), "no difference"),
+        ),
+    ),
+    Choice(
+        "Which γ",
+        "0.5; not less",
+        "At 0.1 the tail is hardly trained.",
+        (
+            Seen("near", "rkl", variant("drkl-0.1"), variant("rkl"), "worse"),
+            Seen("near", "agreement", variant("drkl-0.1"), variant("rkl"), "worse"),
+        ),
+    ),
+    Choice(
+        "Summaries, and you want more ROUGE or more variety than reverse KL gives",
+        "no objective gave it",
+        "DRKL's summaries are as varied, and their ROUGE-L is not known to be another.",
+        (
+            Seen("summaries", "distinct_2", DRKL, RKL, "no difference"),
+            Seen("summaries", "rouge_l", DRKL, RKL, "better or no difference"),
+        ),
+    ),
+    Choice(
+        "A classifier whose confidence has to be right",
+        "a temperature after training, on any objective",
+        "One number that is fitted on held-out rows.",
+        (
+            Seen("classes", "ece", DRKL, RKL),
+            Seen("classes", "ece", DRKL, RKL | {MODEL: SCALED}, "worse"),
+        ),
+    ),
+)
+
+
+def parts() -> dict[str, str]:
+    """Return the table of docs/choosing.md by its name."""
+    results = Results.read()
+    rows = []
+    for choice in CHOICES:
+        found = [(seen, results.verdict(seen)) for seen in choice.seen]
+        if not any(row for _, row in found):
+            continue
+        texts = [seen_in_words(seen, row, results) for seen, row in found]
+        sure = outcome(found).replace("held", "decided")
+        rows.append([choice.case, f"**{choice.use}**", choice.because, f"**{sure}**<br>{'<br>'.join(texts)}"])
+    return {"choices": markdown(["your case", "use", "because", "evidence"], rows)}
