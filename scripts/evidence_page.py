@@ -68,6 +68,7 @@ PARTS = (
     Part("instruction-rest", "the pair of part 1, with the other objectives", "instruction", 9),
     Part("beyond", "the pair of part 1, with one setting of the operator", "instruction", 9),
     Part("near-weights", "the pair of part 3, with other weights of the tail", "near", 10),
+    Part("scaled", "the students of part 1, with a temperature fitted after training", "instruction", 15),
 )
 
 
