@@ -199,6 +199,7 @@ def parts() -> dict[str, str]:
     return {
         "price": _price(results),
         "means": _means(results),
+        "scaled": _scaled(results),
         "primary": _primary(results),
         "exploratory": _exploratory(results),
         "predictions": _predictions(results),
@@ -278,6 +279,30 @@ def _means(results: Results) -> str:
         heads = [f"{metric.title}{f', {metric.unit}' if metric.unit else ''}" for metric in metrics]
         sections.append(f"**{part.name}**\n\n{markdown(['', 'seeds', *heads], rows)}")
     return "\n\n".join(sections) or NOTHING
+
+
+SCALED_SHOWN = ("ece", "overconfidence", "fkl", "rkl")
+
+
+def _scaled(results: Results) -> str:
+    """Means over seeds before and after a temperature on the logits, of every kind of cell; each part's own cells."""
+    rows = []
+    for part in PARTS:
+        if (result := results.by_part.get(part.name)) is None or part.taken == len(cells_of(part.definition)):
+            continue
+        known = known_metrics(result["task"])
+        for name, cells in _kinds(result).items():
+            own = [cell for cell in cells if cell["scaled"] and not cell["run"].startswith("..")]
+            if not own:
+                continue
+            shown = []
+            for metric in (known[key] for key in SCALED_SHOWN):
+                pair = [fmean(cell[model][metric.key] for cell in own) for model in ("metrics", SCALED)]
+                fine = metric.finer.fine_enough(*pair)
+                shown.append(f"{fine.show(pair[0])} → {fine.show(pair[1])}")
+            rows.append([part.name, name, str(len(own)), *shown])
+    titles = [known_metrics("generation")[key].title for key in SCALED_SHOWN]
+    return markdown(["part", "cells", "seeds", *titles], rows) if rows else NOTHING
 
 
 def _kinds(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -8,9 +8,12 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import scipy.stats
 from markupsafe import Markup
 
 from drkl.display import clean
+from drkl.evaluation.declared import METRICS
+from drkl.evaluation.result import Fold, Scaling
 from drkl.studies import budgets, figures, words
 from drkl.studies.definition import Prediction
 from drkl.studies.kinds import Names, kinds_of
@@ -325,3 +328,32 @@ def test_a_whole_study_is_read_from_its_folder_and_drawn(tmp_path: Path) -> None
     page = Page(as_html(Study.load(folder, prompts=False)))
     assert "drkl is better than rkl in reverse KL." in page.words and "All 9 runs are finished." in page.words
     assert str(tmp_path) not in page.text
+
+
+@pytest.mark.usefixtures("sketchy")
+def test_calibration_after_a_temperature_stands_beside_calibration_before() -> None:
+    study = example(metrics=["ece", "agreement", "distinct_2"], seeds=(0, 1), primary=())
+    assert "With a temperature after training" not in Page(as_html(study)).words
+    scaling = Scaling("labels", [Fold(1.5, 10, 10), Fold(1.7, 10, 10)])
+    cells = tuple(
+        cell
+        if cell.axes["objective.name"] == "fkl"
+        else replace(
+            cell,
+            metrics=cell.metrics | {"ece": 0.2 + 0.01 * cell.axes["run.seed"]},
+            scaled={"ece": 0.05 + 0.01 * cell.axes["run.seed"], "agreement": cell.metrics["agreement"]},
+            evaluation=replace(cell.evaluation, scaling=scaling),  # type: ignore[type-var]
+        )
+        for cell in study.cells
+    )
+    scaled = figures.scaled_table(kinds_of(replace(study, cells=cells)), [METRICS["ece"], METRICS["agreement"]])
+    assert scaled is not None
+    assert scaled.head == ["Cells", "Temperature", "Calibration error (ECE)"]  # top tokens stay, so agreement does
+    low, high = scipy.stats.t.interval(0.95, 1, loc=0.055, scale=0.005)
+    ends = f"{low:.3f} to {high:.3f}".replace("-", "\N{MINUS SIGN}")
+    expected = [("1.6", "1.5 to 1.7"), ("0.205 \N{RIGHTWARDS ARROW} 0.055", ends)]
+    assert scaled.rows == [["rkl", *expected], ["drkl", *expected]]
+    page = Page(as_html(replace(study, cells=cells)))
+    assert "With a temperature after training" in page.words and "0.205 \N{RIGHTWARDS ARROW} 0.055" in page.words
+    column = replace(study, cells=cells).cell_table()["scaled_ece"].dropna()
+    assert list(column) == pytest.approx([0.05, 0.05, 0.06, 0.06])

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from drkl.display import number
+from drkl.display import ABSENT, number
 from drkl.evaluation.declared import METRICS, Metric
+from drkl.evaluation.result import SCALED
 from drkl.reporting.plotting import (
     COLORS,
     GRID,
@@ -262,6 +263,35 @@ def _reliability(line: Line, bins: Sequence[BinMean], teacher: Sequence[BinMean]
         f"{number(middle.confidence, 2)} it is right in {number(100 * middle.accuracy, 0)} %. {caption}"
     )
     return Picture(to_svg(figure, f"reliability-{place}", alt), kind.label, caption, alt)
+
+
+def scaled_table(kinds: Sequence[Kind], metrics: Sequence[Metric]) -> PlainTable | None:
+    """What a temperature on the logits changes, by kind: means over seeds before and after; None where none was."""
+    own = [kind for kind in kinds if any(cell.scaled for cell in kind.cells)]
+    moved = [metric for metric in metrics if any(_is_moved(kind, metric.key) for kind in own)]
+    if not moved:
+        return None
+    rows: list[list[str | tuple[str, str]]] = []
+    for kind in own:
+        found = [one.scaling for one in kind.evaluations if one.scaling is not None]
+        by_fold = [fold.temperature for scaling in found for fold in scaling.folds]
+        span = f"{min(by_fold):.3g} to {max(by_fold):.3g}" if by_fold and min(by_fold) < max(by_fold) else ""
+        row: list[str | tuple[str, str]] = [kind.label, (f"{np.mean(by_fold):.3g}" if by_fold else ABSENT, span)]
+        for metric in moved:
+            before, after = (mean_of(kind.values(metric.key, model)) for model in ("student", SCALED))
+            if before is None or after is None:
+                row.append(ABSENT)
+                continue
+            shown = metric.fine_enough(before.value, after.value)
+            row.append((f"{shown.show(before.value)} \N{RIGHTWARDS ARROW} {shown.show(after.value)}",
+                        show_interval(shown, after.interval)))  # fmt: skip
+        rows.append(row)
+    return PlainTable(["Cells", "Temperature", *(metric.title for metric in moved)], rows)
+
+
+def _is_moved(kind: Kind, key: str) -> bool:
+    """Whether the scaled students of a kind have other values; their top tokens, for instance, stay."""
+    return any(cell.scaled.get(key) not in (None, cell.metrics.get(key)) for cell in kind.cells)
 
 
 def costs(rows: Sequence[tuple[str, dict[str, float]]], parts: Sequence[str]) -> Picture | None:

@@ -30,17 +30,14 @@ class Kind:
         """The evaluations of its cells, seed by seed."""
         return [cell.evaluation for cell in self.cells if cell.evaluation is not None]
 
-    def values(self, key: str) -> list[float]:
+    def values(self, key: str, model: str = "student") -> list[float]:
         """The finished cells' values of a metric, seed by seed; those that have none are left out."""
-        return [cell.metrics[key] for cell in self.cells if cell.state == "done" and cell.metrics.get(key) is not None]
+        return list(self.by_seed(key, model).values())
 
-    def by_seed(self, key: str) -> dict[Any, float]:
+    def by_seed(self, key: str, model: str = "student") -> dict[Any, float]:
         """The same by seed."""
-        return {
-            cell.axes.get(SEED): cell.metrics[key]
-            for cell in self.cells
-            if cell.state == "done" and cell.metrics.get(key) is not None
-        }
+        done = [cell for cell in self.cells if cell.state == "done" and cell.of(model).get(key) is not None]
+        return {cell.axes.get(SEED): cell.of(model)[key] for cell in done}
 
 
 def key_of(axes: Settings) -> str:

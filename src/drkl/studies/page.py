@@ -135,6 +135,7 @@ def as_html(study: Study) -> str:
         frontier=frontier,
         sweeps=figures.sweep_table(kinds) if frontier else None,
         reliability=[picture for _, picture in figures.reliability(kinds, lines)],
+        scaled=figures.scaled_table(kinds, metrics),
         budget=budgets.table(kinds),
         unequal=budgets.unequal(study.verdicts, names),
         cost=budgets.cost(kinds),

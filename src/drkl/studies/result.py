@@ -162,12 +162,16 @@ class Study:
         return pandas.DataFrame(rows)
 
     def cell_table(self) -> Any:
-        """Return the cells as a pandas ``DataFrame``, a row each: their axes, their state, and a column by metric."""
+        """Return the cells as a pandas ``DataFrame``, a row each: their axes, their state, and a column by metric.
+
+        The numbers of a scaled student are in columns of their own, ``scaled_ece`` for instance.
+        """
         import pandas
 
         return pandas.DataFrame(
             [
                 {"cell": one.name, **one.axes, "state": one.state, **one.metrics}
+                | {f"scaled_{key}": value for key, value in one.scaled.items()}
                 | {f"seconds_{part}": seconds for part, seconds in one.seconds.items()}
                 for one in self.cells
             ]
