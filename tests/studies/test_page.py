@@ -1,5 +1,6 @@
 """The page of a study says what the study says, in words, and nothing that it does not."""
 
+import re
 from base64 import b64encode
 from dataclasses import replace
 from hashlib import sha256
@@ -357,3 +358,21 @@ def test_calibration_after_a_temperature_stands_beside_calibration_before() -> N
     assert "With a temperature after training" in page.words and "0.205 \N{RIGHTWARDS ARROW} 0.055" in page.words
     column = replace(study, cells=cells).cell_table()["scaled_ece"].dropna()
     assert list(column) == pytest.approx([0.05, 0.05, 0.06, 0.06])
+
+
+@pytest.mark.usefixtures("sketchy")
+def test_the_teacher_of_a_recipe_comes_first_in_what_repeats_the_study() -> None:
+    study = example(metrics=FEW, seeds=(0,), primary=())
+
+    def commands(teacher: str) -> list[str]:
+        cells = tuple(
+            replace(cell, evaluation=replace(cell.evaluation, settings={"models": {"teacher": teacher}}))  # type: ignore[type-var]
+            for cell in study.cells
+        )
+        (text,) = re.findall(r'<pre class="commands">(.*?)</pre>', as_html(replace(study, cells=cells)), re.DOTALL)
+        return text.strip().splitlines()
+
+    own = ["drkl study studies/instruction/study.yaml", "drkl study studies/instruction/study.yaml --report"]
+    assert commands("runs/gpt-scratch-teacher/student") == ["drkl distill gpt-scratch-teacher", *own]
+    for teacher in ("smollm2-135m-instruct", "runs/mine/student", "models/gpt-scratch-teacher", "runs", "", HOSTILE):
+        assert commands(teacher) == own

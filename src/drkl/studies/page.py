@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
 from drkl.display import ABSENT, number, shell_word
 from drkl.evaluation.declared import Metric
+from drkl.recipes import recipe_names
 from drkl.reporting.plotting import Line, Picture
 from drkl.reporting.tables import DIRECTIONS, Cell, Column, MetricTable, Row, RowGroup
 from drkl.reporting.templating import page_environment
@@ -146,7 +148,7 @@ def as_html(study: Study) -> str:
         notes=study.notes,
         cells=budgets.every_cell(study),
         limits=words.limits(study),
-        file=shell_word(_file(study)),
+        commands=_commands(study),
         definition=clip(_as_yaml(study), DEFINITION_LIMIT),
         environment=budgets.environment(study, kinds),
     )
@@ -163,6 +165,18 @@ def _file(study: Study) -> str:
     words_of = [str(word) for word in command] if isinstance(command, list) else []
     named = [word for word in words_of if word.endswith((".yaml", ".yml")) and not word.startswith("-")]
     return named[0] if named else f"{study.definition.dir.rstrip('/')}/{study.definition.name}/study.yaml"
+
+
+def _commands(study: Study) -> list[str]:
+    """What repeats the study: the runs of shipped recipes that its teachers come from, then the study itself."""
+    models = [one.evaluation.settings.get("models") for one in study.cells if one.evaluation is not None]
+    named = dict.fromkeys(
+        Path(str(own["teacher"])).parts for own in models if isinstance(own, dict) and "teacher" in own
+    )
+    known = recipe_names()
+    first = [f"drkl distill {parts[1]}" for parts in named if parts[:1] == ("runs",) and known.keys() & parts[1:2]]
+    file = shell_word(_file(study))
+    return [*first, f"drkl study {file}", f"drkl study {file} --report"]
 
 
 def _as_yaml(study: Study) -> str:
