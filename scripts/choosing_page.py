@@ -1,4 +1,4 @@
-"""The table of docs/choosing.md, which `make docs` makes of the verdicts of the studies in studies/drkl/."""
+"""What `make docs` makes of the verdicts of the studies in studies/drkl/ for docs/choosing.md and README.md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,21 @@ from dataclasses import dataclass
 
 from drkl.evaluation.result import SCALED
 from drkl.studies.definition import MODEL
-from scripts.evidence_page import DRKL, FKL, ON_POLICY, RKL, Results, Seen, outcome, seen_in_words, variant
+from drkl.studies.metrics import known_metrics
+from drkl.studies.result import with_interval
+from scripts.evidence_page import (
+    DRKL,
+    FKL,
+    ON_POLICY,
+    RKL,
+    Results,
+    Seen,
+    bold,
+    in_parts,
+    outcome,
+    seen_in_words,
+    variant,
+)
 from scripts.families_page import markdown
 
 
@@ -57,10 +71,14 @@ CHOICES = (
     ),
     Choice(
         FAR + "trained on what it writes itself",
-        "`drkl` or `rkl`",
-        "Its own text takes most of the overconfidence away, whatever the objective; forward KL ends farther by "
-        "reverse KL than both.",
-        (Seen("on-policy", "rkl", DRKL | ON_POLICY, FKL | ON_POLICY),),
+        "`rkl`; `drkl` where its confidence has to be right",
+        "Its own text takes most of the overconfidence away, DRKL the rest; but DRKL is farther by reverse KL than "
+        "reverse KL, and forward KL than both.",
+        (
+            Seen("on-policy", "overconfidence", DRKL | ON_POLICY, RKL | ON_POLICY),
+            Seen("on-policy", "rkl", DRKL | ON_POLICY, RKL | ON_POLICY, "worse"),
+            Seen("on-policy", "rkl", DRKL | ON_POLICY, FKL | ON_POLICY),
+        ),
     ),
     Choice(
         NEAR + "which is unsure (its top token has less than half)",
@@ -115,3 +133,32 @@ def parts() -> dict[str, str]:
         sure = outcome(found).replace("held", "decided")
         rows.append([choice.case, f"**{choice.use}**", choice.because, f"**{sure}**<br>{'<br>'.join(texts)}"])
     return {"choices": markdown(["your case", "use", "because", "evidence"], rows)}
+
+
+CASES = {
+    "instruction": "far from its teacher",
+    "on-policy": "far, trained on what it writes",
+    "near": "near its teacher",
+    "summaries": "near, on summaries",
+}
+SHOWN = ("overconfidence", "rkl", "fkl", "agreement", "distinct_2")
+
+
+def digest() -> dict[str, str]:
+    """Return the table of README.md by its name: DRKL against reverse KL and forward KL in parts 1 to 4."""
+    results, known = Results.read(), known_metrics("generation")
+    rows = []
+    for part, case in CASES.items():
+        for title, name in (("reverse KL", "rkl"), ("forward KL", "fkl")):
+            found = [results.verdict(in_parts(key, name, of=(part,))[0]) for key in SHOWN]
+            cells = [
+                "–"
+                if row is None or row["difference"] is None
+                else f"{bold(row['verdict'])} {with_interval(known[key], row['difference'], None)}"
+                for key, row in zip(SHOWN, found, strict=True)
+            ]
+            seeds = max((row["seeds"] for row in found if row), default=0)
+            rows.append([f"{case}, {title}", str(seeds), *cells])
+    head = ["the student, and DRKL against", "seeds", "overconfidence", "reverse KL, nats", "forward KL, nats",
+            "same top token, points", "Distinct-2"]  # fmt: skip
+    return {"digest": markdown(head, rows)}

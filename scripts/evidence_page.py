@@ -99,7 +99,7 @@ def variant(name: str) -> dict[str, str]:
     return {"variant": name}
 
 
-def _in_parts(metric: str, against: str, claimed: str = "better", *, of: Sequence[str] = ()) -> tuple[Seen, ...]:
+def in_parts(metric: str, against: str, claimed: str = "better", *, of: Sequence[str] = ()) -> tuple[Seen, ...]:
     """The same comparison of DRKL in parts 1 to 4."""
     found = []
     for part in of or ("instruction", "on-policy", "near", "summaries"):
@@ -119,16 +119,16 @@ CLAIMS = (
         "trained students.",
         "held",
     ),
-    Claim("So its students are overconfident, more than DRKL's", _in_parts("overconfidence", "rkl")),
-    Claim("So they are less diverse than DRKL's", _in_parts("distinct_2", "rkl")),
-    Claim("Reverse KL starves the tail, DRKL supervises it", _in_parts("tail_rkl", "rkl")),
+    Claim("So its students are overconfident, more than DRKL's", in_parts("overconfidence", "rkl")),
+    Claim("So they are less diverse than DRKL's", in_parts("distinct_2", "rkl")),
+    Claim("Reverse KL starves the tail, DRKL supervises it", in_parts("tail_rkl", "rkl")),
     Claim(
         "DRKL has the better trade-off than reverse KL: closeness kept, more diversity",
-        (*_in_parts("rkl", "rkl", "better or no difference"), *_in_parts("rouge_l_when_as_varied", "rkl")),
+        (*in_parts("rkl", "rkl", "better or no difference"), *in_parts("rouge_l_when_as_varied", "rkl")),
     ),
     Claim(
         "than forward KL",
-        (*_in_parts("rkl", "fkl"), *_in_parts("fkl", "fkl"), *_in_parts("rouge_l_when_as_varied", "fkl")),
+        (*in_parts("rkl", "fkl"), *in_parts("fkl", "fkl"), *in_parts("rouge_l_when_as_varied", "fkl")),
     ),
     Claim(
         "than Jensen-Shannon",
@@ -141,7 +141,7 @@ CLAIMS = (
     ),
     Claim(
         "In summaries, more ROUGE and more lexical diversity than reverse KL",
-        (*_in_parts("rouge_l", "rkl", of=("summaries",)), *_in_parts("distinct_2", "rkl", of=("summaries",))),
+        (*in_parts("rouge_l", "rkl", of=("summaries",)), *in_parts("distinct_2", "rkl", of=("summaries",))),
     ),
     Claim(
         "A gain on SRKL (Figure 4)",
@@ -340,11 +340,12 @@ def _primary(results: Results) -> str:
 def _cells(row: Mapping[str, Any], task: str) -> list[str]:
     metric = known_metrics(task)[row["metric"]]
     unit = f" ({metric.unit})" if metric.unit else ""
-    return [f"{metric.title}{unit}", label(row["axes"]), label(row["baseline"]), _bold(row["verdict"]),
+    return [f"{metric.title}{unit}", label(row["axes"]), label(row["baseline"]), bold(row["verdict"]),
             _difference(metric, row), bracketed(metric, row["difference"], row["prompts_interval"])]  # fmt: skip
 
 
-def _bold(verdict: str) -> str:
+def bold(verdict: str) -> str:
+    """A verdict that decides something in bold."""
     return verdict if verdict == "undecided" else f"**{verdict}**"
 
 
@@ -367,7 +368,7 @@ def _exploratory(results: Results) -> str:
             own = [cells.get((metric.key, *pair)) for metric in metrics]
             table.append(
                 [f"{pair[0]} against {pair[1]}"]
-                + ["" if row is None else f"{_bold(row['verdict'])} {_difference(metric, row)}"
+                + ["" if row is None else f"{bold(row['verdict'])} {_difference(metric, row)}"
                    for metric, row in zip(metrics, own, strict=True)]
             )  # fmt: skip
         if table:

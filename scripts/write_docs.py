@@ -285,7 +285,7 @@ def pages() -> dict[Path, str]:
     docs = ROOT / "docs"
     results = results_tables()
     parts = {
-        ROOT / "README.md": {"students": results["students"]},
+        ROOT / "README.md": {"students": results["students"]} | choosing_page.digest(),
         docs / "results" / "README.md": {name: results[name] for name in results if name != "students"},
         docs / "benchmarks.md": table.tables(),
         docs / "teacher-cache.md": table.topk_probe_tables() | run_teacher_cache.tables(),

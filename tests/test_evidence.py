@@ -93,3 +93,13 @@ def test_a_claim_is_what_its_verdicts_are(verdicts: list[str | None], said: str)
     assert outcome(found) == said
     either = Seen("classes", "ece", DRKL, RKL, "better or no difference")
     assert outcome([(either, verdict(DRKL, RKL, "no difference"))]) == "held"
+
+
+def test_the_digest_is_what_the_verdicts_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [verdict(DRKL, RKL, "better", "overconfidence"), verdict(DRKL, RKL, "undecided", "rkl")]
+    results = Results({"instruction": {"task": "generation", "verdicts": rows}})
+    monkeypatch.setattr(Results, "read", classmethod(lambda cls: results))
+    lines = choosing_page.digest()["digest"].splitlines()
+    assert lines[2] == "| far from its teacher, reverse KL | 3 | **better** +0.1000 | undecided +0.100 | – | – | – |"
+    assert lines[3] == "| far from its teacher, forward KL | 0 | – | – | – | – | – |"
+    assert len(lines) == 2 + 2 * len(choosing_page.CASES)
