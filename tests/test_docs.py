@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 import drkl
 from drkl.evaluation.config import EvaluationConfig
 from drkl.evaluation.declared import CLASS_KEYS, KEYS
-from drkl.evaluation.result import Evaluation
 from drkl.training import trl
 from scripts import oracles, write_docs
 from tests.models import tiny, tiny_classifiers
@@ -180,20 +179,54 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
     exec(compile(source, str(page.relative_to(ROOT)), "exec"), {"__name__": "__main__"} | names)
 
 
-def test_the_sentences_of_readme_have_the_numbers_of_the_rows() -> None:
-    text = (ROOT / "README.md").read_text()
-    results = [Evaluation.load(write_docs.RESULTS / f"quickstart{name}.eval.json") for name in ("", "-rkl", "-fkl")]
-    values = [
-        {key: result.value("student", key) or 0.0 for key in ("overconfidence", "rkl", "fkl")} for result in results
-    ]
-    points = [f"{100 * value['overconfidence']:.1f}" for value in values]
+def mean_of(part: str, name: str, key: str, model: str = "metrics", **axes: Any) -> float:
+    """The mean of a metric over the seeds of a part of the evidence, from its cells."""
+    cells = json.loads((ROOT / "studies" / "drkl" / part / "study.json").read_text())["cells"]
+    wanted = {"objective.name": name, **axes}
+    own = [cell for cell in cells if cell["state"] == "done" and wanted.items() <= cell["axes"].items()]
+    assert len(own) >= 3
+    return sum(cell[model][key] for cell in own) / len(own)
+
+
+def test_the_sentences_of_the_evidence_have_the_numbers_of_the_cells() -> None:
+    text = " ".join((DOCS / "evidence.md").read_text().split()).replace("\N{MINUS SIGN}", "-")
+
+    def off(key: str, model: str = "metrics") -> list[float]:
+        return [mean_of("instruction", name, key, model) for name in ("rkl", "drkl", "fkl")]
+
+    def on(key: str) -> list[float]:
+        return [mean_of("on-policy", name, key, **{"rollouts.share": 1.0}) for name in ("rkl", "drkl", "fkl")]
+
+    over, distinct, tail, rkl, nll, ece = map(
+        off, ("overconfidence", "distinct_2", "tail_rkl", "rkl", "teacher_nll_of_answers", "ece")
+    )
+    agreement, scaled, scaled_rkl = off("agreement"), off("ece", "scaled"), off("rkl", "scaled")
+    own_over, own_distinct, own_rkl, own_nll = map(
+        on, ("overconfidence", "distinct_2", "rkl", "teacher_nll_of_answers")
+    )
     for sentence in (
-        f"{points[0]} points of overconfidence instead of {points[1]}, "
-        f"forward KL {values[0]['fkl']:.2f} nats instead of {values[1]['fkl']:.2f}",
-        f"forward KL leaves {points[2]} points, "
-        f"at a reverse KL of {values[2]['rkl']:.2f} instead of {values[0]['rkl']:.2f}",
+        f"{100 * over[0]:.1f} points more than the teacher does, DRKL's {100 * over[1]:.1f}.",
+        f"(Distinct-2 {distinct[1]:.3f} for {distinct[0]:.3f},",
+        f"({tail[1]:.2f} for {tail[0]:.2f} nats), and it is not farther by reverse KL ({rkl[1]:.2f} for {rkl[0]:.2f}).",
+        f"{100 * over[2]:.1f} points of overconfidence, a Distinct-2 of {distinct[2]:.3f}, and "
+        f"{100 * (agreement[2] - agreement[1]):.1f} points more agreement than DRKL's. "
+        f"It is {rkl[2] - rkl[1]:.2f} nats farther",
+        f"finds {nll[2]:.1f} nats a token in its answers, {nll[1]:.1f} in DRKL's, {nll[0]:.1f} in reverse KL's",
+        f"from {ece[0]:.3f} to {scaled[0]:.3f}; DRKL has {ece[1]:.3f} without one. "
+        f"The price is {scaled_rkl[0] - rkl[0]:.2f} nats",
+        f"half of the calibration error ({scaled[1]:.3f})",
+        f"has {100 * own_over[0]:.1f} points of overconfidence ({100 * over[0]:.1f} on the data), "
+        f"DRKL's {100 * own_over[1]:.1f} ({100 * over[1]:.1f}), "
+        f"forward KL's {100 * own_over[2]:.1f} ({100 * over[2]:.1f}).",
+        f"({own_distinct[0]:.3f}, {own_distinct[1]:.3f}, {own_distinct[2]:.3f} for 0.914)",
+        f"{own_rkl[0]:.2f}, {own_rkl[1]:.2f} and {own_rkl[2]:.2f} nats by reverse KL, "
+        f"for {rkl[0]:.2f}, {rkl[1]:.2f} and {rkl[2]:.2f}.",
+        f"{own_nll[0]:.1f}, {own_nll[1]:.1f} and {own_nll[2]:.1f} nats a token, "
+        f"for {nll[0]:.1f}, {nll[1]:.1f} and {nll[2]:.1f}.",
     ):
         assert sentence in text, sentence
+    assert "a third less overconfident" in (ROOT / "README.md").read_text() and 0.29 < 1 - over[1] / over[0] < 0.38
+    assert 0.4 < scaled[1] / scaled[0] < 0.6
 
 
 def test_the_trl_page_names_every_field_that_trl_adds() -> None:

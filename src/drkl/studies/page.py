@@ -148,7 +148,8 @@ def as_html(study: Study) -> str:
         notes=study.notes,
         cells=budgets.every_cell(study),
         limits=words.limits(study),
-        commands=_commands(study),
+        runs_before=_runs_before(study),
+        file=shell_word(_file(study)),
         definition=clip(_as_yaml(study), DEFINITION_LIMIT),
         environment=budgets.environment(study, kinds),
     )
@@ -167,16 +168,14 @@ def _file(study: Study) -> str:
     return named[0] if named else f"{study.definition.dir.rstrip('/')}/{study.definition.name}/study.yaml"
 
 
-def _commands(study: Study) -> list[str]:
-    """What repeats the study: the runs of shipped recipes that its teachers come from, then the study itself."""
+def _runs_before(study: Study) -> list[str]:
+    """The shipped recipes whose runs the study's teachers come from."""
     models = [one.evaluation.settings.get("models") for one in study.cells if one.evaluation is not None]
     named = dict.fromkeys(
         Path(str(own["teacher"])).parts for own in models if isinstance(own, dict) and "teacher" in own
     )
     known = recipe_names()
-    first = [f"drkl distill {parts[1]}" for parts in named if parts[:1] == ("runs",) and known.keys() & parts[1:2]]
-    file = shell_word(_file(study))
-    return [*first, f"drkl study {file}", f"drkl study {file} --report"]
+    return [parts[1] for parts in named if parts[:1] == ("runs",) and known.keys() & parts[1:2]]
 
 
 def _as_yaml(study: Study) -> str:
