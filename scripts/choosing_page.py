@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from drkl.display import ABSENT
 from drkl.evaluation.result import SCALED
 from drkl.studies.definition import MODEL
 from drkl.studies.metrics import known_metrics
@@ -121,9 +122,8 @@ CHOICES = (
 )
 
 
-def parts() -> dict[str, str]:
+def parts(results: Results) -> dict[str, str]:
     """Return the table of docs/choosing.md by its name."""
-    results = Results.read()
     rows = []
     for choice in CHOICES:
         found = [(seen, results.verdict(seen)) for seen in choice.seen]
@@ -144,15 +144,14 @@ CASES = {
 SHOWN = ("overconfidence", "rkl", "fkl", "agreement", "distinct_2")
 
 
-def digest() -> dict[str, str]:
+def digest(results: Results) -> dict[str, str]:
     """Return the table of README.md by its name: DRKL against reverse KL and forward KL in parts 1 to 4."""
-    results, known = Results.read(), known_metrics("generation")
-    rows = []
+    known, rows = known_metrics("generation"), []
     for part, case in CASES.items():
         for title, name in (("reverse KL", "rkl"), ("forward KL", "fkl")):
             found = [results.verdict(in_parts(key, name, of=(part,))[0]) for key in SHOWN]
             cells = [
-                "–"
+                ABSENT
                 if row is None or row["difference"] is None
                 else f"{bold(row['verdict'])} {with_interval(known[key], row['difference'], None)}"
                 for key, row in zip(SHOWN, found, strict=True)

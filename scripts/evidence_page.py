@@ -193,9 +193,8 @@ def _full(axes: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     return left | dict(asked)
 
 
-def parts() -> dict[str, str]:
+def parts(results: Results) -> dict[str, str]:
     """Return the parts of the page by their names."""
-    results = Results.read()
     return {
         "price": _price(results),
         "means": _means(results),
@@ -217,7 +216,7 @@ def _price(results: Results) -> str:
     took = {name: _seconds(name, result) for name, result in results.by_part.items()}
     for place, part in enumerate(PARTS, 1):
         result, cells, own = results.by_part.get(part.name), len(cells_of(part.definition)), took.get(part.name, [])
-        done = 0 if result is None else sum(cell["state"] == "done" for cell in result["cells"])
+        done = 0 if result is None else len(_done(result))
         taken = done - len(own)
         open_cells = cells - done - max(part.taken - taken, 0)
         like = own or took.get(part.like)
@@ -238,11 +237,19 @@ CORES = 2
 def _seconds(part: str, result: Mapping[str, Any]) -> list[float]:
     """What each finished cell of the study's own took, its share of the start among it, as if it had had both cores."""
     seconds = []
-    for cell in result["cells"]:
-        if cell["state"] == "done" and not cell["run"].startswith(".."):
-            made = json.loads((STUDIES / part / cell["run"] / "env.json").read_text(encoding="utf-8"))
-            seconds.append(sum(cell["seconds"].values()) * min(made["num_threads"], CORES) / CORES)
+    for cell in _own(_done(result)):
+        made = json.loads((STUDIES / part / cell["run"] / "env.json").read_text(encoding="utf-8"))
+        seconds.append(sum(cell["seconds"].values()) * min(made["num_threads"], CORES) / CORES)
     return seconds
+
+
+def _done(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [cell for cell in result["cells"] if cell["state"] == "done"]
+
+
+def _own(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells that are not those of another study."""
+    return [cell for cell in cells if not cell["run"].startswith("..")]
 
 
 NOTHING = "No part has run so far."
@@ -288,11 +295,11 @@ def _scaled(results: Results) -> str:
     """Means over seeds before and after a temperature on the logits, of every kind of cell; each part's own cells."""
     rows = []
     for part in PARTS:
-        if (result := results.by_part.get(part.name)) is None or part.taken == len(cells_of(part.definition)):
+        if (result := results.by_part.get(part.name)) is None:
             continue
         known = known_metrics(result["task"])
         for name, cells in _kinds(result).items():
-            own = [cell for cell in cells if cell["scaled"] and not cell["run"].startswith("..")]
+            own = [cell for cell in _own(cells) if cell["scaled"]]
             if not own:
                 continue
             shown = []
@@ -307,10 +314,9 @@ def _scaled(results: Results) -> str:
 
 def _kinds(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     kinds: dict[str, list[dict[str, Any]]] = {}
-    for cell in result["cells"]:
-        if cell["state"] == "done":
-            axes = {key: value for key, value in cell["axes"].items() if key != "run.seed"}
-            kinds.setdefault(label(axes), []).append(cell)
+    for cell in _done(result):
+        axes = {key: value for key, value in cell["axes"].items() if key != "run.seed"}
+        kinds.setdefault(label(axes), []).append(cell)
     return kinds
 
 

@@ -283,9 +283,9 @@ def toy_tables() -> dict[str, str]:
 def pages() -> dict[Path, str]:
     """Return the text that every page with generated parts should have."""
     docs = ROOT / "docs"
-    results = results_tables()
+    results, studies = results_tables(), evidence_page.Results.read()
     parts = {
-        ROOT / "README.md": {"students": results["students"]} | choosing_page.digest(),
+        ROOT / "README.md": {"students": results["students"]} | choosing_page.digest(studies),
         docs / "results" / "README.md": {name: results[name] for name in results if name != "students"},
         docs / "benchmarks.md": table.tables(),
         docs / "teacher-cache.md": table.topk_probe_tables() | run_teacher_cache.tables(),
@@ -297,8 +297,8 @@ def pages() -> dict[Path, str]:
         docs / "toy.md": toy_tables(),
         docs / "families.md": families_page.parts(),
         docs / "faults.md": faults_page.parts(),
-        docs / "evidence.md": evidence_page.parts(),
-        docs / "choosing.md": choosing_page.parts(),
+        docs / "evidence.md": evidence_page.parts(studies),
+        docs / "choosing.md": choosing_page.parts(studies),
     }
     texts = {docs / "reference.md": reference()}
     for path, bodies in parts.items():

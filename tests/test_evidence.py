@@ -56,8 +56,7 @@ def test_an_advice_is_shown_with_the_verdicts_it_rests_on_once_one_has_run(monke
     ]
     results = Results({"classes": {"task": "classification", "verdicts": [verdict(DRKL, RKL, "better")]}})
     monkeypatch.setattr(choosing_page, "CHOICES", choices)
-    monkeypatch.setattr(Results, "read", classmethod(lambda cls: results))
-    lines = choosing_page.parts()["choices"].splitlines()
+    lines = choosing_page.parts(results)["choices"].splitlines()
     assert len(lines) == 3
     shown = "calibration error (ECE): better, +0.1000 [0.0000, +0.2000], 3 seeds"
     assert lines[-1] == f"| one | **drkl** | why | **decided**<br>classes, drkl against rkl, {shown} |"
@@ -95,11 +94,10 @@ def test_a_claim_is_what_its_verdicts_are(verdicts: list[str | None], said: str)
     assert outcome([(either, verdict(DRKL, RKL, "no difference"))]) == "held"
 
 
-def test_the_digest_is_what_the_verdicts_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_is_what_the_verdicts_are() -> None:
     rows = [verdict(DRKL, RKL, "better", "overconfidence"), verdict(DRKL, RKL, "undecided", "rkl")]
     results = Results({"instruction": {"task": "generation", "verdicts": rows}})
-    monkeypatch.setattr(Results, "read", classmethod(lambda cls: results))
-    lines = choosing_page.digest()["digest"].splitlines()
+    lines = choosing_page.digest(results)["digest"].splitlines()
     assert lines[2] == "| far from its teacher, reverse KL | 3 | **better** +0.1000 | undecided +0.100 | – | – | – |"
     assert lines[3] == "| far from its teacher, forward KL | 0 | – | – | – | – | – |"
     assert len(lines) == 2 + 2 * len(choosing_page.CASES)

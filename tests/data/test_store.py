@@ -181,10 +181,10 @@ def test_a_block_of_a_book_reads_its_own_tokens_alone(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(making._Texts, "_part", spy)
     path = tmp_path / "book.txt"
-    path.write_text("alpha beta gamma x yy é " * 200, encoding="utf-8")
+    path.write_text("alpha beta gamma x yy é " * 400, encoding="utf-8")
     config = DataConfig(path=str(path), format="text", eval_path="none", **LIMITS)
     check_shares(config)
-    assert len(read) > 50 and max(read) == LIMITS["max_tokens"]
+    assert len(read) > 100 and max(read) == LIMITS["max_tokens"]
 
 
 # what makes rows anew ---------------------------------------------------------------------------------------------

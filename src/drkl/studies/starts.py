@@ -11,6 +11,7 @@ from typing import Any
 from drkl.config import Config
 from drkl.errors import DrklError
 from drkl.kept import note_removed
+from drkl.reporting.text import count
 from drkl.runs import RunFolder
 from drkl.studies.definition import read_definition
 from drkl.studies.plan import Plan, Planned, digest, given
@@ -208,7 +209,7 @@ _PAIRED = "cells are compared only if they began from the same weights."
 
 
 def _finished(began: Mapping[str, Any]) -> str:
-    return f"{len(began)} finished cell{'s' if len(began) > 1 else ''} ({', '.join(began)})"
+    return f"{count(len(began), 'finished cell')} ({', '.join(began)})"
 
 
 def _began_from(plan: Plan, start: Start) -> dict[str, str | None]:
