@@ -3,7 +3,7 @@
 From the program: the table of objectives in docs/objectives/README.md, the metrics in docs/evaluate.md and
 docs/classification.md, and docs/reference.md. From committed rows: the benchmarks in docs/benchmarks.md, the results in
 README.md and docs/results/README.md, and the tables of docs/teacher-cache.md, docs/toy.md,
-docs/families.md, docs/faults.md, docs/evidence.md and docs/choosing.md.
+docs/families.md, docs/faults.md, docs/evidence.md, docs/choosing.md and docs/why.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from drkl.evaluation.result import Evaluation
 from drkl.objectives import describe
 from drkl.reporting.tables import DIRECTIONS
 from drkl.training.arguments import DistillationConfig
-from scripts import choosing_page, evidence_page, families_page, faults_page, run_teacher_cache
+from scripts import choosing_page, evidence_page, families_page, faults_page, run_teacher_cache, why_page
 from scripts.oracles import CLASS_ORACLES, ORACLES, Oracle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -299,6 +299,7 @@ def pages() -> dict[Path, str]:
         docs / "faults.md": faults_page.parts(),
         docs / "evidence.md": evidence_page.parts(studies),
         docs / "choosing.md": choosing_page.parts(studies),
+        docs / "why.md": why_page.parts(studies),
     }
     texts = {docs / "reference.md": reference()}
     for path, bodies in parts.items():

@@ -19,7 +19,7 @@ import drkl
 from drkl.evaluation.config import EvaluationConfig
 from drkl.evaluation.declared import CLASS_KEYS, KEYS
 from drkl.training import trl
-from scripts import oracles, write_docs
+from scripts import oracles, pushes_page, write_docs
 from tests.models import tiny, tiny_classifiers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,7 +182,7 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
 def mean_of(part: str, name: str, key: str, model: str = "metrics", **axes: Any) -> float:
     """The mean of a metric over the seeds of a part of the evidence, from its cells."""
     cells = json.loads((ROOT / "studies" / "drkl" / part / "study.json").read_text())["cells"]
-    wanted = {"objective.name": name, **axes}
+    wanted = {"variant" if part in ("beyond", "near") else "objective.name": name, **axes}
     own = [cell for cell in cells if cell["state"] == "done" and wanted.items() <= cell["axes"].items()]
     assert len(own) >= 3
     return sum(cell[model][key] for cell in own) / len(own)
@@ -194,39 +194,82 @@ def test_the_sentences_of_the_evidence_have_the_numbers_of_the_cells() -> None:
     def off(key: str, model: str = "metrics") -> list[float]:
         return [mean_of("instruction", name, key, model) for name in ("rkl", "drkl", "fkl")]
 
-    def on(key: str) -> list[float]:
-        return [mean_of("on-policy", name, key, **{"rollouts.share": 1.0}) for name in ("rkl", "drkl", "fkl")]
+    def own(key: str, share: float) -> list[float]:
+        return [mean_of("on-policy", name, key, **{"rollouts.share": share}) for name in ("rkl", "drkl", "fkl")]
 
     over, distinct, tail, rkl, nll, ece = map(
         off, ("overconfidence", "distinct_2", "tail_rkl", "rkl", "teacher_nll_of_answers", "ece")
     )
-    agreement, scaled, scaled_rkl = off("agreement"), off("ece", "scaled"), off("rkl", "scaled")
-    own_over, own_distinct, own_rkl, own_nll = map(
-        on, ("overconfidence", "distinct_2", "rkl", "teacher_nll_of_answers")
+    rouge, agreement = off("rouge_l_when_as_varied"), off("agreement")
+    scaled, scaled_rkl = off("ece", "scaled"), off("rkl", "scaled")
+    own_over, own_rkl, own_nll = (
+        [*own(key, 1.0), *own(key, 0.0)] for key in ("overconfidence", "rkl", "teacher_nll_of_answers")
     )
+    own_distinct = own("distinct_2", 1.0)
     for sentence in (
         f"{100 * over[0]:.1f} points more than the teacher does, DRKL's {100 * over[1]:.1f}.",
         f"(Distinct-2 {distinct[1]:.3f} for {distinct[0]:.3f},",
         f"({tail[1]:.2f} for {tail[0]:.2f} nats), and it is not farther by reverse KL ({rkl[1]:.2f} for {rkl[0]:.2f}).",
-        f"{100 * over[2]:.1f} points of overconfidence, a Distinct-2 of {distinct[2]:.3f}, and "
-        f"{100 * (agreement[2] - agreement[1]):.1f} points more agreement than DRKL's. "
-        f"It is {rkl[2] - rkl[1]:.2f} nats farther",
-        f"finds {nll[2]:.1f} nats a token in its answers, {nll[1]:.1f} in DRKL's, {nll[0]:.1f} in reverse KL's",
+        f"{100 * abs(over[2]):.1f} points of overconfidence, a Distinct-2 of {distinct[2]:.3f}, and "
+        f"{100 * (agreement[2] - agreement[1]):.1f} points more agreement than DRKL's; sampled as varied as the "
+        f"teacher, it has {rouge[2] - rouge[1]:.1f} more ROUGE-L. It is {rkl[2] - rkl[1]:.2f} nats farther",
+        f"of its answers is {nll[2]:.1f} nats, against {nll[1]:.1f} for DRKL's answers, {nll[0]:.1f} for reverse KL's",
         f"from {ece[0]:.3f} to {scaled[0]:.3f}; DRKL has {ece[1]:.3f} without one. "
         f"The price is {scaled_rkl[0] - rkl[0]:.2f} nats",
         f"half of the calibration error ({scaled[1]:.3f})",
-        f"has {100 * own_over[0]:.1f} points of overconfidence ({100 * over[0]:.1f} on the data), "
-        f"DRKL's {100 * own_over[1]:.1f} ({100 * over[1]:.1f}), "
-        f"forward KL's {100 * own_over[2]:.1f} ({100 * over[2]:.1f}).",
-        f"({own_distinct[0]:.3f}, {own_distinct[1]:.3f}, {own_distinct[2]:.3f} for 0.914)",
+        f"has {100 * own_over[0]:.1f} points of overconfidence ({100 * own_over[3]:.1f} on the data), "
+        f"DRKL's {100 * own_over[1]:.1f} ({100 * own_over[4]:.1f}), "
+        f"forward KL's {100 * own_over[2]:.1f} ({100 * own_over[5]:.1f}).",
+        f"(Distinct-2 {own_distinct[0]:.3f}, {own_distinct[1]:.3f} and {own_distinct[2]:.3f},",
         f"{own_rkl[0]:.2f}, {own_rkl[1]:.2f} and {own_rkl[2]:.2f} nats by reverse KL, "
-        f"for {rkl[0]:.2f}, {rkl[1]:.2f} and {rkl[2]:.2f}.",
+        f"after {own_rkl[3]:.2f}, {own_rkl[4]:.2f} and {own_rkl[5]:.2f} on the data.",
         f"{own_nll[0]:.1f}, {own_nll[1]:.1f} and {own_nll[2]:.1f} nats a token, "
-        f"for {nll[0]:.1f}, {nll[1]:.1f} and {nll[2]:.1f}.",
+        f"after {own_nll[3]:.1f}, {own_nll[4]:.1f} and {own_nll[5]:.1f}.",
     ):
         assert sentence in text, sentence
+    assert 0.7 < 1 - own_over[0] / own_over[3] < 0.8
     assert "a third less overconfident" in (ROOT / "README.md").read_text() and 0.29 < 1 - over[1] / over[0] < 0.38
-    assert 0.4 < scaled[1] / scaled[0] < 0.6
+    assert 0.4 < scaled[1] / scaled[0] < 0.6 and abs(over[2]) < 0.0005
+
+
+def test_the_sentences_of_the_step_beyond_have_the_numbers_of_its_cells() -> None:
+    text = " ".join((DOCS / "evidence.md").read_text().split())
+
+    def pair(key: str) -> tuple[float, float]:
+        return mean_of("beyond", "fkl-rkl", key), mean_of("beyond", "drkl", key)
+
+    over, agreement, fkl, rkl, distinct, nll = map(
+        pair, ("overconfidence", "agreement", "fkl", "rkl", "distinct_2", "teacher_nll_of_answers")
+    )
+    assert f"{100 * (over[1] - over[0]):.1f} points less overconfident" in text
+    assert f"({100 * over[0]:.1f} for {100 * over[1]:.1f})" in text
+    assert f"{100 * (agreement[0] - agreement[1]):.1f} points more often" in text
+    assert f"{fkl[1] - fkl[0]:.2f} nats closer by forward KL" in text
+    assert f"more varied (Distinct-2 {distinct[0]:.3f} for {distinct[1]:.3f}," in text
+    assert f"The price is {rkl[0] - rkl[1]:.2f} nats by reverse KL" in text
+    assert f"which takes it to {rkl[0]:.2f} nats" in text
+    assert f"the teacher finds {nll[0]:.1f} nats a token in them, {nll[1]:.1f} in DRKL's" in text
+    forward = mean_of("beyond", "fkl", "rkl") - rkl[1]
+    assert f"for {rkl[0] - rkl[1]:.2f} of the {forward:.2f} nats by reverse KL that forward KL gives up" in text
+
+
+def test_the_sentences_about_the_push_have_the_numbers_of_the_runs() -> None:
+    rows = pushes_page.by_student(pushes_page.read_rows())
+
+    def mean(part: str, column: str) -> float:
+        values = pushes_page.values_of(rows[part, "rkl"], column)
+        assert len(values) >= 3
+        return sum(values) / len(values)
+
+    why, evidence = (" ".join((DOCS / f"{name}.md").read_text().split()) for name in ("why", "evidence"))
+    assert f"hardly any target is matched ({100 * mean('instruction', 'matched'):.1f} %;" in why
+    near = f"{100 * mean('near', 'matched'):.0f} % of"
+    assert f"{near} the targets are matched there" in why and f"has {near} its targets matched" in evidence
+    rest = f"{100 * mean('near', 'matched_overshoot'):.2f} points"
+    assert f"K is {mean('near', 'matched_K'):.3f} nats, and reverse KL rests {rest} above the teacher" in why
+    assert 0.7 < 1 - mean("instruction", "stronger") < 0.8 and "at three positions of four" in why
+    near_k, far_k = mean_of("near", "rkl", "tail_rkl"), mean_of("instruction", "rkl", "tail_rkl")
+    assert f"K is {near_k:.4f} nats here, {far_k:.1f} on the instruction pair" in evidence
 
 
 def test_the_trl_page_names_every_field_that_trl_adds() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from drkl.studies.grid import check_grid, pair_of
 from drkl.studies.metrics import check_metrics, known_metrics
 from drkl.studies.verdicts import Judge
-from scripts import choosing_page
+from scripts import choosing_page, measure_pushes, pushes_page
 from scripts.choosing_page import CHOICES, Choice
 from scripts.evidence_page import CLAIMS, DRKL, PARTS, RKL, Results, Seen, holds, outcome
 
@@ -20,7 +23,7 @@ def task_of(part: str) -> str:
 
 def verdict(axes: dict[str, Any], baseline: dict[str, Any], what: str, metric: str = "ece") -> dict[str, Any]:
     return {"metric": metric, "axes": axes, "baseline": baseline, "verdict": what, "difference": 0.1,
-            "interval": [0.0, 0.2], "prompts_interval": None, "seeds": 3}  # fmt: skip
+            "interval": [0.0, 0.2], "prompts_interval": None, "seeds": 3, "exploratory": False}  # fmt: skip
 
 
 def test_every_claim_and_advice_names_comparisons_that_their_parts_make() -> None:
@@ -101,3 +104,41 @@ def test_the_digest_is_what_the_verdicts_are() -> None:
     assert lines[2] == "| far from its teacher, reverse KL | 3 | **better** +0.1000 | undecided +0.100 | – | – | – |"
     assert lines[3] == "| far from its teacher, forward KL | 0 | – | – | – | – | – |"
     assert len(lines) == 2 + 2 * len(choosing_page.CASES)
+
+
+def pushed(part: str, *overshoots: float, objective: str = "rkl") -> list[dict[str, str]]:
+    """A run for each overshoot; its other columns are 1."""
+    other = dict.fromkeys(measure_pushes.HEAD, "1")
+    names = {"part": part, "objective": objective}
+    return [other | names | {"seed": str(seed), "matched_overshoot": str(value)}
+            for seed, value in enumerate(overshoots)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overshoots", "said"),
+    [((0.2, 0.21, 0.22), "held"), ((0.001, 0.0011), "not held"), ((0.0, 0.1), "undecided"), ((0.3,), "held")],
+)
+def test_the_push_holds_where_its_interval_over_seeds_lies_above_the_bar(
+    overshoots: tuple[float, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = pushed("near", *overshoots) + pushed("near", 0.9, 0.9, objective="drkl")
+    monkeypatch.setattr(pushes_page, "read_rows", lambda: rows)
+    outcomes, texts = pushes_page.outcome()
+    assert outcomes == [said] and len(texts) == 1
+    assert ("1 seed" if len(overshoots) == 1 else f"{len(overshoots)} seeds") in texts[0]
+
+
+def test_a_mean_has_half_of_its_t_interval_over_seeds() -> None:
+    values = [0.2, 0.25, 0.31]
+    low, high = scipy.stats.t.interval(0.95, 2, loc=np.mean(values), scale=scipy.stats.sem(values))
+    assert pushes_page.with_spread(values) == pytest.approx((np.mean(values), (high - low) / 2))
+    assert pushes_page.show(values, 100, 1) == f"{100 * np.mean(values):.1f} ± {50 * (high - low):.1f}"
+    assert pushes_page.show([0.2], 100, 1) == "20.0"
+
+
+def test_a_run_that_has_its_row_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_rkl = {"part": "near", "objective": "rkl"}
+    monkeypatch.setattr(measure_pushes, "row_of", lambda run, part: of_rkl | {"seed": run.name})
+    monkeypatch.setattr(measure_pushes, "measured", lambda run: {"K": f"of {run.name}"})
+    found = list(measure_pushes.rows([Path("0"), Path("1")], "near", pushed("near", 0.1)))
+    assert found == [of_rkl | {"seed": "1", "K": "of 1"}]

@@ -59,7 +59,7 @@ class Compared:
 
     @property
     def t_needed(self) -> str:
-        """What |t| has to reach."""
+        """What |t| has to reach at most: a primary comparison may need less, after others are decided."""
         return ABSENT if self.row.t_needed is None else number(self.row.t_needed, 2)
 
     @property

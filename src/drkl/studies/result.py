@@ -266,7 +266,7 @@ def show_p(value: float | None) -> str:
 
 
 def _rows(study: Study, rows: Sequence[Verdict]) -> str:
-    head = ["Metric", "Cell", "Against", "Verdict", "Difference", "Over prompts", "Seeds", "t", "t needed", "p",
+    head = ["Metric", "Cell", "Against", "Verdict", "Difference", "Over prompts", "Seeds", "t", "t needed at most", "p",
             "Seeds to decide"]  # fmt: skip
     known = known_metrics(study.task)
     lines = []
