@@ -120,11 +120,15 @@ CHOICES = (
     ),
     Choice(
         "A classifier whose confidence has to be right",
-        "a temperature after training, on any objective",
-        "One number that is fitted on held-out rows.",
+        "a temperature after training, on any objective; without one `dkd`, and `drkl` rather than `rkl`",
+        "One number that is fitted on held-out rows does more than an objective. DRKL's student is the closer by "
+        "reverse KL.",
         (
-            Seen("classes", "ece", DRKL, RKL),
             Seen("classes", "ece", DRKL, RKL | {MODEL: SCALED}, "worse"),
+            Seen("classes", "ece", {"objective.name": "dkd"}, RKL),
+            Seen("classes", "ece", DRKL, RKL),
+            Seen("classes", "ece", DRKL, FKL, "worse"),
+            Seen("classes", "rkl", DRKL, RKL),
         ),
     ),
 )

@@ -11,9 +11,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-import scipy.stats
-
 from drkl.display import number
 from drkl.evaluation.declared import Metric
 from drkl.evaluation.result import SCALED
@@ -337,10 +334,9 @@ def _with_spread(metric: Metric, values: Sequence[float]) -> str:
     """The mean, and half of its 95 % t interval over seeds."""
     if not values:
         return ""
-    mean = fmean(values)
-    if len(values) < 2:
+    mean, half = pushes_page.with_spread(values)
+    if half is None:
         return metric.finer.fine_enough(mean).show(mean)
-    half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
     shown = metric.finer.fine_enough(mean, half).fine_enough(10 * half)
     return f"{shown.show(mean)} ± {shown.show(half)}"
 

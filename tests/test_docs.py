@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import drkl
 from drkl.evaluation.config import EvaluationConfig
 from drkl.evaluation.declared import CLASS_KEYS, KEYS
+from drkl.objectives import OBJECTIVES
 from drkl.training import trl
 from scripts import oracles, pushes_page, write_docs
 from tests.models import tiny, tiny_classifiers
@@ -251,6 +252,20 @@ def test_the_sentences_of_the_step_beyond_have_the_numbers_of_its_cells() -> Non
     assert f"the teacher finds {nll[0]:.1f} nats a token in them, {nll[1]:.1f} in DRKL's" in text
     forward = mean_of("beyond", "fkl", "rkl") - rkl[1]
     assert f"for {rkl[0] - rkl[1]:.2f} of the {forward:.2f} nats by reverse KL that forward KL gives up" in text
+
+
+def test_the_sentences_about_classifiers_have_the_numbers_of_the_cells() -> None:
+    text = " ".join((DOCS / "evidence.md").read_text().split())
+    ece, rkl, accuracy = (
+        {name: mean_of("classes", name, key) for name in OBJECTIVES} for key in ("ece", "rkl", "accuracy")
+    )
+    assert f"calibration error of {ece['drkl']:.3f}, against {ece['rkl']:.3f} under reverse KL" in text
+    assert f"({rkl['drkl']:.3f} nats, against {rkl['rkl']:.3f})" in text and min(rkl, key=rkl.__getitem__) == "drkl"
+    assert f"({100 * accuracy['drkl']:.1f} and {100 * accuracy['rkl']:.1f} %)" in text
+    assert f"better calibrated still ({ece['fkl']:.3f}), and DKD's the best ({ece['dkd']:.3f})" in text
+    scaled = [mean_of("classes", name, "ece", "scaled") for name in OBJECTIVES]
+    assert f"brings all of them to {min(scaled):.3f} to {max(scaled):.3f}" in text and min(ece.values()) == ece["dkd"]
+    assert f"as well calibrated as its teacher ({ece['ce']:.3f})" in text
 
 
 def test_the_sentences_about_the_push_have_the_numbers_of_the_runs() -> None:
