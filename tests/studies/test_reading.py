@@ -227,3 +227,50 @@ def test_cells_of_other_machines_are_noted(tmp_path: Path) -> None:
         write_cell(tmp_path, one, {}, made=evaluation({"rkl": 1.0}, device="cuda", versions={"torch": "9"}))
     notes = Study.load(tmp_path, prompts=False).notes
     assert any("device not known (4 cells); torch 9, cuda (2 cells)" in text for text in notes)
+
+
+MATCHED = "rouge_l_when_as_varied"
+LINES = ("heldout.jsonl", "samples.jsonl")
+
+
+def reported(folder: Path) -> Path:
+    """A study whose page was made, with answers from which a metric follows."""
+    asked = definition(axes=SMALL, decide=["rkl", MATCHED])
+    folder.mkdir()
+    write_yaml(folder / "study.yaml", asked.model_dump(mode="json"))
+    for place, one in enumerate(cells_of(asked)):
+        made = evaluation({"rkl": 1.0 + 0.1 * place}, place, temperatures=(0.7, 1.0, 1.5), sweep=[0.7, 1.0, 1.5])
+        write_cell(folder, one, {}, made=made)
+    write_json(folder / "study.json", Study.load(folder).to_json())
+    return folder
+
+
+def without_lines(folder: Path) -> Path:
+    for path in (path for name in LINES for path in folder.glob(f"cells/*/{name}")):
+        path.unlink()
+    return folder
+
+
+def test_a_copy_of_the_numbers_alone_keeps_what_followed_from_the_lines(tmp_path: Path) -> None:
+    before = Study.load(reported(tmp_path / "s")).to_json()
+    assert all(row["prompts_interval"] is not None for row in before["verdicts"])
+    assert all(MATCHED in one["metrics"] and one["budget"]["evaluated rows"] for one in before["cells"])
+    after = Study.load(without_lines(tmp_path / "s")).to_json()
+    assert json.loads(json.dumps(after)) == json.loads(json.dumps(before))
+
+
+def test_another_evaluation_keeps_nothing_of_the_one_before(tmp_path: Path) -> None:
+    folder = reported(tmp_path / "s")
+    for one in cells_of(definition(axes=SMALL)):
+        path = folder / "cells" / one.name
+        evaluation({"rkl": 3.0 + len(one.name)}).save(path)
+    study = Study.load(without_lines(folder))
+    assert all(row.prompts_interval is None for row in study.verdicts)
+    assert all(one.budget["evaluated rows"] is None and MATCHED not in one.metrics for one in study.cells)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"cells": 3, "verdicts": []}', '{"cells": [{}], "verdicts": [1]}'])
+def test_a_damaged_study_json_is_as_none(tmp_path: Path, text: str) -> None:
+    folder = without_lines(reported(tmp_path / "s"))
+    (folder / "study.json").write_text(text)
+    assert all(row.prompts_interval is None for row in Study.load(folder).verdicts)

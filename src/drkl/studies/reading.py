@@ -18,6 +18,7 @@ from drkl.evaluation.paired import MATCHED
 from drkl.evaluation.result import SCALED, Evaluation
 from drkl.runs import RunFolder, read_yaml, readable_log
 from drkl.studies.definition import SEED, VARIANT, Definition, read_definition
+from drkl.studies.earlier import Earlier
 from drkl.studies.folder import FOR_REPORTS, base_yaml, read_environment, study_yaml
 from drkl.studies.grid import Cell, cells_of, check_grid, same, text_of
 from drkl.studies.metrics import asked_metrics, check_metrics, known_metrics
@@ -49,14 +50,16 @@ def load(folder: str | Path, *, prompts: bool = True) -> Study:
     definition = read_definition(path)
     try:
         check_grid(definition)
-        cells = read_cells(definition, folder, [key for key in asked_metrics(definition) if key in MATCHED])
+        derived = [key for key in asked_metrics(definition) if key in MATCHED]
+        earlier = Earlier.read(folder)
+        cells = [earlier.completed(one, derived) for one in read_cells(definition, folder, derived)]
         task = next((one.evaluation.task for one in cells if one.evaluation is not None), None)
         task = task or _task_of(folder)
         check_metrics(definition, task)
     except DrklError as error:
         raise DrklError(f"{path}: {error}") from error
     judge = Judge(definition, cells, known_metrics(task), prompts=prompts)
-    verdicts = judge.verdicts()
+    verdicts = [earlier.completed_row(row) if prompts else row for row in judge.verdicts()]
     env = read_environment(folder)
     began = env.get("began") or min((one.began for one in cells if one.began), default=None)
     return Study(
