@@ -251,11 +251,15 @@ def without_lines(folder: Path) -> Path:
     return folder
 
 
-def test_a_copy_of_the_numbers_alone_keeps_what_followed_from_the_lines(tmp_path: Path) -> None:
+def test_a_copy_of_the_numbers_alone_keeps_what_followed_from_the_lines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = Study.load(reported(tmp_path / "s")).to_json()
     assert all(row["prompts_interval"] is not None for row in before["verdicts"])
     assert all(MATCHED in one["metrics"] and one["budget"]["evaluated rows"] for one in before["cells"])
+    assert not caplog.messages
     after = Study.load(without_lines(tmp_path / "s")).to_json()
+    assert len(caplog.messages) == 1 and "of 4 cells the lines beside eval.json are gone" in caplog.messages[0]
     assert json.loads(json.dumps(after)) == json.loads(json.dumps(before))
 
 

@@ -262,6 +262,13 @@ class Evaluation:
         """The lines of ``predictions.jsonl``: every classified text."""
         return self._lines("predictions")
 
+    def leave_out_what_is_gone(self) -> list[str]:
+        """Take the lines of files that were written and are gone as none, without a warning; return those files."""
+        names = [name for name in FILES if self.folder is not None and self.files.get(f"{name}.jsonl") is not None]
+        gone = [name for name in names if not os.path.lexists(Path(str(self.folder)) / f"{name}.jsonl")]
+        self.lines.update({name: [] for name in gone})
+        return [f"{name}.jsonl" for name in gone]
+
     def _lines(self, name: str) -> Lines:
         if name not in self.lines:
             path = None if self.folder is None else self.folder / f"{name}.jsonl"

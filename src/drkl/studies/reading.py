@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from drkl.evaluation.declared import metrics_of
 from drkl.evaluation.measured import measured
 from drkl.evaluation.paired import MATCHED
 from drkl.evaluation.result import SCALED, Evaluation
+from drkl.reporting.text import count
 from drkl.runs import RunFolder, read_yaml, readable_log
 from drkl.studies.definition import SEED, VARIANT, Definition, read_definition
 from drkl.studies.earlier import Earlier
@@ -27,6 +29,7 @@ from drkl.studies.result import CellResult, Study
 from drkl.studies.statistics import MIN_PAIRS
 from drkl.studies.verdicts import RESAMPLED, Judge
 
+_log = logging.getLogger("drkl")
 CELLS = "cells"
 """The folder of a study's runs."""
 BEST = "best held-out loss"
@@ -58,6 +61,12 @@ def load(folder: str | Path, *, prompts: bool = True) -> Study:
         check_metrics(definition, task)
     except DrklError as error:
         raise DrklError(f"{path}: {error}") from error
+    if gone := [one for one in cells if one.evaluation is not None and one.evaluation.leave_out_what_is_gone()]:
+        _log.warning(
+            "Warning: of %s the lines beside eval.json are gone, as they are in a copy of the numbers alone: what they "
+            "say is as study.json has it, or left out. `drkl evaluate` writes them anew.",
+            count(len(gone), "cell"),
+        )
     judge = Judge(definition, cells, known_metrics(task), prompts=prompts)
     verdicts = [earlier.completed_row(row) if prompts else row for row in judge.verdicts()]
     env = read_environment(folder)
@@ -168,6 +177,7 @@ def _finished(
     definition: Definition, cell: Cell, run: RunFolder, about: Mapping[str, Any], derived: Iterable[str]
 ) -> CellResult:
     evaluation = Evaluation.load(run.root)
+    evaluation.leave_out_what_is_gone()
     env = run.read_env()
     config = run.read_config() if run.config_path.is_file() else {}
     _check_is_cell(definition, cell, config, about, run)
