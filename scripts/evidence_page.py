@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.rows import read_rows
 from drkl.display import number
 from drkl.evaluation.declared import Metric
 from drkl.evaluation.result import SCALED
@@ -204,6 +205,7 @@ def _full(axes: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
 
 def parts(results: Results) -> dict[str, str]:
     """Return the parts of the page by their names."""
+    pushes = read_rows(pushes_page.ROWS)
     return {
         "price": _price(results),
         "means": _means(results),
@@ -213,8 +215,8 @@ def parts(results: Results) -> dict[str, str]:
         "predictions": _predictions(results),
         "settings": _settings(),
         "cost": _cost(),
-        "claims": _claims(results),
-        "pushes": pushes_page.table(),
+        "claims": _claims(results, pushes),
+        "pushes": pushes_page.table(pushes),
     }
 
 
@@ -226,7 +228,7 @@ def _price(results: Results) -> str:
     took = {name: _seconds(name, result) for name, result in results.by_part.items()}
     for place, part in enumerate(PARTS, 1):
         result, cells, own = results.by_part.get(part.name), len(cells_of(part.definition)), took.get(part.name, [])
-        done = 0 if result is None else len(_done(result))
+        done = 0 if result is None else len(done_cells(result))
         taken = done - len(own)
         open_cells = cells - done - max(part.taken - taken, 0)
         like = own or took.get(part.like)
@@ -247,13 +249,14 @@ CORES = 2
 def _seconds(part: str, result: Mapping[str, Any]) -> list[float]:
     """What each finished cell of the study's own took, its share of the start among it, as if it had had both cores."""
     seconds = []
-    for cell in _own(_done(result)):
+    for cell in _own(done_cells(result)):
         made = json.loads((STUDIES / part / cell["run"] / "env.json").read_text(encoding="utf-8"))
         seconds.append(sum(cell["seconds"].values()) * min(made["num_threads"], CORES) / CORES)
     return seconds
 
 
-def _done(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def done_cells(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The cells of a study that are done."""
     return [cell for cell in result["cells"] if cell["state"] == "done"]
 
 
@@ -324,7 +327,7 @@ def _scaled(results: Results) -> str:
 
 def _kinds(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     kinds: dict[str, list[dict[str, Any]]] = {}
-    for cell in _done(result):
+    for cell in done_cells(result):
         axes = {key: value for key, value in cell["axes"].items() if key != "run.seed"}
         kinds.setdefault(label(axes), []).append(cell)
     return kinds
@@ -474,7 +477,7 @@ def _timed() -> list[tuple[tuple[str, str, str], float, float]]:
 # Claims -------------------------------------------------------------------------------------------------------------
 
 
-def _claims(results: Results) -> str:
+def _claims(results: Results, pushes: pushes_page.Rows) -> str:
     rows = []
     for claim in CLAIMS:
         found = [(seen, results.verdict(seen)) for seen in claim.seen]
@@ -483,7 +486,7 @@ def _claims(results: Results) -> str:
         if said == "cost":
             said, more = _cost_in_words()
         if said == "pushes":
-            by_part, texts = pushes_page.outcome()
+            by_part, texts = pushes_page.outcome(pushes)
             said = in_one_word(by_part)
         rows.append([claim.text, f"**{said}**", "<br>".join(filter(None, [more, *texts]))])
     return markdown(["the article says", "here", "verdicts behind it"], rows)

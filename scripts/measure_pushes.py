@@ -10,15 +10,14 @@ so that the command can be given again.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.rows import Row, read_rows, write_rows
 from drkl.config import load_config
 from drkl.run_models import analyze_run
 from drkl.runs import RunFolder
-from scripts.pushes_page import read_rows
 
 TOTALS = ("matched", "matched_p_t", "matched_K", "matched_outweighs", "matched_force", "matched_overshoot",
           "target_gap", "target_above", "overconfidence", "K", "stronger", "tail_force_ratio", "sure",
@@ -28,13 +27,13 @@ NAMES = ("part", "objective", "seed")
 HEAD = (*NAMES, "positions", *TOTALS)
 
 
-def row_of(run: str | Path, part: str) -> dict[str, str]:
+def row_of(run: Path, part: str) -> Row:
     """The row of a finished run, without its measurements."""
     config, _ = load_config(str(RunFolder.open(run).config_path))
     return {"part": part, "objective": str(config.objective.name), "seed": str(config.run.seed)}
 
 
-def measured(run: str | Path) -> dict[str, str]:
+def measured(run: Path) -> Row:
     """What is measured of a run."""
     with TemporaryDirectory() as folder:
         analysis = analyze_run(run, objectives=["rkl"], positions=1, output_dir=folder)
@@ -43,7 +42,7 @@ def measured(run: str | Path) -> dict[str, str]:
     return {"positions": positions, **{name: "" if value is None else f"{value:.6g}" for name, value in values.items()}}
 
 
-def rows(runs: list[Path], part: str, there: list[dict[str, str]]) -> Iterator[dict[str, str]]:
+def rows(runs: list[Path], part: str, there: list[Row]) -> Iterator[Row]:
     """The rows of the runs that have none."""
     known = {tuple(row[name] for name in NAMES) for row in there}
     for run in runs:
@@ -61,12 +60,7 @@ def main() -> None:
     asked = parser.parse_args()
     there = read_rows(asked.output)
     for row in rows(asked.runs, asked.part, there):
-        with asked.output.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, HEAD, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
-        print(row, flush=True)
+        write_rows(asked.output, [row], NAMES)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
-import numpy as np
-import scipy.stats
-
+from benchmarks.rows import Row
 from drkl.display import number
+from drkl.evaluation.findings import PUSHED
 from drkl.reporting.text import count
+from drkl.studies.statistics import critical_t
 from scripts.families_page import markdown
 
 ROWS = Path(__file__).resolve().parents[1] / "docs" / "results" / "pushes.csv"
-BAR = 0.02
-"""A rest this far above the teacher's probability counts as a push, as `drkl analyze` has it."""
-OBJECTIVES = ("rkl", "drkl", "fkl")
 COLUMNS = {
     "matched": ("matched targets, %", 100, 1),
     "matched_p_t": ("the teacher's probability there", 1, 2),
@@ -29,20 +25,12 @@ COLUMNS = {
 }
 """Head, factor and digits of what is shown, by the name of its column in the file."""
 
-Rows = Sequence[Mapping[str, str]]
+Rows = Sequence[Row]
 
 
-def read_rows(path: Path = ROWS) -> list[dict[str, str]]:
-    """The rows that are there; a row for each run."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def by_student(rows: Rows) -> dict[tuple[str, str], list[Mapping[str, str]]]:
+def by_student(rows: Rows) -> dict[tuple[str, str], list[Row]]:
     """The runs of each part and objective, a run for each seed."""
-    found: dict[tuple[str, str], list[Mapping[str, str]]] = {}
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((row["part"], row["objective"]), []).append(row)
     return found
@@ -52,8 +40,7 @@ def with_spread(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean, and half of its 95 % t interval over seeds; of one seed there is none."""
     if len(values) < 2:
         return fmean(values), None
-    quantile = float(scipy.stats.t.ppf(0.975, len(values) - 1))
-    return fmean(values), quantile * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return fmean(values), critical_t(len(values)) * stdev(values) / len(values) ** 0.5
 
 
 def show(values: Sequence[float], factor: float, digits: int) -> str:
@@ -67,28 +54,28 @@ def values_of(rows: Rows, column: str) -> list[float]:
     return [float(row[column]) for row in rows]
 
 
-def table() -> str:
+def table(rows: Rows) -> str:
     """A row for each part and objective."""
     lines = [
-        [part, objective, str(len(rows)), *(show(values_of(rows, key), factor, digits)
-                                            for key, (_, factor, digits) in COLUMNS.items())]
-        for (part, objective), rows in by_student(read_rows()).items()
+        [part, objective, str(len(own)), *(show(values_of(own, key), factor, digits)
+                                           for key, (_, factor, digits) in COLUMNS.items())]
+        for (part, objective), own in by_student(rows).items()
     ]  # fmt: skip
     return markdown(["part", "student of", "seeds", *(head for head, *_ in COLUMNS.values())], lines)
 
 
-def outcome() -> tuple[list[str], list[str]]:
+def outcome(rows: Rows) -> tuple[list[str], list[str]]:
     """Whether reverse KL pushes matched targets of its own students, and the numbers of it, by part."""
     said, texts = [], []
-    for (part, objective), rows in by_student(read_rows()).items():
+    for (part, objective), own in by_student(rows).items():
         if objective != "rkl":
             continue
-        mean, half = with_spread(values_of(rows, "matched_overshoot"))
+        mean, half = with_spread(values_of(own, "matched_overshoot"))
         low, high = (mean, mean) if half is None else (mean - half, mean + half)
-        said.append("held" if low > BAR else "not held" if high < BAR else "undecided")
+        said.append("held" if low > PUSHED else "not held" if high < PUSHED else "undecided")
         texts.append(
-            f"{part}, students of reverse KL: matched targets ({show(values_of(rows, 'matched'), 100, 1)} %) come to "
-            f"rest {show(values_of(rows, 'matched_overshoot'), 100, 2)} points above the teacher, "
-            f"{count(len(rows), 'seed')}"
+            f"{part}, students of reverse KL: matched targets ({show(values_of(own, 'matched'), 100, 1)} %) come to "
+            f"rest {show(values_of(own, 'matched_overshoot'), 100, 2)} points above the teacher, "
+            f"{count(len(own), 'seed')}"
         )
     return said, texts

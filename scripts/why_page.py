@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 
 from drkl.display import ABSENT, number
-from scripts.evidence_page import DRKL, FKL, ON_POLICY, RKL, Results, variant
+from scripts.evidence_page import DRKL, FKL, ON_POLICY, RKL, Results, done_cells, variant
 from scripts.families_page import markdown
 
 STORY = (
@@ -29,7 +29,7 @@ def parts(results: Results) -> dict[str, str]:
     """Return the table by its name: means over seeds of the objectives for each pair."""
     rows = []
     for title, part, kinds in STORY:
-        cells = [cell for cell in results.by_part.get(part, {}).get("cells", ()) if cell["state"] == "done"]
+        cells = done_cells(results.by_part.get(part, {"cells": []}))
         for axes in kinds:
             own = [cell["metrics"] for cell in cells if axes.items() <= cell["axes"].items()]
             name = str(axes.get("objective.name") or axes["variant"])

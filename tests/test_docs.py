@@ -16,6 +16,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import drkl
+from benchmarks.rows import read_rows
 from drkl.evaluation.config import EvaluationConfig
 from drkl.evaluation.declared import CLASS_KEYS, KEYS
 from drkl.objectives import OBJECTIVES
@@ -180,6 +181,11 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
     exec(compile(source, str(page.relative_to(ROOT)), "exec"), {"__name__": "__main__"} | names)
 
 
+def flowing(page: str) -> str:
+    """The text of a page without its line breaks."""
+    return " ".join((DOCS / f"{page}.md").read_text().split())
+
+
 def mean_of(part: str, name: str, key: str, model: str = "metrics", **axes: Any) -> float:
     """The mean of a metric over the seeds of a part of the evidence, from its cells."""
     cells = json.loads((ROOT / "studies" / "drkl" / part / "study.json").read_text())["cells"]
@@ -190,7 +196,7 @@ def mean_of(part: str, name: str, key: str, model: str = "metrics", **axes: Any)
 
 
 def test_the_sentences_of_the_evidence_have_the_numbers_of_the_cells() -> None:
-    text = " ".join((DOCS / "evidence.md").read_text().split()).replace("\N{MINUS SIGN}", "-")
+    text = flowing("evidence").replace("\N{MINUS SIGN}", "-")
 
     def off(key: str, model: str = "metrics") -> list[float]:
         return [mean_of("instruction", name, key, model) for name in ("rkl", "drkl", "fkl")]
@@ -234,7 +240,7 @@ def test_the_sentences_of_the_evidence_have_the_numbers_of_the_cells() -> None:
 
 
 def test_the_sentences_of_the_step_beyond_have_the_numbers_of_its_cells() -> None:
-    text = " ".join((DOCS / "evidence.md").read_text().split())
+    text = flowing("evidence")
 
     def pair(key: str) -> tuple[float, float]:
         return mean_of("beyond", "fkl-rkl", key), mean_of("beyond", "drkl", key)
@@ -255,7 +261,7 @@ def test_the_sentences_of_the_step_beyond_have_the_numbers_of_its_cells() -> Non
 
 
 def test_the_sentences_about_classifiers_have_the_numbers_of_the_cells() -> None:
-    text = " ".join((DOCS / "evidence.md").read_text().split())
+    text = flowing("evidence")
     ece, rkl, accuracy = (
         {name: mean_of("classes", name, key) for name in OBJECTIVES} for key in ("ece", "rkl", "accuracy")
     )
@@ -269,14 +275,14 @@ def test_the_sentences_about_classifiers_have_the_numbers_of_the_cells() -> None
 
 
 def test_the_sentences_about_the_push_have_the_numbers_of_the_runs() -> None:
-    rows = pushes_page.by_student(pushes_page.read_rows())
+    rows = pushes_page.by_student(read_rows(pushes_page.ROWS))
 
     def mean(part: str, column: str) -> float:
         values = pushes_page.values_of(rows[part, "rkl"], column)
         assert len(values) >= 3
         return sum(values) / len(values)
 
-    why, evidence = (" ".join((DOCS / f"{name}.md").read_text().split()) for name in ("why", "evidence"))
+    why, evidence = map(flowing, ("why", "evidence"))
     assert f"hardly any target is matched ({100 * mean('instruction', 'matched'):.1f} %;" in why
     near = f"{100 * mean('near', 'matched'):.0f} % of"
     assert f"{near} the targets are matched there" in why and f"has {near} its targets matched" in evidence

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from benchmarks.rows import Row
 from drkl.studies.grid import check_grid, pair_of
 from drkl.studies.metrics import check_metrics, known_metrics
 from drkl.studies.verdicts import Judge
@@ -106,7 +107,7 @@ def test_the_digest_is_what_the_verdicts_are() -> None:
     assert len(lines) == 2 + 2 * len(choosing_page.CASES)
 
 
-def pushed(part: str, *overshoots: float, objective: str = "rkl") -> list[dict[str, str]]:
+def pushed(part: str, *overshoots: float, objective: str = "rkl") -> list[Row]:
     """A run for each overshoot; its other columns are 1."""
     other = dict.fromkeys(measure_pushes.HEAD, "1")
     names = {"part": part, "objective": objective}
@@ -119,11 +120,9 @@ def pushed(part: str, *overshoots: float, objective: str = "rkl") -> list[dict[s
     [((0.2, 0.21, 0.22), "held"), ((0.001, 0.0011), "not held"), ((0.0, 0.1), "undecided"), ((0.3,), "held")],
 )
 def test_the_push_holds_where_its_interval_over_seeds_lies_above_the_bar(
-    overshoots: tuple[float, ...], said: str, monkeypatch: pytest.MonkeyPatch
+    overshoots: tuple[float, ...], said: str
 ) -> None:
-    rows = pushed("near", *overshoots) + pushed("near", 0.9, 0.9, objective="drkl")
-    monkeypatch.setattr(pushes_page, "read_rows", lambda: rows)
-    outcomes, texts = pushes_page.outcome()
+    outcomes, texts = pushes_page.outcome(pushed("near", *overshoots) + pushed("near", 0.9, 0.9, objective="drkl"))
     assert outcomes == [said] and len(texts) == 1
     assert ("1 seed" if len(overshoots) == 1 else f"{len(overshoots)} seeds") in texts[0]
 

@@ -273,7 +273,11 @@ def test_another_evaluation_keeps_nothing_of_the_one_before(tmp_path: Path) -> N
     assert all(one.budget["evaluated rows"] is None and MATCHED not in one.metrics for one in study.cells)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"cells": 3, "verdicts": []}', '{"cells": [{}], "verdicts": [1]}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"cells": 3, "verdicts": []}', '{"cells": [{}], "verdicts": [1]}',
+     '{"cells": [{"name": "drkl-seed1", "began": 1, "metrics": 3, "scaled": {}, "budget": {}}], "verdicts": []}'],
+)  # fmt: skip
 def test_a_damaged_study_json_is_as_none(tmp_path: Path, text: str) -> None:
     folder = without_lines(reported(tmp_path / "s"))
     (folder / "study.json").write_text(text)

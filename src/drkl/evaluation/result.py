@@ -264,8 +264,10 @@ class Evaluation:
 
     def leave_out_what_is_gone(self) -> list[str]:
         """Take the lines of files that were written and are gone as none, without a warning; return those files."""
-        names = [name for name in FILES if self.folder is not None and self.files.get(f"{name}.jsonl") is not None]
-        gone = [name for name in names if not os.path.lexists(Path(str(self.folder)) / f"{name}.jsonl")]
+        if self.folder is None:
+            return []
+        written = [name for name in FILES if self.files.get(f"{name}.jsonl") is not None]
+        gone = [name for name in written if not os.path.lexists(self.folder / f"{name}.jsonl")]
         self.lines.update({name: [] for name in gone})
         return [f"{name}.jsonl" for name in gone]
 

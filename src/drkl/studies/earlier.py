@@ -7,12 +7,14 @@ same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from drkl.display import as_number
+from drkl.evaluation.bootstrap import Interval
 from drkl.parsing import parse_json
 from drkl.studies.result import CellResult, Verdict
 
@@ -22,33 +24,40 @@ BY_LINES = ("evaluated rows", "evaluated prompts")
 
 @dataclass(frozen=True)
 class Earlier:
-    """The cells and verdicts of a study.json; empty where there is none that can be read."""
+    """What a study.json says; nothing where there is none that can be read."""
 
-    cells: Sequence[Mapping[str, Any]] = ()
-    verdicts: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+    cells: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """``began``, ``metrics``, ``scaled`` and ``budget`` of each cell, by its name."""
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    """The interval over prompts by the comparison and its numbers."""
 
     @classmethod
     def read(cls, folder: Path) -> Earlier:
         """The study.json in a study's folder."""
         try:
             content = parse_json((folder / "study.json").read_text(encoding="utf-8"))
-            found = cls(content["cells"], content["verdicts"])
-            for one in found.cells:
-                dict(one["metrics"]), dict(one["scaled"]), dict(one["budget"])
-            for row in found.verdicts:
-                dict(row["by_seed"]), dict(row["axes"]), dict(row["baseline"])
+            cells = {
+                one["name"]: {"began": one["began"]} | {key: dict(one[key]) for key in ("metrics", "scaled", "budget")}
+                for one in content["cells"]
+            }
+            intervals = {}
+            for row in content["verdicts"]:
+                if (ends := row["prompts_interval"]) is not None:
+                    low, high = ends
+                    key = _key(row["metric"], row["axes"], row["baseline"], row["difference"], row["by_seed"])
+                    intervals[key] = float(low), float(high)
         except (OSError, ValueError, LookupError, TypeError):
             return cls()
-        return found
+        return cls(cells, intervals)
 
-    def completed(self, one: CellResult, derived: Iterable[str] = ()) -> CellResult:
+    def completed(self, one: CellResult, derived: Iterable[str]) -> CellResult:
         """The cell with what followed from its lines, if its other numbers are as they were.
 
         Args:
             one: the cell as its files have it now.
             derived: keys of metrics that follow from the lines.
         """
-        known = next((entry for entry in self.cells if entry.get("name") == one.name), None)
+        known = self.cells.get(one.name)
         if one.evaluation is None or known is None or not _agree(one, known):
             return one
         kept = {key: as_number(known["metrics"].get(key)) for key in derived if key not in one.metrics}
@@ -58,22 +67,22 @@ class Earlier:
 
     def completed_row(self, row: Verdict) -> Verdict:
         """The verdict with its interval over prompts, if its differences by seed are as they were."""
-        if row.prompts_interval is not None or row.difference is None:
+        if row.prompts_interval is not None:
             return row
-        wanted = (row.metric, dict(row.axes), dict(row.baseline), {str(seed): own for seed, own in row.by_seed.items()})
-        for known in self.verdicts:
-            found = (known.get("metric"), known["axes"], known["baseline"], known["by_seed"])
-            ends = known.get("prompts_interval")
-            if found == wanted and known.get("difference") == row.difference and isinstance(ends, list):
-                low, high = (as_number(end) for end in ends[:2]) if len(ends) == 2 else (None, None)
-                return row if low is None or high is None else replace(row, prompts_interval=(low, high))
-        return row
+        by_seed = {str(seed): value for seed, value in row.by_seed.items()}
+        return replace(
+            row, prompts_interval=self.intervals.get(_key(row.metric, row.axes, row.baseline, row.difference, by_seed))
+        )
+
+
+def _key(*what: Any) -> str:
+    return json.dumps(what, sort_keys=True)
 
 
 def _agree(one: CellResult, known: Mapping[str, Any]) -> bool:
     """Whether a cell is the one that was known: begun at the same time, with the same numbers."""
-    return known.get("began") == one.began and all(
-        before.get(key) == value
-        for before, now in ((known["metrics"], one.metrics), (known["scaled"], one.scaled))
+    return known["began"] == one.began and all(
+        known[name].get(key) == value
+        for name, now in (("metrics", one.metrics), ("scaled", one.scaled))
         for key, value in now.items()
     )

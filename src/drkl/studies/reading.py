@@ -54,19 +54,21 @@ def load(folder: str | Path, *, prompts: bool = True) -> Study:
     try:
         check_grid(definition)
         derived = [key for key in asked_metrics(definition) if key in MATCHED]
-        earlier = Earlier.read(folder)
-        cells = [earlier.completed(one, derived) for one in read_cells(definition, folder, derived)]
+        cells = read_cells(definition, folder, derived)
         task = next((one.evaluation.task for one in cells if one.evaluation is not None), None)
         task = task or _task_of(folder)
         check_metrics(definition, task)
     except DrklError as error:
         raise DrklError(f"{path}: {error}") from error
+    earlier = Earlier()
     if gone := [one for one in cells if one.evaluation is not None and one.evaluation.leave_out_what_is_gone()]:
         _log.warning(
             "Warning: of %s the lines beside eval.json are gone, as they are in a copy of the numbers alone: what they "
             "say is as study.json has it, or left out. `drkl evaluate` writes them anew.",
             count(len(gone), "cell"),
         )
+        earlier = Earlier.read(folder)
+        cells = [earlier.completed(one, derived) for one in cells]
     judge = Judge(definition, cells, known_metrics(task), prompts=prompts)
     verdicts = [earlier.completed_row(row) if prompts else row for row in judge.verdicts()]
     env = read_environment(folder)
