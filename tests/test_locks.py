@@ -13,6 +13,7 @@ import pytest
 
 from drkl.errors import DrklError
 from drkl.locks import ANALYSIS, EVALUATION, HELD, TRAINING, InUse, check_free, first_holding, holding
+from drkl.runs import locked
 from drkl.signals import KEPT
 
 
@@ -79,6 +80,12 @@ def test_a_file_system_without_locks(
     with caplog.at_level(logging.WARNING, "drkl"), holding(tmp_path, TRAINING), holding(tmp_path, TRAINING):
         pass
     assert "this file system has no locks (No locks available)" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "drkl"), locked(tmp_path / "a"), locked(tmp_path / "b", wait=True):
+        pass
+    assert "this file system has no locks" in caplog.text and not {"a", "b"} & {
+        path.name for path in tmp_path.iterdir()
+    }
 
 
 def test_a_folder_that_cannot_be_made_is_told_of_by_what_writes_there(tmp_path: Path) -> None:

@@ -1001,7 +1001,7 @@ class _StudyWords:
         return ["distill", str(config), "--auto-resume"]
 
     def cache(self, config: Path, folder: Path, kind: str, temperatures: Sequence[float]) -> list[str]:
-        of_kind = [word for value in temperatures for word in ("--temperature", f"{value:g}")]
+        of_kind = [word for value in temperatures for word in ("--temperature", str(value))]
         return ["cache", str(config), "--output", str(folder), "--kind", kind, *of_kind]
 
     def evaluate(self, run: Path, teacher: str | None) -> list[str]:

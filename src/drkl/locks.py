@@ -132,8 +132,19 @@ def _lock(handle: int) -> bool:
         import fcntl  # Windows has none
     except ImportError:
         return False
+    return take_lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def take_lock(handle: int, kind: int) -> bool:
+    """Take a lock of a kind of `fcntl.flock`; False, with a warning, where the file system has none.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one is not to wait.
+    """
+    import fcntl
+
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

@@ -17,7 +17,7 @@ import yaml
 from drkl.disk import writing
 from drkl.errors import DrklError
 from drkl.folders import sync
-from drkl.locks import HELD
+from drkl.locks import HELD, take_lock
 from drkl.parsing import check_ends, parse_json, parse_yaml
 from drkl.sealed import CHECKSUM, sealed, unsealed
 
@@ -527,16 +527,19 @@ def cache_dir() -> Path:
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock file; it is let go when the process dies, however it dies.
 
+    On a file system that has no locks, which is said, the block is entered all the same.
+
     Raises:
         BlockingIOError: another process holds it, and this one is not to wait.
     """
     import fcntl  # Windows has none, and reads run folders all the same
 
+    kind = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         HELD.add(handle)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            take_lock(handle, kind)
             # Whoever held it has removed the file by now: another process may lock a new one of that name.
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 try:

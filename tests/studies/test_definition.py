@@ -29,6 +29,14 @@ def written(root: Path, **fields: Any) -> Path:
     return root / "study.yaml"
 
 
+def test_a_folder_in_the_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shared = {"dir": "~/b", "cells": ["~/c", "d"]}
+    found = read_definition(written(tmp_path, dir="~/a", shared=shared))
+    home = tmp_path / "home"
+    assert (found.dir, found.shared.dir, found.shared.cells) == (f"{home}/a", f"{home}/b", (f"{home}/c", "d"))
+
+
 def test_a_study_is_read_with_its_defaults(tmp_path: Path) -> None:
     path = written(tmp_path, dir=None, predictions=["Better.", {"text": "So.", "metric": "rkl", "expect": "worse"}])
     found = read_definition(path)

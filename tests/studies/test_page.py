@@ -50,7 +50,7 @@ def test_a_whole_page(whole: str) -> None:
         "14 of 15 runs are finished; 1 failed.", "drkl is better than rkl in overconfidence by the teacher",
         "0123abcdef45", "2026-11-29 08:12 UTC", "before the first run began", "Held", "Did not hold", "In words alone",
         "drkl against rkl: overconfidence by the teacher", "The loss is not finite at step 211.", "fkl-seed4",
-        "hold the held-out rows and prompts fixed", "hold the seeds fixed", "drkl study studies/instruction/study.yaml",
+        "hold the held-out rows and prompts fixed", "hold the seeds fixed", "drkl study instruction.yaml",
         "torch", "2.13.0+cpu", "equal within each seed", "3.7 hours in all",
     ):  # fmt: skip
         assert wanted in page.words, wanted
@@ -219,6 +219,50 @@ def test_the_date_of_the_predictions(known: Any, began: str | None, text: str, d
     assert text in found.text and found.is_doubtful == doubtful
 
 
+def test_runs_that_were_known_when_the_predictions_were_committed_are_counted() -> None:
+    study = example(predicted={"commit": "a", "date": "2026-11-29T12:00:00+00:00"}, began="2026-11-29T10:00:00+00:00")
+    cells = [
+        replace(cell, began=f"2026-11-29T{10 + 2 * (place > 2)}:30:00+00:00") for place, cell in enumerate(study.cells)
+    ]
+    study = replace(study, cells=tuple(cells))
+    of_all = f"start of the first run: 3 of {len(cells)} runs had begun"
+    assert words.dated(study).text.endswith(f"{of_all}.")
+    for taken, said in ((1, ", 1 of other studies."), (3, ", all of other studies.")):
+        moved = [replace(cell, run=study.folder.parent / "o" / cell.name) for cell in cells[:taken]]
+        assert words.dated(replace(study, cells=(*moved, *cells[taken:]))).text.endswith(of_all + said)
+
+
+def test_the_primary_comparisons_were_named_before_the_runs_or_not() -> None:
+    before = {"commit": "a", "date": "2026-11-29T09:00:00+00:00"}
+    study = example(predicted=before, began="2026-11-29T10:00:00+00:00")
+    assert words.named(study) == "These were named before the runs, and they alone decide."
+    assert "that it did before the runs is not shown" in words.named(replace(study, predicted=None))
+    assert "They were changed after the first run had begun" in words.named(replace(study, changed=("primary",)))
+    assert words.named(replace(study, changed=("decide",))) == words.named(study)
+
+
+def test_what_is_not_known_of_the_budgets_is_said() -> None:
+    known = {"steps": 3, "tokens": 5, "training rows": "r"}
+    cells = (cell("drkl", 0, **known), cell("rkl", 0, **known | {"tokens": None}))
+    study = replace(example(curves=False), cells=cells)
+    assert budgets.unknown(study) == ["the tokens of 1 of the 2 finished runs"]
+    assert budgets.unknown(replace(study, cells=cells[:1])) == []
+    page = as_html(replace(study, verdicts=(row(budget_differs=()),)))
+    assert "As far as they are known: no comparison differs" in page
+    assert "Not known: the tokens of 1 of the 2 finished runs." in page
+
+
+def test_runs_of_other_studies_are_no_cost_of_this_one() -> None:
+    study = example(curves=False)
+    cells = [replace(cell, seconds={"train": 3600.0}) for cell in study.cells]
+    elsewhere = replace(cells[0], run=study.folder.parent / "o" / "c")
+    study = replace(study, cells=(elsewhere, *cells[1:]))
+    found = budgets.cost(study, kinds_of(study))
+    assert found is not None and study.hours == len(cells) - 1
+    assert f"{len(cells) - 1:.1f} hours in all" in found[1]
+    assert "1 run of other studies, 1.0 hours, not counted here." in found[1]
+
+
 def test_predictions_are_told_with_what_came_out() -> None:
     study = example()
     names = Names(kinds_of(study))
@@ -312,6 +356,8 @@ def test_the_command_names_the_studys_file_and_the_environment_is_that_of_its_be
     text = Page(as_html(example(metrics=FEW, made=begun))).words
     assert "drkl study 'studies/a b.yaml' drkl study 'studies/a b.yaml' --report" in text
     assert "--part" not in text and "git commit" not in text and "2.13" in text
+    text = Page(as_html(example(metrics=FEW, made={"torch": "2.13"}))).words
+    assert f"drkl study {example().definition.name}.yaml drkl study" in text  # the copy in its folder would be refused
 
 
 def test_versions_that_differ_between_cells_are_said() -> None:
@@ -372,7 +418,7 @@ def test_the_teacher_of_a_recipe_comes_first_in_what_repeats_the_study() -> None
         (text,) = re.findall(r'<pre class="commands">(.*?)</pre>', as_html(replace(study, cells=cells)), re.DOTALL)
         return text.strip().splitlines()
 
-    own = ["drkl study studies/instruction/study.yaml", "drkl study studies/instruction/study.yaml --report"]
+    own = ["drkl study instruction.yaml", "drkl study instruction.yaml --report"]
     assert commands("runs/gpt-scratch-teacher/student") == ["drkl distill gpt-scratch-teacher", *own]
     for teacher in ("smollm2-135m-instruct", "runs/mine/student", "models/gpt-scratch-teacher", "runs", "", HOSTILE):
         assert commands(teacher) == own

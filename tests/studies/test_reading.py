@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_results_alone_are_enough(tmp_path: Path) -> None:
     [
         ("eval.json", "{", "eval.json is not valid json"),
         ("eval.json", '{"format": 99}', "has the format 99"),
-        ("eval.json", None, "has no eval.json"),
+        ("eval.json", None, "eval.json' is gone"),
         ("env.json", "[]", "env.json holds a list"),
         ("config.yaml", "a: [", "config.yaml is not valid yaml"),
         ("config.yaml", "objective: {name: fkl}", "has objective.name fkl, and the cell is of drkl"),
@@ -134,6 +135,8 @@ def test_study_json_is_what_is_promised(tmp_path: Path) -> None:
     assert set(verdict["by_seed"]) == {"0", "1"} and len(verdict["prompts_interval"]) == 2
     assert values["predictions"][0]["text"] == "It helps." and values["began"] == "2026-01-01"
     assert values["cost"] == {"hours": round(4 * 110 / 3600, 3)}
+    taken = replace(study.cells[0], run=tmp_path.parent / "other" / "cells" / "drkl-seed0")
+    assert replace(study, cells=(taken, *study.cells[1:])).hours == pytest.approx(3 * 110 / 3600)
     assert values["predicted"] is None
 
 
@@ -145,7 +148,9 @@ def test_what_git_said_of_the_predictions(tmp_path: Path) -> None:
     for what, expected in ((["axes.run.seed has also 3"], then), (["predictions is another"], later)):
         write_json(tmp_path / "env.json", sealed(env | {"changes": [{"when": "2026-01-06", "what": what}]}))
         study = Study.load(tmp_path, prompts=False)
-        assert (study.predicted, study.began, study.made) == (expected, "2026-01-05", {"drkl": "1"})
+        # A cell that began before the study did is one of another study.
+        assert (study.predicted, study.began, study.made) == (expected, "2026-01-01", {"drkl": "1"})
+        assert study.changed == (("predictions",) if expected is later else ())
         assert f"Changed at 2026-01-06, after the first cell began: {what[0]}." in study.notes
 
 

@@ -19,7 +19,7 @@ from drkl.cli import _StudyWords
 from drkl.evaluation.result import Evaluation
 from drkl.locks import STUDY, holding
 from drkl.run_models import evaluate_run
-from drkl.runs import RunFolder
+from drkl.runs import RunFolder, locked
 from drkl.signals import Stopped
 from drkl.studies import running
 from drkl.studies.commands import Commands
@@ -185,15 +185,39 @@ def test_a_cell_that_fails_is_said_and_tried_again(tmp_path: Path) -> None:
     assert pretended.called == [("distill", "drkl-seed0"), ("evaluate", "drkl-seed0"), ("evaluate", "rkl-seed1")]
 
 
-def test_a_start_that_cannot_be_made_fails_its_cells_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_start_that_cannot_be_made_fails_its_cells_alone(tmp_path: Path, jobs: int) -> None:
     plan = plan_of(tmp_path)
     starts = [start for planned in plan.cells[::2] if (start := start_for(plan, planned)) is not None]
-    commands, pretended = pretending(fails={("distill", starts[0].key): 2, ("distill", starts[1].key): 2})
+    fails = {("distill", starts[0].key): 2, ("distill", starts[1].key): 2}
+    commands, pretended = pretending(jobs, fails=fails, looks=3)
     done = begun(plan, commands)
     assert [word for word in pretended.called] == [("distill", start.key) for start in starts]  # each once
-    assert list(done.failed) == NAMES
+    assert sorted(done.failed) == sorted(NAMES)
     wanted = f"Its start {starts[0].key} could not be made: Error: {starts[0].key} is broken."
     assert done.failed["rkl-seed0"] == done.failed["drkl-seed0"] == wanted
+    assert states_of(plan)["drkl-seed0"] == ("failed", wanted)
+    # No cell was run with these settings, so they may be others now.
+    plan = plan_of(tmp_path, SHORTER)
+    assert settle(plan, None) == []
+    pretended.fails.clear()
+    assert begun(plan, commands).done == 4
+    assert [one["status"] for one in cell_record(plan.folder / "cells" / "drkl-seed0").read()["tries"]] == [1, 0]
+
+
+SHORTER = {"stages": [{"name": "warmup", "objective": {"name": "fkl"}, "training": {"max_steps": 3}}]}
+
+
+def test_an_error_in_making_a_start_fails_its_cells_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def weights(start: Any) -> str:
+        if start.key.startswith("seed0"):
+            raise RuntimeError("not enough memory")
+        return "weights"
+
+    monkeypatch.setattr(running, "weights_of", weights)
+    done = begun(plan_of(tmp_path, {"student": {"init": "prune", "layers": 2}}), pretending()[0])
+    assert done.done == 2
+    assert done.failed == dict.fromkeys(("rkl-seed0", "drkl-seed0"), "RuntimeError: not enough memory")
 
 
 def test_several_cells_at_once_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,8 +243,62 @@ def test_a_damaged_record_fails_its_cell_alone(tmp_path: Path) -> None:
     begun(plan, commands)
     path = plan.folder / "cells" / "rkl-seed0" / "cell.json"
     path.write_text(path.read_text().replace('"finished": "2', '"finished": "1'))
-    done = run_study(plan, WORDS, commands=commands)
+    assert "rkl-seed0   failed: " in price(plan, plan.cells).lines()[0]
+    done = begun(plan, commands)
     assert done.done == 3 and "is damaged, or was edited" in done.failed["rkl-seed0"]
+
+
+def test_a_finished_cell_whose_results_are_gone_is_evaluated_again(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, ready(tmp_path))
+    commands, pretended = pretending()
+    begun(plan, commands)
+    (plan.folder / "cells" / "rkl-seed0" / "eval.json").unlink()
+    state, why = states_of(plan)["rkl-seed0"]
+    assert state == "failed" and why is not None and "It was finished, and" in why and "eval.json' is gone" in why
+    assert "1 of 4 cells are left" in "\n".join(price(plan, plan.cells).lines())
+    pretended.called.clear()
+    assert begun(plan, commands).done == 4 and pretended.called == [("evaluate", "rkl-seed0")]
+
+
+def test_a_cell_of_another_study_whose_results_are_gone_is_said(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, ready(tmp_path))
+    begun(plan, pretending()[0])
+    fields = tiny_studies.definition(tmp_path, name="other", shared={"cells": [str(plan.folder)]})
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(fields))
+    other = load_study(tmp_path / "other.yaml")
+    commands, pretended = pretending()
+    assert begun(other, commands).done == 4 and not pretended.called
+    (plan.folder / "cells" / "rkl-seed1").rename(tmp_path / "away")
+    done = begun(other, commands)
+    assert done.done == 3 and not pretended.called
+    assert "It is a cell of another study: bring it back" in done.failed["rkl-seed1"]
+    (tmp_path / "away").rename(plan.folder / "cells" / "rkl-seed1")
+    assert begun(other, commands).done == 4
+
+
+def test_a_study_that_is_to_lend_its_cells_and_is_not_there_is_said(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, ready(tmp_path), shared={"cells": [str(tmp_path / "no")]})
+    assert plan.notes == [f"shared.cells: no study has begun in {str(tmp_path / 'no')!r}, so nothing of it is used."]
+
+
+def test_what_an_earlier_study_left_running_is_waited_for(tmp_path: Path) -> None:
+    """The command of a cell, a stage of its start, and the part of a cache that is written."""
+    folder = tmp_path / "c"
+    (folder / "cache").mkdir(parents=True)
+    stage = folder / "stages" / "01-warmup"
+    stage.mkdir(parents=True)
+    (stage / "config.yaml").write_text("{}")
+
+    def is_busy() -> bool:
+        return any(running.is_held(place, *names) for place, names in running._locks_of(folder))
+
+    assert not is_busy()
+    for place, name in ((folder, ".lock"), (folder, ".evaluation.lock"), (stage, ".lock")):
+        with holding(place, name):
+            assert is_busy()
+    with locked(folder / "cache" / ".part-0-of-1.lock"):
+        assert is_busy()
+    assert not is_busy()
 
 
 # Who runs what ------------------------------------------------------------------------------------------------------
@@ -441,6 +519,10 @@ def test_students_that_are_not_kept(tmp_path: Path) -> None:
     pretended.at = lambda word, name: seen.append((word, name, start.has_weights))
     assert begun(plan, commands).done == 2
     assert all(has for _, _, has in seen) and not start.has_weights and start.record.is_finished
+    shared = tmp_path / "shared"
+    other = plan_of(tmp_path / "b", base, keep_students=False, shared={"dir": str(shared)})
+    assert begun(other, commands).done == 4
+    assert len([*shared.glob("starts/*/student/*.safetensors")]) == 2  # other studies may begin from them
     run = plan.cells[0].folder
     assert run.is_finished() and run.eval_path.is_file() and not run.student_path.exists()
     with pytest.raises(DrklError, match="was not kept: its study removed it once it was evaluated"):
@@ -459,10 +541,14 @@ def test_the_price_is_that_of_the_finished_cells(tmp_path: Path) -> None:
         record = cell_record(plan.folder / "cells" / name)
         record.begin({}, seconds={"start": 5.0, "train": seconds, "evaluate": 50.0})
         record.end(0)
+        RunFolder(record.folder).eval_path.write_text("{}")
     found = price(plan, plan.cells)
     assert dict(found.seconds) == {"rkl-seed1": 150.0, "drkl-seed1": 350.0} and found.total == 500.0
     assert price(plan, plan.cells, jobs=2).total == 250.0
     assert price(plan, part_of(plan, 1, 2)).total == 0
+    assert price(plan, part_of(plan, 1, 2)).lines()[-1] == "All 2 cells of this part are done: nothing is left to run."
+    assert price(plan, part_of(plan, 1, 4)).lines()[-1].startswith("The only cell of this part is done")
+    assert price(plan, []).lines() == ["No cell is in this part: nothing is left to run."]
     assert found.lines()[:2] == ["rkl-seed0   done", "drkl-seed0  done"]
     assert "2 of 4 cells are left" in "\n".join(found.lines()) and "That is 8 min, at the pace" in "\n".join(
         found.lines()
@@ -543,6 +629,50 @@ def test_predictions_are_dated_by_their_commit(tmp_path: Path) -> None:
     env = read_environment(plan.folder)
     assert env["predicted_now"]["is_changed"] and env["predicted"]["commit"] is None
     assert json.loads((plan.folder / "env.json").read_text())["changes"][0]["what"] == ["predictions is another"]
+
+
+def test_predictions_may_be_written_until_a_cell_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a first call that came no further than a start."""
+    stamps = iter([{"commit": "a"}, {"commit": "b"}, {"commit": "c"}])
+    monkeypatch.setattr("drkl.studies.folder.predicted", lambda path: next(stamps))
+    plan = plan_of(tmp_path)
+    start = start_for(plan, plan.cells[0])
+    assert start is not None
+    commands, pretended = pretending(fails={("distill", start.key): 2})
+    settle(plan, None)
+    run_study(plan, WORDS, commands=commands, part=(1, 2))
+    pretended.fails.clear()
+    plan = plan_of(tmp_path, predictions=["It is better."])
+    begun(plan, commands)
+    assert settle(plan_of(tmp_path, predictions=["It is worse."]), None) == ["predictions is another"]
+    env = read_environment(plan.folder)
+    assert (env["predicted"], env["predicted_now"]) == ({"commit": "b"}, {"commit": "c"})
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: folder.write_text("a file"), "The study's folder '.*' cannot be made: "),
+        (lambda folder: _write(folder / "study.yaml", "name: s"), "study.yaml: base: is missing"),
+    ],
+)
+def test_a_study_whose_folder_is_no_study_is_refused(tmp_path: Path, break_it: Any, message: str) -> None:
+    plan = plan_of(tmp_path, ready(tmp_path))
+    if message.startswith("study.yaml"):
+        begun(plan, pretending()[0])
+    plan.folder.parent.mkdir(exist_ok=True)
+    break_it(plan.folder)
+    with pytest.raises(DrklError, match=message):
+        settle(plan, None)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def test_a_number_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DrklError, match=r"A setting is infinite or no number \(\.inf or \.nan\)"):
+        plan_of(tmp_path, settings={"training.arguments.adam_epsilon": float("inf")})
 
 
 def test_a_study_outside_of_git_has_no_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

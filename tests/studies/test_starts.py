@@ -60,6 +60,14 @@ def test_the_base_trains_the_start_and_settings_are_the_bases(tmp_path: Path) ->
     assert keys(one) == keys(three) != keys(two)
 
 
+def test_an_axis_goes_before_the_settings_in_the_start_too(tmp_path: Path) -> None:
+    plain = plan_of(tmp_path, axes={"run.seed": [0, 1]}, baseline={})
+    both = plan_of(tmp_path, axes={"run.seed": [0, 1]}, settings={"run.seed": 0}, baseline={})
+    assert [planned.start.run.seed for planned in both.cells] == [0, 1] and keys(both) == keys(plain)
+    layers = plan_of(tmp_path, PRUNED, axes={"student.layers": [1, 2]}, settings={"student.layers": 2}, baseline={})
+    assert [planned.start.student.layers for planned in layers.cells] == [1, 2]
+
+
 def test_without_sharing_a_cell_has_its_own_stages(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, shared={"start": False})
     assert keys(plan) == []
@@ -131,9 +139,9 @@ def test_which_cells_share_a_cache(tmp_path: Path) -> None:
     assert not caches.keys() & others.keys()
     assert WORDS.cache(Path("c.yaml"), Path("f"), "topk", (1.0, 2.0))[-4:] == [
         "--temperature",
-        "1",
+        "1.0",
         "--temperature",
-        "2",
+        "2.0",
     ]
 
 

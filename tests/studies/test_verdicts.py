@@ -56,6 +56,19 @@ def test_verdicts_are_those_of_the_paired_t_test_and_holm(tmp_path: Path) -> Non
     assert study.verdicts[2].t_needed == pytest.approx(scipy.stats.t.ppf(1 - 0.025, 4))
 
 
+def test_one_and_true_are_two_cells(tmp_path: Path) -> None:
+    """Though Python has them equal: a flag and a number of one axis, for instance."""
+    axes = {"training.arguments.x": [1, True], "run.seed": [0, 1, 2]}
+    asked = definition(axes=axes, baseline={"training.arguments.x": 1})
+
+    def values(cell: Cell) -> dict[str, float]:
+        return {"rkl": 1.0 + (cell.axes["training.arguments.x"] is True) + 0.01 * cell.axes["run.seed"] ** 2}
+
+    (verdict,) = Study.load(write_study(tmp_path, asked, values), prompts=False).verdicts
+    assert verdict.axes == {"training.arguments.x": True} and verdict.axes["training.arguments.x"] is True
+    assert verdict.difference == pytest.approx(1.0) and verdict.seeds == 3
+
+
 def test_what_is_undecided_says_how_many_seeds_would_decide_it(tmp_path: Path) -> None:
     asked = definition(primary=PRIMARY, axes=FIVE)
     study = Study.load(write_study(tmp_path, asked, planted({"drkl": -0.02, "fkl": 0.5}, 0.05)), prompts=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from drkl.display import ABSENT, as_number
 from drkl.reporting.tables import PlainTable
-from drkl.reporting.text import duration, joined, percent, short
+from drkl.reporting.text import count, duration, joined, percent, short
 from drkl.studies.definition import SEED
 from drkl.studies.kinds import Kind, Names, in_order
 from drkl.studies.result import CellResult, Study, Verdict
@@ -17,6 +17,8 @@ PARTS = ("start", "train", "evaluate")
 """The parts of a cell's time, in the order in which it takes them."""
 NEARLY = 0.01
 """Counts that differ by less are called nearly equal."""
+_ALWAYS_NOTED = ("steps", "tokens", "training rows")
+"""Parts of the budget that every run notes; others may be none, held-out rows for instance."""
 _TITLES = {"start": "Shared start", "train": "Training", "evaluate": "Evaluation"}
 
 
@@ -93,25 +95,38 @@ def _mean_seconds(kind: Kind) -> dict[str, float]:
     return {part: sum(own.get(part, 0.0) for own in known) / len(known) for part in PARTS} if known else {}
 
 
-def cost(kinds: Sequence[Kind]) -> tuple[PlainTable, str] | None:
-    """The time of a cell of each kind, and of all in words; None where nothing was timed."""
+def unknown(study: Study) -> list[str]:
+    """What of the budgets is not known of some finished cells, and of how many."""
+    done = [cell for cell in study.cells if cell.state == "done"]
+    gone = [(key, sum(cell.budget.get(key) is None for cell in done)) for key in _ALWAYS_NOTED]
+    return [f"the {key} of {many} of the {count(len(done), 'finished run')}" for key, many in gone if many]
+
+
+def cost(study: Study, kinds: Sequence[Kind]) -> tuple[PlainTable, str] | None:
+    """The time of a cell of each kind, and of the study's own in words; None where nothing was timed."""
     rows, parts = timed(kinds)
-    every = [cell for kind in kinds for cell in kind.cells]
-    total = sum(sum(cell.seconds.values()) for cell in every)
-    if not total:
+    taken = [cell for cell in study.cells if study.is_taken(cell)]
+    of_others = sum(sum(cell.seconds.values()) for cell in taken)
+    total = study.hours * 3600
+    if not total + of_others:
         return None
     lines: list[list[str | tuple[str, str]]] = []
     for kind, (label, means) in zip(kinds, rows, strict=True):
         done = sum(cell.state == "done" for cell in kind.cells)
-        own = sum(sum(cell.seconds.values()) for cell in kind.cells)
+        own = sum(sum(cell.seconds.values()) for cell in kind.cells if not study.is_taken(cell))
         of_parts = [(duration(means[part]) if means else ABSENT, "") for part in parts]
         one = duration(sum(means.values())) if means else ABSENT
-        lines.append([label, (f"{done} of {len(kind.cells)}", ""), *of_parts, (one, ""), (duration(own), "")])
-    head = ["Cells", "Finished", *(_TITLES[part] for part in parts), "One cell", "All of them"]
-    spent = f"{total / 3600:,.1f} hours" if total >= 3600 else duration(total)
-    return PlainTable(
-        head, lines
-    ), f"{spent} in all, with what failed or was stopped; what ran at the same time counts in full."
+        every = duration(own) if own else ABSENT
+        lines.append([label, (f"{done} of {len(kind.cells)}", ""), *of_parts, (one, ""), (every, "")])
+    head = ["Cells", "Finished", *(_TITLES[part] for part in parts), "One cell", "All of its own" if taken else "All"]
+    text = f"{_hours(total)} in all, with what failed or was stopped; what ran at the same time counts in full."
+    if taken:
+        text += f" {count(len(taken), 'run')} of other studies, {_hours(of_others)}, not counted here."
+    return PlainTable(head, lines), text
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else duration(seconds)
 
 
 def unfinished(study: Study) -> list[tuple[str, str]]:

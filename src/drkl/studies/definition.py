@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from drkl.config import plain_numbers
 from drkl.errors import DrklError, did_you_mean
@@ -29,7 +30,7 @@ Outcome = Literal["better", "worse", "no difference", "undecided"]
 
 
 class Primary(BaseModel):
-    """A comparison that was named before the runs, and is corrected for the others so named."""
+    """A comparison that the study's file names, and that is corrected for the others so named."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -65,6 +66,16 @@ class Shared(BaseModel):
     dir: str | None = Field(None, description="Folder of the starts and of the cache; default shared/ in the study's.")
     cells: tuple[str, ...] = Field((), description="Folders of other studies, whose finished cells are used if equal.")
 
+    @field_validator("dir")
+    @classmethod
+    def _find_home(cls, folder: str | None) -> str | None:
+        return None if folder is None else os.path.expanduser(folder)
+
+    @field_validator("cells")
+    @classmethod
+    def _find_homes(cls, folders: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(os.path.expanduser, folders))
+
 
 class Definition(BaseModel):
     """A study: a grid of runs of one recipe, and what is to be decided by them."""
@@ -94,6 +105,11 @@ class Definition(BaseModel):
         default_factory=list, max_length=MOST_PRIMARY, description="The comparisons that decide, at most six."
     )
     keep_students: bool = Field(True, description="Whether cells keep their students once these are evaluated.")
+
+    @field_validator("dir")
+    @classmethod
+    def _find_home(cls, folder: str) -> str:
+        return os.path.expanduser(folder)
 
 
 _PARTS: dict[str, type[BaseModel]] = {"shared": Shared, "primary": Primary, "predictions": Prediction}

@@ -11,11 +11,11 @@ from typing import Any
 from drkl.display import shell_word
 from drkl.errors import DrklError
 from drkl.models.precision import pick_device
-from drkl.runs import locked, read_sealed, read_yaml, write_json, write_yaml
+from drkl.runs import RunFolder, locked, read_sealed, read_yaml, write_json, write_yaml
 from drkl.sealed import sealed
-from drkl.studies.definition import Definition
+from drkl.studies.definition import Definition, read_definition
 from drkl.studies.grid import words
-from drkl.studies.plan import Plan, Planned, digest, given
+from drkl.studies.plan import Plan, Planned, digest, given, study_yaml
 from drkl.studies.records import Record, cell_record
 from drkl.studies.starts import cache_for, start_for
 from drkl.training.environment import describe_environment, now
@@ -23,11 +23,6 @@ from drkl.training.settings import changes, flat
 
 FOR_REPORTS = ("baseline", "decide", "smallest_difference", "predictions", "primary")
 """Fields of a study that no run reads: they may be others later, which is said."""
-
-
-def study_yaml(folder: Path) -> Path:
-    """The definition, as it was run."""
-    return folder / "study.yaml"
 
 
 def base_yaml(folder: Path) -> Path:
@@ -83,15 +78,18 @@ def settle(plan: Plan, command: Sequence[str] | None) -> list[str]:
         command: the command line, for the record.
 
     Raises:
-        DrklError: cells have begun, and something is another that moves their numbers.
+        DrklError: cells have begun, and something is another that moves their numbers; the folder cannot be made.
     """
     folder = plan.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DrklError(f"The study's folder {str(folder)!r} cannot be made: {error.strerror}.") from error
     with locked(folder / ".settle.lock", wait=True):
         env = read_environment(folder)
         notes = check_same(plan)
         stamp = predicted(plan.path)
-        if not env.get("began"):
+        if not env.get("began") or not _has_begun(folder):
             made = describe_environment(pick_device(plan.base.run.device))
             env = made | {"command": command and [*command], "began": now(), "predicted": stamp, "changes": []}
         elif notes:
@@ -113,13 +111,13 @@ def check_same(plan: Plan) -> list[str]:
     begun = {record.folder.name: record for record in _begun(plan.folder)}
     if not known.exists() or not begun:
         return []
-    then = Definition.model_validate(read_yaml(known))
+    then = read_definition(known)
     found = list(_of_base(plan)) + list(_of_shared(then, plan.definition))
     cells = {planned.cell.name: planned for planned in plan.cells}
     for name, record in begun.items():
         if name not in cells:
             found.append(f"the cell {name} is none of the study's any more")
-        elif not found and record.read().get("settings_digest") != settings_digest(plan, cells[name]):
+        elif not found and record.readable().get("settings_digest") != settings_digest(plan, cells[name]):
             now_words = words(cells[name].cell.axes)
             found.append(f"the cell {name} has other settings than it began with (now {now_words})")
     found += [line for line in _of_variants(then, plan.definition) if found]
@@ -134,10 +132,20 @@ def check_same(plan: Plan) -> list[str]:
 
 
 def _begun(folder: Path) -> Iterator[Record]:
+    """The cells that have begun; not those whose start could not be made, nor those with a damaged record."""
+    for record in _records(folder):
+        if record.readable().get("settings_digest") is not None:
+            yield record
+
+
+def _records(folder: Path) -> list[Record]:
     cells = folder / "cells"
-    for path in sorted(cells.iterdir()) if cells.is_dir() else ():
-        if cell_record(path).path.exists():
-            yield cell_record(path)
+    return [cell_record(path) for path in sorted(cells.iterdir())] if cells.is_dir() else []
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether there is anything of a cell, be it a damaged record or results that were copied."""
+    return any(record.has_begun or RunFolder(record.folder).eval_path.exists() for record in _records(folder))
 
 
 def _of_base(plan: Plan) -> Iterator[str]:

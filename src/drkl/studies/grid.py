@@ -154,7 +154,7 @@ def pair_of(definition: Definition, cell: Mapping[str, Any], against: Mapping[st
     """
     axes = select(definition, None, cell)
     other = select(definition, axes, against or definition.baseline)
-    if other == axes:
+    if same(other, axes):
         raise DrklError(f"{words(cell)} is compared with itself: against has {words(against or definition.baseline)}.")
     return axes, other
 

@@ -129,6 +129,7 @@ def as_html(study: Study) -> str:
         dated=words.dated(study),
         told=words.told(study, names, task),
         held=words.HELD,
+        named=words.named(study),
         primary=[_compared(row, names, task, place) for place, row in enumerate(primary)],
         verdicts=_verdict_table(study, names, metrics, task),
         strips=_strips(kinds, metrics),
@@ -140,7 +141,8 @@ def as_html(study: Study) -> str:
         scaled=figures.scaled_table(kinds, metrics),
         budget=budgets.table(kinds),
         unequal=budgets.unequal(study.verdicts, names),
-        cost=budgets.cost(kinds),
+        unknown=budgets.unknown(study),
+        cost=budgets.cost(study, kinds),
         cost_picture=figures.costs(*budgets.timed(kinds)),
         troubles=[(cell, clip(cell.why, LONGEST_MESSAGE)) for cell in study.cells if cell.state != "done" and cell.why],
         unfinished=budgets.unfinished(study),
@@ -161,11 +163,11 @@ def _keys(study: Study) -> list[str]:
 
 
 def _file(study: Study) -> str:
-    """The study's file, as the command named it that began the study; else the copy in the study's folder."""
+    """The study's file, as the command named it that began the study; else a name for the definition on the page."""
     command = study.made.get("command")
     words_of = [str(word) for word in command] if isinstance(command, list) else []
     named = [word for word in words_of if word.endswith((".yaml", ".yml")) and not word.startswith("-")]
-    return named[0] if named else f"{study.definition.dir.rstrip('/')}/{study.definition.name}/study.yaml"
+    return named[0] if named else f"{study.definition.name}.yaml"
 
 
 def _runs_before(study: Study) -> list[str]:

@@ -82,7 +82,15 @@ class Plan:
             )
         elif len(self.definition.axes[SEED]) == 1:
             notes.append("There is one seed, so that nothing can be decided: give run.seed several.")
+        for name in self.definition.shared.cells:
+            if not study_yaml(Path(name)).is_file():
+                notes.append(f"shared.cells: no study has begun in {name!r}, so nothing of it is used.")
         return notes
+
+
+def study_yaml(folder: Path) -> Path:
+    """The definition in a study's folder, as it was run."""
+    return folder / "study.yaml"
 
 
 def load_study(path: str | Path) -> Plan:
@@ -134,14 +142,28 @@ def base_of(definition: Definition, path: Path) -> Path:
 
 
 def settings_of(definition: Definition, cell: Cell) -> Settings:
-    """The dotted keys that a cell changes in the base, those of the study's ``settings`` first."""
+    """The dotted keys that a cell changes in the base: the study's ``settings``, and its own, which go before them."""
+    return definition.settings | _own_settings(definition, cell)
+
+
+def _own_settings(definition: Definition, cell: Cell) -> Settings:
+    """The dotted keys of a cell's axes and of its variant."""
     axes = {key: value for key, value in cell.axes.items() if key != VARIANT}
-    return definition.settings | axes | definition.variants.get(str(cell.axes.get(VARIANT)), {})
+    return axes | definition.variants.get(str(cell.axes.get(VARIANT)), {})
 
 
 def digest(value: Any) -> str:
-    """A hash of something that json can hold."""
-    return checksum(json_text(value).encode())
+    """A hash of something that json can hold.
+
+    Raises:
+        DrklError: a number in it is infinite, or none.
+    """
+    try:
+        return checksum(json_text(value).encode())
+    except ValueError as error:
+        raise DrklError(
+            "A setting is infinite or no number (.inf or .nan), which the records of a study cannot hold."
+        ) from error
 
 
 def given(config: Config) -> dict[str, Any]:
@@ -155,8 +177,7 @@ def given(config: Config) -> dict[str, Any]:
 
 def _planned(definition: Definition, path: Path, cell: Cell, starts: dict[str, Config]) -> Planned:
     where = {"run.dir": str(Path(definition.dir) / definition.name / "cells"), "run.name": cell.name}
-    settings = settings_of(definition, cell)
-    own = {key: value for key, value in settings.items() if key not in definition.settings}
+    settings, own = settings_of(definition, cell), _own_settings(definition, cell)
     of_start = definition.settings | {k: v for k, v in own.items() if k.partition(".")[0] in OF_THE_START}
     try:
         config, notes = _config(definition, path, settings | where)

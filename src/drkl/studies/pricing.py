@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from drkl.display import number
-from drkl.studies.grid import group_of
+from drkl.errors import DrklError
+from drkl.studies.grid import group_of, same
 from drkl.studies.plan import Plan, Planned
 from drkl.studies.records import Record, cell_record
 from drkl.studies.result import State
@@ -33,6 +34,8 @@ class Price:
     """Bytes that the missing cells take; None where none has finished."""
     live: Mapping[str, str]
     """Cells that read the teacher itself beside a study's cache of it, each with the reason."""
+    of: int
+    """The cells of the whole study."""
 
     @property
     def total(self) -> float | None:
@@ -59,7 +62,8 @@ class Price:
     def _sums(self) -> list[str]:
         left = len(self.seconds)
         if not left:
-            return ["The study is whole: nothing is left to run."]
+            what = "The study is whole" if len(self.states) == self.of else _part_is_whole(len(self.states))
+            return [f"{what}: nothing is left to run."]
         lines = [f"{left} of {len(self.states)} cells are left, and of what they share {_counted(self.shared)}."]
         unknown = [name for name, value in self.shared.items() if value is None]
         if all(value is None for value in self.seconds.values()):
@@ -78,19 +82,18 @@ class Price:
 def price(plan: Plan, cells: Sequence[Planned], jobs: int = 1) -> Price:
     """Price the cells of a study, or of a part of it, that are not finished; nothing is written.
 
+    A cell whose record is damaged counts as failed.
+
     Args:
         plan: of the study.
         cells: those that count.
         jobs: how many run at once. Each is taken to be as fast as one alone.
-
-    Raises:
-        DrklError: what is noted of a cell is damaged.
     """
-    known = {planned.cell.name: cell_record(planned.folder.root).read() for planned in plan.cells}
-    states = {planned.cell.name: cell_record(planned.folder.root).state() for planned in cells}
+    known = {planned.cell.name: cell_record(planned.folder.root).readable() for planned in plan.cells}
+    states = {planned.cell.name: _state(planned) for planned in cells}
     for name, (path, _) in offered(plan, cells).items():
         states[name] = "done", f"in {path}"
-    finished = [planned for planned in plan.cells if known[planned.cell.name].get("finished") is not None]
+    finished = [planned for planned in plan.cells if cell_record(planned.folder.root).is_done]
     left = [planned for planned in cells if states[planned.cell.name][0] != "done"]
     seconds = {planned.cell.name: _seconds(planned, finished, known) for planned in left}
     disks = [_bytes_in(planned.folder.root) for planned in finished if "run" not in known[planned.cell.name]]
@@ -98,12 +101,25 @@ def price(plan: Plan, cells: Sequence[Planned], jobs: int = 1) -> Price:
     if plan.definition.shared.teacher_cache is not None:
         live = {p.cell.name: why for p in cells if (why := why_live(plan, p)) is not None}
     disk = sum(disks) / len(disks) * len(left) if disks else None
-    return Price(states, seconds, _shared(plan, left), jobs, disk, live)
+    return Price(states, seconds, _shared(plan, left), jobs, disk, live, len(plan.cells))
+
+
+def _state(planned: Planned) -> tuple[State, str | None]:
+    try:
+        return cell_record(planned.folder.root).state()
+    except DrklError as error:
+        return "failed", str(error)
+
+
+def _part_is_whole(cells: int) -> str:
+    if not cells:
+        return "No cell is in this part"
+    return "The only cell of this part is done" if cells == 1 else f"All {cells} cells of this part are done"
 
 
 def _seconds(planned: Planned, finished: Sequence[Planned], known: Mapping[str, Any]) -> float | None:
     """The mean over the finished cells of the same kind, else over all of them."""
-    alike = [other for other in finished if group_of(other.cell.axes) == group_of(planned.cell.axes)] or finished
+    alike = [other for other in finished if same(group_of(other.cell.axes), group_of(planned.cell.axes))] or finished
     sums = [sum(known[other.cell.name]["seconds"].get(part, 0.0) for part in _PARTS) for other in alike]
     return sum(sums) / len(sums) if sums else None
 

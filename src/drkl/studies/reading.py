@@ -21,9 +21,10 @@ from drkl.reporting.text import count
 from drkl.runs import RunFolder, read_yaml, readable_log
 from drkl.studies.definition import SEED, VARIANT, Definition, read_definition
 from drkl.studies.earlier import Earlier
-from drkl.studies.folder import FOR_REPORTS, base_yaml, read_environment, study_yaml
+from drkl.studies.folder import FOR_REPORTS, base_yaml, read_environment
 from drkl.studies.grid import Cell, cells_of, check_grid, same, text_of
 from drkl.studies.metrics import asked_metrics, check_metrics, known_metrics
+from drkl.studies.plan import study_yaml
 from drkl.studies.records import Record, cell_record
 from drkl.studies.result import CellResult, Study
 from drkl.studies.statistics import MIN_PAIRS
@@ -72,7 +73,8 @@ def load(folder: str | Path, *, prompts: bool = True) -> Study:
     judge = Judge(definition, cells, known_metrics(task), prompts=prompts)
     verdicts = [earlier.completed_row(row) if prompts else row for row in judge.verdicts()]
     env = read_environment(folder)
-    began = env.get("began") or min((one.began for one in cells if one.began), default=None)
+    # A cell of another study may have begun before this one did.
+    began = min((moment for moment in (env.get("began"), *(one.began for one in cells)) if moment), default=None)
     return Study(
         definition,
         folder,
@@ -81,6 +83,7 @@ def load(folder: str | Path, *, prompts: bool = True) -> Study:
         tuple(judge.foretold(verdicts)),
         _predicted(env),
         began,
+        tuple(_changed(env)),
         tuple(_notes(definition, cells, env)),
         {name: value for name, value in env.items() if name not in _OF_THE_STUDY},
         task,
@@ -96,10 +99,14 @@ def _task_of(folder: Path) -> str:
 
 def _predicted(env: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What git said of the study's file when the first cell began; where it was changed later, what it says now."""
-    changes = [line for one in env.get("changes") or [] for line in one.get("what", [])]
-    is_other = any(line == f"{name} is another" for line in changes for name in FOR_REPORTS)
-    found = env.get("predicted_now" if is_other else "predicted")
+    found = env.get("predicted_now" if _changed(env) else "predicted")
     return found if isinstance(found, Mapping) else None
+
+
+def _changed(env: Mapping[str, Any]) -> list[str]:
+    """The fields of the study's file that were changed after its first cell had begun, of those that reports read."""
+    lines = [line for one in env.get("changes") or [] for line in one.get("what", [])]
+    return [name for name in FOR_REPORTS if f"{name} is another" in lines]
 
 
 def _notes(definition: Definition, cells: Sequence[CellResult], env: Mapping[str, Any]) -> Iterator[str]:

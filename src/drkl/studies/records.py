@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from drkl.errors import DrklError
 from drkl.locks import EVALUATION, STUDY, TRAINING, is_held
 from drkl.runs import OF_A_STUDY, RunFolder, read_sealed, write_json, write_yaml
 from drkl.sealed import sealed
@@ -56,6 +57,13 @@ class Record:
         """
         return read_sealed(self.path) if self.path.exists() else {}
 
+    def readable(self) -> dict[str, Any]:
+        """Return what is noted; nothing where there is no file, or where it is damaged."""
+        try:
+            return self.read()
+        except DrklError:
+            return {}
+
     def write(self, values: Mapping[str, Any]) -> None:
         """Note something in place of what was there."""
         write_json(self.path, sealed(values), lasting=True)
@@ -64,6 +72,27 @@ class Record:
     def is_finished(self) -> bool:
         """Whether it is whole."""
         return self.read().get("finished") is not None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is noted as whole, and its results are there."""
+        known = self.readable()
+        return known.get("finished") is not None and self._gone(known) is None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a cell was run with the settings that are noted of it; a damaged record may have been of one."""
+        try:
+            return self.read().get("settings_digest") is not None
+        except DrklError:
+            return True
+
+    def _gone(self, known: Mapping[str, Any]) -> Path | None:
+        """The results of a finished cell, where they are gone; those of a cell of another study are in its run."""
+        if self.kind != "cell":
+            return None
+        run = RunFolder(self.folder.parent.parent / known["run"] if "run" in known else self.folder)
+        return None if run.eval_path.is_file() else run.eval_path
 
     def begin(self, config: Mapping[str, Any], **facts: Any) -> None:
         """Note that a try begins, and write the config that it runs; one that was killed before is closed.
@@ -96,6 +125,17 @@ class Record:
         finished = {"finished": last["ended"]} if status == 0 else {}
         self.write(known | facts | {"tries": [*known["tries"][:-1], last]} | finished)
 
+    def fail(self, message: str, **facts: Any) -> None:
+        """Note a try of a cell that could not even begin, as its start or its cache could not be made.
+
+        Args:
+            message: why.
+            **facts: what the cell is.
+        """
+        known, when = self._closed(), now()
+        one = {"began": when, "ended": when, "status": 1, "message": message[:LONGEST]}
+        self.write(known | facts | {"tries": [*known.get("tries", []), one], "finished": None})
+
     def _closed(self) -> dict[str, Any]:
         """What is noted, with an end for a try that was killed: the last sign of it."""
         known = self.read()
@@ -119,7 +159,8 @@ class Record:
         """
         known = self.read()
         if known.get("finished") is not None:
-            return "done", None
+            gone = self._gone(known)
+            return ("done", None) if gone is None else ("failed", f"It was finished, and {str(gone)!r} is gone.")
         if is_held(self.folder, STUDY, TRAINING, EVALUATION):
             return "running", None
         if not known.get("tries"):

@@ -117,7 +117,9 @@ class Study:
     predicted: Mapping[str, Any] | None = None
     """``commit`` and ``date`` of the last commit of the study's file, ``is_changed`` since; None without git."""
     began: str | None = None
-    """When the first cell began."""
+    """When the first cell began, those of other studies among them."""
+    changed: tuple[str, ...] = ()
+    """Fields of the study's file that are others than when its first cell began, ``primary`` for instance."""
     notes: tuple[str, ...] = ()
     made: Mapping[str, Any] = field(default_factory=dict)
     """The command, the versions, the commit and the device, as ``env.json`` has them."""
@@ -179,8 +181,12 @@ class Study:
 
     @property
     def hours(self) -> float:
-        """What the cells took, their shares of the starts among it."""
-        return sum(sum(one.seconds.values()) for one in self.cells) / 3600
+        """What the study's own cells took, their shares of the starts among it."""
+        return sum(sum(one.seconds.values()) for one in self.cells if not self.is_taken(one)) / 3600
+
+    def is_taken(self, cell: CellResult) -> bool:
+        """Whether a cell is one of another study."""
+        return os.path.relpath(cell.run, self.folder).startswith(os.pardir)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of ``study.json``."""

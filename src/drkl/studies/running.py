@@ -145,7 +145,7 @@ class _Runner:
 
     def run(self) -> Outcome:
         adopt(self.plan, self.cells)
-        waiting = [planned for planned in self.cells if not _is_done(planned)]
+        waiting = [planned for planned in self.cells if not cell_record(planned.folder.root).is_done]
         self.outcome.done = len(self.cells) - len(waiting)
         working: dict[str, Any] = {}
         with deferred() as signals:
@@ -233,23 +233,29 @@ class _Runner:
 
     def _cell(self, planned: Planned) -> Work:
         name, record = planned.cell.name, cell_record(planned.folder.root)
-        if record.is_finished:
+        if record.is_done:
             self.outcome.done += 1
             return
+        _check_is_own(record)
         yield from self._free(planned.folder.root, name)
         start, cache = start_for(self.plan, planned), cache_for(self.plan, planned)
-        self.doing[name] = "start"
-        known = yield from self._start(start, planned)
         config = cell_config(planned, start, cache)
+        try:
+            self.doing[name] = "start"
+            known = yield from self._start(start, planned)
+            if cache is not None:
+                self.doing[name] = "cache"
+                yield from self._cache(cache, config)
+        except Failed as failed:
+            if not self.commands.ended_by and failed.status not in ENDED_BY_SIGNAL:
+                record.fail(failed.message, axes=planned.cell.axes)
+            raise
         facts = {
             "axes": planned.cell.axes, "settings_digest": settings_digest(self.plan, planned),
             "start": known.get("digest"), "start_key": None if start is None else start.key,
             "cache": None if cache is None else str(cache.folder),
             "seconds": {"start": round(known.get("seconds", {}).get("train", 0.0) / known.get("cells", 1), 1)},
         }  # fmt: skip
-        if cache is not None:
-            self.doing[name] = "cache"
-            yield from self._cache(cache, config)
         record.begin(config.values("json"), **facts)
         began = time.monotonic()
         try:
@@ -278,9 +284,9 @@ class _Runner:
             yield from self.commands.run(record, "evaluate", self.words.evaluate(folder.root, loaded))
 
     def _free(self, folder: Path, name: str) -> Work:
-        """Wait for a command that an earlier study has left behind."""
+        """Wait for a command that an earlier study has left behind, for the stages of a start too, and for a cache."""
         said = False
-        while is_held(folder, TRAINING, EVALUATION):
+        while any(is_held(place, *names) for place, names in _locks_of(folder)):
             if not said:
                 self.listener.on_message(f"{name}: another process still works in {folder}; waiting for it.")
             said = True
@@ -337,9 +343,9 @@ class _Runner:
 
     def _made(self, record: Record, is_there: Callable[[], bool], make: Callable[[], Work]) -> Work:
         """Make something that cells share, or wait while another process does."""
-        if record.folder in self.broken:
-            raise Failed(1, self.broken[record.folder])
         while not is_there():
+            if record.folder in self.broken:
+                raise Failed(1, self.broken[record.folder])
             try:
                 with holding(record.folder, STUDY):
                     yield from self._free(record.folder, record.folder.name)
@@ -360,11 +366,14 @@ class _Runner:
             if not self.commands.ended_by:
                 self.broken[record.folder] = message
             raise Failed(failed.status, message) from None
-        except DrklError as error:
-            if record.read().get("tries"):
-                record.end(2, str(error))
-            self.broken[record.folder] = str(error)
-            raise Failed(2, str(error)) from error
+        except CannotWrite:
+            raise
+        except (DrklError, RuntimeError, ValueError, MemoryError) as error:  # a student that does not fit, for instance
+            message = str(error) if isinstance(error, DrklError) else f"{type(error).__name__}: {error}"
+            if record.readable().get("tries"):
+                record.end(2, message)
+            self.broken[record.folder] = message
+            raise Failed(2, message) from error
 
     # What is not kept ---------------------------------------------------------------------------------------------
 
@@ -375,21 +384,33 @@ class _Runner:
         note_removed(planned.folder)
         for path in (planned.folder.student_path, planned.folder.checkpoints_path):
             shutil.rmtree(path, ignore_errors=True)
-        if start is None or not start.is_made:
+        # A folder that the study's file names may have the starts of other studies.
+        if start is None or not start.is_made or self.plan.definition.shared.dir is not None:
             return
         for other in self.plan.cells:
             own = start_for(self.plan, other)
-            if own is not None and own.key == start.key and not cell_record(other.folder.root).is_finished:
+            if own is not None and own.key == start.key and not cell_record(other.folder.root).is_done:
                 return
         if start.record.folder.is_relative_to(self.plan.shared):
             drop_weights(start)
 
 
-def _is_done(planned: Planned) -> bool:
-    try:
-        return cell_record(planned.folder.root).is_finished
-    except DrklError:  # said once it is its turn
-        return False
+def _check_is_own(record: Record) -> None:
+    """Raise DrklError where a cell's record is damaged, or is of another study's cell whose results are gone."""
+    if "run" in record.read():
+        raise DrklError(
+            f"{record.state()[1]} It is a cell of another study: bring it back from a copy, or remove "
+            f"{str(record.folder)!r}, and the cell is run here."
+        )
+
+
+def _locks_of(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Where the commands of a cell, a start or a cache may hold a lock, and the names of the locks there."""
+    yield folder, [TRAINING, EVALUATION]
+    for stage in RunFolder(folder).stages():
+        yield stage.root, [TRAINING]
+    for lock in folder.glob("cache/.part-*.lock"):
+        yield lock.parent, [lock.name]
 
 
 def offered(plan: Plan, cells: Sequence[Planned]) -> dict[str, tuple[Path, dict[str, Any]]]:
@@ -402,17 +423,17 @@ def offered(plan: Plan, cells: Sequence[Planned]) -> dict[str, tuple[Path, dict[
     known: dict[str, tuple[Path, dict[str, Any]]] = {}
     for other in plan.definition.shared.cells:
         for path in sorted((Path(other) / "cells").glob("*")):
-            about = cell_record(path).read()
-            if about.get("finished") is not None and "run" not in about:
+            about = cell_record(path).readable()
+            if cell_record(path).is_done and "run" not in about:
                 known.setdefault(about["settings_digest"], (path, about))
     found = {}
     for planned in cells if known else ():
         one = known.get(settings_digest(plan, planned))
-        if one is None or cell_record(planned.folder.root).read():
+        if one is None or cell_record(planned.folder.root).has_begun:
             continue
         start = start_for(plan, planned)
         # With another start it would not be paired with the others of its seed.
-        if start is None or start.record.read().get("digest") in (None, one[1]["start"]):
+        if start is None or start.record.readable().get("digest") in (None, one[1]["start"]):
             found[planned.cell.name] = one
     return found
 
@@ -424,7 +445,7 @@ def adopt(plan: Plan, cells: Sequence[Planned]) -> None:
         if planned.cell.name in others:
             record, (path, about) = cell_record(planned.folder.root), others[planned.cell.name]
             with suppress(InUse), holding(record.folder, STUDY):
-                if not record.read():
+                if not record.has_begun:
                     where = os.path.relpath(path, plan.folder)
                     record.write(about | {"axes": planned.cell.axes, "run": where, "tries": []})
 

@@ -214,7 +214,7 @@ def _finished(began: Mapping[str, Any]) -> str:
 
 def _began_from(plan: Plan, start: Start) -> dict[str, str | None]:
     """The finished cells that began from a start, by their folders, each with the digest of what it began with."""
-    known = {str(planned.folder.root): cell_record(planned.folder.root).read() for planned in plan.cells}
+    known = {str(planned.folder.root): cell_record(planned.folder.root).readable() for planned in plan.cells}
     return {
         root: about.get("start")
         for root, about in known.items()

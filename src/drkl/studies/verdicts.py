@@ -16,7 +16,7 @@ from drkl.evaluation.measured import Resamples, measured
 from drkl.evaluation.paired import mostly
 from drkl.evaluation.result import SCALED
 from drkl.studies.definition import SEED, Definition, Prediction, Settings
-from drkl.studies.grid import baseline_of, cells_axes, groups_of, model_of, pair_of, seed_of
+from drkl.studies.grid import baseline_of, cells_axes, groups_of, model_of, pair_of, same, seed_of
 from drkl.studies.result import CellResult, Foretold, Verdict
 from drkl.studies.statistics import (
     MIN_PAIRS,
@@ -181,7 +181,7 @@ class Judge:
 
         def ask(key: str, axes: Settings, baseline: Settings, *, is_primary: bool = False) -> None:
             writes_none = self.metrics[key].of == "answers" and {SCALED} & {model_of(axes), model_of(baseline)}
-            if axes != baseline and not writes_none:
+            if not same(axes, baseline) and not writes_none:
                 asked = Asked(self.metrics[key], axes, baseline, is_primary)
                 found.setdefault(_key(key, axes, baseline), asked)
 
@@ -294,7 +294,7 @@ def _key(metric: str, axes: Settings, baseline: Settings) -> str:
 
 
 def _is_of(cell: CellResult, axes: Settings) -> bool:
-    return all(cell.axes[key] == value for key, value in cells_axes(axes).items())
+    return all(same(cell.axes[key], value) for key, value in cells_axes(axes).items())
 
 
 def _known(value: np.ndarray) -> float | None:

@@ -68,7 +68,7 @@ def headline(study: Study, names: Names, task: str) -> tuple[str, str]:
     if not any(cell.state == "done" for cell in study.cells):
         return "Not run yet", "No run has finished, so there is nothing to compare."
     if not primary:
-        return "Nothing primary", "No comparison was named before the runs, so all that follows is exploratory."
+        return "Nothing primary", "The study’s file names no primary comparison, so all that follows is exploratory."
     words = [sentence for verdict in ("better", "worse") for sentence in _decided(primary, verdict, names, task)]
     for row in primary:
         if row.verdict == "no difference":
@@ -147,8 +147,29 @@ def dated(study: Study) -> Dated:
     if written is None or began is None:
         return Dated(facts, "No run has begun yet." if study.began is None else "", False)
     if written > began:
-        return Dated(facts, "The last commit of the study’s file is later than the start of the first run.", True)
+        text = "The last commit of the study’s file is later than the start of the first run"
+        return Dated(facts, f"{text}{_known_at(written, study)}.", True)
     return Dated(facts, "They were committed before the first run began, and not changed since.", False)
+
+
+def _known_at(written: datetime, study: Study) -> str:
+    """How many runs had begun when the predictions were committed, and how many of these are of other studies."""
+    earlier = [cell for cell in study.cells if (began := moment(cell.began)) is not None and began < written]
+    if not earlier:
+        return ""
+    taken = sum(study.is_taken(cell) for cell in earlier)
+    of = f", {'all' if taken == len(earlier) else taken} of other studies" if taken else ""
+    return f": {len(earlier)} of {count(len(study.cells), 'run')} had begun{of}"
+
+
+def named(study: Study) -> str:
+    """Whether the primary comparisons were named before the runs."""
+    if "primary" in study.changed:
+        return "They were changed after the first run had begun, so they are not what was named before the runs."
+    known = dated(study)
+    if not known.is_doubtful and known.text:
+        return "These were named before the runs, and they alone decide."
+    return "The study’s file names these, and they alone decide; that it did before the runs is not shown."
 
 
 @dataclass(frozen=True)
