@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from drkl.display import ABSENT
 from drkl.evaluation.result import SCALED
@@ -33,6 +34,11 @@ class Choice:
     use: str
     because: str
     seen: tuple[Seen, ...]
+
+
+def hot(temperature: float) -> dict[str, Any]:
+    """The cells of reverse KL with a temperature in the loss."""
+    return RKL | {"loss.temperature": temperature}
 
 
 FAR, NEAR = "A student far from its teacher (over a nat), ", "A student near its teacher (below a tenth of a nat), "
@@ -74,6 +80,18 @@ CHOICES = (
             Seen("beyond", "agreement", variant("fkl-rkl"), variant("drkl")),
             Seen("beyond", "fkl", variant("fkl-rkl"), variant("drkl")),
             Seen("beyond", "rkl", variant("fkl-rkl"), variant("drkl"), "worse"),
+        ),
+    ),
+    Choice(
+        "The same, and a temperature in the loss",
+        "1, as it is without one",
+        "It costs agreement, and the answers are less likely to the teacher. A temperature after training leaves the "
+        "agreement as it is.",
+        (
+            Seen("temperature", "agreement", hot(2.0), hot(1.0), "worse"),
+            Seen("temperature", "teacher_nll_of_answers", hot(2.0), hot(1.0), "worse"),
+            Seen("temperature", "rkl", hot(4.0), hot(1.0), "worse"),
+            Seen("temperature", "overconfidence", hot(2.0), hot(1.0)),
         ),
     ),
     Choice(

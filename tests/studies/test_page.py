@@ -236,7 +236,7 @@ def test_the_primary_comparisons_were_named_before_the_runs_or_not() -> None:
     before = {"commit": "a", "date": "2026-11-29T09:00:00+00:00"}
     study = example(predicted=before, began="2026-11-29T10:00:00+00:00")
     assert words.named(study) == "These were named before the runs, and they alone decide."
-    assert "that it did before the runs is not shown" in words.named(replace(study, predicted=None))
+    assert "nothing shows that it did before all of the runs" in words.named(replace(study, predicted=None))
     assert "They were changed after the first run had begun" in words.named(replace(study, changed=("primary",)))
     assert words.named(replace(study, changed=("decide",))) == words.named(study)
 

@@ -169,7 +169,7 @@ def named(study: Study) -> str:
     known = dated(study)
     if not known.is_doubtful and known.text:
         return "These were named before the runs, and they alone decide."
-    return "The study’s file names these, and they alone decide; that it did before the runs is not shown."
+    return "The study’s file names these, and they alone decide; nothing shows that it did before all of the runs."
 
 
 @dataclass(frozen=True)
