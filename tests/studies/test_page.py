@@ -227,7 +227,7 @@ def test_runs_that_were_known_when_the_predictions_were_committed_are_counted() 
     study = replace(study, cells=tuple(cells))
     of_all = f"start of the first run: 3 of {len(cells)} runs had begun"
     assert words.dated(study).text.endswith(f"{of_all}.")
-    for taken, said in ((1, ", 1 of other studies."), (3, ", all of other studies.")):
+    for taken, said in ((1, ", 1 of them from other studies."), (3, ", all of them from other studies.")):
         moved = [replace(cell, run=study.folder.parent / "o" / cell.name) for cell in cells[:taken]]
         assert words.dated(replace(study, cells=(*moved, *cells[taken:]))).text.endswith(of_all + said)
 
@@ -236,13 +236,13 @@ def test_the_primary_comparisons_were_named_before_the_runs_or_not() -> None:
     before = {"commit": "a", "date": "2026-11-29T09:00:00+00:00"}
     study = example(predicted=before, began="2026-11-29T10:00:00+00:00")
     assert words.named(study) == "These were named before the runs, and they alone decide."
-    assert "nothing shows that it did before all of the runs" in words.named(replace(study, predicted=None))
+    assert "nothing shows that it did so before every run" in words.named(replace(study, predicted=None))
     assert "They were changed after the first run had begun" in words.named(replace(study, changed=("primary",)))
     assert words.named(replace(study, changed=("decide",))) == words.named(study)
 
 
 def test_what_is_not_known_of_the_budgets_is_said() -> None:
-    known = {"steps": 3, "tokens": 5, "training rows": "r"}
+    known = {"steps": 3, "tokens": 5, "training rows": "r", "evaluated rows": "e"}
     cells = (cell("drkl", 0, **known), cell("rkl", 0, **known | {"tokens": None}))
     study = replace(example(curves=False), cells=cells)
     assert budgets.unknown(study) == ["the tokens of 1 of the 2 finished runs"]
@@ -260,7 +260,7 @@ def test_runs_of_other_studies_are_no_cost_of_this_one() -> None:
     found = budgets.cost(study, kinds_of(study))
     assert found is not None and study.hours == len(cells) - 1
     assert f"{len(cells) - 1:.1f} hours in all" in found[1]
-    assert "1 run of other studies, 1.0 hours, not counted here." in found[1]
+    assert "1 run of other studies took 1.0 hours more." in found[1]
 
 
 def test_predictions_are_told_with_what_came_out() -> None:

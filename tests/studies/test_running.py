@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,9 +28,10 @@ from drkl.studies.commands import Commands
 from drkl.studies.folder import read_environment, settle
 from drkl.studies.plan import Plan, load_study
 from drkl.studies.pricing import price
-from drkl.studies.records import Record, cell_record
-from drkl.studies.running import Listener, Now, Outcome, part_of, run_study, states_of
-from drkl.studies.starts import start_for
+from drkl.studies.records import Record, began_at, cell_record
+from drkl.studies.result import State
+from drkl.studies.running import Listener, Now, Outcome, part_of, run_study
+from drkl.studies.starts import cache_for, start_for
 from tests.command_line import Cli
 from tests.studies import tiny_studies
 from tests.studies.tiny_studies import in_this_process, plan_of, pretending, ready
@@ -49,6 +52,10 @@ def at_once(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 def begun(plan: Plan, commands: Commands, **words: Any) -> Outcome:
     settle(plan, ["drkl", "study"])
     return run_study(plan, WORDS, commands=commands, **words)
+
+
+def states_of(plan: Plan) -> dict[str, tuple[State, str | None]]:
+    return {planned.cell.name: cell_record(planned.folder.root).state() for planned in plan.cells}
 
 
 def states(plan: Plan) -> dict[str, str]:
@@ -202,7 +209,8 @@ def test_a_start_that_cannot_be_made_fails_its_cells_alone(tmp_path: Path, jobs:
     assert settle(plan, None) == []
     pretended.fails.clear()
     assert begun(plan, commands).done == 4
-    assert [one["status"] for one in cell_record(plan.folder / "cells" / "drkl-seed0").read()["tries"]] == [1, 0]
+    known = cell_record(plan.folder / "cells" / "drkl-seed0").read()
+    assert [one["status"] for one in known["tries"]] == [0] and known["not_begun"] is None
 
 
 SHORTER = {"stages": [{"name": "warmup", "objective": {"name": "fkl"}, "training": {"max_steps": 3}}]}
@@ -217,7 +225,8 @@ def test_an_error_in_making_a_start_fails_its_cells_alone(tmp_path: Path, monkey
     monkeypatch.setattr(running, "weights_of", weights)
     done = begun(plan_of(tmp_path, {"student": {"init": "prune", "layers": 2}}), pretending()[0])
     assert done.done == 2
-    assert done.failed == dict.fromkeys(("rkl-seed0", "drkl-seed0"), "RuntimeError: not enough memory")
+    assert done.failed.keys() == {"rkl-seed0", "drkl-seed0"}
+    assert "could not be made: RuntimeError: not enough memory" in done.failed["drkl-seed0"]
 
 
 def test_several_cells_at_once_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +269,38 @@ def test_a_finished_cell_whose_results_are_gone_is_evaluated_again(tmp_path: Pat
     assert begun(plan, commands).done == 4 and pretended.called == [("evaluate", "rkl-seed0")]
 
 
+def test_what_was_finished_once_counts_for_its_start(tmp_path: Path) -> None:
+    """A trained start is not made anew because the results of its cells are gone; and none is needed to evaluate."""
+    plan = plan_of(tmp_path, axes={"objective.name": ["rkl"], "run.seed": [0]}, shared={"teacher_cache": "hidden"})
+    commands, pretended = pretending()
+    assert begun(plan, commands).done == 1
+    start, cell = start_for(plan, plan.cells[0]), plan.cells[0].folder
+    assert start is not None
+    shutil.rmtree(start.record.folder.parent)
+    shutil.rmtree(plan.shared / "teacher")
+    cell.eval_path.unlink()
+    pretended.called.clear()
+    pretended.fails["evaluate", "rkl-seed0"] = 1
+    assert begun(plan, commands).failed and pretended.called == [("evaluate", "rkl-seed0")]
+    more = {"objective.name": ["rkl", "drkl"], "run.seed": [0]}
+    plan = plan_of(tmp_path, axes=more, shared={"teacher_cache": "hidden"})
+    pretended.fails.clear()
+    done = begun(plan, commands)
+    assert done.done == 1 and "is gone, and 1 finished cell (" in done.failed["drkl-seed0"]
+
+
+def test_a_damaged_record_of_a_start_fails_its_cells(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    start = start_for(plan, plan.cells[0])
+    assert start is not None
+    start.record.folder.mkdir(parents=True)
+    start.record.path.write_text("{")
+    assert "4 of 4 cells are left" in "\n".join(price(plan, plan.cells).lines())
+    done = begun(plan, pretending()[0])
+    assert done.done == 2 and "start.json is not valid json" in done.failed["rkl-seed0"]
+    assert states_of(plan)["rkl-seed0"] == ("failed", done.failed["rkl-seed0"])
+
+
 def test_a_cell_of_another_study_whose_results_are_gone_is_said(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, ready(tmp_path))
     begun(plan, pretending()[0])
@@ -299,6 +340,27 @@ def test_what_an_earlier_study_left_running_is_waited_for(tmp_path: Path) -> Non
     with locked(folder / "cache" / ".part-0-of-1.lock"):
         assert is_busy()
     assert not is_busy()
+
+
+def test_a_cache_that_an_earlier_study_still_writes_is_waited_for(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, ready(tmp_path), shared={"teacher_cache": "hidden"})
+    cache = cache_for(plan, plan.cells[0])
+    assert cache is not None
+    cache.folder.mkdir(parents=True)
+    commands, pretended = pretending()
+    said: list[str] = []
+    with contextlib.ExitStack() as writes:
+        writes.enter_context(locked(cache.folder / ".part-0-of-1.lock"))
+
+        def hear(text: str) -> None:
+            said.append(text)
+            if "another process still works in" in text:
+                assert not pretended.called
+                writes.close()
+
+        assert begun(plan, commands, listener=Listener(hear)).done == 4
+    assert f"{cache.key}: another process still works in {cache.record.folder}; waiting for it." in said
+    assert pretended.called[0] == ("cache", cache.key)
 
 
 # Who runs what ------------------------------------------------------------------------------------------------------
@@ -647,6 +709,8 @@ def test_predictions_may_be_written_until_a_cell_begins(tmp_path: Path, monkeypa
     assert settle(plan_of(tmp_path, predictions=["It is worse."]), None) == ["predictions is another"]
     env = read_environment(plan.folder)
     assert (env["predicted"], env["predicted_now"]) == ({"commit": "b"}, {"commit": "c"})
+    known = [cell_record(planned.folder.root).read() for planned in plan.cells]
+    assert all(len(one["tries"]) == 1 and began_at(one) >= env["began"] for one in known)
 
 
 @pytest.mark.parametrize(
@@ -671,7 +735,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def test_a_number_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DrklError, match=r"A setting is infinite or no number \(\.inf or \.nan\)"):
+    with pytest.raises(DrklError, match=r"A setting is infinite or not a number \(\.inf or \.nan\)"):
         plan_of(tmp_path, settings={"training.arguments.adam_epsilon": float("inf")})
 
 

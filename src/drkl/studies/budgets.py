@@ -17,8 +17,8 @@ PARTS = ("start", "train", "evaluate")
 """The parts of a cell's time, in the order in which it takes them."""
 NEARLY = 0.01
 """Counts that differ by less are called nearly equal."""
-_ALWAYS_NOTED = ("steps", "tokens", "training rows")
-"""Parts of the budget that every run notes; others may be none, held-out rows for instance."""
+_NEEDED = ("steps", "tokens", "training rows", "evaluated rows")
+"""Parts of the budget that every run has, though it may not be known, of a stream of rows for instance."""
 _TITLES = {"start": "Shared start", "train": "Training", "evaluate": "Evaluation"}
 
 
@@ -98,7 +98,7 @@ def _mean_seconds(kind: Kind) -> dict[str, float]:
 def unknown(study: Study) -> list[str]:
     """What of the budgets is not known of some finished cells, and of how many."""
     done = [cell for cell in study.cells if cell.state == "done"]
-    gone = [(key, sum(cell.budget.get(key) is None for cell in done)) for key in _ALWAYS_NOTED]
+    gone = [(key, sum(cell.budget.get(key) is None for cell in done)) for key in _NEEDED]
     return [f"the {key} of {many} of the {count(len(done), 'finished run')}" for key, many in gone if many]
 
 
@@ -118,10 +118,11 @@ def cost(study: Study, kinds: Sequence[Kind]) -> tuple[PlainTable, str] | None:
         one = duration(sum(means.values())) if means else ABSENT
         every = duration(own) if own else ABSENT
         lines.append([label, (f"{done} of {len(kind.cells)}", ""), *of_parts, (one, ""), (every, "")])
-    head = ["Cells", "Finished", *(_TITLES[part] for part in parts), "One cell", "All of its own" if taken else "All"]
+    sums = "Own runs in all" if taken else "All of them"
+    head = ["Cells", "Finished", *(_TITLES[part] for part in parts), "One cell", sums]
     text = f"{_hours(total)} in all, with what failed or was stopped; what ran at the same time counts in full."
     if taken:
-        text += f" {count(len(taken), 'run')} of other studies, {_hours(of_others)}, not counted here."
+        text += f" {count(len(taken), 'run')} of other studies took {_hours(of_others)} more."
     return PlainTable(head, lines), text
 
 

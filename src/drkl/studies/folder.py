@@ -14,10 +14,10 @@ from drkl.models.precision import pick_device
 from drkl.runs import RunFolder, locked, read_sealed, read_yaml, write_json, write_yaml
 from drkl.sealed import sealed
 from drkl.studies.definition import Definition, read_definition
-from drkl.studies.grid import words
+from drkl.studies.grid import same, text_of, words
 from drkl.studies.plan import Plan, Planned, digest, given, study_yaml
 from drkl.studies.records import Record, cell_record
-from drkl.studies.starts import cache_for, start_for
+from drkl.studies.starts import cache_for
 from drkl.training.environment import describe_environment, now
 from drkl.training.settings import changes, flat
 
@@ -33,9 +33,9 @@ def base_yaml(folder: Path) -> Path:
 def read_environment(folder: Path) -> dict[str, Any]:
     """Return what ``env.json`` of a study says; nothing where it has not begun.
 
-    Keys: the versions, as in a run's; ``command``; ``began``, when the first cell did; ``predicted`` then and
-    ``predicted_now`` at the latest call (see `predicted`); ``changes``, each with ``when`` and ``what`` was another in
-    the study's file since.
+    Keys: the versions, as in a run's; ``command``; ``began``, the call that began its first cell; ``predicted`` then
+    and ``predicted_now`` at the latest call (see `predicted`); ``changes``, each with ``when`` and ``what`` was another
+    in the study's file since.
     """
     path = folder / "env.json"
     return read_sealed(path) if path.exists() else {}
@@ -180,7 +180,7 @@ def _allowed(then: Definition, now: Definition) -> Iterator[str]:
     """What is another, and moves no number of a cell that is there."""
     for key, values in now.axes.items():
         before = then.axes.get(key, [])
-        if added := [str(value) for value in values if value not in before]:
+        if added := [text_of(value) for value in values if not any(same(value, other) for other in before)]:
             yield f"axes.{key} has also {', '.join(added)}"
     if added := [name for name in now.variants if name not in then.variants]:
         yield f"variants has also {', '.join(added)}"
@@ -190,12 +190,3 @@ def _allowed(then: Definition, now: Definition) -> Iterator[str]:
     for name in ("dir", "cells"):
         if getattr(then.shared, name) != getattr(now.shared, name):
             yield f"shared.{name} is another"
-
-
-def cells_by_start(plan: Plan) -> dict[str, list[Planned]]:
-    """The cells by the start that they begin with; none where nothing is shared."""
-    found: dict[str, list[Planned]] = {}
-    for planned in plan.cells:
-        if (start := start_for(plan, planned)) is not None:
-            found.setdefault(start.key, []).append(planned)
-    return found

@@ -171,10 +171,10 @@ def check_grid(definition: Definition) -> None:
             check()
         except DrklError as error:
             raise DrklError(f"{place}: {error}") from error
-    pairs = [(entry.metric, pair_of(definition, entry.cell, entry.against)) for entry in definition.primary]
-    for number, pair in enumerate(pairs):
-        if pair in pairs[:number]:
-            raise DrklError(f"primary.{number} is primary.{pairs.index(pair)} once more.")
+    pairs = [[entry.metric, *pair_of(definition, entry.cell, entry.against)] for entry in definition.primary]
+    for (first, one), (second, other) in itertools.combinations(enumerate(pairs), 2):
+        if same(one, other):
+            raise DrklError(f"primary.{second} is primary.{first} once more.")
 
 
 def _selections(definition: Definition) -> Iterator[tuple[str, Any]]:

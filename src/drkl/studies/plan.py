@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +138,7 @@ def _check_apart(plan: Plan) -> None:
 
 def base_of(definition: Definition, path: Path) -> Path:
     """The yaml file of a study's base: beside the study's file, from the current folder, or a recipe by its name."""
-    beside = path.parent / definition.base
+    beside = path.parent / os.path.expanduser(definition.base)
     return beside if beside.is_file() else find_recipe(definition.base)
 
 
@@ -156,13 +157,13 @@ def digest(value: Any) -> str:
     """A hash of something that json can hold.
 
     Raises:
-        DrklError: a number in it is infinite, or none.
+        DrklError: a number in it is infinite or not a number.
     """
     try:
         return checksum(json_text(value).encode())
     except ValueError as error:
         raise DrklError(
-            "A setting is infinite or no number (.inf or .nan), which the records of a study cannot hold."
+            "A setting is infinite or not a number (.inf or .nan), which the records of a study cannot hold."
         ) from error
 
 

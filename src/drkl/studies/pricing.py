@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from drkl.display import number
-from drkl.errors import DrklError
 from drkl.studies.grid import group_of, same
 from drkl.studies.plan import Plan, Planned
 from drkl.studies.records import Record, cell_record
@@ -90,7 +89,7 @@ def price(plan: Plan, cells: Sequence[Planned], jobs: int = 1) -> Price:
         jobs: how many run at once. Each is taken to be as fast as one alone.
     """
     known = {planned.cell.name: cell_record(planned.folder.root).readable() for planned in plan.cells}
-    states = {planned.cell.name: _state(planned) for planned in cells}
+    states = {planned.cell.name: cell_record(planned.folder.root).state() for planned in cells}
     for name, (path, _) in offered(plan, cells).items():
         states[name] = "done", f"in {path}"
     finished = [planned for planned in plan.cells if cell_record(planned.folder.root).is_done]
@@ -102,13 +101,6 @@ def price(plan: Plan, cells: Sequence[Planned], jobs: int = 1) -> Price:
         live = {p.cell.name: why for p in cells if (why := why_live(plan, p)) is not None}
     disk = sum(disks) / len(disks) * len(left) if disks else None
     return Price(states, seconds, _shared(plan, left), jobs, disk, live, len(plan.cells))
-
-
-def _state(planned: Planned) -> tuple[State, str | None]:
-    try:
-        return cell_record(planned.folder.root).state()
-    except DrklError as error:
-        return "failed", str(error)
 
 
 def _part_is_whole(cells: int) -> str:
@@ -136,9 +128,9 @@ def _shared(plan: Plan, left: Sequence[Planned]) -> dict[str, float | None]:
         needed |= own if planned in left else {}
     took: dict[str, list[float]] = {"start": [], "cache": []}
     for record in every.values():
-        if record.is_finished:
+        if record.readable().get("finished") is not None:
             took[record.kind].append(record.read()["seconds"].get("train", 0.0))
-    missing = {name: record for name, record in needed.items() if not record.is_finished}
+    missing = {name: record for name, record in needed.items() if record.readable().get("finished") is None}
     means = {kind: sum(values) / len(values) if values else None for kind, values in took.items()}
     return {name: means[record.kind] for name, record in missing.items()}
 

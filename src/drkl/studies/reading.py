@@ -25,7 +25,7 @@ from drkl.studies.folder import FOR_REPORTS, base_yaml, read_environment
 from drkl.studies.grid import Cell, cells_of, check_grid, same, text_of
 from drkl.studies.metrics import asked_metrics, check_metrics, known_metrics
 from drkl.studies.plan import study_yaml
-from drkl.studies.records import Record, cell_record
+from drkl.studies.records import Record, began_at, cell_record
 from drkl.studies.result import CellResult, Study
 from drkl.studies.statistics import MIN_PAIRS
 from drkl.studies.verdicts import RESAMPLED, Judge
@@ -73,8 +73,10 @@ def load(folder: str | Path, *, prompts: bool = True) -> Study:
     judge = Judge(definition, cells, known_metrics(task), prompts=prompts)
     verdicts = [earlier.completed_row(row) if prompts else row for row in judge.verdicts()]
     env = read_environment(folder)
-    # A cell of another study may have begun before this one did.
-    began = min((moment for moment in (env.get("began"), *(one.began for one in cells)) if moment), default=None)
+    # A cell of another study may have begun before this one did, and a study may have no cell that has.
+    began = min((one.began for one in cells if one.began), default=None)
+    if began is None and any(one.state == "done" for one in cells):
+        began = env.get("began")
     return Study(
         definition,
         folder,
@@ -161,14 +163,14 @@ def read_cell(definition: Definition, folder: Path, cell: Cell, derived: Iterabl
         state, why = "failed", str(error)
     return CellResult(
         cell.name, cell.axes, run.root, state, why, about.get("start"), seconds=_seconds(about, {}, None),
-        began=_began(about),
+        began=began_at(about),
     )  # fmt: skip
 
 
 def _checked(record: Record) -> dict[str, Any]:
     """What is noted of a cell, as far as it is read here; nothing where there is no file."""
     about = record.read()
-    for key, kind in (("axes", dict), ("tries", list), ("seconds", dict), ("start", str), ("run", str)):
+    for key, kind in (("axes", dict), ("tries", list), ("seconds", dict), ("start", str), ("run", str), ("began", str)):
         if about.get(key) is None:
             about.pop(key, None)
         elif not isinstance(about[key], kind):
@@ -176,10 +178,6 @@ def _checked(record: Record) -> dict[str, Any]:
     if not all(isinstance(one, dict) and one.keys() >= {"began", "status"} for one in about.get("tries", ())):
         raise DrklError(f"{record.path}: tries: expected objects with began and status.")
     return about
-
-
-def _began(about: Mapping[str, Any]) -> str | None:
-    return min((str(one["began"]) for one in about.get("tries", ())), default=None)
 
 
 def _finished(
@@ -205,7 +203,7 @@ def _finished(
         _seconds(about, env, evaluation),
         budget_of(run, env, config, evaluation),
         evaluation,
-        _began(about) or env.get("started"),
+        began_at(about) or env.get("started"),
     )
 
 

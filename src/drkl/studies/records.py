@@ -29,7 +29,7 @@ class Record:
 
     The file is ``cell.json``, ``start.json`` or ``cache.json``: what it was made of, ``tries`` (each with when it
     ``began`` and ``ended``, the ``status`` it ended with and its last ``message``), ``seconds`` by part over all tries,
-    and ``finished``, when it was whole.
+    ``finished``, when it was whole, and of a cell ``not_begun``: why its last try could not even begin.
     """
 
     folder: Path
@@ -75,17 +75,17 @@ class Record:
 
     @property
     def is_done(self) -> bool:
-        """Whether it is noted as whole, and its results are there."""
-        known = self.readable()
-        return known.get("finished") is not None and self._gone(known) is None
+        """Whether a cell is whole, and its results are there."""
+        return self.state()[0] == "done"
 
     @property
     def has_begun(self) -> bool:
         """Whether a cell was run with the settings that are noted of it; a damaged record may have been of one."""
         try:
-            return self.read().get("settings_digest") is not None
+            known = self.read()
         except DrklError:
             return True
+        return known.get("settings_digest") is not None or known.get("finished") is not None
 
     def _gone(self, known: Mapping[str, Any]) -> Path | None:
         """The results of a finished cell, where they are gone; those of a cell of another study are in its run."""
@@ -104,7 +104,7 @@ class Record:
         known = self._closed()
         tries = [*known.get("tries", []), {"began": now(), "ended": None, "status": None, "message": None}]
         spent = known.get("seconds", {}) | facts.pop("seconds", {})
-        self.write(known | facts | {"tries": tries, "seconds": spent, "finished": None})
+        self.write(known | facts | {"tries": tries, "seconds": spent, "finished": None, "not_begun": None})
         self.rewrite(config)
 
     def rewrite(self, config: Mapping[str, Any]) -> None:
@@ -125,16 +125,14 @@ class Record:
         finished = {"finished": last["ended"]} if status == 0 else {}
         self.write(known | facts | {"tries": [*known["tries"][:-1], last]} | finished)
 
-    def fail(self, message: str, **facts: Any) -> None:
-        """Note a try of a cell that could not even begin, as its start or its cache could not be made.
+    def not_begun(self, message: str, **facts: Any) -> None:
+        """Note why a cell could not even begin: its start or its cache could not be made.
 
         Args:
             message: why.
             **facts: what the cell is.
         """
-        known, when = self._closed(), now()
-        one = {"began": when, "ended": when, "status": 1, "message": message[:LONGEST]}
-        self.write(known | facts | {"tries": [*known.get("tries", []), one], "finished": None})
+        self.write({"tries": [], "seconds": {}} | self.read() | facts | {"not_begun": message[:LONGEST]})
 
     def _closed(self) -> dict[str, Any]:
         """What is noted, with an end for a try that was killed: the last sign of it."""
@@ -154,21 +152,38 @@ class Record:
     def state(self) -> tuple[State, str | None]:
         """Whether it is done, failed, running, interrupted or missing, and the last message of one that failed.
 
-        Raises:
-            DrklError: what is noted is damaged.
+        One whose record is damaged has failed.
         """
-        known = self.read()
-        if known.get("finished") is not None:
-            gone = self._gone(known)
-            return ("done", None) if gone is None else ("failed", f"It was finished, and {str(gone)!r} is gone.")
+        try:
+            known = self.read()
+        except DrklError as error:
+            return "failed", str(error)
+        gone = self._gone(known)
+        if known.get("finished") is not None and gone is None:
+            return "done", None
         if is_held(self.folder, STUDY, TRAINING, EVALUATION):
             return "running", None
+        if known.get("not_begun") is not None:
+            return "failed", str(known["not_begun"])
+        if known.get("finished") is not None:
+            return "failed", f"It was finished, and {str(gone)!r} is gone."
         if not known.get("tries"):
             return "missing", None
         last = known["tries"][-1]
         if last["status"] is None or last["status"] in ENDED_BY_SIGNAL:
             return "interrupted", None
         return "failed", last["message"]
+
+
+def began_at(known: Mapping[str, Any]) -> str | None:
+    """When a cell began, by what is noted of it; one of another study has that of its first try there."""
+    tries = (str(one["began"]) for one in known.get("tries", ()))
+    return min(tries, default=None) or known.get("began")
+
+
+def was_finished(known: Mapping[str, Any]) -> bool:
+    """Whether a cell was whole once, by what is noted of it; it may be evaluated again since."""
+    return known.get("finished") is not None or any(one.get("status") == 0 for one in known.get("tries", ()))
 
 
 def _plus(spent: Mapping[str, float], part: str, seconds: float) -> dict[str, float]:

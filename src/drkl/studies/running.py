@@ -22,8 +22,7 @@ from drkl.signals import deferred, said_of
 from drkl.studies.commands import Commands, Failed
 from drkl.studies.folder import settings_digest
 from drkl.studies.plan import Plan, Planned
-from drkl.studies.records import ENDED_BY_SIGNAL, Record, cell_record
-from drkl.studies.result import State
+from drkl.studies.records import ENDED_BY_SIGNAL, Record, began_at, cell_record
 from drkl.studies.starts import (
     Cache,
     Start,
@@ -240,26 +239,18 @@ class _Runner:
         yield from self._free(planned.folder.root, name)
         start, cache = start_for(self.plan, planned), cache_for(self.plan, planned)
         config = cell_config(planned, start, cache)
-        try:
-            self.doing[name] = "start"
-            known = yield from self._start(start, planned)
-            if cache is not None:
-                self.doing[name] = "cache"
-                yield from self._cache(cache, config)
-        except Failed as failed:
-            if not self.commands.ended_by and failed.status not in ENDED_BY_SIGNAL:
-                record.fail(failed.message, axes=planned.cell.axes)
-            raise
-        facts = {
-            "axes": planned.cell.axes, "settings_digest": settings_digest(self.plan, planned),
-            "start": known.get("digest"), "start_key": None if start is None else start.key,
-            "cache": None if cache is None else str(cache.folder),
-            "seconds": {"start": round(known.get("seconds", {}).get("train", 0.0) / known.get("cells", 1), 1)},
-        }  # fmt: skip
+        facts: dict[str, Any] = {}
+        if not (record.has_begun and _is_trained(planned.folder)):  # what is trained needs neither start nor cache
+            try:
+                facts = yield from self._begin_with(planned, start, cache, config)
+            except Failed as failed:
+                if not self.commands.ended_by and failed.status not in ENDED_BY_SIGNAL:
+                    record.not_begun(failed.message, axes=planned.cell.axes)
+                raise
         record.begin(config.values("json"), **facts)
         began = time.monotonic()
         try:
-            yield from self._train_and_evaluate(planned, config, known.get("digest"))
+            yield from self._train_and_evaluate(planned, config, record.read()["start"])
         except Failed as failed:
             self._end(record, failed)
             raise
@@ -269,10 +260,24 @@ class _Runner:
         self.listener.on_message(f"{name} is done ({self.outcome.done} of {len(self.cells)}).")
         self._drop(planned, start)
 
+    def _begin_with(self, planned: Planned, start: Start | None, cache: Cache | None, config: Config) -> Any:
+        """See that what a cell needs is there, and return what is to be noted of it."""
+        self.doing[planned.cell.name] = "start"
+        known = yield from self._start(start, planned)
+        if cache is not None:
+            self.doing[planned.cell.name] = "cache"
+            yield from self._cache(cache, config)
+        return {
+            "axes": planned.cell.axes, "settings_digest": settings_digest(self.plan, planned),
+            "start": known.get("digest"), "start_key": None if start is None else start.key,
+            "cache": None if cache is None else str(cache.folder),
+            "seconds": {"start": round(known.get("seconds", {}).get("train", 0.0) / known.get("cells", 1), 1)},
+        }  # fmt: skip
+
     def _train_and_evaluate(self, planned: Planned, config: Config, digest: str | None) -> Work:
         name, folder = planned.cell.name, planned.folder
         record = cell_record(folder.root)
-        if not (folder.config_path.is_file() and folder.is_finished()):
+        if not _is_trained(folder):
             self.doing[name] = "train"
             self.listener.on_message(f"{name}: training.")
             yield from self.commands.run(record, "train", self.words.train(record.config_path))
@@ -343,7 +348,7 @@ class _Runner:
 
     def _made(self, record: Record, is_there: Callable[[], bool], make: Callable[[], Work]) -> Work:
         """Make something that cells share, or wait while another process does."""
-        while not is_there():
+        while not _or_failed(is_there):
             if record.folder in self.broken:
                 raise Failed(1, self.broken[record.folder])
             try:
@@ -357,19 +362,22 @@ class _Runner:
                 yield
 
     def _make(self, record: Record, make: Callable[[], Work]) -> Work:
+        what = {"start": "Its start", "cache": "Its teacher's cache"}[record.kind]
+        not_made = f"{what} {record.folder.name} could not be made"
         try:
             yield from make()
         except Failed as failed:
             self._end(record, failed)
-            what = {"start": "Its start", "cache": "Its teacher's cache"}[record.kind]
-            message = f"{what} {record.folder.name} could not be made: {failed.message}"
+            message = f"{not_made}: {failed.message}"
             if not self.commands.ended_by:
                 self.broken[record.folder] = message
             raise Failed(failed.status, message) from None
         except CannotWrite:
             raise
         except (DrklError, RuntimeError, ValueError, MemoryError) as error:  # a student that does not fit, for instance
-            message = str(error) if isinstance(error, DrklError) else f"{type(error).__name__}: {error}"
+            message = str(error)
+            if not isinstance(error, DrklError):
+                message = f"{not_made}: {type(error).__name__}: {error}"
             if record.readable().get("tries"):
                 record.end(2, message)
             self.broken[record.folder] = message
@@ -393,6 +401,18 @@ class _Runner:
                 return
         if start.record.folder.is_relative_to(self.plan.shared):
             drop_weights(start)
+
+
+def _is_trained(folder: RunFolder) -> bool:
+    return folder.config_path.is_file() and folder.is_finished()
+
+
+def _or_failed(is_there: Callable[[], bool]) -> bool:
+    """Whether something is there; a damaged record of it fails those who need it."""
+    try:
+        return is_there()
+    except DrklError as error:
+        raise Failed(2, str(error)) from error
 
 
 def _check_is_own(record: Record) -> None:
@@ -424,7 +444,7 @@ def offered(plan: Plan, cells: Sequence[Planned]) -> dict[str, tuple[Path, dict[
     for other in plan.definition.shared.cells:
         for path in sorted((Path(other) / "cells").glob("*")):
             about = cell_record(path).readable()
-            if cell_record(path).is_done and "run" not in about:
+            if cell_record(path).is_done and "run" not in about and "settings_digest" in about:
                 known.setdefault(about["settings_digest"], (path, about))
     found = {}
     for planned in cells if known else ():
@@ -447,7 +467,8 @@ def adopt(plan: Plan, cells: Sequence[Planned]) -> None:
             with suppress(InUse), holding(record.folder, STUDY):
                 if not record.has_begun:
                     where = os.path.relpath(path, plan.folder)
-                    record.write(about | {"axes": planned.cell.axes, "run": where, "tries": []})
+                    taken: dict[str, Any] = {"run": where, "began": began_at(about), "tries": []}
+                    record.write(about | {"axes": planned.cell.axes} | taken)
 
 
 def _check_began(folder: RunFolder, digest: str | None, config: Config) -> None:
@@ -461,8 +482,3 @@ def _check_began(folder: RunFolder, digest: str | None, config: Config) -> None:
             f"The cell began with weights of the digest {found}, and its start has {digest}: they are not the same. "
             "Remove the cell's folder, and it is run again.",
         )
-
-
-def states_of(plan: Plan) -> dict[str, tuple[State, str | None]]:
-    """The state of every cell, and the last message of one that failed."""
-    return {planned.cell.name: cell_record(planned.folder.root).state() for planned in plan.cells}

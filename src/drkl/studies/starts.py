@@ -14,8 +14,8 @@ from drkl.kept import note_removed
 from drkl.reporting.text import count
 from drkl.runs import RunFolder
 from drkl.studies.definition import read_definition
-from drkl.studies.plan import Plan, Planned, digest, given
-from drkl.studies.records import Record, cell_record
+from drkl.studies.plan import Plan, Planned, digest, given, study_yaml
+from drkl.studies.records import Record, cell_record, was_finished
 from drkl.training.spec import RunSpec, run_classes, run_tokenizer, start_of, with_stand_in, without_server
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -171,7 +171,7 @@ def _others(plan: Plan) -> list[Path]:
     """The shared folders of the studies whose cells are used."""
     found = []
     for name in plan.definition.shared.cells:
-        known = Path(name) / "study.yaml"
+        known = study_yaml(Path(name))
         own = read_definition(known).shared.dir if known.is_file() else None
         found.append(Path(name) / "shared" if own is None else Path(own))
     return found
@@ -218,7 +218,7 @@ def _began_from(plan: Plan, start: Start) -> dict[str, str | None]:
     return {
         root: about.get("start")
         for root, about in known.items()
-        if about.get("finished") is not None and about.get("start_key") == start.key
+        if was_finished(about) and about.get("start_key") == start.key
     }
 
 

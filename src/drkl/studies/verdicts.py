@@ -347,8 +347,8 @@ def _why(pairing: Pairing, verdict: str, has_seeds: bool) -> str | None:
     left_out = [f"Left out: {'; '.join(said)}."] if said else []
     found = []
     if verdict != "undecided":
-        pass
-    elif not has_seeds:
+        return " ".join(left_out) or None
+    if not has_seeds:
         found.append("The study has no axis run.seed: one run of each kind decides nothing.")
     elif pairs < MIN_PAIRS:
         found.append(f"A verdict takes {MIN_PAIRS} seeds or more; there {'is' if pairs == 1 else 'are'} {pairs}.")

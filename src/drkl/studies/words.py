@@ -158,18 +158,18 @@ def _known_at(written: datetime, study: Study) -> str:
     if not earlier:
         return ""
     taken = sum(study.is_taken(cell) for cell in earlier)
-    of = f", {'all' if taken == len(earlier) else taken} of other studies" if taken else ""
+    of = f", {'all' if taken == len(earlier) else taken} of them from other studies" if taken else ""
     return f": {len(earlier)} of {count(len(study.cells), 'run')} had begun{of}"
 
 
 def named(study: Study) -> str:
     """Whether the primary comparisons were named before the runs."""
     if "primary" in study.changed:
-        return "They were changed after the first run had begun, so they are not what was named before the runs."
+        return "They were changed after the first run had begun, as the notes below say."
     known = dated(study)
     if not known.is_doubtful and known.text:
         return "These were named before the runs, and they alone decide."
-    return "The study’s file names these, and they alone decide; nothing shows that it did before all of the runs."
+    return "The study’s file names these, and they alone decide; nothing shows that it did so before every run."
 
 
 @dataclass(frozen=True)
