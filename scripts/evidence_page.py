@@ -98,10 +98,14 @@ def variant(name: str) -> dict[str, str]:
     return {"variant": name}
 
 
+MAIN = ("instruction", "on-policy", "near", "summaries")
+"""Parts 1 to 4, which compare DRKL with reverse KL and with forward KL; part 7 compares it with reverse KL alone."""
+
+
 def in_parts(metric: str, against: str, claimed: str = "better", *, of: Sequence[str] = ()) -> tuple[Seen, ...]:
-    """The same comparison of DRKL in parts 1 to 4."""
+    """The same comparison of DRKL in the parts that make it."""
     found = []
-    for part in of or ("instruction", "on-policy", "near", "summaries"):
+    for part in of or (*MAIN, *(["dialogue"] if against == "rkl" else [])):
         if part in ("near", "instruction-rest"):
             found.append(Seen(part, metric, variant("drkl"), variant(against), claimed))
         else:

@@ -260,6 +260,30 @@ def test_the_sentences_of_the_step_beyond_have_the_numbers_of_its_cells() -> Non
     assert f"for {rkl[0] - rkl[1]:.2f} of the {forward:.2f} nats by reverse KL that forward KL gives up" in text
 
 
+def test_the_sentences_about_dialogues_have_the_numbers_of_the_cells() -> None:
+    text, names = flowing("evidence"), ("rkl", "drkl", "fkl")
+    over, agreement, tail, fkl, distinct, rkl, nll = (
+        [mean_of("dialogue", name, key) for name in names]
+        for key in ("overconfidence", "agreement", "tail_rkl", "fkl", "distinct_2", "rkl", "teacher_nll_of_answers")
+    )
+    for sentence in (
+        f"student has {100 * over[0]:.1f} points of overconfidence, DRKL's {100 * over[1]:.1f} and forward KL's "
+        f"{100 * over[2]:.1f}.",
+        f"DRKL's tails are {tail[0] - tail[1]:.2f} nats closer than reverse KL's [0.08, 0.15], it is "
+        f"{fkl[0] - fkl[1]:.2f} nats closer by forward KL [0.10, 0.15]",
+        f"as often ({100 * agreement[1]:.1f} %)",
+        f"(Distinct-2 {distinct[1]:.3f} and {distinct[0]:.3f},",
+        f"\N{MINUS SIGN}{rkl[0] - rkl[1]:.2f} nats [\N{MINUS SIGN}0.08, 0.01]",
+        f"It is {rkl[0] - rkl[2]:.2f} nats closer than reverse KL by reverse KL itself [0.02, 0.07], and has "
+        f"{100 * (agreement[2] - agreement[0]):.1f} points more agreement [2.0, 4.2]",
+        f"{nll[2]:.1f} nats a token for {nll[0]:.1f} (DRKL {nll[1]:.1f})",
+    ):
+        assert sentence in text, sentence
+    assert f"{100 * agreement[0]:.1f}" == f"{100 * agreement[1]:.1f}"
+    assert "almost half of reverse KL's overconfidence" in (ROOT / "README.md").read_text()
+    assert 0.4 < 1 - over[1] / over[0] < 0.5
+
+
 def test_the_sentences_about_temperatures_have_the_numbers_of_the_cells() -> None:
     text = flowing("evidence")
 
