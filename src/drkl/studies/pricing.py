@@ -127,10 +127,11 @@ def _shared(plan: Plan, left: Sequence[Planned]) -> dict[str, float | None]:
         every |= own
         needed |= own if planned in left else {}
     took: dict[str, list[float]] = {"start": [], "cache": []}
-    for record in every.values():
-        if record.readable().get("finished") is not None:
-            took[record.kind].append(record.read()["seconds"].get("train", 0.0))
-    missing = {name: record for name, record in needed.items() if record.readable().get("finished") is None}
+    known = {name: record.readable() for name, record in every.items()}
+    finished = [name for name, own in known.items() if own.get("finished") is not None]
+    for name in finished:
+        took[every[name].kind].append(known[name]["seconds"].get("train", 0.0))
+    missing = {name: record for name, record in needed.items() if name not in finished}
     means = {kind: sum(values) / len(values) if values else None for kind, values in took.items()}
     return {name: means[record.kind] for name, record in missing.items()}
 
