@@ -92,6 +92,8 @@ class Claim:
     """What decides it that is no verdict of a study."""
     decided: str = ""
     """What decides where no verdict does: the cost of the loss, or the pushes of trained students."""
+    is_trade: bool = False
+    """Whether it claims closeness and variety at once, so that it is said in which pairs both are as claimed."""
 
 
 def variant(name: str) -> dict[str, str]:
@@ -121,9 +123,9 @@ CLAIMS = (
         "The gradient has this term ([article.md](article.md), checked in float64).",
         "pushes",
     ),
-    Claim("So its students are overconfident, more than DRKL's", in_parts("overconfidence", "rkl")),
+    Claim("Its students are overconfident, more than DRKL's", in_parts("overconfidence", "rkl")),
     Claim(
-        "So they are less diverse than DRKL's (better: a Distinct-2 nearer to the teacher's)",
+        "They are less diverse than DRKL's (better: a Distinct-2 nearer to the teacher's)",
         in_parts("distinct_2", "rkl"),
     ),
     Claim("Reverse KL starves the tail, DRKL supervises it", in_parts("tail_rkl", "rkl")),
@@ -131,9 +133,11 @@ CLAIMS = (
         "DRKL has the better trade-off than reverse KL: closeness kept, more diversity",
         (
             *in_parts("rkl", "rkl", "better or no difference"),
+            *in_parts("fkl", "rkl", "better or no difference"),
             *in_parts("distinct_2", "rkl"),
             *in_parts("rouge_l_when_as_varied", "rkl"),
         ),
+        is_trade=True,
     ),
     Claim(
         "than forward KL",
@@ -143,6 +147,7 @@ CLAIMS = (
             *in_parts("distinct_2", "fkl"),
             *in_parts("rouge_l_when_as_varied", "fkl"),
         ),
+        is_trade=True,
     ),
     Claim(
         "than Jensen-Shannon",
@@ -152,6 +157,7 @@ CLAIMS = (
             Seen("instruction-rest", "rkl", variant("drkl"), variant("gjs")),
             Seen("instruction-rest", "distinct_2", variant("drkl"), variant("gjs")),
         ),
+        is_trade=True,
     ),
     Claim(
         "In summaries, more ROUGE and more lexical diversity than reverse KL",
@@ -216,10 +222,10 @@ def parts(results: Results) -> dict[str, str]:
         "scaled": _scaled(results),
         "primary": _primary(results),
         "exploratory": _exploratory(results),
-        "predictions": _predictions(results),
+        "predictions": predictions(results),
         "settings": _settings(),
         "cost": _cost(),
-        "claims": _claims(results, pushes),
+        "claims": claims(results, pushes),
         "pushes": pushes_page.table(pushes),
     }
 
@@ -399,21 +405,31 @@ def _exploratory(results: Results) -> str:
     return "\n\n".join(sections) or NOTHING
 
 
-def _predictions(results: Results) -> str:
+EARLIER = "earlier run"
+"""What the text of a prediction has that rests on an earlier run."""
+KNOWN_SEED = "scaled"
+"""The part that was predicted with one of its seeds known."""
+
+
+def predictions(results: Results) -> str:
+    """Each prediction with its verdict, and how many came true."""
     rows, counts, nothing = [], {True: 0, False: 0, None: 0}, 0
+    known = dict(counts)
     for part in PARTS:
         result = results.by_part.get(part.name)
         asked = part.definition.model_dump(mode="json")["predictions"] if result is None else result["predictions"]
         for one in asked:
             came = one.get("came_true") if result is not None else None
             counts[came] += 1
+            known[came] += part.name == KNOWN_SEED or EARLIER in one["text"]
             nothing += came is True and one.get("expect") == "undecided"
             outcome = {True: "came true", False: "did not come true", None: "open"}[came]
             verdict = "not run" if result is None else one.get("verdict") or ""
             rows.append([part.name, one["text"].strip(), one.get("expect") or "", verdict, outcome])
     told = (
         f"{counts[True]} came true ({nothing} of them expected nothing to be decided), {counts[False]} did not, "
-        f"{counts[None]} are open."
+        f"{counts[None]} are open. Of those that rest on numbers of an earlier run or of a seed that had run, "
+        f"{known[True]} came true, {known[False]} did not, {known[None]} are open."
     )
     return f"{markdown(['part', 'prediction', 'expected', 'verdict', 'outcome'], rows)}\n\n{told}"
 
@@ -481,12 +497,13 @@ def _timed() -> list[tuple[tuple[str, str, str], float, float]]:
 # Claims -------------------------------------------------------------------------------------------------------------
 
 
-def _claims(results: Results, pushes: pushes_page.Rows) -> str:
+def claims(results: Results, pushes: pushes_page.Rows) -> str:
+    """Each claim of the article, what it is here, and what that rests on."""
     rows = []
     for claim in CLAIMS:
         found = [(seen, results.verdict(seen)) for seen in claim.seen]
         texts = [seen_in_words(seen, row, results) for seen, row in found]
-        said, more = claim.decided or outcome(found), claim.more
+        said, more = claim.decided or outcome(found), claim.more or (_both(found) if claim.is_trade else "")
         if said == "cost":
             said, more = _cost_in_words()
         if said == "pushes":
@@ -508,6 +525,14 @@ def _cost_in_words() -> tuple[str, str]:
         f"{number(100 * added, 1)} % to a training step, and up to {number(100 * SMALL_COST, 0)} % counts as none here."
     )
     return ("held" if added <= SMALL_COST else "not held"), said
+
+
+def _both(found: Sequence[tuple[Seen, Mapping[str, Any] | None]]) -> str:
+    """In which parts closeness by reverse KL and variety are both as a claim has them."""
+    held = {(seen.part, seen.metric) for seen, row in found if holds(seen, row) == "held"}
+    parts_of = dict.fromkeys(seen.part for seen, _ in found)
+    both = [part for part in parts_of if {(part, "rkl"), (part, "distinct_2")} <= held]
+    return f"Closeness by reverse KL and variety both in: {', '.join(both) or 'none'}."
 
 
 def holds(seen: Seen, row: Mapping[str, Any] | None) -> str:

@@ -186,13 +186,37 @@ def flowing(page: str) -> str:
     return " ".join((DOCS / f"{page}.md").read_text().split())
 
 
+VARIANTS = ("beyond", "near", "near-weights", "instruction-rest")
+"""The parts whose cells are named settings."""
+
+
 def mean_of(part: str, name: str, key: str, model: str = "metrics", **axes: Any) -> float:
     """The mean of a metric over the seeds of a part of the evidence, from its cells."""
     cells = json.loads((ROOT / "studies" / "drkl" / part / "study.json").read_text())["cells"]
-    wanted = {"variant" if part in ("beyond", "near") else "objective.name": name, **axes}
+    wanted = {"variant" if part in VARIANTS else "objective.name": name, **axes}
     own = [cell for cell in cells if cell["state"] == "done" and wanted.items() <= cell["axes"].items()]
     assert len(own) >= (2 if part == "temperature" else 3)
     return sum(cell[model][key] for cell in own) / len(own)
+
+
+def verdict_of(part: str, metric: str, cell: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
+    """The verdict of two cells of a part of the evidence."""
+    rows = json.loads((ROOT / "studies" / "drkl" / part / "study.json").read_text())["verdicts"]
+    found = [row for row in rows if (row["metric"], row["axes"], row["baseline"]) == (metric, cell, against)]
+    assert len(found) == 1
+    return dict(found[0])
+
+
+def of_two(part: str, metric: str, name: str = "drkl", other: str = "rkl", **axes: Any) -> dict[str, Any]:
+    """The verdict of two objectives, or of two variants, by their names."""
+    key = "variant" if part in VARIANTS else "objective.name"
+    return verdict_of(part, metric, {key: name} | axes, {key: other} | axes)
+
+
+def ends(row: dict[str, Any], digits: int, factor: float = 1) -> str:
+    """The interval of a difference without its sign."""
+    low, high = sorted(abs(factor * end) for end in row["interval"])
+    return f"[{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def test_the_sentences_of_the_evidence_have_the_numbers_of_the_cells() -> None:
@@ -235,8 +259,98 @@ def test_the_sentences_of_the_evidence_have_the_numbers_of_the_cells() -> None:
     ):
         assert sentence in text, sentence
     assert 0.7 < 1 - own_over[0] / own_over[3] < 0.8
+    own_ece = mean_of("on-policy", "rkl", "ece", "scaled", **{"rollouts.share": 1.0}), own("ece", 1.0)[1]
+    assert (
+        f"temperature has a calibration error of {own_ece[0]:.3f}, DRKL's without one {own_ece[1]:.3f} (means)" in text
+    )
     assert "a third less overconfident" in (ROOT / "README.md").read_text() and 0.29 < 1 - over[1] / over[0] < 0.38
     assert 0.4 < scaled[1] / scaled[0] < 0.6 and abs(over[2]) < 0.0005
+
+
+def test_the_sentences_about_verdicts_have_their_numbers() -> None:
+    text, readme = flowing("evidence"), " ".join((ROOT / "README.md").read_text().split())
+    own = {"rollouts.share": 1.0}
+    rkl, distinct, nll, rouge = (
+        of_two("on-policy", key, **own)
+        for key in ("rkl", "distinct_2", "teacher_nll_of_answers", "rouge_l_when_as_varied")
+    )
+    assert {row["verdict"] for row in (rkl, distinct, nll, rouge)} == {"worse"}
+    assert [row["exploratory"] for row in (rkl, distinct, nll, rouge)] == [False, False, True, True]
+    near, summaries, summaries_rouge = of_two("near", "rkl"), of_two("summaries", "rkl"), of_two("summaries", "rouge_l")
+    low, high = summaries_rouge["interval"]
+    for sentence in (
+        f"DRKL is {rkl['difference']:.2f} nats {ends(rkl, 2)} farther by reverse KL than reverse KL itself",
+        f"(Distinct-2 {distinct['difference']:.3f} higher {ends(distinct, 3)})",
+        f"Its answers are {nll['difference']:.2f} nats a token {ends(nll, 2)} less likely",
+        f"it has {-rouge['difference']:.1f} less ROUGE-L {ends(rouge, 1)}",
+        f"it ends at {mean_of('near', 'drkl', 'rkl'):.4f} nats, {near['difference']:.4f} {ends(near, 4)} above reverse",
+        f"(+{summaries_rouge['difference']:.2f} [\N{MINUS SIGN}{-low:.2f}, {high:.2f}])",
+    ):
+        assert sentence in text, sentence
+    others = [mean_of("near", name, "rkl") for name in ("fkl", "rkl", "srkl", "gjs", "akl")]
+    assert f"between {min(others):.4f} and {max(others):.4f}" in text
+    assert f"(by {near['difference']:.4f} and {summaries['difference']:.3f} nats in two pairs)" in readme
+    assert {
+        of_two(part, "rkl", other=other)["verdict"] for part in ("near", "summaries") for other in ("rkl", "fkl")
+    } == {"worse"}
+    beyond = of_two("beyond", "rkl", "fkl-rkl", "drkl")
+    assert f"for {beyond['difference']:.2f} nats {ends(beyond, 2)} by reverse KL" in readme
+
+
+def test_what_is_said_not_to_be_decided_is_undecided() -> None:
+    text = flowing("evidence").partition("## What is not decided")[2].partition("## ")[0]
+    equal = "rouge_l_when_as_varied"
+    for said, rows in {
+        "in every part but part 2, where DRKL has less": [
+            of_two(part, equal) for part in ("instruction", "near", "summaries", "dialogue")
+        ],
+        "and ROUGE-L of summaries": [of_two("summaries", "rouge_l")],
+        "**In dialogues** the distance by reverse KL, and variety": [
+            of_two("dialogue", "rkl"),
+            of_two("dialogue", "distinct_2"),
+        ],
+        "**In summaries** overconfidence": [of_two("summaries", "overconfidence")],
+        "**In classes** accuracy": [of_two("classes", "accuracy")],
+        "**On its own text** the distance of the tails, and agreement": [
+            of_two("on-policy", key, **{"rollouts.share": 1.0}) for key in ("tail_rkl", "agreement")
+        ],
+        "**Under a temperature of 2 in the loss** overconfidence": [
+            of_two("temperature", "overconfidence", **{"loss.temperature": 2.0}),
+            verdict_of(
+                "temperature",
+                "overconfidence",
+                *({"objective.name": "rkl", "loss.temperature": at} for at in (2.0, 1.0)),
+            ),
+        ],
+    }.items():
+        assert said in text, said
+        assert {row["verdict"] for row in rows} == {"undecided"}, said
+
+
+def test_the_limits_are_those_of_the_runs() -> None:
+    text = flowing("evidence").partition("## Limits")[2]
+    found = []
+    for path in (ROOT / "studies" / "drkl").glob("*/cells/*/env.json"):
+        made = json.loads(path.read_text())
+        found.append((path.parts[-4], made["parameters"], made["steps"], made["student_step"]))
+    teachers, students = ([one[1][model] / 1e6 for one in found] for model in ("teacher", "student"))
+    assert f"The largest teacher has {max(teachers):.0f} million parameters" in text
+    assert f"the students {min(students):.0f} to {max(students):.0f} million" in text
+    steps = [max(one[2] for one in found if (one[0] == "classes") == of_classes) for of_classes in (False, True)]
+    assert f"the longest training is {steps[0]} steps for text and {steps[1]:,} for classes" in text
+    assert f"trainings of more than {steps[1]:,} steps" in flowing("choosing")
+    earlier = [one[0] for one in found if one[2] != one[3]]
+    assert earlier == ["classes"] * 6 and "six of part 5's 39 students" in text
+    for part, said in (
+        ("instruction", "{} of the instruction pair"),
+        ("dialogue", "{} of the dialogues"),
+        ("summaries", "{} of the summaries"),
+        ("near", "{} of the near pair"),
+        ("classes", "{:,} texts of the classes"),
+    ):
+        evaluations = list((ROOT / "studies" / "drkl" / part / "cells").glob("*/eval.json"))
+        counts = {json.loads(path.read_text())["settings"]["data"]["heldout_rows"] for path in evaluations}
+        assert len(counts) == 1 and said.format(*counts) in text, (said, counts)
 
 
 def test_the_sentences_of_the_step_beyond_have_the_numbers_of_its_cells() -> None:
@@ -317,7 +431,8 @@ def test_the_sentences_about_classifiers_have_the_numbers_of_the_cells() -> None
     assert f"better calibrated still ({ece['fkl']:.3f}), and DKD's the best ({ece['dkd']:.3f})" in text
     scaled = [mean_of("classes", name, "ece", "scaled") for name in OBJECTIVES]
     assert f"brings all of them to {min(scaled):.3f} to {max(scaled):.3f}" in text and min(ece.values()) == ece["dkd"]
-    assert f"as well calibrated as its teacher ({ece['ce']:.3f})" in text
+    assert f"has the teacher's mean ({ece['ce']:.3f})" in text
+    assert f"takes reverse KL's student to {mean_of('classes', 'rkl', 'rkl', 'scaled'):.3f} nats by reverse KL" in text
 
 
 def test_the_sentences_about_the_push_have_the_numbers_of_the_runs() -> None:

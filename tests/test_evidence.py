@@ -13,7 +13,7 @@ from benchmarks.rows import Row
 from drkl.studies.grid import check_grid, pair_of
 from drkl.studies.metrics import check_metrics, known_metrics
 from drkl.studies.verdicts import Judge
-from scripts import choosing_page, measure_pushes, pushes_page
+from scripts import choosing_page, evidence_page, measure_pushes, pushes_page
 from scripts.choosing_page import CHOICES, Choice
 from scripts.evidence_page import CLAIMS, DRKL, PARTS, RKL, Results, Seen, holds, outcome
 
@@ -98,11 +98,33 @@ def test_a_claim_is_what_its_verdicts_are(verdicts: list[str | None], said: str)
     assert outcome([(either, verdict(DRKL, RKL, "no difference"))]) == "held"
 
 
+def test_a_trade_off_says_where_both_sides_of_it_are_as_claimed() -> None:
+    trade = next(claim for claim in CLAIMS if claim.is_trade)
+    closer, varied = verdict(DRKL, RKL, "no difference", "rkl"), verdict(DRKL, RKL, "better", "distinct_2")
+    worse = verdict(DRKL, RKL, "worse", "distinct_2")
+    for rows, said in (([closer, varied], "instruction"), ([closer, worse], "none"), ([varied], "none")):
+        results = Results({"instruction": {"task": "generation", "verdicts": rows}})
+        row = next(line for line in evidence_page.claims(results, []).splitlines() if trade.text in line)
+        assert f"Closeness by reverse KL and variety both in: {said}." in row
+
+
+def test_predictions_that_rest_on_known_numbers_are_counted_apart() -> None:
+    told = [
+        {"text": "As in one earlier run.", "expect": "better", "verdict": "better", "came_true": True},
+        {"text": "As the gradients say.", "expect": "better", "verdict": "worse", "came_true": False},
+    ]
+    results = Results({part.name: {"predictions": []} for part in PARTS} | {"near": {"predictions": told}})
+    last = evidence_page.predictions(results).splitlines()[-1]
+    assert last.startswith("1 came true (0 of them expected nothing to be decided), 1 did not, 0 are open.")
+    assert last.endswith("a seed that had run, 1 came true, 0 did not, 0 are open.")
+
+
 def test_the_digest_is_what_the_verdicts_are() -> None:
     rows = [verdict(DRKL, RKL, "better", "overconfidence"), verdict(DRKL, RKL, "undecided", "rkl")]
+    rows[1]["exploratory"] = True
     results = Results({"instruction": {"task": "generation", "verdicts": rows}})
     lines = choosing_page.digest(results)["digest"].splitlines()
-    assert lines[2] == "| far from its teacher, reverse KL | 3 | **better** +0.1000 | undecided +0.100 | – | – | – |"
+    assert lines[2] == "| far from its teacher, reverse KL | 3 | **better** +0.1000 | undecided +0.100\\* | – | – | – |"
     assert lines[3] == "| far from its teacher, forward KL | 0 | – | – | – | – | – |"
     assert len(lines) == 2 + 2 * len(choosing_page.CASES)
 
