@@ -5,12 +5,14 @@
 Each row is 10,000 simulated studies: runs of fkl, rkl and drkl over a few seeds, three correlated metrics, and the six
 primary comparisons of drkl against the two others; four more kinds of runs stand beside them. The cells of a seed share
 an effect of it; every run adds normal noise with a standard deviation of 1, or of 2 in the cell that is named. `effect`
-is how much higher drkl's third metric truly is, in those standard deviations. Four ways to decide:
+is how much higher drkl's third metric truly is, in those standard deviations. Five ways to decide:
 
     t, Holm      `drkl.studies.statistics`, as primary comparisons are decided
     t            the same, each comparison by its own 95 % interval, as those that are not primary
     bootstrap    the 95 % percentiles of the means of resampled seeds; as drkl does NOT decide
     pooled, Holm  t-tests with one variance, pooled over the seven cells (seeds as blocks); as drkl does NOT decide
+    t, Holm, looks  the first, after each seed from the third on until something is decided: what it is to add seeds for
+                  what the first of them showed
 
 `false_comparisons` is the share of false better or worse among all comparisons of what is equal, `false_studies` that
 of the studies with a false one at least (the family-wise error), `power` the share of the true differences that were
@@ -44,6 +46,8 @@ SPREADS = {"equal": (1.0, 1.0, 1.0), "drkl doubled": (1.0, 1.0, 2.0), "rkl doubl
 FAMILY = [(DRKL, baseline, metric) for baseline in (RKL, FKL) for metric in range(METRICS)]
 """Six primary comparisons, which all share the cells of drkl."""
 RESAMPLES = 1000
+FIRST_LOOK = 3
+"""Seeds at the first look, where seeds are added for what was seen."""
 HEAD = (
     "way", "seeds", "spread", "effect", "studies", "false_comparisons", "error", "false_studies", "studies_error",
     "power", "power_error",
@@ -131,12 +135,26 @@ def by_pooled_variance(values: np.ndarray) -> np.ndarray:
     return np.where(p > ALPHA, "undecided", np.where(t > 0, "worse", "better"))
 
 
+def by_looking(values: np.ndarray) -> np.ndarray:
+    """What a study says that looks after every seed, and ends once a comparison is decided or its seeds are out."""
+    outcomes = by_family(values[..., :FIRST_LOOK])
+    for seeds in range(FIRST_LOOK + 1, values.shape[-1] + 1):
+        goes_on = ~np.isin(outcomes, ("better", "worse")).any(-1)
+        outcomes[goes_on] = by_family(values[goes_on][..., :seeds])
+    return outcomes
+
+
 WAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "t, Holm": by_family,
     "t": by_interval,
     "bootstrap": by_bootstrap,
     "pooled, Holm": by_pooled_variance,
+    "t, Holm, looks": by_looking,
 }
+
+
+SEEDS = {"t, Holm, looks": (5, 10)}
+"""How many seeds there are, or are at most, by the way; 3 and 5 for others."""
 
 
 def row_of(way: str, seeds: int, spread: str, effect: float) -> dict[str, Any]:
@@ -161,7 +179,11 @@ def _rate(found: np.ndarray) -> tuple[str, str]:
 
 def main() -> None:
     """Write the rows."""
-    cases = product(WAYS, (3, 5), SPREADS, (0.0, 2.0, 4.0, 8.0))
+    cases = [
+        (way, seeds, spread, effect)
+        for way in WAYS
+        for seeds, spread, effect in product(SEEDS.get(way, (3, 5)), SPREADS, (0.0, 2.0, 4.0, 8.0))
+    ]
     with ROWS.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, HEAD, lineterminator="\n", restval="")
         writer.writeheader()

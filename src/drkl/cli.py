@@ -1035,6 +1035,7 @@ def study(
     from drkl.studies.plan import load_study
     from drkl.studies.pricing import price
     from drkl.studies.running import part_of
+    from drkl.studies.starts import unpaired
 
     if report and (dry_run or part is not None or jobs > 1):
         raise DrklError("`--report` runs nothing: leave `--dry-run`, `--part` and `--jobs` out.")
@@ -1043,7 +1044,8 @@ def study(
     if dry_run:
         from drkl.studies.folder import check_same
 
-        for line in (*plan.notes, *check_same(plan), *price(plan, part_of(plan, number, of), jobs).lines()):
+        others = [f"Since the first cell began: {line}." for line in check_same(plan)]
+        for line in (*plan.notes, *unpaired(plan), *others, *price(plan, part_of(plan, number, of), jobs).lines()):
             print(line)
         return
     if report and not (plan.folder / "env.json").is_file():
@@ -1056,7 +1058,7 @@ def study(
     if report:
         _report_study(plan.folder)
         return
-    for line in plan.notes:
+    for line in (*plan.notes, *unpaired(plan)):
         print(line)
     _run_study(plan, (number, of), jobs)
 

@@ -14,6 +14,7 @@ from drkl.studies.plan import load_study
 from tests.studies import tiny_studies
 
 PRIMARY = {"metric": "rkl", "cell": {"objective.name": "drkl"}, "against": {"objective.name": "rkl"}}
+PREDICTED = {"metric": "rkl", "cell": {"objective.name": "drkl"}}
 BASE = {
     "run": {"name": "r", "dir": "runs"}, "teacher": {"model": "t"}, "student": {"init": "prune", "layers": 2},
     "data": {"path": "rows.jsonl"}, "training": {"max_steps": 6, "eval_every": 2, "save_every": 2},
@@ -112,7 +113,13 @@ def test_one_seed_decides_nothing_which_is_said(tmp_path: Path) -> None:
         ({"primary": [PRIMARY | {"metric": "acuracy"}]}, "primary.0.metric: there is no metric 'acuracy'"),
         ({"predictions": ["a", {"metric": "x", "cell": {"objective.name": "drkl"}}]},
          "predictions.1.metric: there is no metric 'x'"),
-        ({"smallest_difference": {"ece": 0.1}}, "smallest_difference.ece: the metric is neither in decide nor in"),
+        ({"smallest_difference": {"ece": 0.1}}, "smallest_difference.ece: the metric is in none of decide, primary"),
+        ({"predictions": [{"text": "a", "expect": "better"}]},
+         "predictions.0: it expects 'better' and names no metric; name one, or leave expect out."),
+        ({"predictions": ["a", PREDICTED | {"expect": "no difference"}]},
+         "predictions.1.expect: no difference is never said of rkl, which has no smallest_difference. Name one."),
+        ({"predictions": [PREDICTED | {"metric": "stronger_tail_share", "expect": "worse"}]},
+         "predictions.0.expect: stronger_tail_share has no better side, so that worse is never said of it."),
         ({"smallest_difference": {"rkl": 0.0}}, "smallest_difference.rkl is 0.0; expected a number above 0."),
         ({"primary": [PRIMARY | {"against": {"model": "scaled"}}]},
          "primary.0 has model: scaled, and the cell rkl-seed0 has no evaluation.logit_temperature"),

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from drkl.display import clean
 from drkl.evaluation.declared import METRICS
 from drkl.evaluation.result import Fold, Scaling
-from drkl.studies import budgets, figures, words
+from drkl.studies import budgets, curves, figures, words
 from drkl.studies.definition import Prediction
 from drkl.studies.kinds import Names, kinds_of
 from drkl.studies.page import as_html
@@ -206,7 +206,7 @@ def test_thirteen_objectives_have_names_and_curves_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("known", "began", "text", "doubtful"),
     [
-        (None, "2026-11-29T10:00:00", "in no commit", True),
+        (None, "2026-11-29T10:00:00", "Git could not say when", True),
         ({"commit": None}, None, "in no commit", True),
         ({"commit": "a", "date": "2026-11-29T09:00:00+00:00", "is_changed": True}, None, "was changed after", True),
         ({"commit": "a", "date": "2026-11-29T12:00:00+02:00"}, "2026-11-29T10:01:00+00:00", "before the first", False),
@@ -299,6 +299,55 @@ def test_the_headline_names_what_is_decided_and_counts_the_rest() -> None:
     )
     none = replace(study, verdicts=(row(exploratory=True),))
     assert "all that follows is exploratory" in words.headline(none, names, "generation")[1]
+
+
+def test_the_headline_says_by_how_many_seeds_where_some_are_left_out() -> None:
+    study = example()
+    rows = (row(seeds=3), row(metric="fkl"), row(metric="agreement", verdict="no difference", seeds=4))
+    _, text = words.headline(replace(study, verdicts=rows), Names(kinds_of(study)), "generation")
+    assert "drkl is better than rkl in reverse KL, by 3 of 5 seeds. drkl is better than rkl in forward KL." in text
+    assert text.endswith("by less than matters, by 4 of 5 seeds.")
+    said = " ".join(words.limits(replace(study, verdicts=rows)))
+    assert "2 comparisons have fewer pairs than the study has seeds." in said
+    assert "fewer pairs" not in " ".join(words.limits(replace(study, verdicts=(row(),))))
+
+
+def test_limits_say_that_seeds_were_added() -> None:
+    study = example()
+    assert "Seeds were added" not in " ".join(words.limits(study))
+    assert any(one.startswith("Seeds were added") for one in words.limits(replace(study, has_more_seeds=True)))
+
+
+def test_what_may_be_decided_by_chance_is_counted_of_what_can_be_decided() -> None:
+    study = example()
+    rows = (
+        row(exploratory=True, p=0.3),
+        row(exploratory=True, metric="stronger_tail_share", p=0.3),
+        row(exploratory=True),
+    )
+    assert "3 comparisons are exploratory, without a correction: if nothing differed at all, about 0.1" in " ".join(
+        words.limits(replace(study, verdicts=rows))
+    )
+    said = " ".join(words.limits(replace(study, verdicts=rows[1:])))
+    assert "2 comparisons are exploratory, without a correction. " in said
+
+
+def test_of_two_teachers_none_is_drawn() -> None:
+    study = example()
+    for entropies in ((2.0, 2.001), (2.0, 2.5)):
+        cells = [
+            replace(cell, teacher={**cell.teacher, "entropy": entropies[place % 2]})
+            for place, cell in enumerate(study.cells)
+        ]
+        other = replace(study, cells=tuple(cells))
+        kinds, is_one = kinds_of(other), entropies[1] == 2.001
+        assert bool(curves.teacher_of(kinds, curves.sweep_means)) == is_one
+        assert bool(curves.teacher_of(kinds, curves.reliability_means)) == is_one
+        drawn = [picture.alt for picture in (figures.frontier(kinds, figures.lines_of(kinds)),) if picture]
+        assert ("Teacher:" in drawn[0]) == is_one
+        said = "The teacher is not the same in all cells" in " ".join(words.limits(other))
+        assert said != is_one
+        as_html(other)
 
 
 def test_limits_say_what_holm_costs_here() -> None:

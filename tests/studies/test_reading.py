@@ -12,7 +12,7 @@ import pytest
 import drkl
 from drkl.errors import DrklError
 from drkl.locks import STUDY, holding
-from drkl.runs import write_json, write_yaml
+from drkl.runs import RunFolder, write_json, write_yaml
 from drkl.sealed import sealed
 from drkl.studies.grid import cells_of
 from drkl.studies.result import CellResult, Study, as_markdown
@@ -154,6 +154,46 @@ def test_what_git_said_of_the_predictions(tmp_path: Path) -> None:
         assert f"Changed at 2026-01-06, after the first cell began: {what[0]}." in study.notes
 
 
+@pytest.mark.parametrize(
+    ("what", "changed", "has_more_seeds"),
+    [
+        ("axes.run.seed has also 3", (), True),
+        ("axes.run.seed has no longer 1", ("axes",), False),
+        ("variants has also c", (), False),
+        ("variants has no longer b", ("variants",), False),
+        ("variants.b: objective.gamma 0.1 then, objective.gamma 0.2 now", ("variants",), False),
+        ("primary is another", ("primary",), False),
+    ],
+)
+def test_what_was_changed_is_dated_anew_unless_it_was_only_added(
+    tmp_path: Path, what: str, changed: tuple[str, ...], has_more_seeds: bool
+) -> None:
+    then, later = ({"commit": name, "date": "2026-01-01", "is_changed": False} for name in "ab")
+    changes = [{"when": "2026-01-06", "what": [what]}]
+    env = {"began": "2026-01-05", "predicted": then, "predicted_now": later, "changes": changes}
+    write_json(small(tmp_path) / "env.json", sealed(env))
+    study = Study.load(tmp_path, prompts=False)
+    assert (study.changed, study.has_more_seeds) == (changed, has_more_seeds)
+    assert study.predicted == (later if changed else then)
+
+
+def test_a_cell_that_trained_its_own_stages_began_before_the_first(tmp_path: Path) -> None:
+    run = RunFolder(small(tmp_path) / "cells/drkl-seed1")
+    stage = RunFolder(run.root / "stages" / "01-warmup")
+    stage.root.mkdir(parents=True)
+    write_yaml(stage.config_path, {})
+    stage.write_env({"inputs": {"student": {"weights": "initial"}}})
+    assert cell(tmp_path).start == "initial"
+
+
+def test_the_rows_of_a_step_are_those_of_all_processes(tmp_path: Path) -> None:
+    run = RunFolder(small(tmp_path) / "cells/drkl-seed1")
+    env = run.read_env()
+    env["inputs"]["settings"]["rows in a step over all processes"] = 8
+    run.write_env({key: value for key, value in env.items() if key != "checksum"})
+    assert cell(tmp_path).budget["rows per step"] == 8
+
+
 def test_the_tables_of_pandas(tmp_path: Path) -> None:
     study = Study.load(small(tmp_path, smallest_difference={"rkl": 5.0}))
     table = study.table()
@@ -194,7 +234,7 @@ def test_the_table_in_markdown_escapes_what_others_wrote(tmp_path: Path) -> None
         ({"decide": []}, "decide names no metric"),
         ({"decide": ["rkl", "rkl"]}, "stands there twice"),
         ({"smallest_difference": {"rkl": 0.0}}, r"smallest_difference\.rkl is 0\.0; expected a number above 0"),
-        ({"smallest_difference": {"fkl": 0.1}}, "the metric is neither in decide nor in primary"),
+        ({"smallest_difference": {"fkl": 0.1}}, "the metric is in none of decide, primary and predictions"),
         ({"primary": [{"metric": "stronger_tail_share", "cell": DRKL, "against": {}}]}, "has no better side"),
         ({"primary": 2 * [{"metric": "rkl", "cell": DRKL, "against": {}}]}, r"primary\.1 is primary\.0 once more"),
         ({"predictions": [{"metric": "bleuu", "cell": DRKL}]}, r"predictions\.0\.metric: .*Did you mean 'bleu'"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from drkl.run_models import evaluate_run
 from drkl.runs import RunFolder, locked
 from drkl.signals import Stopped
 from drkl.studies import running
-from drkl.studies.commands import Commands
+from drkl.studies.commands import Commands, own_cores, visible_gpus
 from drkl.studies.folder import read_environment, settle
 from drkl.studies.plan import Plan, load_study
 from drkl.studies.pricing import price
@@ -34,7 +36,7 @@ from drkl.studies.running import Listener, Now, Outcome, part_of, run_study
 from drkl.studies.starts import cache_for, start_for
 from tests.command_line import Cli
 from tests.studies import tiny_studies
-from tests.studies.tiny_studies import in_this_process, plan_of, pretending, ready
+from tests.studies.tiny_studies import Ended, in_this_process, plan_of, pretending, ready
 from tests.training import tiny_runs
 
 WORDS = _StudyWords()
@@ -241,9 +243,53 @@ def test_several_cells_at_once_share_the_cores(tmp_path: Path, monkeypatch: pyte
 
     assert begun(plan, commands, listener=Listener(on_progress=count)).done == 4
     assert most == 2 and len(pretended.called) == len(set(pretended.called)) == 8
-    assert commands._variables()["OMP_NUM_THREADS"] == str(max(1, (os.cpu_count() or 1) // 2))
+    assert commands._variables()["OMP_NUM_THREADS"] == str(max(1, own_cores() // 2))
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)), raising=False)
+    assert commands._variables()["OMP_NUM_THREADS"] == "3"
+    monkeypatch.delattr("os.sched_getaffinity")
+    assert own_cores() == (os.cpu_count() or 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert commands._variables()["OMP_NUM_THREADS"] == "3"
+
+
+def test_commands_that_run_at_once_share_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    given: list[str] = []
+
+    def launched(words: Sequence[str], log: Path, variables: Mapping[str, str]) -> Ended:
+        given.append(variables["CUDA_VISIBLE_DEVICES"])
+        return Ended(0, looks=1)
+
+    def begin(commands: Commands, name: str) -> Any:
+        record = cell_record(tmp_path / name)
+        record.begin({})
+        work = commands.run(record, "train", ["distill"])
+        next(work)
+        return work
+
+    commands = Commands(3, launch=launched)
+    running_now = [begin(commands, name) for name in "abc"]
+    assert given == ["3", "5", "3"]
+    assert list(running_now[1]) == []
+    begin(commands, "d")
+    assert given[3] == "5"
+    begin(Commands(1, launch=launched), "e")
+    assert given[4] == "3, 5"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert visible_gpus() == ["0", "1"]
+
+
+def test_a_cell_takes_its_share_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(0.0, 10.0)
+    monkeypatch.setattr("time.monotonic", lambda: next(ticks))
+    plan = plan_of(tmp_path, ready(tmp_path), shared={"teacher_cache": "hidden"})
+    begun(plan, pretending()[0])
+    (cache,) = (plan.shared / "teacher").glob("*/cache.json")
+    took = json.loads(cache.read_text())["seconds"]["train"]
+    assert took >= 10
+    for planned in plan.cells:
+        assert cell_record(planned.folder.root).read()["seconds"]["cache"] == took / 4
 
 
 def test_a_damaged_record_fails_its_cell_alone(tmp_path: Path) -> None:
@@ -477,6 +523,21 @@ def test_cells_may_be_added_and_reports_may_ask_otherwise(tmp_path: Path) -> Non
     assert [one["what"] for one in read_environment(plan.folder)["changes"]] == [notes]
     assert run_study(plan, WORDS, commands=commands).done == 9
     assert {name for _, name in pretended.called} == {"fkl-seed0", "fkl-seed1", "rkl-seed2", "drkl-seed2", "fkl-seed2"}
+
+
+def test_what_no_cell_has_begun_of_may_be_another_and_is_said(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"axes": {"run.seed": [0, 1, 2]}, "baseline": {"variant": "a"}}
+    commands, _ = pretending()
+    variants: dict[str, Any] = {"a": {}, "b": {"objective.gamma": 0.1}, "c": {"objective.gamma": 0.3}}
+    plan = plan_of(tmp_path, ready(tmp_path), variants=variants, **fields)
+    settle(plan, None)
+    run_study(plan, WORDS, commands=commands, part=(1, 9))  # a-seed0
+    variants = {"a": {}, "b": {"objective.gamma": 0.2}}
+    plan = plan_of(tmp_path, ready(tmp_path), variants=variants, **fields | {"axes": {"run.seed": [0, 2]}})
+    assert settle(plan, None) == [
+        "axes.run.seed has no longer 1", "variants has no longer c",
+        "variants.b: objective.gamma 0.1 then, objective.gamma 0.2 now",
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from drkl.studies.folder import settle
 from drkl.studies.plan import Plan
 from drkl.studies.records import cell_record
 from drkl.studies.running import run_study
-from drkl.studies.starts import cache_for, cell_config, make_init, start_for, weights_of, why_live
+from drkl.studies.starts import cache_for, cell_config, make_init, start_for, unpaired, weights_of, why_live
 from tests.studies.test_running import WORDS
 from tests.studies.tiny_studies import SHORT, in_this_process, plan_of, ready
 from tests.training import tiny_runs
@@ -122,6 +122,28 @@ def test_a_pretrained_student_is_made_by_nobody(tmp_path: Path) -> None:
     assert start is not None and not start.is_made and start.has_weights
     assert weights_of(start) == describe_model(load_model(str(tmp_path / "student"), "fp32"))["weights"]
     assert cell_config(plan.cells[0], start, None) == plan.cells[0].config
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "why"),
+    [
+        ("data.max_rows", [5, 6], "a key that sets them apart changes the stages that train their starts"),
+        ("student.layers", [1, 2], "their student is another"),
+        ("training.learning_rate", [1e-3, 1e-2], None),
+    ],
+)
+def test_comparisons_that_can_decide_nothing_are_said(tmp_path: Path, axis: str, values: list[Any], why: Any) -> None:
+    fields: dict[str, Any] = {
+        "axes": {axis: values, "run.seed": [0, 1]}, "baseline": {axis: values[0]},
+        "primary": [{"metric": "rkl", "cell": {axis: values[1]}, "against": {axis: values[0]}}],
+    }  # fmt: skip
+    base = {"stages": tiny_runs.STAGES, "student": {"init": "prune", "layers": 2}}
+    said = unpaired(plan_of(tmp_path, base, **fields))
+    assert len(said) == (why is not None)
+    if why is not None:
+        assert said[0].startswith("primary.0 will decide nothing: ") and why in said[0]
+    alone = unpaired(plan_of(tmp_path, base, **fields, shared={"start": False}))
+    assert len(alone) == (axis == "student.layers")
 
 
 # The teacher's cache ------------------------------------------------------------------------------------------------

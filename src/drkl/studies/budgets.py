@@ -13,13 +13,13 @@ from drkl.studies.definition import SEED
 from drkl.studies.kinds import Kind, Names, in_order
 from drkl.studies.result import CellResult, Study, Verdict
 
-PARTS = ("start", "train", "evaluate")
+PARTS = ("start", "cache", "train", "evaluate")
 """The parts of a cell's time, in the order in which it takes them."""
 NEARLY = 0.01
 """Counts that differ by less are called nearly equal."""
 _NEEDED = ("steps", "tokens", "training rows", "evaluated rows")
 """Parts of the budget that every run has, though it may not be known, of a stream of rows for instance."""
-_TITLES = {"start": "Shared start", "train": "Training", "evaluate": "Evaluation"}
+_TITLES = {"start": "Shared start", "cache": "Teacher's cache", "train": "Training", "evaluate": "Evaluation"}
 
 
 def table(kinds: Sequence[Kind]) -> PlainTable | None:

@@ -19,6 +19,7 @@ Steps = Generator[None, None, int]
 """Work that waits: it yields while it does, and returns the status of a command."""
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables of a launcher of several processes; what a study starts is alone."""
+_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class Process(Protocol):
@@ -66,6 +67,8 @@ class Commands:
     running: list[Process] = field(default_factory=list)
     ended_by: int = 0
     """The signal that ends the study; 0 for none."""
+    devices: list[str] = field(default_factory=list)
+    """That of each command that runs, where several share a machine's GPUs."""
 
     def run(self, record: Record, part: str, words: Sequence[str]) -> Steps:
         """Run a command of a record's folder to its end, and note how long it took.
@@ -77,13 +80,17 @@ class Commands:
             raise Failed(128 + self.ended_by, "")
         start = record.log_path.stat().st_size if record.log_path.exists() else 0
         began = time.monotonic()
-        process = self.launch(words, record.log_path, self._variables())
+        device = self._free_device()
+        process = self.launch(words, record.log_path, self._variables() | device)
         self.running.append(process)
+        self.devices += device.values()
         try:
             while (status := process.poll()) is None:
                 yield
         finally:
             self.running.remove(process)
+            for name in device.values():
+                self.devices.remove(name)
         record.add(part, time.monotonic() - began)
         if status:
             status = 128 - status if status < 0 else status
@@ -100,8 +107,29 @@ class Commands:
     def _variables(self) -> dict[str, str]:
         found = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
         if self.jobs > 1:
-            found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
+            found.setdefault("OMP_NUM_THREADS", str(max(1, own_cores() // self.jobs)))
         return found
+
+    def _free_device(self) -> dict[str, str]:
+        """The variable that gives a command the GPU that fewest others use; none where there is no choice."""
+        names = visible_gpus() if self.jobs > 1 else []
+        return {_GPUS: min(names, key=self.devices.count)} if len(names) > 1 else {}
+
+
+def own_cores() -> int:
+    """The cores that this process may use, which a scheduler may have limited."""
+    with suppress(AttributeError):  # macOS and Windows do not tell
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def visible_gpus() -> list[str]:
+    """The names of the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` has them."""
+    if (given := os.environ.get(_GPUS)) is not None:
+        return [name.strip() for name in given.split(",") if name.strip()]
+    import torch
+
+    return [str(place) for place in range(torch.cuda.device_count())]
 
 
 def _last_message(log: Path, start: int, status: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.result import Evaluation, SweepPoint
-from drkl.studies.kinds import Kind
+from drkl.studies.kinds import Kind, has_one_teacher
 from drkl.studies.statistics import paired_t
 
 FIDELITY, VARIETY = "rouge_l", "distinct_2"
@@ -102,5 +102,7 @@ def reliability_means(evaluations: Sequence[Evaluation], model: str = "student")
 
 
 def teacher_of(kinds: Sequence[Kind], means: Callable[[Sequence[Evaluation], str], list[Any]]) -> list[Any]:
-    """The teacher's curve over all cells."""
+    """The teacher's curve over all cells; none where they have different teachers."""
+    if not has_one_teacher(cell for kind in kinds for cell in kind.cells):
+        return []
     return means([one for kind in kinds for one in kind.evaluations if "teacher" in one.models], "teacher")

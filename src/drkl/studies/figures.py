@@ -233,7 +233,8 @@ def reliability(kinds: Sequence[Kind], lines: Sequence[Line]) -> list[tuple[Kind
     with plot_style():
         for place, (line, kind) in enumerate(zip(lines, kinds, strict=False)):
             if bins := reliability_means(kind.evaluations):
-                pictures.append((kind, _reliability(line, bins, teacher, kind, place)))
+                own = teacher or teacher_of([kind], reliability_means)
+                pictures.append((kind, _reliability(line, bins, own, kind, place)))
     return pictures
 
 

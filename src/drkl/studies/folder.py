@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from drkl.errors import DrklError
 from drkl.models.precision import pick_device
 from drkl.runs import RunFolder, locked, read_sealed, read_yaml, write_json, write_yaml
 from drkl.sealed import sealed
-from drkl.studies.definition import Definition, read_definition
+from drkl.studies.definition import SEED, Definition, read_definition
 from drkl.studies.grid import same, text_of, words
 from drkl.studies.plan import Plan, Planned, digest, given, study_yaml
 from drkl.studies.records import Record, cell_record
@@ -23,6 +23,8 @@ from drkl.training.settings import changes, flat
 
 FOR_REPORTS = ("baseline", "decide", "smallest_difference", "predictions", "primary")
 """Fields of a study that no run reads: they may be others later, which is said."""
+ADDED, REMOVED = " has also ", " has no longer "
+"""What is said of values that a study's file has, and had not, since its first cell began; and the other way round."""
 
 
 def base_yaml(folder: Path) -> Path:
@@ -177,16 +179,40 @@ def _of_variants(then: Definition, now: Definition) -> Iterator[str]:
 
 
 def _allowed(then: Definition, now: Definition) -> Iterator[str]:
-    """What is another, and moves no number of a cell that is there."""
-    for key, values in now.axes.items():
-        before = then.axes.get(key, [])
-        if added := [text_of(value) for value in values if not any(same(value, other) for other in before)]:
-            yield f"axes.{key} has also {', '.join(added)}"
-    if added := [name for name in now.variants if name not in then.variants]:
-        yield f"variants has also {', '.join(added)}"
+    """What is another, and moves no number of a cell that has begun."""
+    for key in dict.fromkeys([*then.axes, *now.axes]):
+        yield from _moved(f"axes.{key}", then.axes.get(key, []), now.axes.get(key, []))
+    yield from _moved("variants", list(then.variants), list(now.variants))
+    yield from _of_variants(then, now)
     for name in FOR_REPORTS:
         if getattr(then, name) != getattr(now, name):
             yield f"{name} is another"
     for name in ("dir", "cells"):
         if getattr(then.shared, name) != getattr(now.shared, name):
             yield f"shared.{name} is another"
+
+
+def _moved(place: str, then: Sequence[Any], now: Sequence[Any]) -> Iterator[str]:
+    """The values that were added, and those that are gone."""
+    for what, these, others in ((ADDED, now, then), (REMOVED, then, now)):
+        if found := [text_of(value) for value in these if not any(same(value, other) for other in others)]:
+            yield f"{place}{what}{', '.join(found)}"
+
+
+def changed_fields(changes: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The fields that ``changes`` of ``env.json`` says are others, of those that move what was asked.
+
+    That are the fields that reports read, and ``axes`` and ``variants`` where something is gone or has other settings;
+    what was only added is none of them.
+    """
+    lines = [line for one in changes for line in one.get("what", [])]
+    moved = [
+        name for name in ("axes", "variants")
+        if any(line.startswith((f"{name}.", f"{name} ")) and ADDED not in line for line in lines)
+    ]  # fmt: skip
+    return [*(name for name in FOR_REPORTS if f"{name} is another" in lines), *moved]
+
+
+def has_more_seeds(changes: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether ``changes`` of ``env.json`` says that seeds were added."""
+    return any(line.startswith(f"axes.{SEED}{ADDED}") for one in changes for line in one.get("what", []))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import isfinite
 
 from drkl.errors import DrklError, did_you_mean
@@ -39,12 +39,13 @@ def check_metrics(definition: Definition, task: str) -> None:
     for number, key in enumerate(definition.decide):
         if key in definition.decide[:number]:
             raise DrklError(f"decide.{number}: {key!r} stands there twice.")
-    decided = {*definition.decide, *(entry.metric for entry in definition.primary)}
     for key, size in definition.smallest_difference.items():
         if not (isfinite(size) and size > 0):
             raise DrklError(f"smallest_difference.{key} is {size}; expected a number above 0.")
-        if key not in decided:
-            raise DrklError(f"smallest_difference.{key}: the metric is neither in decide nor in primary.")
+        if key not in asked_metrics(definition):
+            raise DrklError(f"smallest_difference.{key}: the metric is in none of decide, primary and predictions.")
+    for place, problem in _unanswerable(definition, known):
+        raise DrklError(f"{place}: {problem}")
     for number, entry in enumerate(definition.primary):
         if known[entry.metric].better == "none":
             raise DrklError(
@@ -58,6 +59,23 @@ def check_metrics(definition: Definition, task: str) -> None:
                 f"{place} has model: scaled, which writes no answers, and {asked.metric} is of answers. A scaled "
                 "student differs by its probabilities on the held-out rows alone."
             )
+
+
+def _unanswerable(definition: Definition, known: Mapping[str, Metric]) -> Iterator[tuple[str, str]]:
+    """Verdicts that are expected and that no comparison can have, with their places and the reasons."""
+    for number, one in enumerate(definition.predictions):
+        if not isinstance(one, Prediction) or one.expect is None:
+            continue
+        place = f"predictions.{number}"
+        if one.metric is None:
+            yield place, f"it expects {one.expect!r} and names no metric; name one, or leave expect out."
+        elif one.expect == "no difference" and one.metric not in definition.smallest_difference:
+            yield (
+                f"{place}.expect",
+                f"no difference is never said of {one.metric}, which has no smallest_difference. Name one.",
+            )
+        elif one.expect in ("better", "worse") and known[one.metric].better == "none":
+            yield f"{place}.expect", f"{one.metric} has no better side, so that {one.expect} is never said of it."
 
 
 def _compared(definition: Definition) -> Iterator[tuple[str, Primary | Prediction]]:

@@ -18,7 +18,7 @@ from drkl.reporting.text import clip, short
 from drkl.studies import budgets, figures, words
 from drkl.studies.curves import mean_of
 from drkl.studies.definition import SEED, VARIANT
-from drkl.studies.kinds import Kind, Names, key_of, kinds_of, metric_of, seeds_of
+from drkl.studies.kinds import Kind, Names, has_one_teacher, key_of, kinds_of, metric_of, seeds_of
 from drkl.studies.result import Study, Verdict, show_p
 
 LONGEST_MESSAGE = 1_500
@@ -231,7 +231,9 @@ def _verdict_table(study: Study, names: Names, metrics: Sequence[Metric], task: 
 
 
 def _teacher(kinds: Sequence[Kind], key: str) -> float | None:
-    """The teacher's value, mean over the cells that it was measured beside."""
+    """The teacher's value, mean over the cells that it was measured beside; None where these have different ones."""
+    if not has_one_teacher(cell for kind in kinds for cell in kind.cells):
+        return None
     values = [cell.teacher[key] for kind in kinds for cell in kind.cells if cell.teacher.get(key) is not None]
     mean = mean_of(values)
     return mean.value if mean else None

@@ -21,7 +21,7 @@ from drkl.reporting.text import count
 from drkl.runs import RunFolder, read_yaml, readable_log
 from drkl.studies.definition import SEED, VARIANT, Definition, read_definition
 from drkl.studies.earlier import Earlier
-from drkl.studies.folder import FOR_REPORTS, base_yaml, read_environment
+from drkl.studies.folder import base_yaml, changed_fields, has_more_seeds, read_environment
 from drkl.studies.grid import Cell, cells_of, check_grid, same, text_of
 from drkl.studies.metrics import asked_metrics, check_metrics, known_metrics
 from drkl.studies.plan import study_yaml
@@ -29,6 +29,7 @@ from drkl.studies.records import Record, began_at, cell_record
 from drkl.studies.result import CellResult, Study
 from drkl.studies.statistics import MIN_PAIRS
 from drkl.studies.verdicts import RESAMPLED, Judge
+from drkl.training.settings import ROWS_PER_STEP
 
 _log = logging.getLogger("drkl")
 CELLS = "cells"
@@ -85,10 +86,11 @@ def load(folder: str | Path, *, prompts: bool = True) -> Study:
         tuple(judge.foretold(verdicts)),
         _predicted(env),
         began,
-        tuple(_changed(env)),
+        tuple(changed_fields(env.get("changes") or [])),
         tuple(_notes(definition, cells, env)),
         {name: value for name, value in env.items() if name not in _OF_THE_STUDY},
         task,
+        has_more_seeds(env.get("changes") or []),
     )
 
 
@@ -101,14 +103,8 @@ def _task_of(folder: Path) -> str:
 
 def _predicted(env: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What git said of the study's file when the first cell began; where it was changed later, what it says now."""
-    found = env.get("predicted_now" if _changed(env) else "predicted")
+    found = env.get("predicted_now" if changed_fields(env.get("changes") or []) else "predicted")
     return found if isinstance(found, Mapping) else None
-
-
-def _changed(env: Mapping[str, Any]) -> list[str]:
-    """The fields of the study's file that were changed after its first cell had begun, of those that reports read."""
-    lines = [line for one in env.get("changes") or [] for line in one.get("what", [])]
-    return [name for name in FOR_REPORTS if f"{name} is another" in lines]
 
 
 def _notes(definition: Definition, cells: Sequence[CellResult], env: Mapping[str, Any]) -> Iterator[str]:
@@ -196,7 +192,7 @@ def _finished(
         run.root,
         "done",
         None,
-        about.get("start") or _entry(env, "inputs", "student", "weights"),
+        about.get("start") or _first_weights(run, env),
         models["student"],
         models["teacher"],
         models[SCALED],
@@ -205,6 +201,12 @@ def _finished(
         evaluation,
         began_at(about) or env.get("started"),
     )
+
+
+def _first_weights(run: RunFolder, env: Mapping[str, Any]) -> Any:
+    """The digest of the weights that a run began with: those before its first stage, where it trained stages itself."""
+    first = next((stage.read_env() for stage in run.stages()), env)
+    return _entry(first, "inputs", "student", "weights")
 
 
 def _check_is_cell(
@@ -264,7 +266,8 @@ def budget_of(run: RunFolder, env: Mapping[str, Any], config: Mapping[str, Any],
         "steps": env.get("steps"),
         "tokens": next((count for count in reversed(tokens) if count is not None), None),
         "tokens per step": _entry(config, "training", "tokens_per_step"),
-        "rows per step": _entry(config, "training", "per_device_train_batch_size"),
+        "rows per step": (_entry(inputs, "settings") or {}).get(ROWS_PER_STEP)
+        or _entry(config, "training", "per_device_train_batch_size"),
         "selection": f"{selection}, patience {patience}" if selection and patience else selection,
         "training rows": _entry(inputs, "rows", "training rows", "digest"),
         "held-out rows": _entry(inputs, "rows", "held-out rows", "digest"),

@@ -41,7 +41,7 @@ class CellResult:
     scaled: Mapping[str, float] = field(default_factory=dict)
     """Those of the student with its logits divided by ``evaluation.logit_temperature``, if it was measured so."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """What ``start`` (its share), ``train`` and ``evaluate`` took."""
+    """What ``start`` and ``cache`` (its shares of them), ``train`` and ``evaluate`` took."""
     budget: Mapping[str, Any] = field(default_factory=dict)
     """Steps, trained tokens, how the student was chosen, held-out rows and sampling, as they were."""
     evaluation: Evaluation | None = field(default=None, repr=False, compare=False)
@@ -119,12 +119,15 @@ class Study:
     began: str | None = None
     """When the first cell began, those of other studies among them."""
     changed: tuple[str, ...] = ()
-    """Fields of the study's file that are others than when its first cell began, ``primary`` for instance."""
+    """Fields of the study's file that are others than when its first cell began, ``primary`` for instance; of ``axes``
+    and ``variants`` where something is gone or has other settings."""
     notes: tuple[str, ...] = ()
     made: Mapping[str, Any] = field(default_factory=dict)
     """The command, the versions, the commit and the device, as ``env.json`` has them."""
     task: str = "generation"
     """``generation`` or ``classification``."""
+    has_more_seeds: bool = False
+    """Whether seeds were added after its first cell had begun."""
 
     @classmethod
     def load(cls, folder: str | Path, *, prompts: bool = True) -> Study:
@@ -181,7 +184,7 @@ class Study:
 
     @property
     def hours(self) -> float:
-        """What the study's own cells took, their shares of the starts among it."""
+        """What the study's own cells took, their shares of the starts and of the teacher's caches among it."""
         return sum(sum(one.seconds.values()) for one in self.cells if not self.is_taken(one)) / 3600
 
     def is_taken(self, cell: CellResult) -> bool:
@@ -306,7 +309,7 @@ def _comparisons(by_pair: Mapping[str, Sequence[str]]) -> str:
 def _foretold(one: Foretold) -> str:
     outcome = {True: "It came true.", False: "It did not come true.", None: "It is not decided."}[one.came_true]
     if one.prediction.metric is None or one.prediction.expect is None:
-        outcome = "It names no verdict that could answer it."
+        outcome = f"It names no {'metric' if one.prediction.metric is None else 'verdict'}, so no number answers it."
     asked = one.prediction
     said = asked.text or f"{label(asked.cell)}: {asked.metric} {asked.expect}"
     return f"{markdown_text(said)} {outcome}" + (f" Verdict: {one.verdict}." if one.verdict else "")

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,14 +264,17 @@ class _Runner:
         """See that what a cell needs is there, and return what is to be noted of it."""
         self.doing[planned.cell.name] = "start"
         known = yield from self._start(start, planned)
+        seconds = {"start": round(_seconds_of(known) / known.get("cells", 1), 1)}
         if cache is not None:
             self.doing[planned.cell.name] = "cache"
             yield from self._cache(cache, config)
+            readers = sum(1 for other in self.plan.cells if (c := cache_for(self.plan, other)) and c.key == cache.key)
+            seconds["cache"] = round(_seconds_of(cache.record.read()) / readers, 1)
         return {
             "axes": planned.cell.axes, "settings_digest": settings_digest(self.plan, planned),
             "start": known.get("digest"), "start_key": None if start is None else start.key,
             "cache": None if cache is None else str(cache.folder),
-            "seconds": {"start": round(known.get("seconds", {}).get("train", 0.0) / known.get("cells", 1), 1)},
+            "seconds": seconds,
         }  # fmt: skip
 
     def _train_and_evaluate(self, planned: Planned, config: Config, digest: str | None) -> Work:
@@ -401,6 +404,11 @@ class _Runner:
                 return
         if start.record.folder.is_relative_to(self.plan.shared):
             drop_weights(start)
+
+
+def _seconds_of(made: Mapping[str, Any]) -> float:
+    """What it took to make a start or a cache, by its record; 0 where nothing was made."""
+    return float(made.get("seconds", {}).get("train", 0.0))
 
 
 def _is_trained(folder: RunFolder) -> bool:

@@ -14,6 +14,7 @@ from drkl.kept import note_removed
 from drkl.reporting.text import count
 from drkl.runs import RunFolder
 from drkl.studies.definition import read_definition
+from drkl.studies.grid import cells_axes, group_of, pair_of, same
 from drkl.studies.plan import Plan, Planned, digest, given, study_yaml
 from drkl.studies.records import Record, cell_record, was_finished
 from drkl.training.spec import RunSpec, run_classes, run_tokenizer, start_of, with_stand_in, without_server
@@ -175,6 +176,36 @@ def _others(plan: Plan) -> list[Path]:
         own = read_definition(known).shared.dir if known.is_file() else None
         found.append(Path(name) / "shared" if own is None else Path(own))
     return found
+
+
+def unpaired(plan: Plan) -> list[str]:
+    """What is to be said of primary comparisons whose cells cannot begin from the same weights."""
+    found = []
+    for number, entry in enumerate(plan.definition.primary):
+        sides = [cells_axes(axes) for axes in pair_of(plan.definition, entry.cell, entry.against)]
+        one, other = (next(p for p in plan.cells if same(group_of(p.cell.axes), axes)) for axes in sides)
+        if why := _why_apart(plan, one, other):
+            found.append(
+                f"primary.{number} will decide nothing: {one.cell.name} and {other.cell.name} cannot begin from the "
+                f"same weights, since {why}."
+            )
+    return found
+
+
+def _why_apart(plan: Plan, one: Planned, other: Planned) -> str | None:
+    """Why two cells of a seed begin from other weights; None where they may begin from the same."""
+    students = [planned.config.student for planned in (one, other)]
+    if any(getattr(students[0], name) != getattr(students[1], name) for name in ("init", "layers", "model")):
+        return "their student is another"
+    starts = start_for(plan, one), start_for(plan, other)
+    if starts[0] is None or starts[1] is None or starts[0].key == starts[1].key:
+        return None
+    if any(start is not None and start.runs for start in starts):
+        return (
+            "a key that sets them apart changes the stages that train their starts; with shared.start: false each "
+            "trains its own stages from the same initial weights"
+        )
+    return None
 
 
 def check_not_remade(plan: Plan, start: Start) -> None:

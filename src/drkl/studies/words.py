@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,7 +15,7 @@ from drkl.evaluation.declared import Metric
 from drkl.reporting.text import count, joined
 from drkl.studies.definition import Outcome, Prediction
 from drkl.studies.grid import pair_of
-from drkl.studies.kinds import Names, key_of, metric_of, seeds_of
+from drkl.studies.kinds import Names, has_one_teacher, key_of, metric_of, seeds_of
 from drkl.studies.result import Foretold, Study, Verdict, finer
 
 SIGNS: dict[Outcome, str] = {"better": "✓", "worse": "✗", "no difference": "=", "undecided": "?"}
@@ -69,12 +69,13 @@ def headline(study: Study, names: Names, task: str) -> tuple[str, str]:
         return "Not run yet", "No run has finished, so there is nothing to compare."
     if not primary:
         return "Nothing primary", "The study’s file names no primary comparison, so all that follows is exploratory."
-    words = [sentence for verdict in ("better", "worse") for sentence in _decided(primary, verdict, names, task)]
+    words = [sentence for verdict in ("better", "worse") for sentence in _decided(study, verdict, names, task)]
     for row in primary:
         if row.verdict == "no difference":
             cell, other = names.against(row.axes, row.baseline)
             words.append(
-                f"{cell} and {other} differ in {_title(row, task)} by less than {_smallest(study, row, task)}."
+                f"{cell} and {other} differ in {_title(row, task)} by less than "
+                f"{_smallest(study, row, task)}{_in_seeds(row.seeds, study)}."
             )
     undecided = sum(row.verdict == "undecided" for row in primary)
     if undecided == len(primary):
@@ -94,13 +95,22 @@ def _title(row: Verdict, task: str) -> str:
     return in_sentence(metric_of(row.metric, task).title)
 
 
-def _decided(rows: Iterable[Verdict], verdict: str, names: Names, task: str) -> list[str]:
-    """One sentence for each pair of kinds of which one is better, or worse, in some metrics."""
-    by_pair: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        if row.verdict == verdict:
-            by_pair.setdefault(names.against(row.axes, row.baseline), []).append(_title(row, task))
-    return [f"{cell} is {verdict} than {other} in {joined(by)}." for (cell, other), by in by_pair.items()]
+def _decided(study: Study, verdict: str, names: Names, task: str) -> list[str]:
+    """One sentence for each pair of kinds of which one is better, or worse, in some metrics by as many seeds."""
+    by_pair: dict[tuple[str, str, int], list[str]] = {}
+    for row in study.verdicts:
+        if not row.exploratory and row.verdict == verdict:
+            by_pair.setdefault((*names.against(row.axes, row.baseline), row.seeds), []).append(_title(row, task))
+    return [
+        f"{cell} is {verdict} than {other} in {joined(by)}{_in_seeds(seeds, study)}."
+        for (cell, other, seeds), by in by_pair.items()
+    ]
+
+
+def _in_seeds(seeds: int, study: Study) -> str:
+    """In how many of the study's seeds, where not in all."""
+    every = len(seeds_of(study))
+    return f", by {seeds} of {every} seeds" if seeds < every else ""
 
 
 def moment(value: Any) -> datetime | None:
@@ -139,6 +149,10 @@ def dated(study: Study) -> Dated:
         facts.append(("First run began", show_moment(study.began)))
     if not known.get("commit"):
         text = "The study’s file is in no commit, so nothing shows that it was written before the runs."
+        if study.predicted is None:
+            text = (
+                "Git could not say when the study’s file was committed, so nothing shows that it was before the runs."
+            )
         return Dated(facts, text, True)
     written, began = moment(known.get("date")), moment(study.began)
     if known.get("is_changed"):
@@ -193,7 +207,8 @@ def told(study: Study, names: Names, task: str) -> list[Told]:
 def _told(one: Foretold, study: Study, names: Names, task: str) -> Told:
     asked = one.prediction
     if asked.metric is None or asked.expect is None:
-        return Told(asked.text, "", "It names no metric and no verdict, so no number answers it.", "words")
+        names_no = "no metric" if asked.metric is None else "no verdict"
+        return Told(asked.text, "", f"It names {names_no}, so no number answers it.", "words")
     metric = metric_of(asked.metric, task)
     row = _row_of(asked, study)
     pair = names.against(row.axes, row.baseline) if row else (names.of(asked.cell), names.of(asked.against))
@@ -222,7 +237,7 @@ def _row_of(asked: Prediction, study: Study) -> Verdict | None:
 
 def limits(study: Study) -> list[str]:
     """What the verdicts do not say, each in a sentence or two."""
-    rows, seeds = study.verdicts, len(seeds_of(study))
+    rows, seeds = study.verdicts, max((row.seeds for row in study.verdicts), default=0)
     primary = [row for row in rows if not row.exploratory]
     exploratory = [row for row in rows if row.exploratory]
     said = [
@@ -232,18 +247,37 @@ def limits(study: Study) -> list[str]:
         "change, not what other seeds would. No interval here covers both.",
     ]
     if seeds < 2:
-        said.append("There are fewer than two seeds, so nothing is decided: what one seed gives, another may undo.")
+        there = "There are fewer than two seeds" if len(seeds_of(study)) < 2 else "No comparison has two seeds yet"
+        said.append(f"{there}, so nothing is decided: what one seed gives, another may undo.")
     else:
         said.append(
             f"There are {seeds} seeds. That few decide only differences that are large beside what a seed changes; "
-            "“undecided” is no sign that two objectives are equal."
+            "“undecided” is no sign that two objectives are equal. The seeds that would decide are named as if mean "
+            "and spread stayed as they are: about half of all studies of so many seeds decide."
+        )
+    if fewer := sum(0 < row.seeds < len(seeds_of(study)) for row in rows):
+        said.append(
+            f"{count(fewer, 'comparison')} {'has' if fewer == 1 else 'have'} fewer pairs than the study has seeds. "
+            "Where a run failed, or has no number of a metric, leaving its seed out favours the side that failed."
         )
     said += _cost_of_holm(primary, exploratory)
-    if exploratory:
-        by_chance = number(0.05 * len(exploratory), 1)
+    if study.has_more_seeds:
         said.append(
+            "Seeds were added after the first run had begun. If that was for what the first of them showed, "
+            "differences are found by chance more often than these p-values and intervals say."
+        )
+    if exploratory:
+        text = (
             f"{count(len(exploratory), 'comparison')} {'is' if len(exploratory) == 1 else 'are'} exploratory, without "
-            f"a correction: if nothing differed at all, about {by_chance} would still be called better or worse."
+        )
+        known = [row for row in exploratory if row.p is not None and metric_of(row.metric, study.task).better != "none"]
+        by_chance = number(0.05 * len(known), 1)
+        more = f": if nothing differed at all, about {by_chance} would still be called better or worse" if known else ""
+        said.append(f"{text}a correction{more}.")
+    if not has_one_teacher(study.cells):
+        said.append(
+            "The teacher is not the same in all cells, or was not measured on the same rows: each verdict is by the "
+            "cell’s own, and what is of all cells together shows none."
         )
     if not study.definition.smallest_difference:
         said.append("No smallest difference was set, so “no difference” is never said.")
@@ -256,8 +290,9 @@ def _cost_of_holm(primary: Sequence[Verdict], exploratory: Sequence[Verdict]) ->
     if not needed or len(primary) < 2:
         return []
     text = (
-        f"Holm’s correction over {count(len(primary), 'primary comparison')} keeps the chance of any false verdict "
-        f"among them at 5\N{NO-BREAK SPACE}%. It has its price: |t| has to reach {number(max(needed), 1)} at worst"
+        f"Holm’s correction over {count(len(primary), 'primary comparison')} keeps the chance of any false “better” or "
+        f"“worse” among them at 5\N{NO-BREAK SPACE}%, if the number of seeds was fixed before anything was looked at. "
+        f"It has its price: |t| has to reach {number(max(needed), 1)} at worst"
     )
     alone = {row.seeds: row.t_needed for row in exploratory if row.t_needed is not None}
     worst = next(row for row in primary if row.t_needed == max(needed))
