@@ -347,7 +347,6 @@ def test_of_two_teachers_none_is_drawn() -> None:
         assert ("Teacher:" in drawn[0]) == is_one
         said = "The teacher is not the same in all cells" in " ".join(words.limits(other))
         assert said != is_one
-        as_html(other)
 
 
 def test_limits_say_what_holm_costs_here() -> None:
