@@ -68,6 +68,7 @@ PARTS = (
     Part("beyond", "the pair of part 1, with one setting of the operator", "instruction", 9),
     Part("near-weights", "the pair of part 3, with other weights of the tail", "near", 10),
     Part("scaled", "the students of part 1, with a temperature fitted after training", "instruction", 15),
+    Part("against-drkl", "the students of parts 1, 8 and 9, against DRKL's", "instruction", 18),
 )
 
 

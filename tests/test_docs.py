@@ -186,7 +186,7 @@ def flowing(page: str) -> str:
     return " ".join((DOCS / f"{page}.md").read_text().split())
 
 
-VARIANTS = ("beyond", "near", "near-weights", "instruction-rest")
+VARIANTS = ("beyond", "near", "near-weights", "instruction-rest", "against-drkl")
 """The parts whose cells are named settings."""
 
 
@@ -351,6 +351,62 @@ def test_the_limits_are_those_of_the_runs() -> None:
         evaluations = list((ROOT / "studies" / "drkl" / part / "cells").glob("*/eval.json"))
         counts = {json.loads(path.read_text())["settings"]["data"]["heldout_rows"] for path in evaluations}
         assert len(counts) == 1 and said.format(*counts) in text, (said, counts)
+
+
+def test_the_sentences_about_the_other_objectives_have_their_numbers() -> None:
+    text, rest = flowing("evidence"), "instruction-rest"
+    others = ("srkl", "sfkl", "gjs", "akl")
+    for key in ("overconfidence", "distinct_2", "agreement"):
+        assert {of_two(rest, key, name)["verdict"] for name in others} == {"better"}, key
+    assert [of_two(rest, "rkl", name)["verdict"] for name in others] == [*3 * ["no difference"], "better"]
+    gained = [100 * of_two(rest, "agreement", name)["difference"] for name in others]
+    assert (
+        f"{min(gained):.1f} to {max(gained):.1f} points more often; by reverse KL itself adaptive KL is closer" in text
+    )
+    rkl, fkl, agreement, over, distinct, tail, nll = (
+        of_two("against-drkl", key, "akl", "drkl")
+        for key in ("rkl", "fkl", "agreement", "overconfidence", "distinct_2", "tail_rkl", "teacher_nll_of_answers")
+    )
+    assert {row["verdict"] for row in (rkl, fkl, agreement, over, distinct)} == {"better"}
+    assert {row["verdict"] for row in (tail, nll)} == {"worse"} and over["exploratory"]
+    for sentence in (
+        f"adaptive KL is {-rkl['difference']:.2f} nats closer by reverse KL {ends(rkl, 2)} and "
+        f"{-fkl['difference']:.2f} by forward KL {ends(fkl, 2)}, has the teacher's top token "
+        f"{100 * agreement['difference']:.1f} points more often {ends(agreement, 1, 100)}, is "
+        f"{-100 * over['difference']:.1f} points less overconfident {ends(over, 1, 100)} and more varied (Distinct-2 "
+        f"{mean_of(rest, 'akl', 'distinct_2'):.3f} for {mean_of(rest, 'drkl', 'distinct_2'):.3f}).",
+        f"tails that are {tail['difference']:.2f} nats farther {ends(tail, 2)} and answers that are "
+        f"{nll['difference']:.2f} nats a token less likely to the teacher {ends(nll, 2)}",
+        "a calibration error of {:.3f} for {:.3f}, and {:.3f} nats for {:.3f} by reverse KL".format(
+            *(mean_of("classes", name, key) for key in ("ece", "rkl") for name in ("drkl", "akl"))
+        ),
+    ):
+        assert sentence in text, sentence
+    assert {of_two("against-drkl", "tail_rkl", name, "drkl")["verdict"] for name in others} == {"worse"}
+    assert {of_two("against-drkl", "rkl", name, "drkl")["verdict"] for name in ("gjs", "sfkl")} == {"worse"}
+    assert of_two("near", "rkl", "akl")["verdict"] == "no difference"
+
+
+def test_the_sentences_about_settings_of_drkl_have_their_numbers() -> None:
+    text, rest = flowing("evidence"), "instruction-rest"
+    over, rkl, agreement, distinct = (
+        of_two(rest, key, "drkl-srkl", "srkl") for key in ("overconfidence", "rkl", "agreement", "distinct_2")
+    )
+    means = [100 * mean_of(rest, name, "overconfidence") for name in ("drkl-srkl", "srkl")]
+    tail, floor = of_two(rest, "tail_rkl", "drkl-0.1", "drkl"), of_two(rest, "rkl", "drkl-floor", "drkl")
+    for sentence in (
+        f"is {-100 * over['difference']:.1f} points less overconfident than SRKL {ends(over, 1, 100)}, as predicted "
+        f"({means[0]:.1f} for {means[1]:.1f}), and more varied; but it is {rkl['difference']:.2f} nats farther by "
+        f"reverse KL {ends(rkl, 2)}, which was predicted not to be, and agrees {-100 * agreement['difference']:.1f} "
+        f"points less often {ends(agreement, 1, 100)}.",
+        f"its tails are {tail['difference']:.2f} nats farther than at 0.5 {ends(tail, 2)}, as predicted",
+        f"the closest tails of all ({mean_of(rest, 'drkl-floor', 'tail_rkl'):.2f} nats)",
+    ):
+        assert sentence in text, sentence
+    assert (distinct["verdict"], floor["verdict"]) == ("better", "no difference")
+    names = ("fkl", "rkl", "drkl", "srkl", "drkl-srkl", "sfkl", "gjs", "akl", "drkl-0.1", "drkl-floor")
+    assert min(names, key=lambda name: mean_of(rest, name, "tail_rkl")) == "drkl-floor"
+    assert of_two(rest, "distinct_2", "drkl", "gjs")["verdict"] == "undecided"
 
 
 def test_the_sentences_of_the_step_beyond_have_the_numbers_of_its_cells() -> None:
