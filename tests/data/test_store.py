@@ -299,7 +299,7 @@ def test_damaged_rows_are_made_anew(tmp_path: Path, damage: str) -> None:
         (folder / "manifest.json").write_text('{"files": {')
     elif damage == "a number of the manifest":
         text = (folder / "manifest.json").read_text()
-        (folder / "manifest.json").write_text(text.replace('"responses_cut": 0', '"responses_cut": 1'))
+        (folder / "manifest.json").write_text(text.replace('"documents": 0', '"documents": 1'))
         assert (folder / "manifest.json").read_text() != text
     said: list[str] = []
     found = load_shares(config, build(), watch=Watch(said.append), **KIND)

@@ -128,9 +128,15 @@ class Cases:
         return self.refused(lambda: drkl.analyze(model, tiny.llama(9), ROWS, TOKENIZER, objectives=["rkl"]))
 
     def one_fails(self) -> Any:
+        return self.failing(ValueError("no reason"))
+
+    def one_is_out_of_memory(self) -> Any:
+        return self.failing(MemoryError("no room"))
+
+    def failing(self, error: Exception) -> Any:
         def fail(what: str, done: int, of: int) -> None:
             if self.rank == 1 and what.startswith("student: reading"):
-                raise MemoryError("no room")
+                raise error
 
         return self.refused(lambda: drkl.evaluate(tiny.llama(1), None, ROWS, TOKENIZER, on_progress=fail, **SETTINGS))
 
@@ -147,7 +153,7 @@ ALL = [
     "rows", "again", "few", "alone", "encoder_decoder", "suites", "classifier", "cached", "analysis",
     "analysis_of_few", "probe", "goes_on",
 ]  # fmt: skip
-REFUSED = ["other_rows", "other_weights", "one_fails", "one_has_no_file", "sharded"]
+REFUSED = ["other_rows", "other_weights", "one_fails", "one_is_out_of_memory", "one_has_no_file", "sharded"]
 
 
 def write_inputs(folder: Path) -> None:

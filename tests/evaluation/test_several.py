@@ -89,7 +89,8 @@ def test_the_kept_parts_are_those_of_one(made: Made, processes: int) -> None:
     [
         ("other_rows", ["The processes of the group have different models, rows or settings."] * 3),
         ("other_weights", ["The processes of the group have different weights of the student."] * 3),
-        ("one_fails", ["Process 1 of {n}, counted from 0, failed:\nTraceback", "no room"]),
+        ("one_fails", ["Process 1 of {n}, counted from 0, failed:\nTraceback", "no reason"]),
+        ("one_is_out_of_memory", ["The memory ran out as the models are measured (no room)."] * 3),
         ("one_has_no_file", ["There is no file"] * 3),
         ("sharded", ["The weights of the FSDPLlamaForCausalLM lie in parts in several processes"] * 3),
     ],
