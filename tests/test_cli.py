@@ -17,6 +17,7 @@ import yaml
 from drkl import OBJECTIVES, __version__
 from drkl.config import describe_keys
 from drkl.evaluation.declared import KEYS
+from drkl.runs import RunFolder
 from drkl.terminal import printable, say, screen
 from drkl.training import checks
 from tests.command_line import Cli
@@ -272,6 +273,8 @@ def test_resume_is_said_where_there_is_nothing_to_do(cli: Cli, recipe: Path, tmp
     assert cli("distill", recipe, "--overwrite").code == 0
     # Where training was cut off, what reads its results says how to go on.
     shutil.rmtree(root / "student")
+    then = RunFolder(root).read_env()
+    RunFolder(root).write_env({key: then[key] for key in then.keys() - {"finished", "student", "files", "checksum"}})
     for command in (["evaluate", root], ["generate", root, "--prompt", "w1"]):
         assert f"`drkl distill --resume {root}` goes on with it" in refuse(cli, tmp_path, *command)
 

@@ -13,8 +13,9 @@ from scipy import stats
 
 from drkl.evaluation.declared import metrics_of
 from drkl.evaluation.result import Evaluation, Numbers, Reliability, ReliabilityBins, SweepPoint
+from drkl.studies.cells import CellResult, Foretold, State, Verdict
 from drkl.studies.definition import Definition, Prediction, Primary
-from drkl.studies.result import CellResult, Foretold, State, Study, Verdict
+from drkl.studies.result import Study
 
 MEANS = {
     "rkl": {"fkl": 2.794, "rkl": 2.549, "drkl": 2.525}, "fkl": {"fkl": 1.832, "rkl": 2.559, "drkl": 2.380},

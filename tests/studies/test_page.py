@@ -16,10 +16,11 @@ from drkl.display import clean
 from drkl.evaluation.declared import METRICS
 from drkl.evaluation.result import Fold, Scaling
 from drkl.studies import budgets, curves, figures, words
+from drkl.studies.cells import CellResult, Foretold, Verdict
 from drkl.studies.definition import Prediction
 from drkl.studies.kinds import Names, kinds_of
 from drkl.studies.page import as_html
-from drkl.studies.result import CellResult, Foretold, Study, Verdict
+from drkl.studies.result import Study
 from tests.reporting.test_page import HOSTILE, Page
 from tests.studies import made
 from tests.studies.example import OBJECTIVES, example

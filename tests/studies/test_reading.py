@@ -14,8 +14,9 @@ from drkl.errors import DrklError
 from drkl.locks import STUDY, holding
 from drkl.runs import RunFolder, write_json, write_yaml
 from drkl.sealed import sealed
+from drkl.studies.cells import CellResult
 from drkl.studies.grid import cells_of
-from drkl.studies.result import CellResult, Study, as_markdown
+from drkl.studies.result import Study, as_markdown
 from tests.studies.made import definition, evaluation, planted, write_cell, write_study
 
 SMALL = {"objective.name": ["rkl", "drkl"], "run.seed": [0, 1]}

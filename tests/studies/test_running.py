@@ -26,12 +26,12 @@ from drkl.run_models import evaluate_run
 from drkl.runs import RunFolder, locked
 from drkl.signals import Stopped
 from drkl.studies import running
+from drkl.studies.cells import State
 from drkl.studies.commands import Commands, own_cores, visible_gpus
 from drkl.studies.folder import read_environment, settle
 from drkl.studies.plan import Plan, load_study
 from drkl.studies.pricing import price
 from drkl.studies.records import Record, began_at, cell_record
-from drkl.studies.result import State
 from drkl.studies.running import Listener, Now, Outcome, part_of, run_study
 from drkl.studies.starts import cache_for, start_for
 from tests.command_line import Cli

@@ -13,8 +13,9 @@ import scipy.stats
 from drkl.evaluation.answers import AnswerTable
 from drkl.evaluation.comparison import compare
 from drkl.runs import write_yaml
+from drkl.studies.cells import Verdict
 from drkl.studies.grid import Cell, cells_of
-from drkl.studies.result import Study, Verdict
+from drkl.studies.result import Study
 from tests.studies.made import definition, evaluation, planted, write_cell, write_study
 
 DRKL, RKL, FKL = ({"objective.name": name} for name in ("drkl", "rkl", "fkl"))

@@ -9,9 +9,10 @@ from typing import Any
 from drkl.display import ABSENT, as_number
 from drkl.reporting.tables import PlainTable
 from drkl.reporting.text import count, duration, joined, percent, short
+from drkl.studies.cells import CellResult, Verdict
 from drkl.studies.definition import SEED
 from drkl.studies.kinds import Kind, Names, in_order
-from drkl.studies.result import CellResult, Study, Verdict
+from drkl.studies.result import Study
 
 PARTS = ("start", "cache", "train", "evaluate")
 """The parts of a cell's time, in the order in which it takes them."""

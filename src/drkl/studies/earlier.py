@@ -16,7 +16,7 @@ from typing import Any
 from drkl.display import as_number
 from drkl.evaluation.bootstrap import Interval
 from drkl.parsing import parse_json
-from drkl.studies.result import CellResult, Verdict
+from drkl.studies.cells import CellResult, Verdict
 
 BY_LINES = ("evaluated rows", "evaluated prompts")
 """What a budget says by the lines."""

@@ -27,9 +27,9 @@ from drkl.reporting.plotting import (
 )
 from drkl.reporting.tables import PlainTable, show_interval
 from drkl.reporting.text import short
+from drkl.studies.cells import Verdict
 from drkl.studies.curves import BinMean, Mean, SweepMean, mean_of, reliability_means, sweep_means, teacher_of
 from drkl.studies.kinds import Kind
-from drkl.studies.result import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

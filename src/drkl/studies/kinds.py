@@ -10,10 +10,11 @@ from typing import Any
 from drkl.evaluation.declared import Metric
 from drkl.evaluation.result import Evaluation
 from drkl.reporting.text import short
+from drkl.studies.cells import CellResult
 from drkl.studies.definition import SEED, Settings
 from drkl.studies.grid import cells_axes, group_of, label, model_of, same
 from drkl.studies.metrics import known_metrics
-from drkl.studies.result import CellResult, Study
+from drkl.studies.result import Study
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from drkl.reporting.tables import DIRECTIONS, Cell, Column, MetricTable, Row, Ro
 from drkl.reporting.templating import page_environment
 from drkl.reporting.text import clip, short
 from drkl.studies import budgets, figures, words
+from drkl.studies.cells import Verdict
 from drkl.studies.curves import mean_of
 from drkl.studies.definition import SEED, VARIANT
 from drkl.studies.kinds import Kind, Names, has_one_teacher, key_of, kinds_of, metric_of, seeds_of
-from drkl.studies.result import Study, Verdict, show_p
+from drkl.studies.result import Study, show_p
 
 LONGEST_MESSAGE = 1_500
 """Characters of the message of a cell that failed."""

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from drkl.display import number
+from drkl.studies.cells import State
 from drkl.studies.grid import group_of, same
 from drkl.studies.plan import Plan, Planned
 from drkl.studies.records import Record, cell_record
-from drkl.studies.result import State
 from drkl.studies.running import offered
 from drkl.studies.starts import cache_for, start_for, why_live
 

@@ -19,6 +19,7 @@ from drkl.evaluation.paired import MATCHED
 from drkl.evaluation.result import SCALED, Evaluation
 from drkl.reporting.text import count
 from drkl.runs import RunFolder, read_yaml, readable_log
+from drkl.studies.cells import CellResult
 from drkl.studies.definition import SEED, VARIANT, Definition, read_definition
 from drkl.studies.earlier import Earlier
 from drkl.studies.folder import base_yaml, changed_fields, has_more_seeds, read_environment
@@ -26,7 +27,6 @@ from drkl.studies.grid import Cell, cells_of, check_grid, same, text_of
 from drkl.studies.metrics import asked_metrics, check_metrics, known_metrics
 from drkl.studies.plan import study_yaml
 from drkl.studies.records import Record, began_at, cell_record
-from drkl.studies.result import CellResult, Study
 from drkl.studies.statistics import MIN_PAIRS
 from drkl.studies.verdicts import RESAMPLED, Judge
 from drkl.training.settings import ROWS_PER_STEP
@@ -42,8 +42,8 @@ DECODING = (*(name for name in SAMPLING if name != "gamma"), "prompts", "sweep",
 """Settings of an evaluation that two cells have to share; gamma moves no answer, and only a metric without an ideal."""
 
 
-def load(folder: str | Path, *, prompts: bool = True) -> Study:
-    """Read a study and make its verdicts; see `Study.load`."""
+def read(folder: str | Path, *, prompts: bool = True) -> dict[str, Any]:
+    """Read a study, make its verdicts, and return the fields of a `Study`; see `Study.load`."""
     folder = Path(folder)
     path = study_yaml(folder)
     if not path.is_file():
@@ -78,20 +78,20 @@ def load(folder: str | Path, *, prompts: bool = True) -> Study:
     began = min((one.began for one in cells if one.began), default=None)
     if began is None and any(one.state == "done" for one in cells):
         began = env.get("began")
-    return Study(
-        definition,
-        folder,
-        tuple(cells),
-        tuple(verdicts),
-        tuple(judge.foretold(verdicts)),
-        _predicted(env),
-        began,
-        tuple(changed_fields(env.get("changes") or [])),
-        tuple(_notes(definition, cells, env)),
-        {name: value for name, value in env.items() if name not in _OF_THE_STUDY},
-        task,
-        has_more_seeds(env.get("changes") or []),
-    )
+    return {
+        "definition": definition,
+        "folder": folder,
+        "cells": tuple(cells),
+        "verdicts": tuple(verdicts),
+        "predictions": tuple(judge.foretold(verdicts)),
+        "predicted": _predicted(env),
+        "began": began,
+        "changed": tuple(changed_fields(env.get("changes") or [])),
+        "notes": tuple(_notes(definition, cells, env)),
+        "made": {name: value for name, value in env.items() if name not in _OF_THE_STUDY},
+        "task": task,
+        "has_more_seeds": has_more_seeds(env.get("changes") or []),
+    }
 
 
 def _task_of(folder: Path) -> str:

@@ -13,7 +13,7 @@ from drkl.errors import DrklError
 from drkl.locks import EVALUATION, STUDY, TRAINING, is_held
 from drkl.runs import OF_A_STUDY, RunFolder, read_sealed, write_json, write_yaml
 from drkl.sealed import sealed
-from drkl.studies.result import State
+from drkl.studies.cells import State
 from drkl.training.environment import now
 
 Kind = Literal["cell", "start", "cache"]

@@ -1,4 +1,4 @@
-"""What came out of a study: its cells and its verdicts."""
+"""A study as it stands, in Python, as json and as Markdown."""
 
 from __future__ import annotations
 
@@ -6,97 +6,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from drkl.display import ABSENT, markdown_text, number
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import Metric
-from drkl.evaluation.result import Evaluation
 from drkl.reporting.text import count, markdown_table
-from drkl.studies.definition import Definition, Outcome, Prediction, Settings
+from drkl.studies.cells import CellResult, Foretold, Verdict
+from drkl.studies.definition import Definition
 from drkl.studies.grid import label
 from drkl.studies.metrics import known_metrics
-
-State = Literal["done", "failed", "running", "interrupted", "missing"]
-
-
-@dataclass(frozen=True)
-class CellResult:
-    """One run of a study."""
-
-    name: str
-    axes: Settings
-    """The values of its axes, run.seed among them, and of ``variant`` where there are variants."""
-    run: Path
-    """Its run folder."""
-    state: State
-    why: str | None = None
-    """The last message of one that failed."""
-    start: str | None = None
-    """Digest of the weights that it began with."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """The student's numbers by metric, as they stand in eval.json."""
-    teacher: Mapping[str, float] = field(default_factory=dict)
-    """The teacher's."""
-    scaled: Mapping[str, float] = field(default_factory=dict)
-    """Those of the student with its logits divided by ``evaluation.logit_temperature``, if it was measured so."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """What ``start`` and ``cache`` (its shares of them), ``train`` and ``evaluate`` took."""
-    budget: Mapping[str, Any] = field(default_factory=dict)
-    """Steps, trained tokens, how the student was chosen, held-out rows and sampling, as they were."""
-    evaluation: Evaluation | None = field(default=None, repr=False, compare=False)
-    """The whole evaluation of one that is done: whatever else ``eval.json`` and the files beside it say."""
-    began: str | None = None
-    """When it was begun first."""
-
-    def of(self, model: str) -> Mapping[str, float]:
-        """The numbers of ``student``, ``scaled`` or ``teacher``."""
-        return {"student": self.metrics, "scaled": self.scaled, "teacher": self.teacher}[model]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One metric of the cells of one kind against those of another, paired over seeds."""
-
-    metric: str
-    axes: Settings
-    """The axes of the cells, without run.seed."""
-    baseline: Settings
-    """Those of the cells they are compared with, without run.seed."""
-    difference: float | None
-    """Mean over the seeds of cell minus baseline."""
-    interval: Interval | None
-    """95 %, paired t over seeds; the held-out prompts are held fixed."""
-    p_holm: float | None
-    """The p-value after Holm's correction over the primary comparisons; None for an exploratory one."""
-    seeds: int
-    """Pairs."""
-    exploratory: bool
-    verdict: Outcome
-    t: float | None = None
-    """The statistic that decides: of the distances where there is one, else of the differences."""
-    p: float | None = None
-    t_needed: float | None = None
-    """The |t| at which it would be decided with so many seeds; of a primary one at the first step of Holm's."""
-    seeds_needed: int | None = None
-    """At so many seeds it would be decided, if their mean and standard deviation were as they are now."""
-    by_seed: Mapping[int, float] = field(default_factory=dict)
-    prompts_interval: Interval | None = None
-    """95 % bootstrap over held-out prompts of the same mean; the seeds are held fixed."""
-    budget_differs: tuple[str, ...] = ()
-    distance: tuple[float, Interval | None] | None = None
-    """Where the ideal is 0 or the teacher's value: the difference of the distances from it, and its interval."""
-    why: str | None = None
-    """Why nothing was decided, where it is not the interval that says so; and which seeds were left out."""
-
-
-@dataclass(frozen=True)
-class Foretold:
-    """A prediction, and what came of it."""
-
-    prediction: Prediction
-    verdict: Outcome | None
-    came_true: bool | None
 
 
 @dataclass(frozen=True)
@@ -140,9 +59,9 @@ class Study:
         Raises:
             DrklError: it is no study's folder, or what its ``study.yaml`` asks cannot be.
         """
-        from drkl.studies.reading import load
+        from drkl.studies.reading import read
 
-        return load(folder, prompts=prompts)
+        return cls(**read(folder, prompts=prompts))
 
     def table(self) -> Any:
         """Return the verdicts as a pandas ``DataFrame``, a row each; its columns are those of `Verdict`.

@@ -15,9 +15,9 @@ from drkl.evaluation.declared import Metric
 from drkl.evaluation.measured import Resamples, measured
 from drkl.evaluation.paired import mostly
 from drkl.evaluation.result import SCALED
+from drkl.studies.cells import CellResult, Foretold, Verdict
 from drkl.studies.definition import SEED, Definition, Prediction, Settings
 from drkl.studies.grid import baseline_of, cells_axes, groups_of, model_of, pair_of, same, seed_of
-from drkl.studies.result import CellResult, Foretold, Verdict
 from drkl.studies.statistics import (
     MIN_PAIRS,
     Compared,

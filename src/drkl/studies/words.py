@@ -13,10 +13,11 @@ from drkl.errors import DrklError
 from drkl.evaluation.bootstrap import Interval
 from drkl.evaluation.declared import Metric
 from drkl.reporting.text import count, joined
+from drkl.studies.cells import Foretold, Verdict
 from drkl.studies.definition import Outcome, Prediction
 from drkl.studies.grid import pair_of
 from drkl.studies.kinds import Names, has_one_teacher, key_of, metric_of, seeds_of
-from drkl.studies.result import Foretold, Study, Verdict, finer
+from drkl.studies.result import Study, finer
 
 SIGNS: dict[Outcome, str] = {"better": "✓", "worse": "✗", "no difference": "=", "undecided": "?"}
 """A sign beside each verdict, which is always written out too."""
