@@ -46,7 +46,7 @@ def test_a_teacher_from_scratch_and_its_student(tmp_path: Path, drkl: Callable[.
     log = [row for row in made.read_train_log() if "eval_loss" in row]
     assert log[-1]["eval_loss"] < log[0]["eval_loss"] - 0.01  # every text is the same but for a number
     assert made.read_env()["data"]["train_rows"] > 5
-    assert "random of gpt2" in (made.student_path / "README.md").read_text()
+    assert "random of `gpt2`" in (made.student_path / "README.md").read_text()
 
     again = tiny_runs.train({**values, "run": values["run"] | {"name": "again"}})
     assert tiny_runs.weights(again) == tiny_runs.weights(made)

@@ -121,7 +121,7 @@ def test_a_run_folder_names_the_server_and_no_key(
     assert written["teacher"] == {
         "model": "big", "server": f"{fake.address}/v1", "top_k": K, "tokenizer": None, "server_timeout": 600.0,
         "server_requests": 32, "remember_mb": 1, "cache": None, "fill_cache": False, "dtype": "auto",
-        "model_init_kwargs": {},
+        "model_init_kwargs": {}, "shard": False,
     }  # fmt: skip
     load_config(written)
     assert trainer.run.read_env()["parameters"]["teacher"] is None
