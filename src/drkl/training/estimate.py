@@ -100,7 +100,7 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
     seen: set[tuple[str, ...]] = set()
     stages, encoder_decoder = [], is_encoder_decoder(student)
     own_reader = teacher_tokenizer(specs, tokenizer_name(specs))
-    for spec, sharding in zip(specs, shardings, strict=True):
+    for place, (spec, sharding) in enumerate(zip(specs, shardings, strict=True)):
         check_sparse(cache, training_config(spec, device))
         needed = spec.rollouts.needs_responses
         kind: dict[str, Any] = {"classes": classes, "encoder_decoder": encoder_decoder, "room": room, "ends": ends}
@@ -128,7 +128,7 @@ def estimate(specs: Sequence[RunSpec], processes: int | None = None) -> dict[str
             spec, arguments, student, teacher, cache, vocab_size, rows, heldout, steps, longest, there, processes,
             sharding,
         )  # fmt: skip
-        memory = predict(replace(known, follows=spec is not first))
+        memory = predict(replace(known, follows=place > 0))
         said = {"advice": memory.advice(available_bytes(device) if here and there == device.type else None)}
         stage |= {"estimated_memory_gb": float(f"{memory.peak_bytes / 1e9:.3g}"), "memory": memory.to_json() | said}
         stages.append(stage)
