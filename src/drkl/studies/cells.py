@@ -91,3 +91,10 @@ class Foretold:
     prediction: Prediction
     verdict: Outcome | None
     came_true: bool | None
+
+    @property
+    def unanswered(self) -> str | None:
+        """Why no number can answer it; None where one can."""
+        asked = {"metric": self.prediction.metric, "verdict": self.prediction.expect}
+        lacking = next((name for name, value in asked.items() if value is None), None)
+        return lacking and f"It names no {lacking}, so no number answers it."

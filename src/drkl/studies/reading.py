@@ -78,15 +78,16 @@ def read(folder: str | Path, *, prompts: bool = True) -> dict[str, Any]:
     began = min((one.began for one in cells if one.began), default=None)
     if began is None and any(one.state == "done" for one in cells):
         began = env.get("began")
+    changed = changed_fields(env.get("changes") or [])
     return {
         "definition": definition,
         "folder": folder,
         "cells": tuple(cells),
         "verdicts": tuple(verdicts),
         "predictions": tuple(judge.foretold(verdicts)),
-        "predicted": _predicted(env),
+        "predicted": _predicted(env, changed),
         "began": began,
-        "changed": tuple(changed_fields(env.get("changes") or [])),
+        "changed": tuple(changed),
         "notes": tuple(_notes(definition, cells, env)),
         "made": {name: value for name, value in env.items() if name not in _OF_THE_STUDY},
         "task": task,
@@ -101,9 +102,9 @@ def _task_of(folder: Path) -> str:
     return "classification" if values.get("task") == "classification" else "generation"
 
 
-def _predicted(env: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _predicted(env: Mapping[str, Any], changed: Sequence[str]) -> Mapping[str, Any] | None:
     """What git said of the study's file when the first cell began; where it was changed later, what it says now."""
-    found = env.get("predicted_now" if changed_fields(env.get("changes") or []) else "predicted")
+    found = env.get("predicted_now" if changed else "predicted")
     return found if isinstance(found, Mapping) else None
 
 

@@ -227,8 +227,7 @@ def _comparisons(by_pair: Mapping[str, Sequence[str]]) -> str:
 
 def _foretold(one: Foretold) -> str:
     outcome = {True: "It came true.", False: "It did not come true.", None: "It is not decided."}[one.came_true]
-    if one.prediction.metric is None or one.prediction.expect is None:
-        outcome = f"It names no {'metric' if one.prediction.metric is None else 'verdict'}, so no number answers it."
+    outcome = one.unanswered or outcome
     asked = one.prediction
     said = asked.text or f"{label(asked.cell)}: {asked.metric} {asked.expect}"
     return f"{markdown_text(said)} {outcome}" + (f" Verdict: {one.verdict}." if one.verdict else "")

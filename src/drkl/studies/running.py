@@ -268,8 +268,7 @@ class _Runner:
         if cache is not None:
             self.doing[planned.cell.name] = "cache"
             yield from self._cache(cache, config)
-            readers = sum(1 for other in self.plan.cells if (c := cache_for(self.plan, other)) and c.key == cache.key)
-            seconds["cache"] = round(_seconds_of(cache.record.read()) / readers, 1)
+            seconds["cache"] = round(_seconds_of(cache.record.read()) / self._sharing(cache, cache_for), 1)
         return {
             "axes": planned.cell.axes, "settings_digest": settings_digest(self.plan, planned),
             "start": known.get("digest"), "start_key": None if start is None else start.key,
@@ -313,7 +312,9 @@ class _Runner:
         def make() -> Work:
             check_not_remade(self.plan, start)
             self.listener.on_message(f"{start.key}: the start of the cells of seed {planned.seed}.")
-            record.begin(start.config.values("json"), key=start.key, seed=planned.seed, cells=self._sharing(start))
+            record.begin(
+                start.config.values("json"), key=start.key, seed=planned.seed, cells=self._sharing(start, start_for)
+            )
             for run in start.runs:
                 record.rewrite(run.values("json"))
                 yield from self.commands.run(record, "train", self.words.train(record.config_path))
@@ -331,9 +332,9 @@ class _Runner:
         yield from self._made(record, is_there, make)
         return record.read()
 
-    def _sharing(self, start: Start) -> int:
-        """The number of cells that begin from a start."""
-        return sum(1 for other in self.plan.cells if (s := start_for(self.plan, other)) and s.key == start.key)
+    def _sharing(self, made: Start | Cache, made_for: Callable[[Plan, Planned], Start | Cache | None]) -> int:
+        """The number of cells that begin from a start, or read a cache."""
+        return sum(1 for other in self.plan.cells if (own := made_for(self.plan, other)) and own.key == made.key)
 
     def _cache(self, cache: Cache, config: Config) -> Work:
         record = cache.record

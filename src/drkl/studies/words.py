@@ -207,9 +207,8 @@ def told(study: Study, names: Names, task: str) -> list[Told]:
 
 def _told(one: Foretold, study: Study, names: Names, task: str) -> Told:
     asked = one.prediction
-    if asked.metric is None or asked.expect is None:
-        names_no = "no metric" if asked.metric is None else "no verdict"
-        return Told(asked.text, "", f"It names {names_no}, so no number answers it.", "words")
+    if asked.metric is None or one.unanswered:
+        return Told(asked.text, "", one.unanswered or "", "words")
     metric = metric_of(asked.metric, task)
     row = _row_of(asked, study)
     pair = names.against(row.axes, row.baseline) if row else (names.of(asked.cell), names.of(asked.against))
@@ -238,7 +237,8 @@ def _row_of(asked: Prediction, study: Study) -> Verdict | None:
 
 def limits(study: Study) -> list[str]:
     """What the verdicts do not say, each in a sentence or two."""
-    rows, seeds = study.verdicts, max((row.seeds for row in study.verdicts), default=0)
+    rows, every = study.verdicts, len(seeds_of(study))
+    seeds = max((row.seeds for row in rows), default=0)
     primary = [row for row in rows if not row.exploratory]
     exploratory = [row for row in rows if row.exploratory]
     said = [
@@ -248,7 +248,7 @@ def limits(study: Study) -> list[str]:
         "change, not what other seeds would. No interval here covers both.",
     ]
     if seeds < 2:
-        there = "There are fewer than two seeds" if len(seeds_of(study)) < 2 else "No comparison has two seeds yet"
+        there = "There are fewer than two seeds" if every < 2 else "No comparison has two seeds yet"
         said.append(f"{there}, so nothing is decided: what one seed gives, another may undo.")
     else:
         said.append(
@@ -256,7 +256,7 @@ def limits(study: Study) -> list[str]:
             "“undecided” is no sign that two objectives are equal. The seeds that would decide are named as if mean "
             "and spread stayed as they are: about half of all studies of so many seeds decide."
         )
-    if fewer := sum(0 < row.seeds < len(seeds_of(study)) for row in rows):
+    if fewer := sum(0 < row.seeds < every for row in rows):
         said.append(
             f"{count(fewer, 'comparison')} {'has' if fewer == 1 else 'have'} fewer pairs than the study has seeds. "
             "Where a run failed, or has no number of a metric, leaving its seed out favours the side that failed."
